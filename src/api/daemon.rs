@@ -1,0 +1,83 @@
+//! The daemon itself.
+
+use super::calls;
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApiVersion {
+    pub major: u32,
+    pub minor: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct InfoReply {
+    pub api: ApiVersion,
+    /// Of the package.
+    pub version: String,
+    pub features: Vec<String>,
+    pub pid: u32,
+    pub uid: u32,
+    pub state_dir: String,
+    /// Seconds.
+    pub uptime_s: u64,
+    /// Roots below which a workspace may lie.
+    pub guest_roots: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    Ok,
+    Warn,
+    Fail,
+}
+
+/// One thing that was looked at. `id` is stable.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Check {
+    pub id: String,
+    pub severity: Severity,
+    /// What is needed, what was found, what was picked.
+    pub found: String,
+    /// How to mend it: a command.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fix: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DoctorReply {
+    pub checks: Vec<Check>,
+}
+
+/// One keyed lock that is held or waited for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LockRecord {
+    /// `vm_locks`.
+    pub set: String,
+    pub key: String,
+    pub holder: Option<LockParty>,
+    pub waiters: Vec<LockParty>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LockParty {
+    pub thread: String,
+    /// What it is doing: `vm.stop 1f0c...`.
+    pub operation: String,
+    /// Since when it holds or waits.
+    pub for_us: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DebugLocksReply {
+    pub locks: Vec<LockRecord>,
+    /// Lock-order violations since start; counted in builds with the checker.
+    pub violations: u64,
+    pub checked: bool,
+}
+
+calls! {
+    Info = "fcd.info" (super::Empty) -> InfoReply;
+    Doctor = "fcd.doctor" (super::Empty) -> DoctorReply;
+    DebugLocks = "debug.locks" (super::Empty) -> DebugLocksReply;
+}

@@ -1,0 +1,44 @@
+//! An error made flat for the wire.
+
+use crate::error::{Code, Error};
+use serde::{Deserialize, Serialize};
+
+/// `error.data` of a response. `message` holds the whole chain, joined with `: `.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Fault {
+    pub code: Code,
+    /// A name of [`crate::error::Kind`]; a newer daemon may send one that this side does not know.
+    pub kind: String,
+    pub message: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    pub retryable: bool,
+    /// The operation that failed, where there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub op: Option<crate::ids::OpId>,
+}
+
+impl From<&Error> for Fault {
+    fn from(e: &Error) -> Self {
+        Self {
+            code: e.code(),
+            kind: e.kind().name().to_owned(),
+            message: e.to_string(),
+            hint: e.hint_text().map(str::to_owned),
+            retryable: e.code().retryable(),
+            op: None,
+        }
+    }
+}
+
+impl From<Error> for Fault {
+    fn from(e: Error) -> Self {
+        Self::from(&e)
+    }
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}

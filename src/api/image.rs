@@ -1,0 +1,49 @@
+//! Images: a root file system with its kernel and initramfs.
+
+use super::calls;
+use crate::ids::ImageRef;
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Image {
+    pub name: ImageRef,
+    /// Of the root file system's virtual size.
+    pub disk_bytes: u64,
+    /// What it takes on the host.
+    pub allocated_bytes: u64,
+    /// `Linux 6.1.0-56-cloud-amd64`.
+    pub kernel: String,
+    /// `Debian GNU/Linux 12 (bookworm)`.
+    pub os: String,
+    /// Seconds since the epoch.
+    pub built_at: u64,
+    /// VMs made from it.
+    pub vms: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageBuildRequest {
+    /// `default` when not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<ImageRef>,
+    /// More packages of the distribution.
+    #[serde(default)]
+    pub include: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImageReply {
+    pub image: Image,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImageListReply {
+    pub images: Vec<Image>,
+}
+
+calls! {
+    /// An operation; hang-up cancels it. An image of that name must not exist.
+    ImageBuild = "image.build" (ImageBuildRequest) -> ImageReply;
+    ImageList = "image.list" (super::Empty) -> ImageListReply;
+}

@@ -1,0 +1,283 @@
+//! VMs.
+
+use super::calls;
+use crate::ids::{ImageRef, OpId, VmId, VmName};
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmState {
+    /// Never started.
+    Created,
+    Starting,
+    Running,
+    Stopping,
+    Stopped,
+    Deleting,
+    Failed,
+}
+
+impl VmState {
+    pub const ALL: [VmState; 7] = [
+        VmState::Created,
+        VmState::Starting,
+        VmState::Running,
+        VmState::Stopping,
+        VmState::Stopped,
+        VmState::Deleting,
+        VmState::Failed,
+    ];
+    pub const fn name(self) -> &'static str {
+        match self {
+            VmState::Created => "created",
+            VmState::Starting => "starting",
+            VmState::Running => "running",
+            VmState::Stopping => "stopping",
+            VmState::Stopped => "stopped",
+            VmState::Deleting => "deleting",
+            VmState::Failed => "failed",
+        }
+    }
+}
+
+/// Whether the guest's file systems were synced before its VMM ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Synced {
+    Yes,
+    /// It was not asked: kill, or it had not booted.
+    No,
+    /// It was asked and did not answer in time.
+    Timeout,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WorkspaceState {
+    /// An import began and has not been verified to its end.
+    Incomplete,
+    Complete,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkspaceInfo {
+    pub guest_path: String,
+    /// Where commands start: `guest_path` or a directory below it.
+    pub workdir: String,
+    pub state: WorkspaceState,
+    pub readonly: bool,
+    /// Entries and bytes of the last complete import.
+    pub entries: u64,
+    pub bytes: u64,
+    /// Seconds since the epoch.
+    pub prepared_at: u64,
+}
+
+/// A VM as its owner sees it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Vm {
+    pub id: VmId,
+    pub name: VmName,
+    pub owner_uid: u32,
+    pub state: VmState,
+    /// Why it is in this state, where there is more to say: `the VMM died: signal 9`.
+    pub reason: Option<String>,
+    pub image: ImageRef,
+    pub vcpus: u32,
+    pub mem_mib: u64,
+    pub disk_bytes: u64,
+    /// Settings that `vm.set` changed and that the running guest does not have yet.
+    pub pending: Option<Pending>,
+    /// Deleted when its holder goes or it stops.
+    pub rm: bool,
+    /// Seconds since the epoch.
+    pub created_at: u64,
+    pub started_at: Option<u64>,
+    /// The operation that owns the VM now.
+    pub op: Option<OpId>,
+    /// The VMM's process, while it runs.
+    pub pid: Option<u32>,
+    /// Where the guest's SSH server is reached from the host.
+    pub ssh_addr: Option<std::net::SocketAddr>,
+    /// Which driver runs it and how: `qemu (tcg, microvm)`.
+    pub driver: Option<String>,
+    /// How the root disk was made from the image: `reflink` or `qcow2`.
+    pub disk_driver: Option<String>,
+    /// Of the last stop.
+    pub synced: Option<Synced>,
+    pub workspace: Option<WorkspaceInfo>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Pending {
+    pub vcpus: Option<u32>,
+    pub mem_mib: Option<u64>,
+    pub disk_bytes: Option<u64>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmCreateRequest {
+    /// Adjective-noun when not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<VmName>,
+    /// `default` when not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<ImageRef>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpus: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mem_mib: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
+    /// The daemon deletes it when it stops, when its holder goes, or when the daemon restarts without one.
+    #[serde(default)]
+    pub rm: bool,
+    /// Stay on the line (`more`): a `created` note at once, the answer when the VM is gone. When the connection
+    /// goes, an `rm` VM is deleted.
+    #[serde(default)]
+    pub hold: bool,
+}
+
+/// A VM by name, id, or unambiguous prefix of an id.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmRequest {
+    pub vm: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmStopRequest {
+    pub vm: String,
+    /// Kill the VMM at once; joins and shortens a graceful stop.
+    #[serde(default)]
+    pub force: bool,
+    /// How long the guest may take before it is forced.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmDeleteRequest {
+    pub vm: String,
+    /// Also when it runs.
+    #[serde(default)]
+    pub force: bool,
+    /// A VM that is not there is no error.
+    #[serde(default)]
+    pub if_exists: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmListRequest {
+    /// Those that do not run, too.
+    #[serde(default)]
+    pub all: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmSetRequest {
+    pub vm: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpus: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mem_mib: Option<u64>,
+    /// May only grow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmLogsRequest {
+    pub vm: String,
+    /// Only the last lines.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tail: Option<u64>,
+    /// Stay on the line (`more`) until the VM is deleted or the caller goes.
+    #[serde(default)]
+    pub follow: bool,
+}
+
+/// Console output as text; bytes that are no UTF-8 are replaced, control characters are the client's to show.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LogChunk {
+    pub text: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmWaitRequest {
+    pub vm: String,
+    /// `stopped` when not given, which `failed` fulfils too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<VmState>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmReply {
+    pub vm: Vm,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmListReply {
+    pub vms: Vec<Vm>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmDeleteReply {
+    /// None when it was not there and `if_exists` was said.
+    pub deleted: Option<VmId>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmPruneReply {
+    pub deleted: Vec<VmId>,
+}
+
+/// What a plain ssh client needs. The key is the VM's own and goes to its owner only.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SshConfigReply {
+    pub vm: VmId,
+    pub name: VmName,
+    pub addr: std::net::SocketAddr,
+    pub user: String,
+    /// OpenSSH format.
+    pub private_key: String,
+    /// `ssh-ed25519 AAAA...`
+    pub host_key: String,
+    pub workdir: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LogsReply {
+    /// Bytes sent in `log` notes.
+    pub bytes: u64,
+}
+
+calls! {
+    /// Makes the row; nothing boots. With `hold` it is answered when the VM is gone.
+    VmCreate = "vm.create" (VmCreateRequest) -> VmReply;
+    /// An operation. Already running: ok.
+    VmStart = "vm.start" (VmRequest) -> VmReply;
+    /// An operation; hang-up does not cancel it. Already stopped: ok.
+    VmStop = "vm.stop" (VmStopRequest) -> VmReply;
+    VmRestart = "vm.restart" (VmStopRequest) -> VmReply;
+    VmKill = "vm.kill" (VmRequest) -> VmReply;
+    VmDelete = "vm.delete" (VmDeleteRequest) -> VmDeleteReply;
+    VmList = "vm.list" (VmListRequest) -> VmListReply;
+    VmShow = "vm.show" (VmRequest) -> VmReply;
+    VmSet = "vm.set" (VmSetRequest) -> VmReply;
+    /// `log` notes (`more`), then the reply.
+    VmLogs = "vm.logs" (VmLogsRequest) -> LogsReply;
+    VmWait = "vm.wait" (VmWaitRequest) -> VmReply;
+    /// Deletes the caller's VMs that are `created`, `stopped` or `failed`.
+    VmPrune = "vm.prune" (super::Empty) -> VmPruneReply;
+    VmSshConfig = "vm.ssh_config" (VmRequest) -> SshConfigReply;
+}

@@ -1,0 +1,265 @@
+//! The one error type: a closed [`Code`] that decides exit statuses, a finer documented [`Kind`],
+//! a sentence, a hint, and the source it came from.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// The closed set that the wire carries and that decides `fcctl`'s exit status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Code {
+    NotFound,
+    AlreadyExists,
+    InvalidArgument,
+    WrongState,
+    Busy,
+    Conflict,
+    Exhausted,
+    GuestUnavailable,
+    Timeout,
+    Cancelled,
+    Host,
+    Denied,
+    Unsupported,
+    Internal,
+}
+
+impl Code {
+    /// Exit status of `fcctl` for this code, outside `exec` and `run`.
+    pub const fn exit_status(self) -> u8 {
+        match self {
+            Code::NotFound => 3,
+            Code::AlreadyExists | Code::Busy | Code::Conflict => 4,
+            Code::InvalidArgument => 2,
+            Code::Timeout => 124,
+            Code::Cancelled => 130,
+            Code::WrongState
+            | Code::Exhausted
+            | Code::GuestUnavailable
+            | Code::Host
+            | Code::Denied
+            | Code::Unsupported
+            | Code::Internal => 1,
+        }
+    }
+
+    /// Whether the same call may succeed later without anything being changed by the caller.
+    pub const fn retryable(self) -> bool {
+        matches!(self, Code::Busy | Code::Timeout | Code::GuestUnavailable)
+    }
+}
+
+/// What went wrong, finer than [`Code`]. Every kind belongs to exactly one code.
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $kind:ident => $code:ident, $name:literal;)*) => {
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Kind { $($(#[$doc])* $kind,)* }
+        impl Kind {
+            pub const ALL: &'static [Kind] = &[$(Kind::$kind),*];
+            pub const fn code(self) -> Code { match self { $(Kind::$kind => Code::$code,)* } }
+            /// The stable name that goes over the wire.
+            pub const fn name(self) -> &'static str { match self { $(Kind::$kind => $name,)* } }
+        }
+    };
+}
+
+kinds! {
+    /// No VM matches, or it belongs to somebody else.
+    VmNotFound => NotFound, "vm_not_found";
+    ImageNotFound => NotFound, "image_not_found";
+    OperationNotFound => NotFound, "operation_not_found";
+    SessionNotFound => NotFound, "session_not_found";
+    /// The VM has no prepared workspace.
+    WorkspaceNotFound => NotFound, "workspace_not_found";
+    /// A path on the caller's side is not there.
+    PathNotFound => NotFound, "path_not_found";
+    NameTaken => AlreadyExists, "name_taken";
+    /// The place to write to holds something already.
+    TargetExists => AlreadyExists, "target_exists";
+    /// A parameter is out of its range or not of its form.
+    InvalidArgument => InvalidArgument, "invalid_argument";
+    /// An id prefix that fits several VMs.
+    AmbiguousPrefix => InvalidArgument, "ambiguous_prefix";
+    InvalidConfig => InvalidArgument, "invalid_config";
+    InvalidRequest => InvalidArgument, "invalid_request";
+    FrameTooLarge => InvalidArgument, "frame_too_large";
+    MethodNotFound => InvalidArgument, "method_not_found";
+    /// A guest path outside what a workspace may occupy.
+    InvalidGuestPath => InvalidArgument, "invalid_guest_path";
+    /// The repository or tree cannot be sent as it is.
+    InvalidTree => InvalidArgument, "invalid_tree";
+    /// The VM's state does not allow the verb.
+    WrongState => WrongState, "wrong_state";
+    /// The workspace is marked incomplete: an import was interrupted.
+    WorkspaceIncomplete => WrongState, "workspace_incomplete";
+    Busy => Busy, "busy";
+    PoolFull => Busy, "pool_full";
+    ConnectionLimit => Busy, "connection_limit";
+    OperationLimit => Busy, "operation_limit";
+    /// The daemon is shutting down.
+    ShuttingDown => Busy, "shutting_down";
+    Conflict => Conflict, "conflict";
+    IdempotencyConflict => Conflict, "idempotency_conflict";
+    /// A newer request took the place of this one.
+    Superseded => Conflict, "superseded";
+    /// More than the host or the caller's limit allows.
+    Exhausted => Exhausted, "exhausted";
+    VmLimit => Exhausted, "vm_limit";
+    MemoryLimit => Exhausted, "memory_limit";
+    GuestUnavailable => GuestUnavailable, "guest_unavailable";
+    /// The connection to the guest broke in the middle.
+    GuestLost => GuestUnavailable, "guest_lost";
+    HostKeyMismatch => GuestUnavailable, "host_key_mismatch";
+    /// A command of ours failed in the guest, for instance because its disk is full.
+    GuestCommandFailed => GuestUnavailable, "guest_command_failed";
+    Timeout => Timeout, "timeout";
+    TransferIdle => Timeout, "transfer_idle";
+    BootTimeout => Timeout, "boot_timeout";
+    Cancelled => Cancelled, "cancelled";
+    /// A system call or a host command failed.
+    Host => Host, "host";
+    DiskFull => Host, "disk_full";
+    CommandMissing => Host, "command_missing";
+    CommandFailed => Host, "command_failed";
+    StoreReadOnly => Host, "store_read_only";
+    StoreRefused => Host, "store_refused";
+    VmmFailed => Host, "vmm_failed";
+    Denied => Denied, "denied";
+    Unsupported => Unsupported, "unsupported";
+    /// The two programs speak different versions of the protocol.
+    VersionMismatch => Unsupported, "version_mismatch";
+    /// A stream that ended before its end was announced.
+    StreamIncomplete => Conflict, "stream_incomplete";
+    Internal => Internal, "internal";
+}
+
+/// An error in process. On the wire it is flattened to `api::Fault`.
+pub struct Error {
+    kind: Kind,
+    message: String,
+    hint: Option<String>,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl Error {
+    /// `message`: lower case, no full stop, what was being done and to what.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), hint: None, source: None }
+    }
+
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(Kind::Internal, message)
+    }
+
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(Kind::InvalidArgument, message)
+    }
+
+    /// A failed system call: a full disk gets a kind of its own.
+    pub fn io(doing: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
+        let source = source.into();
+        let kind = match source.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Kind::DiskFull,
+            _ => Kind::Host,
+        };
+        let error = Self::new(kind, doing).with_source(source);
+        if kind == Kind::DiskFull { error.hint("free some space (df -h), then try again") } else { error }
+    }
+
+    /// Something the user can run or change now.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    #[must_use]
+    pub fn with_source(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// Says what was being done when this error came up: `doing: message`.
+    #[must_use]
+    pub fn context(mut self, doing: impl fmt::Display) -> Self {
+        self.message = format!("{doing}: {}", self.message);
+        self
+    }
+
+    /// The same error under another kind, where a caller knows better what it means.
+    #[must_use]
+    pub fn with_kind(mut self, kind: Kind) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+    pub fn code(&self) -> Code {
+        self.kind.code()
+    }
+    /// The sentence without its sources.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+    pub fn hint_text(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+}
+
+impl fmt::Display for Error {
+    /// The whole chain, joined with `: `.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        let mut source = self.source.as_deref().map(|s| s as &dyn std::error::Error);
+        while let Some(cause) = source {
+            write!(f, ": {cause}")?;
+            source = cause.source();
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {self}", self.kind.name())?;
+        match &self.hint {
+            Some(hint) => write!(f, " (hint: {hint})"),
+            None => Ok(()),
+        }
+    }
+}
+
+// Display prints the chain already, so `source()` stays empty: nothing is ever said twice.
+impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn kinds_have_distinct_snake_case_names() {
+        let names: HashSet<_> = Kind::ALL.iter().map(|k| k.name()).collect();
+        assert_eq!(names.len(), Kind::ALL.len());
+        for name in names {
+            assert!(name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{name}");
+        }
+    }
+
+    #[test]
+    fn display_joins_the_chain_once() {
+        let e = Error::io("create tap fc-tap3", std::io::Error::other("nope")).context("start vm web");
+        assert_eq!(e.to_string(), "start vm web: create tap fc-tap3: nope");
+    }
+
+    #[test]
+    fn a_full_disk_is_told_apart() {
+        let e = Error::io("write x", std::io::Error::from_raw_os_error(libc::ENOSPC));
+        assert_eq!(e.kind(), Kind::DiskFull);
+        assert!(e.hint_text().is_some());
+    }
+}

@@ -1,0 +1,80 @@
+//! The guest at arm's length: dial, wait until it answers, run a command with pumped streams.
+
+use crate::api::exec::{Exit, Pty, PtySize};
+use crate::error::Result;
+use crate::locks::Cancel;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+/// Where a guest is and how it proves who it is.
+#[derive(Clone)]
+pub struct Target {
+    pub addr: SocketAddr,
+    pub user: String,
+    /// Our private key, OpenSSH format.
+    pub private_key: String,
+    /// The only host key that is accepted: the raw public key blob (RFC 4253, 6.6; `ssh-ed25519`).
+    pub host_key: Vec<u8>,
+}
+
+/// A non-blocking stream that can be polled. `None` for `fd` means always ready.
+pub trait Source: Send {
+    fn fd(&self) -> Option<BorrowedFd<'_>>;
+    /// 0 is the end; `WouldBlock` when there is nothing yet. Any other error ends the command with that error.
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
+}
+
+pub trait Sink: Send {
+    fn fd(&self) -> Option<BorrowedFd<'_>>;
+    /// `BrokenPipe`: nobody reads; what follows is dropped and the command goes on.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
+}
+
+/// What a caller may do to a command that runs.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Control {
+    Resize(PtySize),
+    /// Without `SIG`.
+    Signal(String),
+}
+
+/// Where controls come from: `fd` is readable when `next` has one.
+pub trait Controls: Send {
+    fn fd(&self) -> BorrowedFd<'_>;
+    fn next(&mut self) -> Option<Control>;
+}
+
+/// The streams of one command. A missing source is empty, a missing sink drops.
+#[derive(Default)]
+pub struct Streams<'a> {
+    pub stdin: Option<&'a mut dyn Source>,
+    pub stdout: Option<&'a mut dyn Sink>,
+    pub stderr: Option<&'a mut dyn Sink>,
+    pub controls: Option<&'a mut dyn Controls>,
+    /// When this one hangs up (POLLHUP or POLLERR), the command is ended as by a cancel: the caller's connection.
+    pub hangup: Option<BorrowedFd<'a>>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct ExecSpec {
+    /// A command line for the guest's shell. Build it with [`quote`].
+    pub command: String,
+    pub pty: Option<Pty>,
+    /// No byte in either direction for so long ends it with `transfer_idle`. None: no such limit.
+    pub idle: Option<Duration>,
+    /// The whole of it, dialling included.
+    pub deadline: Option<Instant>,
+}
+
+/// The seam: ssh in earnest, a fake in tests.
+pub trait Transport: Send + Sync {
+    /// Until the guest's SSH server has accepted our key, or the deadline, or cancel. Opens `Rank::GuestIo`.
+    fn wait_ready(&self, target: &Target, deadline: Instant, cancel: &Cancel) -> Result<()>;
+
+    /// Dials, runs one command to its end, hangs up. Errors: `guest_unavailable` (cannot dial),
+    /// `host_key_mismatch`, `guest_lost` (the connection broke: never an exit status), `cancelled` with the
+    /// token's cause, `transfer_idle`, `timeout`. Opens `Rank::GuestIo`.
+    fn exec(&self, target: &Target, spec: &ExecSpec, streams: Streams<'_>, cancel: &Cancel) -> Result<Exit>;
+}

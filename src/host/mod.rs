@@ -1,0 +1,6 @@
+//! The host, at arm's length: the only process spawn, threads, files, pidfds.
+
+pub mod command;
+pub mod thread;
+
+pub use command::{Command, Commands, HostCommands, Output};

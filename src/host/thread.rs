@@ -1,0 +1,15 @@
+//! The only thread spawn: every thread has a name and a small stack.
+
+use crate::error::{Error, Kind, Result};
+
+pub const STACK_BYTES: usize = 512 * 1024;
+
+/// Starts a named thread.
+#[allow(clippy::disallowed_methods)] // The one place.
+pub fn spawn<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> Result<std::thread::JoinHandle<T>> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(STACK_BYTES)
+        .spawn(body)
+        .map_err(|e| Error::new(Kind::Exhausted, format!("start thread {name}")).with_source(e))
+}

@@ -1,0 +1,125 @@
+//! Names and ids: newtypes, validated once where they enter.
+
+use crate::error::{Error, Kind, Result};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// Longest name of a VM or an image: a DNS label that also fits an argument and a file name.
+pub const NAME_LEN_MAX: usize = 32;
+/// Hexadecimal digits of an id.
+pub const ID_LEN: usize = 12;
+
+fn name_is_valid(s: &str) -> bool {
+    let bytes = s.as_bytes();
+    !bytes.is_empty()
+        && bytes.len() <= NAME_LEN_MAX
+        && bytes[0].is_ascii_lowercase()
+        && bytes[bytes.len() - 1] != b'-'
+        && bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
+}
+
+fn id_is_valid(s: &str) -> bool {
+    s.len() == ID_LEN && s.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+fn random_id() -> String {
+    let mut bytes = [0u8; ID_LEN / 2];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        // getrandom(2) fails only for a bad address or before its pool is seeded, where it waits.
+        match rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty()) {
+            Ok(n) => filled += n,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => panic!("getrandom: {e}"),
+        }
+    }
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+macro_rules! text_newtype {
+    ($(#[$doc:meta])* $name:ident, $valid:path, $what:literal, $form:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+        impl $name {
+            pub fn as_str(&self) -> &str { &self.0 }
+        }
+        impl FromStr for $name {
+            type Err = Error;
+            fn from_str(s: &str) -> Result<Self> {
+                if $valid(s) { return Ok(Self(s.to_owned())); }
+                let shown: String = s.chars().take(2 * NAME_LEN_MAX).collect();
+                Err(Error::new(Kind::InvalidArgument, format!(concat!($what, " {:?} is not valid"), shown)).hint($form))
+            }
+        }
+        impl TryFrom<String> for $name {
+            type Error = Error;
+            fn try_from(s: String) -> Result<Self> { s.parse() }
+        }
+        impl From<$name> for String { fn from(v: $name) -> String { v.0 } }
+        impl fmt::Display for $name { fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result { f.write_str(&self.0) } }
+        impl fmt::Debug for $name { fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result { f.write_str(&self.0) } }
+        impl AsRef<str> for $name { fn as_ref(&self) -> &str { &self.0 } }
+    };
+}
+
+text_newtype!(
+    /// A VM's id: 48 random bits as 12 hexadecimal digits.
+    VmId, id_is_valid, "vm id", "an id has 12 hexadecimal digits"
+);
+text_newtype!(
+    /// An operation's id, as [`VmId`].
+    OpId, id_is_valid, "operation id", "an id has 12 hexadecimal digits"
+);
+text_newtype!(
+    /// The id of an exec session, as [`VmId`].
+    SessionId, id_is_valid, "session id", "an id has 12 hexadecimal digits"
+);
+text_newtype!(
+    /// A VM's name, unique on the host: a lower-case DNS label of at most 32 characters.
+    VmName, name_is_valid, "vm name",
+    "use 1 to 32 of a-z, 0-9 and -, beginning with a letter and not ending with -"
+);
+text_newtype!(
+    /// The name of an image in the registry of this host.
+    ImageRef, name_is_valid, "image name",
+    "use 1 to 32 of a-z, 0-9 and -, beginning with a letter and not ending with -"
+);
+
+macro_rules! random {
+    ($($name:ident),*) => { $(impl $name { pub fn random() -> Self { Self(random_id()) } })* };
+}
+random!(VmId, OpId, SessionId);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        for good in ["a", "web", "brave-otter", "a1", &"a".repeat(32)] {
+            assert!(good.parse::<VmName>().is_ok(), "{good}");
+        }
+        for bad in ["", "-a", "a-", "1a", "A", "a_b", "a.b", "a b", "a\n", "ä", "../x", &"a".repeat(33)] {
+            assert!(bad.parse::<VmName>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ids_round_trip_and_differ() {
+        let id = VmId::random();
+        assert_eq!(id.as_str().parse::<VmId>().unwrap(), id);
+        assert_ne!(VmId::random(), id);
+        assert!("0123456789AB".parse::<VmId>().is_err());
+        assert!("0123".parse::<VmId>().is_err());
+    }
+
+    #[test]
+    fn deserialising_validates() {
+        assert!(serde_json::from_str::<VmName>("\"web\"").is_ok());
+        let e = serde_json::from_str::<VmName>("\"../x\"").unwrap_err().to_string();
+        assert!(e.contains("vm name"), "{e}");
+    }
+}

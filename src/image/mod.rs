@@ -1,0 +1,1 @@
+//! Images: building, registry on disk, kernels.

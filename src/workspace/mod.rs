@@ -1,0 +1,1 @@
+//! Workspaces: packing, unpacking, the guest-side scripts.

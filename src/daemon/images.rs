@@ -1,0 +1,68 @@
+//! Image builds: the name is reserved under `image_ops`, the work runs with no lock, publishing is one section.
+
+use super::{Begun, Caller, Daemon, to_value};
+use crate::api::image::{Image, ImageBuildRequest, ImageListReply, ImageReply};
+use crate::error::{Error, Kind, Result};
+use crate::ids::ImageRef;
+use crate::image::BuildSpec;
+use crate::ops::OpHandle;
+
+/// A name under which an image is being built; given back when dropped.
+struct Reserved {
+    daemon: Daemon,
+    name: ImageRef,
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.daemon.building.lock().remove(&self.name);
+    }
+}
+
+impl Daemon {
+    /// An operation. Any caller may build: an image belongs to the host.
+    pub fn image_build(&self, caller: &Caller, request: &ImageBuildRequest) -> Result<Begun> {
+        let name = request.name.clone().unwrap_or_else(|| self.config.vm.image.clone());
+        let spec = BuildSpec::new(name.clone(), request.include.clone())?;
+        let reserved = self.reserve_image(name)?;
+        let op = self.ops.begin("image.build", None, caller.uid, true)?;
+        self.persist_op(&op)?;
+        let (id, daemon) = (op.id().clone(), self.clone());
+        self.spawn(&format!("op-{id}"), move || {
+            let _label = crate::locks::operation_scope(format!("image.build {}", reserved.name));
+            let result = daemon.build_image(&op, &spec).and_then(|image| to_value(&ImageReply { image }));
+            drop(reserved);
+            daemon.end_op(op, result);
+        })?;
+        Ok(Begun::Op(id))
+    }
+
+    fn reserve_image(&self, name: ImageRef) -> Result<Reserved> {
+        let _images = self.locks.image_ops.lock(&());
+        if self.images.get(&name).is_ok() {
+            return Err(Error::new(Kind::NameTaken, format!("there is an image {name} already"))
+                .hint("images never change once they are made: build one under another name with --name"));
+        }
+        if !self.building.lock().insert(name.clone()) {
+            return Err(Error::new(Kind::Busy, format!("image {name} is being built")).hint("fcctl op list"));
+        }
+        Ok(Reserved { daemon: self.clone(), name })
+    }
+
+    fn build_image(&self, op: &OpHandle, spec: &BuildSpec) -> Result<Image> {
+        let info = crate::image::build(self.commands.as_ref(), &self.images, spec, op.cancel(), &mut |stage, done, total| {
+            op.progress_of(stage, done, total, "bytes");
+        })?;
+        let _images = self.locks.image_ops.lock(&());
+        self.images.publish(info.clone());
+        Ok(info.to_api(0))
+    }
+
+    pub fn image_list(&self) -> ImageListReply {
+        let images = self.images.list().into_iter().map(|info| {
+            let vms = self.store.read(|s| s.vms().filter(|r| r.image == info.name).count() as u64);
+            info.to_api(vms)
+        });
+        ImageListReply { images: images.collect() }
+    }
+}

@@ -1,6 +1,10 @@
-//! The host, at arm's length: the only process spawn, threads, files, pidfds.
+//! The host, at arm's length: the only process spawn, threads, files, pidfds, limits.
 
 pub mod command;
+pub mod fs;
+pub mod limits;
+pub mod process;
 pub mod thread;
+pub mod wait;
 
 pub use command::{Command, Commands, HostCommands, Output};

@@ -118,7 +118,6 @@ impl Daemon {
             self.kill_vmm(&running.identity)?;
             return Err(e);
         }
-        self.changes.publish();
         Ok(running)
     }
 

@@ -56,7 +56,6 @@ impl Daemon {
                 let guard = self.locks.vm.lock(&ending.vm);
                 self.commit_locked(&guard, &mut ending)
             };
-            self.changes.publish();
             let durable = written.and_then(|w| self.wait_durable(w.ticket).map(|()| (w.result, w.then)));
             match durable {
                 Ok((result, then)) => return self.finish(ending, result, &then),

@@ -39,7 +39,6 @@ impl Daemon {
             self.store.change(|tx| self.insert(tx, row, given))?.1
         };
         self.wait_durable(ticket)?;
-        self.changes.publish();
         self.view(&id)
     }
 
@@ -107,7 +106,6 @@ impl Daemon {
             self.store.change(|tx| tx.put_vm(row))?.1
         };
         self.wait_durable(ticket)?;
-        self.changes.publish();
         self.view(&row.id)
     }
 }

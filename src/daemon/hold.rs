@@ -58,7 +58,7 @@ impl Daemon {
         deadline: Option<Instant>,
         done: &mut dyn FnMut(&Vm) -> bool,
     ) -> Result<bool, Stop> {
-        let changed = self.changes.subscribe().map_err(Stop::Failed)?;
+        let changed = self.store.watch(Some(id.clone())).map_err(Stop::Failed)?;
         loop {
             changed.clear();
             match self.view(id) {

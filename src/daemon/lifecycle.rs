@@ -172,7 +172,6 @@ impl Daemon {
     /// Starts the thread that drives the claim to its end. One that cannot be started drops the claim, which
     /// settles it.
     pub(super) fn begin(&self, claim: Claim) -> Result<Begun> {
-        self.changes.publish();
         let id = claim.op().id().clone();
         let daemon = self.clone();
         self.spawn(&format!("op-{id}"), move || daemon.drive(claim))?;
@@ -214,7 +213,6 @@ impl Daemon {
             let guard = self.locks.vm.lock(&claim.vm);
             self.runtimes.end(guard.key()).1
         };
-        self.changes.publish();
         if let Some(s) = successor {
             s.op.finish(Err(error.clone()));
         }

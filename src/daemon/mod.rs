@@ -3,13 +3,13 @@
 
 mod access;
 mod boot;
-mod changes;
 mod commit;
 mod console;
 mod create;
 mod debug;
 mod doctor;
 mod down;
+mod hold;
 mod images;
 mod lifecycle;
 mod locks;
@@ -77,11 +77,12 @@ pub struct Inner {
     sessions: Sessions,
     admission: Admission,
     runtimes: runtime::Runtimes,
-    changes: changes::Changes,
     vmm: Arc<dyn Driver>,
     transport: Arc<dyn Transport>,
     commands: Arc<dyn Commands>,
     mem_mib_max: u64,
+    /// Names under which images are being built.
+    building: Mutex<HashSet<crate::ids::ImageRef>>,
     /// VMs that reconcile has not looked at yet.
     unlooked: Mutex<HashSet<VmId>>,
     /// Fires when the daemon closes.
@@ -148,10 +149,10 @@ impl Daemon {
             admission: Admission::new(boots),
             locks: locks::OpLocks::new(),
             runtimes: runtime::Runtimes::new(),
-            changes: changes::Changes::new(),
             vmm: seams.vmm,
             transport: seams.transport,
             commands: seams.commands,
+            building: Mutex::new(Rank::Runtimes, HashSet::new()),
             unlooked: Mutex::new(Rank::Runtimes, unlooked),
             closing: Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?,
             threads: AtomicUsize::new(0),

@@ -23,7 +23,6 @@ impl Daemon {
                 log::error!("reconcile vm {id}: {e}");
             }
             self.unlooked.lock().remove(&id);
-            self.changes.publish();
         }
         if let Err(e) = self.remove_orphaned_directories() {
             log::error!("reconcile the state directory: {e}");

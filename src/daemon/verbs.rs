@@ -114,7 +114,6 @@ impl Daemon {
                     break;
                 }
             }
-            daemon.changes.publish();
             op.finish(Err(Error::internal(format!("vm {vm}: the daemon failed in the middle")).hint("see the daemon's log")));
         };
         if let Err(e) = self.spawn("abandon", body) {

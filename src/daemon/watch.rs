@@ -37,7 +37,6 @@ impl Daemon {
         loop {
             match self.record_death(vm, generation, how) {
                 Ok(rm) => {
-                    self.changes.publish();
                     if rm {
                         self.delete_unasked(vm);
                     }

@@ -3,7 +3,9 @@
 pub mod command;
 pub mod fs;
 pub mod limits;
+pub mod piped;
 pub mod process;
+pub mod shell;
 pub mod thread;
 pub mod wait;
 

@@ -140,8 +140,12 @@ fn only_the_last_ended_operations_are_kept() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let running = op(0, OpState::Running);
-    store.change_durable(|tx| Ok(tx.put_op(running.clone()))).unwrap();
-    store.change_durable(|tx| Ok((1..300).for_each(|n| tx.put_op(op(n, OpState::Failed))))).unwrap();
+    let all = [running.clone()].into_iter().chain((1..300).map(|n| op(n, OpState::Failed)));
+    let put_all = |tx: &mut Tx| {
+        all.for_each(|op| tx.put_op(op));
+        Ok(())
+    };
+    store.change_durable(put_all).unwrap();
     let store = check_reopened(store, dir.path());
     store.read(|s| {
         assert_eq!(s.ops().count(), OPS_ENDED_MAX + 1);
@@ -223,12 +227,12 @@ fn perform(tx: &mut Tx, act: &Act) -> Result<()> {
         Act::Remove(n) => drop(tx.remove_vm(&vm_id(n))),
         Act::Workspace(n) => tx.put_workspace(workspace(n))?,
         Act::Op { n, ended } => tx.put_op(op(n, if ended { OpState::Cancelled } else { OpState::Running })),
-        Act::Intend(n) => drop(tx.intend(Some(&vm_id(n)), 1, "disk", "d")),
-        Act::Strike(id) => drop(tx.strike(id)),
+        Act::Intend(n) => _ = tx.intend(Some(&vm_id(n)), 1, "disk", "d"),
+        Act::Strike(id) => _ = tx.strike(id),
         Act::Key { uid, n, expires_at } => {
             tx.put_key(KeyRow { uid, key: format!("k{n}"), params_hash: "h".into(), op: op_id(n), expires_at })?;
         }
-        Act::Expire(now) => drop(tx.expire_keys(now)),
+        Act::Expire(now) => _ = tx.expire_keys(now),
         Act::Meta(n) => tx.put_meta("m", &n.to_string()),
         Act::Fail => return Err(Error::invalid("no")),
     }
@@ -258,11 +262,15 @@ proptest! {
                 tx.put_meta("round", &i.to_string());
                 acts.iter().try_for_each(|a| perform(tx, a))
             });
-            let more = gate.as_ref().map(|_| store.change(|tx| Ok(tx.put_meta("more", "x"))).unwrap());
+            let put_more = |tx: &mut Tx| {
+                tx.put_meta("more", "x");
+                Ok(())
+            };
+            let more = gate.as_ref().map(|_| store.change(put_more).unwrap());
             drop(gate);
             match (made, more) {
                 (Err(_), None) => prop_assert_eq!(state(&store), before),
-                (Ok((_, ticket)), None) => drop(ticket.wait(soon()).unwrap()),
+                (Ok((_, ticket)), None) => prop_assert_eq!(ticket.wait(soon()).unwrap(), ticket.seq()),
                 (made, Some((_, more))) => {
                     prop_assert!(more.wait(soon()).is_err());
                     prop_assert!(made.is_err() || made.unwrap().1.wait(soon()).is_err());

@@ -83,7 +83,8 @@ fn an_essential_change_has_the_reserve() {
     store.faults().fail(Fault::DiskFull, 1);
     let (_, ticket) = store.change_essential(|tx| Ok(tx.remove_vm(&vm_id(1)))).unwrap();
     ticket.wait(soon()).unwrap();
-    assert!(store.wait_writable(soon()));
+    // Taken again before the writer's next batch.
+    put(&store, 1).unwrap().wait(soon()).unwrap();
     assert_eq!(reserve.metadata().unwrap().len(), RESERVE_BYTES);
     // And while the store is read-only it is tried, but no magic.
     store.faults().fail(Fault::Io, u64::MAX);
@@ -94,7 +95,7 @@ fn an_essential_change_has_the_reserve() {
     let (_, ticket) = store.change_essential(|tx| tx.put_vm(row(4))).unwrap();
     ticket.wait(soon()).unwrap();
     let store = check_reopened(store, dir.path());
-    assert_eq!(store.read(|s| s.vms().count()), 1);
+    assert_eq!(store.read(|s| s.vms().count()), 2);
 }
 
 #[test]
@@ -103,11 +104,41 @@ fn a_closed_store_has_written_all_and_takes_no_more() {
     let store = Store::open(dir.path()).unwrap();
     let tickets: Vec<_> = (0..50).map(|n| put(&store, n).unwrap()).collect();
     store.close();
-    tickets.iter().for_each(|t| drop(t.wait(Instant::now()).unwrap()));
+    tickets.iter().for_each(|t| assert_eq!(t.wait(Instant::now()).unwrap(), t.seq()));
     assert_eq!(put(&store, 99).map(drop).unwrap_err().kind(), Kind::ShuttingDown);
     assert_eq!(store.read(|s| s.vms().count()), 50);
     store.close();
     assert_eq!(state(&Store::open(dir.path()).unwrap()), state(&store));
+}
+
+#[test]
+fn many_threads_and_failing_commits() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let workers: Vec<_> = (0..8u32)
+        .map(|worker| {
+            let store = store.clone();
+            let work = move || {
+                let mut acknowledged = Vec::new();
+                for n in (0..60).map(|i| worker * 100 + i) {
+                    if worker == 0 && n % 10 == 5 {
+                        store.faults().fail([Fault::Io, Fault::IoAfterCommit, Fault::DiskFull][n as usize / 10 % 3], 1);
+                    }
+                    if store.change_durable(|tx| tx.put_vm(row(n))).is_ok() {
+                        acknowledged.push(n);
+                    }
+                    assert!(store.wait_writable(soon()));
+                }
+                acknowledged
+            };
+            thread::spawn("worker", work).unwrap()
+        })
+        .collect();
+    let mut acknowledged: Vec<u32> = workers.into_iter().flat_map(|w| w.join().unwrap()).collect();
+    acknowledged.sort_unstable();
+    assert!((1..480).contains(&acknowledged.len()), "some fail, some do not");
+    let store = check_reopened(store, dir.path());
+    assert_eq!(store.read(|s| s.vms().map(|r| r.slot).collect::<Vec<_>>()), acknowledged);
 }
 
 /// A mounted tmpfs that is gone at the end.

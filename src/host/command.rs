@@ -1,6 +1,6 @@
 //! Host commands: an argv, a cleared environment, a deadline, a cancel token, bounded output.
 
-use super::wait::{Woken, cancelled, is_readable, wait_any};
+use super::wait::{Woken, cancelled, is_readable, wait_any, wait_uncancelled};
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Rank, region};
 use nix::poll::PollFlags;
@@ -127,7 +127,12 @@ impl Commands for HostCommands {
 fn last_lines(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let lines: Vec<_> = text.lines().filter(|l| !l.trim().is_empty()).collect();
-    lines[lines.len().saturating_sub(3)..].join("; ").escape_debug().to_string()
+    printable(&lines[lines.len().saturating_sub(3)..].join("; "))
+}
+
+/// The text of a stranger, for an error or a log line: control characters are escaped.
+pub fn printable(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
 /// Runs to the end whatever the status: 128+n where signal n killed it. What it leaves running in its process
@@ -155,7 +160,7 @@ fn pidfd(child: &std::process::Child) -> std::io::Result<OwnedFd> {
 
 fn wait_exited(child: &std::process::Child, patience: Duration) -> std::io::Result<Woken> {
     let exited = pidfd(child)?;
-    wait_any(&[(exited.as_fd(), PollFlags::POLLIN)], Instant::now() + patience, &Cancel::try_new()?)
+    wait_uncancelled(&[(exited.as_fd(), PollFlags::POLLIN)], Instant::now() + patience)
 }
 
 #[allow(clippy::disallowed_methods)] // The one place.

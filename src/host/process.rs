@@ -1,6 +1,6 @@
 //! Long-lived processes: started detached, known by more than a pid, signalled and awaited by pidfd only.
 
-use super::wait::{Woken, is_readable, wait_any};
+use super::wait::{Woken, is_readable, wait_any, wait_uncancelled};
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Mutex, Rank};
 use nix::poll::PollFlags;
@@ -142,6 +142,16 @@ impl Process {
         }
     }
 
+    /// As [`Process::wait`] for clean-up, which ignores cancellation.
+    pub fn wait_uncancelled(&self, deadline: Instant) -> Result<bool> {
+        let woken = wait_uncancelled(&[(self.fd(), PollFlags::POLLIN)], deadline)
+            .map_err(|e| Error::io(format!("wait for the end of process {}", self.identity.pid), e))?;
+        if woken == Woken::Ready {
+            self.exit();
+        }
+        Ok(woken == Woken::Ready)
+    }
+
     /// How it ended; None while it lives. Reaps it if it is a child of ours.
     pub fn exit(&self) -> Option<Exit> {
         let key = (self.identity.start_time, self.identity.pid);
@@ -166,6 +176,11 @@ impl Process {
             Err(_) => Some(children.get(&key).copied().flatten().unwrap_or(Exit::Unknown)),
         }
     }
+}
+
+/// How a process that is gone ended, where that is still known.
+pub fn exit_of_gone(identity: &Identity) -> Exit {
+    CHILDREN.lock().get(&(identity.start_time, identity.pid)).copied().flatten().unwrap_or(Exit::Unknown)
 }
 
 /// Whether it lives still. A zombie does not, and is reaped if it is ours.

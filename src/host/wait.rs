@@ -25,15 +25,24 @@ pub fn timeout_until(deadline: Instant) -> PollTimeout {
 
 /// Waits until a descriptor is ready for what is asked of it. A token that has fired wins over a ready one.
 pub fn wait_any(fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant, cancel: &Cancel) -> io::Result<Woken> {
+    wait(fds, deadline, Some(cancel))
+}
+
+/// As [`wait_any`] for clean-up, which ignores cancellation.
+pub fn wait_uncancelled(fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant) -> io::Result<Woken> {
+    wait(fds, deadline, None)
+}
+
+fn wait(fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant, cancel: Option<&Cancel>) -> io::Result<Woken> {
     loop {
-        let mut polled = vec![PollFd::new(cancel.fd(), PollFlags::POLLIN)];
+        let mut polled: Vec<_> = cancel.map(|c| PollFd::new(c.fd(), PollFlags::POLLIN)).into_iter().collect();
         polled.extend(fds.iter().map(|(fd, flags)| PollFd::new(*fd, *flags)));
         let ready = match poll(&mut polled, timeout_until(deadline)) {
             Ok(n) => n,
             Err(nix::errno::Errno::EINTR) => continue,
             Err(e) => return Err(e.into()),
         };
-        if cancel.is_cancelled() {
+        if cancel.is_some_and(Cancel::is_cancelled) {
             return Ok(Woken::Cancelled);
         }
         if ready > 0 {

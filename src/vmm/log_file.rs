@@ -201,7 +201,9 @@ mod tests {
         let check = |older: Option<&str>, current: Option<&str>, lines, expected: &str| {
             for (name, text) in [(OLDER, older), (CURRENT, current)] {
                 let _ = std::fs::remove_file(dir.path().join(name));
-                text.map(|t| std::fs::write(dir.path().join(name), t).unwrap());
+                if let Some(text) = text {
+                    std::fs::write(dir.path().join(name), text).unwrap();
+                }
             }
             assert_eq!(all(&mut LogReader::open(dir.path(), lines).unwrap()), expected, "{older:?} {current:?} {lines:?}");
         };

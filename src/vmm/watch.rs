@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-type Died = Box<dyn FnOnce(String) + Send>;
+pub type Died = Box<dyn FnOnce(Exit) + Send>;
 
 #[derive(Default)]
 struct State {
@@ -93,12 +93,12 @@ fn run(shared: &Shared) {
 }
 
 /// On a thread of its own: it takes locks and waits for commits, and others may be dying.
-fn tell(exit: Exit, died: Died) {
+pub fn tell(exit: Exit, died: Died) {
     let died = Arc::new(Mutex::new(Rank::Consoles, Some(died)));
     let call = move |died: &Mutex<Option<Died>>| {
         let taken = died.lock().take();
         if let Some(died) = taken {
-            died(exit.to_string());
+            died(exit);
         }
     };
     let theirs = died.clone();
@@ -131,7 +131,7 @@ mod tests {
             ("false", process("/bin/false", &[])),
         ] {
             let told = told.clone();
-            watcher.add(p, Box::new(move |how| told.send((name, how)).unwrap())).unwrap();
+            watcher.add(p, Box::new(move |how| told.send((name, how.to_string())).unwrap())).unwrap();
         }
         let next = || tellings.recv_timeout(Duration::from_secs(10)).unwrap();
         let mut first = [next(), next()];
@@ -148,7 +148,7 @@ mod tests {
         let (told, tellings) = channel();
         let sleeper = process("/bin/sleep", &["1000"]);
         let same = Process::open(sleeper.identity()).unwrap().unwrap();
-        watcher.add(same, Box::new(move |how| told.send(how).unwrap())).unwrap();
+        watcher.add(same, Box::new(move |how| told.send(how.to_string()).unwrap())).unwrap();
         drop(watcher);
         sleeper.signal(rustix::process::Signal::KILL).unwrap();
         assert_eq!(tellings.recv_timeout(Duration::from_secs(10)), Err(RecvTimeoutError::Disconnected));

@@ -1,0 +1,155 @@
+//! One connection: lines out with descriptors, lines in with a bound and a deadline.
+
+use super::failure::{Failure, Result};
+use crate::api::frame::{FDS_MAX, FRAME_BYTES_MAX, Request, Version};
+use crate::error::{Error, Kind};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use serde_json::value::RawValue;
+use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+/// For the connect (a full backlog) and for each write.
+const SEND_DEADLINE: Duration = Duration::from_secs(10);
+const READ_BYTES: usize = 16 * 1024;
+
+pub(super) struct Connection {
+    stream: UnixStream,
+    /// Read and not yet taken.
+    buffer: Vec<u8>,
+    last_id: u64,
+    deadline: Option<Duration>,
+}
+
+impl Connection {
+    pub(super) fn open(socket: &Path) -> Result<Self> {
+        let stream = connect(socket).map_err(|e| unreachable_at(socket, &e))?;
+        Ok(Self { stream, buffer: Vec::new(), last_id: 0, deadline: None })
+    }
+
+    pub(super) fn try_clone(&self) -> Result<UnixStream> {
+        Ok(self.stream.try_clone().map_err(|e| Error::io("duplicate a connection", e))?)
+    }
+
+    pub(super) fn last_id(&self) -> u64 {
+        self.last_id
+    }
+
+    /// How long each read may take.
+    pub(super) fn set_deadline(&mut self, deadline: Option<Duration>) -> Result<()> {
+        self.deadline = deadline;
+        Ok(self.stream.set_read_timeout(deadline).map_err(|e| Error::io("set a deadline", e))?)
+    }
+
+    pub(super) fn hang_up(&self) {
+        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+    }
+
+    /// One request. The descriptors go with its first byte.
+    pub(super) fn send(&mut self, method: &str, params: &RawValue, more: bool, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        self.last_id += 1;
+        let id = RawValue::from_string(self.last_id.to_string()).expect("a number");
+        let request = Request { jsonrpc: Version::V2, id: &id, method: method.into(), params: Some(params), more, key: None };
+        let mut line = serde_json::to_vec(&request).map_err(|e| Error::internal(format!("write {method}")).with_source(e))?;
+        line.push(b'\n');
+        if line.len() > FRAME_BYTES_MAX {
+            let e = Error::new(Kind::FrameTooLarge, format!("{method}: the request has {} bytes, {FRAME_BYTES_MAX} may go", line.len()));
+            return Err(e.hint("pass less on the command line, and the rest through stdin (-i)").into());
+        }
+        match write_with_fds(&self.stream, &line, fds) {
+            // It may have closed on us and said why: the reader will find it, or the end.
+            Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                Err(Error::new(Kind::Timeout, format!("{method}: the daemon did not take the request in {} s", SEND_DEADLINE.as_secs())).into())
+            }
+            Err(e) => Err(Error::io(format!("send {method}"), e).into()),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// The next line, without its newline.
+    pub(super) fn read_line(&mut self, method: &str) -> Result<Vec<u8>> {
+        let mut searched = 0;
+        loop {
+            if let Some(at) = self.buffer[searched..].iter().position(|b| *b == b'\n') {
+                let rest = self.buffer.split_off(searched + at + 1);
+                let mut line = std::mem::replace(&mut self.buffer, rest);
+                line.pop();
+                return Ok(line);
+            }
+            searched = self.buffer.len();
+            if searched >= FRAME_BYTES_MAX {
+                self.hang_up();
+                return Err(Error::internal(format!("{method}: the daemon sent a line of more than {FRAME_BYTES_MAX} bytes")).into());
+            }
+            let mut piece = [0; READ_BYTES];
+            match self.stream.read(&mut piece) {
+                Ok(0) => return Err(lost(method)),
+                Ok(n) => self.buffer.extend_from_slice(&piece[..n]),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Err(lost(method)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.hang_up();
+                    let waited = self.deadline.unwrap_or_default().as_secs();
+                    let e = Error::new(Kind::Timeout, format!("{method}: the daemon did not answer in {waited} s"));
+                    return Err(e.hint("see what it is at: fcctl debug locks").into());
+                }
+                Err(e) => return Err(Error::io(format!("{method}: read from the daemon"), e).into()),
+            }
+        }
+    }
+}
+
+fn lost(method: &str) -> Failure {
+    let message = format!("{method}: the daemon closed the connection without an answer");
+    Failure::unreachable(message, "see whether fcd runs: fcctl doctor")
+}
+
+/// As `UnixStream::connect`, but a full backlog does not hold it for ever (unix(7): `SO_SNDTIMEO`).
+fn connect(socket: &Path) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(socket)?;
+    let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    set_socket_timeout(&fd, Timeout::Send, Some(SEND_DEADLINE))?;
+    rustix::io::retry_on_intr(|| rustix::net::connect(&fd, &address))?;
+    Ok(UnixStream::from(fd))
+}
+
+fn unreachable_at(socket: &Path, e: &io::Error) -> Failure {
+    let at = socket.display();
+    match e.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Failure::unreachable(
+            format!("no daemon at {at}: there is no such socket"),
+            "start one (fcd), or name its socket (--socket S or FCD_SOCKET)",
+        ),
+        io::ErrorKind::ConnectionRefused => {
+            Failure::unreachable(format!("no daemon at {at}: nobody listens on the socket"), "start it again: fcd")
+        }
+        io::ErrorKind::PermissionDenied => Failure::unreachable(
+            format!("the socket {at} may not be used by this user"),
+            format!("join the group that ls -l {at} shows, or run a daemon of your own: fcd"),
+        ),
+        io::ErrorKind::WouldBlock => Failure::unreachable(
+            format!("the daemon at {at} took no connection in {} s", SEND_DEADLINE.as_secs()),
+            "see whether it hangs: fcctl doctor, or end it and start it again",
+        ),
+        _ => Failure::unreachable(format!("connect to {at}: {e}"), "run fcctl doctor"),
+    }
+}
+
+fn write_with_fds(mut stream: &UnixStream, line: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut sent = 0;
+    if !fds.is_empty() {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("more than {FDS_MAX} descriptors")));
+        }
+        let pieces = [IoSlice::new(line)];
+        sent = rustix::io::retry_on_intr(|| rustix::net::sendmsg(stream, &pieces, &mut ancillary, SendFlags::NOSIGNAL))?;
+    }
+    stream.write_all(&line[sent..])
+}

@@ -2,22 +2,19 @@
 
 use super::Daemon;
 use super::lifecycle::Claim;
-use crate::disk;
-use crate::disk::seed::{KeyPair, Network, Seed};
+use crate::disk::{self, KeyPair, Method, Network, RootSpec, Seed};
 use crate::error::{Error, Kind, Result};
 use crate::guest::Target;
 use crate::image::ImageInfo;
 use crate::locks::Cancel;
 use crate::store::VmRow;
 use crate::vmm::{DiskFormat, Running, VmmSpec};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// The guest's side of user-mode networking (QEMU, "-netdev user": 10.0.2.0/24, .2 the host, .3 the DNS server).
-const USER_NET: (&str, &str, &str) = ("10.0.2.15/24", "10.0.2.2", "10.0.2.3");
 const GUEST_USER: &str = "root";
 const KEY_FILE: &str = "key";
 const SEED_FILE: &str = "seed";
+const DISK_FILE: &str = "disk";
 
 impl Daemon {
     /// From nothing to a guest that answers. On an error nothing of the VM runs.
@@ -44,32 +41,55 @@ impl Daemon {
 
     /// The VM's directory with its disk, its seed and its keys; what is there already stays.
     fn prepare_files(&self, row: &VmRow, image: &ImageInfo, cancel: &Cancel) -> Result<VmmSpec> {
+        let spec = self.spec(row, image);
+        drop(crate::host::fs::create_dir(&spec.dir, 0o711)?);
+        self.write_identity(row, &spec)?;
+        self.prepare_disk(row, image, &spec, cancel)?;
+        // What the disk became is in the row by now.
+        Ok(self.spec(&self.row(&row.id)?, image))
+    }
+
+    /// What a driver is told. The disk's kind is the row's: it was decided when the disk was made.
+    pub(super) fn spec(&self, row: &VmRow, image: &ImageInfo) -> VmmSpec {
         let dir = self.vm_dir(&row.id);
-        let credentials = self.credentials(row);
-        crate::host::fs::create_dir(&dir, 0o711)?;
-        let run = dir.join("run");
-        crate::host::fs::create_dir(&run, 0o700)?;
-        crate::host::fs::own(&run, credentials)?;
-        self.write_identity(row, &dir, credentials)?;
-        let root = disk::make_root(self.commands.as_ref(), &image.rootfs, &dir, row.disk_bytes, credentials, cancel)?;
-        let name = root.driver.name().to_owned();
-        if row.disk_driver.as_deref() != Some(name.as_str()) {
-            self.store.change(|tx| tx.update_vm(&row.id, |r| r.disk_driver = Some(name)))?;
-        }
-        Ok(VmmSpec {
+        let is_raw = self.disk_method(row) == Method::Reflink;
+        VmmSpec {
             vm: row.id.clone(),
             tag: self.tag(row),
             kernel: image.kernel.clone(),
             initrd: image.initrd.clone(),
-            disk: root.path,
-            disk_format: if root.driver == disk::RootDriver::Qcow2 { DiskFormat::Qcow2 } else { DiskFormat::Raw },
+            boot_args: image.boot_args.clone(),
+            disk: dir.join(DISK_FILE),
+            disk_format: if is_raw { DiskFormat::Raw } else { DiskFormat::Qcow2 },
             seed: dir.join(SEED_FILE),
             vcpus: row.vcpus,
             mem_mib: row.mem_mib,
-            credentials,
+            credentials: self.credentials(row),
             console_bytes_max: self.config.limits.console_bytes_max,
             dir,
-        })
+        }
+    }
+
+    /// How this VM's root disk shares the image's blocks: as it was made, else as the file system can.
+    fn disk_method(&self, row: &VmRow) -> Method {
+        match row.disk_driver.as_deref() {
+            Some(name) if name == Method::Reflink.name() => Method::Reflink,
+            Some(_) => Method::Qcow2,
+            None => disk::probe(&self.config.state_dir).map_or(Method::Qcow2, |p| p.method),
+        }
+    }
+
+    fn prepare_disk(&self, row: &VmRow, image: &ImageInfo, spec: &VmmSpec, cancel: &Cancel) -> Result<()> {
+        let commands = self.commands.as_ref();
+        if row.disk_driver.is_some() && spec.disk.exists() {
+            return disk::grow(commands, &spec.disk, self.disk_method(row), row.disk_bytes, cancel);
+        }
+        let wanted =
+            RootSpec { base: &image.rootfs, path: &spec.disk, size_bytes: row.disk_bytes, owner: spec.credentials };
+        let made = disk::make_root(commands, &wanted, cancel)?;
+        let name = made.method.name().to_owned();
+        let ((), ticket) = self.store.change(|tx| tx.update_vm(&row.id, |r| r.disk_driver = Some(name)))?;
+        self.wait_durable(ticket)
     }
 
     /// The VMM's uid and gid, when the daemon may give them.
@@ -79,21 +99,21 @@ impl Daemon {
     }
 
     /// Host key, user key and seed are made once in a VM's life: its identity outlives its restarts.
-    fn write_identity(&self, row: &VmRow, dir: &Path, credentials: Option<(u32, u32)>) -> Result<()> {
-        if row.host_key.is_some() && dir.join(KEY_FILE).exists() && dir.join(SEED_FILE).exists() {
+    fn write_identity(&self, row: &VmRow, spec: &VmmSpec) -> Result<()> {
+        let key_file = spec.dir.join(KEY_FILE);
+        if row.host_key.is_some() && key_file.exists() && spec.seed.exists() {
             return Ok(());
         }
-        let (host, user) = (KeyPair::generate()?, KeyPair::generate()?);
-        let (address, gateway, dns) = USER_NET;
+        let (host, user) = (KeyPair::generate(row.name.as_str())?, KeyPair::generate("fcd")?);
         let seed = Seed {
-            host_name: row.name.to_string(),
-            network: Network { address: address.into(), gateway: gateway.into(), dns: dns.into() },
-            authorized_key: user.public_line.clone(),
-            host_key: host.private.clone(),
+            host_name: &row.name,
+            network: &Network::user_mode(),
+            authorized_keys: &[user.public_line().to_owned()],
+            host_key: &host,
         };
-        crate::host::fs::write_durable(&dir.join(KEY_FILE), user.private.as_bytes(), 0o600)?;
-        seed.write(&dir.join(SEED_FILE), credentials)?;
-        let blob = host.public_blob.clone();
+        crate::host::fs::write_durable(&key_file, user.private_openssh().as_bytes(), 0o600)?;
+        seed.write(&spec.seed, spec.credentials)?;
+        let blob = host.public_blob().to_vec();
         let ((), ticket) = self.store.change(|tx| tx.update_vm(&row.id, |r| r.host_key = Some(blob)))?;
         self.wait_durable(ticket)
     }

@@ -46,7 +46,7 @@ impl Daemon {
             self.transport.exec(&target, &spec, streams, &claim.cancel)
         });
         // The connection breaks under the shutdown; what the guest had said until then counts.
-        if !said.bytes().starts_with(SYNCED) {
+        if !said.bytes.starts_with(SYNCED) {
             log::info!("vm {} was not synced: {asked:?}", row.name);
             return Synced::Timeout;
         }

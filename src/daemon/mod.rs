@@ -29,6 +29,7 @@ pub use access::Caller;
 pub use notes::Notes;
 pub use sessions::ExecIo;
 pub use transitions::markdown_table as transitions_table;
+pub use doctor::host_checks;
 pub use waiting::{Gone, Hangup};
 
 use crate::config::Config;
@@ -40,7 +41,7 @@ use crate::image::Images;
 use crate::locks::{Cancel, Mutex, Rank};
 use crate::ops::Ops;
 use crate::pool::{Admission, Pool};
-use crate::session::Sessions;
+use crate::guest::ControlSender;
 use crate::store::{Store, Ticket, Tx};
 use crate::vmm::Driver;
 use serde::Serialize;
@@ -66,6 +67,17 @@ pub struct Seams {
     pub commands: Arc<dyn Commands>,
 }
 
+impl Seams {
+    /// The real ones.
+    pub fn real(config: &Config) -> Result<Self> {
+        Ok(Self {
+            vmm: Arc::new(crate::vmm::qemu::Qemu::new(config.qemu.clone())?),
+            transport: Arc::new(crate::guest::SshTransport::new()),
+            commands: Arc::new(crate::host::HostCommands),
+        })
+    }
+}
+
 /// What a clone of [`Daemon`] shares.
 pub struct Inner {
     pub config: Config,
@@ -74,7 +86,7 @@ pub struct Inner {
     pub locks: locks::OpLocks,
     pub pool: Pool,
     images: Images,
-    sessions: Sessions,
+    sessions: crate::session::Registry<ControlSender>,
     admission: Admission,
     runtimes: runtime::Runtimes,
     vmm: Arc<dyn Driver>,
@@ -145,7 +157,7 @@ impl Daemon {
         let inner = Inner {
             pool: Pool::new(limits.pool_workers, limits.pool_queue, limits.queue_per_uid_max)?,
             images: Images::open(&config.state_dir)?,
-            sessions: Sessions::new(),
+            sessions: crate::session::Registry::new(),
             admission: Admission::new(boots),
             locks: locks::OpLocks::new(),
             runtimes: runtime::Runtimes::new(),

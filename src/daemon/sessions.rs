@@ -5,8 +5,9 @@ use super::{Caller, Daemon};
 use crate::api::exec::{ExecReply, ExecResizeRequest, ExecSignalRequest, ExecStartRequest, Stream};
 use crate::api::vm::WorkspaceState;
 use crate::error::{Error, Kind, Result};
-use crate::guest::io::{Direction, FdSink, FdSource, accept_fifo};
-use crate::guest::{Control, ExecSpec, Sink, Source, Streams, command_line};
+use crate::guest::io::fifo::{self, Direction};
+use crate::guest::io::{FdSink, FdSource};
+use crate::guest::{Control, ExecSpec, Sink, Source, Streams, command_line, control_queue};
 use crate::ids::SessionId;
 use crate::locks::Cancel;
 use crate::store::VmRow;
@@ -30,9 +31,9 @@ impl ExecIo {
         let mut io = Self::default();
         for (stream, fd) in streams.iter().zip(fds) {
             let taken = match stream {
-                Stream::Stdin => io.stdin.replace(FdSource::new(accept_fifo(fd, Direction::Read)?)).is_some(),
-                Stream::Stdout => io.stdout.replace(FdSink::new(accept_fifo(fd, Direction::Write)?)).is_some(),
-                Stream::Stderr => io.stderr.replace(FdSink::new(accept_fifo(fd, Direction::Write)?)).is_some(),
+                Stream::Stdin => io.stdin.replace(FdSource::new(fifo::accept(fd, Direction::Read)?)).is_some(),
+                Stream::Stdout => io.stdout.replace(FdSink::new(fifo::accept(fd, Direction::Write)?)).is_some(),
+                Stream::Stderr => io.stderr.replace(FdSink::new(fifo::accept(fd, Direction::Write)?)).is_some(),
             };
             if taken {
                 return Err(Error::invalid(format!("{stream:?} is named twice").to_lowercase()));
@@ -60,14 +61,15 @@ impl Daemon {
         let workdir = request.workdir.clone().or_else(|| self.workdir(&row));
         let command = command_line(&request.argv, &request.env, workdir.as_deref()).map_err(doing)?;
         let target = self.target(&row).map_err(doing)?;
-        let mut session = self.sessions.open(caller.uid, row.id.clone())?;
-        session_made(session.id());
+        let (sender, mut controls) = control_queue()?;
+        let session = self.sessions.begin(caller.uid, row.id.clone(), sender);
+        session_made(&session.id);
         let spec = ExecSpec { command, pty: request.pty.clone(), ..ExecSpec::default() };
         let streams = Streams {
             stdin: io.stdin.as_mut().map(|s| s as &mut dyn Source),
             stdout: io.stdout.as_mut().map(|s| s as &mut dyn Sink),
             stderr: io.stderr.as_mut().map(|s| s as &mut dyn Sink),
-            controls: Some(session.controls()),
+            controls: Some(&mut controls),
             hangup: Some(connection),
         };
         let exit = self.transport.exec(&target, &spec, streams, &cancel).map_err(doing)?;
@@ -97,13 +99,10 @@ impl Daemon {
     }
 
     pub fn exec_resize(&self, caller: &Caller, request: &ExecResizeRequest) -> Result<()> {
-        self.sessions.control(&request.session, caller.uid, Control::Resize(request.size))
+        self.sessions.find(&request.session, caller.uid)?.send(Control::Resize(request.size))
     }
 
     pub fn exec_signal(&self, caller: &Caller, request: &ExecSignalRequest) -> Result<()> {
-        if crate::api::exec::signal_number(&request.signal) == 0 {
-            return Err(Error::invalid(format!("no signal {:?}", request.signal)).hint("give a name without SIG: INT, TERM, KILL"));
-        }
-        self.sessions.control(&request.session, caller.uid, Control::Signal(request.signal.clone()))
+        self.sessions.find(&request.session, caller.uid)?.send(Control::Signal(request.signal.clone()))
     }
 }

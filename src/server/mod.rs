@@ -11,14 +11,18 @@
 
 mod accept;
 mod connection;
+mod dispatch;
 mod line;
 mod request;
+mod run;
 mod socket;
 #[cfg(test)]
 mod tests;
 
 pub use connection::{Connection, Peer};
+pub use dispatch::Dispatch;
 pub use request::{CallError, CallResult, IncomingCall, KEY_LEN_MAX};
+pub use run::{exit_status, print_doctor, run};
 
 pub use crate::api::frame::{FDS_MAX, FRAME_BYTES_MAX};
 use crate::error::{Error, Result};

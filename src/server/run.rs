@@ -61,9 +61,19 @@ pub fn run(config: Config) -> Result<()> {
     let begun = Instant::now();
     server.stop_accepting();
     daemon.close(begun + TRANSFERS_GRACE, begun + EXIT_DEADLINE);
-    server.close(begun + EXIT_DEADLINE);
+    server.hang_up();
+    server.drain(begun + EXIT_DEADLINE);
     drop(reconciled);
     log::info!("done; VMs run on");
+    Ok(())
+}
+
+/// The daemon's checks as one JSON document, without serving: for `fcctl doctor` where no daemon runs.
+pub fn print_doctor(config: &Config) -> Result<()> {
+    let checks = crate::daemon::host_checks(config, &Seams::real(config)?);
+    let text = serde_json::to_string_pretty(&crate::api::daemon::DoctorReply { checks })
+        .map_err(|e| Error::internal("write the checks").with_source(e))?;
+    println!("{text}");
     Ok(())
 }
 

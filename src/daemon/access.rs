@@ -60,7 +60,7 @@ impl Daemon {
 
     /// The row as it is now; gone meanwhile: not found.
     pub(super) fn row(&self, id: &VmId) -> Result<VmRow> {
-        self.store.read(|s| s.vm(id).cloned()).ok_or_else(|| vm_not_found(id.as_str()))
+        self.store.read(|s| s.vm(id).map(|r| (**r).clone())).ok_or_else(|| vm_not_found(id.as_str()))
     }
 
     /// A mutation must wait until reconcile has looked at the VM.

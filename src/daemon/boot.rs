@@ -125,7 +125,7 @@ impl Daemon {
             let driver = self.vmm.describe();
             let fact = self.store.change(|tx| {
                 tx.update_vm(&claim.vm, |r| {
-                    r.identity = Some(identity.into());
+                    r.identity = Some(identity);
                     r.driver = Some(driver);
                 })
             });

@@ -9,7 +9,7 @@ use crate::api::vm::{VmDeleteReply, VmState};
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use crate::locks::KeyGuard;
-use crate::ops::OpHandle;
+use crate::ops::{self, OpHandle};
 use crate::store::{Intent, Ticket, VmRow};
 use serde_json::Value;
 use std::time::Duration;
@@ -104,13 +104,13 @@ impl Daemon {
         if let Some((op, verb, to)) = ending.next(&then) {
             enter(&mut row, to, op, verb);
         }
-        let result = result.map(|()| self.vm_value(&row));
+        let result = result.and_then(|()| self.vm_value(&row));
+        // The registry's lock is a leaf like the store's: the rows are made before.
+        let ended = (!matches!(then, Then::Restart)).then(|| ops::ended(ending.op.op(), &result));
+        let begun = ending.next(&then).map(|(op, ..)| op.op());
         let ((), ticket) = self.change(true, |tx| {
-            if !matches!(then, Then::Restart) {
-                tx.put_op(ending.op.op_ended(&result))?;
-            }
-            if let Some((op, ..)) = ending.next(&then) {
-                tx.put_op(op.op())?;
+            for op in ended.into_iter().chain(begun) {
+                tx.put_op(op);
             }
             tx.put_vm(row.clone())
         })?;
@@ -122,9 +122,11 @@ impl Daemon {
 
     fn write_gone(&self, row: &VmRow, ending: &Ending) -> Result<Written> {
         let result = to_value(&VmDeleteReply { deleted: Some(row.id.clone()) });
+        let op = ops::ended(ending.op.op(), &result);
         let ((), ticket) = self.change(true, |tx| {
-            tx.put_op(ending.op.op_ended(&result))?;
-            tx.remove_vm(&row.id)
+            tx.put_op(op);
+            tx.remove_vm(&row.id);
+            Ok(())
         })?;
         Ok(Written { ticket, result, then: Then::Gone })
     }
@@ -140,9 +142,16 @@ impl Daemon {
                 return (Then::Rest, settled);
             }
             // An rm VM that came to rest is deleted, by an operation of the daemon's own.
-            let op = self.ops.begin_unlimited("vm.delete", Some(row.id.clone()), row.owner_uid, false);
-            ending.successor = Some(Successor { verb: Verb::DeleteForce, op, timeout: None });
-            return (Then::Successor, settled);
+            return match self.begin_own_op("vm.delete", Some(row.id.clone()), row.owner_uid) {
+                Ok(op) => {
+                    ending.successor = Some(Successor { verb: Verb::DeleteForce, op, timeout: None });
+                    (Then::Successor, settled)
+                }
+                Err(e) => {
+                    log::warn!("delete vm {}, which was to be removed: {e}", row.name);
+                    (Then::Rest, settled)
+                }
+            };
         }
         let unfinished = restarting || ending.state == VmState::Starting;
         let result = match settled {
@@ -159,7 +168,8 @@ impl Daemon {
             (Then::Restart, _) => (op, Verb::Start, VmState::Starting, None),
             (Then::Successor, Some(s)) => {
                 op.finish(result);
-                (s.op, s.verb, s.target(), s.timeout)
+                let to = s.target();
+                (s.op, s.verb, to, s.timeout)
             }
             (_, successor) => {
                 op.finish(result.clone());
@@ -200,7 +210,7 @@ fn settle(row: &mut VmRow, ending: &Ending) -> Result<()> {
         }
         (Outcome::Booted(running), None) => {
             row.state = VmState::Running;
-            row.identity = Some(running.identity.clone().into());
+            row.identity = Some(running.identity.clone());
             row.ssh_addr = Some(running.ssh_addr);
             row.started_at = Some(now_s());
             Ok(())

@@ -27,7 +27,20 @@ impl Daemon {
             disk_bytes: request.disk_bytes.unwrap_or(image.disk_bytes),
             rm: request.rm,
             created_at: now_s(),
-            ..VmRow::blank()
+            // Replaced below by the first free one.
+            slot: 0,
+            generation: 0,
+            reason: None,
+            pending: None,
+            started_at: None,
+            op: None,
+            intent: None,
+            identity: None,
+            ssh_addr: None,
+            disk_driver: None,
+            driver: None,
+            host_key: None,
+            synced: None,
         };
         self.check_vcpus(row.vcpus)?;
         self.check_memory(row.mem_mib)?;
@@ -42,14 +55,14 @@ impl Daemon {
         self.view(&id)
     }
 
-    fn insert(&self, tx: &mut Tx<'_>, mut row: VmRow, name_given: bool) -> Result<()> {
-        let owned = tx.state().vms().filter(|r| r.owner_uid == row.owner_uid).count();
+    fn insert(&self, tx: &mut Tx, mut row: VmRow, name_given: bool) -> Result<()> {
+        let owned = tx.vms().filter(|r| r.owner_uid == row.owner_uid).count();
         let max = self.config.limits.vms_per_uid_max;
         if owned >= max {
             return Err(Error::new(Kind::VmLimit, format!("uid {} has {owned} VMs, the most that it may have", row.owner_uid))
                 .hint("delete some (fcctl vm prune), or raise limits.vms_per_uid_max"));
         }
-        row.name = if name_given { free_name(tx.state(), row.name)? } else { some_name(tx.state(), &row.id)? };
+        row.name = if name_given { free_name(tx, row.name)? } else { some_name(tx, &row.id)? };
         row.slot = tx.free_slot(self.config.qemu.uid_count)?;
         tx.put_vm(row)
     }

@@ -61,7 +61,7 @@ impl Daemon {
 
     /// The VM's live process: what the row says, or what carries its tag.
     pub(super) fn identity(&self, row: &VmRow) -> Option<Identity> {
-        let known: Option<Identity> = row.identity.clone().map(Into::into);
+        let known = row.identity.clone();
         if let Some(identity) = known
             && self.vmm.is_alive(&identity)
         {

@@ -25,7 +25,7 @@ impl Daemon {
         let name = request.name.clone().unwrap_or_else(|| self.config.vm.image.clone());
         let spec = BuildSpec::new(name.clone(), request.include.clone())?;
         let reserved = self.reserve_image(name)?;
-        let op = self.ops.begin("image.build", None, caller.uid, true)?;
+        let op = self.begin_op("image.build", None, caller.uid, true)?;
         self.persist_op(&op)?;
         let (id, daemon) = (op.id().clone(), self.clone());
         self.spawn(&format!("op-{id}"), move || {
@@ -50,8 +50,12 @@ impl Daemon {
     }
 
     fn build_image(&self, op: &OpHandle, spec: &BuildSpec) -> Result<Image> {
+        let reporter = op.reporter();
         let info = crate::image::build(self.commands.as_ref(), &self.images, spec, op.cancel(), &mut |stage, done, total| {
-            op.progress_of(stage, done, total, "bytes");
+            reporter.progress(stage);
+            if let Some(done) = done {
+                reporter.progress_bytes(done, total);
+            }
         })?;
         let _images = self.locks.image_ops.lock(&());
         self.images.publish(info.clone());

@@ -98,14 +98,15 @@ impl Daemon {
 
     /// Takes the VM: the row's state, its operation, the ends of whatever used the guest.
     fn claim_locked(&self, vm: &KeyGuard<'_, VmId>, mut row: VmRow, ask: &Ask, to: VmState, uid: u32) -> Result<Claim> {
-        let op = self.ops.begin(ask.method, Some(row.id.clone()), uid, to == VmState::Starting)?;
+        let op = self.begin_op(ask.method, Some(row.id.clone()), uid, to == VmState::Starting)?;
         let essential = matches!(ask.verb, Verb::Kill | Verb::Delete | Verb::DeleteForce);
         enter(&mut row, to, &op, ask.verb);
+        let op_row = op.op();
         let changed = self.change(essential, |tx| {
             if to == VmState::Starting {
-                self.reserve_memory(tx.state(), &row)?;
+                self.reserve_memory(tx, &row)?;
             }
-            tx.put_op(op.op())?;
+            tx.put_op(op_row);
             tx.put_vm(row.clone())
         });
         match changed {
@@ -155,7 +156,7 @@ impl Daemon {
             }
             return Ok(Begun::Joined(op));
         }
-        let op = self.ops.begin(ask.method, Some(row.id.clone()), uid, false)?;
+        let op = self.begin_op(ask.method, Some(row.id.clone()), uid, false)?;
         let id = op.id().clone();
         let replaced = self.runtimes.set_successor(vm.key(), Successor { verb: ask.verb, op, timeout: ask.timeout });
         match row.state {

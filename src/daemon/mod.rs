@@ -3,6 +3,7 @@
 
 mod access;
 mod boot;
+mod close;
 mod commit;
 mod console;
 mod create;
@@ -23,9 +24,10 @@ mod transitions;
 mod verbs;
 mod waiting;
 mod watch;
-mod workspaces;
+//mod workspaces;
 
 pub use access::Caller;
+pub use crate::ops::Change as OpEvent;
 pub use notes::Notes;
 pub use sessions::ExecIo;
 pub use transitions::markdown_table as transitions_table;
@@ -50,7 +52,6 @@ use std::collections::HashSet;
 use std::ops::Deref;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How long a change may take to reach the disk.
@@ -72,7 +73,7 @@ impl Seams {
     pub fn real(config: &Config) -> Result<Self> {
         Ok(Self {
             vmm: Arc::new(crate::vmm::qemu::Qemu::new(config.qemu.clone())?),
-            transport: Arc::new(crate::guest::SshTransport::new()),
+            transport: Arc::new(crate::guest::SshTransport),
             commands: Arc::new(crate::host::HostCommands),
         })
     }
@@ -99,7 +100,7 @@ pub struct Inner {
     unlooked: Mutex<HashSet<VmId>>,
     /// Fires when the daemon closes.
     closing: Cancel,
-    threads: AtomicUsize,
+    threads: close::Threads,
     started: Instant,
 }
 
@@ -134,6 +135,30 @@ fn to_value(reply: &impl Serialize) -> Result<Value> {
     serde_json::to_value(reply).map_err(|e| Error::internal("write a reply").with_source(e))
 }
 
+/// The registry with what the store has kept. Operations whose threads died with the earlier daemon have ended.
+fn open_ops(store: &Store, mut rows: Vec<crate::api::op::Op>) -> Result<Ops> {
+    let keep = store.clone();
+    let ops = Ops::new(move |ended| {
+        let kept = keep.change_essential(|tx| {
+            tx.put_op(ended.op);
+            Ok(())
+        });
+        if let Err(e) = kept {
+            log::warn!("write down an operation that was dropped: {e}");
+        }
+    });
+    rows.sort_by_key(|op| op.started_at);
+    let broken = ops.restore(rows)?;
+    let ((), ticket) = store.change(|tx| {
+        for ended in broken {
+            tx.put_op(ended.op);
+        }
+        Ok(())
+    })?;
+    ticket.wait(Instant::now() + DURABLE_DEADLINE)?;
+    Ok(ops)
+}
+
 /// Seconds since the epoch.
 fn now_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
@@ -149,11 +174,10 @@ impl Daemon {
             0 => crate::host::limits::mem_total_mib()? * MEM_SHARE_PERCENT / 100,
             set => set,
         };
-        let ops = Ops::new(limits.operations_per_uid_max);
         let (rows, unlooked) = store.read(|s| {
             (s.ops().map(|o| (**o).clone()).collect::<Vec<_>>(), s.vms().map(|r| r.id.clone()).collect::<HashSet<_>>())
         });
-        ops.restore(rows);
+        let ops = open_ops(&store, rows)?;
         let inner = Inner {
             pool: Pool::new(limits.pool_workers, limits.pool_queue, limits.queue_per_uid_max)?,
             images: Images::open(&config.state_dir)?,
@@ -167,7 +191,7 @@ impl Daemon {
             building: Mutex::new(Rank::Runtimes, HashSet::new()),
             unlooked: Mutex::new(Rank::Runtimes, unlooked),
             closing: Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?,
-            threads: AtomicUsize::new(0),
+            threads: close::Threads::new(),
             started: Instant::now(),
             mem_mib_max,
             ops,
@@ -177,16 +201,13 @@ impl Daemon {
         Ok(Self(Arc::new(inner)))
     }
 
+    pub fn is_closing(&self) -> bool {
+        self.closing.is_cancelled()
+    }
+
     /// Starts a thread of an operation. It is counted, so that close can wait for it.
     fn spawn(&self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
-        struct Count(Daemon);
-        impl Drop for Count {
-            fn drop(&mut self) {
-                self.0.threads.fetch_sub(1, Ordering::SeqCst);
-            }
-        }
-        self.threads.fetch_add(1, Ordering::SeqCst);
-        let count = Count(self.clone());
+        let count = self.threads.enter();
         crate::host::thread::spawn(name, move || {
             let _count = count;
             if std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).is_err() {
@@ -199,11 +220,11 @@ impl Daemon {
 
     /// Threads of operations now running.
     pub fn threads(&self) -> usize {
-        self.threads.load(Ordering::SeqCst)
+        self.threads.count()
     }
 
     /// One section of the store. `essential` changes (kill, delete, commits) also pass when the disk is full.
-    fn change<T>(&self, essential: bool, change: impl FnOnce(&mut Tx<'_>) -> Result<T>) -> Result<(T, Ticket)> {
+    fn change<T>(&self, essential: bool, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<(T, Ticket)> {
         if essential { self.store.change_essential(change) } else { self.store.change(change) }
     }
 

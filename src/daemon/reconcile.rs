@@ -4,19 +4,15 @@
 use super::lifecycle::Claim;
 use super::transitions::Verb;
 use super::{Daemon, KILL_DEADLINE};
-use crate::api::Fault;
-use crate::api::op::OpState;
 use crate::api::vm::VmState;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::ids::VmId;
 use crate::store::VmRow;
-use crate::vmm::Identity;
 use std::time::Instant;
 
 impl Daemon {
     /// Looks at every VM; each may be changed again as soon as it was looked at.
     pub fn reconcile(&self) {
-        self.end_interrupted_operations();
         let ids: Vec<VmId> = self.store.read(|s| s.vms().map(|r| r.id.clone()).collect());
         for id in ids {
             if let Err(e) = self.reconcile_vm(&id) {
@@ -26,25 +22,6 @@ impl Daemon {
         }
         if let Err(e) = self.remove_orphaned_directories() {
             log::error!("reconcile the state directory: {e}");
-        }
-    }
-
-    /// Their threads died with the earlier daemon.
-    fn end_interrupted_operations(&self) {
-        let error = Error::new(Kind::Internal, "the daemon was restarted in the middle").hint("try again");
-        let changed = self.store.change(|tx| {
-            let open: Vec<_> = tx.state().ops().filter(|op| !op.state.has_ended()).map(|op| (**op).clone()).collect();
-            for mut op in open {
-                op.state = OpState::Failed;
-                op.ended_at = Some(super::now_s());
-                op.error = Some(Fault { op: Some(op.id.clone()), ..Fault::from(&error) });
-                tx.put_op(op);
-            }
-            Ok(tx.state().ops().map(|op| (**op).clone()).collect::<Vec<_>>())
-        });
-        match changed {
-            Ok((ops, _)) => self.ops.restore(ops),
-            Err(e) => log::error!("end the operations of the earlier daemon: {e}"),
         }
     }
 
@@ -71,7 +48,7 @@ impl Daemon {
     }
 
     fn adopt_or_fail(&self, row: &VmRow) -> Result<()> {
-        let known: Option<Identity> = row.identity.clone().map(Into::into);
+        let known = row.identity.clone();
         if let Some(identity) = &known
             && identity.boot_id != crate::host::process::boot_id()?
         {
@@ -80,13 +57,14 @@ impl Daemon {
         let Some(identity) = self.identity(row) else {
             return self.put_at_rest(row, VmState::Failed, "the vmm died while the daemon did not run");
         };
-        let spec = self.spec_to_adopt(row)?;
+        let image = self.images.get(&row.image)?;
+        let spec = self.spec(row, &image);
         match self.vmm.adopt(&spec, &identity) {
             Ok(running) => {
                 let adopted = running.clone();
                 let ((), ticket) = self.store.change(|tx| {
                     tx.update_vm(&row.id, |r| {
-                        r.identity = Some(adopted.identity.into());
+                        r.identity = Some(adopted.identity);
                         r.ssh_addr = Some(adopted.ssh_addr);
                     })
                 })?;
@@ -127,11 +105,11 @@ impl Daemon {
 
     /// A stop or a delete that was under way is finished by an operation of the daemon's own.
     fn resume(&self, row: &VmRow, verb: Verb) -> Result<()> {
-        let op = self.ops.begin_unlimited("reconcile", Some(row.id.clone()), row.owner_uid, false);
+        let op = self.begin_own_op("reconcile", Some(row.id.clone()), row.owner_uid)?;
         let guard = self.locks.vm.lock(&row.id);
-        let id = op.id().clone();
+        let (id, op_row) = (op.id().clone(), op.op());
         let ((), ticket) = self.change(true, |tx| {
-            tx.put_op(op.op());
+            tx.put_op(op_row);
             tx.update_vm(guard.key(), |r| r.op = Some(id))
         })?;
         self.arm_locked(&guard, &op, row.state, verb);

@@ -157,6 +157,17 @@ impl Runtimes {
         }
     }
 
+    /// Ends every transfer, session and boot of every VM.
+    pub fn cancel_everything(&self, cause: &str) {
+        let tokens: Vec<_> = {
+            let map = self.map.lock();
+            map.values().flat_map(|r| r.users.values().chain(&r.boot).cloned().collect::<Vec<_>>()).collect()
+        };
+        for token in tokens {
+            token.cancel(cause);
+        }
+    }
+
     /// Entries now held; 0 when nothing is under way.
     pub fn len(&self) -> usize {
         self.map.lock().len()

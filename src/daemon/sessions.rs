@@ -85,7 +85,7 @@ impl Daemon {
         let user = self.runtimes.join(guard.key(), cancel.clone());
         drop(guard);
         if let Some(identity) = row.identity.clone()
-            && !self.vmm.is_alive(&identity.into())
+            && !self.vmm.is_alive(&identity)
         {
             return Err(Error::new(Kind::GuestUnavailable, format!("vm {}: its vmm has died", row.name))
                 .hint(format!("fcctl vm show {}", row.name)));

@@ -150,6 +150,12 @@ impl std::fmt::Debug for KeyPair {
     }
 }
 
+/// `ssh-ed25519 AAAA...` from the raw public key blob.
+pub fn public_line(blob: &[u8]) -> Result<String> {
+    let bad = |e: ssh_key::Error| Error::internal("write a public key").with_source(e);
+    ssh_key::PublicKey::from_bytes(blob).map_err(bad)?.to_openssh().map_err(bad)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,6 +5,7 @@ use crate::api::vm::{Pending, Synced, VmState};
 use crate::ids::{ImageRef, OpId, VmId, VmName};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
+use crate::host::process::Identity;
 use std::net::SocketAddr;
 
 /// What follows the running transition, so that nothing slips between its halves.
@@ -13,17 +14,6 @@ use std::net::SocketAddr;
 pub enum Intent {
     /// The stop is the first half of a restart.
     Restart,
-}
-
-/// A process that cannot be mistaken for another: never a pid alone.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ProcessIdentity {
-    pub pid: u32,
-    /// Field 22 of `/proc/<pid>/stat`, in clock ticks since boot (proc_pid_stat(5)).
-    pub start_time: u64,
-    /// `/proc/sys/kernel/random/boot_id`.
-    pub boot_id: String,
 }
 
 /// Any change of this shape is a new schema version: see `schema.rs`.
@@ -52,7 +42,7 @@ pub struct VmRow {
     pub generation: u64,
     /// Unique among the rows and small: the VMM's uid is a base and this.
     pub slot: u32,
-    pub identity: Option<ProcessIdentity>,
+    pub identity: Option<Identity>,
     pub ssh_addr: Option<SocketAddr>,
     pub disk_driver: Option<String>,
     pub driver: Option<String>,

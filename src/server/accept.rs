@@ -75,7 +75,7 @@ impl Registry {
         Self { limits, connected, left: Condvar::new(), stopping: AtomicBool::new(false) }
     }
 
-    fn enter(self: &Arc<Self>, socket: &Arc<UnixStream>, uid: u32) -> Result<Place> {
+    pub(super) fn enter(self: &Arc<Self>, socket: &Arc<UnixStream>, uid: u32) -> Result<Place> {
         let mut connected = self.connected.lock();
         let kept_back = if uid == 0 { 0 } else { self.limits.connections_root_reserved };
         let (all, theirs) = (connected.sockets.len(), connected.per_uid.get(&uid).copied().unwrap_or(0));

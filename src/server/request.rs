@@ -130,13 +130,14 @@ pub(super) fn parse(line: &[u8]) -> Result<Request<'_>, Box<Refused>> {
         let error = Error::new(Kind::InvalidRequest, text).hint("see JSON-RPC 2.0 and fcctl rpc --help");
         Box::new(Refused { id: usable_id(line), error: error.into() })
     };
+    let is_json = || serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok();
     // Derived readers take an array for an object.
-    if !text.starts_with('{') && serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok() {
+    if !text.starts_with('{') && is_json() {
         let what = if text.starts_with('[') { "batches are not supported" } else { "it is not an object" };
         return Err(refused(format!("invalid request: {what}")));
     }
     let request: Request<'_> = serde_json::from_str(text).map_err(|e| match e.classify() {
-        serde_json::error::Category::Data => refused(format!("invalid request: {e}")),
+        serde_json::error::Category::Data if is_json() => refused(format!("invalid request: {e}")),
         _ => bad_json(format!("the request is not JSON: {e}")),
     })?;
     if !id_is_usable(request.id) {

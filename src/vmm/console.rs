@@ -315,7 +315,7 @@ impl Reader {
         if log.bytes_max != attach.bytes_max {
             *log = Log { writer: None, bytes_max: attach.bytes_max, lost: log.lost };
         }
-        log.append(&attach.dir, format!("--- fcd: {} ---\r\n", attach.mark).as_bytes());
+        log.append(&attach.dir, Some(&attach.mark), &[]);
         self.shared.notify(&attach.dir);
         let vmm_log = open_dir(&attach.dir).ok().and_then(|dir| open_at(dir, VMM_LOG, OFlags::WRONLY, 0).ok());
         self.consoles.push(Console { dir: attach.dir, socket: attach.socket, vmm_log });
@@ -331,7 +331,7 @@ impl Reader {
             Err(_) => return false,
         };
         if let Some(log) = self.logs.get_mut(&console.dir) {
-            log.append(&console.dir, &self.buffer[..n]);
+            log.append(&console.dir, None, &self.buffer[..n]);
         }
         self.shared.notify(&console.dir);
         true
@@ -340,8 +340,8 @@ impl Reader {
 
 impl Log {
     /// What cannot be written is dropped and counted: a full disk must stop no guest.
-    fn append(&mut self, dir: &Path, bytes: &[u8]) {
-        if let Err(e) = self.try_append(dir, bytes) {
+    fn append(&mut self, dir: &Path, mark: Option<&str>, bytes: &[u8]) {
+        if let Err(e) = self.try_append(dir, mark, bytes) {
             if self.lost == 0 {
                 log::warn!("write the console log in {}: {e}", dir.display());
             }
@@ -350,15 +350,16 @@ impl Log {
         }
     }
 
-    fn try_append(&mut self, dir: &Path, bytes: &[u8]) -> io::Result<()> {
+    fn try_append(&mut self, dir: &Path, mark: Option<&str>, bytes: &[u8]) -> io::Result<()> {
         let writer = match &mut self.writer {
             Some(writer) => writer,
             none => none.insert(LogWriter::open(dir, self.bytes_max)?),
         };
         if self.lost > 0 {
-            writer.append(format!("\r\n--- fcd: {} bytes could not be written ---\r\n", self.lost).as_bytes())?;
+            writer.append_mark(&format!("{} bytes could not be written", self.lost))?;
             self.lost = 0;
         }
+        mark.map_or(Ok(()), |mark| writer.append_mark(mark))?;
         writer.append(bytes)
     }
 }

@@ -20,18 +20,29 @@ pub struct LogWriter {
     file: File,
     size: u64,
     half: u64,
+    is_at_line_start: bool,
 }
 
 impl LogWriter {
     /// `bytes_max` bounds both files together.
     pub fn open(dir: &Path, bytes_max: u64) -> io::Result<Self> {
         let dir = open_dir(dir).map_err(io::Error::other)?;
-        let file = open_at(&dir, CURRENT, OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE, MODE)?;
+        let file = open_at(&dir, CURRENT, OFlags::RDWR | OFlags::APPEND | OFlags::CREATE, MODE)?;
         let size = file.metadata()?.len();
-        Ok(Self { dir, file, size, half: (bytes_max / 2).max(1) })
+        let mut last = *b"\n";
+        if size > 0 {
+            file.read_exact_at(&mut last, size - 1)?;
+        }
+        Ok(Self { dir, file, size, half: (bytes_max / 2).max(1), is_at_line_start: last == *b"\n" })
     }
 
-    /// How much was written tells the error apart from nothing; what is left of `bytes` is the caller's.
+    /// A line of ours, on a line of its own.
+    pub fn append_mark(&mut self, mark: &str) -> io::Result<()> {
+        let start = if self.is_at_line_start { "" } else { "\r\n" };
+        self.append(format!("{start}--- fcd: {mark} ---\r\n").as_bytes())
+    }
+
+    /// On an error a part of it may have been written.
     pub fn append(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             if self.size >= self.half {
@@ -43,6 +54,7 @@ impl LogWriter {
                 return Err(io::ErrorKind::WriteZero.into());
             }
             self.size += n as u64;
+            self.is_at_line_start = bytes[n - 1] == b'\n';
             bytes = &bytes[n..];
         }
         Ok(())

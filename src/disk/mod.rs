@@ -30,9 +30,7 @@ impl Draft {
         name.push(".new");
         let draft = Self { path: target.with_file_name(name), target: target.to_owned(), published: false };
         match std::fs::remove_file(&draft.path) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                Err(Error::io(format!("remove {}", draft.path.display()), e))
-            }
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(format!("remove {}", draft.path.display()), e)),
             _ => Ok(draft),
         }
     }

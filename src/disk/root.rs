@@ -99,10 +99,9 @@ pub fn grow(commands: &dyn Commands, path: &Path, method: Method, size_bytes: u6
             let file = OpenOptions::new().write(true).open(path).map_err(|e| doing(Error::io("open it", e)))?;
             file.set_len(size_bytes).and_then(|()| file.sync_all()).map_err(|e| doing(Error::io("set its size", e)))
         }
-        Method::Qcow2 => commands
-            .run(&resize_qcow2(path, size_bytes), cancel, &mut |_| {})
-            .map(drop)
-            .map_err(|e| doing(mend_qemu_img(e))),
+        Method::Qcow2 => {
+            commands.run(&resize_qcow2(path, size_bytes), cancel, &mut |_| {}).map(drop).map_err(|e| doing(mend_qemu_img(e)))
+        }
     }
 }
 
@@ -247,13 +246,13 @@ mod tests {
     fn a_disk_is_made_and_grows_and_never_shrinks() {
         let dir = tempfile::tempdir().unwrap();
         let (base, path) = (base(dir.path()), dir.path().join("disk"));
-        let owner = Some((nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw()));
-        let spec = RootSpec { base: &base, path: &path, size_bytes: 1 << 20, owner };
+        let uid = nix::unistd::getuid().as_raw();
+        let spec = RootSpec { base: &base, path: &path, size_bytes: 1 << 20, owner: Some((uid, nix::unistd::getgid().as_raw())) };
         let disk = make_root(&HostCommands, &spec, &cancel()).unwrap();
         assert_eq!(disk.method, probe(dir.path()).unwrap().method);
         assert_eq!(disk_size(&path, disk.method).unwrap(), 1 << 20);
         let meta = std::fs::metadata(&path).unwrap();
-        assert_eq!((meta.permissions().mode() & 0o777, meta.uid()), (0o600, owner.unwrap().0));
+        assert_eq!((meta.permissions().mode() & 0o777, meta.uid()), (0o600, uid));
 
         grow(&HostCommands, &path, disk.method, 2 << 20, &cancel()).unwrap();
         grow(&HostCommands, &path, disk.method, 2 << 20, &cancel()).unwrap();

@@ -81,6 +81,9 @@ impl Seed<'_> {
             let mut header = tar::Header::new_ustar();
             header.set_size(text.len() as u64);
             header.set_mode(mode);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(0);
             tar.append_data(&mut header, name, text.as_bytes()).map_err(|e| Error::io("pack the seed drive", e))?;
         }
         tar.into_inner().map_err(|e| Error::io("pack the seed drive", e))

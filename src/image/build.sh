@@ -1,13 +1,14 @@
 #!/bin/sh
-# Builds an image's parts in STAGE/out. Runs as root, or as the root of a user namespace, in mount and pid
+# Builds an image's parts in STAGE_DIR/out. Runs as root, or as the root of a user namespace, in mount and pid
 # namespaces of its own: what is mounted or started here is gone with this process.
-#   build.sh STAGE SUITE PACKAGES DISK_BYTES TREE_BYTES_MAX
-# STAGE/in holds sources.list, apt.conf and the guest's files. Lines "fcd-stage NAME" tell how far it is.
+#   build.sh STAGE_DIR SUITE PACKAGES DISK_BYTES TREE_BYTES_MAX
+# STAGE_DIR/in holds sources.list, apt.conf and the guest's files. Lines "fcd-stage NAME" tell how far it is.
 set -eu
-stage=$1 suite=$2 packages=$3 disk_bytes=$4 tree_bytes_max=$5
-work=$stage/work out=$stage/out in=$stage/in
+stage_dir=$1 suite=$2 packages=$3 disk_bytes=$4 tree_bytes_max=$5
+work=$stage_dir/work out=$stage_dir/out in=$stage_dir/in
 tree=$work/tree
 umask 022
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 export LC_ALL=C.UTF-8 DEBIAN_FRONTEND=noninteractive
 
 stage() { echo "fcd-stage $1"; }
@@ -16,10 +17,13 @@ stage() { echo "fcd-stage $1"; }
 mount -t tmpfs -o "mode=755,size=$tree_bytes_max" fcd-image "$work"
 mkdir -m 1777 "$work/tmp"
 mkdir "$work/debs"
-export TMPDIR=$work/tmp
+# Apt downloads as this user where it can reach the place.
+chown _apt "$work/debs" 2>/dev/null || :
+export TMPDIR="$work/tmp" FCD_IN="$in" FCD_DEBS="$work/debs"
 
 stage packages
 # The hook runs while apt's lists are still there: the kernel comes from the same sources, but is only unpacked.
+# shellcheck disable=SC2016
 mmdebstrap --mode=root --variant=essential --format=directory --include="$packages" \
 	--aptopt="$in/apt.conf" \
 	--dpkgopt='path-exclude=/usr/share/man/*' \
@@ -28,7 +32,7 @@ mmdebstrap --mode=root --variant=essential --format=directory --include="$packag
 	--dpkgopt='path-exclude=/usr/share/locale/*' \
 	--dpkgopt='path-include=/usr/share/locale/locale.alias' \
 	--dpkgopt='path-include=/usr/share/doc/*/copyright' \
-	--customize-hook="APT_CONFIG=\$MMDEBSTRAP_APT_CONFIG sh '$in/fetch.sh' '$work/debs'" \
+	--customize-hook='APT_CONFIG=$MMDEBSTRAP_APT_CONFIG sh "$FCD_IN/fetch.sh" "$FCD_DEBS"' \
 	"$suite" "$tree" - <"$in/sources.list"
 
 stage kernel
@@ -65,6 +69,7 @@ rm -rf "$tree"/var/log/* "$tree"/var/cache/debconf/*-old "$tree"/var/lib/dpkg/*-
 install -d -m 700 "$tree/root"
 install -d -m 755 "$tree/var/lib/fcd"
 echo $((disk_bytes / 512)) >"$tree/var/lib/fcd/disk-sectors"
+# shellcheck source=/dev/null
 . "$tree/etc/os-release"
 printf '%s\n' "$version" >"$out/kernel-version"
 printf '%s\n' "$PRETTY_NAME" >"$out/os"
@@ -75,4 +80,3 @@ truncate -s "$disk_bytes" "$out/rootfs.ext4"
 mkfs.ext4 -q -F -m 1 -L fcd-root -J size=32 -e remount-ro \
 	-O has_journal,resize_inode,metadata_csum -E lazy_journal_init=1,root_owner=0:0 \
 	-d "$tree" "$out/rootfs.ext4"
-stage done

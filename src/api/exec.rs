@@ -4,8 +4,9 @@ use super::calls;
 use crate::ids::SessionId;
 use serde::{Deserialize, Serialize};
 
-/// Longest command line in the guest, with environment and directory, quoted.
-pub const COMMAND_BYTES_MAX: usize = 96 * 1024;
+/// Longest command line in the guest, with environment and directory, quoted. It goes in one packet, and libssh2
+/// sends none over 34,744 bytes.
+pub const COMMAND_BYTES_MAX: usize = 32 * 1024;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -7,6 +7,7 @@ pub mod fault;
 pub mod frame;
 pub mod image;
 pub mod op;
+pub mod stream;
 pub mod vm;
 pub mod workspace;
 

@@ -1,0 +1,217 @@
+//! What people and programs read: lines, tables, ages, sizes; text of a guest made harmless.
+
+use std::fs::File;
+use std::io::{self, Write};
+
+/// A stream that is written to for people or programs. A reader that has gone is no error: the rest is dropped.
+pub struct Out {
+    file: File,
+    is_broken: bool,
+}
+
+impl Out {
+    pub fn new(file: File) -> Self {
+        Self { file, is_broken: false }
+    }
+
+    /// Nobody reads any more, or it cannot be written.
+    pub fn is_broken(&self) -> bool {
+        self.is_broken
+    }
+
+    /// All of it. An error other than a gone reader (a full disk) is the caller's to report.
+    pub fn bytes(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.is_broken {
+            return Ok(());
+        }
+        match self.file.write_all(bytes) {
+            Ok(()) => Ok(()),
+            Err(e) => {
+                self.is_broken = true;
+                if e.kind() == io::ErrorKind::BrokenPipe { Ok(()) } else { Err(e) }
+            }
+        }
+    }
+
+    pub fn line(&mut self, text: &str) -> io::Result<()> {
+        self.bytes(format!("{text}\n").as_bytes())
+    }
+}
+
+/// Upper-case headers, columns two spaces apart; the last column is not padded.
+pub fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
+    let cell = |text: &str| harmless_line(text);
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|c| cell(c)).collect()).collect();
+    let width = |i: usize| rows.iter().map(|r| r[i].chars().count()).chain([headers[i].len()]).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..headers.len()).map(width).collect();
+    let mut text = String::new();
+    let header: Vec<String> = headers.iter().map(|h| (*h).to_owned()).collect();
+    for row in [header].iter().chain(&rows) {
+        let mut line = String::new();
+        for (i, cell) in row.iter().enumerate() {
+            line.push_str(cell);
+            if i + 1 < row.len() {
+                line.extend(std::iter::repeat_n(' ', widths[i] + 2 - cell.chars().count()));
+            }
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// Seconds as `5s`, `3m`, `2h`, `4d`.
+pub fn span(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3_600 => format!("{}m", seconds / 60),
+        3_600..172_800 => format!("{}h", seconds / 3_600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
+/// How long ago `then` was; both in seconds since the epoch.
+pub fn age(now: u64, then: u64) -> String {
+    format!("{} ago", span(now.saturating_sub(then)))
+}
+
+/// `512 MiB`, `1.5 GiB`.
+pub fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut unit = 0;
+    while unit + 1 < UNITS.len() && bytes >> (10 * (unit + 1)) > 0 {
+        unit += 1;
+    }
+    let whole = bytes >> (10 * unit);
+    // One digit after the point where there is one to show, rounded down.
+    let rest = bytes - (whole << (10 * unit));
+    let tenth = if unit == 0 { 0 } else { (u128::from(rest) * 10) >> (10 * unit) };
+    if tenth == 0 || whole >= 100 { format!("{whole} {}", UNITS[unit]) } else { format!("{whole}.{tenth} {}", UNITS[unit]) }
+}
+
+/// `1 VM`, `3 VMs`.
+pub fn count(n: u64, one: &str) -> String {
+    if n == 1 { format!("1 {one}") } else { format!("{n} {one}s") }
+}
+
+/// One line in which no control character reaches the terminal, nor one that turns the reading direction.
+pub fn harmless_line(text: &str) -> String {
+    text.chars().map(|c| if is_harmful(c) || c == '\n' || c == '\t' { escape(c) } else { c.to_string() }).collect()
+}
+
+/// As [`harmless_line`], lines and tabs kept. For the text of a guest.
+pub fn harmless_text(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        match c {
+            '\n' | '\t' => out.push(c),
+            // Consoles end lines with both.
+            '\r' => {}
+            '\u{1b}' => skip_escape(&mut chars),
+            c if is_harmful(c) => out.push_str(&escape(c)),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+/// Takes a whole escape sequence, so that no rubbish like `[0;32m` stays: CSI up to its final byte, OSC and
+/// its like up to BEL or ST, else one character (ECMA-48, 5.4 and 5.6). Never past the end of the line.
+fn skip_escape(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) {
+    let Some(kind) = chars.next_if(|c| *c != '\n') else { return };
+    match kind {
+        '[' => {
+            while chars.next_if(|c| ('\u{20}'..='\u{3f}').contains(c)).is_some() {}
+            chars.next_if(|c| ('\u{40}'..='\u{7e}').contains(c));
+        }
+        ']' | 'P' | 'X' | '^' | '_' => {
+            while let Some(c) = chars.next_if(|c| *c != '\n') {
+                if c == '\u{7}' {
+                    return;
+                }
+                if c == '\u{1b}' {
+                    chars.next_if_eq(&'\\');
+                    return;
+                }
+            }
+        }
+        '\u{20}'..='\u{2f}' => {
+            chars.next_if(|c| *c != '\n');
+        }
+        _ => {}
+    }
+}
+
+fn is_harmful(c: char) -> bool {
+    // Besides the control characters: bidirectional marks, embeddings and isolates (UAX 9).
+    (c.is_control() && c != '\n' && c != '\t')
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+fn escape(c: char) -> String {
+    c.escape_default().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::expect;
+    use std::io::Read;
+
+    #[test]
+    fn tables_are_aligned_and_harmless() {
+        let row = |a: &str, b: &str, c: &str| vec![a.to_owned(), b.to_owned(), c.to_owned()];
+        let text = table(&["NAME", "STATE", "WHY"], &[row("web", "running", ""), row("brave-otter", "failed", "\u{1b}[31mx\ny")]);
+        expect![[r"
+            NAME         STATE    WHY
+            web          running
+            brave-otter  failed   \u{1b}[31mx\ny
+        "]]
+        .assert_eq(&text);
+        assert_eq!(table(&["NAME", "AGE"], &[]), "NAME  AGE\n");
+    }
+
+    #[test]
+    fn spans_and_sizes() {
+        let spans: Vec<_> = [0, 59, 60, 3_599, 3_600, 172_799, 172_800].map(span).into();
+        assert_eq!(spans, ["0s", "59s", "1m", "59m", "1h", "47h", "2d"]);
+        assert_eq!(age(10, 20), "0s ago");
+        let sizes: Vec<_> = [0, 1023, 1024, 1536, 512 << 20, 3 << 29, 10 << 30, u64::MAX].map(size).into();
+        assert_eq!(sizes, ["0 B", "1023 B", "1 KiB", "1.5 KiB", "512 MiB", "1.5 GiB", "10 GiB", "16777215 TiB"]);
+    }
+
+    #[test]
+    fn a_guests_text_cannot_drive_the_terminal() {
+        expect![[r#"
+            "ok red title\n\\u{7}x\n\ty \\u{202e}z"
+        "#]]
+        .assert_eq(&format!(
+            "{:?}\n",
+            harmless_text("ok \u{1b}[1;31mred\u{1b}[0m \u{1b}]0;pwned\u{7}title\r\n\u{7}x\n\ty \u{202e}z\u{1b}")
+        ));
+        // An unfinished sequence ends with its line.
+        assert_eq!(harmless_text("\u{1b}]0;x\nnext\u{1b}[12"), "\nnext");
+        assert!(!harmless_text("\u{9b}31m").contains('\u{9b}'));
+    }
+
+    #[test]
+    fn a_gone_reader_is_silent() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let mut out = Out::new(File::from(std::os::fd::OwnedFd::from(writer)));
+        out.line("one").unwrap();
+        let mut first = [0; 4];
+        reader.read_exact(&mut first).unwrap();
+        assert_eq!(&first, b"one\n");
+        drop(reader);
+        out.line("two").unwrap();
+        assert!(out.is_broken());
+        out.line("three").unwrap();
+    }
+
+    #[test]
+    fn a_full_disk_is_told() {
+        let mut out = Out::new(File::options().write(true).open("/dev/full").unwrap());
+        assert!(out.line("x").is_err());
+    }
+}

@@ -1,0 +1,66 @@
+//! The user's terminal: its size, and raw mode that is always undone.
+
+use crate::api::exec::PtySize;
+use crate::error::{Error, Result};
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
+use std::fs::File;
+
+/// Of a terminal that does not know.
+pub const DEFAULT_SIZE: PtySize = PtySize { rows: 24, cols: 80 };
+
+/// None where the file is no terminal.
+pub fn size(file: &File) -> Option<PtySize> {
+    let size = tcgetwinsize(file).ok()?;
+    if size.ws_row == 0 || size.ws_col == 0 {
+        return Some(DEFAULT_SIZE);
+    }
+    Some(PtySize { rows: size.ws_row, cols: size.ws_col })
+}
+
+/// Raw mode until it is dropped, also by a panic. Nothing may call `process::exit` while one lives.
+pub struct RawMode {
+    file: File,
+    before: Termios,
+}
+
+impl RawMode {
+    pub fn enter(file: &File) -> Result<Self> {
+        let doing = "make the terminal raw";
+        let file = file.try_clone().map_err(|e| Error::io(doing, e))?;
+        let before = tcgetattr(&file).map_err(|e| Error::io(doing, e))?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        tcsetattr(&file, OptionalActions::Drain, &raw).map_err(|e| Error::io(doing, e))?;
+        Ok(Self { file, before })
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        // Fails when the terminal has gone.
+        let _ = tcsetattr(&self.file, OptionalActions::Drain, &self.before);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::termios::LocalModes;
+
+    #[test]
+    fn raw_mode_is_undone_by_a_panic_too() {
+        let pty = nix::pty::openpty(None, None).unwrap();
+        let terminal = File::from(pty.slave);
+        let is_raw = || !tcgetattr(&terminal).unwrap().local_modes.contains(LocalModes::ICANON);
+        assert!(!is_raw());
+        let caught = std::panic::catch_unwind(|| {
+            let _raw = RawMode::enter(&terminal).unwrap();
+            assert!(is_raw());
+            std::panic::resume_unwind(Box::new(()));
+        });
+        assert!(caught.is_err());
+        assert!(!is_raw());
+        assert_eq!(size(&terminal), Some(DEFAULT_SIZE));
+        assert_eq!(size(&tempfile::tempfile().unwrap()), None);
+    }
+}

@@ -1,0 +1,183 @@
+//! Values on the command line: sizes, durations, environment variables.
+
+use crate::error::{Error, Result};
+use std::path::Path;
+use std::time::Duration;
+
+/// Longest `--env-file` that is read.
+const ENV_FILE_BYTES_MAX: u64 = 1024 * 1024;
+
+/// Bytes: `512M`, `2G`, `1T`, `64K`, in powers of 1024, with or without `B` or `iB`; a bare number is bytes.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let shift = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kb" | "kib" => 10,
+        "m" | "mb" | "mib" => 20,
+        "g" | "gb" | "gib" => 30,
+        "t" | "tb" | "tib" => 40,
+        _ => return Err("a size is a number with K, M, G or T, as in 512M or 2G".to_owned()),
+    };
+    let number: u64 = number.parse().map_err(|_| "a size is a number with K, M, G or T, as in 512M or 2G".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "that is more than 64 bits of bytes".to_owned())
+}
+
+/// Memory in MiB, from a size of whole MiB: `512M`, `2G`.
+pub fn parse_mem_mib(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text)?;
+    if bytes > 0 && bytes % (1 << 20) == 0 {
+        return Ok(bytes >> 20);
+    }
+    Err("memory goes by whole MiB, as in 512M or 2G".to_owned())
+}
+
+/// `30s`, `5m`, `2h`, `250ms`; a bare number is seconds.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let ms: u64 = match unit {
+        "ms" => 1,
+        "" | "s" => 1000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => return Err("a duration is a number with ms, s, m or h, as in 30s".to_owned()),
+    };
+    let number: u64 = number.parse().map_err(|_| "a duration is a number with ms, s, m or h, as in 30s".to_owned())?;
+    number.checked_mul(ms).map(Duration::from_millis).ok_or_else(|| "that is too long".to_owned())
+}
+
+pub fn timeout_ms(timeout: Option<Duration>) -> Option<u64> {
+    timeout.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// `K=V`, or `K` for the caller's own value. A variable that the caller does not have is left out.
+fn env_entry(entry: &str, caller: &dyn Fn(&str) -> Option<String>) -> Result<Option<(String, String)>> {
+    let (key, value) = match entry.split_once('=') {
+        Some((key, value)) => (key, Some(value.to_owned())),
+        None => (entry, caller(entry)),
+    };
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+    if key.is_empty() || !key.bytes().all(plain) || key.as_bytes()[0].is_ascii_digit() {
+        let e = Error::invalid(format!("environment variable {key:?}: not a name"));
+        return Err(e.hint("use letters, digits and _, as in -e NAME=value"));
+    }
+    Ok(value.map(|v| (key.to_owned(), v)))
+}
+
+/// What `--env-file` and `-e` say together; `-e` wins, and of two the later.
+pub fn environment(
+    files: &[std::path::PathBuf],
+    entries: &[String],
+    caller: &dyn Fn(&str) -> Option<String>,
+) -> Result<Vec<(String, String)>> {
+    let mut all = Vec::new();
+    for path in files {
+        let text = read_env_file(path)?;
+        for (number, line) in text.lines().enumerate() {
+            let line = line.trim_start();
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            let at = || format!("{} line {}", path.display(), number + 1);
+            all.extend(env_entry(line, caller).map_err(|e| e.context(at()))?);
+        }
+    }
+    for entry in entries {
+        all.extend(env_entry(entry, caller)?);
+    }
+    let mut kept: Vec<(String, String)> = Vec::new();
+    for (key, value) in all {
+        match kept.iter_mut().find(|(k, _)| *k == key) {
+            Some((_, v)) => *v = value,
+            None => kept.push((key, value)),
+        }
+    }
+    Ok(kept)
+}
+
+fn read_env_file(path: &Path) -> Result<String> {
+    let doing = || format!("read the environment file {}", path.display());
+    let file = std::fs::File::open(path).map_err(|e| path_error(doing(), e))?;
+    let bytes = crate::host::command::read_bounded(file, ENV_FILE_BYTES_MAX + 1).map_err(|e| Error::io(doing(), e))?;
+    if bytes.len() as u64 > ENV_FILE_BYTES_MAX {
+        return Err(Error::invalid(format!("{}: it has more than {ENV_FILE_BYTES_MAX} bytes", doing())));
+    }
+    String::from_utf8(bytes).map_err(|_| Error::invalid(format!("{}: it is not UTF-8", doing())))
+}
+
+/// A file of the caller's that cannot be used: one that is not there has a kind of its own.
+pub fn path_error(doing: String, e: std::io::Error) -> Error {
+    if e.kind() == std::io::ErrorKind::NotFound {
+        return Error::new(crate::error::Kind::PathNotFound, doing).with_source(e);
+    }
+    Error::io(doing, e)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::{Expect, expect};
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [("0", 0), ("512M", 512 << 20), ("2G", 2 << 30), ("2gib", 2 << 30), ("7k", 7 << 10), ("1T", 1 << 40)] {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for bad in ["", "G", "1.5G", "-1", "1X", "99999999999T", "1 G", "0x10"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+        assert_eq!(parse_mem_mib("2G"), Ok(2048));
+        for bad in ["0", "1K", "1"] {
+            assert!(parse_mem_mib(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn durations() {
+        for (text, ms) in [("250ms", 250), ("3", 3000), ("3s", 3000), ("2m", 120_000), ("1h", 3_600_000)] {
+            assert_eq!(parse_duration(text), Ok(Duration::from_millis(ms)), "{text}");
+        }
+        for bad in ["", "s", "1d", "-1", "1.5s", "99999999999999999999h"] {
+            assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[track_caller]
+    fn check(files: &[&str], entries: &[&str], expected: Expect) {
+        let dir = tempfile::tempdir().unwrap();
+        let paths: Vec<_> = (0..files.len()).map(|i| dir.path().join(i.to_string())).collect();
+        for (path, text) in paths.iter().zip(files) {
+            std::fs::write(path, text).unwrap();
+        }
+        let caller = |k: &str| (k == "MINE").then(|| "from me".to_owned());
+        let entries: Vec<String> = entries.iter().map(|&e| e.to_owned()).collect();
+        let text = match environment(&paths, &entries, &caller) {
+            Ok(all) => all.iter().map(|(k, v)| format!("{k}={v:?}\n")).collect(),
+            Err(e) => format!("{e}\n").replace(dir.path().to_str().unwrap(), "DIR"),
+        };
+        expected.assert_eq(&text);
+    }
+
+    #[test]
+    fn environments() {
+        check(
+            &["# c\n\nA=1\nB=two words = x\nMINE\n"],
+            &["A=3", "NOT_MINE", "E="],
+            expect![[r#"
+                A="3"
+                B="two words = x"
+                MINE="from me"
+                E=""
+            "#]],
+        );
+        check(&[], &["=x"], expect![[r#"
+            environment variable "": not a name
+        "#]]);
+        check(&["A=1\n1B=2\n"], &[], expect![[r#"
+            DIR/0 line 2: environment variable "1B": not a name
+        "#]]);
+        let e = environment(&["/nonexistent/f".into()], &[], &|_| None).unwrap_err();
+        assert_eq!(e.kind(), crate::error::Kind::PathNotFound);
+    }
+}

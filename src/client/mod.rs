@@ -216,7 +216,10 @@ fn compare(theirs: ApiVersion, package: &str) -> Result<Option<String>> {
     if theirs.major != VERSION_MAJOR {
         let e = Error::new(
             Kind::VersionMismatch,
-            format!("the daemon (fcd {package}) speaks protocol {}.{}, fcctl {ours} speaks {VERSION_MAJOR}.{VERSION_MINOR}", theirs.major, theirs.minor),
+            format!(
+                "the daemon (fcd {package}) speaks protocol {}.{}, fcctl {ours} speaks {VERSION_MAJOR}.{VERSION_MINOR}",
+                theirs.major, theirs.minor
+            ),
         )
         .hint("install fcd and fcctl of one version, then restart fcd");
         return Err(Failure { unreachable: true, ..e.into() });

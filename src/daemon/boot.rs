@@ -58,7 +58,7 @@ impl Daemon {
             tag: self.tag(row),
             kernel: image.kernel.clone(),
             initrd: image.initrd.clone(),
-            boot_args: image.boot_args.clone(),
+            boot_args: crate::image::BOOT_ARGS.join(" "),
             disk: dir.join(DISK_FILE),
             disk_format: if is_raw { DiskFormat::Raw } else { DiskFormat::Qcow2 },
             seed: dir.join(SEED_FILE),
@@ -84,8 +84,7 @@ impl Daemon {
         if row.disk_driver.is_some() && spec.disk.exists() {
             return disk::grow(commands, &spec.disk, self.disk_method(row), row.disk_bytes, cancel);
         }
-        let wanted =
-            RootSpec { base: &image.rootfs, path: &spec.disk, size_bytes: row.disk_bytes, owner: spec.credentials };
+        let wanted = RootSpec { base: &image.rootfs, path: &spec.disk, size_bytes: row.disk_bytes, owner: spec.credentials };
         let made = disk::make_root(commands, &wanted, cancel)?;
         let name = made.method.name().to_owned();
         let ((), ticket) = self.store.change(|tx| tx.update_vm(&row.id, |r| r.disk_driver = Some(name)))?;

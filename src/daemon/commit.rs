@@ -2,6 +2,7 @@
 //! under its lock. A commit that the store refuses is tried again: the work is done and must be written down.
 
 use super::lifecycle::{Claim, Outcome, enter, superseded};
+use super::operations::ended_row;
 use super::runtime::Successor;
 use super::transitions::Verb;
 use super::{Daemon, now_s, to_value};
@@ -9,7 +10,7 @@ use crate::api::vm::{VmDeleteReply, VmState};
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use crate::locks::KeyGuard;
-use crate::ops::{self, OpHandle};
+use crate::ops::OpHandle;
 use crate::store::{Intent, Ticket, VmRow};
 use serde_json::Value;
 use std::time::Duration;
@@ -106,7 +107,7 @@ impl Daemon {
         }
         let result = result.and_then(|()| self.vm_value(&row));
         // The registry's lock is a leaf like the store's: the rows are made before.
-        let ended = (!matches!(then, Then::Restart)).then(|| ops::ended(ending.op.op(), &result));
+        let ended = (!matches!(then, Then::Restart)).then(|| ended_row(ending.op.op(), &result));
         let begun = ending.next(&then).map(|(op, ..)| op.op());
         let ((), ticket) = self.change(true, |tx| {
             for op in ended.into_iter().chain(begun) {
@@ -122,7 +123,7 @@ impl Daemon {
 
     fn write_gone(&self, row: &VmRow, ending: &Ending) -> Result<Written> {
         let result = to_value(&VmDeleteReply { deleted: Some(row.id.clone()) });
-        let op = ops::ended(ending.op.op(), &result);
+        let op = ended_row(ending.op.op(), &result);
         let ((), ticket) = self.change(true, |tx| {
             tx.put_op(op);
             tx.remove_vm(&row.id);

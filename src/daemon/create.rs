@@ -95,7 +95,9 @@ impl Daemon {
                 .hint("leave --disk out, or give more"));
         }
         if bytes > max {
-            return Err(Error::invalid(format!("a disk of {bytes} bytes: at most {max}")).hint("limits.disk_bytes_max sets the most"));
+            return Err(
+                Error::invalid(format!("a disk of {bytes} bytes: at most {max}")).hint("limits.disk_bytes_max sets the most")
+            );
         }
         Ok(())
     }
@@ -187,4 +189,3 @@ impl Daemon {
         }
     }
 }
-

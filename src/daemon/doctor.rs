@@ -3,18 +3,17 @@
 use super::{Daemon, Seams};
 use crate::api::daemon::{Check, DoctorReply, Severity};
 use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::host::Commands;
 use crate::host::fs::space;
+use crate::locks::Cancel;
 use std::path::Path;
 
 /// Less room than this on the state directory's file system is worth a warning: an image takes some 400 MB.
 const SPACE_BYTES_WARN: u64 = 2 << 30;
-/// What an image build runs.
-const BUILD_TOOLS: &[(&str, &str)] =
-    &[("mmdebstrap", "mmdebstrap"), ("mkfs.ext4", "e2fsprogs"), ("dpkg-deb", "dpkg"), ("qemu-img", "qemu-utils")];
-
 impl Daemon {
     pub fn doctor(&self) -> DoctorReply {
-        let mut checks = checks(&self.config, self.vmm.as_ref());
+        let mut checks = checks(&self.config, self.vmm.as_ref(), self.commands.as_ref(), &self.closing);
         checks.push(self.image_check());
         checks.push(match self.store.read_only() {
             None => ok("store", format!("the store in {} takes changes", self.config.state_dir.display())),
@@ -33,17 +32,18 @@ impl Daemon {
 }
 
 /// The checks that need no daemon.
-pub fn host_checks(config: &Config, seams: &Seams) -> Vec<Check> {
-    let mut all = checks(config, seams.vmm.as_ref());
+pub fn host_checks(config: &Config, seams: &Seams) -> Result<Vec<Check>> {
+    let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+    let mut all = checks(config, seams.vmm.as_ref(), seams.commands.as_ref(), &cancel);
     all.push(warn("daemon", format!("no daemon answers on {}", config.socket.display()), "start fcd"));
-    all
+    Ok(all)
 }
 
-fn checks(config: &Config, vmm: &dyn crate::vmm::Driver) -> Vec<Check> {
+fn checks(config: &Config, vmm: &dyn crate::vmm::Driver, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
     let mut all = vmm.checks();
     all.push(disk_check(&config.state_dir));
     all.push(space_check(&config.state_dir));
-    all.push(build_check());
+    all.extend(crate::image::checks(commands, cancel));
     all
 }
 
@@ -54,8 +54,14 @@ fn existing(path: &Path) -> &Path {
 
 fn disk_check(state_dir: &Path) -> Check {
     match crate::disk::probe(existing(state_dir)) {
-        Ok(probe) => ok("root-disk", format!("root disks in {}: {} ({})", state_dir.display(), probe.method.name(), probe.reason)),
-        Err(e) => fail("root-disk", format!("root disks in {}: {e}", state_dir.display()), e.hint_text().unwrap_or("check the directory's rights")),
+        Ok(probe) => {
+            ok("root-disk", format!("root disks in {}: {} ({})", state_dir.display(), probe.method.name(), probe.reason))
+        }
+        Err(e) => fail(
+            "root-disk",
+            format!("root disks in {}: {e}", state_dir.display()),
+            e.hint_text().unwrap_or("check the directory's rights"),
+        ),
     }
 }
 
@@ -64,24 +70,13 @@ fn space_check(state_dir: &Path) -> Check {
         Ok(s) if s.free_bytes >= SPACE_BYTES_WARN => {
             ok("disk-space", format!("{} MiB free for {}", s.free_bytes >> 20, state_dir.display()))
         }
-        Ok(s) => warn("disk-space", format!("only {} MiB free for {}", s.free_bytes >> 20, state_dir.display()), "fcctl vm prune, or free some space"),
+        Ok(s) => warn(
+            "disk-space",
+            format!("only {} MiB free for {}", s.free_bytes >> 20, state_dir.display()),
+            "fcctl vm prune, or free some space",
+        ),
         Err(e) => fail("disk-space", e.to_string(), "check the directory's rights"),
     }
-}
-
-fn build_check() -> Check {
-    let missing: Vec<_> = BUILD_TOOLS.iter().filter(|(tool, _)| !is_installed(tool)).map(|(_, package)| *package).collect();
-    match missing.is_empty() {
-        true => ok("image-tools", "what an image build runs is installed".to_owned()),
-        false => {
-            let packages = missing.join(" ");
-            warn("image-tools", format!("not installed: {packages}"), &format!("sudo apt-get install {packages}"))
-        }
-    }
-}
-
-fn is_installed(tool: &str) -> bool {
-    ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"].iter().any(|dir| Path::new(dir).join(tool).exists())
 }
 
 fn ok(id: &str, found: String) -> Check {

@@ -7,12 +7,11 @@ use crate::api::vm::Synced;
 use crate::error::{Error, Result};
 use crate::guest::io::VecSink;
 use crate::guest::{ExecSpec, Streams};
+use crate::image::SHUTDOWN_COMMAND;
 use crate::store::VmRow;
 use crate::vmm::Identity;
 use std::time::{Duration, Instant};
 
-/// Run in the guest by a graceful stop. It says when the data is safe, then the guest's init takes over.
-const SHUT_DOWN: &str = "sync && echo synced && exec /sbin/fcd-shutdown";
 const SYNCED: &[u8] = b"synced\n";
 /// Most of what the shutdown command may print.
 const OUTPUT_BYTES_MAX: usize = 4096;
@@ -41,7 +40,7 @@ impl Daemon {
         claim.op().progress("sync and shut down the guest");
         let mut said = VecSink::new(OUTPUT_BYTES_MAX);
         let asked = self.target(row).and_then(|target| {
-            let spec = ExecSpec { command: SHUT_DOWN.to_owned(), deadline: Some(deadline), ..ExecSpec::default() };
+            let spec = ExecSpec { command: SHUTDOWN_COMMAND.to_owned(), deadline: Some(deadline), ..ExecSpec::default() };
             let streams = Streams { stdout: Some(&mut said), ..Streams::default() };
             self.transport.exec(&target, &spec, streams, &claim.cancel)
         });

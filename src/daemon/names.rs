@@ -9,10 +9,10 @@ const ADJECTIVES: &[&str] = &[
     "solid", "spry", "stout", "sunny", "swift", "tidy", "vivid", "warm", "wise", "witty", "young", "zesty",
 ];
 const NOUNS: &[&str] = &[
-    "acorn", "badger", "beaver", "birch", "bison", "brook", "cedar", "clover", "comet", "crane", "dune", "eagle", "elm", "falcon",
-    "fern", "finch", "fox", "glade", "harbor", "hawk", "heron", "island", "ivy", "lark", "lemur", "lynx", "maple", "marten",
-    "meadow", "moose", "oak", "orchid", "osprey", "otter", "owl", "pebble", "pine", "plover", "quail", "raven", "reed", "river",
-    "robin", "sparrow", "spruce", "stork", "swan", "thistle", "tiger", "trout", "tulip", "walnut", "willow", "wren",
+    "acorn", "badger", "beaver", "birch", "bison", "brook", "cedar", "clover", "comet", "crane", "dune", "eagle", "elm",
+    "falcon", "fern", "finch", "fox", "glade", "harbor", "hawk", "heron", "island", "ivy", "lark", "lemur", "lynx", "maple",
+    "marten", "meadow", "moose", "oak", "orchid", "osprey", "otter", "owl", "pebble", "pine", "plover", "quail", "raven", "reed",
+    "river", "robin", "sparrow", "spruce", "stork", "swan", "thistle", "tiger", "trout", "tulip", "walnut", "willow", "wren",
 ];
 
 /// The `n`-th candidate for a seed: plain pairs first, then pairs with a number, so that there is always another.

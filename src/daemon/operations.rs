@@ -1,8 +1,9 @@
 //! `op.*` over the registry, for those who may see the operation.
 
 use super::{Caller, Daemon};
-use crate::api::op::{Op, OpListReply, OpListRequest, OpReply};
-use crate::error::Result;
+use crate::api::Fault;
+use crate::api::op::{Op, OpListReply, OpListRequest, OpReply, OpState};
+use crate::error::{Kind, Result};
 use crate::ids::VmId;
 use crate::ops::{Filter, Limits, OpHandle};
 
@@ -34,7 +35,7 @@ impl Daemon {
 
     /// Ends an operation that changes no VM's state: written down, then told.
     pub(super) fn end_op(&self, op: OpHandle, result: Result<serde_json::Value>) {
-        let row = crate::ops::ended(op.op(), &result);
+        let row = ended_row(op.op(), &result);
         let written = self.change(true, |tx| {
             tx.put_op(row);
             Ok(())
@@ -59,4 +60,17 @@ impl Daemon {
 /// Whose operations the caller sees: everybody's for root.
 fn owner(caller: &Caller) -> Option<u32> {
     (caller.uid != 0).then_some(caller.uid)
+}
+
+/// The row of an operation as its end will leave it: for a commit that writes it down first.
+pub(super) fn ended_row(mut op: Op, result: &Result<serde_json::Value>) -> Op {
+    match result {
+        Ok(value) => (op.state, op.result) = (OpState::Ok, Some(value.clone())),
+        Err(error) => {
+            op.state = if error.kind() == Kind::Cancelled { OpState::Cancelled } else { OpState::Failed };
+            op.error = Some(Fault { op: Some(op.id.clone()), ..Fault::from(error) });
+        }
+    }
+    op.ended_at = Some(super::now_s());
+    op
 }

@@ -69,9 +69,9 @@ impl Daemon {
 
     pub fn list(&self, caller: &Caller, request: &VmListRequest) -> VmListReply {
         let shown = |state: VmState| request.all || !matches!(state, VmState::Created | VmState::Stopped | VmState::Failed);
-        let mut vms: Vec<Vm> = self.store.read(|s| {
-            s.vms().filter(|r| caller.may_see(r.owner_uid) && shown(r.state)).map(|r| access::view_of(s, r)).collect()
-        });
+        let mut vms: Vec<Vm> = self
+            .store
+            .read(|s| s.vms().filter(|r| caller.may_see(r.owner_uid) && shown(r.state)).map(|r| access::view_of(s, r)).collect());
         vms.sort_by(|a, b| (a.created_at, &a.name).cmp(&(b.created_at, &b.name)));
         VmListReply { vms }
     }

@@ -1,9 +1,9 @@
 //! A VMM that dies by itself: the row says so, whoever used the guest hears it.
 
 use super::Daemon;
+use super::access::Caller;
 use super::lifecycle::Ask;
 use super::transitions::Verb;
-use super::access::Caller;
 use crate::api::vm::VmState;
 use crate::error::Result;
 use crate::ids::VmId;

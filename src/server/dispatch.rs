@@ -129,7 +129,7 @@ impl Visit<'_> {
             ImageBuild::METHOD => self.follow(d.image_build(c, &call.parse()?)?, OnHangup::Cancel, None),
             ImageList::METHOD => {
                 let crate::api::Empty {} = call.parse()?;
-                answer(&d.image_list())
+                answer(&d.image_list()?)
             }
             crate::api::daemon::Info::METHOD => {
                 let crate::api::Empty {} = call.parse()?;

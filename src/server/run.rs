@@ -70,7 +70,7 @@ pub fn run(config: Config) -> Result<()> {
 
 /// The daemon's checks as one JSON document, without serving: for `fcctl doctor` where no daemon runs.
 pub fn print_doctor(config: &Config) -> Result<()> {
-    let checks = crate::daemon::host_checks(config, &Seams::real(config)?);
+    let checks = crate::daemon::host_checks(config, &Seams::real(config)?)?;
     let text = serde_json::to_string_pretty(&crate::api::daemon::DoctorReply { checks })
         .map_err(|e| Error::internal("write the checks").with_source(e))?;
     println!("{text}");

@@ -2,10 +2,10 @@
 
 use super::sql::{self, json};
 use crate::api::vm::{Pending, Synced, VmState};
+use crate::host::process::Identity;
 use crate::ids::{ImageRef, OpId, VmId, VmName};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
-use crate::host::process::Identity;
 use std::net::SocketAddr;
 
 /// What follows the running transition, so that nothing slips between its halves.

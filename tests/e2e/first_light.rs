@@ -33,7 +33,9 @@ fn a_running_vm_outlives_the_daemon() {
     host.kill_daemon();
     assert_eq!(vmm_processes(&host.state()), before);
     host.relaunch();
-    crate::host::wait_for("the VM was looked at", || host.fcctl(&["exec", "survivor", "--", "true"]).status.success().then_some(()));
+    crate::host::wait_for("the VM was looked at", || {
+        host.fcctl(&["exec", "survivor", "--", "true"]).status.success().then_some(())
+    });
     assert_eq!(host.json(&["vm", "show", "survivor"])["state"], "running");
     assert_eq!(host.sh("survivor", "echo $((6*7))"), "42\n");
     assert_eq!(vmm_processes(&host.state()), before);

@@ -72,15 +72,17 @@ static THREADS: Mutex<Vec<Arc<Mutex<HeldList>>>> = Mutex::new(Vec::new());
 static EDGES: [AtomicU32; Rank::ALL.len()] = [const { AtomicU32::new(0) }; Rank::ALL.len()];
 static SITES: Mutex<BTreeMap<(Rank, Rank), (Site, Site)>> = Mutex::new(BTreeMap::new());
 static VIOLATIONS: AtomicU64 = AtomicU64::new(0);
+/// Those of the checker's own tests.
+static EXPECTED: AtomicU64 = AtomicU64::new(0);
 static CHAOS_ON: AtomicBool = AtomicBool::new(false);
 static CHAOS: Mutex<Option<fn(Rank)>> = Mutex::new(None);
 
 thread_local! {
     static LOCAL: Local = Local::register();
 }
-thread_local! {
-    /// False in the checker's own tests, which must not pass for uses of an edge.
-    static RECORDING: Cell<bool> = Cell::new(true);
+std::thread_local! {
+    /// False in the checker's own tests, which must pass neither for uses of an edge nor for violations.
+    static RECORDING: Cell<bool> = const { Cell::new(true) };
 }
 
 pub struct Token {
@@ -220,10 +222,15 @@ pub fn dump() -> String {
     if out.is_empty() { "no thread holds a lock\n".to_owned() } else { out }
 }
 
-/// What this thread does from here on is no use of an edge.
+/// What this thread does from here on is no use of an edge, and its violations are expected: counted apart.
 #[cfg(test)]
 pub(super) fn stop_recording() {
     RECORDING.with(|r| r.set(false));
+}
+
+#[cfg(test)]
+pub(super) fn violations_expected() -> u64 {
+    EXPECTED.load(Ordering::SeqCst)
 }
 
 fn allowed(held: &Held, wanted: &Held, sorted: bool) -> bool {
@@ -271,9 +278,11 @@ fn report(thread: &str, held: &[Held], bad: usize, wanted: &Held) -> String {
 /// `hangs`: to go on would block for ever, so while unwinding, where a panic cannot be raised, the process ends.
 fn fail(report: &str, hangs: bool) {
     static ABORT: OnceLock<bool> = OnceLock::new();
-    VIOLATIONS.fetch_add(1, Ordering::SeqCst);
+    let counted = RECORDING.with(Cell::get);
+    if counted { &VIOLATIONS } else { &EXPECTED }.fetch_add(1, Ordering::SeqCst);
+    let aborts = counted && *ABORT.get_or_init(|| std::env::var_os("FCD_LOCK_ABORT").is_some_and(|v| v == "1"));
     let unwinding = std::thread::panicking();
-    if *ABORT.get_or_init(|| std::env::var_os("FCD_LOCK_ABORT").is_some_and(|v| v == "1")) || (unwinding && hangs) {
+    if aborts || (unwinding && hangs) {
         eprintln!("{report}"); // Not the log, which may be off or held by this thread.
         std::process::abort();
     }

@@ -22,3 +22,12 @@ pub use mutex::{Condvar, Mutex, MutexGuard, Region, Waited, region};
 pub use rank::Rank;
 pub use record::{OperationScope, Party, operation_scope};
 pub use set::{KeyGuard, LockSet, WaitCancelled};
+
+#[cfg(all(test, not(feature = "shuttle"), any(debug_assertions, feature = "lock-check")))]
+mod tests;
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests_set;
+#[cfg(all(test, feature = "shuttle"))]
+mod tests_shuttle;
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests_wait;

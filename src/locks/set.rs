@@ -174,6 +174,11 @@ impl<K: Eq + Hash> LockSet<K> {
         self.len() == 0
     }
 
+    #[cfg(all(test, not(feature = "shuttle")))]
+    pub(super) fn capacity(&self) -> usize {
+        self.slots.lock().capacity()
+    }
+
     fn release(&self, key: &K) {
         let mut slots = self.slots.lock();
         let Some(slot) = slots.get_mut(key) else { return };

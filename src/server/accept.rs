@@ -14,8 +14,8 @@ use std::fs::File;
 use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// After an accept that failed for want of something.
@@ -26,7 +26,8 @@ const WARN_EVERY: Duration = Duration::from_secs(10);
 #[derive(Default)]
 struct Connected {
     last_id: u64,
-    sockets: HashMap<u64, Arc<UnixStream>>,
+    /// Not kept open by this: a place is given back after the descriptor.
+    sockets: HashMap<u64, Weak<UnixStream>>,
     per_uid: HashMap<u32, usize>,
 }
 
@@ -89,13 +90,13 @@ impl Registry {
         }
         connected.last_id += 1;
         let id = connected.last_id;
-        connected.sockets.insert(id, socket.clone());
+        connected.sockets.insert(id, Arc::downgrade(socket));
         *connected.per_uid.entry(uid).or_insert(0) += 1;
         Ok(Place { registry: self.clone(), id, uid })
     }
 
     fn everyone(&self) -> Vec<Arc<UnixStream>> {
-        self.connected.lock().sockets.values().cloned().collect()
+        self.connected.lock().sockets.values().filter_map(Weak::upgrade).collect()
     }
 
     /// Whoever waits for a request sees the end of it; a request that came before is answered.
@@ -186,7 +187,7 @@ impl Acceptor {
         let started = Peer::of(&stream).and_then(|peer| {
             let place = self.registry.enter(&stream, peer.uid)?;
             let (handler, socket) = (self.handler.clone(), stream.clone());
-            thread::spawn("connection", move || connection::serve(socket, peer, place, &*handler)).map(drop)
+            thread::spawn("connection", move || connection::serve(place, socket, peer, &*handler)).map(drop)
         });
         started.map_err(|e| (stream, e))
     }

@@ -89,8 +89,8 @@ impl Connection<'_> {
     }
 }
 
-/// The body of a connection's thread.
-pub(super) fn serve(socket: Arc<UnixStream>, peer: Peer, place: Place, handler: &dyn Handler) {
+/// The body of a connection's thread. `place` comes first and so goes last.
+pub(super) fn serve(place: Place, socket: Arc<UnixStream>, peer: Peer, handler: &dyn Handler) {
     let limits = place.limits().clone();
     // Accepted sockets do not inherit O_NONBLOCK on Linux (accept(2)).
     if let Err(e) = socket.set_write_timeout(Some(limits.write_stall)) {

@@ -130,31 +130,33 @@ fn a_thousand_idle_connections_and_others_are_served() {
     assert_eq!(f.server.drain(Instant::now() + PATIENCE), 0);
 }
 
-/// Not a test of its own: it needs few descriptors, and so a process of its own.
+/// Not a test of its own: it uses up the descriptors of its process.
 #[test]
 #[ignore = "run by without_descriptors_callers_are_told"]
 fn child_without_descriptors() {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
     let f = fixture();
     f.client().check_alive();
-    // Both ends are ours: at some point accept finds none left, or connect does.
-    let mut clients = Vec::new();
-    let told = loop {
-        let Ok(stream) = UnixStream::connect(&f.path) else { break false };
+    assert_eq!(f.server.drain(Instant::now() + PATIENCE), 0);
+    let sockets: Vec<_> =
+        (0..4).map(|_| socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap()).collect();
+    let mut fill: Vec<_> = std::iter::repeat_with(|| std::fs::File::open("/dev/null")).map_while(Result::ok).collect();
+    let connected = |socket: OwnedFd| {
+        connect(socket.as_raw_fd(), &UnixAddr::new(&f.path).unwrap()).unwrap();
+        let stream = UnixStream::from(socket);
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut c = Client { reader: BufReader::new(stream) };
-        c.send("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"echo\"}\n");
-        match c.answer() {
-            a if a.error.is_some() => {
-                assert_eq!(a.kind(), (-32000, "connection_limit"));
-                c.check_closed();
-                break true;
-            }
-            _ => clients.push(c),
-        }
+        Client { reader: BufReader::new(stream) }
     };
-    assert!(told, "connect failed first: try an odd number of descriptors");
-    clients.truncate(clients.len() - 5);
-    until(|| f.server.connections() <= clients.len());
+    for (n, socket) in sockets.into_iter().enumerate() {
+        let mut c = connected(socket);
+        let answer = c.answer();
+        assert_eq!(answer.kind(), (-32000, "connection_limit"));
+        c.check_closed();
+        // Its own descriptor stays taken.
+        fill.push(std::fs::File::from(OwnedFd::from(c.reader.into_inner())));
+        assert_eq!(f.server.connections(), 0, "after {n}");
+    }
+    drop(fill);
     f.client().check_alive();
     println!("\ntold and recovered");
 }
@@ -162,13 +164,9 @@ fn child_without_descriptors() {
 #[test]
 fn without_descriptors_callers_are_told() {
     let test = "server::tests::limits::child_without_descriptors";
-    let mut ends = Vec::new();
-    // Which end meets the limit first hangs on how many are open already.
-    for limit in [40, 41] {
-        let script = format!("ulimit -n {limit} && exec \"$0\" --exact {test} --ignored --nocapture");
-        let child = Command::new("sh").args(["-c", &script]).arg(std::env::current_exe().unwrap());
-        let out = run_any_status(&child, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
-        ends.push(String::from_utf8_lossy(&out.stdout).contains("told and recovered"));
-    }
-    assert!(ends.contains(&true));
+    let script = format!("ulimit -n 64 && exec \"$0\" --exact {test} --ignored --nocapture");
+    let child = Command::new("sh").args(["-c", &script]).arg(std::env::current_exe().unwrap());
+    let out = run_any_status(&child, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(text.contains("told and recovered"), "{text}{}", String::from_utf8_lossy(&out.stderr));
 }

@@ -147,3 +147,17 @@ fn characters_are_not_cut() {
     guest.write_all(b"\xac\n").unwrap();
     assert_eq!(f.until(&mut follower, "\n"), "€\n");
 }
+
+#[test]
+fn the_vmms_own_log_is_cut_when_it_is_over_its_bound() {
+    let f = Fixture::new();
+    let path = f.dir.path().join(VMM_LOG);
+    let size = || std::fs::metadata(&path).unwrap().len();
+    for (bytes, expected) in [(VMM_LOG_BYTES_MAX, VMM_LOG_BYTES_MAX), (VMM_LOG_BYTES_MAX + 1, 0)] {
+        std::fs::write(&path, vec![b'x'; bytes as usize]).unwrap();
+        let vmm_log = Some(std::fs::OpenOptions::new().write(true).open(&path).unwrap());
+        let (socket, _guest) = UnixStream::pair().unwrap();
+        bound_vmm_log(&Console { dir: f.dir.path().to_owned(), socket, vmm_log });
+        assert_eq!(size(), expected);
+    }
+}

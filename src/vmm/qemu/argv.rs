@@ -94,7 +94,6 @@ impl Platform {
         }
         let mut args: Vec<_> = args.into_iter().filter(|a| !a.is_empty()).map(str::to_owned).collect();
         if let Board::Microvm { tsc_khz } = self.board {
-            args.push("pci=off".to_owned());
             // Reliable: the watchdog would compare it with jiffies, which fall behind on a busy host, and would then
             // go on by these. Measured: two boots of ten at load 3.
             args.extend(tsc_khz.map(|khz| format!("tsc_early_khz={khz} tsc=reliable")));
@@ -256,7 +255,7 @@ mod tests {
                 -chardev socket,id=console,path=console.sock,server=on,wait=off
                 -serial chardev:console
                 -qmp unix:qmp.sock,server=on,wait=off
-                -append root=/dev/vda console=ttyS0 panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0 mitigations=off pci=off tsc_early_khz=2596111 tsc=reliable
+                -append root=/dev/vda console=ttyS0 panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0 mitigations=off tsc_early_khz=2596111 tsc=reliable
                 -kernel /s/images/x/vmlinux
                 -initrd /s/images/x/initrd
                 -S"#]],

@@ -37,6 +37,8 @@ const START_DEADLINE: Duration = Duration::from_secs(30);
 const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
 /// For a process that was killed because its start failed.
 const KILL_DEADLINE: Duration = Duration::from_secs(30);
+/// From a hang-up to the exit.
+const EXIT_GRACE: Duration = Duration::from_secs(1);
 /// How much of what QEMU said goes into an error.
 const SAID_BYTES_MAX: u64 = 2048;
 
@@ -97,9 +99,13 @@ impl Qemu {
             qmp.execute("cont", &json!({}))?;
             Ok(Running { identity: process.identity().clone(), ssh_addr })
         };
-        // One that has died says more than that it hung up.
-        ask().map_err(|e| if e.kind() != Kind::Cancelled && !process.is_alive() { exited() } else { e })
+        ask().map_err(|e| if e.kind() != Kind::Cancelled && is_exiting(process) { exited() } else { e })
     }
+}
+
+/// One that hangs up is about to exit, and then what it said tells more than that it hung up.
+fn is_exiting(process: &Process) -> bool {
+    process.wait_uncancelled(Instant::now() + EXIT_GRACE).unwrap_or(false)
 }
 
 fn ask_ssh_addr(qmp: &mut Qmp<'_>) -> Result<SocketAddr> {

@@ -54,6 +54,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+const VMS_DIR: &str = "vms";
 /// How long a change may take to reach the disk.
 const DURABLE_DEADLINE: Duration = Duration::from_secs(60);
 /// How long a killed VMM may take to be gone: the kernel frees its memory first.
@@ -167,6 +168,8 @@ fn now_s() -> u64 {
 impl Daemon {
     /// Opens the state directory, which the caller has locked. Reconcile follows: [`Daemon::reconcile`].
     pub fn open(config: Config, seams: Seams) -> Result<Self> {
+        // VMMs of other uids reach what is theirs below it.
+        drop(crate::host::fs::create_dir(&config.state_dir.join(VMS_DIR), 0o711)?);
         let store = Store::open(&config.state_dir)?;
         let limits = &config.limits;
         let boots = if limits.boots_max == 0 { crate::host::limits::cores() } else { limits.boots_max };
@@ -243,7 +246,7 @@ impl Daemon {
     }
 
     fn vm_dir(&self, vm: &VmId) -> PathBuf {
-        self.config.state_dir.join("vms").join(vm.as_str())
+        self.config.state_dir.join(VMS_DIR).join(vm.as_str())
     }
 
     /// In the VMM's arguments, so that the process can be found again.

@@ -122,7 +122,7 @@ impl Daemon {
 
     /// Directories of VMs that have no row: a delete that was cut off after its row had gone.
     fn remove_orphaned_directories(&self) -> Result<()> {
-        let vms = self.config.state_dir.join("vms");
+        let vms = self.config.state_dir.join(super::VMS_DIR);
         let entries = match std::fs::read_dir(&vms) {
             Ok(entries) => entries,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),

@@ -6,6 +6,7 @@ pub mod limits;
 pub mod piped;
 pub mod process;
 pub mod shell;
+pub mod interactive;
 pub mod thread;
 pub mod wait;
 

@@ -88,6 +88,7 @@ impl Daemon {
         }
         claim.op().progress("remove the files");
         let dir = self.vm_dir(&row.id);
+        self.vmm.consoles().forget(&dir);
         match std::fs::remove_dir_all(&dir) {
             Ok(()) => Ok(()),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),

@@ -20,6 +20,7 @@ mod operations;
 mod reconcile;
 mod runtime;
 mod sessions;
+mod transfer;
 mod transitions;
 mod verbs;
 mod waiting;

@@ -14,7 +14,7 @@ use std::time::Duration;
 /// Between two tries to write it down.
 const RETRY_PERIOD: Duration = Duration::from_millis(250);
 /// How a guest that shut itself down looks from outside.
-const CLEAN_EXIT: &str = "exited with status 0";
+const CLEAN_EXIT: &str = "the guest shut down";
 
 impl Daemon {
     /// From now on the death of this VMM is seen.

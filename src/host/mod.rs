@@ -2,11 +2,11 @@
 
 pub mod command;
 pub mod fs;
+pub mod interactive;
 pub mod limits;
 pub mod piped;
 pub mod process;
 pub mod shell;
-pub mod interactive;
 pub mod thread;
 pub mod wait;
 

@@ -5,16 +5,17 @@ use super::test_sshd::Sshd;
 use crate::api::exec::{Exit, Pty, PtySize};
 use crate::error::{Error, Kind, Result};
 use crate::guest::io::fifo::{Direction, accept};
-use crate::guest::io::{BytesSource, FdSink, FdSource, VecSink};
+use crate::guest::io::{BytesSource, ChunkSource, FdSink, FdSource, VecSink};
 use crate::guest::{Control, ExecSpec, Sink, Streams, Target, Transport, command_line, control_queue};
 use crate::host::thread::spawn;
 use crate::locks::Cancel;
 use rustix::pipe::{PipeFlags, pipe_with};
 use sha2::{Digest, Sha256};
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A start that has come, for whoever waits (the promise of the design, with some room for a loaded machine).
@@ -350,6 +351,34 @@ fn a_hang_up_ends_the_call_and_the_command() {
     let e = thread.join().unwrap().unwrap_err();
     assert_eq!((e.kind(), e.to_string().as_str()), (Kind::Cancelled, "cancelled: the caller hung up"));
     assert_eq!(std::fs::read_to_string(&fifo).unwrap(), "hup\n");
+}
+
+#[test]
+fn a_stream_that_breaks_off_never_looks_like_its_end() {
+    let (_sshd, target) = ready("");
+    let dir = tempfile::tempdir().unwrap();
+    let marker = dir.path().join("complete");
+    let script = format!("echo $$; cat; : > {}", marker.display());
+    let (stdin, stdin_write) = pipe();
+    let (r, w) = pipe();
+    let thread = spawn("exec", move || {
+        let (mut stdin, mut stdout) = (ChunkSource::new(source(stdin), Arc::default()), sink(w));
+        let streams = Streams { stdin: Some(&mut stdin), stdout: Some(&mut stdout), ..Streams::default() };
+        SshTransport.exec(&target, &sh(&script), streams, &cancel())
+    })
+    .unwrap();
+    let mut stdin = std::fs::File::from(stdin_write);
+    stdin.write_all(b"\0\0\0\x05hello").unwrap();
+    let mut lines = BufReader::new(std::fs::File::from(r));
+    let mut pid = String::new();
+    lines.read_line(&mut pid).unwrap();
+    let pid = rustix::process::Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+    let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+    drop(stdin);
+    assert_eq!(thread.join().unwrap().unwrap_err().kind(), Kind::StreamIncomplete);
+    let mut fds = [nix::poll::PollFd::new(pidfd.as_fd(), nix::poll::PollFlags::POLLIN)];
+    assert_eq!(nix::poll::poll(&mut fds, 10_000u16), Ok(1), "the command ends");
+    assert!(!marker.exists());
 }
 
 #[test]

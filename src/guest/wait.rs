@@ -114,6 +114,9 @@ pub fn is_hang_up(error: &Error) -> bool {
 /// Rounded up, so that a wait never spins through its last millisecond.
 fn timeout_until(end: Instant) -> PollTimeout {
     let left = end.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return PollTimeout::ZERO;
+    }
     PollTimeout::try_from(left.as_millis().saturating_add(1)).unwrap_or(PollTimeout::MAX)
 }
 

@@ -1,9 +1,10 @@
 //! The caller's FIFOs: what is accepted, and how it becomes a description of our own.
 
 use crate::error::{Error, Kind, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
@@ -51,11 +52,19 @@ pub fn accept(fd: OwnedFd, direction: Direction) -> Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let own =
         rustix::fs::open(path.as_str(), direction.access() | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty());
-    own.map_err(|e| match e {
+    let unread = || Error::new(Kind::Cancelled, "cancelled: nobody reads the passed fifo any more");
+    let own = own.map_err(|e| match e {
         // fifo(7): a write end cannot be opened without blocking when nobody has the read end.
-        Errno::NXIO => Error::new(Kind::Cancelled, "cancelled: nobody reads the passed fifo any more"),
+        Errno::NXIO => unread(),
         e => Error::io("open the passed fifo", e),
-    })
+    })?;
+    // One of pipe(2) can: there poll(2) says it.
+    let mut state = [PollFd::new(own.as_fd(), PollFlags::empty())];
+    let polled = poll(&mut state, PollTimeout::ZERO);
+    if direction == Direction::Write && polled.is_ok() && state[0].any() == Some(true) {
+        return Err(unread());
+    }
+    Ok(own)
 }
 
 #[cfg(test)]
@@ -111,6 +120,13 @@ mod tests {
     #[test]
     fn a_fifo_without_a_reader_is_told() {
         let (r, w) = pipe();
+        drop(r);
+        assert_eq!(kind(w, Direction::Write), Kind::Cancelled);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let r = rustix::fs::open(&path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let w = rustix::fs::open(&path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
         drop(r);
         assert_eq!(kind(w, Direction::Write), Kind::Cancelled);
     }

@@ -83,7 +83,7 @@ pub(super) fn drive<T>(shared: &Rc<Shared>, wait: &Wait<'_>, mut step: impl FnMu
         if shared.ended() {
             return Err(Stopped::Lost);
         }
-        wait.poll(&[shared.poll_fd()], None).map_err(Stopped::Ended)?;
+        wait.poll(shared.poll_fd().as_slice(), None).map_err(Stopped::Ended)?;
     }
 }
 

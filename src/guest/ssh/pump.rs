@@ -74,8 +74,13 @@ impl<'w, 'a> Pump<'w, 'a> {
     /// To the end of the command, or to whatever ends it before.
     pub fn run(mut self) -> Result<Exit> {
         loop {
-            if let Some(exit) = self.round()? {
-                return Ok(exit);
+            match self.round() {
+                Ok(None) => {}
+                Ok(Some(exit)) => return Ok(exit),
+                Err(e) => {
+                    self.farewell(&e);
+                    return Err(e);
+                }
             }
         }
     }
@@ -89,14 +94,8 @@ impl<'w, 'a> Pump<'w, 'a> {
         self.shared.flush();
         let Some(turn) = turn else { return self.finish().map(Some) };
         let next = self.keepalive.check(&self.shared)?;
-        let until = if turn == Turn::More { Instant::now() } else { next };
-        match self.poll(until) {
-            Err(e) => {
-                self.farewell(&e);
-                Err(e)
-            }
-            Ok(()) => Ok(None),
-        }
+        self.poll(if turn == Turn::More { Instant::now() } else { next })?;
+        Ok(None)
     }
 
     /// Moves what can be moved. `None`: the command has ended and everything is delivered.
@@ -143,8 +142,7 @@ impl<'w, 'a> Pump<'w, 'a> {
     fn poll(&mut self, until: Instant) -> Result<()> {
         let places = [self.stdin.poll_fd(), self.stdout.poll_fd(), self.stderr.poll_fd()];
         let controls = self.controls.as_ref().map(|c| PollFd::new(c.fd(), PollFlags::POLLIN));
-        let mut fds = vec![self.shared.poll_fd()];
-        fds.extend(controls);
+        let mut fds: Vec<_> = self.shared.poll_fd().into_iter().chain(controls).collect();
         let first = fds.len();
         fds.extend(places.iter().flatten().cloned());
         let ready = self.wait.poll(&fds, Some(until))?;
@@ -156,11 +154,12 @@ impl<'w, 'a> Pump<'w, 'a> {
         Ok(())
     }
 
-    /// A command without a terminal does not notice that its connection goes; so it gets a SIGHUP, as one with a
-    /// terminal does. Not after a cancel: the VM goes too, or somebody waits for the worker.
+    /// A command without a terminal does not notice that its connection goes, and takes the end of its input for
+    /// an ordinary one; so it gets a SIGHUP first, as one with a terminal does. Not after a cancel: the VM goes too,
+    /// or somebody waits for the worker.
     fn farewell(&mut self, why: &Error) {
-        let given_up = is_hang_up(why) || matches!(why.kind(), Kind::Timeout | Kind::TransferIdle);
-        if self.has_pty || !given_up {
+        let too_late = why.kind() == Kind::GuestLost || (why.kind() == Kind::Cancelled && !is_hang_up(why));
+        if self.has_pty || too_late {
             return;
         }
         self.signaller.push("HUP".to_owned());
@@ -172,7 +171,7 @@ impl<'w, 'a> Pump<'w, 'a> {
             }
             self.signaller.step(&self.shared);
             self.shared.flush();
-            if self.signaller.is_idle() || wait.poll(&[self.shared.poll_fd()], None).is_err() {
+            if self.signaller.is_idle() || wait.poll(self.shared.poll_fd().as_slice(), None).is_err() {
                 return;
             }
         }

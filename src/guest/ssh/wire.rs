@@ -156,13 +156,12 @@ impl Shared {
         *outbox_at = 0;
     }
 
-    /// What the socket is to be polled for.
-    pub fn poll_fd(&self) -> PollFd<'_> {
+    /// What the socket is to be polled for. Nothing once the peer has ended it: it would always be ready.
+    pub fn poll_fd(&self) -> Option<PollFd<'_>> {
         let wire = self.wire.borrow();
-        let mut events = PollFlags::empty();
-        events.set(PollFlags::POLLIN, !wire.ended);
+        let mut events = PollFlags::POLLIN;
         events.set(PollFlags::POLLOUT, wire.outbox_at < wire.outbox.len());
-        PollFd::new(self.socket.as_fd(), events)
+        (!wire.ended).then(|| PollFd::new(self.socket.as_fd(), events))
     }
 
     pub fn outbox_is_high(&self) -> bool {

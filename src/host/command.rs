@@ -128,7 +128,7 @@ pub fn run_any_status(command: &Command, cancel: &Cancel, on_line: &mut dyn FnMu
 }
 
 #[allow(clippy::disallowed_methods)] // The one place.
-fn start(command: &Command) -> Result<std::process::Child> {
+pub(super) fn start(command: &Command) -> Result<std::process::Child> {
     let mut c = std::process::Command::new(&command.program);
     c.args(&command.args).env_clear().envs(command.env.iter().cloned()).process_group(0);
     c.stdin(if command.stdin.is_empty() { Stdio::null() } else { Stdio::piped() });
@@ -238,7 +238,7 @@ fn wait_for_any(
     }
 }
 
-fn feed(input: &mut Option<(std::process::ChildStdin, usize)>, bytes: &[u8]) -> std::io::Result<()> {
+pub(super) fn feed(input: &mut Option<(std::process::ChildStdin, usize)>, bytes: &[u8]) -> std::io::Result<()> {
     let Some((pipe, sent)) = input else { return Ok(()) };
     match pipe.write(&bytes[*sent..]) {
         Ok(n) => *sent += n,
@@ -253,7 +253,7 @@ fn feed(input: &mut Option<(std::process::ChildStdin, usize)>, bytes: &[u8]) -> 
     Ok(())
 }
 
-fn set_nonblocking(fd: impl AsFd) -> std::io::Result<()> {
+pub(super) fn set_nonblocking(fd: impl AsFd) -> std::io::Result<()> {
     let flags = rustix::fs::fcntl_getfl(&fd)?;
     rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
     Ok(())

@@ -2,6 +2,8 @@
 
 pub mod command;
 pub mod interactive;
+pub mod piped;
+pub mod shell;
 pub mod thread;
 
 pub use command::{Command, Commands, HostCommands, Output};

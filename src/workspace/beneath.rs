@@ -1,0 +1,91 @@
+//! Access to a directory tree that cannot leave it: every look-up is relative to one descriptor and follows no link.
+
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Stat};
+use rustix::io::Errno;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+const RESOLVE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+/// The kernel answers EAGAIN when something was renamed meanwhile (openat2(2)); it has to be asked again.
+const TRIES: usize = 64;
+
+/// A directory and what lies below it.
+pub(super) struct Beneath {
+    root: OwnedFd,
+    /// The directory that was used last: paths come sorted.
+    cached: Option<(Vec<u8>, OwnedFd)>,
+}
+
+impl Beneath {
+    pub fn open(root: &Path) -> io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Self::new(rustix::fs::open(root, flags, Mode::empty())?))
+    }
+
+    pub fn new(root: OwnedFd) -> Self {
+        Self { root, cached: None }
+    }
+
+    /// `path` is relative; empty is the root itself.
+    pub fn open_dir(&self, path: &[u8]) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let path = if path.is_empty() { b".".as_slice() } else { path };
+        self.openat2(path, flags)
+    }
+
+    fn openat2(&self, path: &[u8], flags: OFlags) -> io::Result<OwnedFd> {
+        for _ in 0..TRIES {
+            match rustix::fs::openat2(&self.root, path, flags, Mode::empty(), RESOLVE) {
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                other => return Ok(other?),
+            }
+        }
+        Err(Errno::AGAIN.into())
+    }
+
+    /// The directory that holds `path`, open, and the last component.
+    pub fn parent<'p>(&mut self, path: &'p [u8]) -> io::Result<(BorrowedFd<'_>, &'p [u8])> {
+        let Some(slash) = path.iter().rposition(|b| *b == b'/') else { return Ok((self.root.as_fd(), path)) };
+        let (dir, name) = (&path[..slash], &path[slash + 1..]);
+        if self.cached.as_ref().is_none_or(|(known, _)| known != dir) {
+            self.cached = Some((dir.to_vec(), self.open_dir(dir)?));
+        }
+        let (_, fd) = self.cached.as_ref().expect("just set");
+        Ok((fd.as_fd(), name))
+    }
+
+    /// Of the thing itself, never of what a link points to.
+    pub fn stat(&mut self, path: &[u8]) -> io::Result<Stat> {
+        let (dir, name) = self.parent(path)?;
+        Ok(rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?)
+    }
+
+    /// For reading. Does not wait for a FIFO's writer and does not follow a link: look at the descriptor's type.
+    pub fn open_file(&mut self, path: &[u8]) -> io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let (dir, name) = self.parent(path)?;
+        Ok(File::from(rustix::fs::openat(dir, name, flags, Mode::empty())?))
+    }
+
+    pub fn read_link(&mut self, path: &[u8]) -> io::Result<Vec<u8>> {
+        let (dir, name) = self.parent(path)?;
+        Ok(rustix::fs::readlinkat(dir, name, Vec::new())?.into_bytes())
+    }
+
+    /// Whether the caller may read the file: nothing is opened.
+    pub fn readable(&mut self, path: &[u8]) -> io::Result<bool> {
+        let (dir, name) = self.parent(path)?;
+        match rustix::fs::accessat(dir, name, rustix::fs::Access::READ_OK, AtFlags::EACCESS) {
+            Ok(()) => Ok(true),
+            Err(Errno::ACCESS | Errno::PERM) => Ok(false),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+/// There is nothing at this path, or only beyond a link or a file.
+pub(super) fn is_absent(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP))
+}

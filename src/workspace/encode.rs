@@ -1,0 +1,84 @@
+//! Paths as text: percent-encoded where a byte is no printable ASCII, and `%` itself.
+
+use crate::error::{Error, Kind, Result};
+
+/// Most bytes that all kept paths of one `ready` note may take, encoded; the frame's limit is 1 MiB.
+pub const KEEP_BYTES_MAX: usize = 768 * 1024;
+
+/// `a%b\n` becomes `a%25b%0A`.
+pub fn encode(path: &[u8]) -> String {
+    let mut out = String::with_capacity(path.len());
+    for &b in path {
+        if (b' '..=b'~').contains(&b) && b != b'%' {
+            out.push(b as char);
+        } else {
+            out.push_str(&format!("%{b:02X}"));
+        }
+    }
+    out
+}
+
+/// The bytes that [`encode`] was given. Anything that it does not write is `invalid_argument`.
+pub fn decode(text: &str) -> Result<Vec<u8>> {
+    let bad = || Error::invalid(format!("decode path {text:?}: not percent-encoded"));
+    let mut out = Vec::with_capacity(text.len());
+    let mut bytes = text.bytes();
+    while let Some(b) = bytes.next() {
+        match b {
+            b'%' => {
+                let pair = [bytes.next().ok_or_else(bad)?, bytes.next().ok_or_else(bad)?];
+                let hex = std::str::from_utf8(&pair).map_err(|_| bad())?;
+                if !pair.iter().all(u8::is_ascii_hexdigit) {
+                    return Err(bad());
+                }
+                out.push(u8::from_str_radix(hex, 16).map_err(|_| bad())?);
+            }
+            b' '..=b'~' => out.push(b),
+            _ => return Err(bad()),
+        }
+    }
+    Ok(out)
+}
+
+/// All of them, or `exhausted` where they would not fit into one `ready` note.
+pub fn encode_all<'a>(paths: impl IntoIterator<Item = &'a Vec<u8>>) -> Result<Vec<String>> {
+    let encoded: Vec<String> = paths.into_iter().map(|p| encode(p)).collect();
+    let bytes: usize = encoded.iter().map(|p| p.len() + 3).sum();
+    if bytes > KEEP_BYTES_MAX {
+        return Err(Error::new(Kind::Exhausted, format!("the guest changed {} files since the last import", encoded.len()))
+            .hint("take them with fcctl workspace export, or replace them with fcctl workspace prepare --overwrite"));
+    }
+    Ok(encoded)
+}
+
+/// All of them back.
+pub fn decode_all<S: AsRef<str>>(paths: &[S]) -> Result<Vec<Vec<u8>>> {
+    paths.iter().map(|p| decode(p.as_ref())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_survives() {
+        let all: Vec<u8> = (0..=255).collect();
+        let text = encode(&all);
+        assert!(text.bytes().all(|b| (b' '..=b'~').contains(&b)));
+        assert_eq!(decode(&text).unwrap(), all);
+        assert_eq!(encode(b"a%b\n"), "a%25b%0A");
+    }
+
+    #[test]
+    fn what_encode_never_writes_is_refused() {
+        for bad in ["%", "%4", "%zz", "%+1", "\n", "é"] {
+            assert!(decode(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn too_many_are_told() {
+        let many = vec![vec![b'\n'; 300]; 2000];
+        assert_eq!(encode_all(&many).unwrap_err().kind(), Kind::Exhausted);
+    }
+}

@@ -1,0 +1,188 @@
+//! How much of the history goes along, and the pack that holds it.
+
+use super::{Git, parse};
+use crate::error::{Error, Kind, Result};
+use crate::workspace::plan::History;
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fs::File;
+use std::path::Path;
+use std::time::Duration;
+
+const PACK_DEADLINE: Duration = Duration::from_secs(1800);
+/// Commits beyond the asked depth that one look at the history brings, so that one is enough where it is linear.
+const LOOK_AHEAD: u32 = 200;
+/// Most tags that go along.
+const TAGS_MAX: usize = 10_000;
+
+/// What of the history is sent.
+#[derive(Debug, Default)]
+pub(in crate::workspace) struct History1 {
+    /// Commits whose parents are left out.
+    pub shallow: BTreeSet<String>,
+    /// The commits that are sent; empty with a full history.
+    pub commits: BTreeSet<String>,
+    /// Name and object.
+    pub tags: Vec<(String, String)>,
+}
+
+/// A pack and its index, unlinked already.
+#[derive(Debug)]
+pub(in crate::workspace) struct Pack {
+    /// `pack-<hash>`.
+    pub name: String,
+    pub pack: File,
+    pub idx: File,
+}
+
+impl Git {
+    /// Which commits go, and where they are cut.
+    pub fn history(&self, head: &str, depth: History) -> Result<History1> {
+        let own = self.own_shallow()?;
+        let History::Depth(depth) = depth else {
+            let tags = self.tags(None)?;
+            return Ok(History1 { shallow: own, commits: BTreeSet::new(), tags });
+        };
+        let (commits, mut shallow) = self.within(head, depth)?;
+        shallow.extend(own.into_iter().filter(|c| commits.contains(c)));
+        let tags = self.tags(Some(&commits))?;
+        Ok(History1 { shallow, commits, tags })
+    }
+
+    /// Where this repository is cut itself.
+    fn own_shallow(&self) -> Result<BTreeSet<String>> {
+        let text = std::fs::read_to_string(self.common_dir()?.join("shallow")).unwrap_or_default();
+        Ok(text.lines().filter(|l| parse::is_oid(l)).map(str::to_owned).collect())
+    }
+
+    /// The commits at most `depth - 1` steps from `head`, and those of them whose parents are not all among them.
+    fn within(&self, head: &str, depth: u32) -> Result<(BTreeSet<String>, BTreeSet<String>)> {
+        let mut parents = HashMap::new();
+        let count = format!("--max-count={}", depth.saturating_mul(2).saturating_add(LOOK_AHEAD));
+        self.parents_into(&mut parents, &["rev-list", "--parents", &count, head, "--"], "")?;
+        let mut seen: BTreeSet<String> = BTreeSet::from([head.to_owned()]);
+        let mut shallow = BTreeSet::new();
+        let mut frontier = vec![head.to_owned()];
+        for step in 1..=depth {
+            let unknown: Vec<&str> = frontier.iter().filter(|c| !parents.contains_key(*c)).map(String::as_str).collect();
+            if !unknown.is_empty() {
+                let input = unknown.join("\n") + "\n";
+                self.parents_into(&mut parents, &["rev-list", "--parents", "--no-walk", "--stdin"], &input)?;
+            }
+            let mut next = Vec::new();
+            for commit in frontier {
+                let of = parents.get(&commit).cloned().unwrap_or_default();
+                if step == depth {
+                    if !of.is_empty() {
+                        shallow.insert(commit);
+                    }
+                    continue;
+                }
+                next.extend(of.into_iter().filter(|p| seen.insert(p.clone())));
+            }
+            frontier = next;
+            if frontier.is_empty() {
+                break;
+            }
+        }
+        Ok((seen, shallow))
+    }
+
+    fn parents_into(&self, parents: &mut HashMap<String, Vec<String>>, args: &[&str], input: &str) -> Result<()> {
+        let command = self.command(args).stdin(input);
+        let (_, text) = self.ask_status(&command, &[0]).map_err(|e| self.refused(e))?;
+        for line in String::from_utf8_lossy(&text).lines() {
+            let mut words = line.split(' ').map(str::to_owned);
+            if let Some(commit) = words.next() {
+                parents.insert(commit, words.collect());
+            }
+        }
+        Ok(())
+    }
+
+    /// Tags that name a commit that is sent; with None, all that HEAD contains.
+    fn tags(&self, commits: Option<&BTreeSet<String>>) -> Result<Vec<(String, String)>> {
+        let format = "--format=%(objecttype) %(*objecttype) %(objectname) %(*objectname) %(refname)";
+        let mut args = vec!["for-each-ref", format];
+        if commits.is_none() {
+            args.push("--merged=HEAD");
+        }
+        args.push("refs/tags");
+        // A tag whose object is missing is no reason to refuse the tree.
+        let (status, text) = self.ask_status(&self.command(&args), &[0, 1, 128])?;
+        let text = if status == 0 { String::from_utf8_lossy(&text).into_owned() } else { String::new() };
+        let mut out = Vec::new();
+        for line in text.lines().take(TAGS_MAX) {
+            let words: Vec<&str> = line.split(' ').collect();
+            let [kind, inner, oid, peeled, name] = words[..] else { continue };
+            let target = if kind == "commit" { oid } else { peeled };
+            let is_commit = kind == "commit" || inner == "commit";
+            if is_commit && commits.is_none_or(|c| c.contains(target)) {
+                out.push((name.to_owned(), oid.to_owned()));
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// Makes the pack: the history and `blobs`. None where there is nothing to pack. It is written below `dir`.
+pub(in crate::workspace) fn pack(
+    git: &Git,
+    head: Option<&str>,
+    history: &History1,
+    blobs: &HashSet<String>,
+    dir: &Path,
+) -> Result<Option<Pack>> {
+    let mut input = String::new();
+    for commit in &history.shallow {
+        input.push_str(&format!("--shallow {commit}\n"));
+    }
+    let wanted = head.into_iter().chain(history.tags.iter().map(|(_, oid)| oid.as_str())).chain(blobs.iter().map(String::as_str));
+    let before = input.len();
+    wanted.for_each(|oid| {
+        input.push_str(oid);
+        input.push('\n');
+    });
+    if input.len() == before {
+        return Ok(None);
+    }
+    let objects = dir.join("objects");
+    std::fs::create_dir_all(objects.join("pack")).map_err(|e| Error::io("make a directory for the pack", e))?;
+    let args = ["-c", "pack.packSizeLimit=0", "-c", "pack.writeReverseIndex=false", "pack-objects"];
+    let options = ["--revs", "--delta-base-offset", "-q", "--missing=allow-promisor"];
+    let base = dir.join("pack");
+    let command = git
+        .command(&args)
+        .args(options)
+        .arg(&base)
+        // git writes its temporary file into the object directory: not into the caller's.
+        .env("GIT_OBJECT_DIRECTORY", &objects)
+        .env("GIT_ALTERNATE_OBJECT_DIRECTORIES", alternate(&git.common_dir()?.join("objects")))
+        .stdin(input)
+        .deadline(PACK_DEADLINE);
+    let (_, hash) = git.ask_status(&command, &[0]).map_err(|e| e.context("pack the history"))?;
+    let hash = String::from_utf8_lossy(hash.trim_ascii()).into_owned();
+    if !parse::is_oid(&hash) {
+        return Err(Error::new(Kind::CommandFailed, "pack the history: git named no pack"));
+    }
+    let name = format!("pack-{hash}");
+    let open = |ext: &str| {
+        let path = dir.join(format!("{name}.{ext}"));
+        File::open(&path).map_err(|e| Error::io(format!("open {}", path.display()), e))
+    };
+    Ok(Some(Pack { pack: open("pack")?, idx: open("idx")?, name }))
+}
+
+/// A path as git reads it from a list that is separated by colons.
+fn alternate(path: &Path) -> std::ffi::OsString {
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    let mut out = vec![b'"'];
+    for &b in path.as_os_str().as_bytes() {
+        match b {
+            b'"' | b'\\' => out.extend([b'\\', b]),
+            b' '..=b'~' => out.push(b),
+            _ => out.extend(format!("\\{b:03o}").into_bytes()),
+        }
+    }
+    out.push(b'"');
+    std::ffi::OsString::from_vec(out)
+}

@@ -1,0 +1,190 @@
+//! A tar that the caller made: passed on as it is, and looked at so that one that is cut off is not taken for whole.
+
+use super::tar_writer::{TarWriter, write_all};
+use crate::error::{Error, Kind, Result};
+use crate::locks::Cancel;
+use std::io::{Read, Write};
+
+const BLOCK: usize = 512;
+const PIECE_BYTES: usize = 64 * 1024;
+
+/// Follows a tar as its bytes go by, whatever their pieces. Only headers are looked at.
+#[derive(Debug, Default)]
+pub struct Watch {
+    block: Vec<u8>,
+    /// Bytes of data and padding still to come before the next header.
+    skip: u64,
+    /// Extension blocks of a sparse header follow.
+    extended: bool,
+    zeros: u8,
+    entries: u64,
+}
+
+fn bad(why: &str) -> Error {
+    Error::new(Kind::InvalidTree, format!("read the tar: {why}"))
+        .hint("give an uncompressed tar, for instance: zcat x.tar.gz | fcctl workspace prepare VM --tar -")
+}
+
+impl Watch {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// `invalid_tree` where a header is none.
+    pub fn feed(&mut self, mut bytes: &[u8]) -> Result<()> {
+        while !bytes.is_empty() && !self.has_ended() {
+            if self.skip > 0 {
+                let n = self.skip.min(bytes.len() as u64);
+                self.skip -= n;
+                bytes = &bytes[n as usize..];
+                continue;
+            }
+            let n = bytes.len().min(BLOCK - self.block.len());
+            self.block.extend_from_slice(&bytes[..n]);
+            bytes = &bytes[n..];
+            if self.block.len() == BLOCK {
+                let block = std::mem::take(&mut self.block);
+                self.header(&block)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn header(&mut self, block: &[u8]) -> Result<()> {
+        if self.extended {
+            self.extended = block[504] != 0;
+            return Ok(());
+        }
+        if block.iter().all(|b| *b == 0) {
+            self.zeros += 1;
+            return Ok(());
+        }
+        if self.zeros > 0 {
+            return Err(bad("one block of zeros, then more"));
+        }
+        let header = tar::Header::from_byte_slice(block);
+        let sum: u32 = block.iter().enumerate().map(|(i, b)| if (148..156).contains(&i) { 32 } else { u32::from(*b) }).sum();
+        if header.cksum().ok() != Some(sum) {
+            return Err(bad(if self.entries == 0 { "this is no tar" } else { "a header is damaged" }));
+        }
+        let kind = header.entry_type();
+        // Links and the like have a size in some archives and never data.
+        let bodyless = kind.is_dir() || kind.is_symlink() || kind.is_hard_link() || kind.is_fifo();
+        let size = if bodyless { 0 } else { header.entry_size().map_err(|_| bad("a header has no size"))? };
+        self.skip = size.div_ceil(BLOCK as u64).checked_mul(BLOCK as u64).ok_or_else(|| bad("a header has a senseless size"))?;
+        self.extended = kind.is_gnu_sparse() && block[482] != 0;
+        if !(kind.is_gnu_longname()
+            || kind.is_gnu_longlink()
+            || kind.is_pax_local_extensions()
+            || kind.is_pax_global_extensions())
+        {
+            self.entries += 1;
+        }
+        Ok(())
+    }
+
+    /// Both blocks of zeros have gone by.
+    pub fn has_ended(&self) -> bool {
+        self.zeros >= 2
+    }
+
+    pub fn entries(&self) -> u64 {
+        self.entries
+    }
+}
+
+/// Passes a tar on as the payload of an import. `keep`: what the guest changed; where it is not empty this is
+/// `conflict`, since nobody can leave anything out of this tar (with `--overwrite` the caller passes none).
+/// `stream_incomplete` where the tar ends before its end-of-archive blocks. `progress` gets entries and bytes.
+pub fn send(
+    input: &mut dyn Read,
+    out: &mut dyn Write,
+    keep: &[Vec<u8>],
+    progress: &mut dyn FnMut(u64, u64),
+    cancel: &Cancel,
+) -> Result<super::plan::Sent> {
+    if let Some(first) = keep.first() {
+        let shown = super::encode::encode(first);
+        return Err(Error::new(Kind::Conflict, format!("the guest changed {} files since, {shown} among them", keep.len()))
+            .hint("take them with fcctl workspace export, or replace them with --overwrite"));
+    }
+    let mut meta = TarWriter::new(Vec::new(), cancel);
+    meta.data(b"kind", b"raw\n")?;
+    let (meta, _) = meta.finish()?;
+    let line = format!("fcd-import 1 {}\n", meta.len());
+    write_all(&mut &mut *out, line.as_bytes(), cancel)?;
+    write_all(&mut &mut *out, &meta, cancel)?;
+    let mut bytes = (line.len() + meta.len()) as u64;
+    let mut watch = Watch::new();
+    let mut buffer = vec![0; PIECE_BYTES];
+    loop {
+        let n = match input.read(&mut buffer) {
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+            other => other.map_err(|e| Error::io("read the tar", e))?,
+        };
+        if n == 0 {
+            break;
+        }
+        watch.feed(&buffer[..n])?;
+        write_all(&mut &mut *out, &buffer[..n], cancel)?;
+        bytes += n as u64;
+        progress(watch.entries(), bytes);
+    }
+    if !watch.has_ended() {
+        return Err(Error::new(
+            Kind::StreamIncomplete,
+            format!("the tar ends after {} entries without its end mark", watch.entries()),
+        )
+        .hint("it was cut off: make it again"));
+    }
+    out.flush().map_err(|e| Error::io("send the tree", e))?;
+    Ok(super::plan::Sent { entries: watch.entries(), bytes, warnings: Vec::new() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Vec<u8> {
+        let cancel = Cancel::try_new().unwrap();
+        let mut t = TarWriter::new(Vec::new(), &cancel);
+        t.data(b"a", b"hello").unwrap();
+        t.data(&[b'n'; 300], &[7; 1500]).unwrap();
+        t.finish().unwrap().0
+    }
+
+    fn run(tar: &[u8]) -> Result<super::super::plan::Sent> {
+        send(&mut &tar[..], &mut Vec::new(), &[], &mut |_, _| {}, &Cancel::try_new().unwrap())
+    }
+
+    #[test]
+    fn a_whole_tar_passes_in_any_pieces() {
+        let tar = sample();
+        assert_eq!(run(&tar).unwrap().entries, 2);
+        for piece in [1, 511, 512, 513] {
+            let mut w = Watch::new();
+            tar.chunks(piece).for_each(|c| w.feed(c).unwrap());
+            assert!(w.has_ended());
+        }
+    }
+
+    #[test]
+    fn every_cut_is_seen() {
+        let tar = sample();
+        // Two blocks of zeros end it: every cut before the end of the second is one.
+        for cut in (0..tar.len()).step_by(64).chain([tar.len() - 512, tar.len() - 1]) {
+            assert_eq!(run(&tar[..cut]).unwrap_err().kind(), Kind::StreamIncomplete, "{cut} of {}", tar.len());
+        }
+    }
+
+    #[test]
+    fn what_is_no_tar_is_refused() {
+        assert_eq!(run(&[0x1f; 2048]).unwrap_err().kind(), Kind::InvalidTree);
+    }
+
+    #[test]
+    fn guest_changes_stop_it() {
+        let e = send(&mut &sample()[..], &mut Vec::new(), &[b"x".to_vec()], &mut |_, _| {}, &Cancel::try_new().unwrap());
+        assert_eq!(e.unwrap_err().kind(), Kind::Conflict);
+    }
+}

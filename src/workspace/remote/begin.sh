@@ -1,0 +1,30 @@
+# Before an import: marks the workspace dirty, prints what the guest changed since the last complete one.
+for tool in git tar find xargs comm sort cut sed head; do
+  command -v "$tool" >/dev/null || die 68 "$tool is not installed in the guest"
+done
+if [ -L "$W" ]; then die 65 "$W is a symbolic link"; fi
+if [ -e "$W" ] && [ ! -d "$W" ]; then die 65 "$W is no directory"; fi
+mkdir -p "$W" "$S"
+: >"$S/dirty"
+sync "$S/dirty" "$S"
+if [ -e "$S/readonly" ]; then mnt -o remount,rw,bind "$W" 2>/dev/null || :; fi
+cd "$W"
+rm -rf "$S"/export.* "$S/current.index" "$S/work" "$M"
+mkdir "$S/work"
+: >"$S/changed"
+if [ -f "$S/index" ] && [ -f "$S/baseline" ]; then
+  cp "$S/index" "$S/current.index"
+  base=$(cat "$S/baseline")
+elif [ -n "$(ls -A)" ]; then
+  [ -d "$P" ] || make_private sha1
+  base=$(g hash-object -t tree -w --stdin </dev/null)
+fi
+if [ -n "${base-}" ]; then
+  snapshot "$S/current.index" "$S/work"
+  # What an interrupted import has put there is ours, not the guest's.
+  touch "$S/pending"
+  g diff-index --cached --name-only -z --no-renames "$base" | sort -z | comm -z -23 - "$S/pending" >"$S/changed"
+fi
+rm -rf "$S/work"
+printf 'fcd-begin 1\n'
+cat "$S/changed"

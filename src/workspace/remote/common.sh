@@ -1,0 +1,63 @@
+# Comes before each script. $1: the workspace, $2: its state directory; both absolute, made by us.
+set -eu
+umask 022
+export LC_ALL=C GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_OPTIONAL_LOCKS=0 GIT_TERMINAL_PROMPT=0
+unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_ALTERNATE_OBJECT_DIRECTORIES
+W=$1
+S=$2
+P=$S/git
+M=$S/meta
+shift 2
+die() {
+  code=$1
+  shift
+  printf 'fcd: %s\n' "$*" >&2
+  exit "$code"
+}
+# git on the baseline, the workspace as its work tree: nothing that the guest configured counts.
+g() { git --git-dir="$P" --work-tree="$W" "$@"; }
+# git on the guest's own repository.
+u() { git -c core.fsmonitor=false -c core.hooksPath=/dev/null -c safe.directory='*' -C "$W" "$@"; }
+mnt() { if command -v mount >/dev/null; then mount "$@"; else busybox mount "$@"; fi; }
+kind_of() { if [ -f "$S/kind" ]; then cat "$S/kind"; elif [ -e "$W/.git" ]; then echo git; else echo plain; fi; }
+make_private() {
+  git init -q --bare --template= --object-format="$1" "$P"
+  mkdir -p "$P/info" "$P/objects/pack"
+  printf '* -text !eol -filter -ident -working-tree-encoding !diff\n' >"$P/info/attributes"
+  printf '%s\n' '[core]' 'bare = false' 'fileMode = true' 'symlinks = true' 'autocrlf = false' 'protectNTFS = false' \
+    'protectHFS = false' 'compression = 1' 'looseCompression = 1' 'logAllRefUpdates = false' '[gc]' 'auto = 0' >>"$P/config"
+}
+# Everything in the tree that is no git directory, as find sees it.
+found() { find . -mindepth 1 -iname .git -prune -o \( "$@" \) -printf '%P\0'; }
+# What the baseline's index does not have and git does not ignore.
+others() {
+  case $(kind_of) in
+  plain | raw) found -type f -o -type l ;;
+  *)
+    if [ -f .git/info/exclude ]; then set -- --exclude-from=.git/info/exclude; else set --; fi
+    g ls-files -z -o --exclude-standard "$@" | sed -z '/\/$/d'
+    ;;
+  esac
+}
+# Tracked by the guest's repository although ignored: added by force.
+forced() {
+  [ -e .git ] || return 0
+  (
+    unset GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_ALTERNATE_OBJECT_DIRECTORIES
+    u ls-files -z -c -i --exclude-standard 2>/dev/null || :
+  ) | find -files0-from - -maxdepth 0 \( -type f -o -type l \) -print0 2>/dev/null || :
+}
+# New blobs go into one pack for each process, not into a file each.
+add() { g -c core.bigFileThreshold=1 update-index -z --add --remove --replace --stdin; }
+# Brings the index $1, a copy of the baseline's, to what is there now. $2: a directory for lists.
+snapshot() {
+  GIT_INDEX_FILE=$1
+  export GIT_INDEX_FILE
+  if [ -f "$1" ]; then g -c core.bigFileThreshold=1 add -u; fi
+  others >"$2/others"
+  add <"$2/others"
+  forced >"$2/forced"
+  if [ -s "$2/forced" ] && ! add <"$2/forced" 2>/dev/null; then
+    xargs -0 -r -n 1 git --git-dir="$P" --work-tree="$W" update-index --add -- <"$2/forced" 2>/dev/null || :
+  fi
+}

@@ -1,0 +1,29 @@
+# Prints the patch or the tree, and on stderr how many paths differ. Changes nothing in the workspace. $1: patch or tree.
+what=$1
+[ -f "$S/baseline" ] || [ -e "$S/dirty" ] || die 67 "there is no workspace"
+if [ -e "$S/dirty" ]; then die 66 "an import was interrupted"; fi
+[ -d "$W" ] || die 67 "$W is gone"
+cd "$W"
+rm -rf "$S"/export.*
+tmp=$(mktemp -d "$S/export.XXXXXX")
+trap 'rm -rf "$tmp"' EXIT
+trap 'exit 143' HUP INT TERM PIPE
+mkdir -p "$tmp/objects/pack"
+export GIT_OBJECT_DIRECTORY="$tmp/objects" GIT_ALTERNATE_OBJECT_DIRECTORIES="$P/objects"
+cp "$S/index" "$tmp/index"
+snapshot "$tmp/index" "$tmp"
+base=$(cat "$S/baseline")
+changed=$(g diff-index --cached --name-only -z --no-renames "$base" | tr -cd '\0' | wc -c)
+printf 'fcd-changed %s\n' "$changed" >&2
+if [ "$what" = patch ]; then
+  g -c core.quotePath=true diff-index --cached -p --binary --full-index --no-renames --no-ext-diff --no-textconv --no-color \
+    --src-prefix=a/ --dst-prefix=b/ "$base"
+else
+  case $(kind_of) in
+  plain | raw) found -type f -o -type l -o -type d >"$tmp/list" ;;
+  *) g ls-files -z >"$tmp/list" ;;
+  esac
+  # 1: a file changed while it was read.
+  tar -c -f - --format=gnu --sparse --hard-dereference --numeric-owner --owner=0 --group=0 --no-recursion --null \
+    --verbatim-files-from -T "$tmp/list" || [ $? -eq 1 ]
+fi

@@ -1,0 +1,150 @@
+# After the stream was verified: the guest's index and the baseline, then the complete mark. $1: 1 for read-only, $2: 1
+# to replace what the guest changed, $3: the directory where commands start. Prints what was kept.
+readonly_=$1
+overwrite=$2
+subdir=$3
+[ -e "$S/dirty" ] && [ -f "$M/kind" ] && [ -f "$M/put" ] || die 66 "no import was received"
+cd "$W"
+kind=$(cat "$M/kind")
+if [ "$kind" = raw ]; then
+  found -type f -o -type l | sort -z >"$M/sent"
+  cp "$M/sent" "$M/put"
+fi
+: >"$M/differ"
+if [ -f "$M/exclude" ]; then cp "$M/exclude" "$P/info/exclude"; else rm -f "$P/info/exclude"; fi
+new=$S/index.new
+rm -f "$new" "$new.lock"
+export GIT_INDEX_FILE="$new"
+if [ -f "$S/index" ]; then
+  cp "$S/index" "$new"
+  g ls-files -z | comm -z -23 - "$M/sent" | g update-index -z --force-remove --stdin
+fi
+# Most files are as git knows them: hashing shows it, and nothing is written.
+if [ -s "$M/seed" ]; then
+  g update-index -z --index-info <"$M/seed"
+  g update-index -q --refresh >/dev/null || :
+fi
+add <"$M/put"
+if [ -s "$M/kept" ]; then
+  GIT_INDEX_FILE="$S/current.index" g ls-files -s -z | sort -z >"$M/now"
+  sort -z "$M/kept" >"$M/host"
+  # Changed in the guest to what the host has now.
+  comm -z -12 "$M/now" "$M/host" | g update-index -z --index-info
+  comm -z -13 "$M/now" "$M/host" | cut -z -f2- >>"$M/differ"
+  g update-index -q --refresh >/dev/null || :
+fi
+if [ "$overwrite" = 0 ]; then
+  # Changed in the guest, gone from the host.
+  comm -z -12 "$S/changed" "$S/sent" | comm -z -23 - "$M/sent" |
+    find -files0-from - -maxdepth 0 -print0 2>/dev/null >>"$M/differ" || :
+fi
+cp "$new" "$S/repo.index"
+tree=$(g write-tree)
+
+set_head() {
+  if [ "$branch" = - ]; then
+    u update-ref --no-deref -m 'fcd: import' HEAD "$oid"
+  else
+    u symbolic-ref HEAD "$branch"
+    if [ "$oid" = - ]; then u update-ref -d "$branch" 2>/dev/null || :; else u update-ref -m 'fcd: import' "$branch" "$oid"; fi
+  fi
+}
+set_shallow() {
+  if [ -s "$M/commits" ] && [ -f .git/shallow ]; then
+    sort .git/shallow | comm -23 - "$M/commits" >"$M/shallow.old"
+  else
+    : >"$M/shallow.old"
+  fi
+  touch "$M/shallow"
+  sort -u "$M/shallow" "$M/shallow.old" >"$M/shallow.new"
+  if [ -s "$M/shallow.new" ]; then cp "$M/shallow.new" .git/shallow; else rm -f .git/shallow; fi
+}
+set_index() {
+  GIT_INDEX_FILE=$S/repo.index
+  [ -e "$M/index" ] || : >"$M/index"
+  g ls-files -s -z | sort -z >"$M/now"
+  sort -z "$M/index" >"$M/host"
+  comm -z -23 "$M/now" "$M/host" | cut -z -f2- | u update-index -z --force-remove --stdin
+  comm -z -13 "$M/now" "$M/host" | u update-index -z --index-info
+  if [ -f "$M/intent-to-add" ]; then
+    u --literal-pathspecs add -f -N --pathspec-from-file="$M/intent-to-add" --pathspec-file-nul 2>/dev/null || :
+  fi
+  u update-index -q --refresh >/dev/null 2>&1 || :
+  for flag in skip-worktree assume-unchanged; do
+    if [ -f "$M/$flag" ]; then u update-index -z --$flag --stdin <"$M/$flag"; fi
+  done
+  rm -f .git/index.lock
+  mv "$S/repo.index" .git/index
+}
+set_rules() {
+  mkdir -p .git/info
+  for file in exclude attributes; do
+    # What the guest wrote there itself stays.
+    if cmp -s ".git/info/$file" "$S/rules.$file" || [ ! -e ".git/info/$file" ] || [ "$overwrite" = 1 ]; then
+      if [ -f "$M/$file" ]; then cp "$M/$file" ".git/info/$file"; else rm -f ".git/info/$file"; fi
+    fi
+    if [ -f "$M/$file" ]; then cp "$M/$file" "$S/rules.$file"; else rm -f "$S/rules.$file"; fi
+  done
+}
+# The guest's repository, unless the guest has moved its HEAD.
+repository() {
+  { IFS= read -r branch && IFS= read -r oid; } <"$M/head"
+  format=$(cat "$M/format")
+  if [ -e .git ] || [ -L .git ]; then
+    at="$(u symbolic-ref -q HEAD || echo -) $(u rev-parse -q --verify HEAD || echo -)"
+    if ! { [ -f "$S/head" ] && grep -Fxq -e "$at" "$S/head"; }; then
+      if [ "$overwrite" = 0 ]; then
+        printf '.git/HEAD\0' >>"$M/differ"
+        return 0
+      fi
+      at=${at##* }
+      if [ "$at" != - ]; then u update-ref "refs/fcd/before/$at" "$at" || :; fi
+    fi
+    if [ "$(u rev-parse --show-object-format 2>/dev/null)" != "$format" ]; then rm -rf .git; fi
+  fi
+  printf '%s\n' "${at-refs/heads/main -}" "refs/heads/main -" "$branch -" "$branch $oid" >"$S/head"
+  if [ ! -e .git ]; then
+    git init -q --template= --object-format="$format" -b main "$W"
+    if [ -f "$M/config" ]; then cat "$M/config" >>.git/config; fi
+  fi
+  mkdir -p .git/objects/pack
+  if [ -f "$M/name" ]; then
+    name=$(cat "$M/name")
+    for file in "$name.pack" "$name.idx"; do
+      [ -e ".git/objects/pack/$file" ] || ln "$P/objects/pack/$file" ".git/objects/pack/$file" 2>/dev/null ||
+        cp "$P/objects/pack/$file" ".git/objects/pack/$file"
+    done
+  fi
+  set_shallow
+  if [ -f "$M/tags" ]; then sed 's/^\([^ ]*\) \(.*\)$/update \2 \1/' "$M/tags" | u update-ref --stdin 2>/dev/null || :; fi
+  set_head
+  set_rules
+  set_index
+  printf '%s\n' "$branch $oid" >"$S/head"
+}
+if [ "$kind" = git ]; then (repository); fi
+
+if [ -n "$subdir" ]; then mkdir -p "./$subdir" 2>/dev/null || :; fi
+mv "$new" "$S/index"
+printf '%s\n' "$tree" >"$S/baseline"
+printf '%s\n' "$kind" >"$S/kind"
+count=$(tr -cd '\0' <"$M/sent" | wc -c)
+mv "$M/sent" "$S/sent"
+mv "$M/dirs" "$S/dirs"
+sort -zu "$M/differ" >"$S/differ"
+rm -rf "$M" "$S/pending" "$S/changed" "$S/current.index" "$S/repo.index"
+sync -f "$W"
+sync -f "$S"
+if [ "$readonly_" = 1 ]; then
+  : >"$S/readonly"
+  if ! mnt -o remount,ro,bind "$W" 2>/dev/null; then
+    mnt -o bind "$W" "$W"
+    mnt -o remount,ro,bind "$W"
+  fi
+elif [ -e "$S/readonly" ]; then
+  rm -f "$S/readonly"
+fi
+rm -f "$S/dirty"
+sync "$S"
+printf 'fcd-finish 1 %s\n' "$count"
+cat "$S/differ"

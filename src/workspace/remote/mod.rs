@@ -1,0 +1,247 @@
+//! What the daemon runs in the guest: command lines for its shell, and the parsers of what they print.
+//!
+//! The scripts need POSIX sh, git (2.31 or later), GNU tar, coreutils, findutils 4.9 and sed. No name from a tree is
+//! ever part of a command line: names come in files, NUL after each.
+//!
+//! | step | stdin | stdout |
+//! |---|---|---|
+//! | [`begin_command`] | - | [`parse_begin`] |
+//! | [`receive_command`] | the payload | - |
+//! | [`finish_command`] | - | [`parse_finish`] |
+//! | [`export_patch_command`] | - | the patch; stderr: [`parse_changed`] |
+//! | [`export_tree_command`] | - | a tar for [`super::unpack`]; stderr: [`parse_changed`] |
+//! | [`status_command`] | - | [`parse_status`] |
+
+use crate::api::exec::Exit;
+use crate::error::{Error, Kind, Result};
+use crate::host::shell::quote;
+
+const COMMON: &str = include_str!("common.sh");
+const BEGIN: &str = include_str!("begin.sh");
+const RECEIVE: &str = include_str!("receive.sh");
+const FINISH: &str = include_str!("finish.sh");
+const EXPORT: &str = include_str!("export.sh");
+const STATUS: &str = include_str!("status.sh");
+
+/// Below it each workspace has a directory of its own in the guest.
+pub const STATE_ROOT: &str = "/var/lib/fcd/workspaces";
+/// Longest command line; libssh2 refuses an exec request of some 34 KiB.
+pub const COMMAND_BYTES_MAX: usize = 24 * 1024;
+/// Most bytes of stdout that `begin` or `finish` may print and that the daemon has to keep.
+pub const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Where a workspace and its state are in the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub guest_path: String,
+    pub state_dir: String,
+}
+
+impl Place {
+    /// `guest_path` has passed [`super::guest_path::validate`].
+    pub fn new(guest_path: &str) -> Self {
+        Self::with_root(guest_path, STATE_ROOT)
+    }
+
+    /// With another directory for states.
+    pub fn with_root(guest_path: &str, state_root: &str) -> Self {
+        use sha2::Digest;
+        let hash = sha2::Sha256::digest(guest_path.as_bytes());
+        let key: String = hash[..8].iter().map(|b| format!("{b:02x}")).collect();
+        Self { guest_path: guest_path.to_owned(), state_dir: format!("{state_root}/{key}") }
+    }
+}
+
+/// Without comments and indentation: a command line has a bound.
+fn compact(script: &str) -> String {
+    let lines = script.lines().map(str::trim_start).filter(|l| !l.is_empty() && !l.starts_with('#'));
+    lines.flat_map(|l| [l, "\n"]).collect()
+}
+
+fn command(script: &str, place: &Place, args: &[&str]) -> String {
+    let script = compact(COMMON) + &compact(script);
+    let words = ["sh", "-c", &script, "fcd", &place.guest_path, &place.state_dir];
+    let words: Vec<String> = words.iter().chain(args).map(|w| quote(w)).collect();
+    words.join(" ")
+}
+
+fn flag(on: bool) -> &'static str {
+    if on { "1" } else { "0" }
+}
+
+/// Makes the directory, marks the workspace dirty, prints what the guest changed since the last complete import.
+pub fn begin_command(place: &Place) -> String {
+    command(BEGIN, place, &[])
+}
+
+/// Takes the payload on stdin and puts the tree in its place. The workspace stays dirty.
+pub fn receive_command(place: &Place, overwrite: bool) -> String {
+    command(RECEIVE, place, &[flag(overwrite)])
+}
+
+/// After the trailer was verified: makes the guest's index, records the baseline, syncs, marks complete.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Finish<'a> {
+    pub overwrite: bool,
+    /// A read-only bind mount over itself; [`status_command`] renews it after a boot.
+    pub readonly: bool,
+    /// `PrepareRequest::subdir`; made where it is not there.
+    pub subdir: &'a str,
+}
+
+pub fn finish_command(place: &Place, finish: &Finish<'_>) -> String {
+    command(FINISH, place, &[flag(finish.readonly), flag(finish.overwrite), finish.subdir])
+}
+
+/// Prints a binary git patch of the baseline against what is there now; empty where nothing differs.
+pub fn export_patch_command(place: &Place) -> String {
+    command(EXPORT, place, &["patch"])
+}
+
+/// Prints a GNU tar of what is there now: what was sent and what git does not ignore.
+pub fn export_tree_command(place: &Place) -> String {
+    command(EXPORT, place, &["tree"])
+}
+
+/// Prints the state; renews a read-only mount after a boot.
+pub fn status_command(place: &Place) -> String {
+    command(STATUS, place, &[])
+}
+
+/// What the guest says of a workspace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    None,
+    Incomplete,
+    Complete,
+}
+
+/// What `finish` says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Finished {
+    /// Files and links that the host has.
+    pub entries: u64,
+    /// Paths that the guest changed and that differ from the host's; `.git/HEAD` where the guest's commits or branch
+    /// were kept.
+    pub kept: Vec<Vec<u8>>,
+}
+
+fn unknown(step: &str) -> Error {
+    Error::new(Kind::GuestCommandFailed, format!("{step}: the guest answered in an unknown form"))
+        .hint("something in the guest may print at login: look with fcctl exec VM -- true")
+}
+
+fn header<'a>(stdout: &'a [u8], start: &str, step: &str) -> Result<(&'a str, &'a [u8])> {
+    let end = stdout.iter().position(|b| *b == b'\n').ok_or_else(|| unknown(step))?;
+    let line = std::str::from_utf8(&stdout[..end]).map_err(|_| unknown(step))?;
+    Ok((line.strip_prefix(start).ok_or_else(|| unknown(step))?, &stdout[end + 1..]))
+}
+
+fn nul_list(bytes: &[u8], step: &str) -> Result<Vec<Vec<u8>>> {
+    match bytes.strip_suffix(&[0]) {
+        None if bytes.is_empty() => Ok(Vec::new()),
+        None => Err(unknown(step)),
+        Some(list) => Ok(list.split(|b| *b == 0).map(<[u8]>::to_vec).collect()),
+    }
+}
+
+/// Paths that the guest changed since the last complete import, sorted.
+pub fn parse_begin(stdout: &[u8]) -> Result<Vec<Vec<u8>>> {
+    let (_, list) = header(stdout, "fcd-begin 1", "begin the import")?;
+    nul_list(list, "begin the import")
+}
+
+pub fn parse_finish(stdout: &[u8]) -> Result<Finished> {
+    let step = "finish the import";
+    let (count, list) = header(stdout, "fcd-finish 1 ", step)?;
+    Ok(Finished { entries: count.trim().parse().map_err(|_| unknown(step))?, kept: nul_list(list, step)? })
+}
+
+/// From stderr of an export: how many paths differ from the baseline.
+pub fn parse_changed(stderr: &[u8]) -> Option<u64> {
+    let text = String::from_utf8_lossy(stderr);
+    text.lines().find_map(|l| l.strip_prefix("fcd-changed ")?.trim().parse().ok())
+}
+
+pub fn parse_status(stdout: &[u8]) -> Result<Status> {
+    match stdout.trim_ascii() {
+        b"none" => Ok(Status::None),
+        b"incomplete" => Ok(Status::Incomplete),
+        b"complete" => Ok(Status::Complete),
+        _ => Err(unknown("look at the workspace")),
+    }
+}
+
+/// The error of a step that did not end with status 0. `doing` reads `receive the tree`.
+pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
+    let text = String::from_utf8_lossy(stderr);
+    let lines: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty() && !l.starts_with("fcd-changed ")).collect();
+    let said = lines.iter().find_map(|l| l.strip_prefix("fcd: ")).or_else(|| lines.last().copied());
+    let said = said.map_or_else(|| format!("it ended with {exit:?}"), |s| s.escape_debug().to_string());
+    let error = |kind, hint: &str| Error::new(kind, format!("{doing}: {said}")).hint(hint);
+    if text.contains("No space left on device") {
+        let full = Error::new(Kind::GuestCommandFailed, format!("{doing}: the guest's disk is full: {said}"));
+        return full.hint("give it more: fcctl vm set VM --disk SIZE, then restart it");
+    }
+    match exit {
+        Exit::Status(65) => error(Kind::InvalidGuestPath, "give another --guest-path"),
+        Exit::Status(66) => error(Kind::WorkspaceIncomplete, "run fcctl workspace prepare again"),
+        Exit::Status(67) => error(Kind::WorkspaceNotFound, "run fcctl workspace prepare first"),
+        Exit::Status(68) => error(Kind::GuestCommandFailed, "use an image that has git, GNU tar and findutils"),
+        Exit::Status(69 | 70) => error(Kind::StreamIncomplete, "run the command again"),
+        _ => error(Kind::GuestCommandFailed, "look at the guest: fcctl exec VM -- df -h, fcctl logs VM"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place() -> Place {
+        Place::new("/root/it's here")
+    }
+
+    #[test]
+    fn every_command_line_is_short_enough() {
+        let long = Place::new(&format!("/root/{}", "x".repeat(194)));
+        let finish = Finish { subdir: &"é".repeat(2000), ..Finish::default() };
+        for line in [
+            begin_command(&long),
+            receive_command(&long, true),
+            finish_command(&long, &finish),
+            export_patch_command(&long),
+            export_tree_command(&long),
+            status_command(&long),
+        ] {
+            assert!(line.len() < COMMAND_BYTES_MAX, "{}", line.len());
+        }
+    }
+
+    #[test]
+    fn states_of_different_paths_lie_apart() {
+        assert_ne!(Place::new("/root/a").state_dir, Place::new("/root/b").state_dir);
+        assert!(place().state_dir.starts_with("/var/lib/fcd/workspaces/"));
+    }
+
+    #[test]
+    fn answers() {
+        assert_eq!(parse_begin(b"fcd-begin 1\n").unwrap(), Vec::<Vec<u8>>::new());
+        assert_eq!(parse_begin(b"fcd-begin 1\na\nb\0c\0").unwrap(), [b"a\nb".to_vec(), b"c".to_vec()]);
+        for bad in [&b""[..], b"motd\nfcd-begin 1\n", b"fcd-begin 1\nhalf"] {
+            assert_eq!(parse_begin(bad).unwrap_err().kind(), Kind::GuestCommandFailed);
+        }
+        let want = Finished { entries: 12, kept: vec![b"x".to_vec()] };
+        assert_eq!(parse_finish(b"fcd-finish 1 12\nx\0").unwrap(), want);
+        assert_eq!(parse_changed(b"warning: x\nfcd-changed 3\n"), Some(3));
+        assert_eq!(parse_status(b"incomplete\n").unwrap(), Status::Incomplete);
+    }
+
+    #[test]
+    fn failures_say_what_and_what_to_do() {
+        let e = failure("export", &Exit::Status(66), b"fcd: an import was interrupted\n");
+        assert_eq!((e.kind(), e.to_string().as_str()), (Kind::WorkspaceIncomplete, "export: an import was interrupted"));
+        let e = failure("receive the tree", &Exit::Status(2), b"tar: x: Cannot write: No space left on device\ntar: Exiting\n");
+        assert_eq!(e.kind(), Kind::GuestCommandFailed);
+        assert!(e.to_string().contains("disk is full") && e.hint_text().unwrap().contains("vm set"));
+    }
+}

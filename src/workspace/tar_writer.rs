@@ -1,0 +1,269 @@
+//! Writes a GNU tar: any byte in a name, holes kept, ids and names of owners left out.
+
+use crate::error::{Error, Kind, Result};
+use crate::locks::Cancel;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+
+pub(super) const BLOCK: u64 = 512;
+/// What is read of a file at a time.
+const PIECE_BYTES: usize = 256 * 1024;
+/// More data segments than this and a sparse file is sent in full.
+const SEGMENTS_MAX: usize = 65_536;
+/// The largest mtime that eleven octal digits hold.
+const MTIME_MAX: u64 = 0o77777777777;
+
+/// What the header says of an entry.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Meta {
+    /// Permission bits.
+    pub mode: u32,
+    /// Seconds since the epoch; earlier ones become 0.
+    pub mtime: i64,
+}
+
+/// How reading a file ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Read1 {
+    Same,
+    /// It was changed while it was read: what was sent may be neither the old nor the new content.
+    Changed,
+}
+
+pub(super) struct TarWriter<'a, W: Write> {
+    out: W,
+    pub bytes: u64,
+    pub entries: u64,
+    cancel: &'a Cancel,
+    buffer: Vec<u8>,
+}
+
+impl<'a, W: Write> TarWriter<'a, W> {
+    pub fn new(out: W, cancel: &'a Cancel) -> Self {
+        Self { out, bytes: 0, entries: 0, cancel, buffer: vec![0; PIECE_BYTES] }
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        write_all(&mut self.out, bytes, self.cancel)?;
+        self.bytes += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn pad(&mut self, len: u64) -> Result<()> {
+        let rest = (BLOCK - len % BLOCK) % BLOCK;
+        self.put(&[0u8; BLOCK as usize][..rest as usize])
+    }
+
+    /// Long names and link targets go first, in entries of their own (GNU `L` and `K`).
+    fn header(&mut self, kind: tar::EntryType, path: &[u8], link: &[u8], meta: Meta, size: u64) -> Result<()> {
+        self.long(b'K', link)?;
+        self.long(b'L', path)?;
+        let mut header = new_header(kind, meta, size);
+        set_bytes(&mut gnu(&mut header).name, path);
+        set_bytes(&mut gnu(&mut header).linkname, link);
+        header.set_cksum();
+        self.put(header.as_bytes())
+    }
+
+    fn long(&mut self, kind: u8, value: &[u8]) -> Result<()> {
+        if value.len() < 100 {
+            return Ok(());
+        }
+        let mut header = new_header(tar::EntryType::new(kind), Meta { mode: 0o644, mtime: 0 }, value.len() as u64 + 1);
+        set_bytes(&mut gnu(&mut header).name, b"././@LongLink");
+        header.set_cksum();
+        self.put(header.as_bytes())?;
+        self.put(value)?;
+        self.put(&[0])?;
+        self.pad(value.len() as u64 + 1)
+    }
+
+    pub fn dir(&mut self, path: &[u8], meta: Meta) -> Result<()> {
+        self.entries += 1;
+        let mut name = path.to_vec();
+        name.push(b'/');
+        self.header(tar::EntryType::Directory, &name, b"", meta, 0)
+    }
+
+    pub fn symlink(&mut self, path: &[u8], target: &[u8], meta: Meta) -> Result<()> {
+        self.entries += 1;
+        self.header(tar::EntryType::Symlink, path, target, meta, 0)
+    }
+
+    /// A file that is in memory.
+    pub fn data(&mut self, path: &[u8], data: &[u8]) -> Result<()> {
+        self.entries += 1;
+        let meta = Meta { mode: 0o644, mtime: 0 };
+        self.header(tar::EntryType::Regular, path, b"", meta, data.len() as u64)?;
+        self.put(data)?;
+        self.pad(data.len() as u64)
+    }
+
+    /// A file as it stands: so many bytes as it has now. One that has fewer when they are read is `conflict`.
+    /// `progress` is told of every piece.
+    pub fn file(&mut self, path: &[u8], file: &mut File, mode: u32, progress: &mut dyn FnMut(u64)) -> Result<Read1> {
+        let shown = super::encode::encode(path);
+        let doing = || format!("read {shown}");
+        let before = rustix::fs::fstat(&*file).map_err(|e| Error::io(doing(), e))?;
+        let (size, meta) = (before.st_size as u64, Meta { mode, mtime: before.st_mtime });
+        let holes = if (before.st_blocks as u64) * 512 < size { segments(file, size) } else { None };
+        match holes {
+            Some(segments) => self.sparse(path, file, &segments, size, meta, progress)?,
+            None => {
+                self.entries += 1;
+                self.header(tar::EntryType::Regular, path, b"", meta, size)?;
+                self.copy(file, size, &shown, progress)?;
+                self.pad(size)?;
+            }
+        }
+        let after = rustix::fs::fstat(&*file).map_err(|e| Error::io(doing(), e))?;
+        let same =
+            (before.st_size, before.st_mtime, before.st_mtime_nsec) == (after.st_size, after.st_mtime, after.st_mtime_nsec);
+        Ok(if same { Read1::Same } else { Read1::Changed })
+    }
+
+    /// GNU's old sparse format: four segments in the header, 21 in each extension, then the data of all.
+    fn sparse(
+        &mut self,
+        path: &[u8],
+        file: &mut File,
+        segments: &[(u64, u64)],
+        size: u64,
+        meta: Meta,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<()> {
+        self.entries += 1;
+        self.long(b'L', path)?;
+        let data: u64 = segments.iter().map(|(_, len)| len).sum();
+        let mut listed = segments.to_vec();
+        listed.push((size, 0)); // Says where the file ends when it ends in a hole.
+        let mut header = new_header(tar::EntryType::GNUSparse, meta, data);
+        set_bytes(&mut gnu(&mut header).name, path);
+        let (first, rest) = listed.split_at(listed.len().min(4));
+        let g = gnu(&mut header);
+        first.iter().zip(&mut g.sparse).for_each(|(s, slot)| set_segment(slot, *s));
+        g.isextended = [u8::from(!rest.is_empty())];
+        set_octal(&mut g.realsize, size);
+        header.set_cksum();
+        self.put(header.as_bytes())?;
+        let mut chunks = rest.chunks(21).peekable();
+        while let Some(chunk) = chunks.next() {
+            let mut ext = tar::GnuExtSparseHeader::new();
+            chunk.iter().zip(&mut ext.sparse).for_each(|(s, slot)| set_segment(slot, *s));
+            ext.isextended = [u8::from(chunks.peek().is_some())];
+            let bytes = *ext.as_bytes();
+            self.put(&bytes)?;
+        }
+        let shown = super::encode::encode(path);
+        for (offset, len) in segments {
+            file.seek(SeekFrom::Start(*offset)).map_err(|e| Error::io(format!("read {shown}"), e))?;
+            self.copy(file, *len, &shown, progress)?;
+        }
+        self.pad(data)
+    }
+
+    fn copy(&mut self, file: &mut File, len: u64, shown: &str, progress: &mut dyn FnMut(u64)) -> Result<()> {
+        let mut left = len;
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let result = (|| {
+            while left > 0 {
+                let want = left.min(PIECE_BYTES as u64) as usize;
+                let n = match file.read(&mut buffer[..want]) {
+                    Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+                    other => other.map_err(|e| Error::io(format!("read {shown}"), e))?,
+                };
+                if n == 0 {
+                    return Err(Error::new(Kind::Conflict, format!("read {shown}: it became shorter while it was read"))
+                        .hint("stop what writes there, then run the command again"));
+                }
+                self.put(&buffer[..n])?;
+                progress(n as u64);
+                left -= n as u64;
+            }
+            Ok(())
+        })();
+        self.buffer = buffer;
+        result
+    }
+
+    /// The two blocks of zeros. Gives the writer back.
+    pub fn finish(mut self) -> Result<(W, u64)> {
+        self.put(&[0u8; 2 * BLOCK as usize])?;
+        Ok((self.out, self.bytes))
+    }
+}
+
+/// Writes all of it, looking at the token before. A reader that has gone is `stream_incomplete`.
+pub(super) fn write_all(out: &mut impl Write, bytes: &[u8], cancel: &Cancel) -> Result<()> {
+    if let Some(cause) = cancel.cause() {
+        return Err(Error::new(Kind::Cancelled, format!("send the tree: cancelled: {cause}")));
+    }
+    out.write_all(bytes).map_err(|e| match e.kind() {
+        std::io::ErrorKind::BrokenPipe => Error::new(Kind::StreamIncomplete, "send the tree: the daemon stopped reading"),
+        _ => Error::io("send the tree", e),
+    })
+}
+
+fn gnu(header: &mut tar::Header) -> &mut tar::GnuHeader {
+    header.as_gnu_mut().expect("made as GNU")
+}
+
+fn new_header(kind: tar::EntryType, meta: Meta, size: u64) -> tar::Header {
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(kind);
+    header.set_mode(meta.mode);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime((meta.mtime.max(0) as u64).min(MTIME_MAX));
+    header.set_size(size);
+    header
+}
+
+/// As much as fits; what is longer was sent in an entry of its own.
+fn set_bytes(field: &mut [u8], value: &[u8]) {
+    let n = value.len().min(field.len());
+    field.fill(0);
+    field[..n].copy_from_slice(&value[..n]);
+}
+
+fn set_segment(slot: &mut tar::GnuSparseHeader, (offset, len): (u64, u64)) {
+    set_octal(&mut slot.offset, offset);
+    set_octal(&mut slot.numbytes, len);
+}
+
+/// Octal with a NUL, or base 256 where it is too large for that.
+fn set_octal(field: &mut [u8; 12], value: u64) {
+    if value <= MTIME_MAX {
+        field.copy_from_slice(format!("{value:011o}\0").as_bytes());
+    } else {
+        field.fill(0);
+        field[0] = 0x80;
+        field[4..].copy_from_slice(&value.to_be_bytes());
+    }
+}
+
+/// Where a file has data: offset and length. None where the file system does not say, or there are too many.
+fn segments(file: &File, size: u64) -> Option<Vec<(u64, u64)>> {
+    use rustix::fs::{SeekFrom as At, seek};
+    let mut out = Vec::new();
+    let mut at = 0;
+    while at < size {
+        let start = match seek(file, At::Data(at)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => break, // A hole up to the end.
+            Err(_) => return None,
+        };
+        let end = seek(file, At::Hole(start)).ok()?.min(size);
+        if end <= start {
+            break;
+        }
+        out.push((start, end - start));
+        if out.len() > SEGMENTS_MAX {
+            return None;
+        }
+        at = end;
+    }
+    // A seek has moved the position, which both ways of reading set or need at the start.
+    seek(file, At::Start(0)).ok()?;
+    Some(out)
+}

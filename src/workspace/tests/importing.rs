@@ -1,0 +1,403 @@
+use super::*;
+use crate::error::Kind;
+use crate::workspace::plan::TreeKind;
+use crate::workspace::remote::Status;
+use std::os::unix::fs::symlink;
+
+#[test]
+fn every_kind_of_name_and_file_arrives() {
+    let site = Site::unborn();
+    for name in ["a b", "new\nline", "-rf", "--", "tab\there", "$(x)", "quote'\"", "é", "back\\slash", "*", "%41", "trailing "] {
+        site.write(name, name);
+        site.write(&format!("in {name}/{name}"), name);
+    }
+    std::fs::write(site.path(OsStr::from_bytes(b"raw\xff\xfe\x01")), b"\0\xff").unwrap();
+    site.write(&"n".repeat(255), "long");
+    site.write(&format!("{}deep", "directory-name/".repeat(60)), "deep");
+    site.write("empty", "");
+    site.write("private", "x");
+    site.chmod("private", 0o600);
+    site.write("run", "#!/bin/sh\n");
+    site.chmod("run", 0o755);
+    symlink("nowhere/at all", site.path("dangling")).unwrap();
+    symlink("/etc/passwd", site.path("absolute")).unwrap();
+    symlink("loop", site.path("loop")).unwrap();
+    symlink("in a b", site.path("to-dir")).unwrap();
+    symlink("t".repeat(300), site.path("long-target")).unwrap();
+    site.git(&["add", "--", "a b", "-rf", "empty", "run", "loop"]);
+    site.prepare();
+    site.assert_same_tree();
+    site.assert_same_status();
+    assert_eq!(site.status(), Status::Complete);
+}
+
+#[test]
+fn holes_stay_holes() {
+    use std::os::unix::fs::FileExt;
+    let site = Site::unborn();
+    let file = std::fs::File::create(site.path("sparse")).unwrap();
+    for i in 0..40u64 {
+        file.write_all_at(b"data", i * 1_000_000).unwrap();
+    }
+    file.set_len(1 << 30).unwrap();
+    std::fs::File::create(site.path("hole")).unwrap().set_len(1 << 30).unwrap();
+    let mut plan = site.plan().unwrap();
+    assert!(plan.bytes_expected() < 1 << 22);
+    let (sent, _) = site.prepare_with(&mut plan, false).unwrap();
+    assert!(sent.bytes < 1 << 22, "{}", sent.bytes);
+    for name in ["sparse", "hole"] {
+        let got = std::fs::metadata(site.guest().join(name)).unwrap();
+        assert_eq!(got.len(), 1 << 30);
+        assert!(got.blocks() * 512 < 1 << 22);
+    }
+    run(Command::new("cmp").arg(site.path("sparse")).arg(site.guest().join("sparse")));
+}
+
+#[test]
+fn status_is_the_same_with_everything_at_once() {
+    let site = Site::committed();
+    site.write(".gitignore", "*.o\nbuild/\n");
+    site.write("gone", "x");
+    site.write("gone-staged", "x");
+    site.write("renamed", "some content to recognise\n");
+    site.write("empty-tracked", "");
+    site.commit("second");
+    site.write("a", "changed\n");
+    site.git(&["add", "a"]);
+    site.write("a", "changed twice\n");
+    site.write("dir/b", "staged\n");
+    site.git(&["add", "dir/b"]);
+    std::fs::remove_file(site.path("gone")).unwrap();
+    site.git(&["rm", "-q", "gone-staged"]);
+    site.git(&["mv", "renamed", "renamed2"]);
+    site.chmod("run", 0o644);
+    site.write("intended", "not yet\n");
+    site.git(&["add", "-N", "intended"]);
+    site.write("staged-empty", "");
+    site.git(&["add", "staged-empty"]);
+    site.write("untracked/file", "new\n");
+    site.write("x.o", "ignored");
+    site.write("build/out", "ignored");
+    site.write("forced.o", "tracked although ignored");
+    site.git(&["add", "-f", "forced.o"]);
+    site.git(&["update-index", "--assume-unchanged", "empty-tracked"]);
+    site.write("empty-tracked", "changed, but assumed not to be");
+    site.prepare();
+    site.assert_same_status();
+    assert!(!site.guest().join("x.o").exists() && !site.guest().join("build").exists());
+    assert!(site.guest().join("forced.o").exists());
+    assert_eq!(site.git_guest(&["log", "--format=%s"]), "second\nfirst\n");
+    assert_eq!(site.git_guest(&["symbolic-ref", "HEAD"]), "refs/heads/trunk\n");
+    assert_eq!(site.git(&["diff", "--cached"]), site.git_guest(&["diff", "--cached"]));
+    assert_eq!(site.git(&["diff"]), site.git_guest(&["diff"]));
+    site.git_guest(&["fsck", "--strict", "--no-dangling"]);
+    site.git_guest(&["add", "-A"]);
+    site.git_guest(&["commit", "-q", "-m", "in the guest"]);
+    assert_eq!(site.git_guest(&["log", "-1", "--format=%an %ae"]), "U Ser u@example.org\n");
+}
+
+#[test]
+fn conflicts_arrive_as_conflicts() {
+    let site = Site::committed();
+    site.git(&["checkout", "-q", "-b", "other"]);
+    site.write("a", "other\n");
+    site.commit("other");
+    site.git(&["checkout", "-q", "trunk"]);
+    site.write("a", "mine\n");
+    site.commit("mine");
+    let c = Command::new("git").args(["merge", "-q", "other"]).cwd(site.host()).env("HOME", site.dir.path().join("home"));
+    assert_eq!(run_any_status(&c, &cancel(), &mut |_| {}).unwrap().status, 1);
+    site.prepare();
+    site.assert_same_status();
+    assert!(site.git_guest(&["status", "--porcelain"]).starts_with("UU a"));
+    assert_eq!(site.git_guest(&["show", ":3:a"]), "other\n");
+}
+
+#[test]
+fn no_commits_a_detached_head_and_an_odd_branch() {
+    let unborn = Site::unborn();
+    unborn.write("staged", "x");
+    unborn.git(&["add", "staged"]);
+    unborn.write("loose", "y");
+    unborn.prepare();
+    unborn.assert_same_status();
+    assert_eq!(unborn.git_guest(&["symbolic-ref", "HEAD"]), "refs/heads/trunk\n");
+
+    let empty = Site::unborn();
+    empty.prepare();
+    empty.assert_same_status();
+
+    let site = Site::committed();
+    site.git(&["checkout", "-q", "--detach"]);
+    site.prepare();
+    site.assert_same_status();
+    assert_eq!(site.git(&["rev-parse", "HEAD"]), site.git_guest(&["rev-parse", "HEAD"]));
+    assert_eq!(site.git_guest(&["branch", "--show-current"]), "");
+
+    let site = Site::committed();
+    site.git(&["checkout", "-q", "-b", "feature/$(x);'é"]);
+    site.prepare();
+    assert_eq!(site.git(&["branch", "--show-current"]), site.git_guest(&["branch", "--show-current"]));
+}
+
+#[test]
+fn a_subdirectory_brings_the_whole_repository() {
+    let site = Site::committed();
+    site.write("untracked dir/x", "x");
+    std::fs::create_dir(site.path("nothing in it")).unwrap();
+    for (name, subdir) in [("dir", "dir"), ("untracked dir", "untracked dir"), ("nothing in it", "nothing in it"), (".", "")] {
+        let mut plan = Plan::inspect(&site.path(name), &site.options(History::default()), &cancel()).unwrap();
+        assert_eq!((plan.subdir(), plan.guest_path().as_str()), (subdir, "/root/repo"));
+        site.prepare_with(&mut plan, false).unwrap();
+        assert!(site.guest().join(subdir).is_dir());
+    }
+    site.assert_same_tree();
+    let e = Plan::inspect(&site.path(".git/refs"), &site.options(History::default()), &cancel()).err().unwrap();
+    assert_eq!(e.kind(), Kind::InvalidTree);
+}
+
+#[test]
+fn a_tree_without_a_repository_goes_as_it_is() {
+    let site = Site::plain();
+    site.write(".gitignore", "*.o\n");
+    site.write("x.o", "not ignored: nothing is a repository here");
+    site.write("sub/y", "y");
+    std::fs::create_dir_all(site.path("empty/in empty")).unwrap();
+    site.chmod("sub/y", 0o640);
+    site.chmod("sub", 0o750);
+    site.write("inner/.git/config", "[core]\n");
+    site.write("inner/file", "x");
+    let plan = site.plan().unwrap();
+    assert_eq!(plan.kind(), TreeKind::Plain);
+    assert!(plan.warnings()[0].contains("1 git repositories inside"));
+    site.prepare();
+    site.assert_same_tree();
+    assert!(site.guest().join("empty/in empty").is_dir());
+    assert_eq!(std::fs::metadata(site.guest().join("sub")).unwrap().mode() & 0o777, 0o750);
+    assert!(!site.guest().join(".git").exists());
+}
+
+#[test]
+fn history_is_as_deep_as_was_asked() {
+    let site = Site::committed();
+    for i in 0..60 {
+        site.write("a", format!("{i}\n"));
+        site.commit(&format!("number {i}"));
+        if i == 20 {
+            site.git(&["tag", "old"]);
+        }
+        if i == 40 {
+            site.git(&["checkout", "-q", "-b", "side"]);
+            site.write("side", "x");
+            site.commit("on the side");
+            site.git(&["checkout", "-q", "trunk"]);
+        }
+    }
+    site.git(&["merge", "-q", "-m", "merge", "side"]);
+    site.git(&["tag", "-a", "-m", "t", "v1"]);
+    let count = |site: &Site| site.git_guest(&["rev-list", "--count", "HEAD"]).trim().parse::<u32>().unwrap();
+    site.prepare();
+    // As many as a clone of this depth has.
+    assert_eq!(count(&site), 51);
+    assert_eq!(site.git_guest(&["rev-parse", "--is-shallow-repository"]), "true\n");
+    assert_eq!(site.git_guest(&["tag"]), "old\nv1\n");
+    assert_eq!(site.git(&["describe"]), site.git_guest(&["describe"]));
+    site.git_guest(&["fsck", "--no-dangling"]);
+    site.assert_same_status();
+    for (history, commits, shallow) in [
+        (History::Depth(1), 1, "true\n"),
+        (History::Depth(10), 11, "true\n"),
+        (History::Full, 63, "false\n"),
+        (History::Depth(500), 63, "false\n"),
+    ] {
+        let fresh = Place::with_root(
+            site.dir.path().join("guest/fresh").to_str().unwrap(),
+            site.dir.path().join("state").to_str().unwrap(),
+        );
+        let again = Site { dir: tempfile::tempdir().unwrap(), place: fresh };
+        let mut plan = Plan::inspect(&site.host(), &site.options(history), &cancel()).unwrap();
+        again.prepare_with(&mut plan, false).unwrap();
+        assert_eq!(count(&again), commits, "{history:?}");
+        assert_eq!(again.git_guest(&["rev-parse", "--is-shallow-repository"]), shallow);
+        again.git_guest(&["fsck", "--no-dangling"]);
+        assert_eq!(again.git_guest(&["status", "--porcelain"]), "");
+        std::fs::remove_dir_all(again.guest()).unwrap();
+        std::fs::remove_dir_all(&again.place.state_dir).unwrap();
+    }
+}
+
+#[test]
+fn without_history_there_are_only_files() {
+    let site = Site::committed();
+    site.write(".gitignore", "*.o\n");
+    site.write("x.o", "ignored");
+    let mut plan = Plan::inspect(&site.host(), &site.options(History::None), &cancel()).unwrap();
+    assert_eq!(plan.kind(), TreeKind::GitFiles);
+    site.prepare_with(&mut plan, false).unwrap();
+    assert!(!site.guest().join(".git").exists() && !site.guest().join("x.o").exists());
+    site.write_guest("y.o", "ignored there, too");
+    site.write_guest("a", "changed\n");
+    let (patch, changed) = site.export_patch().unwrap();
+    assert_eq!(changed, 1, "{}", String::from_utf8_lossy(&patch));
+}
+
+#[test]
+fn a_clone_of_a_shallow_clone_stays_shallow() {
+    let site = Site::committed();
+    for i in 0..5 {
+        site.write("a", format!("{i}\n"));
+        site.commit("more");
+    }
+    let url = format!("file://{}", site.host().display());
+    let clone = Site::plain();
+    std::fs::remove_dir(clone.host()).unwrap();
+    git(&site.host(), &site.dir.path().join("home"), &["clone", "-q", "--depth", "2", &url, clone.host().to_str().unwrap()]);
+    clone.prepare();
+    clone.assert_same_status();
+    assert_eq!(clone.git_guest(&["rev-list", "--count", "HEAD"]), "2\n");
+    clone.git_guest(&["fsck"]);
+}
+
+#[test]
+fn a_worktree_is_a_repository_and_a_submodule_a_commit() {
+    let site = Site::committed();
+    let other = site.dir.path().join("host/tree");
+    site.git(&["worktree", "add", "-q", "-b", "wt", other.to_str().unwrap()]);
+    std::fs::write(other.join("extra"), "x").unwrap();
+    let mut plan = Plan::inspect(&other, &site.options(History::default()), &cancel()).unwrap();
+    site.prepare_with(&mut plan, false).unwrap();
+    assert_eq!(site.git_guest(&["status", "--porcelain"]), "?? extra\n");
+    assert_eq!(site.git_guest(&["branch", "--show-current"]), "wt\n");
+
+    let site = Site::committed();
+    let inner = Site::committed();
+    let url = inner.host();
+    site.git(&["-c", "protocol.file.allow=always", "submodule", "--quiet", "add", url.to_str().unwrap(), "sub"]);
+    site.git(&["commit", "-q", "-m", "sub"]);
+    run(Command::new("git").args(["init", "-q", "nested"]).cwd(site.host()));
+    site.write("nested/x", "x");
+    let plan = site.plan().unwrap();
+    let text = plan.warnings().join("\n");
+    assert!(text.contains("submodule sub") && text.contains("left out nested"), "{text}");
+    site.prepare();
+    assert_eq!(site.git_guest(&["status", "--porcelain"]), "");
+    assert!(site.guest().join("sub").is_dir() && !site.guest().join("sub/a").exists());
+    assert_eq!(site.git(&["rev-parse", "HEAD:sub"]), site.git_guest(&["rev-parse", ":sub"]));
+    // The submodule itself as the tree.
+    let mut plan = Plan::inspect(&site.path("sub"), &site.options(History::default()), &cancel()).unwrap();
+    let fresh = Site { place: Site::plain().place, ..Site::plain() };
+    fresh.prepare_with(&mut plan, false).unwrap();
+    assert_eq!(fresh.git_guest(&["status", "--porcelain"]), "");
+}
+
+#[test]
+fn the_callers_own_ignore_rules_count_on_both_sides() {
+    let site = Site::committed();
+    write(&site.dir.path().join("home"), ".config/git/ignore", "*.swp\n");
+    site.write("a.swp", "x");
+    site.write(".git/info/exclude", "*.secret\n");
+    site.write("b.secret", "x");
+    site.prepare();
+    assert!(!site.guest().join("a.swp").exists() && !site.guest().join("b.secret").exists());
+    site.write_guest("c.swp", "x");
+    site.write_guest("d.secret", "x");
+    assert_eq!(site.git_guest(&["status", "--porcelain"]), "");
+    assert_eq!(site.export_patch().unwrap(), (Vec::new(), 0));
+}
+
+#[test]
+fn line_endings_and_other_settings_do_not_show_as_changes() {
+    let site = Site::committed();
+    site.git(&["config", "core.autocrlf", "true"]);
+    site.git(&["config", "core.fileMode", "false"]);
+    site.write("crlf", "one\r\ntwo\r\n");
+    site.commit("crlf");
+    site.chmod("a", 0o755);
+    site.prepare();
+    site.assert_same_status();
+    assert_eq!(site.git_guest(&["status", "--porcelain"]), "");
+    assert_eq!(std::fs::read(site.guest().join("crlf")).unwrap(), b"one\r\ntwo\r\n");
+    assert_eq!(site.export_patch().unwrap().1, 0);
+}
+
+#[test]
+fn sha256_repositories_work_too() {
+    let site = Site::plain();
+    site.git(&["init", "-q", "--object-format=sha256"]);
+    site.git(&["config", "user.email", "x@y"]);
+    site.git(&["config", "user.name", "x"]);
+    site.write("a", "x\n");
+    site.commit("one");
+    site.write("a", "y\n");
+    site.prepare();
+    site.assert_same_status();
+    site.write_guest("b", "new\n");
+    site.write("a", "z\n");
+    assert_eq!(site.prepare(), Vec::<String>::new());
+    assert_eq!(site.export_patch().unwrap().1, 1);
+}
+
+#[test]
+fn what_is_no_file_is_left_out_with_a_word() {
+    let site = Site::committed();
+    run(Command::new("mkfifo").arg(site.path("fifo")));
+    let _socket = std::os::unix::net::UnixListener::bind(site.path("socket")).unwrap();
+    std::fs::remove_file(site.path("a")).unwrap();
+    run(Command::new("mkfifo").arg(site.path("a")));
+    let plan = site.plan().unwrap();
+    let text = plan.warnings().join("\n");
+    assert!(text.contains("left out a: it is a FIFO"), "{text}");
+    site.prepare();
+    assert_eq!(listing(&site.guest()).len(), 2);
+
+    let plain = Site::plain();
+    plain.write("x", "x");
+    run(Command::new("mkfifo").arg(plain.path("fifo")));
+    assert!(plain.plan().unwrap().warnings()[0].contains("FIFO"));
+    plain.prepare();
+    assert_eq!(listing(&plain.guest()).len(), 1);
+}
+
+#[test]
+fn a_file_beyond_a_link_is_a_deleted_file() {
+    let site = Site::committed();
+    write(site.dir.path(), "outside/b", "secret");
+    std::fs::remove_dir_all(site.path("dir")).unwrap();
+    symlink(site.dir.path().join("outside"), site.path("dir")).unwrap();
+    site.prepare();
+    site.assert_same_status();
+    assert!(site.guest().join("dir").is_symlink());
+}
+
+#[test]
+fn bad_trees_are_refused_with_a_reason() {
+    let refused = |path: &Path, options: &Options| Plan::inspect(path, options, &cancel()).err().expect("refused");
+    let site = Site::committed();
+    let options = site.options(History::default());
+    assert_eq!(refused(&site.path("no-such"), &options).kind(), Kind::PathNotFound);
+    assert_eq!(refused(&site.path("a"), &options).kind(), Kind::InvalidTree);
+
+    let broken = Site::plain();
+    broken.write(".git/HEAD", "nonsense");
+    broken.write("secret.o", "x");
+    let e = refused(&broken.host(), &options);
+    assert_eq!(e.kind(), Kind::InvalidTree);
+    assert!(e.hint_text().is_some());
+
+    let empty = Site::plain();
+    std::fs::create_dir(empty.path(".git")).unwrap();
+    assert_eq!(refused(&empty.host(), &options).kind(), Kind::InvalidTree);
+
+    let corrupt = Site::committed();
+    let head = corrupt.git(&["rev-parse", "HEAD"]);
+    std::fs::remove_file(corrupt.path(format!(".git/objects/{}/{}", &head[..2], head[2..].trim()))).unwrap();
+    assert_eq!(refused(&corrupt.host(), &options).kind(), Kind::InvalidTree);
+}
+
+#[test]
+fn a_missing_git_is_named() {
+    let site = Site::committed();
+    let env = CallerEnv { path: Some("/nonexistent".into()), ..CallerEnv::default() };
+    let e = Plan::inspect(&site.host(), &Options { env, ..Options::default() }, &cancel()).err().unwrap();
+    assert_eq!(e.kind(), Kind::CommandMissing);
+}

@@ -1,0 +1,237 @@
+//! Round trips with real repositories: the guest's scripts run here, under `sh`, in a directory of their own.
+
+mod exporting;
+mod hostile;
+mod importing;
+mod repeating;
+
+use super::plan::{CallerEnv, History, Options, Plan, Sent};
+use super::remote::{self, Finish, Finished, Place};
+use super::{patch, unpack};
+use crate::api::exec::Exit;
+use crate::error::{Error, Result};
+use crate::host::command::{Command, Output, run_any_status};
+use crate::host::piped::run_piped;
+use crate::locks::Cancel;
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+fn cancel() -> Cancel {
+    Cancel::try_new().unwrap()
+}
+
+/// A host directory with a tree, and a directory that stands for the guest.
+struct Site {
+    dir: tempfile::TempDir,
+    place: Place,
+}
+
+impl Site {
+    /// An empty directory as the host's tree.
+    fn plain() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["host/repo", "home", "guest"] {
+            std::fs::create_dir_all(dir.path().join(name)).unwrap();
+        }
+        let place = Place::with_root(dir.path().join("guest/repo").to_str().unwrap(), dir.path().join("state").to_str().unwrap());
+        Self { dir, place }
+    }
+
+    /// An unborn repository.
+    fn unborn() -> Self {
+        let site = Self::plain();
+        std::fs::write(site.dir.path().join("home/.gitconfig"), "[user]\n\tname = U Ser\n\temail = u@example.org\n").unwrap();
+        site.git(&["init", "-q", "-b", "trunk"]);
+        site
+    }
+
+    /// A repository with one commit of `a`, `dir/b` and `run`, which may be executed.
+    fn committed() -> Self {
+        let site = Self::unborn();
+        site.write("a", "one\ntwo\n");
+        site.write("dir/b", "bee\n");
+        site.write("run", "#!/bin/sh\n");
+        site.chmod("run", 0o755);
+        site.commit("first");
+        site
+    }
+
+    fn host(&self) -> PathBuf {
+        self.dir.path().join("host/repo")
+    }
+    fn guest(&self) -> PathBuf {
+        PathBuf::from(&self.place.guest_path)
+    }
+    fn path(&self, name: impl AsRef<OsStr>) -> PathBuf {
+        self.host().join(Path::new(name.as_ref()))
+    }
+    fn write(&self, name: &str, text: impl AsRef<[u8]>) {
+        write(&self.host(), name, text);
+    }
+    fn write_guest(&self, name: &str, text: impl AsRef<[u8]>) {
+        write(&self.guest(), name, text);
+    }
+    fn chmod(&self, name: &str, mode: u32) {
+        std::fs::set_permissions(self.path(name), std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+    fn commit(&self, message: &str) {
+        self.git(&["add", "-A"]);
+        self.git(&["commit", "-q", "-m", message]);
+    }
+    #[track_caller]
+    fn git(&self, args: &[&str]) -> String {
+        git(&self.host(), &self.dir.path().join("home"), args)
+    }
+    /// git as somebody in the guest runs it: the distribution's, with a home of its own.
+    #[track_caller]
+    fn git_guest(&self, args: &[&str]) -> String {
+        git(&self.guest(), &self.dir.path().join("guest"), args)
+    }
+
+    fn options(&self, history: History) -> Options {
+        let env = CallerEnv { path: std::env::var_os("PATH"), home: Some(self.dir.path().join("home")), ..CallerEnv::default() };
+        Options { history, env }
+    }
+    fn plan(&self) -> Result<Plan> {
+        Plan::inspect(&self.host(), &self.options(History::default()), &cancel())
+    }
+
+    fn sh(&self, doing: &str, line: &str, stdin: Vec<u8>) -> Result<(Vec<u8>, Vec<u8>)> {
+        let command = Command::new("/bin/sh").args(["-c", line]).stdin(stdin).deadline(Duration::from_secs(120));
+        let command = Command { env: vec![("PATH".into(), "/usr/bin:/bin:/usr/sbin:/sbin".into())], ..command };
+        let mut stdout = Vec::new();
+        let output = run_piped(&command, &cancel(), &mut |b| {
+            stdout.extend_from_slice(b);
+            Ok(())
+        })?;
+        if output.status != 0 {
+            return Err(remote::failure(doing, &Exit::Status(output.status as u8), &output.stderr));
+        }
+        Ok((stdout, output.stderr))
+    }
+
+    fn begin(&self) -> Result<Vec<Vec<u8>>> {
+        remote::parse_begin(&self.sh("begin the import", &remote::begin_command(&self.place), Vec::new())?.0)
+    }
+    fn receive(&self, payload: Vec<u8>, overwrite: bool) -> Result<()> {
+        self.sh("receive the tree", &remote::receive_command(&self.place, overwrite), payload).map(drop)
+    }
+    fn finish(&self, finish: &Finish<'_>) -> Result<Finished> {
+        remote::parse_finish(&self.sh("finish the import", &remote::finish_command(&self.place, finish), Vec::new())?.0)
+    }
+    fn status(&self) -> remote::Status {
+        let (out, _) = self.sh("look", &remote::status_command(&self.place), Vec::new()).unwrap();
+        remote::parse_status(&out).unwrap()
+    }
+
+    fn prepare_with(&self, plan: &mut Plan, overwrite: bool) -> Result<(Sent, Finished)> {
+        let mut keep = self.begin()?;
+        if overwrite {
+            keep.clear();
+        }
+        let mut payload = Vec::new();
+        let sent = plan.send(&mut payload, &keep, &mut |_, _| {}, &cancel())?;
+        assert_eq!(sent.bytes, payload.len() as u64);
+        self.receive(payload, overwrite)?;
+        let finish = Finish { overwrite, readonly: false, subdir: plan.subdir() };
+        Ok((sent, self.finish(&finish)?))
+    }
+    /// A whole import; the paths that were kept.
+    #[track_caller]
+    fn prepare(&self) -> Vec<String> {
+        let (_, finished) = self.prepare_with(&mut self.plan().unwrap(), false).unwrap();
+        finished.kept.iter().map(|p| String::from_utf8_lossy(p).into_owned()).collect()
+    }
+    #[track_caller]
+    fn overwrite(&self) {
+        let (_, finished) = self.prepare_with(&mut self.plan().unwrap(), true).unwrap();
+        assert_eq!(finished.kept, Vec::<Vec<u8>>::new());
+    }
+
+    fn export_patch(&self) -> Result<(Vec<u8>, u64)> {
+        let (patch, stderr) = self.sh("export", &remote::export_patch_command(&self.place), Vec::new())?;
+        Ok((patch, remote::parse_changed(&stderr).unwrap()))
+    }
+    fn export_tree(&self) -> Result<Vec<u8>> {
+        Ok(self.sh("export", &remote::export_tree_command(&self.place), Vec::new())?.0)
+    }
+
+    #[track_caller]
+    fn assert_same_status(&self) {
+        let args = ["status", "--porcelain", "--untracked-files=all"];
+        assert_eq!(self.git(&args), self.git_guest(&args));
+    }
+    /// What git lists on the host is what the guest has, byte for byte, and nothing else is there.
+    #[track_caller]
+    fn assert_same_tree(&self) {
+        assert_eq!(listing(&self.host()), listing(&self.guest()));
+    }
+    /// Takes a patch, applies it to the host's tree, compares the trees, and gives the patch.
+    #[track_caller]
+    fn apply_export(&self) -> String {
+        let (patch, _) = self.export_patch().unwrap();
+        let file = self.dir.path().join("p.patch");
+        std::fs::write(&file, &patch).unwrap();
+        if !patch.is_empty() {
+            self.git(&["apply", "--whitespace=nowarn", file.to_str().unwrap()]);
+        }
+        self.assert_same_tree();
+        String::from_utf8_lossy(&patch).into_owned()
+    }
+}
+
+fn write(root: &Path, name: &str, text: impl AsRef<[u8]>) {
+    let path = root.join(name);
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(path, text).unwrap();
+}
+
+#[track_caller]
+fn run(command: Command) -> Output {
+    let output = run_any_status(&command, &cancel(), &mut |_| {}).unwrap();
+    assert_eq!(output.status, 0, "{:?}: {}", command.args, String::from_utf8_lossy(&output.stderr));
+    output
+}
+
+#[track_caller]
+fn git(dir: &Path, home: &Path, args: &[&str]) -> String {
+    let c = Command::new("git").args(args).cwd(dir).env("HOME", home).env("GIT_CONFIG_NOSYSTEM", "1");
+    let c = c.env("GIT_CEILING_DIRECTORIES", dir.parent().unwrap());
+    String::from_utf8_lossy(&run(c).stdout).into_owned()
+}
+
+/// Every file and link below, without `.git` at the top: permission bits, then content or target.
+fn listing(root: &Path) -> BTreeMap<Vec<u8>, (u32, Vec<u8>)> {
+    let mut out = BTreeMap::new();
+    let mut pending = vec![root.to_owned()];
+    while let Some(dir) = pending.pop() {
+        for item in std::fs::read_dir(&dir).unwrap() {
+            let path = item.unwrap().path();
+            let below = path.strip_prefix(root).unwrap().as_os_str().as_bytes().to_vec();
+            let meta = std::fs::symlink_metadata(&path).unwrap();
+            if below == b".git" {
+                continue;
+            }
+            if meta.is_dir() {
+                pending.push(path);
+            } else if meta.is_symlink() {
+                out.insert(below, (0, std::fs::read_link(&path).unwrap().as_os_str().as_bytes().to_vec()));
+            } else {
+                out.insert(below, (meta.mode() & 0o777, std::fs::read(&path).unwrap()));
+            }
+        }
+    }
+    out
+}
+
+fn unpack_tree(tar: &[u8], target: &Path) -> Result<unpack::Unpacked, Error> {
+    unpack::stage(&mut &tar[..], target, &unpack::Limits::default(), &cancel())?.commit()
+}
+
+fn receive_patch(patch: &[u8], file: &Path) -> Result<u64, Error> {
+    patch::receive(&mut &patch[..], &patch::Target::File(file.to_owned()), &cancel())
+}

@@ -1,0 +1,270 @@
+//! Writes a tree that comes from a guest. The archive is hostile: it is read by a parser of our own that knows just
+//! what [`super::remote::export_tree_command`] writes, into a staging directory that no name can leave, and the
+//! whole is refused for one bad entry. Nothing is in its place before all of it is.
+
+mod reader;
+
+use super::beneath::Beneath;
+use super::encode::encode;
+use super::walk::inside_git_dir;
+use super::{ENTRIES_MAX, PATH_BYTES_MAX};
+use crate::error::{Error, Kind, Result};
+use crate::locks::Cancel;
+use reader::{EntryData, Item, TarReader};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// Longest component of a path, in bytes.
+const NAME_BYTES_MAX: usize = 255;
+/// The largest size that a file with holes may pretend to.
+const SPARSE_BYTES_MAX: u64 = 1 << 44;
+const TREE: &str = "tree";
+
+/// How much is taken from a guest.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    pub entries: u64,
+    /// Of file content, without holes.
+    pub bytes: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { entries: ENTRIES_MAX, bytes: 1 << 40 }
+    }
+}
+
+/// What was unpacked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unpacked {
+    /// Files, links and directories.
+    pub entries: u64,
+    pub bytes: u64,
+}
+
+/// A tree beside its place. Dropped without [`commit`](Staged::commit) it is removed.
+#[derive(Debug)]
+pub struct Staged {
+    staging: tempfile::TempDir,
+    target: PathBuf,
+    unpacked: Unpacked,
+}
+
+/// Whether a tree may go to `target`: it is not there, or an empty directory. `target_exists`, `path_not_found`.
+pub fn check_target(target: &Path) -> Result<()> {
+    match std::fs::symlink_metadata(target) {
+        Ok(m) if m.is_dir() => {
+            let mut items =
+                std::fs::read_dir(target).map_err(|e| Error::io(format!("read directory {}", target.display()), e))?;
+            if items.next().is_some() {
+                return Err(taken(target));
+            }
+        }
+        Ok(_) => return Err(taken(target)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let parent = parent_of(target);
+            if !parent.is_dir() {
+                return Err(Error::new(Kind::PathNotFound, format!("{} is no directory", parent.display())));
+            }
+        }
+        Err(e) => return Err(Error::io(format!("look at {}", target.display()), e)),
+    }
+    if target.file_name().is_none() {
+        return Err(Error::invalid(format!("{} has no name to unpack to", target.display())));
+    }
+    Ok(())
+}
+
+fn taken(target: &Path) -> Error {
+    Error::new(Kind::TargetExists, format!("{} exists and is no empty directory", target.display()))
+        .hint("give a directory that is not there yet: nothing is ever overwritten")
+}
+
+fn parent_of(target: &Path) -> &Path {
+    target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Unpacks all of `from` beside `target`. `from` must answer an error where its stream has no trailer that fits.
+/// Errors: `invalid_tree` (the offending entry is named), `stream_incomplete`, `target_exists`, `exhausted` (over
+/// `limits`), `cancelled`, `host`. Nothing is left behind.
+pub fn stage(from: &mut dyn Read, target: &Path, limits: &Limits, cancel: &Cancel) -> Result<Staged> {
+    check_target(target)?;
+    let doing = || format!("make a staging directory beside {}", target.display());
+    let staging =
+        tempfile::Builder::new().prefix(".fcctl-tree-").tempdir_in(parent_of(target)).map_err(|e| Error::io(doing(), e))?;
+    let tree = staging.path().join(TREE);
+    std::fs::create_dir(&tree).map_err(|e| Error::io(doing(), e))?;
+    let mut writer = Writer {
+        beneath: Beneath::open(&tree).map_err(|e| Error::io(doing(), e))?,
+        limits: *limits,
+        done: Unpacked::default(),
+        buffer: vec![0; 256 * 1024],
+    };
+    let mut reader = TarReader::new(from);
+    while let Some(item) = reader.next()? {
+        if let Some(cause) = cancel.cause() {
+            return Err(Error::new(Kind::Cancelled, format!("unpack the tree: cancelled: {cause}")));
+        }
+        writer.write(&item, &mut reader)?;
+    }
+    Ok(Staged { staging, target: target.to_owned(), unpacked: writer.done })
+}
+
+impl Staged {
+    /// Puts the tree in its place in one step. `target_exists` where something came there meanwhile.
+    pub fn commit(self) -> Result<Unpacked> {
+        let tree = self.staging.path().join(TREE);
+        match rustix::fs::rename(&tree, &self.target) {
+            Ok(()) => Ok(self.unpacked),
+            Err(Errno::NOTEMPTY | Errno::EXIST | Errno::NOTDIR) => Err(taken(&self.target)),
+            Err(e) => Err(Error::io(format!("move the tree to {}", self.target.display()), e)),
+        }
+    }
+}
+
+/// An error of the stream as the error that it carries; its end before its time is `stream_incomplete`.
+pub(super) fn stream_error(doing: &str, e: std::io::Error) -> Error {
+    let kind = e.kind();
+    match e.downcast::<Error>() {
+        Ok(inner) => inner.context(doing),
+        Err(e) if kind == std::io::ErrorKind::UnexpectedEof => Error::new(Kind::StreamIncomplete, doing).with_source(e),
+        Err(e) => Error::io(doing, e),
+    }
+}
+
+fn refuse(path: &[u8], why: &str) -> Error {
+    Error::new(Kind::InvalidTree, format!("refuse the guest's tree for \"{}\": {why}", encode(path)))
+        .hint("nothing was written; look at it in the guest, or take a patch with fcctl workspace export --patch FILE")
+}
+
+struct Writer {
+    beneath: Beneath,
+    limits: Limits,
+    done: Unpacked,
+    buffer: Vec<u8>,
+}
+
+impl Writer {
+    fn write(&mut self, item: &Item, reader: &mut TarReader<'_>) -> Result<()> {
+        check_path(&item.path)?;
+        self.done.entries += 1;
+        if self.done.entries > self.limits.entries {
+            return Err(Error::new(Kind::Exhausted, format!("the guest's tree has more than {} entries", self.limits.entries)));
+        }
+        self.ensure_parent(&item.path)?;
+        match &item.data {
+            EntryData::Dir => self.dir(item),
+            EntryData::Symlink(target) => self.symlink(item, target),
+            EntryData::File { size, segments } => self.file(item, *size, segments.as_deref(), reader),
+        }
+    }
+
+    fn ensure_parent(&mut self, path: &[u8]) -> Result<()> {
+        match self.beneath.parent(path) {
+            Ok(_) => return Ok(()),
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(e) => return Err(self.wrong(path, e)),
+        }
+        for at in (0..path.len()).filter(|at| path[*at] == b'/') {
+            let (dir, name) = self.beneath.parent(&path[..at]).map_err(|e| wrong(path, e))?;
+            match rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(0o777)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(e) => return Err(wrong(path, e.into())),
+            }
+        }
+        self.beneath.parent(path).map(drop).map_err(|e| wrong(path, e))
+    }
+
+    fn wrong(&self, path: &[u8], e: std::io::Error) -> Error {
+        wrong(path, e)
+    }
+
+    fn dir(&mut self, item: &Item) -> Result<()> {
+        let (dir, name) = self.beneath.parent(&item.path).map_err(|e| wrong(&item.path, e))?;
+        // The owner can always get in and clear it away.
+        match rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(item.mode | 0o700)) {
+            Ok(()) => Ok(()),
+            Err(Errno::EXIST) => self.beneath.open_dir(&item.path).map(drop).map_err(|_| refuse(&item.path, "it comes twice")),
+            Err(e) => Err(wrong(&item.path, e.into())),
+        }
+    }
+
+    fn symlink(&mut self, item: &Item, target: &[u8]) -> Result<()> {
+        if target.is_empty() {
+            return Err(refuse(&item.path, "its link has no target"));
+        }
+        let (dir, name) = self.beneath.parent(&item.path).map_err(|e| wrong(&item.path, e))?;
+        rustix::fs::symlinkat(target, dir, name).map_err(|e| wrong(&item.path, e.into()))
+    }
+
+    fn file(&mut self, item: &Item, size: u64, segments: Option<&[(u64, u64)]>, reader: &mut TarReader<'_>) -> Result<()> {
+        let path = &item.path;
+        let content = segments.map_or(size, |s| s.iter().map(|(_, len)| len).sum());
+        self.done.bytes = self.done.bytes.saturating_add(content);
+        if self.done.bytes > self.limits.bytes {
+            return Err(Error::new(Kind::Exhausted, format!("the guest's tree has more than {} bytes", self.limits.bytes)));
+        }
+        if size > SPARSE_BYTES_MAX {
+            return Err(refuse(path, "its size is senseless"));
+        }
+        let (dir, name) = self.beneath.parent(path).map_err(|e| wrong(path, e))?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(dir, name, flags, Mode::from_raw_mode(item.mode)).map_err(|e| wrong(path, e.into()))?;
+        let file = File::from(fd);
+        let whole = [(0, size)];
+        for (offset, len) in segments.unwrap_or(&whole) {
+            self.copy(&file, *offset, *len, reader, path)?;
+        }
+        reader.end_of_data()?;
+        let doing = || format!("write {}", encode(path));
+        if segments.is_some() {
+            file.set_len(size).map_err(|e| Error::io(doing(), e))?;
+        }
+        let mtime = rustix::fs::Timespec { tv_sec: item.mtime as i64, tv_nsec: 0 };
+        let times = rustix::fs::Timestamps { last_access: mtime, last_modification: mtime };
+        rustix::fs::futimens(&file, &times).map_err(|e| Error::io(doing(), e))
+    }
+
+    fn copy(&mut self, file: &File, offset: u64, len: u64, reader: &mut TarReader<'_>, path: &[u8]) -> Result<()> {
+        let mut at = 0;
+        while at < len {
+            let want = (len - at).min(self.buffer.len() as u64) as usize;
+            let n = reader.data(&mut self.buffer[..want])?;
+            file.write_all_at(&self.buffer[..n], offset + at).map_err(|e| Error::io(format!("write {}", encode(path)), e))?;
+            at += n as u64;
+        }
+        Ok(())
+    }
+}
+
+/// A name that is taken, or that leads through a link or a file, is the archive's doing; anything else is the host's.
+fn wrong(path: &[u8], e: std::io::Error) -> Error {
+    match e.raw_os_error() {
+        Some(libc::EEXIST) => refuse(path, "it comes twice"),
+        Some(libc::ELOOP | libc::ENOTDIR | libc::EXDEV) => refuse(path, "it leads through something that is no directory"),
+        Some(libc::ENAMETOOLONG | libc::EINVAL | libc::EILSEQ) => refuse(path, "this host cannot have such a name"),
+        _ => Error::io(format!("write {}", encode(path)), e),
+    }
+}
+
+fn check_path(path: &[u8]) -> Result<()> {
+    if path.is_empty() || path.len() > PATH_BYTES_MAX {
+        return Err(refuse(&path[..path.len().min(80)], "it is empty or too long"));
+    }
+    if path[0] == b'/' {
+        return Err(refuse(path, "it is absolute"));
+    }
+    for part in path.split(|b| *b == b'/') {
+        if part.is_empty() || part == b"." || part == b".." || part.len() > NAME_BYTES_MAX || part.contains(&0) {
+            return Err(refuse(path, "a component of it is none"));
+        }
+    }
+    if inside_git_dir(path) {
+        return Err(refuse(path, "git's own files never come back"));
+    }
+    Ok(())
+}

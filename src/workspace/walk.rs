@@ -1,0 +1,215 @@
+//! What a tree consists of: every path looked at, nothing opened for reading.
+
+use super::beneath::{Beneath, is_absent};
+use super::encode::encode;
+use super::{ENTRIES_MAX, PATH_BYTES_MAX};
+use crate::error::{Error, Kind, Result};
+use crate::locks::Cancel;
+use rustix::fs::FileType;
+use std::collections::HashSet;
+
+/// Unreadable files that an error names.
+const NAMED_MAX: usize = 5;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum EntryKind {
+    File,
+    Symlink,
+    Dir,
+}
+
+/// One path of a tree, as it was when it was looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub path: Vec<u8>,
+    pub kind: EntryKind,
+    /// Permission bits without set-id and sticky ones.
+    pub mode: u32,
+    pub mtime: i64,
+    /// Bytes that have to be sent: without holes.
+    pub bytes: u64,
+}
+
+/// Collects entries.
+pub(super) struct Walk<'a> {
+    pub beneath: Beneath,
+    pub entries: Vec<Entry>,
+    pub warnings: Vec<String>,
+    unreadable: Vec<String>,
+    unreadable_count: usize,
+    skipped: HashSet<Vec<u8>>,
+    cancel: &'a Cancel,
+}
+
+impl<'a> Walk<'a> {
+    pub fn new(beneath: Beneath, cancel: &'a Cancel) -> Self {
+        Self {
+            beneath,
+            entries: Vec::new(),
+            warnings: Vec::new(),
+            unreadable: Vec::new(),
+            unreadable_count: 0,
+            skipped: HashSet::new(),
+            cancel,
+        }
+    }
+
+    /// Looks at one path. Nothing there: nothing is sent, the file was deleted. None for what is no entry.
+    fn look(&mut self, path: &[u8]) -> Result<Option<Entry>> {
+        if let Some(cause) = self.cancel.cause() {
+            return Err(Error::new(Kind::Cancelled, format!("look at the tree: cancelled: {cause}")));
+        }
+        if path.len() > PATH_BYTES_MAX {
+            let start = encode(&path[..80]);
+            return Err(Error::new(Kind::InvalidTree, format!("{start}... is longer than {PATH_BYTES_MAX} bytes"))
+                .hint("such a path cannot be made in the guest: shorten it or have git ignore it"));
+        }
+        let stat = match self.beneath.stat(path) {
+            Ok(stat) => stat,
+            Err(e) if is_absent(&e) => return Ok(None),
+            Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+                self.note_unreadable(path);
+                return Ok(None);
+            }
+            Err(e) => return Err(Error::io(format!("look at {}", encode(path)), e)),
+        };
+        let kind = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => EntryKind::File,
+            FileType::Symlink => EntryKind::Symlink,
+            FileType::Directory => EntryKind::Dir,
+            other => {
+                if self.skipped.insert(path.to_vec()) {
+                    self.warnings.push(format!("left out {}: it is a {}", encode(path), name_of(other)));
+                }
+                return Ok(None);
+            }
+        };
+        let bytes = match kind {
+            EntryKind::File => (stat.st_size as u64).min(stat.st_blocks as u64 * 512 + 512),
+            _ => 0,
+        };
+        Ok(Some(Entry { path: path.to_vec(), kind, mode: stat.st_mode & 0o777, mtime: stat.st_mtime, bytes }))
+    }
+
+    fn add(&mut self, entry: Entry) -> Result<()> {
+        if entry.kind == EntryKind::File {
+            match self.beneath.readable(&entry.path) {
+                Ok(true) => {}
+                Ok(false) => {
+                    self.note_unreadable(&entry.path);
+                    return Ok(());
+                }
+                Err(e) if is_absent(&e) => return Ok(()),
+                Err(e) => return Err(Error::io(format!("look at {}", encode(&entry.path)), e)),
+            }
+        }
+        if self.entries.len() as u64 >= ENTRIES_MAX {
+            return Err(Error::new(Kind::InvalidTree, format!("the tree has more than {ENTRIES_MAX} entries")));
+        }
+        self.entries.push(entry);
+        Ok(())
+    }
+
+    fn note_unreadable(&mut self, path: &[u8]) {
+        self.unreadable_count += 1;
+        if self.unreadable.len() < NAMED_MAX {
+            self.unreadable.push(encode(path));
+        }
+    }
+
+    /// Of git's list: `submodules` are directories that git knows as commits.
+    pub fn listed(&mut self, paths: &[Vec<u8>], submodules: &HashSet<&[u8]>) -> Result<()> {
+        for path in paths {
+            if let Some(inner) = path.strip_suffix(b"/") {
+                self.warnings.push(format!("left out {}: it is a repository of its own", encode(inner)));
+                continue;
+            }
+            let Some(entry) = self.look(path)? else { continue };
+            match (entry.kind, submodules.contains(path.as_slice())) {
+                (EntryKind::Dir, true) => {
+                    self.warnings.push(format!("submodule {}: its commit is recorded, its files are not sent", encode(path)));
+                    self.add(entry)?;
+                }
+                // A tracked file that is a directory now: what is in it is listed by itself.
+                (EntryKind::Dir, false) => {}
+                _ => self.add(entry)?,
+            }
+        }
+        self.settle()
+    }
+
+    /// Everything below, directories too; other file systems as well.
+    pub fn everything(&mut self) -> Result<()> {
+        let mut inner_repositories = 0;
+        let mut pending = vec![Vec::new()];
+        while let Some(dir) = pending.pop() {
+            for name in self.names(&dir)? {
+                if name == b".git" {
+                    inner_repositories += 1;
+                }
+                let path = if dir.is_empty() { name } else { [&dir[..], b"/", &name[..]].concat() };
+                let Some(entry) = self.look(&path)? else { continue };
+                if entry.kind == EntryKind::Dir {
+                    pending.push(path);
+                }
+                self.add(entry)?;
+            }
+        }
+        self.entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+        if inner_repositories > 0 {
+            self.warnings.push(format!(
+                "{inner_repositories} git repositories inside are sent as plain files, and no patch brings them back"
+            ));
+        }
+        self.settle()
+    }
+
+    fn names(&mut self, dir: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let shown = || format!("read directory {}", if dir.is_empty() { ".".into() } else { encode(dir) });
+        let fd = match self.beneath.open_dir(dir) {
+            Ok(fd) => fd,
+            Err(e) if is_absent(&e) => return Ok(Vec::new()),
+            Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+                self.note_unreadable(if dir.is_empty() { b"." } else { dir });
+                return Ok(Vec::new());
+            }
+            Err(e) => return Err(Error::io(shown(), e)),
+        };
+        let mut names = Vec::new();
+        for item in rustix::fs::Dir::new(fd).map_err(|e| Error::io(shown(), e))? {
+            let item = item.map_err(|e| Error::io(shown(), e))?;
+            let name = item.file_name().to_bytes();
+            if name != b"." && name != b".." {
+                names.push(name.to_vec());
+            }
+        }
+        Ok(names)
+    }
+
+    fn settle(&mut self) -> Result<()> {
+        if self.unreadable_count == 0 {
+            return Ok(());
+        }
+        let more = self.unreadable_count - self.unreadable.len();
+        let mut named = self.unreadable.join(", ");
+        if more > 0 {
+            named.push_str(&format!(" and {more} more"));
+        }
+        Err(super::git::unreadable(&named))
+    }
+}
+
+fn name_of(kind: FileType) -> &'static str {
+    match kind {
+        FileType::Fifo => "FIFO",
+        FileType::Socket => "socket",
+        FileType::CharacterDevice | FileType::BlockDevice => "device",
+        _ => "file of an unknown kind",
+    }
+}
+
+/// Whether a component of the path is `.git` in any case: git refuses to record such a path, and a patch or a tree
+/// that comes back never has one.
+pub(super) fn inside_git_dir(path: &[u8]) -> bool {
+    path.split(|b| *b == b'/').any(|part| part.eq_ignore_ascii_case(b".git"))
+}

@@ -1,1 +1,5 @@
-fn main() {}
+//! The command line of fcd; everything is in [`fcd::cli`].
+
+fn main() -> std::process::ExitCode {
+    std::process::ExitCode::from(fcd::cli::main())
+}

@@ -130,6 +130,11 @@ impl Context {
         }
     }
 
+    /// What the parser of the command line says, as it says it.
+    pub fn usage(&mut self, text: &str) {
+        let _ = self.err.bytes(text.replacen("error: ", "fcctl: ", 1).as_bytes());
+    }
+
     /// Does the same for each of `targets`, past failures. The status is that of the first failure, else 0.
     /// With `--json`: what `each` gives, as an object for one target and as an array for several.
     pub fn for_each<T: Serialize>(

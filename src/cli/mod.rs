@@ -1,1 +1,200 @@
-//! The command line.
+//! The command line: what people and scripts type, and what they read back. One file per noun.
+//!
+//! stdout is the result, stderr the rest; exit statuses are those of `Failure::exit_status`, and in `exec` and
+//! `run` the guest's own, with 125 for every failure of ours.
+
+mod context;
+mod debug;
+mod doctor;
+mod exec;
+#[cfg(test)]
+mod fake;
+mod image;
+mod logs;
+mod op;
+mod output;
+mod pipes;
+mod progress;
+mod relay;
+mod rpc;
+mod run;
+mod signals;
+mod ssh;
+mod terminal;
+#[cfg(test)]
+mod tests;
+mod values;
+mod version;
+mod vm;
+mod workspace;
+
+use crate::client::Result;
+use crate::error::Error;
+use clap::{CommandFactory, Parser};
+use context::{Context, Env, Stdio};
+use exec::OUR_FAILURE;
+use signals::SignalSource;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Usage that clap refuses, outside `exec` and `run`.
+const USAGE: u8 = 2;
+
+/// Development sandboxes in microVMs: copies a tree into a fresh VM, runs something there, brings the result back
+#[derive(Parser, Debug)]
+#[command(name = "fcctl", version, max_term_width = 100, infer_long_args = false)]
+struct Cli {
+    /// The daemon's socket
+    #[arg(long, global = true, env = "FCD_SOCKET", value_name = "S", hide_env_values = true)]
+    socket: Option<PathBuf>,
+    /// Results as one JSON document on stdout, errors as JSON on stderr
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    noun: Noun,
+}
+
+#[derive(clap::Subcommand, Debug)]
+enum Noun {
+    /// Run a command or a shell in a fresh VM, with a copy of a tree
+    Run(run::Args),
+    /// Run a command or a shell in a VM
+    Exec(exec::Args),
+    /// Enter a VM with the system's ssh
+    Ssh(ssh::Args),
+    /// List VMs
+    Ps(vm::ListArgs),
+    /// Start VMs
+    Start(vm::Targets),
+    /// Shut VMs down: synced, then forced after a deadline
+    Stop(vm::StopArgs),
+    /// Delete VMs with their disks
+    Rm(vm::DeleteArgs),
+    /// Show a VM's console
+    Logs(logs::Args),
+    /// VMs
+    #[command(subcommand)]
+    Vm(vm::Verb),
+    /// Trees in VMs
+    #[command(subcommand)]
+    Workspace(workspace::Verb),
+    /// Images
+    #[command(subcommand)]
+    Image(image::Verb),
+    /// Operations under way
+    #[command(subcommand)]
+    Op(op::Verb),
+    /// What is needed, found and picked on this host, and how to mend it
+    Doctor,
+    /// Call a method of the daemon
+    Rpc(rpc::Args),
+    /// What the daemon is at inside
+    #[command(subcommand)]
+    Debug(debug::Verb),
+    /// Write a completion script for a shell
+    Completions { shell: clap_complete::Shell },
+    /// Versions of fcctl and fcd
+    Version,
+}
+
+/// `fcctl`: the exit status.
+pub fn main() -> u8 {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let env: Env = Box::new(|name| std::env::var(name).ok());
+    let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let context = Stdio::of_process().and_then(|stdio| Context::new(stdio, SignalSource::Process, env, now_s));
+    match context {
+        Ok(mut ctx) => command(&mut ctx, &args),
+        // Without streams there is nobody to tell, but stderr may be there still.
+        Err(e) => {
+            eprintln!("fcctl: duplicate the standard streams: {e}");
+            1
+        }
+    }
+}
+
+/// One command line, from its words to its status.
+fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
+    let is_guests = runs_in_guest(args);
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(e) => return usage(ctx, args, &e, is_guests),
+    };
+    ctx.json = cli.json;
+    let uid = nix::unistd::getuid().as_raw();
+    let named = cli.socket.filter(|s| !s.as_os_str().is_empty());
+    ctx.socket = named.unwrap_or_else(|| context::default_socket(uid, &*ctx.env, &context::is_usable));
+    match dispatch(ctx, cli.noun) {
+        Ok(status) => status,
+        Err(failure) => {
+            let status = if is_guests { OUR_FAILURE } else { failure.exit_status() };
+            ctx.fail(&failure, status);
+            status
+        }
+    }
+}
+
+fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
+    match noun {
+        Noun::Run(args) => run::run(ctx, args),
+        Noun::Exec(args) => exec::run(ctx, args),
+        Noun::Ssh(args) => ssh::run(ctx, args),
+        Noun::Ps(args) => vm::list(ctx, args),
+        Noun::Start(args) => vm::start(ctx, args),
+        Noun::Stop(args) => vm::stop(ctx, args),
+        Noun::Rm(args) => vm::delete(ctx, args),
+        Noun::Logs(args) => logs::run(ctx, args),
+        Noun::Vm(verb) => vm::run(ctx, verb),
+        Noun::Workspace(verb) => workspace::run(ctx, verb),
+        Noun::Image(verb) => image::run(ctx, verb),
+        Noun::Op(verb) => op::run(ctx, verb),
+        Noun::Doctor => doctor::run(ctx),
+        Noun::Rpc(args) => rpc::run(ctx, args),
+        Noun::Debug(verb) => debug::run(ctx, verb),
+        Noun::Completions { shell } => completions(ctx, shell),
+        Noun::Version => version::run(ctx),
+    }
+}
+
+fn completions(ctx: &mut Context, shell: clap_complete::Shell) -> Result<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "fcctl", &mut script);
+    ctx.bytes(&script)?;
+    Ok(0)
+}
+
+/// Whether the command is `exec` or `run`, whose own failures have a status apart, also where the rest cannot be read.
+fn runs_in_guest(args: &[OsString]) -> bool {
+    let mut words = args.iter().skip(1);
+    while let Some(word) = words.next() {
+        match word.to_str() {
+            Some("--socket") => drop(words.next()),
+            Some(word) if word.starts_with('-') => {}
+            Some(word) => return word == "exec" || word == "run",
+            None => return false,
+        }
+    }
+    false
+}
+
+/// Help and version go to stdout; what cannot be read is told as every failure is.
+fn usage(ctx: &mut Context, args: &[OsString], e: &clap::Error, is_guests: bool) -> u8 {
+    if !e.use_stderr() {
+        let text = if ctx.may_colour() { e.render().ansi().to_string() } else { e.render().to_string() };
+        return match ctx.text(&text) {
+            Ok(()) => 0,
+            Err(_) => 1,
+        };
+    }
+    let status = if is_guests { OUR_FAILURE } else { USAGE };
+    ctx.json = args.iter().take_while(|a| *a != "--").any(|a| a == "--json");
+    let text = e.render().to_string();
+    if ctx.json {
+        let first = text.lines().next().unwrap_or_default();
+        ctx.fail(&Error::invalid(first.trim_start_matches("error: ")).hint("fcctl --help").into(), status);
+    } else {
+        ctx.usage(&text);
+    }
+    status
+}

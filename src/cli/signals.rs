@@ -227,6 +227,13 @@ impl Interrupts {
         if result.is_err() && self.cause().is_some() { Err(interrupted()) } else { result }
     }
 
+    /// Calls `act` when a signal ends the command, or now if one has. It must not block.
+    pub fn on_end(&self, act: impl Fn() + Send + Sync + 'static) {
+        let subscription = self.cancel.on_cancel(act);
+        // As long as the command itself.
+        std::mem::forget(subscription);
+    }
+
     /// Cuts off the call under way, for a reason of our own.
     pub fn hang_up(&self) -> impl Fn() + Send + Sync + 'static {
         let state = self.state.clone();

@@ -30,7 +30,7 @@ impl RawMode {
         let before = tcgetattr(&file).map_err(|e| Error::io(doing, e))?;
         let mut raw = before.clone();
         raw.make_raw();
-        tcsetattr(&file, OptionalActions::Drain, &raw).map_err(|e| Error::io(doing, e))?;
+        tcsetattr(&file, OptionalActions::Now, &raw).map_err(|e| Error::io(doing, e))?;
         Ok(Self { file, before })
     }
 }
@@ -38,7 +38,7 @@ impl RawMode {
 impl Drop for RawMode {
     fn drop(&mut self) {
         // Fails when the terminal has gone.
-        let _ = tcsetattr(&self.file, OptionalActions::Drain, &self.before);
+        let _ = tcsetattr(&self.file, OptionalActions::Now, &self.before);
     }
 }
 

@@ -1,6 +1,6 @@
 //! One connection: lines out with descriptors, lines in with a bound and a deadline.
 
-use super::failure::{Failure, Result};
+use super::failure::{self, Failure, Result};
 use crate::api::frame::{FDS_MAX, FRAME_BYTES_MAX, Request, Version};
 use crate::error::{Error, Kind};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -113,7 +113,7 @@ impl Connection {
 
 fn lost(method: &str) -> Failure {
     let message = format!("{method}: the daemon closed the connection without an answer");
-    Failure::unreachable(message, "see whether fcd runs: fcctl doctor")
+    Failure::unreachable(failure::LOST, message, "see whether fcd runs: fcctl doctor")
 }
 
 /// As `UnixStream::connect`, but a full backlog does not hold it for ever (unix(7): `SO_SNDTIMEO`).
@@ -129,21 +129,24 @@ fn unreachable_at(socket: &Path, e: &io::Error) -> Failure {
     let at = socket.display();
     match e.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Failure::unreachable(
+            failure::ABSENT,
             format!("no daemon at {at}: there is no such socket"),
             "start one (fcd), or name its socket (--socket S or FCD_SOCKET)",
         ),
         io::ErrorKind::ConnectionRefused => {
-            Failure::unreachable(format!("no daemon at {at}: nobody listens on the socket"), "start it again: fcd")
+            Failure::unreachable(failure::ABSENT, format!("no daemon at {at}: nobody listens on the socket"), "start it again: fcd")
         }
         io::ErrorKind::PermissionDenied => Failure::unreachable(
+            failure::DENIED,
             format!("the socket {at} may not be used by this user"),
             format!("join the group that ls -l {at} shows, or run a daemon of your own: fcd"),
         ),
         io::ErrorKind::WouldBlock => Failure::unreachable(
+            failure::LOST,
             format!("the daemon at {at} took no connection in {} s", SEND_DEADLINE.as_secs()),
             "see whether it hangs: fcctl doctor, or end it and start it again",
         ),
-        _ => Failure::unreachable(format!("connect to {at}: {e}"), "run fcctl doctor"),
+        _ => Failure::unreachable(failure::LOST, format!("connect to {at}: {e}"), "run fcctl doctor"),
     }
 }
 

@@ -16,13 +16,19 @@ pub struct Failure {
 
 /// Exit status for a daemon that cannot be reached.
 pub const UNREACHABLE_STATUS: u8 = 5;
+/// Nobody listens at the socket.
+pub const ABSENT: &str = "daemon_absent";
+/// This user may not use the socket.
+pub const DENIED: &str = "daemon_denied";
+/// It does not take connections, or has closed ours without an answer.
+pub const LOST: &str = "daemon_lost";
 
 impl Failure {
-    /// No daemon could be talked to. `kind` is one of this side's own: `daemon_unreachable`.
-    pub fn unreachable(message: impl Into<String>, hint: impl Into<String>) -> Self {
+    /// No daemon could be talked to. `kind` is one of this side's own: [`ABSENT`], [`DENIED`], [`LOST`].
+    pub fn unreachable(kind: &str, message: impl Into<String>, hint: impl Into<String>) -> Self {
         let fault = Fault {
             code: Code::Host,
-            kind: "daemon_unreachable".to_owned(),
+            kind: kind.to_owned(),
             message: message.into(),
             hint: Some(hint.into()),
             retryable: true,

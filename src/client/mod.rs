@@ -7,7 +7,7 @@ mod failure;
 #[cfg(test)]
 mod tests;
 
-pub use failure::{Failure, Result};
+pub use failure::{ABSENT, DENIED, Failure, LOST, Result, UNREACHABLE_STATUS};
 
 use crate::api::daemon::ApiVersion;
 use crate::api::frame::{Line, Note, Response};

@@ -1,0 +1,178 @@
+//! `doctor`: what is needed, found, picked, and how to mend it. Works without a daemon.
+
+use super::context::Context;
+use super::output::{count, harmless_line};
+use crate::api::Empty;
+use crate::api::daemon::{Check, Doctor, DoctorReply, Severity};
+use crate::client::{Failure, Result};
+use crate::error::{Error, Kind};
+use crate::host::command::{Command, run_any_status};
+use crate::locks::Cancel;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The daemon probes KVM and runs a few programs.
+const DEADLINE: Duration = Duration::from_secs(60);
+/// What `fcd` may need of our environment to find its own places.
+const PASSED: [&str; 8] =
+    ["HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR", "FCD_CONFIG", "FCD_STATE_DIR", "FCD_SOCKET", "PATH"];
+
+pub fn run(ctx: &mut Context) -> Result<u8> {
+    let mut checks = vec![];
+    match ctx.connect() {
+        Ok(mut client) => {
+            checks.push(ok("daemon", format!("fcd answers on {}", ctx.socket.display())));
+            let answer = client.call_raw("fcd.doctor", &empty(), DEADLINE)?;
+            checks.extend(parse(answer.get().as_bytes())?.checks);
+        }
+        Err(failure) => {
+            checks.push(no_daemon(&failure));
+            match without_daemon(ctx) {
+                Ok(found) => checks.extend(found),
+                Err(e) => checks.push(Check {
+                    id: "fcd".to_owned(),
+                    severity: Severity::Fail,
+                    found: e.to_string(),
+                    fix: e.hint_text().map(str::to_owned),
+                }),
+            }
+        }
+    }
+    checks.extend(own_checks(ctx));
+    report(ctx, checks)
+}
+
+fn empty() -> Box<serde_json::value::RawValue> {
+    serde_json::value::to_raw_value(&Empty {}).expect("an empty struct")
+}
+
+fn parse(json: &[u8]) -> Result<<Doctor as crate::api::Call>::Reply> {
+    serde_json::from_slice(json).map_err(|e| Error::new(Kind::VersionMismatch, "read the daemon's checks").with_source(e).into())
+}
+
+fn ok(id: &str, found: String) -> Check {
+    Check { id: id.to_owned(), severity: Severity::Ok, found, fix: None }
+}
+
+/// A daemon that is not there can be started, so that alone is no failure; one that may not be used is.
+fn no_daemon(failure: &Failure) -> Check {
+    let is_absent = failure.kind() == crate::client::ABSENT;
+    Check {
+        id: "daemon".to_owned(),
+        severity: if is_absent { Severity::Warn } else { Severity::Fail },
+        found: failure.to_string(),
+        fix: failure.fault.hint.clone(),
+    }
+}
+
+/// `fcd doctor --json`, of the fcd beside this program, else of the one on the search path.
+fn without_daemon(ctx: &Context) -> crate::error::Result<Vec<Check>> {
+    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("fcd")));
+    let program = beside.filter(|p| p.is_file()).unwrap_or_else(|| PathBuf::from("fcd"));
+    checks_of(&program, ctx)
+}
+
+fn checks_of(program: &Path, ctx: &Context) -> crate::error::Result<Vec<Check>> {
+    let mut command = Command::new(program).args(["doctor", "--json"]).deadline(DEADLINE);
+    for name in PASSED {
+        if let Some(value) = (ctx.env)(name) {
+            command = command.env(name, value);
+        }
+    }
+    let cancel = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
+    let out = run_any_status(&command, &cancel, &mut |_| {}).map_err(|e| match e.kind() {
+        Kind::CommandMissing => Error::new(Kind::CommandMissing, "fcd is neither beside fcctl nor on the search path")
+            .hint("install it: cargo install --locked --path ., or scripts/quickstart"),
+        _ => e,
+    })?;
+    // Its status says what the checks say; without checks it is what went wrong.
+    serde_json::from_slice::<DoctorReply>(&out.stdout).map(|r| r.checks).map_err(|e| {
+        let said = String::from_utf8_lossy(&out.stderr);
+        let said = said.lines().last().unwrap_or_default();
+        Error::new(Kind::CommandFailed, format!("{} doctor --json ended with status {}: {said}", program.display(), out.status))
+            .with_source(e)
+    })
+}
+
+/// What only this side can see.
+fn own_checks(ctx: &Context) -> Vec<Check> {
+    let mut checks = vec![];
+    for (program, why, fix) in [
+        ("ssh", "for fcctl ssh", "apt install openssh-client"),
+        ("git", "for sending repositories", "apt install git"),
+    ] {
+        checks.push(match find_on_path(program, &*ctx.env) {
+            Some(path) => ok(&format!("cli-{program}"), format!("{} {why}", path.display())),
+            None => Check {
+                id: format!("cli-{program}"),
+                severity: Severity::Warn,
+                found: format!("{program} was not found ({why})"),
+                fix: Some(fix.to_owned()),
+            },
+        });
+    }
+    checks
+}
+
+fn find_on_path(program: &str, env: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
+    let path = env("PATH")?;
+    let executable = |p: &PathBuf| p.is_file() && rustix::fs::access(p, rustix::fs::Access::EXEC_OK).is_ok();
+    std::env::split_paths(&path).map(|dir| dir.join(program)).find(executable)
+}
+
+fn report(ctx: &mut Context, checks: Vec<Check>) -> Result<u8> {
+    let number = |severity| checks.iter().filter(|c| c.severity == severity).count() as u64;
+    let (failed, warned) = (number(Severity::Fail), number(Severity::Warn));
+    let status = u8::from(failed > 0);
+    if ctx.json {
+        ctx.document(&DoctorReply { checks })?;
+        return Ok(status);
+    }
+    let colour = ctx.may_colour();
+    let width = checks.iter().map(|c| c.id.chars().count()).max().unwrap_or(0);
+    let text: String = checks.iter().map(|c| render(c, width, colour)).collect();
+    let warnings = if warned > 0 { format!(", {}", count(warned, "warning")) } else { String::new() };
+    let all = count(checks.len() as u64, "check");
+    let verdict = if failed > 0 { format!("not ready: {failed} of {all} failed{warnings}") } else { format!("ready: {all}{warnings}") };
+    ctx.text(&format!("{text}{verdict}\n"))?;
+    Ok(status)
+}
+
+fn render(check: &Check, width: usize, colour: bool) -> String {
+    let (word, code) = match check.severity {
+        Severity::Ok => ("PASS", 32),
+        Severity::Warn => ("WARN", 33),
+        Severity::Fail => ("FAIL", 31),
+    };
+    let word = if colour { format!("\u{1b}[{code}m{word}\u{1b}[0m") } else { word.to_owned() };
+    let mut text = format!("{word}  {:<width$}  {}\n", harmless_line(&check.id), harmless_line(&check.found));
+    for line in check.fix.iter().filter(|_| check.severity != Severity::Ok).flat_map(|f| f.lines()) {
+        text.push_str(&format!("      {:<width$}  fix: {}\n", "", harmless_line(line)));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::expect;
+
+    #[test]
+    fn lines_with_their_fix() {
+        let check = |id: &str, severity, fix: Option<&str>| Check {
+            id: id.to_owned(),
+            severity,
+            found: "found\u{1b}".to_owned(),
+            fix: fix.map(str::to_owned),
+        };
+        let all = [check("kvm", Severity::Warn, Some("modprobe kvm")), check("qemu-system", Severity::Ok, Some("x")), check("x", Severity::Fail, None)];
+        expect![[r"
+            WARN  kvm          found\u{1b}
+                               fix: modprobe kvm
+            PASS  qemu-system  found\u{1b}
+            FAIL  x            found\u{1b}
+        "]]
+        .assert_eq(&all.iter().map(|c| render(c, 11, false)).collect::<String>());
+        assert!(render(&all[0], 0, true).starts_with("\u{1b}[33mWARN\u{1b}[0m"));
+    }
+}

@@ -1,0 +1,182 @@
+//! `exec`: a command in a guest, its streams, its signals, its status.
+
+use super::context::Context;
+use super::relay::{Drained, Relay, Wanted};
+use super::signals::{Interrupts, Phase, send_controls};
+use super::terminal::{self, RawMode};
+use super::values;
+use crate::api::exec::{Exit, ExecStart, ExecStartRequest, Pty};
+use crate::api::frame::Note;
+use crate::client::{Client, Failure, Result};
+use crate::error::{Error, Kind};
+use crate::host::thread;
+use std::path::PathBuf;
+
+/// In `exec` and `run`: every failure of ours.
+pub const OUR_FAILURE: u8 = 125;
+/// What a shell gives for a program whose reader has gone: 128 + SIGPIPE.
+const READER_GONE: u8 = 128 + 13;
+
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Name, id, or the beginning of an id
+    vm: String,
+    #[command(flatten)]
+    how: How,
+    /// The command and its arguments; none for the login shell
+    #[arg(last = true, value_name = "CMD")]
+    argv: Vec<String>,
+}
+
+/// How a command runs; of `exec` and `run`.
+#[derive(clap::Args, Debug, Default)]
+pub struct How {
+    /// Pass stdin to the command
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Directory in the guest; the workspace's when there is one
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// A variable for the command: K=V, or K for your own value
+    #[arg(short, long, value_name = "K[=V]")]
+    pub env: Vec<String>,
+    /// A file of such variables, one a line
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Vec<PathBuf>,
+}
+
+/// What to run in which VM.
+#[derive(Debug)]
+pub struct Spec {
+    pub argv: Vec<String>,
+    pub env: Vec<(String, String)>,
+    pub workdir: Option<String>,
+    pub stdin: bool,
+    pub tty: bool,
+}
+
+impl How {
+    /// A shell on a terminal gets stdin and a pty without being asked; without a terminal it needs `-i`.
+    pub fn spec(self, ctx: &Context, argv: Vec<String>) -> Result<Spec> {
+        let on_terminal = ctx.stdin_is_terminal() && ctx.stdout_is_terminal();
+        let is_shell = argv.is_empty();
+        if is_shell && !on_terminal && !self.interactive {
+            let e = Error::invalid("no command is given, and stdin and stdout are no terminal for a shell");
+            return Err(e.hint("give a command (-- CMD), or feed a shell through stdin (-i)").into());
+        }
+        let env = values::environment(&self.env_file, &self.env, &*ctx.env)?;
+        let auto = is_shell && on_terminal;
+        Ok(Spec { argv, env, workdir: self.workdir, stdin: self.interactive || auto, tty: self.tty || auto })
+    }
+}
+
+/// How a command ended, as far as we were there.
+#[derive(Debug, PartialEq)]
+pub enum Ended {
+    Exit(Exit),
+    /// A signal ended it before it began, or left it.
+    Interrupted,
+    /// The reader of our stdout has gone, and so have we.
+    ReaderGone,
+}
+
+pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+    let spec = args.how.spec(ctx, args.argv)?;
+    let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
+    let mut client = ctx.connect()?;
+    let ended = execute(ctx, &interrupts, &mut client, &args.vm, spec)?;
+    if interrupts.detached() {
+        ctx.note(&format!("detached from the command; the vm runs on: fcctl exec {} | fcctl stop {0}", args.vm));
+    } else if ended == Ended::Interrupted {
+        ctx.note("interrupted");
+    }
+    Ok(status_of(&ended, &interrupts))
+}
+
+/// The exit status for `ended`.
+pub fn status_of(ended: &Ended, interrupts: &Interrupts) -> u8 {
+    match ended {
+        Ended::Exit(exit) => exit.shell_status(),
+        Ended::Interrupted => interrupts.status().unwrap_or(OUR_FAILURE),
+        Ended::ReaderGone => READER_GONE,
+    }
+}
+
+/// Runs a command to its end, all its output written. Errors: the daemon's, and streams of the caller's that fail.
+pub fn execute(ctx: &Context, interrupts: &Interrupts, client: &mut Client, vm: &str, spec: Spec) -> Result<Ended> {
+    let _guard = match interrupts.guard(client) {
+        Ok(guard) => guard,
+        Err(_) => return Ok(Ended::Interrupted),
+    };
+    // A pty of ours that nobody types into stays as it is, so that Ctrl-C reaches us and goes on as a signal.
+    let raw = if spec.tty && spec.stdin && ctx.stdin_is_terminal() { Some(RawMode::enter(&ctx.stdio.stdin)?) } else { None };
+    let wanted = Wanted { stdin: spec.stdin, stderr: !spec.tty };
+    let mut relay = Relay::start(&ctx.stdio, wanted, interrupts.hang_up())?;
+    let result = converse(ctx, interrupts, client, request(ctx, vm, spec, &relay), &mut relay);
+    if result.is_err() && interrupts.cause().is_some() {
+        return Ok(Ended::Interrupted);
+    }
+    let drained = relay.finish();
+    drop(raw);
+    conclude(result, drained)
+}
+
+fn request(ctx: &Context, vm: &str, spec: Spec, relay: &Relay) -> ExecStartRequest {
+    let size = || terminal::size(&ctx.stdio.stdout).or_else(|| terminal::size(&ctx.stdio.stdin)).unwrap_or(terminal::DEFAULT_SIZE);
+    let term = || (ctx.env)("TERM").filter(|t| !t.is_empty()).unwrap_or_else(|| "xterm".to_owned());
+    ExecStartRequest {
+        vm: vm.to_owned(),
+        argv: spec.argv,
+        env: spec.env,
+        workdir: spec.workdir,
+        pty: spec.tty.then(|| Pty { size: size(), term: term() }),
+        streams: relay.streams().to_vec(),
+    }
+}
+
+fn converse(
+    ctx: &Context,
+    interrupts: &Interrupts,
+    client: &mut Client,
+    request: ExecStartRequest,
+    relay: &mut Relay,
+) -> Result<Exit> {
+    let in_flight = client.begin::<ExecStart>(&request, &relay.fds());
+    relay.close_lent();
+    let reply = in_flight?.finish(&mut |note| {
+        if let Note::Session { session } = note {
+            let controls = interrupts.controls();
+            interrupts.enter(Phase::Command { forwarded: 0 })?;
+            let tty = if request.pty.is_some() { ctx.stdio.stdout.try_clone().ok() } else { None };
+            let socket = ctx.socket.clone();
+            thread::spawn("controls", move || send_controls(&socket, &session, tty.as_ref(), &controls))?;
+        }
+        Ok(())
+    })?;
+    Ok(reply.exit)
+}
+
+fn conclude(result: Result<Exit>, drained: Vec<Drained>) -> Result<Ended> {
+    let mut is_open = false;
+    for (stream, drained) in ["stdout", "stderr"].iter().zip(drained) {
+        match drained {
+            Drained::Failed(e) => return Err(Error::io(format!("write the command's {stream}"), e).into()),
+            Drained::ReaderGone if *stream == "stdout" && result.is_err() => return Ok(Ended::ReaderGone),
+            Drained::ReaderGone | Drained::Whole => {}
+            Drained::Open => is_open = true,
+        }
+    }
+    let exit = result?;
+    if is_open {
+        let e = Error::new(Kind::StreamIncomplete, "the command has ended, but its output did not: some of it may be missing");
+        return Err(Failure::from(e).hint("run it again; if it happens again, restart fcd"));
+    }
+    Ok(Ended::Exit(exit))
+}
+
+#[cfg(test)]
+#[path = "exec_tests.rs"]
+mod tests;

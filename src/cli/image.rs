@@ -1,0 +1,84 @@
+//! `image`: what VMs are made from.
+
+use super::context::Context;
+use super::output::{self, age, size};
+use super::signals::Interrupts;
+use crate::api::Empty;
+use crate::api::frame::Note;
+use crate::api::image::{Image, ImageBuild, ImageBuildRequest, ImageList};
+use crate::client::Result;
+use crate::ids::ImageRef;
+
+#[derive(clap::Subcommand, Debug)]
+pub enum Verb {
+    /// Build an image from the distribution's packages
+    Build {
+        /// `default` when not given
+        name: Option<ImageRef>,
+        /// One more package; may be given several times
+        #[arg(long, value_name = "PACKAGE", value_delimiter = ',')]
+        include: Vec<String>,
+    },
+    /// List images
+    #[command(visible_alias = "ls")]
+    List,
+}
+
+pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+    match verb {
+        Verb::Build { name, include } => build(ctx, ImageBuildRequest { name, include }),
+        Verb::List => list(ctx),
+    }
+}
+
+fn build(ctx: &mut Context, request: ImageBuildRequest) -> Result<u8> {
+    let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
+    let mut client = ctx.connect()?;
+    let guard = interrupts.guard(&client)?;
+    let mut progress = ctx.progress("build image");
+    let result = client.call_more::<ImageBuild>(&request, &[], &mut |note| {
+        if let Note::Progress(p) = note {
+            progress.update(&p);
+        }
+        Ok(())
+    });
+    drop((progress, guard));
+    match interrupts.told(result) {
+        Err(_) if interrupts.cause().is_some() => {
+            ctx.note("interrupted; the daemon cancels the build");
+            Ok(interrupts.status().unwrap_or(1))
+        }
+        Err(e) => Err(e),
+        Ok(reply) => {
+            let image = reply.image;
+            if ctx.json {
+                ctx.document(&image)?;
+            } else {
+                ctx.line(&format!("{}: {}, {}, {} on this host", image.name, image.os, image.kernel, size(image.allocated_bytes)))?;
+            }
+            Ok(0)
+        }
+    }
+}
+
+fn list(ctx: &mut Context) -> Result<u8> {
+    let images = ctx.connect()?.call::<ImageList>(&Empty {})?.images;
+    if ctx.json {
+        ctx.document(&images)?;
+        return Ok(0);
+    }
+    let row = |image: &Image| {
+        vec![
+            image.name.to_string(),
+            image.os.clone(),
+            image.kernel.clone(),
+            size(image.disk_bytes),
+            size(image.allocated_bytes),
+            age(ctx.now_s, image.built_at),
+            image.vms.to_string(),
+        ]
+    };
+    let rows: Vec<_> = images.iter().map(row).collect();
+    ctx.text(&output::table(&["NAME", "OS", "KERNEL", "DISK", "ON HOST", "BUILT", "VMS"], &rows))?;
+    Ok(0)
+}

@@ -1,0 +1,51 @@
+//! `logs`: what a VM wrote to its console.
+
+use super::context::Context;
+use super::output::harmless_text;
+use crate::api::frame::Note;
+use crate::api::vm::{VmLogs, VmLogsRequest};
+use crate::client::{Failure, Result};
+use crate::error::{Error, Kind};
+
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Name, id, or the beginning of an id
+    vm: String,
+    /// Go on until the VM is deleted, or Ctrl-C
+    #[arg(short, long)]
+    follow: bool,
+    /// Only the last N lines
+    #[arg(short = 'n', long, value_name = "N")]
+    tail: Option<u64>,
+}
+
+pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+    if ctx.json && args.follow {
+        return Err(Error::invalid("--follow has no end, so it is no JSON document").hint("leave out --json or --follow").into());
+    }
+    // Off a terminal the bytes are the caller's business; on one a guest must not drive it.
+    let is_terminal = ctx.stdout_is_terminal();
+    let request = VmLogsRequest { vm: args.vm.clone(), tail: args.tail, follow: args.follow };
+    let mut client = ctx.connect()?;
+    let mut kept = String::new();
+    let result = client.call_more::<VmLogs>(&request, &[], &mut |note| {
+        let Note::Log(chunk) = note else { return Ok(()) };
+        if ctx.json {
+            kept.push_str(&chunk.text);
+            return Ok(());
+        }
+        if is_terminal { ctx.text(&harmless_text(&chunk.text))? } else { ctx.text(&chunk.text)? }
+        // With --follow nothing else would end it.
+        if ctx.is_unread() { Err(unread()) } else { Ok(()) }
+    });
+    match result {
+        Err(_) if ctx.is_unread() => Ok(0),
+        Err(e) => Err(e),
+        Ok(_) if ctx.json => ctx.document(&serde_json::json!({ "vm": args.vm, "text": kept })).map(|()| 0),
+        Ok(_) => Ok(0),
+    }
+}
+
+fn unread() -> Failure {
+    Error::new(Kind::Cancelled, "nobody reads").into()
+}

@@ -1,0 +1,186 @@
+//! `op`: operations under way, and how they ended.
+
+use super::context::Context;
+use super::output::{self, age, harmless_line, size};
+use super::values::{parse_duration, timeout_ms};
+use crate::api::frame::Note;
+use crate::api::op::{Op, OpCancel, OpList, OpListRequest, OpRequest, OpShow, OpState, OpWait, OpWaitRequest, Progress};
+use crate::client::{Failure, Result};
+use crate::error::{Error, Kind};
+use std::time::Duration;
+
+#[derive(clap::Subcommand, Debug)]
+pub enum Verb {
+    /// List operations
+    #[command(visible_alias = "ls")]
+    List {
+        /// Ended ones too
+        #[arg(short, long)]
+        all: bool,
+        /// Only ids, one a line
+        #[arg(short, long)]
+        quiet: bool,
+    },
+    /// Show operations
+    Show(Targets),
+    /// Wait until operations have ended; the status is 0 where all went well
+    Wait {
+        #[command(flatten)]
+        targets: Targets,
+        /// Give up after so long, as in 30s
+        #[arg(short, long, value_name = "DURATION", value_parser = parse_duration)]
+        timeout: Option<Duration>,
+    },
+    /// Ask operations to stop
+    Cancel(Targets),
+}
+
+#[derive(clap::Args, Debug)]
+pub struct Targets {
+    /// Ids, or beginnings of ids
+    #[arg(required = true, value_name = "OP")]
+    ops: Vec<String>,
+}
+
+pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+    match verb {
+        Verb::List { all, quiet } => list(ctx, all, quiet),
+        Verb::Show(targets) => show(ctx, &targets.ops),
+        Verb::Wait { targets, timeout } => wait(ctx, &targets.ops, timeout),
+        Verb::Cancel(targets) => cancel(ctx, &targets.ops),
+    }
+}
+
+const fn name(state: OpState) -> &'static str {
+    match state {
+        OpState::Running => "running",
+        OpState::Cancelling => "cancelling",
+        OpState::Ok => "ok",
+        OpState::Failed => "failed",
+        OpState::Cancelled => "cancelled",
+    }
+}
+
+fn list(ctx: &mut Context, all: bool, quiet: bool) -> Result<u8> {
+    let ops = ctx.connect()?.call::<OpList>(&OpListRequest { all })?.ops;
+    let ids: Vec<&str> = ops.iter().map(|op| op.id.as_str()).collect();
+    match (quiet, ctx.json) {
+        (true, true) => ctx.document(&ids)?,
+        (false, true) => ctx.document(&ops)?,
+        (true, false) => ctx.text(&ids.iter().map(|id| format!("{id}\n")).collect::<String>())?,
+        (false, false) => {
+            let row = |op: &Op| {
+                let vm = op.vm.as_ref().map(ToString::to_string).unwrap_or_default();
+                let started = age(ctx.now_s, op.started_at);
+                vec![op.id.to_string(), op.method.clone(), vm, name(op.state).to_owned(), started, progress(&op.progress)]
+            };
+            let rows: Vec<_> = ops.iter().map(row).collect();
+            ctx.text(&output::table(&["ID", "METHOD", "VM", "STATE", "STARTED", "PROGRESS"], &rows))?;
+        }
+    }
+    Ok(0)
+}
+
+fn progress(progress: &Progress) -> String {
+    let unit = progress.unit.as_deref().unwrap_or_default();
+    let show = |n: u64| if unit == "bytes" { size(n) } else { format!("{n} {unit}").trim_end().to_owned() };
+    match (progress.done, progress.total) {
+        (Some(done), Some(total)) if total > 0 => {
+            let percent = u128::from(done.min(total)) * 100 / u128::from(total);
+            format!("{}: {} of {} ({percent}%)", progress.stage, show(done), show(total))
+        }
+        (Some(done), _) => format!("{}: {}", progress.stage, show(done)),
+        _ => progress.stage.clone(),
+    }
+}
+
+fn sheet(op: &Op, now_s: u64) -> String {
+    let mut facts: Vec<(&str, String)> = vec![("id", op.id.to_string()), ("method", op.method.clone())];
+    let mut add = |name, value: Option<String>| facts.extend(value.map(|v| (name, v)));
+    add("vm", op.vm.as_ref().map(ToString::to_string));
+    add("state", Some(name(op.state).to_owned()));
+    add("progress", Some(progress(&op.progress)).filter(|p| !p.is_empty()));
+    add("cancel", (!op.state.has_ended()).then(|| if op.may_cancel { "possible" } else { "not possible" }.to_owned()));
+    add("owner", Some(format!("uid {}", op.owner_uid)));
+    add("started", Some(age(now_s, op.started_at)));
+    add("ended", op.ended_at.map(|at| age(now_s, at)));
+    add("error", op.error.as_ref().map(ToString::to_string));
+    add("hint", op.error.as_ref().and_then(|e| e.hint.clone()));
+    facts.iter().map(|(name, value)| format!("{name:<9} {}\n", harmless_line(value))).collect()
+}
+
+fn show(ctx: &mut Context, ops: &[String]) -> Result<u8> {
+    ctx.for_each(ops, |ctx, client, op| {
+        let op = client.call::<OpShow>(&OpRequest { op: op.to_owned() })?.op;
+        if !ctx.json {
+            ctx.text(&sheet(&op, ctx.now_s))?;
+        }
+        Ok(op)
+    })
+}
+
+fn wait(ctx: &mut Context, ops: &[String], timeout: Option<Duration>) -> Result<u8> {
+    let mut worst = 0;
+    let status = ctx.for_each(ops, |ctx, client, op| {
+        let mut bar = ctx.progress(&format!("wait for {op}"));
+        let request = OpWaitRequest { op: op.to_owned(), timeout_ms: timeout_ms(timeout) };
+        let op = client
+            .call_more::<OpWait>(&request, &[], &mut |note| {
+                if let Note::Progress(p) = note {
+                    bar.update(&p);
+                }
+                Ok(())
+            })?
+            .op;
+        drop(bar);
+        if let Some(failure) = failure_of(&op) {
+            let this = failure.exit_status();
+            worst = if worst == 0 { this } else { worst };
+            if !ctx.json {
+                ctx.fail(&failure, this);
+            }
+        } else if !ctx.json {
+            ctx.line(&format!("{}: {}", op.id, name(op.state)))?;
+        }
+        Ok(op)
+    })?;
+    Ok(if status == 0 { worst } else { status })
+}
+
+/// Why an operation that has ended did not end well.
+fn failure_of(op: &Op) -> Option<Failure> {
+    let failure = match (&op.error, op.state) {
+        (_, OpState::Ok) => return None,
+        (Some(fault), _) => Failure::from(fault.clone()),
+        (None, OpState::Cancelled) => Error::new(Kind::Cancelled, "cancelled").into(),
+        (None, state) => Error::internal(format!("it ended as {}", name(state))).into(),
+    };
+    Some(failure.context(format!("{} {}", op.method, op.id)))
+}
+
+fn cancel(ctx: &mut Context, ops: &[String]) -> Result<u8> {
+    ctx.for_each(ops, |ctx, client, op| {
+        let op = client.call::<OpCancel>(&OpRequest { op: op.to_owned() })?.op;
+        if !ctx.json {
+            ctx.line(&format!("{}: {}", op.id, name(op.state)))?;
+        }
+        Ok(op)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_in_words() {
+        let shown = |done, total, unit: &str| {
+            progress(&Progress { stage: "copy".to_owned(), done, total, unit: Some(unit.to_owned()).filter(|u| !u.is_empty()) })
+        };
+        assert_eq!(shown(None, None, ""), "copy");
+        assert_eq!(shown(Some(3), None, "files"), "copy: 3 files");
+        assert_eq!(shown(Some(1 << 20), Some(4 << 20), "bytes"), "copy: 1 MiB of 4 MiB (25%)");
+        assert_eq!(shown(Some(9), Some(4), ""), "copy: 9 of 4 (100%)");
+        assert_eq!(shown(Some(9), Some(0), ""), "copy: 9");
+    }
+}

@@ -1,0 +1,143 @@
+//! Pipes to the daemon: our ends do not block, so that whoever waits on one can be told to stop.
+
+use crate::error::{Error, Result};
+use crate::locks::Cancel;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// Our end of a pipe. Reading and writing wait until `cancel` fires; then they fail with `Interrupted`'s kin,
+/// `ErrorKind::ConnectionAborted`.
+pub struct End {
+    fd: OwnedFd,
+    cancel: Cancel,
+}
+
+/// A pipe whose write end is ours, and the read end for the daemon.
+pub fn to_daemon(cancel: &Cancel) -> Result<(End, OwnedFd)> {
+    let (reader, writer) = io::pipe().map_err(|e| Error::io("make a pipe", e))?;
+    Ok((End::new(writer.into(), cancel)?, reader.into()))
+}
+
+/// A pipe whose read end is ours, and the write end for the daemon.
+pub fn from_daemon(cancel: &Cancel) -> Result<(End, OwnedFd)> {
+    let (reader, writer) = io::pipe().map_err(|e| Error::io("make a pipe", e))?;
+    Ok((End::new(reader.into(), cancel)?, writer.into()))
+}
+
+impl End {
+    // The other end has a description of its own, so this flag is ours alone.
+    fn new(fd: OwnedFd, cancel: &Cancel) -> Result<Self> {
+        let doing = "set up a pipe";
+        let flags = rustix::fs::fcntl_getfl(&fd).map_err(|e| Error::io(doing, e))?;
+        rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK).map_err(|e| Error::io(doing, e))?;
+        Ok(Self { fd, cancel: cancel.clone() })
+    }
+}
+
+impl Read for End {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match rustix::io::read(&self.fd, &mut *buffer) {
+                Err(rustix::io::Errno::AGAIN) => wait(self.fd.as_fd(), PollFlags::POLLIN, &self.cancel, None)?,
+                Err(rustix::io::Errno::INTR) => {}
+                other => return Ok(other?),
+            }
+        }
+    }
+}
+
+impl Write for End {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match rustix::io::write(&self.fd, bytes) {
+                Err(rustix::io::Errno::AGAIN) => wait(self.fd.as_fd(), PollFlags::POLLOUT, &self.cancel, None)?,
+                Err(rustix::io::Errno::INTR) => {}
+                other => return Ok(other?),
+            }
+        }
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A stream of the caller's (a terminal, a pipe, a file) whose reading can be told to stop.
+pub struct Stoppable {
+    file: std::fs::File,
+    cancel: Cancel,
+}
+
+impl Stoppable {
+    pub fn new(file: std::fs::File, cancel: &Cancel) -> Self {
+        Self { file, cancel: cancel.clone() }
+    }
+}
+
+impl Read for Stoppable {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            wait(self.file.as_fd(), PollFlags::POLLIN, &self.cancel, None)?;
+            match self.file.read(buffer) {
+                // Somebody else made the description non-blocking, and read before us.
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                other => return other,
+            }
+        }
+    }
+}
+
+fn stopped(cancel: &Cancel) -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, cancel.cause().unwrap_or("cancelled").to_owned())
+}
+
+/// Until `fd` is ready. Errors: `ConnectionAborted` when the token fires, `TimedOut` at the deadline.
+pub fn wait(fd: BorrowedFd<'_>, flags: PollFlags, cancel: &Cancel, deadline: Option<Instant>) -> io::Result<()> {
+    loop {
+        let timeout = match deadline {
+            None => PollTimeout::NONE,
+            Some(at) => {
+                let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+            }
+        };
+        let mut fds = [PollFd::new(fd, flags), PollFd::new(cancel.fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, timeout) {
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+            Ok(_) if cancel.is_cancelled() => return Err(stopped(cancel)),
+            Ok(0) if deadline.is_some_and(|at| Instant::now() >= at) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(0) => {}
+            Ok(_) => return Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_waits_on_a_pipe_can_be_stopped() {
+        let cancel = Cancel::try_new().unwrap();
+        let (mut ours, _theirs) = from_daemon(&cancel).unwrap();
+        let (mut full, _unread) = to_daemon(&cancel).unwrap();
+        let token = cancel.clone();
+        let stopper = crate::host::thread::spawn("stopper", move || token.cancel("enough")).unwrap();
+        let e = full.write_all(&vec![0; 1 << 20]).unwrap_err();
+        assert_eq!((e.kind(), e.to_string().as_str()), (io::ErrorKind::ConnectionAborted, "enough"));
+        assert_eq!(ours.read(&mut [0; 8]).unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+        stopper.join().unwrap();
+    }
+
+    #[test]
+    fn bytes_and_the_end_come_through() {
+        let cancel = Cancel::try_new().unwrap();
+        let (mut ours, theirs) = from_daemon(&cancel).unwrap();
+        std::fs::File::from(theirs).write_all(b"a\0b").unwrap();
+        let mut all = Vec::new();
+        ours.read_to_end(&mut all).unwrap();
+        assert_eq!(all, b"a\0b");
+    }
+}

@@ -1,0 +1,206 @@
+//! The bytes of a command in a guest: between the caller's streams and the FIFOs that the daemon was given.
+
+use super::pipes::{self, End, Stoppable};
+use crate::api::exec::Stream;
+use crate::client::Result;
+use crate::error::Error;
+use crate::host::thread;
+use crate::locks::Cancel;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+const PIECE_BYTES: usize = 64 * 1024;
+/// When the command has ended: how long its pipes may stay open without a byte before the rest is given up.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How the relay of one output stream ended.
+#[derive(Debug)]
+pub enum Drained {
+    /// All of it was written.
+    Whole,
+    /// The caller's reader has gone; nothing to complain about.
+    ReaderGone,
+    /// The caller's stream cannot be written.
+    Failed(io::Error),
+    /// The daemon kept its end open after the command's end.
+    Open,
+}
+
+/// Which of the caller's streams take part.
+#[derive(Clone, Copy)]
+pub struct Wanted {
+    pub stdin: bool,
+    /// With a pty there is no separate stderr.
+    pub stderr: bool,
+}
+
+/// The threads that relay. Dropping it leaves them to end by themselves, which they do when the daemon closes its ends.
+pub struct Relay {
+    outputs: Vec<JoinHandle<Drained>>,
+    stdin_stop: Cancel,
+    /// Fires when the command has ended.
+    ended: Cancel,
+    fds: Vec<OwnedFd>,
+    streams: Vec<Stream>,
+}
+
+impl Relay {
+    /// `lost`: called once when the caller's stdout cannot be written any more.
+    pub fn start(stdio: &super::context::Stdio, wanted: Wanted, lost: impl Fn() + Send + Sync + 'static) -> Result<Self> {
+        let cancel = || Cancel::try_new().map_err(|e| Error::io("make a cancel token", e));
+        let (stdin_stop, ended) = (cancel()?, cancel()?);
+        let mut relay = Self { outputs: Vec::new(), stdin_stop, ended, fds: Vec::new(), streams: Vec::new() };
+        let dup = |file: &File| file.try_clone().map_err(|e| Error::io("duplicate a stream", e));
+        if wanted.stdin {
+            let (to, theirs) = pipes::to_daemon(&relay.stdin_stop)?;
+            let from = Stoppable::new(dup(&stdio.stdin)?, &relay.stdin_stop);
+            thread::spawn("stdin", move || pump_input(from, to))?;
+            relay.lend(Stream::Stdin, theirs);
+        }
+        relay.output("stdout", Stream::Stdout, dup(&stdio.stdout)?, lost)?;
+        if wanted.stderr {
+            relay.output("stderr", Stream::Stderr, dup(&stdio.stderr)?, || ())?;
+        }
+        Ok(relay)
+    }
+
+    fn lend(&mut self, stream: Stream, fd: OwnedFd) {
+        self.fds.push(fd);
+        self.streams.push(stream);
+    }
+
+    fn output(&mut self, name: &str, stream: Stream, to: File, lost: impl Fn() + Send + 'static) -> Result<()> {
+        let (reader, writer) = io::pipe().map_err(|e| Error::io("make a pipe", e))?;
+        let ended = self.ended.clone();
+        self.outputs.push(thread::spawn(name, move || {
+            let drained = pump_output(reader, to, &ended);
+            if !matches!(drained, Drained::Whole | Drained::Open) {
+                lost();
+            }
+            drained
+        })?);
+        self.lend(stream, writer.into());
+        Ok(())
+    }
+
+    /// What the daemon's descriptors are, in their order.
+    pub fn streams(&self) -> &[Stream] {
+        &self.streams
+    }
+    pub fn fds(&self) -> Vec<std::os::fd::BorrowedFd<'_>> {
+        self.fds.iter().map(AsFd::as_fd).collect()
+    }
+
+    /// The daemon has them: ours go, so that each pipe ends when the daemon's end does.
+    pub fn close_lent(&mut self) {
+        self.fds.clear();
+    }
+
+    /// The command has ended: writes what is still to come and gives how stdout and stderr ended.
+    pub fn finish(mut self) -> Vec<Drained> {
+        self.close_lent();
+        self.stdin_stop.cancel("the command has ended");
+        self.ended.cancel("the command has ended");
+        let joined = std::mem::take(&mut self.outputs).into_iter();
+        joined.map(|t| t.join().unwrap_or_else(|_| Drained::Failed(io::Error::other("a relay thread panicked")))).collect()
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.stdin_stop.cancel("the command has ended");
+        self.ended.cancel("the command has ended");
+    }
+}
+
+/// Until the end of either side. Closing `to` tells the command that its input has ended.
+fn pump_input(mut from: Stoppable, mut to: End) {
+    let mut piece = vec![0; PIECE_BYTES];
+    while let Ok(n @ 1..) = from.read(&mut piece) {
+        if to.write_all(&piece[..n]).is_err() {
+            return;
+        }
+    }
+}
+
+fn pump_output(mut from: io::PipeReader, mut to: File, ended: &Cancel) -> Drained {
+    let mut piece = vec![0; PIECE_BYTES];
+    loop {
+        match wait_for_output(&from, ended) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => return Drained::Open,
+            Err(e) => return Drained::Failed(e),
+        }
+        match from.read(&mut piece) {
+            Ok(0) => return Drained::Whole,
+            Ok(n) => match write_patiently(&mut to, &piece[..n]) {
+                Ok(()) => {}
+                Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Drained::ReaderGone,
+                Err(e) => return Drained::Failed(e),
+            },
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Drained::Failed(e),
+        }
+    }
+}
+
+/// As long as the command runs, for ever; then [`DRAIN_DEADLINE`].
+fn wait_for_output(from: &io::PipeReader, ended: &Cancel) -> io::Result<()> {
+    match pipes::wait(from.as_fd(), PollFlags::POLLIN, ended, None) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
+        other => return other,
+    }
+    let deadline = Instant::now() + DRAIN_DEADLINE;
+    loop {
+        let left = PollTimeout::try_from(deadline.saturating_duration_since(Instant::now())).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(from.as_fd(), PollFlags::POLLIN)], left) {
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => return Ok(()),
+        }
+    }
+}
+
+/// All of it, also where the caller's description was made non-blocking by somebody else who has it.
+fn write_patiently(to: &mut File, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match to.write(bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => bytes = &bytes[n..],
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                poll(&mut [PollFd::new(to.as_fd(), PollFlags::POLLOUT)], PollTimeout::NONE).map_err(io::Error::from)?;
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_non_blocking_stdout_loses_nothing() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let flags = rustix::fs::fcntl_getfl(&writer).unwrap();
+        rustix::fs::fcntl_setfl(&writer, flags | rustix::fs::OFlags::NONBLOCK).unwrap();
+        let sent: Vec<u8> = (0..1 << 20).map(|i: u32| (i % 251) as u8).collect();
+        let expected = sent.clone();
+        let writing = thread::spawn("writer", move || {
+            let mut to = File::from(OwnedFd::from(writer));
+            write_patiently(&mut to, &sent)
+        })
+        .unwrap();
+        let mut got = Vec::new();
+        reader.read_to_end(&mut got).unwrap();
+        writing.join().unwrap().unwrap();
+        assert_eq!(got, expected);
+    }
+}

@@ -1,0 +1,37 @@
+//! `rpc`: any method, for scripts and for looking closely.
+
+use super::context::Context;
+use crate::client::{CALL_DEADLINE, Result};
+use crate::error::Error;
+use serde_json::value::RawValue;
+
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// A method, as in vm.show
+    method: String,
+    /// Its parameters, as in '{"vm":"web"}'
+    #[arg(value_name = "JSON", default_value = "{}")]
+    params: String,
+    /// Stay on the line: notes on stderr, the result when the operation has ended
+    #[arg(short, long)]
+    more: bool,
+}
+
+/// The result goes to stdout as the daemon sent it, with a newline.
+pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+    let params = RawValue::from_string(args.params)
+        .map_err(|e| Error::invalid("the parameters are not JSON").with_source(e).hint(r#"quote them: '{"vm":"web"}'"#))?;
+    let mut client = ctx.connect()?;
+    let result = if args.more {
+        let mut notes = super::output::Out::new(ctx.stdio.stderr.try_clone().map_err(|e| Error::io("duplicate stderr", e))?);
+        client.call_raw_more(&args.method, &params, &mut |note| {
+            let text = serde_json::to_string(&note).map_err(|e| Error::internal("write JSON").with_source(e))?;
+            let _ = notes.line(&text);
+            Ok(())
+        })?
+    } else {
+        client.call_raw(&args.method, &params, CALL_DEADLINE)?
+    };
+    ctx.line(result.get())?;
+    Ok(0)
+}

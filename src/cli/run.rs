@@ -1,0 +1,212 @@
+//! `run`: a fresh VM, the tree, the command, its status and its changes.
+
+use super::context::Context;
+use super::exec::{self, Ended, How, OUR_FAILURE};
+use super::signals::{Interrupts, Phase, interrupted};
+use super::vm::Shape;
+use super::workspace::{ExportTo, PrepareHow, Source, Transfer, tell_exported};
+use crate::api::frame::Note;
+use crate::api::vm::{Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteRequest, VmRequest, VmStart};
+use crate::client::{Client, Event, Failure, Result};
+use crate::error::{Error, Kind};
+use crate::ids::VmName;
+use std::path::PathBuf;
+
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// A directory to copy into the VM; of a repository all of it goes, and the command starts in this directory
+    path: Option<PathBuf>,
+    /// Delete the VM afterwards, whatever happens
+    #[arg(long)]
+    rm: bool,
+    /// Adjective-noun when not given
+    #[arg(short, long)]
+    name: Option<VmName>,
+    #[command(flatten)]
+    shape: Shape,
+    /// Afterwards write what changed to a new file, or to stdout with -
+    #[arg(long, value_name = "FILE", requires = "path")]
+    export_patch: Option<PathBuf>,
+    #[command(flatten)]
+    how: How,
+    #[command(flatten)]
+    workspace: PrepareHow,
+    /// The command and its arguments; none for a shell
+    #[arg(last = true, value_name = "CMD")]
+    argv: Vec<String>,
+}
+
+/// The story, from a tree that can be sent to a VM that runs on or is gone.
+pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+    let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
+    match tell(ctx, &interrupts, args) {
+        Err(_) if interrupts.cause().is_some() => {
+            ctx.note("interrupted");
+            Ok(interrupts.status().unwrap_or(OUR_FAILURE))
+        }
+        result => result,
+    }
+}
+
+fn tell(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
+    // Whatever can be known to be wrong is, before anything is made.
+    let spec = args.how.spec(ctx, args.argv)?;
+    let export = args.export_patch.map(ExportTo::patch);
+    export.iter().try_for_each(ExportTo::check)?;
+    let source = match &args.path {
+        Some(path) => Some(Source::tree(path, args.workspace.history, interrupts.cancel())?),
+        None if args.workspace.is_said() => {
+            return Err(Error::invalid("the options of a workspace need a PATH").hint("as in fcctl run . -- CMD").into());
+        }
+        None => None,
+    };
+    let mut made = make(ctx, interrupts, args.name, args.shape, args.rm)?;
+    ctx.note(&format!("vm {}", made.vm.name));
+    let vm = made.vm.name.to_string();
+    let ended = match boot(ctx, interrupts, &mut made, source.map(|s| (s, args.workspace))) {
+        Ok(()) => exec::execute(ctx, interrupts, &mut made.client, &vm, spec),
+        Err(e) => Err(e),
+    };
+    finish(ctx, interrupts, made, ended, export)
+}
+
+/// A VM that this run made.
+struct Made {
+    vm: Vm,
+    /// For what is done with it.
+    client: Client,
+    /// With `--rm`: while it is open, the VM lives. Nothing is read from it any more.
+    _hold: Option<Client>,
+    rm: bool,
+}
+
+fn make(ctx: &mut Context, interrupts: &Interrupts, name: Option<VmName>, shape: Shape, rm: bool) -> Result<Made> {
+    let mut client = ctx.connect()?;
+    let request = VmCreateRequest {
+        name: name.clone(),
+        image: shape.image,
+        vcpus: shape.vcpus,
+        mem_mib: shape.memory,
+        disk_bytes: None,
+        rm,
+        hold: rm,
+    };
+    let result = if rm {
+        let mut hold = Client::connect_again(&ctx.socket)?;
+        create_held(interrupts, &mut hold, &request).map(|vm| (vm, Some(hold)))
+    } else {
+        let _guard = interrupts.guard(&client)?;
+        client.call::<VmCreate>(&request).map(|reply| (reply.vm, None))
+    };
+    let (vm, hold) = result.map_err(|e| match name {
+        Some(name) if e.is(Kind::NameTaken) => e.hint(format!(
+            "run in it: fcctl exec {name} -- CMD (or fcctl start {name} first)\n\
+             delete it: fcctl rm -f {name}\n\
+             or take another name: fcctl run --name {name}-2"
+        )),
+        _ => e,
+    })?;
+    Ok(Made { vm, client, _hold: hold, rm })
+}
+
+/// The call stays in flight: its end is the VM's.
+fn create_held(interrupts: &Interrupts, hold: &mut Client, request: &VmCreateRequest) -> Result<Vm> {
+    let _guard = interrupts.guard(hold)?;
+    let mut in_flight = hold.begin::<VmCreate>(request, &[])?;
+    loop {
+        match in_flight.next()? {
+            Event::Note(Note::Created(vm)) => return Ok(*vm),
+            Event::Note(_) => {}
+            Event::Reply(reply) => {
+                return Err(Error::internal(format!("vm {} was gone as soon as it was made", reply.vm.name)).into());
+            }
+        }
+    }
+}
+
+fn boot(ctx: &mut Context, interrupts: &Interrupts, made: &mut Made, source: Option<(Source, PrepareHow)>) -> Result<()> {
+    let vm = made.vm.name.to_string();
+    {
+        let _guard = interrupts.guard(&made.client)?;
+        ctx.operate::<VmStart>(&mut made.client, &format!("start {vm}"), &VmRequest { vm: vm.clone() })?;
+    }
+    if let Some((source, how)) = source {
+        Transfer { ctx, interrupts, client: &mut made.client, vm: &vm }.prepare(source, how)?;
+    }
+    if interrupts.cause().is_some() { Err(interrupted()) } else { Ok(()) }
+}
+
+/// Brings the changes back, then removes the VM or says that it runs on.
+fn finish(ctx: &mut Context, interrupts: &Interrupts, made: Made, ended: Result<Ended>, export: Option<ExportTo>) -> Result<u8> {
+    let began = interrupts.command_began() || matches!(ended, Ok(Ended::Exit(_) | Ended::ReaderGone));
+    let mut status = match &ended {
+        Ok(ended) => exec::status_of(ended, interrupts),
+        Err(_) => interrupts.status().unwrap_or(OUR_FAILURE),
+    };
+    tell_end(ctx, interrupts, &ended);
+    if let (Some(to), true, None) = (&export, began, interrupts.cause()) {
+        status = collect(ctx, interrupts, &made, to).map_or_else(|failed| failed, |()| status);
+    }
+    if made.rm || !began {
+        remove(ctx, interrupts, &made);
+        return Ok(status);
+    }
+    let name = &made.vm.name;
+    ctx.note(&format!("vm {name} runs on; enter it: fcctl ssh {name}, stop it: fcctl stop {name}, delete it: fcctl rm -f {name}"));
+    Ok(status)
+}
+
+fn tell_end(ctx: &mut Context, interrupts: &Interrupts, ended: &Result<Ended>) {
+    match ended {
+        _ if interrupts.detached() => ctx.note("detached from the command"),
+        _ if interrupts.cause().is_some() => ctx.note("interrupted"),
+        Err(e) => ctx.fail(e, OUR_FAILURE),
+        Ok(_) => {}
+    }
+}
+
+/// On a connection of its own, since that of the command may be broken. Err: the status.
+fn collect(ctx: &mut Context, interrupts: &Interrupts, made: &Made, to: &ExportTo) -> std::result::Result<(), u8> {
+    let vm = made.vm.name.as_str();
+    let result = interrupts.enter(Phase::Collecting).and_then(|()| {
+        let mut client = Client::connect_again(&ctx.socket)?;
+        Transfer { ctx, interrupts, client: &mut client, vm }.export(to, false)
+    });
+    match result {
+        Ok(reply) => {
+            tell_exported(ctx, to, &reply);
+            Ok(())
+        }
+        Err(_) if interrupts.cause().is_some() => {
+            ctx.note("interrupted");
+            Err(interrupts.status().unwrap_or(OUR_FAILURE))
+        }
+        Err(e) => {
+            ctx.fail(&e.context("export the changes"), OUR_FAILURE);
+            Err(OUR_FAILURE)
+        }
+    }
+}
+
+/// Whatever was cancelled before, this is done; the daemon does it for `--rm` even if we do not.
+fn remove(ctx: &mut Context, interrupts: &Interrupts, made: &Made) {
+    // Never fails for this phase.
+    let _ = interrupts.enter(Phase::CleaningUp { asked: false });
+    let name = made.vm.name.as_str();
+    // By its id: a name may have been taken by another since.
+    let request = VmDeleteRequest { vm: made.vm.id.to_string(), force: true, if_exists: true };
+    let result: Result<()> = Client::connect_again(&ctx.socket).and_then(|mut client| {
+        let _guard = interrupts.guard(&client)?;
+        ctx.operate::<VmDelete>(&mut client, &format!("delete {name}"), &request)?;
+        Ok(())
+    });
+    if let Err(e) = result {
+        let rest = if made.rm { "the daemon deletes it" } else { "it is still there" };
+        let failure: Failure = e.context(format!("delete vm {name} ({rest})"));
+        ctx.fail(&failure.hint(format!("look for it: fcctl ps -a, delete it: fcctl rm -f {name}")), OUR_FAILURE);
+    }
+}
+
+#[cfg(test)]
+#[path = "run_tests.rs"]
+mod tests;

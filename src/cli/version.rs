@@ -1,0 +1,27 @@
+//! `version`: of both programs.
+
+use super::context::Context;
+use crate::api::daemon::Info;
+use crate::api::{Empty, VERSION_MAJOR, VERSION_MINOR};
+use crate::client::{ABSENT, Result};
+
+/// A daemon that does not run is no failure here; one that cannot be talked to is.
+pub fn run(ctx: &mut Context) -> Result<u8> {
+    let ours = env!("CARGO_PKG_VERSION");
+    let daemon = match ctx.connect() {
+        Ok(mut client) => Some(client.call::<Info>(&Empty {})?),
+        Err(e) if e.kind() == ABSENT => None,
+        Err(e) => return Err(e),
+    };
+    if ctx.json {
+        let api = serde_json::json!({ "major": VERSION_MAJOR, "minor": VERSION_MINOR });
+        ctx.document(&serde_json::json!({ "fcctl": { "version": ours, "api": api }, "fcd": daemon }))?;
+        return Ok(0);
+    }
+    let theirs = match daemon {
+        Some(info) => format!("fcd   {} (protocol {}.{}, pid {})", info.version, info.api.major, info.api.minor, info.pid),
+        None => format!("fcd   does not run at {}", ctx.socket.display()),
+    };
+    ctx.line(&format!("fcctl {ours} (protocol {VERSION_MAJOR}.{VERSION_MINOR})\n{theirs}"))?;
+    Ok(0)
+}

@@ -1,0 +1,377 @@
+//! `vm`: the verbs of one or several VMs, and the everyday ones at top level.
+
+use super::context::Context;
+use super::output::{self, age, count, size};
+use super::values::{parse_duration, parse_mem_mib, parse_size, timeout_ms};
+use crate::api::Empty;
+use crate::api::vm::{
+    Synced, Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteReply, VmDeleteRequest, VmKill, VmList, VmListRequest, VmPrune,
+    VmRequest, VmRestart, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest,
+    WorkspaceInfo, WorkspaceState,
+};
+use crate::client::Result;
+use crate::ids::{ImageRef, VmName};
+use std::time::Duration;
+
+#[derive(clap::Subcommand, Debug)]
+pub enum Verb {
+    /// Make a VM; it does not start
+    Create(CreateArgs),
+    /// Start VMs
+    Start(Targets),
+    /// Shut VMs down: synced, then forced after a deadline
+    Stop(StopArgs),
+    /// Stop and start VMs
+    Restart(StopArgs),
+    /// End VMs at once; what was not synced is lost
+    Kill(Targets),
+    /// Delete VMs with their disks
+    #[command(visible_alias = "rm")]
+    Delete(DeleteArgs),
+    /// List VMs
+    #[command(visible_alias = "ls")]
+    List(ListArgs),
+    /// Show all about VMs
+    Show(Targets),
+    /// Change vCPUs, memory or disk, from the next start
+    Set(SetArgs),
+    /// Show a VM's console
+    Logs(super::logs::Args),
+    /// Wait until VMs have stopped, or for another state
+    Wait(WaitArgs),
+    /// Delete all VMs that do not run
+    Prune,
+}
+
+#[derive(clap::Args, Debug)]
+pub struct CreateArgs {
+    /// Adjective-noun when not given
+    #[arg(short, long)]
+    name: Option<VmName>,
+    #[command(flatten)]
+    shape: Shape,
+    /// Size of the root disk, as in 10G
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    disk: Option<u64>,
+}
+
+/// What `create` and `run` may say of a VM.
+#[derive(clap::Args, Debug, Default)]
+pub struct Shape {
+    /// Image to make the root disk from
+    #[arg(long)]
+    pub image: Option<ImageRef>,
+    #[arg(long, value_name = "N", alias = "cpus")]
+    pub vcpus: Option<u32>,
+    /// Memory, as in 512M or 2G
+    #[arg(long, value_name = "SIZE", value_parser = parse_mem_mib)]
+    pub memory: Option<u64>,
+}
+
+#[derive(clap::Args, Debug)]
+pub struct Targets {
+    /// Names, ids, or beginnings of ids
+    #[arg(required = true, value_name = "VM")]
+    vms: Vec<String>,
+}
+
+#[derive(clap::Args, Debug)]
+pub struct StopArgs {
+    #[command(flatten)]
+    targets: Targets,
+    /// Do not wait for the guest
+    #[arg(short, long)]
+    force: bool,
+    /// How long the guest may take before it is forced, as in 30s
+    #[arg(short, long, value_name = "DURATION", value_parser = parse_duration)]
+    timeout: Option<Duration>,
+}
+
+#[derive(clap::Args, Debug)]
+pub struct DeleteArgs {
+    // Not required: `rm -f $(fcctl ps -aq)` with nothing to remove is fine.
+    /// Names, ids, or beginnings of ids
+    #[arg(required_unless_present = "force", value_name = "VM")]
+    vms: Vec<String>,
+    /// Also VMs that run; one that is not there is no error
+    #[arg(short, long)]
+    force: bool,
+    /// One that is not there is no error
+    #[arg(long)]
+    if_exists: bool,
+}
+
+#[derive(clap::Args, Debug)]
+pub struct ListArgs {
+    /// Those that do not run, too
+    #[arg(short, long)]
+    all: bool,
+    /// Only ids, one a line
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+#[derive(clap::Args, Debug)]
+pub struct SetArgs {
+    /// Name, id, or the beginning of an id
+    vm: String,
+    #[arg(long, value_name = "N", alias = "cpus", required_unless_present_any = ["memory", "disk"])]
+    vcpus: Option<u32>,
+    /// Memory, as in 512M or 2G
+    #[arg(long, value_name = "SIZE", value_parser = parse_mem_mib)]
+    memory: Option<u64>,
+    /// Size of the root disk, as in 10G; it may only grow
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    disk: Option<u64>,
+}
+
+#[derive(clap::Args, Debug)]
+pub struct WaitArgs {
+    #[command(flatten)]
+    targets: Targets,
+    /// running, stopped, ... (default: stopped, which failed fulfils too)
+    #[arg(long, value_parser = parse_state)]
+    state: Option<VmState>,
+    /// Give up after so long, as in 30s
+    #[arg(short, long, value_name = "DURATION", value_parser = parse_duration)]
+    timeout: Option<Duration>,
+}
+
+fn parse_state(text: &str) -> Result<VmState, String> {
+    let names = VmState::ALL.map(VmState::name);
+    VmState::ALL.into_iter().find(|s| s.name() == text).ok_or_else(|| format!("a state is one of {}", names.join(", ")))
+}
+
+pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+    match verb {
+        Verb::Create(args) => create(ctx, args),
+        Verb::Start(args) => start(ctx, args),
+        Verb::Stop(args) => stop(ctx, args),
+        Verb::Restart(args) => restart(ctx, args),
+        Verb::Kill(args) => kill(ctx, args),
+        Verb::Delete(args) => delete(ctx, args),
+        Verb::List(args) => list(ctx, args),
+        Verb::Show(args) => show(ctx, args),
+        Verb::Set(args) => set(ctx, args),
+        Verb::Logs(args) => super::logs::run(ctx, args),
+        Verb::Wait(args) => wait(ctx, args),
+        Verb::Prune => prune(ctx),
+    }
+}
+
+/// Prints for people; the document for programs is made elsewhere.
+fn say(ctx: &mut Context, text: &str) -> Result<()> {
+    if ctx.json { Ok(()) } else { ctx.line(text) }
+}
+
+fn create(ctx: &mut Context, args: CreateArgs) -> Result<u8> {
+    let request = VmCreateRequest {
+        name: args.name,
+        image: args.shape.image,
+        vcpus: args.shape.vcpus,
+        mem_mib: args.shape.memory,
+        disk_bytes: args.disk,
+        rm: false,
+        hold: false,
+    };
+    let vm = ctx.connect()?.call::<VmCreate>(&request)?.vm;
+    if ctx.json { ctx.document(&vm)? } else { ctx.line(vm.name.as_str())? }
+    Ok(0)
+}
+
+pub fn start(ctx: &mut Context, args: Targets) -> Result<u8> {
+    ctx.for_each(&args.vms, |ctx, client, vm| {
+        let vm = ctx.operate::<VmStart>(client, &format!("start {vm}"), &VmRequest { vm: vm.to_owned() })?.vm;
+        say(ctx, &format!("{}: {}", vm.name, vm.state.name()))?;
+        Ok(vm)
+    })
+}
+
+fn stop_request(vm: &str, args: &StopArgs) -> VmStopRequest {
+    VmStopRequest { vm: vm.to_owned(), force: args.force, timeout_ms: timeout_ms(args.timeout) }
+}
+
+pub fn stop(ctx: &mut Context, args: StopArgs) -> Result<u8> {
+    ctx.for_each(&args.targets.vms, |ctx, client, vm| {
+        let vm = ctx.operate::<VmStop>(client, &format!("stop {vm}"), &stop_request(vm, &args))?.vm;
+        say(ctx, &format!("{}: {}{}", vm.name, vm.state.name(), synced(vm.synced)))?;
+        Ok(vm)
+    })
+}
+
+/// Whether the guest's data is on its disk.
+fn synced(synced: Option<Synced>) -> &'static str {
+    match synced {
+        Some(Synced::Yes) => ", the guest's data was synced",
+        Some(Synced::No) => ", the guest's data was not synced",
+        Some(Synced::Timeout) => ", the guest did not sync its data in time: what it wrote last may be lost",
+        None => "",
+    }
+}
+
+fn restart(ctx: &mut Context, args: StopArgs) -> Result<u8> {
+    ctx.for_each(&args.targets.vms, |ctx, client, vm| {
+        let vm = ctx.operate::<VmRestart>(client, &format!("restart {vm}"), &stop_request(vm, &args))?.vm;
+        say(ctx, &format!("{}: {}{}", vm.name, vm.state.name(), synced(vm.synced)))?;
+        Ok(vm)
+    })
+}
+
+fn kill(ctx: &mut Context, args: Targets) -> Result<u8> {
+    ctx.for_each(&args.vms, |ctx, client, vm| {
+        let vm = ctx.operate::<VmKill>(client, &format!("kill {vm}"), &VmRequest { vm: vm.to_owned() })?.vm;
+        say(ctx, &format!("{}: {}{}", vm.name, vm.state.name(), synced(vm.synced)))?;
+        Ok(vm)
+    })
+}
+
+pub fn delete(ctx: &mut Context, args: DeleteArgs) -> Result<u8> {
+    ctx.for_each(&args.vms, |ctx, client, vm| {
+        let request = VmDeleteRequest { vm: vm.to_owned(), force: args.force, if_exists: args.force || args.if_exists };
+        let reply = ctx.operate::<VmDelete>(client, &format!("delete {vm}"), &request)?;
+        say(ctx, &deleted(vm, &reply))?;
+        Ok(reply)
+    })
+}
+
+fn deleted(vm: &str, reply: &VmDeleteReply) -> String {
+    let what = if reply.deleted.is_some() { "deleted" } else { "was not there" };
+    format!("{}: {what}", output::harmless_line(vm))
+}
+
+pub fn list(ctx: &mut Context, args: ListArgs) -> Result<u8> {
+    let vms = ctx.connect()?.call::<VmList>(&VmListRequest { all: args.all })?.vms;
+    let ids: Vec<&str> = vms.iter().map(|vm| vm.id.as_str()).collect();
+    match (args.quiet, ctx.json) {
+        (true, true) => ctx.document(&ids)?,
+        (false, true) => ctx.document(&vms)?,
+        (true, false) => ctx.text(&ids.iter().map(|id| format!("{id}\n")).collect::<String>())?,
+        (false, false) => {
+            let rows: Vec<_> = vms.iter().map(|vm| row(vm, ctx.now_s)).collect();
+            let headers = ["NAME", "ID", "STATE", "IMAGE", "VCPUS", "MEMORY", "CREATED", "WORKSPACE"];
+            ctx.text(&output::table(&headers, &rows))?;
+        }
+    }
+    Ok(0)
+}
+
+fn row(vm: &Vm, now_s: u64) -> Vec<String> {
+    let workspace = vm.workspace.as_ref().map(workspace_line).unwrap_or_default();
+    vec![
+        vm.name.to_string(),
+        vm.id.to_string(),
+        state(vm),
+        vm.image.to_string(),
+        vm.vcpus.to_string(),
+        size(vm.mem_mib << 20),
+        age(now_s, vm.created_at),
+        workspace,
+    ]
+}
+
+fn state(vm: &Vm) -> String {
+    match &vm.reason {
+        Some(reason) if vm.state == VmState::Failed => format!("failed ({reason})"),
+        _ => vm.state.name().to_owned(),
+    }
+}
+
+fn workspace_line(workspace: &WorkspaceInfo) -> String {
+    match workspace.state {
+        WorkspaceState::Complete => workspace.guest_path.clone(),
+        WorkspaceState::Incomplete => format!("{} (incomplete)", workspace.guest_path),
+    }
+}
+
+fn show(ctx: &mut Context, args: Targets) -> Result<u8> {
+    let mut is_first = true;
+    ctx.for_each(&args.vms, |ctx, client, vm| {
+        let vm = client.call::<VmShow>(&VmRequest { vm: vm.to_owned() })?.vm;
+        if !ctx.json {
+            let gap = if std::mem::replace(&mut is_first, false) { "" } else { "\n" };
+            ctx.text(&format!("{gap}{}", sheet(&vm, ctx.now_s)))?;
+        }
+        Ok(vm)
+    })
+}
+
+/// All about one VM, a fact a line.
+fn sheet(vm: &Vm, now_s: u64) -> String {
+    let mut facts: Vec<(&str, String)> = vec![("name", vm.name.to_string()), ("id", vm.id.to_string()), ("state", state(vm))];
+    let mut add = |name, value: Option<String>| facts.extend(value.map(|v| (name, v)));
+    add("reason", vm.reason.clone().filter(|_| vm.state != VmState::Failed));
+    add("operation", vm.op.as_ref().map(ToString::to_string));
+    add("owner", Some(format!("uid {}", vm.owner_uid)));
+    add("image", Some(vm.image.to_string()));
+    add("vcpus", Some(vm.vcpus.to_string()));
+    add("memory", Some(size(vm.mem_mib << 20)));
+    add("disk", Some(size(vm.disk_bytes) + &vm.disk_driver.as_ref().map(|d| format!(" ({d})")).unwrap_or_default()));
+    add("next start", vm.pending.as_ref().map(|p| settings(p.vcpus, p.mem_mib, p.disk_bytes)));
+    add("driver", vm.driver.clone());
+    add("process", vm.pid.map(|pid| pid.to_string()));
+    add("ssh", vm.ssh_addr.map(|a| a.to_string()));
+    add("created", Some(age(now_s, vm.created_at)));
+    add("started", vm.started_at.map(|at| age(now_s, at)));
+    add("removed", vm.rm.then(|| "when it stops or its holder goes".to_owned()));
+    add("synced", vm.synced.map(|s| match s {
+        Synced::Yes => "yes, at the last stop".to_owned(),
+        Synced::No => "no: it was not asked at the last stop".to_owned(),
+        Synced::Timeout => "no: it did not answer in time at the last stop".to_owned(),
+    }));
+    if let Some(w) = &vm.workspace {
+        let readonly = if w.readonly { ", read-only" } else { "" };
+        add("workspace", Some(workspace_line(w) + readonly));
+        add("starts in", Some(w.workdir.clone()).filter(|dir| *dir != w.guest_path));
+        if w.state == WorkspaceState::Complete {
+            let what = if w.entries == 1 { "entry" } else { "entries" };
+            add("holds", Some(format!("{} {what}, {}, {}", w.entries, size(w.bytes), age(now_s, w.prepared_at))));
+        }
+    }
+    let line = |(name, value): &(&str, String)| format!("{name:<11} {}\n", output::harmless_line(value));
+    facts.iter().map(line).collect()
+}
+
+fn settings(vcpus: Option<u32>, mem_mib: Option<u64>, disk_bytes: Option<u64>) -> String {
+    let vcpus = vcpus.map(|n| count(n.into(), "vCPU"));
+    let memory = mem_mib.map(|m| format!("{} of memory", size(m << 20)));
+    let disk = disk_bytes.map(|d| format!("{} of disk", size(d)));
+    [vcpus, memory, disk].into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+fn set(ctx: &mut Context, args: SetArgs) -> Result<u8> {
+    let request = VmSetRequest { vm: args.vm, vcpus: args.vcpus, mem_mib: args.memory, disk_bytes: args.disk };
+    let vm = ctx.connect()?.call::<VmSet>(&request)?.vm;
+    if ctx.json {
+        ctx.document(&vm)?;
+    } else {
+        let what = settings(args.vcpus, args.memory, args.disk);
+        let when = if vm.pending.is_some() { format!("; now: fcctl vm restart {}", vm.name) } else { String::new() };
+        ctx.line(&format!("{}: {what}, applied at next start{when}", vm.name))?;
+    }
+    Ok(0)
+}
+
+fn wait(ctx: &mut Context, args: WaitArgs) -> Result<u8> {
+    ctx.for_each(&args.targets.vms, |ctx, client, vm| {
+        let request = VmWaitRequest { vm: vm.to_owned(), state: args.state, timeout_ms: timeout_ms(args.timeout) };
+        let vm = client.call_more::<VmWait>(&request, &[], &mut |_| Ok(()))?.vm;
+        say(ctx, &format!("{}: {}", vm.name, state(&vm)))?;
+        Ok(vm)
+    })
+}
+
+fn prune(ctx: &mut Context) -> Result<u8> {
+    let mut client = ctx.connect()?;
+    let deleted = ctx.operate::<VmPrune>(&mut client, "prune", &Empty {})?.deleted;
+    if ctx.json {
+        ctx.document(&deleted)?;
+    } else {
+        let ids: String = deleted.iter().map(|id| format!("{id}\n")).collect();
+        ctx.text(&format!("{ids}{} deleted\n", count(deleted.len() as u64, "VM")))?;
+    }
+    Ok(0)
+}
+
+#[cfg(test)]
+#[path = "vm_tests.rs"]
+mod tests;

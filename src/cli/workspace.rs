@@ -1,0 +1,406 @@
+//! `workspace`: a tree goes into a VM, a patch or a tree comes back. Packed and unpacked here, with the caller's rights.
+
+use super::context::Context;
+use super::output::{count, size};
+use super::pipes::{self, End};
+use super::signals::Interrupts;
+use super::values::path_error;
+use crate::api::Call;
+use crate::api::frame::Note;
+use crate::api::stream::{self, ChunkReader, ChunkWriter};
+use crate::api::workspace::{ExportKind, ExportReply, ExportRequest, PrepareReply, PrepareRequest, WorkspaceExport, WorkspacePrepare};
+use crate::client::{Client, Result};
+use crate::error::{Error, Kind};
+use crate::host::thread;
+use crate::locks::Cancel;
+use crate::workspace::plan::{CallerEnv, History, Options, Plan, Sent};
+use crate::workspace::{encode, guest_path, patch, raw_tar, unpack};
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+/// Most kept paths that are named one by one.
+const KEPT_SHOWN_MAX: usize = 20;
+const PIECE_BYTES: usize = 256 * 1024;
+
+#[derive(clap::Subcommand, Debug)]
+pub enum Verb {
+    /// Copy a tree into a VM: what git tracks and does not ignore, and enough history to work with
+    Prepare(PrepareArgs),
+    /// Fetch what changed in a VM since its workspace was prepared
+    Export(ExportArgs),
+}
+
+#[derive(clap::Args, Debug)]
+pub struct PrepareArgs {
+    /// Name, id, or the beginning of an id
+    vm: String,
+    /// A directory; of a repository all of it goes, and commands start in this directory
+    #[arg(required_unless_present = "tar")]
+    path: Option<PathBuf>,
+    /// Send a tar instead of a tree: a file, or - for stdin
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["path", "history"])]
+    tar: Option<PathBuf>,
+    #[command(flatten)]
+    how: PrepareHow,
+}
+
+/// How a workspace is made.
+#[derive(clap::Args, Debug, Default)]
+pub struct PrepareHow {
+    /// Where it goes in the guest; /root/NAME when not given
+    #[arg(long, value_name = "DIR")]
+    pub guest_path: Option<String>,
+    /// Nobody may write to it in the guest
+    #[arg(long)]
+    pub readonly: bool,
+    /// Commits that go along: a number, full or none
+    #[arg(long, value_name = "N|full|none")]
+    pub history: Option<History>,
+    /// Also replace files that the guest changed since the last time
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Fail when another import or export of this VM is under way
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+impl PrepareHow {
+    /// Whether any of it was given.
+    pub fn is_said(&self) -> bool {
+        self.guest_path.is_some() || self.readonly || self.history.is_some() || self.overwrite || self.no_wait
+    }
+}
+
+#[derive(clap::Args, Debug)]
+pub struct ExportArgs {
+    /// Name, id, or the beginning of an id
+    vm: String,
+    /// Write a git patch to a new file, or to stdout with - (the default)
+    #[arg(long, value_name = "FILE")]
+    patch: Option<PathBuf>,
+    /// Write the tree as it stands in the guest to a new directory
+    #[arg(long, value_name = "DIR")]
+    tree: Option<PathBuf>,
+    /// Fail when another import or export of this VM is under way
+    #[arg(long)]
+    no_wait: bool,
+}
+
+pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+    let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
+    let result = match verb {
+        Verb::Prepare(args) => prepare_verb(ctx, &interrupts, args),
+        Verb::Export(args) => export_verb(ctx, &interrupts, args),
+    };
+    match (interrupts.told(result), interrupts.status()) {
+        (Err(_), Some(status)) => {
+            ctx.note("interrupted");
+            Ok(status)
+        }
+        (result, _) => result,
+    }
+}
+
+fn prepare_verb(ctx: &mut Context, interrupts: &Interrupts, args: PrepareArgs) -> Result<u8> {
+    let source = match (&args.tar, &args.path) {
+        (Some(tar), _) => Source::Tar(open_tar(ctx, tar)?),
+        (None, path) => Source::tree(path.as_deref().unwrap_or(Path::new(".")), args.how.history, interrupts.cancel())?,
+    };
+    let mut client = ctx.connect()?;
+    let reply = Transfer { ctx, interrupts, client: &mut client, vm: &args.vm }.prepare(source, args.how)?;
+    if ctx.json {
+        ctx.document(&reply)?;
+    } else if let Some(workspace) = &reply.vm.workspace {
+        let what = if reply.entries == 1 { "entry" } else { "entries" };
+        ctx.line(&format!("{}: {} {what}, {}, in {}", reply.vm.name, reply.entries, size(reply.bytes), workspace.guest_path))?;
+    }
+    Ok(0)
+}
+
+fn open_tar(ctx: &Context, tar: &Path) -> Result<File> {
+    if tar == Path::new("-") {
+        return ctx.stdio.stdin.try_clone().map_err(|e| Error::io("duplicate stdin", e).into());
+    }
+    File::open(tar).map_err(|e| path_error(format!("open {}", tar.display()), e).into())
+}
+
+/// What goes into a workspace.
+pub enum Source {
+    Tree(Box<Plan>),
+    Tar(File),
+}
+
+impl Source {
+    /// Looks at a tree; nothing is asked of the daemon yet.
+    pub fn tree(path: &Path, history: Option<History>, cancel: &Cancel) -> Result<Self> {
+        let options = Options { history: history.unwrap_or_default(), env: CallerEnv::from_process() };
+        Ok(Source::Tree(Box::new(Plan::inspect(path, &options, cancel)?)))
+    }
+
+    fn request(&self, vm: &str, how: PrepareHow) -> Result<PrepareRequest> {
+        let (default, subdir, bytes_expected) = match self {
+            Source::Tree(plan) => (plan.guest_path(), plan.subdir().to_owned(), Some(plan.bytes_expected())),
+            Source::Tar(_) => (guest_path::default_for("workspace"), String::new(), None),
+        };
+        Ok(PrepareRequest {
+            vm: vm.to_owned(),
+            guest_path: guest_path::validate(&how.guest_path.unwrap_or(default))?,
+            subdir,
+            readonly: how.readonly,
+            overwrite: how.overwrite,
+            no_wait: how.no_wait,
+            bytes_expected,
+            raw_tar: matches!(self, Source::Tar(_)),
+        })
+    }
+}
+
+/// One transfer from or to a VM.
+pub struct Transfer<'a> {
+    pub ctx: &'a mut Context,
+    pub interrupts: &'a Interrupts,
+    pub client: &'a mut Client,
+    pub vm: &'a str,
+}
+
+/// What the thread beside the call did, and whether it was told to stop before it failed.
+type Beside<T> = JoinHandle<(crate::error::Result<T>, bool)>;
+
+impl Transfer<'_> {
+    /// Sends `source`. Kept files and what was left out are told on stderr.
+    pub fn prepare(&mut self, source: Source, how: PrepareHow) -> Result<PrepareReply> {
+        let request = source.request(self.vm, how)?;
+        if let Source::Tree(plan) = &source {
+            plan.warnings().iter().for_each(|w| self.ctx.note(&format!("warning: {w}")));
+        }
+        let stop = self.stop()?;
+        let (ours, theirs) = pipes::to_daemon(&stop)?;
+        let token = stop.clone();
+        let mut begin = Some(move |keep: Vec<Vec<u8>>| pack(source, ours, &keep, &token));
+        let mut packer: Option<Beside<Sent>> = None;
+        let reply = self.call::<WorkspacePrepare>(&format!("copy to {}", self.vm), &request, theirs, &mut |note| {
+            if let (Note::Ready(ready), Some(begin)) = (note, begin.take()) {
+                let keep = encode::decode_all(&ready.keep)?;
+                packer = Some(beside("pack", &stop, move || begin(keep))?);
+            }
+            Ok(())
+        });
+        let (reply, sent) = conclude(reply, packer, &stop)?;
+        sent.into_iter().flat_map(|s| s.warnings).for_each(|w| self.ctx.note(&format!("warning: {w}")));
+        self.tell_kept(&reply.kept);
+        Ok(reply)
+    }
+
+    fn tell_kept(&mut self, kept: &[String]) {
+        if kept.is_empty() {
+            return;
+        }
+        let files = count(kept.len() as u64, "file");
+        self.ctx.note(&format!("kept {files} that the guest changed since the last time (replace with --overwrite):"));
+        kept.iter().take(KEPT_SHOWN_MAX).for_each(|path| self.ctx.note(&format!("  {path}")));
+        if kept.len() > KEPT_SHOWN_MAX {
+            self.ctx.note(&format!("  and {} more", kept.len() - KEPT_SHOWN_MAX));
+        }
+    }
+
+    /// Fetches into `to`, which is whole or untouched afterwards.
+    pub fn export(&mut self, to: &ExportTo, no_wait: bool) -> Result<ExportReply> {
+        to.check()?;
+        let kind = if matches!(to, ExportTo::Tree(_)) { ExportKind::Tree } else { ExportKind::Patch };
+        let request = ExportRequest { vm: self.vm.to_owned(), kind, no_wait };
+        let stop = self.stop()?;
+        let (ours, theirs) = pipes::from_daemon(&stop)?;
+        let (token, target) = (stop.clone(), to.clone());
+        let receiver = beside("unpack", &stop, move || receive(ours, &target, &token))?;
+        let reply = self.call::<WorkspaceExport>(&format!("fetch from {}", self.vm), &request, theirs, &mut |_| Ok(()));
+        let (reply, received) = conclude(reply, Some(receiver), &stop)?;
+        match received {
+            Some(Received::Staged(staged)) => drop(staged.commit()?),
+            Some(Received::Spooled(spool)) => self.print(spool)?,
+            Some(Received::Written) | None => {}
+        }
+        Ok(reply)
+    }
+
+    /// Nothing is printed before all of it is known to be there.
+    fn print(&mut self, mut spool: File) -> Result<()> {
+        let doing = "read the patch back";
+        let mut piece = vec![0; PIECE_BYTES];
+        spool.rewind().map_err(|e| Error::io(doing, e))?;
+        loop {
+            match spool.read(&mut piece).map_err(|e| Error::io(doing, e))? {
+                0 => return Ok(()),
+                n => self.ctx.bytes(&piece[..n])?,
+            }
+        }
+    }
+
+    /// A token that a signal fires too.
+    fn stop(&self) -> Result<Cancel> {
+        let stop = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
+        let fired = stop.clone();
+        self.interrupts.on_end(move || fired.cancel("interrupted"));
+        Ok(stop)
+    }
+
+    /// The call with one end of a pipe, which is closed here as soon as the daemon has it. Shows progress.
+    fn call<C: Call>(
+        &mut self,
+        doing: &str,
+        request: &C::Request,
+        theirs: OwnedFd,
+        on_note: &mut dyn FnMut(Note) -> Result<()>,
+    ) -> Result<C::Reply> {
+        let _guard = self.interrupts.guard(self.client)?;
+        let mut progress = self.ctx.progress(doing);
+        let in_flight = self.client.begin::<C>(request, &[theirs.as_fd()]);
+        drop(theirs);
+        in_flight?.finish(&mut |note| match note {
+            Note::Progress(p) => {
+                progress.update(&p);
+                Ok(())
+            }
+            note => on_note(note),
+        })
+    }
+}
+
+fn beside<T: Send + 'static>(
+    name: &str,
+    stop: &Cancel,
+    body: impl FnOnce() -> crate::error::Result<T> + Send + 'static,
+) -> Result<Beside<T>> {
+    let stop = stop.clone();
+    Ok(thread::spawn(name, move || {
+        let result = body();
+        (result, stop.is_cancelled())
+    })?)
+}
+
+/// Both sides' ends made one: the side that failed first says why. The other only saw the pipe break.
+fn conclude<R, T>(reply: Result<R>, thread: Option<Beside<T>>, stop: &Cancel) -> Result<(R, Option<T>)> {
+    if reply.is_err() {
+        stop.cancel("the call has ended");
+    }
+    let Some(thread) = thread else { return Ok((reply?, None)) };
+    let (ours, was_stopped) = thread.join().map_err(|_| Error::internal("the thread of a transfer panicked"))?;
+    match (reply, ours) {
+        (Ok(reply), Ok(ours)) => Ok((reply, Some(ours))),
+        (Err(theirs), Err(e)) if was_stopped || e.kind() == Kind::StreamIncomplete => Err(theirs),
+        (_, Err(e)) => Err(e.into()),
+        (Err(theirs), Ok(_)) => Err(theirs),
+    }
+}
+
+/// The stream of an import: the payload and its trailer, only when all went well.
+fn pack(source: Source, to: End, keep: &[Vec<u8>], stop: &Cancel) -> crate::error::Result<Sent> {
+    let mut writer = ChunkWriter::new(to);
+    let sent = match source {
+        Source::Tree(mut plan) => plan.send(&mut writer, keep, &mut |_, _| (), stop)?,
+        Source::Tar(file) => raw_tar::send(&mut pipes::Stoppable::new(file, stop), &mut writer, keep, &mut |_, _| (), stop)?,
+    };
+    writer.finish(sent.entries).map_err(|e| match e.kind() {
+        io::ErrorKind::BrokenPipe => Error::new(Kind::StreamIncomplete, "send the tree: the daemon stopped reading"),
+        _ => Error::io("send the tree", e),
+    })?;
+    Ok(sent)
+}
+
+/// Where an export goes.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ExportTo {
+    /// A file that is not there yet.
+    Patch(PathBuf),
+    PatchToStdout,
+    /// A directory that is not there yet.
+    Tree(PathBuf),
+}
+
+impl ExportTo {
+    pub fn patch(arg: PathBuf) -> Self {
+        if arg == Path::new("-") { ExportTo::PatchToStdout } else { ExportTo::Patch(arg) }
+    }
+
+    /// Before anything is asked of the daemon: `target_exists`, `path_not_found`.
+    pub fn check(&self) -> crate::error::Result<()> {
+        match self {
+            ExportTo::Patch(path) => patch::Target::File(path.clone()).check(),
+            ExportTo::PatchToStdout => Ok(()),
+            ExportTo::Tree(path) => unpack::check_target(path),
+        }
+    }
+}
+
+enum Received {
+    Written,
+    Spooled(File),
+    Staged(unpack::Staged),
+}
+
+fn receive(from: End, to: &ExportTo, stop: &Cancel) -> crate::error::Result<Received> {
+    let mut reader = ChunkReader::new(from);
+    match to {
+        ExportTo::Patch(path) => {
+            patch::receive(&mut reader, &patch::Target::File(path.clone()), stop)?;
+            Ok(Received::Written)
+        }
+        ExportTo::PatchToStdout => {
+            let mut spool = tempfile::tempfile().map_err(|e| Error::io("make a temporary file", e))?;
+            io::copy(&mut reader, &mut spool).map_err(|e| stream::error("receive the patch", e))?;
+            Ok(Received::Spooled(spool))
+        }
+        ExportTo::Tree(path) => {
+            let staged = unpack::stage(&mut reader, path, &unpack::Limits::default(), stop)?;
+            reader.finish().map_err(|e| stream::error("receive the tree", e))?;
+            Ok(Received::Staged(staged))
+        }
+    }
+}
+
+fn export_verb(ctx: &mut Context, interrupts: &Interrupts, args: ExportArgs) -> Result<u8> {
+    let mut targets: Vec<ExportTo> = args.patch.into_iter().map(ExportTo::patch).collect();
+    targets.extend(args.tree.into_iter().map(ExportTo::Tree));
+    if targets.is_empty() {
+        targets.push(ExportTo::PatchToStdout);
+    }
+    if ctx.json && targets.contains(&ExportTo::PatchToStdout) {
+        return Err(Error::invalid("a patch on stdout is no JSON document").hint("name a file: --patch FILE").into());
+    }
+    targets.iter().try_for_each(ExportTo::check)?;
+    let mut client = ctx.connect()?;
+    let mut replies = vec![];
+    for to in &targets {
+        let reply = Transfer { ctx, interrupts, client: &mut client, vm: &args.vm }.export(to, args.no_wait)?;
+        if !ctx.json {
+            tell_exported(ctx, to, &reply);
+        }
+        replies.push(reply);
+    }
+    if ctx.json {
+        match replies.as_slice() {
+            [one] => ctx.document(one)?,
+            all => ctx.document(&all)?,
+        }
+    }
+    Ok(0)
+}
+
+/// On stderr: stdout may be the patch.
+pub fn tell_exported(ctx: &mut Context, to: &ExportTo, reply: &ExportReply) {
+    let (files, bytes) = (count(reply.files_changed, "file"), size(reply.bytes));
+    match to {
+        ExportTo::Patch(path) if reply.bytes == 0 => ctx.note(&format!("nothing has changed; {} is empty", path.display())),
+        ExportTo::Patch(path) => {
+            ctx.note(&format!("{files} changed, {bytes}: git apply {}", path.display()));
+        }
+        ExportTo::PatchToStdout => ctx.note(&format!("{files} changed, {bytes}")),
+        ExportTo::Tree(path) => ctx.note(&format!("{} holds the tree, {files} changed", path.display())),
+    }
+}
+
+#[cfg(test)]
+#[path = "workspace_tests.rs"]
+mod tests;

@@ -374,16 +374,20 @@ mod tests {
     fn it_is_detached_and_holds_nothing_of_ours() {
         // A descriptor without close-on-exec must not get through either.
         let leak = rustix::io::dup(std::fs::File::open("/proc/self/maps").unwrap()).unwrap();
-        let process = spawn(Spawn { program: "sleep".into(), args: vec!["1000".into()], ..sleep("") }).unwrap();
+        let (mut said, output) = std::io::pipe().unwrap();
+        let script = "echo ready; kill -STOP $$";
+        let args = ["-c", script].map(OsString::from).to_vec();
+        let output = Some(File::from(OwnedFd::from(output)));
+        let process = spawn(Spawn { args, output, ..sleep("") }).unwrap();
+        // Then its loader is done with the files that it opens.
+        std::io::Read::read_exact(&mut said, &mut [0; 6]).unwrap();
         let pid = process.identity().pid;
         assert_eq!(nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(pid as i32))).unwrap().as_raw() as u32, pid);
-        let mut fds: Vec<_> = std::fs::read_dir(format!("/proc/{pid}/fd"))
-            .unwrap()
-            .flatten()
-            .map(|e| std::fs::read_link(e.path()).unwrap())
-            .collect();
-        fds.dedup();
-        assert_eq!(fds, [PathBuf::from("/dev/null")]);
+        let target = |fd: &str| std::fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap();
+        assert_eq!(std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(), 3);
+        assert_eq!(target("0"), PathBuf::from("/dev/null"));
+        assert!(target("1").to_string_lossy().starts_with("pipe:["));
+        assert_eq!(target("1"), target("2"));
         let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap();
         assert_eq!(environment, b"PATH=/usr/bin:/bin\0");
         let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();

@@ -203,8 +203,13 @@ fn run_script(commands: &dyn Commands, command: &Command, cancel: &Cancel, repor
         if let Some(stage) = stage_of(line) {
             report(stage);
         }
-        if line.starts_with("E: ") && errors.len() < ERROR_LINES_MAX {
-            errors.push(line["E: ".len()..].escape_debug().to_string());
+        // What mmdebstrap adds to apt's own lines says only that something failed.
+        let own = ["setup failed", "mmdebstrap failed"];
+        if let Some(text) = line.strip_prefix("E: ")
+            && errors.len() < ERROR_LINES_MAX
+            && !own.iter().any(|o| text.starts_with(o))
+        {
+            errors.push(text.escape_debug().to_string());
         }
     });
     let Err(e) = ran else { return Ok(()) };
@@ -213,6 +218,9 @@ fn run_script(commands: &dyn Commands, command: &Command, cancel: &Cancel, repor
     }
     if e.message().contains("No space left on device") || errors.iter().any(|l| l.contains("No space left on device")) {
         return Err(e.with_kind(Kind::DiskFull).hint("free some space (df -h) and memory (free -h), then try again"));
+    }
+    if let Some(line) = errors.iter().find(|l| l.contains("Unable to locate package")) {
+        return Err(Error::invalid(line.to_lowercase()).hint("apt-cache search finds the names of packages"));
     }
     if errors.is_empty() { Err(e) } else { Err(Error::new(Kind::CommandFailed, format!("mmdebstrap: {}", errors.join("; ")))) }
 }
@@ -429,9 +437,10 @@ mod tests {
             let e = run_script(&Fails(lines), &Command::new("x"), &cancel, &mut |s| seen.push(s)).unwrap_err();
             (e.kind(), e.to_string(), seen)
         };
-        let (kind, text, seen) = run(&["I: extracting archives...", "E: Unable to locate package foo", "E: apt failed"]);
+        let (kind, text, seen) = run(&["I: extracting archives...", "E: broken", "E: very", "E: setup failed: E: apt"]);
         assert_eq!((kind, seen), (Kind::CommandFailed, vec![3]));
-        assert_eq!(text, "mmdebstrap: Unable to locate package foo; apt failed");
+        assert_eq!(text, "mmdebstrap: broken; very");
+        assert_eq!(run(&["E: Unable to locate package foo"]).0, Kind::InvalidArgument);
         assert_eq!(run(&["E: write: No space left on device"]).0, Kind::DiskFull);
         assert!(run(&[]).1.contains("bye"));
     }

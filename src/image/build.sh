@@ -58,8 +58,13 @@ for module in virtio_pci virtio_mmio virtio_blk virtio_net; do
 done
 
 stage customise
-install -m 755 "$in/init" "$tree/sbin/fcd-init"
-install -m 755 "$in/shutdown" "$tree/sbin/fcd-shutdown"
+install -d -m 755 "$tree/usr/lib/fcd/bin" "$tree/var/lib/fcd"
+install -m 755 "$in/init" "$tree/usr/lib/fcd/init"
+install -m 755 "$in/shutdown" "$tree/usr/sbin/fcd-shutdown"
+install -m 755 "$out/busybox" "$tree/usr/lib/fcd/busybox"
+for applet in ip kill ln mkdir mkfifo mount rm setsid sh sleep sync tar usleep; do
+	ln -s ../busybox "$tree/usr/lib/fcd/bin/$applet"
+done
 install -m 644 "$in/sshd_config" "$tree/etc/ssh/sshd_config"
 rm -f "$tree"/etc/ssh/ssh_host_* "$tree/etc/apt/apt.conf.d/99mmdebstrap" "$tree/etc/resolv.conf"
 rm -rf "$tree"/var/log/* "$tree"/var/cache/debconf/*-old "$tree"/var/lib/dpkg/*-old
@@ -67,7 +72,8 @@ rm -rf "$tree"/var/log/* "$tree"/var/cache/debconf/*-old "$tree"/var/lib/dpkg/*-
 : >"$tree/etc/hostname"
 : >"$tree/etc/fstab"
 install -d -m 700 "$tree/root"
-install -d -m 755 "$tree/var/lib/fcd"
+# In a user namespace mmdebstrap leaves these to root.
+chroot "$tree" chown _apt /var/lib/apt/lists/partial /var/cache/apt/archives/partial
 echo $((disk_bytes / 512)) >"$tree/var/lib/fcd/disk-sectors"
 # shellcheck source=/dev/null
 . "$tree/etc/os-release"

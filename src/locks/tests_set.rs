@@ -52,7 +52,9 @@ fn eight_threads_and_few_keys() {
             s.spawn(move || {
                 let mut x = thread * 7919 + 1;
                 for _ in 0..ROUNDS {
-                    (x ^= x << 13, x ^= x >> 7, x ^= x << 17);
+                    x ^= x << 13;
+                    x ^= x >> 7;
+                    x ^= x << 17;
                     let key = (x % u64::from(KEYS)) as u32;
                     let guards = match (x >> 8) % 8 {
                         0 => set.lock_many(&[(key + 1) % KEYS, key, key]),

@@ -35,7 +35,7 @@ fn body() {
             let (world, cancel) = (world.clone(), cancel.clone());
             thread::spawn(move || {
                 let key = t % 2;
-                drop(world.set.lock(&key).key().to_owned());
+                drop(world.set.lock(&key));
                 {
                     let guard = world.set.lock(&key);
                     world.own(*guard.key());

@@ -2,7 +2,7 @@
 //! the store: whatever ends here is returned, for the caller to keep.
 
 mod handle;
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod tests;
 mod watch;
 

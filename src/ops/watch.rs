@@ -2,7 +2,7 @@
 
 use super::{Ops, Shared};
 use crate::api::op::{Op, Progress};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::ids::OpId;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -70,7 +70,7 @@ impl Watcher {
         Ok(Self { ops, op: op.clone(), id, timer, seen: None })
     }
 
-    /// Readable when [`Watcher::next`] has something to say. Never read from it.
+    /// Readable when [`Watcher::next`] has something to say, or is due to be asked. Never read from it.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.timer.as_fd()
     }
@@ -102,17 +102,16 @@ impl Watcher {
     pub fn next_before(&mut self, deadline: Instant) -> Result<Option<Change>> {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         loop {
-            if let Some(change) = self.next() {
-                return Ok(Some(change));
-            }
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Ok(None);
-            }
             let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
             match poll(&mut [PollFd::new(self.fd(), PollFlags::POLLIN)], timeout) {
-                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                Err(e) => return Err(Error::io("poll an operation's watcher", e).with_kind(Kind::Host)),
+                Ok(0) if left.is_zero() => return Ok(None),
+                Ok(0) | Err(nix::errno::Errno::EINTR) => {}
+                Ok(_) => match self.next() {
+                    Some(change) => return Ok(Some(change)),
+                    None => continue,
+                },
+                Err(e) => return Err(Error::io("poll an operation's watcher", e)),
             }
         }
     }

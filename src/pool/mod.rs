@@ -3,7 +3,7 @@
 
 mod admission;
 mod job;
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod tests;
 
 pub use admission::{Admission, Permit};

@@ -17,9 +17,12 @@ use std::time::{Duration, Instant};
 const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
 /// Between two probes of a guest that boots. QEMU's user-mode network accepts at once and then loses what it sent
 /// to a guest without a network, so a probe that is not answered soon is not waited for (research, qemu-guests 2).
+/// Each costs a booting guest the start of a process, so the interval grows: an eighth of the time that the wait has
+/// taken so far, within these. About two probes are on their way at any time.
 const PROBE_INTERVAL: Duration = Duration::from_millis(250);
-/// How long a probe waits for the banner: a quarter of the time that the wait has taken so far, within these. A
-/// slow guest is so given time, and a fast one is found soon.
+const PROBE_INTERVAL_MAX: Duration = Duration::from_secs(1);
+/// How long a probe waits for the banner: a quarter of that time, within these. A slow guest is so given time, and a
+/// fast one is found soon.
 const PROBE_PATIENCE_MIN: Duration = Duration::from_millis(250);
 const PROBE_PATIENCE_MAX: Duration = Duration::from_secs(3);
 const PROBES_MAX: usize = 8;
@@ -173,13 +176,14 @@ fn probe_until_ready(target: &Target, wait: &Wait<'_>, last: &mut String) -> Res
     loop {
         wait.check()?;
         let now = Instant::now();
-        let patience = (now.duration_since(started) / 4).clamp(PROBE_PATIENCE_MIN, PROBE_PATIENCE_MAX);
+        let waited = now.duration_since(started);
+        let patience = (waited / 4).clamp(PROBE_PATIENCE_MIN, PROBE_PATIENCE_MAX);
         probes.retain(|p| now.duration_since(p.born) < patience);
         if now >= next && probes.len() < PROBES_MAX {
             next = match begin_connect(target.addr) {
                 Ok(socket) => {
                     probes.push(Probe { socket, born: now });
-                    now + PROBE_INTERVAL
+                    now + (waited / 8).clamp(PROBE_INTERVAL, PROBE_INTERVAL_MAX)
                 }
                 Err(e) => {
                     *last = e.to_string();

@@ -182,7 +182,9 @@ impl Transfer<'_> {
         let mut begin = Some(move |keep: Vec<Vec<u8>>| pack(source, ours, &keep, &token));
         let mut packer: Option<Beside<Sent>> = None;
         let reply = self.call::<WorkspacePrepare>(&format!("copy to {}", self.vm), &request, theirs, &mut |note| {
-            if let (Note::Ready(ready), Some(begin)) = (note, begin.take()) {
+            if let Note::Ready(ready) = note
+                && let Some(begin) = begin.take()
+            {
                 let keep = encode::decode_all(&ready.keep)?;
                 packer = Some(beside("pack", &stop, move || begin(keep))?);
             }

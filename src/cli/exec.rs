@@ -150,9 +150,11 @@ fn converse(
         if let Note::Session { session } = note {
             let controls = interrupts.controls();
             interrupts.enter(Phase::Command { forwarded: 0 })?;
-            let tty = if request.pty.is_some() { ctx.stdio.stdout.try_clone().ok() } else { None };
+            let tty = request.pty.as_ref().and_then(|_| ctx.stdio.stdout.try_clone().ok());
             let socket = ctx.socket.clone();
             thread::spawn("controls", move || send_controls(&socket, &session, tty.as_ref(), &controls))?;
+            // The window may have changed since the request.
+            interrupts.resized();
         }
         Ok(())
     })?;

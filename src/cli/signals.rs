@@ -5,7 +5,7 @@ use crate::client::{Client, Failure, Hangup, Result};
 use crate::error::{Error, Kind};
 use crate::host::thread;
 use crate::locks::{Cancel, Mutex, Rank};
-use crossbeam_channel::{Receiver, Sender, bounded, select};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use std::fs::File;
 use std::io::Write;
@@ -79,6 +79,7 @@ pub enum SignalSource {
     /// This process.
     Process,
     /// A test.
+    #[cfg(test)]
     Channel(Receiver<i32>),
 }
 
@@ -97,7 +98,7 @@ impl Drop for Watch {
 
 impl SignalSource {
     fn watch(&self, mut handler: impl FnMut(i32) + Send + 'static) -> Result<Watch> {
-        let (stop, stopped) = bounded(1);
+        let (stop, _stopped) = bounded(1);
         match self {
             SignalSource::Process => {
                 let ignored = ignored_mask();
@@ -108,12 +109,13 @@ impl SignalSource {
                 thread::spawn("signals", move || signals.forever().for_each(handler))?;
                 Ok(Watch(Some(handle), stop))
             }
+            #[cfg(test)]
             SignalSource::Channel(signals) => {
                 let signals = signals.clone();
                 thread::spawn("signals", move || {
                     loop {
-                        select! {
-                            recv(stopped) -> _ => return,
+                        crossbeam_channel::select! {
+                            recv(_stopped) -> _ => return,
                             recv(signals) -> signal => match signal {
                                 Ok(signal) => handler(signal),
                                 Err(_) => return,
@@ -200,6 +202,11 @@ impl Interrupts {
         let (sender, receiver) = bounded(CONTROLS_MAX);
         self.state.lock().controls = Some(sender);
         receiver
+    }
+
+    /// Tells the guest the terminal's size.
+    pub fn resized(&self) {
+        send(&self.state.lock(), Control::Resize);
     }
 
     /// The guest's command has begun: the session's note came.

@@ -5,6 +5,8 @@
 mod connection;
 mod failure;
 #[cfg(test)]
+pub(crate) mod fake;
+#[cfg(test)]
 mod tests;
 
 pub use failure::{ABSENT, DENIED, Failure, LOST, Result, UNREACHABLE_STATUS};

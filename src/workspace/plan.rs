@@ -307,7 +307,7 @@ impl Repo {
         }
         let dir =
             tempfile::Builder::new().prefix("fcctl-pack-").tempdir().map_err(|e| Error::io("make a temporary directory", e))?;
-        self.pack = git::pack(git, self.head.oid.as_deref(), &self.history, blobs, dir.path())?;
+        self.pack = git::pack(git, self.head.oid.as_deref(), &self.history, blobs, self.partial, dir.path())?;
         Ok(())
     }
 }

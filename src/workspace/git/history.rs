@@ -130,6 +130,7 @@ pub(in crate::workspace) fn pack(
     head: Option<&str>,
     history: &History1,
     blobs: &HashSet<String>,
+    partial: bool,
     dir: &Path,
 ) -> Result<Option<Pack>> {
     let mut input = String::new();
@@ -148,7 +149,9 @@ pub(in crate::workspace) fn pack(
     let objects = dir.join("objects");
     std::fs::create_dir_all(objects.join("pack")).map_err(|e| Error::io("make a directory for the pack", e))?;
     let args = ["-c", "pack.packSizeLimit=0", "-c", "pack.writeReverseIndex=false", "pack-objects"];
-    let options = ["--revs", "--delta-base-offset", "-q", "--missing=allow-promisor"];
+    // Never to be fetched: what a partial clone does not have, it does not send.
+    let missing = if partial { "--missing=allow-any" } else { "--missing=error" };
+    let options = ["--revs", "--delta-base-offset", "-q", missing];
     let base = dir.join("pack");
     let command = git
         .command(&args)

@@ -18,6 +18,8 @@ export GIT_INDEX_FILE="$new"
 if [ -f "$S/index" ]; then
   cp "$S/index" "$new"
   g ls-files -z | comm -z -23 - "$M/sent" | g update-index -z --force-remove --stdin
+else
+  g read-tree --empty
 fi
 # Most files are as git knows them: hashing shows it, and nothing is written.
 if [ -s "$M/seed" ]; then

@@ -1,1 +1,278 @@
 use super::*;
+use crate::error::Kind;
+use std::os::unix::fs::symlink;
+
+#[test]
+fn nothing_of_a_hostile_repository_runs() {
+    let site = Site::committed();
+    let canary = site.dir.path().join("canary");
+    let script = format!("#!/bin/sh\ntouch {}\n", canary.display());
+    site.write("evil", &script);
+    site.chmod("evil", 0o755);
+    let evil = site.path("evil");
+    let evil = evil.to_str().unwrap();
+    site.write(".gitattributes", "* filter=x diff=x\n");
+    site.commit("attributes");
+    for hook in ["post-index-change", "pre-auto-gc", "reference-transaction", "post-checkout"] {
+        site.write(&format!(".git/hooks/{hook}"), &script);
+        site.chmod(&format!(".git/hooks/{hook}"), 0o755);
+    }
+    for key in [
+        "core.fsmonitor",
+        "filter.x.clean",
+        "filter.x.smudge",
+        "filter.x.process",
+        "diff.x.textconv",
+        "diff.external",
+        "core.pager",
+        "core.sshCommand",
+        "core.alternateRefsCommand",
+        "uploadpack.packObjectsHook",
+        "core.editor",
+        "gpg.program",
+        "credential.helper",
+    ] {
+        site.git(&["config", key, evil]);
+    }
+    site.git(&["config", "protocol.ext.allow", "always"]);
+    site.git(&["config", "remote.origin.url", &format!("ext::{evil}")]);
+    site.git(&["config", "remote.origin.promisor", "true"]);
+    site.git(&["config", "extensions.partialClone", "origin"]);
+    let _ = std::fs::remove_file(&canary);
+    site.write("a", "touched, so that its filter would be asked\n");
+    // A missing blob, which a partial clone would fetch.
+    let blob = site.git(&["-c", "core.fsmonitor=false", "rev-parse", "HEAD:dir/b"]);
+    std::fs::remove_file(site.path(format!(".git/objects/{}/{}", &blob[..2], blob[2..].trim()))).unwrap();
+    let _ = std::fs::remove_file(&canary);
+    let mut plan = site.plan().unwrap();
+    assert!(plan.warnings().iter().any(|w| w.contains("partial clone")));
+    site.prepare_with(&mut plan, false).unwrap();
+    assert!(!canary.exists(), "something of the repository ran");
+    assert!(!site.guest().join(".git/hooks").exists());
+    let config = std::fs::read_to_string(site.guest().join(".git/config")).unwrap();
+    assert!(!config.contains("evil") && !config.contains("remote"), "{config}");
+    assert!(site.git_guest(&["log", "--format=%s"]).contains("first"));
+    let (patch, changed) = site.export_patch().unwrap();
+    assert_eq!(changed, 0, "{}", String::from_utf8_lossy(&patch));
+}
+
+#[test]
+fn a_git_file_may_not_lead_to_another_repository() {
+    let private = Site::committed();
+    let site = Site::plain();
+    site.write(".git", format!("gitdir: {}\n", private.path(".git").display()));
+    let e = site.plan().err().unwrap();
+    assert_eq!(e.kind(), Kind::InvalidTree);
+    assert!(e.to_string().contains("does not belong"), "{e}");
+    std::fs::remove_file(site.path(".git")).unwrap();
+    symlink(private.path(".git"), site.path(".git")).unwrap();
+    assert_eq!(site.plan().err().unwrap().kind(), Kind::InvalidTree);
+    std::fs::remove_file(site.path(".git")).unwrap();
+    site.git(&["init", "-q"]);
+    site.git(&["config", "core.worktree", private.host().to_str().unwrap()]);
+    assert_eq!(site.plan().err().unwrap().kind(), Kind::InvalidTree);
+}
+
+#[test]
+fn files_that_a_repository_names_as_ignore_rules_are_not_sent() {
+    let site = Site::committed();
+    let secret = site.dir.path().join("secret");
+    std::fs::write(&secret, "top secret\n*.o\n").unwrap();
+    site.git(&["config", "core.excludesFile", secret.to_str().unwrap()]);
+    std::fs::remove_file(site.path(".git/info/exclude")).unwrap_or_default();
+    std::fs::create_dir_all(site.path(".git/info")).unwrap();
+    symlink(&secret, site.path(".git/info/exclude")).unwrap();
+    symlink(&secret, site.path(".git/info/attributes")).unwrap();
+    site.write("x.o", "ignored");
+    let mut payload = Vec::new();
+    let mut plan = site.plan().unwrap();
+    plan.send(&mut payload, &[], &mut |_, _| {}, &cancel()).unwrap();
+    assert!(!payload.windows(10).any(|w| w == b"top secret"));
+    assert!(!payload.windows(4).any(|w| w == b"x.o\0"));
+    assert!(plan.warnings()[0].contains("not sent"));
+}
+
+/// One entry, and the error that it gives; nothing may be left of it.
+#[track_caller]
+fn check_refused(build: impl FnOnce(&mut Vec<u8>), want: Kind, word: &str) {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("victim"), "safe").unwrap();
+    let mut tar = Vec::new();
+    entry(&mut tar, b'0', b"good", b"", b"good");
+    build(&mut tar);
+    tar.extend([0; 1024]);
+    let e = unpack_tree(&tar, &dir.path().join("out")).unwrap_err();
+    assert_eq!(e.kind(), want, "{e}");
+    assert!(e.to_string().contains(word), "{e}");
+    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|i| i.unwrap().file_name()).collect();
+    assert_eq!(left, ["victim"], "{word}");
+    assert_eq!(std::fs::read(dir.path().join("victim")).unwrap(), b"safe");
+}
+
+fn entry(out: &mut Vec<u8>, kind: u8, name: &[u8], link: &[u8], data: &[u8]) {
+    raw_entry(out, kind, name, link, data.len() as u64, data);
+}
+
+fn raw_entry(out: &mut Vec<u8>, kind: u8, name: &[u8], link: &[u8], size: u64, data: &[u8]) {
+    let mut h = tar::Header::new_gnu();
+    h.set_entry_type(tar::EntryType::new(kind));
+    h.set_mode(0o7777);
+    h.set_mtime(1);
+    h.set_size(size);
+    let g = h.as_gnu_mut().unwrap();
+    g.name[..name.len().min(100)].copy_from_slice(&name[..name.len().min(100)]);
+    g.linkname[..link.len()].copy_from_slice(link);
+    h.set_cksum();
+    out.extend(h.as_bytes());
+    out.extend(data);
+    out.resize(out.len().next_multiple_of(512), 0);
+}
+
+#[test]
+fn names_that_lead_out_are_refused() {
+    for name in [&b"../victim"[..], b"/etc/x", b"a/../../victim", b"..", ".".as_bytes(), b"a//b", b"a/./b", b"", b"./x"] {
+        check_refused(|t| entry(t, b'0', name, b"", b"evil"), Kind::InvalidTree, "refuse");
+    }
+    check_refused(|t| entry(t, b'5', b"../x/", b"", b""), Kind::InvalidTree, "\"../x\"");
+    check_refused(|t| entry(t, b'0', b"a\n\x1b[2J/..", b"", b""), Kind::InvalidTree, "a%0A%1B[2J/..");
+}
+
+#[test]
+fn gits_own_files_are_refused() {
+    for name in [&b".git/hooks/post-checkout"[..], b"x/.GIT/config", b".git"] {
+        check_refused(|t| entry(t, b'0', name, b"", b"evil"), Kind::InvalidTree, "git's own");
+    }
+}
+
+#[test]
+fn nothing_is_written_through_links() {
+    for target in [&b".."[..], b"/", b"good"] {
+        let through = |t: &mut Vec<u8>| {
+            entry(t, b'2', b"l", target, b"");
+            entry(t, b'0', b"l/victim", b"", b"evil");
+        };
+        check_refused(through, Kind::InvalidTree, "l/victim");
+        // Over the link itself, and a directory in its place.
+        let over = |t: &mut Vec<u8>| {
+            entry(t, b'2', b"l", b"../../victim", b"");
+            entry(t, b'0', b"l", b"", b"evil");
+        };
+        check_refused(over, Kind::InvalidTree, "twice");
+        let dir = |t: &mut Vec<u8>| {
+            entry(t, b'2', b"l", target, b"");
+            entry(t, b'5', b"l/", b"", b"");
+        };
+        check_refused(dir, Kind::InvalidTree, "twice");
+    }
+    // Two links, one through the other.
+    let chain = |t: &mut Vec<u8>| {
+        entry(t, b'2', b"one", b".", b"");
+        entry(t, b'2', b"one/two", b"..", b"");
+    };
+    check_refused(chain, Kind::InvalidTree, "one/two");
+}
+
+#[test]
+fn kinds_that_were_not_asked_for_are_refused() {
+    for kind in [b'1', b'3', b'4', b'6', b'7', b'x', b'g', b'D', b'M', b'V', 0xff] {
+        check_refused(|t| entry(t, kind, b"x", b"good", b""), Kind::InvalidTree, "refuse");
+    }
+}
+
+#[test]
+fn lies_about_sizes_are_seen() {
+    let truncated = |t: &mut Vec<u8>| {
+        raw_entry(t, b'0', b"x", b"", 1 << 40, b"short");
+    };
+    check_refused(truncated, Kind::Exhausted, "bytes");
+    check_refused(|t| raw_entry(t, b'0', b"x", b"", 1 << 20, b"short"), Kind::StreamIncomplete, "middle of a file");
+    check_refused(|t| raw_entry(t, b'L', b"x", b"", 1 << 30, b""), Kind::InvalidTree, "a name has");
+    check_refused(|t| raw_entry(t, b'2', b"x", b"y", 512, b"data"), Kind::InvalidTree, "no file");
+    let overlapping = |t: &mut Vec<u8>| {
+        let mut h = tar::Header::new_gnu();
+        h.set_entry_type(tar::EntryType::GNUSparse);
+        h.set_mode(0o644);
+        h.set_mtime(0);
+        h.set_size(20);
+        let g = h.as_gnu_mut().unwrap();
+        g.name[0] = b'x';
+        for slot in 0..2 {
+            g.sparse[slot].offset.copy_from_slice(b"00000000000\0");
+            g.sparse[slot].numbytes.copy_from_slice(b"00000000012\0");
+        }
+        g.realsize.copy_from_slice(b"00000000100\0");
+        h.set_cksum();
+        t.extend(h.as_bytes());
+        t.extend([0; 512]);
+    };
+    check_refused(overlapping, Kind::InvalidTree, "overlap");
+}
+
+#[test]
+fn a_cut_or_longer_archive_is_none() {
+    let mut tar = Vec::new();
+    entry(&mut tar, b'0', b"x", b"", b"hello");
+    let whole = [&tar[..], &[0; 1024]].concat();
+    for cut in [0, 100, 512, 1024, 1536] {
+        let dir = tempfile::tempdir().unwrap();
+        let e = unpack_tree(&whole[..cut], &dir.path().join("out")).unwrap_err();
+        assert_eq!(e.kind(), Kind::StreamIncomplete, "{cut}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let longer = [&whole[..], &[1]].concat();
+    assert!(unpack_tree(&longer, &dir.path().join("out")).is_err());
+    let padded = [&whole[..], &[0; 8192]].concat();
+    assert_eq!(unpack_tree(&padded, &dir.path().join("out")).unwrap().entries, 1);
+}
+
+#[test]
+fn set_id_bits_do_not_come_back_and_empty_directories_are_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    std::fs::create_dir(&out).unwrap();
+    let mut tar = Vec::new();
+    entry(&mut tar, b'0', b"suid", b"", b"x");
+    entry(&mut tar, b'5', b"d/", b"", b"");
+    tar.extend([0; 1024]);
+    unpack_tree(&tar, &out).unwrap();
+    assert_eq!(std::fs::metadata(out.join("suid")).unwrap().mode() & 0o7000, 0);
+    assert_eq!(std::fs::metadata(out.join("d")).unwrap().mode() & 0o7000, 0);
+}
+
+#[test]
+fn limits_hold() {
+    let mut tar = Vec::new();
+    for i in 0..5 {
+        entry(&mut tar, b'0', format!("{i}").as_bytes(), b"", b"0123456789");
+    }
+    tar.extend([0; 1024]);
+    let dir = tempfile::tempdir().unwrap();
+    for limits in [unpack::Limits { entries: 4, bytes: 1000 }, unpack::Limits { entries: 10, bytes: 49 }] {
+        let e = unpack::stage(&mut &tar[..], &dir.path().join("out"), &limits, &cancel()).unwrap_err();
+        assert_eq!(e.kind(), Kind::Exhausted);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn cancelling_ends_it() {
+    let site = Site::committed();
+    let c = cancel();
+    let mut plan = site.plan().unwrap();
+    c.cancel("the VM was stopped");
+    let e = plan.send(&mut Vec::new(), &[], &mut |_, _| {}, &c).unwrap_err();
+    assert_eq!((e.kind(), e.to_string().contains("the VM was stopped")), (Kind::Cancelled, true));
+    assert_eq!(Plan::inspect(&site.host(), &site.options(History::default()), &c).err().unwrap().kind(), Kind::Cancelled);
+    struct Gone;
+    impl std::io::Write for Gone {
+        fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+            Err(std::io::ErrorKind::BrokenPipe.into())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let e = plan.send(&mut Gone, &[], &mut |_, _| {}, &cancel()).unwrap_err();
+    assert_eq!(e.kind(), Kind::StreamIncomplete);
+}

@@ -180,50 +180,46 @@ fn a_tree_without_a_repository_goes_as_it_is() {
 #[test]
 fn history_is_as_deep_as_was_asked() {
     let site = Site::committed();
-    for i in 0..60 {
-        site.write("a", format!("{i}\n"));
-        site.commit(&format!("number {i}"));
-        if i == 20 {
-            site.git(&["tag", "old"]);
-        }
-        if i == 40 {
-            site.git(&["checkout", "-q", "-b", "side"]);
-            site.write("side", "x");
-            site.commit("on the side");
-            site.git(&["checkout", "-q", "trunk"]);
+    for i in 0..20 {
+        site.git(&["commit", "-q", "--allow-empty", "-m", &format!("number {i}")]);
+        if i == 10 {
+            site.git(&["tag", "-a", "-m", "t", "inside"]);
+            site.git(&["branch", "side"]);
         }
     }
+    site.git(&["tag", "outside", "HEAD~15"]);
+    site.git(&["checkout", "-q", "side"]);
+    site.git(&["commit", "-q", "--allow-empty", "-m", "on the side"]);
+    site.git(&["checkout", "-q", "trunk"]);
     site.git(&["merge", "-q", "-m", "merge", "side"]);
-    site.git(&["tag", "-a", "-m", "t", "v1"]);
-    let count = |site: &Site| site.git_guest(&["rev-list", "--count", "HEAD"]).trim().parse::<u32>().unwrap();
-    site.prepare();
-    // As many as a clone of this depth has.
-    assert_eq!(count(&site), 51);
-    assert_eq!(site.git_guest(&["rev-parse", "--is-shallow-repository"]), "true\n");
-    assert_eq!(site.git_guest(&["tag"]), "old\nv1\n");
-    assert_eq!(site.git(&["describe"]), site.git_guest(&["describe"]));
-    site.git_guest(&["fsck", "--no-dangling"]);
-    site.assert_same_status();
-    for (history, commits, shallow) in [
-        (History::Depth(1), 1, "true\n"),
-        (History::Depth(10), 11, "true\n"),
-        (History::Full, 63, "false\n"),
-        (History::Depth(500), 63, "false\n"),
-    ] {
-        let fresh = Place::with_root(
-            site.dir.path().join("guest/fresh").to_str().unwrap(),
-            site.dir.path().join("state").to_str().unwrap(),
-        );
-        let again = Site { dir: tempfile::tempdir().unwrap(), place: fresh };
+    assert_eq!(History::default(), History::Depth(50));
+    let depths = ["1", "4", "12", "500", "full"];
+    let counts = depths.map(|depth| {
+        let history: History = depth.parse().unwrap();
+        let (into, url) = (tempfile::tempdir().unwrap(), format!("file://{}", site.host().display()));
+        let home = site.dir.path().join("home");
+        let cut = if history == History::Full { String::new() } else { format!("--depth={depth}") };
+        let args = ["clone", "-q", "--bare", "--single-branch", "--no-tags", &url, "c", &cut];
+        git(into.path(), &home, &args[..args.len() - usize::from(cut.is_empty())]);
+        let ours = Site::plain();
         let mut plan = Plan::inspect(&site.host(), &site.options(history), &cancel()).unwrap();
-        again.prepare_with(&mut plan, false).unwrap();
-        assert_eq!(count(&again), commits, "{history:?}");
-        assert_eq!(again.git_guest(&["rev-parse", "--is-shallow-repository"]), shallow);
-        again.git_guest(&["fsck", "--no-dangling"]);
-        assert_eq!(again.git_guest(&["status", "--porcelain"]), "");
-        std::fs::remove_dir_all(again.guest()).unwrap();
-        std::fs::remove_dir_all(&again.place.state_dir).unwrap();
-    }
+        ours.prepare_with(&mut plan, false).unwrap();
+        let look = |args: &[&str]| {
+            let (theirs, ours) = (git(&into.path().join("c"), &home, args), ours.git_guest(args));
+            assert_eq!(theirs, ours, "{depth}: {args:?}");
+            ours
+        };
+        look(&["rev-parse", "--is-shallow-repository"]);
+        look(&["log", "--format=%H %s"]);
+        ours.git_guest(&["fsck", "--no-dangling"]);
+        assert_eq!(ours.git_guest(&["status", "--porcelain"]), "");
+        let tags = ours.git_guest(&["tag"]);
+        (look(&["rev-list", "--count", "HEAD"]).trim().parse::<u32>().unwrap(), tags.lines().count())
+    });
+    assert_eq!(counts[0], (1, 0));
+    assert!(counts[1].0 > 4 && counts[1].0 < counts[2].0 && counts[2].0 < 23, "{counts:?}");
+    assert_eq!(counts[3..], [(23, 2), (23, 2)]);
+    assert_eq!(site.git(&["describe"]).lines().count(), 1);
 }
 
 #[test]

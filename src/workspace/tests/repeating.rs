@@ -1,1 +1,263 @@
 use super::*;
+use crate::error::Kind;
+use crate::workspace::raw_tar;
+use crate::workspace::remote::Status;
+use std::os::unix::fs::symlink;
+
+#[test]
+fn a_second_import_brings_the_guest_to_the_host() {
+    let site = Site::committed();
+    site.write(".gitignore", "*.o\n");
+    site.write("file-to-dir", "x");
+    site.write("dir-to-file/x", "x");
+    site.write("old/deep/er", "x");
+    site.commit("more");
+    site.prepare();
+    site.write_guest("dir-to-file/junk.o", "ignored in the guest");
+    site.write("a", "changed on the host\n");
+    std::fs::remove_dir_all(site.path("old")).unwrap();
+    std::fs::remove_file(site.path("file-to-dir")).unwrap();
+    site.write("file-to-dir/x", "x");
+    std::fs::remove_dir_all(site.path("dir-to-file")).unwrap();
+    site.write("dir-to-file", "x");
+    site.commit("changes");
+    site.write("a", "and dirty\n");
+    site.write("untracked", "x");
+    assert_eq!(site.prepare(), Vec::<String>::new());
+    site.assert_same_tree();
+    site.assert_same_status();
+    assert!(!site.guest().join("old").exists());
+    assert_eq!(site.git(&["log", "--format=%H"]), site.git_guest(&["log", "--format=%H"]));
+    assert_eq!(site.export_patch().unwrap(), (Vec::new(), 0));
+}
+
+#[test]
+fn what_the_guest_changed_is_named_and_kept() {
+    let site = Site::committed();
+    for name in ["both", "deleted-there", "deleted-here", "same", "untouched", "left"] {
+        site.write(name, "original\n");
+    }
+    site.commit("more");
+    site.prepare();
+    for name in ["both", "deleted-here", "left"] {
+        site.write_guest(name, "guest\n");
+    }
+    site.write_guest("same", "equal\n");
+    site.write_guest("only-there", "guest\n");
+    site.write_guest("collides", "guest\n");
+    std::fs::remove_file(site.guest().join("deleted-there")).unwrap();
+    site.write("both", "host\n");
+    site.write("same", "equal\n");
+    site.write("collides", "host\n");
+    site.write("untouched", "host\n");
+    std::fs::remove_file(site.path("deleted-here")).unwrap();
+    let kept = site.prepare();
+    assert_eq!(kept, ["both", "collides", "deleted-here", "deleted-there", "left"]);
+    let there = |name: &str| std::fs::read_to_string(site.guest().join(name)).ok();
+    assert_eq!(there("both").unwrap(), "guest\n");
+    assert_eq!(there("untouched").unwrap(), "host\n");
+    assert_eq!(there("only-there").unwrap(), "guest\n");
+    assert_eq!(there("deleted-there"), None);
+    // What the host has by now is in no patch; what was kept is, against what the host had when it was sent.
+    let (patch, changed) = site.export_patch().unwrap();
+    let patch = String::from_utf8(patch).unwrap();
+    assert_eq!(changed, 6, "{patch}");
+    assert!(!patch.contains("b/same") && !patch.contains("b/untouched") && patch.contains("+++ b/left"));
+
+    site.overwrite();
+    site.assert_same_tree();
+    site.assert_same_status();
+    assert_eq!(site.export_patch().unwrap(), (Vec::new(), 0));
+}
+
+#[test]
+fn an_applied_export_is_no_change_any_more() {
+    let site = Site::committed();
+    site.prepare();
+    site.write_guest("a", "one\nguest\n");
+    site.write_guest("new", "x\n");
+    std::fs::remove_file(site.guest().join("dir/b")).unwrap();
+    site.apply_export();
+    assert_eq!(site.prepare(), Vec::<String>::new());
+    assert_eq!(site.export_patch().unwrap(), (Vec::new(), 0));
+    site.write_guest("a", "one\nguest\nagain\n");
+    assert!(site.apply_export().contains("+again"));
+}
+
+#[test]
+fn kinds_that_clash_are_kept_too() {
+    let site = Site::committed();
+    site.write("f", "x");
+    site.write("d/x", "x");
+    site.prepare();
+    // There a file became a directory, and a directory a link.
+    std::fs::remove_file(site.guest().join("f")).unwrap();
+    site.write_guest("f/inside", "guest");
+    std::fs::remove_dir_all(site.guest().join("d")).unwrap();
+    let outside = site.dir.path().join("outside");
+    std::fs::create_dir(&outside).unwrap();
+    symlink(&outside, site.guest().join("d")).unwrap();
+    site.write_guest("n/inside", "guest");
+    site.write("n", "a file here");
+    site.write("d/y", "new here");
+    let kept = site.prepare();
+    assert_eq!(kept, ["d/x", "d/y", "f", "n"]);
+    assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0, "nothing is written through a link");
+    site.overwrite();
+    site.assert_same_tree();
+    assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0);
+}
+
+#[test]
+fn commits_of_the_guest_are_kept_unless_overwritten() {
+    let site = Site::committed();
+    site.prepare();
+    site.write_guest("a", "guest\n");
+    site.git_guest(&["commit", "-q", "-a", "-m", "guest"]);
+    let theirs = site.git_guest(&["rev-parse", "HEAD"]);
+    site.write("dir/b", "host\n");
+    site.commit("host");
+    assert_eq!(site.prepare(), [".git/HEAD", "a"]);
+    assert_eq!(site.git_guest(&["rev-parse", "HEAD"]), theirs);
+    assert_eq!(std::fs::read(site.guest().join("dir/b")).unwrap(), b"host\n");
+    site.overwrite();
+    assert_eq!(site.git(&["rev-parse", "HEAD"]), site.git_guest(&["rev-parse", "HEAD"]));
+    site.assert_same_status();
+    // They are not lost.
+    assert_eq!(site.git_guest(&["for-each-ref", "--format=%(objectname)", "refs/fcd"]), theirs);
+    site.write("dir/b", "host again\n");
+    site.commit("host again");
+    assert_eq!(site.prepare(), Vec::<String>::new());
+    assert_eq!(site.git(&["rev-parse", "HEAD"]), site.git_guest(&["rev-parse", "HEAD"]));
+}
+
+#[test]
+fn the_host_may_switch_branches_reset_and_rewrite() {
+    let site = Site::committed();
+    site.write("a", "second\n");
+    site.commit("second");
+    site.prepare();
+    site.git(&["checkout", "-q", "-b", "other", "HEAD~1"]);
+    site.prepare();
+    site.assert_same_status();
+    assert_eq!(site.git_guest(&["branch", "--show-current"]), "other\n");
+    site.git(&["commit", "-q", "--amend", "-m", "rewritten"]);
+    site.git(&["checkout", "-q", "--detach"]);
+    site.prepare();
+    site.assert_same_status();
+    assert_eq!(site.git(&["log", "--format=%H"]), site.git_guest(&["log", "--format=%H"]));
+    site.git_guest(&["fsck", "--no-dangling"]);
+}
+
+#[test]
+fn an_import_cut_off_anywhere_is_incomplete_and_can_be_done_again() {
+    let site = Site::committed();
+    for i in 0..20 {
+        site.write(&format!("files/{i}"), format!("{i}\n").repeat(300));
+    }
+    site.prepare();
+    for i in 0..20 {
+        site.write(&format!("files/{i}"), format!("{i} again\n").repeat(300));
+    }
+    site.write_guest("dir/b", "guest\n");
+    let mut payload = Vec::new();
+    let keep = site.begin().unwrap();
+    assert_eq!(keep, [b"dir/b".to_vec()]);
+    site.plan().unwrap().send(&mut payload, &keep, &mut |_, _| {}, &cancel()).unwrap();
+    let cuts = [0, 5, 20, payload.len() / 4, payload.len() / 2, payload.len() - 3072, payload.len() - 1024];
+    for cut in cuts {
+        assert_eq!(site.begin().unwrap(), [b"dir/b".to_vec()], "what an import has put there is not the guest's");
+        // At a block's end tar does not see it: the trailer does, and then nobody calls finish.
+        let _ = site.receive(payload[..cut].to_vec(), false);
+        assert_eq!(site.status(), Status::Incomplete, "{cut}");
+        assert_eq!(site.export_patch().unwrap_err().kind(), Kind::WorkspaceIncomplete);
+    }
+    assert!(site.finish(&Finish::default()).is_ok() || site.status() == Status::Incomplete);
+    site.begin().unwrap();
+    assert_eq!(site.finish(&Finish::default()).unwrap_err().kind(), Kind::WorkspaceIncomplete);
+    assert_eq!(site.prepare(), ["dir/b"]);
+    assert_eq!(std::fs::read(site.guest().join("files/19")).unwrap(), std::fs::read(site.path("files/19")).unwrap());
+    assert_eq!(site.status(), Status::Complete);
+    let (_, changed) = site.export_patch().unwrap();
+    assert_eq!(changed, 1);
+}
+
+#[test]
+fn a_first_import_cut_off_leaves_nothing_that_counts_as_the_guests() {
+    let site = Site::committed();
+    site.write("old", "x");
+    let mut payload = Vec::new();
+    site.begin().unwrap();
+    site.plan().unwrap().send(&mut payload, &[], &mut |_, _| {}, &cancel()).unwrap();
+    let _ = site.receive(payload[..payload.len() - 1536].to_vec(), false);
+    std::fs::remove_file(site.path("old")).unwrap();
+    site.write("a", "other\n");
+    assert_eq!(site.prepare(), Vec::<String>::new());
+    site.assert_same_tree();
+    site.assert_same_status();
+}
+
+#[test]
+fn what_lies_at_the_guest_path_already_is_kept() {
+    let site = Site::committed();
+    site.write_guest("a", "somebody else's\n");
+    site.write_guest("theirs", "x");
+    assert_eq!(site.prepare(), ["a"]);
+    assert_eq!(std::fs::read(site.guest().join("a")).unwrap(), b"somebody else's\n");
+    assert!(site.guest().join("theirs").exists());
+
+    let link = Site::committed();
+    symlink("/tmp", link.guest()).unwrap();
+    assert_eq!(link.begin().unwrap_err().kind(), Kind::InvalidGuestPath);
+    std::fs::remove_file(link.guest()).unwrap();
+    std::fs::write(link.guest(), "a file").unwrap();
+    assert_eq!(link.begin().unwrap_err().kind(), Kind::InvalidGuestPath);
+}
+
+#[test]
+fn a_plain_tree_can_be_sent_again_and_become_a_repository() {
+    let site = Site::plain();
+    site.write("a", "1");
+    site.write("sub/b", "1");
+    std::fs::create_dir(site.path("was empty")).unwrap();
+    site.prepare();
+    site.write("a", "2");
+    std::fs::remove_dir_all(site.path("sub")).unwrap();
+    std::fs::remove_dir(site.path("was empty")).unwrap();
+    assert_eq!(site.prepare(), Vec::<String>::new());
+    site.assert_same_tree();
+    assert!(!site.guest().join("sub").exists() && !site.guest().join("was empty").exists());
+    site.git(&["init", "-q", "-b", "m"]);
+    site.git(&["config", "user.name", "x"]);
+    site.git(&["config", "user.email", "x"]);
+    site.commit("now it is one");
+    site.prepare();
+    site.assert_same_status();
+    assert_eq!(site.git_guest(&["log", "--format=%s"]), "now it is one\n");
+}
+
+#[test]
+fn a_raw_tar_is_a_workspace_too() {
+    let site = Site::plain();
+    site.write("in/x", "1\n");
+    site.write("y", "1\n");
+    let tar = |site: &Site| run(Command::new("tar").args(["-c", "."]).cwd(site.host())).stdout;
+    let import = |site: &Site, overwrite: bool| -> Result<Finished> {
+        let mut keep = site.begin()?;
+        if overwrite {
+            keep.clear();
+        }
+        let mut payload = Vec::new();
+        raw_tar::send(&mut &tar(site)[..], &mut payload, &keep, &mut |_, _| {}, &cancel())?;
+        site.receive(payload, overwrite)?;
+        site.finish(&Finish { overwrite, ..Finish::default() })
+    };
+    assert_eq!(import(&site, false).unwrap().entries, 2);
+    site.assert_same_tree();
+    site.write_guest("y", "guest\n");
+    assert_eq!(site.export_patch().unwrap().1, 1);
+    assert_eq!(import(&site, false).unwrap_err().kind(), Kind::Conflict);
+    import(&site, true).unwrap();
+    site.assert_same_tree();
+    assert_eq!(site.export_patch().unwrap().1, 0);
+}

@@ -93,18 +93,30 @@ fn what_is_asked_of_the_daemon() {
     let env = dir.path().join("env");
     std::fs::write(&env, "FILE=1\n").unwrap();
     let env = env.to_str().unwrap();
-    check(&fake, &["exec", "web", "-w", "/tmp", "-e", "A=b c", "-e", "MINE", "-e", "ABSENT", "--env-file", env, "--", "ls", "-la", "--x"], expect![[r#"
+    check(
+        &fake,
+        &["exec", "web", "-w", "/tmp", "-e", "A=b c", "-e", "MINE", "-e", "ABSENT", "--env-file", env, "--", "ls", "-la", "--x"],
+        expect![[r#"
         > exec.start {"argv":["ls","-la","--x"],"env":[["FILE","1"],["A","b c"],["MINE","from me"]],"streams":["stdout","stderr"],"vm":"web","workdir":"/tmp"}
         status 0
-    "#]]);
-    check(&fake, &["exec", "web", "-i"], expect![[r#"
+    "#]],
+    );
+    check(
+        &fake,
+        &["exec", "web", "-i"],
+        expect![[r#"
         > exec.start {"argv":[],"env":[],"streams":["stdin","stdout","stderr"],"vm":"web"}
         status 0
-    "#]]);
-    check(&fake, &["exec", "-t", "web", "--", "top"], expect![[r#"
+    "#]],
+    );
+    check(
+        &fake,
+        &["exec", "-t", "web", "--", "top"],
+        expect![[r#"
         > exec.start {"argv":["top"],"env":[],"pty":{"size":{"cols":80,"rows":24},"term":"xterm"},"streams":["stdout"],"vm":"web"}
         status 0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -245,10 +257,13 @@ fn send_after(began: Receiver<()>, signals: &'static [i32]) -> Receiver<i32> {
 fn signals_go_to_the_session_and_its_status_comes_back() {
     let (status, err) = signalled(&[SIGINT, SIGTERM], |r, controls| {
         let seen = [controls.recv_timeout(PATIENCE).unwrap(), controls.recv_timeout(PATIENCE).unwrap()];
-        assert_eq!(seen, [
-            r#"exec.signal {"session":"00000000abcd","signal":"INT"}"#,
-            r#"exec.signal {"session":"00000000abcd","signal":"TERM"}"#
-        ]);
+        assert_eq!(
+            seen,
+            [
+                r#"exec.signal {"session":"00000000abcd","signal":"INT"}"#,
+                r#"exec.signal {"session":"00000000abcd","signal":"TERM"}"#
+            ]
+        );
         r.result(json!({"exit": {"signal": "INT"}}));
     });
     assert_eq!((status, err.as_str()), (130, ""));

@@ -122,7 +122,10 @@ pub(super) fn two_vms() -> Fake {
 
 #[test]
 fn several_targets_go_on_past_a_failure() {
-    check(&two_vms(), &["stop", "web", "nope", "db"], expect![[r#"
+    check(
+        &two_vms(),
+        &["stop", "web", "nope", "db"],
+        expect![[r#"
         > vm.stop {"force":false,"vm":"web"}
         > vm.stop {"force":false,"vm":"nope"}
         > vm.stop {"force":false,"vm":"db"}
@@ -131,7 +134,8 @@ fn several_targets_go_on_past_a_failure() {
         ! fcctl: no vm nope
         ! hint: fcctl ps -a
         status 3
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -238,21 +242,33 @@ fn rpc_passes_both_ways() {
         let echo = json!({"got": r.params, "more": r.more});
         r.result(echo);
     });
-    check(&fake, &["rpc", "any.thing", r#"{"a":[1,2]}"#], expect![[r#"
+    check(
+        &fake,
+        &["rpc", "any.thing", r#"{"a":[1,2]}"#],
+        expect![[r#"
         > any.thing {"a":[1,2]}
         {"got":{"a":[1,2]},"more":false}
         status 0
-    "#]]);
-    check(&fake, &["rpc", "any.thing", "--more"], expect![[r#"
+    "#]],
+    );
+    check(
+        &fake,
+        &["rpc", "any.thing", "--more"],
+        expect![[r#"
         > any.thing {}
         {"got":{},"more":true}
         status 0
-    "#]]);
-    check(&fake, &["rpc", "any.thing", "{"], expect![[r#"
+    "#]],
+    );
+    check(
+        &fake,
+        &["rpc", "any.thing", "{"],
+        expect![[r#"
         ! fcctl: the parameters are not JSON: EOF while parsing an object at line 1 column 1
         ! hint: quote them: '{"vm":"web"}'
         status 2
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -267,22 +283,34 @@ fn operations() {
         "op.wait" => r.result(op("failed")),
         _ => r.result(op("cancelling")),
     });
-    check(&fake, &["op", "list"], expect![[r#"
+    check(
+        &fake,
+        &["op", "list"],
+        expect![[r#"
         > op.list {"all":false}
         ID            METHOD    VM  STATE    STARTED  PROGRESS
         0123456789ab  vm.start      running  5s ago   boot: 1 of 4 (25%)
         status 0
-    "#]]);
-    check(&fake, &["op", "wait", "01", "--timeout", "2s"], expect![[r#"
+    "#]],
+    );
+    check(
+        &fake,
+        &["op", "wait", "01", "--timeout", "2s"],
+        expect![[r#"
         > op.wait {"op":"01","timeout_ms":2000}
         ! fcctl: vm.start 0123456789ab: late
         status 124
-    "#]]);
-    check(&fake, &["op", "cancel", "01"], expect![[r#"
+    "#]],
+    );
+    check(
+        &fake,
+        &["op", "cancel", "01"],
+        expect![[r#"
         > op.cancel {"op":"01"}
         0123456789ab: cancelling
         status 0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -309,14 +337,18 @@ fn locks() {
         r.result(json!({"violations": 0, "checked": true, "locks": [
             {"set": "vm_locks", "key": "0123456789ab", "holder": party("vm.stop", 12), "waiters": [party("vm.delete", 4_200_000)]}]}));
     });
-    check(&fake, &["debug", "locks"], expect![[r#"
+    check(
+        &fake,
+        &["debug", "locks"],
+        expect![[r#"
         > debug.locks {}
         LOCK      KEY           WHO    OPERATION  FOR   THREAD
         vm_locks  0123456789ab  holds  vm.stop    12us  conn-1
         vm_locks  0123456789ab  waits  vm.delete  4s    conn-1
         lock-order violations: 0 so far
         status 0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]

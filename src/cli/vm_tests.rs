@@ -10,27 +10,39 @@ use serde_json::json;
 #[test]
 fn lists() {
     let fake = two_vms();
-    check(&fake, &["ps", "-a"], expect![[r#"
+    check(
+        &fake,
+        &["ps", "-a"],
+        expect![[r#"
         > vm.list {"all":true}
         NAME  ID            STATE    IMAGE    VCPUS  MEMORY  CREATED  WORKSPACE
         web   000000776562  running  default  1      1 GiB   1h ago
         db    000000006462  stopped  default  1      1 GiB   1h ago
         status 0
-    "#]]);
-    check(&fake, &["ps", "-aq"], expect![[r#"
+    "#]],
+    );
+    check(
+        &fake,
+        &["ps", "-aq"],
+        expect![[r#"
         > vm.list {"all":true}
         000000776562
         000000006462
         status 0
-    "#]]);
-    check(&fake, &["vm", "list", "-q", "--json"], expect![[r#"
+    "#]],
+    );
+    check(
+        &fake,
+        &["vm", "list", "-q", "--json"],
+        expect![[r#"
         > vm.list {"all":false}
         [
           "000000776562",
           "000000006462"
         ]
         status 0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -68,7 +80,10 @@ fn all_about_one() {
         };
         r.result(json!({"vm": full}));
     });
-    check(&fake, &["vm", "show", "web"], expect![[r#"
+    check(
+        &fake,
+        &["vm", "show", "web"],
+        expect![[r#"
         > vm.show {"vm":"web"}
         name        web
         id          000000776562
@@ -90,26 +105,29 @@ fn all_about_one() {
         starts in   /root/app/src
         holds       12 entries, 3 MiB, 30s ago
         status 0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn create_prints_the_name() {
     let fake = Fake::start(|r| r.result(json!({"vm": vm("brave-otter", VmState::Created)})));
-    check(&fake, &["vm", "create", "--cpus", "2", "--memory", "2G", "--disk", "10G"], expect![[r#"
+    check(
+        &fake,
+        &["vm", "create", "--cpus", "2", "--memory", "2G", "--disk", "10G"],
+        expect![[r#"
         > vm.create {"disk_bytes":10737418240,"hold":false,"mem_mib":2048,"rm":false,"vcpus":2}
         brave-otter
         status 0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn stop_says_whether_the_data_was_synced() {
-    for (synced, words) in [
-        (Synced::Yes, "was synced"),
-        (Synced::No, "was not synced"),
-        (Synced::Timeout, "did not sync its data in time"),
-    ] {
+    for (synced, words) in
+        [(Synced::Yes, "was synced"), (Synced::No, "was not synced"), (Synced::Timeout, "did not sync its data in time")]
+    {
         let fake = Fake::start(move |mut r| {
             r.note(Note::Progress(Progress { stage: "sync".to_owned(), ..Progress::default() }));
             r.result(json!({"vm": Vm { synced: Some(synced), ..vm("web", VmState::Stopped) }}));
@@ -128,37 +146,57 @@ fn set_says_when_it_applies() {
         let pending = (r.params["vm"] == "web").then(|| Pending { vcpus: Some(4), ..Pending::default() });
         r.result(json!({"vm": Vm { pending, ..vm("web", VmState::Running) }}));
     });
-    check(&fake, &["vm", "set", "web", "--vcpus", "4", "--disk", "10G"], expect![[r#"
+    check(
+        &fake,
+        &["vm", "set", "web", "--vcpus", "4", "--disk", "10G"],
+        expect![[r#"
         > vm.set {"disk_bytes":10737418240,"vcpus":4,"vm":"web"}
         web: 4 vCPUs, 10 GiB of disk, applied at next start; now: fcctl vm restart web
         status 0
-    "#]]);
-    check(&fake, &["vm", "set", "db", "--memory", "2G"], expect![[r#"
+    "#]],
+    );
+    check(
+        &fake,
+        &["vm", "set", "db", "--memory", "2G"],
+        expect![[r#"
         > vm.set {"mem_mib":2048,"vm":"db"}
         web: 2 GiB of memory, applied at next start
         status 0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn remove() {
     let fake = two_vms();
-    check(&fake, &["rm", "-f", "web"], expect![[r#"
+    check(
+        &fake,
+        &["rm", "-f", "web"],
+        expect![[r#"
         > vm.delete {"force":true,"if_exists":true,"vm":"web"}
         web: deleted
         status 0
-    "#]]);
+    "#]],
+    );
     // `rm -f $(fcctl ps -aq)` where there are none.
-    check(&fake, &["rm", "-f"], expect![[r#"
+    check(
+        &fake,
+        &["rm", "-f"],
+        expect![[r#"
         status 0
-    "#]]);
+    "#]],
+    );
     assert_eq!(fcctl(&fake, &["rm"]).status, 2);
     let fake = Fake::start(|r| r.result(json!({"deleted": null})));
-    check(&fake, &["vm", "delete", "--if-exists", "x"], expect![[r#"
+    check(
+        &fake,
+        &["vm", "delete", "--if-exists", "x"],
+        expect![[r#"
         > vm.delete {"force":false,"if_exists":true,"vm":"x"}
         x: was not there
         status 0
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -166,17 +204,25 @@ fn wait_and_prune() {
     let fake = Fake::start(|r| {
         r.result(json!({"vm": vm("web", VmState::Running), "deleted": ["000000776562"]}));
     });
-    check(&fake, &["vm", "wait", "web", "--state", "running", "-t", "1m"], expect![[r#"
+    check(
+        &fake,
+        &["vm", "wait", "web", "--state", "running", "-t", "1m"],
+        expect![[r#"
         > vm.wait {"state":"running","timeout_ms":60000,"vm":"web"}
         web: running
         status 0
-    "#]]);
-    check(&fake, &["vm", "prune"], expect![[r#"
+    "#]],
+    );
+    check(
+        &fake,
+        &["vm", "prune"],
+        expect![[r#"
         > vm.prune {}
         000000776562
         1 VM deleted
         status 0
-    "#]]);
+    "#]],
+    );
     assert!(fcctl(&fake, &["vm", "wait", "web", "--state", "asleep"]).err.contains("a state is one of created, starting"));
 }
 

@@ -57,15 +57,20 @@ impl Connection {
         let mut line = serde_json::to_vec(&request).map_err(|e| Error::internal(format!("write {method}")).with_source(e))?;
         line.push(b'\n');
         if line.len() > FRAME_BYTES_MAX {
-            let e = Error::new(Kind::FrameTooLarge, format!("{method}: the request has {} bytes, {FRAME_BYTES_MAX} may go", line.len()));
+            let e = Error::new(
+                Kind::FrameTooLarge,
+                format!("{method}: the request has {} bytes, {FRAME_BYTES_MAX} may go", line.len()),
+            );
             return Err(e.hint("pass less on the command line, and the rest through stdin (-i)").into());
         }
         match write_with_fds(&self.stream, &line, fds) {
             // It may have closed on us and said why: the reader will find it, or the end.
             Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(()),
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                Err(Error::new(Kind::Timeout, format!("{method}: the daemon did not take the request in {} s", SEND_DEADLINE.as_secs())).into())
-            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(Error::new(
+                Kind::Timeout,
+                format!("{method}: the daemon did not take the request in {} s", SEND_DEADLINE.as_secs()),
+            )
+            .into()),
             Err(e) => Err(Error::io(format!("send {method}"), e).into()),
             Ok(()) => Ok(()),
         }
@@ -78,7 +83,9 @@ impl Connection {
             let end = self.buffer[searched..].iter().position(|b| *b == b'\n').map(|at| searched + at + 1);
             if end.unwrap_or(self.buffer.len() + 1) > FRAME_BYTES_MAX {
                 self.hang_up();
-                return Err(Error::internal(format!("{method}: the daemon sent a line of more than {FRAME_BYTES_MAX} bytes")).into());
+                return Err(
+                    Error::internal(format!("{method}: the daemon sent a line of more than {FRAME_BYTES_MAX} bytes")).into()
+                );
             }
             if let Some(end) = end {
                 let rest = self.buffer.split_off(end);
@@ -127,9 +134,11 @@ fn unreachable_at(socket: &Path, e: &io::Error) -> Failure {
             format!("no daemon at {at}: there is no such socket"),
             "start one (fcd), or name its socket (--socket S or FCD_SOCKET)",
         ),
-        io::ErrorKind::ConnectionRefused => {
-            Failure::unreachable(failure::ABSENT, format!("no daemon at {at}: nobody listens on the socket"), "start it again: fcd")
-        }
+        io::ErrorKind::ConnectionRefused => Failure::unreachable(
+            failure::ABSENT,
+            format!("no daemon at {at}: nobody listens on the socket"),
+            "start it again: fcd",
+        ),
         io::ErrorKind::PermissionDenied => Failure::unreachable(
             failure::DENIED,
             format!("the socket {at} may not be used by this user"),

@@ -7,8 +7,6 @@ mod context;
 mod debug;
 mod doctor;
 mod exec;
-#[cfg(test)]
-mod fake;
 mod image;
 mod logs;
 mod op;

@@ -5,6 +5,8 @@ use crate::locks::Cancel;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Our end of a pipe. Reading and writing wait until `cancel` fires; then they fail with `Interrupted`'s kin,
@@ -12,6 +14,7 @@ use std::time::{Duration, Instant};
 pub struct End {
     fd: OwnedFd,
     cancel: Cancel,
+    unread: Arc<AtomicBool>,
 }
 
 /// A pipe whose write end is ours, and the read end for the daemon.
@@ -32,7 +35,12 @@ impl End {
         let doing = "set up a pipe";
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(|e| Error::io(doing, e))?;
         rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK).map_err(|e| Error::io(doing, e))?;
-        Ok(Self { fd, cancel: cancel.clone() })
+        Ok(Self { fd, cancel: cancel.clone(), unread: Arc::default() })
+    }
+
+    /// True once a write found that nobody reads.
+    pub fn unread(&self) -> Arc<AtomicBool> {
+        self.unread.clone()
     }
 }
 
@@ -54,7 +62,11 @@ impl Write for End {
             match rustix::io::write(&self.fd, bytes) {
                 Err(rustix::io::Errno::AGAIN) => wait(self.fd.as_fd(), PollFlags::POLLOUT, &self.cancel, None)?,
                 Err(rustix::io::Errno::INTR) => {}
-                other => return Ok(other?),
+                Err(e) => {
+                    self.unread.store(e == rustix::io::Errno::PIPE, Ordering::Relaxed);
+                    return Err(e.into());
+                }
+                Ok(n) => return Ok(n),
             }
         }
     }

@@ -114,7 +114,7 @@ fn create_held(interrupts: &Interrupts, hold: &mut Client, request: &VmCreateReq
     let _guard = interrupts.guard(hold)?;
     let mut in_flight = hold.begin::<VmCreate>(request, &[])?;
     loop {
-        match in_flight.next()? {
+        match in_flight.next_event()? {
             Event::Note(Note::Created(vm)) => return Ok(*vm),
             Event::Note(_) => {}
             Event::Reply(reply) => {
@@ -152,7 +152,9 @@ fn finish(ctx: &mut Context, interrupts: &Interrupts, made: Made, ended: Result<
         return Ok(status);
     }
     let name = &made.vm.name;
-    ctx.note(&format!("vm {name} runs on; enter it: fcctl ssh {name}, stop it: fcctl stop {name}, delete it: fcctl rm -f {name}"));
+    ctx.note(&format!(
+        "vm {name} runs on; enter it: fcctl ssh {name}, stop it: fcctl stop {name}, delete it: fcctl rm -f {name}"
+    ));
     Ok(status)
 }
 

@@ -1,1 +1,225 @@
-use super::*;
+use super::super::exec::tests::{begin, status};
+use super::super::tests::{Ran, Start, fcctl, fcctl_from, vm};
+use super::super::workspace::tests::{give_stream, take_stream, with_workspace};
+use crate::api::frame::Note;
+use crate::api::vm::VmState;
+use crate::client::fake::{Fake, Request};
+use crate::error::{Error, Kind};
+use crossbeam_channel::unbounded;
+use serde_json::json;
+use signal_hook::consts::signal::SIGINT;
+use std::fs::File;
+use std::io::Write;
+
+const LAST_LINE: &str = "vm web runs on; enter it: fcctl ssh web, stop it: fcctl stop web, delete it: fcctl rm -f web\n";
+
+/// A daemon for which all goes well; `special` may take a request for itself.
+fn daemon(special: impl Fn(Request) -> Option<Request> + Send + Sync + 'static) -> Fake {
+    Fake::start(move |r| {
+        let Some(mut r) = special(r) else { return };
+        match r.method.as_str() {
+            "vm.create" if r.params["hold"] == true => {
+                r.note(Note::Created(Box::new(vm("web", VmState::Created))));
+                r.wait_for_hangup();
+            }
+            "vm.create" | "vm.start" => r.result(json!({"vm": vm("web", VmState::Running)})),
+            "workspace.prepare" => {
+                let (_, entries) = take_stream(&mut r, &[]).unwrap();
+                r.result(json!({"vm": with_workspace("web"), "kept": [], "entries": entries, "bytes": 1}));
+            }
+            "exec.start" => {
+                let mut guest = begin(&mut r);
+                guest.stdout.take().unwrap().write_all(b"from the guest\n").unwrap();
+                drop(guest);
+                r.result(status(7));
+            }
+            "workspace.export" => {
+                give_stream(&mut r, b"the patch");
+                r.result(json!({"files_changed": 1, "bytes": 9}));
+            }
+            "vm.delete" => r.result(json!({"deleted": vm("web", VmState::Stopped).id})),
+            _ => r.result(json!({})),
+        }
+    })
+}
+
+fn fail_at(method: &'static str) -> Fake {
+    daemon(move |r| {
+        if r.method != method {
+            return Some(r);
+        }
+        r.fault(Error::new(Kind::Host, format!("{method} did not work")));
+        None
+    })
+}
+
+/// Sends SIGINT as soon as `method` is called, and answers only with a hang-up.
+fn interrupted_at(method: &'static str, args: &[&str]) -> (Ran, String) {
+    let (signal, signals) = unbounded();
+    let fake = daemon(move |mut r| {
+        if r.method != method {
+            return Some(r);
+        }
+        signal.send(SIGINT).unwrap();
+        r.wait_for_hangup();
+        None
+    });
+    let ran = fcctl_from(&fake, Start { signals, ..Start::default() }, args);
+    (ran, fake.methods())
+}
+
+fn tree() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("file"), "text").unwrap();
+    dir
+}
+
+#[test]
+fn the_whole_story() {
+    let fake = daemon(Some);
+    let (dir, patch) = (tree(), fake.dir().join("p"));
+    let args = ["run", dir.path().to_str().unwrap(), "--export-patch", patch.to_str().unwrap(), "--", "make"];
+    let ran = fcctl(&fake, &args);
+    assert_eq!((ran.status, ran.out.as_slice()), (7, &b"from the guest\n"[..]), "{}", ran.err);
+    assert_eq!(fake.methods(), "vm.create vm.start workspace.prepare exec.start workspace.export");
+    // The name first, how to go on last.
+    assert!(ran.err.starts_with("fcctl: vm web\n") && ran.err.ends_with(LAST_LINE), "{}", ran.err);
+    assert_eq!(std::fs::read(patch).unwrap(), b"the patch");
+}
+
+#[test]
+fn with_rm_the_vm_is_gone_afterwards() {
+    let fake = daemon(Some);
+    let ran = fcctl(&fake, &["run", "--rm", "--name", "web", "--", "make"]);
+    assert_eq!((ran.status, ran.err.as_str()), (7, "fcctl: vm web\n"));
+    let calls = fake.calls();
+    assert_eq!(calls[0], r#"vm.create {"hold":true,"name":"web","rm":true}"#);
+    assert_eq!(calls.last().unwrap(), r#"vm.delete {"force":true,"if_exists":true,"vm":"000000776562"}"#);
+}
+
+#[test]
+fn what_is_wrong_here_makes_nothing() {
+    let fake = daemon(Some);
+    let dir = tree();
+    let path = dir.path().to_str().unwrap();
+    let there = dir.path().join("file").display().to_string();
+    for args in [
+        &["run", "/nonexistent/x", "--", "make"][..],
+        &["run", path, "--export-patch", &there, "--", "make"][..],
+        &["run", "--export-patch", "/tmp/p", "--", "make"][..],
+        &["run", "--readonly", "--", "make"][..],
+        &["run", "--env-file", "/nonexistent/x", "--", "make"][..],
+        &["run", path][..],
+    ] {
+        let ran = fcctl(&fake, args);
+        assert_eq!(ran.status, 125, "{args:?} {}", ran.err);
+    }
+    assert_eq!(fake.methods(), "");
+}
+
+#[test]
+fn a_failure_before_the_command_leaves_no_vm() {
+    let dir = tree();
+    for (method, methods) in [
+        ("vm.create", "vm.create"),
+        ("vm.start", "vm.create vm.start vm.delete"),
+        ("workspace.prepare", "vm.create vm.start workspace.prepare vm.delete"),
+        ("exec.start", "vm.create vm.start workspace.prepare exec.start vm.delete"),
+    ] {
+        let fake = fail_at(method);
+        let ran = fcctl(&fake, &["run", dir.path().to_str().unwrap(), "--", "make"]);
+        assert_eq!((ran.status, fake.methods().as_str()), (125, methods));
+        assert!(ran.err.contains(&format!("fcctl: {method} did not work\n")) && !ran.err.contains("runs on"), "{}", ran.err);
+    }
+}
+
+#[test]
+fn ctrl_c_before_the_command_leaves_no_vm() {
+    let dir = tree();
+    for (method, methods) in [
+        ("vm.start", "vm.create vm.start vm.delete"),
+        ("workspace.prepare", "vm.create vm.start workspace.prepare vm.delete"),
+        ("exec.start", "vm.create vm.start workspace.prepare exec.start vm.delete"),
+    ] {
+        for rm in [&["--rm"][..], &[]] {
+            let args = [&["run", dir.path().to_str().unwrap()], rm, &["--", "make"]].concat();
+            let (ran, called) = interrupted_at(method, &args);
+            assert_eq!((ran.status, called.as_str()), (130, methods), "{}", ran.err);
+            assert!(ran.err.ends_with("fcctl: interrupted\n") || ran.err.contains("fcctl: interrupted\n"), "{}", ran.err);
+        }
+    }
+}
+
+#[test]
+fn ctrl_c_while_changes_come_back_keeps_the_vm() {
+    let fake_dir = tempfile::tempdir().unwrap();
+    let (dir, patch) = (tree(), fake_dir.path().join("p"));
+    let args = ["run", dir.path().to_str().unwrap(), "--export-patch", patch.to_str().unwrap(), "--", "make"];
+    let (ran, _) = interrupted_at("workspace.export", &args);
+    assert_eq!(ran.status, 130);
+    assert!(ran.err.ends_with(LAST_LINE), "{}", ran.err);
+    assert!(!patch.exists());
+}
+
+#[test]
+fn a_lost_guest_keeps_the_vm_and_is_ours() {
+    let fake = daemon(|mut r| {
+        if r.method != "exec.start" {
+            return Some(r);
+        }
+        drop(begin(&mut r));
+        r.fault(Error::new(Kind::GuestLost, "the guest went away"));
+        None
+    });
+    let ran = fcctl(&fake, &["run", "--", "make"]);
+    assert_eq!((ran.status, fake.methods().as_str()), (125, "vm.create vm.start exec.start"));
+    assert!(ran.err.contains("fcctl: the guest went away\n") && ran.err.ends_with(LAST_LINE), "{}", ran.err);
+}
+
+#[test]
+fn a_failed_export_is_ours_whatever_the_command_said() {
+    let fake = fail_at("workspace.export");
+    let (dir, patch) = (tree(), fake.dir().join("p"));
+    let args = ["run", dir.path().to_str().unwrap(), "--export-patch", patch.to_str().unwrap(), "--", "make"];
+    let ran = fcctl(&fake, &args);
+    assert_eq!(ran.status, 125);
+    assert!(ran.err.contains("fcctl: export the changes: workspace.export did not work\n"), "{}", ran.err);
+}
+
+#[test]
+fn a_name_that_is_taken_comes_with_three_commands() {
+    let fake = daemon(|r| {
+        if r.method != "vm.create" {
+            return Some(r);
+        }
+        r.fault(Error::new(Kind::NameTaken, "a vm web exists already").hint("the daemon's own"));
+        None
+    });
+    let ran = fcctl(&fake, &["run", "--name", "web", "--", "make"]);
+    assert_eq!(ran.status, 125);
+    let hints: Vec<&str> = ran.err.lines().filter(|l| l.starts_with("hint: ")).collect();
+    assert_eq!(hints.len(), 3, "{}", ran.err);
+    for (hint, command) in hints.iter().zip(["fcctl exec web -- CMD", "fcctl rm -f web", "fcctl run --name web-2"]) {
+        assert!(hint.contains(command), "{hint}");
+    }
+}
+
+#[test]
+fn stdin_reaches_the_command_only_when_asked() {
+    let fake = daemon(|mut r| {
+        if r.method != "exec.start" {
+            return Some(r);
+        }
+        let mut guest = begin(&mut r);
+        let input = std::io::read_to_string(guest.stdin.take().expect("-i")).unwrap();
+        guest.stdout.take().unwrap().write_all(input.to_uppercase().as_bytes()).unwrap();
+        r.result(status(0));
+        None
+    });
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    writer.write_all(b"piped").unwrap();
+    drop(writer);
+    let start = Start { stdin: File::from(std::os::fd::OwnedFd::from(reader)), ..Start::default() };
+    let ran = fcctl_from(&fake, start, &["run", "-i", "--", "tr"]);
+    assert_eq!((ran.status, ran.out.as_slice()), (0, &b"PIPED"[..]));
+}

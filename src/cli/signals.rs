@@ -5,7 +5,7 @@ use crate::client::{Client, Failure, Hangup, Result};
 use crate::error::{Error, Kind};
 use crate::host::thread;
 use crate::locks::{Cancel, Mutex, Rank};
-use crossbeam_channel::{Receiver, Sender, bounded, select};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use std::fs::File;
 use std::io::Write;
@@ -79,6 +79,7 @@ pub enum SignalSource {
     /// This process.
     Process,
     /// A test.
+    #[cfg(test)]
     Channel(Receiver<i32>),
 }
 
@@ -96,8 +97,8 @@ impl Drop for Watch {
 }
 
 impl SignalSource {
-    fn watch(&self, mut handler: impl FnMut(i32) + Send + 'static) -> Result<Watch> {
-        let (stop, stopped) = bounded(1);
+    fn watch(&self, handler: impl Fn(i32) + Send + 'static) -> Result<Watch> {
+        let (stop, _stopped) = bounded(1);
         match self {
             SignalSource::Process => {
                 let ignored = ignored_mask();
@@ -108,12 +109,13 @@ impl SignalSource {
                 thread::spawn("signals", move || signals.forever().for_each(handler))?;
                 Ok(Watch(Some(handle), stop))
             }
+            #[cfg(test)]
             SignalSource::Channel(signals) => {
                 let signals = signals.clone();
                 thread::spawn("signals", move || {
                     loop {
-                        select! {
-                            recv(stopped) -> _ => return,
+                        crossbeam_channel::select! {
+                            recv(_stopped) -> _ => return,
                             recv(signals) -> signal => match signal {
                                 Ok(signal) => handler(signal),
                                 Err(_) => return,
@@ -200,6 +202,11 @@ impl Interrupts {
         let (sender, receiver) = bounded(CONTROLS_MAX);
         self.state.lock().controls = Some(sender);
         receiver
+    }
+
+    /// Tells the guest the terminal's size.
+    pub fn resized(&self) {
+        send(&self.state.lock(), Control::Resize);
     }
 
     /// The guest's command has begun: the session's note came.
@@ -293,7 +300,12 @@ fn send(state: &State, control: Control) {
 }
 
 /// Sends what comes to the session until the channel closes. On a connection of its own.
-pub fn send_controls(socket: &std::path::Path, session: &crate::ids::SessionId, tty: Option<&File>, controls: &Receiver<Control>) {
+pub fn send_controls(
+    socket: &std::path::Path,
+    session: &crate::ids::SessionId,
+    tty: Option<&File>,
+    controls: &Receiver<Control>,
+) {
     use crate::api::exec::{ExecResize, ExecResizeRequest, ExecSignal, ExecSignalRequest};
     let mut client = None;
     for control in controls {
@@ -337,32 +349,48 @@ mod tests {
 
     #[test]
     fn before_the_command_a_signal_cancels() {
-        check(Phase::Working, &[SIGWINCH, SIGINT, SIGTERM], expect![[r#"
+        check(
+            Phase::Working,
+            &[SIGWINCH, SIGINT, SIGTERM],
+            expect![[r#"
             Working + 28 -> Nothing
             Working + 2 -> Cancel
             Working + 15 -> Cancel
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn two_go_to_the_guest_and_the_third_detaches() {
-        check(Phase::Command { forwarded: 0 }, &[SIGINT, SIGWINCH, SIGTERM, SIGINT], expect![[r#"
+        check(
+            Phase::Command { forwarded: 0 },
+            &[SIGINT, SIGWINCH, SIGTERM, SIGINT],
+            expect![[r#"
             Command { forwarded: 0 } + 2 -> Forward("INT")
             Command { forwarded: 1 } + 28 -> Resize
             Command { forwarded: 1 } + 15 -> Forward("TERM")
             Command { forwarded: 2 } + 2 -> Detach
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn cleaning_up_is_left_only_when_asked_twice() {
-        check(Phase::CleaningUp { asked: false }, &[SIGINT, SIGINT], expect![[r#"
+        check(
+            Phase::CleaningUp { asked: false },
+            &[SIGINT, SIGINT],
+            expect![[r#"
             CleaningUp { asked: false } + 2 -> SayWait
             CleaningUp { asked: true } + 2 -> Leave
-        "#]]);
-        check(Phase::Collecting, &[SIGHUP], expect![[r#"
+        "#]],
+        );
+        check(
+            Phase::Collecting,
+            &[SIGHUP],
+            expect![[r#"
             Collecting + 1 -> Cancel
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]

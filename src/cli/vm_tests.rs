@@ -1,1 +1,242 @@
+use super::super::tests::{NOW_S, check, fcctl, two_vms, vm};
 use super::*;
+use crate::api::frame::Note;
+use crate::api::op::Progress;
+use crate::api::vm::{LogChunk, Pending};
+use crate::client::fake::Fake;
+use expect_test::expect;
+use serde_json::json;
+
+#[test]
+fn lists() {
+    let fake = two_vms();
+    check(
+        &fake,
+        &["ps", "-a"],
+        expect![[r#"
+        > vm.list {"all":true}
+        NAME  ID            STATE    IMAGE    VCPUS  MEMORY  CREATED  WORKSPACE
+        web   000000776562  running  default  1      1 GiB   1h ago
+        db    000000006462  stopped  default  1      1 GiB   1h ago
+        status 0
+    "#]],
+    );
+    check(
+        &fake,
+        &["ps", "-aq"],
+        expect![[r#"
+        > vm.list {"all":true}
+        000000776562
+        000000006462
+        status 0
+    "#]],
+    );
+    check(
+        &fake,
+        &["vm", "list", "-q", "--json"],
+        expect![[r#"
+        > vm.list {"all":false}
+        [
+          "000000776562",
+          "000000006462"
+        ]
+        status 0
+    "#]],
+    );
+}
+
+#[test]
+fn a_failed_vm_says_why_without_driving_the_terminal() {
+    let fake = Fake::start(|r| {
+        let failed = Vm { reason: Some("the VMM died:\u{1b}[2J signal 9".to_owned()), ..vm("web", VmState::Failed) };
+        r.result(json!({"vms": [failed]}));
+    });
+    let text = String::from_utf8(fcctl(&fake, &["ps", "-a"]).out).unwrap();
+    assert!(text.contains(r"failed (the VMM died:\u{1b}[2J signal 9)"), "{text}");
+}
+
+#[test]
+fn all_about_one() {
+    let fake = Fake::start(|r| {
+        let full = Vm {
+            pending: Some(Pending { vcpus: Some(4), mem_mib: Some(2048), disk_bytes: None }),
+            pid: Some(77),
+            ssh_addr: Some("127.0.0.1:2222".parse().unwrap()),
+            driver: Some("qemu (tcg, microvm)".to_owned()),
+            disk_driver: Some("reflink".to_owned()),
+            started_at: Some(NOW_S - 61),
+            synced: Some(Synced::Timeout),
+            rm: true,
+            workspace: Some(WorkspaceInfo {
+                guest_path: "/root/app".to_owned(),
+                workdir: "/root/app/src".to_owned(),
+                state: WorkspaceState::Complete,
+                readonly: true,
+                entries: 12,
+                bytes: 3 << 20,
+                prepared_at: NOW_S - 30,
+            }),
+            ..vm("web", VmState::Running)
+        };
+        r.result(json!({"vm": full}));
+    });
+    check(
+        &fake,
+        &["vm", "show", "web"],
+        expect![[r#"
+        > vm.show {"vm":"web"}
+        name        web
+        id          000000776562
+        state       running
+        owner       uid 1000
+        image       default
+        vcpus       1
+        memory      1 GiB
+        disk        4 GiB (reflink)
+        next start  4 vCPUs, 2 GiB of memory
+        driver      qemu (tcg, microvm)
+        process     77
+        ssh         127.0.0.1:2222
+        created     1h ago
+        started     1m ago
+        removed     when it stops or its holder goes
+        synced      no: it did not answer in time at the last stop
+        workspace   /root/app, read-only
+        starts in   /root/app/src
+        holds       12 entries, 3 MiB, 30s ago
+        status 0
+    "#]],
+    );
+}
+
+#[test]
+fn create_prints_the_name() {
+    let fake = Fake::start(|r| r.result(json!({"vm": vm("brave-otter", VmState::Created)})));
+    check(
+        &fake,
+        &["vm", "create", "--cpus", "2", "--memory", "2G", "--disk", "10G"],
+        expect![[r#"
+        > vm.create {"disk_bytes":10737418240,"hold":false,"mem_mib":2048,"rm":false,"vcpus":2}
+        brave-otter
+        status 0
+    "#]],
+    );
+}
+
+#[test]
+fn stop_says_whether_the_data_was_synced() {
+    for (synced, words) in
+        [(Synced::Yes, "was synced"), (Synced::No, "was not synced"), (Synced::Timeout, "did not sync its data in time")]
+    {
+        let fake = Fake::start(move |mut r| {
+            r.note(Note::Progress(Progress { stage: "sync".to_owned(), ..Progress::default() }));
+            r.result(json!({"vm": Vm { synced: Some(synced), ..vm("web", VmState::Stopped) }}));
+        });
+        let ran = fcctl(&fake, &["stop", "-t", "5s", "web"]);
+        let text = String::from_utf8(ran.out).unwrap();
+        assert!(text.starts_with("web: stopped, ") && text.contains(words), "{text}");
+        assert_eq!((ran.status, ran.err.as_str()), (0, "fcctl: stop web: sync\n"));
+        assert_eq!(fake.calls(), [r#"vm.stop {"force":false,"timeout_ms":5000,"vm":"web"}"#]);
+    }
+}
+
+#[test]
+fn set_says_when_it_applies() {
+    let fake = Fake::start(|r| {
+        let pending = (r.params["vm"] == "web").then(|| Pending { vcpus: Some(4), ..Pending::default() });
+        r.result(json!({"vm": Vm { pending, ..vm("web", VmState::Running) }}));
+    });
+    check(
+        &fake,
+        &["vm", "set", "web", "--vcpus", "4", "--disk", "10G"],
+        expect![[r#"
+        > vm.set {"disk_bytes":10737418240,"vcpus":4,"vm":"web"}
+        web: 4 vCPUs, 10 GiB of disk, applied at next start; now: fcctl vm restart web
+        status 0
+    "#]],
+    );
+    check(
+        &fake,
+        &["vm", "set", "db", "--memory", "2G"],
+        expect![[r#"
+        > vm.set {"mem_mib":2048,"vm":"db"}
+        web: 2 GiB of memory, applied at next start
+        status 0
+    "#]],
+    );
+}
+
+#[test]
+fn remove() {
+    let fake = two_vms();
+    check(
+        &fake,
+        &["rm", "-f", "web"],
+        expect![[r#"
+        > vm.delete {"force":true,"if_exists":true,"vm":"web"}
+        web: deleted
+        status 0
+    "#]],
+    );
+    // `rm -f $(fcctl ps -aq)` where there are none.
+    check(
+        &fake,
+        &["rm", "-f"],
+        expect![[r#"
+        status 0
+    "#]],
+    );
+    assert_eq!(fcctl(&fake, &["rm"]).status, 2);
+    let fake = Fake::start(|r| r.result(json!({"deleted": null})));
+    check(
+        &fake,
+        &["vm", "delete", "--if-exists", "x"],
+        expect![[r#"
+        > vm.delete {"force":false,"if_exists":true,"vm":"x"}
+        x: was not there
+        status 0
+    "#]],
+    );
+}
+
+#[test]
+fn wait_and_prune() {
+    let fake = Fake::start(|r| {
+        r.result(json!({"vm": vm("web", VmState::Running), "deleted": ["000000776562"]}));
+    });
+    check(
+        &fake,
+        &["vm", "wait", "web", "--state", "running", "-t", "1m"],
+        expect![[r#"
+        > vm.wait {"state":"running","timeout_ms":60000,"vm":"web"}
+        web: running
+        status 0
+    "#]],
+    );
+    check(
+        &fake,
+        &["vm", "prune"],
+        expect![[r#"
+        > vm.prune {}
+        000000776562
+        1 VM deleted
+        status 0
+    "#]],
+    );
+    assert!(fcctl(&fake, &["vm", "wait", "web", "--state", "asleep"]).err.contains("a state is one of created, starting"));
+}
+
+#[test]
+fn logs_come_as_they_are_off_a_terminal() {
+    let fake = Fake::start(|mut r| {
+        r.note(Note::Log(LogChunk { text: "one \u{1b}[31mred\n".to_owned() }));
+        r.note(Note::Log(LogChunk { text: "two".to_owned() }));
+        r.result(json!({"bytes": 3}));
+    });
+    let ran = fcctl(&fake, &["logs", "web", "-n", "5"]);
+    assert_eq!((ran.status, ran.out.as_slice()), (0, &b"one \x1b[31mred\ntwo"[..]));
+    assert_eq!(fake.calls(), [r#"vm.logs {"follow":false,"tail":5,"vm":"web"}"#]);
+    let ran = fcctl(&fake, &["logs", "web", "--json"]);
+    assert_eq!(serde_json::from_slice::<serde_json::Value>(&ran.out).unwrap()["text"], "one \u{1b}[31mred\ntwo");
+    assert_eq!(fcctl(&fake, &["logs", "-f", "web", "--json"]).status, 2);
+}

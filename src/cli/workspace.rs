@@ -8,7 +8,9 @@ use super::values::path_error;
 use crate::api::Call;
 use crate::api::frame::Note;
 use crate::api::stream::{self, ChunkReader, ChunkWriter};
-use crate::api::workspace::{ExportKind, ExportReply, ExportRequest, PrepareReply, PrepareRequest, WorkspaceExport, WorkspacePrepare};
+use crate::api::workspace::{
+    ExportKind, ExportReply, ExportRequest, PrepareReply, PrepareRequest, WorkspaceExport, WorkspacePrepare,
+};
 use crate::client::{Client, Result};
 use crate::error::{Error, Kind};
 use crate::host::thread;
@@ -19,6 +21,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
 /// Most kept paths that are named one by one.
@@ -166,7 +169,7 @@ pub struct Transfer<'a> {
     pub vm: &'a str,
 }
 
-/// What the thread beside the call did, and whether it was told to stop before it failed.
+/// What the thread beside the call did, and whether it only gave way: it was told to stop, or the other end went.
 type Beside<T> = JoinHandle<(crate::error::Result<T>, bool)>;
 
 impl Transfer<'_> {
@@ -178,15 +181,19 @@ impl Transfer<'_> {
         }
         let stop = self.stop()?;
         let (ours, theirs) = pipes::to_daemon(&stop)?;
-        let token = stop.clone();
-        let mut begin = Some(move |keep: Vec<Vec<u8>>| pack(source, ours, &keep, &token));
+        let (token, unread) = (stop.clone(), ours.unread());
+        let mut begin = Some(move |keep: Vec<Vec<u8>>| {
+            let result = pack(source, ours, &keep, &token);
+            let gave_way = token.is_cancelled() || unread.load(Ordering::Relaxed);
+            (result, gave_way)
+        });
         let mut packer: Option<Beside<Sent>> = None;
         let reply = self.call::<WorkspacePrepare>(&format!("copy to {}", self.vm), &request, theirs, &mut |note| {
             if let Note::Ready(ready) = note
                 && let Some(begin) = begin.take()
             {
                 let keep = encode::decode_all(&ready.keep)?;
-                packer = Some(beside("pack", &stop, move || begin(keep))?);
+                packer = Some(thread::spawn("pack", move || begin(keep))?);
             }
             Ok(())
         });
@@ -216,7 +223,11 @@ impl Transfer<'_> {
         let stop = self.stop()?;
         let (ours, theirs) = pipes::from_daemon(&stop)?;
         let (token, target) = (stop.clone(), to.clone());
-        let receiver = beside("unpack", &stop, move || receive(ours, &target, &token))?;
+        let receiver = thread::spawn("unpack", move || {
+            let result = receive(ours, &target, &token);
+            let gave_way = token.is_cancelled() || result.as_ref().is_err_and(|e| e.kind() == Kind::StreamIncomplete);
+            (result, gave_way)
+        })?;
         let reply = self.call::<WorkspaceExport>(&format!("fetch from {}", self.vm), &request, theirs, &mut |_| Ok(()));
         let (reply, received) = conclude(reply, Some(receiver), &stop)?;
         match received {
@@ -270,28 +281,16 @@ impl Transfer<'_> {
     }
 }
 
-fn beside<T: Send + 'static>(
-    name: &str,
-    stop: &Cancel,
-    body: impl FnOnce() -> crate::error::Result<T> + Send + 'static,
-) -> Result<Beside<T>> {
-    let stop = stop.clone();
-    Ok(thread::spawn(name, move || {
-        let result = body();
-        (result, stop.is_cancelled())
-    })?)
-}
-
 /// Both sides' ends made one: the side that failed first says why. The other only saw the pipe break.
 fn conclude<R, T>(reply: Result<R>, thread: Option<Beside<T>>, stop: &Cancel) -> Result<(R, Option<T>)> {
     if reply.is_err() {
         stop.cancel("the call has ended");
     }
     let Some(thread) = thread else { return Ok((reply?, None)) };
-    let (ours, was_stopped) = thread.join().map_err(|_| Error::internal("the thread of a transfer panicked"))?;
+    let (ours, gave_way) = thread.join().map_err(|_| Error::internal("the thread of a transfer panicked"))?;
     match (reply, ours) {
         (Ok(reply), Ok(ours)) => Ok((reply, Some(ours))),
-        (Err(theirs), Err(e)) if was_stopped || e.kind() == Kind::StreamIncomplete => Err(theirs),
+        (Err(theirs), Err(_)) if gave_way => Err(theirs),
         (_, Err(e)) => Err(e.into()),
         (Err(theirs), Ok(_)) => Err(theirs),
     }
@@ -405,4 +404,4 @@ pub fn tell_exported(ctx: &mut Context, to: &ExportTo, reply: &ExportReply) {
 
 #[cfg(test)]
 #[path = "workspace_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -1,1 +1,222 @@
+use super::super::tests::{NOW_S, Start, check, fcctl, fcctl_from, file_with, vm};
 use super::*;
+use crate::api::vm::{Vm, VmState, WorkspaceInfo, WorkspaceState};
+use crate::api::workspace::Ready;
+use crate::client::fake::{Fake, Request};
+use expect_test::expect;
+use serde_json::{Value, json};
+use std::io::Write;
+
+pub(crate) fn with_workspace(name: &str) -> Vm {
+    let workspace = WorkspaceInfo {
+        guest_path: "/root/app".to_owned(),
+        workdir: "/root/app".to_owned(),
+        state: WorkspaceState::Complete,
+        readonly: false,
+        entries: 2,
+        bytes: 2048,
+        prepared_at: NOW_S,
+    };
+    Vm { workspace: Some(workspace), ..vm(name, VmState::Running) }
+}
+
+/// The daemon's side of a prepare: takes the stream to its end. None where it was cut off.
+pub(crate) fn take_stream(r: &mut Request, keep: &[&str]) -> Option<(Vec<u8>, u64)> {
+    r.note(Note::Ready(Ready { keep: keep.iter().map(|k| (*k).to_owned()).collect() }));
+    let mut reader = ChunkReader::new(File::from(r.fds.pop().expect("one descriptor")));
+    let mut payload = Vec::new();
+    reader.read_to_end(&mut payload).ok()?;
+    Some((payload, reader.finish().unwrap().entries))
+}
+
+/// The daemon's side of an export.
+pub(crate) fn give_stream(r: &mut Request, payload: &[u8]) {
+    let mut writer = ChunkWriter::new(File::from(r.fds.pop().expect("one descriptor")));
+    writer.write_all(payload).unwrap();
+    writer.finish(1).unwrap();
+}
+
+fn prepare_reply(entries: u64, kept: &[&str]) -> Value {
+    json!({"vm": with_workspace("web"), "kept": kept, "entries": entries, "bytes": 2048})
+}
+
+fn contains(haystack: &[u8], needle: &[u8]) -> bool {
+    haystack.windows(needle.len()).any(|w| w == needle)
+}
+
+/// A plain tree, away from any repository.
+fn tree() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("one.txt"), "the first file").unwrap();
+    std::fs::write(dir.path().join("two.txt"), "the second file").unwrap();
+    dir
+}
+
+#[test]
+fn a_tree_goes_without_what_the_guest_keeps() {
+    let fake = Fake::start(|mut r| {
+        assert_eq!((r.params["guest_path"].as_str(), r.params["readonly"].as_bool()), (Some("/root/app"), Some(true)));
+        let (payload, entries) = take_stream(&mut r, &["two.txt"]).unwrap();
+        assert!(payload.starts_with(b"fcd-import 1 "));
+        assert!(contains(&payload, b"the first file") && !contains(&payload, b"the second file"));
+        r.result(prepare_reply(entries, &["two.txt"]));
+    });
+    let dir = tree();
+    let args = ["workspace", "prepare", "web", dir.path().to_str().unwrap(), "--guest-path", "/root/app", "--readonly"];
+    let ran = fcctl(&fake, &args);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    assert!(ran.out.starts_with(b"web: ") && ran.out.ends_with(b"2 KiB, in /root/app\n"));
+    assert!(ran.err.contains("kept 1 file that the guest changed") && ran.err.contains("  two.txt\n"), "{}", ran.err);
+}
+
+#[test]
+fn what_is_wrong_here_asks_nothing_of_the_daemon() {
+    let fake = Fake::start(|_| unreachable!());
+    let dir = tree();
+    let path = dir.path().to_str().unwrap();
+    let there = dir.path().join("one.txt").display().to_string();
+    for (args, status) in [
+        (vec!["workspace", "prepare", "web", "/nonexistent/x"], 3),
+        (vec!["workspace", "prepare", "web", path, "--guest-path", "/etc"], 2),
+        (vec!["workspace", "prepare", "web", path, "--guest-path", "../x"], 2),
+        (vec!["workspace", "prepare", "web", path, "--history", "some"], 2),
+        (vec!["workspace", "prepare", "web"], 2),
+        (vec!["workspace", "prepare", "web", "--tar", "/nonexistent/x"], 3),
+        (vec!["workspace", "export", "web", "--patch", &there], 4),
+        (vec!["workspace", "export", "web", "--patch", "/nonexistent/x/p"], 3),
+        (vec!["workspace", "export", "web", "--tree", path], 4),
+        (vec!["workspace", "export", "web", "--json"], 2),
+    ] {
+        let ran = fcctl(&fake, &args);
+        assert_eq!(ran.status, status, "{args:?} {}", ran.err);
+        assert!(ran.err.starts_with("fcctl: ") || args.contains(&"--json"), "{}", ran.err);
+    }
+    assert_eq!(fake.methods(), "");
+}
+
+#[test]
+fn the_daemons_reason_wins_over_a_broken_pipe() {
+    let fake = Fake::start(|mut r| {
+        r.note(Note::Ready(Ready::default()));
+        r.fds.clear();
+        r.fault(Error::new(Kind::Cancelled, "vm web was stopped after 0 bytes"));
+    });
+    let dir = tree();
+    std::fs::write(dir.path().join("big"), vec![1; 4 << 20]).unwrap();
+    let ran = fcctl(&fake, &["workspace", "prepare", "web", dir.path().to_str().unwrap()]);
+    assert_eq!((ran.status, ran.err.as_str()), (130, "fcctl: vm web was stopped after 0 bytes\n"));
+}
+
+#[test]
+fn our_reason_wins_over_the_daemons_broken_stream() {
+    let fake = Fake::start(|mut r| {
+        assert!(take_stream(&mut r, &[]).is_none());
+        r.fault(Error::new(Kind::StreamIncomplete, "the stream broke off"));
+    });
+    // A tar that ends in the middle of a file.
+    let mut tar = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(2000);
+    header.set_cksum();
+    tar.append_data(&mut header, "x", &[7; 2000][..]).unwrap();
+    let whole = tar.into_inner().unwrap();
+    let start = Start { stdin: file_with(&whole[..1024]), ..Start::default() };
+    let ran = fcctl_from(&fake, start, &["workspace", "prepare", "web", "--tar", "-"]);
+    assert_eq!(ran.status, 4, "{}", ran.err);
+    assert!(ran.err.starts_with("fcctl: the tar"), "{}", ran.err);
+}
+
+#[test]
+fn a_tar_from_stdin_goes_as_it_is() {
+    let fake = Fake::start(|mut r| {
+        assert_eq!((r.params["raw_tar"].as_bool(), r.params["guest_path"].as_str()), (Some(true), Some("/root/workspace")));
+        let (payload, entries) = take_stream(&mut r, &[]).unwrap();
+        assert!(contains(&payload, b"seven"));
+        r.result(prepare_reply(entries, &[]));
+    });
+    let mut tar = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(5);
+    header.set_cksum();
+    tar.append_data(&mut header, "x", &b"seven"[..]).unwrap();
+    let start = Start { stdin: file_with(&tar.into_inner().unwrap()), ..Start::default() };
+    let ran = fcctl_from(&fake, start, &["workspace", "prepare", "web", "--tar", "-", "--json"]);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    assert_eq!(serde_json::from_slice::<Value>(&ran.out).unwrap()["entries"], 1);
+}
+
+#[test]
+fn a_signal_ends_a_stalled_import() {
+    let (signal, signals) = crossbeam_channel::unbounded();
+    let fake = Fake::start(move |mut r| {
+        // The descriptor is kept and never read.
+        r.note(Note::Ready(Ready::default()));
+        signal.send(signal_hook::consts::SIGINT).unwrap();
+        r.wait_for_hangup();
+    });
+    let dir = tree();
+    std::fs::write(dir.path().join("big"), vec![1; 4 << 20]).unwrap();
+    let start = Start { signals, ..Start::default() };
+    let ran = fcctl_from(&fake, start, &["workspace", "prepare", "web", dir.path().to_str().unwrap()]);
+    assert_eq!((ran.status, ran.err.as_str()), (130, "fcctl: interrupted\n"));
+}
+
+#[test]
+fn a_patch_comes_whole() {
+    let fake = Fake::start(|mut r| {
+        assert_eq!(r.params["kind"], "patch");
+        give_stream(&mut r, b"diff --git a/x b/x\n\0binary");
+        r.result(json!({"files_changed": 1, "bytes": 26}));
+    });
+    for args in [&["workspace", "export", "web"][..], &["workspace", "export", "web", "--patch", "-"][..]] {
+        let ran = fcctl(&fake, args);
+        assert_eq!((ran.status, ran.out.as_slice()), (0, &b"diff --git a/x b/x\n\0binary"[..]), "{}", ran.err);
+        assert_eq!(ran.err, "fcctl: 1 file changed, 26 B\n");
+    }
+    let file = fake.dir().join("p.patch");
+    fake.calls();
+    check(
+        &fake,
+        &["workspace", "export", "web", "--patch", file.to_str().unwrap()],
+        expect![[r#"
+        > workspace.export {"kind":"patch","no_wait":false,"vm":"web"}
+        ! fcctl: 1 file changed, 26 B: git apply DIR/p.patch
+        status 0
+    "#]],
+    );
+    assert_eq!(std::fs::read(&file).unwrap(), b"diff --git a/x b/x\n\0binary");
+}
+
+#[test]
+fn half_a_patch_is_none() {
+    let fake = Fake::start(|mut r| {
+        let mut half = File::from(r.fds.pop().unwrap());
+        half.write_all(&[0, 0, 0, 4, b'd', b'i']).unwrap();
+        drop(half);
+        r.fault(Error::new(Kind::GuestLost, "the guest went away"));
+    });
+    let file = fake.dir().join("p.patch");
+    let ran = fcctl(&fake, &["workspace", "export", "web", "--patch", file.to_str().unwrap()]);
+    assert_eq!((ran.status, ran.err.as_str()), (1, "fcctl: the guest went away\n"));
+    assert_eq!(fcctl(&fake, &["workspace", "export", "web"]).out, b"");
+    // The socket is all there is.
+    assert_eq!(std::fs::read_dir(fake.dir()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_tree_comes_into_a_new_directory() {
+    let fake = Fake::start(|mut r| {
+        let mut tar = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_size(5);
+        header.set_mode(0o644);
+        header.set_cksum();
+        tar.append_data(&mut header, "x", &b"seven"[..]).unwrap();
+        give_stream(&mut r, &tar.into_inner().unwrap());
+        r.result(json!({"files_changed": 1, "bytes": 5}));
+    });
+    let target = fake.dir().join("out");
+    let ran = fcctl(&fake, &["workspace", "export", "web", "--tree", target.to_str().unwrap()]);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    assert_eq!(std::fs::read(target.join("x")).unwrap(), b"seven");
+}

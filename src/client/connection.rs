@@ -80,19 +80,20 @@ impl Connection {
     pub(super) fn read_line(&mut self, method: &str) -> Result<Vec<u8>> {
         let mut searched = 0;
         loop {
-            if let Some(at) = self.buffer[searched..].iter().position(|b| *b == b'\n') {
-                let rest = self.buffer.split_off(searched + at + 1);
-                let mut line = std::mem::replace(&mut self.buffer, rest);
-                line.pop();
-                return Ok(line);
-            }
-            searched = self.buffer.len();
-            if searched >= FRAME_BYTES_MAX {
+            let end = self.buffer[searched..].iter().position(|b| *b == b'\n').map(|at| searched + at + 1);
+            if end.unwrap_or(self.buffer.len() + 1) > FRAME_BYTES_MAX {
                 self.hang_up();
                 return Err(
                     Error::internal(format!("{method}: the daemon sent a line of more than {FRAME_BYTES_MAX} bytes")).into()
                 );
             }
+            if let Some(end) = end {
+                let rest = self.buffer.split_off(end);
+                let mut line = std::mem::replace(&mut self.buffer, rest);
+                line.pop();
+                return Ok(line);
+            }
+            searched = self.buffer.len();
             let mut piece = [0; READ_BYTES];
             match self.stream.read(&mut piece) {
                 Ok(0) => return Err(lost(method)),
@@ -133,9 +134,11 @@ fn unreachable_at(socket: &Path, e: &io::Error) -> Failure {
             format!("no daemon at {at}: there is no such socket"),
             "start one (fcd), or name its socket (--socket S or FCD_SOCKET)",
         ),
-        io::ErrorKind::ConnectionRefused => {
-            Failure::unreachable(failure::ABSENT, format!("no daemon at {at}: nobody listens on the socket"), "start it again: fcd")
-        }
+        io::ErrorKind::ConnectionRefused => Failure::unreachable(
+            failure::ABSENT,
+            format!("no daemon at {at}: nobody listens on the socket"),
+            "start it again: fcd",
+        ),
         io::ErrorKind::PermissionDenied => Failure::unreachable(
             failure::DENIED,
             format!("the socket {at} may not be used by this user"),

@@ -5,6 +5,8 @@
 mod connection;
 mod failure;
 #[cfg(test)]
+pub(crate) mod fake;
+#[cfg(test)]
 mod tests;
 
 pub use failure::{ABSENT, DENIED, Failure, LOST, Result, UNREACHABLE_STATUS};
@@ -115,7 +117,7 @@ impl Client {
         self.begin::<C>(request, fds)?.finish(on_note)
     }
 
-    /// Sends a `more` call; [`InFlight::next`] reads what comes.
+    /// Sends a `more` call; [`InFlight::next_event`] reads what comes.
     pub fn begin<C: Call>(&mut self, request: &C::Request, fds: &[BorrowedFd<'_>]) -> Result<InFlight<'_, C::Reply>> {
         self.send(C::METHOD, &raw(request)?, true, fds)?;
         self.connection.set_deadline(None)?;
@@ -156,7 +158,7 @@ impl Client {
 
 impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
     /// The next note or the reply. Errors: the daemon's fault; unreachable when the connection broke; `timeout`.
-    pub fn next(&mut self) -> Result<Event<R>> {
+    pub fn next_event(&mut self) -> Result<Event<R>> {
         loop {
             let line = self.client.connection.read_line(self.method)?;
             let doing = || format!("read the answer to {}", self.method);
@@ -171,7 +173,7 @@ impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
     /// Reads to the reply.
     pub fn finish(mut self, on_note: &mut dyn FnMut(Note) -> Result<()>) -> Result<R> {
         loop {
-            match self.next()? {
+            match self.next_event()? {
                 Event::Reply(reply) => return Ok(reply),
                 Event::Note(note) => {
                     if let Err(e) = on_note(note) {

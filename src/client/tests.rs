@@ -1,1 +1,252 @@
+use super::fake::{Fake, Request};
+use super::*;
+use crate::api::Empty;
+use crate::api::daemon::{DebugLocks, Doctor};
+use crate::api::exec::{ExecStart, ExecStartRequest};
+use crate::api::op::Progress;
+use crate::api::vm::{VmShow, VmStart};
+use crate::error::Code;
+use expect_test::{Expect, expect};
+use serde_json::json;
+use std::io::Write;
+use std::os::fd::AsFd;
 
+fn show(client: &mut Client) -> Result<crate::api::vm::VmReply> {
+    client.call::<VmShow>(&crate::api::vm::VmRequest { vm: "web".to_owned() })
+}
+
+/// What a call gives where the daemon answers by `answer`, and how it is told.
+#[track_caller]
+fn check(answer: impl Fn(Request) + Send + Sync + 'static, expected: Expect) {
+    let fake = Fake::start(answer);
+    let mut client = Client::connect(&fake.socket()).unwrap();
+    let e = show(&mut client).unwrap_err();
+    expected.assert_eq(&format!("{} {} {}\n{e}\nhint: {:?}\n", e.exit_status(), e.kind(), e.unreachable, e.fault.hint));
+}
+
+#[test]
+fn faults_keep_code_kind_and_hint() {
+    check(
+        |r| r.fault(Error::new(Kind::VmNotFound, "no vm web").hint("fcctl ps -a")),
+        expect![[r#"
+            3 vm_not_found false
+            no vm web
+            hint: Some("fcctl ps -a")
+        "#]],
+    );
+}
+
+#[test]
+fn a_kind_of_a_newer_daemon_is_kept() {
+    check(
+        |mut r| {
+            r.raw(r#"{"jsonrpc":"2.0","id":2,"error":{"code":-32000,"message":"x","data":{"code":"busy","kind":"moon_full","message":"x","retryable":true,"extra":1}}}"#);
+        },
+        expect![[r#"
+            4 moon_full false
+            x
+            hint: None
+        "#]],
+    );
+}
+
+#[test]
+fn an_error_about_the_connection_has_no_id() {
+    check(
+        |mut r| r.raw(r#"{"jsonrpc":"2.0","id":null,"error":{"code":-32601,"message":"no method vm.show"}}"#),
+        expect![[r#"
+            2 method_not_found false
+            no method vm.show
+            hint: None
+        "#]],
+    );
+}
+
+#[test]
+fn a_daemon_that_goes_is_unreachable() {
+    check(
+        Request::hang_up,
+        expect![[r#"
+            5 daemon_lost true
+            vm.show: the daemon closed the connection without an answer
+            hint: Some("see whether fcd runs: fcctl doctor")
+        "#]],
+    );
+}
+
+#[test]
+fn an_answer_to_another_call_is_refused() {
+    check(
+        |mut r| r.raw(r#"{"jsonrpc":"2.0","id":77,"result":{}}"#),
+        expect![[r#"
+            1 internal false
+            vm.show: the daemon answered another call (77)
+            hint: None
+        "#]],
+    );
+}
+
+#[test]
+fn a_line_without_end_is_refused() {
+    check(
+        |mut r| r.raw(&"x".repeat(crate::api::frame::FRAME_BYTES_MAX + 1)),
+        expect![[r#"
+            1 internal false
+            vm.show: the daemon sent a line of more than 1048576 bytes
+            hint: None
+        "#]],
+    );
+}
+
+#[test]
+fn what_is_no_json_hints_at_versions() {
+    check(
+        |mut r| r.raw("hello"),
+        expect![[r#"
+            1 version_mismatch false
+            read the answer to vm.show: expected value at line 1 column 1
+            hint: Some("fcctl and fcd may be of different versions: compare with fcctl version")
+        "#]],
+    );
+}
+
+#[track_caller]
+fn refused(socket: &Path, expected: Expect) {
+    let e = Client::connect(socket).err().expect("refused");
+    let text = format!("{} {}\n{e}\nhint: {}\n", e.exit_status(), e.kind(), e.fault.hint.clone().unwrap_or_default());
+    expected.assert_eq(&text.replace(socket.to_str().unwrap(), "SOCKET"));
+}
+
+#[test]
+fn unreachable_daemons_each_have_a_hint() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("fcd.sock");
+    refused(
+        &socket,
+        expect![[r#"
+            5 daemon_absent
+            no daemon at SOCKET: there is no such socket
+            hint: start one (fcd), or name its socket (--socket S or FCD_SOCKET)
+        "#]],
+    );
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    refused(
+        &socket,
+        expect![[r#"
+            5 daemon_absent
+            no daemon at SOCKET: nobody listens on the socket
+            hint: start it again: fcd
+        "#]],
+    );
+    let long = dir.path().join("x".repeat(200));
+    let e = Client::connect(&long).err().unwrap();
+    assert_eq!((e.exit_status(), e.kind()), (5, LOST));
+}
+
+#[test]
+fn versions() {
+    let fake = Fake::with_version(VERSION_MAJOR + 1, 0, |_| unreachable!());
+    let e = Client::connect(&fake.socket()).err().unwrap();
+    assert_eq!((e.exit_status(), e.kind()), (5, "version_mismatch"));
+    assert!(e.fault.hint.is_some());
+
+    let fake = Fake::with_version(VERSION_MAJOR, VERSION_MINOR + 1, |_| unreachable!());
+    let client = Client::connect(&fake.socket()).unwrap();
+    assert!(client.warning().unwrap().contains(&format!("protocol {VERSION_MAJOR}.{}", VERSION_MINOR + 1)));
+
+    let fake = Fake::start(|_| unreachable!());
+    assert_eq!(Client::connect(&fake.socket()).unwrap().warning(), None);
+}
+
+#[test]
+fn notes_come_in_order_and_unknown_ones_are_passed_over() {
+    let fake = Fake::start(|mut r| {
+        assert!(r.more);
+        r.raw(r#"{"jsonrpc":"2.0","method":"weather","params":{"sky":"blue"}}"#);
+        r.note(Note::Progress(Progress { stage: "boot".to_owned(), ..Progress::default() }));
+        r.note(Note::Progress(Progress { stage: "ssh".to_owned(), ..Progress::default() }));
+        r.fault(Error::new(Kind::BootTimeout, "late"));
+    });
+    let mut client = Client::connect(&fake.socket()).unwrap();
+    let mut stages = vec![];
+    let request = crate::api::vm::VmRequest { vm: "web".to_owned() };
+    let result = client.call_more::<VmStart>(&request, &[], &mut |note| {
+        let Note::Progress(p) = note else { panic!("{note:?}") };
+        stages.push(p.stage);
+        Ok(())
+    });
+    assert_eq!(result.unwrap_err().code(), Code::Timeout);
+    assert_eq!(stages, ["boot", "ssh"]);
+}
+
+#[test]
+fn an_error_of_the_closure_hangs_up() {
+    let (gone, seen) = crossbeam_channel::bounded(1);
+    let fake = Fake::start(move |mut r| {
+        r.note(Note::Progress(Progress::default()));
+        r.wait_for_hangup();
+        gone.send(()).unwrap();
+    });
+    let mut client = Client::connect(&fake.socket()).unwrap();
+    let request = crate::api::vm::VmRequest { vm: "web".to_owned() };
+    let e = client.call_more::<VmStart>(&request, &[], &mut |_| Err(Error::internal("enough").into())).unwrap_err();
+    assert_eq!(e.to_string(), "enough");
+    seen.recv_timeout(Duration::from_secs(10)).unwrap();
+}
+
+#[test]
+fn another_thread_can_hang_up() {
+    let (ready, go) = crossbeam_channel::bounded(1);
+    let fake = Fake::start(move |mut r| {
+        ready.send(()).unwrap();
+        r.wait_for_hangup();
+    });
+    let mut client = Client::connect(&fake.socket()).unwrap();
+    let hangup = client.hangup().unwrap();
+    let cutter = crate::host::thread::spawn("cutter", move || {
+        go.recv_timeout(Duration::from_secs(10)).unwrap();
+        hangup.hang_up();
+    })
+    .unwrap();
+    let e = client.call_more::<DebugLocks>(&Empty {}, &[], &mut |_| Ok(())).unwrap_err();
+    assert_eq!(e.kind(), LOST);
+    cutter.join().unwrap();
+}
+
+#[test]
+fn descriptors_go_with_a_large_request() {
+    let fake = Fake::start(|mut r| {
+        assert_eq!(r.params["argv"][0].as_str().unwrap().len(), 500_000);
+        let fd = r.fds.pop().unwrap();
+        std::fs::File::from(fd).write_all(b"through the pipe").unwrap();
+        r.result(json!({"exit": {"status": 7}}));
+    });
+    let mut client = Client::connect(&fake.socket()).unwrap();
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let request = ExecStartRequest {
+        vm: "web".to_owned(),
+        argv: vec!["x".repeat(500_000)],
+        env: vec![],
+        workdir: None,
+        pty: None,
+        streams: vec![crate::api::exec::Stream::Stdout],
+    };
+    let reply = client.call_more::<ExecStart>(&request, &[writer.as_fd()], &mut |_| Ok(())).unwrap();
+    drop(writer);
+    assert_eq!(reply.exit.shell_status(), 7);
+    assert_eq!(std::io::read_to_string(&mut reader).unwrap(), "through the pipe");
+    let too_long = ExecStartRequest { argv: vec!["x".repeat(1 << 20)], ..request };
+    let e = client.call_more::<ExecStart>(&too_long, &[], &mut |_| Ok(())).unwrap_err();
+    assert_eq!((e.kind(), e.exit_status()), ("frame_too_large", 2));
+    // The connection is as good as before.
+    assert!(client.call_raw("fcd.info", &RawValue::from_string("{}".to_owned()).unwrap(), CALL_DEADLINE).is_ok());
+}
+
+#[test]
+fn a_silent_daemon_is_given_up() {
+    let fake = Fake::start(|mut r| r.wait_for_hangup());
+    let mut client = Client::connect(&fake.socket()).unwrap();
+    let params = RawValue::from_string("{}".to_owned()).unwrap();
+    let e = client.call_raw(<Doctor as Call>::METHOD, &params, Duration::from_millis(50)).unwrap_err();
+    assert_eq!((e.code(), e.exit_status()), (Code::Timeout, 124));
+}

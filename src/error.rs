@@ -136,11 +136,12 @@ kinds! {
 }
 
 /// An error in process. On the wire it is flattened to `api::Fault`.
+#[derive(Clone)]
 pub struct Error {
     kind: Kind,
     message: String,
     hint: Option<String>,
-    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    source: Option<std::sync::Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
@@ -177,7 +178,7 @@ impl Error {
 
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        self.source = Some(source.into());
+        self.source = Some(source.into().into());
         self
     }
 

@@ -1,1 +1,54 @@
-fn main() {}
+//! The daemon's program: flags and logging; the rest is the library's.
+
+use clap::Parser;
+use fcd::config::{Config, Flags};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Development sandboxes in microVMs: the daemon.
+#[derive(Parser)]
+#[command(name = "fcd", version)]
+struct Args {
+    /// Configuration file [env: FCD_CONFIG] [default: /etc/fcd/config.toml, for users below ~/.config]
+    #[arg(long, value_name = "F")]
+    config: Option<PathBuf>,
+    /// Where VMs, images and the database lie [env: FCD_STATE_DIR] [default: /var/lib/fcd, for users below ~/.local/state]
+    #[arg(long, value_name = "D")]
+    state_dir: Option<PathBuf>,
+    /// The socket to serve [env: FCD_SOCKET] [default: /run/fcd/fcd.sock, for users in $XDG_RUNTIME_DIR]
+    #[arg(long, value_name = "S")]
+    socket: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Looks at what this host offers and prints the checks as JSON, without serving
+    Doctor {
+        /// The only form there is; accepted so that scripts can say it
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    let args = Args::parse();
+    let flags = Flags { config: args.config, state_dir: args.state_dir, socket: args.socket };
+    let uid = nix::unistd::geteuid().as_raw();
+    let outcome = Config::load(&flags, uid, &|name| std::env::var(name).ok()).and_then(|config| match args.command {
+        Some(Command::Doctor { .. }) => fcd::server::print_doctor(&config),
+        None => fcd::server::run(config),
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("fcd: {e}");
+            if let Some(hint) = e.hint_text() {
+                eprintln!("hint: {hint}");
+            }
+            ExitCode::from(fcd::server::exit_status(&e))
+        }
+    }
+}

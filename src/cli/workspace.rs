@@ -189,7 +189,9 @@ impl Transfer<'_> {
         });
         let mut packer: Option<Beside<Sent>> = None;
         let reply = self.call::<WorkspacePrepare>(&format!("copy to {}", self.vm), &request, theirs, &mut |note| {
-            if let (Note::Ready(ready), Some(begin)) = (note, begin.take()) {
+            if let Note::Ready(ready) = note
+                && let Some(begin) = begin.take()
+            {
                 let keep = encode::decode_all(&ready.keep)?;
                 packer = Some(thread::spawn("pack", move || begin(keep))?);
             }

@@ -1,1 +1,261 @@
-//! The daemon.
+//! The daemon: what its operations are made of. Each operation is a story in one file; `transitions.rs` says
+//! which may begin when, `lifecycle.rs` and `commit.rs` carry that out.
+
+mod access;
+mod boot;
+mod close;
+mod commit;
+mod console;
+mod create;
+mod debug;
+mod doctor;
+mod down;
+mod hold;
+mod images;
+mod lifecycle;
+mod locks;
+mod names;
+mod notes;
+mod operations;
+mod reconcile;
+mod runtime;
+mod sessions;
+mod transfer;
+mod transitions;
+mod verbs;
+mod waiting;
+mod watch;
+mod workspaces;
+
+pub use crate::ops::Change as OpEvent;
+pub use access::Caller;
+pub use doctor::host_checks;
+pub use notes::Notes;
+pub use sessions::ExecIo;
+pub use transitions::markdown_table as transitions_table;
+pub use waiting::{Gone, Hangup};
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::guest::ControlSender;
+use crate::guest::Transport;
+use crate::host::Commands;
+use crate::ids::{OpId, VmId};
+use crate::image::Images;
+use crate::locks::{Cancel, Mutex, Rank};
+use crate::ops::Ops;
+use crate::pool::{Admission, Pool};
+use crate::store::{Store, Ticket, Tx};
+use crate::vmm::Driver;
+use serde::Serialize;
+use serde_json::Value;
+use std::collections::HashSet;
+use std::ops::Deref;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+const VMS_DIR: &str = "vms";
+/// How long a change may take to reach the disk.
+const DURABLE_DEADLINE: Duration = Duration::from_secs(60);
+/// How long a killed VMM may take to be gone: the kernel frees its memory first.
+const KILL_DEADLINE: Duration = Duration::from_secs(60);
+/// Of the host's memory, what VMs get when the configuration does not say.
+const MEM_SHARE_PERCENT: u64 = 80;
+
+/// The true seams: tests put fakes here.
+pub struct Seams {
+    pub vmm: Arc<dyn Driver>,
+    pub transport: Arc<dyn Transport>,
+    pub commands: Arc<dyn Commands>,
+}
+
+impl Seams {
+    /// The real ones.
+    pub fn real(config: &Config) -> Result<Self> {
+        Ok(Self {
+            vmm: Arc::new(crate::vmm::qemu::Qemu::new(config.qemu.clone())?),
+            transport: Arc::new(crate::guest::SshTransport),
+            commands: Arc::new(crate::host::HostCommands),
+        })
+    }
+}
+
+/// What a clone of [`Daemon`] shares.
+pub struct Inner {
+    pub config: Config,
+    pub store: Store,
+    pub ops: Ops,
+    pub locks: locks::OpLocks,
+    pub pool: Pool,
+    images: Images,
+    sessions: crate::session::Registry<ControlSender>,
+    admission: Admission,
+    runtimes: runtime::Runtimes,
+    vmm: Arc<dyn Driver>,
+    transport: Arc<dyn Transport>,
+    commands: Arc<dyn Commands>,
+    mem_mib_max: u64,
+    /// Names under which images are being built.
+    building: Mutex<HashSet<crate::ids::ImageRef>>,
+    /// VMs that reconcile has not looked at yet.
+    unlooked: Mutex<HashSet<VmId>>,
+    /// Fires when the daemon closes.
+    closing: Cancel,
+    threads: close::Threads,
+    started: Instant,
+}
+
+/// A handle; clones are the same daemon.
+#[derive(Clone)]
+pub struct Daemon(Arc<Inner>);
+
+impl Deref for Daemon {
+    type Target = Inner;
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}
+
+/// What a lifecycle call answers at once.
+#[derive(Debug)]
+pub enum Begun {
+    /// An operation of this call's own.
+    Op(OpId),
+    /// The operation under way, which this call waits for but does not own.
+    Joined(OpId),
+    Done(Value),
+}
+
+impl Begun {
+    fn done(reply: &impl Serialize) -> Result<Self> {
+        to_value(reply).map(Begun::Done)
+    }
+}
+
+fn to_value(reply: &impl Serialize) -> Result<Value> {
+    serde_json::to_value(reply).map_err(|e| Error::internal("write a reply").with_source(e))
+}
+
+/// The registry with what the store has kept. Operations whose threads died with the earlier daemon have ended.
+fn open_ops(store: &Store, mut rows: Vec<crate::api::op::Op>) -> Result<Ops> {
+    let keep = store.clone();
+    let ops = Ops::new(move |ended| {
+        let kept = keep.change_essential(|tx| {
+            tx.put_op(ended.op);
+            Ok(())
+        });
+        if let Err(e) = kept {
+            log::warn!("write down an operation that was dropped: {e}");
+        }
+    });
+    rows.sort_by_key(|op| op.started_at);
+    let broken = ops.restore(rows)?;
+    let ((), ticket) = store.change(|tx| {
+        for ended in broken {
+            tx.put_op(ended.op);
+        }
+        Ok(())
+    })?;
+    ticket.wait(Instant::now() + DURABLE_DEADLINE)?;
+    Ok(ops)
+}
+
+/// Seconds since the epoch.
+fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+impl Daemon {
+    /// Opens the state directory, which the caller has locked. Reconcile follows: [`Daemon::reconcile`].
+    pub fn open(config: Config, seams: Seams) -> Result<Self> {
+        // VMMs of other uids reach what is theirs below it.
+        drop(crate::host::fs::create_dir(&config.state_dir.join(VMS_DIR), 0o711)?);
+        let store = Store::open(&config.state_dir)?;
+        let limits = &config.limits;
+        let boots = if limits.boots_max == 0 { crate::host::limits::cores() } else { limits.boots_max };
+        let mem_mib_max = match limits.mem_mib_max {
+            0 => crate::host::limits::mem_total_mib()? * MEM_SHARE_PERCENT / 100,
+            set => set,
+        };
+        let (rows, unlooked) = store.read(|s| {
+            (s.ops().map(|o| (**o).clone()).collect::<Vec<_>>(), s.vms().map(|r| r.id.clone()).collect::<HashSet<_>>())
+        });
+        let ops = open_ops(&store, rows)?;
+        let inner = Inner {
+            pool: Pool::new(limits.pool_workers, limits.pool_queue, limits.queue_per_uid_max)?,
+            images: Images::open(&config.state_dir)?,
+            sessions: crate::session::Registry::new(),
+            admission: Admission::new(boots),
+            locks: locks::OpLocks::new(),
+            runtimes: runtime::Runtimes::new(),
+            vmm: seams.vmm,
+            transport: seams.transport,
+            commands: seams.commands,
+            building: Mutex::new(Rank::Runtimes, HashSet::new()),
+            unlooked: Mutex::new(Rank::Runtimes, unlooked),
+            closing: Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?,
+            threads: close::Threads::new(),
+            started: Instant::now(),
+            mem_mib_max,
+            ops,
+            store,
+            config,
+        };
+        Ok(Self(Arc::new(inner)))
+    }
+
+    pub fn is_closing(&self) -> bool {
+        self.closing.is_cancelled()
+    }
+
+    /// Starts a thread of an operation. It is counted, so that close can wait for it.
+    fn spawn(&self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+        let count = self.threads.enter();
+        crate::host::thread::spawn(name, move || {
+            let _count = count;
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).is_err() {
+                log::error!("an operation's thread panicked");
+            }
+            crate::locks::check::assert_none_held("the end of an operation's thread");
+        })
+        .map(drop)
+    }
+
+    /// Threads of operations now running.
+    pub fn threads(&self) -> usize {
+        self.threads.count()
+    }
+
+    /// One section of the store. `essential` changes (kill, delete, commits) also pass when the disk is full.
+    fn change<T>(&self, essential: bool, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<(T, Ticket)> {
+        if essential { self.store.change_essential(change) } else { self.store.change(change) }
+    }
+
+    fn wait_durable(&self, ticket: Ticket) -> Result<()> {
+        ticket.wait(Instant::now() + DURABLE_DEADLINE).map(drop)
+    }
+
+    /// Waits so long, or until the daemon closes: then true.
+    fn pause(&self, period: Duration) -> bool {
+        waiting::poll_until(&[self.closing.fd()], Instant::now() + period);
+        self.closing.is_cancelled()
+    }
+
+    fn kill_vmm(&self, identity: &crate::vmm::Identity) -> Result<()> {
+        self.vmm.kill(identity, Instant::now() + KILL_DEADLINE)
+    }
+
+    fn vm_dir(&self, vm: &VmId) -> PathBuf {
+        self.config.state_dir.join(VMS_DIR).join(vm.as_str())
+    }
+
+    /// In the VMM's arguments, so that the process can be found again.
+    fn tag(&self, row: &crate::store::VmRow) -> String {
+        format!("fc-{}-{}-{}", self.store.install_id(), row.id, row.generation)
+    }
+
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+}

@@ -1,1 +1,61 @@
-//! Root disks and seed drives.
+//! Root disks of VMs, made from an image without copying it, and the seed drive that configures a guest.
+//!
+//! A root disk is a reflink of the image's file system where the host's file system can share blocks, else a
+//! qcow2 file on top of it. A full copy is never made. The host never opens the file system on a disk: it only
+//! makes the disk larger, and the guest grows its own file system.
+
+pub mod root;
+pub mod seed;
+
+pub use root::{Method, Probe, RootDisk, RootSpec, grow, make_root, probe};
+pub use seed::{KeyPair, Network, Seed};
+
+use crate::error::{Error, Result};
+use std::fs::File;
+use std::os::unix::fs::fchown;
+use std::path::{Path, PathBuf};
+
+/// A file on its way to `path`: made beside it, renamed when complete, removed otherwise.
+struct Draft {
+    path: PathBuf,
+    target: PathBuf,
+    published: bool,
+}
+
+impl Draft {
+    /// A leftover of an earlier attempt is removed.
+    fn new(target: &Path) -> Result<Self> {
+        let mut name = std::ffi::OsString::from(".");
+        name.push(target.file_name().ok_or_else(|| Error::internal(format!("{} has no file name", target.display())))?);
+        name.push(".new");
+        let draft = Self { path: target.with_file_name(name), target: target.to_owned(), published: false };
+        match std::fs::remove_file(&draft.path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(format!("remove {}", draft.path.display()), e)),
+            _ => Ok(draft),
+        }
+    }
+
+    /// Gives it to its owner, syncs it and puts it in place: after a crash it is there whole or not at all.
+    fn publish(mut self, owner: Option<(u32, u32)>) -> Result<()> {
+        let doing = || format!("write {}", self.target.display());
+        let io = |e: std::io::Error| Error::io(doing(), e);
+        let file = File::open(&self.path).map_err(io)?;
+        if let Some((uid, gid)) = owner {
+            fchown(&file, Some(uid), Some(gid)).map_err(io)?;
+        }
+        file.sync_all().map_err(io)?;
+        std::fs::rename(&self.path, &self.target).map_err(io)?;
+        let dir = self.target.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(dir).and_then(|d| d.sync_all()).map_err(io)?;
+        self.published = true;
+        Ok(())
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if !self.published {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}

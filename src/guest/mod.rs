@@ -1,9 +1,22 @@
 //! The guest at arm's length: dial, wait until it answers, run a command with pumped streams.
 
+mod controls;
+#[cfg(feature = "fakes")]
+pub mod fake;
+pub mod io;
+mod quote;
+mod script;
+pub mod ssh;
+mod wait;
+
+pub use controls::{ControlReceiver, ControlSender, control_queue};
+pub use quote::{CANNOT_ENTER, CANNOT_ENTER_STATUS, command_line, quote};
+pub use script::{Script, run_script};
+pub use ssh::SshTransport;
+
 use crate::api::exec::{Exit, Pty, PtySize};
 use crate::error::Result;
 use crate::locks::Cancel;
-use std::io;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
@@ -23,13 +36,13 @@ pub struct Target {
 pub trait Source: Send {
     fn fd(&self) -> Option<BorrowedFd<'_>>;
     /// 0 is the end; `WouldBlock` when there is nothing yet. Any other error ends the command with that error.
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize>;
 }
 
 pub trait Sink: Send {
     fn fd(&self) -> Option<BorrowedFd<'_>>;
     /// `BrokenPipe`: nobody reads; what follows is dropped and the command goes on.
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize>;
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize>;
 }
 
 /// What a caller may do to a command that runs.

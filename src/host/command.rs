@@ -1,8 +1,9 @@
 //! Host commands: an argv, a cleared environment, a deadline, a cancel token, bounded output.
 
+use super::wait::{Woken, cancelled, is_readable, wait_any, wait_uncancelled};
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Rank, region};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use std::ffi::{OsStr, OsString};
@@ -17,8 +18,9 @@ use std::time::{Duration, Instant};
 pub const OUTPUT_BYTES_MAX: usize = 1024 * 1024;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(60);
-/// Between a look at the child and the next, where its pipes stay open without it.
-const TICK: Duration = Duration::from_millis(50);
+/// How long the pipes of a command that has ended may stay silent before its output is taken for whole: a
+/// child that it left behind may hold them open for ever.
+const PIPES_GRACE: Duration = Duration::from_millis(200);
 
 /// One host command. Arguments go as an array; no shell is between.
 #[derive(Debug, Clone)]
@@ -31,6 +33,9 @@ pub struct Command {
     pub credentials: Option<(u32, u32)>,
     pub stdin: Vec<u8>,
     pub deadline: Duration,
+    /// At a cancel or the deadline: from SIGTERM to SIGKILL, for what has to clean up after itself. Zero: SIGKILL
+    /// at once.
+    pub term_grace: Duration,
 }
 
 /// What a command left.
@@ -51,6 +56,7 @@ impl Command {
             credentials: None,
             stdin: Vec::new(),
             deadline: DEFAULT_DEADLINE,
+            term_grace: Duration::ZERO,
         }
     }
     #[must_use]
@@ -83,6 +89,16 @@ impl Command {
         self.deadline = deadline;
         self
     }
+    #[must_use]
+    pub fn term_grace(mut self, grace: Duration) -> Self {
+        self.term_grace = grace;
+        self
+    }
+    #[must_use]
+    pub fn credentials(mut self, uid: u32, gid: u32) -> Self {
+        self.credentials = Some((uid, gid));
+        self
+    }
     fn shown(&self) -> String {
         self.program.to_string_lossy().into_owned()
     }
@@ -99,7 +115,6 @@ pub struct HostCommands;
 
 impl Commands for HostCommands {
     fn run(&self, command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<Output> {
-        let _blocking = region(Rank::HostCmd);
         let output = run_any_status(command, cancel, on_line)?;
         if output.status == 0 {
             return Ok(output);
@@ -112,19 +127,40 @@ impl Commands for HostCommands {
 fn last_lines(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let lines: Vec<_> = text.lines().filter(|l| !l.trim().is_empty()).collect();
-    lines[lines.len().saturating_sub(3)..].join("; ").escape_debug().to_string()
+    printable(&lines[lines.len().saturating_sub(3)..].join("; "))
 }
 
-/// Runs to the end whatever the status: 128+n where signal n killed it.
+/// The text of a stranger, for an error or a log line: control characters are escaped.
+pub fn printable(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
+/// Runs to the end whatever the status: 128+n where signal n killed it. What it leaves running in its process
+/// group is killed.
 pub fn run_any_status(command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<Output> {
+    let _blocking = region(Rank::HostCmd);
     let mut child = start(command)?;
-    let pid = Pid::from_raw(child.id() as i32);
+    let group = Pid::from_raw(child.id().cast_signed());
     let result = attend(command, &mut child, cancel, on_line);
-    if result.is_err() {
-        let _ = killpg(pid, Signal::SIGKILL);
-        let _ = child.wait();
+    if result.is_err() && !command.term_grace.is_zero() {
+        let _ = killpg(group, Signal::SIGTERM);
+        let _ = wait_exited(&child, command.term_grace);
     }
-    result
+    // The group's number stays taken while its leader is not reaped, and while a member lives.
+    let _ = killpg(group, Signal::SIGKILL);
+    let status = child.wait().map_err(|e| Error::io(format!("run {}", command.shown()), e))?;
+    let (stdout, stderr) = result?;
+    Ok(Output { status: status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0)), stdout, stderr })
+}
+
+fn pidfd(child: &std::process::Child) -> std::io::Result<OwnedFd> {
+    let pid = rustix::process::Pid::from_raw(child.id().cast_signed()).expect("a child has a pid");
+    Ok(rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?)
+}
+
+fn wait_exited(child: &std::process::Child, patience: Duration) -> std::io::Result<Woken> {
+    let exited = pidfd(child)?;
+    wait_uncancelled(&[(exited.as_fd(), PollFlags::POLLIN)], Instant::now() + patience)
 }
 
 #[allow(clippy::disallowed_methods)] // The one place.
@@ -133,6 +169,7 @@ pub(super) fn start(command: &Command) -> Result<std::process::Child> {
     c.args(&command.args).env_clear().envs(command.env.iter().cloned()).process_group(0);
     c.stdin(if command.stdin.is_empty() { Stdio::null() } else { Stdio::piped() });
     c.stdout(Stdio::piped()).stderr(Stdio::piped());
+    die_with_us(&mut c);
     if let Some(dir) = &command.cwd {
         c.current_dir(dir);
     }
@@ -140,12 +177,25 @@ pub(super) fn start(command: &Command) -> Result<std::process::Child> {
         c.uid(uid).gid(gid);
     }
     c.spawn().map_err(|e| {
-        if e.kind() == std::io::ErrorKind::NotFound {
+        if e.kind() == std::io::ErrorKind::NotFound && command.cwd.as_ref().is_none_or(|dir| dir.is_dir()) {
             Error::new(Kind::CommandMissing, format!("{} is not installed", command.shown())).hint("run fcctl doctor")
         } else {
             Error::io(format!("run {}", command.shown()), e)
         }
     })
+}
+
+/// A daemon that is killed leaves no mkfs behind. The thread that starts a command waits for it, so the thread
+/// whose end this is about outlives the command.
+#[allow(unsafe_code)]
+fn die_with_us(command: &mut std::process::Command) {
+    // SAFETY: between fork and exec, one async-signal-safe call without memory.
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            Ok(())
+        });
+    }
 }
 
 struct Stream {
@@ -161,7 +211,11 @@ impl Stream {
     fn take(&mut self, on_line: &mut dyn FnMut(&str)) -> std::io::Result<()> {
         let Some(fd) = &self.fd else { return Ok(()) };
         let mut buffer = [0u8; 16 * 1024];
-        let n = nix::unistd::read(fd, &mut buffer)?;
+        let n = match nix::unistd::read(fd, &mut buffer) {
+            Ok(n) => n,
+            Err(nix::errno::Errno::EINTR) => return Ok(()),
+            Err(e) => return Err(e.into()),
+        };
         if n == 0 {
             self.fd = None;
         }
@@ -184,65 +238,61 @@ impl Stream {
     }
 }
 
-fn attend(command: &Command, child: &mut std::process::Child, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<Output> {
+/// Until the command has exited and its output is read: stdout and stderr.
+fn attend(
+    command: &Command,
+    child: &mut std::process::Child,
+    cancel: &Cancel,
+    on_line: &mut dyn FnMut(&str),
+) -> Result<(Vec<u8>, Vec<u8>)> {
     let doing = || format!("run {}", command.shown());
+    let io = |e: std::io::Error| Error::io(format!("run {}", command.shown()), e);
     let deadline = Instant::now() + command.deadline;
+    let exited = pidfd(child).map_err(io)?;
     let mut input = child.stdin.take().map(|pipe| (pipe, 0usize));
     if let Some((pipe, _)) = &input {
-        set_nonblocking(pipe).map_err(|e| Error::io(doing(), e))?;
+        set_nonblocking(pipe).map_err(io)?;
     }
     let mut streams =
         [Stream::new(child.stdout.take().expect("piped").into()), Stream::new(child.stderr.take().expect("piped").into())];
     loop {
-        if let Some(cause) = cancel.cause() {
-            return Err(Error::new(Kind::Cancelled, format!("{}: cancelled: {cause}", doing())));
+        let has_exited = is_readable(&exited);
+        if has_exited && streams.iter().all(|s| s.fd.is_none()) {
+            break;
         }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(Error::new(Kind::Timeout, format!("{}: not finished after {} s", doing(), command.deadline.as_secs())));
+        let until = if has_exited { deadline.min(Instant::now() + PIPES_GRACE) } else { deadline };
+        let mut fds: Vec<_> = streams.iter().filter_map(|s| s.fd.as_ref()).map(|fd| (fd.as_fd(), PollFlags::POLLIN)).collect();
+        if !has_exited {
+            fds.push((exited.as_fd(), PollFlags::POLLIN));
+            fds.extend(input.as_ref().map(|(pipe, _)| (pipe.as_fd(), PollFlags::POLLOUT)));
         }
-        if streams.iter().all(|s| s.fd.is_none())
-            && let Some(status) = child.try_wait().map_err(|e| Error::io(doing(), e))?
-        {
-            let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
-            let [out, err] = streams;
-            return Ok(Output { status: code, stdout: out.kept, stderr: err.kept });
+        match wait_any(&fds, until, cancel).map_err(io)? {
+            Woken::Ready => {}
+            Woken::Cancelled => return Err(cancelled(&doing(), cancel)),
+            Woken::Deadline if has_exited => break,
+            Woken::Deadline => {
+                return Err(Error::new(
+                    Kind::Timeout,
+                    format!("{}: not finished after {} s", doing(), command.deadline.as_secs()),
+                ));
+            }
         }
-        wait_for_any(&streams, input.as_ref().map(|(p, _)| p), cancel, left.min(TICK)).map_err(|e| Error::io(doing(), e))?;
-        feed(&mut input, &command.stdin).map_err(|e| Error::io(doing(), e))?;
+        feed(&mut input, &command.stdin).map_err(io)?;
         for stream in &mut streams {
-            if stream.fd.as_ref().is_some_and(readable) {
-                stream.take(on_line).map_err(|e| Error::io(doing(), e))?;
+            if stream.fd.as_ref().is_some_and(is_readable) {
+                stream.take(on_line).map_err(io)?;
             }
         }
     }
-}
-
-fn readable(fd: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-    matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0)
-}
-
-fn wait_for_any(
-    streams: &[Stream; 2],
-    input: Option<&std::process::ChildStdin>,
-    cancel: &Cancel,
-    timeout: Duration,
-) -> std::io::Result<()> {
-    let mut fds = vec![PollFd::new(cancel.fd(), PollFlags::POLLIN)];
-    fds.extend(streams.iter().filter_map(|s| s.fd.as_ref()).map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
-    fds.extend(input.map(|p| PollFd::new(p.as_fd(), PollFlags::POLLOUT)));
-    match poll(&mut fds, PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX)) {
-        Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
-        Err(e) => Err(e.into()),
-    }
+    let [out, err] = streams;
+    Ok((out.kept, err.kept))
 }
 
 pub(super) fn feed(input: &mut Option<(std::process::ChildStdin, usize)>, bytes: &[u8]) -> std::io::Result<()> {
     let Some((pipe, sent)) = input else { return Ok(()) };
     match pipe.write(&bytes[*sent..]) {
         Ok(n) => *sent += n,
-        Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
+        Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted) => return Ok(()),
         // The command has read what it wants.
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => *sent = bytes.len(),
         Err(e) => return Err(e),
@@ -257,6 +307,16 @@ pub(super) fn set_nonblocking(fd: impl AsFd) -> std::io::Result<()> {
     let flags = rustix::fs::fcntl_getfl(&fd)?;
     rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
     Ok(())
+}
+
+/// Where a program is that a command would run: the name as it is when it holds a slash, else by our search path.
+pub fn find_program(name: &std::path::Path) -> Option<PathBuf> {
+    use std::os::unix::fs::PermissionsExt;
+    let runs = |p: &PathBuf| std::fs::metadata(p).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
+    if name.as_os_str().as_encoded_bytes().contains(&b'/') {
+        return Some(name.to_owned()).filter(runs);
+    }
+    PATH.split(':').map(|dir| std::path::Path::new(dir).join(name)).find(runs)
 }
 
 /// Reads all of a small file, or as much as `max` bytes of it.
@@ -295,16 +355,42 @@ mod tests {
         })
         .unwrap_err();
         assert_eq!(e.kind(), Kind::Cancelled);
-        let pid = Pid::from_raw(seen.borrow().parse().unwrap());
-        let gone = (0..100).any(|_| {
+        assert_gone(&seen.borrow());
+    }
+
+    /// A killed process that is not our child is gone as soon as init has reaped it.
+    #[track_caller]
+    fn assert_gone(pid: &str) {
+        let gone = (0..500).any(|_| {
             let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
             if stat.is_empty() || stat.contains(") Z ") {
                 return true;
             }
-            let _ = poll(&mut [], PollTimeout::from(20u8));
+            super::super::wait::pause(Duration::from_millis(20), &cancel()).unwrap();
             false
         });
-        assert!(gone);
+        assert!(gone, "{pid} lives");
+    }
+
+    #[test]
+    fn what_a_command_leaves_behind_neither_delays_nor_outlives_it() {
+        let c = Command::new("sh").args(["-c", "sleep 1000 & echo $!"]);
+        let began = Instant::now();
+        let out = run_any_status(&c, &cancel(), &mut |_| {}).unwrap();
+        assert!(began.elapsed() < Duration::from_secs(20));
+        assert_eq!(out.status, 0);
+        assert_gone(String::from_utf8(out.stdout).unwrap().trim());
+    }
+
+    #[test]
+    fn a_command_with_a_grace_may_clean_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let script = "trap 'echo cleaned > done; exit' TERM; echo ready; sleep 1000 & wait";
+        let c = Command::new("sh").args(["-c", script]).cwd(dir.path()).term_grace(Duration::from_secs(20));
+        let cancel = cancel();
+        let e = run_any_status(&c, &cancel, &mut |_| cancel.cancel("enough")).unwrap_err();
+        assert_eq!(e.to_string(), "run sh: cancelled: enough");
+        assert_eq!(std::fs::read_to_string(dir.path().join("done")).unwrap(), "cleaned\n");
     }
 
     #[test]

@@ -1,9 +1,13 @@
-//! The host, at arm's length: the only process spawn, threads, files, pidfds.
+//! The host, at arm's length: the only process spawn, threads, files, pidfds, limits.
 
 pub mod command;
+pub mod fs;
 pub mod interactive;
+pub mod limits;
 pub mod piped;
+pub mod process;
 pub mod shell;
 pub mod thread;
+pub mod wait;
 
 pub use command::{Command, Commands, HostCommands, Output};

@@ -1,15 +1,26 @@
 //! A cancel token: a flag with a cause, an eventfd for `poll`, and wakers for condition waits.
 
+use super::raw;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-type Waker = Box<dyn Fn() + Send + Sync>;
+type Waker = Box<dyn FnOnce() + Send>;
 
 struct Inner {
-    cause: std::sync::OnceLock<String>,
+    cause: OnceLock<String>,
     event: EventFd,
-    wakers: parking_lot::Mutex<(u64, Vec<(u64, Waker)>)>,
+    wakers: raw::Mutex<Wakers>,
+    /// Signalled when a waker has returned.
+    returned: raw::Condvar,
+}
+
+#[derive(Default)]
+struct Wakers {
+    last_id: u64,
+    waiting: Vec<(u64, Waker)>,
+    /// The waker that `cancel` is calling, and on which thread.
+    running: Option<(u64, raw::ThreadId)>,
 }
 
 /// Fires at most once and stays fired. Clones share one state.
@@ -22,20 +33,29 @@ impl Cancel {
     /// Fails with the eventfd's error (EMFILE, ENFILE).
     pub fn try_new() -> std::io::Result<Self> {
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Self {
-            inner: Arc::new(Inner { cause: std::sync::OnceLock::new(), event, wakers: parking_lot::Mutex::new((0, Vec::new())) }),
-        })
+        let (cause, wakers) = (OnceLock::new(), raw::Mutex::new(Wakers::default()));
+        Ok(Self { inner: Arc::new(Inner { cause, event, wakers, returned: raw::Condvar::new() }) })
     }
 
-    /// Fires, unless it has. `cause` reads after "cancelled: ": `the VM was stopped`.
+    /// Fires, unless it has. `cause` reads after "cancelled: ": `the VM was stopped`. The wakers run in this call,
+    /// with nothing of the token's held.
     pub fn cancel(&self, cause: impl Into<String>) {
+        // First the cause, then the wakers: whoever subscribes later sees the cause.
         if self.inner.cause.set(cause.into()).is_err() {
             return;
         }
         // The counter cannot overflow: one write in its life.
         let _ = self.inner.event.write(1);
-        for (_, waker) in &self.inner.wakers.lock().1 {
-            waker();
+        loop {
+            let mut wakers = self.inner.wakers.lock();
+            let Some((id, waker)) = wakers.waiting.pop() else { return };
+            wakers.running = Some((id, raw::current().id()));
+            drop(wakers);
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(waker)).is_err() {
+                log::error!("a cancel waker panicked");
+            }
+            self.inner.wakers.lock().running = None;
+            self.inner.returned.notify_all();
         }
     }
 
@@ -52,28 +72,53 @@ impl Cancel {
         self.inner.event.as_fd()
     }
 
-    /// Calls `waker` when the token fires, or now if it has. Forgotten when the result is dropped. The waker
-    /// must not block nor take a lock of a rank.
-    pub fn on_cancel(&self, waker: impl Fn() + Send + Sync + 'static) -> Subscription {
+    /// Calls `waker` once when the token fires, on the thread that fires it, or now if it has. Forgotten when the
+    /// result is dropped: after the drop it neither runs nor will. The waker must not block nor take a lock of a
+    /// rank, for the one who fires may hold any; it may use this token.
+    pub fn on_cancel(&self, waker: impl FnOnce() + Send + 'static) -> Subscription {
         let mut wakers = self.inner.wakers.lock();
-        wakers.0 += 1;
-        let id = wakers.0;
+        // Looked at under the mutex: `cancel` takes it after setting the cause, so one of the two calls the waker.
         if self.is_cancelled() {
+            drop(wakers);
             waker();
-        } else {
-            wakers.1.push((id, Box::new(waker)));
+            return Subscription { cancel: self.clone(), id: 0 };
         }
+        wakers.last_id += 1;
+        let id = wakers.last_id;
+        wakers.waiting.push((id, Box::new(waker)));
+        drop(wakers);
         Subscription { cancel: self.clone(), id }
     }
 }
 
+impl std::fmt::Debug for Cancel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Cancel").field(&self.cause()).finish()
+    }
+}
+
+/// Keeps a waker subscribed.
+#[must_use = "dropping it forgets the waker"]
 pub struct Subscription {
     cancel: Cancel,
     id: u64,
 }
 
 impl Drop for Subscription {
+    /// Waits for the waker where another thread is just calling it, so that what it names (a descriptor, say) may
+    /// be closed next. Wakers do not block, so this is short.
     fn drop(&mut self) {
-        self.cancel.inner.wakers.lock().1.retain(|(id, _)| *id != self.id);
+        let inner = &self.cancel.inner;
+        let mut wakers = inner.wakers.lock();
+        if let Some(i) = wakers.waiting.iter().position(|(id, _)| *id == self.id) {
+            let waker = wakers.waiting.swap_remove(i);
+            drop(wakers); // What the closure owns may call back.
+            drop(waker);
+            return;
+        }
+        let me = raw::current().id();
+        while wakers.running.is_some_and(|(id, thread)| id == self.id && thread != me) {
+            inner.returned.wait(&mut wakers);
+        }
     }
 }

@@ -1,153 +1,316 @@
-use super::rank::Rank;
+//! The checker: a list per thread of what it holds, looked at before each acquisition.
+//!
+//! Environment, read once: `FCD_LOCK_ABORT=1` aborts on the first violation (test daemons, so that no
+//! `catch_unwind` hides one); `FCD_LOCK_EDGES=FILE` appends a line `From To` for every declared edge when this
+//! process first sees it (the suite fails on an edge that no process saw).
+
+use super::rank::{Edge, Rank, Site, rule};
 use parking_lot::Mutex;
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt::{Debug, Write as _};
 use std::panic::Location;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+#[cfg(feature = "shuttle")] // Its tasks share one OS thread: with std's they would share one list.
+use shuttle::thread_local;
+
+/// The rank of a lock.
+pub struct Tag(Rank);
+impl Tag {
+    pub const fn new(rank: Rank) -> Self {
+        Self(rank)
+    }
+}
+
+/// How a lock is wanted.
+pub struct Want<'a> {
+    pub key: Option<&'a dyn Debug>,
+    /// The lock's address, null for a region: tells "taken twice" from "two of one rank".
+    pub instance: *const (),
+    /// A later one of a sorted many: others of its rank may be held.
+    pub sorted: bool,
+    /// False for a try, which cannot hang.
+    pub blocks: bool,
+}
 
 struct Held {
     id: u64,
     rank: Rank,
-    key: String,
-    at: &'static Location<'static>,
+    key: Option<String>,
+    instance: usize,
+    at: Site,
+    taken: bool,
 }
 
-#[cfg(feature = "shuttle")]
-use shuttle::thread_local;
-
-#[derive(Default)]
 struct HeldList {
-    next_id: u64,
+    thread: String,
+    last_id: u64,
     held: Vec<Held>,
 }
 
-thread_local! {
-    static HELD: RefCell<HeldList> = RefCell::new(HeldList::default());
+/// This thread's list, shared with [`dump`]; its mutex is never held over anything else.
+struct Local(Arc<Mutex<HeldList>>);
+
+impl Local {
+    fn register() -> Self {
+        let thread = super::raw::current().name().unwrap_or("?").to_owned();
+        let list = Arc::new(Mutex::new(HeldList { thread, last_id: 0, held: Vec::new() }));
+        THREADS.lock().push(list.clone());
+        Self(list)
+    }
 }
 
-type Site = &'static Location<'static>;
+impl Drop for Local {
+    fn drop(&mut self) {
+        THREADS.lock().retain(|list| !Arc::ptr_eq(list, &self.0));
+    }
+}
+
+static THREADS: Mutex<Vec<Arc<Mutex<HeldList>>>> = Mutex::new(Vec::new());
 static EDGES: [AtomicU32; Rank::ALL.len()] = [const { AtomicU32::new(0) }; Rank::ALL.len()];
 static SITES: Mutex<BTreeMap<(Rank, Rank), (Site, Site)>> = Mutex::new(BTreeMap::new());
+static VIOLATIONS: AtomicU64 = AtomicU64::new(0);
+/// Those of the checker's own tests.
+static EXPECTED: AtomicU64 = AtomicU64::new(0);
+static CHAOS_ON: AtomicBool = AtomicBool::new(false);
+static CHAOS: Mutex<Option<fn(Rank)>> = Mutex::new(None);
+
+thread_local! {
+    static LOCAL: Local = Local::register();
+}
+std::thread_local! {
+    /// False in the checker's own tests, which must pass neither for uses of an edge nor for violations.
+    static RECORDING: Cell<bool> = const { Cell::new(true) };
+}
 
 pub struct Token {
     id: u64,
 }
 
-impl Drop for Token {
-    // Never panics: it runs during unwinding. Any drop order is fine.
-    fn drop(&mut self) {
-        let _ = HELD.try_with(|list| {
-            let held = &mut list.borrow_mut().held;
+impl Token {
+    /// The lock was had: [`dump`] no longer shows the thread waiting for it.
+    pub fn taken(&self) {
+        self.edit(|held, i| held[i].taken = true);
+    }
+
+    fn edit(&self, f: impl FnOnce(&mut Vec<Held>, usize)) {
+        let _ = LOCAL.try_with(|local| {
+            let held = &mut local.0.lock().held;
             if let Some(i) = held.iter().rposition(|h| h.id == self.id) {
-                held.remove(i);
+                f(held, i);
             }
         });
     }
 }
 
-#[track_caller]
-pub fn acquire(rank: Rank, key: &dyn Debug, sorted: bool) -> Token {
-    let at = Location::caller();
-    let key = format!("{key:?}");
-    let result = HELD.with(|list| {
-        let list = &mut *list.borrow_mut();
-        if let Err(report) = verdict(&list.held, rank, &key, sorted, at, u64::MAX) {
-            return Err(report);
-        }
-        for h in &list.held {
-            record_edge(h.rank, rank, h.at, at);
-        }
-        list.next_id += 1;
-        let id = list.next_id;
-        list.held.push(Held { id, rank, key, at });
-        Ok(Token { id })
-    });
-    result.unwrap_or_else(|report| {
-        fail(&report);
-        Token { id: 0 }
-    })
+impl Drop for Token {
+    // Never panics: it runs during unwinding. Any drop order is fine.
+    fn drop(&mut self) {
+        self.edit(|held, i| drop(held.remove(i)));
+    }
 }
 
+/// Panics, before anything blocks, where the table does not allow the lock under what this thread holds.
+#[track_caller]
+pub fn acquire(tag: &Tag, want: Want<'_>) -> Token {
+    let (rank, at) = (tag.0, Location::caller());
+    if CHAOS_ON.load(Ordering::Relaxed) {
+        let hook = *CHAOS.lock();
+        if let Some(hook) = hook {
+            hook(rank);
+        }
+    }
+    let key = want.key.map(|k| format!("{k:?}"));
+    let wanted = Held { id: 0, rank, key, instance: want.instance as usize, at, taken: want.instance.is_null() };
+    // Judged within the list's mutex, reported and recorded outside it: both may do anything.
+    let judged = LOCAL.with(|local| {
+        let list = &mut *local.0.lock();
+        if let Some(bad) = list.held.iter().position(|h| !allowed(h, &wanted, want.sorted)) {
+            return Err((report(&list.thread, &list.held, bad, &wanted), hangs(&list.held[bad], &wanted) && want.blocks));
+        }
+        let edges: Vec<_> = list.held.iter().filter(|h| is_new(h.rank, rank)).map(|h| (h.rank, h.at)).collect();
+        list.last_id += 1;
+        let id = list.last_id;
+        list.held.push(Held { id, ..wanted });
+        Ok((id, edges))
+    });
+    match judged {
+        Ok((id, edges)) => {
+            record(rank, at, edges);
+            Token { id }
+        }
+        Err((report, hangs)) => {
+            fail(&report, hangs);
+            Token { id: 0 }
+        }
+    }
+}
+
+/// Checks a wait that is to happen with the lock of `except` held and given up meanwhile.
 #[track_caller]
 pub fn check_wait(region: Rank, except: &Token) {
     let at = Location::caller();
-    let r = HELD.with(|list| verdict(&list.borrow().held, region, "()", false, at, except.id));
-    if let Err(report) = r {
-        fail(&report)
-    }
-}
-
-pub fn held() -> usize {
-    HELD.with(|l| l.borrow().held.len())
-}
-
-fn fail(report: &str) {
-    VIOLATIONS.fetch_add(1, Ordering::SeqCst);
-    if std::thread::panicking() { log::error!("{report}") } else { panic!("{report}") }
-}
-
-fn record_edge(from: Rank, to: Rank, from_at: Site, to_at: Site) {
-    let bit = 1 << to as u32;
-    if EDGES[from as usize].fetch_or(bit, Ordering::Relaxed) & bit == 0 {
-        SITES.lock().insert((from, to), (from_at, to_at));
-    }
-}
-
-fn label(rank: Rank, key: &str) -> String {
-    if key == "()" { rank.name().to_string() } else { format!("{}[{key}]", rank.name()) }
-}
-
-fn verdict(held: &[Held], rank: Rank, key: &str, sorted: bool, at: Site, except: u64) -> Result<(), String> {
-    let ok = |h: &Held| h.id == except || rank.under().contains(h.rank) || (sorted && h.rank == rank && h.key.as_str() != key);
-    let Some(bad) = held.iter().find(|h| !ok(h)) else { return Ok(()) };
-    let mut out = String::new();
-    let me = std::thread::current();
-    let what = if bad.rank == rank && bad.key == key {
-        "lock taken twice"
-    } else if bad.rank == rank {
-        "two locks of one rank"
-    } else if rank.under().contains(bad.rank) || bad.rank.under().contains(rank) {
-        "lock order violation"
-    } else {
-        "locks that exclude each other"
-    };
-    let _ = writeln!(out, "{what} in thread '{}'", me.name().unwrap_or("?"));
-    let _ = writeln!(out, "  wanted  {:<28} at {at}", label(rank, key));
-    for h in held.iter().rev() {
-        let mark = if h.id == bad.id { "   <- conflict" } else { "" };
-        let _ = writeln!(out, "  holding {:<28} at {}{mark}", label(h.rank, &h.key), h.at);
-    }
-    let under: Vec<_> = rank.under().iter().map(Rank::name).collect();
-    let _ = write!(
-        out,
-        "  rule    {} may be taken only under: {} (src/locks/rank.rs)",
-        rank.name(),
-        if under.is_empty() { "nothing".into() } else { under.join(", ") }
-    );
-    Err(out)
-}
-
-pub fn dot() -> String {
-    let mut out = String::from("digraph locks {\n");
-    for to in Rank::ALL {
-        for from in to.under().iter() {
-            let seen = SITES.lock().get(&(from, to)).copied();
-            let _ = match seen {
-                Some((a, b)) => writeln!(out, "  {from:?} -> {to:?} [tooltip=\"{a} -> {b}\"];"),
-                None => writeln!(out, "  {from:?} -> {to:?} [style=dotted];"),
-            };
+    let wanted = Held { id: 0, rank: region, key: None, instance: 0, at, taken: true };
+    let judged = LOCAL.with(|local| {
+        let list = local.0.lock();
+        let others = || list.held.iter().filter(|h| h.id != except.id);
+        match list.held.iter().position(|h| h.id != except.id && !allowed(h, &wanted, false)) {
+            Some(bad) => Err(report(&list.thread, &list.held, bad, &wanted)),
+            None => Ok(others().filter(|h| is_new(h.rank, region)).map(|h| (h.rank, h.at)).collect()),
         }
+    });
+    match judged {
+        Ok(edges) => record(region, at, edges),
+        Err(report) => fail(&report, false),
     }
-    out + "}\n"
 }
-static VIOLATIONS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+
+/// Locks and regions of this thread.
+pub fn held() -> usize {
+    LOCAL.with(|local| local.0.lock().held.len())
+}
+
+/// Panics where this thread holds a lock or is in a region.
+pub fn assert_none_held(at: &str) {
+    let report = LOCAL.with(|local| {
+        let list = local.0.lock();
+        let mut out = format!("locks still held in thread '{}' at: {at}", list.thread);
+        for h in list.held.iter().rev() {
+            let _ = write!(out, "\n  holding {:<28} at {}", label(h), h.at);
+        }
+        (!list.held.is_empty()).then_some(out)
+    });
+    if let Some(report) = report {
+        fail(&report, false);
+    }
+}
+
 /// Violations so far, also those that a panic handler swallowed.
 pub fn violations() -> u64 {
     VIOLATIONS.load(Ordering::SeqCst)
 }
-pub fn assert_none_held(at: &str) {
-    if held() != 0 {
-        fail(&format!("locks held at {at}"));
+
+/// Called before each acquisition, with nothing of the checker's borrowed.
+pub fn set_chaos(hook: Option<fn(Rank)>) {
+    *CHAOS.lock() = hook;
+    CHAOS_ON.store(hook.is_some(), Ordering::Relaxed);
+}
+
+/// The declared edges that occurred in this process.
+pub fn observed() -> Vec<Edge> {
+    SITES.lock().iter().map(|(&(from, to), &first)| Edge { from, to, first }).collect()
+}
+
+/// The table as Graphviz, with what was observed.
+pub fn dot() -> String {
+    super::rank::dot(&observed())
+}
+
+/// What every thread holds and wants, for a watchdog.
+pub fn dump() -> String {
+    let threads = THREADS.lock().clone();
+    let mut out = String::new();
+    for list in threads {
+        let list = list.lock();
+        for h in &list.held {
+            let verb = if h.taken { "holds" } else { "awaits" };
+            let _ = writeln!(out, "thread '{}' {verb} {} at {}", list.thread, label(h), h.at);
+        }
+    }
+    if out.is_empty() { "no thread holds a lock\n".to_owned() } else { out }
+}
+
+/// What this thread does from here on is no use of an edge, and its violations are expected: counted apart.
+#[cfg(all(test, not(feature = "shuttle")))]
+pub(super) fn stop_recording() {
+    RECORDING.with(|r| r.set(false));
+}
+
+#[cfg(all(test, not(feature = "shuttle")))]
+pub(super) fn violations_expected() -> u64 {
+    EXPECTED.load(Ordering::SeqCst)
+}
+
+fn allowed(held: &Held, wanted: &Held, sorted: bool) -> bool {
+    let same_set = sorted && held.instance == wanted.instance && held.key != wanted.key;
+    wanted.rank.under().contains(held.rank) || same_set
+}
+
+/// The very lock that this thread holds: blocking on it would never end.
+fn hangs(held: &Held, wanted: &Held) -> bool {
+    held.instance != 0 && held.instance == wanted.instance && held.key == wanted.key
+}
+
+fn label(h: &Held) -> String {
+    match h.key.as_deref() {
+        None | Some("()") => h.rank.name().to_owned(),
+        Some(key) => format!("{}[{key}]", h.rank.name()),
+    }
+}
+
+fn head(bad: &Held, wanted: &Held) -> &'static str {
+    if hangs(bad, wanted) {
+        "lock taken twice"
+    } else if bad.rank == wanted.rank {
+        "two locks of one rank"
+    } else if wanted.rank.is_virtual() && !bad.rank.is_virtual() {
+        "blocking with locks held"
+    } else if bad.rank.under().contains(wanted.rank) {
+        "lock order violation"
+    } else {
+        "locks that exclude each other"
+    }
+}
+
+fn report(thread: &str, held: &[Held], bad: usize, wanted: &Held) -> String {
+    let mut out = format!("{} in thread '{thread}'\n", head(&held[bad], wanted));
+    let _ = writeln!(out, "  wanted  {:<28} at {}", label(wanted), wanted.at);
+    for (i, h) in held.iter().enumerate().rev() {
+        let mark = if i == bad { "   <- conflict" } else { "" };
+        let _ = writeln!(out, "  holding {:<28} at {}{mark}", label(h), h.at);
+    }
+    let _ = write!(out, "  rule    {} may be taken only under: {} (src/locks/rank.rs)", wanted.rank.name(), rule(wanted.rank));
+    out
+}
+
+/// `hangs`: to go on would block for ever, so while unwinding, where a panic cannot be raised, the process ends.
+fn fail(report: &str, hangs: bool) {
+    static ABORT: OnceLock<bool> = OnceLock::new();
+    let counted = RECORDING.with(Cell::get);
+    if counted { &VIOLATIONS } else { &EXPECTED }.fetch_add(1, Ordering::SeqCst);
+    let aborts = counted && *ABORT.get_or_init(|| std::env::var_os("FCD_LOCK_ABORT").is_some_and(|v| v == "1"));
+    let unwinding = std::thread::panicking();
+    if aborts || (unwinding && hangs) {
+        eprintln!("{report}"); // Not the log, which may be off or held by this thread.
+        std::process::abort();
+    }
+    if unwinding { log::error!("{report}") } else { panic!("{report}") }
+}
+
+fn is_new(from: Rank, to: Rank) -> bool {
+    let bit = 1 << to as u32;
+    EDGES[from as usize].load(Ordering::Relaxed) & bit == 0 && from != to && RECORDING.with(Cell::get)
+}
+
+fn record(to: Rank, to_at: Site, edges: Vec<(Rank, Site)>) {
+    for (from, from_at) in edges {
+        if EDGES[from as usize].fetch_or(1 << to as u32, Ordering::Relaxed) & (1 << to as u32) == 0 {
+            SITES.lock().insert((from, to), (from_at, to_at));
+            append_edge(from, to);
+        }
+    }
+}
+
+fn append_edge(from: Rank, to: Rank) {
+    static FILE: OnceLock<Option<std::fs::File>> = OnceLock::new();
+    let file = FILE.get_or_init(|| {
+        let path = std::env::var_os("FCD_LOCK_EDGES")?;
+        std::fs::OpenOptions::new().create(true).append(true).open(path).ok()
+    });
+    if let Some(mut file) = file.as_ref() {
+        // One write of one line: processes that share the file do not mix.
+        let _ = std::io::Write::write_all(&mut file, format!("{from:?} {to:?}\n").as_bytes());
     }
 }

@@ -1,9 +1,12 @@
 #![allow(clippy::disallowed_types)] // The one place that names the raw types.
-//! Locks whose order a checker enforces in debug builds. The table is in `rank.rs`.
+//! Locks whose order a checker enforces at run time, in debug builds and with the feature `lock-check`. The table is
+//! in `rank.rs`; a violation panics, before anything blocks, and is counted. Otherwise the checker costs nothing.
 
 mod cancel;
 mod mutex;
 pub mod rank;
+mod raw;
+mod record;
 mod set;
 
 #[cfg(any(debug_assertions, feature = "lock-check"))]
@@ -13,7 +16,18 @@ pub mod check;
 #[path = "check_off.rs"]
 pub mod check;
 
-pub use cancel::Cancel;
-pub use mutex::{Condvar, Mutex, MutexGuard, Region, region};
+pub use cancel::{Cancel, Subscription};
+pub use check::assert_none_held;
+pub use mutex::{Condvar, Mutex, MutexGuard, Region, Waited, region};
 pub use rank::Rank;
+pub use record::{OperationScope, Party, operation_scope};
 pub use set::{KeyGuard, LockSet, WaitCancelled};
+
+#[cfg(all(test, not(feature = "shuttle"), any(debug_assertions, feature = "lock-check")))]
+mod tests;
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests_set;
+#[cfg(all(test, feature = "shuttle"))]
+mod tests_shuttle;
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests_wait;

@@ -1,13 +1,16 @@
-use super::{check, rank::Rank};
+use super::{Cancel, check, rank::Rank};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::time::Instant;
 
+/// A mutex with a rank. Never poisoned: a panic under it leaves what was written.
 pub struct Mutex<T> {
-    rank: Rank,
+    tag: check::Tag,
     inner: parking_lot::Mutex<T>,
 }
 
+/// Unlocks on drop. Stays on its thread, whatever features other crates switch on in parking_lot.
+#[must_use = "dropping it unlocks"]
 pub struct MutexGuard<'a, T> {
     inner: parking_lot::MutexGuard<'a, T>,
     token: check::Token,
@@ -16,53 +19,129 @@ pub struct MutexGuard<'a, T> {
 
 impl<T> Mutex<T> {
     pub const fn new(rank: Rank, value: T) -> Self {
-        Self { rank, inner: parking_lot::Mutex::new(value) }
+        Self { tag: check::Tag::new(rank), inner: parking_lot::Mutex::new(value) }
     }
-    #[cfg_attr(debug_assertions, track_caller)]
+    #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
     #[inline]
     pub fn lock(&self) -> MutexGuard<'_, T> {
-        let token = check::acquire(self.rank, &(), false);
-        MutexGuard { inner: self.inner.lock(), token, _not_send: PhantomData }
+        let instance = std::ptr::from_ref(self).cast();
+        let token = check::acquire(&self.tag, check::Want { key: None, instance, sorted: false, blocks: true });
+        let inner = self.inner.lock();
+        token.taken();
+        MutexGuard { inner, token, _not_send: PhantomData }
     }
 }
 impl<T> Deref for MutexGuard<'_, T> {
     type Target = T;
+    #[inline]
     fn deref(&self) -> &T {
         &self.inner
     }
 }
 impl<T> DerefMut for MutexGuard<'_, T> {
+    #[inline]
     fn deref_mut(&mut self) -> &mut T {
         &mut self.inner
     }
 }
 
+/// How a wait ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Waited {
+    /// The condition no longer holds, whatever else happened.
+    Done,
+    Cancelled,
+    TimedOut,
+}
+
 /// Always timed, always in a predicate loop.
 #[derive(Default)]
-pub struct Condvar(parking_lot::Condvar);
+pub struct Condvar {
+    inner: parking_lot::Condvar,
+    /// Threads in a cancellable wait. They park, for a token's waker can unpark a thread without its mutex and still
+    /// not be missed.
+    parked: parking_lot::Mutex<Vec<std::thread::Thread>>,
+}
 
 impl Condvar {
     pub const fn new() -> Self {
-        Self(parking_lot::Condvar::new())
+        Self { inner: parking_lot::Condvar::new(), parked: parking_lot::Mutex::new(Vec::new()) }
     }
+
     /// Waits while `condition` holds. False when the deadline came first.
-    #[cfg_attr(debug_assertions, track_caller)]
-    pub fn wait_while<T>(&self, guard: &mut MutexGuard<'_, T>, deadline: Instant, condition: impl FnMut(&mut T) -> bool) -> bool {
+    #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
+    pub fn wait_while<T>(
+        &self,
+        guard: &mut MutexGuard<'_, T>,
+        deadline: Instant,
+        mut condition: impl FnMut(&mut T) -> bool,
+    ) -> bool {
         check::check_wait(Rank::CondWait, &guard.token);
-        !self.0.wait_while_until(&mut guard.inner, condition, deadline).timed_out()
+        while condition(guard) {
+            if self.inner.wait_until(&mut guard.inner, deadline).timed_out() {
+                return !condition(guard);
+            }
+        }
+        true
     }
+
+    /// As [`Condvar::wait_while`], and ends when `cancel` fires.
+    #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
+    pub fn wait_while_cancellable<T>(
+        &self,
+        guard: &mut MutexGuard<'_, T>,
+        deadline: Instant,
+        cancel: &Cancel,
+        mut condition: impl FnMut(&mut T) -> bool,
+    ) -> Waited {
+        check::check_wait(Rank::CondWait, &guard.token);
+        let me = std::thread::current();
+        let waker = me.clone();
+        let _subscription = cancel.on_cancel(move || waker.unpark());
+        loop {
+            if !condition(guard) {
+                return Waited::Done;
+            }
+            if cancel.is_cancelled() {
+                return Waited::Cancelled;
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return Waited::TimedOut;
+            }
+            self.parked.lock().push(me.clone());
+            parking_lot::MutexGuard::unlocked(&mut guard.inner, || std::thread::park_timeout(deadline - now));
+            self.parked.lock().retain(|t| t.id() != me.id());
+        }
+    }
+
     pub fn notify_all(&self) {
-        self.0.notify_all();
+        self.inner.notify_all();
+        for thread in self.parked.lock().drain(..) {
+            thread.unpark();
+        }
     }
 }
 
-/// A virtual lock: this thread is about to block in the way that the rank names.
+/// A virtual lock: this thread is about to block in the way that the rank names, or runs a job.
+#[must_use = "dropping it ends the region"]
 pub struct Region {
     _token: check::Token,
     _not_send: PhantomData<*const ()>,
 }
 
-#[cfg_attr(debug_assertions, track_caller)]
+#[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
+#[inline]
 pub fn region(rank: Rank) -> Region {
-    Region { _token: check::acquire(rank, &(), false), _not_send: PhantomData }
+    let want = check::Want { key: None, instance: std::ptr::null(), sorted: false, blocks: false };
+    Region { _token: check::acquire(&check::Tag::new(rank), want), _not_send: PhantomData }
 }
+
+// Off costs nothing: same sizes, and (scripts compare the machine code) same instructions.
+#[cfg(not(any(debug_assertions, feature = "lock-check")))]
+const _: () = {
+    assert!(size_of::<Mutex<u64>>() == size_of::<parking_lot::Mutex<u64>>());
+    assert!(size_of::<Mutex<[u8; 3]>>() == size_of::<parking_lot::Mutex<[u8; 3]>>());
+    assert!(size_of::<MutexGuard<'static, u64>>() == size_of::<parking_lot::MutexGuard<'static, u64>>());
+    assert!(size_of::<Region>() == 0 && !std::mem::needs_drop::<Region>());
+};

@@ -1,4 +1,8 @@
-//! The lock order: which ranks may be held when another is taken. The only table.
+//! The lock order: which ranks may be held when another is taken. The only table; `ARCHITECTURE.md` shows what
+//! [`markdown_table`] prints.
+
+use std::fmt::Write as _;
+use std::panic::Location;
 
 /// A class of locks, outermost first.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -49,6 +53,9 @@ impl RankSet {
         }
         Self(bits)
     }
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
     pub const fn contains(self, rank: Rank) -> bool {
         self.0 & (1 << rank as u32) != 0
     }
@@ -56,6 +63,9 @@ impl RankSet {
         Rank::ALL.into_iter().filter(move |r| self.contains(*r))
     }
 }
+
+/// The negative control: there an import holds its VM's lock throughout, and must not panic for it.
+const ONE_LOCK: RankSet = if cfg!(feature = "one-lock") { RankSet::of(&[Vm]) } else { RankSet::EMPTY };
 
 impl Rank {
     pub const ALL: [Rank; 19] = [
@@ -80,18 +90,25 @@ impl Rank {
         CondWait,
     ];
 
-    /// The ranks that may be held when this one is taken; any other held rank is a violation.
+    /// The ranks that may be held when this one is taken; any other held rank is a violation. Two ranks that do not
+    /// list each other are so never held together.
     pub const fn under(self) -> RankSet {
         match self {
-            Job | Vm | Workspace => RankSet::EMPTY,
+            Job | Vm => RankSet::EMPTY,
+            Workspace => ONE_LOCK,
             CreateVm | ImageOps => RankSet::of(&[Vm, Workspace]),
-            JobWait => RankSet::of(&[Workspace]),
-            GuestIo | VmmApi | HostCmd | DurableWait => RankSet::of(&[Job, Workspace]),
+            JobWait => RankSet::of(&[Workspace]).and(ONE_LOCK),
+            GuestIo | VmmApi | HostCmd | DurableWait => RankSet::of(&[Job, Workspace]).and(ONE_LOCK),
             Store | Ops | Pool | Admission | Sessions | Runtimes | Consoles | Connections => {
                 RankSet::of(&[Job, Vm, Workspace, CreateVm, ImageOps, JobWait, GuestIo, VmmApi, HostCmd, DurableWait])
             }
-            CondWait => RankSet::of(&[Job, Workspace, JobWait, DurableWait]),
+            CondWait => RankSet::of(&[Job, Workspace, JobWait, DurableWait]).and(ONE_LOCK),
         }
+    }
+
+    /// No lock but a statement: the thread is doing this.
+    pub const fn is_virtual(self) -> bool {
+        matches!(self, Job | JobWait | GuestIo | VmmApi | HostCmd | DurableWait | CondWait)
     }
 
     pub const fn name(self) -> &'static str {
@@ -128,3 +145,57 @@ const _: () = {
         i += 1;
     }
 };
+
+/// A place in the source.
+pub type Site = &'static Location<'static>;
+
+/// `to` was taken while `from` was held.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Edge {
+    pub from: Rank,
+    pub to: Rank,
+    /// Where it was first seen: where `from` was taken, where `to`.
+    pub first: (Site, Site),
+}
+
+/// Every pair (held, taken) that the table allows.
+pub fn declared() -> impl Iterator<Item = (Rank, Rank)> {
+    Rank::ALL.into_iter().flat_map(|to| to.under().iter().map(move |from| (from, to)))
+}
+
+fn names(ranks: impl Iterator<Item = Rank>) -> String {
+    let names: Vec<_> = ranks.map(Rank::name).collect();
+    if names.is_empty() { "nothing".to_owned() } else { names.join(", ") }
+}
+
+/// The rule for one rank, as a report and the table say it.
+pub(super) fn rule(rank: Rank) -> String {
+    names(rank.under().iter())
+}
+
+/// The table for `ARCHITECTURE.md`. Ranks in a row with the same rule share a line.
+pub fn markdown_table() -> String {
+    let mut out = String::from("| taken | kind | while holding only |\n|---|---|---|\n");
+    let alike = |a: &Rank, b: &Rank| a.under() == b.under() && a.is_virtual() == b.is_virtual();
+    for group in Rank::ALL.chunk_by(alike) {
+        let kind = if group[0].is_virtual() { "virtual" } else { "lock" };
+        let _ = writeln!(out, "| {} | {kind} | {} |", names(group.iter().copied()), rule(group[0]));
+    }
+    out
+}
+
+/// The table for Graphviz: declared edges dotted, those in `observed` solid with the first sites as the tooltip.
+pub fn dot(observed: &[Edge]) -> String {
+    let mut out = String::from("digraph locks {\n");
+    for rank in Rank::ALL {
+        let shape = if rank.is_virtual() { "ellipse" } else { "box" };
+        let _ = writeln!(out, "  {rank:?} [label=\"{}\", shape={shape}];", rank.name());
+    }
+    for (from, to) in declared() {
+        let _ = match observed.iter().find(|e| (e.from, e.to) == (from, to)) {
+            Some(Edge { first: (a, b), .. }) => writeln!(out, "  {from:?} -> {to:?} [tooltip=\"{a} -> {b}\"];"),
+            None => writeln!(out, "  {from:?} -> {to:?} [style=dotted];"),
+        };
+    }
+    out + "}\n"
+}

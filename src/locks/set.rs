@@ -1,91 +1,171 @@
-use super::{Cancel, check, rank::Rank};
-use parking_lot::{ArcMutexGuard, RawMutex};
-use std::collections::HashMap;
+//! One lock per key, handed over first come, first served.
+
+use super::record::{Here, Party};
+use super::{Cancel, check, rank::Rank, raw};
+use std::collections::{HashMap, VecDeque, hash_map::Entry};
 use std::fmt::Debug;
 use std::hash::Hash;
 use std::marker::PhantomData;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+
+/// An idle set gives back a map that grew beyond this many entries.
+const IDLE_CAPACITY_MAX: usize = 1024;
 
 /// One lock per key; an entry exists only while somebody holds or waits for it.
 pub struct LockSet<K: Eq + Hash> {
-    rank: Rank,
-    slots: parking_lot::Mutex<HashMap<K, Slot>>,
+    tag: check::Tag,
+    slots: raw::Mutex<HashMap<K, Slot>>,
 }
+
+/// A slot always has a holder: a release hands it to the first waiter, or removes it, in one section.
 struct Slot {
-    lock: Arc<parking_lot::Mutex<()>>,
-    users: usize,
+    holder: Here,
+    waiters: VecDeque<Arc<Waiter>>,
+}
+
+struct Waiter {
+    granted: raw::AtomicBool,
+    here: Here,
 }
 
 /// The token fired before the lock was had.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WaitCancelled;
 
 /// Evidence that the lock of its key is held.
+#[must_use = "dropping it unlocks"]
 pub struct KeyGuard<'a, K: Eq + Hash> {
     set: &'a LockSet<K>,
     key: K,
-    lock: Option<ArcMutexGuard<RawMutex, ()>>,
     _token: check::Token,
     _not_send: PhantomData<*const ()>,
 }
 
 impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
     pub fn new(rank: Rank) -> Self {
-        Self { rank, slots: parking_lot::Mutex::new(HashMap::new()) }
+        Self { tag: check::Tag::new(rank), slots: raw::Mutex::new(HashMap::new()) }
     }
-    #[cfg_attr(debug_assertions, track_caller)]
+
+    /// First come, first served. For locks that are held for microseconds; where a holder may take long, use
+    /// [`LockSet::lock_cancellable`].
+    #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
     pub fn lock(&self, key: &K) -> KeyGuard<'_, K> {
-        let token = check::acquire(self.rank, key, false);
-        let lock = self.enter(key);
-        self.guard(key, lock.lock_arc(), token)
-    }
-    /// First come, first served; leaves within 100 ms when `cancel` fires.
-    #[cfg_attr(debug_assertions, track_caller)]
-    pub fn lock_cancellable(&self, key: &K, cancel: &Cancel) -> Result<KeyGuard<'_, K>, WaitCancelled> {
-        let token = check::acquire(self.rank, key, false);
-        let lock = self.enter(key);
-        while !cancel.is_cancelled() {
-            if let Some(held) = lock.try_lock_arc_for(Duration::from_millis(20)) {
-                return Ok(self.guard(key, held, token));
+        let token = self.check(key, false, true);
+        if let Some(waiter) = self.enter(key) {
+            while !waiter.granted.load(Ordering::Acquire) {
+                raw::park();
             }
         }
-        drop(lock);
-        self.leave(key);
-        Err(WaitCancelled)
+        self.guard(key.clone(), token)
     }
-    #[cfg_attr(debug_assertions, track_caller)]
+
+    /// First come, first served; leaves within 100 ms when `cancel` fires.
+    #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
+    pub fn lock_cancellable(&self, key: &K, cancel: &Cancel) -> Result<KeyGuard<'_, K>, WaitCancelled> {
+        let token = self.check(key, false, true);
+        if cancel.is_cancelled() {
+            return Err(WaitCancelled);
+        }
+        if let Some(waiter) = self.enter(key) {
+            let thread = waiter.here.thread.clone();
+            // Parking keeps one wake-up: neither a grant nor a cancel between the look and the park is missed.
+            let _subscription = cancel.on_cancel(move || thread.unpark());
+            while !waiter.granted.load(Ordering::Acquire) {
+                if cancel.is_cancelled() && self.leave_queue(key, &waiter) {
+                    return Err(WaitCancelled);
+                }
+                if !waiter.granted.load(Ordering::Acquire) {
+                    raw::park();
+                }
+            }
+        }
+        Ok(self.guard(key.clone(), token))
+    }
+
+    #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
     pub fn try_lock(&self, key: &K) -> Option<KeyGuard<'_, K>> {
-        let token = check::acquire(self.rank, key, false);
-        let lock = self.enter(key);
-        match lock.try_lock_arc() {
-            Some(g) => Some(self.guard(key, g, token)),
-            None => {
-                drop(lock);
-                self.leave(key);
+        let token = self.check(key, false, false);
+        match self.slots.lock().entry(key.clone()) {
+            Entry::Occupied(_) => return None,
+            Entry::Vacant(entry) => entry.insert(Slot { holder: Here::now(), waiters: VecDeque::new() }),
+        };
+        Some(self.guard(key.clone(), token))
+    }
+
+    /// Locks several keys, in their order and each once, whatever order they come in. Guards in that order.
+    #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
+    pub fn lock_many(&self, keys: &[K]) -> Vec<KeyGuard<'_, K>> {
+        let mut keys = keys.to_vec();
+        keys.sort();
+        keys.dedup();
+        let mut guards = Vec::with_capacity(keys.len());
+        for key in keys {
+            let token = self.check(&key, !guards.is_empty(), true);
+            if let Some(waiter) = self.enter(&key) {
+                while !waiter.granted.load(Ordering::Acquire) {
+                    raw::park();
+                }
+            }
+            guards.push(self.guard(key, token));
+        }
+        guards
+    }
+
+    /// What is held or awaited now, by key: (key, holder, waiters in their order). `Debug` of the key.
+    pub fn records(&self) -> Vec<(String, Option<Party>, Vec<Party>)> {
+        let slots = self.slots.lock();
+        let mut all: Vec<_> = slots
+            .iter()
+            .map(|(key, slot)| {
+                let waiters = slot.waiters.iter().map(|w| Party::from(&w.here)).collect();
+                (format!("{key:?}"), Some(Party::from(&slot.holder)), waiters)
+            })
+            .collect();
+        drop(slots);
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        all
+    }
+
+    #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
+    #[inline]
+    fn check(&self, key: &K, sorted: bool, blocks: bool) -> check::Token {
+        let instance = std::ptr::from_ref(self).cast();
+        check::acquire(&self.tag, check::Want { key: Some(key), instance, sorted, blocks })
+    }
+
+    fn guard(&self, key: K, token: check::Token) -> KeyGuard<'_, K> {
+        token.taken();
+        KeyGuard { set: self, key, _token: token, _not_send: PhantomData }
+    }
+
+    /// None: the lock is had. Otherwise the caller stands in the queue.
+    fn enter(&self, key: &K) -> Option<Arc<Waiter>> {
+        let here = Here::now();
+        match self.slots.lock().entry(key.clone()) {
+            Entry::Vacant(entry) => {
+                entry.insert(Slot { holder: here, waiters: VecDeque::new() });
                 None
             }
+            Entry::Occupied(mut entry) => {
+                let waiter = Arc::new(Waiter { granted: raw::AtomicBool::new(false), here });
+                entry.get_mut().waiters.push_back(waiter.clone());
+                Some(waiter)
+            }
         }
     }
-    fn guard(&self, key: &K, lock: ArcMutexGuard<RawMutex, ()>, token: check::Token) -> KeyGuard<'_, K> {
-        KeyGuard { set: self, key: key.clone(), lock: Some(lock), _token: token, _not_send: PhantomData }
-    }
-    fn enter(&self, key: &K) -> Arc<parking_lot::Mutex<()>> {
+
+    /// False when the lock was granted meanwhile: it is the caller's then, cancelled or not.
+    fn leave_queue(&self, key: &K, waiter: &Arc<Waiter>) -> bool {
         let mut slots = self.slots.lock();
-        let slot = slots.entry(key.clone()).or_insert_with(|| Slot { lock: Arc::default(), users: 0 });
-        slot.users += 1;
-        slot.lock.clone()
+        let Some(slot) = slots.get_mut(key) else { return false };
+        let before = slot.waiters.len();
+        slot.waiters.retain(|w| !Arc::ptr_eq(w, waiter));
+        slot.waiters.len() < before
     }
 }
+
 impl<K: Eq + Hash> LockSet<K> {
-    fn leave(&self, key: &K) {
-        let mut slots = self.slots.lock();
-        let slot = slots.get_mut(key).expect("a guard keeps its slot");
-        slot.users -= 1;
-        if slot.users == 0 {
-            slots.remove(key);
-        }
-    }
     /// Keys now held or waited for.
     pub fn len(&self) -> usize {
         self.slots.lock().len()
@@ -93,15 +173,37 @@ impl<K: Eq + Hash> LockSet<K> {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    #[cfg(all(test, not(feature = "shuttle")))]
+    pub(super) fn capacity(&self) -> usize {
+        self.slots.lock().capacity()
+    }
+
+    fn release(&self, key: &K) {
+        let mut slots = self.slots.lock();
+        let Some(slot) = slots.get_mut(key) else { return };
+        if let Some(next) = slot.waiters.pop_front() {
+            slot.holder = next.here.renewed();
+            next.granted.store(true, Ordering::Release);
+            drop(slots);
+            next.here.thread.unpark();
+            return;
+        }
+        slots.remove(key);
+        if slots.is_empty() && slots.capacity() > IDLE_CAPACITY_MAX {
+            slots.shrink_to_fit();
+        }
+    }
 }
+
 impl<K: Eq + Hash> KeyGuard<'_, K> {
     pub fn key(&self) -> &K {
         &self.key
     }
 }
+
 impl<K: Eq + Hash> Drop for KeyGuard<'_, K> {
     fn drop(&mut self) {
-        self.lock = None; // Unlock before leaving, so that a waiter is never blocked on the map.
-        self.set.leave(&self.key);
+        self.set.release(&self.key);
     }
 }

@@ -1,1 +1,335 @@
-//! The operation registry.
+//! The operation registry, in memory: begin, progress, finish, wait, watch, cancel, find, prune. It knows nothing of
+//! the store: whatever ends here is returned, for the caller to keep.
+
+mod handle;
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests;
+mod watch;
+
+pub use handle::{OpHandle, Reporter};
+pub use watch::{Change, Watcher};
+
+use crate::api::Fault;
+use crate::api::op::{Op, OpState, Progress};
+use crate::error::{Error, Kind, Result};
+use crate::ids::{OpId, VmId};
+use crate::locks::{Cancel, Condvar, Mutex, Rank, Waited};
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+/// Ended operations that are kept; the oldest go first.
+pub const ENDED_MAX: usize = 1000;
+
+/// The registry. Clones share one state.
+#[derive(Clone)]
+pub struct Ops {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    on_dropped: Box<dyn Fn(Ended) + Send + Sync>,
+}
+
+#[derive(Default)]
+struct State {
+    entries: HashMap<OpId, Entry>,
+    last_number: u64,
+    last_watcher: u64,
+    /// The oldest first.
+    ended: VecDeque<OpId>,
+}
+
+struct Entry {
+    op: Op,
+    cancel: Cancel,
+    /// Order of beginning.
+    number: u64,
+    /// Raised by every change that a watcher is told of.
+    changes: u64,
+    ended: Arc<Condvar>,
+    /// While above zero the entry is not pruned.
+    waiting: usize,
+    watchers: Vec<watch::Bell>,
+}
+
+/// Bounds that the caller's configuration sets.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Operations of one uid that have not ended.
+    pub per_uid_max: usize,
+}
+
+/// Which operations a listing shows.
+#[derive(Clone, Debug, Default)]
+pub struct Filter {
+    /// Only those of this uid.
+    pub owner: Option<u32>,
+    /// Only those on this VM.
+    pub vm: Option<VmId>,
+    /// Ended ones too.
+    pub all: bool,
+}
+
+/// What is to be kept when an operation ends: its last state, and the ended ones that it pushed out.
+#[derive(Clone, Debug)]
+pub struct Ended {
+    pub op: Op,
+    pub pruned: Vec<OpId>,
+}
+
+impl Entry {
+    fn new(op: Op, cancel: Cancel, number: u64) -> Self {
+        Self { op, cancel, number, changes: 0, ended: Arc::default(), waiting: 0, watchers: Vec::new() }
+    }
+
+    /// The operation as it is to be seen: its token may have been fired by others (a stop of its VM).
+    fn snapshot(&self) -> Op {
+        let mut op = self.op.clone();
+        if op.state == OpState::Running && self.cancel.is_cancelled() {
+            op.state = OpState::Cancelling;
+        }
+        op
+    }
+
+    fn changed(&mut self) {
+        self.changes += 1;
+        let has_ended = self.op.state.has_ended();
+        self.watchers.iter_mut().for_each(|bell| bell.ring(has_ended));
+    }
+}
+
+impl State {
+    fn entry(&mut self, id: &OpId) -> Result<&mut Entry> {
+        self.entries.get_mut(id).ok_or_else(|| not_found(id.as_str()))
+    }
+
+    fn insert(&mut self, op: Op, cancel: Cancel) {
+        self.last_number += 1;
+        if op.state.has_ended() {
+            self.ended.push_back(op.id.clone());
+        }
+        self.entries.insert(op.id.clone(), Entry::new(op, cancel, self.last_number));
+    }
+
+    fn check_limit(&self, uid: u32, limits: Limits) -> Result<()> {
+        let running = self.entries.values().filter(|e| e.op.owner_uid == uid && !e.op.state.has_ended()).count();
+        if running < limits.per_uid_max {
+            return Ok(());
+        }
+        Err(Error::new(Kind::OperationLimit, format!("you have {running} operations under way, the most allowed"))
+            .hint("wait for one to end or cancel one (fcctl op list, fcctl op cancel)"))
+    }
+
+    fn end(&mut self, id: &OpId, result: Result<serde_json::Value>) -> Option<Ended> {
+        let entry = self.entries.get_mut(id)?;
+        let op = &mut entry.op;
+        match result {
+            Ok(value) => (op.state, op.result) = (OpState::Ok, Some(value)),
+            Err(error) => {
+                op.state = if error.kind() == Kind::Cancelled { OpState::Cancelled } else { OpState::Failed };
+                op.error = Some(Fault { op: Some(id.clone()), ..Fault::from(error) });
+            }
+        }
+        op.ended_at = Some(now());
+        let op = op.clone();
+        entry.changed();
+        entry.ended.notify_all();
+        self.ended.push_back(id.clone());
+        Some(Ended { op, pruned: self.prune() })
+    }
+
+    /// Forgets the oldest ended ones, but for those that somebody is about to read.
+    fn prune(&mut self) -> Vec<OpId> {
+        let mut pruned = Vec::new();
+        let mut kept = Vec::new();
+        while self.ended.len() + kept.len() > ENDED_MAX {
+            let Some(id) = self.ended.pop_front() else { break };
+            if self.entries.get(&id).is_some_and(|e| e.waiting > 0 || !e.watchers.is_empty()) {
+                kept.push(id);
+            } else {
+                self.entries.remove(&id);
+                pruned.push(id);
+            }
+        }
+        kept.into_iter().rev().for_each(|id| self.ended.push_front(id));
+        pruned
+    }
+}
+
+impl Ops {
+    /// `on_dropped` gets the operations whose handle was dropped unfinished (a panic), which end as `internal`; it
+    /// runs on that thread, after the registry's lock is released.
+    pub fn new(on_dropped: impl Fn(Ended) + Send + Sync + 'static) -> Self {
+        Self { shared: Arc::new(Shared { state: Mutex::new(Rank::Ops, State::default()), on_dropped: Box::new(on_dropped) }) }
+    }
+
+    /// Begins an operation; [`OpHandle::op`] is its row. Fails with `operation_limit`, or `host` where there is no
+    /// descriptor left for its cancel token.
+    pub fn begin(&self, method: &str, vm: Option<VmId>, uid: u32, may_cancel: bool, limits: Limits) -> Result<OpHandle> {
+        let cancel = new_token(method)?;
+        let mut state = self.shared.state.lock();
+        state.check_limit(uid, limits)?;
+        let mut id = OpId::random();
+        while state.entries.contains_key(&id) {
+            id = OpId::random();
+        }
+        let op = Op {
+            id: id.clone(),
+            method: method.to_owned(),
+            vm,
+            owner_uid: uid,
+            state: OpState::Running,
+            may_cancel,
+            progress: Progress::default(),
+            started_at: now(),
+            ended_at: None,
+            result: None,
+            error: None,
+        };
+        state.insert(op, cancel.clone());
+        drop(state);
+        Ok(OpHandle::new(self.clone(), id, cancel))
+    }
+
+    /// Takes over what the store has kept, in the order in which it began. Operations that had not ended end as
+    /// `failed (the daemon was restarted)` and are returned for keeping; those that recovery goes on with are
+    /// resumed instead ([`Ops::resume`]). Ids already known are left alone.
+    pub fn restore(&self, ops: Vec<Op>) -> Result<Vec<Ended>> {
+        let mut broken = Vec::new();
+        for op in ops {
+            let cancel = new_token(&op.method)?;
+            let mut state = self.shared.state.lock();
+            if state.entries.contains_key(&op.id) {
+                continue;
+            }
+            let (id, has_ended) = (op.id.clone(), op.state.has_ended());
+            state.insert(op, cancel);
+            if has_ended {
+                state.prune();
+                continue;
+            }
+            let error = Error::internal("the daemon was restarted").with_kind(Kind::Host).hint("start the operation again");
+            broken.extend(state.end(&id, Err(error)));
+        }
+        Ok(broken)
+    }
+
+    /// Goes on with an operation of an earlier daemon, under its own id, no limit applied.
+    pub fn resume(&self, mut op: Op) -> Result<OpHandle> {
+        let cancel = new_token(&op.method)?;
+        let id = op.id.clone();
+        let mut state = self.shared.state.lock();
+        if op.state.has_ended() || state.entries.contains_key(&id) {
+            return Err(Error::internal(format!("resume operation {id}: it has ended or is under way")));
+        }
+        op.state = OpState::Running;
+        state.insert(op, cancel.clone());
+        drop(state);
+        Ok(OpHandle::new(self.clone(), id, cancel))
+    }
+
+    pub fn get(&self, id: &OpId) -> Result<Op> {
+        self.shared.state.lock().entry(id).map(|e| e.snapshot())
+    }
+
+    /// In the order in which they began.
+    pub fn list(&self, filter: &Filter) -> Vec<Op> {
+        let fits = |e: &&Entry| {
+            filter.owner.is_none_or(|uid| uid == e.op.owner_uid)
+                && (filter.vm.is_none() || filter.vm == e.op.vm)
+                && (filter.all || !e.op.state.has_ended())
+        };
+        let state = self.shared.state.lock();
+        let mut found: Vec<_> = state.entries.values().filter(fits).map(|e| (e.number, e.snapshot())).collect();
+        drop(state);
+        found.sort_by_key(|(number, _)| *number);
+        found.into_iter().map(|(_, op)| op).collect()
+    }
+
+    /// Operations under way.
+    pub fn running(&self) -> usize {
+        self.shared.state.lock().entries.values().filter(|e| !e.op.state.has_ended()).count()
+    }
+
+    /// By id or a prefix of it that fits one operation only; `owner` as in [`Filter`]. Fails with
+    /// `operation_not_found` or `ambiguous_prefix`.
+    pub fn find(&self, prefix: &str, owner: Option<u32>) -> Result<Op> {
+        let state = self.shared.state.lock();
+        let visible = |e: &&Entry| owner.is_none_or(|uid| uid == e.op.owner_uid);
+        let mut fits = state.entries.values().filter(visible).filter(|e| e.op.id.as_str().starts_with(prefix));
+        match (fits.next(), fits.next()) {
+            (Some(entry), None) if !prefix.is_empty() => Ok(entry.snapshot()),
+            (Some(_), Some(_)) if !prefix.is_empty() => {
+                let text = format!("several operations have ids that begin with {prefix}");
+                Err(Error::new(Kind::AmbiguousPrefix, text).hint("give more of the id (fcctl op list --all)"))
+            }
+            _ => Err(not_found(prefix)),
+        }
+    }
+
+    /// Asks an operation to end and returns at once. `cause` as in [`Cancel::cancel`]. Asking again changes nothing.
+    /// Fails with `wrong_state` where it has ended or cannot be cancelled.
+    pub fn cancel(&self, id: &OpId, cause: &str) -> Result<Op> {
+        let mut state = self.shared.state.lock();
+        let entry = state.entry(id)?;
+        let why_not = match entry.op.state {
+            OpState::Running | OpState::Cancelling if !entry.op.may_cancel => "it cannot be cancelled",
+            OpState::Running | OpState::Cancelling => "",
+            OpState::Ok | OpState::Failed | OpState::Cancelled => "it has ended",
+        };
+        if !why_not.is_empty() {
+            let text = format!("cancel operation {id} ({}): {why_not}", entry.op.method);
+            return Err(Error::new(Kind::WrongState, text).hint(format!("run fcctl op show {id}")));
+        }
+        if entry.op.state == OpState::Running {
+            entry.op.state = OpState::Cancelling;
+            entry.changed();
+        }
+        let (op, token) = (entry.op.clone(), entry.cancel.clone());
+        drop(state); // Wakers run in the call.
+        token.cancel(cause);
+        Ok(op)
+    }
+
+    /// Waits for its end, however it ends. Fails with `timeout` at the deadline and with `cancelled` when the
+    /// waiter's own token fires; the operation goes on.
+    pub fn wait(&self, id: &OpId, deadline: Instant, cancel: &Cancel) -> Result<Op> {
+        let mut state = self.shared.state.lock();
+        let entry = state.entry(id)?;
+        entry.waiting += 1;
+        let ended = entry.ended.clone();
+        let runs = |s: &mut State| s.entries.get(id).is_some_and(|e| !e.op.state.has_ended());
+        let waited = ended.wait_while_cancellable(&mut state, deadline, cancel, runs);
+        let entry = state.entry(id)?; // Cannot fail: an awaited entry is not pruned.
+        entry.waiting -= 1;
+        let doing = || format!("wait for operation {id}");
+        match waited {
+            Waited::Done => Ok(entry.snapshot()),
+            Waited::TimedOut => Err(Error::new(Kind::Timeout, format!("{}: it goes on", doing()))),
+            Waited::Cancelled => {
+                let cause = cancel.cause().unwrap_or("no cause given");
+                Err(Error::new(Kind::Cancelled, format!("{}: cancelled: {cause}", doing())))
+            }
+        }
+    }
+
+    /// A descriptor for `poll` that becomes readable now and on every change, at most ten times a second, and at the
+    /// end without delay.
+    pub fn watch(&self, id: &OpId) -> Result<Watcher> {
+        Watcher::new(self.clone(), id)
+    }
+}
+
+fn new_token(method: &str) -> Result<Cancel> {
+    Cancel::try_new().map_err(|e| Error::io(format!("begin {method}: make a cancel token"), e))
+}
+
+fn not_found(what: &str) -> Error {
+    Error::new(Kind::OperationNotFound, format!("there is no operation {what:?}")).hint("run fcctl op list --all")
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}

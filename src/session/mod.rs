@@ -1,1 +1,104 @@
-//! Exec sessions.
+//! Exec sessions: who may reach the controls of which command while it runs.
+
+use crate::error::{Error, Kind, Result};
+use crate::ids::{SessionId, VmId};
+use crate::locks::{Mutex, Rank};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// The sessions of one daemon. `H` is the handle that reaches a running command: a sender of controls.
+pub struct Registry<H> {
+    sessions: Arc<Mutex<HashMap<SessionId, Entry<H>>>>,
+}
+
+struct Entry<H> {
+    owner_uid: u32,
+    vm: VmId,
+    handle: H,
+}
+
+/// One session. Its entry goes when this is dropped.
+pub struct Session<H> {
+    pub id: SessionId,
+    sessions: Arc<Mutex<HashMap<SessionId, Entry<H>>>>,
+}
+
+impl<H: Clone> Default for Registry<H> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<H: Clone> Registry<H> {
+    pub fn new() -> Self {
+        Self { sessions: Arc::new(Mutex::new(Rank::Sessions, HashMap::new())) }
+    }
+
+    /// Keep the result for as long as the command runs.
+    pub fn begin(&self, owner_uid: u32, vm: VmId, handle: H) -> Session<H> {
+        let id = SessionId::random();
+        self.sessions.lock().insert(id.clone(), Entry { owner_uid, vm, handle });
+        Session { id, sessions: self.sessions.clone() }
+    }
+
+    /// The handle of a session, for its owner and for root; to anybody else it does not exist
+    /// (`session_not_found`). Use it after this has returned: it may have a lock of its own.
+    pub fn find(&self, id: &SessionId, caller_uid: u32) -> Result<H> {
+        let sessions = self.sessions.lock();
+        match sessions.get(id).filter(|e| caller_uid == 0 || caller_uid == e.owner_uid) {
+            Some(entry) => Ok(entry.handle.clone()),
+            None => Err(Error::new(Kind::SessionNotFound, format!("session {id} is not there, or its command has ended"))),
+        }
+    }
+
+    /// Sessions that run on a VM.
+    pub fn count(&self, vm: &VmId) -> usize {
+        self.sessions.lock().values().filter(|e| e.vm == *vm).count()
+    }
+
+    pub fn len(&self) -> usize {
+        self.sessions.lock().len()
+    }
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl<H> Drop for Session<H> {
+    fn drop(&mut self) {
+        // The handle is dropped after the lock.
+        let entry = self.sessions.lock().remove(&self.id);
+        drop(entry);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_owner_and_root_find_a_session_and_only_while_it_lasts() {
+        let registry = Registry::new();
+        let vm = VmId::random();
+        let session = registry.begin(1000, vm.clone(), "handle");
+        let id = session.id.clone();
+        assert_eq!(registry.find(&id, 1000).unwrap(), "handle");
+        assert_eq!(registry.find(&id, 0).unwrap(), "handle");
+        assert_eq!(registry.find(&id, 1001).unwrap_err().kind(), Kind::SessionNotFound);
+        assert_eq!(registry.find(&SessionId::random(), 0).unwrap_err().kind(), Kind::SessionNotFound);
+        assert_eq!((registry.count(&vm), registry.count(&VmId::random())), (1, 0));
+        drop(session);
+        assert_eq!(registry.find(&id, 1000).unwrap_err().kind(), Kind::SessionNotFound);
+        assert!(registry.is_empty());
+    }
+
+    #[test]
+    fn a_panic_in_the_command_leaves_no_entry() {
+        let registry = Registry::new();
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let _session = registry.begin(0, VmId::random(), ());
+            panic!("in the command");
+        }));
+        assert!(result.is_err() && registry.is_empty());
+    }
+}

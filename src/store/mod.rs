@@ -1,1 +1,328 @@
-//! The store.
+//! The store: all state in memory, every change of it in SQLite before anybody is told that it happened.
+//!
+//! One leaf section makes {validate, change memory, publish, enqueue the rows} atomic, so the order of rows is the order
+//! of effects. One thread writes: it commits all changes that wait as one transaction (WAL, `synchronous=FULL`).
+//! Reads come from memory, may show what is not yet durable, and never wait for the disk.
+//!
+//! When a commit fails, everyone waiting for it or behind it gets the error, memory goes back to the last durable
+//! state, and the store is read-only until a probe, a real commit, succeeds. A caller that got the error of a failed
+//! commit knows that the change is undone in this daemon; if the daemon is killed before the next commit succeeds, the
+//! whole failed batch may be found on disk after all, as with any database.
+
+mod batch;
+#[cfg(any(test, feature = "fakes"))]
+pub mod faults;
+mod key;
+mod ledger;
+mod meta;
+mod op;
+mod reserve;
+mod schema;
+mod sql;
+mod state;
+#[cfg(test)]
+mod tests;
+mod tx;
+mod vm;
+mod watch;
+mod workspace;
+mod writer;
+
+pub use batch::Ticket;
+pub use key::{KEYS_PER_UID_MAX, KeyRow};
+pub use ledger::LedgerRow;
+pub use op::{OPS_ENDED_MAX, OpRow};
+pub use reserve::RESERVE_BYTES;
+pub use schema::INSTALL_ID_LEN;
+pub use state::State;
+pub use tx::Tx;
+pub use vm::{Intent, VmRow};
+pub use watch::Watch;
+pub use workspace::WorkspaceRow;
+
+use crate::error::{Error, Kind, Result};
+use crate::host::thread;
+use crate::ids::VmId;
+use crate::locks::{Condvar, Mutex, Rank, region};
+use batch::{Batch, Change, Failure, Outcome};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Changes that wait for the disk; beyond that a change that is not essential is refused.
+pub const QUEUE_CHANGES_MAX: usize = 16_384;
+/// How long [`Store::change_durable`] waits for the disk.
+pub const DURABLE_WAIT: Duration = Duration::from_secs(60);
+
+/// Whether changes are taken.
+enum Mode {
+    Writable,
+    ReadOnly(Failure),
+}
+
+impl Mode {
+    fn is_read_only(&self) -> bool {
+        matches!(self, Mode::ReadOnly(_))
+    }
+}
+
+/// What the one lock guards.
+struct Core {
+    state: State,
+    /// Of the last change.
+    seq: u64,
+    ledger_next: u64,
+    queue: Batch,
+    /// The batch that is being written.
+    in_flight: Option<Arc<Outcome>>,
+    mode: Mode,
+    probe_now: bool,
+    closing: bool,
+    watchers: watch::Watchers,
+}
+
+impl Core {
+    /// Undoes changes, the last one first.
+    fn revert(&mut self, changes: Vec<Change>) {
+        for mut change in changes.into_iter().rev() {
+            self.watchers.tell(&change.steps);
+            tx::revert(&mut self.state, &mut change.steps);
+        }
+    }
+}
+
+struct Inner {
+    dir: PathBuf,
+    install_id: String,
+    seq_at_open: u64,
+    core: Mutex<Core>,
+    /// The writer waits here.
+    wake: Condvar,
+    mode_changed: Condvar,
+    batches: AtomicU64,
+    changes: AtomicU64,
+    #[cfg(any(test, feature = "fakes"))]
+    faults: faults::Faults,
+}
+
+/// How much went through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stats {
+    /// Commits that succeeded, and the changes in them.
+    pub batches: u64,
+    pub changes: u64,
+    /// Changes that wait for the disk now.
+    pub queued: usize,
+    pub read_only: bool,
+}
+
+/// A handle; clones share one store.
+#[derive(Clone)]
+pub struct Store(Arc<Handle>);
+
+struct Handle {
+    inner: Arc<Inner>,
+    // Taken by whoever closes; never held with the other lock of the rank.
+    writer: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Store {
+    /// Opens the database in `dir`, which exists, belongs to this user and is writable by nobody else. On a full disk
+    /// an existing store opens read-only and recovers by itself.
+    ///
+    /// # Errors
+    /// `store_refused`: damaged, foreign, newer, in use, or open to others. `host` and `disk_full`: it cannot be made.
+    pub fn open(dir: &Path) -> Result<Store> {
+        let connection = schema::open(dir, &schema::migrations())?;
+        let (state, install_id, seq) =
+            load(&connection).map_err(|e| e.context(format!("open the store in {}", dir.display())))?;
+        let core = Core {
+            ledger_next: state.ledger_last() + 1,
+            state,
+            seq,
+            queue: Batch::default(),
+            in_flight: None,
+            mode: Mode::Writable,
+            probe_now: false,
+            closing: false,
+            watchers: watch::Watchers::default(),
+        };
+        let inner = Arc::new(Inner {
+            dir: dir.to_owned(),
+            install_id,
+            seq_at_open: seq,
+            core: Mutex::new(Rank::Store, core),
+            wake: Condvar::new(),
+            mode_changed: Condvar::new(),
+            batches: AtomicU64::new(0),
+            changes: AtomicU64::new(0),
+            #[cfg(any(test, feature = "fakes"))]
+            faults: faults::Faults::default(),
+        });
+        let mut writer = writer::Writer::new(inner.clone(), connection);
+        writer.begin();
+        let thread = thread::spawn("store-writer", move || writer.run())?;
+        Ok(Store(Arc::new(Handle { inner, writer: Mutex::new(Rank::Store, Some(thread)) })))
+    }
+
+    /// Of this state directory, made once: part of every name that we give to a host resource.
+    pub fn install_id(&self) -> &str {
+        &self.0.inner.install_id
+    }
+
+    /// Looks at memory. Nothing in `look` may block or take a lock.
+    pub fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
+        look(&self.0.inner.core.lock().state)
+    }
+
+    /// Makes a change: all of it or, when `change` fails or panics, nothing. It is visible at once and durable when its
+    /// ticket says so. Nothing in `change` may block or take a lock.
+    ///
+    /// # Errors
+    /// Those of `change`; `disk_full` or `store_read_only` while the store takes none; `busy` when too many wait for
+    /// the disk; `shutting_down` after [`Store::close`].
+    pub fn change<T>(&self, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<(T, Ticket)> {
+        self.enqueue(false, change)
+    }
+
+    /// As [`Store::change`], for what frees room (a delete's claim and commit, a strike-off): also tried while the store is
+    /// read-only, on a full disk with the reserve.
+    pub fn change_essential<T>(&self, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<(T, Ticket)> {
+        self.enqueue(true, change)
+    }
+
+    /// [`Store::change`] and then its ticket's wait, at most [`DURABLE_WAIT`].
+    pub fn change_durable<T>(&self, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<T> {
+        let (value, ticket) = self.change(change)?;
+        ticket.wait(Instant::now() + DURABLE_WAIT)?;
+        Ok(value)
+    }
+
+    fn enqueue<T>(&self, essential: bool, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<(T, Ticket)> {
+        let inner = &self.0.inner;
+        let mut guard = inner.core.lock();
+        let core = &mut *guard;
+        core.admit(essential)?;
+        let mut tx = Tx::new(&mut core.state, &mut core.ledger_next);
+        let value = change(&mut tx)?;
+        let steps = tx.finish();
+        if steps.is_empty() {
+            // Nothing of its own to write: durable with all that was before it.
+            let before = if core.queue.is_empty() { core.in_flight.clone() } else { Some(core.queue.outcome.clone()) };
+            return Ok((value, Ticket { seq: core.seq, outcome: before }));
+        }
+        core.watchers.tell(&steps);
+        core.seq += 1;
+        let seq = core.seq;
+        core.queue.changes.push(Change { seq, essential, steps });
+        let outcome = Some(core.queue.outcome.clone());
+        drop(guard);
+        inner.wake.notify_all();
+        Ok((value, Ticket { seq, outcome }))
+    }
+
+    /// A ticket for all that was changed so far.
+    pub fn barrier(&self) -> Result<Ticket> {
+        self.change_essential(|_| Ok(())).map(|((), ticket)| ticket)
+    }
+
+    /// Told of every change, or of those of one VM.
+    ///
+    /// # Errors
+    /// `exhausted` when there is no descriptor for it.
+    pub fn watch(&self, vm: Option<VmId>) -> Result<Watch> {
+        self.0.inner.core.lock().watchers.add(vm)
+    }
+
+    /// None while changes are taken, else why not.
+    pub fn read_only(&self) -> Option<Error> {
+        match &self.0.inner.core.lock().mode {
+            Mode::Writable => None,
+            Mode::ReadOnly(failure) => Some(failure.to_error()),
+        }
+    }
+
+    /// Probes a read-only store now and waits until it takes changes. False when the deadline came first. Opens
+    /// `Rank::DurableWait`.
+    pub fn wait_writable(&self, deadline: Instant) -> bool {
+        let _waiting = region(Rank::DurableWait);
+        let inner = &self.0.inner;
+        let mut core = inner.core.lock();
+        core.probe_now = core.mode.is_read_only();
+        inner.wake.notify_all();
+        inner.mode_changed.wait_while(&mut core, deadline, |c| c.mode.is_read_only() && !c.closing);
+        !core.mode.is_read_only()
+    }
+
+    pub fn stats(&self) -> Stats {
+        let inner = &self.0.inner;
+        let core = inner.core.lock();
+        Stats {
+            batches: inner.batches.load(Ordering::Relaxed),
+            changes: inner.changes.load(Ordering::Relaxed),
+            queued: core.queue.changes.len(),
+            read_only: core.mode.is_read_only(),
+        }
+    }
+
+    /// Writes what waits and ends the writer. Reads still work; changes get `shutting_down`. Opens `Rank::DurableWait`.
+    pub fn close(&self) {
+        let _waiting = region(Rank::DurableWait);
+        self.0.close();
+    }
+
+    #[cfg(any(test, feature = "fakes"))]
+    pub fn faults(&self) -> &faults::Faults {
+        &self.0.inner.faults
+    }
+}
+
+impl Core {
+    fn admit(&self, essential: bool) -> Result<()> {
+        if self.closing {
+            return Err(Failure::closed().to_error());
+        }
+        if essential {
+            return Ok(());
+        }
+        if let Mode::ReadOnly(failure) = &self.mode {
+            return Err(failure.to_error().context("the store is read-only"));
+        }
+        if self.queue.changes.len() >= QUEUE_CHANGES_MAX {
+            let text = format!("{QUEUE_CHANGES_MAX} changes wait for the disk");
+            return Err(Error::new(Kind::Busy, text).hint("try again in a moment; see fcctl doctor"));
+        }
+        Ok(())
+    }
+}
+
+impl Handle {
+    fn close(&self) {
+        self.inner.core.lock().closing = true;
+        self.inner.wake.notify_all();
+        let writer = self.writer.lock().take();
+        if let Some(writer) = writer
+            && writer.join().is_err()
+        {
+            log::error!("store: the writer panicked");
+        }
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+fn load(c: &rusqlite::Connection) -> Result<(State, String, u64)> {
+    let info = |name: &str| schema::info(c, name).map_err(|e| sql::refused(format!("read {name}")).with_source(e));
+    let state = State::load(c)?;
+    let install_id = info("install_id")?.filter(|id| id.len() == INSTALL_ID_LEN);
+    let install_id = install_id.ok_or_else(|| sql::refused("the database has no install id"))?;
+    let seq = info("seq")?.unwrap_or_else(|| "0".into());
+    let seq = seq.parse().map_err(|e| sql::refused(format!("read seq {seq:?}")).with_source(e))?;
+    Ok((state, install_id, seq))
+}

@@ -1,23 +1,23 @@
 //! VMMs: what a driver must do, and the drivers.
 
+pub mod console;
+#[cfg(feature = "fakes")]
+pub mod fake;
+mod log_file;
+pub mod qemu;
+mod watch;
+
 use crate::api::daemon::Check;
 use crate::error::Result;
 use crate::ids::VmId;
 use crate::locks::Cancel;
+use console::Consoles;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// A process that cannot be mistaken for another: never a pid alone.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Identity {
-    pub pid: u32,
-    /// Field 22 of `/proc/<pid>/stat`, in clock ticks since boot.
-    pub start_time: u64,
-    /// `/proc/sys/kernel/random/boot_id`.
-    pub boot_id: String,
-}
+pub use crate::host::process::Identity;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -32,13 +32,20 @@ pub struct VmmSpec {
     pub vm: VmId,
     /// `fc-<install>-<vm>-<generation>`: in the process's arguments, so that it can be found again.
     pub tag: String,
-    /// The VM's directory, root's or the daemon's own, 0711. Holds `disk`, `seed`, `console.log`, and `run/`,
-    /// which belongs to the VMM's uid and where it makes its sockets.
+    /// The VM's directory, root's or the daemon's own, 0711. Holds `disk`, `seed`, `console.log`, `vmm.log` (what
+    /// the VMM itself says), and `run/`, which belongs to the VMM's uid and where it makes its sockets; the driver
+    /// makes all but the first two.
     pub dir: PathBuf,
+    /// An ELF kernel with a PVH entry (`vmlinux`), as `initrd`, `disk` and `seed` readable by the VMM's uid, which
+    /// also needs search permission on every directory above.
     pub kernel: PathBuf,
     pub initrd: PathBuf,
+    /// The image's own kernel arguments, as `root=/dev/vda init=/sbin/fcd-init`; the driver adds its own.
+    pub boot_args: String,
+    /// The guest's first block device; its serial number is `root`.
     pub disk: PathBuf,
     pub disk_format: DiskFormat,
+    /// The second block device, read-only; its serial number is `seed`.
     pub seed: PathBuf,
     pub vcpus: u32,
     pub mem_mib: u64,
@@ -61,6 +68,13 @@ pub trait Driver: Send + Sync {
     /// For people: `qemu (tcg, microvm)`.
     fn describe(&self) -> String;
 
+    /// Finds out now what the first start would find out, which may take seconds: whether this host's
+    /// virtualisation runs `kernel`. Never an error: `describe` and `checks` tell.
+    fn warm_up(&self, kernel: &Path, cancel: &Cancel);
+
+    /// The console logs of its VMs.
+    fn consoles(&self) -> &Consoles;
+
     /// Starts the process and answers once the VMM runs the guest; the guest boots on. `spawned` is told the
     /// identity as soon as there is one, before anything else is asked of the process. On an error or a cancel
     /// no process is left.
@@ -79,10 +93,12 @@ pub trait Driver: Send + Sync {
     /// Waits until the process has exited; false when the deadline or the cancel came first.
     fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool>;
 
-    /// Ends the process (SIGKILL by pidfd) and waits until it has exited. Already gone: ok.
+    /// Ends the process (SIGKILL by pidfd) and waits until it has exited. Already gone: ok. An error (`timeout`)
+    /// when it has not exited by the deadline: what it holds must not be reused.
     fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()>;
 
-    /// Calls `died` once, from a thread of the driver's, when the process exits; with how, where it is known.
+    /// Calls `died` once, from a thread of its own, when the process exits or if it has; with how, where it is
+    /// known. Never after the driver is dropped.
     fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()>;
 
     /// What the driver needs, found and picked.

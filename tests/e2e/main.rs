@@ -1,1 +1,5 @@
-fn main() {}
+//! End to end: real daemons, real guests, real repositories. Nothing here is skipped: what is missing fails.
+#![allow(clippy::disallowed_methods)] // Tests start processes of their own.
+
+mod first_light;
+mod host;

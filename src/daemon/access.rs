@@ -1,0 +1,112 @@
+//! Who may see what: root and the owner. To anybody else a VM does not exist.
+
+use super::Daemon;
+use crate::api::vm::Vm;
+use crate::error::{Error, Kind, Result};
+use crate::ids::{ID_LEN, VmId};
+use crate::store::{State, VmRow};
+
+/// Shortest prefix of an id that is taken for one.
+const PREFIX_LEN_MIN: usize = 2;
+
+/// The peer of a connection, from its credentials.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caller {
+    pub uid: u32,
+    pub gid: u32,
+    /// For logs only: it may be another process by now.
+    pub pid: i32,
+}
+
+impl Caller {
+    pub fn may_see(&self, owner_uid: u32) -> bool {
+        self.uid == 0 || self.uid == owner_uid
+    }
+}
+
+pub fn vm_not_found(text: &str) -> Error {
+    let shown: String = text.chars().take(64).collect();
+    Error::new(Kind::VmNotFound, format!("no VM {shown:?}")).hint("fcctl ps -a lists the VMs that are there")
+}
+
+/// By name, by id, or by a prefix of an id that fits one VM only.
+pub fn find<'s>(state: &'s State, caller: &Caller, text: &str) -> Result<&'s VmRow> {
+    let mut prefixed = Vec::new();
+    for row in state.vms().filter(|row| caller.may_see(row.owner_uid)) {
+        if row.name.as_str() == text || row.id.as_str() == text {
+            return Ok(row);
+        }
+        if text.len() >= PREFIX_LEN_MIN && text.len() < ID_LEN && row.id.as_str().starts_with(text) {
+            prefixed.push(row);
+        }
+    }
+    match prefixed.as_slice() {
+        [] => Err(vm_not_found(text)),
+        [row] => Ok(row),
+        many => {
+            let ids: Vec<_> = many.iter().take(4).map(|r| format!("{} ({})", r.id, r.name)).collect();
+            let more = if many.len() > 4 { " and more" } else { "" };
+            Err(Error::new(Kind::AmbiguousPrefix, format!("{text:?} fits several VMs: {}{more}", ids.join(", ")))
+                .hint("give the name or more of the id"))
+        }
+    }
+}
+
+impl Daemon {
+    /// The VM that `text` names, if the caller may see it.
+    pub fn resolve(&self, caller: &Caller, text: &str) -> Result<VmRow> {
+        self.store.read(|s| find(s, caller, text).cloned())
+    }
+
+    /// The row as it is now; gone meanwhile: not found.
+    pub(super) fn row(&self, id: &VmId) -> Result<VmRow> {
+        self.store.read(|s| s.vm(id).map(|r| (**r).clone())).ok_or_else(|| vm_not_found(id.as_str()))
+    }
+
+    /// A mutation must wait until reconcile has looked at the VM.
+    pub(super) fn refuse_unlooked(&self, row: &VmRow) -> Result<()> {
+        if self.unlooked.lock().contains(&row.id) {
+            return Err(Error::new(Kind::Busy, format!("vm {} is being looked at after a restart of the daemon", row.name))
+                .hint("try again in a moment"));
+        }
+        Ok(())
+    }
+
+    /// The VM as its owner sees it.
+    pub(super) fn view(&self, id: &VmId) -> Result<Vm> {
+        self.store.read(|s| s.vm(id).map(|row| view_of(s, row))).ok_or_else(|| vm_not_found(id.as_str()))
+    }
+}
+
+pub fn view_of(state: &State, row: &VmRow) -> Vm {
+    Vm {
+        id: row.id.clone(),
+        name: row.name.clone(),
+        owner_uid: row.owner_uid,
+        state: row.state,
+        reason: row.reason.clone(),
+        image: row.image.clone(),
+        vcpus: row.vcpus,
+        mem_mib: row.mem_mib,
+        disk_bytes: row.disk_bytes,
+        pending: row.pending.clone(),
+        rm: row.rm,
+        created_at: row.created_at,
+        started_at: row.started_at,
+        op: row.op.clone(),
+        pid: row.identity.as_ref().map(|i| i.pid),
+        ssh_addr: row.ssh_addr,
+        driver: row.driver.clone(),
+        disk_driver: row.disk_driver.clone(),
+        synced: row.synced,
+        workspace: state.workspace(&row.id).map(|w| crate::api::vm::WorkspaceInfo {
+            guest_path: w.guest_path.clone(),
+            workdir: w.workdir.clone(),
+            state: w.state,
+            readonly: w.readonly,
+            entries: w.entries,
+            bytes: w.bytes,
+            prepared_at: w.prepared_at,
+        }),
+    }
+}

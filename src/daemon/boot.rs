@@ -1,0 +1,177 @@
+//! The work of a start: a list of steps, each of which leaves something that a later start or a delete finds.
+
+use super::Daemon;
+use super::lifecycle::Claim;
+use crate::disk::{self, KeyPair, Method, Network, RootSpec, Seed};
+use crate::error::{Error, Kind, Result};
+use crate::guest::Target;
+use crate::image::ImageInfo;
+use crate::locks::Cancel;
+use crate::store::VmRow;
+use crate::vmm::{DiskFormat, Running, VmmSpec};
+use std::time::{Duration, Instant};
+
+const GUEST_USER: &str = "root";
+const KEY_FILE: &str = "key";
+const SEED_FILE: &str = "seed";
+const DISK_FILE: &str = "disk";
+
+impl Daemon {
+    /// From nothing to a guest that answers. On an error nothing of the VM runs.
+    pub(super) fn boot(&self, claim: &Claim) -> Result<Running> {
+        let op = claim.op();
+        let _place = self.admission.enter(&claim.cancel, &mut |ahead| {
+            op.progress(&format!("waits for a boot to end ({ahead} ahead)"));
+        })?;
+        let row = self.row(&claim.vm)?;
+        let image = self.images.get(&row.image)?;
+        op.progress("prepare the disk");
+        let spec = self.prepare_files(&row, &image, &claim.cancel)?;
+        op.progress("start the vmm");
+        let running = self.start_vmm(claim, &spec)?;
+        op.progress("wait for the guest");
+        match self.wait_guest(claim, &running) {
+            Ok(()) => Ok(running),
+            Err(e) => {
+                self.kill_vmm(&running.identity).map_err(|k| k.context(format!("after {e}: end the vmm")))?;
+                Err(e)
+            }
+        }
+    }
+
+    /// The VM's directory with its disk, its seed and its keys; what is there already stays.
+    fn prepare_files(&self, row: &VmRow, image: &ImageInfo, cancel: &Cancel) -> Result<VmmSpec> {
+        let spec = self.spec(row, image);
+        drop(crate::host::fs::create_dir(&spec.dir, 0o711)?);
+        self.write_identity(row, &spec)?;
+        self.prepare_disk(row, image, &spec, cancel)?;
+        // What the disk became is in the row by now.
+        Ok(self.spec(&self.row(&row.id)?, image))
+    }
+
+    /// What a driver is told. The disk's kind is the row's: it was decided when the disk was made.
+    pub(super) fn spec(&self, row: &VmRow, image: &ImageInfo) -> VmmSpec {
+        let dir = self.vm_dir(&row.id);
+        let is_raw = self.disk_method(row) == Method::Reflink;
+        VmmSpec {
+            vm: row.id.clone(),
+            tag: self.tag(row),
+            kernel: image.kernel.clone(),
+            initrd: image.initrd.clone(),
+            boot_args: crate::image::BOOT_ARGS.join(" "),
+            disk: dir.join(DISK_FILE),
+            disk_format: if is_raw { DiskFormat::Raw } else { DiskFormat::Qcow2 },
+            seed: dir.join(SEED_FILE),
+            vcpus: row.vcpus,
+            mem_mib: row.mem_mib,
+            credentials: self.credentials(row),
+            console_bytes_max: self.config.limits.console_bytes_max,
+            dir,
+        }
+    }
+
+    /// How this VM's root disk shares the image's blocks: as it was made, else as the file system can.
+    fn disk_method(&self, row: &VmRow) -> Method {
+        match row.disk_driver.as_deref() {
+            Some(name) if name == Method::Reflink.name() => Method::Reflink,
+            Some(_) => Method::Qcow2,
+            None => disk::probe(&self.config.state_dir).map_or(Method::Qcow2, |p| p.method),
+        }
+    }
+
+    fn prepare_disk(&self, row: &VmRow, image: &ImageInfo, spec: &VmmSpec, cancel: &Cancel) -> Result<()> {
+        let commands = self.commands.as_ref();
+        if row.disk_driver.is_some() && spec.disk.exists() {
+            return disk::grow(commands, &spec.disk, self.disk_method(row), row.disk_bytes, cancel);
+        }
+        let wanted = RootSpec { base: &image.rootfs, path: &spec.disk, size_bytes: row.disk_bytes, owner: spec.credentials };
+        let made = disk::make_root(commands, &wanted, cancel)?;
+        let name = made.method.name().to_owned();
+        let ((), ticket) = self.store.change(|tx| tx.update_vm(&row.id, |r| r.disk_driver = Some(name)))?;
+        self.wait_durable(ticket)
+    }
+
+    /// The VMM's uid and gid, when the daemon may give them.
+    pub(super) fn credentials(&self, row: &VmRow) -> Option<(u32, u32)> {
+        let qemu = &self.config.qemu;
+        nix::unistd::geteuid().is_root().then_some((qemu.uid_base + row.slot, qemu.uid_base))
+    }
+
+    /// Host key, user key and seed are made once in a VM's life: its identity outlives its restarts.
+    fn write_identity(&self, row: &VmRow, spec: &VmmSpec) -> Result<()> {
+        let key_file = spec.dir.join(KEY_FILE);
+        if row.host_key.is_some() && key_file.exists() && spec.seed.exists() {
+            return Ok(());
+        }
+        let (host, user) = (KeyPair::generate(row.name.as_str())?, KeyPair::generate("fcd")?);
+        let seed = Seed {
+            host_name: &row.name,
+            network: &Network::user_mode(),
+            authorized_keys: &[user.public_line().to_owned()],
+            host_key: &host,
+        };
+        crate::host::fs::write_durable(&key_file, user.private_openssh().as_bytes(), 0o600)?;
+        seed.write(&spec.seed, spec.credentials)?;
+        let blob = host.public_blob().to_vec();
+        let ((), ticket) = self.store.change(|tx| tx.update_vm(&row.id, |r| r.host_key = Some(blob)))?;
+        self.wait_durable(ticket)
+    }
+
+    fn start_vmm(&self, claim: &Claim, spec: &VmmSpec) -> Result<Running> {
+        let running = self.vmm.start(spec, &claim.cancel, &mut |identity| {
+            // A fact, not an intent: the process is found again by its tag whether or not this reaches the disk.
+            let identity = identity.clone();
+            let driver = self.vmm.describe();
+            let fact = self.store.change(|tx| {
+                tx.update_vm(&claim.vm, |r| {
+                    r.identity = Some(identity);
+                    r.driver = Some(driver);
+                })
+            });
+            if let Err(e) = fact {
+                log::warn!("record the vmm of {}: {e}", claim.vm);
+            }
+        })?;
+        let row = self.row(&claim.vm)?;
+        if let Err(e) = self.watch(&row, &running.identity) {
+            self.kill_vmm(&running.identity)?;
+            return Err(e);
+        }
+        Ok(running)
+    }
+
+    fn wait_guest(&self, claim: &Claim, running: &Running) -> Result<()> {
+        let row = self.row(&claim.vm)?;
+        let target = self.target_at(&row, running.ssh_addr)?;
+        let timeout = Duration::from_secs(self.config.limits.boot_timeout_s);
+        self.transport.wait_ready(&target, Instant::now() + timeout, &claim.cancel).map_err(|e| match e.kind() {
+            Kind::Timeout => Error::new(
+                Kind::BootTimeout,
+                format!("the guest did not answer within {} s of its start", self.config.limits.boot_timeout_s),
+            )
+            .hint(format!("see what it printed: fcctl logs {}; limits.boot_timeout_s sets the time", row.name)),
+            _ => e,
+        })
+    }
+
+    /// Where a running guest is and how it proves itself.
+    pub(super) fn target(&self, row: &VmRow) -> Result<Target> {
+        match row.ssh_addr {
+            Some(addr) => self.target_at(row, addr),
+            None => Err(Error::new(Kind::GuestUnavailable, format!("vm {} has no address", row.name))),
+        }
+    }
+
+    fn target_at(&self, row: &VmRow, addr: std::net::SocketAddr) -> Result<Target> {
+        let Some(host_key) = row.host_key.clone() else {
+            return Err(Error::internal(format!("vm {} has no host key", row.name)));
+        };
+        let private_key = self.private_key(row)?;
+        Ok(Target { addr, user: GUEST_USER.to_owned(), private_key, host_key })
+    }
+
+    pub(super) fn private_key(&self, row: &VmRow) -> Result<String> {
+        let path = self.vm_dir(&row.id).join(KEY_FILE);
+        std::fs::read_to_string(&path).map_err(|e| Error::io(format!("read the key of vm {}", row.name), e))
+    }
+}

@@ -1,0 +1,240 @@
+//! Commit: the claim's VM goes to rest, to the second half of a restart, or to its successor, in one section
+//! under its lock. A commit that the store refuses is tried again: the work is done and must be written down.
+
+use super::lifecycle::{Claim, Outcome, enter, superseded};
+use super::operations::ended_row;
+use super::runtime::Successor;
+use super::transitions::Verb;
+use super::{Daemon, now_s, to_value};
+use crate::api::vm::{VmDeleteReply, VmState};
+use crate::error::{Error, Kind, Result};
+use crate::ids::VmId;
+use crate::locks::KeyGuard;
+use crate::ops::OpHandle;
+use crate::store::{Intent, Ticket, VmRow};
+use serde_json::Value;
+use std::time::Duration;
+
+/// Between two tries of a commit that the store refused.
+const RETRY_PERIOD: Duration = Duration::from_millis(250);
+
+/// A claim on its way out.
+struct Ending {
+    vm: VmId,
+    verb: Verb,
+    state: VmState,
+    op: OpHandle,
+    outcome: Outcome,
+    died: Option<String>,
+    successor: Option<Successor>,
+}
+
+/// Where the VM goes.
+enum Then {
+    Rest,
+    /// The second half of a restart, by the same operation.
+    Restart,
+    Successor,
+    Gone,
+}
+
+/// What one try of a commit wrote.
+struct Written {
+    ticket: Ticket,
+    result: Result<Value>,
+    then: Then,
+}
+
+impl Daemon {
+    /// The claim to drive on with: a restart's second half, or the successor.
+    pub(super) fn commit(&self, mut claim: Claim, outcome: Outcome) -> Option<Claim> {
+        let outcome = self.end_if_unwanted(&claim, outcome);
+        let op = claim.op.take().expect("unsettled");
+        let (vm, verb, state) = (claim.vm.clone(), claim.verb, claim.state);
+        let mut ending = Ending { vm, verb, state, op, outcome, died: None, successor: None };
+        loop {
+            let written = {
+                let guard = self.locks.vm.lock(&ending.vm);
+                self.commit_locked(&guard, &mut ending)
+            };
+            let durable = written.and_then(|w| self.wait_durable(w.ticket).map(|()| (w.result, w.then)));
+            match durable {
+                Ok((result, then)) => return self.finish(ending, result, &then),
+                Err(e) => {
+                    ending.op.progress(&format!("waits for the store: {e}"));
+                    if self.pause(RETRY_PERIOD) {
+                        // The rows say what was under way; the next daemon finishes it.
+                        ending.op.finish(Err(e));
+                        return None;
+                    }
+                }
+            }
+        }
+    }
+
+    /// A guest that booted although a stop came meanwhile is ended before the commit.
+    fn end_if_unwanted(&self, claim: &Claim, outcome: Outcome) -> Outcome {
+        match outcome {
+            Outcome::Booted(running) if claim.cancel.is_cancelled() => {
+                let cause = claim.cancel.cause().unwrap_or_default().to_owned();
+                match self.kill_vmm(&running.identity) {
+                    Ok(()) => Outcome::BootFailed(Error::new(Kind::Cancelled, format!("cancelled: {cause}"))),
+                    Err(e) => Outcome::StillThere(e),
+                }
+            }
+            other => other,
+        }
+    }
+
+    /// One try, all of it in one section of the store.
+    fn commit_locked(&self, vm: &KeyGuard<'_, VmId>, ending: &mut Ending) -> Result<Written> {
+        let (died, successor) = self.runtimes.end(vm.key());
+        ending.died = ending.died.take().or(died);
+        if let Some(late) = successor
+            && let Some(old) = ending.successor.replace(late)
+        {
+            old.op.finish(Err(Error::new(Kind::Superseded, "a later request took its place")));
+        }
+        let mut row = self.row(vm.key())?;
+        if matches!(ending.outcome, Outcome::Deleted) {
+            return self.write_gone(&row, ending);
+        }
+        let settled = settle(&mut row, ending);
+        let (then, result) = self.choose(&mut row, ending, settled);
+        row.op = None;
+        if let Some((op, verb, to)) = ending.next(&then) {
+            enter(&mut row, to, op, verb);
+        }
+        let result = result.and_then(|()| self.vm_value(&row));
+        // The registry's lock is a leaf like the store's: the rows are made before.
+        let ended = (!matches!(then, Then::Restart)).then(|| ended_row(ending.op.op(), &result));
+        let begun = ending.next(&then).map(|(op, ..)| op.op());
+        let ((), ticket) = self.change(true, |tx| {
+            for op in ended.into_iter().chain(begun) {
+                tx.put_op(op);
+            }
+            tx.put_vm(row.clone())
+        })?;
+        if let Some((op, verb, to)) = ending.next(&then) {
+            self.arm_locked(vm, op, to, verb);
+        }
+        Ok(Written { ticket, result, then })
+    }
+
+    fn write_gone(&self, row: &VmRow, ending: &Ending) -> Result<Written> {
+        let result = to_value(&VmDeleteReply { deleted: Some(row.id.clone()) });
+        let op = ended_row(ending.op.op(), &result);
+        let ((), ticket) = self.change(true, |tx| {
+            tx.put_op(op);
+            tx.remove_vm(&row.id);
+            Ok(())
+        })?;
+        Ok(Written { ticket, result, then: Then::Gone })
+    }
+
+    /// Where the VM goes, and what the operation that let go of it answers.
+    fn choose(&self, row: &mut VmRow, ending: &mut Ending, settled: Result<()>) -> (Then, Result<()>) {
+        let restarting = row.intent.take() == Some(Intent::Restart);
+        if ending.successor.is_none() {
+            if restarting && settled.is_ok() {
+                return (Then::Restart, settled);
+            }
+            if !(row.rm && row.state != VmState::Running) {
+                return (Then::Rest, settled);
+            }
+            // An rm VM that came to rest is deleted, by an operation of the daemon's own.
+            return match self.begin_own_op("vm.delete", Some(row.id.clone()), row.owner_uid) {
+                Ok(op) => {
+                    ending.successor = Some(Successor { verb: Verb::DeleteForce, op, timeout: None });
+                    (Then::Successor, settled)
+                }
+                Err(e) => {
+                    log::warn!("delete vm {}, which was to be removed: {e}", row.name);
+                    (Then::Rest, settled)
+                }
+            };
+        }
+        let unfinished = restarting || ending.state == VmState::Starting;
+        let result = match settled {
+            Ok(()) if unfinished => Err(superseded(row, ending.verb)),
+            other => other,
+        };
+        (Then::Successor, result)
+    }
+
+    /// Tells the waiters and makes the claim to drive on with.
+    fn finish(&self, ending: Ending, result: Result<Value>, then: &Then) -> Option<Claim> {
+        let Ending { vm, op, successor, .. } = ending;
+        let (op, verb, state, timeout) = match (then, successor) {
+            (Then::Restart, _) => (op, Verb::Start, VmState::Starting, None),
+            (Then::Successor, Some(s)) => {
+                op.finish(result);
+                let to = s.target();
+                (s.op, s.verb, to, s.timeout)
+            }
+            (_, successor) => {
+                op.finish(result.clone());
+                if let Some(s) = successor {
+                    s.op.finish(result);
+                }
+                return None;
+            }
+        };
+        let cancel = op.cancel().clone();
+        Some(Claim { daemon: self.clone(), vm, op: Some(op), state, verb, timeout, cancel, ticket: None })
+    }
+}
+
+impl Ending {
+    /// The operation that owns the VM next, its verb, and the state that it begins in.
+    fn next(&self, then: &Then) -> Option<(&OpHandle, Verb, VmState)> {
+        match then {
+            Then::Restart => Some((&self.op, Verb::Start, VmState::Starting)),
+            Then::Successor => self.successor.as_ref().map(|s| (&s.op, s.verb, s.target())),
+            Then::Rest | Then::Gone => None,
+        }
+    }
+}
+
+/// Puts the outcome into the row; what the operation answers.
+fn settle(row: &mut VmRow, ending: &Ending) -> Result<()> {
+    let rest = |row: &mut VmRow, state: VmState, reason: Option<String>| {
+        row.state = state;
+        row.reason = reason;
+        row.identity = None;
+        row.ssh_addr = None;
+    };
+    match (&ending.outcome, &ending.died) {
+        (Outcome::Booted(_), Some(how)) => {
+            rest(row, VmState::Failed, Some(how.clone()));
+            Err(Error::new(Kind::VmmFailed, format!("start vm {}: {how}", row.name)).hint(format!("fcctl logs {}", row.name)))
+        }
+        (Outcome::Booted(running), None) => {
+            row.state = VmState::Running;
+            row.identity = Some(running.identity.clone());
+            row.ssh_addr = Some(running.ssh_addr);
+            row.started_at = Some(now_s());
+            Ok(())
+        }
+        (Outcome::BootFailed(e), died) => {
+            let was_cancelled = e.kind() == Kind::Cancelled && died.is_none();
+            let before = if row.started_at.is_none() { VmState::Created } else { VmState::Stopped };
+            match was_cancelled {
+                true => rest(row, before, None),
+                false => rest(row, VmState::Failed, Some(died.clone().unwrap_or_else(|| e.to_string()))),
+            }
+            Err(e.clone().context(format!("start vm {}", row.name)))
+        }
+        (Outcome::Ended { synced }, _) => {
+            rest(row, VmState::Stopped, None);
+            row.synced = Some(*synced);
+            Ok(())
+        }
+        (Outcome::StillThere(e), _) => {
+            row.state = VmState::Failed;
+            row.reason = Some(e.to_string());
+            Err(e.clone().context(format!("{} vm {}", ending.verb.name(), row.name)))
+        }
+        (Outcome::Deleted, _) => Ok(()),
+    }
+}

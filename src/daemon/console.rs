@@ -1,0 +1,35 @@
+//! Console logs. No request thread ever waits for a console: it reads files and waits in `poll`.
+
+use super::waiting::{Gone, Hangup};
+use super::{Caller, Daemon};
+use crate::api::vm::{LogChunk, LogsReply, VmLogsRequest};
+use crate::error::{Error, Kind, Result};
+
+impl Daemon {
+    /// Sends what there is, and with `follow` what comes, until the VM is deleted or the caller goes.
+    pub fn logs(
+        &self,
+        caller: &Caller,
+        request: &VmLogsRequest,
+        reader: Hangup<'_>,
+        send: &mut dyn FnMut(LogChunk) -> std::io::Result<()>,
+    ) -> Result<LogsReply> {
+        let row = self.resolve(caller, &request.vm)?;
+        let mut follower = self.vmm.consoles().follow(&self.vm_dir(&row.id), request.tail)?;
+        let mut bytes = 0;
+        let gone = || Error::new(Kind::Cancelled, "the caller went away");
+        loop {
+            while let Some(text) = follower.next_chunk()? {
+                bytes += text.len() as u64;
+                send(LogChunk { text }).map_err(|_| gone())?;
+            }
+            if !request.follow || follower.is_ended() || self.closing.is_cancelled() {
+                return Ok(LogsReply { bytes });
+            }
+            match reader.wait(&[follower.fd(), self.closing.fd()], None) {
+                Ok(_) => {}
+                Err(Gone) => return Err(gone()),
+            }
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! Create and set: rows only; nothing boots here.
+
+use super::{Caller, Daemon, names, now_s};
+use crate::api::vm::{Pending, Vm, VmCreateRequest, VmSetRequest, VmState};
+use crate::config::MEM_MIB_MIN;
+use crate::error::{Error, Kind, Result};
+use crate::ids::{VmId, VmName};
+use crate::store::{State, Tx, VmRow};
+
+/// Candidates for a name before giving up; the later ones carry a random number.
+const NAME_TRIES_MAX: u32 = 64;
+
+impl Daemon {
+    /// Makes the row, durable when this returns.
+    pub fn create(&self, caller: &Caller, request: &VmCreateRequest) -> Result<Vm> {
+        let image_name = request.image.clone().unwrap_or_else(|| self.config.vm.image.clone());
+        let image = self.images.get(&image_name)?;
+        let row = VmRow {
+            id: VmId::random(),
+            // Replaced below where none was given.
+            name: request.name.clone().unwrap_or_else(|| names::candidate(0, 0)),
+            owner_uid: caller.uid,
+            state: VmState::Created,
+            image: image_name,
+            vcpus: request.vcpus.unwrap_or(self.config.vm.vcpus),
+            mem_mib: request.mem_mib.unwrap_or(self.config.vm.mem_mib),
+            disk_bytes: request.disk_bytes.unwrap_or(image.disk_bytes),
+            rm: request.rm,
+            created_at: now_s(),
+            // Replaced below by the first free one.
+            slot: 0,
+            generation: 0,
+            reason: None,
+            pending: None,
+            started_at: None,
+            op: None,
+            intent: None,
+            identity: None,
+            ssh_addr: None,
+            disk_driver: None,
+            driver: None,
+            host_key: None,
+            synced: None,
+        };
+        self.check_vcpus(row.vcpus)?;
+        self.check_memory(row.mem_mib)?;
+        self.check_disk(row.disk_bytes, image.disk_bytes)?;
+        let id = row.id.clone();
+        let ticket = {
+            let _names = self.locks.create_vm.lock(&());
+            let given = request.name.is_some();
+            self.store.change(|tx| self.insert(tx, row, given))?.1
+        };
+        self.wait_durable(ticket)?;
+        self.view(&id)
+    }
+
+    fn insert(&self, tx: &mut Tx, mut row: VmRow, name_given: bool) -> Result<()> {
+        let owned = tx.vms().filter(|r| r.owner_uid == row.owner_uid).count();
+        let max = self.config.limits.vms_per_uid_max;
+        if owned >= max {
+            return Err(Error::new(Kind::VmLimit, format!("uid {} has {owned} VMs, the most that it may have", row.owner_uid))
+                .hint("delete some (fcctl vm prune), or raise limits.vms_per_uid_max"));
+        }
+        row.name = if name_given { free_name(tx, row.name)? } else { some_name(tx, &row.id)? };
+        row.slot = tx.free_slot(self.config.qemu.uid_count)?;
+        tx.put_vm(row)
+    }
+
+    pub(super) fn check_vcpus(&self, vcpus: u32) -> Result<()> {
+        let max = self.config.limits.vcpus_max;
+        if vcpus == 0 || vcpus > max {
+            return Err(Error::invalid(format!("{vcpus} vcpus: give 1 to {max}")).hint("limits.vcpus_max sets the most"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn check_memory(&self, mem_mib: u64) -> Result<()> {
+        if mem_mib < MEM_MIB_MIN {
+            return Err(Error::invalid(format!("{mem_mib} MiB of memory: a guest needs at least {MEM_MIB_MIN}"))
+                .hint("give for instance --memory 1G"));
+        }
+        let max = self.mem_mib_max;
+        if mem_mib > max {
+            return Err(Error::new(Kind::MemoryLimit, format!("{mem_mib} MiB of memory: this host gives VMs at most {max}"))
+                .hint("ask for less, or set limits.mem_mib_max"));
+        }
+        Ok(())
+    }
+
+    fn check_disk(&self, bytes: u64, at_least: u64) -> Result<()> {
+        let max = self.config.limits.disk_bytes_max;
+        if bytes < at_least {
+            return Err(Error::invalid(format!("a disk of {bytes} bytes: it needs at least {at_least} and cannot shrink"))
+                .hint("leave --disk out, or give more"));
+        }
+        if bytes > max {
+            return Err(
+                Error::invalid(format!("a disk of {bytes} bytes: at most {max}")).hint("limits.disk_bytes_max sets the most")
+            );
+        }
+        Ok(())
+    }
+
+    /// Changes settings. They hold from the next start on: a VM that runs keeps them as pending.
+    pub fn set(&self, caller: &Caller, request: &VmSetRequest) -> Result<Vm> {
+        let row = self.resolve(caller, &request.vm)?;
+        self.refuse_unlooked(&row)?;
+        if request.vcpus.is_none() && request.mem_mib.is_none() && request.disk_bytes.is_none() {
+            return Err(Error::invalid(format!("set vm {}: nothing to set", row.name)).hint("give --vcpus, --memory or --disk"));
+        }
+        request.vcpus.map_or(Ok(()), |n| self.check_vcpus(n))?;
+        request.mem_mib.map_or(Ok(()), |n| self.check_memory(n))?;
+        let ticket = {
+            let guard = self.locks.vm.lock(&row.id);
+            let mut row = self.row(guard.key())?;
+            self.allow(&row, super::transitions::Verb::Set)?;
+            let disk_now = row.pending.as_ref().and_then(|p| p.disk_bytes).unwrap_or(row.disk_bytes);
+            request.disk_bytes.map_or(Ok(()), |n| self.check_disk(n, disk_now))?;
+            apply(&mut row, request);
+            self.store.change(|tx| tx.put_vm(row))?.1
+        };
+        self.wait_durable(ticket)?;
+        self.view(&row.id)
+    }
+}
+
+/// vCPUs and memory of a VM that is at rest change at once; the disk is grown by the next start.
+fn apply(row: &mut VmRow, request: &VmSetRequest) {
+    let mut pending = row.pending.take().unwrap_or_default();
+    pending.vcpus = request.vcpus.or(pending.vcpus);
+    pending.mem_mib = request.mem_mib.or(pending.mem_mib);
+    pending.disk_bytes = request.disk_bytes.or(pending.disk_bytes);
+    row.pending = Some(pending);
+    if matches!(row.state, VmState::Created | VmState::Stopped | VmState::Failed) {
+        take_pending(row);
+    }
+}
+
+/// Makes the pending settings the VM's own.
+pub(super) fn take_pending(row: &mut VmRow) {
+    let Pending { vcpus, mem_mib, disk_bytes } = row.pending.take().unwrap_or_default();
+    row.vcpus = vcpus.unwrap_or(row.vcpus);
+    row.mem_mib = mem_mib.unwrap_or(row.mem_mib);
+    row.disk_bytes = disk_bytes.unwrap_or(row.disk_bytes);
+}
+
+fn free_name(state: &State, name: VmName) -> Result<VmName> {
+    match state.vm_by_name(&name) {
+        None => Ok(name),
+        // Whose it is, is not said.
+        Some(_) => Err(Error::new(Kind::NameTaken, format!("the name {name} is taken"))
+            .hint(format!("pick another name, enter it with fcctl ssh {name}, or delete it with fcctl rm -f {name}"))),
+    }
+}
+
+fn some_name(state: &State, id: &VmId) -> Result<VmName> {
+    let seed = u64::from_str_radix(id.as_str(), 16).unwrap_or_default();
+    (0..NAME_TRIES_MAX)
+        .map(|n| names::candidate(seed, n))
+        .find(|name| state.vm_by_name(name).is_none())
+        .ok_or_else(|| Error::new(Kind::Exhausted, "no free name was found").hint("give one with --name"))
+}
+
+/// Memory of the VMs that have some: those on their way up, up, or on their way down.
+pub(super) fn reserved_mib(state: &State, owner_uid: Option<u32>) -> u64 {
+    state
+        .vms()
+        .filter(|r| matches!(r.state, VmState::Starting | VmState::Running | VmState::Stopping))
+        .filter(|r| owner_uid.is_none_or(|uid| uid == r.owner_uid))
+        .map(|r| r.mem_mib)
+        .sum()
+}
+
+impl Daemon {
+    /// Memory is reserved at claim: the sum over started VMs stays below the limits.
+    pub(super) fn reserve_memory(&self, state: &State, row: &VmRow) -> Result<()> {
+        let check = |used: u64, max: u64, whose: &str, key: &str| {
+            if used + row.mem_mib <= max {
+                return Ok(());
+            }
+            Err(Error::new(Kind::MemoryLimit, format!("{} MiB more memory: {used} of {whose} {max} MiB are in use", row.mem_mib))
+                .hint(format!("stop another VM, give it less with fcctl vm set, or raise limits.{key}")))
+        };
+        check(reserved_mib(state, None), self.mem_mib_max, "this host's", "mem_mib_max")?;
+        match self.config.limits.mem_mib_per_uid_max {
+            0 => Ok(()),
+            max => check(reserved_mib(state, Some(row.owner_uid)), max, "the owner's", "mem_mib_per_uid_max"),
+        }
+    }
+}

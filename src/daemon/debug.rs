@@ -1,0 +1,29 @@
+//! Who holds what since when, and who waits: live, in release too.
+
+use super::Daemon;
+use crate::api::daemon::{DebugLocksReply, LockParty, LockRecord};
+use crate::ids::VmId;
+use crate::locks::{LockSet, Party, check};
+
+impl Daemon {
+    pub fn debug_locks(&self) -> DebugLocksReply {
+        let mut locks = Vec::new();
+        let keyed: [(&str, &LockSet<VmId>); 2] = [("vm_locks", &self.locks.vm), ("workspace_locks", &self.locks.workspace)];
+        for (name, set) in keyed {
+            locks.extend(set.records().into_iter().map(|(key, holder, waiters)| record(name, key, holder, waiters)));
+        }
+        for (name, set) in [("create_vm", &self.locks.create_vm), ("image_ops", &self.locks.image_ops)] {
+            locks.extend(set.records().into_iter().map(|(_, holder, waiters)| record(name, String::new(), holder, waiters)));
+        }
+        DebugLocksReply { locks, violations: check::violations(), checked: cfg!(any(debug_assertions, feature = "lock-check")) }
+    }
+}
+
+fn record(set: &str, key: String, holder: Option<Party>, waiters: Vec<Party>) -> LockRecord {
+    let party = |p: Party| LockParty {
+        thread: p.thread,
+        operation: p.operation.as_deref().unwrap_or_default().to_owned(),
+        for_us: u64::try_from(p.since.elapsed().as_micros()).unwrap_or(u64::MAX),
+    };
+    LockRecord { set: set.to_owned(), key, holder: holder.map(party), waiters: waiters.into_iter().map(party).collect() }
+}

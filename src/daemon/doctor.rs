@@ -1,0 +1,92 @@
+//! What is needed, what was found, what was picked, and how to mend it. Read-only.
+
+use super::{Daemon, Seams};
+use crate::api::daemon::{Check, DoctorReply, Severity};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::host::Commands;
+use crate::host::fs::space;
+use crate::locks::Cancel;
+use std::path::Path;
+
+/// Less room than this on the state directory's file system is worth a warning: an image takes some 400 MB.
+const SPACE_BYTES_WARN: u64 = 2 << 30;
+impl Daemon {
+    pub fn doctor(&self) -> DoctorReply {
+        let mut checks = checks(&self.config, self.vmm.as_ref(), self.commands.as_ref(), &self.closing);
+        checks.push(self.image_check());
+        checks.push(match self.store.read_only() {
+            None => ok("store", format!("the store in {} takes changes", self.config.state_dir.display())),
+            Some(e) => fail("store", format!("the store is read-only: {e}"), e.hint_text().unwrap_or("free some disk space")),
+        });
+        DoctorReply { checks }
+    }
+
+    fn image_check(&self) -> Check {
+        let name = &self.config.vm.image;
+        match self.images.get(name) {
+            Ok(info) => ok("image", format!("image {name}: {}, kernel {}", info.os, info.kernel_version)),
+            Err(_) => warn("image", format!("there is no image {name}"), "fcctl image build"),
+        }
+    }
+}
+
+/// The checks that need no daemon.
+pub fn host_checks(config: &Config, seams: &Seams) -> Result<Vec<Check>> {
+    let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+    let mut all = checks(config, seams.vmm.as_ref(), seams.commands.as_ref(), &cancel);
+    all.push(warn("daemon", format!("no daemon answers on {}", config.socket.display()), "start fcd"));
+    Ok(all)
+}
+
+fn checks(config: &Config, vmm: &dyn crate::vmm::Driver, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
+    let mut all = vmm.checks();
+    all.push(disk_check(&config.state_dir));
+    all.push(space_check(&config.state_dir));
+    all.extend(crate::image::checks(commands, cancel));
+    all
+}
+
+/// The nearest directory that is there: the state directory itself may not be made yet.
+fn existing(path: &Path) -> &Path {
+    path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"))
+}
+
+fn disk_check(state_dir: &Path) -> Check {
+    match crate::disk::probe(existing(state_dir)) {
+        Ok(probe) => {
+            ok("root-disk", format!("root disks in {}: {} ({})", state_dir.display(), probe.method.name(), probe.reason))
+        }
+        Err(e) => fail(
+            "root-disk",
+            format!("root disks in {}: {e}", state_dir.display()),
+            e.hint_text().unwrap_or("check the directory's rights"),
+        ),
+    }
+}
+
+fn space_check(state_dir: &Path) -> Check {
+    match space(existing(state_dir)) {
+        Ok(s) if s.free_bytes >= SPACE_BYTES_WARN => {
+            ok("disk-space", format!("{} MiB free for {}", s.free_bytes >> 20, state_dir.display()))
+        }
+        Ok(s) => warn(
+            "disk-space",
+            format!("only {} MiB free for {}", s.free_bytes >> 20, state_dir.display()),
+            "fcctl vm prune, or free some space",
+        ),
+        Err(e) => fail("disk-space", e.to_string(), "check the directory's rights"),
+    }
+}
+
+fn ok(id: &str, found: String) -> Check {
+    Check { id: id.to_owned(), severity: Severity::Ok, found, fix: None }
+}
+
+fn warn(id: &str, found: String, fix: &str) -> Check {
+    Check { id: id.to_owned(), severity: Severity::Warn, found, fix: Some(fix.to_owned()) }
+}
+
+fn fail(id: &str, found: String, fix: &str) -> Check {
+    Check { id: id.to_owned(), severity: Severity::Fail, found, fix: Some(fix.to_owned()) }
+}

@@ -1,0 +1,98 @@
+//! The work of a stop and of a delete.
+
+use super::Daemon;
+use super::lifecycle::{Claim, Outcome};
+use super::transitions::Verb;
+use crate::api::vm::Synced;
+use crate::error::{Error, Result};
+use crate::guest::io::VecSink;
+use crate::guest::{ExecSpec, Streams};
+use crate::image::SHUTDOWN_COMMAND;
+use crate::store::VmRow;
+use crate::vmm::Identity;
+use std::time::{Duration, Instant};
+
+const SYNCED: &[u8] = b"synced\n";
+/// Most of what the shutdown command may print.
+const OUTPUT_BYTES_MAX: usize = 4096;
+
+impl Daemon {
+    /// Asks the guest to sync and to go, waits for it, and ends the VMM when it has not gone in time.
+    pub(super) fn shut_down(&self, claim: &Claim) -> Outcome {
+        let row = match self.row(&claim.vm) {
+            Ok(row) => row,
+            Err(e) => return Outcome::StillThere(e),
+        };
+        let Some(identity) = self.identity(&row) else {
+            return Outcome::Ended { synced: Synced::No };
+        };
+        let synced = if claim.verb == Verb::Kill { Synced::No } else { self.ask_to_go(claim, &row, &identity) };
+        claim.op().progress("end the vmm");
+        match self.kill_vmm(&identity) {
+            Ok(()) => Outcome::Ended { synced },
+            Err(e) => Outcome::StillThere(e),
+        }
+    }
+
+    fn ask_to_go(&self, claim: &Claim, row: &VmRow, identity: &Identity) -> Synced {
+        let timeout = claim.timeout.unwrap_or(Duration::from_secs(self.config.limits.stop_timeout_s));
+        let deadline = Instant::now() + timeout;
+        claim.op().progress("sync and shut down the guest");
+        let mut said = VecSink::new(OUTPUT_BYTES_MAX);
+        let asked = self.target(row).and_then(|target| {
+            let spec = ExecSpec { command: SHUTDOWN_COMMAND.to_owned(), deadline: Some(deadline), ..ExecSpec::default() };
+            let streams = Streams { stdout: Some(&mut said), ..Streams::default() };
+            self.transport.exec(&target, &spec, streams, &claim.cancel)
+        });
+        // The connection breaks under the shutdown; what the guest had said until then counts.
+        if !said.bytes.starts_with(SYNCED) {
+            log::info!("vm {} was not synced: {asked:?}", row.name);
+            return Synced::Timeout;
+        }
+        match self.vmm.wait_exit(identity, deadline, &claim.cancel) {
+            Ok(_) => Synced::Yes,
+            Err(e) => {
+                log::warn!("wait for the vmm of {}: {e}", row.name);
+                Synced::Yes
+            }
+        }
+    }
+
+    /// The VM's live process: what the row says, or what carries its tag.
+    pub(super) fn identity(&self, row: &VmRow) -> Option<Identity> {
+        let known = row.identity.clone();
+        if let Some(identity) = known
+            && self.vmm.is_alive(&identity)
+        {
+            return Some(identity);
+        }
+        self.vmm.find(&self.tag(row)).unwrap_or_else(|e| {
+            log::warn!("look for the vmm of {}: {e}", row.name);
+            None
+        })
+    }
+
+    /// Ends the VMM and removes the VM's files. The row goes at commit.
+    pub(super) fn remove(&self, claim: &Claim) -> Outcome {
+        match self.try_remove(claim) {
+            Ok(()) => Outcome::Deleted,
+            Err(e) => Outcome::StillThere(e),
+        }
+    }
+
+    fn try_remove(&self, claim: &Claim) -> Result<()> {
+        let row = self.row(&claim.vm)?;
+        if let Some(identity) = self.identity(&row) {
+            claim.op().progress("end the vmm");
+            self.kill_vmm(&identity)?;
+        }
+        claim.op().progress("remove the files");
+        let dir = self.vm_dir(&row.id);
+        self.vmm.consoles().forget(&dir);
+        match std::fs::remove_dir_all(&dir) {
+            Ok(()) => Ok(()),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(Error::io(format!("remove {}", dir.display()), e)),
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! Claim and drive. A verb asks the transition table, claims under the VM's lock, and a thread of its own works
+//! with no lock held; `commit.rs` settles. No moment without an owner.
+
+use super::runtime::Successor;
+use super::transitions::{Decision, Verb, decide};
+use super::{Begun, Caller, Daemon, create};
+use crate::api::vm::{Synced, VmReply, VmState};
+use crate::error::{Error, Kind, Result};
+use crate::ids::VmId;
+use crate::locks::{Cancel, KeyGuard};
+use crate::ops::OpHandle;
+use crate::store::{Intent, Ticket, VmRow};
+use std::time::Duration;
+
+/// What a caller asks of a VM.
+pub(super) struct Ask {
+    pub verb: Verb,
+    pub method: &'static str,
+    /// How long a guest may take to shut down.
+    pub timeout: Option<Duration>,
+}
+
+/// How the work of a claim ended.
+#[derive(Clone)]
+pub(super) enum Outcome {
+    Booted(crate::vmm::Running),
+    /// Nothing of the VM runs.
+    BootFailed(Error),
+    Ended {
+        synced: Synced,
+    },
+    /// The VMM could not be ended, or its files not be removed.
+    StillThere(Error),
+    Deleted,
+}
+
+/// The right to change one VM's state until it is settled. Dropped unsettled (a panic), the VM becomes `failed`.
+pub(super) struct Claim {
+    pub daemon: Daemon,
+    pub vm: VmId,
+    pub op: Option<OpHandle>,
+    pub state: VmState,
+    pub verb: Verb,
+    pub timeout: Option<Duration>,
+    /// Ends the work early: the boot, or the grace of a stop.
+    pub cancel: Cancel,
+    pub ticket: Option<Ticket>,
+}
+
+impl Claim {
+    pub fn op(&self) -> &OpHandle {
+        self.op.as_ref().expect("a claim has its operation until it is settled")
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if let Some(op) = self.op.take() {
+            self.daemon.clone().abandon(&self.vm, op);
+        }
+    }
+}
+
+impl Daemon {
+    /// Carries out what the transition table says. Returns at once: the work goes on in a thread of its own.
+    pub(super) fn lifecycle(&self, caller: &Caller, vm: &str, ask: &Ask) -> Result<Begun> {
+        let found = self.resolve(caller, vm)?;
+        self.refuse_unlooked(&found)?;
+        let guard = self.locks.vm.lock(&found.id);
+        let row = self.row(&found.id)?;
+        match decide(row.state, row.intent == Some(Intent::Restart), ask.verb) {
+            Decision::Claim(to) => {
+                let claim = self.claim_locked(&guard, row, ask, to, caller.uid)?;
+                drop(guard);
+                self.begin(claim)
+            }
+            Decision::Nothing | Decision::Allow => {
+                drop(guard);
+                Begun::done(&VmReply { vm: self.view(&found.id)? })
+            }
+            Decision::Join => self.join_locked(&guard, &row, ask),
+            Decision::Escalate => {
+                self.runtimes.shorten_stop(guard.key());
+                self.join_locked(&guard, &row, ask)
+            }
+            Decision::Supersede => self.succeed_locked(&guard, &row, ask, caller.uid),
+            Decision::Refuse(hint) => Err(refusal(&row, ask.verb, hint)),
+        }
+    }
+
+    /// Refuses what the table does not allow in the row's state.
+    pub(super) fn allow(&self, row: &VmRow, verb: Verb) -> Result<()> {
+        match decide(row.state, row.intent == Some(Intent::Restart), verb) {
+            Decision::Refuse(hint) => Err(refusal(row, verb, hint)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the VM: the row's state, its operation, the ends of whatever used the guest.
+    fn claim_locked(&self, vm: &KeyGuard<'_, VmId>, mut row: VmRow, ask: &Ask, to: VmState, uid: u32) -> Result<Claim> {
+        let op = self.begin_op(ask.method, Some(row.id.clone()), uid, to == VmState::Starting)?;
+        let essential = matches!(ask.verb, Verb::Kill | Verb::Delete | Verb::DeleteForce);
+        enter(&mut row, to, &op, ask.verb);
+        let op_row = op.op();
+        let changed = self.change(essential, |tx| {
+            if to == VmState::Starting {
+                self.reserve_memory(tx, &row)?;
+            }
+            tx.put_op(op_row);
+            tx.put_vm(row.clone())
+        });
+        match changed {
+            Ok(((), ticket)) => {
+                self.arm_locked(vm, &op, to, ask.verb);
+                let (verb, timeout, cancel) = (ask.verb, ask.timeout, op.cancel().clone());
+                let vm = vm.key().clone();
+                Ok(Claim { daemon: self.clone(), vm, op: Some(op), state: to, verb, timeout, cancel, ticket: Some(ticket) })
+            }
+            Err(e) => {
+                let e = e.context(format!("{} vm {}", ask.verb.name(), row.name));
+                op.finish(Err(e.clone()));
+                Err(e)
+            }
+        }
+    }
+
+    /// From here on whoever drives `op` owns the VM.
+    pub(super) fn arm_locked(&self, vm: &KeyGuard<'_, VmId>, op: &OpHandle, to: VmState, verb: Verb) {
+        if to == VmState::Starting {
+            self.runtimes.begin_boot(vm.key(), op.cancel().clone());
+        } else {
+            self.runtimes.cancel_users(vm.key(), cause_for(verb));
+            // A stop cannot be cancelled, so its operation's token is free to shorten it.
+            self.runtimes.begin_stop(vm.key(), op.cancel().clone());
+        }
+    }
+
+    fn join_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, ask: &Ask) -> Result<Begun> {
+        if ask.verb == Verb::Start && self.runtimes.successor(vm.key()).is_some() {
+            return Err(refusal(row, ask.verb, "it is about to end: wait for it with fcctl vm wait, then start it"));
+        }
+        match &row.op {
+            Some(op) => Ok(Begun::Joined(op.clone())),
+            None => Err(Error::internal(format!("vm {} is {} without an operation", row.name, row.state.name()))),
+        }
+    }
+
+    /// Sets the successor slot and makes the operation under way give up or hurry.
+    fn succeed_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, ask: &Ask, uid: u32) -> Result<Begun> {
+        let weight = Successor::weight(ask.verb);
+        if let Some((verb, op)) = self.runtimes.successor(vm.key())
+            && Successor::weight(verb) >= weight
+        {
+            if Successor::deletes(verb) && !Successor::deletes(ask.verb) {
+                return Err(refusal(row, ask.verb, "it is about to be deleted"));
+            }
+            return Ok(Begun::Joined(op));
+        }
+        let op = self.begin_op(ask.method, Some(row.id.clone()), uid, false)?;
+        let id = op.id().clone();
+        let replaced = self.runtimes.set_successor(vm.key(), Successor { verb: ask.verb, op, timeout: ask.timeout });
+        match row.state {
+            VmState::Starting => self.runtimes.cancel_boot(vm.key(), cause_for(ask.verb)),
+            _ if matches!(ask.verb, Verb::Kill | Verb::DeleteForce) => self.runtimes.shorten_stop(vm.key()),
+            _ => {}
+        }
+        if let Some(old) = replaced {
+            old.op.finish(Err(superseded(row, old.verb)));
+        }
+        Ok(Begun::Op(id))
+    }
+
+    /// Starts the thread that drives the claim to its end. One that cannot be started drops the claim, which
+    /// settles it.
+    pub(super) fn begin(&self, claim: Claim) -> Result<Begun> {
+        let id = claim.op().id().clone();
+        let daemon = self.clone();
+        self.spawn(&format!("op-{id}"), move || daemon.drive(claim))?;
+        Ok(Begun::Op(id))
+    }
+
+    pub(super) fn drive(&self, mut claim: Claim) {
+        loop {
+            let _label = crate::locks::operation_scope(format!("{} {}", claim.verb.name(), claim.vm));
+            // Nothing is done before the claim is durable.
+            if let Some(ticket) = claim.ticket.take()
+                && let Err(e) = self.wait_durable(ticket)
+            {
+                return self.undurable(claim, &e);
+            }
+            let outcome = self.work(&claim);
+            match self.commit(claim, outcome) {
+                Some(next) => claim = next,
+                None => return,
+            }
+        }
+    }
+
+    fn work(&self, claim: &Claim) -> Outcome {
+        match claim.state {
+            VmState::Starting => match self.boot(claim) {
+                Ok(running) => Outcome::Booted(running),
+                Err(e) => Outcome::BootFailed(e),
+            },
+            VmState::Deleting => self.remove(claim),
+            _ => self.shut_down(claim),
+        }
+    }
+
+    /// The claim never became durable and the store has taken it back: the caller hears why.
+    fn undurable(&self, mut claim: Claim, error: &Error) {
+        let op = claim.op.take().expect("unsettled");
+        let successor = {
+            let guard = self.locks.vm.lock(&claim.vm);
+            self.runtimes.end(guard.key()).1
+        };
+        if let Some(s) = successor {
+            s.op.finish(Err(error.clone()));
+        }
+        op.finish(Err(error.clone().context(format!("{} vm {}", claim.verb.name(), claim.vm))));
+    }
+}
+
+/// Puts a row into a transitional state.
+pub(super) fn enter(row: &mut VmRow, to: VmState, op: &OpHandle, verb: Verb) {
+    if to == VmState::Starting {
+        create::take_pending(row);
+        row.generation += 1;
+        row.synced = None;
+        row.identity = None;
+        row.ssh_addr = None;
+    }
+    row.intent = (verb == Verb::Restart && to == VmState::Stopping).then_some(Intent::Restart);
+    row.state = to;
+    row.reason = None;
+    row.op = Some(op.id().clone());
+}
+
+pub(super) fn refusal(row: &VmRow, verb: Verb, hint: &str) -> Error {
+    Error::new(Kind::WrongState, format!("{} vm {}: it is {}", verb.name(), row.name, row.state.name())).hint(hint)
+}
+
+pub(super) fn superseded(row: &VmRow, verb: Verb) -> Error {
+    Error::new(Kind::Superseded, format!("{} vm {}: a later request took its place", verb.name(), row.name))
+        .hint(format!("fcctl vm show {}", row.name))
+}
+
+/// Why transfers, sessions and boots end: reads after "cancelled: ".
+pub(super) fn cause_for(verb: Verb) -> &'static str {
+    match verb {
+        Verb::Delete | Verb::DeleteForce => "the VM was deleted",
+        Verb::Kill => "the VM was killed",
+        Verb::Restart => "the VM was restarted",
+        _ => "the VM was stopped",
+    }
+}

@@ -1,0 +1,76 @@
+//! `op.*` over the registry, for those who may see the operation.
+
+use super::{Caller, Daemon};
+use crate::api::Fault;
+use crate::api::op::{Op, OpListReply, OpListRequest, OpReply, OpState};
+use crate::error::{Kind, Result};
+use crate::ids::VmId;
+use crate::ops::{Filter, Limits, OpHandle};
+
+impl Daemon {
+    pub fn op_list(&self, caller: &Caller, request: &OpListRequest) -> OpListReply {
+        let filter = Filter { owner: owner(caller), vm: None, all: request.all };
+        OpListReply { ops: self.ops.list(&filter) }
+    }
+
+    pub fn op_find(&self, caller: &Caller, text: &str) -> Result<Op> {
+        self.ops.find(text, owner(caller))
+    }
+
+    /// Asks it to stop. The answer shows it as it is then.
+    pub fn op_cancel(&self, caller: &Caller, text: &str) -> Result<OpReply> {
+        let op = self.op_find(caller, text)?;
+        Ok(OpReply { op: self.ops.cancel(&op.id, "op cancel was asked for")? })
+    }
+
+    /// Begins an operation of a caller's, within its share.
+    pub(super) fn begin_op(&self, method: &str, vm: Option<VmId>, uid: u32, may_cancel: bool) -> Result<OpHandle> {
+        self.ops.begin(method, vm, uid, may_cancel, Limits { per_uid_max: self.config.limits.operations_per_uid_max })
+    }
+
+    /// Begins an operation of the daemon's own, which no limit may stop. Only a lack of descriptors can.
+    pub(super) fn begin_own_op(&self, method: &str, vm: Option<VmId>, uid: u32) -> Result<OpHandle> {
+        self.ops.begin(method, vm, uid, false, Limits { per_uid_max: usize::MAX })
+    }
+
+    /// Ends an operation that changes no VM's state: written down, then told.
+    pub(super) fn end_op(&self, op: OpHandle, result: Result<serde_json::Value>) {
+        let row = ended_row(op.op(), &result);
+        let written = self.change(true, |tx| {
+            tx.put_op(row);
+            Ok(())
+        });
+        if let Err(e) = written.and_then(|((), ticket)| self.wait_durable(ticket)) {
+            log::warn!("write down the end of operation {}: {e}", op.id());
+        }
+        op.finish(result);
+    }
+
+    /// Writes down that an operation has begun.
+    pub(super) fn persist_op(&self, op: &OpHandle) -> Result<()> {
+        let row = op.op();
+        let ((), ticket) = self.store.change(|tx| {
+            tx.put_op(row);
+            Ok(())
+        })?;
+        self.wait_durable(ticket)
+    }
+}
+
+/// Whose operations the caller sees: everybody's for root.
+fn owner(caller: &Caller) -> Option<u32> {
+    (caller.uid != 0).then_some(caller.uid)
+}
+
+/// The row of an operation as its end will leave it: for a commit that writes it down first.
+pub(super) fn ended_row(mut op: Op, result: &Result<serde_json::Value>) -> Op {
+    match result {
+        Ok(value) => (op.state, op.result) = (OpState::Ok, Some(value.clone())),
+        Err(error) => {
+            op.state = if error.kind() == Kind::Cancelled { OpState::Cancelled } else { OpState::Failed };
+            op.error = Some(Fault { op: Some(op.id.clone()), ..Fault::from(error) });
+        }
+    }
+    op.ended_at = Some(super::now_s());
+    op
+}

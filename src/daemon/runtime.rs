@@ -1,0 +1,192 @@
+//! What the daemon knows of a VM beyond its row: who would cancel what, and who comes next.
+
+use super::transitions::Verb;
+use crate::api::vm::VmState;
+use crate::ids::{OpId, VmId};
+use crate::locks::{Cancel, Mutex, Rank};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What takes the VM over when the operation under way has let go of it.
+pub struct Successor {
+    pub verb: Verb,
+    pub op: crate::ops::OpHandle,
+    pub timeout: Option<Duration>,
+}
+
+impl Successor {
+    pub fn deletes(verb: Verb) -> bool {
+        Self::weight(verb) == 2
+    }
+    /// The state that it begins in.
+    pub fn target(&self) -> VmState {
+        if Self::deletes(self.verb) { VmState::Deleting } else { VmState::Stopping }
+    }
+    /// Delete replaces stop, force replaces grace.
+    pub fn weight(verb: Verb) -> u8 {
+        match verb {
+            Verb::Delete | Verb::DeleteForce => 2,
+            Verb::Kill => 1,
+            _ => 0,
+        }
+    }
+}
+
+#[derive(Default)]
+struct Runtime {
+    /// Ends the boot under way.
+    boot: Option<Cancel>,
+    /// Shortens the graceful stop under way.
+    grace: Option<Cancel>,
+    successor: Option<Successor>,
+    /// How the VMM died while it booted.
+    died: Option<String>,
+    /// Transfers and sessions that a stop ends.
+    users: BTreeMap<u64, Cancel>,
+    next_user: u64,
+}
+
+impl Runtime {
+    fn is_empty(&self) -> bool {
+        self.boot.is_none() && self.grace.is_none() && self.successor.is_none() && self.died.is_none() && self.users.is_empty()
+    }
+}
+
+/// One leaf lock over all of them; entries exist only while they say something.
+#[derive(Clone)]
+pub struct Runtimes {
+    map: Arc<Mutex<HashMap<VmId, Runtime>>>,
+}
+
+/// A transfer or session in a VM's cancel set; leaves it when dropped.
+pub struct User {
+    runtimes: Runtimes,
+    vm: VmId,
+    id: u64,
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        self.runtimes.with(&self.vm, |r| {
+            r.users.remove(&self.id);
+        });
+    }
+}
+
+impl Runtimes {
+    pub fn new() -> Self {
+        Self { map: Arc::new(Mutex::new(Rank::Runtimes, HashMap::new())) }
+    }
+
+    fn with<T>(&self, vm: &VmId, change: impl FnOnce(&mut Runtime) -> T) -> T {
+        let mut map = self.map.lock();
+        let runtime = map.entry(vm.clone()).or_default();
+        let result = change(runtime);
+        if runtime.is_empty() {
+            map.remove(vm);
+        }
+        result
+    }
+
+    pub fn begin_boot(&self, vm: &VmId, cancel: Cancel) {
+        self.with(vm, |r| {
+            r.boot = Some(cancel);
+            r.died = None;
+        });
+    }
+
+    pub fn begin_stop(&self, vm: &VmId, grace: Cancel) {
+        self.with(vm, |r| r.grace = Some(grace));
+    }
+
+    /// Ends the boot or stop of the operation that lets go; gives how the VMM died meanwhile and who comes next.
+    pub fn end(&self, vm: &VmId) -> (Option<String>, Option<Successor>) {
+        self.with(vm, |r| {
+            r.boot = None;
+            r.grace = None;
+            (r.died.take(), r.successor.take())
+        })
+    }
+
+    pub fn cancel_boot(&self, vm: &VmId, cause: &str) {
+        let token = self.with(vm, |r| r.boot.clone());
+        if let Some(token) = token {
+            token.cancel(cause);
+        }
+    }
+
+    /// The VMM died while it booted: the boot ends and says so.
+    pub fn boot_died(&self, vm: &VmId, how: &str) {
+        self.with(vm, |r| r.died = Some(how.to_owned()));
+        self.cancel_boot(vm, how);
+    }
+
+    pub fn shorten_stop(&self, vm: &VmId) {
+        let token = self.with(vm, |r| r.grace.clone());
+        if let Some(token) = token {
+            token.cancel("forced");
+        }
+    }
+
+    /// The operation in the successor slot, with its verb.
+    pub fn successor(&self, vm: &VmId) -> Option<(Verb, OpId)> {
+        self.with(vm, |r| r.successor.as_ref().map(|s| (s.verb, s.op.id().clone())))
+    }
+
+    /// Puts a successor in the slot and gives back the one that it replaces.
+    pub fn set_successor(&self, vm: &VmId, successor: Successor) -> Option<Successor> {
+        self.with(vm, |r| r.successor.replace(successor))
+    }
+
+    /// Joins the VM's cancel set. Call it with the VM's lock held, after its state was checked.
+    pub fn join(&self, vm: &VmId, cancel: Cancel) -> User {
+        let id = self.with(vm, |r| {
+            r.next_user += 1;
+            r.users.insert(r.next_user, cancel);
+            r.next_user
+        });
+        User { runtimes: self.clone(), vm: vm.clone(), id }
+    }
+
+    /// Ends every transfer and session of the VM.
+    pub fn cancel_users(&self, vm: &VmId, cause: &str) {
+        let tokens: Vec<_> = self.with(vm, |r| r.users.values().cloned().collect());
+        for token in tokens {
+            token.cancel(cause);
+        }
+    }
+
+    /// Ends every transfer, session and boot of every VM.
+    pub fn cancel_everything(&self, cause: &str) {
+        let tokens: Vec<_> = {
+            let map = self.map.lock();
+            map.values().flat_map(|r| r.users.values().chain(&r.boot).cloned().collect::<Vec<_>>()).collect()
+        };
+        for token in tokens {
+            token.cancel(cause);
+        }
+    }
+
+    /// Entries now held; 0 when nothing is under way.
+    pub fn len(&self) -> usize {
+        self.map.lock().len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_are_cancelled_together_and_leave_nothing() {
+        let runtimes = Runtimes::new();
+        let vm = VmId::random();
+        let (a, b) = (Cancel::try_new().unwrap(), Cancel::try_new().unwrap());
+        let users = [runtimes.join(&vm, a.clone()), runtimes.join(&vm, b.clone())];
+        runtimes.cancel_users(&vm, "the VM was stopped");
+        assert_eq!((a.cause(), b.cause()), (Some("the VM was stopped"), Some("the VM was stopped")));
+        drop(users);
+        assert_eq!(runtimes.len(), 0);
+    }
+}

@@ -1,0 +1,108 @@
+//! Exec: a command in the guest on the caller's own connection thread, its bytes through the caller's FIFOs.
+
+use super::transitions::Verb;
+use super::{Caller, Daemon};
+use crate::api::exec::{ExecReply, ExecResizeRequest, ExecSignalRequest, ExecStartRequest, Stream};
+use crate::api::vm::WorkspaceState;
+use crate::error::{Error, Kind, Result};
+use crate::guest::io::fifo::{self, Direction};
+use crate::guest::io::{FdSink, FdSource};
+use crate::guest::{Control, ExecSpec, Sink, Source, Streams, command_line, control_queue};
+use crate::ids::SessionId;
+use crate::locks::Cancel;
+use crate::store::VmRow;
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+/// The descriptors of one exec, checked and reopened.
+#[derive(Default)]
+pub struct ExecIo {
+    stdin: Option<FdSource>,
+    stdout: Option<FdSink>,
+    stderr: Option<FdSink>,
+}
+
+impl ExecIo {
+    /// One FIFO for each stream that the request names, in its order.
+    pub fn accept(streams: &[Stream], fds: Vec<OwnedFd>) -> Result<Self> {
+        if streams.len() != fds.len() {
+            return Err(Error::invalid(format!("{} descriptors came for {} streams", fds.len(), streams.len()))
+                .hint("pass one FIFO for each entry of streams"));
+        }
+        let mut io = Self::default();
+        for (stream, fd) in streams.iter().zip(fds) {
+            let taken = match stream {
+                Stream::Stdin => io.stdin.replace(FdSource::new(fifo::accept(fd, Direction::Read)?)).is_some(),
+                Stream::Stdout => io.stdout.replace(FdSink::new(fifo::accept(fd, Direction::Write)?)).is_some(),
+                Stream::Stderr => io.stderr.replace(FdSink::new(fifo::accept(fd, Direction::Write)?)).is_some(),
+            };
+            if taken {
+                return Err(Error::invalid(format!("{stream:?} is named twice").to_lowercase()));
+            }
+        }
+        Ok(io)
+    }
+}
+
+impl Daemon {
+    /// Runs it to its end. The caller's hang-up, a stop or a delete of the VM ends it.
+    pub fn exec(
+        &self,
+        caller: &Caller,
+        request: &ExecStartRequest,
+        mut io: ExecIo,
+        connection: BorrowedFd<'_>,
+        session_made: &mut dyn FnMut(&SessionId),
+    ) -> Result<ExecReply> {
+        let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+        let found = self.resolve(caller, &request.vm)?;
+        let _label = crate::locks::operation_scope(format!("exec {}", found.id));
+        let (row, _user) = self.join_guest(&found, &cancel)?;
+        let doing = |e: Error| e.context(format!("exec in vm {}", row.name));
+        let workdir = request.workdir.clone().or_else(|| self.workdir(&row));
+        let command = command_line(&request.argv, &request.env, workdir.as_deref()).map_err(doing)?;
+        let target = self.target(&row).map_err(doing)?;
+        let (sender, mut controls) = control_queue()?;
+        let session = self.sessions.begin(caller.uid, row.id.clone(), sender);
+        session_made(&session.id);
+        let spec = ExecSpec { command, pty: request.pty.clone(), ..ExecSpec::default() };
+        let streams = Streams {
+            stdin: io.stdin.as_mut().map(|s| s as &mut dyn Source),
+            stdout: io.stdout.as_mut().map(|s| s as &mut dyn Sink),
+            stderr: io.stderr.as_mut().map(|s| s as &mut dyn Sink),
+            controls: Some(&mut controls),
+            hangup: Some(connection),
+        };
+        let exit = self.transport.exec(&target, &spec, streams, &cancel).map_err(doing)?;
+        Ok(ExecReply { exit })
+    }
+
+    /// Checks that the guest can be used and joins the VM's cancel set, in one section.
+    pub(super) fn join_guest(&self, found: &VmRow, cancel: &Cancel) -> Result<(VmRow, super::runtime::User)> {
+        self.refuse_unlooked(found)?;
+        let guard = self.locks.vm.lock(&found.id);
+        let row = self.row(guard.key())?;
+        self.allow(&row, Verb::Guest)?;
+        let user = self.runtimes.join(guard.key(), cancel.clone());
+        drop(guard);
+        if let Some(identity) = row.identity.clone()
+            && !self.vmm.is_alive(&identity)
+        {
+            return Err(Error::new(Kind::GuestUnavailable, format!("vm {}: its vmm has died", row.name))
+                .hint(format!("fcctl vm show {}", row.name)));
+        }
+        Ok((row, user))
+    }
+
+    /// Where commands start: in a complete workspace, else at home.
+    fn workdir(&self, row: &VmRow) -> Option<String> {
+        self.store.read(|s| s.workspace(&row.id).filter(|w| w.state == WorkspaceState::Complete).map(|w| w.workdir.clone()))
+    }
+
+    pub fn exec_resize(&self, caller: &Caller, request: &ExecResizeRequest) -> Result<()> {
+        self.sessions.find(&request.session, caller.uid)?.send(Control::Resize(request.size))
+    }
+
+    pub fn exec_signal(&self, caller: &Caller, request: &ExecSignalRequest) -> Result<()> {
+        self.sessions.find(&request.session, caller.uid)?.send(Control::Signal(request.signal.clone()))
+    }
+}

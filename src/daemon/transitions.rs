@@ -1,0 +1,167 @@
+//! The transition table: what a verb does in a state. A pure function; the daemon only carries it out.
+
+use crate::api::vm::VmState;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verb {
+    Start,
+    Stop,
+    /// `stop --force` and `kill`.
+    Kill,
+    Restart,
+    Delete,
+    DeleteForce,
+    Set,
+    /// Import, export, exec, ssh: whatever talks to the guest.
+    Guest,
+}
+
+impl Verb {
+    pub const ALL: [Verb; 8] =
+        [Verb::Start, Verb::Stop, Verb::Kill, Verb::Restart, Verb::Delete, Verb::DeleteForce, Verb::Set, Verb::Guest];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Verb::Start => "start",
+            Verb::Stop => "stop",
+            Verb::Kill => "kill",
+            Verb::Restart => "restart",
+            Verb::Delete => "delete",
+            Verb::DeleteForce => "delete --force",
+            Verb::Set => "set",
+            Verb::Guest => "use",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// The operation owns the VM from now on, in this transitional state.
+    Claim(VmState),
+    /// It is so already: answered ok, nothing changes.
+    Nothing,
+    /// No change of state.
+    Allow,
+    /// Ends as the operation under way ends.
+    Join,
+    /// Shortens the operation under way and joins it.
+    Escalate,
+    /// Takes the successor slot: the operation under way gives up (a boot) or finishes (a stop), and this one
+    /// goes on in the same critical section.
+    Supersede,
+    /// `wrong_state`, with what to do instead.
+    Refuse(&'static str),
+}
+
+use Decision::{Allow, Claim, Escalate, Join, Nothing, Refuse, Supersede};
+
+const START_FIRST: &str = "start it first: fcctl start";
+const FORCE: &str = "stop it first, or delete it as it runs with --force";
+const BEING_DELETED: &str = "it is being deleted: make another with fcctl vm create";
+const WAIT_STOPPED: &str = "it is stopping: fcctl vm wait, then start it";
+const WAIT_RUNNING: &str = "it is starting: fcctl vm wait --state running, then try again";
+
+/// What `verb` does to a VM in `state`. `restarting` is a `stopping` whose row says that a start follows.
+pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
+    use VmState::{Created, Deleting, Failed, Running, Starting, Stopped, Stopping};
+    match (state, verb) {
+        (Created | Stopped | Failed, Verb::Start | Verb::Restart) => Claim(Starting),
+        (Created | Stopped | Failed, Verb::Stop) => Nothing,
+        (Created | Stopped | Failed, Verb::Kill) => Refuse("it does not run"),
+        (Created | Stopped | Failed, Verb::Delete | Verb::DeleteForce) => Claim(Deleting),
+        (Created | Stopped | Failed, Verb::Guest) => Refuse(START_FIRST),
+
+        (Starting, Verb::Start) => Join,
+        (Starting, Verb::Stop | Verb::Kill | Verb::Delete | Verb::DeleteForce) => Supersede,
+        (Starting, Verb::Restart | Verb::Guest) => Refuse(WAIT_RUNNING),
+
+        (Running, Verb::Start) => Nothing,
+        (Running, Verb::Stop | Verb::Kill | Verb::Restart) => Claim(Stopping),
+        (Running, Verb::Delete) => Refuse(FORCE),
+        (Running, Verb::DeleteForce) => Claim(Deleting),
+        (Running, Verb::Guest) => Allow,
+
+        (Stopping, Verb::Start) if restarting => Join,
+        (Stopping, Verb::Start) => Refuse(WAIT_STOPPED),
+        (Stopping, Verb::Restart) if restarting => Join,
+        (Stopping, Verb::Restart | Verb::Guest) => Refuse(WAIT_STOPPED),
+        // A stop that meets a restart wants the VM stopped: the start after it falls away.
+        (Stopping, Verb::Stop | Verb::Kill) if restarting => Supersede,
+        (Stopping, Verb::Stop) => Join,
+        (Stopping, Verb::Kill) => Escalate,
+        (Stopping, Verb::Delete | Verb::DeleteForce) => Supersede,
+
+        (Deleting, Verb::Delete | Verb::DeleteForce) => Join,
+        (Deleting, _) => Refuse(BEING_DELETED),
+
+        (_, Verb::Set) => Allow,
+    }
+}
+
+/// The table as it stands in `ARCHITECTURE.md`.
+pub fn markdown_table() -> String {
+    let mut out = String::from("| state |");
+    for verb in Verb::ALL {
+        out += &format!(" {} |", verb.name());
+    }
+    out += "\n|---|";
+    out += &"---|".repeat(Verb::ALL.len());
+    let rows = VmState::ALL.iter().flat_map(|s| {
+        let second = (*s == VmState::Stopping).then_some((*s, true));
+        [Some((*s, false)), second].into_iter().flatten()
+    });
+    for (state, restarting) in rows {
+        let label = if restarting { "stopping (restart)" } else { state.name() };
+        out += &format!("\n| {label} |");
+        for verb in Verb::ALL {
+            let cell = match decide(state, restarting, verb) {
+                Claim(to) => format!("-> {}", to.name()),
+                Nothing => "ok, nothing".to_owned(),
+                Allow => "allowed".to_owned(),
+                Join => "join".to_owned(),
+                Escalate => "shorten, join".to_owned(),
+                Supersede => "succeed".to_owned(),
+                Refuse(_) => "refused".to_owned(),
+            };
+            out += &format!(" {cell} |");
+        }
+    }
+    out + "\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::expect;
+
+    /// Every pair, spelled out once: a change of the table shows in review.
+    #[test]
+    fn every_state_and_verb() {
+        expect![[r#""#]].assert_eq(&markdown_table());
+    }
+
+    #[test]
+    fn a_claim_leads_to_a_transitional_state_from_a_settled_one() {
+        for state in VmState::ALL {
+            for verb in Verb::ALL {
+                if let Claim(to) = decide(state, false, verb) {
+                    assert!(matches!(to, VmState::Starting | VmState::Stopping | VmState::Deleting));
+                    assert!(!matches!(state, VmState::Starting | VmState::Stopping | VmState::Deleting));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_refusal_says_what_to_do() {
+        for state in VmState::ALL {
+            for verb in Verb::ALL {
+                for restarting in [false, true] {
+                    if let Refuse(hint) = decide(state, restarting, verb) {
+                        assert!(!hint.is_empty());
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! A VMM that dies by itself: the row says so, whoever used the guest hears it.
+
+use super::Daemon;
+use super::access::Caller;
+use super::lifecycle::Ask;
+use super::transitions::Verb;
+use crate::api::vm::VmState;
+use crate::error::Result;
+use crate::ids::VmId;
+use crate::store::VmRow;
+use crate::vmm::Identity;
+use std::time::Duration;
+
+/// Between two tries to write it down.
+const RETRY_PERIOD: Duration = Duration::from_millis(250);
+/// How a guest that shut itself down looks from outside.
+const CLEAN_EXIT: &str = "the guest shut down";
+
+impl Daemon {
+    /// From now on the death of this VMM is seen.
+    pub(super) fn watch(&self, row: &VmRow, identity: &Identity) -> Result<()> {
+        let (daemon, vm, generation) = (self.clone(), row.id.clone(), row.generation);
+        self.vmm.watch(
+            identity,
+            Box::new(move |how| {
+                // The driver's thread must not wait for a lock or a disk.
+                let inner = daemon.clone();
+                if let Err(e) = daemon.spawn(&format!("died-{vm}"), move || inner.vmm_died(&vm, generation, &how)) {
+                    log::error!("a vmm died and nobody could look: {e}");
+                }
+            }),
+        )
+    }
+
+    fn vmm_died(&self, vm: &VmId, generation: u64, how: &str) {
+        let _label = crate::locks::operation_scope(format!("vmm died {vm}"));
+        loop {
+            match self.record_death(vm, generation, how) {
+                Ok(rm) => {
+                    if rm {
+                        self.delete_unasked(vm);
+                    }
+                    return;
+                }
+                Err(e) => log::warn!("record the death of the vmm of {vm}: {e}"),
+            }
+            if self.pause(RETRY_PERIOD) {
+                return;
+            }
+        }
+    }
+
+    /// Whether the VM is to be deleted now.
+    fn record_death(&self, vm: &VmId, generation: u64, how: &str) -> Result<bool> {
+        let guard = self.locks.vm.lock(vm);
+        let Some(mut row) = self.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else { return Ok(false) };
+        if row.generation != generation {
+            return Ok(false);
+        }
+        match row.state {
+            VmState::Starting => {
+                self.runtimes.boot_died(guard.key(), &format!("the vmm died: {how}"));
+                return Ok(false);
+            }
+            VmState::Running => {}
+            // A stop or a delete is under way and expects it.
+            _ => return Ok(false),
+        }
+        let clean = how == CLEAN_EXIT;
+        row.state = if clean { VmState::Stopped } else { VmState::Failed };
+        row.reason = Some(if clean { "the guest shut itself down".to_owned() } else { format!("the vmm died: {how}") });
+        row.identity = None;
+        row.ssh_addr = None;
+        let (rm, cause) = (row.rm, if clean { "the guest shut itself down" } else { "the VM's vmm died" });
+        let ((), ticket) = self.change(true, |tx| tx.put_vm(row))?;
+        self.runtimes.cancel_users(guard.key(), cause);
+        drop(guard);
+        self.wait_durable(ticket)?;
+        Ok(rm)
+    }
+
+    /// Deletes an `rm` VM on the daemon's own account. Somebody else may be at it already.
+    pub(super) fn delete_unasked(&self, vm: &VmId) {
+        let root = Caller { uid: 0, gid: 0, pid: 0 };
+        let ask = Ask { verb: Verb::DeleteForce, method: "vm.delete", timeout: None };
+        if let Err(e) = self.lifecycle(&root, vm.as_str(), &ask) {
+            log::info!("delete {vm}, which was to be removed: {e}");
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! Imports and exports. The VM's lock is held for a moment, to check the state and join its cancel set; the
+//! workspace lock is held across the guest I/O, on the operation's own thread; a pool worker pumps (`transfer.rs`).
+
+use super::runtime::User;
+use super::transfer::{Imported, Transfer};
+use super::{Begun, Caller, Daemon, Notes, now_s, to_value};
+use crate::api::vm::WorkspaceState;
+use crate::api::workspace::{ExportReply, ExportRequest, PrepareReply, PrepareRequest};
+use crate::error::{Error, Kind, Result};
+use crate::guest::io::fifo::{self, Direction};
+use crate::ids::VmId;
+use crate::locks::KeyGuard;
+use crate::ops::OpHandle;
+use crate::pool::{JobHandle, Place};
+use crate::store::{VmRow, WorkspaceRow};
+use crate::workspace::{encode, guest_path, remote};
+use serde_json::Value;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+/// No transfer goes on for longer; one that stands still ends after `transfer_idle_s`.
+const TRANSFER_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+
+/// What a transfer holds from its call to its end: its place in the VM's cancel set and in the pool's queue.
+struct Admitted {
+    row: VmRow,
+    op: OpHandle,
+    fifo: OwnedFd,
+    place: Place,
+    no_wait: bool,
+    _user: User,
+}
+
+impl Daemon {
+    /// Roots below which a workspace may lie.
+    pub fn guest_roots(&self) -> Vec<String> {
+        guest_path::ROOTS.iter().map(|r| (*r).to_owned()).collect()
+    }
+
+    /// An import. The stream comes through the one FIFO; `notes` carries the `ready` note.
+    pub fn prepare(&self, caller: &Caller, mut request: PrepareRequest, fds: Vec<OwnedFd>, notes: &Notes) -> Result<Begun> {
+        request.guest_path = guest_path::validate(&request.guest_path)?;
+        guest_path::validate_subdir(&request.subdir)?;
+        let method = "workspace.prepare";
+        let admitted = self.admit(caller, &request.vm, method, request.no_wait, (fds, Direction::Read))?;
+        let (id, daemon, notes) = (admitted.op.id().clone(), self.clone(), notes.clone());
+        self.spawn(&format!("op-{id}"), move || {
+            let _label = crate::locks::operation_scope(format!("{method} {}", admitted.row.id));
+            let Admitted { row, op, fifo, place, no_wait, _user } = admitted;
+            let doing = format!("import into vm {}", row.name);
+            let result = daemon.run_prepare(&row, &op, fifo, place, no_wait, (&request, notes));
+            daemon.end_op(op, result.map_err(|e| e.context(doing)));
+        })?;
+        Ok(Begun::Op(id))
+    }
+
+    /// An export into the one FIFO. It waits for an import that is under way.
+    pub fn export(&self, caller: &Caller, request: ExportRequest, fds: Vec<OwnedFd>) -> Result<Begun> {
+        let method = "workspace.export";
+        let admitted = self.admit(caller, &request.vm, method, request.no_wait, (fds, Direction::Write))?;
+        let (id, daemon) = (admitted.op.id().clone(), self.clone());
+        self.spawn(&format!("op-{id}"), move || {
+            let _label = crate::locks::operation_scope(format!("{method} {}", admitted.row.id));
+            let Admitted { row, op, fifo, place, no_wait, _user } = admitted;
+            let doing = format!("export from vm {}", row.name);
+            let result = daemon.run_export(&row, &op, fifo, place, no_wait, &request);
+            daemon.end_op(op, result.map_err(|e| e.context(doing)));
+        })?;
+        Ok(Begun::Op(id))
+    }
+
+    /// Checks everything that can be checked at once: the descriptor, the VM's state, a place in the queue.
+    fn admit(
+        &self,
+        caller: &Caller,
+        vm: &str,
+        method: &str,
+        no_wait: bool,
+        (fds, direction): (Vec<OwnedFd>, Direction),
+    ) -> Result<Admitted> {
+        let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| {
+            Error::new(Kind::InvalidRequest, format!("{method} takes one descriptor, {} came", fds.len()))
+                .hint("pass one end of a FIFO")
+        })?;
+        let fifo = fifo::accept(fd, direction)?;
+        let found = self.resolve(caller, vm)?;
+        let op = self.begin_op(method, Some(found.id.clone()), caller.uid, true)?;
+        let joined = self.join_guest(&found, op.cancel()).and_then(|(row, user)| {
+            let place = self.pool.reserve(caller.uid)?;
+            self.persist_op(&op)?;
+            Ok((row, user, place))
+        });
+        match joined {
+            Ok((row, _user, place)) => Ok(Admitted { row, op, fifo, place, no_wait, _user }),
+            Err(e) => {
+                op.finish(Err(e.clone()));
+                Err(e)
+            }
+        }
+    }
+
+    fn run_prepare(
+        &self,
+        row: &VmRow,
+        op: &OpHandle,
+        fifo: OwnedFd,
+        place: Place,
+        no_wait: bool,
+        (request, notes): (&PrepareRequest, Notes),
+    ) -> Result<Value> {
+        #[cfg(feature = "one-lock")]
+        let _negative_control = self.locks.vm.lock(&row.id);
+        let guard = self.lock_workspace(op, row, no_wait)?;
+        let transfer = self.transfer(guard.key(), op, fifo, &request.guest_path)?;
+        let began = self.mark_incomplete(&transfer.row, request)?;
+        let wanted = request.clone();
+        let job = place.submit(&format!("workspace.prepare {}", row.name), op.cancel(), move |cancel| {
+            transfer.import(cancel, &wanted, &notes)
+        });
+        let imported = wait_job(&job)?;
+        // The workspace lock is still held: nobody else has touched the row.
+        self.mark_complete(&began, &imported)?;
+        drop(guard);
+        let kept = encode::encode_all(&imported.kept)?;
+        let (entries, bytes) = (imported.trailer.entries, imported.trailer.bytes);
+        to_value(&PrepareReply { vm: self.view(&row.id)?, kept, entries, bytes })
+    }
+
+    fn run_export(
+        &self,
+        row: &VmRow,
+        op: &OpHandle,
+        fifo: OwnedFd,
+        place: Place,
+        no_wait: bool,
+        request: &ExportRequest,
+    ) -> Result<Value> {
+        let guard = self.lock_workspace(op, row, no_wait)?;
+        let workspace = self.store.read(|s| s.workspace(guard.key()).cloned()).ok_or_else(|| {
+            Error::new(Kind::WorkspaceNotFound, "it has no workspace").hint(format!("fcctl workspace prepare {} PATH", row.name))
+        })?;
+        if workspace.state == WorkspaceState::Incomplete {
+            return Err(Error::new(Kind::WorkspaceIncomplete, "its workspace is incomplete: an import was interrupted")
+                .hint(format!("bring it in again: fcctl workspace prepare {} PATH", row.name)));
+        }
+        let transfer = self.transfer(guard.key(), op, fifo, &workspace.guest_path)?;
+        let kind = request.kind;
+        let job =
+            place.submit(&format!("workspace.export {}", row.name), op.cancel(), move |cancel| transfer.export(cancel, kind));
+        let (files_changed, trailer) = wait_job(&job)?;
+        drop(guard);
+        to_value(&ExportReply { files_changed, bytes: trailer.bytes })
+    }
+
+    /// First come, first served; a waiting one costs no worker and can be cancelled.
+    fn lock_workspace<'a>(&'a self, op: &OpHandle, row: &VmRow, no_wait: bool) -> Result<KeyGuard<'a, VmId>> {
+        if let Some(guard) = self.locks.workspace.try_lock(&row.id) {
+            return Ok(guard);
+        }
+        if no_wait {
+            return Err(
+                Error::new(Kind::Busy, "another import or export is under way").hint("leave --no-wait out to wait for it")
+            );
+        }
+        op.progress("waits for another import or export of this VM");
+        self.locks.workspace.lock_cancellable(&row.id, op.cancel()).map_err(|_| {
+            let cause = op.cancel().cause().unwrap_or_default();
+            Error::new(Kind::Cancelled, format!("cancelled while waiting for another import or export: {cause}"))
+        })
+    }
+
+    /// Address, keys and generation as they are now: the VM may have been restarted while this one waited.
+    fn transfer(&self, vm: &VmId, op: &OpHandle, fifo: OwnedFd, guest_path: &str) -> Result<Transfer> {
+        let row = self.row(vm)?;
+        self.allow(&row, super::transitions::Verb::Guest)?;
+        Ok(Transfer {
+            transport: self.transport.clone(),
+            target: self.target(&row)?,
+            reporter: op.reporter(),
+            fifo,
+            bytes: Arc::new(AtomicU64::new(0)),
+            place: remote::Place::new(guest_path),
+            idle: Duration::from_secs(self.config.limits.transfer_idle_s),
+            row,
+        })
+    }
+
+    /// Durable before the first byte: an interrupted import is never taken for a finished one.
+    fn mark_incomplete(&self, row: &VmRow, request: &PrepareRequest) -> Result<WorkspaceRow> {
+        let workdir = match request.subdir.as_str() {
+            "" => request.guest_path.clone(),
+            subdir => format!("{}/{subdir}", request.guest_path),
+        };
+        let began = WorkspaceRow {
+            vm: row.id.clone(),
+            guest_path: request.guest_path.clone(),
+            workdir,
+            state: WorkspaceState::Incomplete,
+            readonly: request.readonly,
+            entries: 0,
+            bytes: 0,
+            prepared_at: now_s(),
+            generation: row.generation,
+        };
+        let ((), ticket) = self.store.change(|tx| tx.put_workspace(began.clone()))?;
+        self.wait_durable(ticket)?;
+        Ok(began)
+    }
+
+    /// Compared and written in one section: a VM that was restarted or an import that was overtaken stays marked.
+    fn mark_complete(&self, began: &WorkspaceRow, imported: &Imported) -> Result<()> {
+        let ((), ticket) = self.store.change(|tx| {
+            let same_vm = tx.vm(&began.vm).is_some_and(|row| row.generation == began.generation);
+            if !same_vm || tx.workspace(&began.vm).map(|w| &**w) != Some(began) {
+                return Err(Error::new(Kind::Conflict, "the VM was restarted meanwhile").hint("bring the tree in again"));
+            }
+            tx.put_workspace(WorkspaceRow {
+                state: WorkspaceState::Complete,
+                entries: imported.trailer.entries,
+                bytes: imported.trailer.bytes,
+                prepared_at: now_s(),
+                ..began.clone()
+            })
+        })?;
+        self.wait_durable(ticket)
+    }
+}
+
+fn wait_job<T>(job: &JobHandle<T>) -> Result<T> {
+    job.wait(Instant::now() + TRANSFER_DEADLINE)
+}

@@ -1,0 +1,251 @@
+//! The seed drive: a bare tar on a read-only disk that tells a guest who it is.
+//!
+//! Members: `config` (lines `key=value`: `host_name`, `address`, `gateway`, `dns` any number of times),
+//! `host_key` (OpenSSH private key), `authorized_keys`. `src/image/guest/init` reads it at every boot.
+
+use super::Draft;
+use crate::error::{Error, Kind, Result};
+use crate::ids::VmName;
+use ssh_key::{Algorithm, LineEnding, PrivateKey};
+use std::fmt::Write as _;
+use std::fs::OpenOptions;
+use std::io::Write as _;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+/// A guest's one interface, `eth0`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Network {
+    pub address: IpAddr,
+    /// Length of the network's prefix, in bits.
+    pub prefix: u8,
+    pub gateway: Option<IpAddr>,
+    pub dns: Vec<IpAddr>,
+}
+
+impl Network {
+    /// QEMU's user-mode network as it is by default (QEMU, System Emulation, Networking, "Using the user mode
+    /// network stack").
+    pub fn user_mode() -> Self {
+        Self {
+            address: Ipv4Addr::new(10, 0, 2, 15).into(),
+            prefix: 24,
+            gateway: Some(Ipv4Addr::new(10, 0, 2, 2).into()),
+            dns: vec![Ipv4Addr::new(10, 0, 2, 3).into()],
+        }
+    }
+}
+
+/// All that a guest is told.
+#[derive(Clone, Debug)]
+pub struct Seed<'a> {
+    pub host_name: &'a VmName,
+    pub network: &'a Network,
+    /// Public key lines that may log in as root.
+    pub authorized_keys: &'a [String],
+    /// The guest's own host key.
+    pub host_key: &'a KeyPair,
+}
+
+impl Seed<'_> {
+    /// Writes the drive, mode 0600, whole or not at all. `owner`: uid and gid of the VMM.
+    pub fn write(&self, path: &Path, owner: Option<(u32, u32)>) -> Result<()> {
+        let bytes = self.tar()?;
+        let draft = Draft::new(path)?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&draft.path)
+            .map_err(|e| Error::io(format!("make seed drive {}", path.display()), e))?;
+        file.write_all(&bytes).map_err(|e| Error::io(format!("write seed drive {}", path.display()), e))?;
+        draft.publish(owner)
+    }
+
+    /// The same seed gives the same bytes. The length is a multiple of 512, as a disk's must be.
+    fn tar(&self) -> Result<Vec<u8>> {
+        let mut keys = String::new();
+        for key in self.authorized_keys {
+            if key.contains(['\n', '\r']) || key.trim().is_empty() {
+                return Err(Error::invalid("an authorized key must be one line"));
+            }
+            let _ = writeln!(keys, "{key}");
+        }
+        let mut tar = tar::Builder::new(Vec::new());
+        for (name, mode, text) in [
+            ("config", 0o644, self.config()),
+            ("host_key", 0o600, self.host_key.private_openssh().to_owned()),
+            ("authorized_keys", 0o600, keys),
+        ] {
+            let mut header = tar::Header::new_ustar();
+            header.set_size(text.len() as u64);
+            header.set_mode(mode);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_mtime(0);
+            tar.append_data(&mut header, name, text.as_bytes()).map_err(|e| Error::io("pack the seed drive", e))?;
+        }
+        tar.into_inner().map_err(|e| Error::io("pack the seed drive", e))
+    }
+
+    fn config(&self) -> String {
+        let net = self.network;
+        let mut text = format!("host_name={}\naddress={}/{}\n", self.host_name, net.address, net.prefix);
+        if let Some(gateway) = net.gateway {
+            let _ = writeln!(text, "gateway={gateway}");
+        }
+        for server in &net.dns {
+            let _ = writeln!(text, "dns={server}");
+        }
+        text
+    }
+}
+
+/// An Ed25519 key pair. Its private half is never shown by `Debug`.
+#[derive(Clone)]
+pub struct KeyPair {
+    private: String,
+    public_line: String,
+    public_blob: Vec<u8>,
+}
+
+impl KeyPair {
+    pub fn generate(comment: &str) -> Result<Self> {
+        let mut key = PrivateKey::random(&mut ssh_key::rand_core::OsRng, Algorithm::Ed25519)
+            .map_err(|e| Error::new(Kind::Host, "make a key pair").with_source(e))?;
+        key.set_comment(comment);
+        Self::of(&key)
+    }
+
+    /// Reads what [`KeyPair::private_openssh`] gave.
+    pub fn from_private_openssh(text: &str) -> Result<Self> {
+        let key = PrivateKey::from_openssh(text).map_err(|e| Error::new(Kind::Host, "read a private key").with_source(e))?;
+        Self::of(&key)
+    }
+
+    fn of(key: &PrivateKey) -> Result<Self> {
+        let bad = |e| Error::new(Kind::Internal, "encode a key").with_source(e);
+        Ok(Self {
+            private: key.to_openssh(LineEnding::LF).map_err(bad)?.to_string(),
+            public_line: key.public_key().to_openssh().map_err(bad)?,
+            public_blob: key.public_key().to_bytes().map_err(bad)?,
+        })
+    }
+
+    /// `-----BEGIN OPENSSH PRIVATE KEY-----` and so on, not encrypted.
+    pub fn private_openssh(&self) -> &str {
+        &self.private
+    }
+    /// `ssh-ed25519 AAAA... comment`, as in `authorized_keys`, without a line end.
+    pub fn public_line(&self) -> &str {
+        &self.public_line
+    }
+    /// The public key as it goes over the wire (RFC 4253, 6.6; RFC 8709), to pin a host key.
+    pub fn public_blob(&self) -> &[u8] {
+        &self.public_blob
+    }
+}
+
+impl std::fmt::Debug for KeyPair {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "KeyPair({})", self.public_line)
+    }
+}
+
+/// `ssh-ed25519 AAAA...` from the raw public key blob.
+pub fn public_line(blob: &[u8]) -> Result<String> {
+    let bad = |e: ssh_key::Error| Error::internal("write a public key").with_source(e);
+    ssh_key::PublicKey::from_bytes(blob).map_err(bad)?.to_openssh().map_err(bad)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::{Command, Commands, HostCommands};
+    use crate::locks::Cancel;
+    use expect_test::expect;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn seed_bytes(key: &KeyPair, keys: &[String]) -> Result<Vec<u8>> {
+        let name: VmName = "brave-otter".parse().unwrap();
+        Seed { host_name: &name, network: &Network::user_mode(), authorized_keys: keys, host_key: key }.tar()
+    }
+
+    #[test]
+    fn the_seed_says_who_the_guest_is() {
+        let key = KeyPair::generate("host").unwrap();
+        let keys = ["ssh-ed25519 AAAA fcd".to_owned()];
+        let bytes = seed_bytes(&key, &keys).unwrap();
+        assert_eq!(bytes.len() % 512, 0);
+        assert_eq!(bytes, seed_bytes(&key, &keys).unwrap());
+        let mut seen = String::new();
+        let mut archive = tar::Archive::new(&bytes[..]);
+        for entry in archive.entries().unwrap() {
+            let mut entry = entry.unwrap();
+            let header = entry.header();
+            let (mode, uid, mtime) = (header.mode().unwrap(), header.uid().unwrap(), header.mtime().unwrap());
+            let name = entry.path().unwrap().display().to_string();
+            let mut text = String::new();
+            std::io::Read::read_to_string(&mut entry, &mut text).unwrap();
+            if name == "host_key" {
+                assert_eq!(text, key.private_openssh());
+                text = "...\n".to_owned();
+            }
+            let _ = write!(seen, "{name} {mode:o} {uid} {mtime}\n{text}");
+        }
+        expect![[r#"
+            config 644 0 0
+            host_name=brave-otter
+            address=10.0.2.15/24
+            gateway=10.0.2.2
+            dns=10.0.2.3
+            host_key 600 0 0
+            ...
+            authorized_keys 600 0 0
+            ssh-ed25519 AAAA fcd
+        "#]]
+        .assert_eq(&seen);
+    }
+
+    #[test]
+    fn a_key_with_a_line_break_is_refused() {
+        let key = KeyPair::generate("").unwrap();
+        assert!(seed_bytes(&key, &["a\nb".to_owned()]).is_err());
+    }
+
+    #[test]
+    fn the_drive_is_private_and_replaces_an_older_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("seed");
+        std::fs::write(&path, "old").unwrap();
+        let (name, key) = ("web".parse().unwrap(), KeyPair::generate("").unwrap());
+        let seed = Seed { host_name: &name, network: &Network::user_mode(), authorized_keys: &[], host_key: &key };
+        seed.write(&path, None).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(std::fs::read(&path).unwrap(), seed.tar().unwrap());
+    }
+
+    #[test]
+    fn keys_are_what_openssh_takes() {
+        let pair = KeyPair::generate("fcd web").unwrap();
+        assert!(!format!("{pair:?}").contains("PRIVATE"));
+        let again = KeyPair::from_private_openssh(pair.private_openssh()).unwrap();
+        assert_eq!(again.public_line(), pair.public_line());
+        assert_eq!(again.public_blob(), pair.public_blob());
+        assert_eq!(&pair.public_blob()[..15], b"\0\0\0\x0bssh-ed25519");
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        std::fs::write(&path, pair.private_openssh()).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let command = Command::new("ssh-keygen").args(["-y", "-f"]).arg(&path);
+        let out = HostCommands.run(&command, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+        assert_eq!(String::from_utf8(out.stdout).unwrap().trim_end(), pair.public_line());
+    }
+
+    #[test]
+    fn rubbish_is_no_key() {
+        assert!(KeyPair::from_private_openssh("-----BEGIN OPENSSH PRIVATE KEY-----\n").is_err());
+    }
+}

@@ -1,0 +1,104 @@
+//! Sources and sinks that never block: over descriptors, memory, and the framed workspace streams.
+
+mod chunk;
+pub mod fifo;
+
+pub use chunk::{ChunkSink, ChunkSource};
+
+use super::{Sink, Source};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// Reads a descriptor that is non-blocking already: [`fifo::accept`].
+pub struct FdSource(OwnedFd);
+
+impl FdSource {
+    pub fn new(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+}
+
+impl Source for FdSource {
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
+    }
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        retry(|| rustix::io::read(&self.0, &mut *buffer))
+    }
+}
+
+/// Writes to a descriptor that is non-blocking already.
+pub struct FdSink(OwnedFd);
+
+impl FdSink {
+    pub fn new(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+}
+
+impl Sink for FdSink {
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
+    }
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        retry(|| rustix::io::write(&self.0, bytes))
+    }
+}
+
+pub(super) fn retry(mut call: impl FnMut() -> rustix::io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(rustix::io::Errno::INTR) => {}
+            other => return other.map_err(Into::into),
+        }
+    }
+}
+
+/// Bytes in memory, always ready.
+pub struct BytesSource {
+    bytes: Vec<u8>,
+    at: usize,
+}
+
+impl BytesSource {
+    pub fn new(bytes: impl Into<Vec<u8>>) -> Self {
+        Self { bytes: bytes.into(), at: 0 }
+    }
+}
+
+impl Source for BytesSource {
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = buffer.len().min(self.bytes.len() - self.at);
+        buffer[..n].copy_from_slice(&self.bytes[self.at..self.at + n]);
+        self.at += n;
+        Ok(n)
+    }
+}
+
+/// Keeps the first `bytes_max` bytes and drops the rest.
+pub struct VecSink {
+    pub bytes: Vec<u8>,
+    pub truncated: bool,
+    bytes_max: usize,
+}
+
+impl VecSink {
+    pub fn new(bytes_max: usize) -> Self {
+        Self { bytes: Vec::new(), truncated: false, bytes_max }
+    }
+}
+
+impl Sink for VecSink {
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let room = self.bytes_max - self.bytes.len();
+        self.bytes.extend_from_slice(&bytes[..bytes.len().min(room)]);
+        self.truncated |= bytes.len() > room;
+        Ok(bytes.len())
+    }
+}

@@ -1,0 +1,206 @@
+//! A channel straight on libssh2. The crate ssh2 has one, but frees it without the session's lock, and can
+//! neither signal nor tell an exit status of 0 from none.
+
+use super::wire::Shared;
+use crate::api::exec::{Exit, Pty, PtySize};
+use libssh2_sys as raw;
+use std::os::raw::{c_char, c_int, c_uint};
+use std::ptr::null;
+use std::rc::Rc;
+
+/// `None`: more bytes have to come first.
+pub(super) type Step<T> = Result<Option<T>, ssh2::Error>;
+
+/// What the guest may send before we have read it, of both streams together (RFC 4254, 5.2). libssh2 keeps to
+/// it, so it bounds a session's memory; and a sink that nobody reads holds the other stream up after so much.
+const WINDOW_BYTES: c_uint = 2 * 1024 * 1024;
+const PACKET_BYTES: c_uint = 32 * 1024;
+/// What one write takes at most (`ssh2_channel_write`).
+pub(super) const WRITE_BYTES_MAX: usize = 32_700;
+
+pub(super) const STDOUT: c_int = 0;
+pub(super) const STDERR: c_int = 1;
+/// A stream that no server uses: reading it only takes in what has come.
+const NO_STREAM: c_int = 7;
+
+/// RFC 4254, 8 and RFC 8160: IUTF8 is on; TTY_OP_END. Everything else is as the guest's kernel has it.
+const PTY_MODES: [u8; 6] = [42, 0, 0, 0, 1, 0];
+
+#[allow(unsafe_code)]
+unsafe extern "C" {
+    // libssh2.h of the vendored libssh2; not bound by libssh2-sys 0.3.4.
+    fn libssh2_channel_has_exit_status(channel: *mut raw::LIBSSH2_CHANNEL) -> c_int;
+}
+
+pub(super) struct Channel {
+    raw: *mut raw::LIBSSH2_CHANNEL,
+    shared: Rc<Shared>,
+    /// How much the last write offered, when it has to be repeated: with as much (`write_bufwrite`).
+    offered: Option<usize>,
+}
+
+// SAFETY of every call below: `raw` came from libssh2 for the session in `shared`, which is alive as long as
+// `self`; both are on one thread (`Rc`), and libssh2 keeps none of the pointers that it is given beyond the call,
+// but for a write, which is repeated with as many bytes.
+#[allow(unsafe_code)]
+impl Channel {
+    /// Call again with nothing else opened meanwhile until it is there.
+    pub fn open(shared: &Rc<Shared>) -> Step<Self> {
+        const KIND: &str = "session";
+        let raw = unsafe {
+            raw::libssh2_channel_open_ex(
+                shared.raw(),
+                KIND.as_ptr().cast::<c_char>(),
+                KIND.len() as c_uint,
+                WINDOW_BYTES,
+                PACKET_BYTES,
+                null(),
+                0,
+            )
+        };
+        if !raw.is_null() {
+            return Ok(Some(Self { raw, shared: shared.clone(), offered: None }));
+        }
+        match unsafe { raw::libssh2_session_last_errno(shared.raw()) } {
+            raw::LIBSSH2_ERROR_EAGAIN => Ok(None),
+            rc => Err(ssh2::Error::from_session_error(&shared.session.borrow(), rc)),
+        }
+    }
+
+    fn step(&self, rc: isize) -> Step<usize> {
+        match rc {
+            n if n >= 0 => Ok(Some(n as usize)),
+            n if n == raw::LIBSSH2_ERROR_EAGAIN as isize => Ok(None),
+            n => Err(ssh2::Error::from_session_error(&self.shared.session.borrow(), n as c_int)),
+        }
+    }
+
+    pub fn request_pty(&mut self, pty: &Pty) -> Step<usize> {
+        let rc = unsafe {
+            raw::libssh2_channel_request_pty_ex(
+                self.raw,
+                pty.term.as_ptr().cast::<c_char>(),
+                pty.term.len() as c_uint,
+                PTY_MODES.as_ptr().cast::<c_char>(),
+                PTY_MODES.len() as c_uint,
+                c_int::from(pty.size.cols),
+                c_int::from(pty.size.rows),
+                0,
+                0,
+            )
+        };
+        self.step(rc as isize)
+    }
+
+    pub fn resize(&mut self, size: PtySize) -> Step<usize> {
+        let (cols, rows) = (c_int::from(size.cols), c_int::from(size.rows));
+        let rc = unsafe { raw::libssh2_channel_request_pty_size_ex(self.raw, cols, rows, 0, 0) };
+        self.step(rc as isize)
+    }
+
+    /// At most `COMMAND_BYTES_MAX`, which fits a packet of libssh2.
+    pub fn exec(&mut self, command: &str) -> Step<usize> {
+        const REQUEST: &str = "exec";
+        let rc = unsafe {
+            raw::libssh2_channel_process_startup(
+                self.raw,
+                REQUEST.as_ptr().cast::<c_char>(),
+                REQUEST.len() as c_uint,
+                command.as_ptr().cast::<c_char>(),
+                command.len() as c_uint,
+            )
+        };
+        self.step(rc as isize)
+    }
+
+    /// 0 is the end of both streams, as far as this one is concerned.
+    pub fn read(&mut self, stream: c_int, buffer: &mut [u8]) -> Step<usize> {
+        let rc = unsafe { raw::libssh2_channel_read_ex(self.raw, stream, buffer.as_mut_ptr().cast(), buffer.len()) };
+        self.step(rc)
+    }
+
+    /// Takes in everything that has come, without reading any stream.
+    pub fn take_in(&mut self) -> Step<usize> {
+        self.read(NO_STREAM, &mut [0])
+    }
+
+    /// Writes a piece of `bytes`. After a `None` call it again with the same bytes, more may follow them.
+    pub fn write(&mut self, bytes: &[u8]) -> Step<usize> {
+        let n = self.offered.unwrap_or(bytes.len().min(WRITE_BYTES_MAX));
+        let bytes = &bytes[..n];
+        let rc = unsafe { raw::libssh2_channel_write_ex(self.raw, STDOUT, bytes.as_ptr().cast(), n) };
+        let step = self.step(rc);
+        self.offered = if matches!(step, Ok(None)) { Some(n) } else { None };
+        step
+    }
+
+    pub fn send_eof(&mut self) -> Step<usize> {
+        let rc = unsafe { raw::libssh2_channel_send_eof(self.raw) };
+        self.step(rc as isize)
+    }
+
+    /// Whether the server has closed the channel; some of its output may be unread.
+    pub fn remote_closed(&mut self) -> Result<bool, ssh2::Error> {
+        match unsafe { raw::libssh2_channel_wait_closed(self.raw) } {
+            // Refused before the end of the output was announced.
+            raw::LIBSSH2_ERROR_INVAL => Ok(false),
+            rc => self.step(rc as isize).map(|done| done.is_some()),
+        }
+    }
+
+    /// Whether the end of the output was announced and all of it has been read.
+    pub fn is_drained(&self) -> bool {
+        unsafe { raw::libssh2_channel_eof(self.raw) == 1 }
+    }
+
+    /// How the command ended, if the server said so: `exit-signal` or `exit-status` (RFC 4254, 6.10).
+    pub fn exit(&self) -> Option<Exit> {
+        if let Some(name) = self.exit_signal() {
+            return Some(Exit::Signal(name));
+        }
+        if unsafe { libssh2_channel_has_exit_status(self.raw) } != 1 {
+            return None;
+        }
+        let status = unsafe { raw::libssh2_channel_get_exit_status(self.raw) };
+        // A uint32 on the wire; exit(3) keeps 8 bits of it.
+        Some(Exit::Status((status & 0xff) as u8))
+    }
+
+    fn exit_signal(&self) -> Option<String> {
+        let (mut name, mut len) = (std::ptr::null_mut::<c_char>(), 0);
+        let unset = std::ptr::null_mut();
+        let rc = unsafe {
+            raw::libssh2_channel_get_exit_signal(
+                self.raw,
+                &mut name,
+                &mut len,
+                unset,
+                std::ptr::null_mut(),
+                std::ptr::null_mut(),
+                std::ptr::null_mut(),
+            )
+        };
+        if rc != 0 || name.is_null() {
+            return None;
+        }
+        let bytes = unsafe { std::slice::from_raw_parts(name.cast::<u8>(), len) }.to_vec();
+        unsafe { raw::libssh2_free(self.shared.raw(), name.cast()) };
+        // From the guest: only what can be a signal's name goes on.
+        let good = |b: &u8| b.is_ascii_alphanumeric();
+        Some(
+            String::from_utf8(bytes)
+                .ok()
+                .filter(|s| s.len() <= 16 && s.bytes().all(|b| good(&b)))
+                .unwrap_or_else(|| "unknown".into()),
+        )
+    }
+}
+
+impl Drop for Channel {
+    /// Where the server has not closed it, libssh2 does not free it yet; the session does, when it goes.
+    #[allow(unsafe_code)]
+    fn drop(&mut self) {
+        // SAFETY: as above; `raw` is not used after this.
+        unsafe { raw::libssh2_channel_free(self.raw) };
+    }
+}

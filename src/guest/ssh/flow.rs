@@ -1,0 +1,181 @@
+//! The streams of a command, each with one buffer: from the caller into the channel, and out of it.
+
+use super::channel::{Channel, Step, WRITE_BYTES_MAX};
+use super::wire::Shared;
+use crate::api::stream;
+use crate::error::Result;
+use crate::guest::{Sink, Source};
+use nix::poll::{PollFd, PollFlags};
+use std::io::ErrorKind;
+use std::os::raw::c_int;
+
+const IN_BYTES: usize = 4 * WRITE_BYTES_MAX;
+const OUT_BYTES: usize = 64 * 1024;
+/// Pieces of one stream before everything else is looked at again.
+const PIECES_PER_ROUND: usize = 8;
+
+/// How a stream left its turn.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Turn {
+    /// It waits for the peer, the caller or nothing any more.
+    Waits,
+    /// It could go on at once.
+    More,
+}
+
+/// What one turn of a stream can run into.
+pub(super) enum Trouble {
+    Ssh(ssh2::Error),
+    Caller(crate::error::Error),
+}
+
+impl From<ssh2::Error> for Trouble {
+    fn from(e: ssh2::Error) -> Self {
+        Trouble::Ssh(e)
+    }
+}
+
+pub(super) struct Inlet<'a> {
+    source: Option<&'a mut dyn Source>,
+    buffer: Vec<u8>,
+    at: usize,
+    /// Worth a read: nothing said `WouldBlock` since the last poll that named it.
+    pub is_ready: bool,
+    eof_read: bool,
+    eof_sent: bool,
+}
+
+impl<'a> Inlet<'a> {
+    pub fn new(source: Option<&'a mut dyn Source>) -> Self {
+        let eof_read = source.is_none();
+        Self { source, buffer: Vec::with_capacity(IN_BYTES), at: 0, is_ready: true, eof_read, eof_sent: false }
+    }
+
+    fn has_room(&self) -> bool {
+        self.buffer.len() - self.at < IN_BYTES
+    }
+
+    /// The source, where it is what this stream waits for.
+    pub fn poll_fd(&self) -> Option<PollFd<'_>> {
+        let waits = !self.is_ready && !self.eof_read && self.has_room();
+        let fd = self.source.as_ref().filter(|_| waits)?.fd()?;
+        Some(PollFd::new(fd, PollFlags::POLLIN))
+    }
+
+    fn read_some(&mut self) -> Result<()> {
+        let Some(source) = self.source.as_mut().filter(|_| self.is_ready && !self.eof_read) else { return Ok(()) };
+        if self.at > 0 {
+            self.buffer.drain(..self.at);
+            self.at = 0;
+        }
+        let filled = self.buffer.len();
+        if filled == IN_BYTES {
+            return Ok(());
+        }
+        self.buffer.resize(IN_BYTES, 0);
+        let result = source.read(&mut self.buffer[filled..]);
+        self.buffer.truncate(filled + result.as_ref().map_or(0, |n| *n));
+        match result {
+            Ok(0) => self.eof_read = true,
+            Ok(_) => {}
+            Err(e) if e.kind() == ErrorKind::WouldBlock => self.is_ready = false,
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) => return Err(stream::error("read the command's input", e)),
+        }
+        Ok(())
+    }
+
+    /// Reads and sends. `progress` is told of bytes that the channel took.
+    pub fn turn(&mut self, shared: &Shared, channel: &mut Channel, progress: &mut bool) -> Result<Turn, Trouble> {
+        for _ in 0..PIECES_PER_ROUND {
+            if self.eof_sent || shared.outbox_is_high() {
+                return Ok(Turn::Waits);
+            }
+            // Small pieces are gathered only while the source has more at once.
+            if self.buffer.len() - self.at < WRITE_BYTES_MAX {
+                self.read_some().map_err(Trouble::Caller)?;
+            }
+            let waiting = self.buffer.len() - self.at;
+            if waiting == 0 && self.eof_read {
+                self.eof_sent = channel.send_eof()?.is_some();
+                return Ok(Turn::Waits);
+            }
+            if waiting == 0 && !self.is_ready {
+                return Ok(Turn::Waits);
+            }
+            if waiting >= WRITE_BYTES_MAX || !self.is_ready || self.eof_read {
+                let Some(n) = channel.write(&self.buffer[self.at..])? else { return Ok(Turn::Waits) };
+                self.at += n;
+                *progress |= n > 0;
+            }
+        }
+        Ok(Turn::More)
+    }
+}
+
+pub(super) struct Outlet<'a> {
+    stream: c_int,
+    /// Gone when nobody reads it: what follows is dropped.
+    sink: Option<&'a mut dyn Sink>,
+    buffer: Box<[u8]>,
+    at: usize,
+    len: usize,
+    pub is_ready: bool,
+}
+
+impl<'a> Outlet<'a> {
+    pub fn new(stream: c_int, sink: Option<&'a mut dyn Sink>) -> Self {
+        Self { stream, sink, buffer: vec![0; OUT_BYTES].into(), at: 0, len: 0, is_ready: true }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.at == self.len
+    }
+
+    /// The sink, where it is what this stream waits for.
+    pub fn poll_fd(&self) -> Option<PollFd<'_>> {
+        let fd = self.sink.as_ref().filter(|_| !self.is_empty() && !self.is_ready)?.fd()?;
+        Some(PollFd::new(fd, PollFlags::POLLOUT))
+    }
+
+    fn write_some(&mut self, progress: &mut bool) -> Result<()> {
+        while self.at < self.len {
+            let Some(sink) = &mut self.sink else {
+                self.at = self.len;
+                break;
+            };
+            match sink.write(&self.buffer[self.at..self.len]) {
+                Ok(n) => {
+                    self.at += n;
+                    *progress |= n > 0;
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    self.is_ready = false;
+                    break;
+                }
+                Err(e) if e.kind() == ErrorKind::BrokenPipe => self.sink = None,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(stream::error("write the command's output", e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Passes on what has come. `progress` is told of bytes that the sink took.
+    pub fn turn(&mut self, channel: &mut Channel, progress: &mut bool) -> Result<Turn, Trouble> {
+        for _ in 0..PIECES_PER_ROUND {
+            if !self.is_empty() && self.is_ready {
+                self.write_some(progress).map_err(Trouble::Caller)?;
+            }
+            if !self.is_empty() {
+                return Ok(Turn::Waits);
+            }
+            let read: Step<usize> = channel.read(self.stream, &mut self.buffer);
+            match read? {
+                Some(n) if n > 0 => (self.at, self.len) = (0, n),
+                _ => return Ok(Turn::Waits),
+            }
+        }
+        Ok(Turn::More)
+    }
+}

@@ -1,0 +1,220 @@
+//! One command: everything that can move is moved, then one poll waits for whatever may move next.
+
+use super::channel::{Channel, STDERR, STDOUT};
+use super::dial::{Stopped, drive};
+use super::flow::{Inlet, Outlet, Trouble, Turn};
+use super::signal::Signaller;
+use super::wire::Shared;
+use crate::api::exec::{Exit, PtySize};
+use crate::error::{Error, Kind, Result};
+use crate::guest::wait::{Wait, is_hang_up};
+use crate::guest::{Control, Controls, ExecSpec, Streams, Target};
+use nix::poll::{PollFd, PollFlags};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// A connection that is quiet for so long is asked whether it lives, and again.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+/// Unanswered for so long, the connection is lost.
+const KEEPALIVE_PATIENCE: Duration = Duration::from_secs(75);
+/// How long a command that is given up may take to get its SIGHUP.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+fn lost(what: impl std::fmt::Display) -> Error {
+    Error::new(Kind::GuestLost, format!("the connection to the guest broke: {what}"))
+        .hint("see whether the VM still runs (fcctl ps) and what it says (fcctl logs VM)")
+}
+
+/// Opens the channel and starts the command.
+pub(super) fn start(shared: &Rc<Shared>, target: &Target, spec: &ExecSpec, wait: &Wait<'_>) -> Result<Channel> {
+    let at = |doing: &'static str| move |e: Stopped| e.at_dial(doing, target);
+    let mut channel = drive(shared, wait, || Channel::open(shared)).map_err(at("open a channel"))?;
+    if let Some(pty) = &spec.pty {
+        drive(shared, wait, || channel.request_pty(pty)).map_err(at("ask for a terminal"))?;
+    }
+    drive(shared, wait, || channel.exec(&spec.command)).map_err(at("start the command"))?;
+    Ok(channel)
+}
+
+pub(super) struct Pump<'w, 'a> {
+    // The channel drops before the session.
+    channel: Channel,
+    signaller: Signaller,
+    shared: Rc<Shared>,
+    wait: Wait<'w>,
+    stdin: Inlet<'a>,
+    stdout: Outlet<'a>,
+    stderr: Outlet<'a>,
+    controls: Option<&'a mut dyn Controls>,
+    has_pty: bool,
+    /// A resize that could not be sent yet.
+    resize: Option<PtySize>,
+    keepalive: Keepalive,
+}
+
+impl<'w, 'a> Pump<'w, 'a> {
+    pub fn new(shared: Rc<Shared>, channel: Channel, spec: &ExecSpec, streams: Streams<'a>, mut wait: Wait<'w>) -> Self {
+        wait.progress();
+        let keepalive = Keepalive::new(&shared);
+        Self {
+            channel,
+            signaller: Signaller::default(),
+            shared,
+            wait,
+            stdin: Inlet::new(streams.stdin),
+            stdout: Outlet::new(STDOUT, streams.stdout),
+            stderr: Outlet::new(STDERR, streams.stderr),
+            controls: streams.controls,
+            has_pty: spec.pty.is_some(),
+            resize: None,
+            keepalive,
+        }
+    }
+
+    /// To the end of the command, or to whatever ends it before.
+    pub fn run(mut self) -> Result<Exit> {
+        loop {
+            match self.round() {
+                Ok(None) => {}
+                Ok(Some(exit)) => return Ok(exit),
+                Err(e) => {
+                    self.farewell(&e);
+                    return Err(e);
+                }
+            }
+        }
+    }
+
+    fn round(&mut self) -> Result<Option<Exit>> {
+        self.shared.fill();
+        let turn = self.move_all().map_err(|trouble| match trouble {
+            Trouble::Ssh(e) => lost(e.message().escape_debug()),
+            Trouble::Caller(e) => e,
+        })?;
+        self.shared.flush();
+        let Some(turn) = turn else { return self.finish().map(Some) };
+        let next = self.keepalive.check(&self.shared)?;
+        self.poll(if turn == Turn::More { Instant::now() } else { next })?;
+        Ok(None)
+    }
+
+    /// Moves what can be moved. `None`: the command has ended and everything is delivered.
+    fn move_all(&mut self) -> Result<Option<Turn>, Trouble> {
+        let mut progress = false;
+        self.channel.take_in()?;
+        let out = self.stdout.turn(&mut self.channel, &mut progress)?;
+        let err = self.stderr.turn(&mut self.channel, &mut progress)?;
+        let closed = self.channel.remote_closed()?;
+        if closed && self.stdout.is_empty() && self.stderr.is_empty() && self.channel.is_drained() {
+            return Ok(None);
+        }
+        if !closed && self.shared.ended() {
+            return Err(Trouble::Caller(lost("the guest's side ended it")));
+        }
+        self.control()?;
+        let input = if closed { Turn::Waits } else { self.stdin.turn(&self.shared, &mut self.channel, &mut progress)? };
+        if progress {
+            self.wait.progress();
+        }
+        Ok(Some(if [out, err, input].contains(&Turn::More) { Turn::More } else { Turn::Waits }))
+    }
+
+    fn control(&mut self) -> Result<(), Trouble> {
+        while let Some(control) = self.controls.as_mut().and_then(|c| c.next()) {
+            match control {
+                Control::Resize(size) => self.resize = Some(size).filter(|_| self.has_pty),
+                Control::Signal(name) => self.signaller.push(name),
+            }
+        }
+        if let Some(size) = self.resize
+            && self.channel.resize(size)?.is_some()
+        {
+            self.resize = None;
+        }
+        self.signaller.step(&self.shared);
+        Ok(())
+    }
+
+    fn finish(&self) -> Result<Exit> {
+        self.channel.exit().ok_or_else(|| lost("its SSH server closed the channel and told no exit status"))
+    }
+
+    fn poll(&mut self, until: Instant) -> Result<()> {
+        let places = [self.stdin.poll_fd(), self.stdout.poll_fd(), self.stderr.poll_fd()];
+        let controls = self.controls.as_ref().map(|c| PollFd::new(c.fd(), PollFlags::POLLIN));
+        let mut fds: Vec<_> = self.shared.poll_fd().into_iter().chain(controls).collect();
+        let first = fds.len();
+        fds.extend(places.iter().flatten().cloned());
+        let ready = self.wait.poll(&fds, Some(until))?;
+        let mut fired = ready[first..].iter();
+        let ready = places.map(|place| place.is_some_and(|_| fired.next() == Some(&true)));
+        self.stdin.is_ready |= ready[0];
+        self.stdout.is_ready |= ready[1];
+        self.stderr.is_ready |= ready[2];
+        Ok(())
+    }
+
+    /// A command without a terminal does not notice that its connection goes, and takes the end of its input for
+    /// an ordinary one; so it gets a SIGHUP first, as one with a terminal does. Not after a cancel: the VM goes too,
+    /// or somebody waits for the worker.
+    fn farewell(&mut self, why: &Error) {
+        let too_late = why.kind() == Kind::GuestLost || (why.kind() == Kind::Cancelled && !is_hang_up(why));
+        if self.has_pty || too_late {
+            return;
+        }
+        self.signaller.push("HUP".to_owned());
+        let wait = self.wait.without_ends(Instant::now() + FAREWELL);
+        loop {
+            self.shared.fill();
+            if self.channel.take_in().is_err() || self.shared.ended() {
+                return;
+            }
+            self.signaller.step(&self.shared);
+            self.shared.flush();
+            if self.signaller.is_idle() || wait.poll(self.shared.poll_fd().as_slice(), None).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Asks a quiet peer for a sign of life.
+struct Keepalive {
+    received: u64,
+    quiet_since: Instant,
+    asked_last: Option<Instant>,
+    unanswered_since: Option<Instant>,
+}
+
+impl Keepalive {
+    fn new(shared: &Shared) -> Self {
+        // libssh2 sends none by itself in non-blocking mode; the shortest interval leaves the timing to us.
+        shared.session.borrow().set_keepalive(true, 2);
+        Self { received: shared.received(), quiet_since: Instant::now(), asked_last: None, unanswered_since: None }
+    }
+
+    /// When to look again. `guest_lost` when nothing came for too long.
+    fn check(&mut self, shared: &Shared) -> Result<Instant> {
+        let now = Instant::now();
+        if shared.received() != self.received {
+            self.received = shared.received();
+            (self.quiet_since, self.asked_last, self.unanswered_since) = (now, None, None);
+        }
+        if self.unanswered_since.is_some_and(|since| now.duration_since(since) >= KEEPALIVE_PATIENCE) {
+            return Err(lost(format!("no sign of life for {} s", now.duration_since(self.quiet_since).as_secs())));
+        }
+        let due = self.asked_last.unwrap_or(self.quiet_since) + KEEPALIVE_INTERVAL;
+        if now < due {
+            return Ok(due);
+        }
+        self.asked_last = Some(now);
+        let before = shared.outbox_len();
+        let asked = shared.session.borrow().keepalive_send();
+        // libssh2 goes by the wall clock and may not send after it was set back: then nothing is unanswered.
+        if asked.is_ok() && shared.outbox_len() > before {
+            self.unanswered_since.get_or_insert(now);
+            shared.flush();
+        }
+        Ok(now + KEEPALIVE_INTERVAL)
+    }
+}

@@ -1,0 +1,158 @@
+//! The one wait: everything that can end it is in the same `poll`.
+
+use crate::error::{Error, Kind, Result};
+use crate::locks::Cancel;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+/// What ends a wait before it is over. Which of several that are true at once is told: cancel, hang-up,
+/// deadline, idle limit, in this order.
+#[derive(Clone)]
+pub struct Wait<'a> {
+    cancel: &'a Cancel,
+    hangup: Option<BorrowedFd<'a>>,
+    deadline: Option<Instant>,
+    idle: Option<Duration>,
+    progressed: Instant,
+    is_tightened: bool,
+}
+
+impl<'a> Wait<'a> {
+    pub fn new(cancel: &'a Cancel) -> Self {
+        Self { cancel, hangup: None, deadline: None, idle: None, progressed: Instant::now(), is_tightened: false }
+    }
+    #[must_use]
+    pub fn deadline(mut self, deadline: Option<Instant>) -> Self {
+        self.deadline = deadline;
+        self
+    }
+    #[must_use]
+    pub fn idle(mut self, idle: Option<Duration>) -> Self {
+        self.idle = idle;
+        self
+    }
+    #[must_use]
+    pub fn hangup(mut self, hangup: Option<BorrowedFd<'a>>) -> Self {
+        self.hangup = hangup;
+        self
+    }
+
+    /// The same with a nearer deadline.
+    #[must_use]
+    pub fn tighten(&self, deadline: Instant) -> Self {
+        let is_nearer = self.deadline.is_none_or(|d| deadline < d);
+        Self {
+            deadline: Some(if is_nearer { deadline } else { self.deadline.unwrap_or(deadline) }),
+            is_tightened: is_nearer,
+            ..self.clone()
+        }
+    }
+
+    /// Only its cancel token, and this deadline.
+    #[must_use]
+    pub fn without_ends(&self, deadline: Instant) -> Self {
+        Wait::new(self.cancel).deadline(Some(deadline))
+    }
+
+    /// Whether the deadline is that of [`Wait::tighten`].
+    pub fn is_tightened(&self) -> bool {
+        self.is_tightened
+    }
+
+    /// A byte has moved: the idle limit begins anew.
+    pub fn progress(&mut self) {
+        self.progressed = Instant::now();
+    }
+
+    /// Whether something ended it: `cancelled`, `timeout`, `transfer_idle`.
+    pub fn check(&self) -> Result<()> {
+        if let Some(cause) = self.cancel.cause() {
+            return Err(Error::new(Kind::Cancelled, format!("cancelled: {cause}")));
+        }
+        let now = Instant::now();
+        if self.deadline.is_some_and(|d| d <= now) {
+            return Err(Error::new(Kind::Timeout, "the deadline passed"));
+        }
+        if let Some(idle) = self.idle.filter(|i| now.duration_since(self.progressed) >= *i) {
+            return Err(Error::new(Kind::TransferIdle, format!("not a byte moved for {} s", idle.as_secs_f32()))
+                .hint("see that both the client and the guest still read and write, then try again"));
+        }
+        Ok(())
+    }
+
+    /// Waits until one of `fds` is ready, `until` has come, or something ended it all. Which are ready, or have
+    /// failed.
+    pub fn poll(&self, fds: &[PollFd<'_>], until: Option<Instant>) -> Result<Vec<bool>> {
+        let mut all: Vec<PollFd<'_>> = fds.to_vec();
+        all.push(PollFd::new(self.cancel.fd(), PollFlags::POLLIN));
+        // No events asked for: POLLHUP and POLLERR come unasked, a half-close (POLLRDHUP) does not.
+        all.extend(self.hangup.map(|fd| PollFd::new(fd, PollFlags::empty())));
+        let ends = [self.deadline, self.idle.map(|i| self.progressed + i), until];
+        let timeout = ends.into_iter().flatten().min().map_or(PollTimeout::NONE, timeout_until);
+        match poll(&mut all, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(e) => return Err(Error::io("wait for the guest", e)),
+        }
+        self.check()?;
+        let hung_up = |fd: &PollFd<'_>| fd.revents().is_some_and(|r| r.intersects(PollFlags::POLLHUP | PollFlags::POLLERR));
+        if self.hangup.is_some() && all.last().is_some_and(hung_up) {
+            return Err(Error::new(Kind::Cancelled, HUNG_UP));
+        }
+        Ok(all[..fds.len()].iter().map(|fd| fd.any().unwrap_or(true)).collect())
+    }
+}
+
+const HUNG_UP: &str = "cancelled: the caller hung up";
+
+/// Whether an error of [`Wait::poll`] is the hang-up.
+pub fn is_hang_up(error: &Error) -> bool {
+    error.message() == HUNG_UP
+}
+
+/// Rounded up, so that a wait never spins through its last millisecond.
+fn timeout_until(end: Instant) -> PollTimeout {
+    let left = end.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return PollTimeout::ZERO;
+    }
+    PollTimeout::try_from(left.as_millis().saturating_add(1)).unwrap_or(PollTimeout::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::Shutdown;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    fn soon(ms: u64) -> Option<Instant> {
+        Some(Instant::now() + Duration::from_millis(ms))
+    }
+
+    #[test]
+    fn a_half_close_is_no_hang_up_and_does_not_spin() {
+        let cancel = Cancel::try_new().unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        theirs.shutdown(Shutdown::Write).unwrap();
+        let wait = Wait::new(&cancel).hangup(Some(ours.as_fd()));
+        let (started, until) = (Instant::now(), soon(40));
+        wait.poll(&[], until).unwrap();
+        assert!(started.elapsed() >= Duration::from_millis(40), "it came back at once");
+        drop(theirs);
+        let e = wait.poll(&[], soon(10_000)).unwrap_err();
+        assert_eq!((e.kind(), e.to_string().as_str()), (Kind::Cancelled, HUNG_UP));
+    }
+
+    #[test]
+    fn each_end_has_its_kind() {
+        let cancel = Cancel::try_new().unwrap();
+        let wait = Wait::new(&cancel).idle(Some(Duration::from_millis(20)));
+        assert_eq!(wait.poll(&[], None).unwrap_err().kind(), Kind::TransferIdle);
+        let wait = Wait::new(&cancel).deadline(soon(20));
+        assert_eq!(wait.poll(&[], None).unwrap_err().kind(), Kind::Timeout);
+        cancel.cancel("the VM was deleted");
+        assert_eq!(wait.poll(&[], None).unwrap_err().to_string(), "cancelled: the VM was deleted");
+    }
+}

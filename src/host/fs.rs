@@ -1,0 +1,176 @@
+//! Files: durable writes, opening without following links, private directories, free space.
+
+use crate::error::{Error, Kind, Result};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawMode};
+use rustix::io::Errno;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// Room on a file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// For those without privilege.
+    pub free_bytes: u64,
+    pub total_bytes: u64,
+}
+
+/// Opens a directory; the last component of `path` is not followed when it is a link.
+pub fn open_dir(path: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty()).map_err(|e| Error::io(format!("open directory {}", path.display()), e))
+}
+
+/// Opens `name` in `dir`, never through a link; `flags` beside `O_NOFOLLOW` and `O_CLOEXEC`.
+pub fn open_at(dir: impl AsFd, name: impl AsRef<OsStr>, flags: OFlags, mode: RawMode) -> std::io::Result<File> {
+    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(File::from(rustix::fs::openat(dir, name.as_ref(), flags, Mode::from_raw_mode(mode))?))
+}
+
+/// Opens a file for reading, never through a link in the last component.
+pub fn open_nofollow(path: &Path) -> Result<File> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| Error::io(format!("open {}", path.display()), e))?;
+    Ok(File::from(fd))
+}
+
+/// Makes a directory and its parents, or takes it as it is, and gives it exactly `mode`. An error where the
+/// name is a link or no directory, or belongs to another user.
+pub fn create_dir(path: &Path, mode: RawMode) -> Result<OwnedFd> {
+    let doing = || format!("make directory {}", path.display());
+    if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+        std::fs::create_dir_all(parent).map_err(|e| Error::io(doing(), e))?;
+    }
+    match rustix::fs::mkdir(path, Mode::from_raw_mode(mode)) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(e) => return Err(Error::io(doing(), e)),
+    }
+    let dir = open_dir(path)?;
+    let stat = rustix::fs::fstat(&dir).map_err(|e| Error::io(doing(), e))?;
+    let me = rustix::process::geteuid().as_raw();
+    if stat.st_uid != me {
+        let message = format!("{}: it belongs to uid {}, not to {me}", doing(), stat.st_uid);
+        return Err(Error::new(Kind::Denied, message).hint(format!("look at ls -ld {}", path.display())));
+    }
+    if Mode::from_raw_mode(stat.st_mode).as_raw_mode() & 0o7777 != mode {
+        rustix::fs::fchmod(&dir, Mode::from_raw_mode(mode)).map_err(|e| Error::io(doing(), e))?;
+    }
+    Ok(dir)
+}
+
+/// As [`create_dir`], for nobody but us.
+pub fn create_private_dir(path: &Path) -> Result<OwnedFd> {
+    create_dir(path, 0o700)
+}
+
+/// Replaces a file as a whole: after an answer of ok it survives a power cut, and no reader and no crash ever
+/// sees a part of it.
+pub fn write_durable(path: &Path, bytes: &[u8], mode: RawMode) -> Result<()> {
+    let doing = || format!("write {}", path.display());
+    let name = path.file_name().ok_or_else(|| Error::invalid(format!("{}: it has no file name", doing())))?;
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // The parent may well be reached through a link: only the last component is ours.
+    let dir = File::open(parent).map_err(|e| Error::io(doing(), e))?;
+    let temporary = temporary_name(name);
+    let written = (|| -> std::io::Result<()> {
+        let mut file = open_at(&dir, &temporary, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, mode)?;
+        // The umask had its say at the open.
+        rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        rustix::fs::renameat(&dir, &temporary, &dir, name)?;
+        dir.sync_all()
+    })();
+    if written.is_err() {
+        let _ = rustix::fs::unlinkat(&dir, &temporary, AtFlags::empty());
+    }
+    written.map_err(|e| Error::io(doing(), e))
+}
+
+fn temporary_name(name: &OsStr) -> PathBuf {
+    let mut temporary = std::ffi::OsString::from(".");
+    temporary.push(name);
+    let mut random = [0u8; 8];
+    // Fails only before the kernel's pool is seeded; O_EXCL catches what that would mean.
+    let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty());
+    temporary.push(format!(".{:016x}.tmp", u64::from_ne_bytes(random)));
+    temporary.into()
+}
+
+/// Makes the names in a directory durable.
+pub fn sync_dir(path: &Path) -> Result<()> {
+    let synced = File::open(path).and_then(|dir| dir.sync_all());
+    synced.map_err(|e| Error::io(format!("sync directory {}", path.display()), e))
+}
+
+/// Room on the file system of `path`.
+pub fn space(path: &Path) -> Result<Space> {
+    let stat = rustix::fs::statvfs(path).map_err(|e| Error::io(format!("look for room at {}", path.display()), e))?;
+    Ok(Space {
+        free_bytes: stat.f_bavail.saturating_mul(stat.f_frsize),
+        total_bytes: stat.f_blocks.saturating_mul(stat.f_frsize),
+    })
+}
+
+/// Whether the open file is a regular one.
+pub fn is_regular(fd: impl AsFd) -> bool {
+    rustix::fs::fstat(fd).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::RegularFile)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    fn mode(path: &Path) -> u32 {
+        std::fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777
+    }
+
+    #[test]
+    fn a_durable_write_replaces_the_file_and_leaves_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        write_durable(&path, b"one", 0o600).unwrap();
+        write_durable(&path, b"two", 0o644).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"two");
+        assert_eq!(mode(&path), 0o644);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        std::fs::create_dir(dir.path().join("d")).unwrap();
+        assert!(write_durable(&dir.path().join("d"), b"x", 0o600).is_err());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_durable_write_replaces_a_link_and_does_not_follow_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, link) = (dir.path().join("target"), dir.path().join("link"));
+        std::fs::write(&target, "old").unwrap();
+        symlink(&target, &link).unwrap();
+        write_durable(&link, b"new", 0o600).unwrap();
+        assert_eq!(std::fs::read(&target).unwrap(), b"old");
+        assert_eq!(std::fs::read(&link).unwrap(), b"new");
+    }
+
+    #[test]
+    fn directories_get_their_mode_and_links_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b");
+        create_dir(&path, 0o711).unwrap();
+        assert_eq!(mode(&path), 0o711);
+        create_private_dir(&path).unwrap();
+        assert_eq!(mode(&path), 0o700);
+        symlink(&path, dir.path().join("l")).unwrap();
+        assert!(create_private_dir(&dir.path().join("l")).is_err());
+        std::fs::write(dir.path().join("f"), "").unwrap();
+        assert!(create_private_dir(&dir.path().join("f")).is_err());
+        assert!(open_nofollow(&dir.path().join("l")).is_err());
+    }
+
+    #[test]
+    fn there_is_room_and_it_has_a_bound() {
+        let s = space(Path::new("/")).unwrap();
+        assert!(s.free_bytes > 0 && s.free_bytes <= s.total_bytes, "{s:?}");
+    }
+}

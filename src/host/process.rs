@@ -1,0 +1,485 @@
+//! Long-lived processes: started detached, known by more than a pid, signalled and awaited by pidfd only.
+
+use super::wait::{Woken, is_readable, wait_any, wait_uncancelled};
+use crate::error::{Error, Kind, Result};
+use crate::locks::{Cancel, Mutex, Rank};
+use nix::poll::PollFlags;
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::OnceLock;
+use std::time::Instant;
+
+/// A process that cannot be mistaken for another: never a pid alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    pub pid: u32,
+    /// Field 22 of `/proc/<pid>/stat`, in clock ticks since boot.
+    pub start_time: u64,
+    /// `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: String,
+}
+
+/// Whom a process runs as.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Credentials {
+    pub uid: u32,
+    pub gid: u32,
+    /// Supplementary groups: these and no others.
+    pub groups: Vec<u32>,
+}
+
+/// A process that outlives us: a session of its own, no descriptor of ours but its output, no core dump, a
+/// cleared environment.
+#[derive(Debug)]
+pub struct Spawn {
+    pub program: PathBuf,
+    pub args: Vec<OsString>,
+    pub env: Vec<(OsString, OsString)>,
+    pub cwd: PathBuf,
+    /// Its stdout and stderr; `/dev/null` when there is none.
+    pub output: Option<File>,
+    /// None: ours.
+    pub credentials: Option<Credentials>,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    Status(i32),
+    Signal(i32),
+    /// It was not our child, so nobody told us.
+    Unknown,
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Exit::Status(status) => write!(f, "exit status {status}"),
+            Exit::Signal(signal) => match nix::sys::signal::Signal::try_from(*signal) {
+                Ok(name) => write!(f, "signal {signal} ({name})"),
+                Err(_) => write!(f, "signal {signal}"),
+            },
+            Exit::Unknown => f.write_str("it exited while it was not our child"),
+        }
+    }
+}
+
+/// Children of ours by start time and pid: `None` while they are not reaped. Whoever sees one exit reaps it, and
+/// the others read its end here.
+static CHILDREN: Mutex<BTreeMap<(u64, u32), Option<Exit>>> = Mutex::new(Rank::Consoles, BTreeMap::new());
+/// How many ends of children are remembered; the oldest is forgotten first.
+const EXITS_MAX: usize = 4096;
+
+/// A process held by its pidfd: it may die, but its name never passes to another.
+#[derive(Debug)]
+pub struct Process {
+    identity: Identity,
+    fd: OwnedFd,
+}
+
+impl Process {
+    /// None when it is gone: no such pid, or the pid is another's by now, or the host was booted since.
+    pub fn open(identity: &Identity) -> Result<Option<Self>> {
+        let doing = || format!("open process {}", identity.pid);
+        if identity.boot_id != boot_id()? {
+            return Ok(None);
+        }
+        let Some(pid) = i32::try_from(identity.pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
+        let fd = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(fd) => fd,
+            Err(rustix::io::Errno::SRCH) => return Ok(None),
+            Err(e) => return Err(Error::io(doing(), e)),
+        };
+        // After the pidfd is held: were the pid another's by now, the start time would be another's too.
+        match read_stat(identity.pid) {
+            Some(stat) if stat.start_time == identity.start_time => Ok(Some(Self { identity: identity.clone(), fd })),
+            _ => Ok(None),
+        }
+    }
+
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Readable once it has exited.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// A zombie does not live.
+    pub fn is_alive(&self) -> bool {
+        !is_readable(&self.fd)
+    }
+
+    /// False when it is gone already.
+    pub fn signal(&self, signal: Signal) -> Result<bool> {
+        match rustix::process::pidfd_send_signal(&self.fd, signal) {
+            Ok(()) => Ok(true),
+            Err(rustix::io::Errno::SRCH) => Ok(false),
+            Err(e) => Err(Error::io(format!("signal process {}", self.identity.pid), e)),
+        }
+    }
+
+    /// Until it has exited, and reaped if it is a child of ours; false at the deadline. An error (`cancelled`)
+    /// when the token fires first.
+    pub fn wait(&self, deadline: Instant, cancel: &Cancel) -> Result<bool> {
+        let doing = || format!("wait for the end of process {}", self.identity.pid);
+        match wait_any(&[(self.fd(), PollFlags::POLLIN)], deadline, cancel).map_err(|e| Error::io(doing(), e))? {
+            Woken::Ready => {
+                self.exit();
+                Ok(true)
+            }
+            Woken::Deadline => Ok(false),
+            Woken::Cancelled => Err(super::wait::cancelled(&doing(), cancel)),
+        }
+    }
+
+    /// As [`Process::wait`] for clean-up, which ignores cancellation.
+    pub fn wait_uncancelled(&self, deadline: Instant) -> Result<bool> {
+        let woken = wait_uncancelled(&[(self.fd(), PollFlags::POLLIN)], deadline)
+            .map_err(|e| Error::io(format!("wait for the end of process {}", self.identity.pid), e))?;
+        if woken == Woken::Ready {
+            self.exit();
+        }
+        Ok(woken == Woken::Ready)
+    }
+
+    /// How it ended; None while it lives. Reaps it if it is a child of ours.
+    pub fn exit(&self) -> Option<Exit> {
+        let key = (self.identity.start_time, self.identity.pid);
+        let mut children = CHILDREN.lock();
+        match rustix::process::waitid(WaitId::PidFd(self.fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+            Ok(None) => None,
+            Ok(Some(status)) => {
+                let exit = match (status.exit_status(), status.terminating_signal()) {
+                    (Some(status), _) => Exit::Status(status),
+                    (None, Some(signal)) => Exit::Signal(signal),
+                    (None, None) => Exit::Unknown,
+                };
+                children.insert(key, Some(exit));
+                if children.len() > EXITS_MAX {
+                    let oldest = children.iter().find(|(_, exit)| exit.is_some()).map(|(key, _)| *key);
+                    oldest.and_then(|key| children.remove(&key));
+                }
+                Some(exit)
+            }
+            // No child of ours, or reaped already.
+            Err(_) if self.is_alive() => None,
+            Err(_) => Some(children.get(&key).copied().flatten().unwrap_or(Exit::Unknown)),
+        }
+    }
+}
+
+/// How a process that is gone ended, where that is still known.
+pub fn exit_of_gone(identity: &Identity) -> Exit {
+    CHILDREN.lock().get(&(identity.start_time, identity.pid)).copied().flatten().unwrap_or(Exit::Unknown)
+}
+
+/// Whether it lives still. A zombie does not, and is reaped if it is ours.
+pub fn is_alive(identity: &Identity) -> bool {
+    match Process::open(identity) {
+        Ok(Some(process)) => process.exit().is_none() && process.is_alive(),
+        Ok(None) => false,
+        // No descriptor to be had: /proc knows, too.
+        Err(_) => read_stat(identity.pid).is_some_and(|s| s.start_time == identity.start_time && !s.is_dead()),
+    }
+}
+
+/// Starts a process that outlives us. Errors: `command_missing`, `host`.
+#[allow(clippy::disallowed_methods)] // With host::command the only place.
+pub fn spawn(spec: Spawn) -> Result<Process> {
+    let shown = spec.program.display().to_string();
+    let mut command = std::process::Command::new(&spec.program);
+    command.args(&spec.args).env_clear().envs(spec.env).current_dir(&spec.cwd).stdin(Stdio::null());
+    match spec.output {
+        Some(file) => {
+            let both = file.try_clone().map_err(|e| Error::io(format!("run {shown}"), e))?;
+            command.stdout(file).stderr(both);
+        }
+        None => {
+            command.stdout(Stdio::null()).stderr(Stdio::null());
+        }
+    }
+    detach(&mut command, spec.credentials);
+    let child = command.spawn().map_err(|e| spawn_error(&shown, &spec.cwd, e))?;
+    // A child of ours keeps its pid until we reap it, which nothing does before it is known here.
+    let open = || -> Result<Process> {
+        let stat = read_stat(child.id()).ok_or_else(|| Error::new(Kind::Host, format!("run {shown}: no /proc entry")))?;
+        let identity = Identity { pid: child.id(), start_time: stat.start_time, boot_id: boot_id()?.to_owned() };
+        Process::open(&identity)?.ok_or_else(|| Error::new(Kind::Host, format!("run {shown}: it is not there")))
+    };
+    let process = open().inspect_err(|_| {
+        // No descriptor for a pidfd, for instance. It is ours and unreaped, so the pid is right.
+        let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        let _ = nix::sys::wait::waitpid(pid, None);
+    })?;
+    CHILDREN.lock().insert((process.identity.start_time, process.identity.pid), None);
+    Ok(process)
+}
+
+fn spawn_error(shown: &str, cwd: &Path, e: std::io::Error) -> Error {
+    if e.kind() == std::io::ErrorKind::NotFound && cwd.is_dir() {
+        return Error::new(Kind::CommandMissing, format!("{shown} is not installed")).hint("run fcctl doctor");
+    }
+    Error::io(format!("run {shown}"), e)
+}
+
+#[allow(unsafe_code)]
+fn detach(command: &mut std::process::Command, credentials: Option<Credentials>) {
+    // SAFETY: the closure runs between fork and exec, so it makes only system calls that are
+    // async-signal-safe, on memory that was allocated before the fork.
+    unsafe {
+        command.pre_exec(move || {
+            let ok = |result: libc::c_int| if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) };
+            if libc::setsid() < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            ok(libc::setrlimit(libc::RLIMIT_CORE, &no_core))?;
+            // Everything of ours is close-on-exec already; this is for what a library may have forgotten.
+            ok(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) as libc::c_int)?;
+            if let Some(c) = &credentials {
+                ok(libc::setgroups(c.groups.len(), c.groups.as_ptr()))?;
+                ok(libc::setresgid(c.gid, c.gid, c.gid))?;
+                ok(libc::setresuid(c.uid, c.uid, c.uid))?;
+            }
+            Ok(())
+        });
+    }
+}
+
+/// The live processes that have `argument` as one whole argument: ours, or anybody's when we are root.
+pub fn find_by_argument(argument: &str) -> Result<Vec<Identity>> {
+    let me = rustix::process::geteuid().as_raw();
+    let mut found = Vec::new();
+    let entries = std::fs::read_dir("/proc").map_err(|e| Error::io("read /proc", e))?;
+    for entry in entries.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        if me != 0 && uid(pid) != Some(me) {
+            continue;
+        }
+        // The stat first: were the pid another's between the two, the identity would fit nobody.
+        let Some(stat) = read_stat(pid).filter(|stat| !stat.is_dead()) else { continue };
+        if arguments(pid).iter().any(|a| a == argument.as_bytes()) {
+            found.push(Identity { pid, start_time: stat.start_time, boot_id: boot_id()?.to_owned() });
+        }
+    }
+    Ok(found)
+}
+
+/// The arguments of a process, itself first; none when it is gone or a zombie.
+pub fn arguments(pid: u32) -> Vec<Vec<u8>> {
+    const CMDLINE_BYTES_MAX: u64 = 256 * 1024;
+    let Ok(file) = File::open(format!("/proc/{pid}/cmdline")) else { return Vec::new() };
+    let Ok(bytes) = super::command::read_bounded(file, CMDLINE_BYTES_MAX) else { return Vec::new() };
+    bytes.split(|b| *b == 0).map(<[u8]>::to_vec).collect()
+}
+
+/// The executable's path; a replaced one has lost its ` (deleted)`.
+pub fn executable(pid: u32) -> Option<PathBuf> {
+    let path = std::fs::read_link(format!("/proc/{pid}/exe")).ok()?;
+    Some(path.to_str().and_then(|p| p.strip_suffix(" (deleted)")).map_or(path.clone(), PathBuf::from))
+}
+
+/// The real uid of a process.
+pub fn uid(pid: u32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|l| l.strip_prefix("Uid:"))?.split_whitespace().next()?.parse().ok()
+}
+
+/// The kernel's name for this boot.
+pub fn boot_id() -> Result<&'static str> {
+    static BOOT_ID: OnceLock<String> = OnceLock::new();
+    if let Some(id) = BOOT_ID.get() {
+        return Ok(id);
+    }
+    const PATH: &str = "/proc/sys/kernel/random/boot_id";
+    let id = std::fs::read_to_string(PATH).map_err(|e| Error::io(format!("read {PATH}"), e))?;
+    Ok(BOOT_ID.get_or_init(|| id.trim().to_owned()))
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Stat {
+    state: u8,
+    start_time: u64,
+}
+
+impl Stat {
+    fn is_dead(&self) -> bool {
+        matches!(self.state, b'Z' | b'X' | b'x')
+    }
+}
+
+fn read_stat(pid: u32) -> Option<Stat> {
+    parse_stat(&std::fs::read(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// proc(5): the name stands in parentheses and may hold anything, `) ` too, so the last one ends it.
+fn parse_stat(stat: &[u8]) -> Option<Stat> {
+    let end = stat.iter().rposition(|b| *b == b')')?;
+    let mut fields = stat[end + 1..].split(|b| b.is_ascii_whitespace()).filter(|f| !f.is_empty());
+    let state = *fields.next()?.first()?;
+    // The state is field 3, the start time field 22.
+    let start_time = std::str::from_utf8(fields.nth(18)?).ok()?.parse().ok()?;
+    Some(Stat { state, start_time })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn stopped(tag: &str) -> Spawn {
+        Spawn {
+            program: "sh".into(),
+            args: ["-c", "kill -STOP $$", tag].map(OsString::from).to_vec(),
+            env: vec![("PATH".into(), "/usr/bin:/bin".into())],
+            cwd: "/".into(),
+            output: None,
+            credentials: None,
+        }
+    }
+
+    fn sleep(tag: &str) -> Spawn {
+        Spawn { args: ["-c", "exec sleep 1000", tag].map(OsString::from).to_vec(), ..stopped(tag) }
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(10)
+    }
+
+    fn end(process: &Process) {
+        process.signal(Signal::KILL).unwrap();
+        assert!(process.wait(soon(), &Cancel::try_new().unwrap()).unwrap());
+    }
+
+    #[test]
+    fn a_name_with_parentheses_does_not_confuse_the_parser() {
+        let line = b"42 (a) R 1 (b) ) S 1 42 42 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 987654 1000 2 0\n";
+        assert_eq!(parse_stat(line), Some(Stat { state: b'S', start_time: 987_654 }));
+        assert_eq!(parse_stat(b"42 (x) S 1 2"), None);
+        assert_eq!(parse_stat(b""), None);
+    }
+
+    #[test]
+    fn it_is_detached_and_holds_nothing_of_ours() {
+        // A descriptor without close-on-exec must not get through either.
+        let leak = rustix::io::dup(std::fs::File::open("/proc/self/maps").unwrap()).unwrap();
+        let (mut said, output) = std::io::pipe().unwrap();
+        let script = "echo ready; kill -STOP $$";
+        let args = ["-c", script].map(OsString::from).to_vec();
+        let output = Some(File::from(OwnedFd::from(output)));
+        let process = spawn(Spawn { args, output, ..sleep("") }).unwrap();
+        // Then its loader is done with the files that it opens.
+        std::io::Read::read_exact(&mut said, &mut [0; 6]).unwrap();
+        let pid = process.identity().pid;
+        assert_eq!(nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(pid as i32))).unwrap().as_raw() as u32, pid);
+        let target = |fd: &str| std::fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap();
+        assert_eq!(std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(), 3);
+        assert_eq!(target("0"), PathBuf::from("/dev/null"));
+        assert!(target("1").to_string_lossy().starts_with("pipe:["));
+        assert_eq!(target("1"), target("2"));
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap();
+        assert_eq!(environment, b"PATH=/usr/bin:/bin\0");
+        let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+        let core = limits.lines().find(|l| l.starts_with("Max core")).unwrap();
+        assert!(core.split_whitespace().skip(4).take(2).all(|v| v == "0"), "{core}");
+        end(&process);
+        drop(leak);
+    }
+
+    #[test]
+    fn a_dead_child_is_reaped_and_its_end_is_known_to_all() {
+        let process = spawn(sleep("x")).unwrap();
+        let other = Process::open(process.identity()).unwrap().unwrap();
+        assert!(is_alive(process.identity()) && process.is_alive());
+        assert_eq!(process.exit(), None);
+        end(&process);
+        assert_eq!(process.exit(), Some(Exit::Signal(9)));
+        assert_eq!(other.exit(), Some(Exit::Signal(9)));
+        assert!(!is_alive(process.identity()) && !other.is_alive());
+        assert!(!other.signal(Signal::TERM).unwrap());
+        assert_eq!(read_stat(process.identity().pid).map(|s| s.start_time == process.identity().start_time), None);
+    }
+
+    #[test]
+    fn a_zombie_is_not_alive() {
+        let process = spawn(Spawn { program: "true".into(), args: vec![], ..sleep("") }).unwrap();
+        assert_eq!(wait_any(&[(process.fd(), PollFlags::POLLIN)], soon(), &Cancel::try_new().unwrap()).unwrap(), Woken::Ready);
+        assert!(read_stat(process.identity().pid).unwrap().is_dead());
+        assert!(!process.is_alive() && !is_alive(process.identity()));
+        assert_eq!(process.exit(), Some(Exit::Status(0)));
+    }
+
+    #[test]
+    fn a_pid_of_another_is_not_taken_for_ours() {
+        let process = spawn(sleep("x")).unwrap();
+        let mut wrong = process.identity().clone();
+        wrong.start_time += 1;
+        assert!(Process::open(&wrong).unwrap().is_none());
+        assert!(!is_alive(&wrong));
+        let mut wrong = process.identity().clone();
+        wrong.boot_id = "of another boot".into();
+        assert!(Process::open(&wrong).unwrap().is_none());
+        assert!(is_alive(process.identity()));
+        end(&process);
+    }
+
+    #[test]
+    fn it_is_found_by_a_whole_argument() {
+        let tag = format!("fc-test-{}-1", std::process::id());
+        let process = spawn(stopped(&tag)).unwrap();
+        assert_eq!(find_by_argument(&tag).unwrap(), std::slice::from_ref(process.identity()));
+        assert_eq!(find_by_argument(&tag[..tag.len() - 1]).unwrap(), []);
+        end(&process);
+        assert_eq!(find_by_argument(&tag).unwrap(), []);
+    }
+
+    #[test]
+    fn waits_end_by_deadline_and_by_cancel() {
+        let process = spawn(sleep("x")).unwrap();
+        let cancel = Cancel::try_new().unwrap();
+        assert!(!process.wait(Instant::now() + Duration::from_millis(5), &cancel).unwrap());
+        cancel.cancel("enough");
+        assert_eq!(process.wait(soon(), &cancel).unwrap_err().kind(), Kind::Cancelled);
+        end(&process);
+    }
+
+    #[test]
+    fn what_cannot_start_says_so() {
+        let e = spawn(Spawn { program: "no-such-program".into(), ..sleep("") }).unwrap_err();
+        assert_eq!(e.kind(), Kind::CommandMissing);
+        let e = spawn(Spawn { cwd: "/nonexistent".into(), ..sleep("") }).unwrap_err();
+        assert_eq!(e.kind(), Kind::Host);
+    }
+
+    #[test]
+    fn root_drops_to_the_given_uid() {
+        if !rustix::process::geteuid().is_root() {
+            // Without privilege the same call must fail, not run as somebody else.
+            let credentials = Some(Credentials { uid: 1_900_000_001, gid: 1_900_000_001, groups: vec![] });
+            assert!(spawn(Spawn { credentials, ..sleep("") }).is_err());
+            return;
+        }
+        let credentials = Some(Credentials { uid: 1_900_000_001, gid: 1_900_000_002, groups: vec![1_900_000_003] });
+        let process = spawn(Spawn { credentials, ..sleep("") }).unwrap();
+        let status = std::fs::read_to_string(format!("/proc/{}/status", process.identity().pid)).unwrap();
+        let field = |name: &str| {
+            status.lines().find_map(|l| l.strip_prefix(name)).unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(field("Uid:"), ["1900000001"; 4].join(" "));
+        assert_eq!(field("Gid:"), ["1900000002"; 4].join(" "));
+        assert_eq!(field("Groups:"), "1900000003");
+        assert_eq!(uid(process.identity().pid), Some(1_900_000_001));
+        end(&process);
+    }
+}

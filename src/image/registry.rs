@@ -1,0 +1,313 @@
+//! The registry: one directory per image, nothing in memory.
+
+use crate::error::{Error, Kind, Result};
+use crate::ids::ImageRef;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+pub const KERNEL: &str = "vmlinux";
+pub const INITRD: &str = "initrd";
+pub const ROOTFS: &str = "rootfs.ext4";
+const METADATA: &str = "image.json";
+const METADATA_BYTES_MAX: u64 = 64 * 1024;
+/// Of `image.json`; another one is refused.
+const FORMAT: u32 = 1;
+/// A build in progress is in a directory of this name's begin. No image name begins with a dot.
+const STAGING_PREFIX: &str = ".building-";
+
+/// A complete image. Paths are absolute when the registry's is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageInfo {
+    pub name: ImageRef,
+    pub dir: PathBuf,
+    /// An ELF file that boots by PVH.
+    pub kernel: PathBuf,
+    pub initrd: PathBuf,
+    /// ext4, raw, read-only.
+    pub rootfs: PathBuf,
+    /// Virtual size of the root file system.
+    pub disk_bytes: u64,
+    /// What the image takes on the host.
+    pub allocated_bytes: u64,
+    /// `Debian GNU/Linux 12 (bookworm)`.
+    pub os: String,
+    /// `6.1.0-56-cloud-amd64`.
+    pub kernel_version: String,
+    /// Seconds since the epoch.
+    pub built_at: u64,
+}
+
+impl ImageInfo {
+    pub fn to_api(&self, vms: u64) -> crate::api::image::Image {
+        crate::api::image::Image {
+            name: self.name.clone(),
+            disk_bytes: self.disk_bytes,
+            allocated_bytes: self.allocated_bytes,
+            kernel: format!("Linux {}", self.kernel_version),
+            os: self.os.clone(),
+            built_at: self.built_at,
+            vms,
+        }
+    }
+}
+
+/// `image.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Metadata {
+    pub format: u32,
+    pub name: ImageRef,
+    pub os: String,
+    pub kernel_version: String,
+    /// Packages beyond the essential ones.
+    pub packages: Vec<String>,
+    pub built_at: u64,
+    pub files: Vec<FileRecord>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct FileRecord {
+    pub name: String,
+    pub bytes: u64,
+    /// Of the content; of the root file system, of its non-zero blocks (`build::hash`).
+    pub sha256: String,
+}
+
+impl Metadata {
+    pub(super) fn new(name: &ImageRef, packages: &[String], built_at: u64) -> Self {
+        Self {
+            format: FORMAT,
+            name: name.clone(),
+            os: String::new(),
+            kernel_version: String::new(),
+            packages: packages.to_vec(),
+            built_at,
+            files: Vec::new(),
+        }
+    }
+}
+
+/// Where images are.
+#[derive(Clone, Debug)]
+pub struct Images {
+    dir: PathBuf,
+}
+
+impl Images {
+    /// Opens `<state_dir>/images`, makes it if need be, and removes what unfinished builds left: the caller holds
+    /// the state directory's lock, so no build runs.
+    pub fn open(state_dir: &Path) -> Result<Self> {
+        let dir = state_dir.join("images");
+        let io = |e| Error::io(format!("open image registry {}", dir.display()), e);
+        // The VMMs' own uids read images.
+        std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir).map_err(io)?;
+        std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
+        for entry in std::fs::read_dir(&dir).map_err(io)? {
+            let entry = entry.map_err(io)?;
+            if entry.file_name().as_encoded_bytes().starts_with(STAGING_PREFIX.as_bytes()) {
+                log::info!("removing the unfinished image build {}", entry.path().display());
+                std::fs::remove_dir_all(entry.path()).map_err(|e| Error::io(format!("remove {}", entry.path().display()), e))?;
+            }
+        }
+        Ok(Self { dir })
+    }
+
+    /// All complete images, by name. One that is damaged is logged and left out.
+    pub fn list(&self) -> Result<Vec<ImageInfo>> {
+        let io = |e| Error::io(format!("read image registry {}", self.dir.display()), e);
+        let mut images = Vec::new();
+        for entry in std::fs::read_dir(&self.dir).map_err(io)? {
+            let name = entry.map_err(io)?.file_name();
+            let Some(name) = name.to_str().and_then(|n| n.parse::<ImageRef>().ok()) else { continue };
+            match self.get(&name) {
+                Ok(info) => images.push(info),
+                Err(e) => log::warn!("{e}"),
+            }
+        }
+        images.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(images)
+    }
+
+    /// Errors: `image_not_found`; `host` when a file is missing or of another size than it was built with.
+    pub fn get(&self, name: &ImageRef) -> Result<ImageInfo> {
+        let dir = self.path(name);
+        let damaged = |what: String| {
+            Error::new(Kind::Host, format!("image {name} is damaged: {what}"))
+                .hint(format!("remove {} and run: fcctl image build", dir.display()))
+        };
+        let file = match File::open(dir.join(METADATA)) {
+            Ok(file) => file,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && !dir.exists() => return Err(not_found(name)),
+            Err(e) => return Err(damaged(format!("{METADATA}: {e}"))),
+        };
+        let bytes = crate::host::command::read_bounded(file, METADATA_BYTES_MAX).map_err(|e| damaged(e.to_string()))?;
+        let metadata: Metadata = serde_json::from_slice(&bytes).map_err(|e| damaged(format!("{METADATA}: {e}")))?;
+        if metadata.format != FORMAT || metadata.name != *name {
+            return Err(damaged(format!("{METADATA} is of another image or another version of fcd")));
+        }
+        let mut allocated_bytes = 0;
+        let mut size = |wanted: &str| {
+            let record = metadata.files.iter().find(|f| f.name == wanted);
+            let record = record.ok_or_else(|| damaged(format!("{METADATA} does not name {wanted}")))?;
+            let found = std::fs::metadata(dir.join(wanted)).map_err(|e| damaged(format!("{wanted}: {e}")))?;
+            allocated_bytes += found.blocks() * 512;
+            if found.len() != record.bytes {
+                return Err(damaged(format!("{wanted} has {} bytes instead of {}", found.len(), record.bytes)));
+            }
+            Ok(record.bytes)
+        };
+        size(KERNEL)?;
+        size(INITRD)?;
+        let disk_bytes = size(ROOTFS)?;
+        Ok(ImageInfo {
+            name: name.clone(),
+            kernel: dir.join(KERNEL),
+            initrd: dir.join(INITRD),
+            rootfs: dir.join(ROOTFS),
+            disk_bytes,
+            allocated_bytes,
+            os: metadata.os,
+            kernel_version: metadata.kernel_version,
+            built_at: metadata.built_at,
+            dir,
+        })
+    }
+
+    fn path(&self, name: &ImageRef) -> PathBuf {
+        self.dir.join(name.as_str())
+    }
+
+    /// An empty directory for a build; removed when dropped.
+    pub(super) fn stage(&self, name: &ImageRef) -> Result<Staging> {
+        if self.path(name).exists() {
+            return Err(name_taken(name));
+        }
+        let dir = tempfile::Builder::new()
+            .prefix(&format!("{STAGING_PREFIX}{name}-"))
+            // Apt's own user passes through.
+            .permissions(std::fs::Permissions::from_mode(0o711))
+            .tempdir_in(&self.dir)
+            .map_err(|e| Error::io(format!("make a directory in {}", self.dir.display()), e))?;
+        Ok(Staging { dir: dir.keep() })
+    }
+
+    /// Makes `files` (a directory below the staging directory) the image `name`: files read-only, everything
+    /// synced, then one rename.
+    pub(super) fn publish(&self, files: &Path, metadata: &Metadata) -> Result<ImageInfo> {
+        let name = &metadata.name;
+        let io = |e: std::io::Error| Error::io(format!("publish image {name}"), e);
+        let text = serde_json::to_vec_pretty(metadata).map_err(|e| io(e.into()))?;
+        std::fs::write(files.join(METADATA), text).map_err(io)?;
+        for file in [KERNEL, INITRD, ROOTFS, METADATA] {
+            let file = File::open(files.join(file)).map_err(io)?;
+            file.set_permissions(std::fs::Permissions::from_mode(0o444)).map_err(io)?;
+            file.sync_all().map_err(io)?;
+        }
+        std::fs::set_permissions(files, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
+        File::open(files).and_then(|d| d.sync_all()).map_err(io)?;
+        let to = self.path(name);
+        // Two builds of one name: the first one stays.
+        match rustix::fs::renameat_with(rustix::fs::CWD, files, rustix::fs::CWD, &to, rustix::fs::RenameFlags::NOREPLACE) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::EXIST | rustix::io::Errno::NOTEMPTY) => return Err(name_taken(name)),
+            Err(e) => return Err(io(e.into())),
+        }
+        File::open(&self.dir).and_then(|d| d.sync_all()).map_err(io)?;
+        self.get(name)
+    }
+}
+
+pub(super) struct Staging {
+    dir: PathBuf,
+}
+
+impl Staging {
+    pub(super) fn path(&self) -> &Path {
+        &self.dir
+    }
+}
+
+impl Drop for Staging {
+    /// A cancelled build's processes are being killed and may still write for a moment.
+    fn drop(&mut self) {
+        const TRIES: u32 = 40;
+        const PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
+        for last in (0..TRIES).rev() {
+            match std::fs::remove_dir_all(&self.dir) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound && last > 0 => std::thread::sleep(PAUSE),
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    log::warn!("remove {}: {e}; the next start of fcd tries again", self.dir.display());
+                }
+                _ => return,
+            }
+        }
+    }
+}
+
+fn not_found(name: &ImageRef) -> Error {
+    let build = if name.as_str() == "default" { "fcctl image build".to_owned() } else { "fcctl image list".to_owned() };
+    Error::new(Kind::ImageNotFound, format!("there is no image {name}")).hint(format!("run {build}"))
+}
+
+fn name_taken(name: &ImageRef) -> Error {
+    Error::new(Kind::NameTaken, format!("image {name} exists already")).hint("run fcctl image list, or choose another --name")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name() -> ImageRef {
+        "default".parse().unwrap()
+    }
+
+    fn publish(images: &Images) -> Result<ImageInfo> {
+        let staging = images.stage(&name())?;
+        let files = staging.path().join("out");
+        std::fs::create_dir(&files).unwrap();
+        let mut metadata = Metadata::new(&name(), &[], 7);
+        for (file, bytes) in [(KERNEL, 3), (INITRD, 2), (ROOTFS, 8192)] {
+            std::fs::write(files.join(file), vec![1; bytes]).unwrap();
+            metadata.files.push(FileRecord { name: file.into(), bytes: bytes as u64, sha256: String::new() });
+        }
+        images.publish(&files, &metadata)
+    }
+
+    #[test]
+    fn an_image_appears_whole_and_stays() {
+        let state = tempfile::tempdir().unwrap();
+        let images = Images::open(state.path()).unwrap();
+        assert_eq!(images.get(&name()).unwrap_err().kind(), Kind::ImageNotFound);
+        let info = publish(&images).unwrap();
+        assert_eq!((info.disk_bytes, info.built_at), (8192, 7));
+        assert_eq!(std::fs::metadata(&info.rootfs).unwrap().permissions().mode() & 0o777, 0o444);
+        assert_eq!(publish(&images).unwrap_err().kind(), Kind::NameTaken);
+        let again = Images::open(state.path()).unwrap();
+        assert_eq!(again.list().unwrap(), [info]);
+        assert_eq!(std::fs::read_dir(state.path().join("images")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn unfinished_builds_are_removed_at_open() {
+        let state = tempfile::tempdir().unwrap();
+        let images = Images::open(state.path()).unwrap();
+        std::mem::forget(images.stage(&name()).unwrap());
+        assert_eq!(std::fs::read_dir(state.path().join("images")).unwrap().count(), 1);
+        let images = Images::open(state.path()).unwrap();
+        assert_eq!(std::fs::read_dir(state.path().join("images")).unwrap().count(), 0);
+        assert!(images.list().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_damaged_image_is_told_from_a_missing_one() {
+        let state = tempfile::tempdir().unwrap();
+        let images = Images::open(state.path()).unwrap();
+        let info = publish(&images).unwrap();
+        std::fs::remove_file(&info.kernel).unwrap();
+        let e = images.get(&name()).unwrap_err();
+        assert_eq!(e.kind(), Kind::Host);
+        assert!(e.to_string().contains("vmlinux"), "{e}");
+        assert!(images.list().unwrap().is_empty());
+    }
+}

@@ -1,0 +1,54 @@
+//! The primitives beneath: parking_lot and std, or under the feature `shuttle` its models of them, so that the
+//! scheduler sees every step of [`LockSet`](super::LockSet) and [`Cancel`](super::Cancel).
+
+#[cfg(not(feature = "shuttle"))]
+mod imp {
+    pub use parking_lot::{Condvar, Mutex};
+    pub use std::sync::atomic::AtomicBool;
+    pub use std::thread::{Thread, ThreadId, current, park};
+}
+
+#[cfg(feature = "shuttle")]
+mod imp {
+    pub use shuttle::sync::atomic::AtomicBool;
+    pub use shuttle::thread::{Thread, ThreadId, current, park};
+
+    /// With parking_lot's signatures; a panic under the lock does not poison it.
+    pub struct Mutex<T>(shuttle::sync::Mutex<T>);
+    pub struct MutexGuard<'a, T>(Option<shuttle::sync::MutexGuard<'a, T>>);
+    pub struct Condvar(shuttle::sync::Condvar);
+
+    impl<T> Mutex<T> {
+        pub fn new(value: T) -> Self {
+            Self(shuttle::sync::Mutex::new(value))
+        }
+        pub fn lock(&self) -> MutexGuard<'_, T> {
+            MutexGuard(Some(self.0.lock().unwrap_or_else(|e| e.into_inner())))
+        }
+    }
+    impl<T> std::ops::Deref for MutexGuard<'_, T> {
+        type Target = T;
+        fn deref(&self) -> &T {
+            self.0.as_ref().expect("only a wait takes it")
+        }
+    }
+    impl<T> std::ops::DerefMut for MutexGuard<'_, T> {
+        fn deref_mut(&mut self) -> &mut T {
+            self.0.as_mut().expect("only a wait takes it")
+        }
+    }
+    impl Condvar {
+        pub fn new() -> Self {
+            Self(shuttle::sync::Condvar::new())
+        }
+        pub fn wait<T>(&self, guard: &mut MutexGuard<'_, T>) {
+            let inner = guard.0.take().expect("only a wait takes it");
+            guard.0 = Some(self.0.wait(inner).unwrap_or_else(|e| e.into_inner()));
+        }
+        pub fn notify_all(&self) {
+            self.0.notify_all();
+        }
+    }
+}
+
+pub use imp::*;

@@ -1,0 +1,374 @@
+//! The checker: its table, its verdicts, its messages.
+
+use super::rank::{self, RankSet};
+use super::{Condvar, LockSet, Mutex, Rank, Region, assert_none_held, check, region};
+use expect_test::{Expect, expect};
+use proptest::prelude::*;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Once;
+use std::time::Instant;
+
+std::thread_local! {
+    static QUIET: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// Runs `f` where violations are expected: the report, or an empty text.
+fn report(f: impl FnOnce()) -> String {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if !QUIET.with(std::cell::Cell::get) {
+                usual(info);
+            }
+        }));
+    });
+    check::stop_recording();
+    QUIET.with(|q| q.set(true));
+    let result = catch_unwind(AssertUnwindSafe(f));
+    QUIET.with(|q| q.set(false));
+    match result {
+        Ok(()) => String::new(),
+        Err(panic) => panic.downcast_ref::<String>().expect("a report is a String").clone(),
+    }
+}
+
+/// Thread and lines taken out.
+#[track_caller]
+fn check_report(f: impl FnOnce(), expected: Expect) {
+    let lines: Vec<_> = report(f)
+        .lines()
+        .map(|line| match line.find(" at src/locks/tests.rs:") {
+            Some(i) => format!("{} at HERE{}", &line[..i], if line.ends_with("<- conflict") { " <- conflict" } else { "" }),
+            None => line.replace(std::thread::current().name().unwrap_or("?"), "T"),
+        })
+        .collect();
+    assert_eq!(check::held(), 0, "a report must leave nothing held");
+    expected.assert_eq(&lines.join("\n"));
+}
+
+#[test]
+#[cfg(not(feature = "one-lock"))]
+fn the_table_is_the_one_of_the_design() {
+    use Rank::*;
+    let leaves = [Store, Ops, Pool, Admission, Sessions, Runtimes, Consoles, Connections];
+    let allowed = |to: Rank, from: &[Rank]| {
+        let beyond: Vec<_> = to.under().iter().filter(|r| !from.contains(r)).collect();
+        assert!(beyond.is_empty(), "{to:?} must not be taken under {beyond:?}");
+    };
+    for outermost in [Job, Vm, Workspace] {
+        allowed(outermost, &[]);
+    }
+    for inner in [CreateVm, ImageOps] {
+        allowed(inner, &[Vm, Workspace]);
+    }
+    allowed(JobWait, &[Workspace]);
+    for blocking in [GuestIo, VmmApi, HostCmd, DurableWait] {
+        allowed(blocking, &[Job, Workspace]);
+    }
+    for leaf in leaves {
+        let above: Vec<_> = Rank::ALL.into_iter().filter(|r| !leaves.contains(r) && *r != CondWait).collect();
+        allowed(leaf, &above);
+        assert!(leaf.under().contains(Vm), "a leaf may be taken under a VM's lock");
+    }
+    // Its own guard is not in the table; a worker waits for work under nothing but that.
+    allowed(CondWait, &[Job, Workspace, JobWait, DurableWait]);
+    assert_eq!(leaves.len() + 11, Rank::ALL.len());
+}
+
+#[test]
+fn the_negative_control_allows_what_it_must() {
+    let blocking =
+        [Rank::GuestIo, Rank::JobWait, Rank::VmmApi, Rank::HostCmd, Rank::DurableWait, Rank::CondWait, Rank::Workspace];
+    for rank in blocking {
+        assert_eq!(rank.under().contains(Rank::Vm), cfg!(feature = "one-lock"), "{rank:?}");
+    }
+}
+
+#[test]
+fn every_pair_and_triple() {
+    for a in Rank::ALL {
+        for b in Rank::ALL {
+            let said = report(|| drop((region(a), region(b))));
+            assert_eq!(said.is_empty(), b.under().contains(a), "{a:?} then {b:?}: {said}");
+            for c in Rank::ALL {
+                let may = b.under().contains(a) && c.under().contains(a) && c.under().contains(b);
+                // Dropped outermost first: any order must do.
+                let said = report(|| drop((region(a), region(b), region(c))));
+                assert_eq!(said.is_empty(), may, "{a:?} then {b:?} then {c:?}: {said}");
+                assert_eq!(check::held(), 0);
+            }
+        }
+    }
+}
+
+proptest! {
+    /// Random takes and drops, in any order, against the model: a set of held ranks.
+    #[test]
+    fn checker_agrees_with_model(steps in proptest::collection::vec((any::<bool>(), 0..Rank::ALL.len(), any::<prop::sample::Index>()), 0..60)) {
+        let mut held: Vec<(Rank, Region)> = Vec::new();
+        for (takes, rank, which) in steps {
+            let rank = Rank::ALL[rank];
+            if takes {
+                let may = RankSet::of(&held.iter().map(|h| h.0).collect::<Vec<_>>()).iter().all(|h| rank.under().contains(h));
+                let mut got = None;
+                let said = report(|| got = Some(region(rank)));
+                prop_assert_eq!(got.is_some(), may, "{:?} under {} held: {}", rank, held.len(), said);
+                held.extend(got.map(|region| (rank, region)));
+            } else if !held.is_empty() {
+                drop(held.swap_remove(which.index(held.len())));
+            }
+            prop_assert_eq!(check::held(), held.len());
+        }
+    }
+}
+
+#[test]
+#[cfg(not(feature = "one-lock"))]
+fn reports_of_order() {
+    let vm = LockSet::new(Rank::Vm);
+    let workspace = LockSet::new(Rank::Workspace);
+    let create = LockSet::new(Rank::CreateVm);
+    let (store, store2) = (Mutex::new(Rank::Store, ()), Mutex::new(Rank::Store, ()));
+    check_report(
+        || drop((vm.lock(&"vm-3"), create.lock(&()), store.lock(), vm.lock(&"vm-4"))),
+        expect![[r#"
+            two locks of one rank in thread 'T'
+              wanted  vm_locks["vm-4"]             at HERE
+              holding store                        at HERE
+              holding create_vm                    at HERE
+              holding vm_locks["vm-3"]             at HERE <- conflict
+              rule    vm_locks may be taken only under: nothing (src/locks/rank.rs)"#]],
+    );
+    check_report(
+        || drop((create.lock(&()), vm.lock(&"vm-3"))),
+        expect![[r#"
+            lock order violation in thread 'T'
+              wanted  vm_locks["vm-3"]             at HERE
+              holding create_vm                    at HERE <- conflict
+              rule    vm_locks may be taken only under: nothing (src/locks/rank.rs)"#]],
+    );
+    check_report(
+        || drop((workspace.lock(&"ws-9"), vm.lock(&"vm-3"))),
+        expect![[r#"
+            locks that exclude each other in thread 'T'
+              wanted  vm_locks["vm-3"]             at HERE
+              holding workspace_locks["ws-9"]      at HERE <- conflict
+              rule    vm_locks may be taken only under: nothing (src/locks/rank.rs)"#]],
+    );
+    check_report(
+        || drop((vm.lock(&"vm-3"), vm.lock(&"vm-3"))),
+        expect![[r#"
+            lock taken twice in thread 'T'
+              wanted  vm_locks["vm-3"]             at HERE
+              holding vm_locks["vm-3"]             at HERE <- conflict
+              rule    vm_locks may be taken only under: nothing (src/locks/rank.rs)"#]],
+    );
+    let twice = report(|| drop((store.lock(), store.lock())));
+    assert!(twice.starts_with("lock taken twice"), "{twice}");
+    let two = report(|| drop((store.lock(), store2.lock())));
+    assert!(two.starts_with("two locks of one rank"), "other instances do not hang: {two}");
+    let tried = report(|| drop((vm.lock(&"vm-3"), vm.try_lock(&"vm-4"))));
+    assert!(tried.starts_with("two locks of one rank"), "a try is checked as a lock: {tried}");
+    let under_a_tried = report(|| drop((vm.try_lock(&"vm-3"), vm.lock(&"vm-4"))));
+    assert!(under_a_tried.starts_with("two locks of one rank"), "a tried lock is recorded: {under_a_tried}");
+}
+
+#[test]
+#[cfg(not(feature = "one-lock"))]
+fn reports_of_waits() {
+    let vm = LockSet::new(Rank::Vm);
+    let (store, condvar) = (Mutex::new(Rank::Store, 0), Condvar::new());
+    check_report(
+        || drop((vm.lock(&"vm-3"), region(Rank::GuestIo))),
+        expect![[r#"
+            blocking with locks held in thread 'T'
+              wanted  guest I/O                    at HERE
+              holding vm_locks["vm-3"]             at HERE <- conflict
+              rule    guest I/O may be taken only under: pool job, workspace_locks (src/locks/rank.rs)"#]],
+    );
+    check_report(
+        || drop((region(Rank::GuestIo), vm.lock(&"vm-3"))),
+        expect![[r#"
+            locks that exclude each other in thread 'T'
+              wanted  vm_locks["vm-3"]             at HERE
+              holding guest I/O                    at HERE <- conflict
+              rule    vm_locks may be taken only under: nothing (src/locks/rank.rs)"#]],
+    );
+    let waits = |_outer| {
+        let mut guard = store.lock();
+        condvar.wait_while(&mut guard, Instant::now(), |_| false);
+    };
+    check_report(
+        || waits(vm.lock(&"vm-3")),
+        expect![[r#"
+            blocking with locks held in thread 'T'
+              wanted  condition wait               at HERE
+              holding store                        at HERE
+              holding vm_locks["vm-3"]             at HERE <- conflict
+              rule    condition wait may be taken only under: pool job, workspace_locks, wait for a pool job, durable wait (src/locks/rank.rs)"#]],
+    );
+    check_report(
+        || {
+            let _guard = store.lock();
+            assert_none_held("the end of a request");
+        },
+        expect![[r#"
+            locks still held in thread 'T' at: the end of a request
+              holding store                        at HERE"#]],
+    );
+}
+
+#[test]
+#[cfg(not(feature = "one-lock"))]
+fn what_the_table_allows_passes() {
+    check::stop_recording();
+    let vm = LockSet::new(Rank::Vm);
+    let workspace = LockSet::new(Rank::Workspace);
+    let (store, condvar) = (Mutex::new(Rank::Store, 0), Condvar::new());
+    drop((vm.lock(&1), LockSet::new(Rank::CreateVm).lock(&()), store.lock()));
+    let held = (workspace.lock(&1), region(Rank::JobWait));
+    let mut guard = store.lock();
+    assert!(condvar.wait_while(&mut guard, Instant::now(), |_| false));
+    drop((guard, held));
+    drop(vm.lock_many(&[3, 1, 2, 1]));
+    let second = report(|| drop((vm.lock(&9), vm.lock_many(&[3, 1]))));
+    assert!(second.starts_with("two locks of one rank"), "only a sorted many holds several: {second}");
+    assert_eq!(check::held(), 0);
+}
+
+#[test]
+fn a_violation_is_checked_before_it_blocks_and_counts() {
+    let set = LockSet::new(Rank::Workspace);
+    let before = check::violations_expected();
+    let said = report(|| {
+        let _mine = set.lock(&1);
+        // Were it checked after the acquisition, this would hang.
+        let _again = set.lock(&1);
+    });
+    assert!(said.starts_with("lock taken twice"), "{said}");
+    assert!(check::violations_expected() > before);
+    assert!(set.is_empty());
+}
+
+/// Runs one test of this file again, alone, in a process that is expected to abort. Its stderr.
+#[allow(clippy::disallowed_methods)] // `locks` knows nothing of `host`.
+fn aborts(test: &str, env: &[(&str, &str)]) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "--nocapture", &format!("locks::tests::{test}")]).env("FCD_TEST_CHILD", "1");
+    let output = command.envs(env.iter().copied()).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{stderr}");
+    stderr
+}
+
+fn is_child() -> bool {
+    std::env::var_os("FCD_TEST_CHILD").is_some()
+}
+
+/// Takes locks while its thread unwinds.
+struct LocksOnDrop<'a>(&'a LockSet<u32>, u32);
+impl Drop for LocksOnDrop<'_> {
+    fn drop(&mut self) {
+        drop(self.0.lock(&self.1));
+    }
+}
+
+#[test]
+fn while_unwinding_a_violation_is_logged_only() {
+    let (vm, before) = (LockSet::new(Rank::Vm), check::violations_expected());
+    let said = report(|| {
+        let _held = vm.lock(&1);
+        let _locks = LocksOnDrop(&vm, 2);
+        panic!("{}", String::from("the first panic"));
+    });
+    assert_eq!(said, "the first panic");
+    assert!(check::violations_expected() > before);
+    assert!(vm.is_empty() && check::held() == 0);
+}
+
+#[test]
+fn while_unwinding_a_lock_taken_twice_aborts() {
+    if !is_child() {
+        let stderr = aborts("while_unwinding_a_lock_taken_twice_aborts", &[]);
+        assert!(stderr.contains("lock taken twice"), "{stderr}");
+        return;
+    }
+    let vm = LockSet::new(Rank::Vm);
+    report(|| {
+        let _held = vm.lock(&1);
+        let _locks = LocksOnDrop(&vm, 1);
+        panic!("{}", String::from("the first panic"));
+    });
+}
+
+#[test]
+fn the_environment_makes_the_first_violation_abort() {
+    if !is_child() {
+        let stderr = aborts("the_environment_makes_the_first_violation_abort", &[("FCD_LOCK_ABORT", "1")]);
+        assert!(stderr.contains("two locks of one rank"), "{stderr}");
+        return;
+    }
+    let vm = LockSet::new(Rank::Vm);
+    let _ = catch_unwind(AssertUnwindSafe(|| drop((vm.lock(&1), vm.lock(&2)))));
+}
+
+#[test]
+fn dump_shows_who_holds_and_who_awaits() {
+    check::stop_recording();
+    let set = LockSet::new(Rank::Workspace);
+    let held = set.lock(&"dumped");
+    std::thread::scope(|s| {
+        let waiter = std::thread::Builder::new().name("the-waiter".into());
+        #[allow(clippy::disallowed_methods)]
+        waiter.spawn_scoped(s, || drop(set.lock(&"dumped"))).unwrap();
+        super::tests_set::wait_for(|| set.records().iter().any(|r| r.2.len() == 1));
+        let dump = check::dump();
+        assert!(dump.contains("'the-waiter' awaits workspace_locks[\"dumped\"] at src/locks/tests.rs"), "{dump}");
+        assert!(dump.contains("holds workspace_locks[\"dumped\"] at src/locks/tests.rs"), "{dump}");
+        drop(held);
+    });
+}
+
+#[test]
+fn an_edge_is_observed_with_its_first_sites_and_drawn() {
+    // Recorded on purpose: Workspace -> ImageOps, on a thread of its own.
+    std::thread::scope(|s| {
+        s.spawn(|| drop((LockSet::new(Rank::Workspace).lock(&1), LockSet::new(Rank::ImageOps).lock(&()))));
+    });
+    let edge = check::observed().into_iter().find(|e| (e.from, e.to) == (Rank::Workspace, Rank::ImageOps)).unwrap();
+    assert!(edge.first.1.file().ends_with("tests.rs"), "{edge:?}");
+    let dot = check::dot();
+    assert!(dot.contains("Workspace -> ImageOps [tooltip=\"src/locks/tests.rs"), "{dot}");
+    assert!(dot.starts_with("digraph locks {\n") && dot.ends_with("}\n"));
+    assert!(rank::dot(&[]).contains("Vm -> CreateVm [style=dotted];"));
+    assert_eq!(rank::declared().count(), rank::dot(&[]).matches(" -> ").count());
+}
+
+#[test]
+fn the_markdown_table_names_every_rank_once() {
+    let table = rank::markdown_table();
+    for rank in Rank::ALL {
+        let lines = table.lines().filter(|l| l.split('|').nth(1).is_some_and(|c| c.split(',').any(|n| n.trim() == rank.name())));
+        assert_eq!(lines.count(), 1, "{rank:?} in {table}");
+    }
+    assert!(table.contains("| pool job | virtual | nothing |"), "{table}");
+}
+
+#[test]
+fn the_chaos_hook_runs_before_each_acquisition() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    static CALLS: AtomicUsize = AtomicUsize::new(0);
+    static MARKED: Mutex<()> = Mutex::new(Rank::Consoles, ());
+    check::set_chaos(Some(|rank| {
+        if rank == Rank::Consoles {
+            drop(std::thread::current());
+            CALLS.fetch_add(1, Ordering::SeqCst);
+        }
+    }));
+    drop(MARKED.lock());
+    check::set_chaos(None);
+    let calls = CALLS.load(Ordering::SeqCst);
+    assert!(calls >= 1);
+}

@@ -1,0 +1,159 @@
+//! Cancel tokens and condition waits, with real threads.
+
+use super::tests_set::wait_for;
+use super::{Cancel, Condvar, Mutex, Rank, Waited};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+const SOON: Duration = Duration::from_millis(100);
+const LATE: Duration = Duration::from_secs(20);
+
+fn is_readable(cancel: &Cancel) -> bool {
+    poll(&mut [PollFd::new(cancel.fd(), PollFlags::POLLIN)], PollTimeout::ZERO).unwrap() == 1
+}
+
+#[test]
+fn fires_once_and_stays_fired() {
+    let cancel = Cancel::try_new().unwrap();
+    assert!(!cancel.is_cancelled() && cancel.cause().is_none() && !is_readable(&cancel));
+    cancel.clone().cancel("the VM was stopped");
+    cancel.cancel("something later");
+    assert_eq!(cancel.cause(), Some("the VM was stopped"));
+    assert!(cancel.is_cancelled() && is_readable(&cancel) && is_readable(&cancel));
+}
+
+#[test]
+fn a_waker_runs_exactly_once_however_the_race_ends() {
+    for _ in 0..2000 {
+        let (cancel, calls) = (Cancel::try_new().unwrap(), Arc::new(AtomicUsize::new(0)));
+        let subscription = std::thread::scope(|s| {
+            s.spawn(|| cancel.cancel("now"));
+            let calls = calls.clone();
+            cancel.on_cancel(move || _ = calls.fetch_add(1, Ordering::SeqCst))
+        });
+        assert_eq!(calls.load(Ordering::SeqCst), 1);
+        drop(subscription);
+    }
+}
+
+#[test]
+fn a_dropped_subscription_never_runs() {
+    let (cancel, calls) = (Cancel::try_new().unwrap(), Arc::new(AtomicUsize::new(0)));
+    let counter = calls.clone();
+    drop(cancel.on_cancel(move || _ = counter.fetch_add(1, Ordering::SeqCst)));
+    assert_eq!(Arc::strong_count(&calls), 1, "the closure is gone");
+    cancel.cancel("now");
+    assert_eq!(calls.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_waker_may_use_the_token_and_may_panic() {
+    let cancel = Cancel::try_new().unwrap();
+    let (said, heard) = mpsc::channel();
+    let inner = cancel.clone();
+    let first = cancel.on_cancel(move || {
+        inner.cancel("again");
+        let said2 = said.clone();
+        // Subscribing and dropping within a waker: called now, and no waiting for itself.
+        drop(inner.on_cancel(move || said2.send("nested").unwrap()));
+        said.send(if inner.is_cancelled() { "fired" } else { "not fired" }).unwrap();
+    });
+    let second = cancel.on_cancel(|| panic!("a bad waker"));
+    let own: Arc<Mutex<Option<super::Subscription>>> = Arc::new(Mutex::new(Rank::Runtimes, None));
+    let owned = own.clone();
+    // Drops its own subscription while it runs.
+    let third = cancel.on_cancel(move || drop(owned.lock().take()));
+    *own.lock() = Some(third);
+    cancel.cancel("now");
+    assert_eq!(heard.try_iter().collect::<Vec<_>>(), ["nested", "fired"]);
+    assert!(own.lock().is_none());
+    drop((first, second));
+}
+
+#[test]
+fn dropping_a_subscription_waits_for_its_running_waker() {
+    let cancel = Cancel::try_new().unwrap();
+    let (running, is_running) = mpsc::channel();
+    let (go_on, may_go_on) = mpsc::channel();
+    let is_over = Arc::new(AtomicBool::new(false));
+    let over = is_over.clone();
+    let subscription = cancel.on_cancel(move || {
+        running.send(()).unwrap();
+        may_go_on.recv_timeout(LATE).unwrap();
+        over.store(true, Ordering::SeqCst);
+    });
+    std::thread::scope(|s| {
+        s.spawn(|| cancel.cancel("now"));
+        is_running.recv_timeout(LATE).unwrap();
+        // Another one is free to subscribe and to go while that waker runs.
+        drop(cancel.on_cancel(|| {}));
+        let dropping = s.spawn(|| {
+            drop(subscription);
+            assert!(is_over.load(Ordering::SeqCst), "the waker still ran when its subscription was gone");
+        });
+        std::thread::yield_now();
+        assert!(!dropping.is_finished());
+        go_on.send(()).unwrap();
+        dropping.join().unwrap();
+    });
+}
+
+#[test]
+fn a_wait_ends_by_condition_deadline_or_cancel() {
+    let (mutex, condvar) = (Mutex::new(Rank::Pool, 0), Condvar::new());
+    let cancel = Cancel::try_new().unwrap();
+    let soon = || Instant::now() + Duration::from_millis(5);
+    assert!(!condvar.wait_while(&mut mutex.lock(), soon(), |v| *v == 0));
+    assert!(condvar.wait_while(&mut mutex.lock(), Instant::now(), |v| *v != 0));
+    assert_eq!(condvar.wait_while_cancellable(&mut mutex.lock(), soon(), &cancel, |v| *v == 0), Waited::TimedOut);
+    std::thread::scope(|s| {
+        let plain = s.spawn(|| condvar.wait_while(&mut mutex.lock(), Instant::now() + LATE, |v| *v == 0));
+        let parked = s.spawn(|| condvar.wait_while_cancellable(&mut mutex.lock(), Instant::now() + LATE, &cancel, |v| *v == 0));
+        *mutex.lock() = 1;
+        condvar.notify_all();
+        assert!(plain.join().unwrap());
+        assert_eq!(parked.join().unwrap(), Waited::Done);
+    });
+    let started = Instant::now();
+    let looked = &AtomicBool::new(false);
+    std::thread::scope(|s| {
+        let (mutex, condvar, cancel) = (&mutex, &condvar, &cancel);
+        let parked = s.spawn(move || {
+            condvar.wait_while_cancellable(&mut mutex.lock(), Instant::now() + LATE, cancel, |_| {
+                looked.store(true, Ordering::SeqCst);
+                true
+            })
+        });
+        wait_for(|| looked.load(Ordering::SeqCst));
+        let fired = Instant::now();
+        cancel.cancel("now");
+        assert_eq!(parked.join().unwrap(), Waited::Cancelled);
+        assert!(fired.elapsed() < SOON, "{:?}", fired.elapsed());
+    });
+    assert!(started.elapsed() < LATE);
+    let done = condvar.wait_while_cancellable(&mut mutex.lock(), Instant::now(), &cancel, |_| false);
+    assert_eq!(done, Waited::Done, "what is done is done, cancelled or not");
+}
+
+#[test]
+fn no_wake_up_is_lost() {
+    let (mutex, condvar) = (Mutex::new(Rank::Pool, 0u32), Condvar::new());
+    for round in 0..2000 {
+        let cancel = Cancel::try_new().unwrap();
+        std::thread::scope(|s| {
+            let waiter =
+                s.spawn(|| condvar.wait_while_cancellable(&mut mutex.lock(), Instant::now() + LATE, &cancel, |v| *v == round));
+            if round % 2 == 0 {
+                cancel.cancel("now");
+                assert_eq!(waiter.join().unwrap(), Waited::Cancelled);
+                *mutex.lock() += 1;
+            } else {
+                *mutex.lock() += 1;
+                condvar.notify_all();
+                assert_eq!(waiter.join().unwrap(), Waited::Done);
+            }
+        });
+    }
+}

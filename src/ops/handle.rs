@@ -1,0 +1,109 @@
+//! What the one who does an operation holds.
+
+use super::{Ended, Ops};
+use crate::api::op::{Op, Progress};
+use crate::error::{Error, Result};
+use crate::ids::OpId;
+use crate::locks::Cancel;
+
+/// An operation under way. Dropped unfinished (a panic) it ends as `internal`.
+#[must_use = "dropping it ends the operation as failed"]
+pub struct OpHandle {
+    reporter: Reporter,
+    cancel: Cancel,
+    is_finished: bool,
+}
+
+/// Reports progress from another thread: a job's. After the operation's end it does nothing.
+#[derive(Clone)]
+pub struct Reporter {
+    ops: Ops,
+    id: OpId,
+}
+
+impl Reporter {
+    /// What is being done now: `wait for ssh`. Forgets the numbers of the stage before.
+    pub fn progress(&self, stage: &str) {
+        self.update(|p| {
+            let is_new = p.stage != stage || p.done.is_some();
+            if is_new {
+                *p = Progress { stage: stage.to_owned(), ..Progress::default() };
+            }
+            is_new
+        });
+    }
+
+    pub fn progress_bytes(&self, done: u64, total: Option<u64>) {
+        self.progress_units(done, total, "bytes");
+    }
+
+    /// `unit`: `bytes`, `files`, `steps`.
+    pub fn progress_units(&self, done: u64, total: Option<u64>, unit: &str) {
+        self.update(|p| {
+            if p.unit.as_deref() != Some(unit) {
+                p.unit = Some(unit.to_owned());
+            }
+            (p.done, p.total) = (Some(done), total);
+            true
+        });
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Progress) -> bool) {
+        let mut state = self.ops.shared.state.lock();
+        let Some(entry) = state.entries.get_mut(&self.id) else { return };
+        if !entry.op.state.has_ended() && change(&mut entry.op.progress) {
+            entry.changed();
+        }
+    }
+}
+
+impl OpHandle {
+    pub(super) fn new(ops: Ops, id: OpId, cancel: Cancel) -> Self {
+        Self { reporter: Reporter { ops, id }, cancel, is_finished: false }
+    }
+
+    pub fn id(&self) -> &OpId {
+        &self.reporter.id
+    }
+    pub fn cancel(&self) -> &Cancel {
+        &self.cancel
+    }
+    pub fn reporter(&self) -> Reporter {
+        self.reporter.clone()
+    }
+    /// The row as it is now.
+    pub fn op(&self) -> Op {
+        self.reporter.ops.get(self.id()).expect("an operation under way is never pruned")
+    }
+
+    /// As [`Reporter::progress`].
+    pub fn progress(&self, stage: &str) {
+        self.reporter.progress(stage);
+    }
+    /// As [`Reporter::progress_bytes`].
+    pub fn progress_bytes(&self, done: u64, total: Option<u64>) {
+        self.reporter.progress_bytes(done, total);
+    }
+
+    /// Ends it: `ok`, `cancelled` for an error of that kind, else `failed`. Wakes whoever waits.
+    pub fn finish(mut self, result: Result<serde_json::Value>) -> Ended {
+        self.end(result).expect("an operation under way is never pruned")
+    }
+
+    fn end(&mut self, result: Result<serde_json::Value>) -> Option<Ended> {
+        self.is_finished = true;
+        self.reporter.ops.shared.state.lock().end(&self.reporter.id, result)
+    }
+}
+
+impl Drop for OpHandle {
+    fn drop(&mut self) {
+        if self.is_finished {
+            return;
+        }
+        let why = if std::thread::panicking() { "the operation panicked" } else { "the operation was dropped unfinished" };
+        if let Some(ended) = self.end(Err(Error::internal(why).hint("see the daemon's log"))) {
+            (self.reporter.ops.shared.on_dropped)(ended);
+        }
+    }
+}

@@ -1,0 +1,286 @@
+use super::{Change, ENDED_MAX, Ended, Filter, Limits, OpHandle, Ops, Watcher};
+use crate::api::op::{Op, OpState, Progress};
+use crate::error::{Code, Error, Kind};
+use crate::ids::{OpId, VmId};
+use crate::locks::Cancel;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde_json::json;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+const LIMITS: Limits = Limits { per_uid_max: 2 };
+const MANY: Limits = Limits { per_uid_max: usize::MAX };
+const LATE: Duration = Duration::from_secs(20);
+
+fn ops() -> Ops {
+    Ops::new(|ended| panic!("dropped unfinished: {ended:?}"))
+}
+fn late() -> Instant {
+    Instant::now() + LATE
+}
+fn begin(ops: &Ops, uid: u32) -> OpHandle {
+    ops.begin("vm.start", None, uid, true, MANY).unwrap()
+}
+fn cancelled(cause: &str) -> Error {
+    Error::new(Kind::Cancelled, format!("start vm web: cancelled: {cause}"))
+}
+fn is_readable(watcher: &Watcher, within: Duration) -> bool {
+    poll(&mut [PollFd::new(watcher.fd(), PollFlags::POLLIN)], PollTimeout::try_from(within).unwrap()).unwrap() == 1
+}
+
+#[test]
+fn an_operation_from_begin_to_end() {
+    let ops = ops();
+    let vm = VmId::random();
+    let handle = ops.begin("vm.start", Some(vm.clone()), 7, true, LIMITS).unwrap();
+    let row = handle.op();
+    assert_eq!((row.state, row.owner_uid, row.vm.as_ref(), row.ended_at), (OpState::Running, 7, Some(&vm), None));
+    assert_eq!((ops.running(), ops.get(&row.id).unwrap()), (1, row.clone()));
+    handle.progress("wait for ssh");
+    handle.progress_bytes(10, Some(100));
+    let seen = ops.get(&row.id).unwrap().progress;
+    let expected = Progress { stage: "wait for ssh".into(), done: Some(10), total: Some(100), unit: Some("bytes".into()) };
+    assert_eq!(seen, expected);
+    handle.progress("mount");
+    assert_eq!(ops.get(&row.id).unwrap().progress, Progress { stage: "mount".into(), ..Progress::default() });
+    let reporter = handle.reporter();
+    let Ended { op, pruned } = handle.finish(Ok(json!({"pid": 1})));
+    assert_eq!((op.state, op.result.as_ref(), op.error.as_ref()), (OpState::Ok, Some(&json!({"pid": 1})), None));
+    assert!(op.ended_at >= Some(op.started_at) && pruned.is_empty());
+    reporter.progress("too late");
+    assert_eq!(ops.get(&op.id).unwrap(), op, "an end is the end");
+    assert_eq!(ops.running(), 0);
+}
+
+#[test]
+fn how_it_ended_is_told_by_the_error() {
+    let ops = ops();
+    let failed = begin(&ops, 1).finish(Err(Error::new(Kind::BootTimeout, "boot vm web").hint("fcctl logs web"))).op;
+    let fault = failed.error.unwrap();
+    assert_eq!((failed.state, fault.code, fault.kind.as_str()), (OpState::Failed, Code::Timeout, "boot_timeout"));
+    assert_eq!((fault.op, fault.hint.as_deref()), (Some(failed.id), Some("fcctl logs web")));
+    assert_eq!(begin(&ops, 1).finish(Err(cancelled("x"))).op.state, OpState::Cancelled);
+}
+
+#[test]
+fn limits_count_what_has_not_ended_by_uid() {
+    let ops = ops();
+    let begin = |uid| ops.begin("vm.stop", None, uid, false, LIMITS);
+    let (first, _second) = (begin(1).unwrap(), begin(1).unwrap());
+    let error = begin(1).map(drop).unwrap_err();
+    assert_eq!((error.kind(), ops.running()), (Kind::OperationLimit, 2));
+    let _other = begin(2).unwrap();
+    first.finish(Ok(json!(null)));
+    let _third = begin(1).unwrap();
+    std::mem::forget((_second, _other, _third));
+}
+
+#[test]
+fn a_dropped_handle_ends_as_internal_and_is_handed_out() {
+    let (told, heard) = mpsc::channel();
+    let ops = Ops::new({
+        let told = std::sync::Arc::new(crate::locks::Mutex::new(crate::locks::Rank::Store, told));
+        move |ended| told.lock().send(ended).unwrap()
+    });
+    let id = begin(&ops, 1).id().clone();
+    let ended = heard.try_recv().unwrap().op;
+    assert_eq!((ended.id.clone(), ended.state, ended.error.unwrap().code), (id, OpState::Failed, Code::Internal));
+    let thread = std::thread::scope(|s| {
+        s.spawn(|| {
+            let _handle = begin(&ops, 1);
+            panic!("in the middle of it");
+        })
+        .join()
+    });
+    assert!(thread.is_err());
+    let ended = heard.try_recv().unwrap().op;
+    assert_eq!(ended.error.unwrap().message, "the operation panicked");
+    assert_eq!(ops.running(), 0);
+}
+
+#[test]
+fn cancel_fires_the_token_once_and_only_where_it_may() {
+    let ops = ops();
+    let handle = begin(&ops, 1);
+    assert_eq!(ops.cancel(handle.id(), "ctrl-c").unwrap().state, OpState::Cancelling);
+    assert_eq!(handle.cancel().cause(), Some("ctrl-c"));
+    assert_eq!(ops.cancel(handle.id(), "again").unwrap().state, OpState::Cancelling);
+    assert_eq!(handle.cancel().cause(), Some("ctrl-c"));
+    let id = handle.id().clone();
+    assert_eq!(handle.finish(Err(cancelled("ctrl-c"))).op.state, OpState::Cancelled);
+    assert_eq!(ops.cancel(&id, "late").unwrap_err().kind(), Kind::WrongState);
+    let stop = ops.begin("vm.stop", None, 1, false, LIMITS).unwrap();
+    let error = ops.cancel(stop.id(), "no").unwrap_err();
+    assert!(error.message().ends_with("(vm.stop): it cannot be cancelled"), "{error}");
+    assert!(!stop.cancel().is_cancelled());
+    // Others may fire the token: a stop of the VM.
+    let started = begin(&ops, 1);
+    started.cancel().cancel("the VM was stopped");
+    assert_eq!(ops.get(started.id()).unwrap().state, OpState::Cancelling);
+    assert_eq!(ops.cancel(&OpId::random(), "x").unwrap_err().kind(), Kind::OperationNotFound);
+    stop.finish(Ok(json!(null)));
+    assert_eq!(started.finish(Ok(json!(null))).op.state, OpState::Ok, "it was faster than the cancel");
+}
+
+#[test]
+fn wait_ends_with_the_operation_the_deadline_or_the_waiters_token() {
+    let ops = ops();
+    let handle = begin(&ops, 1);
+    let (id, mine) = (handle.id().clone(), Cancel::try_new().unwrap());
+    let soon = Instant::now() + Duration::from_millis(5);
+    assert_eq!(ops.wait(&id, soon, &mine).unwrap_err().kind(), Kind::Timeout);
+    std::thread::scope(|s| {
+        let given_up = s.spawn(|| ops.wait(&id, late(), &mine));
+        mine.cancel("the caller hung up");
+        assert_eq!(given_up.join().unwrap().unwrap_err().kind(), Kind::Cancelled);
+        let other = Cancel::try_new().unwrap();
+        let waiters: Vec<_> = (0..3)
+            .map(|_| {
+                s.spawn({
+                    let (ops, id, other) = (&ops, &id, other.clone());
+                    move || ops.wait(id, late(), &other)
+                })
+            })
+            .collect();
+        handle.finish(Ok(json!(1)));
+        for waiter in waiters {
+            assert_eq!(waiter.join().unwrap().unwrap().state, OpState::Ok);
+        }
+    });
+    assert_eq!(ops.wait(&id, Instant::now(), &mine).unwrap().state, OpState::Ok, "an ended one at once");
+    assert_eq!(ops.shared.state.lock().entry(&id).unwrap().waiting, 0);
+}
+
+#[test]
+fn list_and_find_show_what_is_visible() {
+    let ops = ops();
+    let vm = VmId::random();
+    let mut all: Vec<_> =
+        (0..3).map(|i| ops.begin("vm.start", (i == 1).then(|| vm.clone()), i % 2, true, MANY).unwrap()).collect();
+    let ids: Vec<_> = all.iter().map(|h| h.id().clone()).collect();
+    all.remove(2).finish(Ok(json!(null)));
+    let list = |filter: Filter| ops.list(&filter).into_iter().map(|op| op.id).collect::<Vec<_>>();
+    assert_eq!(list(Filter { all: true, ..Filter::default() }), ids);
+    assert_eq!(list(Filter::default()), ids[..2]);
+    assert_eq!(list(Filter { owner: Some(1), ..Filter::default() }), ids[1..2]);
+    assert_eq!(list(Filter { owner: Some(0), all: true, ..Filter::default() }), [ids[0].clone(), ids[2].clone()]);
+    assert_eq!(list(Filter { vm: Some(vm), ..Filter::default() }), ids[1..2]);
+    for id in &ids {
+        assert_eq!(&ops.find(id.as_str(), None).unwrap().id, id);
+    }
+    assert_eq!(ops.find(ids[0].as_str(), Some(1)).unwrap_err().kind(), Kind::OperationNotFound, "another's");
+    assert_eq!(ops.find("", None).unwrap_err().kind(), Kind::OperationNotFound);
+    all.into_iter().for_each(|h| drop(h.finish(Ok(json!(null)))));
+}
+
+#[test]
+fn a_prefix_must_fit_one() {
+    let ops = ops();
+    let known = |id: &str| {
+        let json = json!({"id": id, "method": "vm.stop", "vm": null, "owner_uid": 1, "state": "ok", "may_cancel": false,
+            "progress": {"stage": ""}, "started_at": 1, "ended_at": 2});
+        serde_json::from_value::<Op>(json).unwrap()
+    };
+    let mut foreign = known("ab0000000003");
+    foreign.owner_uid = 2;
+    ops.restore(vec![known("ab0000000001"), known("ac0000000002"), foreign]).unwrap();
+    assert_eq!(ops.find("ab", Some(1)).unwrap().id.as_str(), "ab0000000001", "another's operation is no obstacle");
+    assert_eq!(ops.find("ab", None).unwrap_err().kind(), Kind::AmbiguousPrefix);
+    assert_eq!(ops.find("a", Some(1)).unwrap_err().kind(), Kind::AmbiguousPrefix);
+    assert_eq!(ops.find("ac", Some(1)).unwrap().id.as_str(), "ac0000000002");
+    assert_eq!(ops.find("x", Some(1)).unwrap_err().kind(), Kind::OperationNotFound);
+}
+
+#[test]
+fn a_watcher_polls_progress_and_the_end() {
+    let ops = ops();
+    let handle = begin(&ops, 1);
+    let mut watcher = ops.watch(handle.id()).unwrap();
+    assert!(is_readable(&watcher, LATE), "at first, what there is");
+    assert_eq!(watcher.next(), Some(Change::Progress(Progress::default())));
+    assert!(!is_readable(&watcher, Duration::ZERO) && watcher.next().is_none());
+    handle.progress("boot");
+    assert!(is_readable(&watcher, LATE));
+    let Some(Change::Progress(p)) = watcher.next() else { panic!("no progress") };
+    assert_eq!(p.stage, "boot");
+    let ended = handle.finish(Ok(json!(null))).op;
+    assert!(is_readable(&watcher, Duration::from_millis(50)), "the end is told without delay");
+    assert_eq!(watcher.next(), Some(Change::Ended(Box::new(ended.clone()))));
+    assert!(is_readable(&watcher, Duration::ZERO), "and stays");
+    assert_eq!(watcher.next(), Some(Change::Ended(Box::new(ended.clone()))));
+    assert_eq!(ops.watch(&ended.id).unwrap().next_before(late()).unwrap(), Some(Change::Ended(Box::new(ended))));
+    assert!(ops.watch(&OpId::random()).is_err());
+}
+
+#[test]
+fn progress_is_told_ten_times_a_second_and_the_last_is_kept() {
+    let ops = ops();
+    let handle = begin(&ops, 1);
+    let mut watcher = ops.watch(handle.id()).unwrap();
+    let (started, mut last, mut told) = (Instant::now(), 0, 0u32);
+    std::thread::scope(|s| {
+        s.spawn(|| {
+            let mut done = 0;
+            while started.elapsed() < Duration::from_millis(350) {
+                done += 1;
+                handle.progress_bytes(done, None);
+                std::thread::yield_now();
+            }
+            handle.progress_bytes(u64::MAX, None);
+        });
+        // The last of the burst comes by itself, though nothing happens any more.
+        while last != u64::MAX {
+            match watcher.next_before(late()).unwrap() {
+                Some(Change::Progress(p)) => (told, last) = (told + 1, p.done.unwrap_or(0)),
+                other => panic!("{other:?}"),
+            }
+        }
+    });
+    let most = started.elapsed().as_millis() / 100 + 2;
+    assert!(u128::from(told) <= most, "{told} times in {:?}", started.elapsed());
+    assert!(told >= 2, "{told}");
+    handle.finish(Ok(json!(null)));
+}
+
+#[test]
+fn old_ended_operations_are_forgotten_unless_somebody_looks() {
+    let ops = ops();
+    let first = begin(&ops, 1);
+    let watched = begin(&ops, 1);
+    let (first_id, watched_id) = (first.id().clone(), watched.id().clone());
+    let mut watcher = ops.watch(&watched_id).unwrap();
+    let running = begin(&ops, 1);
+    watched.finish(Ok(json!("w")));
+    first.finish(Ok(json!("f")));
+    let mut pruned: Vec<OpId> = Vec::new();
+    for _ in 0..ENDED_MAX {
+        pruned.extend(begin(&ops, 1).finish(Ok(json!(null))).pruned);
+    }
+    assert_eq!(pruned[0], first_id, "the oldest but for the watched one");
+    assert_eq!((pruned.len(), ops.list(&Filter { all: true, ..Filter::default() }).len()), (2, ENDED_MAX + 1));
+    assert!(matches!(watcher.next(), Some(Change::Ended(_))));
+    drop(watcher);
+    let pruned = begin(&ops, 1).finish(Ok(json!(null))).pruned;
+    assert_eq!(pruned, [watched_id]);
+    assert!(ops.get(&first_id).is_err() && ops.get(running.id()).is_ok());
+    running.finish(Ok(json!(null)));
+}
+
+#[test]
+fn restored_operations_have_ended_or_are_resumed() {
+    let before = ops();
+    let (ended, cut, resumed) = (begin(&before, 1), begin(&before, 1), begin(&before, 1));
+    let rows = vec![ended.finish(Ok(json!(null))).op, cut.op(), resumed.op()];
+    let ops = ops();
+    let resumed_row = rows[2].clone();
+    let going_on = ops.resume(resumed_row.clone()).unwrap();
+    let broken = ops.restore(rows.clone()).unwrap();
+    assert_eq!(broken.len(), 1);
+    assert_eq!((&broken[0].op.id, broken[0].op.state), (&rows[1].id, OpState::Failed));
+    assert_eq!(broken[0].op.error.as_ref().unwrap().message, "the daemon was restarted");
+    assert_eq!(ops.get(&rows[0].id).unwrap(), rows[0]);
+    assert_eq!((going_on.op(), ops.running()), (resumed_row.clone(), 1));
+    assert!(ops.resume(resumed_row).is_err() && ops.resume(rows[0].clone()).is_err());
+    assert_eq!(going_on.finish(Ok(json!(null))).op.state, OpState::Ok);
+    std::mem::forget((cut, resumed));
+}

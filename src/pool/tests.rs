@@ -1,0 +1,296 @@
+use super::{Admission, Counts, Pool};
+use crate::error::{Error, Kind, Result};
+use crate::locks::{Cancel, LockSet, Rank, check};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+const LATE: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_millis(100);
+
+fn late() -> Instant {
+    Instant::now() + LATE
+}
+
+fn token() -> Cancel {
+    Cancel::try_new().unwrap()
+}
+
+/// A job that runs until told to end: (it runs now, end it).
+fn gate() -> (impl FnOnce(&Cancel) -> Result<u32> + Send + 'static, mpsc::Receiver<()>, mpsc::Sender<u32>) {
+    let (running, is_running) = mpsc::channel();
+    let (end, ending) = mpsc::channel();
+    let job = move |_: &Cancel| {
+        running.send(()).unwrap();
+        ending.recv_timeout(LATE).map_err(|_| Error::internal("nobody ended the job"))
+    };
+    (job, is_running, end)
+}
+
+#[test]
+fn a_job_runs_on_a_worker_and_answers_once() {
+    let pool = Pool::new(2, 4, 4).unwrap();
+    let handle =
+        pool.try_submit(1, "name it", &token(), |_| Ok(std::thread::current().name().unwrap_or_default().to_owned())).unwrap();
+    assert!(handle.wait(late()).unwrap().starts_with("pool-"));
+    assert_eq!(handle.wait(late()).unwrap_err().kind(), Kind::Internal, "an outcome is had once");
+    let failed = pool.try_submit(1, "fail", &token(), |_| Err::<(), _>(Error::new(Kind::GuestLost, "lost"))).unwrap();
+    assert_eq!(failed.wait(late()).unwrap_err().kind(), Kind::GuestLost);
+    assert_eq!(pool.counts(), Counts { running: 0, queued: 0, places: 0 });
+    assert!(pool.close(late()));
+}
+
+#[test]
+fn a_full_queue_answers_at_once_and_frees_its_places() {
+    let pool = Pool::new(1, 3, 2).unwrap();
+    let (job, is_running, end) = gate();
+    let running = pool.try_submit(1, "run", &token(), job).unwrap();
+    is_running.recv_timeout(LATE).unwrap();
+    let cancel = token();
+    let queued = pool.try_submit(1, "queued", &cancel, |_| Ok(())).unwrap();
+    let place = pool.reserve(1).unwrap();
+    let mine = pool.reserve(1).map(drop).unwrap_err();
+    assert_eq!(
+        (mine.kind(), mine.message()),
+        (Kind::PoolFull, "your share of the queue for guest transfers is full (2 waiting)")
+    );
+    let other = pool.reserve(2).unwrap();
+    let all = pool.try_submit(3, "x", &token(), |_| Ok(())).map(drop).unwrap_err();
+    assert_eq!((all.kind(), all.message()), (Kind::PoolFull, "the queue for guest transfers is full (3 waiting)"));
+    assert_eq!(pool.counts(), Counts { running: 1, queued: 1, places: 3 });
+    drop(other);
+    // A cancelled one leaves though the only worker is taken and nobody waits for it.
+    cancel.cancel("the VM was stopped");
+    assert_eq!(pool.counts(), Counts { running: 1, queued: 0, places: 1 });
+    let error = queued.wait(late()).unwrap_err();
+    assert_eq!((error.kind(), error.message()), (Kind::Cancelled, "queued: cancelled: the VM was stopped"));
+    let last = place.submit("last", &token(), |_| Ok(5));
+    end.send(4).unwrap();
+    assert_eq!((running.wait(late()).unwrap(), last.wait(late()).unwrap()), (4, 5));
+    assert_eq!(pool.counts(), Counts { running: 0, queued: 0, places: 0 });
+}
+
+#[test]
+fn a_waiter_of_a_queued_job_hears_of_the_cancel_at_once() {
+    let pool = Pool::new(1, 4, 4).unwrap();
+    let (job, is_running, end) = gate();
+    let running = pool.try_submit(1, "run", &token(), job).unwrap();
+    is_running.recv_timeout(LATE).unwrap();
+    let cancel = token();
+    let (owned, is_dropped) = mpsc::channel::<()>();
+    let queued = pool
+        .try_submit(1, "queued", &cancel, move |_| {
+            let _owned = owned;
+            Ok(())
+        })
+        .unwrap();
+    std::thread::scope(|s| {
+        let waiter = s.spawn(|| (queued.wait(late()).unwrap_err(), Instant::now()));
+        let fired = Instant::now();
+        cancel.cancel("the VM was deleted");
+        let (error, heard) = waiter.join().unwrap();
+        assert_eq!((error.kind(), error.message()), (Kind::Cancelled, "queued: cancelled: the VM was deleted"));
+        assert!(heard - fired < SOON, "{:?}", heard - fired);
+    });
+    assert_eq!(is_dropped.recv_timeout(LATE), Err(mpsc::RecvTimeoutError::Disconnected), "what the job owns is gone");
+    assert_eq!(pool.counts().queued, 0);
+    end.send(0).unwrap();
+    running.wait(late()).unwrap();
+}
+
+#[test]
+fn a_running_job_is_waited_for_even_when_cancelled() {
+    let pool = Pool::new(1, 4, 4).unwrap();
+    let (job, is_running, end) = gate();
+    let cancel = token();
+    let handle = pool.try_submit(1, "run", &cancel, job).unwrap();
+    is_running.recv_timeout(LATE).unwrap();
+    let early = handle.wait(Instant::now() + Duration::from_millis(5)).unwrap_err();
+    assert_eq!(early.kind(), Kind::Timeout);
+    cancel.cancel("now");
+    let early = handle.wait(Instant::now() + Duration::from_millis(5)).unwrap_err();
+    assert_eq!(early.kind(), Kind::Timeout, "it still runs");
+    end.send(9).unwrap();
+    assert_eq!(handle.wait(late()).unwrap(), 9, "what it achieved is not thrown away");
+}
+
+#[test]
+fn a_panic_ends_the_job_and_not_the_worker() {
+    let pool = Pool::new(1, 4, 4).unwrap();
+    let panicking = pool.try_submit(1, "bad", &token(), |_| -> Result<()> { panic!("oh no") }).unwrap();
+    let error = panicking.wait(late()).unwrap_err();
+    assert_eq!((error.kind(), error.message()), (Kind::Internal, "bad: the job panicked"));
+    assert_eq!(pool.counts().running, 0);
+    let next = pool.try_submit(1, "good", &token(), |_| Ok(check::held())).unwrap();
+    let held = next.wait(late()).unwrap();
+    // The region of the job itself, where the checker is on.
+    assert!(held <= 1, "{held} held at the start of a job");
+}
+
+#[test]
+fn jobs_run_in_the_order_they_came() {
+    let pool = Pool::new(1, 64, 64).unwrap();
+    let (job, is_running, end) = gate();
+    let first = pool.try_submit(1, "first", &token(), job).unwrap();
+    is_running.recv_timeout(LATE).unwrap();
+    let (order, seen) = mpsc::channel();
+    let handles: Vec<_> = (0..20)
+        .map(|i| {
+            let order = order.clone();
+            pool.try_submit(i % 3, "next", &token(), move |_| order.send(i).map_err(|_| Error::internal("gone"))).unwrap()
+        })
+        .collect();
+    end.send(0).unwrap();
+    first.wait(late()).unwrap();
+    handles.iter().for_each(|h| h.wait(late()).unwrap());
+    assert_eq!(seen.try_iter().collect::<Vec<_>>(), (0..20).collect::<Vec<_>>());
+}
+
+#[test]
+fn close_drains_and_refuses() {
+    let pool = Pool::new(1, 4, 4).unwrap();
+    let (job, is_running, end) = gate();
+    let running = pool.try_submit(1, "run", &token(), job).unwrap();
+    is_running.recv_timeout(LATE).unwrap();
+    let queued = pool.try_submit(1, "queued", &token(), |_| Ok(())).unwrap();
+    let place = pool.reserve(1).unwrap();
+    assert!(!pool.close(Instant::now() + Duration::from_millis(5)), "a job still runs");
+    assert_eq!(queued.wait(late()).unwrap_err().kind(), Kind::ShuttingDown);
+    assert_eq!(pool.reserve(1).map(drop).unwrap_err().kind(), Kind::ShuttingDown);
+    assert_eq!(place.submit("late", &token(), |_| Ok(())).wait(late()).unwrap_err().kind(), Kind::ShuttingDown);
+    end.send(3).unwrap();
+    assert_eq!(running.wait(late()).unwrap(), 3);
+    assert!(pool.close(late()));
+    assert_eq!(pool.counts(), Counts { running: 0, queued: 0, places: 0 });
+}
+
+#[test]
+fn a_dropped_pool_refuses_what_waits() {
+    let pool = Pool::new(1, 4, 4).unwrap();
+    let (job, is_running, end) = gate();
+    let running = pool.try_submit(1, "run", &token(), job).unwrap();
+    is_running.recv_timeout(LATE).unwrap();
+    let queued = pool.try_submit(1, "queued", &token(), |_| Ok(())).unwrap();
+    drop(pool);
+    assert_eq!(queued.wait(late()).unwrap_err().kind(), Kind::ShuttingDown);
+    end.send(1).unwrap();
+    assert_eq!(running.wait(late()).unwrap(), 1);
+}
+
+#[test]
+fn many_threads_and_random_cancels_lose_nothing() {
+    let pool = Pool::new(4, 16, 8).unwrap();
+    let outcomes: Vec<[usize; 3]> = std::thread::scope(|s| {
+        let submit = |uid: u32| {
+            let pool = &pool;
+            move || {
+                let mut seen = [0; 3];
+                for i in 0..300u32 {
+                    let cancel = token();
+                    match pool.try_submit(uid % 3, "job", &cancel, move |_| Ok(i)) {
+                        Err(e) => {
+                            assert_eq!(e.kind(), Kind::PoolFull);
+                            seen[2] += 1;
+                        }
+                        Ok(handle) => {
+                            if (i + uid).is_multiple_of(3) {
+                                cancel.cancel("chance");
+                            }
+                            match handle.wait(late()) {
+                                Ok(value) => {
+                                    assert_eq!(value, i);
+                                    seen[0] += 1;
+                                }
+                                Err(e) => {
+                                    assert_eq!(e.kind(), Kind::Cancelled);
+                                    seen[1] += 1;
+                                }
+                            }
+                        }
+                    }
+                }
+                seen
+            }
+        };
+        let threads: Vec<_> = (0..8).map(|uid| s.spawn(submit(uid))).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    assert_eq!(outcomes.iter().flatten().sum::<usize>(), 8 * 300);
+    assert!(outcomes.iter().map(|o| o[0]).sum::<usize>() > 0);
+    assert_eq!(pool.counts(), Counts { running: 0, queued: 0, places: 0 });
+    assert!(pool.close(late()));
+}
+
+#[test]
+#[cfg(debug_assertions)]
+fn a_waiter_may_hold_a_workspace_lock_and_a_job_runs_in_its_region() {
+    let pool = Pool::new(1, 4, 4).unwrap();
+    let workspaces = LockSet::new(Rank::Workspace);
+    let held = workspaces.lock(&1);
+    let ranks = pool.try_submit(1, "ranks", &token(), |_| Ok(check::dump())).unwrap().wait(late()).unwrap();
+    assert!(ranks.contains("holds pool job at src/pool/job.rs"), "{ranks}");
+    assert!(ranks.contains("holds wait for a pool job") || ranks.contains("holds workspace_locks[1]"), "{ranks}");
+    drop(held);
+}
+
+#[test]
+fn admission_lets_in_so_many_in_their_order() {
+    let admission = Admission::new(2);
+    let cancel = token();
+    let first = admission.enter(&cancel, |_| panic!("no wait")).unwrap();
+    let second = admission.enter(&cancel, |_| panic!("no wait")).unwrap();
+    let (order, seen) = mpsc::channel();
+    std::thread::scope(|s| {
+        for i in 0..4usize {
+            let (waits, is_waiting) = mpsc::channel();
+            let (admission, cancel, order) = (&admission, &cancel, order.clone());
+            s.spawn(move || {
+                let mut told = Vec::new();
+                let permit = admission.enter(cancel, |ahead| {
+                    told.push(ahead);
+                    let _ = waits.send(ahead);
+                });
+                order.send((i, told)).unwrap();
+                drop(permit.unwrap());
+            });
+            assert_eq!(is_waiting.recv_timeout(LATE), Ok(i));
+        }
+        assert_eq!(admission.counts(), (0, 4));
+        // One permit, so that they go one by one.
+        drop(first);
+    });
+    drop((order, second));
+    for (i, (who, told)) in seen.into_iter().enumerate() {
+        assert_eq!(who, i, "first come, first served");
+        assert!(told.first() == Some(&i) && told.windows(2).all(|w| w[0] > w[1]), "{told:?}");
+    }
+    assert_eq!(admission.counts(), (2, 0));
+}
+
+#[test]
+fn a_cancelled_boot_leaves_the_line_at_once() {
+    let admission = Admission::new(1);
+    let permit = admission.enter(&token(), |_| ()).unwrap();
+    let (cancel, others) = (token(), token());
+    std::thread::scope(|s| {
+        let (waits, is_waiting) = mpsc::channel();
+        let (waits2, admission, cancel, others) = (waits.clone(), &admission, &cancel, &others);
+        let leaver = s.spawn(move || {
+            let error = admission.enter(cancel, |_| waits.send(()).unwrap()).map(drop).unwrap_err();
+            (error, Instant::now())
+        });
+        is_waiting.recv_timeout(LATE).unwrap();
+        let stayer = s.spawn(move || admission.enter(others, |_| waits2.send(()).unwrap()).map(drop));
+        is_waiting.recv_timeout(LATE).unwrap();
+        let fired = Instant::now();
+        cancel.cancel("the VM was deleted");
+        let (error, left) = leaver.join().unwrap();
+        assert_eq!((error.kind(), error.message()), (Kind::Cancelled, "wait for other boots: cancelled: the VM was deleted"));
+        assert!(left - fired < SOON, "{:?}", left - fired);
+        assert_eq!(is_waiting.recv_timeout(LATE), Ok(()), "the one behind moves up and hears of it");
+        drop(permit);
+        stayer.join().unwrap().unwrap();
+    });
+    assert_eq!(admission.counts(), (1, 0));
+    assert_eq!(admission.enter(&cancel, |_| ()).map(drop).unwrap_err().kind(), Kind::Cancelled, "fired before");
+    assert_eq!(admission.counts(), (1, 0));
+}

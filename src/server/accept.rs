@@ -1,0 +1,225 @@
+//! The accept loop, and who is connected.
+
+use super::connection::{self, Peer};
+use super::request::{CallError, error_line};
+use super::socket::Socket;
+use super::{Handler, Limits};
+use crate::error::{Error, Kind, Result};
+use crate::host::thread;
+use crate::locks::{Cancel, Condvar, Mutex, Rank};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::net::SendFlags;
+use std::collections::HashMap;
+use std::fs::File;
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+/// After an accept that failed for want of something.
+const BACK_OFF_MS: u16 = 50;
+/// Between a line in the log about refused connections and the next: whoever is refused can try fast.
+const WARN_EVERY: Duration = Duration::from_secs(10);
+
+#[derive(Default)]
+struct Connected {
+    last_id: u64,
+    /// Not kept open by this: a place is given back after the descriptor.
+    sockets: HashMap<u64, Weak<UnixStream>>,
+    per_uid: HashMap<u32, usize>,
+}
+
+/// Everyone who is connected.
+pub(super) struct Registry {
+    pub(super) limits: Limits,
+    connected: Mutex<Connected>,
+    left: Condvar,
+    stopping: AtomicBool,
+}
+
+/// One place among the connections, given back when dropped.
+pub(super) struct Place {
+    registry: Arc<Registry>,
+    id: u64,
+    uid: u32,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut connected = self.registry.connected.lock();
+        connected.sockets.remove(&self.id);
+        if let Some(count) = connected.per_uid.get_mut(&self.uid) {
+            *count -= 1;
+            if *count == 0 {
+                connected.per_uid.remove(&self.uid);
+            }
+        }
+        drop(connected);
+        self.registry.left.notify_all();
+    }
+}
+
+impl Place {
+    pub(super) fn limits(&self) -> &Limits {
+        &self.registry.limits
+    }
+    pub(super) fn is_stopping(&self) -> bool {
+        self.registry.stopping.load(Ordering::SeqCst)
+    }
+}
+
+impl Registry {
+    pub(super) fn new(limits: Limits) -> Self {
+        let connected = Mutex::new(Rank::Connections, Connected::default());
+        Self { limits, connected, left: Condvar::new(), stopping: AtomicBool::new(false) }
+    }
+
+    pub(super) fn enter(self: &Arc<Self>, socket: &Arc<UnixStream>, uid: u32) -> Result<Place> {
+        let mut connected = self.connected.lock();
+        let kept_back = if uid == 0 { 0 } else { self.limits.connections_root_reserved };
+        let (all, theirs) = (connected.sockets.len(), connected.per_uid.get(&uid).copied().unwrap_or(0));
+        let limit =
+            |text: String| Err(Error::new(Kind::ConnectionLimit, text).hint("close other connections, or try again later"));
+        if all + kept_back >= self.limits.connections_max {
+            return limit(format!("{all} connections are open, that is all"));
+        }
+        if theirs >= self.limits.connections_per_uid_max {
+            return limit(format!("uid {uid} has {theirs} connections open, that is its limit"));
+        }
+        connected.last_id += 1;
+        let id = connected.last_id;
+        connected.sockets.insert(id, Arc::downgrade(socket));
+        *connected.per_uid.entry(uid).or_insert(0) += 1;
+        Ok(Place { registry: self.clone(), id, uid })
+    }
+
+    fn everyone(&self) -> Vec<Arc<UnixStream>> {
+        self.connected.lock().sockets.values().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Whoever waits for a request sees the end of it; a request that came before is answered.
+    pub(super) fn end_idle(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        for socket in self.everyone() {
+            // Fails only where the other side has gone.
+            let _ = socket.shutdown(Shutdown::Read);
+        }
+    }
+
+    pub(super) fn hang_up(&self) {
+        for socket in self.everyone() {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+
+    pub(super) fn wait_empty(&self, deadline: Instant) -> usize {
+        let mut connected = self.connected.lock();
+        self.left.wait_while(&mut connected, deadline, |c| !c.sockets.is_empty());
+        connected.sockets.len()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.connected.lock().sockets.len()
+    }
+}
+
+pub(super) struct Acceptor {
+    socket: Socket,
+    registry: Arc<Registry>,
+    handler: Arc<dyn Handler>,
+    stop: Cancel,
+    /// Given up for a moment when there is no descriptor left, so that a caller is told and not left hanging.
+    spare: Option<File>,
+    warned_at: Option<Instant>,
+}
+
+impl Acceptor {
+    pub(super) fn new(socket: Socket, registry: Arc<Registry>, handler: Arc<dyn Handler>, stop: Cancel) -> Result<Self> {
+        let spare = Some(spare().map_err(|e| Error::io("keep a descriptor in reserve", e))?);
+        Ok(Self { socket, registry, handler, stop, spare, warned_at: None })
+    }
+
+    pub(super) fn run(mut self) {
+        while !self.stop.is_cancelled() {
+            let mut fds =
+                [PollFd::new(self.stop.fd(), PollFlags::POLLIN), PollFd::new(self.socket.listener.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(e) => {
+                    log::error!("server: wait for connections: {e}");
+                    self.back_off();
+                }
+            }
+            self.accept_all();
+        }
+    }
+
+    fn accept_all(&mut self) {
+        while !self.stop.is_cancelled() {
+            match self.socket.listener.accept() {
+                Ok((stream, _)) => self.welcome(stream),
+                Err(e) => match e.raw_os_error() {
+                    Some(libc::EAGAIN) => return,
+                    Some(libc::EINTR | libc::ECONNABORTED) => {}
+                    Some(libc::EMFILE | libc::ENFILE) => {
+                        self.turn_one_away();
+                        return self.back_off();
+                    }
+                    _ => {
+                        log::error!("server: accept: {e}");
+                        return self.back_off();
+                    }
+                },
+            }
+        }
+    }
+
+    fn welcome(&mut self, stream: UnixStream) {
+        if let Err((stream, error)) = self.begin(stream) {
+            self.refuse(&stream, &error);
+        }
+    }
+
+    fn begin(&self, stream: UnixStream) -> std::result::Result<(), (Arc<UnixStream>, Error)> {
+        let stream = Arc::new(stream);
+        let started = Peer::of(&stream).and_then(|peer| {
+            let place = self.registry.enter(&stream, peer.uid)?;
+            let (handler, socket) = (self.handler.clone(), stream.clone());
+            thread::spawn("connection", move || connection::serve(place, socket, peer, &*handler)).map(drop)
+        });
+        started.map_err(|e| (stream, e))
+    }
+
+    fn turn_one_away(&mut self) {
+        self.spare = None;
+        if let Ok((stream, _)) = self.socket.listener.accept() {
+            let error = Error::new(Kind::ConnectionLimit, "the daemon has no file descriptor left").hint("try again later");
+            self.refuse(&stream, &error);
+        }
+        self.spare = spare().ok();
+    }
+
+    /// One line, and the connection is closed. The buffer of a new socket has room for it.
+    fn refuse(&mut self, stream: &UnixStream, error: &Error) {
+        let line = error_line(&CallError::from(error));
+        let _ = rustix::net::send(stream, &line, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+        if self.warned_at.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
+            log::warn!("server: connections are refused: {error}");
+            self.warned_at = Some(Instant::now());
+        }
+    }
+
+    fn back_off(&mut self) {
+        let mut fds = [PollFd::new(self.stop.fd(), PollFlags::POLLIN)];
+        let _ = poll(&mut fds, PollTimeout::from(BACK_OFF_MS));
+        if self.spare.is_none() {
+            self.spare = spare().ok();
+        }
+    }
+}
+
+fn spare() -> std::io::Result<File> {
+    File::open("/dev/null")
+}

@@ -1,0 +1,167 @@
+//! One connection: a thread that reads a line, has it answered, writes the answer, and so on.
+
+use super::accept::Place;
+use super::line::{Descriptors, Incoming, LineReader};
+use super::request::{CallError, CallResult, IncomingCall, error_line, parse, response_line, shown};
+use super::{FDS_MAX, FRAME_BYTES_MAX, Handler, Limits};
+use crate::api::frame::{Note, Notification, Request, Version};
+use crate::error::{Error, Kind, Result};
+use crate::locks::check;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use rustix::net::SendFlags;
+use std::cell::Cell;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+/// Who is at the other end (SO_PEERCRED): as it was when it connected. The pid is for logs only: it may be another's now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    pub uid: u32,
+    pub gid: u32,
+    pub pid: i32,
+}
+
+impl Peer {
+    pub(super) fn of(socket: &UnixStream) -> Result<Peer> {
+        let c = getsockopt(socket, PeerCredentials).map_err(|e| Error::io("ask who connects", e))?;
+        Ok(Peer { uid: c.uid(), gid: c.gid(), pid: c.pid() })
+    }
+}
+
+/// What a handler may do with the connection of its call. Stays on the connection's thread.
+pub struct Connection<'a> {
+    socket: &'a UnixStream,
+    peer: Peer,
+    /// A write failed: nobody reads any more.
+    broken: Cell<bool>,
+}
+
+impl Connection<'_> {
+    pub fn peer(&self) -> Peer {
+        self.peer
+    }
+
+    /// For `poll` with no events asked for: POLLHUP or POLLERR says that the caller has gone. A caller who has only ended
+    /// its own sending has not.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    pub fn is_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(self.fd(), PollFlags::empty())];
+        self.broken.get() || poll(&mut fds, PollTimeout::ZERO).is_ok_and(|n| n > 0)
+    }
+
+    /// Sends a line before the final one; blocks at most [`super::Limits::write_stall`] while the caller does not read.
+    ///
+    /// # Errors
+    /// The caller has gone or does not read: treat it as a hang-up.
+    pub fn notify(&self, note: Note) -> io::Result<()> {
+        let mut line = serde_json::to_vec(&Notification { jsonrpc: Version::V2, note })?;
+        line.push(b'\n');
+        if line.len() > FRAME_BYTES_MAX {
+            let text = format!("a note of {} bytes is longer than a line may be", line.len());
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        self.send(&line)
+    }
+
+    fn send(&self, mut bytes: &[u8]) -> io::Result<()> {
+        if self.broken.get() {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        while !bytes.is_empty() {
+            match rustix::net::send(self.socket, bytes, SendFlags::NOSIGNAL) {
+                Ok(n) => bytes = &bytes[n..],
+                Err(rustix::io::Errno::INTR) => {}
+                // EAGAIN: the send timeout.
+                Err(e) => {
+                    self.broken.set(true);
+                    return Err(e.into());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The body of a connection's thread. `place` comes first and so goes last.
+pub(super) fn serve(place: Place, socket: Arc<UnixStream>, peer: Peer, handler: &dyn Handler) {
+    let limits = place.limits().clone();
+    // Accepted sockets do not inherit O_NONBLOCK on Linux (accept(2)).
+    if let Err(e) = socket.set_write_timeout(Some(limits.write_stall)) {
+        log::warn!("server: connection of uid {}: {e}", peer.uid);
+        return;
+    }
+    let connection = Connection { socket: &socket, peer, broken: Cell::new(false) };
+    let mut reader = LineReader::new(&socket);
+    loop {
+        let last = match reader.next(&limits) {
+            Incoming::Line(descriptors) => {
+                let stopping = place.is_stopping();
+                let line = answer(reader.line(), descriptors, &connection, handler, stopping);
+                check::assert_none_held("the end of a call");
+                if connection.send(&line).is_ok() && !stopping {
+                    continue;
+                }
+                return;
+            }
+            Incoming::End | Incoming::Idle => return,
+            Incoming::Broken(e) => return log::debug!("server: connection of uid {}: {e}", peer.uid),
+            other => farewell(&other, &limits),
+        };
+        let _ = connection.send(&error_line(&last));
+        return;
+    }
+}
+
+/// What a caller is told whose line never came to its end.
+fn farewell(incoming: &Incoming, limits: &Limits) -> CallError {
+    let error = match incoming {
+        Incoming::TooLong => Error::new(Kind::FrameTooLarge, format!("a request is longer than {FRAME_BYTES_MAX} bytes"))
+            .hint("bulk data goes through a passed pipe"),
+        Incoming::Late => Error::new(Kind::InvalidRequest, format!("a request was begun and not ended within {:?}", limits.line)),
+        _ => Error::new(Kind::InvalidRequest, "the connection ended within a request").hint("end each request with a newline"),
+    };
+    CallError::from(error)
+}
+
+fn answer(line: &[u8], descriptors: Descriptors, connection: &Connection<'_>, handler: &dyn Handler, stopping: bool) -> Vec<u8> {
+    let request = match parse(line) {
+        Ok(request) => request,
+        Err(refused) => return response_line(refused.id.as_deref(), Err(refused.error)),
+    };
+    let result = if descriptors.wrong {
+        let text = format!("at most {FDS_MAX} descriptors may come, and with the first byte of a request");
+        Err(Error::new(Kind::InvalidRequest, text).into())
+    } else if stopping {
+        Err(Error::new(Kind::ShuttingDown, "the daemon is shutting down").hint("try again when it has started").into())
+    } else {
+        call(&request, descriptors, connection, handler)
+    };
+    response_line(Some(request.id), result)
+}
+
+fn call(request: &Request<'_>, descriptors: Descriptors, connection: &Connection<'_>, handler: &dyn Handler) -> CallResult {
+    let incoming = IncomingCall {
+        method: &request.method,
+        params: request.params.map_or("{}", |p| p.get()),
+        more: request.more,
+        key: request.key.as_deref(),
+        fds: descriptors.fds,
+        peer: connection.peer,
+    };
+    let result = catch_unwind(AssertUnwindSafe(|| handler.call(incoming, connection))).unwrap_or_else(|_| {
+        let text = format!("the call {} panicked", shown(&request.method));
+        log::error!("server: {text}");
+        Err(Error::internal(text).hint("see the daemon's log; this is a bug").into())
+    });
+    if let Err(e) = &result {
+        log::debug!("server: uid {}: {}: {}", connection.peer.uid, shown(&request.method), shown(&e.fault.message));
+    }
+    result
+}

@@ -1,0 +1,300 @@
+//! From a method's name to the daemon's call, and the wait for an operation by its caller.
+
+use super::{CallError, CallResult, Connection, Handler, IncomingCall};
+use crate::api::daemon::{ApiVersion, Doctor, InfoReply};
+use crate::api::exec::{ExecResize, ExecSignal, ExecStart};
+use crate::api::frame::Note;
+use crate::api::image::{ImageBuild, ImageList};
+use crate::api::op::{Op, OpCancel, OpList, OpReply, OpShow, OpStarted, OpState, OpWait};
+use crate::api::vm::{
+    VmCreate, VmDelete, VmKill, VmList, VmLogs, VmPrune, VmReply, VmRestart, VmSet, VmShow, VmSshConfig, VmStart, VmStop, VmWait,
+};
+use crate::api::workspace::{WorkspaceExport, WorkspacePrepare};
+use crate::api::{Call, VERSION_MAJOR, VERSION_MINOR};
+use crate::daemon::{Begun, Caller, Daemon, ExecIo, Gone, Hangup, Notes};
+use crate::error::{Error, Kind};
+use crate::ids::OpId;
+use serde::Serialize;
+use serde_json::value::{RawValue, to_raw_value};
+use std::time::{Duration, Instant};
+
+/// What this daemon can beyond the first version of the protocol.
+const FEATURES: &[&str] = &["workspace", "exec", "image_build"];
+
+/// Most bytes of a label in lock records.
+pub struct Dispatch {
+    daemon: Daemon,
+}
+
+impl Dispatch {
+    pub fn new(daemon: Daemon) -> Self {
+        Self { daemon }
+    }
+}
+
+/// Why the wait for an operation may end it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum OnHangup {
+    Cancel,
+    /// Stop, kill and delete always finish.
+    GoOn,
+}
+
+impl Handler for Dispatch {
+    fn call(&self, mut call: IncomingCall<'_>, connection: &Connection<'_>) -> CallResult {
+        let peer = call.peer;
+        let caller = Caller { uid: peer.uid, gid: peer.gid, pid: peer.pid };
+        if !matches!(call.method, ExecStart::METHOD | WorkspacePrepare::METHOD | WorkspaceExport::METHOD) {
+            call.take_fds::<0>()?;
+        }
+        if self.daemon.is_closing() {
+            return Err(Error::new(Kind::ShuttingDown, "the daemon is shutting down").hint("try again when it is back").into());
+        }
+        let visit = Visit { daemon: &self.daemon, caller, connection, more: call.more };
+        if call.method.starts_with("vm.") { visit.vm(call) } else { visit.other(call) }
+    }
+}
+
+/// One call on its way.
+struct Visit<'a> {
+    daemon: &'a Daemon,
+    caller: Caller,
+    connection: &'a Connection<'a>,
+    more: bool,
+}
+
+impl Visit<'_> {
+    fn vm(&self, call: IncomingCall<'_>) -> CallResult {
+        let (d, c) = (self.daemon, &self.caller);
+        match call.method {
+            VmCreate::METHOD => self.create(&call),
+            VmStart::METHOD => {
+                let request: <VmStart as Call>::Request = call.parse()?;
+                self.follow(d.start(c, &request.vm)?, OnHangup::Cancel, None)
+            }
+            VmStop::METHOD => self.follow(d.stop(c, &call.parse()?)?, OnHangup::GoOn, None),
+            VmRestart::METHOD => self.follow(d.restart(c, &call.parse()?)?, OnHangup::GoOn, None),
+            VmKill::METHOD => {
+                let request: <VmKill as Call>::Request = call.parse()?;
+                self.follow(d.kill(c, &request.vm)?, OnHangup::GoOn, None)
+            }
+            VmDelete::METHOD => self.follow(d.delete(c, &call.parse()?)?, OnHangup::GoOn, None),
+            VmList::METHOD => answer(&d.list(c, &call.parse()?)),
+            VmShow::METHOD => {
+                let request: <VmShow as Call>::Request = call.parse()?;
+                answer(&d.show(c, &request.vm)?)
+            }
+            VmSet::METHOD => answer(&VmReply { vm: d.set(c, &call.parse()?)? }),
+            VmLogs::METHOD => {
+                let request = call.parse()?;
+                let mut send = |chunk| self.connection.notify(Note::Log(chunk));
+                answer(&d.logs(c, &request, self.hangup(), &mut send)?)
+            }
+            VmWait::METHOD => answer(&d.wait_state(c, &call.parse()?, self.hangup())?),
+            VmPrune::METHOD => self.prune(&call),
+            VmSshConfig::METHOD => {
+                let request: <VmSshConfig as Call>::Request = call.parse()?;
+                answer(&d.ssh_config(c, &request.vm)?)
+            }
+            other => Err(CallError::unknown_method(other)),
+        }
+    }
+
+    fn other(&self, call: IncomingCall<'_>) -> CallResult {
+        let (d, c) = (self.daemon, &self.caller);
+        match call.method {
+            ExecStart::METHOD => self.exec(call),
+            ExecResize::METHOD => answer(&d.exec_resize(c, &call.parse()?).map(|()| crate::api::Empty {})?),
+            ExecSignal::METHOD => answer(&d.exec_signal(c, &call.parse()?).map(|()| crate::api::Empty {})?),
+            WorkspacePrepare::METHOD => {
+                let (request, notes) = (call.parse()?, Notes::new()?);
+                let begun = d.prepare(c, request, call.fds, &notes)?;
+                self.follow(begun, OnHangup::Cancel, Some(&notes))
+            }
+            WorkspaceExport::METHOD => {
+                let request = call.parse()?;
+                let begun = d.export(c, request, call.fds)?;
+                self.follow(begun, OnHangup::Cancel, None)
+            }
+            OpList::METHOD => answer(&d.op_list(c, &call.parse()?)),
+            OpShow::METHOD => {
+                let request: <OpShow as Call>::Request = call.parse()?;
+                answer(&OpReply { op: d.op_find(c, &request.op)? })
+            }
+            OpWait::METHOD => self.op_wait(&call),
+            OpCancel::METHOD => {
+                let request: <OpCancel as Call>::Request = call.parse()?;
+                answer(&d.op_cancel(c, &request.op)?)
+            }
+            ImageBuild::METHOD => self.follow(d.image_build(c, &call.parse()?)?, OnHangup::Cancel, None),
+            ImageList::METHOD => {
+                let crate::api::Empty {} = call.parse()?;
+                answer(&d.image_list()?)
+            }
+            crate::api::daemon::Info::METHOD => {
+                let crate::api::Empty {} = call.parse()?;
+                answer(&self.info())
+            }
+            Doctor::METHOD => {
+                let crate::api::Empty {} = call.parse()?;
+                answer(&d.doctor())
+            }
+            crate::api::daemon::DebugLocks::METHOD => {
+                let crate::api::Empty {} = call.parse()?;
+                answer(&d.debug_locks())
+            }
+            other => Err(CallError::unknown_method(other)),
+        }
+    }
+
+    fn hangup(&self) -> Hangup<'_> {
+        Hangup(self.connection.fd())
+    }
+
+    fn info(&self) -> InfoReply {
+        InfoReply {
+            api: ApiVersion { major: VERSION_MAJOR, minor: VERSION_MINOR },
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            features: FEATURES.iter().map(|f| (*f).to_owned()).collect(),
+            pid: std::process::id(),
+            uid: nix::unistd::geteuid().as_raw(),
+            state_dir: self.daemon.config.state_dir.display().to_string(),
+            uptime_s: self.daemon.uptime().as_secs(),
+            guest_roots: self.daemon.guest_roots(),
+        }
+    }
+
+    fn create(&self, call: &IncomingCall<'_>) -> CallResult {
+        let request: <VmCreate as Call>::Request = call.parse()?;
+        if request.hold && !self.more {
+            return Err(Error::invalid("a vm.create with hold stays on the line: say more").into());
+        }
+        let vm = self.daemon.create(&self.caller, &request)?;
+        if !request.hold {
+            return answer(&VmReply { vm });
+        }
+        // A note that cannot be sent is a hang-up, which the hold sees at once.
+        let _ = self.connection.notify(Note::Created(Box::new(vm.clone())));
+        answer(&self.daemon.hold(vm, self.hangup())?)
+    }
+
+    fn prune(&self, call: &IncomingCall<'_>) -> CallResult {
+        let crate::api::Empty {} = call.parse()?;
+        let (mut reply, begun) = self.daemon.prune(&self.caller)?;
+        let mut kept = Vec::new();
+        for (id, begun) in reply.deleted.into_iter().zip(begun) {
+            if self.follow_quietly(begun) {
+                kept.push(id);
+            }
+        }
+        reply.deleted = kept;
+        answer(&reply)
+    }
+
+    /// Whether it ended well.
+    fn follow_quietly(&self, begun: Begun) -> bool {
+        match begun {
+            Begun::Done(_) => true,
+            Begun::Op(op) | Begun::Joined(op) => {
+                matches!(self.wait_op(&op, None, None, &mut |_| {}), Ok(Some(op)) if op.state == OpState::Ok)
+            }
+        }
+    }
+
+    fn exec(&self, mut call: IncomingCall<'_>) -> CallResult {
+        let request: <ExecStart as Call>::Request = call.parse()?;
+        let io = ExecIo::accept(&request.streams, std::mem::take(&mut call.fds))?;
+        let mut session_made = |session: &crate::ids::SessionId| {
+            let _ = self.connection.notify(Note::Session { session: session.clone() });
+        };
+        answer(&self.daemon.exec(&self.caller, &request, io, self.connection.fd(), &mut session_made)?)
+    }
+
+    fn op_wait(&self, call: &IncomingCall<'_>) -> CallResult {
+        let request: <OpWait as Call>::Request = call.parse()?;
+        let op = self.daemon.op_find(&self.caller, &request.op)?;
+        let deadline = request.timeout_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
+        let mut tell = |note| {
+            if self.more {
+                let _ = self.connection.notify(note);
+            }
+        };
+        match self.wait_op(&op.id, deadline, None, &mut tell) {
+            Ok(Some(op)) => answer(&OpReply { op }),
+            Ok(None) => Err(CallError::from(Error::new(Kind::Timeout, format!("operation {} goes on", op.id))).with_op(op.id)),
+            Err(Gone) => Err(gone().into()),
+        }
+    }
+
+    /// Answers what was begun: at once without `more`, else when it has ended.
+    fn follow(&self, begun: Begun, on_hangup: OnHangup, notes: Option<&Notes>) -> CallResult {
+        let (id, owned) = match begun {
+            Begun::Done(value) => return answer(&value),
+            Begun::Op(id) => (id, true),
+            Begun::Joined(id) => (id, false),
+        };
+        if !self.more {
+            return answer(&OpStarted { op: id });
+        }
+        let _ = self.connection.notify(Note::Op { op: id.clone() });
+        let mut tell = |note| {
+            // A failed write is a hang-up; poll says so as well.
+            let _ = self.connection.notify(note);
+        };
+        match self.wait_op(&id, None, notes, &mut tell) {
+            Ok(Some(op)) => ended(op),
+            Ok(None) => Err(Error::internal("a wait without a deadline ran into one").into()),
+            Err(Gone) => {
+                if owned && on_hangup == OnHangup::Cancel {
+                    // It may have ended meanwhile.
+                    let _ = self.daemon.ops.cancel(&id, "the caller hung up");
+                }
+                Err(CallError::from(gone()).with_op(id))
+            }
+        }
+    }
+
+    /// The operation once it has ended; None at the deadline.
+    fn wait_op(
+        &self,
+        id: &OpId,
+        deadline: Option<Instant>,
+        notes: Option<&Notes>,
+        tell: &mut dyn FnMut(Note),
+    ) -> Result<Option<Op>, Gone> {
+        let Ok(mut watcher) = self.daemon.ops.watch(id) else { return Ok(self.daemon.ops.get(id).ok()) };
+        loop {
+            for note in notes.map(Notes::take).unwrap_or_default() {
+                tell(note);
+            }
+            match watcher.next() {
+                Some(crate::daemon::OpEvent::Progress(progress)) => tell(Note::Progress(progress)),
+                Some(crate::daemon::OpEvent::Ended(op)) => return Ok(Some(*op)),
+                None => {
+                    let mut fds = vec![watcher.fd()];
+                    fds.extend(notes.map(Notes::fd));
+                    if !self.hangup().wait(&fds, deadline)? {
+                        return Ok(None);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn gone() -> Error {
+    Error::new(Kind::Cancelled, "the caller went away")
+}
+
+fn answer(reply: &impl Serialize) -> CallResult {
+    to_raw_value(reply).map_err(|e| CallError::from(Error::internal("write a reply").with_source(e)))
+}
+
+/// What the operation answered.
+fn ended(op: Op) -> Result<Box<RawValue>, CallError> {
+    match (op.result, op.error) {
+        (_, Some(fault)) => Err(CallError { code: crate::api::frame::rpc_code::DOMAIN, fault }.with_op(op.id)),
+        (Some(result), None) => answer(&result),
+        (None, None) => Err(CallError::from(Error::internal("the operation left no answer")).with_op(op.id)),
+    }
+}

@@ -1,0 +1,150 @@
+//! One line at a time from a socket, with the descriptors that came with its first byte.
+
+use super::{FDS_MAX, FRAME_BYTES_MAX, Limits};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+const READ_BYTES: usize = 4096;
+/// A longer buffer is given back after its line.
+const KEPT_BYTES: usize = 64 * 1024;
+/// How much later than its deadline a read may end.
+const SLACK: Duration = Duration::from_millis(1);
+
+pub(super) struct LineReader<'a> {
+    socket: &'a UnixStream,
+    buffer: Vec<u8>,
+    /// What the socket's read timeout is set to.
+    timeout: Option<Duration>,
+}
+
+/// What a line's descriptors were.
+#[derive(Debug, Default)]
+pub(super) struct Descriptors {
+    pub(super) fds: Vec<OwnedFd>,
+    /// More than [`FDS_MAX`], or not with the first byte: all are closed.
+    pub(super) wrong: bool,
+}
+
+#[derive(Debug)]
+pub(super) enum Incoming {
+    /// Without its newline, in [`LineReader::line`].
+    Line(Descriptors),
+    /// The end, between two lines.
+    End,
+    /// The end, in a line.
+    CutOff,
+    TooLong,
+    /// Begun and not ended in time.
+    Late,
+    /// None was begun in time.
+    Idle,
+    Broken(io::Error),
+}
+
+impl<'a> LineReader<'a> {
+    pub(super) fn new(socket: &'a UnixStream) -> Self {
+        Self { socket, buffer: Vec::new(), timeout: None }
+    }
+
+    pub(super) fn line(&self) -> &[u8] {
+        &self.buffer
+    }
+
+    pub(super) fn next(&mut self, limits: &Limits) -> Incoming {
+        self.buffer.clear();
+        self.buffer.shrink_to(KEPT_BYTES);
+        let mut descriptors = Descriptors::default();
+        let mut deadline = Instant::now() + limits.idle;
+        loop {
+            if self.buffer.len() == FRAME_BYTES_MAX {
+                return Incoming::TooLong;
+            }
+            let begun = !self.buffer.is_empty();
+            match self.read_some(deadline, &mut descriptors) {
+                Ok(0) => return if begun { Incoming::CutOff } else { Incoming::End },
+                Ok(_) if self.buffer.last() == Some(&b'\n') => {
+                    self.buffer.pop();
+                    return Incoming::Line(descriptors);
+                }
+                Ok(_) if !begun => deadline = Instant::now() + limits.line,
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    return if begun { Incoming::Late } else { Incoming::Idle };
+                }
+                Err(e) => return Incoming::Broken(e),
+            }
+        }
+    }
+
+    /// Takes what is there, never a byte of the next line: its descriptors would come with it.
+    fn read_some(&mut self, deadline: Instant, descriptors: &mut Descriptors) -> io::Result<usize> {
+        let old = self.buffer.len();
+        let room = old.clamp(READ_BYTES, KEPT_BYTES).min(FRAME_BYTES_MAX - old);
+        if self.buffer.capacity() < old + room {
+            // Exact, so that the buffer never grows above the longest line.
+            let capacity = (2 * old).clamp(old + room, FRAME_BYTES_MAX);
+            self.buffer.reserve_exact(capacity - old);
+        }
+        self.buffer.resize(old + room, 0);
+        let got = self.fill(old, deadline, descriptors);
+        self.buffer.truncate(old + *got.as_ref().unwrap_or(&0));
+        got
+    }
+
+    fn fill(&mut self, old: usize, deadline: Instant, descriptors: &mut Descriptors) -> io::Result<usize> {
+        let space = &mut self.buffer[old..];
+        let seen = loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            // Set anew only where it is too long or far too short: a call costs no extra system call.
+            if self.timeout.is_none_or(|set| set > left + SLACK || set < left / 2) {
+                self.socket.set_read_timeout(Some(left))?;
+                self.timeout = Some(left);
+            }
+            match rustix::net::recv(self.socket, &mut *space, RecvFlags::PEEK) {
+                Ok((_, n)) => break n,
+                Err(rustix::io::Errno::INTR) => {}
+                // Was it set for something shorter?
+                Err(rustix::io::Errno::AGAIN) => self.timeout = None,
+                Err(e) => return Err(e.into()),
+            }
+        };
+        let wanted = space[..seen].iter().position(|b| *b == b'\n').map_or(seen, |at| at + 1);
+        if wanted == 0 {
+            return Ok(0);
+        }
+        take(self.socket, &mut space[..wanted], old == 0, descriptors)
+    }
+}
+
+/// Reads at most `space` of what is known to be there.
+fn take(socket: &UnixStream, space: &mut [u8], first: bool, descriptors: &mut Descriptors) -> io::Result<usize> {
+    let mut control = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut control);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let message = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(space)], &mut control, flags)?;
+    let mut fds = Vec::new();
+    for ancillary in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(passed) = ancillary {
+            fds.extend(passed);
+        }
+    }
+    // Cut short: there were more than fit, or no number was left for one; the kernel has closed those.
+    let cut = message.flags.contains(ReturnFlags::CTRUNC);
+    if cut || fds.len() > FDS_MAX || (!first && !fds.is_empty()) {
+        descriptors.wrong = true;
+    }
+    if first {
+        descriptors.fds = fds;
+    }
+    if descriptors.wrong {
+        descriptors.fds.clear();
+    }
+    Ok(message.bytes)
+}

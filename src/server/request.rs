@@ -1,0 +1,197 @@
+//! A request line: what is refused before any handler sees it, and how errors look on the wire.
+
+use super::connection::Peer;
+use crate::api::Fault;
+use crate::api::frame::{FRAME_BYTES_MAX, Request, Response, RpcError, Version, rpc_code};
+use crate::error::{Error, Kind};
+use crate::ids::OpId;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
+use std::os::fd::OwnedFd;
+
+/// Longest idempotency key, in bytes.
+pub const KEY_LEN_MAX: usize = 64;
+/// Longest id of a request, as JSON: it goes into every answer.
+const ID_LEN_MAX: usize = 128;
+
+/// A call as it came.
+pub struct IncomingCall<'a> {
+    pub method: &'a str,
+    /// A JSON object, as it came; `{}` when there was none. Read it with [`IncomingCall::parse`].
+    pub params: &'a str,
+    /// The caller stays on the line for notes.
+    pub more: bool,
+    pub key: Option<&'a str>,
+    /// Close-on-exec. Of any kind: look before use. A method that takes none leaves or refuses them; dropped is closed.
+    pub fds: Vec<OwnedFd>,
+    pub peer: Peer,
+}
+
+impl IncomingCall<'_> {
+    /// # Errors
+    /// Invalid params (-32602, kind `invalid_argument`): not of this type, unknown or double members, nested too deeply.
+    pub fn parse<T: DeserializeOwned>(&self) -> Result<T, CallError> {
+        serde_json::from_str(self.params).map_err(|e| {
+            let error = Error::invalid(format!("parameters of {}", shown(self.method))).with_source(e);
+            CallError { code: rpc_code::INVALID_PARAMS, fault: Fault::from(error.hint("see fcctl rpc --help")) }
+        })
+    }
+
+    /// Exactly `N` descriptors, which are taken out.
+    ///
+    /// # Errors
+    /// `invalid_request` when there are more or fewer.
+    pub fn take_fds<const N: usize>(&mut self) -> Result<[OwnedFd; N], CallError> {
+        let fds = std::mem::take(&mut self.fds);
+        let had = fds.len();
+        fds.try_into().map_err(|_| {
+            let text = format!("{} takes {N} descriptors, {had} came", shown(self.method));
+            CallError::from(Error::new(Kind::InvalidRequest, text))
+        })
+    }
+}
+
+/// The answer, or what goes into its `error`.
+pub type CallResult = Result<Box<RawValue>, CallError>;
+
+/// A JSON-RPC code and its [`Fault`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct CallError {
+    pub code: i32,
+    pub fault: Fault,
+}
+
+impl CallError {
+    /// No such method here.
+    pub fn unknown_method(method: &str) -> Self {
+        Error::new(Kind::MethodNotFound, format!("no method {}", shown(method))).hint("see fcctl version on both sides").into()
+    }
+
+    /// The operation that failed.
+    #[must_use]
+    pub fn with_op(mut self, op: OpId) -> Self {
+        self.fault.op = Some(op);
+        self
+    }
+}
+
+impl From<&Error> for CallError {
+    fn from(e: &Error) -> Self {
+        let code = match e.kind() {
+            Kind::InvalidRequest | Kind::FrameTooLarge => rpc_code::INVALID_REQUEST,
+            Kind::MethodNotFound => rpc_code::METHOD_NOT_FOUND,
+            Kind::Internal => rpc_code::INTERNAL,
+            _ => rpc_code::DOMAIN,
+        };
+        Self { code, fault: Fault::from(e) }
+    }
+}
+
+impl From<Error> for CallError {
+    fn from(e: Error) -> Self {
+        Self::from(&e)
+    }
+}
+
+/// A fault that an operation ended with.
+impl From<Fault> for CallError {
+    fn from(fault: Fault) -> Self {
+        let code = if fault.code == crate::error::Code::Internal { rpc_code::INTERNAL } else { rpc_code::DOMAIN };
+        Self { code, fault }
+    }
+}
+
+/// For messages and logs: what a caller sent, made harmless and short.
+pub(super) fn shown(text: &str) -> String {
+    const MOST: usize = 64;
+    let short: String = text.chars().take(MOST).collect();
+    let rest = if short.len() < text.len() { "..." } else { "" };
+    format!("\"{}\"{rest}", short.escape_debug())
+}
+
+/// Why a line is no request, with its id where it has one that can be given back.
+pub(super) struct Refused {
+    pub(super) id: Option<Box<RawValue>>,
+    pub(super) error: CallError,
+}
+
+pub(super) fn parse(line: &[u8]) -> Result<Request<'_>, Box<Refused>> {
+    let bad_json = |text: String| {
+        let error = Error::new(Kind::InvalidRequest, text).hint("send one JSON object on one line");
+        Box::new(Refused { id: None, error: CallError { code: rpc_code::PARSE, fault: Fault::from(error) } })
+    };
+    let text = std::str::from_utf8(line).map_err(|e| bad_json(format!("the request is not UTF-8: {e}")))?;
+    let text = text.trim_matches([' ', '\t', '\r', '\n']);
+    if text.is_empty() {
+        return Err(bad_json("the request is empty".into()));
+    }
+    let refused = |text: String| {
+        let error = Error::new(Kind::InvalidRequest, text).hint("see JSON-RPC 2.0 and fcctl rpc --help");
+        Box::new(Refused { id: usable_id(line), error: error.into() })
+    };
+    let is_json = || serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok();
+    // Derived readers take an array for an object.
+    if !text.starts_with('{') && is_json() {
+        let what = if text.starts_with('[') { "batches are not supported" } else { "it is not an object" };
+        return Err(refused(format!("invalid request: {what}")));
+    }
+    let request: Request<'_> = serde_json::from_str(text).map_err(|e| match e.classify() {
+        serde_json::error::Category::Data if is_json() => refused(format!("invalid request: {e}")),
+        _ => bad_json(format!("the request is not JSON: {e}")),
+    })?;
+    if !id_is_usable(request.id) {
+        return Err(refused(format!("invalid request: the id must be a number or a string of at most {ID_LEN_MAX} bytes")));
+    }
+    if request.params.is_some_and(|p| !p.get().starts_with('{')) {
+        return Err(refused("invalid request: params must be an object".into()));
+    }
+    if request.key.as_ref().is_some_and(|k| k.is_empty() || k.len() > KEY_LEN_MAX) {
+        return Err(refused(format!("invalid request: the key must have 1 to {KEY_LEN_MAX} bytes")));
+    }
+    Ok(request)
+}
+
+fn id_is_usable(id: &RawValue) -> bool {
+    let text = id.get();
+    text.len() <= ID_LEN_MAX && text.starts_with(|c: char| c == '"' || c == '-' || c.is_ascii_digit())
+}
+
+/// The id of a request that is wrong otherwise.
+fn usable_id(line: &[u8]) -> Option<Box<RawValue>> {
+    #[derive(Deserialize)]
+    struct OnlyId {
+        id: Box<RawValue>,
+    }
+    if !line.trim_ascii_start().starts_with(b"{") {
+        return None;
+    }
+    serde_json::from_slice::<OnlyId>(line).ok().map(|o| o.id).filter(|id| id_is_usable(id))
+}
+
+/// A response line with its newline, within the frame.
+pub(super) fn response_line(id: Option<&RawValue>, result: CallResult) -> Vec<u8> {
+    let line = encode(id, result);
+    if line.len() <= FRAME_BYTES_MAX {
+        return line;
+    }
+    let text = format!("the answer has {} bytes, a line holds {FRAME_BYTES_MAX}", line.len());
+    encode(id, Err(Error::new(Kind::Exhausted, text).hint("ask for less").into()))
+}
+
+/// An error that answers no request.
+pub(super) fn error_line(error: &CallError) -> Vec<u8> {
+    response_line(None, Err(error.clone()))
+}
+
+fn encode(id: Option<&RawValue>, result: CallResult) -> Vec<u8> {
+    let id = id.map_or_else(|| RawValue::NULL.to_owned(), RawValue::to_owned);
+    let (result, error) = match result {
+        Ok(value) => (Some(value), None),
+        Err(e) => (None, Some(RpcError { code: e.code, message: e.fault.message.clone(), data: Some(e.fault) })),
+    };
+    let response = Response { jsonrpc: Version::V2, id, result, error };
+    let mut line = serde_json::to_vec(&response).expect("a response has no map with other keys than strings");
+    line.push(b'\n');
+    line
+}

@@ -1,0 +1,128 @@
+//! The life of the daemon's process: directories, the lock of the state directory, signals, drain.
+
+use super::dispatch::Dispatch;
+use super::{Limits, Server};
+use crate::config::Config;
+use crate::daemon::{Daemon, Seams};
+use crate::error::{Error, Kind, Result};
+use rustix::fs::{FlockOperation, OFlags};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// `EX_TEMPFAIL` (sysexits.h): another daemon holds the state directory.
+pub const EXIT_HELD: u8 = 75;
+/// `EX_CONFIG`: a configuration or a database that it refuses.
+pub const EXIT_REFUSED: u8 = 78;
+
+/// Transfers may go on for so long after SIGTERM.
+const TRANSFERS_GRACE: Duration = Duration::from_secs(10);
+/// From SIGTERM to the exit, at most.
+const EXIT_DEADLINE: Duration = Duration::from_secs(15);
+const LOCK_FILE: &str = "lock";
+/// Descriptors beside the connections': console and QMP sockets, disks, the database.
+const OPEN_FILES_RESERVE: u64 = 4096;
+
+/// Exit status for an error that ends the daemon.
+pub fn exit_status(error: &Error) -> u8 {
+    match error.kind() {
+        Kind::Busy => EXIT_HELD,
+        Kind::InvalidConfig | Kind::StoreRefused => EXIT_REFUSED,
+        _ => 1,
+    }
+}
+
+/// Serves until SIGTERM or SIGINT. VMs run on.
+pub fn run(config: Config) -> Result<()> {
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    crate::host::limits::raise_open_files(config.limits.connections_max as u64 + OPEN_FILES_RESERVE)?;
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT]).map_err(|e| Error::io("watch for signals", e))?;
+    // The path of a state directory says nothing; its mode lets VMMs reach what is theirs below it.
+    drop(crate::host::fs::create_dir(&config.state_dir, 0o711)?);
+    let _held = hold(&config.state_dir)?;
+    let daemon = Daemon::open(config.clone(), Seams::real(&config)?)?;
+    let dispatch = Arc::new(Dispatch::new(daemon.clone()));
+    let server = Server::bind(&config.socket, Limits::from(&config.limits), dispatch)?;
+    let reconciler = daemon.clone();
+    let reconciled = crate::host::thread::spawn("reconcile", move || reconciler.reconcile())?;
+    log::info!("fcd {} serves {} from {}", env!("CARGO_PKG_VERSION"), config.socket.display(), config.state_dir.display());
+
+    let signal = signals.forever().next();
+    log::info!("signal {signal:?}: draining");
+    crate::host::thread::spawn("second-signal", move || {
+        if signals.forever().next().is_some() {
+            log::warn!("second signal: exiting at once");
+            std::process::exit(1);
+        }
+    })?;
+    let begun = Instant::now();
+    server.stop_accepting();
+    daemon.close(begun + TRANSFERS_GRACE, begun + EXIT_DEADLINE);
+    server.hang_up();
+    server.drain(begun + EXIT_DEADLINE);
+    drop(reconciled);
+    log::info!("done; VMs run on");
+    Ok(())
+}
+
+/// The daemon's checks as one JSON document, without serving: for `fcctl doctor` where no daemon runs.
+pub fn print_doctor(config: &Config) -> Result<()> {
+    let checks = crate::daemon::host_checks(config, &Seams::real(config)?)?;
+    let text = serde_json::to_string_pretty(&crate::api::daemon::DoctorReply { checks })
+        .map_err(|e| Error::internal("write the checks").with_source(e))?;
+    println!("{text}");
+    Ok(())
+}
+
+/// One daemon per state directory: an flock(2) on a file that is never unlinked. The second says who holds it.
+fn hold(state_dir: &Path) -> Result<File> {
+    let path = state_dir.join(LOCK_FILE);
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let fd = rustix::fs::open(&path, flags, rustix::fs::Mode::from_raw_mode(0o600))
+        .map_err(|e| Error::io(format!("open {}", path.display()), e))?;
+    let mut file = File::from(fd);
+    if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        let mut holder = String::new();
+        let _ = (&file).take(32).read_to_string(&mut holder);
+        return Err(Error::new(
+            Kind::Busy,
+            format!("the state directory {} is held by another fcd, process {}", state_dir.display(), holder.trim()),
+        )
+        .hint("stop that one, or give this one another directory with --state-dir and --socket"));
+    }
+    let write = |file: &mut File| {
+        file.set_len(0)?;
+        file.rewind()?;
+        writeln!(file, "{}", std::process::id())
+    };
+    write(&mut file).map_err(|e| Error::io(format!("write {}", path.display()), e))?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_daemon_hears_who_holds_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = hold(dir.path()).unwrap();
+        let e = hold(dir.path()).unwrap_err();
+        assert_eq!(exit_status(&e), EXIT_HELD);
+        assert!(e.to_string().ends_with(&format!("process {}", std::process::id())), "{e}");
+        drop(held);
+        hold(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_planted_symlink_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let canary = dir.path().join("canary");
+        std::os::unix::fs::symlink(&canary, dir.path().join(LOCK_FILE)).unwrap();
+        assert!(hold(dir.path()).is_err());
+        assert!(!canary.exists());
+    }
+}

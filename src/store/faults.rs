@@ -1,0 +1,96 @@
+//! For tests: commits that fail, and a gate before them.
+
+use crate::locks::{Condvar, Mutex, Rank};
+use rusqlite::{Transaction, ffi};
+use std::time::{Duration, Instant};
+
+/// A test that forgets its gate ends all the same.
+const GATE_MOST: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    DiskFull,
+    Io,
+    /// The commit lands on the disk, and an error comes back.
+    IoAfterCommit,
+    Panic,
+}
+
+#[derive(Default)]
+struct Plan {
+    fault: Option<(Fault, u64)>,
+    gates: usize,
+    waiting: bool,
+}
+
+pub struct Faults {
+    // The rank of the store, whose other locks are never held with it.
+    plan: Mutex<Plan>,
+    changed: Condvar,
+}
+
+impl Default for Faults {
+    fn default() -> Self {
+        Self { plan: Mutex::new(Rank::Store, Plan::default()), changed: Condvar::new() }
+    }
+}
+
+/// Holds every commit back while it lives.
+pub struct Gate<'a>(&'a Faults);
+
+impl Faults {
+    /// The next `attempts` to commit fail, probes included.
+    pub fn fail(&self, fault: Fault, attempts: u64) {
+        self.plan.lock().fault = Some((fault, attempts));
+    }
+
+    /// No more failures.
+    pub fn heal(&self) {
+        self.plan.lock().fault = None;
+    }
+
+    pub fn gate(&self) -> Gate<'_> {
+        self.plan.lock().gates += 1;
+        Gate(self)
+    }
+
+    pub(super) fn pass_gate(&self) {
+        let mut plan = self.plan.lock();
+        plan.waiting = true;
+        self.changed.notify_all();
+        self.changed.wait_while(&mut plan, Instant::now() + GATE_MOST, |p| p.gates > 0);
+        plan.waiting = false;
+    }
+
+    pub(super) fn commit(&self, tx: Transaction<'_>) -> rusqlite::Result<()> {
+        let fault = {
+            let mut plan = self.plan.lock();
+            let fault = plan.fault.map(|(fault, _)| fault);
+            plan.fault = plan.fault.and_then(|(f, left)| (left > 1).then_some((f, left - 1)));
+            fault
+        };
+        let error = |code| Err(rusqlite::Error::SqliteFailure(ffi::Error::new(code), None));
+        match fault {
+            None => tx.commit(),
+            Some(Fault::DiskFull) => error(ffi::SQLITE_FULL),
+            Some(Fault::Io) => error(ffi::SQLITE_IOERR),
+            Some(Fault::IoAfterCommit) => tx.commit().and_then(|()| error(ffi::SQLITE_IOERR)),
+            Some(Fault::Panic) => panic!("a fault of the test's"),
+        }
+    }
+}
+
+impl Gate<'_> {
+    /// Waits until the writer stands before the gate with a batch. False when it did not come in time.
+    pub fn wait_for_writer(&self, deadline: Instant) -> bool {
+        let mut plan = self.0.plan.lock();
+        self.0.changed.wait_while(&mut plan, deadline, |p| !p.waiting)
+    }
+}
+
+impl Drop for Gate<'_> {
+    fn drop(&mut self) {
+        self.0.plan.lock().gates -= 1;
+        self.0.changed.notify_all();
+    }
+}

@@ -1,0 +1,39 @@
+//! Table `idempotency`: which operation a caller's key stands for.
+
+use super::sql::{self, json};
+use crate::ids::OpId;
+use rusqlite::{Connection, params};
+use serde::{Deserialize, Serialize};
+
+/// Live keys of one uid.
+pub const KEYS_PER_UID_MAX: usize = 4096;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyRow {
+    pub uid: u32,
+    pub key: String,
+    /// Of method and parameters: the same key with others is `idempotency_conflict`.
+    pub params_hash: String,
+    pub op: OpId,
+    /// Seconds since the epoch.
+    pub expires_at: u64,
+}
+
+pub(super) const CREATE: &str =
+    "CREATE TABLE idempotency (uid INTEGER NOT NULL, key TEXT NOT NULL, body TEXT NOT NULL, PRIMARY KEY (uid, key)) STRICT;";
+
+pub(super) fn save(c: &Connection, uid: u32, key: &str, row: Option<&KeyRow>) -> rusqlite::Result<()> {
+    let Some(row) = row else {
+        return sql::delete(c, "DELETE FROM idempotency WHERE uid = ?1 AND key = ?2", params![uid, key]);
+    };
+    c.prepare_cached(
+        "INSERT INTO idempotency (uid, key, body) VALUES (?1, ?2, ?3) ON CONFLICT (uid, key) DO UPDATE SET body = excluded.body",
+    )?
+    .execute(params![uid, key, json(row)?])
+    .map(drop)
+}
+
+pub(super) fn load(c: &Connection) -> crate::error::Result<Vec<KeyRow>> {
+    sql::load(c, "idempotency", "SELECT key, body FROM idempotency ORDER BY uid, key")
+}

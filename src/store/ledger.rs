@@ -1,0 +1,37 @@
+//! Table `ledger`: every host resource that may exist, by a name with which it can be found again.
+//! An intent is durable before the resource is acquired, facts follow, and the row is struck once it is gone.
+
+use super::sql::{self, json};
+use crate::ids::VmId;
+use rusqlite::{Connection, params};
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LedgerRow {
+    pub id: u64,
+    pub vm: Option<VmId>,
+    pub generation: u64,
+    /// `process`, `directory`, `disk`, `socket`.
+    pub kind: String,
+    /// How it is found on the host: a path, a tag, a device name.
+    pub name: String,
+    /// What was learnt when it was acquired: pid, device numbers.
+    pub facts: Option<serde_json::Value>,
+}
+
+pub(super) const CREATE: &str = "CREATE TABLE ledger (id INTEGER PRIMARY KEY, vm TEXT, body TEXT NOT NULL) STRICT;";
+
+pub(super) fn save(c: &Connection, id: u64, row: Option<&LedgerRow>) -> rusqlite::Result<()> {
+    let Some(row) = row else { return sql::delete(c, "DELETE FROM ledger WHERE id = ?1", [id as i64]) };
+    c.prepare_cached(
+        "INSERT INTO ledger (id, vm, body) VALUES (?1, ?2, ?3)
+         ON CONFLICT (id) DO UPDATE SET vm = excluded.vm, body = excluded.body",
+    )?
+    .execute(params![id as i64, row.vm.as_ref().map(VmId::as_str), json(row)?])
+    .map(drop)
+}
+
+pub(super) fn load(c: &Connection) -> crate::error::Result<Vec<LedgerRow>> {
+    sql::load(c, "ledger", "SELECT CAST(id AS TEXT), body FROM ledger ORDER BY id")
+}

@@ -1,0 +1,286 @@
+//! The database file: made once, opened with every check, migrated step by step, never made anew in silence.
+
+use super::sql::refused;
+use super::{key, ledger, meta, op, vm, workspace};
+use crate::error::{Error, Result};
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior, params};
+use rustix::fs::{CWD, FileType, Mode, OFlags};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+pub(super) const FILE_NAME: &str = "fcd.db";
+/// `PRAGMA application_id` of our files: `fcd1` (sqlite.org/pragma.html#pragma_application_id).
+pub(super) const APPLICATION_ID: i32 = 0x6663_6431;
+/// How long somebody else's lock on the file is waited for at open.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
+/// The write-ahead log is cut back to this after a checkpoint.
+const WAL_BYTES_KEPT: i64 = 4 << 20;
+/// Hexadecimal digits of an install id.
+pub const INSTALL_ID_LEN: usize = 8;
+
+/// Index `i` brings version `i` to `i + 1`. A change of a row's shape is a new entry; entries never change.
+pub(super) fn migrations() -> Vec<String> {
+    let info = "CREATE TABLE store_info (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;";
+    vec![[info, vm::CREATE, workspace::CREATE, op::CREATE, ledger::CREATE, key::CREATE, meta::CREATE].concat()]
+}
+
+/// Opens `dir/fcd.db`, makes it when there is none.
+///
+/// # Errors
+/// `store_refused` for whatever is not a sound database of ours, of this version or an older one; the file is left as
+/// it is.
+pub(super) fn open(dir: &Path, migrations: &[String]) -> Result<Connection> {
+    check_dir(dir)?;
+    let path = dir.join(FILE_NAME);
+    if !path_exists(&path)? {
+        create(dir, &path, migrations)?;
+    }
+    check_file(&path)?;
+    let wal_was_there = path_exists(&wal_path(&path))?;
+    let mut c = connect(&path)?;
+    check_contents(&c, &path, migrations.len())?;
+    let open: String = info(&c, "open").map_err(|e| refuse(&path, e))?.unwrap_or_default();
+    if open == "1" && !wal_was_there {
+        let text = format!("open database {}: its write-ahead log {FILE_NAME}-wal is missing", path.display());
+        return Err(
+            refused(text).hint("the last changes were in it: put it back beside the database, or restore both from a copy")
+        );
+    }
+    migrate(&mut c, &path, migrations)?;
+    Ok(c)
+}
+
+/// Opens an existing, checked file again after an I/O error.
+pub(super) fn reopen(dir: &Path) -> Result<Connection> {
+    let path = dir.join(FILE_NAME);
+    check_file(&path)?;
+    let c = connect(&path)?;
+    check_contents(&c, &path, migrations().len())?;
+    Ok(c)
+}
+
+pub(super) fn info(c: &Connection, name: &str) -> rusqlite::Result<Option<String>> {
+    use rusqlite::OptionalExtension;
+    c.query_row("SELECT value FROM store_info WHERE name = ?1", [name], |r| r.get(0)).optional()
+}
+
+pub(super) fn set_info(c: &Connection, name: &str, value: &str) -> rusqlite::Result<()> {
+    c.prepare_cached(
+        "INSERT INTO store_info (name, value) VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+    )?
+    .execute(params![name, value])
+    .map(drop)
+}
+
+/// Says in the file that its log is not missing, and folds the log into it.
+pub(super) fn close(c: Connection) -> rusqlite::Result<()> {
+    set_info(&c, "open", "0")?;
+    c.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false)?;
+    c.close().map_err(|(_, e)| e)
+}
+
+/// A database that cannot be used, with what to do about it.
+pub(super) fn refuse(path: &Path, e: rusqlite::Error) -> Error {
+    let shown = path.display();
+    let hint = match e.sqlite_error_code() {
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => format!("see which process has it open: fuser -v {shown}"),
+        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
+            format!("the file is left as it is: move it away together with {shown}-wal, or put a good copy in its place")
+        }
+        _ => "run fcctl doctor".to_owned(),
+    };
+    refused(format!("open database {shown}")).hint(hint).with_source(e)
+}
+
+fn wal_path(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push("-wal");
+    name.into()
+}
+
+fn path_exists(path: &Path) -> Result<bool> {
+    match path.symlink_metadata() {
+        Ok(_) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(refused(format!("look for {}", path.display())).with_source(e)),
+    }
+}
+
+/// Only its owner may put files into the directory, so what the checks saw is what SQLite opens.
+fn check_dir(dir: &Path) -> Result<()> {
+    let shown = dir.display();
+    let stat = rustix::fs::stat(dir).map_err(|e| refused(format!("open state directory {shown}")).with_source(e))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+        return Err(refused(format!("state directory {shown} is not a directory")));
+    }
+    if stat.st_uid != rustix::process::geteuid().as_raw() {
+        let text = format!("state directory {shown} belongs to uid {}", stat.st_uid);
+        return Err(
+            refused(text).hint(format!("chown {} {shown}, or use another --state-dir", rustix::process::geteuid().as_raw()))
+        );
+    }
+    if stat.st_mode & 0o022 != 0 {
+        let text = format!("others may write to state directory {shown}");
+        return Err(refused(text).hint(format!("chmod go-w {shown}")));
+    }
+    Ok(())
+}
+
+/// A regular file of ours that has one name; its mode is mended.
+fn check_file(path: &Path) -> Result<()> {
+    let shown = path.display();
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| {
+        let why = if e == rustix::io::Errno::LOOP { " (a symbolic link)" } else { "" };
+        refused(format!("open database {shown}{why}")).hint("run fcctl doctor").with_source(e)
+    })?;
+    let stat = rustix::fs::fstat(&fd).map_err(|e| refused(format!("look at database {shown}")).with_source(e))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || stat.st_nlink != 1 {
+        return Err(refused(format!("database {shown} is not a regular file with one name")).hint(format!("stat {shown}")));
+    }
+    if stat.st_uid != rustix::process::geteuid().as_raw() {
+        return Err(refused(format!("database {shown} belongs to uid {}", stat.st_uid)).hint(format!("stat {shown}")));
+    }
+    if stat.st_size == 0 {
+        let hint = format!("no version of fcd leaves it so: put a good copy back, or remove {shown} to begin anew");
+        return Err(refused(format!("database {shown} is empty")).hint(hint));
+    }
+    if stat.st_mode & 0o077 != 0 {
+        log::warn!("database {shown} was open to others: its mode is 0600 now");
+        rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR)
+            .map_err(|e| refused(format!("close database {shown} to others")).with_source(e))?;
+    }
+    Ok(())
+}
+
+fn connect(path: &Path) -> Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let set_up = || -> rusqlite::Result<Connection> {
+        let c = Connection::open_with_flags(path, flags)?;
+        c.busy_timeout(BUSY_TIMEOUT)?;
+        // Nobody else writes while we run: memory is the truth then.
+        c.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
+        c.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
+        c.pragma_update(None, "synchronous", "FULL")?;
+        c.pragma_update_and_check(None, "journal_size_limit", WAL_BYTES_KEPT, |_| Ok(()))?;
+        c.pragma_update(None, "trusted_schema", "OFF")?;
+        // Only a clean close folds the log into the file and removes it: see `close`.
+        c.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+        c.pragma_update(None, "cell_size_check", "ON")?;
+        Ok(c)
+    };
+    set_up().map_err(|e| refuse(path, e))
+}
+
+fn check_contents(c: &Connection, path: &Path, newest: usize) -> Result<()> {
+    let shown = path.display();
+    let number = |name: &str| c.pragma_query_value(None, name, |r| r.get::<_, i64>(0)).map_err(|e| refuse(path, e));
+    if number("application_id")? != i64::from(APPLICATION_ID) {
+        let hint = format!("the file is left as it is: move {shown} away, or use another --state-dir");
+        return Err(refused(format!("database {shown} was not made by fcd")).hint(hint));
+    }
+    let version = number("user_version")?;
+    if version < 1 || version > newest as i64 {
+        let text = format!("database {shown} has version {version}, this fcd knows up to {newest}");
+        return Err(refused(text).hint("install the newer fcd again: a database is never taken back to an older version"));
+    }
+    let verdict: String = c.query_row("PRAGMA quick_check(1)", [], |r| r.get(0)).map_err(|e| refuse(path, e))?;
+    if verdict != "ok" {
+        let hint = format!("the file is left as it is: put a good copy in its place (ls {shown}.v*.bak)");
+        return Err(refused(format!("database {shown} is damaged: {verdict}")).hint(hint));
+    }
+    if c.is_readonly("main").map_err(|e| refuse(path, e))? {
+        return Err(refused(format!("database {shown} cannot be written")).hint(format!("stat {shown}; findmnt -T {shown}")));
+    }
+    Ok(())
+}
+
+/// Makes the file under another name first: `fcd.db` is whole or not there.
+fn create(dir: &Path, path: &Path, migrations: &[String]) -> Result<()> {
+    if path_exists(&wal_path(path))? {
+        let text = format!("database {} is missing, but its write-ahead log is there", path.display());
+        return Err(refused(text).hint(format!("put the database back, or remove {FILE_NAME}-wal to begin anew")));
+    }
+    let fresh = dir.join("fcd.db.new");
+    for suffix in ["", "-wal", "-shm", "-journal"] {
+        let _ = std::fs::remove_file(dir.join(format!("fcd.db.new{suffix}")));
+    }
+    let doing = || format!("make database {}", path.display());
+    make_file(&fresh).map_err(|e| Error::io(doing(), e))?;
+    let fill = || -> rusqlite::Result<()> {
+        let mut c = Connection::open_with_flags(&fresh, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+        c.pragma_update(None, "synchronous", "FULL")?;
+        let tx = c.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        for sql in migrations {
+            tx.execute_batch(sql)?;
+        }
+        set_info(&tx, "install_id", &random_install_id())?;
+        tx.pragma_update(None, "application_id", APPLICATION_ID)?;
+        tx.pragma_update(None, "user_version", migrations.len() as i64)?;
+        tx.commit()?;
+        c.close().map_err(|(_, e)| e)
+    };
+    fill().map_err(|e| match e.sqlite_error_code() {
+        Some(ErrorCode::DiskFull) => Error::io(doing(), std::io::Error::from_raw_os_error(libc::ENOSPC)),
+        _ => Error::new(crate::error::Kind::Host, doing()).with_source(e),
+    })?;
+    std::fs::rename(&fresh, path).and_then(|()| sync_dir(dir)).map_err(|e| Error::io(doing(), e))
+}
+
+/// A new file, 0600, that is nobody's link.
+fn make_file(path: &Path) -> std::io::Result<()> {
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(CWD, path, flags, Mode::RUSR | Mode::WUSR)?;
+    Ok(())
+}
+
+pub(super) fn sync_dir(dir: &Path) -> std::io::Result<()> {
+    std::fs::File::open(dir)?.sync_all()
+}
+
+fn random_install_id() -> String {
+    // An id's digits are random bits: the first eight are as random as any.
+    crate::ids::VmId::random().as_str()[..INSTALL_ID_LEN].to_owned()
+}
+
+fn migrate(c: &mut Connection, path: &Path, migrations: &[String]) -> Result<()> {
+    let version: i64 = c.pragma_query_value(None, "user_version", |r| r.get(0)).map_err(|e| refuse(path, e))?;
+    for (from, sql) in migrations.iter().enumerate().skip(version as usize) {
+        back_up(c, path, from)?;
+        let step = |c: &mut Connection| -> rusqlite::Result<()> {
+            let tx = c.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            tx.execute_batch(sql)?;
+            tx.pragma_update(None, "user_version", from as i64 + 1)?;
+            tx.commit()
+        };
+        step(c).map_err(|e| {
+            let text = format!("bring database {} from version {from} to {}", path.display(), from + 1);
+            refused(text)
+                .hint(format!("it is as it was before: run the older fcd, a copy is in {}.v{from}.bak", path.display()))
+                .with_source(e)
+        })?;
+        log::info!("database {} is at version {} now, the old one is in {FILE_NAME}.v{from}.bak", path.display(), from + 1);
+    }
+    Ok(())
+}
+
+/// A copy of the database as it is, whole or not there.
+fn back_up(c: &Connection, path: &Path, version: usize) -> Result<()> {
+    let copy = PathBuf::from(format!("{}.v{version}.bak", path.display()));
+    let fresh = PathBuf::from(format!("{}.new", copy.display()));
+    let doing = || format!("copy database {} before its migration", path.display());
+    let _ = std::fs::remove_file(&fresh);
+    make_file(&fresh).map_err(|e| Error::io(doing(), e))?;
+    let copy_all = || -> rusqlite::Result<()> {
+        let mut to = Connection::open_with_flags(&fresh, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+        rusqlite::backup::Backup::new(c, &mut to)?.run_to_completion(256, Duration::ZERO, None)?;
+        // The copy has no write-ahead log that could be missing.
+        to.pragma_update_and_check(None, "journal_mode", "DELETE", |_| Ok(()))?;
+        set_info(&to, "open", "0")?;
+        to.close().map_err(|(_, e)| e)
+    };
+    copy_all().map_err(|e| refused(doing()).hint("df -h, then start fcd again").with_source(e))?;
+    std::fs::rename(&fresh, &copy).map_err(|e| Error::io(doing(), e))?;
+    path.parent().map_or(Ok(()), sync_dir).map_err(|e| Error::io(doing(), e))
+}

@@ -1,0 +1,276 @@
+//! The whole state in memory. Every effect is an [`Image`] that is applied and gives back what was there before.
+
+use super::{KeyRow, LedgerRow, OpRow, VmRow, WorkspaceRow};
+use super::{key, ledger, meta, op, vm, workspace};
+use crate::error::{Error, Kind, Result};
+use crate::ids::{OpId, VmId, VmName};
+use rusqlite::Connection;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+/// One row as it is or is to be; `None` where there is none.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Image {
+    Vm(VmId, Option<Arc<VmRow>>),
+    Workspace(VmId, Option<Arc<WorkspaceRow>>),
+    Op(OpId, Option<Arc<OpRow>>),
+    Ledger(u64, Option<Arc<LedgerRow>>),
+    Key((u32, String), Option<Arc<KeyRow>>),
+    Meta(String, Option<Arc<str>>),
+}
+
+impl Image {
+    /// Which row this is, across the tables.
+    pub(super) fn row_key(&self) -> (u8, String) {
+        match self {
+            Image::Vm(id, _) => (0, id.to_string()),
+            Image::Workspace(vm, _) => (1, vm.to_string()),
+            Image::Op(id, _) => (2, id.to_string()),
+            Image::Ledger(id, _) => (3, id.to_string()),
+            Image::Key((uid, key), _) => (4, format!("{uid} {key}")),
+            Image::Meta(name, _) => (5, name.clone()),
+        }
+    }
+
+    pub(super) fn absent(&self) -> Image {
+        match self.clone() {
+            Image::Vm(k, _) => Image::Vm(k, None),
+            Image::Workspace(k, _) => Image::Workspace(k, None),
+            Image::Op(k, _) => Image::Op(k, None),
+            Image::Ledger(k, _) => Image::Ledger(k, None),
+            Image::Key(k, _) => Image::Key(k, None),
+            Image::Meta(k, _) => Image::Meta(k, None),
+        }
+    }
+
+    /// The VM that this row is about.
+    pub(super) fn vm(&self) -> Option<&VmId> {
+        match self {
+            Image::Vm(id, _) | Image::Workspace(id, _) => Some(id),
+            Image::Op(_, row) => row.as_ref()?.vm.as_ref(),
+            Image::Ledger(_, row) => row.as_ref()?.vm.as_ref(),
+            Image::Key(..) | Image::Meta(..) => None,
+        }
+    }
+
+    pub(super) fn save(&self, c: &Connection) -> rusqlite::Result<()> {
+        match self {
+            Image::Vm(id, row) => vm::save(c, id, row.as_deref()),
+            Image::Workspace(id, row) => workspace::save(c, id, row.as_deref()),
+            Image::Op(id, row) => op::save(c, id, row.as_deref()),
+            Image::Ledger(id, row) => ledger::save(c, *id, row.as_deref()),
+            Image::Key((uid, k), row) => key::save(c, *uid, k, row.as_deref()),
+            Image::Meta(name, value) => meta::save(c, name, value.as_deref()),
+        }
+    }
+}
+
+/// All rows, and the ways to find them. Rows are shared: clone the `Arc` to take one out of [`super::Store::read`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct State {
+    vms: BTreeMap<VmId, Arc<VmRow>>,
+    names: HashMap<VmName, VmId>,
+    slots: BTreeSet<u32>,
+    owners: BTreeMap<u32, BTreeSet<VmId>>,
+    workspaces: BTreeMap<VmId, Arc<WorkspaceRow>>,
+    ops: BTreeMap<OpId, Arc<OpRow>>,
+    /// Ended ones, the oldest first.
+    ops_ended: BTreeSet<(u64, OpId)>,
+    ledger: BTreeMap<u64, Arc<LedgerRow>>,
+    keys: BTreeMap<(u32, String), Arc<KeyRow>>,
+    meta: BTreeMap<String, Arc<str>>,
+}
+
+fn set<K: Ord, V>(map: &mut BTreeMap<K, V>, key: K, value: Option<V>) -> Option<V> {
+    match value {
+        Some(value) => map.insert(key, value),
+        None => map.remove(&key),
+    }
+}
+
+impl State {
+    pub fn vm(&self, id: &VmId) -> Option<&Arc<VmRow>> {
+        self.vms.get(id)
+    }
+
+    /// In the order of their ids.
+    pub fn vms(&self) -> impl Iterator<Item = &Arc<VmRow>> {
+        self.vms.values()
+    }
+
+    pub fn vm_by_name(&self, name: &VmName) -> Option<&Arc<VmRow>> {
+        self.names.get(name).and_then(|id| self.vms.get(id))
+    }
+
+    /// All VMs whose id begins so; an empty prefix is a prefix of none.
+    pub fn vms_by_id_prefix(&self, prefix: &str) -> Vec<&Arc<VmRow>> {
+        by_prefix(&self.vms, prefix)
+    }
+
+    pub fn vms_of(&self, owner_uid: u32) -> impl Iterator<Item = &Arc<VmRow>> {
+        self.owners.get(&owner_uid).into_iter().flatten().filter_map(|id| self.vms.get(id))
+    }
+
+    pub fn workspace(&self, vm: &VmId) -> Option<&Arc<WorkspaceRow>> {
+        self.workspaces.get(vm)
+    }
+
+    pub fn workspaces(&self) -> impl Iterator<Item = &Arc<WorkspaceRow>> {
+        self.workspaces.values()
+    }
+
+    pub fn op(&self, id: &OpId) -> Option<&Arc<OpRow>> {
+        self.ops.get(id)
+    }
+
+    pub fn ops(&self) -> impl Iterator<Item = &Arc<OpRow>> {
+        self.ops.values()
+    }
+
+    /// All operations whose id begins so; an empty prefix is a prefix of none.
+    pub fn ops_by_id_prefix(&self, prefix: &str) -> Vec<&Arc<OpRow>> {
+        by_prefix(&self.ops, prefix)
+    }
+
+    pub fn ledger_row(&self, id: u64) -> Option<&Arc<LedgerRow>> {
+        self.ledger.get(&id)
+    }
+
+    /// In the order in which they were intended.
+    pub fn ledger(&self) -> impl DoubleEndedIterator<Item = &Arc<LedgerRow>> {
+        self.ledger.values()
+    }
+
+    pub fn ledger_of(&self, vm: &VmId) -> impl DoubleEndedIterator<Item = &Arc<LedgerRow>> {
+        self.ledger.values().filter(move |row| row.vm.as_ref() == Some(vm))
+    }
+
+    pub fn key(&self, uid: u32, key: &str) -> Option<&Arc<KeyRow>> {
+        self.keys.get(&(uid, key.to_owned()))
+    }
+
+    pub fn keys(&self) -> impl Iterator<Item = &Arc<KeyRow>> {
+        self.keys.values()
+    }
+
+    pub(super) fn keys_of(&self, uid: u32) -> impl Iterator<Item = &Arc<KeyRow>> {
+        self.keys.range((uid, String::new())..).map(|(_, row)| row).take_while(move |row| row.uid == uid)
+    }
+
+    pub fn meta(&self, name: &str) -> Option<&str> {
+        self.meta.get(name).map(|v| &**v)
+    }
+
+    /// The smallest slot that no VM has. `limit` is how many there are.
+    ///
+    /// # Errors
+    /// `vm_limit` when all are taken.
+    pub fn free_slot(&self, limit: u32) -> Result<u32> {
+        let mut free = 0;
+        for slot in &self.slots {
+            if *slot != free {
+                break;
+            }
+            free += 1;
+        }
+        if free < limit {
+            return Ok(free);
+        }
+        Err(Error::new(Kind::VmLimit, format!("all {limit} slots for VMs are taken"))
+            .hint("delete one you do not need: fcctl ps -a"))
+    }
+
+    pub(super) fn slot_is_taken(&self, slot: u32) -> bool {
+        self.slots.contains(&slot)
+    }
+
+    /// The ended operation that goes first, when there are too many.
+    pub(super) fn op_to_prune(&self) -> Option<OpId> {
+        (self.ops_ended.len() > op::OPS_ENDED_MAX).then(|| self.ops_ended.first().map(|(_, id)| id.clone()))?
+    }
+
+    pub(super) fn ledger_last(&self) -> u64 {
+        self.ledger.keys().next_back().copied().unwrap_or(0)
+    }
+
+    /// Puts the row in place and gives back what was there.
+    pub(super) fn apply(&mut self, image: Image) -> Image {
+        match image {
+            Image::Vm(id, row) => {
+                let before = set(&mut self.vms, id.clone(), row.clone());
+                if let Some(b) = &before {
+                    self.names.remove(&b.name);
+                    self.slots.remove(&b.slot);
+                    if let Entry::Occupied(mut theirs) = self.owners.entry(b.owner_uid) {
+                        theirs.get_mut().remove(&id);
+                        if theirs.get().is_empty() {
+                            theirs.remove();
+                        }
+                    }
+                }
+                if let Some(r) = &row {
+                    self.names.insert(r.name.clone(), id.clone());
+                    self.slots.insert(r.slot);
+                    self.owners.entry(r.owner_uid).or_default().insert(id.clone());
+                }
+                Image::Vm(id, before)
+            }
+            Image::Op(id, row) => {
+                let before = set(&mut self.ops, id.clone(), row.clone());
+                if let Some(b) = &before {
+                    self.ops_ended.remove(&ended_key(b));
+                }
+                if let Some(r) = row.filter(|r| r.state.has_ended()) {
+                    self.ops_ended.insert(ended_key(&r));
+                }
+                Image::Op(id, before)
+            }
+            Image::Workspace(vm, row) => Image::Workspace(vm.clone(), set(&mut self.workspaces, vm, row)),
+            Image::Ledger(id, row) => Image::Ledger(id, set(&mut self.ledger, id, row)),
+            Image::Key(key, row) => Image::Key(key.clone(), set(&mut self.keys, key, row)),
+            Image::Meta(name, value) => Image::Meta(name.clone(), set(&mut self.meta, name, value)),
+        }
+    }
+
+    /// All that the database holds. Rows that contradict each other are refused.
+    pub(super) fn load(c: &Connection) -> Result<State> {
+        let mut state = State::default();
+        for row in vm::load(c)? {
+            if state.names.contains_key(&row.name) || state.slots.contains(&row.slot) {
+                return Err(super::sql::refused(format!("two VMs have the name {} or the slot {}", row.name, row.slot)));
+            }
+            state.apply(Image::Vm(row.id.clone(), Some(row.into())));
+        }
+        for row in workspace::load(c)? {
+            if !state.vms.contains_key(&row.vm) {
+                return Err(super::sql::refused(format!("a workspace belongs to VM {}, which is not there", row.vm)));
+            }
+            state.apply(Image::Workspace(row.vm.clone(), Some(row.into())));
+        }
+        for row in op::load(c)? {
+            state.apply(Image::Op(row.id.clone(), Some(row.into())));
+        }
+        for row in ledger::load(c)? {
+            state.apply(Image::Ledger(row.id, Some(row.into())));
+        }
+        for row in key::load(c)? {
+            state.apply(Image::Key((row.uid, row.key.clone()), Some(row.into())));
+        }
+        for (name, value) in meta::load(c)? {
+            state.apply(Image::Meta(name, Some(value.into())));
+        }
+        Ok(state)
+    }
+}
+
+fn ended_key(row: &OpRow) -> (u64, OpId) {
+    (row.ended_at.unwrap_or(row.started_at), row.id.clone())
+}
+
+fn by_prefix<'a, K: Ord + AsRef<str>, V>(map: &'a BTreeMap<K, V>, prefix: &str) -> Vec<&'a V> {
+    if prefix.is_empty() {
+        return Vec::new();
+    }
+    map.iter().filter(|(id, _)| id.as_ref().starts_with(prefix)).map(|(_, row)| row).collect()
+}

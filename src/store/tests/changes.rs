@@ -1,0 +1,285 @@
+use super::*;
+use proptest::prelude::*;
+
+#[test]
+fn a_change_that_fails_or_panics_leaves_nothing() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    store.change_durable(|tx| tx.put_vm(row(1)).and_then(|()| tx.put_workspace(workspace(1)))).unwrap();
+    let before = state(&store);
+    let mess = |tx: &mut Tx| {
+        tx.remove_vm(&vm_id(1));
+        tx.put_vm(VmRow { id: vm_id(2), ..row(1) }).unwrap();
+        tx.put_op(op(1, OpState::Ok));
+        tx.intend(None, 0, "process", "x");
+        tx.put_meta("a", "b");
+        assert_ne!(**tx, before);
+    };
+    let failed = store.change(|tx| {
+        mess(tx);
+        Err::<(), _>(Error::invalid("no"))
+    });
+    assert_eq!(failed.map(|_| ()).unwrap_err().kind(), Kind::InvalidArgument);
+    assert_eq!(state(&store), before);
+    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let _ = store.change(|tx| -> Result<()> {
+            mess(tx);
+            panic!("boom")
+        });
+    }));
+    assert!(panicked.is_err());
+    assert_eq!(state(&store), before);
+    put(&store, 5).unwrap().wait(soon()).unwrap();
+    check_reopened(store, dir.path());
+}
+
+#[test]
+fn memory_shows_a_change_at_once_and_the_ticket_waits_for_the_disk() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let gate = store.faults().gate();
+    let ticket = put(&store, 1).unwrap();
+    assert!(store.read(|s| s.vm(&vm_id(1)).is_some()));
+    let e = ticket.wait(Instant::now() + Duration::from_millis(20)).unwrap_err();
+    assert_eq!(e.kind(), Kind::Timeout);
+    // A change without rows is as durable as what it saw.
+    let empty = store.barrier().unwrap();
+    assert_eq!(empty.wait(Instant::now() + Duration::from_millis(20)).unwrap_err().kind(), Kind::Timeout);
+    drop(gate);
+    assert_eq!(ticket.wait(soon()).unwrap(), ticket.seq());
+    empty.wait(soon()).unwrap();
+    assert!(put(&store, 2).unwrap().seq() > ticket.seq());
+    let seq = store.barrier().unwrap().wait(soon()).unwrap();
+    let store = check_reopened(store, dir.path());
+    assert!(put(&store, 3).unwrap().seq() > seq, "numbers go on after a restart");
+}
+
+#[test]
+fn changes_that_wait_are_committed_together() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let gate = store.faults().gate();
+    let first = put(&store, 1).unwrap();
+    assert!(gate.wait_for_writer(soon()));
+    let tickets: Vec<_> = (2..102).map(|n| put(&store, n).unwrap()).collect();
+    drop(gate);
+    first.wait(soon()).unwrap();
+    tickets.iter().for_each(|t| assert_eq!(t.wait(soon()).unwrap(), t.seq()));
+    let stats = store.stats();
+    assert_eq!((stats.batches, stats.changes, stats.queued), (2, 101, 0));
+    check_reopened(store, dir.path());
+}
+
+#[test]
+fn names_and_slots_are_unique_and_come_free() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    store.change_durable(|tx| tx.put_vm(row(0)).and_then(|()| tx.put_vm(row(1)))).unwrap();
+    let change = |f: &dyn Fn(&mut VmRow)| store.change(|tx| tx.update_vm(&vm_id(0), f)).map(|_| ()).unwrap_err().kind();
+    assert_eq!(change(&|r| r.name = "vm-1".parse().unwrap()), Kind::NameTaken);
+    assert_eq!(change(&|r| r.slot = 1), Kind::Internal);
+    assert_eq!(change(&|r| r.id = vm_id(7)), Kind::Internal);
+    assert_eq!(store.read(|s| s.free_slot(3)).unwrap(), 2);
+    assert_eq!(store.read(|s| s.free_slot(2)).unwrap_err().kind(), Kind::VmLimit);
+    store.change_durable(|tx| Ok(tx.remove_vm(&vm_id(0)))).unwrap().unwrap();
+    assert_eq!(store.read(|s| s.free_slot(2)).unwrap(), 0);
+    let name = "vm-0".parse().unwrap();
+    assert!(store.read(|s| s.vm_by_name(&name).is_none()));
+    store.change_durable(|tx| tx.put_vm(VmRow { id: vm_id(9), ..row(0) })).unwrap();
+    assert_eq!(store.read(|s| s.vm_by_name(&name).unwrap().id.clone()), vm_id(9));
+    let missing = store.change(|tx| tx.update_vm(&vm_id(77), |_| ())).map(|_| ()).unwrap_err();
+    assert_eq!(missing.kind(), Kind::VmNotFound);
+    assert_eq!(store.change(|tx| tx.put_workspace(workspace(77))).map(|_| ()).unwrap_err().kind(), Kind::VmNotFound);
+}
+
+#[test]
+fn look_ups() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let other = VmRow { owner_uid: 7, ..row(0xab1) };
+    store.change_durable(|tx| [row(0xab2), other, row(3)].into_iter().try_for_each(|r| tx.put_vm(r))).unwrap();
+    store.read(|s| {
+        let found = |prefix: &str| s.vms_by_id_prefix(prefix).iter().map(|r| r.slot).collect::<Vec<_>>();
+        assert_eq!(found("000000000ab"), [0xab1, 0xab2]);
+        assert_eq!(found("000000000ab2"), [0xab2]);
+        assert_eq!((found("f").len(), found("").len()), (0, 0));
+        assert_eq!(s.vms_of(1000).map(|r| r.slot).collect::<Vec<_>>(), [3, 0xab2]);
+        assert_eq!(s.vms_of(7).count(), 1);
+        assert_eq!(s.vms_of(8).count(), 0);
+    });
+}
+
+#[test]
+fn a_removed_vm_takes_its_workspace_and_leaves_its_ledger() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let id = store
+        .change_durable(|tx| {
+            tx.put_vm(row(1))?;
+            tx.put_workspace(workspace(1))?;
+            Ok(tx.intend(Some(&vm_id(1)), 1, "process", "fc-x"))
+        })
+        .unwrap();
+    store.change_durable(|tx| tx.record_facts(id, serde_json::json!({"pid": 1}))).unwrap();
+    store.change_durable(|tx| Ok(tx.remove_vm(&vm_id(1)))).unwrap();
+    let store = check_reopened(store, dir.path());
+    store.read(|s| {
+        assert!(s.workspace(&vm_id(1)).is_none());
+        assert_eq!(s.ledger_of(&vm_id(1)).next().unwrap().facts, Some(serde_json::json!({"pid": 1})));
+    });
+    assert!(store.change_durable(|tx| Ok(tx.strike(id))).unwrap());
+    assert!(!store.change_durable(|tx| Ok(tx.strike(id))).unwrap());
+    let again = store.change_durable(|tx| Ok(tx.intend(None, 1, "disk", "x"))).unwrap();
+    store.change_durable(|tx| Ok(tx.strike(again))).unwrap();
+    assert!(store.change_durable(|tx| Ok(tx.intend(None, 1, "disk", "x"))).unwrap() > again);
+    assert_eq!(store.change(|tx| tx.record_facts(id, 1.into())).map(|_| ()).unwrap_err().kind(), Kind::Internal);
+}
+
+#[test]
+fn only_the_last_ended_operations_are_kept() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let running = op(0, OpState::Running);
+    let all = [running.clone()].into_iter().chain((1..300).map(|n| op(n, OpState::Failed)));
+    let put_all = |tx: &mut Tx| {
+        all.for_each(|op| tx.put_op(op));
+        Ok(())
+    };
+    store.change_durable(put_all).unwrap();
+    let store = check_reopened(store, dir.path());
+    store.read(|s| {
+        assert_eq!(s.ops().count(), OPS_ENDED_MAX + 1);
+        assert_eq!(**s.op(&running.id).unwrap(), running);
+        assert!(s.op(&op_id(99)).is_none() && s.op(&op_id(100)).is_some());
+    });
+}
+
+#[test]
+fn idempotency_keys_are_bounded_and_expire() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let key = |uid, n: usize| KeyRow { uid, key: n.to_string(), params_hash: "h".into(), op: op_id(1), expires_at: n as u64 };
+    store.change_durable(|tx| (0..KEYS_PER_UID_MAX).try_for_each(|n| tx.put_key(key(5, n)))).unwrap();
+    let full = store.change(|tx| tx.put_key(key(5, 9999))).map(|_| ()).unwrap_err();
+    assert_eq!(full.kind(), Kind::OperationLimit);
+    store.change_durable(|tx| tx.put_key(key(5, 3)).and_then(|()| tx.put_key(key(6, 3)))).unwrap();
+    assert_eq!(store.change_durable(|tx| Ok(tx.expire_keys(3))).unwrap(), 5);
+    let store = check_reopened(store, dir.path());
+    assert!(store.read(|s| s.key(5, "3").is_none() && s.key(5, "4").is_some()));
+}
+
+#[test]
+fn a_watch_is_told_of_its_vm_only() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let ready = |watch: &Watch| {
+        let mut fds = [nix::poll::PollFd::new(watch.fd(), nix::poll::PollFlags::POLLIN)];
+        nix::poll::poll(&mut fds, nix::poll::PollTimeout::ZERO).unwrap() == 1
+    };
+    let (all, one) = (store.watch(None).unwrap(), store.watch(Some(vm_id(1))).unwrap());
+    put(&store, 2).unwrap().wait(soon()).unwrap();
+    assert_eq!((ready(&all), ready(&one)), (true, false));
+    all.clear();
+    assert!(!ready(&all));
+    store.faults().fail(faults::Fault::Io, 1);
+    let ticket = put(&store, 1).unwrap();
+    assert!(ready(&one));
+    let gone = ticket.wait(soon());
+    assert!(gone.is_err() && ready(&all), "undoing is a change, too");
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Put { n: u32, name: u32, slot: u32, owner: u32 },
+    Remove(u32),
+    Workspace(u32),
+    Op { n: u32, ended: bool },
+    Intend(u32),
+    Strike(u64),
+    Key { uid: u32, n: u32, expires_at: u64 },
+    Expire(u64),
+    Meta(u32),
+    Fail,
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let n = 0..6u32;
+    prop_oneof![
+        4 => (n.clone(), n.clone(), n.clone(), 0..3u32).prop_map(|(n, name, slot, owner)| Act::Put { n, name, slot, owner }),
+        2 => n.clone().prop_map(Act::Remove),
+        1 => n.clone().prop_map(Act::Workspace),
+        1 => (n.clone(), any::<bool>()).prop_map(|(n, ended)| Act::Op { n, ended }),
+        1 => n.clone().prop_map(Act::Intend),
+        1 => (1..10u64).prop_map(Act::Strike),
+        1 => (0..2u32, n.clone(), 0..9u64).prop_map(|(uid, n, expires_at)| Act::Key { uid, n, expires_at }),
+        1 => (0..9u64).prop_map(Act::Expire),
+        1 => n.prop_map(Act::Meta),
+        1 => Just(Act::Fail),
+    ]
+}
+
+fn perform(tx: &mut Tx, act: &Act) -> Result<()> {
+    match act.clone() {
+        Act::Put { n, name, slot, owner } => {
+            let name = format!("n{name}").parse().unwrap();
+            tx.put_vm(VmRow { name, slot, owner_uid: owner, ..row(n) })?;
+        }
+        Act::Remove(n) => drop(tx.remove_vm(&vm_id(n))),
+        Act::Workspace(n) => tx.put_workspace(workspace(n))?,
+        Act::Op { n, ended } => tx.put_op(op(n, if ended { OpState::Cancelled } else { OpState::Running })),
+        Act::Intend(n) => _ = tx.intend(Some(&vm_id(n)), 1, "disk", "d"),
+        Act::Strike(id) => _ = tx.strike(id),
+        Act::Key { uid, n, expires_at } => {
+            tx.put_key(KeyRow { uid, key: format!("k{n}"), params_hash: "h".into(), op: op_id(n), expires_at })?;
+        }
+        Act::Expire(now) => _ = tx.expire_keys(now),
+        Act::Meta(n) => tx.put_meta("m", &n.to_string()),
+        Act::Fail => return Err(Error::invalid("no")),
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Memory equals the disk after any changes and failed commits; what failed left no trace in either.
+    #[test]
+    fn memory_equals_the_disk(
+        changes in proptest::collection::vec(proptest::collection::vec(act(), 1..6), 1..12),
+        fail_at in 0..12usize,
+        how in prop_oneof![Just(faults::Fault::Io), Just(faults::Fault::IoAfterCommit), Just(faults::Fault::DiskFull)],
+    ) {
+        let dir = dir();
+        let store = Store::open(dir.path()).unwrap();
+        for (i, acts) in changes.iter().enumerate() {
+            let before = state(&store);
+            let gate = (i == fail_at).then(|| {
+                store.faults().fail(how, 1);
+                store.faults().gate()
+            });
+            let made = store.change(|tx| {
+                // Never a change without rows, which would be durable at once.
+                tx.put_meta("round", &i.to_string());
+                acts.iter().try_for_each(|a| perform(tx, a))
+            });
+            let put_more = |tx: &mut Tx| {
+                tx.put_meta("more", "x");
+                Ok(())
+            };
+            let more = gate.as_ref().map(|_| store.change(put_more).unwrap());
+            drop(gate);
+            match (made, more) {
+                (Err(_), None) => prop_assert_eq!(state(&store), before),
+                (Ok((_, ticket)), None) => prop_assert_eq!(ticket.wait(soon()).unwrap(), ticket.seq()),
+                (made, Some((_, more))) => {
+                    prop_assert!(more.wait(soon()).is_err());
+                    prop_assert!(made.is_err() || made.unwrap().1.wait(soon()).is_err());
+                    prop_assert!(store.wait_writable(soon()));
+                    store.faults().heal();
+                    prop_assert_eq!(state(&store), before);
+                }
+            }
+        }
+        check_reopened(store, dir.path());
+    }
+}

@@ -1,0 +1,203 @@
+use super::faults::Fault;
+use super::*;
+
+/// One change before the gate and two behind it, none of which can be written.
+#[track_caller]
+fn check_failed_batch(fault: Fault, kind: Kind) {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 1).unwrap().wait(soon()).unwrap();
+    let durable = state(&store);
+
+    let gate = store.faults().gate();
+    store.faults().fail(fault, 3);
+    // A name that goes from hand to hand: mending the disk must not find it taken.
+    let steal = |tx: &mut Tx| {
+        tx.update_vm(&vm_id(1), |r| r.name = "other".parse().unwrap())?;
+        tx.put_vm(VmRow { id: vm_id(2), slot: 2, ..row(1) })
+    };
+    let tickets = [store.change(steal).unwrap().1, {
+        assert!(gate.wait_for_writer(soon()));
+        store.change(|tx| tx.put_workspace(workspace(2))).unwrap().1
+    }];
+    let behind = store.change(|tx| Ok(tx.remove_vm(&vm_id(1)))).unwrap().1;
+    drop(gate);
+    for ticket in tickets.iter().chain([&behind]) {
+        let e = ticket.wait(soon()).unwrap_err();
+        assert_eq!((e.kind(), e.code()), (kind, crate::error::Code::Host), "{e}");
+        assert!(e.hint_text().is_some());
+    }
+    assert_eq!(state(&store), durable);
+    // The probe has to fail twice yet: nothing is taken meanwhile.
+    let refused = put(&store, 3).map(drop).unwrap_err();
+    assert_eq!(refused.kind(), kind);
+    assert_eq!(store.read_only().map(|e| e.kind()), Some(kind));
+
+    assert!(store.wait_writable(soon()));
+    assert!(store.read_only().is_none());
+    assert_eq!(state(&store), durable);
+    put(&store, 3).unwrap().wait(soon()).unwrap();
+    let store = check_reopened(store, dir.path());
+    assert_eq!(store.read(|s| s.vms().map(|r| r.name.to_string()).collect::<Vec<_>>()), ["vm-1", "vm-3"]);
+}
+
+#[test]
+fn a_full_disk() {
+    check_failed_batch(Fault::DiskFull, Kind::DiskFull);
+}
+
+#[test]
+fn an_io_error() {
+    check_failed_batch(Fault::Io, Kind::StoreReadOnly);
+}
+
+#[test]
+fn an_error_after_the_rows_were_written_is_mended_on_disk() {
+    check_failed_batch(Fault::IoAfterCommit, Kind::StoreReadOnly);
+}
+
+#[test]
+fn a_panic_of_the_writer() {
+    check_failed_batch(Fault::Panic, Kind::StoreReadOnly);
+}
+
+#[test]
+fn a_failed_batch_that_was_never_mended_leaves_a_database_that_opens() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 1).unwrap().wait(soon()).unwrap();
+    store.faults().fail(Fault::Io, u64::MAX);
+    put(&store, 2).unwrap().wait(soon()).unwrap_err();
+    store.close();
+    let store = Store::open(dir.path()).unwrap();
+    assert!(store.read(|s| s.vm(&vm_id(1)).is_some()));
+}
+
+#[test]
+fn an_essential_change_has_the_reserve() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 1).unwrap().wait(soon()).unwrap();
+    let reserve = dir.path().join("reserve");
+    assert_eq!(std::os::unix::fs::MetadataExt::blocks(&reserve.metadata().unwrap()) * 512, RESERVE_BYTES);
+    store.faults().fail(Fault::DiskFull, 1);
+    let (_, ticket) = store.change_essential(|tx| Ok(tx.remove_vm(&vm_id(1)))).unwrap();
+    ticket.wait(soon()).unwrap();
+    // Taken again before the writer's next batch.
+    put(&store, 1).unwrap().wait(soon()).unwrap();
+    assert_eq!(reserve.metadata().unwrap().len(), RESERVE_BYTES);
+    // And while the store is read-only it is tried, but no magic.
+    store.faults().fail(Fault::Io, u64::MAX);
+    put(&store, 2).unwrap().wait(soon()).unwrap_err();
+    let (_, ticket) = store.change_essential(|tx| tx.put_vm(row(3))).unwrap();
+    assert_eq!(ticket.wait(soon()).unwrap_err().kind(), Kind::StoreReadOnly);
+    store.faults().heal();
+    let (_, ticket) = store.change_essential(|tx| tx.put_vm(row(4))).unwrap();
+    ticket.wait(soon()).unwrap();
+    let store = check_reopened(store, dir.path());
+    assert_eq!(store.read(|s| s.vms().count()), 2);
+}
+
+#[test]
+fn a_closed_store_has_written_all_and_takes_no_more() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let tickets: Vec<_> = (0..50).map(|n| put(&store, n).unwrap()).collect();
+    store.close();
+    tickets.iter().for_each(|t| assert_eq!(t.wait(Instant::now()).unwrap(), t.seq()));
+    assert_eq!(put(&store, 99).map(drop).unwrap_err().kind(), Kind::ShuttingDown);
+    assert_eq!(store.read(|s| s.vms().count()), 50);
+    store.close();
+    assert_eq!(state(&Store::open(dir.path()).unwrap()), state(&store));
+}
+
+#[test]
+fn many_threads_and_failing_commits() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let workers: Vec<_> = (0..8u32)
+        .map(|worker| {
+            let store = store.clone();
+            let work = move || {
+                let mut acknowledged = Vec::new();
+                for n in (0..60).map(|i| worker * 100 + i) {
+                    if worker == 0 && n % 10 == 5 {
+                        store.faults().fail([Fault::Io, Fault::IoAfterCommit, Fault::DiskFull][n as usize / 10 % 3], 1);
+                    }
+                    if store.change_durable(|tx| tx.put_vm(row(n))).is_ok() {
+                        acknowledged.push(n);
+                    }
+                    assert!(store.wait_writable(soon()));
+                }
+                acknowledged
+            };
+            thread::spawn("worker", work).unwrap()
+        })
+        .collect();
+    let mut acknowledged: Vec<u32> = workers.into_iter().flat_map(|w| w.join().unwrap()).collect();
+    acknowledged.sort_unstable();
+    assert!((1..480).contains(&acknowledged.len()), "some fail, some do not");
+    let store = check_reopened(store, dir.path());
+    assert_eq!(store.read(|s| s.vms().map(|r| r.slot).collect::<Vec<_>>()), acknowledged);
+}
+
+/// A mounted tmpfs that is gone at the end.
+struct Tmpfs(TempDir);
+
+impl Tmpfs {
+    fn new(mib: u64) -> Self {
+        let at = dir();
+        let path = at.path().to_str().unwrap();
+        run(&["mount", "-t", "tmpfs", "-o", &format!("size={mib}m,mode=755"), "tmpfs", path]);
+        Self(at)
+    }
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+    /// A file that leaves `free` bytes.
+    fn fill(&self, free: u64) {
+        let stat = rustix::fs::statvfs(self.path()).unwrap();
+        let bytes = stat.f_bfree * stat.f_frsize - free;
+        std::fs::write(self.path().join("filler"), vec![1; bytes as usize]).unwrap();
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        run(&["umount", "-l", self.path().to_str().unwrap()]);
+    }
+}
+
+fn run(argv: &[&str]) {
+    let command = crate::host::Command::new(argv[0]).args(&argv[1..]);
+    let cancel = crate::locks::Cancel::try_new().unwrap();
+    let out = crate::host::command::run_any_status(&command, &cancel, &mut |_| {}).unwrap();
+    assert_eq!(out.status, 0, "{argv:?} (these tests run as root): {}", String::from_utf8_lossy(&out.stderr));
+}
+
+#[test]
+fn a_disk_that_is_really_full() {
+    let fs = Tmpfs::new(8);
+    let store = Store::open(fs.path()).unwrap();
+    put(&store, 1).unwrap().wait(soon()).unwrap();
+    fs.fill(0);
+    let big = |n: u32| VmRow { reason: Some("x".repeat(300_000)), ..row(n) };
+    let e = (2..9).find_map(|n| store.change_durable(|tx| tx.put_vm(big(n))).err()).expect("the disk is full");
+    assert_eq!(e.kind(), Kind::DiskFull, "{e}");
+    assert_eq!(put(&store, 50).map(drop).unwrap_err().kind(), Kind::DiskFull);
+    let name = store.read(|s| s.vms().map(|r| r.name.to_string()).collect::<Vec<_>>());
+    // A delete is written nevertheless, and another daemon comes up on the full disk and can read.
+    let (_, ticket) = store.change_essential(|tx| Ok(tx.remove_vm(&vm_id(1)))).unwrap();
+    ticket.wait(soon()).unwrap();
+    assert_eq!(store.read(|s| s.vms().count()), name.len() - 1);
+    // What the reserve left; the writer may take it again first, then this fails.
+    let _ = std::fs::write(fs.path().join("filler2"), vec![1; RESERVE_BYTES as usize]);
+    let store = check_reopened(store, fs.path());
+    assert_eq!(store.read_only().map(|e| e.kind()), Some(Kind::DiskFull));
+    // Room comes back, and all is well by itself.
+    std::fs::remove_file(fs.path().join("filler")).unwrap();
+    std::fs::remove_file(fs.path().join("filler2")).unwrap();
+    assert!(store.wait_writable(soon()));
+    put(&store, 60).unwrap().wait(soon()).unwrap();
+    check_reopened(store, fs.path());
+}

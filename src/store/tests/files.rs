@@ -1,0 +1,166 @@
+use super::*;
+use rusqlite::Connection;
+use std::os::unix::fs::{PermissionsExt, symlink};
+
+/// A store that was made, filled and closed; then `harm` comes over its file.
+fn harmed(harm: impl FnOnce(&Path, &Path)) -> (TempDir, Result<Store>) {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    (0..200).for_each(|n| put(&store, n).unwrap().detach());
+    store.close();
+    let path = dir.path().join(schema::FILE_NAME);
+    harm(dir.path(), &path);
+    let before = std::fs::read(&path).ok();
+    let opened = Store::open(dir.path());
+    if opened.is_err() {
+        assert_eq!(std::fs::read(&path).ok(), before, "a refused file is left as it is");
+    }
+    (dir, opened)
+}
+
+#[track_caller]
+fn check_refused(harm: impl FnOnce(&Path, &Path), says: &str) {
+    let (dir, opened) = harmed(harm);
+    let e = opened.map(drop).unwrap_err();
+    assert_eq!(e.kind(), Kind::StoreRefused, "{e:?}");
+    let text = format!("{e:?}");
+    assert!(text.contains(says) && text.contains(dir.path().to_str().unwrap()), "{text}");
+    assert!(e.hint_text().is_some(), "{text}");
+}
+
+fn sql(path: &Path, text: &str) {
+    Connection::open(path).unwrap().execute_batch(text).unwrap();
+}
+
+#[test]
+fn no_database_at_all() {
+    check_refused(|_, path| std::fs::write(path, "hello, this is no database".repeat(100)).unwrap(), "not a database");
+}
+
+#[test]
+fn an_empty_file_is_not_taken_for_a_new_one() {
+    check_refused(|_, path| std::fs::write(path, "").unwrap(), "is empty");
+}
+
+#[test]
+fn somebody_elses_database() {
+    check_refused(|_, path| sql(path, "PRAGMA application_id = 7"), "was not made by fcd");
+}
+
+#[test]
+fn a_newer_version() {
+    check_refused(|_, path| sql(path, "PRAGMA user_version = 99"), "has version 99, this fcd knows up to 1");
+}
+
+#[test]
+fn a_corrupt_page() {
+    let spoil = |_: &Path, path: &Path| {
+        let mut bytes = std::fs::read(path).unwrap();
+        let len = bytes.len();
+        bytes[4096 * 8 + 16..len].fill(0xa5);
+        std::fs::write(path, bytes).unwrap();
+    };
+    check_refused(spoil, "damaged");
+}
+
+#[test]
+fn a_row_that_cannot_be_read() {
+    let (_dir, opened) = harmed(|_, path| sql(path, "UPDATE vms SET body = '{}' WHERE name = 'vm-7'"));
+    let e = opened.map(drop).unwrap_err();
+    assert_eq!(e.kind(), Kind::StoreRefused);
+    assert!(e.to_string().contains("read row \"000000000007\" of table vms"), "{e}");
+}
+
+#[test]
+fn a_missing_write_ahead_log() {
+    // As a kill leaves it, but for the log.
+    check_refused(|_, path| sql(path, "UPDATE store_info SET value = '1' WHERE name = 'open'"), "fcd.db-wal is missing");
+}
+
+#[test]
+fn a_write_ahead_log_without_its_database() {
+    let move_away = |dir: &Path, path: &Path| {
+        std::fs::remove_file(path).unwrap();
+        std::fs::write(dir.join("fcd.db-wal"), "x").unwrap();
+    };
+    check_refused(move_away, "is missing, but its write-ahead log is there");
+}
+
+#[test]
+fn a_symbolic_link() {
+    let link = |dir: &Path, path: &Path| {
+        std::fs::rename(path, dir.join("elsewhere")).unwrap();
+        symlink(dir.join("elsewhere"), path).unwrap();
+    };
+    check_refused(link, "a symbolic link");
+    check_refused(|dir, path| std::fs::hard_link(path, dir.join("second")).unwrap(), "one name");
+}
+
+#[test]
+fn a_directory_where_others_write() {
+    let open_up = |dir: &Path, _: &Path| std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o777)).unwrap();
+    check_refused(open_up, "others may write");
+}
+
+#[test]
+fn somebody_elses_file() {
+    check_refused(|_, path| std::os::unix::fs::chown(path, Some(4321), None).unwrap(), "belongs to uid 4321");
+}
+
+#[test]
+fn a_file_open_to_others_is_closed() {
+    let (dir, opened) = harmed(|_, path| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644)).unwrap());
+    opened.unwrap();
+    for file in std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap()) {
+        assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{:?}", file.path());
+    }
+}
+
+#[test]
+fn two_daemons_on_one_directory() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let e = Store::open(dir.path()).map(drop).unwrap_err();
+    assert_eq!(e.kind(), Kind::StoreRefused);
+    assert!(e.hint_text().unwrap().starts_with("see which process"), "{e:?}");
+    put(&store, 1).unwrap().wait(soon()).unwrap();
+}
+
+#[test]
+fn a_half_made_database_of_a_killed_daemon_is_made_again() {
+    let dir = dir();
+    std::fs::write(dir.path().join("fcd.db.new"), "half").unwrap();
+    std::fs::write(dir.path().join("fcd.db.new-journal"), "half").unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let id = store.install_id().to_owned();
+    assert!(id.len() == INSTALL_ID_LEN && id.bytes().all(|b| b.is_ascii_hexdigit()));
+    assert_eq!(check_reopened(store, dir.path()).install_id(), id);
+    let other = self::dir();
+    assert_ne!(Store::open(other.path()).unwrap().install_id(), id);
+}
+
+#[test]
+fn a_migration_keeps_a_copy_and_is_all_or_nothing() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 1).unwrap().detach();
+    store.close();
+    let mut newer = schema::migrations();
+    newer.push("CREATE TABLE extra (a TEXT) STRICT; INSERT INTO extra VALUES ('x'); SELECT no_such_function();".into());
+    let e = schema::open(dir.path(), &newer).map(drop).unwrap_err();
+    assert_eq!(e.kind(), Kind::StoreRefused);
+    // As before for the older one.
+    let store = Store::open(dir.path()).unwrap();
+    assert_eq!(store.read(|s| s.vms().count()), 1);
+    store.close();
+
+    newer[1] = "CREATE TABLE extra (a TEXT) STRICT; INSERT INTO extra VALUES ('x');".into();
+    let c = schema::open(dir.path(), &newer).unwrap();
+    assert_eq!(c.query_row("SELECT a FROM extra", [], |r| r.get::<_, String>(0)).unwrap(), "x");
+    schema::close(c).unwrap();
+    assert_eq!(Store::open(dir.path()).map(drop).unwrap_err().kind(), Kind::StoreRefused);
+    // The copy is a whole store.
+    let old = self::dir();
+    std::fs::copy(dir.path().join("fcd.db.v1.bak"), old.path().join(schema::FILE_NAME)).unwrap();
+    assert_eq!(Store::open(old.path()).unwrap().read(|s| s.vms().count()), 1);
+}

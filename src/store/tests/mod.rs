@@ -1,0 +1,106 @@
+mod changes;
+mod crash;
+mod failures;
+mod files;
+
+use super::*;
+use crate::api::op::{Op, OpState, Progress};
+use crate::api::vm::{VmState, WorkspaceState};
+use crate::ids::{OpId, VmId};
+use std::os::unix::fs::PermissionsExt;
+use tempfile::TempDir;
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(30)
+}
+
+fn dir() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    dir
+}
+
+/// An id whose digits are `n`'s.
+fn vm_id(n: u32) -> VmId {
+    format!("{n:012x}").parse().unwrap()
+}
+
+fn op_id(n: u32) -> OpId {
+    format!("{n:012x}").parse().unwrap()
+}
+
+fn row(n: u32) -> VmRow {
+    VmRow {
+        id: vm_id(n),
+        name: format!("vm-{n}").parse().unwrap(),
+        owner_uid: 1000,
+        state: VmState::Created,
+        reason: None,
+        image: "default".parse().unwrap(),
+        vcpus: 1,
+        mem_mib: 512,
+        disk_bytes: 1 << 30,
+        pending: None,
+        rm: false,
+        created_at: 1,
+        started_at: None,
+        op: None,
+        intent: None,
+        generation: 0,
+        slot: n,
+        identity: None,
+        ssh_addr: None,
+        disk_driver: None,
+        driver: None,
+        host_key: None,
+        synced: None,
+    }
+}
+
+fn workspace(n: u32) -> WorkspaceRow {
+    WorkspaceRow {
+        vm: vm_id(n),
+        guest_path: "/root/x".into(),
+        workdir: "/root/x".into(),
+        state: WorkspaceState::Incomplete,
+        readonly: false,
+        entries: 0,
+        bytes: u64::MAX,
+        prepared_at: 2,
+        generation: 1,
+    }
+}
+
+fn op(n: u32, state: OpState) -> Op {
+    Op {
+        id: op_id(n),
+        method: "vm.start".into(),
+        vm: None,
+        owner_uid: 0,
+        state,
+        may_cancel: true,
+        progress: Progress::default(),
+        started_at: u64::from(n),
+        ended_at: state.has_ended().then_some(u64::from(n)),
+        result: None,
+        error: None,
+    }
+}
+
+fn state(store: &Store) -> State {
+    store.read(State::clone)
+}
+
+fn put(store: &Store, n: u32) -> Result<Ticket> {
+    store.change(|tx| tx.put_vm(row(n))).map(|((), ticket)| ticket)
+}
+
+/// What is on the disk equals what `store` has in memory, which is closed for it.
+#[track_caller]
+fn check_reopened(store: Store, dir: &Path) -> Store {
+    let memory = state(&store);
+    store.close();
+    let again = Store::open(dir).unwrap();
+    assert_eq!(state(&again), memory);
+    again
+}

@@ -1,0 +1,188 @@
+//! One change: reads see its own writes, and an error or a panic undoes all of it.
+
+use super::key::KEYS_PER_UID_MAX;
+use super::state::{Image, State};
+use super::{KeyRow, LedgerRow, OpRow, VmRow, WorkspaceRow};
+use crate::error::{Error, Kind, Result};
+use crate::ids::{OpId, VmId};
+use std::ops::Deref;
+use std::sync::Arc;
+
+/// One row's change: what it was and what it is.
+#[derive(Clone, Debug)]
+pub(super) struct Step {
+    pub(super) before: Image,
+    pub(super) after: Image,
+}
+
+/// The change that is being made. All of [`State`]'s lookups are its own, too.
+pub struct Tx<'a> {
+    state: &'a mut State,
+    ledger_next: &'a mut u64,
+    steps: Vec<Step>,
+}
+
+impl Deref for Tx<'_> {
+    type Target = State;
+    fn deref(&self) -> &State {
+        self.state
+    }
+}
+
+impl Drop for Tx<'_> {
+    /// What was not finished never was.
+    fn drop(&mut self) {
+        revert(self.state, &mut self.steps);
+    }
+}
+
+/// Undoes the steps, the last one first.
+pub(super) fn revert(state: &mut State, steps: &mut Vec<Step>) {
+    while let Some(step) = steps.pop() {
+        state.apply(step.before);
+    }
+}
+
+impl<'a> Tx<'a> {
+    pub(super) fn new(state: &'a mut State, ledger_next: &'a mut u64) -> Self {
+        Self { state, ledger_next, steps: Vec::new() }
+    }
+
+    pub(super) fn finish(mut self) -> Vec<Step> {
+        std::mem::take(&mut self.steps)
+    }
+
+    fn apply(&mut self, after: Image) {
+        let before = self.state.apply(after.clone());
+        if before != after {
+            self.steps.push(Step { before, after });
+        }
+    }
+
+    /// Adds or replaces.
+    ///
+    /// # Errors
+    /// `name_taken`, or `internal` when another VM has the slot.
+    pub fn put_vm(&mut self, row: VmRow) -> Result<()> {
+        if self.vm_by_name(&row.name).is_some_and(|other| other.id != row.id) {
+            return Err(Error::new(Kind::NameTaken, format!("the name {} is taken", row.name)).hint("choose another with --name"));
+        }
+        if self.vm(&row.id).is_none_or(|old| old.slot != row.slot) && self.slot_is_taken(row.slot) {
+            return Err(Error::internal(format!("slot {} belongs to another VM than {}", row.slot, row.id)));
+        }
+        self.apply(Image::Vm(row.id.clone(), Some(Arc::new(row))));
+        Ok(())
+    }
+
+    /// Changes some members of a row.
+    ///
+    /// # Errors
+    /// `vm_not_found`, and those of [`Tx::put_vm`].
+    pub fn update_vm(&mut self, id: &VmId, change: impl FnOnce(&mut VmRow)) -> Result<()> {
+        let Some(row) = self.vm(id) else {
+            return Err(Error::new(Kind::VmNotFound, format!("no VM {id}")).hint("fcctl ps -a"));
+        };
+        let mut row = VmRow::clone(row);
+        change(&mut row);
+        if row.id != *id {
+            return Err(Error::internal(format!("a change of VM {id} gave it the id {}", row.id)));
+        }
+        self.put_vm(row)
+    }
+
+    /// With its workspace. What the ledger knows of it stays until it is struck.
+    pub fn remove_vm(&mut self, id: &VmId) -> Option<Arc<VmRow>> {
+        let row = self.vm(id).cloned()?;
+        self.remove_workspace(id);
+        self.apply(Image::Vm(id.clone(), None));
+        Some(row)
+    }
+
+    /// # Errors
+    /// `vm_not_found`.
+    pub fn put_workspace(&mut self, row: WorkspaceRow) -> Result<()> {
+        if self.vm(&row.vm).is_none() {
+            return Err(Error::new(Kind::VmNotFound, format!("no VM {}", row.vm)).hint("fcctl ps -a"));
+        }
+        self.apply(Image::Workspace(row.vm.clone(), Some(Arc::new(row))));
+        Ok(())
+    }
+
+    pub fn remove_workspace(&mut self, vm: &VmId) {
+        self.apply(Image::Workspace(vm.clone(), None));
+    }
+
+    /// Adds or replaces; the oldest ended ones go when there are more than [`super::OPS_ENDED_MAX`].
+    pub fn put_op(&mut self, row: OpRow) {
+        self.apply(Image::Op(row.id.clone(), Some(Arc::new(row))));
+        while let Some(old) = self.op_to_prune() {
+            self.apply(Image::Op(old, None));
+        }
+    }
+
+    pub fn remove_op(&mut self, id: &OpId) {
+        self.apply(Image::Op(id.clone(), None));
+    }
+
+    /// Writes down that a host resource may exist from now on; wait for the change before acquiring it. Ids are
+    /// never used twice in a daemon's life.
+    pub fn intend(&mut self, vm: Option<&VmId>, generation: u64, kind: &str, name: impl Into<String>) -> u64 {
+        let id = *self.ledger_next;
+        *self.ledger_next += 1;
+        let row = LedgerRow { id, vm: vm.cloned(), generation, kind: kind.to_owned(), name: name.into(), facts: None };
+        self.apply(Image::Ledger(id, Some(Arc::new(row))));
+        id
+    }
+
+    /// What was learnt of a resource when it was acquired.
+    ///
+    /// # Errors
+    /// `internal` when the row is struck already.
+    pub fn record_facts(&mut self, id: u64, facts: serde_json::Value) -> Result<()> {
+        let Some(row) = self.ledger_row(id) else {
+            return Err(Error::internal(format!("ledger row {id} is not there")));
+        };
+        let row = LedgerRow { facts: Some(facts), ..LedgerRow::clone(row) };
+        self.apply(Image::Ledger(id, Some(Arc::new(row))));
+        Ok(())
+    }
+
+    /// The resource is gone. False when it was struck before.
+    pub fn strike(&mut self, id: u64) -> bool {
+        let was = self.ledger_row(id).is_some();
+        self.apply(Image::Ledger(id, None));
+        was
+    }
+
+    /// # Errors
+    /// `operation_limit` when the uid has too many live keys.
+    pub fn put_key(&mut self, row: KeyRow) -> Result<()> {
+        if self.key(row.uid, &row.key).is_none() && self.keys_of(row.uid).count() >= KEYS_PER_UID_MAX {
+            let text = format!("uid {} has {KEYS_PER_UID_MAX} idempotency keys already", row.uid);
+            return Err(Error::new(Kind::OperationLimit, text).hint("call without a key, or when some have expired"));
+        }
+        self.apply(Image::Key((row.uid, row.key.clone()), Some(Arc::new(row))));
+        Ok(())
+    }
+
+    pub fn remove_key(&mut self, uid: u32, key: &str) {
+        self.apply(Image::Key((uid, key.to_owned()), None));
+    }
+
+    /// Forgets the keys that had expired at `now`, seconds since the epoch, and says how many.
+    pub fn expire_keys(&mut self, now: u64) -> usize {
+        let old: Vec<_> = self.keys().filter(|k| k.expires_at <= now).map(|k| (k.uid, k.key.clone())).collect();
+        for key in &old {
+            self.apply(Image::Key(key.clone(), None));
+        }
+        old.len()
+    }
+
+    pub fn put_meta(&mut self, name: &str, value: &str) {
+        self.apply(Image::Meta(name.to_owned(), Some(value.into())));
+    }
+
+    pub fn remove_meta(&mut self, name: &str) {
+        self.apply(Image::Meta(name.to_owned(), None));
+    }
+}

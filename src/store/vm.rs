@@ -1,0 +1,70 @@
+//! Table `vms`: one row per VM, which holds its state for as long as it lives.
+
+use super::sql::{self, json};
+use crate::api::vm::{Pending, Synced, VmState};
+use crate::host::process::Identity;
+use crate::ids::{ImageRef, OpId, VmId, VmName};
+use rusqlite::{Connection, params};
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+
+/// What follows the running transition, so that nothing slips between its halves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Intent {
+    /// The stop is the first half of a restart.
+    Restart,
+}
+
+/// Any change of this shape is a new schema version: see `schema.rs`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmRow {
+    pub id: VmId,
+    /// Unique among the rows.
+    pub name: VmName,
+    pub owner_uid: u32,
+    pub state: VmState,
+    pub reason: Option<String>,
+    pub image: ImageRef,
+    pub vcpus: u32,
+    pub mem_mib: u64,
+    pub disk_bytes: u64,
+    pub pending: Option<Pending>,
+    pub rm: bool,
+    /// Seconds since the epoch.
+    pub created_at: u64,
+    pub started_at: Option<u64>,
+    /// The operation that owns the VM now.
+    pub op: Option<OpId>,
+    pub intent: Option<Intent>,
+    /// One more with every boot.
+    pub generation: u64,
+    /// Unique among the rows and small: the VMM's uid is a base and this.
+    pub slot: u32,
+    pub identity: Option<Identity>,
+    pub ssh_addr: Option<SocketAddr>,
+    pub disk_driver: Option<String>,
+    pub driver: Option<String>,
+    /// The guest's public host key, raw (RFC 4253, 6.6).
+    pub host_key: Option<Vec<u8>>,
+    pub synced: Option<Synced>,
+}
+
+pub(super) const CREATE: &str = "CREATE TABLE vms (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, slot INTEGER NOT NULL UNIQUE, body TEXT NOT NULL) STRICT;";
+
+pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
+    let Some(row) = row else { return sql::delete(c, "DELETE FROM vms WHERE id = ?1", [id.as_str()]) };
+    // Never OR REPLACE: it would remove another VM of the same name in silence.
+    c.prepare_cached(
+        "INSERT INTO vms (id, name, slot, body) VALUES (?1, ?2, ?3, ?4)
+         ON CONFLICT (id) DO UPDATE SET name = excluded.name, slot = excluded.slot, body = excluded.body",
+    )?
+    .execute(params![id.as_str(), row.name.as_str(), row.slot, json(row)?])
+    .map(drop)
+}
+
+pub(super) fn load(c: &Connection) -> crate::error::Result<Vec<VmRow>> {
+    sql::load(c, "vms", "SELECT id, body FROM vms ORDER BY id")
+}

@@ -1,0 +1,53 @@
+//! Told of changes: an eventfd that becomes readable, for those who wait in `poll`.
+
+use super::tx::Step;
+use crate::error::{Error, Kind, Result};
+use crate::ids::VmId;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Weak};
+
+struct Event {
+    vm: Option<VmId>,
+    fd: EventFd,
+}
+
+/// Lives as long as it is kept.
+pub struct Watch(Arc<Event>);
+
+impl Watch {
+    /// Readable after a change, also after one that was undone, until [`Watch::clear`].
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.0.fd.as_fd()
+    }
+    /// Call it before looking at the state again, so that no change is missed.
+    pub fn clear(&self) {
+        // Non-blocking: EAGAIN says that there was nothing to clear.
+        let _ = self.0.fd.read();
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Watchers(Vec<Weak<Event>>);
+
+impl Watchers {
+    pub(super) fn add(&mut self, vm: Option<VmId>) -> Result<Watch> {
+        let fd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+            .map_err(|e| Error::new(Kind::Exhausted, "watch the store").with_source(e))?;
+        let event = Arc::new(Event { vm, fd });
+        self.0.retain(|w| w.strong_count() > 0);
+        self.0.push(Arc::downgrade(&event));
+        Ok(Watch(event))
+    }
+
+    pub(super) fn tell<'a>(&self, steps: impl IntoIterator<Item = &'a Step> + Clone) {
+        for event in self.0.iter().filter_map(Weak::upgrade) {
+            let concerns =
+                |s: &Step| event.vm.is_none() || s.before.vm() == event.vm.as_ref() || s.after.vm() == event.vm.as_ref();
+            if steps.clone().into_iter().any(concerns) {
+                // Full only after 2^64 - 1 writes without a look, and then it is readable.
+                let _ = event.fd.write(1);
+            }
+        }
+    }
+}

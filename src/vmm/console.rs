@@ -1,0 +1,378 @@
+//! The consoles of all VMs: one thread reads their sockets and writes their bounded logs; whoever wants to see
+//! them reads the logs. A guest that floods its console costs that thread's time and a bounded file.
+
+use super::log_file::{LogReader, LogWriter};
+use crate::error::{Error, Result};
+use crate::host::fs::{open_at, open_dir};
+use crate::host::wait::{Woken, cancelled, wait_any};
+use crate::locks::{Cancel, Mutex, Rank};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use rustix::fs::OFlags;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Most bytes of one piece of a log.
+pub const CHUNK_BYTES_MAX: usize = 64 * 1024;
+/// What the VMM itself says: its stdout and stderr, in the VM's directory.
+pub const VMM_LOG: &str = "vmm.log";
+/// Bound of [`VMM_LOG`]; it is cut to nothing when it is found to be over.
+pub const VMM_LOG_BYTES_MAX: u64 = 256 * 1024;
+/// Between two looks at the sizes of the VMMs' own logs.
+const TICK: Duration = Duration::from_secs(10);
+
+fn event() -> io::Result<EventFd> {
+    Ok(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?)
+}
+
+/// A console to read: the log's directory, its bound, a line that says why the log begins or goes on here.
+pub(super) struct Attach {
+    pub dir: PathBuf,
+    pub bytes_max: u64,
+    pub socket: UnixStream,
+    pub mark: String,
+}
+
+struct Event {
+    fd: EventFd,
+    is_ended: AtomicBool,
+}
+
+#[derive(Default)]
+struct State {
+    incoming: Vec<Attach>,
+    followers: HashMap<PathBuf, Vec<Arc<Event>>>,
+    thread: Option<JoinHandle<()>>,
+    is_closed: bool,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    wake: EventFd,
+}
+
+impl Shared {
+    fn notify(&self, dir: &Path) {
+        for event in self.state.lock().followers.get(dir).into_iter().flatten() {
+            // The counter at its top is readable, too.
+            let _ = event.fd.write(1);
+        }
+    }
+}
+
+/// Dropping it ends the thread; the VMs run on and their consoles wait for the next one.
+pub struct Consoles {
+    shared: Arc<Shared>,
+}
+
+impl Consoles {
+    /// Fails with the eventfd's error (EMFILE, ENFILE).
+    pub fn try_new() -> Result<Self> {
+        let wake = event().map_err(|e| Error::io("make an event for the consoles", e))?;
+        Ok(Self { shared: Arc::new(Shared { state: Mutex::new(Rank::Consoles, State::default()), wake }) })
+    }
+
+    /// The thread takes over the socket until its end. Nothing here blocks.
+    pub(super) fn attach(&self, console: Attach) -> Result<()> {
+        console.socket.set_nonblocking(true).map_err(|e| Error::io("attach to a console", e))?;
+        let mut state = self.shared.state.lock();
+        if state.thread.is_none() {
+            let shared = self.shared.clone();
+            state.thread = Some(crate::host::thread::spawn("consoles", move || Reader::new(shared).run())?);
+        }
+        state.incoming.push(console);
+        drop(state);
+        let _ = self.shared.wake.write(1);
+        Ok(())
+    }
+
+    /// The log of the VM with this directory, from the last `tail` lines on (all of it when that is None), and what
+    /// will come. It need not run nor ever have run.
+    pub fn follow(&self, dir: &Path, tail: Option<u64>) -> Result<Follower> {
+        let doing = || format!("read the console log in {}", dir.display());
+        let fd = event().map_err(|e| Error::io(doing(), e))?;
+        let event = Arc::new(Event { fd, is_ended: AtomicBool::new(false) });
+        // Registered before the log is opened, so that nothing falls between.
+        self.shared.state.lock().followers.entry(dir.to_owned()).or_default().push(event.clone());
+        let mut follower =
+            Follower { shared: self.shared.clone(), dir: dir.to_owned(), event, reader: None, partial: Vec::new() };
+        follower.reader = Some(LogReader::open(dir, tail).map_err(|e| Error::io(doing(), e))?);
+        Ok(follower)
+    }
+
+    /// The VM is deleted: its followers come to their end.
+    pub fn forget(&self, dir: &Path) {
+        for event in self.shared.state.lock().followers.get(dir).into_iter().flatten() {
+            event.is_ended.store(true, Ordering::SeqCst);
+            let _ = event.fd.write(1);
+        }
+    }
+}
+
+impl Drop for Consoles {
+    fn drop(&mut self) {
+        let mut state = self.shared.state.lock();
+        state.is_closed = true;
+        let thread = state.thread.take();
+        drop(state);
+        let _ = self.shared.wake.write(1);
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// All of a log as it stands, or its last `tail` lines. Bytes that are no UTF-8 are replaced. Whoever has not the
+/// room for all of it at once takes [`Consoles::follow`] and does not wait.
+pub fn read(dir: &Path, tail: Option<u64>) -> Result<String> {
+    let io = |e| Error::io(format!("read the console log in {}", dir.display()), e);
+    let mut reader = LogReader::open(dir, tail).map_err(io)?;
+    let (mut bytes, mut buffer) = (Vec::new(), vec![0; CHUNK_BYTES_MAX]);
+    loop {
+        match reader.read(&mut buffer).map_err(io)? {
+            0 => return Ok(String::from_utf8_lossy(&bytes).into_owned()),
+            n => bytes.extend_from_slice(&buffer[..n]),
+        }
+    }
+}
+
+/// What ended a [`Follower::wait`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Followed {
+    /// Call [`Follower::next_chunk`] until it has nothing.
+    More,
+    Deadline,
+    /// The VM is deleted: nothing will come any more.
+    Ended,
+}
+
+/// A place in a log that moves on.
+pub struct Follower {
+    shared: Arc<Shared>,
+    dir: PathBuf,
+    event: Arc<Event>,
+    reader: Option<LogReader>,
+    /// The beginning of a character whose end is still to come.
+    partial: Vec<u8>,
+}
+
+impl Follower {
+    /// The next piece, at most [`CHUNK_BYTES_MAX`] bytes of the log; None when there is nothing new. Never blocks
+    /// on anything but the disk.
+    pub fn next_chunk(&mut self) -> Result<Option<String>> {
+        // Forgotten before the log is read, so that what comes after is told anew. The end stays told.
+        if !self.event.is_ended.load(Ordering::SeqCst) {
+            let _ = self.event.fd.read();
+        }
+        let Some(reader) = &mut self.reader else { return Ok(None) };
+        let mut bytes = std::mem::take(&mut self.partial);
+        let kept = bytes.len();
+        bytes.resize(CHUNK_BYTES_MAX, 0);
+        let n = reader
+            .read(&mut bytes[kept..])
+            .map_err(|e| Error::io(format!("read the console log in {}", self.dir.display()), e))?;
+        bytes.truncate(kept + n);
+        self.partial = bytes.split_off(whole_characters(&bytes));
+        Ok((!bytes.is_empty()).then(|| String::from_utf8_lossy(&bytes).into_owned()))
+    }
+
+    /// For a `poll` of one's own: readable when there may be more, or the end.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.event.fd.as_fd()
+    }
+
+    pub fn is_ended(&self) -> bool {
+        self.event.is_ended.load(Ordering::SeqCst)
+    }
+
+    /// Until there may be more. An error (`cancelled`) when the token fires.
+    pub fn wait(&self, deadline: Instant, cancel: &Cancel) -> Result<Followed> {
+        let doing = "follow a console log";
+        match wait_any(&[(self.fd(), PollFlags::POLLIN)], deadline, cancel).map_err(|e| Error::io(doing, e))? {
+            Woken::Cancelled => Err(cancelled(doing, cancel)),
+            Woken::Deadline => Ok(Followed::Deadline),
+            Woken::Ready if self.is_ended() => Ok(Followed::Ended),
+            Woken::Ready => Ok(Followed::More),
+        }
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        let mut state = self.shared.state.lock();
+        if let Some(events) = state.followers.get_mut(&self.dir) {
+            events.retain(|e| !Arc::ptr_eq(e, &self.event));
+            if events.is_empty() {
+                state.followers.remove(&self.dir);
+            }
+        }
+    }
+}
+
+/// How many of the bytes make whole characters: all, but for one that was begun at the end.
+fn whole_characters(bytes: &[u8]) -> usize {
+    let tail = bytes.len().saturating_sub(3);
+    for i in (tail..bytes.len()).rev() {
+        let need = match bytes[i] {
+            0xC2..=0xDF => 2,
+            0xE0..=0xEF => 3,
+            0xF0..=0xF4 => 4,
+            0x80..=0xBF => continue,
+            _ => break,
+        };
+        return if bytes.len() - i < need { i } else { bytes.len() };
+    }
+    bytes.len()
+}
+
+struct Console {
+    dir: PathBuf,
+    socket: UnixStream,
+    vmm_log: Option<File>,
+}
+
+struct Log {
+    writer: Option<LogWriter>,
+    bytes_max: u64,
+    /// Bytes that could not be written since the last that could.
+    lost: u64,
+}
+
+struct Reader {
+    shared: Arc<Shared>,
+    consoles: Vec<Console>,
+    logs: HashMap<PathBuf, Log>,
+    buffer: Vec<u8>,
+    next_tick: Instant,
+}
+
+impl Reader {
+    fn new(shared: Arc<Shared>) -> Self {
+        let next_tick = Instant::now() + TICK;
+        Self { shared, consoles: Vec::new(), logs: HashMap::new(), buffer: vec![0; CHUNK_BYTES_MAX], next_tick }
+    }
+
+    fn run(mut self) {
+        loop {
+            let ready = self.poll();
+            // Backwards, so that the places of those still to be looked at stay.
+            for i in ready.into_iter().rev() {
+                if !self.read_one(i) {
+                    let gone = self.consoles.swap_remove(i);
+                    if self.consoles.iter().all(|c| c.dir != gone.dir) {
+                        self.logs.remove(&gone.dir);
+                    }
+                }
+            }
+            let mut state = self.shared.state.lock();
+            let (incoming, is_closed) = (std::mem::take(&mut state.incoming), state.is_closed);
+            drop(state);
+            if is_closed {
+                return;
+            }
+            for console in incoming {
+                self.begin(console);
+            }
+            if Instant::now() >= self.next_tick {
+                self.next_tick = Instant::now() + TICK;
+                self.consoles.iter().for_each(bound_vmm_log);
+            }
+        }
+    }
+
+    /// The places of the consoles that have something.
+    fn poll(&self) -> Vec<usize> {
+        let mut fds = vec![PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN)];
+        fds.extend(self.consoles.iter().map(|c| PollFd::new(c.socket.as_fd(), PollFlags::POLLIN)));
+        let timeout = if self.consoles.is_empty() { PollTimeout::MAX } else { crate::host::wait::timeout_until(self.next_tick) };
+        match poll(&mut fds, timeout) {
+            Ok(_) => {}
+            Err(nix::errno::Errno::EINTR) => return Vec::new(),
+            Err(e) => {
+                // Out of memory, say: not worth a spin.
+                log::error!("poll the consoles: {e}");
+                let _ = poll(&mut [], PollTimeout::from(100u8));
+                return Vec::new();
+            }
+        }
+        let has = |fd: &PollFd<'_>| fd.revents().is_none_or(|r| !r.is_empty());
+        if has(&fds[0]) {
+            let _ = self.shared.wake.read();
+        }
+        fds[1..].iter().enumerate().filter(|(_, fd)| has(fd)).map(|(i, _)| i).collect()
+    }
+
+    fn begin(&mut self, attach: Attach) {
+        let log = self.logs.entry(attach.dir.clone()).or_insert(Log { writer: None, bytes_max: 0, lost: 0 });
+        if log.bytes_max != attach.bytes_max {
+            *log = Log { writer: None, bytes_max: attach.bytes_max, lost: log.lost };
+        }
+        log.append(&attach.dir, Some(&attach.mark), &[]);
+        self.shared.notify(&attach.dir);
+        let vmm_log = open_dir(&attach.dir).ok().and_then(|dir| open_at(dir, VMM_LOG, OFlags::WRONLY, 0).ok());
+        self.consoles.push(Console { dir: attach.dir, socket: attach.socket, vmm_log });
+    }
+
+    /// False at its end.
+    fn read_one(&mut self, i: usize) -> bool {
+        let console = &mut self.consoles[i];
+        let n = match console.socket.read(&mut self.buffer) {
+            Ok(0) => return false,
+            Ok(n) => n,
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => return true,
+            Err(_) => return false,
+        };
+        if let Some(log) = self.logs.get_mut(&console.dir) {
+            log.append(&console.dir, None, &self.buffer[..n]);
+        }
+        self.shared.notify(&console.dir);
+        true
+    }
+}
+
+impl Log {
+    /// What cannot be written is dropped and counted: a full disk must stop no guest.
+    fn append(&mut self, dir: &Path, mark: Option<&str>, bytes: &[u8]) {
+        if let Err(e) = self.try_append(dir, mark, bytes) {
+            if self.lost == 0 {
+                log::warn!("write the console log in {}: {e}", dir.display());
+            }
+            self.lost += bytes.len() as u64;
+            self.writer = None;
+        }
+    }
+
+    fn try_append(&mut self, dir: &Path, mark: Option<&str>, bytes: &[u8]) -> io::Result<()> {
+        let writer = match &mut self.writer {
+            Some(writer) => writer,
+            none => none.insert(LogWriter::open(dir, self.bytes_max)?),
+        };
+        if self.lost > 0 {
+            writer.append_mark(&format!("{} bytes could not be written", self.lost))?;
+            self.lost = 0;
+        }
+        mark.map_or(Ok(()), |mark| writer.append_mark(mark))?;
+        writer.append(bytes)
+    }
+}
+
+fn bound_vmm_log(console: &Console) {
+    let Some(file) = &console.vmm_log else { return };
+    if file.metadata().is_ok_and(|m| m.len() > VMM_LOG_BYTES_MAX)
+        && let Err(e) = file.set_len(0)
+    {
+        log::warn!("cut {VMM_LOG} in {}: {e}", console.dir.display());
+    }
+}
+
+#[cfg(test)]
+#[path = "console_tests.rs"]
+mod tests;

@@ -1,0 +1,163 @@
+use super::*;
+use std::io::Write;
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    consoles: Consoles,
+    cancel: Cancel,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap(), consoles: Consoles::try_new().unwrap(), cancel: Cancel::try_new().unwrap() }
+    }
+    fn attach(&self, mark: &str, bytes_max: u64) -> UnixStream {
+        let (ours, guests) = UnixStream::pair().unwrap();
+        let dir = self.dir.path().to_owned();
+        self.consoles.attach(Attach { dir, bytes_max, socket: ours, mark: mark.into() }).unwrap();
+        guests
+    }
+    fn follow(&self, tail: Option<u64>) -> Follower {
+        self.consoles.follow(self.dir.path(), tail).unwrap()
+    }
+    /// Follows until the log ends with `end`.
+    #[track_caller]
+    fn until(&self, follower: &mut Follower, end: &str) -> String {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut seen = String::new();
+        loop {
+            while let Some(text) = follower.next_chunk().unwrap() {
+                seen += &text;
+            }
+            if seen.ends_with(end) {
+                return seen;
+            }
+            assert_eq!(follower.wait(deadline, &self.cancel).unwrap(), Followed::More, "{seen:?}");
+        }
+    }
+}
+
+#[test]
+fn what_a_guest_says_reaches_the_log_and_its_followers() {
+    let f = Fixture::new();
+    let mut early = f.follow(None);
+    assert_eq!(early.next_chunk().unwrap(), None);
+    let mut guest = f.attach("started x", 1 << 20);
+    guest.write_all(b"hello\n").unwrap();
+    assert_eq!(f.until(&mut early, "hello\n"), "--- fcd: started x ---\r\nhello\n");
+    let mut late = f.follow(Some(1));
+    assert_eq!(f.until(&mut late, "hello\n"), "hello\n");
+    guest.write_all(b"world\n").unwrap();
+    assert_eq!(f.until(&mut early, "world\n"), "world\n");
+    assert_eq!(f.until(&mut late, "world\n"), "world\n");
+    assert_eq!(read(f.dir.path(), Some(2)).unwrap(), "hello\nworld\n");
+    drop((early, late));
+    assert!(f.consoles.shared.state.lock().followers.is_empty());
+}
+
+#[test]
+fn a_second_life_of_a_console_goes_on_in_the_same_log() {
+    let f = Fixture::new();
+    let mut follower = f.follow(None);
+    let mut guest = f.attach("started", 1 << 20);
+    guest.write_all(b"one").unwrap();
+    f.until(&mut follower, "one");
+    let mut again = f.attach("reconnected", 1 << 20);
+    drop(guest);
+    again.write_all(b"two\n").unwrap();
+    assert_eq!(f.until(&mut follower, "two\n"), "\r\n--- fcd: reconnected ---\r\ntwo\n");
+}
+
+#[test]
+fn a_flood_is_bounded() {
+    let f = Fixture::new();
+    let mut follower = f.follow(None);
+    let mut guest = f.attach("started", 8192);
+    let writer = crate::host::thread::spawn("flood", move || {
+        for _ in 0..64 {
+            guest.write_all(&[b'x'; 16 * 1024]).unwrap();
+        }
+        guest.write_all(b"\nthe end\n").unwrap();
+    })
+    .unwrap();
+    let seen = f.until(&mut follower, "the end\n");
+    writer.join().unwrap();
+    assert!(seen.len() <= 64 * 16 * 1024 + 100);
+    let sizes: u64 = std::fs::read_dir(f.dir.path()).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum();
+    assert!(sizes <= 8192, "{sizes}");
+    assert!(read(f.dir.path(), None).unwrap().ends_with("the end\n"));
+}
+
+#[test]
+fn a_log_that_cannot_be_written_stops_nobody_and_the_gap_is_marked() {
+    let f = Fixture::new();
+    let log = f.dir.path().join(super::super::log_file::CURRENT);
+    // A directory in its place stands for a disk that takes nothing, for root too.
+    std::fs::create_dir(&log).unwrap();
+    let mut guest = f.attach("m", 1 << 20);
+    let (probe, mut probe_guest) = UnixStream::pair().unwrap();
+    guest.write_all(b"lost\n").unwrap();
+    // The thread takes things in order: when the other console has its line, it has been past this one.
+    let other = tempfile::tempdir().unwrap();
+    let mut other_follower = f.consoles.follow(other.path(), None).unwrap();
+    let attach = Attach { dir: other.path().to_owned(), bytes_max: 1 << 20, socket: probe, mark: "m".into() };
+    f.consoles.attach(attach).unwrap();
+    for i in 0..3 {
+        probe_guest.write_all(format!("{i}\n").as_bytes()).unwrap();
+        f.until(&mut other_follower, &format!("{i}\n"));
+    }
+    std::fs::remove_dir(&log).unwrap();
+    let mut follower = f.follow(None);
+    guest.write_all(b"kept\n").unwrap();
+    let seen = f.until(&mut follower, "kept\n");
+    assert_eq!(seen, "--- fcd: 5 bytes could not be written ---\r\nkept\n");
+}
+
+#[test]
+fn waiting_ends_by_cancel_deadline_and_deletion() {
+    let f = Fixture::new();
+    let follower = f.follow(None);
+    assert_eq!(follower.wait(Instant::now() + Duration::from_millis(5), &f.cancel).unwrap(), Followed::Deadline);
+    f.consoles.forget(f.dir.path());
+    assert_eq!(follower.wait(Instant::now() + Duration::from_secs(10), &f.cancel).unwrap(), Followed::Ended);
+    f.cancel.cancel("enough");
+    let e = follower.wait(Instant::now() + Duration::from_secs(10), &f.cancel).unwrap_err();
+    assert_eq!(e.kind(), crate::error::Kind::Cancelled);
+}
+
+#[test]
+fn characters_are_not_cut() {
+    for (bytes, whole) in [
+        (&b"abc"[..], 3),
+        ("aé".as_bytes(), 3),
+        (&"aé".as_bytes()[..2], 1),
+        (&"€".as_bytes()[..2], 0),
+        (&"x🦀".as_bytes()[..4], 1),
+        ("x🦀".as_bytes(), 5),
+        (b"\xff\x80\x80\x80", 4),
+        (b"", 0),
+    ] {
+        assert_eq!(whole_characters(bytes), whole, "{bytes:?}");
+    }
+    let f = Fixture::new();
+    let mut follower = f.follow(None);
+    let mut guest = f.attach("m", 1 << 20);
+    guest.write_all(b"a\xe2\x82").unwrap();
+    f.until(&mut follower, "a");
+    guest.write_all(b"\xac\n").unwrap();
+    assert_eq!(f.until(&mut follower, "\n"), "€\n");
+}
+
+#[test]
+fn the_vmms_own_log_is_cut_when_it_is_over_its_bound() {
+    let f = Fixture::new();
+    let path = f.dir.path().join(VMM_LOG);
+    let size = || std::fs::metadata(&path).unwrap().len();
+    for (bytes, expected) in [(VMM_LOG_BYTES_MAX, VMM_LOG_BYTES_MAX), (VMM_LOG_BYTES_MAX + 1, 0)] {
+        std::fs::write(&path, vec![b'x'; bytes as usize]).unwrap();
+        let vmm_log = Some(std::fs::OpenOptions::new().write(true).open(&path).unwrap());
+        let (socket, _guest) = UnixStream::pair().unwrap();
+        bound_vmm_log(&Console { dir: f.dir.path().to_owned(), socket, vmm_log });
+        assert_eq!(size(), expected);
+    }
+}

@@ -1,0 +1,479 @@
+//! A driver over a table in memory, which a test steers. It is as strict as a real one: it blocks where that blocks
+//! (the same virtual rank), refuses a disk that a live VMM holds, and leaves nothing after an error.
+//!
+//! The table belongs to the value, not to a daemon: a daemon that is opened anew over the same `Fake` finds its VMMs.
+
+use super::console::{Attach, Consoles};
+use super::{Driver, Identity, Running, VmmSpec};
+use crate::api::daemon::{Check, Severity};
+use crate::error::{Error, Kind, Result};
+use crate::host::process;
+use crate::host::wait::{Woken, cancelled, wait_any, wait_uncancelled};
+use crate::ids::VmId;
+use crate::locks::{Cancel, Condvar, Mutex, Rank, region};
+use nix::poll::PollFlags;
+use std::io::Write;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Pids of fakes begin above every real one (4194304, the kernel's PID_MAX_LIMIT): never anybody's.
+const PID_BASE: u32 = 2_000_000_000;
+/// A gate that nobody opens is a test that hangs.
+const GATE_DEADLINE: Duration = Duration::from_secs(120);
+
+type Died = Box<dyn FnOnce(String) + Send>;
+
+/// Where a held start waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// There is no process yet.
+    BeforeSpawn,
+    /// There is one, `spawned` was told, and it does not answer yet.
+    AfterSpawn,
+}
+
+struct Vmm {
+    spec: VmmSpec,
+    identity: Identity,
+    ssh_addr: SocketAddr,
+    /// How it died.
+    end: Option<String>,
+    /// Fires when it dies: one-shot, for `poll`.
+    gone: Cancel,
+    watchers: Vec<Died>,
+    /// The guest's end of the console.
+    console: Option<UnixStream>,
+}
+
+#[derive(Default)]
+struct State {
+    vmms: Vec<Vmm>,
+    gate: Option<(Stage, Cancel)>,
+    waiting: usize,
+    failures: Vec<String>,
+    is_unkillable: bool,
+    ssh_addr: Option<SocketAddr>,
+    starts: u64,
+    kills: u64,
+    clashes: u64,
+}
+
+pub struct Fake {
+    state: Mutex<State>,
+    changed: Condvar,
+    consoles: Consoles,
+}
+
+/// For the tests.
+impl Fake {
+    pub fn new() -> Result<Self> {
+        let state = Mutex::new(Rank::Consoles, State::default());
+        Ok(Self { state, changed: Condvar::new(), consoles: Consoles::try_new()? })
+    }
+
+    /// From now on starts wait at this stage until [`Fake::release_starts`].
+    pub fn hold_starts(&self, stage: Stage) {
+        let gate = Cancel::try_new().expect("an eventfd");
+        self.state.lock().gate = Some((stage, gate));
+    }
+
+    pub fn release_starts(&self) {
+        let gate = self.state.lock().gate.take();
+        if let Some((_, gate)) = gate {
+            gate.cancel("released");
+        }
+    }
+
+    /// Until so many starts wait at the gate; false at the deadline.
+    pub fn await_held(&self, starts: usize, deadline: Instant) -> bool {
+        self.changed.wait_while(&mut self.state.lock(), deadline, |s| s.waiting < starts)
+    }
+
+    /// The next start fails with this, after it has spawned. Several calls are several failures.
+    pub fn fail_next_start(&self, message: &str) {
+        self.state.lock().failures.push(message.to_owned());
+    }
+
+    /// From now on `kill` ends nothing and runs into its deadline: a process in uninterruptible sleep.
+    pub fn set_unkillable(&self, is_unkillable: bool) {
+        self.state.lock().is_unkillable = is_unkillable;
+    }
+
+    /// Where the guests of later starts are reached; 127.0.0.1:9 when never said.
+    pub fn set_ssh_addr(&self, addr: SocketAddr) {
+        self.state.lock().ssh_addr = Some(addr);
+    }
+
+    /// The VMM of this VM dies as the real ones do: `signal 9 (SIGKILL)`, `the guest shut down`. False when none lives.
+    pub fn die(&self, vm: &VmId, how: &str) -> bool {
+        self.end(|vmm| &vmm.spec.vm == vm, how)
+    }
+
+    /// The guest of this VM writes to its console.
+    pub fn guest_says(&self, vm: &VmId, text: &str) {
+        let state = self.state.lock();
+        let console = state.vmms.iter().rev().find(|vmm| &vmm.spec.vm == vm).and_then(|vmm| vmm.console.as_ref());
+        // A test's few lines fit the socket's buffer.
+        console.map(|mut console| console.write_all(text.as_bytes())).transpose().expect("a console that is read");
+    }
+
+    /// The tags of those that live.
+    pub fn live(&self) -> Vec<String> {
+        self.state.lock().vmms.iter().filter(|vmm| vmm.end.is_none()).map(|vmm| vmm.spec.tag.clone()).collect()
+    }
+
+    /// What the last start of this VM was asked for.
+    pub fn last_spec(&self, vm: &VmId) -> Option<VmmSpec> {
+        self.state.lock().vmms.iter().rev().find(|vmm| &vmm.spec.vm == vm).map(|vmm| vmm.spec.clone())
+    }
+
+    /// Processes spawned so far.
+    pub fn starts(&self) -> u64 {
+        self.state.lock().starts
+    }
+
+    /// Kills asked for so far, of those that lived.
+    pub fn kills(&self) -> u64 {
+        self.state.lock().kills
+    }
+
+    /// Starts on a disk that another live VMM held: a defect of the caller's, always.
+    pub fn clashes(&self) -> u64 {
+        self.state.lock().clashes
+    }
+
+    /// The daemon was killed: its watches and consoles are gone, its VMMs live on.
+    pub fn forget_watchers(&self) {
+        for vmm in &mut self.state.lock().vmms {
+            vmm.watchers.clear();
+            vmm.console = None;
+        }
+    }
+
+    fn end(&self, which: impl Fn(&Vmm) -> bool, how: &str) -> bool {
+        let mut state = self.state.lock();
+        let Some(vmm) = state.vmms.iter_mut().find(|vmm| vmm.end.is_none() && which(vmm)) else { return false };
+        vmm.end = Some(how.to_owned());
+        vmm.console = None;
+        let (gone, watchers) = (vmm.gone.clone(), std::mem::take(&mut vmm.watchers));
+        drop(state);
+        gone.cancel("died");
+        watchers.into_iter().for_each(|died| tell(how.to_owned(), died));
+        true
+    }
+
+    fn with<T>(&self, identity: &Identity, f: impl FnOnce(&mut Vmm) -> T) -> Option<T> {
+        self.state.lock().vmms.iter_mut().find(|vmm| vmm.identity == *identity).map(f)
+    }
+
+    fn pass_gate(&self, stage: Stage, cancel: &Cancel) -> Result<()> {
+        let gate = match &self.state.lock().gate {
+            Some((at, gate)) if *at == stage => gate.clone(),
+            _ => return check(cancel),
+        };
+        self.state.lock().waiting += 1;
+        self.changed.notify_all();
+        let woken = {
+            let _blocking = region(Rank::VmmApi);
+            wait_any(&[(gate.fd(), PollFlags::POLLIN)], Instant::now() + GATE_DEADLINE, cancel)
+        };
+        self.state.lock().waiting -= 1;
+        match woken.map_err(|e| Error::io("wait at the gate", e))? {
+            Woken::Ready => Ok(()),
+            Woken::Cancelled => Err(cancelled("start the VMM", cancel)),
+            Woken::Deadline => Err(Error::new(Kind::Timeout, "start the VMM: nobody opened the gate")),
+        }
+    }
+
+    fn spawn(&self, spec: &VmmSpec) -> Result<Identity> {
+        let gone = Cancel::try_new().map_err(|e| Error::io("make a fake VMM", e))?;
+        let mut state = self.state.lock();
+        if state.vmms.iter().any(|vmm| vmm.end.is_none() && vmm.spec.disk == spec.disk) {
+            state.clashes += 1;
+            return Err(Error::new(Kind::VmmFailed, format!("start the VMM: {} is locked by another", spec.disk.display())));
+        }
+        state.starts += 1;
+        let pid = PID_BASE + u32::try_from(state.starts).expect("few starts");
+        let identity = Identity { pid, start_time: state.starts, boot_id: process::boot_id()?.to_owned() };
+        let ssh_addr = state.ssh_addr.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::LOCALHOST, 9)));
+        let spec = spec.clone();
+        state.vmms.push(Vmm { spec, identity: identity.clone(), ssh_addr, end: None, gone, watchers: vec![], console: None });
+        Ok(identity)
+    }
+
+    fn open_console(&self, spec: &VmmSpec, identity: &Identity, mark: String) -> Result<()> {
+        let (ours, guests) = UnixStream::pair().map_err(|e| Error::io("make a fake console", e))?;
+        self.consoles.attach(Attach { dir: spec.dir.clone(), bytes_max: spec.console_bytes_max, socket: ours, mark })?;
+        self.with(identity, |vmm| vmm.console = Some(guests));
+        Ok(())
+    }
+
+    fn boot(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Running> {
+        self.pass_gate(Stage::AfterSpawn, cancel)?;
+        let failure = {
+            let failures = &mut self.state.lock().failures;
+            (!failures.is_empty()).then(|| failures.remove(0))
+        };
+        if let Some(message) = failure {
+            return Err(Error::new(Kind::VmmFailed, format!("start the VMM: {message}")));
+        }
+        self.open_console(spec, identity, format!("started {}", spec.tag))?;
+        let end = self.with(identity, |vmm| (vmm.end.clone(), vmm.ssh_addr));
+        match end {
+            Some((None, ssh_addr)) => Ok(Running { identity: identity.clone(), ssh_addr }),
+            Some((Some(how), _)) => Err(Error::new(Kind::VmmFailed, format!("start the VMM: it ended with {how}"))),
+            None => Err(Error::internal("a fake VMM is in no table")),
+        }
+    }
+}
+
+fn check(cancel: &Cancel) -> Result<()> {
+    if cancel.is_cancelled() { Err(cancelled("start the VMM", cancel)) } else { Ok(()) }
+}
+
+/// On a thread of its own, as the real watcher does.
+fn tell(how: String, died: Died) {
+    crate::host::thread::spawn("vmm-died", move || died(how)).expect("a thread");
+}
+
+impl Driver for Fake {
+    fn describe(&self) -> String {
+        "fake".to_owned()
+    }
+
+    fn warm_up(&self, _kernel: &Path, _cancel: &Cancel) {}
+
+    fn consoles(&self) -> &Consoles {
+        &self.consoles
+    }
+
+    fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running> {
+        self.pass_gate(Stage::BeforeSpawn, cancel)?;
+        let identity = self.spawn(spec)?;
+        // From here on an error, a cancel and a panic leave no VMM; one that cannot be killed is not there to see.
+        let mut undo = crate::undo::Undo::new();
+        undo.push("kill the VMM", || {
+            self.end(|vmm| vmm.identity == identity, "signal 9 (SIGKILL)");
+            Ok(())
+        });
+        spawned(&identity);
+        let running = self.boot(spec, &identity, cancel)?;
+        undo.commit();
+        Ok(running)
+    }
+
+    fn find(&self, tag: &str) -> Result<Option<Identity>> {
+        let state = self.state.lock();
+        Ok(state.vmms.iter().find(|vmm| vmm.end.is_none() && vmm.spec.tag == tag).map(|vmm| vmm.identity.clone()))
+    }
+
+    fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
+        let ssh_addr = self.with(identity, |vmm| (vmm.end.is_none() && vmm.spec.tag == spec.tag).then_some(vmm.ssh_addr));
+        let gone = || Error::new(Kind::VmmFailed, "take up the VMM again: it has exited");
+        let ssh_addr = ssh_addr.flatten().ok_or_else(gone)?;
+        self.open_console(spec, identity, "reconnected; what the guest said since fcd ended is lost".to_owned())?;
+        Ok(Running { identity: identity.clone(), ssh_addr })
+    }
+
+    fn is_alive(&self, identity: &Identity) -> bool {
+        self.with(identity, |vmm| vmm.end.is_none()).unwrap_or(false)
+    }
+
+    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
+        let Some(gone) = self.with(identity, |vmm| vmm.gone.clone()) else { return Ok(true) };
+        let _blocking = region(Rank::VmmApi);
+        let woken = wait_any(&[(gone.fd(), PollFlags::POLLIN)], deadline, cancel);
+        Ok(woken.map_err(|e| Error::io("wait for a fake VMM", e))? == Woken::Ready)
+    }
+
+    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
+        if !self.is_alive(identity) {
+            return Ok(());
+        }
+        let is_unkillable = {
+            let mut state = self.state.lock();
+            state.kills += 1;
+            state.is_unkillable
+        };
+        let _blocking = region(Rank::VmmApi);
+        if !is_unkillable {
+            self.end(|vmm| vmm.identity == *identity, "signal 9 (SIGKILL)");
+        }
+        let Some(gone) = self.with(identity, |vmm| vmm.gone.clone()) else { return Ok(()) };
+        let woken = wait_uncancelled(&[(gone.fd(), PollFlags::POLLIN)], deadline).map_err(|e| Error::io("kill a fake VMM", e))?;
+        if woken == Woken::Ready {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Timeout, format!("kill the VMM: process {} has not exited in time", identity.pid)))
+    }
+
+    fn watch(&self, identity: &Identity, died: Died) -> Result<()> {
+        let mut died = Some(died);
+        let end = self.with(identity, |vmm| {
+            if vmm.end.is_none() {
+                vmm.watchers.extend(died.take());
+            }
+            vmm.end.clone()
+        });
+        if let Some(died) = died {
+            tell(end.flatten().unwrap_or_else(|| process::Exit::Unknown.to_string()), died);
+        }
+        Ok(())
+    }
+
+    fn checks(&self) -> Vec<Check> {
+        vec![Check { id: "fake".into(), severity: Severity::Ok, found: "VMs are pretended".into(), fix: None }]
+    }
+}
+
+/// A spec for a VM below `state_dir` whose files nobody looks at.
+pub fn spec(vm: VmId, tag: &str, state_dir: &Path) -> VmmSpec {
+    let dir: PathBuf = state_dir.join(vm.as_str());
+    VmmSpec {
+        tag: tag.to_owned(),
+        kernel: dir.join("vmlinux"),
+        initrd: dir.join("initrd"),
+        boot_args: String::new(),
+        disk: dir.join("disk"),
+        disk_format: super::DiskFormat::Raw,
+        seed: dir.join("seed"),
+        vcpus: 1,
+        mem_mib: 128,
+        credentials: None,
+        console_bytes_max: 1 << 20,
+        vm,
+        dir,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::mpsc::channel;
+
+    struct Fixture {
+        fake: Arc<Fake>,
+        spec: VmmSpec,
+        cancel: Cancel,
+        _dir: tempfile::TempDir,
+    }
+
+    fn fixture() -> Fixture {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = spec(VmId::random(), "fc-test-1", dir.path());
+        std::fs::create_dir(&spec.dir).unwrap();
+        Fixture { fake: Arc::new(Fake::new().unwrap()), spec, cancel: Cancel::try_new().unwrap(), _dir: dir }
+    }
+
+    impl Fixture {
+        fn start(&self) -> Result<Running> {
+            self.fake.start(&self.spec, &self.cancel, &mut |_| {})
+        }
+        fn start_aside(&self) -> std::thread::JoinHandle<Result<Running>> {
+            let (fake, spec, cancel) = (self.fake.clone(), self.spec.clone(), self.cancel.clone());
+            crate::host::thread::spawn("start", move || fake.start(&spec, &cancel, &mut |_| {})).unwrap()
+        }
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(10)
+    }
+
+    #[test]
+    fn a_life_from_start_to_death() {
+        let f = fixture();
+        let running = f.start().unwrap();
+        let id = &running.identity;
+        assert!(f.fake.is_alive(id));
+        assert_eq!(f.fake.find("fc-test-1").unwrap().as_ref(), Some(id));
+        assert_eq!(f.fake.live(), ["fc-test-1"]);
+        assert!(!f.fake.wait_exit(id, Instant::now(), &f.cancel).unwrap());
+        assert_eq!(f.start().unwrap_err().kind(), Kind::VmmFailed);
+        assert_eq!(f.fake.clashes(), 1);
+        let (told, tellings) = channel();
+        let again = told.clone();
+        f.fake.watch(id, Box::new(move |how| told.send(how).unwrap())).unwrap();
+        assert!(f.fake.die(&f.spec.vm, "signal 11 (SIGSEGV)"));
+        assert!(!f.fake.die(&f.spec.vm, "twice"));
+        f.fake.watch(id, Box::new(move |how| again.send(how).unwrap())).unwrap();
+        for _ in 0..2 {
+            assert_eq!(tellings.recv_timeout(Duration::from_secs(10)).unwrap(), "signal 11 (SIGSEGV)");
+        }
+        assert!(f.fake.wait_exit(id, soon(), &f.cancel).unwrap());
+        assert!(!f.fake.is_alive(id) && f.fake.live().is_empty());
+        assert_eq!(f.fake.find("fc-test-1").unwrap(), None);
+        f.start().unwrap();
+    }
+
+    #[test]
+    fn a_held_start_goes_on_or_is_cancelled_and_leaves_nothing() {
+        for stage in [Stage::BeforeSpawn, Stage::AfterSpawn] {
+            let f = fixture();
+            f.fake.hold_starts(stage);
+            let start = f.start_aside();
+            assert!(f.fake.await_held(1, soon()));
+            assert_eq!(f.fake.live().len(), usize::from(stage == Stage::AfterSpawn));
+            f.fake.release_starts();
+            let running = start.join().unwrap().unwrap();
+            f.fake.kill(&running.identity, soon()).unwrap();
+            f.fake.hold_starts(stage);
+            let start = f.start_aside();
+            assert!(f.fake.await_held(1, soon()));
+            f.cancel.cancel("the VM was stopped");
+            assert_eq!(start.join().unwrap().unwrap_err().kind(), Kind::Cancelled);
+            assert!(f.fake.live().is_empty());
+        }
+    }
+
+    #[test]
+    fn a_failed_start_leaves_nothing() {
+        let f = fixture();
+        f.fake.fail_next_start("no such disk");
+        assert_eq!(f.start().unwrap_err().to_string(), "start the VMM: no such disk");
+        assert!(f.fake.live().is_empty());
+        f.start().unwrap();
+        assert_eq!(f.fake.starts(), 2);
+    }
+
+    #[test]
+    fn one_that_cannot_be_killed_runs_into_the_deadline() {
+        let f = fixture();
+        let id = f.start().unwrap().identity;
+        f.fake.set_unkillable(true);
+        let e = f.fake.kill(&id, Instant::now() + Duration::from_millis(5)).unwrap_err();
+        assert_eq!(e.kind(), Kind::Timeout);
+        assert!(f.fake.is_alive(&id));
+        f.fake.set_unkillable(false);
+        f.fake.kill(&id, soon()).unwrap();
+        f.fake.kill(&id, soon()).unwrap();
+        assert_eq!(f.fake.kills(), 2);
+    }
+
+    #[test]
+    fn a_new_daemon_takes_it_up_with_its_console() {
+        let f = fixture();
+        let id = f.start().unwrap().identity;
+        let mut follower = f.fake.consoles().follow(&f.spec.dir, None).unwrap();
+        let mut until = |end: &str| {
+            let mut seen = String::new();
+            while !seen.ends_with(end) {
+                match follower.next_chunk().unwrap() {
+                    Some(text) => seen += &text,
+                    None => assert_eq!(follower.wait(soon(), &f.cancel).unwrap(), super::super::console::Followed::More),
+                }
+            }
+            seen
+        };
+        f.fake.guest_says(&f.spec.vm, "one\n");
+        assert_eq!(until("one\n"), "--- fcd: started fc-test-1 ---\r\none\n");
+        f.fake.forget_watchers();
+        assert_eq!(f.fake.adopt(&f.spec, &id).unwrap().identity, id);
+        f.fake.guest_says(&f.spec.vm, "two\n");
+        assert!(until("two\n").contains("reconnected"));
+        let other = VmmSpec { tag: "fc-test-2".into(), ..f.spec.clone() };
+        assert_eq!(f.fake.adopt(&other, &id).unwrap_err().kind(), Kind::VmmFailed);
+    }
+}

@@ -1,0 +1,210 @@
+//! What a VM runs on here: found out once, lazily, and never in the way of a cancel.
+//!
+//! That `/dev/kvm` is there proves nothing: it may be closed to us, or belong to a virtualisation that runs no
+//! stock kernel. So a stock kernel is booted with it, without a root file system: one that gets as far as to miss
+//! that has come through everything that such hosts stumble over, and has done so in time.
+
+use super::argv::{Accelerator, Board, PROBE_LAST_WORDS, Platform, probe_argv};
+use super::tsc;
+use crate::config::{Accel, Machine, Qemu};
+use crate::error::{Error, Kind, Result};
+use crate::host::command::{Command, printable, run_any_status};
+use crate::host::wait::{Woken, cancelled, wait_any};
+use crate::locks::{Cancel, Mutex, Rank};
+use nix::poll::PollFlags;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const KVM: &str = "/dev/kvm";
+/// A stock kernel takes a second or two from its start to its panic with working virtualisation.
+const PROBE_DEADLINE: Duration = Duration::from_secs(10);
+/// The probe and what is around it.
+const PICK_DEADLINE: Duration = Duration::from_secs(20);
+
+/// What was picked, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Picked {
+    pub platform: Platform,
+    pub why: String,
+    /// Groups that a VMM under another uid needs: the one that may open `/dev/kvm`.
+    pub groups: Vec<u32>,
+}
+
+enum State {
+    Unknown,
+    /// Fires when it is over.
+    Probing(Cancel),
+    Known(Picked),
+}
+
+pub struct Picker {
+    config: Qemu,
+    state: Arc<Mutex<State>>,
+}
+
+/// May our VMMs open `/dev/kvm`: with which groups, or why not.
+type Access = std::result::Result<Vec<u32>, String>;
+
+impl Picker {
+    pub fn new(config: Qemu) -> Self {
+        Self { config, state: Arc::new(Mutex::new(Rank::Consoles, State::Unknown)) }
+    }
+
+    pub fn known(&self) -> Option<Picked> {
+        match &*self.state.lock() {
+            State::Known(picked) => Some(picked.clone()),
+            _ => None,
+        }
+    }
+
+    /// Waits for a probe that is under way rather than making a second. Its own thread makes it, so a waiter may
+    /// leave and the result is there for the next.
+    pub fn pick(&self, kernel: &Path, cancel: &Cancel) -> Result<Picked> {
+        let doing = "find out what VMs run on here";
+        let deadline = Instant::now() + PICK_DEADLINE;
+        loop {
+            let over = match &mut *self.state.lock() {
+                State::Known(picked) => return Ok(picked.clone()),
+                State::Probing(over) => over.clone(),
+                unknown => {
+                    let over = Cancel::try_new().map_err(|e| Error::io(doing, e))?;
+                    self.begin(kernel, over.clone())?;
+                    *unknown = State::Probing(over.clone());
+                    over
+                }
+            };
+            match wait_any(&[(over.fd(), PollFlags::POLLIN)], deadline, cancel).map_err(|e| Error::io(doing, e))? {
+                Woken::Ready => {}
+                Woken::Cancelled => return Err(cancelled(doing, cancel)),
+                Woken::Deadline => return Err(Error::new(Kind::Timeout, format!("{doing}: not in time"))),
+            }
+        }
+    }
+
+    /// The state's lock is held by the caller, so the thread's first store comes after the caller's.
+    fn begin(&self, kernel: &Path, over: Cancel) -> Result<()> {
+        let (config, kernel, state) = (self.config.clone(), kernel.to_owned(), self.state.clone());
+        crate::host::thread::spawn("vmm-probe", move || {
+            // A panic must not leave those who wait without an answer.
+            let pick = std::panic::AssertUnwindSafe(|| pick(&config, &kernel, &over));
+            let picked = std::panic::catch_unwind(pick).unwrap_or_else(|_| Err(Error::internal("the probe panicked")));
+            *state.lock() = match picked {
+                Ok(picked) => {
+                    log::info!("VMs run on {}: {}", picked.platform, picked.why);
+                    State::Known(picked)
+                }
+                Err(e) => {
+                    log::warn!("find out what VMs run on here: {e}");
+                    State::Unknown
+                }
+            };
+            over.cancel("found out");
+        })?;
+        Ok(())
+    }
+}
+
+fn pick(config: &Qemu, kernel: &Path, cancel: &Cancel) -> Result<Picked> {
+    let (accelerator, why, groups) = match config.accel {
+        Accel::Tcg => (Accelerator::Tcg, "the configuration says tcg".to_owned(), Vec::new()),
+        Accel::Kvm => (Accelerator::Kvm, "the configuration says kvm".to_owned(), kvm_access().unwrap_or_default()),
+        Accel::Auto => match kvm_access() {
+            Err(why) => (Accelerator::Tcg, why, Vec::new()),
+            Ok(groups) => match probe(config, kernel, cancel)? {
+                None => (Accelerator::Kvm, "a stock kernel boots with it".to_owned(), groups),
+                Some(why) => (Accelerator::Tcg, format!("{KVM} runs no stock kernel: {why}"), Vec::new()),
+            },
+        },
+    };
+    let board = pick_board(config.machine, accelerator, cancel)?;
+    Ok(Picked { platform: Platform { accelerator, board }, why, groups })
+}
+
+fn pick_board(machine: Machine, accelerator: Accelerator, cancel: &Cancel) -> Result<Board> {
+    let by_itself = machine == Machine::Microvm && accelerator == Accelerator::Kvm;
+    Ok(match machine {
+        // KVM tells the guest its TSC's frequency.
+        _ if by_itself => Board::Microvm { tsc_khz: None },
+        Machine::Q35 => Board::Q35,
+        Machine::Auto if accelerator == Accelerator::Kvm || !tsc::is_constant() => Board::Q35,
+        Machine::Auto | Machine::Microvm => match tsc::measure_khz(cancel)? {
+            Some(khz) => Board::Microvm { tsc_khz: Some(khz) },
+            None => Board::Q35,
+        },
+    })
+}
+
+/// By the mode alone, for a VMM that will have another uid than we have.
+pub fn kvm_access() -> Access {
+    let stat = match std::fs::metadata(KVM) {
+        Ok(stat) => stat,
+        Err(_) => return Err(format!("there is no {KVM}")),
+    };
+    let mode = stat.permissions().mode();
+    if !rustix::process::geteuid().is_root() {
+        let may = rustix::fs::access(KVM, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK).is_ok();
+        return if may { Ok(Vec::new()) } else { Err(format!("this user may not open {KVM}")) };
+    }
+    if mode & 0o006 == 0o006 {
+        Ok(Vec::new())
+    } else if mode & 0o060 == 0o060 && stat.gid() != 0 {
+        Ok(vec![stat.gid()])
+    } else {
+        Err(format!("only root may open {KVM}, and VMMs do not run as root"))
+    }
+}
+
+/// None: it boots. Otherwise why it is not used. An error only where that could not be found out.
+fn probe(config: &Qemu, kernel: &Path, cancel: &Cancel) -> Result<Option<String>> {
+    let platform = Platform { accelerator: Accelerator::Kvm, board: Board::Q35 };
+    let command = Command::new(&config.binary).args(probe_argv(&platform, kernel)).deadline(PROBE_DEADLINE);
+    match run_any_status(&command, cancel, &mut |_| {}) {
+        Ok(out) if out.status == 0 && String::from_utf8_lossy(&out.stdout).contains(PROBE_LAST_WORDS) => Ok(None),
+        Ok(out) => {
+            let said = printable(String::from_utf8_lossy(&out.stderr).lines().last().unwrap_or_default());
+            Ok(Some(format!("qemu ended with status {}: {said}", out.status)))
+        }
+        Err(e) if e.kind() == Kind::Timeout => Ok(Some(format!("it did not boot within {} s", PROBE_DEADLINE.as_secs()))),
+        Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn picker(accel: Accel, machine: Machine) -> Picker {
+        Picker::new(Qemu { accel, machine, binary: "/bin/false".into(), ..Qemu::default() })
+    }
+
+    #[test]
+    fn the_configuration_is_obeyed() {
+        let cancel = Cancel::try_new().unwrap();
+        let pick = |accel, machine| picker(accel, machine).pick(Path::new("/none"), &cancel).unwrap().platform;
+        assert_eq!(pick(Accel::Tcg, Machine::Q35), Platform { accelerator: Accelerator::Tcg, board: Board::Q35 });
+        assert_eq!(pick(Accel::Kvm, Machine::Auto), Platform { accelerator: Accelerator::Kvm, board: Board::Q35 });
+        let board = Board::Microvm { tsc_khz: None };
+        assert_eq!(pick(Accel::Kvm, Machine::Microvm), Platform { accelerator: Accelerator::Kvm, board });
+        assert!(matches!(pick(Accel::Tcg, Machine::Microvm).board, Board::Microvm { tsc_khz: Some(_) }));
+    }
+
+    #[test]
+    fn kvm_that_does_not_boot_is_not_used_and_the_result_is_kept() {
+        let cancel = Cancel::try_new().unwrap();
+        let picker = picker(Accel::Auto, Machine::Q35);
+        assert_eq!(picker.known(), None);
+        let picked = picker.pick(Path::new("/none"), &cancel).unwrap();
+        assert_eq!(picked.platform.accelerator, Accelerator::Tcg);
+        assert_eq!(picker.known(), Some(picked));
+    }
+
+    #[test]
+    fn a_waiter_may_leave() {
+        let cancel = Cancel::try_new().unwrap();
+        cancel.cancel("the VM was stopped");
+        let e = picker(Accel::Tcg, Machine::Microvm).pick(Path::new("/none"), &cancel).unwrap_err();
+        assert_eq!(e.kind(), Kind::Cancelled);
+    }
+}

@@ -1,0 +1,328 @@
+//! QEMU's command line. Pure.
+//!
+//! Sources: qemu(1) 7.2; docs/system/i386/microvm.rst; the kernel's kernel-parameters.txt.
+
+use crate::error::{Error, Kind, Result};
+use crate::vmm::{DiskFormat, VmmSpec};
+use serde_json::json;
+use std::ffi::OsString;
+use std::fmt;
+use std::path::Path;
+
+pub const QMP_SOCKET: &str = "qmp.sock";
+pub const CONSOLE_SOCKET: &str = "console.sock";
+/// The guest's address on the user-mode network, and its SSH port.
+pub const GUEST_ADDR: &str = "10.0.2.15";
+pub const GUEST_SSH_PORT: u16 = 22;
+/// Translated code is cached up to here; without a bound QEMU takes as much as a gigabyte.
+const TCG_CACHE_MIB: u32 = 256;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accelerator {
+    Kvm,
+    Tcg,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Board {
+    /// Under TCG it has no timer to calibrate the TSC against, so the host's frequency is told to the kernel.
+    Microvm {
+        tsc_khz: Option<u64>,
+    },
+    Q35,
+}
+
+/// What a VM runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Platform {
+    pub accelerator: Accelerator,
+    pub board: Board,
+}
+
+impl fmt::Display for Platform {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let accelerator = match self.accelerator {
+            Accelerator::Kvm => "kvm",
+            Accelerator::Tcg => "tcg",
+        };
+        let board = match self.board {
+            Board::Microvm { .. } => "microvm",
+            Board::Q35 => "q35",
+        };
+        write!(f, "qemu ({accelerator}, {board})")
+    }
+}
+
+impl Platform {
+    fn machine(&self) -> &'static str {
+        match (self.board, self.accelerator) {
+            // The PIT would be calibrated against, which never ends under TCG.
+            (Board::Microvm { .. }, Accelerator::Tcg) => "microvm,pit=off,rtc=on,isa-serial=on",
+            (Board::Microvm { .. }, Accelerator::Kvm) => "microvm,rtc=on,isa-serial=on",
+            (Board::Q35, _) => "q35",
+        }
+    }
+
+    fn device(&self, kind: &str, properties: &str) -> String {
+        match self.board {
+            Board::Microvm { .. } => format!("virtio-{kind}-device,{properties}"),
+            Board::Q35 => format!("virtio-{kind}-pci,{properties}"),
+        }
+    }
+
+    /// The part that the sandbox and the machine make, for a VM and for a probe alike.
+    pub fn base(&self) -> Vec<OsString> {
+        let mut args: Vec<OsString> = ["-machine", self.machine(), "-accel"].map(OsString::from).to_vec();
+        match self.accelerator {
+            Accelerator::Kvm => args.extend(["kvm", "-cpu", "host"].map(OsString::from)),
+            Accelerator::Tcg => {
+                args.push(format!("tcg,tb-size={TCG_CACHE_MIB}").into());
+                args.extend(["-cpu", "max"].map(OsString::from));
+            }
+        }
+        let rest = ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-sandbox", SANDBOX];
+        args.extend(rest.map(OsString::from));
+        args
+    }
+
+    fn kernel_args(&self, image: &str) -> String {
+        let mut args = vec![image.trim(), "console=ttyS0 panic=-1 net.ifnames=0 quiet"];
+        args.push("cryptomgr.notests random.trust_cpu=on audit=0");
+        if self.accelerator == Accelerator::Tcg {
+            // There is no speculation to mitigate in translated code.
+            args.push("mitigations=off");
+        }
+        let mut args: Vec<_> = args.into_iter().filter(|a| !a.is_empty()).map(str::to_owned).collect();
+        if let Board::Microvm { tsc_khz } = self.board {
+            // Reliable: the watchdog would compare it with jiffies, which fall behind on a busy host, and would then
+            // go on by these. Measured: two boots of ten at load 3.
+            args.extend(tsc_khz.map(|khz| format!("tsc_early_khz={khz} tsc=reliable")));
+        }
+        args.join(" ")
+    }
+}
+
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+/// The arguments for one VM. QEMU runs in the VM's `run/`, so its sockets have short names; it starts stopped, so
+/// that the console is read from the first byte on.
+pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Vec<OsString>> {
+    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
+    if spec.tag.is_empty() || !spec.tag.bytes().all(is_plain) {
+        return Err(Error::internal(format!("start the VMM: the tag {:?} has other characters than a-z, 0-9 and -", spec.tag)));
+    }
+    let mut args: Vec<OsString> = vec!["-name".into(), spec.tag.clone().into()];
+    args.extend(platform.base());
+    let mut option = |name: &str, value: String| args.extend([OsString::from(name), value.into()]);
+    option("-smp", spec.vcpus.to_string());
+    option("-m", format!("{}M", spec.mem_mib));
+    for (node, path, format, is_readonly) in
+        [("root", &spec.disk, spec.disk_format, false), ("seed", &spec.seed, DiskFormat::Raw, true)]
+    {
+        option("-blockdev", file_node(node, path, is_readonly)?);
+        option("-blockdev", format_node(node, format, is_readonly));
+        option("-device", platform.device("blk", &format!("drive={node},serial={node}")));
+    }
+    let restrict = if is_isolated { ",restrict=on" } else { "" };
+    option("-netdev", format!("user,id=net,ipv6=off{restrict},hostfwd=tcp:127.0.0.1:0-{GUEST_ADDR}:{GUEST_SSH_PORT}"));
+    // Without a ROM a PCI card does not try to boot from the network.
+    let rom = if platform.board == Board::Q35 { ",romfile=" } else { "" };
+    option("-device", platform.device("net", &format!("netdev=net{rom}")));
+    option("-object", "rng-builtin,id=rng".into());
+    option("-device", platform.device("rng", "rng=rng"));
+    option("-chardev", format!("socket,id=console,path={CONSOLE_SOCKET},server=on,wait=off"));
+    option("-serial", "chardev:console".into());
+    option("-qmp", format!("unix:{QMP_SOCKET},server=on,wait=off"));
+    option("-append", platform.kernel_args(&spec.boot_args));
+    args.extend(["-kernel".into(), spec.kernel.clone().into(), "-initrd".into(), spec.initrd.clone().into(), "-S".into()]);
+    Ok(args)
+}
+
+/// As JSON, for in the other form a comma ends a path. `locking`: a second VMM on the same disk is refused.
+fn file_node(node: &str, path: &Path, is_readonly: bool) -> Result<String> {
+    let Some(path) = path.to_str() else {
+        let message = format!("start the VMM: the path {} is no UTF-8", path.display());
+        return Err(Error::new(Kind::Unsupported, message).hint("use another state directory"));
+    };
+    let name = format!("{node}-file");
+    Ok(json!({
+        "driver": "file", "node-name": name, "filename": path, "locking": "on", "read-only": is_readonly,
+        "discard": "unmap",
+    })
+    .to_string())
+}
+
+/// The host's page cache is used and the guest's flushes are honoured: QEMU's defaults.
+fn format_node(node: &str, format: DiskFormat, is_readonly: bool) -> String {
+    let driver = match format {
+        DiskFormat::Raw => "raw",
+        DiskFormat::Qcow2 => "qcow2",
+    };
+    json!({ "driver": driver, "node-name": node, "file": format!("{node}-file"), "read-only": is_readonly, "discard": "unmap" })
+        .to_string()
+}
+
+/// What boots a kernel far enough to see that it runs: it finds no root and panics, and so the VMM ends.
+pub fn probe_argv(platform: &Platform, kernel: &Path) -> Vec<OsString> {
+    let mut args = platform.base();
+    args.extend(["-m", "256M", "-serial", "stdio", "-append", PROBE_KERNEL_ARGS, "-kernel"].map(OsString::from));
+    args.push(kernel.into());
+    args
+}
+
+const PROBE_KERNEL_ARGS: &str = "console=ttyS0 panic=-1 quiet";
+/// What a kernel without a root file system says last (init/do_mounts.c).
+pub const PROBE_LAST_WORDS: &str = "VFS: Unable to mount root fs";
+
+/// Where the guest's SSH port is forwarded from, in the answer to `info usernet` (slirp's `connection_info`).
+pub fn forwarded_port(usernet: &str) -> Option<u16> {
+    usernet.lines().find_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let [protocol, _fd, source, port, dest, dest_port, ..] = fields.as_slice() else { return None };
+        let is_ours = *protocol == "TCP[HOST_FORWARD]"
+            && *source == "127.0.0.1"
+            && *dest == GUEST_ADDR
+            && dest_port.parse() == Ok(GUEST_SSH_PORT);
+        port.parse().ok().filter(|port| is_ours && *port != 0)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::{Expect, expect};
+
+    fn spec() -> VmmSpec {
+        VmmSpec {
+            vm: "0123456789ab".parse().unwrap(),
+            tag: "fc-aa-0123456789ab-1".into(),
+            dir: "/s/vms/0123456789ab".into(),
+            kernel: "/s/images/x/vmlinux".into(),
+            initrd: "/s/images/x/initrd".into(),
+            boot_args: "root=/dev/vda".into(),
+            disk: "/s/vms/0123456789ab/disk".into(),
+            disk_format: DiskFormat::Raw,
+            seed: "/s/vms/0123456789ab/seed, \"the\" one".into(),
+            vcpus: 2,
+            mem_mib: 512,
+            credentials: None,
+            console_bytes_max: 1 << 20,
+        }
+    }
+
+    #[track_caller]
+    fn check(spec: &VmmSpec, platform: Platform, is_isolated: bool, expected: Expect) {
+        let args = argv(spec, &platform, is_isolated).unwrap();
+        let mut text = String::new();
+        for arg in args {
+            let arg = arg.into_string().unwrap();
+            let is_option = arg.starts_with('-');
+            text += if is_option { "\n" } else { " " };
+            text += &arg;
+        }
+        expected.assert_eq(text.trim_start());
+    }
+
+    #[test]
+    fn microvm_under_emulation() {
+        let board = Board::Microvm { tsc_khz: Some(2_596_111) };
+        check(
+            &spec(),
+            Platform { accelerator: Accelerator::Tcg, board },
+            false,
+            expect![[r#"
+                -name fc-aa-0123456789ab-1
+                -machine microvm,pit=off,rtc=on,isa-serial=on
+                -accel tcg,tb-size=256
+                -cpu max
+                -nodefaults
+                -no-user-config
+                -no-reboot
+                -display none
+                -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+                -smp 2
+                -m 512M
+                -blockdev {"discard":"unmap","driver":"file","filename":"/s/vms/0123456789ab/disk","locking":"on","node-name":"root-file","read-only":false}
+                -blockdev {"discard":"unmap","driver":"raw","file":"root-file","node-name":"root","read-only":false}
+                -device virtio-blk-device,drive=root,serial=root
+                -blockdev {"discard":"unmap","driver":"file","filename":"/s/vms/0123456789ab/seed, \"the\" one","locking":"on","node-name":"seed-file","read-only":true}
+                -blockdev {"discard":"unmap","driver":"raw","file":"seed-file","node-name":"seed","read-only":true}
+                -device virtio-blk-device,drive=seed,serial=seed
+                -netdev user,id=net,ipv6=off,hostfwd=tcp:127.0.0.1:0-10.0.2.15:22
+                -device virtio-net-device,netdev=net
+                -object rng-builtin,id=rng
+                -device virtio-rng-device,rng=rng
+                -chardev socket,id=console,path=console.sock,server=on,wait=off
+                -serial chardev:console
+                -qmp unix:qmp.sock,server=on,wait=off
+                -append root=/dev/vda console=ttyS0 panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0 mitigations=off tsc_early_khz=2596111 tsc=reliable
+                -kernel /s/images/x/vmlinux
+                -initrd /s/images/x/initrd
+                -S"#]],
+        );
+    }
+
+    #[test]
+    fn q35_under_kvm_isolated_on_qcow2() {
+        let spec = VmmSpec { disk_format: DiskFormat::Qcow2, ..spec() };
+        check(
+            &spec,
+            Platform { accelerator: Accelerator::Kvm, board: Board::Q35 },
+            true,
+            expect![[r#"
+            -name fc-aa-0123456789ab-1
+            -machine q35
+            -accel kvm
+            -cpu host
+            -nodefaults
+            -no-user-config
+            -no-reboot
+            -display none
+            -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+            -smp 2
+            -m 512M
+            -blockdev {"discard":"unmap","driver":"file","filename":"/s/vms/0123456789ab/disk","locking":"on","node-name":"root-file","read-only":false}
+            -blockdev {"discard":"unmap","driver":"qcow2","file":"root-file","node-name":"root","read-only":false}
+            -device virtio-blk-pci,drive=root,serial=root
+            -blockdev {"discard":"unmap","driver":"file","filename":"/s/vms/0123456789ab/seed, \"the\" one","locking":"on","node-name":"seed-file","read-only":true}
+            -blockdev {"discard":"unmap","driver":"raw","file":"seed-file","node-name":"seed","read-only":true}
+            -device virtio-blk-pci,drive=seed,serial=seed
+            -netdev user,id=net,ipv6=off,restrict=on,hostfwd=tcp:127.0.0.1:0-10.0.2.15:22
+            -device virtio-net-pci,netdev=net,romfile=
+            -object rng-builtin,id=rng
+            -device virtio-rng-pci,rng=rng
+            -chardev socket,id=console,path=console.sock,server=on,wait=off
+            -serial chardev:console
+            -qmp unix:qmp.sock,server=on,wait=off
+            -append root=/dev/vda console=ttyS0 panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0
+            -kernel /s/images/x/vmlinux
+            -initrd /s/images/x/initrd
+            -S"#]],
+        );
+    }
+
+    #[test]
+    fn a_tag_that_qemu_would_take_apart_is_refused() {
+        let platform = Platform { accelerator: Accelerator::Tcg, board: Board::Q35 };
+        for tag in ["", "a,b", "a=b", "a b"] {
+            assert!(argv(&VmmSpec { tag: tag.into(), ..spec() }, &platform, false).is_err(), "{tag}");
+        }
+    }
+
+    #[test]
+    fn the_forwarded_port_is_read_from_the_table() {
+        let table = "Hub -1 (net):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
+                     TCP[ESTABLISHED]  12       127.0.0.1 40000       10.0.2.15    22     0     0\r\n  \
+                     TCP[HOST_FORWARD]   8       127.0.0.1 39341       10.0.2.15    22     0     0\r\n";
+        assert_eq!(forwarded_port(table), Some(39341));
+        for bad in [
+            "",
+            "TCP[HOST_FORWARD] 8 127.0.0.1 0 10.0.2.15 22 0 0",
+            "TCP[HOST_FORWARD] 8 0.0.0.0 39341 10.0.2.15 22 0 0",
+            "TCP[HOST_FORWARD] 8 127.0.0.1 39341 10.0.2.15 80 0 0",
+            "TCP[HOST_FORWARD] 8 127.0.0.1",
+        ] {
+            assert_eq!(forwarded_port(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! What QEMU needs here, what was found, and what was picked.
+
+use super::accel::{Picked, kvm_access};
+use super::argv::Board;
+use crate::api::daemon::{Check, Severity};
+use crate::config::{Accel, Machine, Qemu};
+use crate::host::command::{Command, find_program, run_any_status};
+use crate::locks::Cancel;
+use std::time::Duration;
+
+/// Oldest QEMU that this driver was made for.
+const VERSION_MIN: (u32, u32) = (7, 2);
+const VERSION_DEADLINE: Duration = Duration::from_secs(10);
+
+pub fn checks(config: &Qemu, picked: Option<&Picked>) -> Vec<Check> {
+    vec![binary(config), accelerator(config, picked), board(config, picked), network(config)]
+}
+
+fn check(id: &str, severity: Severity, found: String, fix: Option<&str>) -> Check {
+    Check { id: id.to_owned(), severity, found, fix: fix.map(str::to_owned) }
+}
+
+fn binary(config: &Qemu) -> Check {
+    const INSTALL: Option<&str> = Some("apt install qemu-system-x86");
+    let name = config.binary.display();
+    let Some(path) = find_program(&config.binary) else {
+        return check("qemu", Severity::Fail, format!("{name} is not installed"), INSTALL);
+    };
+    let run = || {
+        let command = Command::new(&path).arg("--version").deadline(VERSION_DEADLINE);
+        run_any_status(&command, &Cancel::try_new().ok()?, &mut |_| {}).ok()
+    };
+    let text = run().map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default();
+    match parse_version(&text) {
+        Some(v) if v >= VERSION_MIN => {
+            check("qemu", Severity::Ok, format!("{} is version {}.{}", path.display(), v.0, v.1), None)
+        }
+        Some(v) => {
+            let (major, minor) = VERSION_MIN;
+            let found = format!("{} is version {}.{}; {major}.{minor} or newer is needed", path.display(), v.0, v.1);
+            check("qemu", Severity::Warn, found, INSTALL)
+        }
+        None => check("qemu", Severity::Fail, format!("{} does not run, or is no QEMU", path.display()), INSTALL),
+    }
+}
+
+/// `QEMU emulator version 7.2.22 (Debian ...)`.
+fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let version = text.lines().next()?.strip_prefix("QEMU emulator version ")?;
+    let mut numbers = version.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+fn accelerator(config: &Qemu, picked: Option<&Picked>) -> Check {
+    const FIX: Option<&str> = Some("ls -l /dev/kvm; as an ordinary user: adduser $USER kvm, and log in again");
+    if let Some(picked) = picked {
+        let is_slow = config.accel == Accel::Auto && picked.platform.accelerator == super::argv::Accelerator::Tcg;
+        let found = format!("{} is used: {}", picked.platform, picked.why);
+        // Slower, but right: where there is no virtualisation there is nothing to mend.
+        return check("accelerator", if is_slow { Severity::Warn } else { Severity::Ok }, found, FIX.filter(|_| is_slow));
+    }
+    match (config.accel, kvm_access()) {
+        (Accel::Tcg, _) => check("accelerator", Severity::Ok, "tcg will be used: the configuration says so".into(), None),
+        (Accel::Kvm, Ok(_)) => check("accelerator", Severity::Ok, "kvm will be used: the configuration says so".into(), None),
+        (Accel::Kvm, Err(why)) => check("accelerator", Severity::Fail, format!("the configuration says kvm, but {why}"), FIX),
+        (Accel::Auto, Ok(_)) => {
+            let found = "/dev/kvm may be opened; the first start tries whether it boots a stock kernel, else tcg is used";
+            check("accelerator", Severity::Ok, found.into(), None)
+        }
+        (Accel::Auto, Err(why)) => check("accelerator", Severity::Warn, format!("tcg will be used, which is slow: {why}"), FIX),
+    }
+}
+
+fn board(config: &Qemu, picked: Option<&Picked>) -> Check {
+    let found = match (picked.map(|p| p.platform.board), config.machine) {
+        (Some(Board::Microvm { tsc_khz: Some(khz) }), _) => {
+            format!("microvm, with the host's time stamp counter at {}.{:03} MHz", khz / 1000, khz % 1000)
+        }
+        (Some(Board::Microvm { tsc_khz: None }), _) => "microvm".to_owned(),
+        (Some(Board::Q35), Machine::Auto) => "q35: under kvm, or without a constant time stamp counter".to_owned(),
+        (Some(Board::Q35), _) => "q35: the configuration says so".to_owned(),
+        (None, machine) => format!("picked at the first start ({machine:?} in the configuration)").to_lowercase(),
+    };
+    check("machine", Severity::Ok, found, None)
+}
+
+fn network(config: &Qemu) -> Check {
+    if config.isolated {
+        return check("guest_network", Severity::Ok, "guests are cut off from everything but their SSH port".into(), None);
+    }
+    let found = "user-mode: a guest that connects to 10.0.2.2 reaches services on this host's loopback";
+    check(
+        "guest_network",
+        Severity::Warn,
+        found.into(),
+        Some("to cut guests off from every network: isolated = true under [qemu]"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions() {
+        assert_eq!(parse_version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg)\nCopyright"), Some((7, 2)));
+        assert_eq!(parse_version("QEMU emulator version 10.0.2\n"), Some((10, 0)));
+        assert_eq!(parse_version("QEMU emulator version x"), None);
+        assert_eq!(parse_version(""), None);
+        assert!((10, 0) > VERSION_MIN && (7, 1) < VERSION_MIN);
+    }
+
+    #[test]
+    fn a_missing_qemu_fails_with_what_to_install() {
+        let checks = checks(&Qemu { binary: "no-such-qemu".into(), ..Qemu::default() }, None);
+        assert_eq!((checks[0].id.as_str(), checks[0].severity), ("qemu", Severity::Fail));
+        assert!(checks[0].fix.as_ref().unwrap().contains("apt install"));
+    }
+
+    #[test]
+    fn the_way_to_the_hosts_loopback_is_shown() {
+        let severity = |isolated| network(&Qemu { isolated, ..Qemu::default() }).severity;
+        assert_eq!((severity(false), severity(true)), (Severity::Warn, Severity::Ok));
+    }
+}

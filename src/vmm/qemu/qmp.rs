@@ -1,0 +1,243 @@
+//! QMP, as much as a driver needs: greeting, capabilities, commands. Every answer has a deadline and a bound.
+//!
+//! Source: docs/interop/qmp-spec.txt of QEMU 7.2. The other side is a process that a guest may have taken over.
+
+use crate::error::{Error, Kind, Result};
+use crate::host::command::printable;
+use crate::host::process::Process;
+use crate::host::wait::{Woken, cancelled, wait_any};
+use crate::locks::Cancel;
+use nix::poll::PollFlags;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+/// Longest line that is taken.
+const LINE_BYTES_MAX: usize = 1024 * 1024;
+/// Lines that may come before the answer to a command: events.
+const EVENTS_MAX: usize = 10_000;
+/// Between two tries to connect to a socket that QEMU has yet to make.
+const RETRY: Duration = Duration::from_millis(5);
+
+/// How long, and who may end it.
+#[derive(Clone, Copy)]
+pub struct Patience<'a> {
+    pub deadline: Instant,
+    pub cancel: &'a Cancel,
+}
+
+/// Connects to a socket of the VMM's in its `run/` directory, once it is there, and makes sure that it is the
+/// VMM's: a symbolic link put there by somebody who took the VMM over leads nowhere. None: the process has exited.
+pub fn connect(dir: &OwnedFd, name: &str, process: &Process, patience: Patience<'_>) -> Result<Option<UnixStream>> {
+    let doing = || format!("connect to {name} of the VMM");
+    // No path limit (108 bytes) this way, and no directory to be swapped on the way.
+    let path = format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
+    let address = SocketAddrUnix::new(path.as_str()).map_err(|e| Error::io(doing(), e))?;
+    loop {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(|e| Error::io(doing(), e))?;
+        use rustix::io::Errno;
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => {
+                let peer = rustix::net::sockopt::socket_peercred(&socket).map_err(|e| Error::io(doing(), e))?;
+                let pid = peer.pid.as_raw_nonzero().get();
+                if pid.cast_unsigned() == process.identity().pid {
+                    return Ok(Some(socket.into()));
+                }
+                return Err(Error::new(Kind::Denied, format!("{}: process {pid} listens there", doing())));
+            }
+            // Not there yet, a socket of an earlier life, or a queue that is full.
+            Err(Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN | Errno::INTR) => {}
+            Err(e) => return Err(Error::io(doing(), e)),
+        }
+        let until = patience.deadline.min(Instant::now() + RETRY);
+        match wait_any(&[(process.fd(), PollFlags::POLLIN)], until, patience.cancel).map_err(|e| Error::io(doing(), e))? {
+            Woken::Ready => return Ok(None),
+            Woken::Cancelled => return Err(cancelled(&doing(), patience.cancel)),
+            Woken::Deadline if until == patience.deadline => {
+                return Err(Error::new(Kind::Timeout, format!("{}: not in time", doing())));
+            }
+            Woken::Deadline => {}
+        }
+    }
+}
+
+/// One conversation.
+pub struct Qmp<'a> {
+    stream: UnixStream,
+    patience: Patience<'a>,
+    buffer: Vec<u8>,
+}
+
+#[derive(Deserialize)]
+struct Message {
+    #[serde(rename = "QMP")]
+    greeting: Option<Value>,
+    #[serde(rename = "return")]
+    answer: Option<Value>,
+    error: Option<Refusal>,
+    event: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    class: String,
+    desc: String,
+}
+
+impl<'a> Qmp<'a> {
+    /// Reads the greeting and leaves the negotiation mode. `stream` must be non-blocking.
+    pub fn open(stream: UnixStream, patience: Patience<'a>) -> Result<Self> {
+        let mut qmp = Self { stream, patience, buffer: Vec::new() };
+        let greeting = qmp.message("greet the VMM")?;
+        if greeting.greeting.is_none() {
+            return Err(Error::new(Kind::VmmFailed, "greet the VMM: it does not speak QMP"));
+        }
+        qmp.execute("qmp_capabilities", &json!({}))?;
+        Ok(qmp)
+    }
+
+    /// One command; its answer.
+    pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
+        let doing = format!("ask the VMM for {command}");
+        let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
+        line.push('\n');
+        self.send(line.as_bytes(), &doing)?;
+        for _ in 0..EVENTS_MAX {
+            let message = self.message(&doing)?;
+            match message {
+                Message { answer: Some(answer), .. } => return Ok(answer),
+                Message { error: Some(e), .. } => {
+                    let text: String = e.desc.chars().take(512).collect();
+                    return Err(Error::new(Kind::VmmFailed, printable(&format!("{doing}: {}: {text}", e.class))));
+                }
+                Message { event, .. } => log::debug!("event of a VMM: {event:?}"),
+            }
+        }
+        Err(Error::new(Kind::VmmFailed, format!("{doing}: no answer among {EVENTS_MAX} events")))
+    }
+
+    /// A command of the human monitor; its text.
+    pub fn human(&mut self, command: &str) -> Result<String> {
+        let answer = self.execute("human-monitor-command", &json!({ "command-line": command }))?;
+        answer
+            .as_str()
+            .map(str::to_owned)
+            .ok_or_else(|| Error::new(Kind::VmmFailed, format!("ask the VMM for {command}: no text")))
+    }
+
+    fn wait(&self, flags: PollFlags, doing: &str) -> Result<()> {
+        let Patience { deadline, cancel } = self.patience;
+        match wait_any(&[(self.stream.as_fd(), flags)], deadline, cancel).map_err(|e| Error::io(doing, e))? {
+            Woken::Ready => Ok(()),
+            Woken::Deadline => Err(Error::new(Kind::Timeout, format!("{doing}: no answer in time"))),
+            Woken::Cancelled => Err(cancelled(doing, cancel)),
+        }
+    }
+
+    fn send(&mut self, mut bytes: &[u8], doing: &str) -> Result<()> {
+        while !bytes.is_empty() {
+            self.wait(PollFlags::POLLOUT, doing)?;
+            match self.stream.write(bytes) {
+                Ok(n) => bytes = &bytes[n..],
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(e) => return Err(Error::io(doing, e)),
+            }
+        }
+        Ok(())
+    }
+
+    fn message(&mut self, doing: &str) -> Result<Message> {
+        let mut piece = [0; 4096];
+        loop {
+            if let Some(end) = self.buffer.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                return serde_json::from_slice(&line)
+                    .map_err(|e| Error::new(Kind::VmmFailed, format!("{doing}: the answer is no QMP")).with_source(e));
+            }
+            if self.buffer.len() > LINE_BYTES_MAX {
+                return Err(Error::new(Kind::VmmFailed, format!("{doing}: the answer is longer than {LINE_BYTES_MAX} bytes")));
+            }
+            self.wait(PollFlags::POLLIN, doing)?;
+            match self.stream.read(&mut piece) {
+                Ok(0) => return Err(Error::new(Kind::VmmFailed, format!("{doing}: the VMM hung up"))),
+                Ok(n) => self.buffer.extend_from_slice(&piece[..n]),
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(e) => return Err(Error::io(doing, e)),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n";
+
+    /// Says all of `script` whatever it is asked, and gives what was asked of it.
+    fn talk<T>(script: &str, ms: u64, with: impl FnOnce(Result<Qmp<'_>>, &Cancel) -> T) -> (T, String) {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        theirs.write_all(script.as_bytes()).unwrap();
+        let cancel = Cancel::try_new().unwrap();
+        let patience = Patience { deadline: Instant::now() + Duration::from_millis(ms), cancel: &cancel };
+        let result = with(Qmp::open(ours, patience), &cancel);
+        let mut asked = String::new();
+        theirs.read_to_string(&mut asked).unwrap();
+        (result, asked)
+    }
+
+    #[test]
+    fn events_are_passed_over_and_answers_found() {
+        let script = format!(
+            "{GREETING}{{\"return\": {{}}}}\r\n{{\"event\": \"RESUME\", \"data\": {{}}, \"timestamp\": {{}}}}\r\n{{\"return\": \"text\\r\\n\"}}\r\n"
+        );
+        let (text, asked) = talk(&script, 10_000, |qmp, _| qmp.unwrap().human("info usernet").unwrap());
+        assert_eq!(text, "text\r\n");
+        assert_eq!(
+            asked,
+            "{\"arguments\":{},\"execute\":\"qmp_capabilities\"}\n\
+             {\"arguments\":{\"command-line\":\"info usernet\"},\"execute\":\"human-monitor-command\"}\n"
+        );
+    }
+
+    #[test]
+    fn a_refusal_is_an_error_with_its_text() {
+        let script = format!("{GREETING}{{\"error\": {{\"class\": \"GenericError\", \"desc\": \"no \\u001b\"}}}}\n");
+        let (e, _) = talk(&script, 10_000, |qmp, _| qmp.err().unwrap());
+        assert_eq!(e.kind(), Kind::VmmFailed);
+        assert_eq!(e.to_string(), "ask the VMM for qmp_capabilities: GenericError: no \\u{1b}");
+    }
+
+    #[test]
+    fn silence_garbage_and_floods_end() {
+        let kind = |script: &str, ms| talk(script, ms, |qmp, _| qmp.err().unwrap().kind()).0;
+        assert_eq!(kind("", 10), Kind::Timeout);
+        assert_eq!(kind("SSH-2.0\n", 10_000), Kind::VmmFailed);
+        assert_eq!(kind("{\"return\": {}}\n", 10_000), Kind::VmmFailed);
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let flood = crate::host::thread::spawn("flood", move || while theirs.write_all(&[b'x'; 4096]).is_ok() {}).unwrap();
+        let cancel = Cancel::try_new().unwrap();
+        let patience = Patience { deadline: Instant::now() + Duration::from_secs(20), cancel: &cancel };
+        assert_eq!(Qmp::open(ours, patience).err().unwrap().kind(), Kind::VmmFailed);
+        flood.join().unwrap();
+    }
+
+    #[test]
+    fn a_cancel_ends_it() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let cancel = Cancel::try_new().unwrap();
+        cancel.cancel("the VM was stopped");
+        let patience = Patience { deadline: Instant::now() + Duration::from_secs(20), cancel: &cancel };
+        let e = Qmp::open(ours, patience).err().unwrap();
+        assert_eq!((e.kind(), e.to_string()), (Kind::Cancelled, "greet the VMM: cancelled: the VM was stopped".into()));
+    }
+}

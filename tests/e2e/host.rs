@@ -1,0 +1,276 @@
+//! The one fixture: a daemon of its own on a state directory of its own, with the shared default image.
+
+use std::fs;
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+pub const FCD: &str = env!("CARGO_BIN_EXE_fcd");
+pub const FCCTL: &str = env!("CARGO_BIN_EXE_fcctl");
+
+/// Everything that is waited for here is a matter of seconds; this only bounds a hang.
+const DEADLINE: Duration = Duration::from_secs(120);
+
+pub struct Host {
+    dir: tempfile::TempDir,
+    fcd: Option<Child>,
+    config: String,
+}
+
+/// `target/e2e`, on the file system of the checkout.
+fn base() -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("e2e");
+    fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+/// Waits until `probe` answers, looking again whenever a short poll runs out.
+pub fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        if let Some(found) = probe() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "{what}: not within {DEADLINE:?}");
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+}
+
+/// The directory of the default image, built once for all test binaries of this source.
+fn image() -> &'static Path {
+    static IMAGE: OnceLock<PathBuf> = OnceLock::new();
+    IMAGE.get_or_init(|| {
+        let cache = base().join("image-cache");
+        fs::create_dir_all(&cache).unwrap();
+        fs::set_permissions(&cache, fs::Permissions::from_mode(0o755)).unwrap();
+        let lock = fs::File::create(cache.join("lock")).unwrap();
+        lock.lock().unwrap();
+        let state = cache.join(image_key());
+        let image = state.join("images/default");
+        if !image.join("image.json").exists() {
+            let _ = fs::remove_dir_all(&state);
+            let mut host = Host { dir: tempfile::tempdir_in(base()).unwrap(), fcd: None, config: String::new() };
+            host.launch(&state);
+            let built = host.fcctl(&["image", "build"]);
+            assert!(built.status.success(), "image build: {}", String::from_utf8_lossy(&built.stderr));
+            host.stop_daemon();
+        }
+        image
+    })
+}
+
+/// Names the sources that an image is made from: another recipe is another image.
+fn image_key() -> String {
+    use std::hash::{Hash, Hasher};
+    let mut hasher = std::hash::DefaultHasher::new();
+    let mut dirs = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src/image")];
+    let mut files = Vec::new();
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { dirs.push(path) } else { files.push(path) }
+        }
+    }
+    files.sort();
+    for file in files {
+        file.hash(&mut hasher);
+        fs::read(&file).unwrap().hash(&mut hasher);
+    }
+    format!("{:016x}", hasher.finish())
+}
+
+impl Host {
+    pub fn start() -> Self {
+        Self::with_config("")
+    }
+
+    /// `config` is the text of the configuration file.
+    pub fn with_config(config: &str) -> Self {
+        let image = image();
+        let dir = tempfile::tempdir_in(base()).unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let mut host = Self { dir, fcd: None, config: config.to_owned() };
+        let own = host.state().join("images/default");
+        fs::create_dir_all(&own).unwrap();
+        fs::set_permissions(host.state(), fs::Permissions::from_mode(0o711)).unwrap();
+        fs::set_permissions(host.state().join("images"), fs::metadata(image.parent().unwrap()).unwrap().permissions()).unwrap();
+        fs::set_permissions(&own, fs::metadata(image).unwrap().permissions()).unwrap();
+        for entry in fs::read_dir(image).unwrap() {
+            let from = entry.unwrap().path();
+            fs::hard_link(&from, own.join(from.file_name().unwrap())).unwrap();
+        }
+        let state = host.state();
+        host.launch(&state);
+        host
+    }
+
+    pub fn state(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("fcd.sock")
+    }
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("fcd.log")).unwrap_or_default()
+    }
+    pub fn pid(&self) -> u32 {
+        self.fcd.as_ref().expect("a daemon runs").id()
+    }
+
+    fn launch(&mut self, state: &Path) {
+        let config = self.dir.path().join("config.toml");
+        fs::write(&config, &self.config).unwrap();
+        let log = fs::File::options().create(true).append(true).open(self.dir.path().join("fcd.log")).unwrap();
+        let child = Command::new(FCD)
+            .args(["--config".as_ref(), config.as_os_str(), "--state-dir".as_ref(), state.as_os_str()])
+            .args(["--socket".as_ref(), self.socket().as_os_str()])
+            // A breach of the lock order ends the daemon, whatever catches panics.
+            .env("FCD_LOCK_ABORT", "1")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.fcd = Some(child);
+        wait_for("the daemon answers", || {
+            let ended = self.fcd.as_mut().unwrap().try_wait().unwrap();
+            assert!(ended.is_none(), "fcd ended: {ended:?}\n{}", self.log());
+            self.fcctl(&["version"]).status.success().then_some(())
+        });
+    }
+
+    /// The daemon again, on the same state.
+    pub fn relaunch(&mut self) {
+        assert!(self.fcd.is_none());
+        let state = self.state();
+        self.launch(&state);
+    }
+
+    /// SIGTERM, and the drain.
+    pub fn stop_daemon(&mut self) {
+        if let Some(mut fcd) = self.fcd.take() {
+            signal(fcd.id(), "TERM");
+            let status = fcd.wait().unwrap();
+            assert!(status.success(), "fcd ended with {status}\n{}", self.log());
+        }
+    }
+
+    pub fn kill_daemon(&mut self) {
+        let mut fcd = self.fcd.take().expect("a daemon runs");
+        fcd.kill().unwrap();
+        fcd.wait().unwrap();
+    }
+
+    /// `fcctl` with these arguments, not yet run.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(FCCTL);
+        command.arg("--socket").arg(self.socket()).args(args).stdin(Stdio::null());
+        command
+    }
+
+    pub fn fcctl(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    /// Its stdout; a failure fails the test.
+    #[track_caller]
+    pub fn ok(&self, args: &[&str]) -> String {
+        let out = self.fcctl(args);
+        assert!(
+            out.status.success(),
+            "fcctl {args:?}: {}\n{}{}\n--- daemon\n{}",
+            out.status,
+            String::from_utf8_lossy(&out.stdout),
+            String::from_utf8_lossy(&out.stderr),
+            self.log()
+        );
+        String::from_utf8(out.stdout).unwrap()
+    }
+
+    /// Its exit status and stderr.
+    #[track_caller]
+    pub fn fails(&self, args: &[&str]) -> (i32, String) {
+        let out = self.fcctl(args);
+        assert!(!out.status.success(), "fcctl {args:?} did not fail");
+        (out.status.code().unwrap(), String::from_utf8_lossy(&out.stderr).into_owned())
+    }
+
+    pub fn json(&self, args: &[&str]) -> serde_json::Value {
+        let mut all = vec!["--json"];
+        all.extend(args);
+        serde_json::from_str(&self.ok(&all)).unwrap()
+    }
+
+    /// A VM that has booted.
+    #[track_caller]
+    pub fn boot(&self, name: &str) {
+        self.ok(&["vm", "create", "--name", name]);
+        self.ok(&["start", name]);
+    }
+
+    /// A command line in the guest's shell: its stdout.
+    #[track_caller]
+    pub fn sh(&self, vm: &str, script: &str) -> String {
+        self.ok(&["exec", vm, "--", "sh", "-c", script])
+    }
+
+    /// What belongs to this daemon on the host: VMM processes, and the files of its VMs.
+    pub fn census(&self) -> Vec<String> {
+        let mut found: Vec<String> = vmm_processes(&self.state()).into_iter().map(|p| format!("process {p}")).collect();
+        if let Ok(entries) = fs::read_dir(self.state().join("vms")) {
+            found.extend(entries.map(|e| format!("directory {}", e.unwrap().path().display())));
+        }
+        found.sort();
+        found
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if self.fcd.is_none() {
+            return;
+        }
+        let all = self.fcctl(&["ps", "-aq"]);
+        for id in String::from_utf8_lossy(&all.stdout).split_whitespace() {
+            let _ = self.fcctl(&["rm", "-f", id]);
+        }
+        if std::thread::panicking() {
+            eprintln!("--- fcd.log\n{}", self.log());
+            let _ = self.fcd.take().map(|mut c| c.kill());
+            return;
+        }
+        self.stop_daemon();
+        assert_eq!(self.census(), Vec::<String>::new(), "left over");
+    }
+}
+
+/// Processes of VMMs that work on this state directory.
+pub fn vmm_processes(state: &Path) -> Vec<u32> {
+    let needle = state.join("vms").display().to_string();
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
+        let mut line = String::new();
+        if let Ok(mut file) = fs::File::open(entry.path().join("cmdline")) {
+            let _ = file.read_to_string(&mut line);
+        }
+        if line.starts_with("qemu") || line.contains("/qemu") {
+            let cwd = fs::read_link(entry.path().join("cwd")).unwrap_or_default();
+            if line.contains(&needle) || cwd.starts_with(state) {
+                found.push(pid);
+            }
+        }
+    }
+    found
+}
+
+pub fn signal(pid: u32, name: &str) {
+    let signal: nix::sys::signal::Signal = format!("SIG{name}").parse().unwrap();
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal);
+}

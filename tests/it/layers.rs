@@ -1,0 +1,127 @@
+//! One package means that the compiler keeps no layers: this does. The table is the one in `ARCHITECTURE.md`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+const BEGIN: &str = "<!-- layers: begin -->";
+const END: &str = "<!-- layers: end -->";
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn rust_files(dir: &Path, into: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            rust_files(&path, into);
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            into.push(path);
+        }
+    }
+}
+
+/// `src/store/tx.rs` belongs to `store`, `src/ids.rs` to `ids`.
+fn module_of(path: &Path) -> Option<String> {
+    let below = path.strip_prefix(root().join("src")).unwrap();
+    let first = below.components().next()?.as_os_str().to_str()?.trim_end_matches(".rs").to_owned();
+    (first != "lib" && first != "bin").then_some(first)
+}
+
+/// Every `crate::<module>` that the text names, comments apart.
+fn imports(text: &str) -> BTreeSet<String> {
+    let code: Vec<&str> = text.lines().map(|l| l.split("//").next().unwrap_or("")).collect();
+    let code = code.join("\n");
+    let mut found = BTreeSet::new();
+    for part in code.split("crate::").skip(1) {
+        if let Some(group) = part.strip_prefix('{') {
+            let group = group.split("};").next().unwrap_or(group);
+            let mut depth = 0;
+            for item in group.split(|c| match c {
+                '{' => {
+                    depth += 1;
+                    false
+                }
+                '}' => {
+                    depth -= 1;
+                    false
+                }
+                ',' => depth == 0,
+                _ => false,
+            }) {
+                found.insert(item.trim().split("::").next().unwrap_or("").to_owned());
+            }
+        } else {
+            found.insert(part.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect());
+        }
+    }
+    found.retain(|m| !m.is_empty());
+    found
+}
+
+/// `| modules | what they may import |` rows, each cell a list of names in backticks.
+fn table() -> BTreeMap<String, BTreeSet<String>> {
+    let text = std::fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
+    let section = text.split(BEGIN).nth(1).and_then(|t| t.split(END).next()).expect("the layer table");
+    let names = |cell: &str| -> BTreeSet<String> { cell.split('`').skip(1).step_by(2).map(str::to_owned).collect() };
+    let mut table = BTreeMap::new();
+    for row in section.lines().filter(|l| l.starts_with("| `")) {
+        let cells: Vec<&str> = row.split('|').collect();
+        for module in names(cells[1]) {
+            table.insert(module, names(cells[2]));
+        }
+    }
+    table
+}
+
+#[test]
+fn modules_import_only_what_the_table_allows() {
+    let table = table();
+    let mut files = Vec::new();
+    rust_files(&root().join("src"), &mut files);
+    let mut wrong = Vec::new();
+    let mut seen = BTreeSet::new();
+    for path in files {
+        let Some(module) = module_of(&path) else { continue };
+        seen.insert(module.clone());
+        let Some(allowed) = table.get(&module) else {
+            wrong.push(format!("{module} is not in the table of ARCHITECTURE.md"));
+            continue;
+        };
+        let text = std::fs::read_to_string(&path).unwrap();
+        for import in imports(&text) {
+            // A macro of the crate's own, or a path within the module itself.
+            let is_module = root().join("src").join(&import).is_dir() || root().join("src").join(format!("{import}.rs")).is_file();
+            if is_module && import != module && !allowed.contains(&import) {
+                wrong.push(format!("{} imports crate::{import}; {module} may not", path.strip_prefix(root()).unwrap().display()));
+            }
+        }
+    }
+    let stale: Vec<_> = table.keys().filter(|m| !seen.contains(*m)).collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(stale.is_empty(), "in the table, but not in src: {stale:?}");
+}
+
+#[test]
+fn the_scan_sees_imports() {
+    let text = "use crate::{api::vm::{Vm, X}, ids}; // crate::store\nlet x = crate::daemon::Daemon::new();";
+    let found: Vec<_> = imports(text).into_iter().collect();
+    assert_eq!(found, ["api", "daemon", "ids"]);
+}
+
+/// The op-level locks are named by `src/daemon` and by nobody else.
+#[test]
+fn op_level_ranks_are_named_in_locks_and_daemon_only() {
+    let mut files = Vec::new();
+    rust_files(&root().join("src"), &mut files);
+    for path in files {
+        let module = module_of(&path);
+        if matches!(module.as_deref(), Some("locks" | "daemon")) {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        for rank in ["Rank::Vm)", "Rank::Vm,", "Rank::Workspace", "Rank::CreateVm", "Rank::ImageOps"] {
+            assert!(!text.contains(rank), "{} names {rank}", path.display());
+        }
+    }
+}

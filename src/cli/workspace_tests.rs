@@ -22,6 +22,9 @@ pub(crate) fn with_workspace(name: &str) -> Vm {
 
 /// The daemon's side of a prepare: takes the stream to its end. None where it was cut off.
 pub(crate) fn take_stream(r: &mut Request, keep: &[&str]) -> Option<(Vec<u8>, u64)> {
+    // Other notes come first.
+    r.note(Note::Op { op: "0123456789ab".parse().unwrap() });
+    r.note(Note::Progress(crate::api::op::Progress::default()));
     r.note(Note::Ready(Ready { keep: keep.iter().map(|k| (*k).to_owned()).collect() }));
     let mut reader = ChunkReader::new(File::from(r.fds.pop().expect("one descriptor")));
     let mut payload = Vec::new();

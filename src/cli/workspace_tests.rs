@@ -207,6 +207,21 @@ fn half_a_patch_is_none() {
 }
 
 #[test]
+fn an_answer_without_a_whole_stream_is_not_believed() {
+    let fake = Fake::start(|mut r| {
+        drop(r.fds.pop());
+        r.result(json!({"files_changed": 1, "bytes": 26}));
+    });
+    let target = fake.dir().join("new").display().to_string();
+    for args in [&["--patch", "-"][..], &["--patch", &target][..], &["--tree", &target][..]] {
+        let ran = fcctl(&fake, &[&["workspace", "export", "web"], args].concat());
+        assert_eq!((ran.status, ran.out.as_slice()), (4, &b""[..]), "{args:?} {}", ran.err);
+        assert!(ran.err.contains("the stream broke off after 0 bytes"), "{}", ran.err);
+    }
+    assert_eq!(std::fs::read_dir(fake.dir()).unwrap().count(), 1);
+}
+
+#[test]
 fn a_tree_comes_into_a_new_directory() {
     let fake = Fake::start(|mut r| {
         let mut tar = tar::Builder::new(Vec::new());

@@ -179,7 +179,9 @@ impl Context {
     }
     /// Whether results may have colour.
     pub fn may_colour(&self) -> bool {
-        self.stdout_is_terminal() && (self.env)("NO_COLOR").is_none_or(|v| v.is_empty()) && (self.env)("TERM").is_none_or(|t| t != "dumb")
+        self.stdout_is_terminal()
+            && (self.env)("NO_COLOR").is_none_or(|v| v.is_empty())
+            && (self.env)("TERM").is_none_or(|t| t != "dumb")
     }
 }
 

@@ -97,10 +97,9 @@ fn checks_of(program: &Path, ctx: &Context) -> crate::error::Result<Vec<Check>> 
 /// What only this side can see.
 fn own_checks(ctx: &Context) -> Vec<Check> {
     let mut checks = vec![];
-    for (program, why, fix) in [
-        ("ssh", "for fcctl ssh", "apt install openssh-client"),
-        ("git", "for sending repositories", "apt install git"),
-    ] {
+    for (program, why, fix) in
+        [("ssh", "for fcctl ssh", "apt install openssh-client"), ("git", "for sending repositories", "apt install git")]
+    {
         checks.push(match find_on_path(program, &*ctx.env) {
             Some(path) => ok(&format!("cli-{program}"), format!("{} {why}", path.display())),
             None => Check {
@@ -133,7 +132,8 @@ fn report(ctx: &mut Context, checks: Vec<Check>) -> Result<u8> {
     let text: String = checks.iter().map(|c| render(c, width, colour)).collect();
     let warnings = if warned > 0 { format!(", {}", count(warned, "warning")) } else { String::new() };
     let all = count(checks.len() as u64, "check");
-    let verdict = if failed > 0 { format!("not ready: {failed} of {all} failed{warnings}") } else { format!("ready: {all}{warnings}") };
+    let verdict =
+        if failed > 0 { format!("not ready: {failed} of {all} failed{warnings}") } else { format!("ready: {all}{warnings}") };
     ctx.text(&format!("{text}{verdict}\n"))?;
     Ok(status)
 }
@@ -165,7 +165,11 @@ mod tests {
             found: "found\u{1b}".to_owned(),
             fix: fix.map(str::to_owned),
         };
-        let all = [check("kvm", Severity::Warn, Some("modprobe kvm")), check("qemu-system", Severity::Ok, Some("x")), check("x", Severity::Fail, None)];
+        let all = [
+            check("kvm", Severity::Warn, Some("modprobe kvm")),
+            check("qemu-system", Severity::Ok, Some("x")),
+            check("x", Severity::Fail, None),
+        ];
         expect![[r"
             WARN  kvm          found\u{1b}
                                fix: modprobe kvm

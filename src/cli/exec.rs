@@ -5,7 +5,7 @@ use super::relay::{Drained, Relay, Wanted};
 use super::signals::{Interrupts, Phase, send_controls};
 use super::terminal::{self, RawMode};
 use super::values;
-use crate::api::exec::{Exit, ExecStart, ExecStartRequest, Pty};
+use crate::api::exec::{ExecStart, ExecStartRequest, Exit, Pty};
 use crate::api::frame::Note;
 use crate::client::{Client, Failure, Result};
 use crate::error::{Error, Kind};
@@ -125,7 +125,8 @@ pub fn execute(ctx: &Context, interrupts: &Interrupts, client: &mut Client, vm: 
 }
 
 fn request(ctx: &Context, vm: &str, spec: Spec, relay: &Relay) -> ExecStartRequest {
-    let size = || terminal::size(&ctx.stdio.stdout).or_else(|| terminal::size(&ctx.stdio.stdin)).unwrap_or(terminal::DEFAULT_SIZE);
+    let size =
+        || terminal::size(&ctx.stdio.stdout).or_else(|| terminal::size(&ctx.stdio.stdin)).unwrap_or(terminal::DEFAULT_SIZE);
     let term = || (ctx.env)("TERM").filter(|t| !t.is_empty()).unwrap_or_else(|| "xterm".to_owned());
     ExecStartRequest {
         vm: vm.to_owned(),

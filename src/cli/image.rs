@@ -54,7 +54,13 @@ fn build(ctx: &mut Context, request: ImageBuildRequest) -> Result<u8> {
             if ctx.json {
                 ctx.document(&image)?;
             } else {
-                ctx.line(&format!("{}: {}, {}, {} on this host", image.name, image.os, image.kernel, size(image.allocated_bytes)))?;
+                ctx.line(&format!(
+                    "{}: {}, {}, {} on this host",
+                    image.name,
+                    image.os,
+                    image.kernel,
+                    size(image.allocated_bytes)
+                ))?;
             }
             Ok(0)
         }

@@ -34,7 +34,11 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
             kept.push_str(&chunk.text);
             return Ok(());
         }
-        if is_terminal { ctx.text(&harmless_text(&chunk.text))? } else { ctx.text(&chunk.text)? }
+        if is_terminal {
+            ctx.text(&harmless_text(&chunk.text))?
+        } else {
+            ctx.text(&chunk.text)?
+        }
         // With --follow nothing else would end it.
         if ctx.is_unread() { Err(unread()) } else { Ok(()) }
     });

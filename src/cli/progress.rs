@@ -120,7 +120,9 @@ mod tests {
     #[test]
     fn every_template_is_valid() {
         let bar = ProgressBar::hidden();
-        for (done, total, unit) in [(None, None, None), (Some(1), None, Some("files")), (Some(1), Some(2), Some("bytes")), (Some(3), Some(2), None)] {
+        for (done, total, unit) in
+            [(None, None, None), (Some(1), None, Some("files")), (Some(1), Some(2), Some("bytes")), (Some(3), Some(2), None)]
+        {
             let unit = unit.map(str::to_owned);
             show(&bar, "x".to_owned(), &op::Progress { stage: "x".to_owned(), done, total, unit });
         }

@@ -152,7 +152,9 @@ fn finish(ctx: &mut Context, interrupts: &Interrupts, made: Made, ended: Result<
         return Ok(status);
     }
     let name = &made.vm.name;
-    ctx.note(&format!("vm {name} runs on; enter it: fcctl ssh {name}, stop it: fcctl stop {name}, delete it: fcctl rm -f {name}"));
+    ctx.note(&format!(
+        "vm {name} runs on; enter it: fcctl ssh {name}, stop it: fcctl stop {name}, delete it: fcctl rm -f {name}"
+    ));
     Ok(status)
 }
 

@@ -293,7 +293,12 @@ fn send(state: &State, control: Control) {
 }
 
 /// Sends what comes to the session until the channel closes. On a connection of its own.
-pub fn send_controls(socket: &std::path::Path, session: &crate::ids::SessionId, tty: Option<&File>, controls: &Receiver<Control>) {
+pub fn send_controls(
+    socket: &std::path::Path,
+    session: &crate::ids::SessionId,
+    tty: Option<&File>,
+    controls: &Receiver<Control>,
+) {
     use crate::api::exec::{ExecResize, ExecResizeRequest, ExecSignal, ExecSignalRequest};
     let mut client = None;
     for control in controls {
@@ -337,32 +342,48 @@ mod tests {
 
     #[test]
     fn before_the_command_a_signal_cancels() {
-        check(Phase::Working, &[SIGWINCH, SIGINT, SIGTERM], expect![[r#"
+        check(
+            Phase::Working,
+            &[SIGWINCH, SIGINT, SIGTERM],
+            expect![[r#"
             Working + 28 -> Nothing
             Working + 2 -> Cancel
             Working + 15 -> Cancel
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn two_go_to_the_guest_and_the_third_detaches() {
-        check(Phase::Command { forwarded: 0 }, &[SIGINT, SIGWINCH, SIGTERM, SIGINT], expect![[r#"
+        check(
+            Phase::Command { forwarded: 0 },
+            &[SIGINT, SIGWINCH, SIGTERM, SIGINT],
+            expect![[r#"
             Command { forwarded: 0 } + 2 -> Forward("INT")
             Command { forwarded: 1 } + 28 -> Resize
             Command { forwarded: 1 } + 15 -> Forward("TERM")
             Command { forwarded: 2 } + 2 -> Detach
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]
     fn cleaning_up_is_left_only_when_asked_twice() {
-        check(Phase::CleaningUp { asked: false }, &[SIGINT, SIGINT], expect![[r#"
+        check(
+            Phase::CleaningUp { asked: false },
+            &[SIGINT, SIGINT],
+            expect![[r#"
             CleaningUp { asked: false } + 2 -> SayWait
             CleaningUp { asked: true } + 2 -> Leave
-        "#]]);
-        check(Phase::Collecting, &[SIGHUP], expect![[r#"
+        "#]],
+        );
+        check(
+            Phase::Collecting,
+            &[SIGHUP],
+            expect![[r#"
             Collecting + 1 -> Cancel
-        "#]]);
+        "#]],
+        );
     }
 
     #[test]

@@ -128,7 +128,8 @@ mod tests {
         let out = crate::host::command::run_any_status(&command, &cancel, &mut |_| {}).unwrap();
         let text = String::from_utf8(out.stdout).unwrap();
         assert_eq!(out.status, 0, "{}", String::from_utf8_lossy(&out.stderr));
-        for line in ["hostname 127.0.0.1", "port 2222", "stricthostkeychecking true", "remotecommand cd '/root/a b' 2>/dev/null"] {
+        for line in ["hostname 127.0.0.1", "port 2222", "stricthostkeychecking true", "remotecommand cd '/root/a b' 2>/dev/null"]
+        {
             assert!(text.contains(line), "{line}\n{text}");
         }
     }

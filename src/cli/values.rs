@@ -121,7 +121,8 @@ mod tests {
 
     #[test]
     fn sizes() {
-        for (text, bytes) in [("0", 0), ("512M", 512 << 20), ("2G", 2 << 30), ("2gib", 2 << 30), ("7k", 7 << 10), ("1T", 1 << 40)] {
+        for (text, bytes) in [("0", 0), ("512M", 512 << 20), ("2G", 2 << 30), ("2gib", 2 << 30), ("7k", 7 << 10), ("1T", 1 << 40)]
+        {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
         for bad in ["", "G", "1.5G", "-1", "1X", "99999999999T", "1 G", "0x10"] {
@@ -171,12 +172,20 @@ mod tests {
                 E=""
             "#]],
         );
-        check(&[], &["=x"], expect![[r#"
+        check(
+            &[],
+            &["=x"],
+            expect![[r#"
             environment variable "": not a name
-        "#]]);
-        check(&["A=1\n1B=2\n"], &[], expect![[r#"
+        "#]],
+        );
+        check(
+            &["A=1\n1B=2\n"],
+            &[],
+            expect![[r#"
             DIR/0 line 2: environment variable "1B": not a name
-        "#]]);
+        "#]],
+        );
         let e = environment(&["/nonexistent/f".into()], &[], &|_| None).unwrap_err();
         assert_eq!(e.kind(), crate::error::Kind::PathNotFound);
     }

@@ -175,7 +175,11 @@ fn create(ctx: &mut Context, args: CreateArgs) -> Result<u8> {
         hold: false,
     };
     let vm = ctx.connect()?.call::<VmCreate>(&request)?.vm;
-    if ctx.json { ctx.document(&vm)? } else { ctx.line(vm.name.as_str())? }
+    if ctx.json {
+        ctx.document(&vm)?
+    } else {
+        ctx.line(vm.name.as_str())?
+    }
     Ok(0)
 }
 
@@ -313,11 +317,14 @@ fn sheet(vm: &Vm, now_s: u64) -> String {
     add("created", Some(age(now_s, vm.created_at)));
     add("started", vm.started_at.map(|at| age(now_s, at)));
     add("removed", vm.rm.then(|| "when it stops or its holder goes".to_owned()));
-    add("synced", vm.synced.map(|s| match s {
-        Synced::Yes => "yes, at the last stop".to_owned(),
-        Synced::No => "no: it was not asked at the last stop".to_owned(),
-        Synced::Timeout => "no: it did not answer in time at the last stop".to_owned(),
-    }));
+    add(
+        "synced",
+        vm.synced.map(|s| match s {
+            Synced::Yes => "yes, at the last stop".to_owned(),
+            Synced::No => "no: it was not asked at the last stop".to_owned(),
+            Synced::Timeout => "no: it did not answer in time at the last stop".to_owned(),
+        }),
+    );
     if let Some(w) = &vm.workspace {
         let readonly = if w.readonly { ", read-only" } else { "" };
         add("workspace", Some(workspace_line(w) + readonly));

@@ -8,7 +8,9 @@ use super::values::path_error;
 use crate::api::Call;
 use crate::api::frame::Note;
 use crate::api::stream::{self, ChunkReader, ChunkWriter};
-use crate::api::workspace::{ExportKind, ExportReply, ExportRequest, PrepareReply, PrepareRequest, WorkspaceExport, WorkspacePrepare};
+use crate::api::workspace::{
+    ExportKind, ExportReply, ExportRequest, PrepareReply, PrepareRequest, WorkspaceExport, WorkspacePrepare,
+};
 use crate::client::{Client, Result};
 use crate::error::{Error, Kind};
 use crate::host::thread;

@@ -133,9 +133,11 @@ fn unreachable_at(socket: &Path, e: &io::Error) -> Failure {
             format!("no daemon at {at}: there is no such socket"),
             "start one (fcd), or name its socket (--socket S or FCD_SOCKET)",
         ),
-        io::ErrorKind::ConnectionRefused => {
-            Failure::unreachable(failure::ABSENT, format!("no daemon at {at}: nobody listens on the socket"), "start it again: fcd")
-        }
+        io::ErrorKind::ConnectionRefused => Failure::unreachable(
+            failure::ABSENT,
+            format!("no daemon at {at}: nobody listens on the socket"),
+            "start it again: fcd",
+        ),
         io::ErrorKind::PermissionDenied => Failure::unreachable(
             failure::DENIED,
             format!("the socket {at} may not be used by this user"),

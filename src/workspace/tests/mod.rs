@@ -1,6 +1,5 @@
 //! Round trips with real repositories: the guest's scripts run here, under `sh`, in a directory of their own.
 
-mod bench_tmp;
 mod exporting;
 mod hostile;
 mod importing;

@@ -206,7 +206,7 @@ impl World {
             };
             drop(fds);
             loop {
-                let told = match flight.next() {
+                let told = match flight.next_event() {
                     Ok(Event::Note(note)) => Told::Note(note),
                     Ok(Event::Reply(reply)) => Told::Ended(Ok(reply), Instant::now()),
                     Err(e) => Told::Ended(Err(e), Instant::now()),

@@ -28,6 +28,15 @@ fn module_of(path: &Path) -> Option<String> {
     (first != "lib" && first != "bin").then_some(first)
 }
 
+/// Tests beside the code may use whatever sets them up.
+fn is_test(path: &Path) -> bool {
+    let below = path.strip_prefix(root().join("src")).unwrap();
+    below.components().any(|c| {
+        let name = c.as_os_str().to_str().unwrap_or_default();
+        name == "tests" || name == "tests.rs" || name.ends_with("_tests.rs") || name.starts_with("test_")
+    })
+}
+
 /// Every `crate::<module>` that the text names, comments apart.
 fn imports(text: &str) -> BTreeSet<String> {
     let code: Vec<&str> = text.lines().map(|l| l.split("//").next().unwrap_or("")).collect();
@@ -84,6 +93,9 @@ fn modules_import_only_what_the_table_allows() {
     for path in files {
         let Some(module) = module_of(&path) else { continue };
         seen.insert(module.clone());
+        if is_test(&path) {
+            continue;
+        }
         let Some(allowed) = table.get(&module) else {
             wrong.push(format!("{module} is not in the table of ARCHITECTURE.md"));
             continue;

@@ -2,6 +2,7 @@
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
+mod docs;
 mod layers;
 mod promise;
 mod world;

@@ -256,6 +256,13 @@ impl Daemon {
         format!("fc-{}-{}-{}", self.store.install_id(), row.id, row.generation)
     }
 
+    /// Finds out ahead of the first boot what this host's virtualisation can do. Takes seconds at most.
+    pub fn warm_up(&self) {
+        if let Ok(image) = self.images.get(&self.config.vm.image) {
+            self.vmm.warm_up(&image.kernel, &self.closing);
+        }
+    }
+
     pub fn uptime(&self) -> Duration {
         self.started.elapsed()
     }

@@ -29,6 +29,7 @@ mod workspaces;
 
 pub use crate::ops::Change as OpEvent;
 pub use access::Caller;
+pub use debug::Leftovers;
 pub use doctor::host_checks;
 pub use notes::Notes;
 pub use sessions::ExecIo;

@@ -1,1 +1,7 @@
-fn main() {}
+//! The one integration binary: a daemon in-process on a temporary directory, with fakes at the three true seams.
+
+#![allow(clippy::disallowed_methods, clippy::disallowed_types)]
+
+mod layers;
+mod promise;
+mod world;

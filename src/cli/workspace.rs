@@ -139,7 +139,11 @@ impl Source {
     /// Looks at a tree; nothing is asked of the daemon yet.
     pub fn tree(path: &Path, history: Option<History>, cancel: &Cancel) -> Result<Self> {
         let options = Options { history: history.unwrap_or_default(), env: CallerEnv::from_process() };
-        Ok(Source::Tree(Box::new(Plan::inspect(path, &options, cancel)?)))
+        let plan = Plan::inspect(path, &options, cancel).map_err(|e| match e.kind() {
+            Kind::PathNotFound if e.hint_text().is_none() => e.hint("name a directory that is there, or . for this one"),
+            _ => e,
+        })?;
+        Ok(Source::Tree(Box::new(plan)))
     }
 
     fn request(&self, vm: &str, how: PrepareHow) -> Result<PrepareRequest> {

@@ -148,7 +148,8 @@ mod tests {
             | stopped | -> starting | ok, nothing | refused | -> starting | -> deleting | -> deleting | allowed | refused |
             | deleting | refused | refused | refused | refused | join | join | refused | refused |
             | failed | -> starting | ok, nothing | refused | -> starting | -> deleting | -> deleting | allowed | refused |
-        "#]].assert_eq(&markdown_table());
+        "#]]
+        .assert_eq(&markdown_table());
     }
 
     #[test]

@@ -118,7 +118,8 @@ fn op_level_ranks_are_named_in_locks_and_daemon_only() {
     for path in files {
         let module = module_of(&path);
         // Tests of a mechanism take the part of the daemon.
-        let is_test = path.strip_prefix(root()).unwrap().components().any(|c| c.as_os_str().to_string_lossy().starts_with("tests"));
+        let is_test =
+            path.strip_prefix(root()).unwrap().components().any(|c| c.as_os_str().to_string_lossy().starts_with("tests"));
         if is_test || matches!(module.as_deref(), Some("locks" | "daemon")) {
             continue;
         }

@@ -2,6 +2,10 @@
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
+mod bad_input;
+mod booting;
 mod layers;
+mod panics;
 mod promise;
+mod recovery;
 mod world;

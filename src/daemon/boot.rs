@@ -24,6 +24,10 @@ impl Daemon {
             op.progress(&format!("waits for a boot to end ({ahead} ahead)"));
         })?;
         let row = self.row(&claim.vm)?;
+        if let Some(earlier) = row.identity.clone() {
+            op.progress("end the vmm of an earlier start");
+            self.kill_vmm(&earlier)?;
+        }
         let image = self.images.get(&row.image)?;
         op.progress("prepare the disk");
         let spec = self.prepare_files(&row, &image, &claim.cancel)?;
@@ -33,6 +37,7 @@ impl Daemon {
         match self.wait_guest(claim, &running) {
             Ok(()) => Ok(running),
             Err(e) => {
+                self.runtimes.give_up_boot(&claim.vm);
                 self.kill_vmm(&running.identity).map_err(|k| k.context(format!("after {e}: end the vmm")))?;
                 Err(e)
             }
@@ -145,9 +150,9 @@ impl Daemon {
         let target = self.target_at(&row, running.ssh_addr)?;
         let timeout = Duration::from_secs(self.config.limits.boot_timeout_s);
         self.transport.wait_ready(&target, Instant::now() + timeout, &claim.cancel).map_err(|e| match e.kind() {
-            Kind::Timeout => Error::new(
+            Kind::Timeout | Kind::BootTimeout => Error::new(
                 Kind::BootTimeout,
-                format!("the guest did not answer within {} s of its start", self.config.limits.boot_timeout_s),
+                format!("the guest did not answer within {} s of its start: {e}", self.config.limits.boot_timeout_s),
             )
             .hint(format!("see what it printed: fcctl logs {}; limits.boot_timeout_s sets the time", row.name)),
             _ => e,

@@ -237,6 +237,19 @@ impl Daemon {
         ticket.wait(Instant::now() + DURABLE_DEADLINE).map(drop)
     }
 
+    /// Until the disk has taken the change or refused it, however long it takes: what may still become either is no
+    /// failure. Ends as a timeout when the daemon closes meanwhile.
+    fn wait_settled(&self, ticket: &Ticket) -> Result<()> {
+        loop {
+            match ticket.wait(Instant::now() + DURABLE_DEADLINE) {
+                Err(e) if e.kind() == crate::error::Kind::Timeout && !self.closing.is_cancelled() => {
+                    log::warn!("a claim has waited for the disk for {} s", DURABLE_DEADLINE.as_secs());
+                }
+                other => return other.map(drop),
+            }
+        }
+    }
+
     /// Waits so long, or until the daemon closes: then true.
     fn pause(&self, period: Duration) -> bool {
         waiting::poll_until(&[self.closing.fd()], Instant::now() + period);

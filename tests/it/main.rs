@@ -2,7 +2,11 @@
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
+mod bad_input;
+mod booting;
 mod docs;
 mod layers;
+mod panics;
 mod promise;
+mod recovery;
 mod world;

@@ -16,6 +16,7 @@ use fcd::ids::{OpId, VmId};
 use fcd::locks::{Cancel, check};
 use fcd::server::{Dispatch, Server};
 use fcd::store::{State, Store};
+use fcd::vmm::Driver;
 use fcd::vmm::fake::Fake;
 use fcd::workspace::remote::{self, Place};
 use std::collections::{BTreeSet, HashMap};
@@ -44,7 +45,9 @@ pub struct FakeCommands;
 impl Commands for FakeCommands {
     fn run(&self, command: &Command, _: &Cancel, _: &mut dyn FnMut(&str)) -> fcd::error::Result<Output> {
         let args: Vec<_> = command.args.iter().map(|a| a.to_string_lossy().into_owned()).collect();
-        assert_eq!(command.program, "qemu-img", "an unexpected command: {command:?}");
+        if command.program != "qemu-img" {
+            return Err(Error::new(Kind::CommandMissing, format!("run {}: it is not there", command.program.to_string_lossy())));
+        }
         let [.., path, size] = args.as_slice() else { panic!("{args:?}") };
         let mut header = [0u8; 32];
         header[..4].copy_from_slice(b"QFI\xfb");
@@ -59,6 +62,8 @@ pub struct World {
     pub config: Config,
     pub vmm: Arc<Fake>,
     pub guest: FakeTransport,
+    /// What the daemon takes for its driver: the fake, or something around it.
+    pub driver: Arc<dyn Driver>,
     daemon: Option<Daemon>,
     server: Option<Server>,
     /// Whose guest answers where.
@@ -90,6 +95,10 @@ impl World {
     }
 
     pub fn with(change: impl FnOnce(&mut Config)) -> Self {
+        Self::with_driver(|fake| fake, change)
+    }
+
+    pub fn with_driver<D: Driver + 'static>(around: impl FnOnce(Arc<Fake>) -> Arc<D>, change: impl FnOnce(&mut Config)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config {
             state_dir: dir.path().join("state"),
@@ -103,7 +112,8 @@ impl World {
         make_image(&config.state_dir, "default");
         let (vmm, guest) = (Arc::new(Fake::new().unwrap()), FakeTransport::new());
         let guests: Arc<Mutex<HashMap<SocketAddr, VmId>>> = Arc::default();
-        let mut world = Self { dir, config, vmm, guest, daemon: None, server: None, guests, last_port: Mutex::new(1000) };
+        let driver = around(vmm.clone());
+        let mut world = Self { dir, config, vmm, guest, driver, daemon: None, server: None, guests, last_port: Mutex::new(1000) };
         world.behave();
         world.open();
         world.daemon().reconcile();
@@ -128,7 +138,7 @@ impl World {
     }
 
     fn open(&mut self) {
-        let seams = Seams { vmm: self.vmm.clone(), transport: Arc::new(self.guest.clone()), commands: Arc::new(FakeCommands) };
+        let seams = Seams { vmm: self.driver.clone(), transport: Arc::new(self.guest.clone()), commands: Arc::new(FakeCommands) };
         let daemon = Daemon::open(self.config.clone(), seams).unwrap();
         let dispatch = Arc::new(Dispatch::new(daemon.clone()));
         self.server = Some(Server::bind(&self.config.socket, fcd::server::Limits::from(&self.config.limits), dispatch).unwrap());

@@ -2,16 +2,19 @@
 
 use super::Daemon;
 use super::lifecycle::Claim;
+use crate::api::exec::Exit;
 use crate::disk::{self, KeyPair, Method, Network, RootSpec, Seed};
 use crate::error::{Error, Kind, Result};
-use crate::guest::Target;
+use crate::guest::{Script, Target, run_script};
 use crate::image::ImageInfo;
 use crate::locks::Cancel;
 use crate::store::VmRow;
 use crate::vmm::{DiskFormat, Running, VmmSpec};
+use crate::workspace::remote;
 use std::time::{Duration, Instant};
 
 const GUEST_USER: &str = "root";
+const WORKSPACE_DEADLINE: Duration = Duration::from_secs(60);
 const KEY_FILE: &str = "key";
 const SEED_FILE: &str = "seed";
 const DISK_FILE: &str = "disk";
@@ -34,7 +37,7 @@ impl Daemon {
         op.progress("start the vmm");
         let running = self.start_vmm(claim, &spec)?;
         op.progress("wait for the guest");
-        match self.wait_guest(claim, &running) {
+        match self.wait_guest(claim, &running).and_then(|()| self.restore_workspace(claim, &running)) {
             Ok(()) => Ok(running),
             Err(e) => {
                 self.runtimes.give_up_boot(&claim.vm);
@@ -157,6 +160,20 @@ impl Daemon {
             .hint(format!("see what it printed: fcctl logs {}; limits.boot_timeout_s sets the time", row.name)),
             _ => e,
         })
+    }
+
+    /// A read-only workspace is a mount, which the guest lost with its last boot.
+    fn restore_workspace(&self, claim: &Claim, running: &Running) -> Result<()> {
+        let Some(workspace) = self.store.read(|s| s.workspace(&claim.vm).filter(|w| w.readonly).cloned()) else { return Ok(()) };
+        let target = self.target_at(&self.row(&claim.vm)?, running.ssh_addr)?;
+        let command = remote::status_command(&remote::Place::new(&workspace.guest_path));
+        let deadline = Instant::now() + WORKSPACE_DEADLINE;
+        let script = Script { command: &command, stdin: &[], deadline, output_bytes_max: remote::ANSWER_BYTES_MAX };
+        let (exit, _, stderr) = run_script(self.transport.as_ref(), &target, &script, &claim.cancel)?;
+        match exit {
+            Exit::Status(0) => Ok(()),
+            exit => Err(remote::failure("mount the read-only workspace again", &exit, &stderr)),
+        }
     }
 
     /// Where a running guest is and how it proves itself.

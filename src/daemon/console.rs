@@ -15,6 +15,10 @@ impl Daemon {
         send: &mut dyn FnMut(LogChunk) -> std::io::Result<()>,
     ) -> Result<LogsReply> {
         let row = self.resolve(caller, &request.vm)?;
+        // The first start makes the directory; before it nothing was printed.
+        if !self.vm_dir(&row.id).exists() && !(request.follow && self.wait_directory(&row.id, reader)?) {
+            return Ok(LogsReply { bytes: 0 });
+        }
         let mut follower = self.vmm.consoles().follow(&self.vm_dir(&row.id), request.tail)?;
         let mut bytes = 0;
         let gone = || Error::new(Kind::Cancelled, "the caller went away");

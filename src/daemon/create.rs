@@ -111,7 +111,7 @@ impl Daemon {
     pub fn set(&self, caller: &Caller, request: &VmSetRequest) -> Result<Vm> {
         let row = self.resolve(caller, &request.vm)?;
         self.refuse_unlooked(&row)?;
-        if request.vcpus.is_none() && request.mem_mib.is_none() && request.disk_bytes.is_none() {
+        if request.vcpus.is_none() && request.mem_mib.is_none() && request.disk_bytes.is_none() && request.rm.is_none() {
             return Err(Error::invalid(format!("set vm {}: nothing to set", row.name)).hint("give --vcpus, --memory or --disk"));
         }
         request.vcpus.map_or(Ok(()), |n| self.check_vcpus(n))?;
@@ -132,6 +132,10 @@ impl Daemon {
 
 /// vCPUs and memory of a VM that is at rest change at once; the disk is grown by the next start.
 fn apply(row: &mut VmRow, request: &VmSetRequest) {
+    row.rm = request.rm.unwrap_or(row.rm);
+    if request.vcpus.is_none() && request.mem_mib.is_none() && request.disk_bytes.is_none() {
+        return;
+    }
     let mut pending = row.pending.take().unwrap_or_default();
     pending.vcpus = request.vcpus.or(pending.vcpus);
     pending.mem_mib = request.mem_mib.or(pending.mem_mib);

@@ -51,6 +51,17 @@ impl Daemon {
         }
     }
 
+    /// Until the VM has its directory, which its first start makes. False: the VM is gone.
+    pub(super) fn wait_directory(&self, id: &VmId, waiter: Hangup<'_>) -> Result<bool> {
+        let dir = self.vm_dir(id);
+        match self.wait_vm(id, waiter, None, &mut |_| dir.exists()) {
+            Ok(is_there) => Ok(is_there),
+            Err(Stop::VmGone) => Ok(false),
+            Err(Stop::CallerGone) => Err(Error::new(Kind::Cancelled, "the caller went away")),
+            Err(Stop::Failed(e)) => Err(e),
+        }
+    }
+
     fn wait_vm(
         &self,
         id: &VmId,

@@ -149,7 +149,8 @@ impl Plan {
     /// a file cannot be read, a path is too long), `command_missing` (git), `cancelled`, `host`.
     pub fn inspect(path: &Path, options: &Options, cancel: &Cancel) -> Result<Self> {
         let real = std::fs::canonicalize(path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => Error::new(Kind::PathNotFound, format!("{} is not there", path.display())),
+            std::io::ErrorKind::NotFound => Error::new(Kind::PathNotFound, format!("{} is not there", path.display()))
+                .hint("name a directory that is there, as in fcctl run . -- CMD"),
             _ => Error::io(format!("look at {}", path.display()), e),
         })?;
         if !real.is_dir() {

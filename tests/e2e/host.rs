@@ -220,6 +220,35 @@ impl Host {
         self.ok(&["exec", vm, "--", "sh", "-c", script])
     }
 
+    /// `fcctl`, its output in files.
+    pub fn spawn(&self, args: &[&str]) -> Spawned {
+        Spawned::start(&mut self.command(args))
+    }
+
+    /// `fcctl` with these bytes on its stdin.
+    pub fn feed(&self, args: &[&str], stdin: &[u8]) -> Output {
+        let mut file = tempfile::tempfile().unwrap();
+        std::io::Write::write_all(&mut file, stdin).unwrap();
+        std::io::Seek::rewind(&mut file).unwrap();
+        self.command(args).stdin(file).output().unwrap()
+    }
+
+    /// One call on a connection of its own, as a script without `fcctl` makes it: the whole answer.
+    pub fn rpc(&self, method: &str, params: serde_json::Value) -> serde_json::Value {
+        let mut stream = std::os::unix::net::UnixStream::connect(self.socket()).unwrap();
+        let line = serde_json::json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
+        std::io::Write::write_all(&mut stream, format!("{line}\n").as_bytes()).unwrap();
+        let mut answer = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(stream), &mut answer).unwrap();
+        serde_json::from_str(&answer).unwrap()
+    }
+
+    /// A fact of `vm show`.
+    #[track_caller]
+    pub fn show(&self, vm: &str, fact: &str) -> serde_json::Value {
+        self.json(&["vm", "show", vm])[fact].clone()
+    }
+
     /// What belongs to this daemon on the host: VMM processes, and the files of its VMs.
     pub fn census(&self) -> Vec<String> {
         let mut found: Vec<String> = vmm_processes(&self.state()).into_iter().map(|p| format!("process {p}")).collect();
@@ -273,4 +302,61 @@ pub fn vmm_processes(state: &Path) -> Vec<u32> {
 pub fn signal(pid: u32, name: &str) {
     let signal: nix::sys::signal::Signal = format!("SIG{name}").parse().unwrap();
     let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal);
+}
+
+/// stdout and stderr as text.
+pub fn text(out: &Output) -> (String, String) {
+    (String::from_utf8_lossy(&out.stdout).into_owned(), String::from_utf8_lossy(&out.stderr).into_owned())
+}
+
+/// A process of ours with its output in files, so that it can be looked at while it runs and never blocks on it.
+pub struct Spawned {
+    pub child: Child,
+    out: tempfile::NamedTempFile,
+    err: tempfile::NamedTempFile,
+}
+
+impl Spawned {
+    pub fn start(command: &mut Command) -> Self {
+        let (out, err) = (tempfile::NamedTempFile::new().unwrap(), tempfile::NamedTempFile::new().unwrap());
+        let child = command.stdout(out.reopen().unwrap()).stderr(err.reopen().unwrap()).spawn().unwrap();
+        Self { child, out, err }
+    }
+
+    pub fn stdout(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.out.path()).unwrap()).into_owned()
+    }
+    pub fn stderr(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.err.path()).unwrap()).into_owned()
+    }
+    pub fn signal(&self, name: &str) {
+        signal(self.child.id(), name);
+    }
+
+    /// Waits until its stdout holds `text`.
+    #[track_caller]
+    pub fn says(&mut self, text: &str) {
+        wait_for(&format!("{text:?} on stdout"), || {
+            if self.stdout().contains(text) {
+                return Some(());
+            }
+            let ended = self.child.try_wait().unwrap();
+            assert!(ended.is_none() || self.stdout().contains(text), "{ended:?}: {}{}", self.stdout(), self.stderr());
+            None
+        });
+    }
+
+    /// Its exit status and how long that took from now.
+    pub fn end(&mut self) -> (Option<i32>, Duration) {
+        let begun = Instant::now();
+        let status = wait_for("the end of a process", || self.child.try_wait().unwrap());
+        (status.code(), begun.elapsed())
+    }
+}
+
+impl Drop for Spawned {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }

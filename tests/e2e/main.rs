@@ -1,5 +1,10 @@
 //! End to end: real daemons, real guests, real repositories. Nothing here is skipped: what is missing fails.
 #![allow(clippy::disallowed_methods)] // Tests start processes of their own.
 
+mod exec;
 mod first_light;
 mod host;
+mod hostile;
+mod lifecycle;
+mod process;
+mod promise;

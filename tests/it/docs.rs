@@ -15,7 +15,9 @@ fn check(name: &str, table: &str) {
         std::fs::write(&path, format!("{}{table}{}", &text[..from], &text[to..])).unwrap();
         return;
     }
-    panic!("the table {name} of ARCHITECTURE.md is not that of the code: FCD_UPDATE_DOCS=1 cargo test --features fakes --test it docs");
+    panic!(
+        "the table {name} of ARCHITECTURE.md is not that of the code: FCD_UPDATE_DOCS=1 cargo test --features fakes --test it docs"
+    );
 }
 
 #[test]

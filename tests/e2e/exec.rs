@@ -1,0 +1,213 @@
+//! Commands in a guest: their streams, statuses, signals, terminals.
+
+use crate::host::{FCCTL, Host, Spawned, text, wait_for};
+use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
+use sha2::{Digest, Sha256};
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::process::{Command, Stdio};
+
+const BLOB_BYTES: usize = 20 << 20;
+
+/// One VM for all of them: none leaves anything behind that another one sees.
+#[test]
+fn commands_in_a_guest() {
+    let host = Host::start();
+    let out = host.feed(&["run", "--name", "box", "-i", "--", "sh", "-c", "cat; echo told >&2; exit 4"], b"piped\0in");
+    let (stdout, stderr) = text(&out);
+    assert_eq!((out.status.code(), stdout.as_str()), (Some(4), "piped\0in"), "{stderr}");
+    assert!(stderr.contains("told\n") && stderr.contains("runs on"), "{stderr}");
+    streams_are_apart_and_binary_safe(&host);
+    stdin_is_read_only_when_asked(&host);
+    statuses(&host);
+    options(&host);
+    a_reader_that_goes(&host);
+    a_tree_through_pipes(&host);
+    a_terminal(&host);
+    a_command_in_a_terminal_without_stdin(&host);
+    the_systems_ssh(&host);
+}
+
+fn streams_are_apart_and_binary_safe(host: &Host) {
+    let out = host.fcctl(&["exec", "box", "--", "sh", "-c", "printf 'a\\000\\377'; printf 'b\\r\\n' >&2"]);
+    assert_eq!((out.status.code(), &out.stdout[..], &out.stderr[..]), (Some(0), &b"a\0\xff"[..], &b"b\r\n"[..]));
+    let mut blob = vec![0; BLOB_BYTES];
+    File::open("/dev/urandom").unwrap().read_exact(&mut blob).unwrap();
+    let sum: String = Sha256::digest(&blob).iter().map(|b| format!("{b:02x}")).collect();
+    let out = host.feed(&["exec", "box", "-i", "--", "sh", "-c", "tee /root/blob | sha256sum"], &blob);
+    assert!(text(&out).0.starts_with(&sum), "{:?}", text(&out));
+    let out = host.fcctl(&["exec", "box", "--", "cat", "/root/blob"]);
+    assert!(out.status.success() && out.stdout == blob, "{} bytes came back", out.stdout.len());
+    // A command that does not care for its input.
+    assert_eq!(host.feed(&["exec", "box", "-i", "--", "true"], &blob).status.code(), Some(0));
+}
+
+fn stdin_is_read_only_when_asked(host: &Host) {
+    let mut input = tempfile::tempfile().unwrap();
+    input.write_all(b"mine").unwrap();
+    input.rewind().unwrap();
+    let out = host.command(&["exec", "box", "--", "wc", "-c"]).stdin(input.try_clone().unwrap()).output().unwrap();
+    assert_eq!(text(&out).0, "0\n");
+    assert_eq!(input.stream_position().unwrap(), 0);
+    let (status, said) = host.fails(&["exec", "box"]);
+    assert!(status == 125 && said.contains("hint: "), "{said}");
+}
+
+fn statuses(host: &Host) {
+    let cases: [(&[&str], i32); 9] = [
+        (&["true"], 0),
+        (&["false"], 1),
+        (&["sh", "-c", "exit 7"], 7),
+        (&["/etc/passwd"], 126),
+        (&["no-such-command"], 127),
+        (&["sh", "-c", "kill -9 $$"], 137),
+        (&["sh", "-c", "kill -TERM $$"], 143),
+        (&["sh", "-c", "exit 255"], 255),
+        // Arguments arrive as they are.
+        (&["test", "a  b'\"$HOME\\*\n", "=", "a  b'\"$HOME\\*\n"], 0),
+    ];
+    for (argv, status) in cases {
+        let out = host.fcctl(&[&["exec", "box", "--"], argv].concat());
+        assert_eq!(out.status.code(), Some(status), "{argv:?}: {:?}", text(&out));
+    }
+    host.ok(&["vm", "create", "--name", "idle"]);
+    for (vm, hint) in [("nope", "fcctl ps"), ("idle", "fcctl start")] {
+        let (status, said) = host.fails(&["exec", vm, "--", "true"]);
+        assert!(status == 125 && said.contains("hint: ") && said.contains(hint), "{status} {said}");
+    }
+    host.ok(&["rm", "idle"]);
+    assert_eq!(host.fails(&["exec", "box", "--no-such-flag"]).0, 125);
+}
+
+fn options(host: &Host) {
+    assert_eq!(host.ok(&["exec", "box", "-w", "/usr/share", "--", "pwd"]), "/usr/share\n");
+    let (status, said) = host.fails(&["exec", "box", "-w", "/not/there", "--", "pwd"]);
+    assert!(status != 0 && said.contains("/not/there"), "{status} {said}");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "# a comment\nA=from the file\nB=b ' \" $HOME\n").unwrap();
+    let file = file.path().to_str().unwrap();
+    let script = "printf '%s|' \"$A\" \"$B\" \"$OURS\"";
+    let args = ["exec", "box", "--env-file", file, "-e", "A=x=y", "-e", "OURS", "--", "sh", "-c", script];
+    let out = host.command(&args).env("OURS", "caller's").output().unwrap();
+    assert_eq!(text(&out).0, "x=y|b ' \" $HOME|caller's|");
+    assert_eq!(host.fails(&["exec", "box", "-e", "1=2", "--", "true"]).0, 125);
+}
+
+/// `yes | head -1`: nobody says anything, and it ends.
+fn a_reader_that_goes(host: &Host) {
+    let line = format!("'{FCCTL}' --socket '{}' exec box -- yes | head -n 1", host.socket().display());
+    let out = Command::new("sh").args(["-c", &line]).output().unwrap();
+    assert_eq!(text(&out), ("y\n".to_owned(), String::new()));
+    wait_for("the guest's end of it", || host.fcctl(&["exec", "box", "--", "pidof", "yes"]).stdout.is_empty().then_some(()));
+}
+
+fn a_tree_through_pipes(host: &Host) {
+    let fcctl = format!("'{FCCTL}' --socket '{}'", host.socket().display());
+    let script = format!(
+        "set -e; mkdir in out; echo one > in/a; ln -s a in/link; tar -C in -c . | {fcctl} exec box -i -w /tmp -- tar -x; \
+         {fcctl} exec box -w /tmp -- tar -c ./a ./link | tar -C out -x; diff -r in out; readlink out/link"
+    );
+    let dir = tempfile::tempdir().unwrap();
+    let out = Command::new("sh").args(["-c", &script]).current_dir(dir.path()).output().unwrap();
+    assert_eq!((out.status.code(), text(&out).0.as_str()), (Some(0), "a\n"), "{:?}", text(&out));
+}
+
+/// What a person has: a keyboard and a screen, and the terminal behind them.
+struct Person {
+    keyboard: File,
+    terminal: File,
+    seen: String,
+}
+
+impl Person {
+    fn sit_down(rows: u16, cols: u16) -> Self {
+        let pty = nix::pty::openpty(None, None).unwrap();
+        let keyboard = File::from(pty.master);
+        let flags = rustix::fs::fcntl_getfl(&keyboard).unwrap();
+        rustix::fs::fcntl_setfl(&keyboard, flags | rustix::fs::OFlags::NONBLOCK).unwrap();
+        let person = Self { keyboard, terminal: File::from(pty.slave), seen: String::new() };
+        person.resize(rows, cols);
+        person
+    }
+
+    fn resize(&self, rows: u16, cols: u16) {
+        tcsetwinsize(&self.terminal, Winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
+    }
+
+    fn is_raw(&self) -> bool {
+        !tcgetattr(&self.terminal).unwrap().local_modes.contains(LocalModes::ICANON)
+    }
+
+    /// `fcctl` in a session of its own, whose terminal this is.
+    fn fcctl(&self, host: &Host, args: &[&str]) -> std::process::Child {
+        let end = || Stdio::from(self.terminal.try_clone().unwrap());
+        let mut command = Command::new("setsid");
+        command.args(["--ctty", FCCTL, "--socket"]).arg(host.socket()).args(args).env("TERM", "vt100");
+        command.stdin(end()).stdout(end()).stderr(end()).spawn().unwrap()
+    }
+
+    fn type_in(&mut self, keys: &str) {
+        self.keyboard.write_all(keys.as_bytes()).unwrap();
+    }
+
+    fn look(&mut self) {
+        let mut piece = [0; 4096];
+        while let Ok(n @ 1..) = self.keyboard.read(&mut piece) {
+            self.seen.push_str(&String::from_utf8_lossy(&piece[..n]));
+        }
+    }
+
+    #[track_caller]
+    fn sees(&mut self, wanted: &str) {
+        wait_for(&format!("{wanted:?} on the screen"), || {
+            self.look();
+            self.seen.contains(wanted).then_some(())
+        });
+        self.seen.clear();
+    }
+}
+
+fn a_terminal(host: &Host) {
+    let mut person = Person::sit_down(30, 100);
+    let mut child = person.fcctl(host, &["exec", "-it", "box", "--", "sh"]);
+    person.type_in("stty size; tty; echo $TERM\n");
+    person.sees("30 100\r\n/dev/pts/");
+    assert!(person.is_raw());
+    person.resize(41, 123);
+    // A resize has no answer; the guest has it when it says so.
+    wait_for("the new size", || {
+        person.type_in("stty size\n");
+        person.look();
+        person.seen.contains("41 123").then_some(())
+    });
+    person.type_in("echo sle\"\"eping; sleep 1000\n");
+    person.sees("sleeping");
+    // Ctrl-C is a byte here; the guest's terminal makes a signal of it.
+    person.type_in("\x03");
+    person.type_in("echo status=$?\n");
+    person.sees("status=130");
+    person.type_in("exit 6\n");
+    let status = wait_for("the shell's end", || child.try_wait().unwrap());
+    assert_eq!(status.code(), Some(6));
+    assert!(!person.is_raw());
+}
+
+/// `-t` alone: Ctrl-C is a signal on our side and goes on to the guest.
+fn a_command_in_a_terminal_without_stdin(host: &Host) {
+    let mut person = Person::sit_down(24, 80);
+    let mut child = person.fcctl(host, &["exec", "-t", "box", "--", "sh", "-c", "test -t 1 && echo here; exec sleep 1000"]);
+    person.sees("here");
+    person.type_in("\x03");
+    let status = wait_for("the command's end", || child.try_wait().unwrap());
+    assert_eq!(status.code(), Some(130));
+    // Into a file: the guest's command has a terminal all the same.
+    let mut file = Spawned::start(&mut host.command(&["exec", "-t", "box", "--", "tty"]));
+    assert_eq!(file.end().0, Some(0));
+    assert!(file.stdout().starts_with("/dev/pts/"), "{}", file.stdout());
+}
+
+fn the_systems_ssh(host: &Host) {
+    let out = host.fcctl(&["ssh", "box", "--", "echo out; echo err >&2; exit 5"]);
+    assert_eq!((out.status.code(), text(&out)), (Some(5), ("out\n".to_owned(), "err\n".to_owned())));
+    assert_eq!(host.fails(&["ssh", "nope", "--", "true"]).0, 3);
+}

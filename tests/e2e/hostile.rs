@@ -1,0 +1,179 @@
+//! Bad input and broken guests: the right status, a sentence, a hint, and nothing left behind.
+
+use crate::host::{FCCTL, Host, text, vmm_processes, wait_for};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+/// Nobody's.
+const STRANGER: &str = "65534";
+
+#[track_caller]
+fn refused(out: &Output, status: i32, said: &str) {
+    let (stdout, stderr) = text(out);
+    assert_eq!(out.status.code(), Some(status), "{stdout}{stderr}");
+    assert!(stderr.starts_with("fcctl: ") && stderr.contains(said), "{said:?} in: {stderr}");
+    assert!(stderr.contains("hint: ") || status == 2, "{stderr}");
+}
+
+/// Rows and whatever else is there.
+fn everything(host: &Host) -> (String, Vec<String>) {
+    (host.ok(&["ps", "-aq"]), host.census())
+}
+
+#[test]
+fn bad_requests_change_nothing() {
+    let host = Host::with_config("[limits]\nvms_per_uid_max = 300\n");
+    host.ok(&["vm", "create", "--name", "taken"]);
+    let before = everything(&host);
+    let tree = tempfile::tempdir().unwrap();
+    let tree = tree.path().to_str().unwrap();
+    let check = |args: &[&str], status, said: &str| refused(&host.fcctl(args), status, said);
+    check(&["vm", "show", "nope"], 3, "no VM \"nope\"");
+    check(&["vm", "create", "--name", "taken"], 4, "taken");
+    check(&["vm", "create", "--name", "Bad_Name"], 2, "Bad_Name");
+    check(&["vm", "create", "--image", "nope"], 3, "nope");
+    check(&["vm", "create", "--memory", "900T"], 1, "memory");
+    check(&["vm", "create", "--memory", "1M"], 2, "memory");
+    check(&["vm", "create", "--vcpus", "0"], 2, "vcpus");
+    check(&["vm", "create", "--disk", "1K"], 2, "disk");
+    check(&["run", "--image", "nope", tree, "--", "true"], 125, "nope");
+    check(&["run", "--memory", "900T", "--", "true"], 125, "memory");
+    check(&["run", "/not/there", "--", "true"], 125, "/not/there");
+    check(&["workspace", "prepare", "taken", "/not/there"], 3, "/not/there");
+    check(&["workspace", "prepare", "taken", tree], 1, "start");
+    check(&["workspace", "export", "taken"], 1, "start");
+    check(&["op", "show", "abcdef012345"], 3, "abcdef012345");
+    assert_eq!(everything(&host), before);
+    racing_creates(&host);
+    // By the pigeonhole, some two of 257 ids begin alike; of fewer, most often.
+    let mut ids = vec![host.show("taken", "id").as_str().unwrap()[..2].to_owned()];
+    let twice = loop {
+        let name = host.ok(&["vm", "create"]);
+        let prefix = host.show(name.trim(), "id").as_str().unwrap()[..2].to_owned();
+        if ids.contains(&prefix) {
+            break prefix;
+        }
+        ids.push(prefix);
+    };
+    check(&["vm", "show", &twice], 2, "fits several VMs");
+    check(&["rm", "-f", &twice], 2, "fits several VMs");
+    host.ok(&["vm", "prune"]);
+}
+
+/// Of twenty that want one name, one gets it.
+fn racing_creates(host: &Host) {
+    let mut all: Vec<_> = (0..20).map(|_| host.spawn(&["vm", "create", "--name", "wanted"])).collect();
+    let statuses: Vec<_> = all.iter_mut().map(|c| c.end().0.unwrap()).collect();
+    assert_eq!(statuses.iter().filter(|s| **s == 0).count(), 1, "{statuses:?}");
+    assert_eq!(statuses.iter().filter(|s| **s == 4).count(), 19, "{statuses:?}");
+    host.ok(&["rm", "wanted"]);
+}
+
+/// `fcctl` as somebody else. The socket lets everybody in here; what a caller may do is by its uid.
+fn as_stranger(host: &Host, args: &[&str]) -> Output {
+    fs::set_permissions(host.socket(), fs::Permissions::from_mode(0o666)).unwrap();
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", STRANGER, "--regid", STRANGER, "--clear-groups", FCCTL, "--socket"]).arg(host.socket());
+    command.args(args).env("HOME", "/nonexistent").stdin(std::process::Stdio::null()).output().unwrap()
+}
+
+/// The tree is read with the caller's rights, and a VM exists for its owner and for root only.
+#[test]
+fn a_caller_reads_and_sees_what_is_its_own() {
+    assert!(nix::unistd::geteuid().is_root(), "as root only: run the tests as root");
+    let host = Host::start();
+    host.ok(&["vm", "create", "--name", "roots"]);
+    let before = everything(&host);
+    // Not below our own checkout, which would be the tree then.
+    let tree = tempfile::tempdir().unwrap();
+    fs::set_permissions(tree.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(tree.path().join("open"), "x").unwrap();
+    fs::write(tree.path().join("shut"), "x").unwrap();
+    fs::set_permissions(tree.path().join("shut"), fs::Permissions::from_mode(0o600)).unwrap();
+    refused(&as_stranger(&host, &["run", tree.path().to_str().unwrap(), "--", "true"]), 125, "shut");
+    assert_eq!(everything(&host), before);
+
+    assert_eq!(text(&as_stranger(&host, &["ps", "-aq"])).0, "");
+    let id = host.show("roots", "id").as_str().unwrap().to_owned();
+    for vm in ["roots", &id, &id[..4]] {
+        for verb in [&["vm", "show"][..], &["start"], &["rm", "-f"], &["logs"], &["vm", "kill"]] {
+            let out = as_stranger(&host, &[verb, &[vm]].concat());
+            // `rm -f` of what does not exist is fine, and does nothing.
+            let expected = if verb[0] == "rm" { 0 } else { 3 };
+            assert_eq!(out.status.code(), Some(expected), "{verb:?} {:?}", text(&out));
+        }
+    }
+    assert_eq!(everything(&host), before);
+    let out = as_stranger(&host, &["vm", "create", "--name", "strangers"]);
+    assert!(out.status.success(), "{:?}", text(&out));
+    assert_eq!(text(&as_stranger(&host, &["ps", "-aq"])).0.lines().count(), 1);
+    assert_eq!(host.show("strangers", "owner_uid"), 65534);
+}
+
+#[test]
+fn guests_that_break() {
+    let host = Host::start();
+    host.boot("box");
+    let tree = tempfile::tempdir().unwrap();
+    fs::write(tree.path().join("big"), vec![7; 24 << 20]).unwrap();
+    let path = tree.path().to_str().unwrap();
+    for bad in ["/etc", "../x", "/root/../etc/x", "/root"] {
+        let out = host.fcctl(&["workspace", "prepare", "box", path, "--guest-path", bad]);
+        refused(&out, 2, bad);
+    }
+    assert!(host.show("box", "workspace").is_null());
+    a_full_disk(&host, path);
+    a_dead_vmm(&host);
+    another_host_key(&host);
+}
+
+fn a_full_disk(host: &Host, tree: &str) {
+    // No byte is written for it, neither there nor here.
+    host.sh(
+        "box",
+        "set -- $(df -k / | tail -n 1); fallocate -l $(($2 - $3 - 4096))K /root/fill; fallocate -l 1G /root/more; true",
+    );
+    let out = host.fcctl(&["workspace", "prepare", "box", tree, "--guest-path", "/root/tree"]);
+    refused(&out, 1, "o space left");
+    assert_eq!(host.show("box", "workspace")["state"], "incomplete");
+    host.sh("box", "rm -f /root/fill /root/more");
+    host.ok(&["workspace", "prepare", "box", tree, "--guest-path", "/root/tree"]);
+    assert_eq!(host.show("box", "workspace")["state"], "complete");
+    assert_eq!(host.sh("box", "pwd; stat -c %s big"), format!("/root/tree\n{}\n", 24 << 20));
+}
+
+fn a_dead_vmm(host: &Host) {
+    let mut sleeping = host.spawn(&["exec", "box", "--", "sh", "-c", "echo ready; exec sleep 1000"]);
+    sleeping.says("ready");
+    crate::host::signal(vmm_processes(&host.state())[0], "KILL");
+    let begun = Instant::now();
+    wait_for("the VM has failed", || (host.show("box", "state") == "failed").then_some(()));
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    assert!(host.ok(&["ps", "-a"]).contains("failed (the vmm died: "), "{}", host.ok(&["ps", "-a"]));
+    let (status, within) = sleeping.end();
+    assert!(status == Some(125) && within < Duration::from_secs(2), "{status:?} {within:?} {}", sleeping.stderr());
+    refused(&host.fcctl(&["exec", "box", "--", "true"]), 125, "failed");
+    refused(&host.fcctl(&["workspace", "prepare", "box", "/tmp"]), 1, "failed");
+    host.ok(&["start", "box"]);
+}
+
+/// Whoever answers in the guest's place is not talked to.
+fn another_host_key(host: &Host) {
+    let script = "cd /run/fcd/seed && rm -f host_key && ssh-keygen -q -t ed25519 -N '' -f host_key && \
+        kill $(pidof sshd | tr ' ' '\\n' | sort -n | head -n 1)";
+    host.fcctl(&["exec", "box", "--", "sh", "-c", script]);
+    let said = wait_for("its sshd has the other key", || {
+        let out = host.fcctl(&["--json", "exec", "box", "--", "true"]);
+        let error: serde_json::Value = serde_json::from_slice(&out.stderr).unwrap_or_default();
+        (out.status.code() == Some(125) && error["error"]["kind"] == "host_key_mismatch").then_some(error)
+    });
+    assert_eq!(said["error"]["code"], "guest_unavailable", "{said}");
+    assert!(said["error"]["hint"].is_string(), "{said}");
+    let out = host.fcctl(&["stop", "box"]);
+    assert!(text(&out).0.contains("stopped, the guest did not sync"), "{:?}", text(&out));
+    // The seed brings the right one back.
+    host.ok(&["start", "box"]);
+    assert_eq!(host.sh("box", "echo back"), "back\n");
+}

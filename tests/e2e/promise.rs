@@ -1,0 +1,182 @@
+//! No lifecycle operation waits for a slow one, with real guests: imports that stand still, boots under way.
+
+use crate::host::{Host, Spawned, vmm_processes, wait_for};
+use serde_json::{Value, json};
+use std::io::Write;
+use std::process::{ChildStdin, Stdio};
+use std::time::{Duration, Instant};
+
+/// After a stop or a delete was asked for: the import's error and the end of the VMM come within this.
+const SOON: Duration = Duration::from_secs(1);
+/// What an answer of the daemon may take here. On an idle machine it is a few milliseconds; this one runs
+/// other tests and software-emulated guests beside.
+const AT_ONCE: Duration = Duration::from_millis(250);
+const MIB: usize = 1 << 20;
+
+/// A call on a connection of its own, and how long its answer took.
+fn timed(host: &Host, method: &str, params: Value) -> (Value, Duration) {
+    let begun = Instant::now();
+    let answer = host.rpc(method, params);
+    (answer, begun.elapsed())
+}
+
+#[track_caller]
+fn answers_at_once(host: &Host, vm: &str) {
+    for (method, params) in [("vm.show", json!({"vm": vm})), ("vm.list", json!({"all": true}))] {
+        let (answer, took) = timed(host, method, params);
+        assert!(answer["result"].is_object(), "{answer}");
+        assert!(took < AT_ONCE, "{method} took {took:?}");
+    }
+}
+
+/// An import of a tar whose only file never comes to its end; `stdin` is where its bytes come from.
+fn endless_import(host: &Host, vm: &str) -> (Spawned, ChildStdin) {
+    let args = ["workspace", "prepare", vm, "--guest-path", "/root/t", "--tar", "-"];
+    let mut import = Spawned::start(host.command(&args).stdin(Stdio::piped()));
+    let mut stdin = import.child.stdin.take().unwrap();
+    let mut header = tar::Header::new_gnu();
+    header.set_path("file").unwrap();
+    header.set_size(8 << 30);
+    header.set_mode(0o644);
+    header.set_cksum();
+    stdin.write_all(header.as_bytes()).unwrap();
+    (import, stdin)
+}
+
+/// Bytes that the import has got in.
+fn gone_in(host: &Host) -> u64 {
+    let ops = host.json(&["op", "list"]);
+    let import = ops.as_array().unwrap().iter().find(|op| op["method"] == "workspace.prepare");
+    import.and_then(|op| op["progress"]["done"].as_u64()).unwrap_or(0)
+}
+
+/// The import ended because of what happened to its VM, and says how far it got.
+#[track_caller]
+fn ended_because(import: &mut Spawned, cause: &str, since: Instant) {
+    let (status, _) = import.end();
+    let took = since.elapsed();
+    let said = import.stderr();
+    assert!(!matches!(status, Some(0) | None), "{status:?} {said}");
+    assert!(said.contains(cause), "{said}");
+    let bytes = said.split("after ").nth(1).and_then(|rest| rest.split(" bytes").next()).and_then(|n| n.parse::<u64>().ok());
+    assert!(bytes.is_some_and(|n| n > 0), "{said}");
+    assert!(took < SOON, "{took:?}: {said}");
+}
+
+#[test]
+fn an_import_that_stands_still_holds_nobody_up() {
+    // One worker: if a stalled import kept it, nothing could come after.
+    let host = Host::with_config("[limits]\npool_workers = 1\n");
+    host.boot("box");
+    let begun = Instant::now();
+    host.ok(&["stop", "box"]);
+    let idle_stop = begun.elapsed();
+    host.ok(&["start", "box"]);
+
+    // A client that does not write.
+    let (mut import, mut stdin) = endless_import(&host, "box");
+    stdin.write_all(&vec![0; 2 * MIB]).unwrap();
+    wait_for("the first bytes are in the guest", || (gone_in(&host) > MIB as u64).then_some(()));
+    answers_at_once(&host, "box");
+    let begun = Instant::now();
+    let mut stop = host.spawn(&["stop", "box"]);
+    ended_because(&mut import, "the VM was stopped", begun);
+    assert_eq!(stop.end().0, Some(0), "{}", stop.stderr());
+    let took = begun.elapsed();
+    assert!(stop.stdout().contains("the guest's data was synced"), "{}", stop.stdout());
+    assert!(took < idle_stop * 2 + SOON, "{took:?}, idle {idle_stop:?}");
+    assert_eq!(host.show("box", "workspace")["state"], "incomplete");
+    drop(stdin);
+
+    // A guest that does not read, on the worker that the first one gave back.
+    host.ok(&["start", "box"]);
+    let (mut import, stdin) = endless_import(&host, "box");
+    let feeder = feed(stdin);
+    wait_for("bytes go into the guest", || (gone_in(&host) > 4 * MIB as u64).then_some(()));
+    host.sh("box", "kill -STOP $(pidof tar)");
+    let mut last = 0;
+    wait_for("no more bytes go in", || {
+        let now = gone_in(&host);
+        let stands = now == last;
+        last = now;
+        std::thread::park_timeout(Duration::from_millis(300));
+        stands.then_some(())
+    });
+    answers_at_once(&host, "box");
+    let begun = Instant::now();
+    let mut delete = host.spawn(&["rm", "-f", "box"]);
+    ended_because(&mut import, "the VM was deleted", begun);
+    assert_eq!(delete.end().0, Some(0), "{}", delete.stderr());
+    assert!(begun.elapsed() < 2 * SOON, "{:?}", begun.elapsed());
+    assert_eq!(host.census(), Vec::<String>::new());
+    feeder.join().unwrap();
+}
+
+/// Zeros until nobody reads them.
+fn feed(mut stdin: ChildStdin) -> std::thread::JoinHandle<()> {
+    std::thread::spawn(move || {
+        let zeros = vec![0; MIB];
+        while stdin.write_all(&zeros).is_ok() {}
+    })
+}
+
+/// A VM whose VMM runs and whose guest does not answer yet.
+fn booting(host: &Host, vm: &str) -> Spawned {
+    let start = host.spawn(&["start", vm]);
+    wait_for("its vmm runs", || {
+        let shown = host.json(&["vm", "show", vm]);
+        (shown["state"] == "starting" && shown["pid"].is_u64()).then_some(())
+    });
+    start
+}
+
+#[test]
+fn a_vm_that_boots_is_stopped_and_deleted_at_once() {
+    let host = Host::start();
+    host.ok(&["vm", "create", "--name", "box"]);
+    for (method, params) in
+        [("vm.stop", json!({"vm": "box"})), ("vm.kill", json!({"vm": "box"})), ("vm.delete", json!({"vm": "box"}))]
+    {
+        let mut start = booting(&host, "box");
+        answers_at_once(&host, "box");
+        let (answer, took) = timed(&host, method, params);
+        let begun = Instant::now();
+        assert!(answer["result"]["op"].is_string() && took < AT_ONCE, "{method}: {took:?} {answer}");
+        wait_for("the vmm is gone", || vmm_processes(&host.state()).is_empty().then_some(()));
+        assert!(begun.elapsed() < SOON, "{method}: {:?}", begun.elapsed());
+        let status = start.end().0;
+        assert!(status != Some(0) && start.stderr().contains("cancelled"), "{status:?} {}", start.stderr());
+        if method != "vm.delete" {
+            host.ok(&["vm", "wait", "box", "--timeout", "10s"]);
+        }
+    }
+    wait_for("nothing left", || host.census().is_empty().then_some(()));
+    assert_eq!(host.ok(&["ps", "-aq"]), "");
+}
+
+#[test]
+fn races_end_in_one_sane_state() {
+    let host = Host::start();
+    host.ok(&["vm", "create", "--name", "box"]);
+    let mut start = booting(&host, "box");
+    let mut stops = [host.spawn(&["stop", "box"]), host.spawn(&["stop", "box"])];
+    for stop in &mut stops {
+        assert_eq!(stop.end().0, Some(0), "{}", stop.stderr());
+    }
+    assert_ne!(start.end().0, Some(0));
+    assert_eq!((host.show("box", "state"), vmm_processes(&host.state()).len()), (json!("stopped"), 0));
+
+    let mut pair = [host.spawn(&["start", "box"]), host.spawn(&["stop", "box"])];
+    let statuses = pair.each_mut().map(|p| p.end().0);
+    let state = host.show("box", "state");
+    let expected = usize::from(state == "running");
+    assert!(state == "running" || state == "stopped", "{statuses:?} {state}");
+    assert_eq!(vmm_processes(&host.state()).len(), expected, "{statuses:?} {state}");
+
+    host.ok(&["stop", "--force", "box"]);
+    let mut pair = [host.spawn(&["vm", "delete", "--force", "box"]), host.spawn(&["start", "box"])];
+    assert_eq!(pair[0].end().0, Some(0), "{}", pair[0].stderr());
+    assert_ne!(pair[1].end().0, Some(0));
+    assert_eq!(host.ok(&["ps", "-aq"]), "");
+    assert_eq!(host.census(), Vec::<String>::new());
+}

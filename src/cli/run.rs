@@ -150,12 +150,12 @@ fn finish(
         Err(_) => interrupts.status().unwrap_or(OUR_FAILURE),
     };
     tell_end(ctx, interrupts, &ended);
-    if let (Some(to), true, None) = (&export, began, interrupts.cause()) {
-        if let Err(failed) = collect(ctx, interrupts, &made, to) {
-            status = failed;
-            // Work that could not be brought back is not thrown away.
-            keep(ctx, &mut made);
-        }
+    if let (Some(to), true, None) = (&export, began, interrupts.cause())
+        && let Err(failed) = collect(ctx, interrupts, &made, to)
+    {
+        status = failed;
+        // Work that could not be brought back is not thrown away.
+        keep(ctx, &mut made);
     }
     if made.rm || !began {
         remove(ctx, interrupts, &made);
@@ -179,7 +179,7 @@ fn keep(ctx: &mut Context, made: &mut Made) {
             made.rm = false;
             ctx.note(&format!("vm {} is kept in spite of --rm, with its changes", made.vm.name));
         }
-        Err(e) => drop(ctx.fail(&e.context("keep the VM with its changes"), OUR_FAILURE)),
+        Err(e) => ctx.fail(&e.context("keep the VM with its changes"), OUR_FAILURE),
     }
 }
 

@@ -2,10 +2,13 @@
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
+mod api;
 mod bad_input;
 mod booting;
+mod keys;
 mod layers;
 mod panics;
 mod promise;
 mod recovery;
+mod verbs;
 mod world;

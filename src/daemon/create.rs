@@ -1,11 +1,13 @@
 //! Create and set: rows only; nothing boots here.
 
-use super::{Caller, Daemon, names, now_s};
-use crate::api::vm::{Pending, Vm, VmCreateRequest, VmSetRequest, VmState};
+use super::operations::ended_row;
+use super::{Caller, Daemon, HeldKey, names, now_s, to_value};
+use crate::api::vm::{Pending, Vm, VmCreateRequest, VmReply, VmSetRequest, VmState};
 use crate::config::MEM_MIB_MIN;
 use crate::disk::root::SIZE_UNIT_BYTES;
 use crate::error::{Error, Kind, Result};
 use crate::ids::{VmId, VmName};
+use crate::ops::OpHandle;
 use crate::store::{State, Tx, VmRow};
 
 /// Candidates for a name before giving up; the later ones carry a random number.
@@ -14,6 +16,11 @@ const NAME_TRIES_MAX: u32 = 64;
 impl Daemon {
     /// Makes the row, durable when this returns.
     pub fn create(&self, caller: &Caller, request: &VmCreateRequest) -> Result<Vm> {
+        self.create_keyed(caller, request, None)
+    }
+
+    /// The same; the key comes with the row, so that it stands for this VM or for none.
+    pub fn create_keyed(&self, caller: &Caller, request: &VmCreateRequest, key: Option<&HeldKey>) -> Result<Vm> {
         let image_name = request.image.clone().unwrap_or_else(|| self.config.vm.image.clone());
         let image = self.images.get(&image_name)?;
         let row = VmRow {
@@ -47,16 +54,29 @@ impl Daemon {
         self.check_memory(row.mem_mib)?;
         self.check_disk(row.disk_bytes, image.disk_bytes)?;
         let id = row.id.clone();
-        let ticket = {
+        let op = key.map(|key| self.begin_own_op(key.method(), Some(id.clone()), caller.uid)).transpose()?;
+        let begun = op.as_ref().map(OpHandle::op);
+        let made = {
             let _names = self.locks.create_vm.lock(&());
             let given = request.name.is_some();
-            self.store.change(|tx| self.insert(tx, row, given))?.1
+            self.store.change(|tx| {
+                let row = self.insert(tx, row, given)?;
+                if let (Some(key), Some(op)) = (key, begun) {
+                    key.put(tx, &op.id)?;
+                    let result = to_value(&VmReply { vm: super::access::view_of(tx, &row) });
+                    tx.put_op(ended_row(op, &result));
+                }
+                Ok(())
+            })
         };
-        self.wait_durable(ticket)?;
-        self.view(&id)
+        let vm = made.and_then(|((), ticket)| self.wait_durable(ticket)).and_then(|()| self.view(&id));
+        if let Some(op) = op {
+            op.finish(vm.as_ref().map_err(Clone::clone).and_then(|vm| to_value(&VmReply { vm: vm.clone() })));
+        }
+        vm
     }
 
-    fn insert(&self, tx: &mut Tx, mut row: VmRow, name_given: bool) -> Result<()> {
+    fn insert(&self, tx: &mut Tx, mut row: VmRow, name_given: bool) -> Result<VmRow> {
         let owned = tx.vms().filter(|r| r.owner_uid == row.owner_uid).count();
         let max = self.config.limits.vms_per_uid_max;
         if owned >= max {
@@ -65,7 +85,8 @@ impl Daemon {
         }
         row.name = if name_given { free_name(tx, row.name)? } else { some_name(tx, &row.id)? };
         row.slot = tx.free_slot(self.config.qemu.uid_count)?;
-        tx.put_vm(row)
+        tx.put_vm(row.clone())?;
+        Ok(row)
     }
 
     pub(super) fn check_vcpus(&self, vcpus: u32) -> Result<()> {

@@ -42,11 +42,15 @@ pub struct Leftovers {
     pub jobs: usize,
     pub operations: usize,
     pub images_being_built: usize,
+    /// Idempotency keys of calls that are beginning.
+    pub keys_beginning: usize,
 }
 
 impl Daemon {
     pub fn leftovers(&self) -> Leftovers {
         let pool = self.pool.counts();
+        // Let go of before the next one is taken.
+        let images_being_built = self.building.lock().len();
         Leftovers {
             locks: self.locks.entries(),
             runtimes: self.runtimes.len(),
@@ -54,7 +58,8 @@ impl Daemon {
             sessions: self.sessions.len(),
             jobs: pool.running + pool.places,
             operations: self.ops.running(),
-            images_being_built: self.building.lock().len(),
+            images_being_built,
+            keys_beginning: self.beginning.len(),
         }
     }
 }

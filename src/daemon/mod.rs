@@ -12,6 +12,7 @@ mod doctor;
 mod down;
 mod hold;
 mod images;
+mod keys;
 mod lifecycle;
 mod locks;
 mod names;
@@ -31,6 +32,7 @@ pub use crate::ops::Change as OpEvent;
 pub use access::Caller;
 pub use debug::Leftovers;
 pub use doctor::host_checks;
+pub use keys::{HeldKey, Keyed};
 pub use notes::Notes;
 pub use sessions::ExecIo;
 pub use transitions::markdown_table as transitions_table;
@@ -99,6 +101,7 @@ pub struct Inner {
     mem_mib_max: u64,
     /// Names under which images are being built.
     building: Mutex<HashSet<crate::ids::ImageRef>>,
+    beginning: keys::Beginning,
     /// VMs that reconcile has not looked at yet.
     unlooked: Mutex<HashSet<VmId>>,
     /// Fires when the daemon closes.
@@ -194,6 +197,7 @@ impl Daemon {
             transport: seams.transport,
             commands: seams.commands,
             building: Mutex::new(Rank::Runtimes, HashSet::new()),
+            beginning: keys::Beginning::new(),
             unlooked: Mutex::new(Rank::Runtimes, unlooked),
             closing: Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?,
             threads: close::Threads::new(),

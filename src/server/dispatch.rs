@@ -11,17 +11,18 @@ use crate::api::vm::{
 };
 use crate::api::workspace::{WorkspaceExport, WorkspacePrepare};
 use crate::api::{Call, VERSION_MAJOR, VERSION_MINOR};
-use crate::daemon::{Begun, Caller, Daemon, ExecIo, Gone, Hangup, Notes};
+use crate::daemon::{Begun, Caller, Daemon, ExecIo, Gone, Hangup, HeldKey, Keyed, Notes};
 use crate::error::{Error, Kind};
 use crate::ids::OpId;
 use serde::Serialize;
+use serde_json::Value;
 use serde_json::value::{RawValue, to_raw_value};
 use std::time::{Duration, Instant};
 
 /// What this daemon can beyond the first version of the protocol.
 const FEATURES: &[&str] = &["workspace", "exec", "image_build"];
 
-/// Most bytes of a label in lock records.
+/// Answers calls over a daemon.
 pub struct Dispatch {
     daemon: Daemon,
 }
@@ -70,21 +71,33 @@ impl Visit<'_> {
             VmCreate::METHOD => self.create(&call),
             VmStart::METHOD => {
                 let request: <VmStart as Call>::Request = call.parse()?;
-                self.follow(d.start(c, &request.vm)?, OnHangup::Cancel, None)
+                self.keyed(&call, OnHangup::Cancel, || d.start(c, &request.vm))
             }
-            VmStop::METHOD => self.follow(d.stop(c, &call.parse()?)?, OnHangup::GoOn, None),
-            VmRestart::METHOD => self.follow(d.restart(c, &call.parse()?)?, OnHangup::GoOn, None),
+            VmStop::METHOD => {
+                let request = call.parse()?;
+                self.keyed(&call, OnHangup::GoOn, || d.stop(c, &request))
+            }
+            VmRestart::METHOD => {
+                let request = call.parse()?;
+                self.keyed(&call, OnHangup::GoOn, || d.restart(c, &request))
+            }
             VmKill::METHOD => {
                 let request: <VmKill as Call>::Request = call.parse()?;
-                self.follow(d.kill(c, &request.vm)?, OnHangup::GoOn, None)
+                self.keyed(&call, OnHangup::GoOn, || d.kill(c, &request.vm))
             }
-            VmDelete::METHOD => self.follow(d.delete(c, &call.parse()?)?, OnHangup::GoOn, None),
+            VmDelete::METHOD => {
+                let request = call.parse()?;
+                self.keyed(&call, OnHangup::GoOn, || d.delete(c, &request))
+            }
             VmList::METHOD => answer(&d.list(c, &call.parse()?)),
             VmShow::METHOD => {
                 let request: <VmShow as Call>::Request = call.parse()?;
                 answer(&d.show(c, &request.vm)?)
             }
-            VmSet::METHOD => answer(&VmReply { vm: d.set(c, &call.parse()?)? }),
+            VmSet::METHOD => {
+                let request = call.parse()?;
+                self.keyed_value(&call, |_| value(&VmReply { vm: d.set(c, &request)? }), true)
+            }
             VmLogs::METHOD => {
                 let request = call.parse()?;
                 let mut send = |chunk| self.connection.notify(Note::Log(chunk));
@@ -100,7 +113,7 @@ impl Visit<'_> {
         }
     }
 
-    fn other(&self, call: IncomingCall<'_>) -> CallResult {
+    fn other(&self, mut call: IncomingCall<'_>) -> CallResult {
         let (d, c) = (self.daemon, &self.caller);
         match call.method {
             ExecStart::METHOD => self.exec(call),
@@ -108,13 +121,14 @@ impl Visit<'_> {
             ExecSignal::METHOD => answer(&d.exec_signal(c, &call.parse()?).map(|()| crate::api::Empty {})?),
             WorkspacePrepare::METHOD => {
                 let (request, notes) = (call.parse()?, Notes::new()?);
-                let begun = d.prepare(c, request, call.fds, &notes)?;
-                self.follow(begun, OnHangup::Cancel, Some(&notes))
+                let fds = std::mem::take(&mut call.fds);
+                let (begun, on_hangup) = self.once(&call, OnHangup::Cancel, || d.prepare(c, request, fds, &notes))?;
+                self.follow(begun, on_hangup, Some(&notes))
             }
             WorkspaceExport::METHOD => {
                 let request = call.parse()?;
-                let begun = d.export(c, request, call.fds)?;
-                self.follow(begun, OnHangup::Cancel, None)
+                let fds = std::mem::take(&mut call.fds);
+                self.keyed(&call, OnHangup::Cancel, || d.export(c, request, fds))
             }
             OpList::METHOD => answer(&d.op_list(c, &call.parse()?)),
             OpShow::METHOD => {
@@ -126,7 +140,10 @@ impl Visit<'_> {
                 let request: <OpCancel as Call>::Request = call.parse()?;
                 answer(&d.op_cancel(c, &request.op)?)
             }
-            ImageBuild::METHOD => self.follow(d.image_build(c, &call.parse()?)?, OnHangup::Cancel, None),
+            ImageBuild::METHOD => {
+                let request = call.parse()?;
+                self.keyed(&call, OnHangup::Cancel, || d.image_build(c, &request))
+            }
             ImageList::METHOD => {
                 let crate::api::Empty {} = call.parse()?;
                 answer(&d.image_list()?)
@@ -170,13 +187,65 @@ impl Visit<'_> {
             let e = Error::invalid("a vm.create with hold stays on the line and was called without more");
             return Err(e.hint("call it with \"more\": true").into());
         }
-        let vm = self.daemon.create(&self.caller, &request)?;
         if !request.hold {
-            return answer(&VmReply { vm });
+            return self.keyed_value(
+                call,
+                |key| value(&VmReply { vm: self.daemon.create_keyed(&self.caller, &request, key)? }),
+                false,
+            );
         }
+        if call.key.is_some() {
+            let e = Error::invalid("a vm.create with hold takes no key: it holds one VM of its own");
+            return Err(e.hint("leave the key out").into());
+        }
+        let vm = self.daemon.create(&self.caller, &request)?;
         // A note that cannot be sent is a hang-up, which the hold sees at once.
         let _ = self.connection.notify(Note::Created(Box::new(vm.clone())));
         answer(&self.daemon.hold(vm, self.hangup())?)
+    }
+
+    /// Begins what the call asks for, or finds what it began when it came before under its key.
+    fn once(
+        &self,
+        call: &IncomingCall<'_>,
+        on_hangup: OnHangup,
+        begin: impl FnOnce() -> crate::error::Result<Begun>,
+    ) -> Result<(Begun, OnHangup), CallError> {
+        let Some(key) = call.key else { return Ok((begin()?, on_hangup)) };
+        match self.daemon.claim_key(&self.caller, key, call.method, call.params)? {
+            Keyed::Same(op) => Ok((Begun::Joined(op.id), OnHangup::GoOn)),
+            Keyed::New(held) => Ok((held.record(begin()?), on_hangup)),
+        }
+    }
+
+    fn keyed(
+        &self,
+        call: &IncomingCall<'_>,
+        on_hangup: OnHangup,
+        begin: impl FnOnce() -> crate::error::Result<Begun>,
+    ) -> CallResult {
+        let (begun, on_hangup) = self.once(call, on_hangup, begin)?;
+        self.follow(begun, on_hangup, None)
+    }
+
+    /// The same for what is answered at once; `record` unless `make` records the key itself.
+    fn keyed_value(
+        &self,
+        call: &IncomingCall<'_>,
+        make: impl FnOnce(Option<&HeldKey>) -> Result<Value, CallError>,
+        record: bool,
+    ) -> CallResult {
+        let Some(key) = call.key else { return answer(&make(None)?) };
+        match self.daemon.claim_key(&self.caller, key, call.method, call.params)? {
+            Keyed::Same(op) => ended(*op),
+            Keyed::New(held) => {
+                let value = make(Some(&held))?;
+                if record {
+                    held.record(Begun::Done(value.clone()));
+                }
+                answer(&value)
+            }
+        }
     }
 
     fn prune(&self, call: &IncomingCall<'_>) -> CallResult {
@@ -285,6 +354,10 @@ impl Visit<'_> {
 
 fn gone() -> Error {
     Error::new(Kind::Cancelled, "the caller went away")
+}
+
+fn value(reply: &impl Serialize) -> Result<Value, CallError> {
+    serde_json::to_value(reply).map_err(|e| Error::internal("write a reply").with_source(e).into())
 }
 
 fn answer(reply: &impl Serialize) -> CallResult {

@@ -104,7 +104,10 @@ impl Consoles {
         self.shared.state.lock().followers.entry(dir.to_owned()).or_default().push(event.clone());
         let mut follower =
             Follower { shared: self.shared.clone(), dir: dir.to_owned(), event, reader: None, partial: Vec::new() };
-        follower.reader = Some(LogReader::open(dir, tail).map_err(|e| Error::io(doing(), e))?);
+        // The directory of one that has never run is not made yet.
+        if dir.exists() {
+            follower.reader = Some(LogReader::open(dir, tail).map_err(|e| Error::io(doing(), e))?);
+        }
         Ok(follower)
     }
 
@@ -171,6 +174,10 @@ impl Follower {
         // Forgotten before the log is read, so that what comes after is told anew. The end stays told.
         if !self.event.is_ended.load(Ordering::SeqCst) {
             let _ = self.event.fd.read();
+        }
+        if self.reader.is_none() && self.dir.exists() {
+            let opened = LogReader::open(&self.dir, None);
+            self.reader = Some(opened.map_err(|e| Error::io(format!("read the console log in {}", self.dir.display()), e))?);
         }
         let Some(reader) = &mut self.reader else { return Ok(None) };
         let mut bytes = std::mem::take(&mut self.partial);

@@ -2,11 +2,14 @@
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
+mod api;
 mod bad_input;
 mod booting;
 mod docs;
+mod keys;
 mod layers;
 mod panics;
 mod promise;
 mod recovery;
+mod verbs;
 mod world;

@@ -1,0 +1,109 @@
+//! Idempotency keys: the same key with the same parameters is the same operation.
+
+use crate::world::*;
+use fcd::api::frame::{Request, Response, Version};
+use fcd::api::op::OpStarted;
+use fcd::api::vm::*;
+use fcd::error::Kind;
+use serde_json::value::RawValue;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+
+/// One call with a key, as a shell would make it.
+fn call(world: &World, method: &str, params: &str, key: &str, more: bool) -> Response {
+    let (id, params) = (RawValue::from_string("1".into()).unwrap(), RawValue::from_string(params.into()).unwrap());
+    let request =
+        Request { jsonrpc: Version::V2, id: &id, method: method.into(), params: Some(&params), more, key: Some(key.into()) };
+    let mut stream = UnixStream::connect(&world.config.socket).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    writeln!(stream, "{}", serde_json::to_string(&request).unwrap()).unwrap();
+    for line in BufReader::new(stream).lines() {
+        if let Some(fcd::api::frame::Line::Response(response)) = fcd::api::frame::Line::parse(line.unwrap().as_bytes()).unwrap() {
+            return response;
+        }
+    }
+    panic!("no answer");
+}
+
+#[track_caller]
+fn vm(response: &Response) -> Vm {
+    let result = response.result.as_ref().unwrap_or_else(|| panic!("{response:?}"));
+    serde_json::from_str::<VmReply>(result.get()).unwrap().vm
+}
+
+#[track_caller]
+fn kind(response: &Response) -> String {
+    response.error.as_ref().and_then(|e| e.data.clone()).unwrap_or_else(|| panic!("{response:?}")).kind
+}
+
+#[test]
+fn fifty_creates_with_one_key_make_one_vm() {
+    let mut world = World::new();
+    let made: Vec<_> = std::thread::scope(|scope| {
+        let one = || vm(&call(&world, "vm.create", r#"{"rm":false,"vcpus":1}"#, "k", false)).id;
+        let threads: Vec<_> = (0..50).map(|_| scope.spawn(one)).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    assert!(made.iter().all(|id| *id == made[0]));
+    assert_eq!(world.call::<VmList>(&VmListRequest { all: true }).unwrap().vms.len(), 1);
+    // The order of members is none of the parameters.
+    assert_eq!(vm(&call(&world, "vm.create", r#"{"vcpus":1,"rm":false}"#, "k", false)).id, made[0]);
+    world.reopen();
+    world.daemon().reconcile();
+    assert_eq!(vm(&call(&world, "vm.create", r#"{"vcpus":1,"rm":false}"#, "k", true)).id, made[0]);
+    // Another key is another VM, another method or another parameter a conflict.
+    assert_ne!(vm(&call(&world, "vm.create", r#"{"vcpus":1,"rm":false}"#, "other", false)).id, made[0]);
+    for (method, params) in [("vm.create", r#"{"vcpus":2}"#), ("vm.start", r#"{"vm":"x"}"#)] {
+        assert_eq!(kind(&call(&world, method, params, "k", false)), Kind::IdempotencyConflict.name());
+    }
+}
+
+#[test]
+fn an_operation_is_begun_once() {
+    let world = World::new();
+    let web = world.create("web");
+    world.place(&web.id);
+    let started = |r: &Response| serde_json::from_str::<OpStarted>(r.result.as_ref().unwrap().get()).unwrap().op;
+    let first = started(&call(&world, "vm.start", r#"{"vm":"web"}"#, "up", false));
+    world.await_state("web", VmState::Running);
+    assert_eq!(started(&call(&world, "vm.start", r#"{"vm":"web"}"#, "up", false)), first);
+    world.stop("web").unwrap();
+    // The same call again: what it began has ended, and so it is answered; nothing starts.
+    assert_eq!(vm(&call(&world, "vm.start", r#"{"vm":"web"}"#, "up", true)).state, VmState::Running);
+    assert_eq!(world.state("web"), VmState::Stopped);
+    assert_eq!(world.vmm.starts(), 1);
+}
+
+#[test]
+fn what_was_refused_leaves_its_key_free() {
+    let world = World::new();
+    let params = r#"{"vm":"web","vcpus":2}"#;
+    assert_eq!(kind(&call(&world, "vm.set", params, "k", false)), Kind::VmNotFound.name());
+    world.create("web");
+    assert_eq!(vm(&call(&world, "vm.set", params, "k", false)).vcpus, 2);
+    world.call::<VmSet>(&VmSetRequest { vm: "web".into(), vcpus: Some(3), ..Default::default() }).unwrap();
+    assert_eq!(vm(&call(&world, "vm.set", params, "k", false)).vcpus, 2, "the answer of then");
+    assert_eq!(world.show("web").unwrap().vcpus, 3);
+    // Stop of one that does not run is answered at once, and once.
+    assert_eq!(vm(&call(&world, "vm.stop", r#"{"vm":"web"}"#, "down", true)).state, VmState::Created);
+    assert_eq!(vm(&call(&world, "vm.stop", r#"{"vm":"web"}"#, "down", true)).state, VmState::Created);
+    world.daemon().store.faults().fail(fcd::store::faults::Fault::DiskFull, 1);
+    assert_eq!(kind(&call(&world, "vm.create", "{}", "full", false)), Kind::DiskFull.name());
+    world.daemon().store.faults().heal();
+    assert!(world.daemon().store.wait_writable(soon()));
+    vm(&call(&world, "vm.create", "{}", "full", false));
+}
+
+/// A day later the key is free again.
+#[test]
+fn a_key_expires() {
+    let mut world = World::new();
+    let first = vm(&call(&world, "vm.create", "{}", "k", false)).id;
+    world.edit_rows(|tx| {
+        let row = fcd::store::KeyRow { expires_at: 1, ..(**tx.key(nix::unistd::getuid().as_raw(), "k").unwrap()).clone() };
+        tx.put_key(row).unwrap();
+    });
+    world.reopen();
+    world.daemon().reconcile();
+    assert_ne!(vm(&call(&world, "vm.create", "{}", "k", false)).id, first);
+}

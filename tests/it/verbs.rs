@@ -1,0 +1,263 @@
+//! The other calls over the real socket: set, wait, op.*, logs, exec, prune.
+
+use crate::world::*;
+use fcd::api::Empty;
+use fcd::api::daemon::{DebugLocks, Doctor, Info};
+use fcd::api::exec::*;
+use fcd::api::frame::Note;
+use fcd::api::image::ImageList;
+use fcd::api::op::*;
+use fcd::api::vm::*;
+use fcd::error::Kind;
+use fcd::guest::fake::{Answer, Gate};
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+
+#[test]
+fn set_waits_for_the_next_start() {
+    let world = World::new();
+    let vm = world.create("web");
+    let set = |vcpus, mem_mib, disk_bytes| {
+        world.call::<VmSet>(&VmSetRequest { vm: "web".into(), vcpus, mem_mib, disk_bytes }).unwrap().vm
+    };
+    // At rest it changes at once.
+    let now = set(Some(2), None, None);
+    assert_eq!((now.vcpus, now.pending), (2, None));
+    world.place(&vm.id);
+    world.start("web").unwrap();
+    let now = set(None, Some(2048), Some(2 * ROOTFS_BYTES));
+    assert_eq!((now.mem_mib, now.disk_bytes), (1024, ROOTFS_BYTES));
+    assert_eq!(now.pending, Some(Pending { vcpus: None, mem_mib: Some(2048), disk_bytes: Some(2 * ROOTFS_BYTES) }));
+    let now = set(Some(3), None, None);
+    assert_eq!(now.pending, Some(Pending { vcpus: Some(3), mem_mib: Some(2048), disk_bytes: Some(2 * ROOTFS_BYTES) }));
+    assert_eq!(world.vmm.last_spec(&vm.id).unwrap().vcpus, 2);
+    let now = world.run::<VmRestart>(stop("web")).unwrap().vm;
+    assert_eq!((now.vcpus, now.mem_mib, now.disk_bytes, now.pending), (3, 2048, 2 * ROOTFS_BYTES, None));
+    let spec = world.vmm.last_spec(&vm.id).unwrap();
+    assert_eq!((spec.vcpus, spec.mem_mib), (3, 2048));
+    let disk = fcd::disk::root::disk_size(&spec.disk, fcd::disk::Method::Qcow2).unwrap();
+    assert_eq!(disk, 2 * ROOTFS_BYTES);
+}
+
+/// A boot writes its facts into the row that is being set.
+#[test]
+fn set_while_it_boots_loses_nothing() {
+    let world = World::new();
+    for round in 0..10 {
+        let name = format!("v{round}");
+        let vm = world.create(&name);
+        world.place(&vm.id);
+        let mut start = world.begin::<VmStart>(request(&name), vec![]);
+        let mut client = world.client();
+        for n in 0..20 {
+            let set = VmSetRequest { vm: name.clone(), vcpus: Some(1 + n % 4), ..Default::default() };
+            client.call::<VmSet>(&set).unwrap();
+        }
+        let vm = start.finish(SOON).unwrap().vm;
+        assert!(vm.pid.is_some() && vm.driver.is_some() && vm.disk_driver.is_some(), "{vm:?}");
+        world.call::<VmSshConfig>(&request(&name)).unwrap();
+    }
+}
+
+#[test]
+fn wait_for_a_state() {
+    let world = World::new();
+    let vm = world.create("web");
+    world.place(&vm.id);
+    let wait = |state, timeout_ms| VmWaitRequest { vm: "web".into(), state, timeout_ms };
+    assert!(world.run::<VmWait>(wait(Some(VmState::Running), Some(1))).unwrap_err().is(Kind::Timeout));
+    let mut running = world.begin::<VmWait>(wait(Some(VmState::Running), None), vec![]);
+    world.start("web").unwrap();
+    assert_eq!(running.finish(SOON).unwrap().vm.state, VmState::Running);
+    // A failed one fulfils a wait for the end.
+    let mut end = world.begin::<VmWait>(wait(None, Some(u64::MAX)), vec![]);
+    assert!(world.vmm.die(&vm.id, "signal 9 (SIGKILL)"));
+    assert_eq!(end.finish(SOON).unwrap().vm.state, VmState::Failed);
+    let mut gone = world.begin::<VmWait>(wait(Some(VmState::Running), None), vec![]);
+    world.delete("web").unwrap();
+    assert!(gone.finish(SOON).unwrap_err().is(Kind::VmNotFound));
+}
+
+#[test]
+fn operations_are_listed_shown_waited_for_and_kept() {
+    let mut world = World::new();
+    world.running("web");
+    let import = world.import("web");
+    let running = world.call::<OpList>(&OpListRequest { all: false }).unwrap().ops;
+    assert_eq!(running.len(), 1);
+    let op = &running[0];
+    assert_eq!((op.method.as_str(), op.state, op.may_cancel), ("workspace.prepare", OpState::Running, true));
+    let shown = world.call::<OpShow>(&OpRequest { op: op.id.as_str()[..6].to_owned() }).unwrap().op;
+    assert_eq!(shown.id, op.id);
+    let wait = |timeout_ms| OpWaitRequest { op: op.id.to_string(), timeout_ms };
+    let e = world.run::<OpWait>(wait(Some(1))).unwrap_err();
+    assert!(e.is(Kind::Timeout) && e.fault.op.as_ref() == Some(&op.id), "{e:?}");
+    let mut waiting = world.begin::<OpWait>(wait(None), vec![]);
+    let cancelling = world.call::<OpCancel>(&OpRequest { op: op.id.to_string() }).unwrap().op;
+    assert_eq!(cancelling.state, OpState::Cancelling);
+    assert_eq!(waiting.finish(SOON).unwrap().op.state, OpState::Cancelled);
+    let e = world.call::<OpCancel>(&OpRequest { op: op.id.to_string() }).unwrap_err();
+    assert!(e.is(Kind::WrongState) && e.fault.hint.is_some(), "{e:?}");
+    drop(import);
+    world.await_rest();
+    let all = |world: &World| world.call::<OpList>(&OpListRequest { all: true }).unwrap().ops;
+    let before = all(&world);
+    assert_eq!(before.len(), 2, "the start and the import");
+    world.reopen();
+    world.daemon().reconcile();
+    let sorted = |mut ops: Vec<Op>| {
+        ops.sort_by(|a, b| a.id.cmp(&b.id));
+        // Progress is of the moment.
+        ops.into_iter().map(|op| (op.id, op.state, op.result, op.error)).collect::<Vec<_>>()
+    };
+    assert_eq!(sorted(all(&world)), sorted(before));
+}
+
+/// A stop cannot be taken back.
+#[test]
+fn a_stop_is_not_cancelled() {
+    let world = World::new();
+    let (vm, _) = world.running("web");
+    world.guest.on(fcd::image::SHUTDOWN_COMMAND, |_| Answer::status(0).stdout("synced\n"));
+    let mut down = world.begin::<VmStop>(stop("web"), vec![]);
+    let op = down.op();
+    let e = world.call::<OpCancel>(&OpRequest { op: op.to_string() }).unwrap_err();
+    assert!(e.is(Kind::WrongState), "{e:?}");
+    assert!(world.vmm.die(&vm.id, "the guest shut down"));
+    assert_eq!(down.finish(SOON).unwrap().vm.state, VmState::Stopped);
+}
+
+/// Without `more` the answer comes at once: the operation's id.
+#[test]
+fn a_call_without_more_answers_with_its_operation() {
+    let world = World::new();
+    let vm = world.create("web");
+    world.place(&vm.id);
+    let params = serde_json::value::to_raw_value(&request("web")).unwrap();
+    let answer = world.client().call_raw("vm.start", &params, SOON).unwrap();
+    let OpStarted { op } = serde_json::from_str(answer.get()).unwrap();
+    let ended = world.run::<OpWait>(OpWaitRequest { op: op.to_string(), timeout_ms: None }).unwrap().op;
+    assert_eq!(ended.state, OpState::Ok);
+    let VmReply { vm } = serde_json::from_value(ended.result.unwrap()).unwrap();
+    assert_eq!(vm.state, VmState::Running);
+}
+
+#[test]
+fn prune_deletes_what_does_not_run() {
+    let world = World::new();
+    world.create("rests");
+    world.running("runs");
+    let deleted = world.run::<VmPrune>(Empty {}).unwrap().deleted;
+    assert_eq!(deleted.len(), 1);
+    let left: Vec<_> = world.call::<VmList>(&VmListRequest { all: true }).unwrap().vms;
+    assert_eq!(left.iter().map(|vm| vm.name.as_str()).collect::<Vec<_>>(), ["runs"]);
+}
+
+#[test]
+fn logs_follow_until_the_vm_is_deleted() {
+    let world = World::new();
+    let (vm, _) = world.running("web");
+    world.vmm.guest_says(&vm.id, "hello\r\n");
+    let logs = VmLogsRequest { vm: "web".into(), tail: None, follow: true };
+    let mut follow = world.begin::<VmLogs>(logs, vec![]);
+    follow.note(|n| matches!(n, Note::Log(c) if c.text.contains("hello")).then_some(()));
+    world.vmm.guest_says(&vm.id, "again\r\n");
+    follow.note(|n| matches!(n, Note::Log(c) if c.text.contains("again")).then_some(()));
+    world.delete("web").unwrap();
+    assert!(follow.finish(SOON).unwrap().bytes > 0);
+    world.create("still");
+    let logs = VmLogsRequest { vm: "still".into(), tail: Some(3), follow: false };
+    assert_eq!(world.run::<VmLogs>(logs).unwrap().bytes, 0, "one that never ran has an empty log");
+}
+
+fn exec(vm: &str, streams: Vec<Stream>) -> ExecStartRequest {
+    ExecStartRequest { vm: vm.into(), argv: vec!["cat".into()], env: vec![], workdir: None, pty: None, streams }
+}
+
+#[test]
+fn exec_relays_its_streams() {
+    let world = World::new();
+    world.running("web");
+    world.guest.on("", |call| Answer::status(7).stdout(call.stdin.clone()).stderr("oops"));
+    let ((stdin, to), (from, stdout), (errors, stderr)) = (pipe(), pipe(), pipe());
+    let streams = vec![Stream::Stdin, Stream::Stdout, Stream::Stderr];
+    let mut call = world.begin::<ExecStart>(exec("web", streams), vec![stdin, stdout, stderr]);
+    let mut to = std::fs::File::from(to);
+    to.write_all(b"a\0b").unwrap();
+    drop(to);
+    assert_eq!(call.finish(SOON).unwrap().exit, Exit::Status(7));
+    let read = |fd: OwnedFd| {
+        let mut bytes = Vec::new();
+        std::fs::File::from(fd).read_to_end(&mut bytes).unwrap();
+        bytes
+    };
+    assert_eq!((read(from).as_slice(), read(errors).as_slice()), (&b"a\0b"[..], &b"oops"[..]));
+}
+
+#[test]
+fn exec_is_signalled_resized_and_ended() {
+    let world = World::new();
+    let (_, addr) = world.running("web");
+    let gate = Gate::closed();
+    let hold = gate.clone();
+    world.guest.on("exec", move |_| Answer::default().hold(&hold));
+    world.guest.on("cd", {
+        let hold = gate.clone();
+        move |_| Answer::default().hold(&hold)
+    });
+    world.guest.on("cat", {
+        let hold = gate.clone();
+        move |_| Answer::default().hold(&hold)
+    });
+    let begin = || {
+        let call = world.begin::<ExecStart>(exec("web", vec![]), vec![]);
+        let session = call.note(|n| if let Note::Session { session } = n { Some(session.clone()) } else { None });
+        (call, session)
+    };
+    let (mut call, session) = begin();
+    let size = PtySize { rows: 5, cols: 9 };
+    world.call::<ExecResize>(&ExecResizeRequest { session: session.clone(), size }).unwrap();
+    await_that("it is resized", || world.guest.resizes() == [size]);
+    world.call::<ExecSignal>(&ExecSignalRequest { session: session.clone(), signal: "INT".into() }).unwrap();
+    assert_eq!(call.finish(SOON).unwrap().exit, Exit::Signal("INT".into()));
+    await_that("its session is gone", || world.daemon().leftovers().sessions == 0);
+    let e = world.call::<ExecSignal>(&ExecSignalRequest { session, signal: "INT".into() }).unwrap_err();
+    assert!(e.is(Kind::SessionNotFound), "{e:?}");
+    // Its caller is killed.
+    let (call, _) = begin();
+    await_that("it runs", || world.guest.live(addr) == 1);
+    call.hang_up();
+    await_that("it has ended", || world.guest.live(addr) == 0);
+    // Its connection to the guest breaks: never exit status 0.
+    let (mut call, _) = begin();
+    await_that("it runs", || world.guest.live(addr) == 1);
+    world.guest.lose(addr);
+    assert!(call.finish(SOON).unwrap_err().is(Kind::GuestLost));
+    // Its VM is stopped.
+    let (mut call, _) = begin();
+    await_that("it runs", || world.guest.live(addr) == 1);
+    world.stop("web").unwrap();
+    let e = call.finish(PROMPT).unwrap_err();
+    assert!(e.is(Kind::Cancelled) && e.fault.message.contains("the VM was stopped"), "{e:?}");
+}
+
+#[test]
+fn the_daemon_tells_of_itself() {
+    let world = World::new();
+    world.running("web");
+    let info = world.call::<Info>(&Empty {}).unwrap();
+    assert_eq!((info.version.as_str(), info.pid), (env!("CARGO_PKG_VERSION"), std::process::id()));
+    let images = world.call::<ImageList>(&Empty {}).unwrap().images;
+    assert_eq!((images[0].name.as_str(), images[0].vms), ("default", 1));
+    let checks = world.call::<Doctor>(&Empty {}).unwrap().checks;
+    for id in ["store", "image", "root-disk"] {
+        assert!(checks.iter().any(|c| c.id == id), "{id}: {checks:?}");
+    }
+    let import = world.import("web");
+    let debug = world.call::<DebugLocks>(&Empty {}).unwrap();
+    let held = debug.locks.iter().find(|l| l.set == "workspace_locks").expect("the import's");
+    assert!(held.holder.as_ref().is_some_and(|h| h.operation.contains("workspace.prepare")), "{held:?}");
+    assert_eq!(debug.violations, 0);
+    import.call.hang_up();
+    world.await_rest();
+}

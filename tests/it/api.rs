@@ -203,7 +203,7 @@ fn vms() {
     "#]],
     );
     call::<VmSet>(
-        VmSetRequest { vm: "web".into(), vcpus: Some(1), mem_mib: Some(2), disk_bytes: Some(3) },
+        VmSetRequest { vm: "web".into(), vcpus: Some(1), mem_mib: Some(2), disk_bytes: Some(3), rm: None },
         reply(),
         expect![[r#"
             vm.set

@@ -18,7 +18,7 @@ fn set_waits_for_the_next_start() {
     let world = World::new();
     let vm = world.create("web");
     let set = |vcpus, mem_mib, disk_bytes| {
-        world.call::<VmSet>(&VmSetRequest { vm: "web".into(), vcpus, mem_mib, disk_bytes }).unwrap().vm
+        world.call::<VmSet>(&VmSetRequest { vm: "web".into(), vcpus, mem_mib, disk_bytes, rm: None }).unwrap().vm
     };
     // At rest it changes at once.
     let now = set(Some(2), None, None);

@@ -58,7 +58,7 @@ impl Commands for FakeCommands {
 }
 
 pub struct World {
-    pub dir: tempfile::TempDir,
+    _dir: tempfile::TempDir,
     pub config: Config,
     pub vmm: Arc<Fake>,
     pub guest: FakeTransport,
@@ -113,7 +113,7 @@ impl World {
         let (vmm, guest) = (Arc::new(Fake::new().unwrap()), FakeTransport::new());
         let guests: Arc<Mutex<HashMap<SocketAddr, VmId>>> = Arc::default();
         let driver = around(vmm.clone());
-        let mut world = Self { dir, config, vmm, guest, driver, daemon: None, server: None, guests, last_port: Mutex::new(1000) };
+        let mut world = Self { _dir: dir, config, vmm, guest, driver, daemon: None, server: None, guests, last_port: Mutex::new(1000) };
         world.behave();
         world.open();
         world.daemon().reconcile();

@@ -36,7 +36,7 @@ pub enum Keyed {
     /// Nothing yet: the call is to begin, and to record what it began.
     New(HeldKey),
     /// An operation of an earlier call.
-    Same(Op),
+    Same(Box<Op>),
 }
 
 /// A key that no other call gets past before this is dropped.
@@ -76,7 +76,7 @@ impl Daemon {
                 .hint("use a new key for each call"));
         }
         match self.ops.get(&row.op) {
-            Ok(op) => Ok(Keyed::Same(op)),
+            Ok(op) => Ok(Keyed::Same(Box::new(op))),
             Err(e) => Err(e.context(format!("the key {key:?} stands for an operation that is no longer kept"))),
         }
     }

@@ -237,7 +237,7 @@ impl Visit<'_> {
     ) -> CallResult {
         let Some(key) = call.key else { return answer(&make(None)?) };
         match self.daemon.claim_key(&self.caller, key, call.method, call.params)? {
-            Keyed::Same(op) => ended(op),
+            Keyed::Same(op) => ended(*op),
             Keyed::New(held) => {
                 let value = make(Some(&held))?;
                 if record {
@@ -304,6 +304,8 @@ impl Visit<'_> {
             Begun::Joined(id) => (id, false),
         };
         if !self.more {
+            // It may have been refused by the disk: the operation says so.
+            self.daemon.wait_begun().map_err(|e| CallError::from(e).with_op(id.clone()))?;
             return answer(&OpStarted { op: id });
         }
         let _ = self.connection.notify(Note::Op { op: id.clone() });

@@ -93,7 +93,7 @@ impl Daemon {
         if let Some(late) = successor
             && let Some(old) = ending.take_heavier(late)
         {
-            old.op.finish(Err(Error::new(Kind::Superseded, "a later request took its place")));
+            self.end_op_soon(old.op, Err(Error::new(Kind::Superseded, "a later request took its place")));
         }
         let mut row = self.row(vm.key())?;
         if matches!(ending.outcome, Outcome::Deleted) {
@@ -133,11 +133,15 @@ impl Daemon {
     }
 
     /// Where the VM goes, and what the operation that let go of it answers.
-    fn choose(&self, row: &mut VmRow, ending: &mut Ending, settled: Result<()>) -> (Then, Result<()>) {
+    fn choose(&self, row: &mut VmRow, ending: &mut Ending, mut settled: Result<()>) -> (Then, Result<()>) {
         let restarting = row.intent.take() == Some(Intent::Restart);
         if ending.successor.is_none() {
             if restarting && settled.is_ok() {
-                return (Then::Restart, settled);
+                // It may want more memory than it had.
+                settled = self.room_for_restart(row);
+                if settled.is_ok() {
+                    return (Then::Restart, settled);
+                }
             }
             if !row.rm || row.state == VmState::Running || ending.state == VmState::Deleting {
                 return (Then::Rest, settled);
@@ -163,6 +167,13 @@ impl Daemon {
         (Then::Successor, result)
     }
 
+    fn room_for_restart(&self, row: &VmRow) -> Result<()> {
+        let mut next = row.clone();
+        super::create::take_pending(&mut next);
+        let room = self.store.read(|s| self.reserve_memory(s, &next));
+        room.map_err(|e| e.context(format!("restart vm {}: it was stopped", row.name)))
+    }
+
     /// Tells the waiters and makes the claim to drive on with.
     fn finish(&self, ending: Ending, result: Result<Value>, then: &Then) -> Option<Claim> {
         let Ending { vm, op, successor, .. } = ending;
@@ -176,7 +187,7 @@ impl Daemon {
             (_, successor) => {
                 op.finish(result.clone());
                 if let Some(s) = successor {
-                    s.op.finish(result);
+                    self.end_op_soon(s.op, result);
                 }
                 return None;
             }

@@ -193,10 +193,12 @@ fn some_name(state: &State, id: &VmId) -> Result<VmName> {
 }
 
 /// Memory of the VMs that have some: those on their way up, up, or on their way down.
-pub(super) fn reserved_mib(state: &State, owner_uid: Option<u32>) -> u64 {
+/// Without `apart`, which asks anew.
+fn reserved_mib(state: &State, owner_uid: Option<u32>, apart: &VmId) -> u64 {
     state
         .vms()
         .filter(|r| matches!(r.state, VmState::Starting | VmState::Running | VmState::Stopping))
+        .filter(|r| r.id != *apart)
         .filter(|r| owner_uid.is_none_or(|uid| uid == r.owner_uid))
         .map(|r| r.mem_mib)
         .sum()
@@ -212,10 +214,10 @@ impl Daemon {
             Err(Error::new(Kind::MemoryLimit, format!("{} MiB more memory: {used} of {whose} {max} MiB are in use", row.mem_mib))
                 .hint(format!("stop another VM, give it less with fcctl vm set, or raise limits.{key}")))
         };
-        check(reserved_mib(state, None), self.mem_mib_max, "this host's", "mem_mib_max")?;
+        check(reserved_mib(state, None, &row.id), self.mem_mib_max, "this host's", "mem_mib_max")?;
         match self.config.limits.mem_mib_per_uid_max {
             0 => Ok(()),
-            max => check(reserved_mib(state, Some(row.owner_uid)), max, "the owner's", "mem_mib_per_uid_max"),
+            max => check(reserved_mib(state, Some(row.owner_uid), &row.id), max, "the owner's", "mem_mib_per_uid_max"),
         }
     }
 }

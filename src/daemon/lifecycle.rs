@@ -163,7 +163,18 @@ impl Daemon {
             return Ok(Begun::Joined(op));
         }
         let op = self.begin_end_op(ask.method, &row.id, uid)?;
-        let id = op.id().clone();
+        let (id, op_row) = (op.id().clone(), op.op());
+        let begun = self.change(true, |tx| {
+            tx.put_op(op_row);
+            Ok(())
+        });
+        match begun {
+            Ok(((), ticket)) => ticket.detach(),
+            Err(e) => {
+                op.finish(Err(e.clone()));
+                return Err(e.context(format!("{} vm {}", ask.verb.name(), row.name)));
+            }
+        }
         let replaced = self.runtimes.set_successor(vm.key(), Successor { verb: ask.verb, op, timeout: ask.timeout });
         match row.state {
             VmState::Starting => self.runtimes.cancel_boot(vm.key(), cause_for(ask.verb)),
@@ -171,7 +182,7 @@ impl Daemon {
             _ => {}
         }
         if let Some(old) = replaced {
-            old.op.finish(Err(superseded(row, old.verb)));
+            self.end_op_soon(old.op, Err(superseded(row, old.verb)));
         }
         Ok(Begun::Op(id))
     }
@@ -229,7 +240,7 @@ impl Daemon {
             if taken { None } else { self.runtimes.end(guard.key()).1 }
         };
         if let Some(s) = successor {
-            s.op.finish(Err(error.clone()));
+            self.end_op_soon(s.op, Err(error.clone()));
         }
         let mut error = error.clone();
         if claim.verb == Verb::Kill {

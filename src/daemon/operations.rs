@@ -4,17 +4,31 @@ use super::{Caller, Daemon};
 use crate::api::Fault;
 use crate::api::op::{Op, OpListReply, OpListRequest, OpReply, OpState};
 use crate::error::{Kind, Result};
-use crate::ids::VmId;
+use crate::ids::{OpId, VmId};
 use crate::ops::{Filter, Limits, OpHandle};
 
 impl Daemon {
     pub fn op_list(&self, caller: &Caller, request: &OpListRequest) -> OpListReply {
-        let filter = Filter { owner: owner(caller), vm: None, all: request.all };
-        OpListReply { ops: self.ops.list(&filter) }
+        let mut ops = self.ops.list(&Filter { owner: None, vm: None, all: request.all });
+        ops.retain(|op| self.sees(caller, op));
+        OpListReply { ops }
     }
 
+    /// By id or by a prefix of it that fits one operation only.
     pub fn op_find(&self, caller: &Caller, text: &str) -> Result<Op> {
-        self.ops.find(text, owner(caller))
+        let found = self.ops.find(text, owner(caller));
+        if !found.as_ref().is_err_and(|e| e.kind() == Kind::OperationNotFound) {
+            return found;
+        }
+        // Begun by another, root or the daemon itself, on a VM of the caller's.
+        let whole = text.parse::<OpId>().ok().and_then(|id| self.ops.get(&id).ok()).filter(|op| self.sees(caller, op));
+        whole.map_or(found, Ok)
+    }
+
+    /// Who may see an operation: root, who began it, and the owner of its VM.
+    fn sees(&self, caller: &Caller, op: &Op) -> bool {
+        let of_theirs = |vm: &VmId| self.store.read(|s| s.vm(vm).is_some_and(|row| caller.may_see(row.owner_uid)));
+        caller.may_see(op.owner_uid) || op.vm.as_ref().is_some_and(of_theirs)
     }
 
     /// Asks it to stop. The answer shows it as it is then.
@@ -49,6 +63,24 @@ impl Daemon {
             log::warn!("write down the end of operation {}: {e}", op.id());
         }
         op.finish(result);
+    }
+
+    /// The same where a lock is held: written down in a moment.
+    pub(super) fn end_op_soon(&self, op: OpHandle, result: Result<serde_json::Value>) {
+        let row = ended_row(op.op(), &result);
+        match self.change(true, |tx| {
+            tx.put_op(row);
+            Ok(())
+        }) {
+            Ok(((), ticket)) => ticket.detach(),
+            Err(e) => log::warn!("write down the end of operation {}: {e}", op.id()),
+        }
+        op.finish(result);
+    }
+
+    /// Until everything that was begun so far is durable: only then may a caller be told that it was.
+    pub fn wait_begun(&self) -> Result<()> {
+        self.wait_durable(self.store.barrier()?)
     }
 
     /// Writes down that an operation has begun.

@@ -147,7 +147,7 @@ impl Daemon {
         });
         drop(guard);
         if let Some(s) = successor {
-            s.op.finish(Err(Error::internal(format!("vm {vm}: the daemon failed before it came to this"))));
+            self.end_op_soon(s.op, Err(Error::internal(format!("vm {vm}: the daemon failed before it came to this"))));
         }
         self.wait_durable(changed?.1)
     }

@@ -304,6 +304,8 @@ impl Visit<'_> {
             Begun::Joined(id) => (id, false),
         };
         if !self.more {
+            // It may have been refused by the disk: the operation says so.
+            self.daemon.wait_begun().map_err(|e| CallError::from(e).with_op(id.clone()))?;
             return answer(&OpStarted { op: id });
         }
         let _ = self.connection.notify(Note::Op { op: id.clone() });

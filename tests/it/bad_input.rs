@@ -268,9 +268,20 @@ fn memory_of_all() {
     world.running("one");
     world.create("two");
     refused(&world, Kind::MemoryLimit, || world.start("two"));
-    // What a restart would take counts too.
-    world.call::<VmSet>(&VmSetRequest { vm: "two".into(), mem_mib: Some(512), ..Default::default() }).unwrap();
+    let set = |vm: &str, mem| {
+        world.call::<VmSet>(&VmSetRequest { vm: vm.into(), mem_mib: Some(mem), ..Default::default() }).unwrap();
+    };
+    set("two", 512);
+    let two = world.show("two").unwrap();
+    world.place(&two.id);
     world.start("two").unwrap();
+    // What a restart would take counts too.
+    set("two", 1024);
+    let e = world.run::<VmRestart>(stop("two")).unwrap_err();
+    assert!(e.is(Kind::MemoryLimit) && e.fault.message.contains("it was stopped"), "{e:?}");
+    assert_eq!(world.state("two"), VmState::Stopped);
+    set("two", 256);
+    assert_eq!(world.run::<VmRestart>(stop("two")).unwrap().vm.state, VmState::Running);
 }
 
 #[test]
@@ -302,6 +313,12 @@ fn another_uid_sees_nothing() {
     assert!(daemon.op_list(&them, &fcd::api::op::OpListRequest { all: true }).ops.is_empty());
     assert_eq!(daemon.op_find(&them, &op).unwrap_err().kind(), Kind::OperationNotFound);
     assert_eq!(daemon.op_cancel(&them, &op).unwrap_err().kind(), Kind::OperationNotFound);
+    // What another does to one's own VM is one's own to see.
+    let mine = daemon.create(&them, &create(|r| r.name = Some("mine".parse().unwrap()))).unwrap();
+    world.start("mine").unwrap();
+    let seen = daemon.op_list(&them, &fcd::api::op::OpListRequest { all: true }).ops;
+    assert_eq!(seen.iter().map(|op| (op.method.as_str(), &op.vm)).collect::<Vec<_>>(), [("vm.start", &Some(mine.id))]);
+    assert_eq!(daemon.op_find(&them, seen[0].id.as_str()).unwrap().id, seen[0].id);
     let (pruned, _) = daemon.prune(&them).unwrap();
     assert!(pruned.deleted.is_empty());
     assert_eq!(world.state("web"), VmState::Running);

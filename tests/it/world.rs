@@ -113,7 +113,8 @@ impl World {
         let (vmm, guest) = (Arc::new(Fake::new().unwrap()), FakeTransport::new());
         let guests: Arc<Mutex<HashMap<SocketAddr, VmId>>> = Arc::default();
         let driver = around(vmm.clone());
-        let mut world = Self { _dir: dir, config, vmm, guest, driver, daemon: None, server: None, guests, last_port: Mutex::new(1000) };
+        let mut world =
+            Self { _dir: dir, config, vmm, guest, driver, daemon: None, server: None, guests, last_port: Mutex::new(1000) };
         world.behave();
         world.open();
         world.daemon().reconcile();
@@ -382,8 +383,8 @@ fn files(dir: &Path, into: &mut BTreeSet<String>) {
     for entry in std::fs::read_dir(dir).unwrap() {
         let path: PathBuf = entry.unwrap().path();
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        // The database's own, and what a full disk costs it.
-        if name.starts_with("fcd.db") || name == "reserve" {
+        // The database's own, what a full disk costs it, and logs, which come in their own time.
+        if name.starts_with("fcd.db") || name == "reserve" || name == "console.log" {
             continue;
         }
         into.insert(format!("file {}", path.display()));
@@ -505,6 +506,9 @@ impl<R> Running<R> {
     /// With the moment of its end.
     #[track_caller]
     pub fn finish_at(&mut self, patience: Duration) -> (Result<R, Failure>, Instant) {
+        if let Some(ended) = self.ended.take() {
+            return ended;
+        }
         let deadline = Instant::now() + patience;
         loop {
             match self.next(deadline) {

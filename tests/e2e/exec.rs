@@ -39,7 +39,7 @@ fn streams_are_apart_and_binary_safe(host: &Host) {
     let out = host.fcctl(&["exec", "box", "--", "cat", "/root/blob"]);
     assert!(out.status.success() && out.stdout == blob, "{} bytes came back", out.stdout.len());
     // A command that does not care for its input.
-    assert_eq!(host.feed(&["exec", "box", "-i", "--", "true"], &blob).status.code(), Some(0));
+    assert_eq!(host.feed(&["exec", "box", "-i", "--", "true"], &blob[..1 << 20]).status.code(), Some(0));
 }
 
 fn stdin_is_read_only_when_asked(host: &Host) {

@@ -2,6 +2,10 @@
 
 use crate::host::{Host, signal, text, vmm_processes, wait_for};
 use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// From SIGTERM to the daemon's end, and a second for a busy machine.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(16);
 
 /// vCPUs, MiB of memory and MiB of the root file system, as the guest sees them.
 fn shape(host: &Host, vm: &str) -> (u64, u64, u64) {
@@ -57,6 +61,10 @@ fn verbs_take_several_vms_and_go_on_past_an_error() {
     for name in ["alpha", "beta", "gamma"] {
         assert_eq!(host.ok(&["vm", "create", "--name", name]), format!("{name}\n"));
     }
+    // Nothing was printed yet; who follows hears the first boot, or that the VM is gone.
+    assert_eq!(host.ok(&["logs", "alpha"]), "");
+    let mut following = host.spawn(&["logs", "-f", "alpha"]);
+    let mut in_vain = host.spawn(&["logs", "-f", "gamma"]);
     let (status, said) = host.fails(&["start", "alpha", "nope", "beta"]);
     assert!(status == 3 && said.contains("no VM \"nope\"") && said.contains("hint: "), "{said}");
     let id = host.show("alpha", "id").as_str().unwrap().to_owned();
@@ -72,9 +80,9 @@ fn verbs_take_several_vms_and_go_on_past_an_error() {
     assert_eq!(status, 124);
     let said = host.ok(&["vm", "prune"]);
     assert!(said.contains("1 VM deleted"), "{said}");
+    assert_eq!(in_vain.end().0, Some(0), "{}", in_vain.stderr());
 
     let mut waiting = host.spawn(&["vm", "wait", "alpha"]);
-    let mut following = host.spawn(&["logs", "-f", "alpha"]);
     following.says("ssh is up");
     let out = host.fcctl(&["stop", "alpha", "nope", "beta"]);
     let (stdout, stderr) = text(&out);
@@ -132,10 +140,15 @@ fn without_rm_a_vm_runs_on_and_signals_go_to_the_guests_command() {
     assert_eq!(stubborn.end().0, Some(130));
     assert!(stubborn.stderr().contains("detached"), "{}", stubborn.stderr());
 
-    // SIGTERM drains, and the VM does not notice.
+    // SIGTERM drains: what runs in a guest gets some seconds, then it ends. The VM does not notice.
+    let mut endless = host.spawn(&["exec", &name, "--", "sh", "-c", "echo ready; exec sleep 1000"]);
+    endless.says("ready");
     let before = vmm_processes(&host.state());
     assert_eq!(before.len(), 1);
+    let begun = Instant::now();
     host.stop_daemon();
+    assert!(begun.elapsed() < DRAIN_DEADLINE, "{:?}", begun.elapsed());
+    assert_eq!(endless.end().0, Some(125), "{}", endless.stderr());
     assert_eq!(vmm_processes(&host.state()), before);
     host.relaunch();
     wait_for("the VM was looked at", || host.fcctl(&["exec", &name, "--", "true"]).status.success().then_some(()));

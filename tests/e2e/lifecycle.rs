@@ -155,6 +155,39 @@ fn without_rm_a_vm_runs_on_and_signals_go_to_the_guests_command() {
     assert_eq!(vmm_processes(&host.state()), before);
 }
 
+#[test]
+fn a_daemon_that_is_killed_finishes_or_takes_back_what_it_was_at() {
+    let mut host = Host::start();
+    host.ok(&["vm", "create", "--name", "box"]);
+    let mut start = host.spawn(&["start", "box"]);
+    wait_for("its vmm runs", || (vmm_processes(&host.state()).len() == 1).then_some(()));
+    host.kill_daemon();
+    assert_eq!(start.end().0, Some(5), "{}", start.stderr());
+    host.relaunch();
+    wait_for("the boot is taken back", || vmm_processes(&host.state()).is_empty().then_some(()));
+    let looked_at = |host: &Host| wait_for("a look", || host.fcctl(&["start", "box"]).status.success().then_some(()));
+    looked_at(&host);
+
+    let mut stop = host.spawn(&["stop", "box"]);
+    wait_one(&host, "stopping");
+    host.kill_daemon();
+    stop.end();
+    host.relaunch();
+    host.ok(&["vm", "wait", "--timeout", "30s", "box"]);
+    assert_eq!((host.show("box", "state"), vmm_processes(&host.state()).len()), ("stopped".into(), 0));
+
+    // Its VMM died while nobody looked.
+    looked_at(&host);
+    host.kill_daemon();
+    signal(vmm_processes(&host.state())[0], "KILL");
+    wait_for("it is dead", || vmm_processes(&host.state()).is_empty().then_some(()));
+    host.relaunch();
+    wait_one(&host, "failed");
+    assert!(host.show("box", "reason").as_str().unwrap().contains("died"), "{}", host.show("box", "reason"));
+    host.ok(&["rm", "box"]);
+    assert_eq!(host.census(), Vec::<String>::new());
+}
+
 /// The one VM, once it has got to `state`.
 fn wait_one(host: &Host, state: &str) {
     wait_for(state, || {

@@ -189,6 +189,9 @@ pub struct VmSetRequest {
     /// May only grow.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
+    /// Whether it is deleted when its holder goes or it stops. Holds at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rm: Option<bool>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

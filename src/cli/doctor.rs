@@ -38,6 +38,9 @@ pub fn run(ctx: &mut Context) -> Result<u8> {
             }
         }
     }
+    // fcd has a look for a daemon of its own; ours, the first, was for the socket that was asked for.
+    let mut is_first = true;
+    checks.retain(|c| c.id != "daemon" || std::mem::replace(&mut is_first, false));
     checks.extend(own_checks(ctx));
     report(ctx, checks)
 }

@@ -5,8 +5,6 @@ use crate::locks::Cancel;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Our end of a pipe. Reading and writing wait until `cancel` fires; then they fail with `Interrupted`'s kin,
@@ -14,7 +12,7 @@ use std::time::{Duration, Instant};
 pub struct End {
     fd: OwnedFd,
     cancel: Cancel,
-    unread: Arc<AtomicBool>,
+    is_unread: bool,
 }
 
 /// A pipe whose write end is ours, and the read end for the daemon.
@@ -35,12 +33,12 @@ impl End {
         let doing = "set up a pipe";
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(|e| Error::io(doing, e))?;
         rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK).map_err(|e| Error::io(doing, e))?;
-        Ok(Self { fd, cancel: cancel.clone(), unread: Arc::default() })
+        Ok(Self { fd, cancel: cancel.clone(), is_unread: false })
     }
 
     /// True once a write found that nobody reads.
-    pub fn unread(&self) -> Arc<AtomicBool> {
-        self.unread.clone()
+    pub fn is_unread(&self) -> bool {
+        self.is_unread
     }
 }
 
@@ -63,7 +61,7 @@ impl Write for End {
                 Err(rustix::io::Errno::AGAIN) => wait(self.fd.as_fd(), PollFlags::POLLOUT, &self.cancel, None)?,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(e) => {
-                    self.unread.store(e == rustix::io::Errno::PIPE, Ordering::Relaxed);
+                    self.is_unread |= e == rustix::io::Errno::PIPE;
                     return Err(e.into());
                 }
                 Ok(n) => return Ok(n),

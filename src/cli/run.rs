@@ -6,7 +6,7 @@ use super::signals::{Interrupts, Phase, interrupted};
 use super::vm::Shape;
 use super::workspace::{ExportTo, PrepareHow, Source, Transfer, tell_exported};
 use crate::api::frame::Note;
-use crate::api::vm::{Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteRequest, VmRequest, VmStart};
+use crate::api::vm::{Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteRequest, VmRequest, VmSet, VmSetRequest, VmStart};
 use crate::client::{Client, Event, Failure, Result};
 use crate::error::{Error, Kind};
 use crate::ids::VmName;
@@ -137,7 +137,13 @@ fn boot(ctx: &mut Context, interrupts: &Interrupts, made: &mut Made, source: Opt
 }
 
 /// Brings the changes back, then removes the VM or says that it runs on.
-fn finish(ctx: &mut Context, interrupts: &Interrupts, made: Made, ended: Result<Ended>, export: Option<ExportTo>) -> Result<u8> {
+fn finish(
+    ctx: &mut Context,
+    interrupts: &Interrupts,
+    mut made: Made,
+    ended: Result<Ended>,
+    export: Option<ExportTo>,
+) -> Result<u8> {
     let began = interrupts.command_began() || matches!(ended, Ok(Ended::Exit(_) | Ended::ReaderGone));
     let mut status = match &ended {
         Ok(ended) => exec::status_of(ended, interrupts),
@@ -145,7 +151,11 @@ fn finish(ctx: &mut Context, interrupts: &Interrupts, made: Made, ended: Result<
     };
     tell_end(ctx, interrupts, &ended);
     if let (Some(to), true, None) = (&export, began, interrupts.cause()) {
-        status = collect(ctx, interrupts, &made, to).map_or_else(|failed| failed, |()| status);
+        if let Err(failed) = collect(ctx, interrupts, &made, to) {
+            status = failed;
+            // Work that could not be brought back is not thrown away.
+            keep(ctx, &mut made);
+        }
     }
     if made.rm || !began {
         remove(ctx, interrupts, &made);
@@ -156,6 +166,21 @@ fn finish(ctx: &mut Context, interrupts: &Interrupts, made: Made, ended: Result<
         "vm {name} runs on; enter it: fcctl ssh {name}, stop it: fcctl stop {name}, delete it: fcctl rm -f {name}"
     ));
     Ok(status)
+}
+
+/// Takes `--rm` back; the daemon would delete the VM as soon as our connection goes.
+fn keep(ctx: &mut Context, made: &mut Made) {
+    if !made.rm {
+        return;
+    }
+    let request = VmSetRequest { vm: made.vm.id.to_string(), rm: Some(false), ..VmSetRequest::default() };
+    match Client::connect_again(&ctx.socket).and_then(|mut client| client.call::<VmSet>(&request)) {
+        Ok(_) => {
+            made.rm = false;
+            ctx.note(&format!("vm {} is kept in spite of --rm, with its changes", made.vm.name));
+        }
+        Err(e) => drop(ctx.fail(&e.context("keep the VM with its changes"), OUR_FAILURE)),
+    }
 }
 
 fn tell_end(ctx: &mut Context, interrupts: &Interrupts, ended: &Result<Ended>) {

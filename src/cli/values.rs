@@ -109,7 +109,7 @@ fn read_env_file(path: &Path) -> Result<String> {
 /// A file of the caller's that cannot be used: one that is not there has a kind of its own.
 pub fn path_error(doing: String, e: std::io::Error) -> Error {
     if e.kind() == std::io::ErrorKind::NotFound {
-        return Error::new(crate::error::Kind::PathNotFound, doing).with_source(e);
+        return Error::new(crate::error::Kind::PathNotFound, doing).with_source(e).hint("see what is there with ls -l");
     }
     Error::io(doing, e)
 }

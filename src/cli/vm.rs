@@ -346,7 +346,7 @@ fn settings(vcpus: Option<u32>, mem_mib: Option<u64>, disk_bytes: Option<u64>) -
 }
 
 fn set(ctx: &mut Context, args: SetArgs) -> Result<u8> {
-    let request = VmSetRequest { vm: args.vm, vcpus: args.vcpus, mem_mib: args.memory, disk_bytes: args.disk };
+    let request = VmSetRequest { vm: args.vm, vcpus: args.vcpus, mem_mib: args.memory, disk_bytes: args.disk, rm: None };
     let vm = ctx.connect()?.call::<VmSet>(&request)?.vm;
     if ctx.json {
         ctx.document(&vm)?;

@@ -21,7 +21,6 @@ use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
 /// Most kept paths that are named one by one.
@@ -140,7 +139,11 @@ impl Source {
     /// Looks at a tree; nothing is asked of the daemon yet.
     pub fn tree(path: &Path, history: Option<History>, cancel: &Cancel) -> Result<Self> {
         let options = Options { history: history.unwrap_or_default(), env: CallerEnv::from_process() };
-        Ok(Source::Tree(Box::new(Plan::inspect(path, &options, cancel)?)))
+        let plan = Plan::inspect(path, &options, cancel).map_err(|e| match e.kind() {
+            Kind::PathNotFound if e.hint_text().is_none() => e.hint("name a directory that is there, or . for this one"),
+            _ => e,
+        })?;
+        Ok(Source::Tree(Box::new(plan)))
     }
 
     fn request(&self, vm: &str, how: PrepareHow) -> Result<PrepareRequest> {
@@ -181,11 +184,11 @@ impl Transfer<'_> {
         }
         let stop = self.stop()?;
         let (ours, theirs) = pipes::to_daemon(&stop)?;
-        let (token, unread) = (stop.clone(), ours.unread());
+        let (token, mut ours) = (stop.clone(), ours);
         let mut begin = Some(move |keep: Vec<Vec<u8>>| {
-            let result = pack(source, ours, &keep, &token);
-            let gave_way = token.is_cancelled() || unread.load(Ordering::Relaxed);
-            (result, gave_way)
+            let result = pack(source, &mut ours, &keep, &token);
+            // Our end is still open, so nothing that follows from our failure can have happened yet.
+            (result, token.is_cancelled() || ours.is_unread())
         });
         let mut packer: Option<Beside<Sent>> = None;
         let reply = self.call::<WorkspacePrepare>(&format!("copy to {}", self.vm), &request, theirs, &mut |note| {
@@ -224,9 +227,9 @@ impl Transfer<'_> {
         let (ours, theirs) = pipes::from_daemon(&stop)?;
         let (token, target) = (stop.clone(), to.clone());
         let receiver = thread::spawn("unpack", move || {
-            let result = receive(ours, &target, &token);
-            let gave_way = token.is_cancelled() || result.as_ref().is_err_and(|e| e.kind() == Kind::StreamIncomplete);
-            (result, gave_way)
+            let mut stream = Incoming { chunks: ChunkReader::new(ours), is_broken: false };
+            let result = receive(&mut stream, &target, &token);
+            (result, token.is_cancelled() || stream.is_broken)
         })?;
         let reply = self.call::<WorkspaceExport>(&format!("fetch from {}", self.vm), &request, theirs, &mut |_| Ok(()));
         let (reply, received) = conclude(reply, Some(receiver), &stop)?;
@@ -297,7 +300,7 @@ fn conclude<R, T>(reply: Result<R>, thread: Option<Beside<T>>, stop: &Cancel) ->
 }
 
 /// The stream of an import: the payload and its trailer, only when all went well.
-fn pack(source: Source, to: End, keep: &[Vec<u8>], stop: &Cancel) -> crate::error::Result<Sent> {
+fn pack(source: Source, to: &mut End, keep: &[Vec<u8>], stop: &Cancel) -> crate::error::Result<Sent> {
     let mut writer = ChunkWriter::new(to);
     let sent = match source {
         Source::Tree(mut plan) => plan.send(&mut writer, keep, &mut |_, _| (), stop)?,
@@ -341,21 +344,44 @@ enum Received {
     Staged(unpack::Staged),
 }
 
-fn receive(from: End, to: &ExportTo, stop: &Cancel) -> crate::error::Result<Received> {
-    let mut reader = ChunkReader::new(from);
+/// The payload of an export, and whether reading it failed.
+struct Incoming {
+    chunks: ChunkReader<End>,
+    is_broken: bool,
+}
+
+impl Read for Incoming {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let result = self.chunks.read(buffer);
+        self.is_broken |= result.is_err();
+        // As `workspace` takes it: one of our errors inside.
+        result.map_err(|e| io::Error::other(stream::error("read the stream", e)))
+    }
+}
+
+/// What [`Incoming`] carried, or an error of writing.
+fn copy_error(doing: &str, e: io::Error) -> Error {
+    match e.downcast::<Error>() {
+        Ok(inner) => inner.context(doing),
+        Err(e) => Error::io(doing, e),
+    }
+}
+
+fn receive(from: &mut Incoming, to: &ExportTo, stop: &Cancel) -> crate::error::Result<Received> {
     match to {
         ExportTo::Patch(path) => {
-            patch::receive(&mut reader, &patch::Target::File(path.clone()), stop)?;
+            patch::receive(from, &patch::Target::File(path.clone()), stop)?;
             Ok(Received::Written)
         }
         ExportTo::PatchToStdout => {
             let mut spool = tempfile::tempfile().map_err(|e| Error::io("make a temporary file", e))?;
-            io::copy(&mut reader, &mut spool).map_err(|e| stream::error("receive the patch", e))?;
+            io::copy(from, &mut spool).map_err(|e| copy_error("receive the patch", e))?;
             Ok(Received::Spooled(spool))
         }
         ExportTo::Tree(path) => {
-            let staged = unpack::stage(&mut reader, path, &unpack::Limits::default(), stop)?;
-            reader.finish().map_err(|e| stream::error("receive the tree", e))?;
+            let staged = unpack::stage(from, path, &unpack::Limits::default(), stop)?;
+            // What follows the archive, up to a trailer that fits.
+            io::copy(from, &mut io::sink()).map_err(|e| copy_error("receive the tree", e))?;
             Ok(Received::Staged(staged))
         }
     }

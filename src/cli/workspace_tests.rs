@@ -22,6 +22,9 @@ pub(crate) fn with_workspace(name: &str) -> Vm {
 
 /// The daemon's side of a prepare: takes the stream to its end. None where it was cut off.
 pub(crate) fn take_stream(r: &mut Request, keep: &[&str]) -> Option<(Vec<u8>, u64)> {
+    // Other notes come first.
+    r.note(Note::Op { op: "0123456789ab".parse().unwrap() });
+    r.note(Note::Progress(crate::api::op::Progress::default()));
     r.note(Note::Ready(Ready { keep: keep.iter().map(|k| (*k).to_owned()).collect() }));
     let mut reader = ChunkReader::new(File::from(r.fds.pop().expect("one descriptor")));
     let mut payload = Vec::new();
@@ -200,6 +203,21 @@ fn half_a_patch_is_none() {
     assert_eq!((ran.status, ran.err.as_str()), (1, "fcctl: the guest went away\n"));
     assert_eq!(fcctl(&fake, &["workspace", "export", "web"]).out, b"");
     // The socket is all there is.
+    assert_eq!(std::fs::read_dir(fake.dir()).unwrap().count(), 1);
+}
+
+#[test]
+fn an_answer_without_a_whole_stream_is_not_believed() {
+    let fake = Fake::start(|mut r| {
+        drop(r.fds.pop());
+        r.result(json!({"files_changed": 1, "bytes": 26}));
+    });
+    let target = fake.dir().join("new").display().to_string();
+    for args in [&["--patch", "-"][..], &["--patch", &target][..], &["--tree", &target][..]] {
+        let ran = fcctl(&fake, &[&["workspace", "export", "web"], args].concat());
+        assert_eq!((ran.status, ran.out.as_slice()), (4, &b""[..]), "{args:?} {}", ran.err);
+        assert!(ran.err.contains("the stream broke off after 0 bytes"), "{}", ran.err);
+    }
     assert_eq!(std::fs::read_dir(fake.dir()).unwrap().count(), 1);
 }
 

@@ -99,8 +99,8 @@ impl Fake {
 }
 
 #[allow(clippy::disallowed_methods)] // The client's layer has no threads of its own.
-fn spawn(body: impl FnOnce() + Send + 'static) {
-    std::thread::spawn(body);
+pub(super) fn spawn(body: impl FnOnce() + Send + 'static) -> std::thread::JoinHandle<()> {
+    std::thread::spawn(body)
 }
 
 fn serve(stream: UnixStream, info: &Value, handler: &Handler, calls: &Sender<String>) {

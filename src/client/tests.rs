@@ -203,11 +203,10 @@ fn another_thread_can_hang_up() {
     });
     let mut client = Client::connect(&fake.socket()).unwrap();
     let hangup = client.hangup().unwrap();
-    let cutter = crate::host::thread::spawn("cutter", move || {
+    let cutter = super::fake::spawn(move || {
         go.recv_timeout(Duration::from_secs(10)).unwrap();
         hangup.hang_up();
-    })
-    .unwrap();
+    });
     let e = client.call_more::<DebugLocks>(&Empty {}, &[], &mut |_| Ok(())).unwrap_err();
     assert_eq!(e.kind(), LOST);
     cutter.join().unwrap();

@@ -2,16 +2,19 @@
 
 use super::Daemon;
 use super::lifecycle::Claim;
+use crate::api::exec::Exit;
 use crate::disk::{self, KeyPair, Method, Network, RootSpec, Seed};
 use crate::error::{Error, Kind, Result};
-use crate::guest::Target;
+use crate::guest::{Script, Target, run_script};
 use crate::image::ImageInfo;
 use crate::locks::Cancel;
 use crate::store::VmRow;
 use crate::vmm::{DiskFormat, Running, VmmSpec};
+use crate::workspace::remote;
 use std::time::{Duration, Instant};
 
 const GUEST_USER: &str = "root";
+const WORKSPACE_DEADLINE: Duration = Duration::from_secs(60);
 const KEY_FILE: &str = "key";
 const SEED_FILE: &str = "seed";
 const DISK_FILE: &str = "disk";
@@ -24,15 +27,20 @@ impl Daemon {
             op.progress(&format!("waits for a boot to end ({ahead} ahead)"));
         })?;
         let row = self.row(&claim.vm)?;
+        if let Some(earlier) = row.identity.clone() {
+            op.progress("end the vmm of an earlier start");
+            self.kill_vmm(&earlier)?;
+        }
         let image = self.images.get(&row.image)?;
         op.progress("prepare the disk");
         let spec = self.prepare_files(&row, &image, &claim.cancel)?;
         op.progress("start the vmm");
         let running = self.start_vmm(claim, &spec)?;
         op.progress("wait for the guest");
-        match self.wait_guest(claim, &running) {
+        match self.wait_guest(claim, &running).and_then(|()| self.restore_workspace(claim, &running)) {
             Ok(()) => Ok(running),
             Err(e) => {
+                self.runtimes.give_up_boot(&claim.vm);
                 self.kill_vmm(&running.identity).map_err(|k| k.context(format!("after {e}: end the vmm")))?;
                 Err(e)
             }
@@ -145,13 +153,27 @@ impl Daemon {
         let target = self.target_at(&row, running.ssh_addr)?;
         let timeout = Duration::from_secs(self.config.limits.boot_timeout_s);
         self.transport.wait_ready(&target, Instant::now() + timeout, &claim.cancel).map_err(|e| match e.kind() {
-            Kind::Timeout => Error::new(
+            Kind::Timeout | Kind::BootTimeout => Error::new(
                 Kind::BootTimeout,
-                format!("the guest did not answer within {} s of its start", self.config.limits.boot_timeout_s),
+                format!("the guest did not answer within {} s of its start: {e}", self.config.limits.boot_timeout_s),
             )
             .hint(format!("see what it printed: fcctl logs {}; limits.boot_timeout_s sets the time", row.name)),
             _ => e,
         })
+    }
+
+    /// A read-only workspace is a mount, which the guest lost with its last boot.
+    fn restore_workspace(&self, claim: &Claim, running: &Running) -> Result<()> {
+        let Some(workspace) = self.store.read(|s| s.workspace(&claim.vm).filter(|w| w.readonly).cloned()) else { return Ok(()) };
+        let target = self.target_at(&self.row(&claim.vm)?, running.ssh_addr)?;
+        let command = remote::status_command(&remote::Place::new(&workspace.guest_path));
+        let deadline = Instant::now() + WORKSPACE_DEADLINE;
+        let script = Script { command: &command, stdin: &[], deadline, output_bytes_max: remote::ANSWER_BYTES_MAX };
+        let (exit, _, stderr) = run_script(self.transport.as_ref(), &target, &script, &claim.cancel)?;
+        match exit {
+            Exit::Status(0) => Ok(()),
+            exit => Err(remote::failure("mount the read-only workspace again", &exit, &stderr)),
+        }
     }
 
     /// Where a running guest is and how it proves itself.

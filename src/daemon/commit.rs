@@ -91,7 +91,7 @@ impl Daemon {
         let (died, successor) = self.runtimes.end(vm.key());
         ending.died = ending.died.take().or(died);
         if let Some(late) = successor
-            && let Some(old) = ending.successor.replace(late)
+            && let Some(old) = ending.take_heavier(late)
         {
             old.op.finish(Err(Error::new(Kind::Superseded, "a later request took its place")));
         }
@@ -139,10 +139,11 @@ impl Daemon {
             if restarting && settled.is_ok() {
                 return (Then::Restart, settled);
             }
-            if !(row.rm && row.state != VmState::Running) {
+            if !row.rm || row.state == VmState::Running || ending.state == VmState::Deleting {
                 return (Then::Rest, settled);
             }
-            // An rm VM that came to rest is deleted, by an operation of the daemon's own.
+            // An rm VM that came to rest is deleted, by an operation of the daemon's own. One whose delete has failed
+            // stays: another would fail as well.
             return match self.begin_own_op("vm.delete", Some(row.id.clone()), row.owner_uid) {
                 Ok(op) => {
                     ending.successor = Some(Successor { verb: Verb::DeleteForce, op, timeout: None });
@@ -186,6 +187,14 @@ impl Daemon {
 }
 
 impl Ending {
+    /// Of two that want to come next the heavier does; gives back the other.
+    fn take_heavier(&mut self, late: Successor) -> Option<Successor> {
+        match &self.successor {
+            Some(early) if Successor::weight(early.verb) > Successor::weight(late.verb) => Some(late),
+            _ => self.successor.replace(late),
+        }
+    }
+
     /// The operation that owns the VM next, its verb, and the state that it begins in.
     fn next(&self, then: &Then) -> Option<(&OpHandle, Verb, VmState)> {
         match then {
@@ -207,7 +216,7 @@ fn settle(row: &mut VmRow, ending: &Ending) -> Result<()> {
     match (&ending.outcome, &ending.died) {
         (Outcome::Booted(_), Some(how)) => {
             rest(row, VmState::Failed, Some(how.clone()));
-            Err(Error::new(Kind::VmmFailed, format!("start vm {}: {how}", row.name)).hint(format!("fcctl logs {}", row.name)))
+            Err(died_booting(row, how))
         }
         (Outcome::Booted(running), None) => {
             row.state = VmState::Running;
@@ -217,11 +226,15 @@ fn settle(row: &mut VmRow, ending: &Ending) -> Result<()> {
             Ok(())
         }
         (Outcome::BootFailed(e), died) => {
-            let was_cancelled = e.kind() == Kind::Cancelled && died.is_none();
+            let was_cancelled = e.kind() == Kind::Cancelled;
             let before = if row.started_at.is_none() { VmState::Created } else { VmState::Stopped };
+            if let Some(how) = died {
+                rest(row, VmState::Failed, Some(how.clone()));
+                return Err(died_booting(row, how));
+            }
             match was_cancelled {
                 true => rest(row, before, None),
-                false => rest(row, VmState::Failed, Some(died.clone().unwrap_or_else(|| e.to_string()))),
+                false => rest(row, VmState::Failed, Some(e.to_string())),
             }
             Err(e.clone().context(format!("start vm {}", row.name)))
         }
@@ -237,4 +250,8 @@ fn settle(row: &mut VmRow, ending: &Ending) -> Result<()> {
         }
         (Outcome::Deleted, _) => Ok(()),
     }
+}
+
+fn died_booting(row: &VmRow, how: &str) -> Error {
+    Error::new(Kind::VmmFailed, format!("start vm {}: {how}", row.name)).hint(format!("fcctl logs {}", row.name))
 }

@@ -3,6 +3,7 @@
 use super::{Caller, Daemon, names, now_s};
 use crate::api::vm::{Pending, Vm, VmCreateRequest, VmSetRequest, VmState};
 use crate::config::MEM_MIB_MIN;
+use crate::disk::root::SIZE_UNIT_BYTES;
 use crate::error::{Error, Kind, Result};
 use crate::ids::{VmId, VmName};
 use crate::store::{State, Tx, VmRow};
@@ -94,6 +95,10 @@ impl Daemon {
             return Err(Error::invalid(format!("a disk of {bytes} bytes: it needs at least {at_least} and cannot shrink"))
                 .hint("leave --disk out, or give more"));
         }
+        if !bytes.is_multiple_of(SIZE_UNIT_BYTES) {
+            return Err(Error::invalid(format!("a disk of {bytes} bytes: it must be a multiple of {SIZE_UNIT_BYTES}"))
+                .hint("give it in MiB, for instance --disk 4096M"));
+        }
         if bytes > max {
             return Err(
                 Error::invalid(format!("a disk of {bytes} bytes: at most {max}")).hint("limits.disk_bytes_max sets the most")
@@ -106,19 +111,19 @@ impl Daemon {
     pub fn set(&self, caller: &Caller, request: &VmSetRequest) -> Result<Vm> {
         let row = self.resolve(caller, &request.vm)?;
         self.refuse_unlooked(&row)?;
-        if request.vcpus.is_none() && request.mem_mib.is_none() && request.disk_bytes.is_none() {
+        if request.vcpus.is_none() && request.mem_mib.is_none() && request.disk_bytes.is_none() && request.rm.is_none() {
             return Err(Error::invalid(format!("set vm {}: nothing to set", row.name)).hint("give --vcpus, --memory or --disk"));
         }
         request.vcpus.map_or(Ok(()), |n| self.check_vcpus(n))?;
         request.mem_mib.map_or(Ok(()), |n| self.check_memory(n))?;
         let ticket = {
             let guard = self.locks.vm.lock(&row.id);
-            let mut row = self.row(guard.key())?;
+            let row = self.row(guard.key())?;
             self.allow(&row, super::transitions::Verb::Set)?;
             let disk_now = row.pending.as_ref().and_then(|p| p.disk_bytes).unwrap_or(row.disk_bytes);
             request.disk_bytes.map_or(Ok(()), |n| self.check_disk(n, disk_now))?;
-            apply(&mut row, request);
-            self.store.change(|tx| tx.put_vm(row))?.1
+            // On the row as it is then: a boot writes its facts without this lock.
+            self.store.change(|tx| tx.update_vm(guard.key(), |row| apply(row, request)))?.1
         };
         self.wait_durable(ticket)?;
         self.view(&row.id)
@@ -127,6 +132,10 @@ impl Daemon {
 
 /// vCPUs and memory of a VM that is at rest change at once; the disk is grown by the next start.
 fn apply(row: &mut VmRow, request: &VmSetRequest) {
+    row.rm = request.rm.unwrap_or(row.rm);
+    if request.vcpus.is_none() && request.mem_mib.is_none() && request.disk_bytes.is_none() {
+        return;
+    }
     let mut pending = row.pending.take().unwrap_or_default();
     pending.vcpus = request.vcpus.or(pending.vcpus);
     pending.mem_mib = request.mem_mib.or(pending.mem_mib);

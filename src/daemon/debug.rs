@@ -27,3 +27,34 @@ fn record(set: &str, key: String, holder: Option<Party>, waiters: Vec<Party>) ->
     };
     LockRecord { set: set.to_owned(), key, holder: holder.map(party), waiters: waiters.into_iter().map(party).collect() }
 }
+
+/// What is under way: all of it 0 in a daemon at rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Leftovers {
+    /// Keys held or waited for.
+    pub locks: usize,
+    /// VMs with a boot, a stop, a successor, a transfer or a session.
+    pub runtimes: usize,
+    /// Threads of operations.
+    pub threads: usize,
+    pub sessions: usize,
+    /// Jobs that run, and places taken in the pool's queue.
+    pub jobs: usize,
+    pub operations: usize,
+    pub images_being_built: usize,
+}
+
+impl Daemon {
+    pub fn leftovers(&self) -> Leftovers {
+        let pool = self.pool.counts();
+        Leftovers {
+            locks: self.locks.entries(),
+            runtimes: self.runtimes.len(),
+            threads: self.threads(),
+            sessions: self.sessions.len(),
+            jobs: pool.running + pool.places,
+            operations: self.ops.running(),
+            images_being_built: self.building.lock().len(),
+        }
+    }
+}

@@ -24,7 +24,8 @@ impl Daemon {
             Err(e) => return Outcome::StillThere(e),
         };
         let Some(identity) = self.identity(&row) else {
-            return Outcome::Ended { synced: Synced::No };
+            // A restart's first half may have ended it already, and says how.
+            return Outcome::Ended { synced: row.synced.unwrap_or(Synced::No) };
         };
         let synced = if claim.verb == Verb::Kill { Synced::No } else { self.ask_to_go(claim, &row, &identity) };
         claim.op().progress("end the vmm");

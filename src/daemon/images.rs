@@ -27,7 +27,10 @@ impl Daemon {
         let spec = BuildSpec { name: name.clone(), include: request.include.clone(), disk_bytes: DISK_BYTES_DEFAULT };
         let reserved = self.reserve_image(name)?;
         let op = self.begin_op("image.build", None, caller.uid, true)?;
-        self.persist_op(&op)?;
+        if let Err(e) = self.persist_op(&op) {
+            op.finish(Err(e.clone()));
+            return Err(e);
+        }
         let (id, daemon) = (op.id().clone(), self.clone());
         self.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope(format!("image.build {}", reserved.name));

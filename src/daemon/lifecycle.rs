@@ -98,7 +98,10 @@ impl Daemon {
 
     /// Takes the VM: the row's state, its operation, the ends of whatever used the guest.
     fn claim_locked(&self, vm: &KeyGuard<'_, VmId>, mut row: VmRow, ask: &Ask, to: VmState, uid: u32) -> Result<Claim> {
-        let op = self.begin_op(ask.method, Some(row.id.clone()), uid, to == VmState::Starting)?;
+        let op = match to {
+            VmState::Starting => self.begin_op(ask.method, Some(row.id.clone()), uid, true)?,
+            _ => self.begin_end_op(ask.method, &row.id, uid)?,
+        };
         let essential = matches!(ask.verb, Verb::Kill | Verb::Delete | Verb::DeleteForce);
         enter(&mut row, to, &op, ask.verb);
         let op_row = op.op();
@@ -154,9 +157,12 @@ impl Daemon {
             if Successor::deletes(verb) && !Successor::deletes(ask.verb) {
                 return Err(refusal(row, ask.verb, "it is about to be deleted"));
             }
+            if matches!(ask.verb, Verb::Kill | Verb::DeleteForce) {
+                self.runtimes.shorten_stop(vm.key());
+            }
             return Ok(Begun::Joined(op));
         }
-        let op = self.begin_op(ask.method, Some(row.id.clone()), uid, false)?;
+        let op = self.begin_end_op(ask.method, &row.id, uid)?;
         let id = op.id().clone();
         let replaced = self.runtimes.set_successor(vm.key(), Successor { verb: ask.verb, op, timeout: ask.timeout });
         match row.state {
@@ -184,7 +190,7 @@ impl Daemon {
             let _label = crate::locks::operation_scope(format!("{} {}", claim.verb.name(), claim.vm));
             // Nothing is done before the claim is durable.
             if let Some(ticket) = claim.ticket.take()
-                && let Err(e) = self.wait_durable(ticket)
+                && let Err(e) = self.wait_settled(&ticket)
             {
                 return self.undurable(claim, &e);
             }
@@ -200,6 +206,7 @@ impl Daemon {
         match claim.state {
             VmState::Starting => match self.boot(claim) {
                 Ok(running) => Outcome::Booted(running),
+                Err(e) if self.runs_still(&claim.vm) => Outcome::StillThere(e),
                 Err(e) => Outcome::BootFailed(e),
             },
             VmState::Deleting => self.remove(claim),
@@ -207,17 +214,39 @@ impl Daemon {
         }
     }
 
+    /// Whether a boot that has failed left a VMM that could not be ended.
+    fn runs_still(&self, vm: &VmId) -> bool {
+        self.row(vm).is_ok_and(|row| self.identity(&row).is_some())
+    }
+
     /// The claim never became durable and the store has taken it back: the caller hears why.
     fn undurable(&self, mut claim: Claim, error: &Error) {
         let op = claim.op.take().expect("unsettled");
         let successor = {
             let guard = self.locks.vm.lock(&claim.vm);
-            self.runtimes.end(guard.key()).1
+            // Whoever claimed it since owns what is under way now.
+            let taken = self.row(guard.key()).is_ok_and(|row| row.op.is_some_and(|other| other != *op.id()));
+            if taken { None } else { self.runtimes.end(guard.key()).1 }
         };
         if let Some(s) = successor {
             s.op.finish(Err(error.clone()));
         }
-        op.finish(Err(error.clone().context(format!("{} vm {}", claim.verb.name(), claim.vm))));
+        let mut error = error.clone();
+        if claim.verb == Verb::Kill {
+            // It works whatever the disk does. The row follows when the store takes changes again: see `watch.rs`.
+            error = match self.kill_unrecorded(&claim.vm) {
+                Ok(()) => error.context("its vmm was ended, which could not be written down"),
+                Err(e) => e,
+            };
+        }
+        op.finish(Err(error.context(format!("{} vm {}", claim.verb.name(), claim.vm))));
+    }
+
+    fn kill_unrecorded(&self, vm: &VmId) -> Result<()> {
+        match self.identity(&self.row(vm)?) {
+            Some(identity) => self.kill_vmm(&identity),
+            None => Ok(()),
+        }
     }
 }
 
@@ -227,7 +256,7 @@ pub(super) fn enter(row: &mut VmRow, to: VmState, op: &OpHandle, verb: Verb) {
         create::take_pending(row);
         row.generation += 1;
         row.synced = None;
-        row.identity = None;
+        // One that could not be ended stays known until the boot has ended it.
         row.ssh_addr = None;
     }
     row.intent = (verb == Verb::Restart && to == VmState::Stopping).then_some(Intent::Restart);

@@ -29,6 +29,7 @@ mod workspaces;
 
 pub use crate::ops::Change as OpEvent;
 pub use access::Caller;
+pub use debug::Leftovers;
 pub use doctor::host_checks;
 pub use notes::Notes;
 pub use sessions::ExecIo;
@@ -236,6 +237,19 @@ impl Daemon {
         ticket.wait(Instant::now() + DURABLE_DEADLINE).map(drop)
     }
 
+    /// Until the disk has taken the change or refused it, however long it takes: what may still become either is no
+    /// failure. Ends as a timeout when the daemon closes meanwhile.
+    fn wait_settled(&self, ticket: &Ticket) -> Result<()> {
+        loop {
+            match ticket.wait(Instant::now() + DURABLE_DEADLINE) {
+                Err(e) if e.kind() == crate::error::Kind::Timeout && !self.closing.is_cancelled() => {
+                    log::warn!("a claim has waited for the disk for {} s", DURABLE_DEADLINE.as_secs());
+                }
+                other => return other.map(drop),
+            }
+        }
+    }
+
     /// Waits so long, or until the daemon closes: then true.
     fn pause(&self, period: Duration) -> bool {
         waiting::poll_until(&[self.closing.fd()], Instant::now() + period);
@@ -253,6 +267,13 @@ impl Daemon {
     /// In the VMM's arguments, so that the process can be found again.
     fn tag(&self, row: &crate::store::VmRow) -> String {
         format!("fc-{}-{}-{}", self.store.install_id(), row.id, row.generation)
+    }
+
+    /// Finds out ahead of the first boot what this host's virtualisation can do. Takes seconds at most.
+    pub fn warm_up(&self) {
+        if let Ok(image) = self.images.get(&self.config.vm.image) {
+            self.vmm.warm_up(&image.kernel, &self.closing);
+        }
     }
 
     pub fn uptime(&self) -> Duration {

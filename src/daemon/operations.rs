@@ -28,6 +28,11 @@ impl Daemon {
         self.ops.begin(method, vm, uid, may_cancel, Limits { per_uid_max: self.config.limits.operations_per_uid_max })
     }
 
+    /// The same for what ends something: there are at most two of a VM, and no limit may keep anybody from them.
+    pub(super) fn begin_end_op(&self, method: &str, vm: &VmId, uid: u32) -> Result<OpHandle> {
+        self.begin_own_op(method, Some(vm.clone()), uid)
+    }
+
     /// Begins an operation of the daemon's own, which no limit may stop. Only a lack of descriptors can.
     pub(super) fn begin_own_op(&self, method: &str, vm: Option<VmId>, uid: u32) -> Result<OpHandle> {
         self.ops.begin(method, vm, uid, false, Limits { per_uid_max: usize::MAX })

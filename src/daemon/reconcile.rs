@@ -13,7 +13,8 @@ use std::time::Instant;
 impl Daemon {
     /// Looks at every VM; each may be changed again as soon as it was looked at.
     pub fn reconcile(&self) {
-        let ids: Vec<VmId> = self.store.read(|s| s.vms().map(|r| r.id.clone()).collect());
+        // Not those made since the daemon opened: they are this daemon's.
+        let ids: Vec<VmId> = self.unlooked.lock().iter().cloned().collect();
         for id in ids {
             if let Err(e) = self.reconcile_vm(&id) {
                 log::error!("reconcile vm {id}: {e}");
@@ -57,9 +58,8 @@ impl Daemon {
         let Some(identity) = self.identity(row) else {
             return self.put_at_rest(row, VmState::Failed, "the vmm died while the daemon did not run");
         };
-        let image = self.images.get(&row.image)?;
-        let spec = self.spec(row, &image);
-        match self.vmm.adopt(&spec, &identity) {
+        let adopted = self.images.get(&row.image).and_then(|image| self.vmm.adopt(&self.spec(row, &image), &identity));
+        match adopted {
             Ok(running) => {
                 let adopted = running.clone();
                 let ((), ticket) = self.store.change(|tx| {

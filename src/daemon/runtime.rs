@@ -116,10 +116,21 @@ impl Runtimes {
         }
     }
 
-    /// The VMM died while it booted: the boot ends and says so.
+    /// The VMM died while it booted: the boot ends and says so. One that was ended already is what killed it.
     pub fn boot_died(&self, vm: &VmId, how: &str) {
-        self.with(vm, |r| r.died = Some(how.to_owned()));
-        self.cancel_boot(vm, how);
+        let token = self.with(vm, |r| {
+            let token = r.boot.clone().filter(|boot| !boot.is_cancelled())?;
+            r.died = Some(how.to_owned());
+            Some(token)
+        });
+        if let Some(token) = token {
+            token.cancel(how);
+        }
+    }
+
+    /// The boot has failed and ends its VMM: that death is no news.
+    pub fn give_up_boot(&self, vm: &VmId) {
+        self.with(vm, |r| r.boot = None);
     }
 
     pub fn shorten_stop(&self, vm: &VmId) {

@@ -36,7 +36,8 @@ impl ExecIo {
                 Stream::Stderr => io.stderr.replace(FdSink::new(fifo::accept(fd, Direction::Write)?)).is_some(),
             };
             if taken {
-                return Err(Error::invalid(format!("{stream:?} is named twice").to_lowercase()));
+                return Err(Error::invalid(format!("{stream:?} is named twice").to_lowercase())
+                    .hint("name each of stdin, stdout and stderr at most once"));
             }
         }
         Ok(io)

@@ -137,7 +137,19 @@ mod tests {
     /// Every pair, spelled out once: a change of the table shows in review.
     #[test]
     fn every_state_and_verb() {
-        expect![[r#""#]].assert_eq(&markdown_table());
+        expect![[r#"
+            | state | start | stop | kill | restart | delete | delete --force | set | use |
+            |---|---|---|---|---|---|---|---|---|
+            | created | -> starting | ok, nothing | refused | -> starting | -> deleting | -> deleting | allowed | refused |
+            | starting | join | succeed | succeed | refused | succeed | succeed | allowed | refused |
+            | running | ok, nothing | -> stopping | -> stopping | -> stopping | refused | -> deleting | allowed | allowed |
+            | stopping | refused | join | shorten, join | refused | succeed | succeed | allowed | refused |
+            | stopping (restart) | join | succeed | succeed | join | succeed | succeed | allowed | refused |
+            | stopped | -> starting | ok, nothing | refused | -> starting | -> deleting | -> deleting | allowed | refused |
+            | deleting | refused | refused | refused | refused | join | join | refused | refused |
+            | failed | -> starting | ok, nothing | refused | -> starting | -> deleting | -> deleting | allowed | refused |
+        "#]]
+        .assert_eq(&markdown_table());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use crate::ids::VmId;
 use crate::ops::OpHandle;
 use crate::store::VmRow;
 use serde_json::Value;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 /// Longest grace that a caller may ask for.
@@ -108,13 +109,19 @@ impl Daemon {
     pub(super) fn abandon(&self, vm: &VmId, op: OpHandle) {
         let (daemon, vm) = (self.clone(), vm.clone());
         let body = move || {
-            while let Err(e) = daemon.fail_abandoned(&vm, &op) {
+            // Whatever it was that panicked may do so once more; the VM must not stay as it is for that.
+            let settle = || catch_unwind(AssertUnwindSafe(|| daemon.fail_abandoned(&vm, &op)));
+            while let Err(e) = settle().unwrap_or_else(|_| Err(Error::internal("it panicked again"))) {
                 log::error!("settle {vm} after a failure in the daemon: {e}");
                 if daemon.pause(ABANDON_RETRY) {
                     break;
                 }
             }
-            op.finish(Err(Error::internal(format!("vm {vm}: the daemon failed in the middle")).hint("see the daemon's log")));
+            let failed = Error::internal(format!("vm {vm}: the daemon failed in the middle")).hint("see the daemon's log");
+            daemon.end_op(op, Err(failed));
+            if daemon.row(&vm).is_ok_and(|row| row.rm && row.op.is_none()) {
+                daemon.delete_unasked(&vm);
+            }
         };
         if let Err(e) = self.spawn("abandon", body) {
             log::error!("settle an abandoned claim: {e}");

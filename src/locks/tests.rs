@@ -1,3 +1,4 @@
+#![cfg_attr(feature = "one-lock", allow(unused_imports, dead_code))] // There the reports differ.
 //! The checker: its table, its verdicts, its messages.
 
 use super::rank::{self, RankSet};

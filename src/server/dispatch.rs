@@ -167,7 +167,8 @@ impl Visit<'_> {
     fn create(&self, call: &IncomingCall<'_>) -> CallResult {
         let request: <VmCreate as Call>::Request = call.parse()?;
         if request.hold && !self.more {
-            return Err(Error::invalid("a vm.create with hold stays on the line: say more").into());
+            let e = Error::invalid("a vm.create with hold stays on the line and was called without more");
+            return Err(e.hint("call it with \"more\": true").into());
         }
         let vm = self.daemon.create(&self.caller, &request)?;
         if !request.hold {

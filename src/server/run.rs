@@ -47,7 +47,10 @@ pub fn run(config: Config) -> Result<()> {
     let dispatch = Arc::new(Dispatch::new(daemon.clone()));
     let server = Server::bind(&config.socket, Limits::from(&config.limits), dispatch)?;
     let reconciler = daemon.clone();
-    let reconciled = crate::host::thread::spawn("reconcile", move || reconciler.reconcile())?;
+    let reconciled = crate::host::thread::spawn("reconcile", move || {
+        reconciler.reconcile();
+        reconciler.warm_up();
+    })?;
     log::info!("fcd {} serves {} from {}", env!("CARGO_PKG_VERSION"), config.socket.display(), config.state_dir.display());
 
     let signal = signals.forever().next();

@@ -51,6 +51,21 @@ pub fn encode_all<'a>(paths: impl IntoIterator<Item = &'a Vec<u8>>) -> Result<Ve
     Ok(encoded)
 }
 
+/// As many as fit into one reply, then one line `... and N more`.
+pub fn encode_some<'a>(paths: impl ExactSizeIterator<Item = &'a Vec<u8>>) -> Vec<String> {
+    let (count, mut bytes, mut out) = (paths.len(), 0, Vec::new());
+    for path in paths {
+        let text = encode(path);
+        bytes += text.len() + 3;
+        if bytes > KEEP_BYTES_MAX {
+            out.push(format!("... and {} more", count - out.len()));
+            break;
+        }
+        out.push(text);
+    }
+    out
+}
+
 /// All of them back.
 pub fn decode_all<S: AsRef<str>>(paths: &[S]) -> Result<Vec<Vec<u8>>> {
     paths.iter().map(|p| decode(p.as_ref())).collect()
@@ -80,5 +95,8 @@ mod tests {
     fn too_many_are_told() {
         let many = vec![vec![b'\n'; 300]; 2000];
         assert_eq!(encode_all(&many).unwrap_err().kind(), Kind::Exhausted);
+        let some = encode_some(many.iter());
+        assert_eq!(*some.last().unwrap(), format!("... and {} more", 2000 - (some.len() - 1)));
+        assert_eq!(encode_some(many[..3].iter()).len(), 3);
     }
 }

@@ -116,7 +116,7 @@ impl Git {
     }
 
     fn refused(&self, e: Error) -> Error {
-        if matches!(e.kind(), Kind::Cancelled | Kind::Timeout | Kind::CommandMissing) {
+        if matches!(e.kind(), Kind::Cancelled | Kind::Timeout | Kind::CommandMissing | Kind::DiskFull) {
             return e;
         }
         let hint = if e.message().contains("dubious ownership") {
@@ -177,6 +177,9 @@ impl Git {
         if let Some(path) = &self.env.path {
             c = c.env("PATH", path);
         }
+        if let Some(uid) = &self.env.sudo_uid {
+            c = c.env("SUDO_UID", uid);
+        }
         c.args(["-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "-c", "core.pager=cat"])
             .args(&self.config)
             .args(args)
@@ -201,7 +204,10 @@ impl Git {
             let mut lines = stderr.lines().filter(|l| !l.trim().is_empty());
             let said = lines.find(|l| l.starts_with("fatal:") || l.starts_with("error:")).or_else(|| stderr.lines().next());
             let said = said.unwrap_or("it said nothing").trim_start_matches("fatal: ").escape_debug().to_string();
-            return Err(Error::new(Kind::CommandFailed, format!("git: {said}")));
+            let full = stderr.contains("No space left on device");
+            let kind = if full { Kind::DiskFull } else { Kind::CommandFailed };
+            let e = Error::new(kind, format!("git: {said}"));
+            return Err(if full { e.hint("free some space (df -h), or set TMPDIR to a larger place") } else { e });
         }
         Ok((output.status, answer))
     }

@@ -61,6 +61,8 @@ pub struct CallerEnv {
     pub config_home: Option<PathBuf>,
     /// `GIT_CONFIG_GLOBAL`, `GIT_CONFIG_SYSTEM`, `GIT_CONFIG_NOSYSTEM`, where they are set.
     pub git: Vec<(OsString, OsString)>,
+    /// `SUDO_UID`: git lets root use a repository of the user who ran sudo.
+    pub sudo_uid: Option<OsString>,
 }
 
 impl CallerEnv {
@@ -71,6 +73,7 @@ impl CallerEnv {
             home: std::env::var_os("HOME").map(PathBuf::from),
             config_home: std::env::var_os("XDG_CONFIG_HOME").filter(|v| !v.is_empty()).map(PathBuf::from),
             git: ["GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM"].iter().filter_map(|k| named(k)).collect(),
+            sudo_uid: std::env::var_os("SUDO_UID"),
         }
     }
 
@@ -80,6 +83,7 @@ impl CallerEnv {
         add("PATH", self.path.clone());
         add("HOME", self.home.clone().map(Into::into));
         add("XDG_CONFIG_HOME", self.config_home.clone().map(Into::into));
+        add("SUDO_UID", self.sudo_uid.clone());
         out
     }
 

@@ -191,6 +191,7 @@ impl<'a> Walk<'a> {
             return Ok(());
         }
         let more = self.unreadable_count - self.unreadable.len();
+        self.unreadable.sort_unstable();
         let mut named = self.unreadable.join(", ");
         if more > 0 {
             named.push_str(&format!(" and {more} more"));

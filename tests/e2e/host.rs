@@ -141,7 +141,7 @@ impl Host {
         wait_for("the daemon answers", || {
             let ended = self.fcd.as_mut().unwrap().try_wait().unwrap();
             assert!(ended.is_none(), "fcd ended: {ended:?}\n{}", self.log());
-            self.fcctl(&["ps"]).status.success().then_some(())
+            self.fcctl(&["rpc", "fcd.info"]).status.success().then_some(())
         });
     }
 

@@ -1,1 +1,12 @@
-fn main() {}
+//! The one integration binary: a daemon in-process on a temporary directory, with fakes at the three true seams.
+
+#![allow(clippy::disallowed_methods, clippy::disallowed_types)]
+
+mod bad_input;
+mod booting;
+mod docs;
+mod layers;
+mod panics;
+mod promise;
+mod recovery;
+mod world;

@@ -9,7 +9,7 @@ mkdir -p "$W" "$S"
 sync "$S/dirty" "$S"
 if [ -e "$S/readonly" ]; then mnt -o remount,rw,bind "$W" 2>/dev/null || :; fi
 cd "$W"
-rm -rf "$S"/export.* "$S/current.index" "$S/work" "$M"
+rm -rf "$S"/export.* "$S/current.index" "$S/work" "$S/recall" "$S/recall.index" "$S/tree.new" "$M"
 mkdir "$S/work"
 : >"$S/changed"
 if [ -f "$S/index" ] && [ -f "$S/baseline" ]; then

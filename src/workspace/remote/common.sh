@@ -47,13 +47,33 @@ forced() {
     u ls-files -z -c -i --exclude-standard 2>/dev/null || :
   ) | find -files0-from - -maxdepth 0 \( -type f -o -type l \) -print0 2>/dev/null || :
 }
-# New blobs go into one pack for each process, not into a file each.
-add() { g -c core.bigFileThreshold=1 update-index -z --add --remove --replace --stdin; }
+# New blobs go into one pack for each process, not into a file each, and not deflated: that is what takes time.
+store='-c core.bigFileThreshold=1 -c core.compression=0'
+# shellcheck disable=SC2086 # $store is several words
+add() { g $store update-index -z --add --remove --replace "$@" --stdin; }
+# shellcheck disable=SC2086 # $store is several words
+# Makes blobs of the baseline's content of the paths in the file $1, where only the archive that was sent has it.
+# $2: a directory to unpack to, which is removed again.
+recall() {
+  if [ ! -f "$S/tree.tar" ] || [ ! -s "$1" ]; then return 0; fi
+  mkdir "$2"
+  if [ "$(tr -cd '\0' <"$1" | wc -c)" -le 2000 ]; then
+    tar -x --no-same-owner -C "$2" -f "$S/tree.tar" --null --verbatim-files-from -T "$1" 2>&1 | grep -v -e 'Not found in archive' -e 'Exiting with' >&2 || :
+  else
+    tar -x --no-same-owner -C "$2" -f "$S/tree.tar"
+  fi
+  (
+    cd "$2"
+    GIT_INDEX_FILE=$2.index git --git-dir="$P" --work-tree="$2" $store update-index -z --add --remove --stdin <"$1"
+  )
+  rm -rf "$2" "$2.index"
+}
+# shellcheck disable=SC2086 # $store is several words
 # Brings the index $1, a copy of the baseline's, to what is there now. $2: a directory for lists.
 snapshot() {
   GIT_INDEX_FILE=$1
   export GIT_INDEX_FILE
-  if [ -f "$1" ]; then g -c core.bigFileThreshold=1 add -u; fi
+  if [ -f "$1" ]; then g $store add -u; fi
   others >"$2/others"
   add <"$2/others"
   forced >"$2/forced"

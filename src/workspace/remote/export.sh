@@ -16,6 +16,8 @@ base=$(cat "$S/baseline")
 changed=$(g diff-index --cached --name-only -z --no-renames "$base" | tr -cd '\0' | wc -c)
 printf 'fcd-changed %s\n' "$changed" >&2
 if [ "$what" = patch ]; then
+  g diff-index --cached --name-only -z --no-renames --diff-filter=DMT "$base" >"$tmp/old"
+  recall "$tmp/old" "$tmp/recall"
   g -c core.quotePath=true diff-index --cached -p --binary --full-index --no-renames --no-ext-diff --no-textconv --no-color \
     --src-prefix=a/ --dst-prefix=b/ "$base"
 else

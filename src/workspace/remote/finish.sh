@@ -21,18 +21,27 @@ if [ -f "$S/index" ]; then
 else
   g read-tree --empty
 fi
-# Most files are as git knows them: hashing shows it, and nothing is written.
-if [ -s "$M/seed" ]; then
-  g update-index -z --index-info <"$M/seed"
-  g update-index -q --refresh >/dev/null || :
+# Most files are as git knows them, or as they were: hashing shows it, and nothing is written.
+if [ -s "$M/seed" ]; then g update-index -z --index-info <"$M/seed"; fi
+g update-index -q --refresh >/dev/null || :
+# The content of few others is stored; for more the archive stays, and is looked into when somebody asks.
+archive=0
+if [ "$kind" != raw ]; then
+  g ls-files -z | comm -z -13 - "$M/put" >"$M/fresh"
+  g diff-files --name-only -z | sort -zu - "$M/fresh" | comm -z -12 - "$M/put" >"$M/unknown"
+  bytes=$(du -cb --files0-from="$M/unknown" 2>/dev/null | tail -n 1 | cut -f1)
+  if [ -f "$S/tree.tar" ] || [ "${bytes:-0}" -gt 8388608 ] || [ "$(tr -cd '\0' <"$M/unknown" | wc -c)" -gt 2000 ]; then
+    archive=1
+  fi
 fi
-add <"$M/put"
+if [ "$archive" = 1 ]; then add --info-only <"$M/put"; else add <"$M/put"; fi
 if [ -s "$M/kept" ]; then
   GIT_INDEX_FILE="$S/current.index" g ls-files -s -z | sort -z >"$M/now"
   sort -z "$M/kept" >"$M/host"
   # Changed in the guest to what the host has now.
   comm -z -12 "$M/now" "$M/host" | g update-index -z --index-info
   comm -z -13 "$M/now" "$M/host" | cut -z -f2- >>"$M/differ"
+  recall "$M/differ" "$S/recall"
   g update-index -q --refresh >/dev/null || :
 fi
 if [ "$overwrite" = 0 ]; then
@@ -41,7 +50,7 @@ if [ "$overwrite" = 0 ]; then
     find -files0-from - -maxdepth 0 -print0 2>/dev/null >>"$M/differ" || :
 fi
 cp "$new" "$S/repo.index"
-tree=$(g write-tree)
+tree=$(g write-tree --missing-ok)
 
 set_head() {
   if [ "$branch" = - ]; then
@@ -127,6 +136,7 @@ repository() {
 if [ "$kind" = git ]; then (repository); fi
 
 if [ -n "$subdir" ]; then mkdir -p "./$subdir" 2>/dev/null || :; fi
+if [ "$archive" = 1 ]; then mv "$S/tree.new" "$S/tree.tar"; else rm -f "$S/tree.new" "$S/tree.tar"; fi
 mv "$new" "$S/index"
 printf '%s\n' "$tree" >"$S/baseline"
 printf '%s\n' "$kind" >"$S/kind"

@@ -184,6 +184,10 @@ pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
         return full.hint("give it more: fcctl vm set VM --disk SIZE, then restart it");
     }
     match exit {
+        // The guest's kernel kills what takes too much: a patch of a large binary holds both versions in memory.
+        _ if exit.shell_status() == 137 => {
+            error(Kind::GuestCommandFailed, "the guest may be out of memory: fcctl vm set VM --memory SIZE")
+        }
         Exit::Status(65) => error(Kind::InvalidGuestPath, "give another --guest-path"),
         Exit::Status(66) => error(Kind::WorkspaceIncomplete, "run fcctl workspace prepare again"),
         Exit::Status(67) => error(Kind::WorkspaceNotFound, "run fcctl workspace prepare first"),

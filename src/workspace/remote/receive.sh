@@ -6,7 +6,7 @@ bytes=${line#fcd-import 1 }
 case $bytes in '' | *[!0-9]*) die 70 "the stream has an unknown form" ;; esac
 rm -rf "$M"
 mkdir "$M"
-head -c "$bytes" | tar -x --no-same-owner -f - -C "$M"
+head -c "$bytes" | tar -x --no-same-owner --warning=no-timestamp -f - -C "$M"
 kind=$(cat "$M/kind")
 for file in sent dirs kept seed; do [ -e "$M/$file" ] || : >"$M/$file"; done
 format=sha1
@@ -47,4 +47,6 @@ if [ "$kind" != raw ]; then
   # A directory with nothing but ignored files where the host has a file now.
   comm -z -13 "$S/sent" "$M/put" | find -files0-from - -maxdepth 0 -type d -print0 2>/dev/null | xargs -0 -r rm -rf --
 fi
-tar -x -p --no-same-owner --warning=no-timestamp -f -
+# The archive is kept: what the baseline needs of it is decided when it has been verified.
+{ tee "$S/tree.new" || : >"$M/cut"; } | tar -x -p --no-same-owner --warning=no-timestamp -f -
+if [ -e "$M/cut" ]; then die 1 "No space left on device"; fi

@@ -53,11 +53,10 @@ fn fill(site: &Site) {
     std::fs::write(site.path(OsStr::from_bytes(b"raw\xfe")), b"\0\xff").unwrap();
 }
 
-/// Refs, index and objects of the guest's repository.
-fn repository_state(site: &Site) -> (String, Vec<u8>, String, BTreeMap<Vec<u8>, (u32, Vec<u8>)>) {
-    let refs = site.git_guest(&["for-each-ref"]) + &site.git_guest(&["rev-parse", "HEAD"]);
-    let index = std::fs::read(site.guest().join(".git/index")).unwrap();
-    (refs, index, site.git_guest(&["count-objects", "-v"]), listing(&site.guest().join(".git")))
+/// Refs, count of objects, and every file of the guest's repository, its index among them.
+fn repository_state(site: &Site) -> (String, Listing) {
+    let commands: [&[&str]; 3] = [&["for-each-ref"], &["rev-parse", "HEAD"], &["count-objects", "-v"]];
+    (commands.map(|args| site.git_guest(args)).concat(), listing(&site.guest().join(".git")))
 }
 
 #[track_caller]

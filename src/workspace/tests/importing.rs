@@ -397,3 +397,65 @@ fn a_missing_git_is_named() {
     let e = Plan::inspect(&site.host(), &Options { env, ..Options::default() }, &cancel()).err().unwrap();
     assert_eq!(e.kind(), Kind::CommandMissing);
 }
+
+#[test]
+fn a_repository_of_somebody_else_needs_the_callers_word() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("not run: only root can make files of another owner");
+        return;
+    }
+    let site = Site::committed();
+    run(Command::new("chown").args(["-R", "65534"]).arg(site.host()));
+    let e = site.plan().err().unwrap();
+    assert_eq!(e.kind(), Kind::InvalidTree);
+    assert!(e.hint_text().unwrap().contains("safe.directory"), "{e:?}");
+    let mut options = site.options(History::default());
+    options.env.sudo_uid = Some("65534".into());
+    Plan::inspect(&site.host(), &options, &cancel()).unwrap();
+    let config = site.dir.path().join("home/.gitconfig");
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, format!("{text}[safe]\n\tdirectory = {}\n", site.host().display())).unwrap();
+    site.prepare();
+    site.git_guest(&["log"]);
+}
+
+/// Root reads everything, so that as root this test runs itself again as nobody.
+#[test]
+fn unreadable_files_are_named_and_nothing_is_sent() {
+    if nix::unistd::geteuid().is_root() {
+        let name = "workspace::tests::importing::unreadable_files_are_named_and_nothing_is_sent";
+        let mut c =
+            Command::new(std::env::current_exe().unwrap()).args(["--exact", name]).cwd("/").deadline(Duration::from_secs(120));
+        c.credentials = Some((65534, 65534));
+        let output = run(c);
+        assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"));
+        return;
+    }
+    for site in [Site::committed(), Site::plain()] {
+        site.write("secret 1", "x");
+        site.write("dir/secret 2", "x");
+        site.write("closed/file", "x");
+        for name in ["secret 1", "dir/secret 2"] {
+            site.chmod(name, 0);
+        }
+        let e = site.plan().err().unwrap();
+        assert_eq!(e.kind(), Kind::InvalidTree);
+        assert!(e.to_string().contains("dir/secret 2, secret 1"), "{e}");
+        assert!(e.hint_text().is_some());
+        for name in ["secret 1", "dir/secret 2"] {
+            site.chmod(name, 0o600);
+        }
+        site.chmod("closed", 0);
+        assert!(site.plan().err().unwrap().to_string().contains("closed"));
+        site.chmod("closed", 0o700);
+        // Between the look and the reading.
+        let mut plan = site.plan().unwrap();
+        site.chmod("secret 1", 0);
+        let e = plan.send(&mut Vec::new(), &[], &mut |_, _| {}, &cancel()).unwrap_err();
+        assert!(e.to_string().contains("secret 1"), "{e}");
+        // Gone since is no error.
+        std::fs::remove_file(site.path("secret 1")).unwrap();
+        let sent = plan.send(&mut Vec::new(), &[], &mut |_, _| {}, &cancel()).unwrap();
+        assert!(sent.warnings[0].contains("secret 1 vanished"));
+    }
+}

@@ -204,8 +204,11 @@ fn git(dir: &Path, home: &Path, args: &[&str]) -> String {
     String::from_utf8_lossy(&run(c).stdout).into_owned()
 }
 
-/// Every file and link below, without `.git` at the top: permission bits, then content or target.
-fn listing(root: &Path) -> BTreeMap<Vec<u8>, (u32, Vec<u8>)> {
+/// Permission bits, then content or target, by path.
+type Listing = BTreeMap<Vec<u8>, (u32, Vec<u8>)>;
+
+/// Every file and link below, without `.git` at the top.
+fn listing(root: &Path) -> Listing {
     let mut out = BTreeMap::new();
     let mut pending = vec![root.to_owned()];
     while let Some(dir) = pending.pop() {

@@ -261,3 +261,42 @@ fn a_raw_tar_is_a_workspace_too() {
     site.assert_same_tree();
     assert_eq!(site.export_patch().unwrap().1, 0);
 }
+
+#[test]
+fn large_content_is_recalled_from_the_archive() {
+    for has_git in [false, true] {
+        let site = if has_git { Site::committed() } else { Site::plain() };
+        let big: Vec<u8> = (0..2_500_000u32).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
+        site.write("big", &big);
+        for name in ["small", "kept", "gone", "-x\ny"] {
+            site.write(name, "original\n");
+        }
+        symlink("small", site.path("link")).unwrap();
+        site.prepare();
+        assert!(Path::new(&site.place.state_dir).join("tree.tar").exists());
+        assert_eq!(site.export_patch().unwrap(), (Vec::new(), 0));
+        let change = |site: &Site| {
+            let mut changed = big.clone();
+            changed[5_000_000] ^= 1;
+            site.write_guest("big", &changed);
+            site.write_guest("-x\ny", "guest\n");
+            std::fs::remove_file(site.guest().join("gone")).unwrap();
+            std::fs::remove_file(site.guest().join("link")).unwrap();
+            site.write_guest("link", "a file now\n");
+        };
+        change(&site);
+        let before = listing(Path::new(&site.place.state_dir));
+        let (patch, changed) = site.export_patch().unwrap();
+        assert_eq!(changed, 4);
+        assert!(patch.len() < 100_000);
+        assert!(before == listing(Path::new(&site.place.state_dir)));
+        // What was kept keeps its baseline when the archive is replaced.
+        site.write("small", "host\n");
+        assert_eq!(site.prepare().len(), 4);
+        assert_eq!(site.export_patch().unwrap().0, patch);
+        site.apply_export();
+        // Nothing of the archive is needed any more once the content is small.
+        assert_eq!(site.prepare(), Vec::<String>::new());
+        assert_eq!(site.export_patch().unwrap().1, 0);
+    }
+}

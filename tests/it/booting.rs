@@ -1,0 +1,414 @@
+//! Verbs that meet a boot or a stop under way: accepted at once, one sane state at the end, nothing left.
+
+use crate::world::*;
+use fcd::api::op::{OpCancel, OpRequest, OpState};
+use fcd::api::vm::*;
+use fcd::client::Failure;
+use fcd::error::Kind;
+use fcd::guest::fake::{Answer, Gate, Readiness};
+use fcd::vmm::fake::Stage;
+use std::time::Instant;
+
+/// Where a boot stands.
+#[derive(Clone, Copy, Debug)]
+enum At {
+    /// In line, for other VMs boot.
+    Admission,
+    BeforeSpawn,
+    AfterSpawn,
+    Guest,
+}
+const PLACES: [At; 4] = [At::Admission, At::BeforeSpawn, At::AfterSpawn, At::Guest];
+
+struct Booting {
+    world: World,
+    start: Running<VmReply>,
+    vm: Vm,
+    /// Keeps the boot going that stands in the way.
+    _first: Option<Running<VmReply>>,
+}
+
+/// A VM whose boot stands still.
+fn booting(at: At) -> Booting {
+    let world = World::with(|c| c.limits.boots_max = if matches!(at, At::Admission) { 1 } else { 8 });
+    let vm = world.create("web");
+    let addr = world.place(&vm.id);
+    let mut first = None;
+    match at {
+        At::Admission => {
+            world.create("first");
+            world.vmm.hold_starts(Stage::BeforeSpawn);
+            first = Some(world.begin::<VmStart>(request("first"), vec![]));
+            assert!(world.vmm.await_held(1, soon()));
+        }
+        At::BeforeSpawn => world.vmm.hold_starts(Stage::BeforeSpawn),
+        At::AfterSpawn => world.vmm.hold_starts(Stage::AfterSpawn),
+        At::Guest => world.guest.set_readiness(addr, Readiness::Gated(Gate::closed())),
+    }
+    let start = world.begin::<VmStart>(request("web"), vec![]);
+    match at {
+        At::Admission => start.stage("waits for a boot to end"),
+        At::Guest => start.stage("wait for the guest"),
+        _ => assert!(world.vmm.await_held(1, soon())),
+    }
+    assert_eq!(world.state("web"), VmState::Starting);
+    Booting { world, start, vm, _first: first }
+}
+
+impl Booting {
+    fn lives(&self) -> bool {
+        self.world.vmm.live().iter().any(|tag| tag.contains(self.vm.id.as_str()))
+    }
+    /// Lets go of what stood in the way of the VM itself only.
+    fn end(self) {
+        self.world.vmm.release_starts();
+        self.world.await_rest();
+    }
+}
+
+#[track_caller]
+fn cancelled(result: Result<VmReply, Failure>, cause: &str) {
+    let e = result.unwrap_err();
+    assert!(e.is(Kind::Cancelled) && e.fault.message.contains(cause), "{e:?}");
+}
+
+#[test]
+fn stop_of_a_booting_vm() {
+    for at in PLACES {
+        for force in [false, true] {
+            let mut b = booting(at);
+            let begun = Instant::now();
+            let mut stop = b.world.begin::<VmStop>(VmStopRequest { force, ..stop("web") }, vec![]);
+            stop.op();
+            println!("stop of a boot at {at:?} accepted in {:?}", begun.elapsed());
+            assert_eq!(stop.finish(PROMPT).unwrap().vm.state, VmState::Stopped);
+            println!("and done in {:?}", begun.elapsed());
+            cancelled(b.start.finish(PROMPT), if force { "the VM was killed" } else { "the VM was stopped" });
+            assert!(!b.lives());
+            assert_eq!(b.world.state("web"), VmState::Stopped);
+            b.end();
+        }
+    }
+}
+
+#[test]
+fn delete_of_a_booting_vm() {
+    for at in PLACES {
+        for force in [false, true] {
+            let mut b = booting(at);
+            let begun = Instant::now();
+            let mut gone = b.world.begin::<VmDelete>(VmDeleteRequest { force, ..delete("web") }, vec![]);
+            gone.op();
+            println!("delete of a boot at {at:?} accepted in {:?}", begun.elapsed());
+            assert_eq!(gone.finish(PROMPT).unwrap().deleted, Some(b.vm.id.clone()));
+            cancelled(b.start.finish(PROMPT), "the VM was deleted");
+            assert!(!b.lives());
+            assert!(b.world.census().iter().all(|thing| !thing.contains(b.vm.id.as_str())), "{:#?}", b.world.census());
+            b.end();
+        }
+    }
+}
+
+#[test]
+fn op_cancel_of_a_start_leaves_it_as_it_was() {
+    for at in PLACES {
+        let mut b = booting(at);
+        let op = b.world.show("web").unwrap().op.unwrap();
+        b.world.call::<OpCancel>(&OpRequest { op: op.to_string() }).unwrap();
+        cancelled(b.start.finish(PROMPT), "op cancel was asked for");
+        assert_eq!(b.world.op(&op).state, OpState::Cancelled);
+        assert_eq!(b.world.state("web"), VmState::Created);
+        assert!(!b.lives());
+        b.end();
+    }
+}
+
+#[test]
+fn a_hang_up_cancels_a_start_and_not_one_that_was_joined() {
+    let mut b = booting(At::AfterSpawn);
+    let joined = b.world.begin::<VmStart>(request("web"), vec![]);
+    assert_eq!(Some(joined.op()), b.world.show("web").unwrap().op);
+    joined.hang_up();
+    drop(joined);
+    assert_eq!(b.world.state("web"), VmState::Starting);
+    b.start.hang_up();
+    b.world.await_state("web", VmState::Created);
+    assert!(b.start.finish(SOON).is_err());
+    b.end();
+}
+
+#[test]
+fn a_hang_up_does_not_cancel_a_stop() {
+    let (world, vm) = lingering();
+    let stop = world.begin::<VmStop>(stop("web"), vec![]);
+    stop.stage("sync and shut down");
+    stop.hang_up();
+    world.vmm.die(&vm.id, "the guest shut down");
+    assert_eq!(world.await_state("web", VmState::Stopped).synced, Some(Synced::Yes));
+}
+
+/// Delete replaces stop, force replaces grace, and what was replaced hears of it.
+#[test]
+fn the_successor_slot() {
+    let mut b = booting(At::Guest);
+    // An unkillable VMM keeps the boot's rollback going while the others come.
+    b.world.vmm.set_unkillable(true);
+    let mut stop_ = b.world.begin::<VmStop>(stop("web"), vec![]);
+    let stop_op = stop_.op();
+    let again = b.world.begin::<VmStop>(stop("web"), vec![]);
+    assert_eq!(again.op(), stop_op, "a second stop joins the first");
+    let mut kill = b.world.begin::<VmKill>(request("web"), vec![]);
+    assert_ne!(kill.op(), stop_op);
+    assert!(stop_.finish(PROMPT).unwrap_err().is(Kind::Superseded), "force replaces grace");
+    let mut gone = b.world.begin::<VmDelete>(delete("web"), vec![]);
+    let gone_op = gone.op();
+    assert!(kill.finish(PROMPT).unwrap_err().is(Kind::Superseded), "delete replaces stop");
+    let e = b.world.stop("web").unwrap_err();
+    assert!(e.is(Kind::WrongState) && e.fault.hint.is_some(), "{e:?}");
+    let e = b.world.start("web").unwrap_err();
+    assert!(e.is(Kind::WrongState) && e.fault.hint.is_some(), "{e:?}");
+    assert_eq!(b.world.begin::<VmDelete>(delete("web"), vec![]).op(), gone_op);
+    // The process ends at last.
+    b.world.vmm.set_unkillable(false);
+    assert!(b.world.vmm.die(&b.vm.id, "signal 9 (SIGKILL)"));
+    gone.finish(SOON).unwrap();
+    assert!(b.start.finish(SOON).is_err());
+    b.end();
+}
+
+/// A VM that runs and whose guest, asked to shut down, takes its time.
+fn lingering() -> (World, Vm) {
+    let world = World::new();
+    let (vm, _) = world.running("web");
+    world.guest.on(fcd::image::SHUTDOWN_COMMAND, |_| Answer::status(0).stdout("synced\n"));
+    (world, vm)
+}
+
+#[test]
+fn two_stops_are_one() {
+    let (world, vm) = lingering();
+    let mut one = world.begin::<VmStop>(stop("web"), vec![]);
+    let mut two = world.begin::<VmStop>(stop("web"), vec![]);
+    assert_eq!(one.op(), two.op());
+    let e = world.start("web").unwrap_err();
+    assert!(e.is(Kind::WrongState) && e.fault.hint.is_some(), "{e:?}");
+    one.stage("sync and shut down");
+    assert!(world.vmm.die(&vm.id, "the guest shut down"));
+    for stop in [&mut one, &mut two] {
+        let vm = stop.finish(SOON).unwrap().vm;
+        assert_eq!((vm.state, vm.synced), (VmState::Stopped, Some(Synced::Yes)));
+    }
+    assert_eq!(world.stop("web").unwrap().state, VmState::Stopped, "stopped already: ok");
+}
+
+#[test]
+fn kill_shortens_a_stop() {
+    for by_stop in [false, true] {
+        let (world, _) = lingering();
+        let mut graceful = world.begin::<VmStop>(stop("web"), vec![]);
+        let op = graceful.op();
+        let mut kill = match by_stop {
+            true => world.begin::<VmStop>(VmStopRequest { force: true, ..stop("web") }, vec![]),
+            false => world.begin::<VmKill>(request("web"), vec![]),
+        };
+        assert_eq!(kill.op(), op);
+        assert_eq!(kill.finish(PROMPT).unwrap().vm.state, VmState::Stopped);
+        assert_eq!(graceful.finish(PROMPT).unwrap().vm.state, VmState::Stopped);
+        assert!(world.vmm.live().is_empty());
+    }
+}
+
+#[test]
+fn delete_waits_for_a_stop_and_delete_by_force_does_not() {
+    for force in [false, true] {
+        let (world, vm) = lingering();
+        let mut graceful = world.begin::<VmStop>(stop("web"), vec![]);
+        graceful.stage("sync and shut down");
+        let mut gone = world.begin::<VmDelete>(VmDeleteRequest { force, ..delete("web") }, vec![]);
+        gone.op();
+        if !force {
+            assert!(!gone.has_ended());
+            assert!(world.vmm.die(&vm.id, "the guest shut down"));
+        }
+        assert_eq!(gone.finish(PROMPT).unwrap().deleted, Some(vm.id));
+        assert_eq!(graceful.finish(PROMPT).unwrap().vm.state, VmState::Deleting);
+        assert!(world.show("web").unwrap_err().is(Kind::VmNotFound));
+    }
+}
+
+/// The second delete joins the first, and its force counts.
+#[test]
+fn delete_by_force_shortens_the_stop_that_a_delete_waits_for() {
+    let (world, _) = lingering();
+    let graceful = world.begin::<VmStop>(stop("web"), vec![]);
+    graceful.stage("sync and shut down");
+    let mut patient = world.begin::<VmDelete>(VmDeleteRequest { force: false, ..delete("web") }, vec![]);
+    let op = patient.op();
+    let mut forced = world.begin::<VmDelete>(delete("web"), vec![]);
+    assert_eq!(forced.op(), op);
+    forced.finish(PROMPT).unwrap();
+    patient.finish(PROMPT).unwrap();
+}
+
+#[test]
+fn restart_goes_down_and_up_as_one_operation() {
+    let (world, vm) = lingering();
+    let mut restart = world.begin::<VmRestart>(stop("web"), vec![]);
+    let op = restart.op();
+    restart.stage("sync and shut down");
+    for mut joined in [world.begin::<VmStart>(request("web"), vec![]), world.begin::<VmRestart>(stop("web"), vec![])] {
+        assert_eq!(joined.op(), op);
+        assert!(!joined.has_ended());
+    }
+    assert!(world.vmm.die(&vm.id, "the guest shut down"));
+    let after = restart.finish(SOON).unwrap().vm;
+    assert_eq!((after.state, after.synced), (VmState::Running, None));
+    assert_eq!(world.vmm.starts(), 2);
+    assert_ne!(after.pid, vm.pid);
+}
+
+/// Whoever stops a VM that restarts wants it stopped. Its guest was synced all the same.
+#[test]
+fn stop_of_a_restart() {
+    for kill in [false, true] {
+        let (world, vm) = lingering();
+        let mut restart = world.begin::<VmRestart>(stop("web"), vec![]);
+        restart.stage("sync and shut down");
+        let mut end = world.begin::<VmStop>(VmStopRequest { force: kill, ..stop("web") }, vec![]);
+        end.op();
+        if !kill {
+            assert!(world.vmm.die(&vm.id, "the guest shut down"));
+        }
+        let after = end.finish(PROMPT).unwrap().vm;
+        assert_eq!((after.state, after.synced), (VmState::Stopped, Some(Synced::Yes)));
+        assert!(restart.finish(PROMPT).unwrap_err().is(Kind::Superseded));
+        assert_eq!(world.vmm.starts(), 1);
+    }
+}
+
+#[test]
+fn a_vmm_that_dies_while_it_boots() {
+    let mut b = booting(At::Guest);
+    assert!(b.world.vmm.die(&b.vm.id, "signal 11 (SIGSEGV)"));
+    let e = b.start.finish(PROMPT).unwrap_err();
+    assert!(e.is(Kind::VmmFailed) && e.fault.message.contains("SIGSEGV"), "{e:?}");
+    assert!(e.fault.hint.is_some_and(|h| h.contains("logs")));
+    let vm = b.world.show("web").unwrap();
+    assert_eq!(vm.state, VmState::Failed);
+    assert!(vm.reason.unwrap().contains("SIGSEGV"));
+    b.end();
+}
+
+#[test]
+fn a_start_that_fails_says_why_and_can_be_tried_again() {
+    let world = World::new();
+    world.create("web");
+    world.vmm.fail_next_start("no such machine");
+    let e = world.start("web").unwrap_err();
+    assert!(e.is(Kind::VmmFailed) && e.fault.message.contains("no such machine") && e.fault.op.is_some(), "{e:?}");
+    let vm = world.show("web").unwrap();
+    assert_eq!(vm.state, VmState::Failed);
+    assert!(vm.reason.unwrap().contains("no such machine"));
+    assert!(world.vmm.live().is_empty());
+    assert_eq!(world.start("web").unwrap().state, VmState::Running);
+}
+
+#[test]
+fn a_guest_that_does_not_answer_in_time() {
+    let world = World::with(|c| c.limits.boot_timeout_s = 1);
+    let vm = world.create("web");
+    world.guest.set_readiness(world.place(&vm.id), Readiness::Gated(Gate::closed()));
+    let e = world.start("web").unwrap_err();
+    assert!(e.is(Kind::BootTimeout) && e.fault.hint.is_some(), "{e:?}");
+    assert!(world.vmm.live().is_empty());
+}
+
+#[test]
+fn a_vmm_that_dies_as_it_runs_ends_what_uses_the_guest() {
+    for (how, state) in [("signal 9 (SIGKILL)", VmState::Failed), ("the guest shut down", VmState::Stopped)] {
+        let world = World::new();
+        let (vm, _) = world.running("web");
+        let mut import = world.import("web");
+        assert!(world.vmm.die(&vm.id, how));
+        let e = import.call.finish(PROMPT).unwrap_err();
+        assert!(e.is(Kind::Cancelled), "{e:?}");
+        let vm = world.await_state("web", state);
+        assert!(vm.reason.is_some() && vm.pid.is_none());
+        assert_eq!(world.start("web").unwrap().state, VmState::Running);
+    }
+}
+
+/// Verbs from many threads at once: each is answered, and at the end there is one sane state.
+#[test]
+fn verbs_race() {
+    const THREADS: u64 = 6;
+    const CALLS: u64 = 12;
+    for seed in 0..4 {
+        let world = World::new();
+        let vm = world.create("web");
+        world.place(&vm.id);
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let world = &world;
+                scope.spawn(move || {
+                    let mut random = (seed * THREADS + thread + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                    for _ in 0..CALLS {
+                        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                        check_answer(any_verb(world, random >> 33));
+                    }
+                });
+            }
+        });
+        world.await_rest();
+        let vm = world.show("web").unwrap();
+        let settled = [VmState::Created, VmState::Running, VmState::Stopped];
+        assert!(settled.contains(&vm.state) && vm.op.is_none(), "{vm:?}");
+        assert_eq!(world.vmm.live().len(), usize::from(vm.state == VmState::Running));
+        let mut last = world.begin::<VmDelete>(delete("web"), vec![]);
+        let start = world.begin::<VmStart>(request("web"), vec![]);
+        last.finish(SOON).unwrap();
+        drop(start);
+        world.await_rest();
+        assert!(world.vmm.live().is_empty());
+        assert!(world.census().iter().all(|thing| !thing.contains(vm.id.as_str())), "{:#?}", world.census());
+    }
+}
+
+fn any_verb(world: &World, random: u64) -> Result<VmReply, Failure> {
+    let mut call = match random % 6 {
+        0 | 1 => world.begin::<VmStart>(request("web"), vec![]),
+        2 => world.begin::<VmStop>(stop("web"), vec![]),
+        3 => world.begin::<VmStop>(VmStopRequest { force: true, ..stop("web") }, vec![]),
+        4 => world.begin::<VmKill>(request("web"), vec![]),
+        _ => world.begin::<VmRestart>(stop("web"), vec![]),
+    };
+    if random.is_multiple_of(7) {
+        call.hang_up();
+    }
+    call.finish(SOON)
+}
+
+#[track_caller]
+fn check_answer(answer: Result<VmReply, Failure>) {
+    if let Err(e) = answer {
+        let expected = [Kind::WrongState, Kind::Superseded, Kind::Cancelled];
+        assert!(expected.iter().any(|k| e.is(*k)) || e.unreachable, "{e:?}");
+    }
+}
+
+#[test]
+fn a_delete_and_a_start_race() {
+    for _ in 0..20 {
+        let world = World::new();
+        let vm = world.create("web");
+        let mut start = world.begin::<VmStart>(request("web"), vec![]);
+        let mut gone = world.begin::<VmDelete>(delete("web"), vec![]);
+        gone.finish(SOON).unwrap();
+        if let Err(e) = start.finish(SOON) {
+            let expected = [Kind::VmNotFound, Kind::Superseded, Kind::Cancelled, Kind::WrongState];
+            assert!(expected.iter().any(|k| e.is(*k)), "{e:?}");
+        }
+        assert!(world.vmm.live().is_empty());
+        assert!(world.census().iter().all(|thing| !thing.contains(vm.id.as_str())));
+    }
+}

@@ -1,0 +1,38 @@
+//! `ARCHITECTURE.md` holds tables that are generated from the code. `FCD_UPDATE_DOCS=1` writes them.
+
+use std::path::Path;
+
+fn check(name: &str, table: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("ARCHITECTURE.md");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (begin, end) = (format!("<!-- {name}: begin -->\n"), format!("<!-- {name}: end -->"));
+    let from = text.find(&begin).unwrap_or_else(|| panic!("no {begin:?} in ARCHITECTURE.md")) + begin.len();
+    let to = from + text[from..].find(&end).unwrap_or_else(|| panic!("no {end:?} in ARCHITECTURE.md"));
+    if text[from..to] == *table {
+        return;
+    }
+    if std::env::var_os("FCD_UPDATE_DOCS").is_some() {
+        std::fs::write(&path, format!("{}{table}{}", &text[..from], &text[to..])).unwrap();
+        return;
+    }
+    panic!(
+        "the table {name} of ARCHITECTURE.md is not that of the code: FCD_UPDATE_DOCS=1 cargo test --features fakes --test it docs"
+    );
+}
+
+#[test]
+fn tables_are_those_of_the_code() {
+    // One after the other: both write the same file.
+    check("locks", &format!("{}\n", fcd::locks::rank::markdown_table().trim_end()));
+    check("transitions", &format!("{}\n", fcd::daemon::transitions_table().trim_end()));
+    check("kinds", &kinds());
+}
+
+fn kinds() -> String {
+    let mut out = String::from("| kind | code | fcctl's exit status |\n|---|---|---|\n");
+    for kind in fcd::error::Kind::ALL {
+        let code = serde_json::to_value(kind.code()).unwrap();
+        out += &format!("| `{}` | `{}` | {} |\n", kind.name(), code.as_str().unwrap(), kind.code().exit_status());
+    }
+    out
+}

@@ -1,0 +1,176 @@
+//! Panics: in a request, in a job, in an operation's thread. No VM stays `starting`, no lock is held, the daemon serves.
+
+use crate::world::*;
+use fcd::api::Empty;
+use fcd::api::daemon::{Check, Doctor, Info};
+use fcd::api::vm::*;
+use fcd::error::{Kind, Result};
+use fcd::locks::Cancel;
+use fcd::vmm::console::Consoles;
+use fcd::vmm::fake::Fake;
+use fcd::vmm::{Driver, Identity, Running, VmmSpec};
+use fcd::workspace::remote::{self, Place};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+/// The fake, but for one method that panics once.
+struct Panics {
+    inner: Arc<Fake>,
+    at: Mutex<Option<&'static str>>,
+}
+
+impl Panics {
+    fn pass(&self, method: &'static str) {
+        let mut at = self.at.lock().unwrap();
+        if *at == Some(method) {
+            *at = None;
+            drop(at);
+            panic!("a panic of the test's in {method}");
+        }
+    }
+    fn at(&self, method: &'static str) {
+        *self.at.lock().unwrap() = Some(method);
+    }
+}
+
+impl Driver for Panics {
+    fn describe(&self) -> String {
+        self.inner.describe()
+    }
+    fn warm_up(&self, kernel: &Path, cancel: &Cancel) {
+        self.inner.warm_up(kernel, cancel);
+    }
+    fn consoles(&self) -> &Consoles {
+        self.inner.consoles()
+    }
+    fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running> {
+        self.pass("start");
+        let running = self.inner.start(spec, cancel, spawned)?;
+        self.pass("started");
+        Ok(running)
+    }
+    fn find(&self, tag: &str) -> Result<Option<Identity>> {
+        self.inner.find(tag)
+    }
+    fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
+        self.inner.adopt(spec, identity)
+    }
+    fn is_alive(&self, identity: &Identity) -> bool {
+        self.inner.is_alive(identity)
+    }
+    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
+        self.inner.wait_exit(identity, deadline, cancel)
+    }
+    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
+        self.pass("kill");
+        self.inner.kill(identity, deadline)
+    }
+    fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {
+        self.inner.watch(identity, died)
+    }
+    fn checks(&self) -> Vec<Check> {
+        self.pass("checks");
+        self.inner.checks()
+    }
+}
+
+fn world() -> (World, Arc<Panics>) {
+    let mut driver = None;
+    let world = World::with_driver(|inner| driver.insert(Arc::new(Panics { inner, at: Mutex::default() })).clone(), |_| {});
+    (world, driver.unwrap())
+}
+
+#[test]
+fn in_a_request() {
+    let (world, driver) = world();
+    driver.at("checks");
+    let mut client = world.client();
+    let e = client.call::<Doctor>(&Empty {}).unwrap_err();
+    assert!(e.is(Kind::Internal) && e.fault.hint.is_some(), "{e:?}");
+    // The same connection goes on.
+    client.call::<Info>(&Empty {}).unwrap();
+    client.call::<Doctor>(&Empty {}).unwrap();
+}
+
+#[test]
+fn in_a_boot() {
+    for at in ["start", "started"] {
+        let (world, driver) = world();
+        world.create("web");
+        driver.at(at);
+        let e = world.start("web").unwrap_err();
+        assert!(e.is(Kind::Internal) && e.fault.hint.is_some(), "{e:?}");
+        let vm = world.await_state("web", VmState::Failed);
+        assert!(vm.reason.is_some() && vm.op.is_none());
+        assert!(world.vmm.live().is_empty());
+        world.await_rest();
+        assert_eq!(world.start("web").unwrap().state, VmState::Running);
+    }
+}
+
+#[test]
+fn in_a_stop_and_in_a_delete() {
+    let (world, driver) = world();
+    world.running("web");
+    driver.at("kill");
+    world.guest.on(fcd::image::SHUTDOWN_COMMAND, |_| panic!("a panic of the test's in the shutdown"));
+    assert!(world.stop("web").unwrap_err().is(Kind::Internal));
+    world.await_state("web", VmState::Failed);
+    world.await_rest();
+    driver.at("");
+    world.start("web").unwrap();
+    driver.at("kill");
+    assert!(world.delete("web").unwrap_err().is(Kind::Internal));
+    world.await_state("web", VmState::Failed);
+    world.await_rest();
+    assert!(world.vmm.live().is_empty());
+    world.delete("web").unwrap();
+}
+
+/// The successor of an operation that panicked hears of it.
+#[test]
+fn with_a_successor() {
+    let (world, driver) = world();
+    let vm = world.create("web");
+    world.vmm.hold_starts(fcd::vmm::fake::Stage::AfterSpawn);
+    let mut start = world.begin::<VmStart>(request("web"), vec![]);
+    assert!(world.vmm.await_held(1, soon()));
+    driver.at("started");
+    world.vmm.release_starts();
+    let _ = start.finish(SOON);
+    let mut gone = world.begin::<VmDelete>(delete("web"), vec![]);
+    match gone.finish(SOON) {
+        Ok(reply) => assert_eq!(reply.deleted, Some(vm.id)),
+        Err(e) => assert!(e.is(Kind::Internal), "{e:?}"),
+    }
+    world.await_rest();
+    assert!(world.vmm.live().is_empty());
+}
+
+#[test]
+fn of_a_vm_that_is_to_be_removed() {
+    let (world, driver) = world();
+    let request_ = VmCreateRequest { name: Some("web".parse().unwrap()), rm: true, ..Default::default() };
+    world.call::<VmCreate>(&request_).unwrap();
+    driver.at("start");
+    assert!(world.start("web").unwrap_err().is(Kind::Internal));
+    world.await_gone("web");
+    world.await_rest();
+}
+
+#[test]
+fn in_a_job() {
+    let (world, _) = world();
+    world.running("web");
+    world.guest.on(&remote::receive_command(&Place::new(GUEST_PATH), false), |_| panic!("a panic of the test's in a job"));
+    for _ in 0..4 {
+        let Import { mut call, stream } = world.import("web");
+        write_payload(stream, b"x");
+        let e = call.finish(SOON).unwrap_err();
+        assert!(e.is(Kind::Internal), "{e:?}");
+    }
+    world.await_rest();
+    assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
+    assert_eq!(world.stop("web").unwrap().state, VmState::Stopped);
+}

@@ -1,0 +1,235 @@
+//! No lifecycle operation ever waits for a slow one. `scripts/negative-control` runs the cases whose names begin with
+//! `stop_` and `delete_` on a build in which an import holds its VM's lock: there each of them must fail.
+
+use crate::world::*;
+use fcd::api::op::{OpCancel, OpRequest, OpState};
+use fcd::api::vm::*;
+use fcd::api::workspace::{ExportKind, ExportRequest, WorkspaceExport};
+use fcd::error::Kind;
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+/// How an import stands still.
+#[derive(Clone, Copy, Debug)]
+enum Stall {
+    /// After so many bytes the guest reads no more.
+    Guest,
+    /// After so many bytes the client writes no more.
+    Client,
+}
+
+const BYTES: u64 = 4096;
+
+/// An import in mid-stream in which nothing moves any more.
+fn stalled(world: &World, addr: std::net::SocketAddr, stall: Stall) -> Import {
+    let written = match stall {
+        Stall::Guest => {
+            drop(world.guest.stall_reads(addr, BYTES));
+            2 * BYTES
+        }
+        Stall::Client => BYTES,
+    };
+    let mut import = world.import("web");
+    let mut chunk = (written as u32).to_be_bytes().to_vec();
+    chunk.resize(4 + written as usize, 7);
+    import.stream.write_all(&chunk).unwrap();
+    import.call.bytes(BYTES);
+    import
+}
+
+/// The import has ended with the cause and how far it got, soon after `since`, and its worker is free.
+#[track_caller]
+fn ended(world: &World, mut import: Import, cause: &str, since: Instant) {
+    let (result, at) = import.call.finish_at(PROMPT);
+    let e = result.unwrap_err();
+    println!("the import ended {:?} after the call that ended it was sent: {e}", at.saturating_duration_since(since));
+    assert!(e.is(Kind::Cancelled), "{e:?}");
+    let said = e.fault.message;
+    assert!(said.contains(cause) && said.contains(&format!("{BYTES} bytes")), "{said}");
+    world.await_rest();
+    assert_eq!(world.daemon().pool.counts().running, 0);
+    assert_eq!(world.guest.live_total(), 0);
+}
+
+fn show_and_list(stall: Stall) {
+    let world = World::new();
+    let (_, addr) = world.running("web");
+    let mut import = stalled(&world, addr, stall);
+    for _ in 0..50 {
+        let begun = Instant::now();
+        assert_eq!(world.state("web"), VmState::Running);
+        assert_eq!(world.call::<VmList>(&VmListRequest { all: true }).unwrap().vms.len(), 1);
+        assert!(begun.elapsed() < PROMPT);
+    }
+    assert!(!import.call.has_ended());
+    assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
+}
+
+fn stopped(stall: Stall, force: bool) {
+    let world = World::new();
+    let (_, addr) = world.running("web");
+    let import = stalled(&world, addr, stall);
+    let begun = Instant::now();
+    let vm = world.begin::<VmStop>(VmStopRequest { force, ..stop("web") }, vec![]).finish(PROMPT).unwrap().vm;
+    println!("stop under a stalled import ({stall:?}): {:?}", begun.elapsed());
+    assert_eq!(vm.state, VmState::Stopped);
+    assert_eq!(vm.synced, Some(if force { Synced::No } else { Synced::Yes }));
+    ended(&world, import, if force { "the VM was killed" } else { "the VM was stopped" }, begun);
+    assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
+    assert!(world.vmm.live().is_empty());
+}
+
+fn deleted(stall: Stall) {
+    let world = World::new();
+    let empty = world.census();
+    let (_, addr) = world.running("web");
+    let import = stalled(&world, addr, stall);
+    let begun = Instant::now();
+    world.begin::<VmDelete>(delete("web"), vec![]).finish(PROMPT).unwrap();
+    println!("delete under a stalled import ({stall:?}): {:?}", begun.elapsed());
+    ended(&world, import, "the VM was deleted", begun);
+    assert_eq!(world.census(), empty);
+}
+
+#[test]
+fn show_and_list_while_the_guest_does_not_read() {
+    show_and_list(Stall::Guest);
+}
+#[test]
+fn show_and_list_while_the_client_does_not_write() {
+    show_and_list(Stall::Client);
+}
+#[test]
+fn stop_while_the_guest_does_not_read() {
+    stopped(Stall::Guest, false);
+}
+#[test]
+fn stop_while_the_client_does_not_write() {
+    stopped(Stall::Client, false);
+}
+#[test]
+fn stop_by_force_while_the_guest_does_not_read() {
+    stopped(Stall::Guest, true);
+}
+#[test]
+fn delete_while_the_guest_does_not_read() {
+    deleted(Stall::Guest);
+}
+#[test]
+fn delete_while_the_client_does_not_write() {
+    deleted(Stall::Client);
+}
+
+/// Medians over some rounds: an import in mid-stream costs a stop nothing that can be seen.
+#[test]
+fn an_import_does_not_slow_the_calls() {
+    let world = World::new();
+    let (_, addr) = world.running("web");
+    let measure = || {
+        let mut took: Vec<Duration> = (0..30)
+            .map(|_| {
+                let begun = Instant::now();
+                world.show("web").unwrap();
+                begun.elapsed()
+            })
+            .collect();
+        took.sort();
+        took[took.len() / 2]
+    };
+    let idle = measure();
+    let import = stalled(&world, addr, Stall::Guest);
+    println!("vm.show, connection included: idle {idle:?}, under a stalled import {:?}", measure());
+    import.call.hang_up();
+    world.await_rest();
+}
+
+#[test]
+fn prepares_on_one_vm_run_one_at_a_time_and_an_export_waits() {
+    let world = World::new();
+    let (vm, _) = world.running("web");
+    let first = world.import("web");
+    let mut second = world.queue_import("web");
+    second.call.stage("waits for another import");
+    let third = world.queue_import("web");
+    third.call.stage("waits for another import");
+    let (out, into) = pipe();
+    let request = ExportRequest { vm: "web".into(), kind: ExportKind::Patch, no_wait: false };
+    let mut export = world.begin::<WorkspaceExport>(request.clone(), vec![into]);
+    export.stage("waits for another import");
+    assert_eq!(world.guest.live_total(), 1, "only the first is in the guest");
+    assert_eq!(world.daemon().pool.counts().running, 1, "who waits costs no worker");
+    assert_eq!(world.daemon().locks.workspace.len(), 1);
+    // One that is told not to wait does not.
+    let (_out, into) = pipe();
+    let mut hasty = world.begin::<WorkspaceExport>(ExportRequest { no_wait: true, ..request }, vec![into]);
+    assert!(hasty.finish(SOON).unwrap_err().is(Kind::Busy));
+    // A queued one is cancelled and leaves at once; the others stay.
+    let queued = world.call::<fcd::api::op::OpList>(&Default::default()).unwrap().ops;
+    let prepares: Vec<_> = queued.iter().filter(|op| op.method == "workspace.prepare").collect();
+    assert_eq!(prepares.len(), 3, "{queued:?}");
+    world.call::<OpCancel>(&OpRequest { op: prepares[1].id.to_string() }).unwrap();
+    let e = second.call.finish(PROMPT).unwrap_err();
+    assert!(e.is(Kind::Cancelled) && e.fault.message.contains("op cancel was asked for"), "{e}");
+    assert_eq!(world.op(&prepares[1].id).state, OpState::Cancelled);
+    // Each goes on when the one before has ended.
+    let Import { mut call, stream } = first;
+    write_payload(stream, b"one");
+    call.finish(SOON).unwrap();
+    let Import { mut call, stream } = third;
+    call.ready();
+    assert!(!export.has_ended(), "the export waits for the import");
+    write_payload(stream, b"three");
+    call.finish(SOON).unwrap();
+    let reply = export.finish(SOON).unwrap();
+    assert_eq!(reply.files_changed, 2);
+    let mut patch = Vec::new();
+    fcd::api::stream::ChunkReader::new(std::fs::File::from(out)).read_to_end(&mut patch).unwrap();
+    assert_eq!(patch, b"a patch");
+    assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Complete));
+    assert_eq!(world.show("web").unwrap().id, vm.id);
+}
+
+#[test]
+fn an_import_whose_client_is_killed_is_marked_incomplete() {
+    let world = World::new();
+    let (_, addr) = world.running("web");
+    world.import_all("web");
+    assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Complete));
+    let import = stalled(&world, addr, Stall::Client);
+    import.call.hang_up();
+    drop(import);
+    world.await_rest();
+    assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
+    // Nothing takes it for a finished one.
+    let (_out, into) = pipe();
+    let request = ExportRequest { vm: "web".into(), kind: ExportKind::Patch, no_wait: false };
+    let e = world.begin::<WorkspaceExport>(request, vec![into]).finish(SOON).unwrap_err();
+    assert!(e.is(Kind::WorkspaceIncomplete) && e.fault.hint.is_some(), "{e:?}");
+    world.import_all("web");
+    assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Complete));
+}
+
+/// What arrived is a whole number of tar blocks: only the trailer tells that more was to come.
+#[test]
+fn a_stream_cut_at_a_block_boundary_is_marked_incomplete() {
+    let world = World::new();
+    world.running("web");
+    let Import { mut call, mut stream } = world.import("web");
+    let mut chunk = 1024u32.to_be_bytes().to_vec();
+    chunk.resize(4 + 1024, 0);
+    stream.write_all(&chunk).unwrap();
+    drop(stream);
+    let e = call.finish(SOON).unwrap_err();
+    assert!(e.is(Kind::StreamIncomplete) && e.fault.message.contains("1024 bytes"), "{e:?}");
+    assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
+}
+
+#[test]
+fn a_silent_client_owns_no_worker_for_ever() {
+    let world = World::with(|c| c.limits.transfer_idle_s = 1);
+    world.running("web");
+    let mut import = world.import("web");
+    let e = import.call.finish(SOON).unwrap_err();
+    assert!(e.is(Kind::TransferIdle), "{e:?}");
+    world.await_rest();
+}

@@ -1,0 +1,302 @@
+//! What a daemon finds of an earlier one, and VMs that are to be removed.
+
+use crate::world::*;
+use fcd::api::frame::Note;
+use fcd::api::op::OpState;
+use fcd::api::vm::*;
+use fcd::error::Kind;
+use fcd::ids::OpId;
+use fcd::store::Intent;
+
+fn rm(name: &str) -> VmCreateRequest {
+    VmCreateRequest { name: Some(name.parse().unwrap()), rm: true, ..Default::default() }
+}
+
+fn held(world: &World, name: &str) -> (Running<VmReply>, Vm) {
+    let hold = world.begin::<VmCreate>(VmCreateRequest { hold: true, ..rm(name) }, vec![]);
+    let vm = hold.note(|n| if let Note::Created(vm) = n { Some((**vm).clone()) } else { None });
+    (hold, vm)
+}
+
+#[test]
+fn an_rm_vm_goes_with_its_holder() {
+    let world = World::new();
+    let empty = world.census();
+    for running in [false, true] {
+        let (hold, vm) = held(&world, "web");
+        if running {
+            world.place(&vm.id);
+            world.start("web").unwrap();
+        }
+        hold.hang_up();
+        world.await_gone("web");
+        world.await_rest();
+        assert!(world.vmm.live().is_empty());
+        assert_eq!(world.census().len(), empty.len());
+    }
+}
+
+#[test]
+fn an_rm_vm_goes_when_it_stops_or_dies() {
+    let world = World::new();
+    for how in ["stop", "die", "shut down", "fail"] {
+        let (mut hold, vm) = held(&world, "web");
+        world.place(&vm.id);
+        if how == "fail" {
+            world.vmm.fail_next_start("no such machine");
+            assert!(world.start("web").unwrap_err().is(Kind::VmmFailed));
+        } else {
+            world.start("web").unwrap();
+        }
+        match how {
+            "stop" => assert_eq!(world.stop("web").unwrap().synced, Some(Synced::Yes)),
+            "die" => assert!(world.vmm.die(&vm.id, "signal 9 (SIGKILL)")),
+            "shut down" => assert!(world.vmm.die(&vm.id, "the guest shut down")),
+            _ => {}
+        }
+        assert_eq!(hold.finish(SOON).unwrap().vm.id, vm.id, "{how}");
+        world.await_rest();
+        assert!(world.show("web").unwrap_err().is(Kind::VmNotFound));
+    }
+}
+
+#[test]
+fn an_rm_vm_that_restarts_stays() {
+    let world = World::new();
+    let (hold, vm) = held(&world, "web");
+    world.place(&vm.id);
+    world.start("web").unwrap();
+    assert_eq!(world.run::<VmRestart>(stop("web")).unwrap().vm.state, VmState::Running);
+    hold.hang_up();
+    world.await_gone("web");
+}
+
+/// One whose files cannot be removed stays as `failed`, and the daemon does not try for ever.
+#[test]
+fn an_rm_vm_that_cannot_be_deleted() {
+    let world = World::new();
+    let vm = world.call::<VmCreate>(&rm("web")).unwrap().vm;
+    let dir = world.config.state_dir.join("vms").join(vm.id.as_str());
+    std::fs::write(&dir, "in the way").unwrap();
+    assert!(world.delete("web").is_err());
+    let vm = world.await_state("web", VmState::Failed);
+    assert!(vm.reason.is_some());
+    world.await_rest();
+    std::fs::remove_file(&dir).unwrap();
+    world.delete("web").unwrap();
+}
+
+#[test]
+fn an_rm_vm_goes_when_the_daemon_is_opened_anew() {
+    let mut world = World::new();
+    world.call::<VmCreate>(&rm("still")).unwrap();
+    let vm = world.call::<VmCreate>(&rm("web")).unwrap().vm;
+    world.place(&vm.id);
+    world.start("web").unwrap();
+    world.reopen();
+    world.daemon().reconcile();
+    world.await_gone("web");
+    world.await_gone("still");
+    world.await_rest();
+    assert!(world.vmm.live().is_empty());
+}
+
+/// Running VMs outlive the daemon: the same process, and all that works on it works again.
+#[test]
+fn a_running_vm_is_adopted() {
+    let mut world = World::new();
+    let (vm, _) = world.running("web");
+    world.import_all("web");
+    world.reopen();
+    assert_eq!(world.state("web"), VmState::Running, "reads are served before it was looked at");
+    let e = world.stop("web").unwrap_err();
+    assert!(e.is(Kind::Busy) && e.fault.retryable, "{e:?}");
+    world.daemon().reconcile();
+    let again = world.show("web").unwrap();
+    assert_eq!((again.pid, again.ssh_addr, again.state), (vm.pid, vm.ssh_addr, VmState::Running));
+    assert_eq!(world.vmm.kills(), 0);
+    world.import_all("web");
+    // Its death is seen.
+    assert!(world.vmm.die(&vm.id, "signal 9 (SIGKILL)"));
+    world.await_state("web", VmState::Failed);
+}
+
+/// Its image is gone, but it runs, and its death is seen all the same.
+#[test]
+fn a_running_vm_whose_image_is_gone() {
+    let mut world = World::new();
+    let (vm, _) = world.running("web");
+    std::fs::remove_dir_all(world.config.state_dir.join("images/default")).unwrap();
+    world.reopen();
+    world.daemon().reconcile();
+    let again = world.show("web").unwrap();
+    assert_eq!((again.pid, again.state), (vm.pid, VmState::Running));
+    assert!(again.reason.is_some_and(|r| r.contains("image")));
+    assert!(world.vmm.die(&vm.id, "signal 9 (SIGKILL)"));
+    world.await_state("web", VmState::Failed);
+}
+
+#[test]
+fn a_vmm_that_died_meanwhile() {
+    let mut world = World::new();
+    let (vm, _) = world.running("web");
+    world.shut();
+    assert!(world.vmm.die(&vm.id, "signal 9 (SIGKILL)"));
+    world.reopen();
+    world.daemon().reconcile();
+    let vm = world.show("web").unwrap();
+    assert_eq!((vm.state, vm.pid), (VmState::Failed, None));
+    assert!(vm.reason.unwrap().contains("died"));
+    assert_eq!(world.start("web").unwrap().state, VmState::Running);
+}
+
+#[test]
+fn a_host_that_was_rebooted() {
+    let mut world = World::new();
+    let (vm, _) = world.running("web");
+    world.shut();
+    assert!(world.vmm.die(&vm.id, "power failure"));
+    world.edit_rows(|tx| tx.update_vm(&vm.id, |r| r.identity.as_mut().unwrap().boot_id = "another".into()).unwrap());
+    world.reopen();
+    world.daemon().reconcile();
+    assert_eq!(world.state("web"), VmState::Stopped);
+}
+
+/// For each state that a daemon can die in: what the next makes of it. A second look changes nothing.
+#[test]
+fn every_state() {
+    use VmState::*;
+    for (state, intent, lives, wanted) in [
+        (Created, None, false, Some(Created)),
+        (Created, None, true, Some(Created)),
+        (Starting, None, false, Some(Stopped)),
+        (Starting, None, true, Some(Stopped)),
+        (Stopping, None, true, Some(Stopped)),
+        (Stopping, None, false, Some(Stopped)),
+        (Stopping, Some(Intent::Restart), true, Some(Running)),
+        (Deleting, None, true, None),
+        (Deleting, None, false, None),
+        (Stopped, None, true, Some(Stopped)),
+        (Failed, None, true, Some(Failed)),
+    ] {
+        let mut world = World::new();
+        let (vm, _) = world.running("web");
+        world.shut();
+        if !lives {
+            assert!(world.vmm.die(&vm.id, "signal 9 (SIGKILL)"));
+        }
+        let op = fcd::api::op::Op {
+            id: OpId::random(),
+            method: "vm.something".into(),
+            vm: Some(vm.id.clone()),
+            owner_uid: vm.owner_uid,
+            state: OpState::Running,
+            may_cancel: false,
+            progress: Default::default(),
+            started_at: 1,
+            ended_at: None,
+            result: None,
+            error: None,
+        };
+        let owned = matches!(state, Starting | Stopping | Deleting).then(|| op.id.clone());
+        world.edit_rows(|tx| {
+            tx.put_op(op.clone());
+            tx.update_vm(&vm.id, |r| (r.state, r.intent, r.op) = (state, intent, owned)).unwrap();
+        });
+        world.reopen();
+        world.daemon().reconcile();
+        world.await_rest();
+        let what = format!("{state:?} {intent:?}, its VMM alive: {lives}");
+        assert_eq!(world.show("web").ok().map(|vm| vm.state), wanted, "{what}");
+        let running = usize::from(wanted == Some(Running));
+        assert_eq!(world.vmm.live().len(), running, "{what}");
+        let ended = world.op(&op.id);
+        assert!(ended.state == OpState::Failed && ended.error.is_some(), "{what}: {ended:?}");
+        let once = world.census();
+        world.reopen();
+        world.daemon().reconcile();
+        world.await_rest();
+        assert_eq!(world.census(), once, "{what}");
+    }
+}
+
+/// A start that was under way in its first life is undone to `created`.
+#[test]
+fn a_first_start_is_undone() {
+    let mut world = World::new();
+    let vm = world.create("web");
+    world.edit_rows(|tx| tx.update_vm(&vm.id, |r| r.state = VmState::Starting).unwrap());
+    world.reopen();
+    world.daemon().reconcile();
+    let vm = world.show("web").unwrap();
+    assert_eq!(vm.state, VmState::Created);
+    assert!(vm.reason.is_some());
+}
+
+/// What was made after the daemon opened is none of reconcile's.
+#[test]
+fn a_vm_made_before_reconcile_ran_is_left_alone() {
+    let mut world = World::new();
+    world.reopen();
+    world.running("web");
+    let starts = world.begin::<VmStart>(request(world.create("other").name.as_str()), vec![]);
+    world.daemon().reconcile();
+    assert_eq!(world.state("web"), VmState::Running);
+    drop(starts);
+    world.await_rest();
+}
+
+#[test]
+fn leftover_directories() {
+    let mut world = World::new();
+    let (vm, _) = world.running("web");
+    world.shut();
+    let vms = world.config.state_dir.join("vms");
+    std::fs::create_dir_all(vms.join("0123456789ab/run")).unwrap();
+    std::fs::create_dir(vms.join("not ours")).unwrap();
+    world.reopen();
+    world.daemon().reconcile();
+    let mut left: Vec<_> = std::fs::read_dir(&vms).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    left.sort();
+    let mut wanted = vec![vm.id.to_string(), "not ours".to_owned()];
+    wanted.sort();
+    assert_eq!(left, wanted);
+}
+
+/// SIGTERM in the middle of everything: it ends in time, and the next daemon goes on from there.
+#[test]
+fn close_in_the_middle() {
+    let mut world = World::new();
+    world.running("web");
+    let vm = world.create("boots");
+    world.place(&vm.id);
+    let mut import = world.import("web");
+    world.vmm.hold_starts(fcd::vmm::fake::Stage::AfterSpawn);
+    let mut start = world.begin::<VmStart>(request("boots"), vec![]);
+    assert!(world.vmm.await_held(1, soon()));
+    let mut wait = world.begin::<VmWait>(VmWaitRequest { vm: "web".into(), state: None, timeout_ms: None }, vec![]);
+    world.shut();
+    let e = import.call.finish(SOON).unwrap_err();
+    assert!(e.fault.message.contains("shutting down"), "{e:?}");
+    assert!(start.finish(SOON).is_err());
+    let e = wait.finish(SOON).unwrap_err();
+    assert!(e.is(Kind::ShuttingDown) || e.unreachable, "{e:?}");
+    world.vmm.release_starts();
+    world.reopen();
+    world.daemon().reconcile();
+    assert_eq!((world.state("web"), world.state("boots")), (VmState::Running, VmState::Created));
+    assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
+}
+
+/// A VMM that could not be ended is known until a later start has ended it.
+#[test]
+fn a_start_ends_what_an_earlier_one_left() {
+    let world = World::new();
+    let (vm, _) = world.running("web");
+    let store = &world.daemon().store;
+    store.change_durable(|tx| tx.update_vm(&vm.id, |r| r.state = VmState::Failed)).unwrap();
+    let again = world.start("web").unwrap();
+    assert_eq!(again.state, VmState::Running);
+    assert_ne!(again.pid, vm.pid);
+    assert_eq!(world.vmm.live().len(), 1);
+}

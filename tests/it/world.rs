@@ -1,0 +1,554 @@
+//! A daemon with its server on a socket in a temporary directory, clients, FIFOs, and what must hold at the end.
+
+use fcd::api::Call;
+use fcd::api::frame::Note;
+use fcd::api::op::{OpRequest, OpShow};
+use fcd::api::stream::ChunkWriter;
+use fcd::api::vm::*;
+use fcd::api::workspace::{PrepareRequest, WorkspacePrepare};
+use fcd::client::{Client, Event, Failure, Hangup};
+use fcd::config::{Config, Limits, Qemu, VmDefaults};
+use fcd::daemon::{Caller, Daemon, Leftovers, Seams};
+use fcd::error::{Error, Kind};
+use fcd::guest::fake::{Answer, FakeTransport};
+use fcd::host::{Command, Commands, command::Output};
+use fcd::ids::{OpId, VmId};
+use fcd::locks::{Cancel, check};
+use fcd::server::{Dispatch, Server};
+use fcd::store::{State, Store};
+use fcd::vmm::Driver;
+use fcd::vmm::fake::Fake;
+use fcd::workspace::remote::{self, Place};
+use std::collections::{BTreeSet, HashMap};
+use std::io::Write;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// What a healthy daemon does far faster, and an overloaded host still does.
+pub const SOON: Duration = Duration::from_secs(20);
+/// For what the negative control must see fail without waiting for long.
+pub const PROMPT: Duration = Duration::from_secs(4);
+pub const ROOTFS_BYTES: u64 = 64 * 1024;
+pub const GUEST_PATH: &str = "/root/project";
+
+pub fn soon() -> Instant {
+    Instant::now() + SOON
+}
+
+/// Host commands: `qemu-img` that makes just a header.
+pub struct FakeCommands;
+
+impl Commands for FakeCommands {
+    fn run(&self, command: &Command, _: &Cancel, _: &mut dyn FnMut(&str)) -> fcd::error::Result<Output> {
+        let args: Vec<_> = command.args.iter().map(|a| a.to_string_lossy().into_owned()).collect();
+        if command.program != "qemu-img" {
+            return Err(Error::new(Kind::CommandMissing, format!("run {}: it is not there", command.program.to_string_lossy())));
+        }
+        let [.., path, size] = args.as_slice() else { panic!("{args:?}") };
+        let mut header = [0u8; 32];
+        header[..4].copy_from_slice(b"QFI\xfb");
+        header[24..].copy_from_slice(&size.parse::<u64>().unwrap().to_be_bytes());
+        std::fs::write(path, header).map_err(|e| Error::io("write a disk", e))?;
+        Ok(Output::default())
+    }
+}
+
+pub struct World {
+    pub dir: tempfile::TempDir,
+    pub config: Config,
+    pub vmm: Arc<Fake>,
+    pub guest: FakeTransport,
+    /// What the daemon takes for its driver: the fake, or something around it.
+    pub driver: Arc<dyn Driver>,
+    daemon: Option<Daemon>,
+    server: Option<Server>,
+    /// Whose guest answers where.
+    guests: Arc<Mutex<HashMap<SocketAddr, VmId>>>,
+    last_port: Mutex<u16>,
+}
+
+fn limits() -> Limits {
+    Limits { pool_workers: 2, mem_mib_max: 64 * 1024, boots_max: 8, ..Limits::default() }
+}
+
+/// An image as the registry wants it, with nothing in it.
+pub fn make_image(state_dir: &Path, name: &str) {
+    let dir = state_dir.join("images").join(name);
+    std::fs::create_dir_all(&dir).unwrap();
+    let mut files = Vec::new();
+    for (file, bytes) in [("vmlinux", 3), ("initrd", 2), ("rootfs.ext4", ROOTFS_BYTES)] {
+        std::fs::write(dir.join(file), vec![0; bytes as usize]).unwrap();
+        files.push(serde_json::json!({"name": file, "bytes": bytes, "sha256": ""}));
+    }
+    let image = serde_json::json!({"format": 1, "name": name, "os": "Fake OS", "kernel_version": "6.1",
+        "packages": [], "built_at": 7, "files": files});
+    std::fs::write(dir.join("image.json"), image.to_string()).unwrap();
+}
+
+impl World {
+    pub fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    pub fn with(change: impl FnOnce(&mut Config)) -> Self {
+        Self::with_driver(|fake| fake, change)
+    }
+
+    pub fn with_driver<D: Driver + 'static>(around: impl FnOnce(Arc<Fake>) -> Arc<D>, change: impl FnOnce(&mut Config)) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config {
+            state_dir: dir.path().join("state"),
+            socket: dir.path().join("fcd.sock"),
+            limits: limits(),
+            vm: VmDefaults::default(),
+            qemu: Qemu::default(),
+        };
+        change(&mut config);
+        std::fs::create_dir(&config.state_dir).unwrap();
+        make_image(&config.state_dir, "default");
+        let (vmm, guest) = (Arc::new(Fake::new().unwrap()), FakeTransport::new());
+        let guests: Arc<Mutex<HashMap<SocketAddr, VmId>>> = Arc::default();
+        let driver = around(vmm.clone());
+        let mut world = Self { dir, config, vmm, guest, driver, daemon: None, server: None, guests, last_port: Mutex::new(1000) };
+        world.behave();
+        world.open();
+        world.daemon().reconcile();
+        world
+    }
+
+    /// How guests answer: a shutdown ends them, imports and exports go well.
+    fn behave(&self) {
+        let (vmm, guests) = (self.vmm.clone(), self.guests.clone());
+        self.guest.on(fcd::image::SHUTDOWN_COMMAND, move |call| {
+            let vm = guests.lock().unwrap().get(&call.addr).cloned();
+            if let Some(vm) = vm {
+                vmm.die(&vm, "the guest shut down");
+            }
+            Answer::status(0).stdout("synced\n")
+        });
+        let place = Place::new(GUEST_PATH);
+        self.guest.on(&remote::begin_command(&place), |_| Answer::status(0).stdout("fcd-begin 1\n"));
+        let finish = remote::Finish::default();
+        self.guest.on(&remote::finish_command(&place, &finish), |_| Answer::status(0).stdout("fcd-finish 1 3\n"));
+        self.guest.on(&remote::export_patch_command(&place), |_| Answer::status(0).stdout("a patch").stderr("fcd-changed 2\n"));
+    }
+
+    fn open(&mut self) {
+        let seams = Seams { vmm: self.driver.clone(), transport: Arc::new(self.guest.clone()), commands: Arc::new(FakeCommands) };
+        let daemon = Daemon::open(self.config.clone(), seams).unwrap();
+        let dispatch = Arc::new(Dispatch::new(daemon.clone()));
+        self.server = Some(Server::bind(&self.config.socket, fcd::server::Limits::from(&self.config.limits), dispatch).unwrap());
+        self.daemon = Some(daemon);
+    }
+
+    pub fn daemon(&self) -> &Daemon {
+        self.daemon.as_ref().expect("open")
+    }
+
+    /// Drains as SIGTERM does. Gives the state as memory had it.
+    pub fn shut(&mut self) -> State {
+        let (daemon, server) = (self.daemon.take().expect("open"), self.server.take().expect("open"));
+        server.stop_accepting();
+        daemon.close(Instant::now() + Duration::from_millis(50), soon());
+        server.hang_up();
+        assert_eq!(server.drain(soon()), 0, "connections are left");
+        assert_eq!(daemon.leftovers(), Leftovers::default());
+        let state = daemon.store.read(State::clone);
+        for op in daemon.ops.list(&fcd::ops::Filter { all: true, ..Default::default() }) {
+            if let Some(row) = state.op(&op.id) {
+                assert_eq!(row.state, op.state, "operation {} ({}) in the store and in memory", op.id, op.method);
+            }
+        }
+        self.vmm.forget_watchers();
+        state
+    }
+
+    /// A new daemon on what the earlier one left; the VMMs live on. Reconcile is the caller's to call.
+    pub fn reopen(&mut self) {
+        if self.daemon.is_some() {
+            self.shut();
+        }
+        self.open();
+    }
+
+    /// Changes rows as if another daemon had died in the middle of something.
+    pub fn edit_rows(&mut self, change: impl FnOnce(&mut fcd::store::Tx)) {
+        if self.daemon.is_some() {
+            self.shut();
+        }
+        let store = Store::open(&self.config.state_dir).unwrap();
+        store
+            .change_durable(|tx| {
+                change(tx);
+                Ok(())
+            })
+            .unwrap();
+        store.close();
+    }
+
+    pub fn client(&self) -> Client {
+        Client::connect(&self.config.socket).unwrap_or_else(|e| panic!("connect: {e}"))
+    }
+
+    pub fn call<C: Call>(&self, request: &C::Request) -> Result<C::Reply, Failure> {
+        self.client().call::<C>(request)
+    }
+
+    /// Begins a call on a connection of its own and reads its answers aside.
+    pub fn begin<C: Call>(&self, request: C::Request, fds: Vec<OwnedFd>) -> Running<C::Reply>
+    where
+        C::Request: Send + 'static,
+        C::Reply: Send + 'static,
+    {
+        let mut client = self.client();
+        let hangup = client.hangup().unwrap();
+        let (send, events) = channel();
+        fcd::host::thread::spawn("client", move || {
+            let fds: Vec<_> = fds;
+            let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            let mut flight = match client.begin::<C>(&request, &borrowed) {
+                Ok(flight) => flight,
+                Err(e) => return drop(send.send(Told::Ended(Err(e), Instant::now()))),
+            };
+            drop(fds);
+            loop {
+                let told = match flight.next_event() {
+                    Ok(Event::Note(note)) => Told::Note(note),
+                    Ok(Event::Reply(reply)) => Told::Ended(Ok(reply), Instant::now()),
+                    Err(e) => Told::Ended(Err(e), Instant::now()),
+                };
+                let is_last = matches!(told, Told::Ended(..));
+                if send.send(told).is_err() || is_last {
+                    return;
+                }
+            }
+        })
+        .unwrap();
+        Running { events, hangup, ended: None, method: C::METHOD }
+    }
+
+    /// Begins it and waits for its end.
+    pub fn run<C: Call>(&self, request: C::Request) -> Result<C::Reply, Failure>
+    where
+        C::Request: Send + 'static,
+        C::Reply: Send + 'static,
+    {
+        self.begin::<C>(request, vec![]).finish(SOON)
+    }
+
+    pub fn create(&self, name: &str) -> Vm {
+        self.call::<VmCreate>(&VmCreateRequest { name: Some(name.parse().unwrap()), ..Default::default() }).unwrap().vm
+    }
+
+    /// Where the guest of this VM's next start answers: an address of its own.
+    pub fn place(&self, vm: &VmId) -> SocketAddr {
+        let mut port = self.last_port.lock().unwrap();
+        *port += 1;
+        let addr = SocketAddr::from(([127, 0, 0, 1], *port));
+        self.guests.lock().unwrap().insert(addr, vm.clone());
+        self.vmm.set_ssh_addr(addr);
+        addr
+    }
+
+    /// A VM that runs, and where its guest answers.
+    pub fn running(&self, name: &str) -> (Vm, SocketAddr) {
+        let vm = self.create(name);
+        let addr = self.place(&vm.id);
+        (self.start(name).unwrap_or_else(|e| panic!("start: {e}")), addr)
+    }
+
+    pub fn start(&self, name: &str) -> Result<Vm, Failure> {
+        self.run::<VmStart>(request(name)).map(|r| r.vm)
+    }
+    pub fn stop(&self, name: &str) -> Result<Vm, Failure> {
+        self.run::<VmStop>(stop(name)).map(|r| r.vm)
+    }
+    pub fn delete(&self, name: &str) -> Result<VmDeleteReply, Failure> {
+        self.run::<VmDelete>(delete(name))
+    }
+    pub fn show(&self, name: &str) -> Result<Vm, Failure> {
+        self.call::<VmShow>(&request(name)).map(|r| r.vm)
+    }
+    pub fn state(&self, name: &str) -> VmState {
+        self.show(name).unwrap_or_else(|e| panic!("show {name}: {e}")).state
+    }
+
+    /// Waits for a state.
+    #[track_caller]
+    pub fn await_state(&self, name: &str, state: VmState) -> Vm {
+        let timeout_ms = Some(SOON.as_millis() as u64);
+        let waited = self.run::<VmWait>(VmWaitRequest { vm: name.into(), state: Some(state), timeout_ms });
+        let vm = waited.unwrap_or_else(|e| panic!("wait for {name} to be {state:?}: {e}")).vm;
+        assert_eq!(vm.state, state);
+        vm
+    }
+
+    /// Waits until it is deleted.
+    #[track_caller]
+    pub fn await_gone(&self, name: &str) {
+        let request =
+            VmWaitRequest { vm: name.into(), state: Some(VmState::Deleting), timeout_ms: Some(SOON.as_millis() as u64) };
+        loop {
+            match self.run::<VmWait>(request.clone()) {
+                Err(e) if e.is(Kind::VmNotFound) => return,
+                // It is on its way: the change to come is its end.
+                Ok(_) => self.await_change(|s| !s.vms().any(|r| r.name.as_str() == name)),
+                Err(e) => panic!("wait for {name} to be gone: {e}"),
+            }
+        }
+    }
+
+    /// Waits until the store's state is so.
+    #[track_caller]
+    pub fn await_change(&self, is_so: impl Fn(&State) -> bool) {
+        let (watch, deadline) = (self.daemon().store.watch(None).unwrap(), soon());
+        loop {
+            watch.clear();
+            if self.daemon().store.read(&is_so) {
+                return;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "the state never came: {:#?}", self.daemon().store.read(State::clone));
+            poll(&watch, left);
+        }
+    }
+
+    /// Waits until nothing is under way.
+    #[track_caller]
+    pub fn await_rest(&self) {
+        await_that("nothing is under way", || self.daemon().leftovers() == Leftovers::default());
+    }
+
+    pub fn op(&self, id: &OpId) -> fcd::api::op::Op {
+        self.call::<OpShow>(&OpRequest { op: id.to_string() }).unwrap().op
+    }
+
+    /// Files, VMMs, rows: what a failed call must leave as it was.
+    pub fn census(&self) -> BTreeSet<String> {
+        let mut all: BTreeSet<String> = self.vmm.live().into_iter().map(|tag| format!("vmm {tag}")).collect();
+        files(&self.config.state_dir, &mut all);
+        self.daemon().store.read(|s| {
+            all.extend(s.vms().map(|r| format!("vm {r:?}")));
+            all.extend(s.workspaces().map(|r| format!("workspace {r:?}")));
+            all.extend(s.ledger().map(|r| format!("ledger {r:?}")));
+        });
+        all
+    }
+
+    /// An import whose stream the test writes. Returns once the stream may begin.
+    pub fn import(&self, name: &str) -> Import {
+        let import = self.queue_import(name);
+        import.call.ready();
+        import
+    }
+
+    /// The same without waiting.
+    pub fn queue_import(&self, name: &str) -> Import {
+        let (read, write) = pipe();
+        let call = self.begin::<WorkspacePrepare>(prepare(name), vec![read]);
+        Import { call, stream: std::fs::File::from(write) }
+    }
+
+    /// A whole import.
+    #[track_caller]
+    pub fn import_all(&self, name: &str) {
+        let Import { mut call, stream } = self.import(name);
+        write_payload(stream, b"some payload");
+        call.finish(SOON).unwrap_or_else(|e| panic!("import: {e}"));
+    }
+
+    pub fn workspace_state(&self, name: &str) -> Option<WorkspaceState> {
+        self.show(name).unwrap().workspace.map(|w| w.state)
+    }
+}
+
+pub struct Import {
+    pub call: Running<fcd::api::workspace::PrepareReply>,
+    pub stream: std::fs::File,
+}
+
+/// A whole stream, with its trailer.
+pub fn write_payload(stream: std::fs::File, payload: &[u8]) {
+    let mut writer = ChunkWriter::new(stream);
+    writer.write_all(payload).unwrap();
+    drop(writer.finish(3).unwrap());
+}
+
+fn files(dir: &Path, into: &mut BTreeSet<String>) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path: PathBuf = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        // The database's own, and what a full disk costs it.
+        if name.starts_with("fcd.db") || name == "reserve" {
+            continue;
+        }
+        into.insert(format!("file {}", path.display()));
+        if path.is_dir() {
+            files(&path, into);
+        }
+    }
+}
+
+fn poll(watch: &fcd::store::Watch, left: Duration) {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+    poll(&mut [PollFd::new(watch.fd(), PollFlags::POLLIN)], timeout).unwrap();
+}
+
+/// For what gives no descriptor to wait on: looks again and again until the deadline.
+#[track_caller]
+pub fn await_that(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = soon();
+    while !is_so() {
+        assert!(Instant::now() < deadline, "it never came that {what}");
+        std::thread::yield_now();
+    }
+}
+
+pub fn root() -> Caller {
+    Caller { uid: 0, gid: 0, pid: 0 }
+}
+pub fn request(vm: &str) -> VmRequest {
+    VmRequest { vm: vm.into() }
+}
+pub fn stop(vm: &str) -> VmStopRequest {
+    VmStopRequest { vm: vm.into(), force: false, timeout_ms: None }
+}
+pub fn delete(vm: &str) -> VmDeleteRequest {
+    VmDeleteRequest { vm: vm.into(), force: true, if_exists: false }
+}
+pub fn prepare(vm: &str) -> PrepareRequest {
+    PrepareRequest {
+        vm: vm.into(),
+        guest_path: GUEST_PATH.into(),
+        subdir: String::new(),
+        readonly: false,
+        overwrite: false,
+        no_wait: false,
+        bytes_expected: None,
+        raw_tar: false,
+    }
+}
+
+/// Read end, write end.
+pub fn pipe() -> (OwnedFd, OwnedFd) {
+    rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap()
+}
+
+enum Told<R> {
+    Note(Note),
+    Ended(Result<R, Failure>, Instant),
+}
+
+/// A call under way.
+pub struct Running<R> {
+    events: Receiver<Told<R>>,
+    hangup: Hangup,
+    ended: Option<(Result<R, Failure>, Instant)>,
+    method: &'static str,
+}
+
+impl<R> Running<R> {
+    fn next(&self, deadline: Instant) -> Option<Told<R>> {
+        match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(told) => Some(told),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => panic!("{}: its reader died", self.method),
+        }
+    }
+
+    /// The first note that fits; panics when the call ends before it comes, or it does not come in time.
+    #[track_caller]
+    pub fn note<T>(&self, wanted: impl Fn(&Note) -> Option<T>) -> T {
+        let deadline = soon();
+        loop {
+            match self.next(deadline) {
+                Some(Told::Note(note)) => {
+                    if let Some(found) = wanted(&note) {
+                        return found;
+                    }
+                }
+                Some(Told::Ended(Err(e), _)) => panic!("{} ended before the note: {e}", self.method),
+                Some(Told::Ended(Ok(_), _)) => panic!("{} ended well before the note", self.method),
+                None => panic!("{}: the note did not come", self.method),
+            }
+        }
+    }
+
+    #[track_caller]
+    pub fn op(&self) -> OpId {
+        self.note(|n| if let Note::Op { op } = n { Some(op.clone()) } else { None })
+    }
+    #[track_caller]
+    pub fn ready(&self) {
+        self.note(|n| matches!(n, Note::Ready(_)).then_some(()));
+    }
+    #[track_caller]
+    pub fn stage(&self, stage: &str) {
+        self.note(|n| matches!(n, Note::Progress(p) if p.stage.contains(stage)).then_some(()));
+    }
+    #[track_caller]
+    pub fn bytes(&self, done: u64) {
+        self.note(|n| matches!(n, Note::Progress(p) if p.done == Some(done)).then_some(()));
+    }
+
+    /// Waits for the end. Panics when it has not come within `patience`.
+    #[track_caller]
+    pub fn finish(&mut self, patience: Duration) -> Result<R, Failure> {
+        self.finish_at(patience).0
+    }
+
+    /// With the moment of its end.
+    #[track_caller]
+    pub fn finish_at(&mut self, patience: Duration) -> (Result<R, Failure>, Instant) {
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.next(deadline) {
+                Some(Told::Note(_)) => {}
+                Some(Told::Ended(result, at)) => return (result, at),
+                None => panic!("{} has not ended within {patience:?}", self.method),
+            }
+        }
+    }
+
+    pub fn has_ended(&mut self) -> bool {
+        while self.ended.is_none() {
+            match self.events.try_recv() {
+                Ok(Told::Note(_)) => {}
+                Ok(Told::Ended(result, at)) => self.ended = Some((result, at)),
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
+    /// The client is killed.
+    pub fn hang_up(&self) {
+        self.hangup.hang_up();
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            if let (Some(daemon), Some(server)) = (&self.daemon, &self.server) {
+                server.stop_accepting();
+                server.hang_up();
+                daemon.close(Instant::now(), Instant::now() + PROMPT);
+            }
+            return;
+        }
+        if self.daemon.is_some() {
+            let memory = self.shut();
+            let store = Store::open(&self.config.state_dir).unwrap();
+            store.read(|disk| assert!(*disk == memory, "on disk:\n{disk:#?}\nin memory:\n{memory:#?}"));
+            store.close();
+        }
+        assert_eq!(self.vmm.clashes(), 0, "two VMMs on one disk");
+        assert_eq!(check::violations(), 0);
+    }
+}

@@ -26,6 +26,46 @@ fn commands_in_a_guest() {
     a_terminal(&host);
     a_command_in_a_terminal_without_stdin(&host);
     the_systems_ssh(&host);
+    many_at_once_and_long_ones(&host);
+    what_ends_a_command(&host);
+}
+
+fn many_at_once_and_long_ones(host: &Host) {
+    let mut all: Vec<_> = (0..12).map(|n| host.spawn(&["exec", "box", "--", "echo", &format!("number {n}")])).collect();
+    for (n, one) in all.iter_mut().enumerate() {
+        assert_eq!((one.end().0, one.stdout()), (Some(0), format!("number {n}\n")), "{}", one.stderr());
+    }
+    let long = "x".repeat(16 << 10);
+    assert_eq!(host.ok(&["exec", "box", "--", "printf", "%s", &long]), long);
+    let (status, said) = host.fails(&["exec", "box", "--", "true", &"x".repeat(100 << 10)]);
+    assert!(status == 125 && said.contains("hint: "), "{status} {said}");
+}
+
+/// Whatever becomes of the client or of the VM: nothing runs on in the guest, and whoever waits hears why.
+fn what_ends_a_command(host: &Host) {
+    let script = "echo ready; exec sleep 4321";
+    let sleeping = || {
+        let mut one = host.spawn(&["exec", "box", "--", "sh", "-c", script]);
+        one.says("ready");
+        one
+    };
+    let mut killed = sleeping();
+    killed.signal("KILL");
+    killed.end();
+    wait_for("its end in the guest", || (host.sh("box", "pidof sleep | wc -w") == "0\n").then_some(()));
+    let mut stopped = sleeping();
+    let mut stop = host.spawn(&["stop", "box"]);
+    let (status, took) = stopped.end();
+    assert!(status == Some(125) && took.as_secs() < 2, "{status:?} {took:?}");
+    assert!(stopped.stderr().contains("the VM was stopped"), "{}", stopped.stderr());
+    assert_eq!(stop.end().0, Some(0));
+    // A guest that shuts itself down has stopped, not failed.
+    host.ok(&["start", "box"]);
+    let mut left = sleeping();
+    host.fcctl(&["exec", "box", "--", "kill", "-TERM", "1"]);
+    host.ok(&["vm", "wait", "--timeout", "20s", "box"]);
+    assert_eq!((host.show("box", "state"), host.show("box", "reason")), ("stopped".into(), "the guest shut itself down".into()));
+    assert_eq!(left.end().0, Some(125), "{}", left.stderr());
 }
 
 fn streams_are_apart_and_binary_safe(host: &Host) {
@@ -39,7 +79,7 @@ fn streams_are_apart_and_binary_safe(host: &Host) {
     let out = host.fcctl(&["exec", "box", "--", "cat", "/root/blob"]);
     assert!(out.status.success() && out.stdout == blob, "{} bytes came back", out.stdout.len());
     // A command that does not care for its input.
-    assert_eq!(host.feed(&["exec", "box", "-i", "--", "true"], &blob).status.code(), Some(0));
+    assert_eq!(host.feed(&["exec", "box", "-i", "--", "true"], &blob[..1 << 20]).status.code(), Some(0));
 }
 
 fn stdin_is_read_only_when_asked(host: &Host) {

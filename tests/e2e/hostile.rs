@@ -117,7 +117,7 @@ fn guests_that_break() {
     let host = Host::start();
     host.boot("box");
     let tree = tempfile::tempdir().unwrap();
-    fs::write(tree.path().join("big"), vec![7; 24 << 20]).unwrap();
+    fs::write(tree.path().join("big"), vec![7; 8 << 20]).unwrap();
     let path = tree.path().to_str().unwrap();
     for bad in ["/etc", "../x", "/root/../etc/x", "/root"] {
         let out = host.fcctl(&["workspace", "prepare", "box", path, "--guest-path", bad]);
@@ -141,7 +141,7 @@ fn a_full_disk(host: &Host, tree: &str) {
     host.sh("box", "rm -f /root/fill /root/more");
     host.ok(&["workspace", "prepare", "box", tree, "--guest-path", "/root/tree"]);
     assert_eq!(host.show("box", "workspace")["state"], "complete");
-    assert_eq!(host.sh("box", "pwd; stat -c %s big"), format!("/root/tree\n{}\n", 24 << 20));
+    assert_eq!(host.sh("box", "pwd; stat -c %s big"), format!("/root/tree\n{}\n", 8 << 20));
 }
 
 fn a_dead_vmm(host: &Host) {

@@ -2,6 +2,10 @@
 
 use crate::host::{Host, signal, text, vmm_processes, wait_for};
 use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// From SIGTERM to the daemon's end, and a second for a busy machine.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(16);
 
 /// vCPUs, MiB of memory and MiB of the root file system, as the guest sees them.
 fn shape(host: &Host, vm: &str) -> (u64, u64, u64) {
@@ -57,6 +61,10 @@ fn verbs_take_several_vms_and_go_on_past_an_error() {
     for name in ["alpha", "beta", "gamma"] {
         assert_eq!(host.ok(&["vm", "create", "--name", name]), format!("{name}\n"));
     }
+    // Nothing was printed yet; who follows hears the first boot, or that the VM is gone.
+    assert_eq!(host.ok(&["logs", "alpha"]), "");
+    let mut following = host.spawn(&["logs", "-f", "alpha"]);
+    let mut in_vain = host.spawn(&["logs", "-f", "gamma"]);
     let (status, said) = host.fails(&["start", "alpha", "nope", "beta"]);
     assert!(status == 3 && said.contains("no VM \"nope\"") && said.contains("hint: "), "{said}");
     let id = host.show("alpha", "id").as_str().unwrap().to_owned();
@@ -72,9 +80,9 @@ fn verbs_take_several_vms_and_go_on_past_an_error() {
     assert_eq!(status, 124);
     let said = host.ok(&["vm", "prune"]);
     assert!(said.contains("1 VM deleted"), "{said}");
+    assert_eq!(in_vain.end().0, Some(0), "{}", in_vain.stderr());
 
     let mut waiting = host.spawn(&["vm", "wait", "alpha"]);
-    let mut following = host.spawn(&["logs", "-f", "alpha"]);
     following.says("ssh is up");
     let out = host.fcctl(&["stop", "alpha", "nope", "beta"]);
     let (stdout, stderr) = text(&out);
@@ -132,14 +140,52 @@ fn without_rm_a_vm_runs_on_and_signals_go_to_the_guests_command() {
     assert_eq!(stubborn.end().0, Some(130));
     assert!(stubborn.stderr().contains("detached"), "{}", stubborn.stderr());
 
-    // SIGTERM drains, and the VM does not notice.
+    // SIGTERM drains: what runs in a guest gets some seconds, then it ends. The VM does not notice.
+    let mut endless = host.spawn(&["exec", &name, "--", "sh", "-c", "echo ready; exec sleep 1000"]);
+    endless.says("ready");
     let before = vmm_processes(&host.state());
     assert_eq!(before.len(), 1);
+    let begun = Instant::now();
     host.stop_daemon();
+    assert!(begun.elapsed() < DRAIN_DEADLINE, "{:?}", begun.elapsed());
+    assert_eq!(endless.end().0, Some(125), "{}", endless.stderr());
     assert_eq!(vmm_processes(&host.state()), before);
     host.relaunch();
     wait_for("the VM was looked at", || host.fcctl(&["exec", &name, "--", "true"]).status.success().then_some(()));
     assert_eq!(vmm_processes(&host.state()), before);
+}
+
+#[test]
+fn a_daemon_that_is_killed_finishes_or_takes_back_what_it_was_at() {
+    let mut host = Host::start();
+    host.ok(&["vm", "create", "--name", "box"]);
+    let mut start = host.spawn(&["start", "box"]);
+    wait_for("its vmm runs", || (vmm_processes(&host.state()).len() == 1).then_some(()));
+    host.kill_daemon();
+    assert_eq!(start.end().0, Some(5), "{}", start.stderr());
+    host.relaunch();
+    wait_for("the boot is taken back", || vmm_processes(&host.state()).is_empty().then_some(()));
+    let looked_at = |host: &Host| wait_for("a look", || host.fcctl(&["start", "box"]).status.success().then_some(()));
+    looked_at(&host);
+
+    let mut stop = host.spawn(&["stop", "box"]);
+    wait_one(&host, "stopping");
+    host.kill_daemon();
+    stop.end();
+    host.relaunch();
+    host.ok(&["vm", "wait", "--timeout", "30s", "box"]);
+    assert_eq!((host.show("box", "state"), vmm_processes(&host.state()).len()), ("stopped".into(), 0));
+
+    // Its VMM died while nobody looked.
+    looked_at(&host);
+    host.kill_daemon();
+    signal(vmm_processes(&host.state())[0], "KILL");
+    wait_for("it is dead", || vmm_processes(&host.state()).is_empty().then_some(()));
+    host.relaunch();
+    wait_one(&host, "failed");
+    assert!(host.show("box", "reason").as_str().unwrap().contains("died"), "{}", host.show("box", "reason"));
+    host.ok(&["rm", "box"]);
+    assert_eq!(host.census(), Vec::<String>::new());
 }
 
 /// The one VM, once it has got to `state`.

@@ -29,6 +29,9 @@ fn refuses(out: &Output, status: i32, said: &str) {
 fn a_daemon_refuses_what_it_cannot_serve() {
     let mut host = Host::start();
     refuses(&fcd(host.path(), &[]), 75, &format!("process {}", host.pid()));
+    let mut command = Command::new("timeout");
+    command.args(["30", FCD]).env("FCD_STATE_DIR", host.state()).env("FCD_SOCKET", host.path().join("other.sock"));
+    refuses(&command.output().unwrap(), 75, &format!("process {}", host.pid()));
     assert_eq!(fs::metadata(host.socket()).unwrap().permissions().mode() & 0o7777, 0o660);
     host.stop_daemon();
     assert!(!host.socket().exists(), "the socket goes with its daemon");

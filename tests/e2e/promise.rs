@@ -66,18 +66,20 @@ fn ended_because(import: &mut Spawned, cause: &str, since: Instant) {
 #[test]
 fn an_import_that_stands_still_holds_nobody_up() {
     // One worker: if a stalled import kept it, nothing could come after.
-    let host = Host::with_config("[limits]\npool_workers = 1\n");
+    let host = Host::with_config("[limits]\npool_workers = 1\npool_queue = 3\n");
     host.boot("box");
     let begun = Instant::now();
     host.ok(&["stop", "box"]);
     let idle_stop = begun.elapsed();
     host.ok(&["start", "box"]);
+    cut_off(&host);
 
     // A client that does not write.
     let (mut import, mut stdin) = endless_import(&host, "box");
     stdin.write_all(&vec![0; 2 * MIB]).unwrap();
     wait_for("the first bytes are in the guest", || (gone_in(&host) > MIB as u64).then_some(()));
     answers_at_once(&host, "box");
+    let mut waiting = behind_it(&host);
     let begun = Instant::now();
     let mut stop = host.spawn(&["stop", "box"]);
     ended_because(&mut import, "the VM was stopped", begun);
@@ -86,6 +88,7 @@ fn an_import_that_stands_still_holds_nobody_up() {
     assert!(stop.stdout().contains("the guest's data was synced"), "{}", stop.stdout());
     assert!(took < idle_stop * 2 + SOON, "{took:?}, idle {idle_stop:?}");
     assert_eq!(host.show("box", "workspace")["state"], "incomplete");
+    assert!(!matches!(waiting.end().0, Some(0)) && waiting.stderr().contains("the VM was stopped"), "{}", waiting.stderr());
     drop(stdin);
 
     // A guest that does not read, on the worker that the first one gave back.
@@ -110,6 +113,57 @@ fn an_import_that_stands_still_holds_nobody_up() {
     assert!(begun.elapsed() < 2 * SOON, "{:?}", begun.elapsed());
     assert_eq!(host.census(), Vec::<String>::new());
     feeder.join().unwrap();
+}
+
+/// A client that is killed and a tar that is cut off between two of its blocks leave no workspace that looks finished.
+fn cut_off(host: &Host) {
+    let (mut import, mut stdin) = endless_import(host, "box");
+    stdin.write_all(&vec![0; 2 * MIB]).unwrap();
+    wait_for("the first bytes are in the guest", || (gone_in(host) > MIB as u64).then_some(()));
+    import.signal("KILL");
+    import.end();
+    wait_for("the import has ended", || host.ok(&["op", "list", "-q"]).is_empty().then_some(()));
+    assert_eq!(host.show("box", "workspace")["state"], "incomplete");
+    let (status, said) = host.fails(&["workspace", "export", "box"]);
+    assert!(status == 1 && said.contains("incomplete"), "{said}");
+
+    let (mut import, mut stdin) = endless_import(host, "box");
+    stdin.write_all(&[0; 512]).unwrap();
+    drop(stdin);
+    let status = import.end().0;
+    assert!(!matches!(status, Some(0) | None), "{status:?} {}", import.stderr());
+    assert_eq!(host.show("box", "workspace")["state"], "incomplete");
+}
+
+/// Behind an import that stands still: who may not wait hears so, who waits can be cancelled, and a queue that is
+/// full says so. The one that still waits is given back.
+fn behind_it(host: &Host) -> Spawned {
+    let tree = tempfile::tempdir().unwrap();
+    let prepare = ["workspace", "prepare", "box", tree.path().to_str().unwrap(), "--guest-path", "/root/t"];
+    let (status, said) = host.fails(&[&prepare[..], &["--no-wait"]].concat());
+    assert!(status == 4 && said.contains("under way") && said.contains("hint: "), "{status} {said}");
+    let mut queued: Vec<Spawned> = Vec::new();
+    let full = loop {
+        let waiting = host.ok(&["op", "list", "-q"]).lines().count();
+        let mut next = host.spawn(&prepare);
+        let ended = wait_for("it waits or is refused", || {
+            let ended = next.child.try_wait().unwrap();
+            (ended.is_some() || host.ok(&["op", "list", "-q"]).lines().count() > waiting).then_some(ended)
+        });
+        match ended {
+            Some(status) => break (status.code(), next.stderr()),
+            None => queued.push(next),
+        }
+        assert!(queued.len() <= 4, "the queue takes more than it holds");
+    };
+    assert!(full.0 == Some(4) && full.1.contains("hint: "), "{full:?}");
+    let last = queued.remove(0);
+    for mut other in queued {
+        other.signal("INT");
+        let (status, took) = other.end();
+        assert!(status == Some(130) && took < SOON, "{status:?} {took:?} {}", other.stderr());
+    }
+    last
 }
 
 /// Zeros until nobody reads them.

@@ -6,6 +6,7 @@
 //! | `sent` | paths of the tree that a patch may bring back, left-out ones too; sorted, NUL after each |
 //! | `dirs` | directories that are sent as such; sorted, NUL after each |
 //! | `kept` | `<mode> <oid> 0 TAB <path> NUL`: left out because the guest changed it, as it stands on the host |
+//! | `archive` | there: much of the content is in no pack, so that the guest keeps the second archive |
 //! | `format` | `sha1` or `sha256` |
 //! | `head` | the branch or `-`, then the commit or `-`, a line each |
 //! | `name`, `pack`, `idx` | the pack's name and its two files |
@@ -29,6 +30,9 @@ use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 
 const BUFFER_BYTES: usize = 256 * 1024;
+/// More bytes or files than this in no pack, and the guest keeps the archive: storing them as blobs takes it longer.
+const LOOSE_BYTES_MAX: u64 = 8 * 1024 * 1024;
+const LOOSE_FILES_MAX: usize = 2000;
 
 /// What went.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -141,6 +145,9 @@ impl Plan {
             nul_list(chosen.map(|e| e.path.as_slice()))
         };
         let mut files = vec![("kind", kind.into()), ("sent", list(false)), ("dirs", list(true)), ("kept", kept)];
+        if self.is_loose() {
+            files.push(("archive", b"1\n".to_vec()));
+        }
         if let Some(repo) = &self.repo {
             let sent: HashSet<&[u8]> =
                 self.entries.iter().filter(|e| e.kind != EntryKind::Dir).map(|e| e.path.as_slice()).collect();
@@ -148,6 +155,14 @@ impl Plan {
         }
         files.retain(|(name, data)| *name == "kind" || !data.is_empty());
         files
+    }
+
+    /// Tracked files that were changed do not count: they are few, and to tell them all have to be read.
+    fn is_loose(&self) -> bool {
+        let indexed = self.repo.as_ref().filter(|_| self.kind == TreeKind::Git);
+        let indexed: HashSet<&[u8]> = indexed.iter().flat_map(|r| &r.index).map(|e| e.path.as_slice()).collect();
+        let loose = || self.entries.iter().filter(|e| e.kind == EntryKind::File && !indexed.contains(e.path.as_slice()));
+        loose().count() > LOOSE_FILES_MAX || loose().map(|e| e.bytes).sum::<u64>() > LOOSE_BYTES_MAX
     }
 
     fn send_meta(

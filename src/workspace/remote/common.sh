@@ -50,7 +50,7 @@ forced() {
 # New blobs go into one pack for each process, not into a file each, and not deflated: that is what takes time.
 store='-c core.bigFileThreshold=1 -c core.compression=0'
 # shellcheck disable=SC2086 # $store is several words
-add() { g $store update-index -z --add --remove --replace "$@" --stdin; }
+add() { g $store update-index -z --add --remove --replace --stdin; }
 # shellcheck disable=SC2086 # $store is several words
 # Makes blobs of the baseline's content of the paths in the file $1, where only the archive that was sent has it.
 # $2: a directory to unpack to, which is removed again.

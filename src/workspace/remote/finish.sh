@@ -15,7 +15,7 @@ if [ -f "$M/exclude" ]; then cp "$M/exclude" "$P/info/exclude"; else rm -f "$P/i
 new=$S/index.new
 rm -f "$new" "$new.lock"
 export GIT_INDEX_FILE="$new"
-if [ -f "$S/index" ]; then
+if [ -f "$S/index" ] && [ "$kind" != raw ]; then
   cp "$S/index" "$new"
   g ls-files -z | comm -z -23 - "$M/sent" | g update-index -z --force-remove --stdin
 else
@@ -26,7 +26,7 @@ if [ -s "$M/seed" ]; then g update-index -z --index-info <"$M/seed"; fi
 g update-index -q --refresh >/dev/null || :
 # The content of few others is stored; for more the archive stays, and is looked into when somebody asks.
 archive=0
-if [ "$kind" != raw ]; then
+if [ -f "$S/tree.new" ]; then
   g ls-files -z | comm -z -13 - "$M/put" >"$M/fresh"
   g diff-files --name-only -z | sort -zu - "$M/fresh" | comm -z -12 - "$M/put" >"$M/unknown"
   bytes=$(du -cb --files0-from="$M/unknown" 2>/dev/null | tail -n 1 | cut -f1)
@@ -34,7 +34,12 @@ if [ "$kind" != raw ]; then
     archive=1
   fi
 fi
-if [ "$archive" = 1 ]; then add --info-only <"$M/put"; else add <"$M/put"; fi
+if [ "$archive" = 1 ]; then
+  # Not with the setting for packs: it would deflate what is only hashed.
+  g update-index -z --add --remove --replace --info-only --stdin <"$M/put"
+else
+  add <"$M/put"
+fi
 if [ -s "$M/kept" ]; then
   GIT_INDEX_FILE="$S/current.index" g ls-files -s -z | sort -z >"$M/now"
   sort -z "$M/kept" >"$M/host"

@@ -47,6 +47,10 @@ if [ "$kind" != raw ]; then
   # A directory with nothing but ignored files where the host has a file now.
   comm -z -13 "$S/sent" "$M/put" | find -files0-from - -maxdepth 0 -type d -print0 2>/dev/null | xargs -0 -r rm -rf --
 fi
-# The archive is kept: what the baseline needs of it is decided when it has been verified.
-{ tee "$S/tree.new" || : >"$M/cut"; } | tar -x -p --no-same-owner --warning=no-timestamp -f -
-if [ -e "$M/cut" ]; then die 1 "No space left on device"; fi
+if [ "$kind" != raw ] && { [ -f "$M/archive" ] || [ -f "$S/tree.tar" ]; }; then
+  # The archive is kept: what the baseline needs of it is decided when it has been verified.
+  { tee "$S/tree.new" || : >"$M/cut"; } | tar -x -p --no-same-owner --warning=no-timestamp -f -
+  if [ -e "$M/cut" ]; then die 1 "No space left on device"; fi
+else
+  tar -x -p --no-same-owner --warning=no-timestamp -f -
+fi

@@ -241,7 +241,11 @@ fn a_raw_tar_is_a_workspace_too() {
     let site = Site::plain();
     site.write("in/x", "1\n");
     site.write("y", "1\n");
-    let tar = |site: &Site| run(Command::new("tar").args(["-c", "."]).cwd(site.host())).stdout;
+    let tar = |site: &Site| {
+        let file = site.dir.path().join("raw.tar");
+        run(Command::new("tar").arg("-cf").arg(&file).arg(".").cwd(site.host()));
+        std::fs::read(file).unwrap()
+    };
     let import = |site: &Site, overwrite: bool| -> Result<Finished> {
         let mut keep = site.begin()?;
         if overwrite {
@@ -260,6 +264,15 @@ fn a_raw_tar_is_a_workspace_too() {
     import(&site, true).unwrap();
     site.assert_same_tree();
     assert_eq!(site.export_patch().unwrap().1, 0);
+    // After an import whose content stayed in its archive.
+    site.write("big", vec![7; 9_000_000]);
+    site.prepare();
+    assert!(Path::new(&site.place.state_dir).join("tree.tar").exists());
+    import(&site, true).unwrap();
+    assert!(!Path::new(&site.place.state_dir).join("tree.tar").exists());
+    site.write_guest("big", "small");
+    site.write_guest("y", "guest\n");
+    site.apply_export();
 }
 
 #[test]
@@ -295,7 +308,7 @@ fn large_content_is_recalled_from_the_archive() {
         assert_eq!(site.prepare().len(), 4);
         assert_eq!(site.export_patch().unwrap().0, patch);
         site.apply_export();
-        // Nothing of the archive is needed any more once the content is small.
+        // With what both have by now the archive is a new baseline.
         assert_eq!(site.prepare(), Vec::<String>::new());
         assert_eq!(site.export_patch().unwrap().1, 0);
     }

@@ -313,10 +313,17 @@ fn a_start_ends_what_an_earlier_one_left() {
 #[test]
 fn a_delete_meets_the_console() {
     let world = World::new();
-    for _ in 0..40 {
+    for _ in 0..10 {
         let (vm, _) = world.running("web");
-        world.vmm.guest_says(&vm.id, "the last words\r\n");
+        let log = world.config.state_dir.join("vms").join(vm.id.as_str()).join("console.log");
+        let until = std::time::Instant::now() + std::time::Duration::from_millis(100);
+        let writer = fcd::host::thread::spawn("writer", move || {
+            while std::time::Instant::now() < until {
+                let _ = std::fs::write(&log, "the last words");
+            }
+        });
         world.delete("web").unwrap();
+        writer.unwrap().join().unwrap();
     }
     assert_eq!(std::fs::read_dir(world.config.state_dir.join("vms")).unwrap().count(), 0);
 }

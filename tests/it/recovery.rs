@@ -286,7 +286,9 @@ fn close_in_the_middle() {
     let e = import.call.finish(SOON).unwrap_err();
     assert!(e.fault.message.contains("shutting down"), "{e:?}");
     assert!(start.finish(SOON).is_err());
-    assert!(wait.finish(SOON).unwrap_err().is(Kind::ShuttingDown));
+    // Nothing tells when it has come: it may be too late.
+    let e = wait.finish(SOON).unwrap_err();
+    assert!(e.is(Kind::ShuttingDown) || e.unreachable, "{e:?}");
     let e = session.finish(SOON).unwrap_err();
     assert!(e.fault.message.contains("shutting down"), "{e:?}");
     world.vmm.release_starts();

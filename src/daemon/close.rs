@@ -54,9 +54,10 @@ impl Daemon {
         self.closing.cancel("the daemon is shutting down");
         if !self.threads.wait_idle(transfers_until) {
             log::info!("cancelling what still runs");
-            self.runtimes.cancel_everything("the daemon is shutting down");
-            self.threads.wait_idle(deadline);
         }
+        // Sessions run on their callers' threads.
+        self.runtimes.cancel_everything("the daemon is shutting down");
+        self.threads.wait_idle(deadline);
         self.pool.close(deadline);
         self.store.close();
         let violations = check::violations();

@@ -15,6 +15,9 @@ use std::time::{Duration, Instant};
 const SYNCED: &[u8] = b"synced\n";
 /// Most of what the shutdown command may print.
 const OUTPUT_BYTES_MAX: usize = 4096;
+/// Tries to remove a directory into which something is still written, and the time between them.
+const REMOVE_TRIES_MAX: u32 = 100;
+const REMOVE_PERIOD: Duration = Duration::from_millis(20);
 
 impl Daemon {
     /// Asks the guest to sync and to go, waits for it, and ends the VMM when it has not gone in time.
@@ -90,10 +93,18 @@ impl Daemon {
         claim.op().progress("remove the files");
         let dir = self.vm_dir(&row.id);
         self.vmm.consoles().forget(&dir);
-        match std::fs::remove_dir_all(&dir) {
-            Ok(()) => Ok(()),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            Err(e) => Err(Error::io(format!("remove {}", dir.display()), e)),
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match std::fs::remove_dir_all(&dir) {
+                Ok(()) => return Ok(()),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+                // What the guest said last is still being written to its log.
+                Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty && tries < REMOVE_TRIES_MAX => {
+                    self.pause(REMOVE_PERIOD);
+                }
+                Err(e) => return Err(Error::io(format!("remove {}", dir.display()), e)),
+            }
         }
     }
 }

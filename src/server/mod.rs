@@ -22,7 +22,7 @@ mod tests;
 pub use connection::{Connection, Peer};
 pub use dispatch::Dispatch;
 pub use request::{CallError, CallResult, IncomingCall, KEY_LEN_MAX};
-pub use run::{exit_status, print_doctor, run};
+pub use run::{drain, exit_status, print_doctor, run};
 
 pub use crate::api::frame::{FDS_MAX, FRAME_BYTES_MAX};
 use crate::error::{Error, Result};

@@ -22,6 +22,8 @@ pub const EXIT_REFUSED: u8 = 78;
 const TRANSFERS_GRACE: Duration = Duration::from_secs(10);
 /// From SIGTERM to the exit, at most.
 const EXIT_DEADLINE: Duration = Duration::from_secs(15);
+/// From the end of all operations until callers are hung up on who have not gone by themselves.
+const ANSWERS_GRACE: Duration = Duration::from_secs(1);
 const LOCK_FILE: &str = "lock";
 /// Descriptors beside the connections': console and QMP sockets, disks, the database.
 const OPEN_FILES_RESERVE: u64 = 4096;
@@ -62,13 +64,20 @@ pub fn run(config: Config) -> Result<()> {
         }
     })?;
     let begun = Instant::now();
-    server.stop_accepting();
-    daemon.close(begun + TRANSFERS_GRACE, begun + EXIT_DEADLINE);
-    server.hang_up();
-    server.drain(begun + EXIT_DEADLINE);
+    drain(&server, &daemon, begun + TRANSFERS_GRACE, begun + EXIT_DEADLINE);
     drop(reconciled);
     log::info!("done; VMs run on");
     Ok(())
+}
+
+/// No new calls; what is under way ends and is answered; then everyone is hung up on. Gives the connections left.
+pub fn drain(server: &Server, daemon: &Daemon, transfers_until: Instant, deadline: Instant) -> usize {
+    server.stop_accepting();
+    daemon.close(transfers_until, deadline);
+    // Whoever waited for what has just ended is being answered.
+    server.drain(deadline.min(Instant::now() + ANSWERS_GRACE));
+    server.hang_up();
+    server.drain(deadline)
 }
 
 /// The daemon's checks as one JSON document, without serving: for `fcctl doctor` where no daemon runs.

@@ -1,6 +1,7 @@
 //! What a daemon finds of an earlier one, and VMs that are to be removed.
 
 use crate::world::*;
+use fcd::api::exec::{ExecStart, ExecStartRequest};
 use fcd::api::frame::Note;
 use fcd::api::op::OpState;
 use fcd::api::vm::*;
@@ -274,13 +275,22 @@ fn close_in_the_middle() {
     world.vmm.hold_starts(fcd::vmm::fake::Stage::AfterSpawn);
     let mut start = world.begin::<VmStart>(request("boots"), vec![]);
     assert!(world.vmm.await_held(1, soon()));
+    let gate = fcd::guest::fake::Gate::closed();
+    world.guest.on("", move |_| fcd::guest::fake::Answer::default().hold(&gate));
+    let exec =
+        ExecStartRequest { vm: "web".into(), argv: vec!["cat".into()], env: vec![], workdir: None, pty: None, streams: vec![] };
+    let mut session = world.begin::<ExecStart>(exec, vec![]);
+    session.note(|n| matches!(n, Note::Session { .. }).then_some(()));
     let mut wait = world.begin::<VmWait>(VmWaitRequest { vm: "web".into(), state: None, timeout_ms: None }, vec![]);
     world.shut();
     let e = import.call.finish(SOON).unwrap_err();
     assert!(e.fault.message.contains("shutting down"), "{e:?}");
     assert!(start.finish(SOON).is_err());
+    // Nothing tells when it has come: it may be too late.
     let e = wait.finish(SOON).unwrap_err();
     assert!(e.is(Kind::ShuttingDown) || e.unreachable, "{e:?}");
+    let e = session.finish(SOON).unwrap_err();
+    assert!(e.fault.message.contains("shutting down"), "{e:?}");
     world.vmm.release_starts();
     world.reopen();
     world.daemon().reconcile();
@@ -299,4 +309,23 @@ fn a_start_ends_what_an_earlier_one_left() {
     assert_eq!(again.state, VmState::Running);
     assert_ne!(again.pid, vm.pid);
     assert_eq!(world.vmm.live().len(), 1);
+}
+
+/// What a guest said last is still on its way into its log when its files go.
+#[test]
+fn a_delete_meets_the_console() {
+    let world = World::new();
+    for _ in 0..10 {
+        let (vm, _) = world.running("web");
+        let log = world.config.state_dir.join("vms").join(vm.id.as_str()).join("console.log");
+        let until = std::time::Instant::now() + std::time::Duration::from_millis(100);
+        let writer = fcd::host::thread::spawn("writer", move || {
+            while std::time::Instant::now() < until {
+                let _ = std::fs::write(&log, "the last words");
+            }
+        });
+        world.delete("web").unwrap();
+        writer.unwrap().join().unwrap();
+    }
+    assert_eq!(std::fs::read_dir(world.config.state_dir.join("vms")).unwrap().count(), 0);
 }

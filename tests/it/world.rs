@@ -71,6 +71,11 @@ pub struct World {
     last_port: Mutex<u16>,
 }
 
+/// In memory where there is such a place: nothing here is about the disk's speed.
+fn temp_dir() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
 fn limits() -> Limits {
     Limits { pool_workers: 2, mem_mib_max: 64 * 1024, boots_max: 8, ..Limits::default() }
 }
@@ -99,7 +104,7 @@ impl World {
     }
 
     pub fn with_driver<D: Driver + 'static>(around: impl FnOnce(Arc<Fake>) -> Arc<D>, change: impl FnOnce(&mut Config)) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = temp_dir();
         let mut config = Config {
             state_dir: dir.path().join("state"),
             socket: dir.path().join("fcd.sock"),
@@ -153,11 +158,10 @@ impl World {
     /// Drains as SIGTERM does. Gives the state as memory had it.
     pub fn shut(&mut self) -> State {
         let (daemon, server) = (self.daemon.take().expect("open"), self.server.take().expect("open"));
-        server.stop_accepting();
-        daemon.close(Instant::now() + Duration::from_millis(50), soon());
-        server.hang_up();
-        assert_eq!(server.drain(soon()), 0, "connections are left");
-        assert_eq!(daemon.leftovers(), Leftovers::default());
+        let left = fcd::server::drain(&server, &daemon, Instant::now() + Duration::from_millis(50), soon());
+        assert_eq!(left, 0, "connections are left");
+        // A VMM that was ended last is told of on a thread that finds nothing to do.
+        await_that("nothing is left", || daemon.leftovers() == Leftovers::default());
         let state = daemon.store.read(State::clone);
         for op in daemon.ops.list(&fcd::ops::Filter { all: true, ..Default::default() }) {
             if let Some(row) = state.op(&op.id) {

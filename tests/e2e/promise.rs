@@ -13,7 +13,7 @@ const SOON: Duration = Duration::from_secs(1);
 const AT_ONCE: Duration = Duration::from_millis(250);
 /// By how much two stops of a guest may differ on a busy machine. A stop that waited for the import would take
 /// until `transfer_idle_s`, a minute.
-const NOISE: Duration = Duration::from_secs(4);
+const NOISE: Duration = Duration::from_secs(10);
 const MIB: usize = 1 << 20;
 
 /// A call on a connection of its own, and how long its answer took.

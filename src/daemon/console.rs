@@ -16,7 +16,8 @@ impl Daemon {
     ) -> Result<LogsReply> {
         let row = self.resolve(caller, &request.vm)?;
         // The first start makes the directory; before it nothing was printed.
-        if !self.vm_dir(&row.id).exists() && !(request.follow && self.wait_directory(&row.id, reader)?) {
+        let has_started = self.vm_dir(&row.id).exists() || (request.follow && self.wait_directory(&row.id, reader)?);
+        if !has_started {
             return Ok(LogsReply { bytes: 0 });
         }
         let mut follower = self.vmm.consoles().follow(&self.vm_dir(&row.id), request.tail)?;

@@ -162,7 +162,8 @@ impl Runtimes {
 
     /// Ends every transfer and session of the VM.
     pub fn cancel_users(&self, vm: &VmId, cause: &str) {
-        let tokens: Vec<_> = self.with(vm, |r| r.users.values().cloned().collect());
+        // The youngest first: who waits for another must not get its turn before it hears of the end.
+        let tokens: Vec<_> = self.with(vm, |r| r.users.values().rev().cloned().collect());
         for token in tokens {
             token.cancel(cause);
         }

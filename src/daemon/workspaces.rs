@@ -23,6 +23,9 @@ use std::time::{Duration, Instant};
 /// No transfer goes on for longer; one that stands still ends after `transfer_idle_s`.
 const TRANSFER_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
+/// Between a VM's leaving `running` and the word of it to whoever uses the guest: microseconds.
+const CAUSE_DEADLINE: Duration = Duration::from_secs(1);
+
 /// What a transfer holds from its call to its end: its place in the VM's cancel set and in the pool's queue.
 struct Admitted {
     row: VmRow,
@@ -174,7 +177,14 @@ impl Daemon {
     /// Address, keys and generation as they are now: the VM may have been restarted while this one waited.
     fn transfer(&self, vm: &VmId, op: &OpHandle, fifo: OwnedFd, guest_path: &str) -> Result<Transfer> {
         let row = self.row(vm)?;
-        self.allow(&row, super::transitions::Verb::Guest)?;
+        if let Err(refused) = self.allow(&row, super::transitions::Verb::Guest) {
+            // A stop has claimed the VM since this one joined it, and is about to say why to all who use it.
+            super::waiting::poll_until(&[op.cancel().fd()], Instant::now() + CAUSE_DEADLINE);
+            return Err(match op.cancel().cause() {
+                Some(cause) => Error::new(Kind::Cancelled, format!("cancelled: {cause}")),
+                None => refused,
+            });
+        }
         Ok(Transfer {
             transport: self.transport.clone(),
             target: self.target(&row)?,

@@ -8,3 +8,5 @@ mod hostile;
 mod lifecycle;
 mod process;
 mod promise;
+mod roundtrip;
+mod tree;

@@ -202,7 +202,7 @@ fn a_second_prepare(host: &Host) {
         site.write(name, format!("{name}\n"));
     }
     site.commit("first");
-    assert_eq!(site.prepare(), "", "nothing to tell");
+    assert!(!site.prepare().contains("kept"), "the first one finds nothing of the guest");
     site.write("host-edits", "edited on the host\n");
     site.write("both-edit", "by the host\n");
     site.write("host-new", "new\n");

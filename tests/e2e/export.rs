@@ -13,6 +13,7 @@ printf 'changed after the commit\n' >> a
 printf 'in the guest\n' >> later
 rm gone
 mv dir/b 'moved b'
+rmdir dir
 mkdir 'new
 dir'
 printf 'new\n' > 'new
@@ -148,6 +149,7 @@ fn from_a_tree_without_git(host: &Host) {
     let site = Site::plain(host, "box", "plain");
     fill(&site);
     site.write("x.o", "nothing is ignored here");
+    fs::create_dir(site.path("with nothing in it")).unwrap();
     there_and_back(&site, false, &["x.o", "crlf"]);
 }
 

@@ -2,9 +2,12 @@
 #![allow(clippy::disallowed_methods)] // Tests start processes of their own.
 
 mod exec;
+mod export;
 mod first_light;
 mod host;
 mod hostile;
 mod lifecycle;
 mod process;
 mod promise;
+mod roundtrip;
+mod tree;

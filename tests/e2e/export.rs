@@ -1,0 +1,168 @@
+//! What was done in a guest comes back, nothing else does, and the guest is left as it was.
+
+use crate::host::{Host, text};
+use crate::tree::Site;
+use std::fs;
+
+/// A commit, edits, a deletion, a rename, new files, a binary, mode changes, links; kinds that change.
+const WORK: &str = r"umask 022
+printf 'one\nchanged in the guest\n' > a
+printf 'committed\n' > committed-new
+if [ -e .git ]; then git add a committed-new; git commit -qm 'in the guest'; fi
+printf 'changed after the commit\n' >> a
+printf 'in the guest\n' >> later
+rm gone
+mv dir/b 'moved b'
+rmdir dir
+mkdir 'new
+dir'
+printf 'new\n' > 'new
+dir/with space'
+: > empty-new
+printf 'x' > 'no newline'
+head -c 5000 /dev/urandom > bin
+head -c 5000 /dev/urandom > bin-old
+printf 'x' > $(printf 'raw\377')
+chmod 644 run
+chmod 755 plain
+ln -s /etc/passwd link-new
+ln -sfn elsewhere link
+rm file-to-dir; mkdir file-to-dir; echo x > file-to-dir/inside
+rm -r dir-to-file; echo x > dir-to-file
+ln -sf a file-to-link
+if [ -e .git ]; then git add 'moved b'; git rm -q --cached plain; fi";
+
+fn fill(site: &Site) {
+    for name in ["dir/b", "gone", "plain", "file-to-dir", "dir-to-file/inside", "file-to-link", "later"] {
+        site.write(name, format!("{name}\n"));
+    }
+    site.write("a", "one\ntwo\n");
+    site.write("crlf", "a\r\nb\r\n");
+    site.write("bin-old", (0..=255).cycle().take(3000).collect::<Vec<u8>>());
+    site.write(b"old\xfe", b"\0\xff");
+    site.write("run", "#!/bin/sh\n");
+    site.chmod("run", 0o755);
+    site.link("a", "link");
+}
+
+/// Names of the files in a patch, as git writes them.
+fn touched(patch: &str) -> Vec<&str> {
+    patch.lines().filter_map(|l| l.strip_prefix("diff --git a/").or_else(|| l.strip_prefix("diff --git \"a/"))).collect()
+}
+
+/// There, work, back; the patch. `users` had been changed by the user and is never part of it.
+#[track_caller]
+fn there_and_back(site: &Site, has_git: bool, users: &[&str]) {
+    site.prepare();
+    site.assert_same_tree();
+    let (patch, said) = site.export(&[]);
+    assert_eq!(String::from_utf8_lossy(&patch), "", "nothing that the user had already");
+    assert!(said.contains("0 files changed"), "{said}");
+    site.in_guest(WORK);
+    let before = has_git.then(|| site.repository());
+    let file = site.beside("guest.patch");
+    let (file, tree) = (file.to_str().unwrap(), site.beside("tree"));
+    site.export(&["--patch", file, "--tree", tree.to_str().unwrap()]);
+    assert_eq!(has_git.then(|| site.repository()), before, "the export changed the guest's repository");
+    site.assert_is_guests(&tree);
+
+    let patch = fs::read(file).unwrap();
+    let text = String::from_utf8_lossy(&patch);
+    assert_eq!(text.matches("GIT binary patch").count(), 2, "a new binary and a changed one");
+    for what in
+        ["old mode 100755\nnew mode 100644", "old mode 100644\nnew mode 100755", "deleted file mode", "new file mode 120000"]
+    {
+        assert!(text.contains(what), "{what:?} in {text}");
+    }
+    for name in users {
+        assert!(!touched(&text).iter().any(|line| line.starts_with(name)), "{name}, which the user changed, is in {text}");
+    }
+    let host_index = has_git.then(|| site.git(&["ls-files", "-s"]));
+    site.git(&["apply", "--whitespace=nowarn", file]);
+    site.assert_same_tree();
+    assert_eq!(has_git.then(|| site.git(&["ls-files", "-s"])), host_index, "git apply is for the files only");
+
+    refuses_what_is_there(site, file, &patch, tree.to_str().unwrap());
+}
+
+#[track_caller]
+fn refuses_what_is_there(site: &Site, file: &str, patch: &[u8], tree: &str) {
+    for args in [["--patch", file], ["--tree", tree]] {
+        let out = site.fcctl(&["workspace", "export", site.vm, args[0], args[1]]);
+        let said = text(&out).1;
+        assert_eq!(out.status.code(), Some(4), "{said}");
+        assert!(said.contains(args[1]) && said.contains("hint: "), "{said}");
+    }
+    assert_eq!(fs::read(file).unwrap(), patch, "the file that was there is as it was");
+    site.assert_is_guests(tree.as_ref());
+}
+
+#[test]
+fn work_in_a_guest_comes_back() {
+    let host = Host::start();
+    host.boot("box");
+    from_a_clean_tree(&host);
+    from_a_dirty_tree(&host);
+    from_an_unborn_tree(&host);
+    from_a_tree_without_git(&host);
+    run_with_export_patch(&host);
+}
+
+fn from_a_clean_tree(host: &Host) {
+    let site = Site::unborn(host, "box", "clean");
+    fill(&site);
+    site.commit("all");
+    there_and_back(&site, true, &[]);
+}
+
+fn from_a_dirty_tree(host: &Host) {
+    let site = Site::unborn(host, "box", "dirty");
+    fill(&site);
+    for name in ["users-edit", "users-staged", "users-deleted", "users-mode"] {
+        site.write(name, "as committed\n");
+    }
+    site.write(".gitignore", "*.o\n");
+    site.commit("all");
+    site.write("a", "one\ntwo\nthe user's\n");
+    site.write("later", "staged by the user\n");
+    site.git(&["add", "later"]);
+    site.write("users-edit", "edited\n");
+    site.write("users-staged", "staged\n");
+    site.git(&["add", "users-staged"]);
+    fs::remove_file(site.path("users-deleted")).unwrap();
+    site.chmod("users-mode", 0o755);
+    site.write("users-new", "untracked\n");
+    there_and_back(&site, true, &["users-"]);
+    // Ignored files of the guest stay where they are.
+    site.in_guest("echo x > made.o");
+    assert!(!String::from_utf8_lossy(&site.export(&["--patch", "-"]).0).contains("made.o"));
+}
+
+fn from_an_unborn_tree(host: &Host) {
+    let site = Site::unborn(host, "box", "unborn");
+    fill(&site);
+    site.git(&["add", "a", "dir", "plain"]);
+    there_and_back(&site, true, &["crlf", "old"]);
+}
+
+fn from_a_tree_without_git(host: &Host) {
+    let site = Site::plain(host, "box", "plain");
+    fill(&site);
+    site.write("x.o", "nothing is ignored here");
+    fs::create_dir(site.path("with nothing in it")).unwrap();
+    there_and_back(&site, false, &["x.o", "crlf"]);
+}
+
+/// `run PATH --export-patch FILE`: the patch is there before `--rm` takes the VM away.
+fn run_with_export_patch(host: &Host) {
+    let site = Site::unborn(host, "box", "run");
+    fill(&site);
+    site.commit("all");
+    let file = site.beside("run.patch");
+    let args = ["run", ".", "--rm", "--export-patch", file.to_str().unwrap(), "--", "sh", "-c", "echo from the guest >> a"];
+    let out = site.fcctl(&args);
+    assert!(out.status.success(), "{:?}", text(&out));
+    site.git(&["apply", file.to_str().unwrap()]);
+    assert_eq!(fs::read_to_string(site.path("a")).unwrap(), "one\ntwo\nfrom the guest\n");
+    assert_eq!(host.ok(&["ps", "-aq"]).lines().count(), 1, "its VM is gone");
+}

@@ -126,7 +126,7 @@ impl Daemon {
         // The workspace lock is still held: nobody else has touched the row.
         self.mark_complete(&began, &imported)?;
         drop(guard);
-        let kept = encode::encode_all(&imported.kept)?;
+        let kept = encode::encode_some(imported.kept.iter());
         let (entries, bytes) = (imported.trailer.entries, imported.trailer.bytes);
         to_value(&PrepareReply { vm: self.view(&row.id)?, kept, entries, bytes })
     }

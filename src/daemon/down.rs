@@ -30,7 +30,8 @@ impl Daemon {
             // A restart's first half may have ended it already, and says how.
             return Outcome::Ended { synced: row.synced.unwrap_or(Synced::No) };
         };
-        let synced = if claim.verb == Verb::Kill { Synced::No } else { self.ask_to_go(claim, &row, &identity) };
+        let synced =
+            if matches!(claim.verb, Verb::StopForce | Verb::Kill) { Synced::No } else { self.ask_to_go(claim, &row, &identity) };
         claim.op().progress("end the vmm");
         match self.kill_vmm(&identity) {
             Ok(()) => Outcome::Ended { synced },

@@ -102,7 +102,7 @@ impl Daemon {
             VmState::Starting => self.begin_op(ask.method, Some(row.id.clone()), uid, true)?,
             _ => self.begin_end_op(ask.method, &row.id, uid)?,
         };
-        let essential = matches!(ask.verb, Verb::Kill | Verb::Delete | Verb::DeleteForce);
+        let essential = matches!(ask.verb, Verb::StopForce | Verb::Kill | Verb::Delete | Verb::DeleteForce);
         enter(&mut row, to, &op, ask.verb);
         let op_row = op.op();
         let changed = self.change(essential, |tx| {
@@ -157,7 +157,7 @@ impl Daemon {
             if Successor::deletes(verb) && !Successor::deletes(ask.verb) {
                 return Err(refusal(row, ask.verb, "it is about to be deleted"));
             }
-            if matches!(ask.verb, Verb::Kill | Verb::DeleteForce) {
+            if matches!(ask.verb, Verb::StopForce | Verb::Kill | Verb::DeleteForce) {
                 self.runtimes.shorten_stop(vm.key());
             }
             return Ok(Begun::Joined(op));
@@ -178,7 +178,7 @@ impl Daemon {
         let replaced = self.runtimes.set_successor(vm.key(), Successor { verb: ask.verb, op, timeout: ask.timeout });
         match row.state {
             VmState::Starting => self.runtimes.cancel_boot(vm.key(), cause_for(ask.verb)),
-            _ if matches!(ask.verb, Verb::Kill | Verb::DeleteForce) => self.runtimes.shorten_stop(vm.key()),
+            _ if matches!(ask.verb, Verb::StopForce | Verb::Kill | Verb::DeleteForce) => self.runtimes.shorten_stop(vm.key()),
             _ => {}
         }
         if let Some(old) = replaced {
@@ -243,7 +243,7 @@ impl Daemon {
             self.end_op_soon(s.op, Err(error.clone()));
         }
         let mut error = error.clone();
-        if claim.verb == Verb::Kill {
+        if matches!(claim.verb, Verb::StopForce | Verb::Kill) {
             // It works whatever the disk does. The row follows when the store takes changes again: see `watch.rs`.
             error = match self.kill_unrecorded(&claim.vm) {
                 Ok(()) => error.context("its vmm was ended, which could not be written down"),

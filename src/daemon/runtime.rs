@@ -27,7 +27,7 @@ impl Successor {
     pub fn weight(verb: Verb) -> u8 {
         match verb {
             Verb::Delete | Verb::DeleteForce => 2,
-            Verb::Kill => 1,
+            Verb::StopForce | Verb::Kill => 1,
             _ => 0,
         }
     }

@@ -6,7 +6,9 @@ use crate::api::vm::VmState;
 pub enum Verb {
     Start,
     Stop,
-    /// `stop --force` and `kill`.
+    /// Without grace. What does not run is stopped already.
+    StopForce,
+    /// The same, but for a VM that runs only.
     Kill,
     Restart,
     Delete,
@@ -17,13 +19,23 @@ pub enum Verb {
 }
 
 impl Verb {
-    pub const ALL: [Verb; 8] =
-        [Verb::Start, Verb::Stop, Verb::Kill, Verb::Restart, Verb::Delete, Verb::DeleteForce, Verb::Set, Verb::Guest];
+    pub const ALL: [Verb; 9] = [
+        Verb::Start,
+        Verb::Stop,
+        Verb::StopForce,
+        Verb::Kill,
+        Verb::Restart,
+        Verb::Delete,
+        Verb::DeleteForce,
+        Verb::Set,
+        Verb::Guest,
+    ];
 
     pub const fn name(self) -> &'static str {
         match self {
             Verb::Start => "start",
             Verb::Stop => "stop",
+            Verb::StopForce => "stop --force",
             Verb::Kill => "kill",
             Verb::Restart => "restart",
             Verb::Delete => "delete",
@@ -66,17 +78,17 @@ pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
     use VmState::{Created, Deleting, Failed, Running, Starting, Stopped, Stopping};
     match (state, verb) {
         (Created | Stopped | Failed, Verb::Start | Verb::Restart) => Claim(Starting),
-        (Created | Stopped | Failed, Verb::Stop) => Nothing,
+        (Created | Stopped | Failed, Verb::Stop | Verb::StopForce) => Nothing,
         (Created | Stopped | Failed, Verb::Kill) => Refuse("it does not run"),
         (Created | Stopped | Failed, Verb::Delete | Verb::DeleteForce) => Claim(Deleting),
         (Created | Stopped | Failed, Verb::Guest) => Refuse(START_FIRST),
 
         (Starting, Verb::Start) => Join,
-        (Starting, Verb::Stop | Verb::Kill | Verb::Delete | Verb::DeleteForce) => Supersede,
+        (Starting, Verb::Stop | Verb::StopForce | Verb::Kill | Verb::Delete | Verb::DeleteForce) => Supersede,
         (Starting, Verb::Restart | Verb::Guest) => Refuse(WAIT_RUNNING),
 
         (Running, Verb::Start) => Nothing,
-        (Running, Verb::Stop | Verb::Kill | Verb::Restart) => Claim(Stopping),
+        (Running, Verb::Stop | Verb::StopForce | Verb::Kill | Verb::Restart) => Claim(Stopping),
         (Running, Verb::Delete) => Refuse(FORCE),
         (Running, Verb::DeleteForce) => Claim(Deleting),
         (Running, Verb::Guest) => Allow,
@@ -86,9 +98,9 @@ pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
         (Stopping, Verb::Restart) if restarting => Join,
         (Stopping, Verb::Restart | Verb::Guest) => Refuse(WAIT_STOPPED),
         // A stop that meets a restart wants the VM stopped: the start after it falls away.
-        (Stopping, Verb::Stop | Verb::Kill) if restarting => Supersede,
+        (Stopping, Verb::Stop | Verb::StopForce | Verb::Kill) if restarting => Supersede,
         (Stopping, Verb::Stop) => Join,
-        (Stopping, Verb::Kill) => Escalate,
+        (Stopping, Verb::StopForce | Verb::Kill) => Escalate,
         (Stopping, Verb::Delete | Verb::DeleteForce) => Supersede,
 
         (Deleting, Verb::Delete | Verb::DeleteForce) => Join,
@@ -138,16 +150,16 @@ mod tests {
     #[test]
     fn every_state_and_verb() {
         expect![[r#"
-            | state | start | stop | kill | restart | delete | delete --force | set | use |
-            |---|---|---|---|---|---|---|---|---|
-            | created | -> starting | ok, nothing | refused | -> starting | -> deleting | -> deleting | allowed | refused |
-            | starting | join | succeed | succeed | refused | succeed | succeed | allowed | refused |
-            | running | ok, nothing | -> stopping | -> stopping | -> stopping | refused | -> deleting | allowed | allowed |
-            | stopping | refused | join | shorten, join | refused | succeed | succeed | allowed | refused |
-            | stopping (restart) | join | succeed | succeed | join | succeed | succeed | allowed | refused |
-            | stopped | -> starting | ok, nothing | refused | -> starting | -> deleting | -> deleting | allowed | refused |
-            | deleting | refused | refused | refused | refused | join | join | refused | refused |
-            | failed | -> starting | ok, nothing | refused | -> starting | -> deleting | -> deleting | allowed | refused |
+            | state | start | stop | stop --force | kill | restart | delete | delete --force | set | use |
+            |---|---|---|---|---|---|---|---|---|---|
+            | created | -> starting | ok, nothing | ok, nothing | refused | -> starting | -> deleting | -> deleting | allowed | refused |
+            | starting | join | succeed | succeed | succeed | refused | succeed | succeed | allowed | refused |
+            | running | ok, nothing | -> stopping | -> stopping | -> stopping | -> stopping | refused | -> deleting | allowed | allowed |
+            | stopping | refused | join | shorten, join | shorten, join | refused | succeed | succeed | allowed | refused |
+            | stopping (restart) | join | succeed | succeed | succeed | join | succeed | succeed | allowed | refused |
+            | stopped | -> starting | ok, nothing | ok, nothing | refused | -> starting | -> deleting | -> deleting | allowed | refused |
+            | deleting | refused | refused | refused | refused | refused | join | join | refused | refused |
+            | failed | -> starting | ok, nothing | ok, nothing | refused | -> starting | -> deleting | -> deleting | allowed | refused |
         "#]]
         .assert_eq(&markdown_table());
     }

@@ -24,7 +24,7 @@ impl Daemon {
     }
 
     pub fn stop(&self, caller: &Caller, request: &VmStopRequest) -> Result<Begun> {
-        let verb = if request.force { Verb::Kill } else { Verb::Stop };
+        let verb = if request.force { Verb::StopForce } else { Verb::Stop };
         self.lifecycle(caller, &request.vm, &Ask { verb, method: "vm.stop", timeout: grace(request.timeout_ms) })
     }
 

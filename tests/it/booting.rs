@@ -83,7 +83,7 @@ fn stop_of_a_booting_vm() {
             println!("stop of a boot at {at:?} accepted in {:?}", begun.elapsed());
             assert_eq!(stop.finish(PROMPT).unwrap().vm.state, VmState::Stopped);
             println!("and done in {:?}", begun.elapsed());
-            cancelled(b.start.finish(PROMPT), if force { "the VM was killed" } else { "the VM was stopped" });
+            cancelled(b.start.finish(PROMPT), "the VM was stopped");
             assert!(!b.lives());
             assert_eq!(b.world.state("web"), VmState::Stopped);
             b.end();

@@ -74,7 +74,7 @@ fn stopped(stall: Stall, force: bool) {
     println!("stop under a stalled import ({stall:?}): {:?}", begun.elapsed());
     assert_eq!(vm.state, VmState::Stopped);
     assert_eq!(vm.synced, Some(if force { Synced::No } else { Synced::Yes }));
-    ended(&world, import, if force { "the VM was killed" } else { "the VM was stopped" }, begun);
+    ended(&world, import, "the VM was stopped", begun);
     assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
     assert!(world.vmm.live().is_empty());
 }

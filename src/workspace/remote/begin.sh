@@ -13,7 +13,7 @@ rm -rf "$S"/export.* "$S/current.index" "$S/work" "$S/recall" "$S/recall.index" 
 mkdir "$S/work"
 : >"$S/changed"
 if [ -f "$S/index" ] && [ -f "$S/baseline" ]; then
-  cp "$S/index" "$S/current.index"
+  cp -p "$S/index" "$S/current.index"
   base=$(cat "$S/baseline")
 elif [ -n "$(ls -A)" ]; then
   [ -d "$P" ] || make_private sha1

@@ -16,7 +16,7 @@ new=$S/index.new
 rm -f "$new" "$new.lock"
 export GIT_INDEX_FILE="$new"
 if [ -f "$S/index" ] && [ "$kind" != raw ]; then
-  cp "$S/index" "$new"
+  cp -p "$S/index" "$new"
   g ls-files -z | comm -z -23 - "$M/sent" | g update-index -z --force-remove --stdin
 else
   g read-tree --empty
@@ -54,7 +54,7 @@ if [ "$overwrite" = 0 ]; then
   comm -z -12 "$S/changed" "$S/sent" | comm -z -23 - "$M/sent" |
     find -files0-from - -maxdepth 0 -print0 2>/dev/null >>"$M/differ" || :
 fi
-cp "$new" "$S/repo.index"
+cp -p "$new" "$S/repo.index"
 tree=$(g write-tree --missing-ok)
 
 set_head() {

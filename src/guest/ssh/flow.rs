@@ -46,9 +46,12 @@ pub(super) struct Inlet<'a> {
 }
 
 impl<'a> Inlet<'a> {
-    pub fn new(source: Option<&'a mut dyn Source>) -> Self {
+    /// With a pty nothing is sent without a source, not even an end: sshd closes its side of the terminal at that,
+    /// and a new window size no longer reaches the command.
+    pub fn new(source: Option<&'a mut dyn Source>, has_pty: bool) -> Self {
         let eof_read = source.is_none();
-        Self { source, buffer: Vec::with_capacity(IN_BYTES), at: 0, is_ready: true, eof_read, eof_sent: false }
+        let eof_sent = eof_read && has_pty;
+        Self { source, buffer: Vec::with_capacity(IN_BYTES), at: 0, is_ready: true, eof_read, eof_sent }
     }
 
     fn has_room(&self) -> bool {

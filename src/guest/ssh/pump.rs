@@ -61,7 +61,7 @@ impl<'w, 'a> Pump<'w, 'a> {
             signaller: Signaller::default(),
             shared,
             wait,
-            stdin: Inlet::new(streams.stdin),
+            stdin: Inlet::new(streams.stdin, spec.pty.is_some()),
             stdout: Outlet::new(STDOUT, streams.stdout),
             stderr: Outlet::new(STDERR, streams.stderr),
             controls: streams.controls,

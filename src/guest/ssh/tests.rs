@@ -180,6 +180,13 @@ fn the_servers_new_keys_do_not_disturb() {
 
 #[test]
 fn a_terminal_has_its_size_and_takes_another() {
+    // Also where nobody types.
+    for has_stdin in [true, false] {
+        resized(has_stdin);
+    }
+}
+
+fn resized(has_stdin: bool) {
     let (_sshd, target) = ready("");
     let (sender, mut controls) = control_queue().unwrap();
     let (stdout_read, stdout) = pipe();
@@ -190,9 +197,9 @@ fn a_terminal_has_its_size_and_takes_another() {
     let thread = spawn("exec", move || {
         let (stdin, _writer) = pipe();
         let (mut stdin, mut stdout) = (source(stdin), sink(stdout));
-        let streams =
-            Streams { stdin: Some(&mut stdin), stdout: Some(&mut stdout), controls: Some(&mut controls), ..Streams::default() };
-        SshTransport.exec(&target, &spec, streams, &cancel())
+        let streams = Streams { stdout: Some(&mut stdout), controls: Some(&mut controls), ..Streams::default() };
+        let stdin = has_stdin.then_some(&mut stdin as &mut dyn crate::guest::Source);
+        SshTransport.exec(&target, &spec, Streams { stdin, ..streams }, &cancel())
     })
     .unwrap();
     let mut out = std::fs::File::from(stdout_read);

@@ -68,7 +68,7 @@ pub enum Decision {
 use Decision::{Allow, Claim, Escalate, Join, Nothing, Refuse, Supersede};
 
 const START_FIRST: &str = "start it first: fcctl start";
-const FORCE: &str = "stop it first, or delete it as it runs with --force";
+const FORCE: &str = "fcctl stop VM first, or delete it as it runs: fcctl rm -f VM";
 const BEING_DELETED: &str = "it is being deleted: make another with fcctl vm create";
 const WAIT_STOPPED: &str = "it is stopping: fcctl vm wait, then start it";
 const WAIT_RUNNING: &str = "it is starting: fcctl vm wait --state running, then try again";

@@ -186,10 +186,13 @@ impl Config {
         let named = flags.config.clone().or_else(|| env("FCD_CONFIG").map(PathBuf::from));
         let path = named.clone().unwrap_or(places.config.clone());
         let file = match std::fs::read_to_string(&path) {
-            Ok(text) => parse(&text).map_err(|e| e.context(format!("read configuration {}", path.display())))?,
+            Ok(text) => parse(&text).map_err(|e| {
+                e.context(format!("read configuration {}", path.display())).hint("correct that line, or take it out")
+            })?,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && named.is_none() => File::default(),
             Err(e) => {
-                return Err(Error::new(Kind::InvalidConfig, format!("read configuration {}", path.display())).with_source(e));
+                let e = Error::new(Kind::InvalidConfig, format!("read configuration {}", path.display())).with_source(e);
+                return Err(e.hint("name a file that can be read with --config or FCD_CONFIG, or leave both out"));
             }
         };
         let pick = |flag: &Option<PathBuf>, name: &str, file: Option<PathBuf>, default: PathBuf| {
@@ -202,7 +205,7 @@ impl Config {
             vm: file.vm,
             qemu: file.qemu,
         };
-        config.validate()?;
+        config.validate().map_err(|e| e.hint(format!("change it in {}", path.display())))?;
         Ok(config)
     }
 

@@ -169,7 +169,7 @@ impl Error {
         if kind == Kind::DiskFull { error.hint("free some space (df -h), then try again") } else { error }
     }
 
-    /// Something the user can run or change now.
+    /// Something the user can run or change now. `{vm}` stands for a VM whose name is not known here: see [`Error::of_vm`].
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
@@ -186,6 +186,13 @@ impl Error {
     #[must_use]
     pub fn context(mut self, doing: impl fmt::Display) -> Self {
         self.message = format!("{doing}: {}", self.message);
+        self
+    }
+
+    /// Puts a VM's name where a part that does not know it wrote `{vm}` into its hint.
+    #[must_use]
+    pub fn of_vm(mut self, name: impl fmt::Display) -> Self {
+        self.hint = self.hint.map(|hint| hint.replace("{vm}", &name.to_string()));
         self
     }
 
@@ -255,6 +262,12 @@ mod tests {
     fn display_joins_the_chain_once() {
         let e = Error::io("create tap fc-tap3", std::io::Error::other("nope")).context("start vm web");
         assert_eq!(e.to_string(), "start vm web: create tap fc-tap3: nope");
+    }
+
+    #[test]
+    fn a_hint_names_its_vm() {
+        let e = Error::new(Kind::GuestLost, "it is gone").hint("fcctl logs {vm}").of_vm("web");
+        assert_eq!(e.hint_text(), Some("fcctl logs web"));
     }
 
     #[test]

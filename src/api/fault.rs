@@ -24,7 +24,7 @@ impl From<&Error> for Fault {
             code: e.code(),
             kind: e.kind().name().to_owned(),
             message: e.to_string(),
-            hint: e.hint_text().map(str::to_owned),
+            hint: e.hint_text().map(|hint| hint.replace("{vm}", "VM")),
             retryable: e.code().retryable(),
             op: None,
         }

@@ -5,15 +5,43 @@ use super::output;
 use crate::api::Empty;
 use crate::api::daemon::{DebugLocks, LockParty, LockRecord};
 use crate::client::Result;
+use crate::locks::rank;
 
 #[derive(clap::Subcommand, Debug)]
 pub enum Verb {
     /// Who holds which lock since when for which operation, and who waits
     Locks,
+    /// Which locks may be held when another is taken: the table that the checker enforces
+    LockOrder {
+        /// As a graph for Graphviz
+        #[arg(long, conflicts_with = "json")]
+        dot: bool,
+    },
 }
 
 pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
-    let Verb::Locks = verb;
+    match verb {
+        Verb::Locks => locks(ctx),
+        Verb::LockOrder { dot: true } => ctx.text(&rank::dot(None)).map(|()| 0),
+        Verb::LockOrder { dot: false } => lock_order(ctx),
+    }
+}
+
+/// What this program was built with: no daemon is asked.
+fn lock_order(ctx: &mut Context) -> Result<u8> {
+    let order = rank::order();
+    if ctx.json {
+        ctx.document(&order)?;
+        return Ok(0);
+    }
+    let kind = |is_virtual| if is_virtual { "virtual" } else { "lock" }.to_owned();
+    let under = |names: &[&str]| if names.is_empty() { "nothing".to_owned() } else { names.join(", ") };
+    let rows: Vec<_> = order.iter().map(|r| vec![r.taken.to_owned(), kind(r.is_virtual), under(&r.under)]).collect();
+    ctx.text(&output::table(&["TAKEN", "KIND", "WHILE HOLDING ONLY"], &rows))?;
+    Ok(0)
+}
+
+fn locks(ctx: &mut Context) -> Result<u8> {
     let reply = ctx.connect()?.call::<DebugLocks>(&Empty {})?;
     if ctx.json {
         ctx.document(&reply)?;

@@ -43,7 +43,7 @@ pub struct How {
     /// A variable for the command: K=V, or K for your own value
     #[arg(short, long, value_name = "K[=V]")]
     pub env: Vec<String>,
-    /// A file of such variables, one a line
+    /// A file of such variables, one a line, taken as they are: quotes stay
     #[arg(long, value_name = "FILE")]
     pub env_file: Vec<PathBuf>,
 }
@@ -106,13 +106,16 @@ pub fn status_of(ended: &Ended, interrupts: &Interrupts) -> u8 {
 }
 
 /// Runs a command to its end, all its output written. Errors: the daemon's, and streams of the caller's that fail.
-pub fn execute(ctx: &Context, interrupts: &Interrupts, client: &mut Client, vm: &str, spec: Spec) -> Result<Ended> {
+pub fn execute(ctx: &mut Context, interrupts: &Interrupts, client: &mut Client, vm: &str, spec: Spec) -> Result<Ended> {
     let _guard = match interrupts.guard(client) {
         Ok(guard) => guard,
         Err(_) => return Ok(Ended::Interrupted),
     };
     // A pty of ours that nobody types into stays as it is, so that Ctrl-C reaches us and goes on as a signal.
     let raw = if spec.tty && spec.stdin && ctx.stdin_is_terminal() { Some(RawMode::enter(&ctx.stdio.stdin)?) } else { None };
+    if spec.tty && !spec.stdin && ctx.stdin_is_terminal() {
+        ctx.note("stdin is not passed to the command; to type into it, add -i");
+    }
     let wanted = Wanted { stdin: spec.stdin, stderr: !spec.tty };
     let mut relay = Relay::start(&ctx.stdio, wanted, interrupts.hang_up())?;
     let result = converse(ctx, interrupts, client, request(ctx, vm, spec, &relay), &mut relay);

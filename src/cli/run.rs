@@ -187,6 +187,10 @@ fn tell_end(ctx: &mut Context, interrupts: &Interrupts, ended: &Result<Ended>) {
     match ended {
         _ if interrupts.detached() => ctx.note("detached from the command"),
         _ if interrupts.cause().is_some() => ctx.note("interrupted"),
+        Err(e) if e.is(Kind::Cancelled) => {
+            let again = "somebody stopped or deleted the vm meanwhile: run it again".to_owned();
+            ctx.fail(&e.clone().hint(again), OUR_FAILURE);
+        }
         Err(e) => ctx.fail(e, OUR_FAILURE),
         Ok(_) => {}
     }
@@ -228,7 +232,7 @@ fn remove(ctx: &mut Context, interrupts: &Interrupts, made: &Made) {
         Ok(())
     });
     if let Err(e) = result {
-        let rest = if made.rm { "the daemon deletes it" } else { "it is still there" };
+        let rest = if made.rm { "the daemon deletes it, at the latest when it starts again" } else { "it is still there" };
         let failure: Failure = e.context(format!("delete vm {name} ({rest})"));
         ctx.fail(&failure.hint(format!("look for it: fcctl ps -a, delete it: fcctl rm -f {name}")), OUR_FAILURE);
     }

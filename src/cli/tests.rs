@@ -352,6 +352,19 @@ fn locks() {
 }
 
 #[test]
+fn the_lock_order_is_told_without_a_daemon() {
+    let fake = Fake::start(|r| r.result(json!({})));
+    let table = fcctl(&fake, &["debug", "lock-order"]);
+    let text = String::from_utf8(table.out).unwrap();
+    assert!(text.contains("vm_locks") && text.lines().count() == crate::locks::Rank::ALL.len() + 1, "{text}");
+    let dot = String::from_utf8(fcctl(&fake, &["debug", "lock-order", "--dot"]).out).unwrap();
+    assert!(dot.starts_with("digraph locks {") && dot.contains("Vm -> Store;"), "{dot}");
+    let json: serde_json::Value = serde_json::from_slice(&fcctl(&fake, &["--json", "debug", "lock-order"]).out).unwrap();
+    assert_eq!((&json[1]["taken"], &json[1]["under"]), (&json!("vm_locks"), &json!([])));
+    assert_eq!(fake.methods(), "");
+}
+
+#[test]
 fn a_difference_of_versions_is_told_once() {
     let fake = Fake::with_version(crate::api::VERSION_MAJOR, crate::api::VERSION_MINOR + 1, |r| {
         r.result(json!({"vms": []}));

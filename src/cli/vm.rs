@@ -61,6 +61,7 @@ pub struct Shape {
     /// Image to make the root disk from
     #[arg(long)]
     pub image: Option<ImageRef>,
+    /// Virtual CPUs
     #[arg(long, value_name = "N", alias = "cpus")]
     pub vcpus: Option<u32>,
     /// Memory, as in 512M or 2G
@@ -112,10 +113,12 @@ pub struct ListArgs {
 }
 
 #[derive(clap::Args, Debug)]
+#[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["vcpus", "memory", "disk"]))]
 pub struct SetArgs {
     /// Name, id, or the beginning of an id
     vm: String,
-    #[arg(long, value_name = "N", alias = "cpus", required_unless_present_any = ["memory", "disk"])]
+    /// Virtual CPUs
+    #[arg(long, value_name = "N", alias = "cpus")]
     vcpus: Option<u32>,
     /// Memory, as in 512M or 2G
     #[arg(long, value_name = "SIZE", value_parser = parse_mem_mib)]

@@ -184,11 +184,11 @@ impl Transfer<'_> {
         }
         let stop = self.stop()?;
         let (ours, theirs) = pipes::to_daemon(&stop)?;
-        let (token, mut ours) = (stop.clone(), ours);
+        let (token, mut ours, vm) = (stop.clone(), ours, self.vm.to_owned());
         let mut begin = Some(move |keep: Vec<Vec<u8>>| {
             let result = pack(source, &mut ours, &keep, &token);
             // Our end is still open, so nothing that follows from our failure can have happened yet.
-            (result, token.is_cancelled() || ours.is_unread())
+            (result.map_err(|e| e.of_vm(&vm)), token.is_cancelled() || ours.is_unread())
         });
         let mut packer: Option<Beside<Sent>> = None;
         let reply = self.call::<WorkspacePrepare>(&format!("copy to {}", self.vm), &request, theirs, &mut |note| {

@@ -247,7 +247,7 @@ fn settle(row: &mut VmRow, ending: &Ending) -> Result<()> {
                 true => rest(row, before, None),
                 false => rest(row, VmState::Failed, Some(e.to_string())),
             }
-            Err(e.clone().context(format!("start vm {}", row.name)))
+            Err(e.clone().context(format!("start vm {}", row.name)).of_vm(&row.name))
         }
         (Outcome::Ended { synced }, _) => {
             rest(row, VmState::Stopped, None);
@@ -257,7 +257,7 @@ fn settle(row: &mut VmRow, ending: &Ending) -> Result<()> {
         (Outcome::StillThere(e), _) => {
             row.state = VmState::Failed;
             row.reason = Some(e.to_string());
-            Err(e.clone().context(format!("{} vm {}", ending.verb.name(), row.name)))
+            Err(e.clone().context(format!("{} vm {}", ending.verb.name(), row.name)).of_vm(&row.name))
         }
         (Outcome::Deleted, _) => Ok(()),
     }

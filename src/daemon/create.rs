@@ -113,17 +113,20 @@ impl Daemon {
     fn check_disk(&self, bytes: u64, at_least: u64) -> Result<()> {
         let max = self.config.limits.disk_bytes_max;
         if bytes < at_least {
-            return Err(Error::invalid(format!("a disk of {bytes} bytes: it needs at least {at_least} and cannot shrink"))
-                .hint("leave --disk out, or give more"));
+            return Err(Error::invalid(format!(
+                "a disk of {}: it needs at least {} and cannot shrink",
+                size(bytes),
+                size(at_least)
+            ))
+            .hint(format!("leave --disk out, or give at least --disk {}", size(at_least))));
         }
         if !bytes.is_multiple_of(SIZE_UNIT_BYTES) {
-            return Err(Error::invalid(format!("a disk of {bytes} bytes: it must be a multiple of {SIZE_UNIT_BYTES}"))
+            return Err(Error::invalid(format!("a disk of {}: it must be a multiple of {}", size(bytes), size(SIZE_UNIT_BYTES)))
                 .hint("give it in MiB, for instance --disk 4096M"));
         }
         if bytes > max {
-            return Err(
-                Error::invalid(format!("a disk of {bytes} bytes: at most {max}")).hint("limits.disk_bytes_max sets the most")
-            );
+            return Err(Error::invalid(format!("a disk of {}: at most {}", size(bytes), size(max)))
+                .hint("limits.disk_bytes_max sets the most"));
         }
         Ok(())
     }
@@ -149,6 +152,12 @@ impl Daemon {
         self.wait_durable(ticket)?;
         self.view(&row.id)
     }
+}
+
+/// As `--disk` takes it.
+fn size(bytes: u64) -> String {
+    const MIB: u64 = 1 << 20;
+    if bytes.is_multiple_of(MIB) { format!("{}M", bytes / MIB) } else { format!("{bytes} bytes") }
 }
 
 /// vCPUs and memory of a VM that is at rest change at once; the disk is grown by the next start.

@@ -140,7 +140,7 @@ impl Daemon {
 
     fn join_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, ask: &Ask) -> Result<Begun> {
         if ask.verb == Verb::Start && self.runtimes.successor(vm.key()).is_some() {
-            return Err(refusal(row, ask.verb, "it is about to end: wait for it with fcctl vm wait, then start it"));
+            return Err(refusal(row, ask.verb, "it is about to end: fcctl vm wait {vm}, then fcctl start {vm}"));
         }
         match &row.op {
             Some(op) => Ok(Begun::Joined(op.clone())),
@@ -155,7 +155,7 @@ impl Daemon {
             && Successor::weight(verb) >= weight
         {
             if Successor::deletes(verb) && !Successor::deletes(ask.verb) {
-                return Err(refusal(row, ask.verb, "it is about to be deleted"));
+                return Err(refusal(row, ask.verb, "it is about to be deleted: make another with fcctl vm create"));
             }
             if matches!(ask.verb, Verb::StopForce | Verb::Kill | Verb::DeleteForce) {
                 self.runtimes.shorten_stop(vm.key());
@@ -277,7 +277,9 @@ pub(super) fn enter(row: &mut VmRow, to: VmState, op: &OpHandle, verb: Verb) {
 }
 
 pub(super) fn refusal(row: &VmRow, verb: Verb, hint: &str) -> Error {
-    Error::new(Kind::WrongState, format!("{} vm {}: it is {}", verb.name(), row.name, row.state.name())).hint(hint)
+    Error::new(Kind::WrongState, format!("{} vm {}: it is {}", verb.name(), row.name, row.state.name()))
+        .hint(hint)
+        .of_vm(&row.name)
 }
 
 pub(super) fn superseded(row: &VmRow, verb: Verb) -> Error {

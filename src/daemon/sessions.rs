@@ -58,7 +58,7 @@ impl Daemon {
         let found = self.resolve(caller, &request.vm)?;
         let _label = crate::locks::operation_scope(format!("exec {}", found.id));
         let (row, _user) = self.join_guest(&found, &cancel)?;
-        let doing = |e: Error| e.context(format!("exec in vm {}", row.name));
+        let doing = |e: Error| e.context(format!("exec in vm {}", row.name)).of_vm(&row.name);
         let workdir = request.workdir.clone().or_else(|| self.workdir(&row));
         let command = command_line(&request.argv, &request.env, workdir.as_deref()).map_err(doing)?;
         let target = self.target(&row).map_err(doing)?;

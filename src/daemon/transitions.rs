@@ -67,11 +67,12 @@ pub enum Decision {
 
 use Decision::{Allow, Claim, Escalate, Join, Nothing, Refuse, Supersede};
 
-const START_FIRST: &str = "start it first: fcctl start";
-const FORCE: &str = "fcctl stop VM first, or delete it as it runs: fcctl rm -f VM";
+const START_FIRST: &str = "start it first: fcctl start {vm}";
+const FORCE: &str = "stop it first: fcctl stop {vm}, or delete it as it runs: fcctl rm --force {vm}";
+const NOT_RUNNING: &str = "it does not run: see fcctl vm show {vm}";
 const BEING_DELETED: &str = "it is being deleted: make another with fcctl vm create";
-const WAIT_STOPPED: &str = "it is stopping: fcctl vm wait, then start it";
-const WAIT_RUNNING: &str = "it is starting: fcctl vm wait --state running, then try again";
+const WAIT_STOPPED: &str = "wait until it has stopped: fcctl vm wait {vm}, then fcctl start {vm}";
+const WAIT_RUNNING: &str = "wait until it runs: fcctl vm wait --state running {vm}, then try again";
 
 /// What `verb` does to a VM in `state`. `restarting` is a `stopping` whose row says that a start follows.
 pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
@@ -79,7 +80,7 @@ pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
     match (state, verb) {
         (Created | Stopped | Failed, Verb::Start | Verb::Restart) => Claim(Starting),
         (Created | Stopped | Failed, Verb::Stop | Verb::StopForce) => Nothing,
-        (Created | Stopped | Failed, Verb::Kill) => Refuse("it does not run"),
+        (Created | Stopped | Failed, Verb::Kill) => Refuse(NOT_RUNNING),
         (Created | Stopped | Failed, Verb::Delete | Verb::DeleteForce) => Claim(Deleting),
         (Created | Stopped | Failed, Verb::Guest) => Refuse(START_FIRST),
 

@@ -54,7 +54,7 @@ impl Daemon {
             let Admitted { row, op, fifo, place, no_wait, _user } = admitted;
             let doing = format!("import into vm {}", row.name);
             let result = daemon.run_prepare(&row, &op, fifo, place, no_wait, (&request, notes));
-            daemon.end_op(op, result.map_err(|e| e.context(doing)));
+            daemon.end_op(op, result.map_err(|e| e.context(doing).of_vm(&row.name)));
         })?;
         Ok(Begun::Op(id))
     }
@@ -69,7 +69,7 @@ impl Daemon {
             let Admitted { row, op, fifo, place, no_wait, _user } = admitted;
             let doing = format!("export from vm {}", row.name);
             let result = daemon.run_export(&row, &op, fifo, place, no_wait, &request);
-            daemon.end_op(op, result.map_err(|e| e.context(doing)));
+            daemon.end_op(op, result.map_err(|e| e.context(doing).of_vm(&row.name)));
         })?;
         Ok(Begun::Op(id))
     }

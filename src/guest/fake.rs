@@ -246,7 +246,10 @@ impl Run<'_, '_, '_> {
             state.calls.push(self.call.clone());
             state.answers.iter().rev().find(|(prefix, _)| self.call.command.starts_with(prefix)).map(|(_, r)| r.clone())
         };
-        let answer = respond.map_or_else(Answer::default, |respond| respond(&self.call));
+        let answer = match respond {
+            Some(respond) => self.answer(respond)?,
+            None => Answer::default(),
+        };
         for (sink, bytes) in [(self.streams.stdout.take(), answer.stdout), (self.streams.stderr.take(), answer.stderr)] {
             if let Some(sink) = sink {
                 self.write_all(sink, &bytes)?;
@@ -256,6 +259,13 @@ impl Run<'_, '_, '_> {
             self.step(Some(gate.poll_fd()))?;
         }
         Ok(self.signalled.map_or(answer.exit, Exit::Signal))
+    }
+
+    /// On a thread of its own, as the guest is: what it does is done under no region of the caller's.
+    fn answer(&self, respond: Respond) -> Result<Answer> {
+        let call = self.call.clone();
+        let guest = crate::host::thread::spawn("fake-guest", move || respond(&call))?;
+        guest.join().map_err(|panic| std::panic::resume_unwind(panic))
     }
 
     /// One poll, over `fd` and everything that can come from elsewhere.

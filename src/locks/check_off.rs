@@ -54,7 +54,7 @@ pub fn observed() -> Vec<Edge> {
 }
 /// The table as Graphviz.
 pub fn dot() -> String {
-    super::rank::dot(&[])
+    super::rank::dot(None)
 }
 /// What every thread holds and wants.
 pub fn dump() -> String {

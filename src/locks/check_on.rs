@@ -205,7 +205,7 @@ pub fn observed() -> Vec<Edge> {
 
 /// The table as Graphviz, with what was observed.
 pub fn dot() -> String {
-    super::rank::dot(&observed())
+    super::rank::dot(Some(&observed()))
 }
 
 /// What every thread holds and wants, for a watchdog.

@@ -96,13 +96,17 @@ impl Rank {
         match self {
             Job | Vm => RankSet::EMPTY,
             Workspace => ONE_LOCK,
-            CreateVm | ImageOps => RankSet::of(&[Vm, Workspace]),
-            JobWait => RankSet::of(&[Workspace]).and(ONE_LOCK),
-            GuestIo | VmmApi | HostCmd | DurableWait => RankSet::of(&[Job, Workspace]).and(ONE_LOCK),
-            Store | Ops | Pool | Admission | Sessions | Runtimes | Consoles | Connections => {
-                RankSet::of(&[Job, Vm, Workspace, CreateVm, ImageOps, JobWait, GuestIo, VmmApi, HostCmd, DurableWait])
-            }
-            CondWait => RankSet::of(&[Job, Workspace, JobWait, DurableWait]).and(ONE_LOCK),
+            CreateVm | ImageOps | VmmApi | HostCmd => RankSet::EMPTY,
+            JobWait | DurableWait => RankSet::of(&[Workspace]).and(ONE_LOCK),
+            GuestIo => RankSet::of(&[Job]),
+            Store => RankSet::of(&[Vm, Workspace, CreateVm, DurableWait]),
+            Ops => RankSet::of(&[Job, Vm, ImageOps, GuestIo, HostCmd]),
+            Pool => RankSet::of(&[Workspace, JobWait]).and(ONE_LOCK),
+            Sessions => RankSet::of(&[Job, GuestIo]),
+            Runtimes => RankSet::of(&[Job, Vm, ImageOps]),
+            Consoles => RankSet::of(&[VmmApi, HostCmd]),
+            Admission | Connections => RankSet::EMPTY,
+            CondWait => RankSet::of(&[Workspace, JobWait, DurableWait]).and(ONE_LOCK),
         }
     }
 
@@ -184,17 +188,34 @@ pub fn markdown_table() -> String {
     out
 }
 
-/// The table for Graphviz: declared edges dotted, those in `observed` solid with the first sites as the tooltip.
-pub fn dot(observed: &[Edge]) -> String {
+/// One rule of the table, for people and scripts.
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
+pub struct Rule {
+    pub taken: &'static str,
+    #[serde(rename = "virtual")]
+    pub is_virtual: bool,
+    pub under: Vec<&'static str>,
+}
+
+/// The table, outermost first.
+pub fn order() -> Vec<Rule> {
+    let rule = |r: Rank| Rule { taken: r.name(), is_virtual: r.is_virtual(), under: r.under().iter().map(Rank::name).collect() };
+    Rank::ALL.into_iter().map(rule).collect()
+}
+
+/// The table for Graphviz. With what was observed, edges that were not are dotted, and the tooltip says where first.
+pub fn dot(observed: Option<&[Edge]>) -> String {
     let mut out = String::from("digraph locks {\n");
     for rank in Rank::ALL {
         let shape = if rank.is_virtual() { "ellipse" } else { "box" };
         let _ = writeln!(out, "  {rank:?} [label=\"{}\", shape={shape}];", rank.name());
     }
     for (from, to) in declared() {
-        let _ = match observed.iter().find(|e| (e.from, e.to) == (from, to)) {
-            Some(Edge { first: (a, b), .. }) => writeln!(out, "  {from:?} -> {to:?} [tooltip=\"{a} -> {b}\"];"),
-            None => writeln!(out, "  {from:?} -> {to:?} [style=dotted];"),
+        let seen = observed.map(|edges| edges.iter().find(|e| (e.from, e.to) == (from, to)));
+        let _ = match seen {
+            None => writeln!(out, "  {from:?} -> {to:?};"),
+            Some(Some(Edge { first: (a, b), .. })) => writeln!(out, "  {from:?} -> {to:?} [tooltip=\"{a} -> {b}\"];"),
+            Some(None) => writeln!(out, "  {from:?} -> {to:?} [style=dotted];"),
         };
     }
     out + "}\n"

@@ -22,7 +22,7 @@ pub struct Watch {
 
 fn bad(why: &str) -> Error {
     Error::new(Kind::InvalidTree, format!("read the tar: {why}"))
-        .hint("give an uncompressed tar, for instance: zcat x.tar.gz | fcctl workspace prepare VM --tar -")
+        .hint("give an uncompressed tar, for instance: zcat x.tar.gz | fcctl workspace prepare {vm} --tar -")
 }
 
 impl Watch {

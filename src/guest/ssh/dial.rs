@@ -38,7 +38,7 @@ const HOST_KEYS: &str = "ssh-ed25519,ecdsa-sha2-nistp256,rsa-sha2-512,rsa-sha2-2
 
 fn unavailable(what: impl std::fmt::Display, target: &Target) -> Error {
     Error::new(Kind::GuestUnavailable, format!("reach the guest at {}: {what}", target.addr))
-        .hint("see whether the VM still runs (fcctl ps) and what it says (fcctl logs VM)")
+        .hint("see whether the VM still runs (fcctl ps) and what it says (fcctl logs {vm})")
 }
 
 /// Begins to connect. Ready to write when it is connected or has failed.
@@ -136,7 +136,7 @@ fn authenticate(socket: TcpStream, target: &Target, wait: &Wait<'_>) -> Result<R
             Kind::HostKeyMismatch,
             format!("the guest at {} has another host key than its VM was given", target.addr),
         )
-        .hint("the VM's identity changed: delete it and create it again (fcctl rm -f VM)"));
+        .hint("the VM's identity changed: delete it and create it again (fcctl rm -f {vm})"));
     }
     let log_in = || as_step(session.borrow().userauth_pubkey_memory(&target.user, None, &target.private_key, None));
     drive(&shared, wait, log_in).map_err(|e| match e {
@@ -162,7 +162,7 @@ pub(super) fn wait_ready(target: &Target, deadline: Instant, cancel: &Cancel) ->
     match probe_until_ready(target, &wait, &mut last) {
         Err(e) if e.kind() == Kind::Timeout => {
             Err(Error::new(Kind::BootTimeout, format!("wait for the guest's SSH server at {}: {last}", target.addr))
-                .hint("see what the guest says: fcctl logs VM"))
+                .hint("see what the guest says: fcctl logs {vm}"))
         }
         other => other,
     }

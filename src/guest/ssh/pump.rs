@@ -22,7 +22,7 @@ const FAREWELL: Duration = Duration::from_secs(2);
 
 fn lost(what: impl std::fmt::Display) -> Error {
     Error::new(Kind::GuestLost, format!("the connection to the guest broke: {what}"))
-        .hint("see whether the VM still runs (fcctl ps) and what it says (fcctl logs VM)")
+        .hint("see whether the VM still runs (fcctl ps) and what it says (fcctl logs {vm})")
 }
 
 /// Opens the channel and starts the command.

@@ -128,7 +128,7 @@ pub struct Finished {
 
 fn unknown(step: &str) -> Error {
     Error::new(Kind::GuestCommandFailed, format!("{step}: the guest answered in an unknown form"))
-        .hint("something in the guest may print at login: look with fcctl exec VM -- true")
+        .hint("something in the guest may print at login: look with fcctl exec {vm} -- true")
 }
 
 fn header<'a>(stdout: &'a [u8], start: &str, step: &str) -> Result<(&'a str, &'a [u8])> {
@@ -181,7 +181,7 @@ pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
     let error = |kind, hint: &str| Error::new(kind, format!("{doing}: {said}")).hint(hint);
     if text.contains("No space left on device") {
         let full = Error::new(Kind::GuestCommandFailed, format!("{doing}: the guest's disk is full: {said}"));
-        return full.hint("give it more: fcctl vm set VM --disk SIZE, then restart it");
+        return full.hint("give it more: fcctl vm set {vm} --disk SIZE, then fcctl restart {vm}");
     }
     match exit {
         // The guest's kernel kills what takes too much: a patch of a large binary holds both versions in memory.

@@ -1,0 +1,35 @@
+//! For `scripts/lock-code`, which compares the machine code of the two functions: with the checker off, our lock is
+//! parking_lot's to the instruction.
+
+#![allow(clippy::disallowed_types)] // It is the comparison.
+
+use std::hint::black_box;
+
+#[inline(never)]
+pub fn through_ours(counter: &fcd::locks::Mutex<u64>) -> u64 {
+    let mut guard = counter.lock();
+    *guard += 1;
+    *guard
+}
+
+#[inline(never)]
+pub fn through_parking_lot(counter: &parking_lot::Mutex<u64>) -> u64 {
+    let mut guard = counter.lock();
+    *guard += 1;
+    *guard
+}
+
+/// Names of what only the checker knows. Keyed sets are named by `fcctl debug locks` in every build, and one word
+/// alone proves nothing: it may be part of another text.
+fn ranks() -> impl Iterator<Item = &'static str> {
+    fcd::locks::rank::order().into_iter().map(|rule| rule.taken).filter(|name| name.contains(' '))
+}
+
+fn main() {
+    if std::env::args().nth(1).is_some_and(|a| a == "--ranks") {
+        return ranks().for_each(|name| println!("{name}"));
+    }
+    let ours = fcd::locks::Mutex::new(fcd::locks::Rank::Store, 0);
+    let theirs = parking_lot::Mutex::new(0);
+    println!("{} {}", through_ours(black_box(&ours)), through_parking_lot(black_box(&theirs)));
+}

@@ -35,6 +35,11 @@ pub const PROMPT: Duration = Duration::from_secs(4);
 pub const ROOTFS_BYTES: u64 = 64 * 1024;
 pub const GUEST_PATH: &str = "/root/project";
 
+pub fn median(mut took: Vec<Duration>) -> Duration {
+    took.sort();
+    took[took.len() / 2]
+}
+
 pub fn soon() -> Instant {
     Instant::now() + SOON
 }

@@ -49,6 +49,33 @@ pub struct DoctorReply {
     pub checks: Vec<Check>,
 }
 
+/// Something of ours on the host that nothing accounts for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Leak {
+    /// `process`, `directory`, ...
+    pub kind: String,
+    /// How it is found on the host.
+    pub name: String,
+    pub why: String,
+    pub removed: bool,
+    /// Why it could not be removed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LeaksRequest {
+    /// Removes what is found.
+    #[serde(default)]
+    pub fix: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LeaksReply {
+    pub leaks: Vec<Leak>,
+}
+
 /// One keyed lock that is held or waited for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LockRecord {
@@ -79,5 +106,6 @@ pub struct DebugLocksReply {
 calls! {
     Info = "fcd.info" (super::Empty) -> InfoReply;
     Doctor = "fcd.doctor" (super::Empty) -> DoctorReply;
+    Leaks = "fcd.leaks" (LeaksRequest) -> LeaksReply;
     DebugLocks = "debug.locks" (super::Empty) -> DebugLocksReply;
 }

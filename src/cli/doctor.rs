@@ -17,7 +17,23 @@ const DEADLINE: Duration = Duration::from_secs(60);
 const PASSED: [&str; 8] =
     ["HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR", "FCD_CONFIG", "FCD_STATE_DIR", "FCD_SOCKET", "PATH"];
 
-pub fn run(ctx: &mut Context) -> Result<u8> {
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Instead: what is the daemon's on this host and belongs to nothing
+    #[arg(long)]
+    leaks: bool,
+    /// Remove it, after asking
+    #[arg(long, requires = "leaks")]
+    fix: bool,
+    /// Do not ask
+    #[arg(long, requires = "fix")]
+    yes: bool,
+}
+
+pub fn run(ctx: &mut Context, args: &Args) -> Result<u8> {
+    if args.leaks {
+        return super::leaks::run(ctx, args.fix, args.yes);
+    }
     let mut checks = vec![];
     match ctx.connect() {
         Ok(mut client) => {

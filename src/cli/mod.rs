@@ -8,6 +8,7 @@ mod debug;
 mod doctor;
 mod exec;
 mod image;
+mod leaks;
 mod logs;
 mod op;
 mod output;
@@ -84,7 +85,7 @@ enum Noun {
     #[command(subcommand)]
     Op(op::Verb),
     /// What is needed, found and picked on this host, and how to mend it
-    Doctor,
+    Doctor(doctor::Args),
     /// Call a method of the daemon
     Rpc(rpc::Args),
     /// What the daemon is at inside
@@ -147,7 +148,7 @@ fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
         Noun::Workspace(verb) => workspace::run(ctx, verb),
         Noun::Image(verb) => image::run(ctx, verb),
         Noun::Op(verb) => op::run(ctx, verb),
-        Noun::Doctor => doctor::run(ctx),
+        Noun::Doctor(args) => doctor::run(ctx, &args),
         Noun::Rpc(args) => rpc::run(ctx, args),
         Noun::Debug(verb) => debug::run(ctx, verb),
         Noun::Completions { shell } => completions(ctx, shell),

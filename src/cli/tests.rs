@@ -352,6 +352,32 @@ fn locks() {
 }
 
 #[test]
+fn leaks_are_told_and_removed_only_when_asked() {
+    let fake = Fake::start(|r| {
+        let fix = r.params["fix"].as_bool().unwrap();
+        let leak =
+            |name: &str, removed: bool| json!({"kind": "process", "name": name, "why": "it is in no ledger", "removed": removed});
+        r.result(json!({"leaks": [leak("fc-1-2-3", fix), leak("fc-1-2-4", false)]}));
+    });
+    check(
+        &fake,
+        &["doctor", "--leaks"],
+        expect![[r#"
+        > fcd.leaks {"fix":false}
+        KIND     NAME      WHY
+        process  fc-1-2-3  it is in no ledger
+        process  fc-1-2-4  it is in no ledger
+        status 1
+    "#]],
+    );
+    let unasked = fcctl(&fake, &["doctor", "--leaks", "--fix"]);
+    assert!(unasked.status == 2 && unasked.err.contains("--yes"), "{} {}", unasked.status, unasked.err);
+    let fixed = fcctl(&fake, &["doctor", "--leaks", "--fix", "--yes"]);
+    let said = String::from_utf8(fixed.out).unwrap();
+    assert!(fixed.status == 1 && said.contains("1 leftover removed") && said.contains("fc-1-2-4 is still there"), "{said}");
+}
+
+#[test]
 fn the_lock_order_is_told_without_a_daemon() {
     let fake = Fake::start(|r| r.result(json!({})));
     let table = fcctl(&fake, &["debug", "lock-order"]);

@@ -1,4 +1,5 @@
-//! The work of a start: a list of steps, each of which leaves something that a later start or a delete finds.
+//! The work of a start: the resources are taken one after the other (`resources`), then the guest has to answer. A failure
+//! gives back what the boot took, the last first.
 
 use super::Daemon;
 use super::lifecycle::Claim;
@@ -19,8 +20,17 @@ const KEY_FILE: &str = "key";
 const SEED_FILE: &str = "seed";
 const DISK_FILE: &str = "disk";
 
+/// A boot under way: what its steps need and what they made.
+pub(super) struct Boot<'a> {
+    pub claim: &'a Claim,
+    pub row: VmRow,
+    pub image: &'a ImageInfo,
+    pub spec: VmmSpec,
+    pub running: Option<Running>,
+}
+
 impl Daemon {
-    /// From nothing to a guest that answers. On an error nothing of the VM runs.
+    /// From nothing to a guest that answers. On an error nothing of the boot is left, or the ledger says what is.
     pub(super) fn boot(&self, claim: &Claim) -> Result<Running> {
         let op = claim.op();
         let _place = self.admission.enter(&claim.cancel, &mut |ahead| {
@@ -31,30 +41,26 @@ impl Daemon {
             op.progress("end the vmm of an earlier start");
             self.kill_vmm(&earlier)?;
         }
+        self.release_boot(&row.id, row.generation.saturating_sub(1))?;
         let image = self.images.get(&row.image)?;
-        op.progress("prepare the disk");
-        let spec = self.prepare_files(&row, &image, &claim.cancel)?;
-        op.progress("start the vmm");
-        let running = self.start_vmm(claim, &spec)?;
-        op.progress("wait for the guest");
-        match self.wait_guest(claim, &running).and_then(|()| self.restore_workspace(claim, &running)) {
-            Ok(()) => Ok(running),
+        let spec = self.spec(&row, &image);
+        let mut boot = Boot { claim, row, image: &image, spec, running: None };
+        match self.acquire_all(&mut boot).and_then(|()| self.await_guest(&mut boot)) {
+            Ok(running) => Ok(running),
             Err(e) => {
                 self.runtimes.give_up_boot(&claim.vm);
-                self.kill_vmm(&running.identity).map_err(|k| k.context(format!("after {e}: end the vmm")))?;
+                self.release_boot(&claim.vm, boot.row.generation).map_err(|k| k.context(format!("after {e}: clean up")))?;
                 Err(e)
             }
         }
     }
 
-    /// The VM's directory with its disk, its seed and its keys; what is there already stays.
-    fn prepare_files(&self, row: &VmRow, image: &ImageInfo, cancel: &Cancel) -> Result<VmmSpec> {
-        let spec = self.spec(row, image);
-        drop(crate::host::fs::create_dir(&spec.dir, 0o711)?);
-        self.write_identity(row, &spec)?;
-        self.prepare_disk(row, image, &spec, cancel)?;
-        // What the disk became is in the row by now.
-        Ok(self.spec(&self.row(&row.id)?, image))
+    fn await_guest(&self, boot: &mut Boot<'_>) -> Result<Running> {
+        let running = boot.running.take().ok_or_else(|| Error::internal("a boot took everything but a vmm"))?;
+        boot.claim.op().progress("wait for the guest");
+        self.wait_guest(boot.claim, &running)?;
+        self.restore_workspace(boot.claim, &running)?;
+        Ok(running)
     }
 
     /// What a driver is told. The disk's kind is the row's: it was decided when the disk was made.
@@ -87,7 +93,7 @@ impl Daemon {
         }
     }
 
-    fn prepare_disk(&self, row: &VmRow, image: &ImageInfo, spec: &VmmSpec, cancel: &Cancel) -> Result<()> {
+    pub(super) fn prepare_disk(&self, row: &VmRow, image: &ImageInfo, spec: &VmmSpec, cancel: &Cancel) -> Result<()> {
         let commands = self.commands.as_ref();
         if row.disk_driver.is_some() && spec.disk.exists() {
             return disk::grow(commands, &spec.disk, self.disk_method(row), row.disk_bytes, cancel);
@@ -106,7 +112,7 @@ impl Daemon {
     }
 
     /// Host key, user key and seed are made once in a VM's life: its identity outlives its restarts.
-    fn write_identity(&self, row: &VmRow, spec: &VmmSpec) -> Result<()> {
+    pub(super) fn write_identity(&self, row: &VmRow, spec: &VmmSpec) -> Result<()> {
         let key_file = spec.dir.join(KEY_FILE);
         if row.host_key.is_some() && key_file.exists() && spec.seed.exists() {
             return Ok(());
@@ -125,7 +131,7 @@ impl Daemon {
         self.wait_durable(ticket)
     }
 
-    fn start_vmm(&self, claim: &Claim, spec: &VmmSpec) -> Result<Running> {
+    pub(super) fn start_vmm(&self, claim: &Claim, spec: &VmmSpec) -> Result<Running> {
         let running = self.vmm.start(spec, &claim.cancel, &mut |identity| {
             // A fact, not an intent: the process is found again by its tag whether or not this reaches the disk.
             let identity = identity.clone();

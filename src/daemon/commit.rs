@@ -5,7 +5,7 @@ use super::lifecycle::{Claim, Outcome, enter, superseded};
 use super::operations::ended_row;
 use super::runtime::Successor;
 use super::transitions::Verb;
-use super::{Daemon, now_s, to_value};
+use super::{Daemon, now_s, resources, to_value};
 use crate::api::vm::{VmDeleteReply, VmState};
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
@@ -77,7 +77,11 @@ impl Daemon {
         match outcome {
             Outcome::Booted(running) if claim.cancel.is_cancelled() => {
                 let cause = claim.cancel.cause().unwrap_or_default().to_owned();
-                match self.kill_vmm(&running.identity) {
+                let ended = self.row(&claim.vm).and_then(|row| {
+                    self.kill_vmm(&running.identity)?;
+                    self.release_boot(&row.id, row.generation)
+                });
+                match ended {
                     Ok(()) => Outcome::BootFailed(Error::new(Kind::Cancelled, format!("cancelled: {cause}"))),
                     Err(e) => Outcome::StillThere(e),
                 }
@@ -112,6 +116,9 @@ impl Daemon {
         let ((), ticket) = self.change(true, |tx| {
             for op in ended.into_iter().chain(begun) {
                 tx.put_op(op);
+            }
+            if row.state == VmState::Starting {
+                resources::intend(self, tx, &row);
             }
             tx.put_vm(row.clone())
         })?;

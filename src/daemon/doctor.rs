@@ -1,9 +1,9 @@
 //! What is needed, what was found, what was picked, and how to mend it. Read-only.
 
-use super::{Daemon, Seams};
-use crate::api::daemon::{Check, DoctorReply, Severity};
+use super::{Caller, Daemon, Seams};
+use crate::api::daemon::{Check, DoctorReply, LeaksReply, Severity};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
 use crate::host::fs::space;
 use crate::locks::Cancel;
@@ -20,6 +20,18 @@ impl Daemon {
             Some(e) => fail("store", format!("the store is read-only: {e}"), e.hint_text().unwrap_or("free some disk space")),
         });
         DoctorReply { checks }
+    }
+
+    /// What is ours on the host and belongs to nothing; root's and the daemon's own user's business only.
+    ///
+    /// # Errors
+    /// `denied` to others.
+    pub fn leaks(&self, caller: &Caller, fix: bool) -> Result<LeaksReply> {
+        if caller.uid != 0 && caller.uid != nix::unistd::geteuid().as_raw() {
+            return Err(Error::new(Kind::Denied, "look for leaks: only root and the daemon's own user may")
+                .hint("run it as the user who runs fcd"));
+        }
+        Ok(LeaksReply { leaks: self.sweep(fix) })
     }
 
     fn image_check(&self) -> Check {

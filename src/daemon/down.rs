@@ -1,10 +1,10 @@
 //! The work of a stop and of a delete.
 
-use super::Daemon;
 use super::lifecycle::{Claim, Outcome};
 use super::transitions::Verb;
+use super::{Daemon, resources};
 use crate::api::vm::Synced;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::guest::io::VecSink;
 use crate::guest::{ExecSpec, Streams};
 use crate::image::SHUTDOWN_COMMAND;
@@ -15,9 +15,6 @@ use std::time::{Duration, Instant};
 const SYNCED: &[u8] = b"synced\n";
 /// Most of what the shutdown command may print.
 const OUTPUT_BYTES_MAX: usize = 4096;
-/// Tries to remove a directory into which something is still written, and the time between them.
-const REMOVE_TRIES_MAX: u32 = 100;
-const REMOVE_PERIOD: Duration = Duration::from_millis(20);
 
 impl Daemon {
     /// Asks the guest to sync and to go, waits for it, and ends the VMM when it has not gone in time.
@@ -28,12 +25,15 @@ impl Daemon {
         };
         let Some(identity) = self.identity(&row) else {
             // A restart's first half may have ended it already, and says how.
-            return Outcome::Ended { synced: row.synced.unwrap_or(Synced::No) };
+            return match self.release_boot(&row.id, row.generation) {
+                Ok(()) => Outcome::Ended { synced: row.synced.unwrap_or(Synced::No) },
+                Err(e) => Outcome::StillThere(e),
+            };
         };
         let synced =
             if matches!(claim.verb, Verb::StopForce | Verb::Kill) { Synced::No } else { self.ask_to_go(claim, &row, &identity) };
         claim.op().progress("end the vmm");
-        match self.kill_vmm(&identity) {
+        match self.kill_vmm(&identity).and_then(|()| self.release_boot(&row.id, row.generation)) {
             Ok(()) => Outcome::Ended { synced },
             Err(e) => Outcome::StillThere(e),
         }
@@ -91,21 +91,9 @@ impl Daemon {
             claim.op().progress("end the vmm");
             self.kill_vmm(&identity)?;
         }
-        claim.op().progress("remove the files");
-        let dir = self.vm_dir(&row.id);
-        self.vmm.consoles().forget(&dir);
-        let mut tries = 0;
-        loop {
-            tries += 1;
-            match std::fs::remove_dir_all(&dir) {
-                Ok(()) => return Ok(()),
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-                // What the guest said last is still being written to its log.
-                Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty && tries < REMOVE_TRIES_MAX => {
-                    self.pause(REMOVE_PERIOD);
-                }
-                Err(e) => return Err(Error::io(format!("remove {}", dir.display()), e)),
-            }
-        }
+        claim.op().progress("remove what it has");
+        self.release_life(&row.id)?;
+        // Made by an earlier version, which kept no ledger.
+        resources::forget_directory(self, &row)
     }
 }

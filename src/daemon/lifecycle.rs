@@ -3,7 +3,7 @@
 
 use super::runtime::Successor;
 use super::transitions::{Decision, Verb, decide};
-use super::{Begun, Caller, Daemon, create};
+use super::{Begun, Caller, Daemon, create, resources};
 use crate::api::vm::{Synced, VmReply, VmState};
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
@@ -108,6 +108,7 @@ impl Daemon {
         let changed = self.change(essential, |tx| {
             if to == VmState::Starting {
                 self.reserve_memory(tx, &row)?;
+                resources::intend(self, tx, &row);
             }
             tx.put_op(op_row);
             tx.put_vm(row.clone())

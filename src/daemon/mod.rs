@@ -10,6 +10,7 @@ mod create;
 mod debug;
 mod doctor;
 mod down;
+mod effects;
 mod hold;
 mod images;
 mod keys;
@@ -19,6 +20,7 @@ mod names;
 mod notes;
 mod operations;
 mod reconcile;
+mod resources;
 mod runtime;
 mod sessions;
 mod transfer;
@@ -32,6 +34,8 @@ pub use crate::ops::Change as OpEvent;
 pub use access::Caller;
 pub use debug::Leftovers;
 pub use doctor::host_checks;
+#[cfg(any(test, feature = "fakes"))]
+pub use effects::Plan as EffectPlan;
 pub use keys::{HeldKey, Keyed};
 pub use notes::Notes;
 pub use sessions::ExecIo;
@@ -106,6 +110,7 @@ pub struct Inner {
     unlooked: Mutex<HashSet<VmId>>,
     /// Fires when the daemon closes.
     closing: Cancel,
+    pub effects: effects::Effects,
     threads: close::Threads,
     started: Instant,
 }
@@ -200,6 +205,7 @@ impl Daemon {
             beginning: keys::Beginning::new(),
             unlooked: Mutex::new(Rank::Runtimes, unlooked),
             closing: Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?,
+            effects: effects::Effects::default(),
             threads: close::Threads::new(),
             started: Instant::now(),
             mem_mib_max,
@@ -270,7 +276,12 @@ impl Daemon {
 
     /// In the VMM's arguments, so that the process can be found again.
     fn tag(&self, row: &crate::store::VmRow) -> String {
-        format!("fc-{}-{}-{}", self.store.install_id(), row.id, row.generation)
+        format!("{}{}-{}", self.tag_prefix(), row.id, row.generation)
+    }
+
+    /// With which the names of all that is ours on the host begin.
+    fn tag_prefix(&self) -> String {
+        format!("fc-{}-", self.store.install_id())
     }
 
     /// Finds out ahead of the first boot what this host's virtualisation can do. Takes seconds at most.

@@ -1,14 +1,17 @@
 //! After a start of the daemon: what an earlier one left is adopted, finished or taken back. Run twice it
 //! changes nothing. A live healthy VMM is never killed; what is not ours is never touched.
 
+use super::Daemon;
 use super::lifecycle::Claim;
 use super::transitions::Verb;
-use super::{Daemon, KILL_DEADLINE};
 use crate::api::vm::VmState;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ids::VmId;
 use crate::store::VmRow;
-use std::time::Instant;
+use std::time::Duration;
+
+/// Between two comparisons of the ledger, the rows and the host.
+const SWEEP_PERIOD: Duration = Duration::from_secs(60);
 
 impl Daemon {
     /// Looks at every VM; each may be changed again as soon as it was looked at.
@@ -21,8 +24,13 @@ impl Daemon {
             }
             self.unlooked.lock().remove(&id);
         }
-        if let Err(e) = self.remove_orphaned_directories() {
-            log::error!("reconcile the state directory: {e}");
+        self.sweep(true);
+    }
+
+    /// Every [`SWEEP_PERIOD`], until the daemon closes: what a clean-up could not remove is tried again.
+    pub fn keep_house(&self) {
+        while !self.pause(SWEEP_PERIOD) {
+            self.sweep(true);
         }
     }
 
@@ -53,10 +61,12 @@ impl Daemon {
         if let Some(identity) = &known
             && identity.boot_id != crate::host::process::boot_id()?
         {
-            return self.put_at_rest(row, VmState::Stopped, "the host was rebooted");
+            self.put_at_rest(row, VmState::Stopped, "the host was rebooted")?;
+            return self.release_boot(&row.id, row.generation);
         }
         let Some(identity) = self.identity(row) else {
-            return self.put_at_rest(row, VmState::Failed, "the vmm died while the daemon did not run");
+            self.put_at_rest(row, VmState::Failed, "the vmm died while the daemon did not run")?;
+            return self.release_boot(&row.id, row.generation);
         };
         let adopted = self.images.get(&row.image).and_then(|image| self.vmm.adopt(&self.spec(row, &image), &identity));
         match adopted {
@@ -82,12 +92,12 @@ impl Daemon {
         }
     }
 
-    /// A VMM that runs for a VM that should have none.
+    /// A VMM that runs for a VM that should have none, and what it had.
     fn end_leftover(&self, row: &VmRow) -> Result<()> {
-        match self.identity(row) {
-            Some(identity) => self.vmm.kill(&identity, Instant::now() + KILL_DEADLINE),
-            None => Ok(()),
+        if let Some(identity) = self.identity(row) {
+            self.kill_vmm(&identity)?;
         }
+        self.release_boot(&row.id, row.generation)
     }
 
     fn put_at_rest(&self, row: &VmRow, state: VmState, reason: &str) -> Result<()> {
@@ -118,25 +128,5 @@ impl Daemon {
         let claim =
             Claim { daemon: self.clone(), vm, op: Some(op), state: row.state, verb, timeout: None, cancel, ticket: Some(ticket) };
         self.begin(claim).map(drop)
-    }
-
-    /// Directories of VMs that have no row: a delete that was cut off after its row had gone.
-    fn remove_orphaned_directories(&self) -> Result<()> {
-        let vms = self.config.state_dir.join(super::VMS_DIR);
-        let entries = match std::fs::read_dir(&vms) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            Err(e) => return Err(Error::io(format!("list {}", vms.display()), e)),
-        };
-        for entry in entries.flatten() {
-            let id = entry.file_name().to_str().and_then(|n| n.parse::<VmId>().ok());
-            // What has no id for a name is not ours.
-            let Some(id) = id else { continue };
-            if self.store.read(|s| s.vm(&id).is_none()) {
-                log::info!("remove the leftover directory of vm {id}");
-                std::fs::remove_dir_all(entry.path()).map_err(|e| Error::io(format!("remove {}", entry.path().display()), e))?;
-            }
-        }
-        Ok(())
     }
 }

@@ -76,6 +76,10 @@ impl Daemon {
         self.runtimes.cancel_users(guard.key(), cause);
         drop(guard);
         self.wait_durable(ticket)?;
+        // The VMM has exited: what it had may be used again. What fails is tried again by the next sweep.
+        if let Err(e) = self.release_boot(vm, generation) {
+            log::warn!("clean up after the vmm of {vm}: {e}");
+        }
         Ok(rm)
     }
 

@@ -276,6 +276,15 @@ pub fn find_by_argument(argument: &str) -> Result<Vec<Identity>> {
     Ok(found)
 }
 
+/// The arguments of live processes that begin with `prefix`, each once.
+pub fn arguments_beginning(prefix: &str) -> Result<Vec<String>> {
+    let entries = std::fs::read_dir("/proc").map_err(|e| Error::io("read /proc", e))?;
+    let pids = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
+    let begins = |argument: Vec<u8>| String::from_utf8(argument).ok().filter(|a| a.starts_with(prefix));
+    let found: std::collections::BTreeSet<String> = pids.flat_map(arguments).filter_map(begins).collect();
+    Ok(found.into_iter().collect())
+}
+
 /// The arguments of a process, itself first; none when it is gone or a zombie.
 pub fn arguments(pid: u32) -> Vec<Vec<u8>> {
     const CMDLINE_BYTES_MAX: u64 = 256 * 1024;

@@ -156,6 +156,10 @@ impl Visit<'_> {
                 let crate::api::Empty {} = call.parse()?;
                 answer(&d.doctor())
             }
+            crate::api::daemon::Leaks::METHOD => {
+                let request: <crate::api::daemon::Leaks as Call>::Request = call.parse()?;
+                answer(&d.leaks(c, request.fix)?)
+            }
             crate::api::daemon::DebugLocks::METHOD => {
                 let crate::api::Empty {} = call.parse()?;
                 answer(&d.debug_locks())

@@ -52,6 +52,7 @@ pub fn run(config: Config) -> Result<()> {
     let reconciled = crate::host::thread::spawn("reconcile", move || {
         reconciler.reconcile();
         reconciler.warm_up();
+        reconciler.keep_house();
     })?;
     log::info!("fcd {} serves {} from {}", env!("CARGO_PKG_VERSION"), config.socket.display(), config.state_dir.display());
 

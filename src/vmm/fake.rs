@@ -269,6 +269,10 @@ impl Driver for Fake {
         Ok(state.vmms.iter().find(|vmm| vmm.end.is_none() && vmm.spec.tag == tag).map(|vmm| vmm.identity.clone()))
     }
 
+    fn list(&self, tag_prefix: &str) -> Result<Vec<String>> {
+        Ok(self.live().into_iter().filter(|tag| tag.starts_with(tag_prefix)).collect())
+    }
+
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
         let ssh_addr = self.with(identity, |vmm| (vmm.end.is_none() && vmm.spec.tag == spec.tag).then_some(vmm.ssh_addr));
         let gone = || Error::new(Kind::VmmFailed, "take up the VMM again: it has exited");

@@ -83,6 +83,9 @@ pub trait Driver: Send + Sync {
     /// The live process that carries this tag, whoever started it.
     fn find(&self, tag: &str) -> Result<Option<Identity>>;
 
+    /// The tags of all live processes whose tag begins so.
+    fn list(&self, tag_prefix: &str) -> Result<Vec<String>>;
+
     /// Takes up a VMM that an earlier daemon started: checks identity, executable and tag, opens its console
     /// again (the gap is marked in the log), asks for its SSH address.
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running>;

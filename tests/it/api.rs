@@ -429,6 +429,16 @@ fn the_daemon() {
         {"checks":[{"id":"kvm","severity":"warn","found":"none","fix":"do"}]}
     "#]],
     );
+    let leak = Leak { kind: "process".into(), name: "fc-1-2-3".into(), why: "w".into(), removed: false, error: Some("e".into()) };
+    call::<Leaks>(
+        LeaksRequest { fix: true },
+        LeaksReply { leaks: vec![leak] },
+        expect![[r#"
+        fcd.leaks
+        {"fix":true}
+        {"leaks":[{"kind":"process","name":"fc-1-2-3","why":"w","removed":false,"error":"e"}]}
+    "#]],
+    );
     let party = |thread: &str| LockParty { thread: thread.into(), operation: "vm.stop".into(), for_us: 5 };
     let record = LockRecord { set: "vm_locks".into(), key: "0123".into(), holder: Some(party("a")), waiters: vec![party("b")] };
     let locks = DebugLocksReply { locks: vec![record], violations: 0, checked: true };

@@ -53,6 +53,9 @@ impl Driver for Panics {
     fn find(&self, tag: &str) -> Result<Option<Identity>> {
         self.inner.find(tag)
     }
+    fn list(&self, tag_prefix: &str) -> Result<Vec<String>> {
+        self.inner.list(tag_prefix)
+    }
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
         self.inner.adopt(spec, identity)
     }

@@ -221,6 +221,12 @@ impl Driver for Qemu {
         Ok(None)
     }
 
+    fn list(&self, tag_prefix: &str) -> Result<Vec<String>> {
+        let mut tags = process::arguments_beginning(tag_prefix)?;
+        tags.retain(|tag| self.find(tag).is_ok_and(|found| found.is_some()));
+        Ok(tags)
+    }
+
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
         let doing = "take up the VMM again";
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: it has exited"));

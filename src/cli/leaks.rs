@@ -1,0 +1,63 @@
+//! `doctor --leaks`: what is the daemon's on the host and belongs to nothing; removed only when asked.
+
+use super::context::Context;
+use super::output::{self, count, harmless_line};
+use crate::api::daemon::{Leak, Leaks, LeaksRequest};
+use crate::client::Result;
+use crate::error::Error;
+use std::io::{BufRead, BufReader};
+
+/// Status 0: there is nothing, or nothing any more.
+pub fn run(ctx: &mut Context, fix: bool, yes: bool) -> Result<u8> {
+    let found = look(ctx, false)?;
+    if found.is_empty() || !fix {
+        tell(ctx, &found)?;
+        return Ok(u8::from(!found.is_empty()));
+    }
+    if !ctx.json {
+        tell(ctx, &found)?;
+    }
+    if !yes && !confirmed(ctx, found.len())? {
+        ctx.note("nothing was removed");
+        return Ok(1);
+    }
+    let left = look(ctx, true)?;
+    let remaining = left.iter().filter(|l| !l.removed).count();
+    if ctx.json {
+        ctx.document(&left)?;
+    } else {
+        ctx.line(&format!("{} removed", count((left.len() - remaining) as u64, "leftover")))?;
+        for leak in left.iter().filter(|l| !l.removed) {
+            let error = leak.error.as_deref().unwrap_or("not tried");
+            ctx.line(&format!("{} {} is still there: {}", leak.kind, harmless_line(&leak.name), harmless_line(error)))?;
+        }
+    }
+    Ok(u8::from(remaining > 0))
+}
+
+fn look(ctx: &mut Context, fix: bool) -> Result<Vec<Leak>> {
+    Ok(ctx.connect()?.call::<Leaks>(&LeaksRequest { fix })?.leaks)
+}
+
+fn tell(ctx: &mut Context, leaks: &[Leak]) -> Result<()> {
+    if ctx.json {
+        return ctx.document(&leaks);
+    }
+    if leaks.is_empty() {
+        return ctx.line("nothing of the daemon's is left over on this host");
+    }
+    let rows: Vec<_> = leaks.iter().map(|l| vec![l.kind.clone(), l.name.clone(), l.why.clone()]).collect();
+    ctx.text(&output::table(&["KIND", "NAME", "WHY"], &rows))
+}
+
+/// Asked on the terminal; where there is none, only `--yes` says so.
+fn confirmed(ctx: &mut Context, number: usize) -> Result<bool> {
+    if !ctx.stdin_is_terminal() {
+        let e = Error::invalid("remove what is left over: there is no terminal to ask on");
+        return Err(e.hint("look at it first (fcctl doctor --leaks), then add --yes").into());
+    }
+    ctx.note(&format!("remove {}? [y/N]", count(number as u64, "leftover")));
+    let mut answer = String::new();
+    BufReader::new(&ctx.stdio.stdin).read_line(&mut answer).map_err(|e| Error::io("read the answer", e))?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}

@@ -1,0 +1,204 @@
+//! What a VM has of the host: each kind in a file of its own, listed in [`ALL`]; adding one touches this list and its
+//! file. Every resource has a row in the ledger, durable before it is taken and struck once it is gone, so that a
+//! daemon killed at any instruction leaves nothing that the next one does not find.
+
+mod directory;
+mod disk;
+mod process;
+
+use super::Daemon;
+use super::boot::Boot;
+use crate::api::daemon::Leak;
+use crate::api::vm::VmState;
+use crate::error::{Error, Result};
+use crate::ids::VmId;
+use crate::store::{LedgerRow, State, Tx, VmRow};
+
+/// In the order in which a boot takes them; they are given back in the reverse order.
+const ALL: [&dyn Resource; 3] = [&directory::Directory, &disk::Disk, &process::VmmProcess];
+
+/// How long a resource is a VM's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Span {
+    /// From a start until the VMM has exited.
+    Boot,
+    /// From the first start until the VM is deleted.
+    Life,
+}
+
+/// One kind of resource.
+pub(super) trait Resource: Send + Sync {
+    /// In the ledger: never changes its meaning.
+    fn kind(&self) -> &'static str;
+
+    fn span(&self) -> Span;
+
+    /// What a boot of `row` takes, by the name with which it is found again on the host; none: nothing. Of a boot's span the
+    /// name is that boot's alone. Memory only: it runs inside the claim's change.
+    fn intent(&self, daemon: &Daemon, row: &VmRow) -> Option<String>;
+
+    /// What a boot says while it takes it.
+    fn doing(&self) -> &'static str;
+
+    /// Takes it. What an earlier try left is taken over or replaced.
+    fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()>;
+
+    /// Gives it back, whatever was cancelled. Gone already is ok.
+    fn release(&self, daemon: &Daemon, name: &str) -> Result<()>;
+
+    /// Whether the others may not be given back before this is.
+    fn uses_the_others(&self) -> bool {
+        false
+    }
+
+    /// All of this kind that is on the host and carries our names.
+    fn found(&self, daemon: &Daemon) -> Result<Vec<String>>;
+}
+
+fn of_kind(kind: &str) -> Option<&'static dyn Resource> {
+    ALL.into_iter().find(|r| r.kind() == kind)
+}
+
+/// Writes down what the next boot of `row` is about to take.
+pub(super) fn intend(daemon: &Daemon, tx: &mut Tx, row: &VmRow) {
+    for resource in ALL {
+        let Some(name) = resource.intent(daemon, row) else { continue };
+        if !tx.ledger_of(&row.id).any(|l| l.kind == resource.kind() && l.name == name) {
+            tx.intend(Some(&row.id), row.generation, resource.kind(), name);
+        }
+    }
+}
+
+/// Whether what this row stands for should be gone.
+fn is_leftover(state: &State, row: &LedgerRow) -> bool {
+    let Some(vm) = row.vm.as_ref().and_then(|id| state.vm(id)) else { return true };
+    let at_rest = matches!(vm.state, VmState::Created | VmState::Stopped | VmState::Failed);
+    // A VMM that could not be ended keeps all that it has.
+    let holds = vm.identity.is_some();
+    match of_kind(&row.kind).map(Resource::span) {
+        Some(Span::Boot) => !holds && (at_rest || row.generation < vm.generation),
+        Some(Span::Life) | None => false,
+    }
+}
+
+/// Removes the directory of a VM for which there is no row in the ledger.
+pub(super) fn forget_directory(daemon: &Daemon, row: &VmRow) -> Result<()> {
+    let directory = directory::Directory;
+    directory.intent(daemon, row).map_or(Ok(()), |name| directory.release(daemon, &name))
+}
+
+impl Daemon {
+    /// Takes everything that a boot needs, step by step. After an error nothing of the boot's span is left, or the
+    /// ledger says what is.
+    pub(super) fn acquire_all(&self, boot: &mut Boot<'_>) -> Result<()> {
+        for resource in ALL {
+            boot.claim.op().progress(resource.doing());
+            self.effects.before(resource.doing())?;
+            resource.acquire(self, boot)?;
+        }
+        Ok(())
+    }
+
+    /// Gives back what boots of `vm` up to `generation` hold, and strikes it off. What cannot be given back stays in the
+    /// ledger for the next sweep.
+    ///
+    /// # Errors
+    /// The VMM could not be ended: nothing else was touched, as it is in use.
+    pub(super) fn release_boot(&self, vm: &VmId, generation: u64) -> Result<()> {
+        let left = self.release(vm, |resource, row| resource.span() == Span::Boot && row.generation <= generation)?;
+        left.iter().for_each(|e| log::warn!("clean up after vm {vm}: {e}; it is tried again every minute"));
+        Ok(())
+    }
+
+    /// Gives back all that a VM has.
+    ///
+    /// # Errors
+    /// The first thing that could not be given back; the rest was.
+    pub(super) fn release_life(&self, vm: &VmId) -> Result<()> {
+        let left = self.release(vm, |_, _| true)?;
+        left.into_iter().next().map_or(Ok(()), Err)
+    }
+
+    /// Carries on past errors, which it gives; but nothing is taken from under a VMM that still runs.
+    fn release(&self, vm: &VmId, which: impl Fn(&dyn Resource, &LedgerRow) -> bool) -> Result<Vec<Error>> {
+        let mut left = Vec::new();
+        for resource in ALL.into_iter().rev() {
+            let rows: Vec<LedgerRow> = self.store.read(|s| {
+                let of_kind = s.ledger_of(vm).filter(|l| l.kind == resource.kind() && which(resource, l));
+                of_kind.map(|l| LedgerRow::clone(l)).collect()
+            });
+            for row in rows {
+                match self.release_row(resource, &row) {
+                    Ok(()) => {}
+                    Err(e) if resource.uses_the_others() => return Err(e),
+                    Err(e) => left.push(e),
+                }
+            }
+        }
+        Ok(left)
+    }
+
+    fn release_row(&self, resource: &dyn Resource, row: &LedgerRow) -> Result<()> {
+        self.effects.before("give it back")?;
+        resource.release(self, &row.name)?;
+        // It is gone whether or not this is written down: the next try finds nothing and strikes it.
+        match self.store.change_essential(|tx| Ok(tx.strike(row.id))) {
+            Ok((_, ticket)) => ticket.detach(),
+            Err(e) => log::warn!("strike {} {} off the ledger: {e}", row.kind, row.name),
+        }
+        Ok(())
+    }
+
+    /// Compares the ledger, the rows of VMs and the host, and removes what is ours and belongs to nothing. Says what
+    /// it found; with `fix` what was removed is gone, or the leak says why not.
+    ///
+    /// Twice in a row changes nothing. What is being taken or given back meanwhile is left to whoever does so.
+    pub(super) fn sweep(&self, fix: bool) -> Vec<Leak> {
+        let mut leaks = Vec::new();
+        for resource in ALL.into_iter().rev() {
+            // The host first: whatever is found was in the ledger before it was taken.
+            let found = resource.found(self).unwrap_or_else(|e| {
+                log::warn!("look for what is left of kind {}: {e}", resource.kind());
+                Vec::new()
+            });
+            let (known, leftover): (Vec<String>, Vec<LedgerRow>) = self.store.read(|s| {
+                let of_kind = || s.ledger().filter(|l| l.kind == resource.kind());
+                (
+                    of_kind().map(|l| l.name.clone()).collect(),
+                    of_kind().filter(|l| is_leftover(s, l)).map(|l| (**l).clone()).collect(),
+                )
+            });
+            for name in found.into_iter().filter(|name| !known.contains(name) && !self.is_of_a_vm(resource, name)) {
+                let removed = if fix { Some(resource.release(self, &name)) } else { None };
+                leaks.push(leak(resource, &name, "it is in no ledger", removed));
+            }
+            for row in leftover {
+                let removed = if fix { Some(self.release_row(resource, &row)) } else { None };
+                leaks.push(leak(resource, &row.name, "nothing uses it any more", removed));
+            }
+        }
+        leaks
+    }
+
+    /// Of a VM that an earlier version started, which kept no ledger.
+    fn is_of_a_vm(&self, resource: &dyn Resource, name: &str) -> bool {
+        let rows = self.store.read(|s| s.vms().cloned().collect::<Vec<_>>());
+        rows.iter().any(|row| resource.intent(self, row).is_some_and(|intent| intent == name))
+    }
+}
+
+fn leak(resource: &dyn Resource, name: &str, why: &str, removed: Option<Result<()>>) -> Leak {
+    let error = removed.as_ref().and_then(|r| r.as_ref().err()).map(Error::to_string);
+    match (&removed, &error) {
+        (Some(_), None) => log::info!("removed a leftover: {} {name}: {why}", resource.kind()),
+        (Some(_), Some(e)) => log::warn!("a leftover could not be removed: {} {name}: {e}", resource.kind()),
+        (None, _) => {}
+    }
+    Leak {
+        kind: resource.kind().to_owned(),
+        name: name.to_owned(),
+        why: why.to_owned(),
+        removed: removed.is_some_and(|r| r.is_ok()),
+        error,
+    }
+}

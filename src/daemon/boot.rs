@@ -124,7 +124,9 @@ impl Daemon {
             authorized_keys: &[user.public_line().to_owned()],
             host_key: &host,
         };
+        self.effects.before("write the key")?;
         crate::host::fs::write_durable(&key_file, user.private_openssh().as_bytes(), 0o600)?;
+        self.effects.before("write the seed")?;
         seed.write(&spec.seed, spec.credentials)?;
         let blob = host.public_blob().to_vec();
         let ((), ticket) = self.store.change(|tx| tx.update_vm(&row.id, |r| r.host_key = Some(blob)))?;

@@ -2,6 +2,7 @@
 
 use crate::locks::{Condvar, Mutex, Rank};
 use rusqlite::{Transaction, ffi};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A test that forgets its gate ends all the same.
@@ -16,8 +17,15 @@ pub enum Fault {
     Panic,
 }
 
+/// Asked before every commit, probes included.
+pub trait CommitHook: Send + Sync {
+    /// What becomes of it; none: it is tried.
+    fn before_commit(&self) -> Option<Fault>;
+}
+
 #[derive(Default)]
 struct Plan {
+    hook: Option<Arc<dyn CommitHook>>,
     fault: Option<(Fault, u64)>,
     gates: usize,
     waiting: bool,
@@ -42,6 +50,11 @@ impl Faults {
     /// The next `attempts` to commit fail, probes included.
     pub fn fail(&self, fault: Fault, attempts: u64) {
         self.plan.lock().fault = Some((fault, attempts));
+    }
+
+    /// Asks `hook` from now on.
+    pub fn ask(&self, hook: Arc<dyn CommitHook>) {
+        self.plan.lock().hook = Some(hook);
     }
 
     /// No more failures.
@@ -69,6 +82,8 @@ impl Faults {
             plan.fault = plan.fault.and_then(|(f, left)| (left > 1).then_some((f, left - 1)));
             fault
         };
+        let hook = self.plan.lock().hook.clone();
+        let fault = fault.or_else(|| hook.and_then(|hook| hook.before_commit()));
         let error = |code| Err(rusqlite::Error::SqliteFailure(ffi::Error::new(code), None));
         match fault {
             None => tx.commit(),

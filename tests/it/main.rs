@@ -5,11 +5,13 @@
 mod api;
 mod bad_input;
 mod booting;
+mod crash;
 mod docs;
 mod edges;
 mod keys;
 mod layers;
 mod panics;
+mod points;
 mod promise;
 mod recovery;
 mod verbs;

@@ -1,5 +1,6 @@
 //! A daemon with its server on a socket in a temporary directory, clients, FIFOs, and what must hold at the end.
 
+use crate::points::{PointCommands, PointDriver, PointTransport, Points};
 use fcd::api::Call;
 use fcd::api::frame::Note;
 use fcd::api::op::{OpRequest, OpShow};
@@ -69,6 +70,8 @@ pub struct World {
     pub guest: FakeTransport,
     /// What the daemon takes for its driver: the fake, or something around it.
     pub driver: Arc<dyn Driver>,
+    /// Of the daemon that is open now.
+    pub points: Arc<Points>,
     daemon: Option<Daemon>,
     server: Option<Server>,
     /// Whose guest answers where.
@@ -123,8 +126,18 @@ impl World {
         let (vmm, guest) = (Arc::new(Fake::new().unwrap()), FakeTransport::new());
         let guests: Arc<Mutex<HashMap<SocketAddr, VmId>>> = Arc::default();
         let driver = around(vmm.clone());
-        let mut world =
-            Self { _dir: dir, config, vmm, guest, driver, daemon: None, server: None, guests, last_port: Mutex::new(1000) };
+        let mut world = Self {
+            _dir: dir,
+            config,
+            vmm,
+            guest,
+            driver,
+            points: Arc::default(),
+            daemon: None,
+            server: None,
+            guests,
+            last_port: Mutex::new(1000),
+        };
         world.behave();
         world.open();
         world.daemon().reconcile();
@@ -149,8 +162,16 @@ impl World {
     }
 
     fn open(&mut self) {
-        let seams = Seams { vmm: self.driver.clone(), transport: Arc::new(self.guest.clone()), commands: Arc::new(FakeCommands) };
+        let points = Arc::new(Points::default());
+        let seams = Seams {
+            vmm: Arc::new(PointDriver(self.driver.clone(), points.clone())),
+            transport: Arc::new(PointTransport(self.guest.clone(), points.clone())),
+            commands: Arc::new(PointCommands(FakeCommands, points.clone())),
+        };
         let daemon = Daemon::open(self.config.clone(), seams).unwrap();
+        daemon.effects.follow(points.clone());
+        daemon.store.faults().ask(points.clone());
+        self.points = points;
         let dispatch = Arc::new(Dispatch::new(daemon.clone()));
         self.server = Some(Server::bind(&self.config.socket, fcd::server::Limits::from(&self.config.limits), dispatch).unwrap());
         self.daemon = Some(daemon);
@@ -175,6 +196,18 @@ impl World {
         }
         self.vmm.forget_watchers();
         state
+    }
+
+    /// Waits for the threads of a daemon that is dead to its world (see [`Points`]), and forgets it.
+    pub fn crash(&mut self) {
+        assert!(self.points.is_dead());
+        let (daemon, server) = (self.daemon.take().expect("open"), self.server.take().expect("open"));
+        server.stop_accepting();
+        daemon.close(Instant::now(), soon());
+        server.hang_up();
+        assert_eq!(server.drain(soon()), 0, "connections are left");
+        await_that("the dead daemon's threads end", || daemon.threads() == 0);
+        self.vmm.forget_watchers();
     }
 
     /// A new daemon on what the earlier one left; the VMMs live on. Reconcile is the caller's to call.
@@ -510,6 +543,20 @@ impl<R> Running<R> {
     #[track_caller]
     pub fn finish(&mut self, patience: Duration) -> Result<R, Failure> {
         self.finish_at(patience).0
+    }
+
+    /// Waits for the end; none when `is_over` comes first.
+    #[track_caller]
+    pub fn finish_unless(&mut self, is_over: impl Fn() -> bool) -> Option<Result<R, Failure>> {
+        const LOOK: Duration = Duration::from_millis(1);
+        let deadline = soon();
+        loop {
+            match self.next(Instant::now() + LOOK) {
+                Some(Told::Ended(result, _)) => return Some(result),
+                _ if is_over() => return None,
+                _ => assert!(Instant::now() < deadline, "{} has not ended in time", self.method),
+            }
+        }
     }
 
     /// With the moment of its end.

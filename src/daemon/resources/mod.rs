@@ -73,10 +73,8 @@ pub(super) fn intend(daemon: &Daemon, tx: &mut Tx, row: &VmRow) {
 fn is_leftover(state: &State, row: &LedgerRow) -> bool {
     let Some(vm) = row.vm.as_ref().and_then(|id| state.vm(id)) else { return true };
     let at_rest = matches!(vm.state, VmState::Created | VmState::Stopped | VmState::Failed);
-    // A VMM that could not be ended keeps all that it has.
-    let holds = vm.identity.is_some();
     match of_kind(&row.kind).map(Resource::span) {
-        Some(Span::Boot) => !holds && (at_rest || row.generation < vm.generation),
+        Some(Span::Boot) => at_rest || row.generation < vm.generation,
         Some(Span::Life) | None => false,
     }
 }
@@ -155,6 +153,8 @@ impl Daemon {
     /// Twice in a row changes nothing. What is being taken or given back meanwhile is left to whoever does so.
     pub(super) fn sweep(&self, fix: bool) -> Vec<Leak> {
         let mut leaks = Vec::new();
+        // VMs whose VMM could not be ended keep all that they have.
+        let mut stuck: Vec<Option<VmId>> = Vec::new();
         for resource in ALL.into_iter().rev() {
             // The host first: whatever is found was in the ledger before it was taken.
             let found = resource.found(self).unwrap_or_else(|e| {
@@ -172,8 +172,11 @@ impl Daemon {
                 let removed = if fix { Some(resource.release(self, &name)) } else { None };
                 leaks.push(leak(resource, &name, "it is in no ledger", removed));
             }
-            for row in leftover {
+            for row in leftover.into_iter().filter(|row| !stuck.contains(&row.vm)).collect::<Vec<_>>() {
                 let removed = if fix { Some(self.release_row(resource, &row)) } else { None };
+                if matches!(removed, Some(Err(_))) && resource.uses_the_others() {
+                    stuck.push(row.vm.clone());
+                }
                 leaks.push(leak(resource, &row.name, "nothing uses it any more", removed));
             }
         }

@@ -1,0 +1,255 @@
+//! Every point at which a daemon can die or an effect can fail, for every sequence of operations on one VM. After a
+//! restart the invariants hold (numbers as in the list of faults: I1 rows and host agree, I2 nothing is left over, I3 no healthy
+//! VMM was killed, I5 what was acknowledged is there, I6 the next operation works, I7 a second recovery changes nothing).
+
+use crate::points::Mode;
+use crate::world::*;
+use fcd::api::daemon::{Leaks, LeaksRequest};
+use fcd::api::vm::*;
+use fcd::api::workspace::WorkspacePrepare;
+use fcd::client::Failure;
+use fcd::error::Kind;
+use std::collections::BTreeSet;
+
+/// More points than any operation has: one that never ends is a bug.
+const POINTS_MAX: u64 = 200;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verb {
+    Create,
+    Start,
+    Stop,
+    Kill,
+    Restart,
+    Delete,
+    Set,
+    Prepare,
+}
+use Verb::{Create, Delete, Kill, Prepare, Restart, Set, Start, Stop};
+const VERBS: [Verb; 7] = [Start, Stop, Kill, Restart, Delete, Set, Prepare];
+
+/// A call of any kind under way.
+enum Call {
+    Vm(Running<VmReply>),
+    Delete(Running<VmDeleteReply>),
+    Prepare(Running<fcd::api::workspace::PrepareReply>),
+}
+
+fn begin(world: &World, verb: Verb) -> Call {
+    let create = VmCreateRequest { name: Some("web".parse().unwrap()), ..Default::default() };
+    let set = VmSetRequest { vm: "web".into(), vcpus: Some(2), ..Default::default() };
+    match verb {
+        Create => Call::Vm(world.begin::<VmCreate>(create, vec![])),
+        Start => Call::Vm(world.begin::<VmStart>(request("web"), vec![])),
+        Stop => Call::Vm(world.begin::<VmStop>(stop("web"), vec![])),
+        Kill => Call::Vm(world.begin::<VmKill>(request("web"), vec![])),
+        Restart => Call::Vm(world.begin::<VmRestart>(stop("web"), vec![])),
+        Delete => Call::Delete(world.begin::<VmDelete>(delete("web"), vec![])),
+        Set => Call::Vm(world.begin::<VmSet>(set, vec![])),
+        Prepare => {
+            let (read, write) = pipe();
+            // All of it fits the pipe.
+            write_payload(std::fs::File::from(write), b"some payload");
+            Call::Prepare(world.begin::<WorkspacePrepare>(prepare("web"), vec![read]))
+        }
+    }
+}
+
+/// Its end, or none when its daemon died first.
+fn end(world: &World, call: Call) -> Option<Result<(), Failure>> {
+    let is_dead = || world.points.is_dead();
+    match call {
+        Call::Vm(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
+        Call::Delete(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
+        Call::Prepare(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
+    }
+}
+
+fn now(world: &World) -> Option<VmState> {
+    world.daemon().store.read(|s| s.vms().next().map(|r| r.state))
+}
+
+/// The states in which a VM may be found again whose `verb` was cut off, by the one in which it was.
+fn may_be(verb: Verb, before: Option<VmState>) -> Vec<Option<VmState>> {
+    use VmState::{Created, Running, Stopped};
+    let mut may = vec![before];
+    match (verb, before) {
+        (Create, None) => may.push(Some(Created)),
+        (Start, Some(_)) => may.push(Some(Running)),
+        (Stop | Kill, Some(Running)) => may.push(Some(Stopped)),
+        (Restart, Some(Running)) => may.push(Some(Stopped)),
+        (Restart, Some(_)) => may.push(Some(Running)),
+        (Delete, Some(_)) => may.push(None),
+        _ => {}
+    }
+    may
+}
+
+/// I1 and I2: the rows, the ledger and the host agree.
+#[track_caller]
+fn agrees(world: &World, at: &str) {
+    let live: BTreeSet<String> = world.vmm.live().into_iter().collect();
+    let install = world.daemon().store.install_id().to_owned();
+    let tag = |r: &fcd::store::VmRow| format!("fc-{install}-{}-{}", r.id, r.generation);
+    let (running, ids, processes, directories) = world.daemon().store.read(|s| {
+        let of = |kind: &'static str| s.ledger().filter(move |l| l.kind == kind).map(|l| l.name.clone()).collect::<BTreeSet<_>>();
+        let running: BTreeSet<String> = s.vms().filter(|r| r.state == VmState::Running).map(|r| tag(r)).collect();
+        for row in s.vms() {
+            let rests = matches!(row.state, VmState::Created | VmState::Stopped | VmState::Running | VmState::Failed);
+            assert!(rests && row.op.is_none(), "{at}: {row:?}");
+        }
+        (running, s.vms().map(|r| r.id.to_string()).collect::<BTreeSet<_>>(), of("process"), of("directory"))
+    });
+    assert_eq!(live, running, "{at}: VMMs that live, rows that run");
+    assert_eq!(processes, running, "{at}: processes in the ledger, rows that run");
+    let vms = world.config.state_dir.join("vms");
+    let on_host: BTreeSet<String> = std::fs::read_dir(&vms).unwrap().map(|e| e.unwrap().path().display().to_string()).collect();
+    assert!(on_host.is_subset(&directories), "{at}: {on_host:?} on the host, {directories:?} in the ledger");
+    let owned: BTreeSet<String> = ids.iter().map(|id| vms.join(id).display().to_string()).collect();
+    assert!(on_host.is_subset(&owned) && directories.is_subset(&owned), "{at}: {on_host:?} {directories:?} {owned:?}");
+}
+
+/// I6, and everything is as before the first operation.
+#[track_caller]
+fn comes_to_nothing(world: &World, empty: &BTreeSet<String>, at: &str) {
+    match world.delete("web") {
+        Ok(_) => {}
+        Err(e) => assert!(e.is(Kind::VmNotFound), "{at}: {e:?}"),
+    }
+    world.await_rest();
+    assert_eq!(world.census(), *empty, "{at}");
+}
+
+/// Does what comes before the last operation. False: the sequence makes no sense (it deletes what is to be used).
+fn set_the_scene(world: &World, verbs: &[Verb]) {
+    if !verbs.is_empty() && now(world).is_none() {
+        let vm = world.create("web");
+        world.place(&vm.id);
+    }
+    for verb in verbs {
+        end(world, begin(world, *verb));
+    }
+    world.await_rest();
+}
+
+#[derive(Default, Debug)]
+struct Figures {
+    sequences: u64,
+    points: u64,
+}
+
+/// Kills the daemon at every point of the last of `verbs`.
+fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
+    let empty = world.census();
+    let (last, scene) = verbs.split_last().unwrap();
+    figures.sequences += 1;
+    for n in 1..POINTS_MAX {
+        if *last == Create {
+            set_the_scene(world, &[])
+        } else {
+            set_the_scene(world, &[&[Set], scene].concat())
+        }
+        let (before, vmms) = (now(world), world.vmm.live());
+        world.points.arm(Mode::Crash, n);
+        let ended = end(world, begin(world, *last));
+        let Some(hit) = world.points.hit() else {
+            // It has fewer points than that.
+            world.points.disarm();
+            return comes_to_nothing(world, &empty, &format!("{verbs:?}"));
+        };
+        figures.points += 1;
+        let at = format!("{verbs:?}, killed at point {n} ({hit})");
+        world.crash();
+        world.reopen();
+        world.daemon().reconcile();
+        world.await_rest();
+        let after = now(world);
+        if matches!(ended, Some(Ok(()))) {
+            // I5: the answer went out before the daemon died.
+            let done = may_be(*last, before).pop().unwrap();
+            assert!(after == done || *last == Restart, "{at}: acknowledged, yet {after:?}");
+        }
+        assert!(may_be(*last, before).contains(&after), "{at}: was {before:?}, is {after:?}");
+        agrees(world, &at);
+        if before == Some(VmState::Running) && matches!(last, Set | Prepare | Start) {
+            assert_eq!(world.vmm.live(), vmms, "{at}: I3");
+        }
+        let census = world.census();
+        world.reopen();
+        world.daemon().reconcile();
+        world.await_rest();
+        assert_eq!(world.census(), census, "{at}: I7");
+        comes_to_nothing(world, &empty, &at);
+    }
+    panic!("{verbs:?} has more than {POINTS_MAX} points");
+}
+
+/// Makes every effect of the last of `verbs` fail, one at a time, in a daemon that lives on.
+fn fail_everywhere(world: &World, verbs: &[Verb], mode: Mode, figures: &mut Figures) {
+    let empty = world.census();
+    let (last, scene) = verbs.split_last().unwrap();
+    figures.sequences += 1;
+    for n in 1..POINTS_MAX {
+        if *last == Create {
+            set_the_scene(world, &[])
+        } else {
+            set_the_scene(world, &[&[Set], scene].concat())
+        }
+        world.points.arm(mode, n);
+        let ended = end(world, begin(world, *last)).expect("nobody dies here");
+        world.await_rest();
+        let hit = world.points.hit();
+        world.points.disarm();
+        let Some(hit) = hit else { return comes_to_nothing(world, &empty, &format!("{verbs:?}")) };
+        figures.points += 1;
+        let at = format!("{verbs:?}, point {n} ({hit}) failed: {ended:?}");
+        assert!(world.daemon().store.wait_writable(soon()), "{at}");
+        let leaks = world.call::<Leaks>(&LeaksRequest { fix: true }).unwrap().leaks;
+        assert!(leaks.iter().all(|l| l.removed), "{at}: {leaks:?}");
+        agrees(world, &at);
+        comes_to_nothing(world, &empty, &at);
+    }
+    panic!("{verbs:?} has more than {POINTS_MAX} points");
+}
+
+fn sequences(length: usize) -> Vec<Vec<Verb>> {
+    (0..length).fold(vec![vec![]], |all, _| all.iter().flat_map(|s| VERBS.map(|v| [&s[..], &[v]].concat())).collect())
+}
+
+#[test]
+fn a_daemon_killed_at_any_point_of_an_operation() {
+    let (mut world, mut figures) = (World::new(), Figures::default());
+    crash_everywhere(&mut world, &[Create], &mut figures);
+    for verbs in sequences(1) {
+        crash_everywhere(&mut world, &verbs, &mut figures);
+    }
+    println!("{figures:?}");
+}
+
+#[test]
+fn a_daemon_killed_at_any_point_of_the_second_operation() {
+    let (mut world, mut figures) = (World::new(), Figures::default());
+    sequences(2).iter().for_each(|verbs| crash_everywhere(&mut world, verbs, &mut figures));
+    println!("{figures:?}");
+}
+
+#[test]
+#[ignore = "minutes: scripts/test --long"]
+fn a_daemon_killed_at_any_point_of_the_third_operation() {
+    let (mut world, mut figures) = (World::new(), Figures::default());
+    sequences(3).iter().for_each(|verbs| crash_everywhere(&mut world, verbs, &mut figures));
+    println!("{figures:?}");
+}
+
+#[test]
+fn any_effect_fails() {
+    let (world, mut figures) = (World::new(), Figures::default());
+    fail_everywhere(&world, &[Create], Mode::FailCommits, &mut figures);
+    for verbs in sequences(1) {
+        fail_everywhere(&world, &verbs, Mode::FailCommits, &mut figures);
+    }
+    for verbs in sequences(2) {
+        fail_everywhere(&world, &verbs, Mode::Fail, &mut figures);
+    }
+    println!("{figures:?}");
+}

@@ -1,0 +1,179 @@
+//! Points: every effect on the host and every commit of the store, counted. The n-th can be made to fail, or to be the
+//! last thing that its daemon does: from there on no effect and no commit of that daemon happens, as after `kill -9`.
+
+use fcd::api::daemon::Check;
+use fcd::api::exec::Exit;
+use fcd::daemon::EffectPlan;
+use fcd::error::{Error, Kind, Result};
+use fcd::guest::{ExecSpec, Streams, Target, Transport};
+use fcd::host::{Command, Commands, command::Output};
+use fcd::locks::Cancel;
+use fcd::store::faults::{CommitHook, Fault};
+use fcd::vmm::console::Consoles;
+use fcd::vmm::{Driver, Identity, Running, VmmSpec};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// The effect does not happen and says so.
+    Fail,
+    /// The same, commits of the store included.
+    FailCommits,
+    /// The daemon is dead from there on.
+    Crash,
+}
+
+#[derive(Default)]
+pub struct Points {
+    armed: Mutex<Option<(Mode, u64)>>,
+    seen: AtomicU64,
+    dead: AtomicBool,
+    /// What happened at the point, for messages.
+    hit: Mutex<Option<String>>,
+}
+
+fn dead() -> Error {
+    Error::new(Kind::Host, "the daemon of this test is dead")
+}
+
+impl Points {
+    /// The n-th point from now on, beginning with 1.
+    pub fn arm(&self, mode: Mode, n: u64) {
+        self.seen.store(0, Ordering::SeqCst);
+        *self.hit.lock().unwrap() = None;
+        *self.armed.lock().unwrap() = Some((mode, n));
+    }
+    pub fn disarm(&self) {
+        *self.armed.lock().unwrap() = None;
+    }
+    pub fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::SeqCst)
+    }
+    /// What the armed point was, once it was passed.
+    pub fn hit(&self) -> Option<String> {
+        self.hit.lock().unwrap().clone()
+    }
+
+    /// Whether this point is the one.
+    fn is_it(&self, what: &str) -> Option<Mode> {
+        let (mode, n) = (*self.armed.lock().unwrap())?;
+        let is_commit = what.contains("commit");
+        if is_commit && mode == Mode::Fail {
+            return None;
+        }
+        (self.seen.fetch_add(1, Ordering::SeqCst) + 1 == n).then(|| {
+            *self.hit.lock().unwrap() = Some(what.to_owned());
+            if mode == Mode::Crash {
+                self.dead.store(true, Ordering::SeqCst);
+            }
+            mode
+        })
+    }
+
+    pub fn pass(&self, what: &str) -> Result<()> {
+        if self.is_dead() {
+            return Err(dead());
+        }
+        match self.is_it(what) {
+            None => Ok(()),
+            Some(Mode::Crash) => Err(dead()),
+            Some(_) => Err(Error::new(Kind::Host, format!("{what}: a fault of the test's"))),
+        }
+    }
+}
+
+impl EffectPlan for Points {
+    fn before(&self, what: &str) -> Result<()> {
+        self.pass(what)
+    }
+}
+
+impl CommitHook for Points {
+    fn before_commit(&self) -> Option<Fault> {
+        if self.is_dead() {
+            return Some(Fault::Io);
+        }
+        match self.is_it("before a commit") {
+            Some(_) => return Some(Fault::Io),
+            None => {}
+        }
+        // The commit lands, and nothing after it happens any more.
+        self.is_it("after a commit").map(|_| Fault::IoAfterCommit)
+    }
+}
+
+/// A driver with a point before everything that it does to the host, and one when its process has been made.
+pub struct PointDriver(pub Arc<dyn Driver>, pub Arc<Points>);
+
+impl Driver for PointDriver {
+    fn describe(&self) -> String {
+        self.0.describe()
+    }
+    fn warm_up(&self, kernel: &Path, cancel: &Cancel) {
+        self.0.warm_up(kernel, cancel);
+    }
+    fn consoles(&self) -> &Consoles {
+        self.0.consoles()
+    }
+    fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running> {
+        self.1.pass("spawn the vmm")?;
+        let mut is_dead = false;
+        let running = self.0.start(spec, cancel, &mut |identity| {
+            // A daemon that dies here has a process that nothing was written down of.
+            is_dead = self.1.is_dead() || matches!(self.1.is_it("the vmm was spawned"), Some(Mode::Crash));
+            if !is_dead {
+                spawned(identity);
+            }
+        })?;
+        if is_dead { Err(dead()) } else { Ok(running) }
+    }
+    fn find(&self, tag: &str) -> Result<Option<Identity>> {
+        self.0.find(tag)
+    }
+    fn list(&self, tag_prefix: &str) -> Result<Vec<String>> {
+        self.0.list(tag_prefix)
+    }
+    fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
+        self.0.adopt(spec, identity)
+    }
+    fn is_alive(&self, identity: &Identity) -> bool {
+        self.0.is_alive(identity)
+    }
+    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
+        self.0.wait_exit(identity, deadline, cancel)
+    }
+    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
+        self.1.pass("kill the vmm")?;
+        self.0.kill(identity, deadline)
+    }
+    fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {
+        self.0.watch(identity, died)
+    }
+    fn checks(&self) -> Vec<Check> {
+        self.0.checks()
+    }
+}
+
+pub struct PointTransport<T>(pub T, pub Arc<Points>);
+
+impl<T: Transport> Transport for PointTransport<T> {
+    fn wait_ready(&self, target: &Target, deadline: Instant, cancel: &Cancel) -> Result<()> {
+        self.0.wait_ready(target, deadline, cancel)
+    }
+    fn exec(&self, target: &Target, spec: &ExecSpec, streams: Streams<'_>, cancel: &Cancel) -> Result<Exit> {
+        self.1.pass("run a command in the guest")?;
+        self.0.exec(target, spec, streams, cancel)
+    }
+}
+
+pub struct PointCommands<C>(pub C, pub Arc<Points>);
+
+impl<C: Commands> Commands for PointCommands<C> {
+    fn run(&self, command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<Output> {
+        self.1.pass("run a host command")?;
+        self.0.run(command, cancel, on_line)
+    }
+}

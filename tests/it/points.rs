@@ -96,9 +96,8 @@ impl CommitHook for Points {
         if self.is_dead() {
             return Some(Fault::Io);
         }
-        match self.is_it("before a commit") {
-            Some(_) => return Some(Fault::Io),
-            None => {}
+        if self.is_it("before a commit").is_some() {
+            return Some(Fault::Io);
         }
         // The commit lands, and nothing after it happens any more.
         self.is_it("after a commit").map(|_| Fault::IoAfterCommit)

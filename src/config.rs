@@ -1,5 +1,9 @@
 //! Configuration: flags over environment over a TOML file over defaults. Pure validation.
 
+mod network;
+
+pub use network::{INTERFACE_NAME_LEN_MAX, Network, NetworkDriver, Subnet};
+
 use crate::error::{Error, Kind, Result};
 use serde::Deserialize;
 use std::path::PathBuf;
@@ -131,6 +135,7 @@ pub struct File {
     pub limits: Limits,
     pub vm: VmDefaults,
     pub qemu: Qemu,
+    pub network: Network,
 }
 
 /// What the flags said.
@@ -177,6 +182,7 @@ pub struct Config {
     pub limits: Limits,
     pub vm: VmDefaults,
     pub qemu: Qemu,
+    pub network: Network,
 }
 
 impl Config {
@@ -204,6 +210,7 @@ impl Config {
             limits: file.limits,
             vm: file.vm,
             qemu: file.qemu,
+            network: file.network,
         };
         config.validate().map_err(|e| e.hint(format!("change it in {}", path.display())))?;
         Ok(config)
@@ -231,7 +238,7 @@ impl Config {
         {
             return bad("qemu.uid_base must be at least 1000 and the range must fit 32 bits");
         }
-        Ok(())
+        self.network.validate()
     }
 }
 
@@ -290,7 +297,14 @@ mod tests {
     fn senseless_limits_are_refused() {
         let mut file = File::default();
         file.limits.pool_workers = 0;
-        let c = Config { state_dir: "/s".into(), socket: "/k".into(), limits: file.limits, vm: file.vm, qemu: file.qemu };
+        let c = Config {
+            state_dir: "/s".into(),
+            socket: "/k".into(),
+            limits: file.limits,
+            vm: file.vm,
+            qemu: file.qemu,
+            network: file.network,
+        };
         assert!(c.validate().is_err());
     }
 }

@@ -13,6 +13,7 @@ pub mod api;
 pub mod disk;
 pub mod guest;
 pub mod image;
+pub mod net;
 pub mod ops;
 pub mod pool;
 pub mod session;

@@ -10,7 +10,7 @@ use crate::guest::{Script, Target, run_script};
 use crate::image::ImageInfo;
 use crate::locks::Cancel;
 use crate::store::VmRow;
-use crate::vmm::{DiskFormat, Running, VmmSpec};
+use crate::vmm::{DiskFormat, GuestNetwork, Running, VmmSpec};
 use crate::workspace::remote;
 use std::time::{Duration, Instant};
 
@@ -79,6 +79,7 @@ impl Daemon {
             vcpus: row.vcpus,
             mem_mib: row.mem_mib,
             credentials: self.credentials(row),
+            network: GuestNetwork::UserMode,
             console_bytes_max: self.config.limits.console_bytes_max,
             dir,
         }

@@ -13,7 +13,7 @@ use crate::ids::VmId;
 use crate::locks::Cancel;
 use console::Consoles;
 use serde::{Deserialize, Serialize};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -24,6 +24,16 @@ pub use crate::host::process::Identity;
 pub enum DiskFormat {
     Raw,
     Qcow2,
+}
+
+/// The guest's one network interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestNetwork {
+    /// The VMM's own network stack, which forwards a port of the host's loopback to the guest's SSH server.
+    UserMode,
+    /// A tap that is the VMM's uid's: its name, the guest's Ethernet address, and the address under which the guest's SSH
+    /// server is reached.
+    Tap { name: String, mac: String, address: Ipv4Addr },
 }
 
 /// Everything a driver needs to run one VM once. All paths are absolute.
@@ -51,6 +61,7 @@ pub struct VmmSpec {
     pub mem_mib: u64,
     /// uid and gid of the VMM's process, when the daemon is root.
     pub credentials: Option<(u32, u32)>,
+    pub network: GuestNetwork,
     /// Bound of the console log, both files together.
     pub console_bytes_max: u64,
 }

@@ -119,6 +119,7 @@ impl World {
             limits: limits(),
             vm: VmDefaults::default(),
             qemu: Qemu::default(),
+            network: fcd::config::Network::default(),
         };
         change(&mut config);
         std::fs::create_dir(&config.state_dir).unwrap();

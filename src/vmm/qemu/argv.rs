@@ -3,7 +3,7 @@
 //! Sources: qemu(1) 7.2; docs/system/i386/microvm.rst; the kernel's kernel-parameters.txt.
 
 use crate::error::{Error, Kind, Result};
-use crate::vmm::{DiskFormat, VmmSpec};
+use crate::vmm::{DiskFormat, GuestNetwork, VmmSpec};
 use serde_json::json;
 use std::ffi::OsString;
 use std::fmt;
@@ -206,6 +206,7 @@ mod tests {
             vcpus: 2,
             mem_mib: 512,
             credentials: None,
+            network: GuestNetwork::UserMode,
             console_bytes_max: 1 << 20,
         }
     }

@@ -333,6 +333,7 @@ mod tests {
             vcpus: 1,
             mem_mib: 128,
             credentials: None,
+            network: crate::vmm::GuestNetwork::UserMode,
             console_bytes_max: 1 << 16,
         };
         let mut told = None;

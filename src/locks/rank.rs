@@ -33,6 +33,8 @@ pub enum Rank {
     Runtimes,
     Consoles,
     Connections,
+    /// The pool of tap devices.
+    Taps,
     /// Virtual: inside a condition wait.
     CondWait,
 }
@@ -68,7 +70,7 @@ impl RankSet {
 const ONE_LOCK: RankSet = if cfg!(feature = "one-lock") { RankSet::of(&[Vm]) } else { RankSet::EMPTY };
 
 impl Rank {
-    pub const ALL: [Rank; 19] = [
+    pub const ALL: [Rank; 20] = [
         Job,
         Vm,
         Workspace,
@@ -87,6 +89,7 @@ impl Rank {
         Runtimes,
         Consoles,
         Connections,
+        Taps,
         CondWait,
     ];
 
@@ -105,7 +108,7 @@ impl Rank {
             Sessions => RankSet::of(&[Job, GuestIo]),
             Runtimes => RankSet::of(&[Job, Vm, ImageOps]),
             Consoles => RankSet::of(&[VmmApi, HostCmd]),
-            Admission | Connections => RankSet::EMPTY,
+            Admission | Connections | Taps => RankSet::EMPTY,
             CondWait => RankSet::of(&[Workspace, JobWait, DurableWait]).and(ONE_LOCK),
         }
     }
@@ -135,6 +138,7 @@ impl Rank {
             Runtimes => "VM runtimes",
             Consoles => "consoles",
             Connections => "connections",
+            Taps => "taps",
             CondWait => "condition wait",
         }
     }

@@ -52,7 +52,7 @@ fn check_report(f: impl FnOnce(), expected: Expect) {
 #[cfg(not(feature = "one-lock"))]
 fn the_table_is_the_one_of_the_design() {
     use Rank::*;
-    let leaves = [Store, Ops, Pool, Admission, Sessions, Runtimes, Consoles, Connections];
+    let leaves = [Store, Ops, Pool, Admission, Sessions, Runtimes, Consoles, Connections, Taps];
     let allowed = |to: Rank, from: &[Rank]| {
         let beyond: Vec<_> = to.under().iter().filter(|r| !from.contains(r)).collect();
         assert!(beyond.is_empty(), "{to:?} must not be taken under {beyond:?}");

@@ -1,12 +1,336 @@
 //! What the network needs here, what was found, and what stands in its way. Read-only.
 
-use crate::api::daemon::Check;
+use super::links::{Link, Route, parse_links, parse_routes};
+use super::tools::{ip_json, nft_json, run};
+use super::{bridge, tun};
+use crate::api::daemon::{Check, Severity};
 use crate::config::Network as Config;
-use crate::host::Commands;
+use crate::error::{Error, Kind, Result};
+use crate::host::command::find_program;
+use crate::host::{Command, Commands};
 use crate::locks::Cancel;
+use serde::Deserialize;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::Duration;
+
+/// Rules of iptables that nft does not show.
+const LEGACY_TABLES: &str = "/proc/net/ip_tables_names";
+const LEGACY_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The checks, with and without a daemon. `vmm_uid`: one of the uids that VMMs run under, when that is not the caller's own.
 pub fn checks(config: &Config, vmm_uid: Option<u32>, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
-    let _ = (config, vmm_uid, commands, cancel);
-    todo!()
+    if !config.is_bridge() {
+        let found =
+            "user-mode: no rights are needed; driver = \"bridge\" under [network] gives VMs addresses of their own, for root";
+        return vec![ok("network", found.into())];
+    }
+    let mut all = vec![rights(config), device(vmm_uid)];
+    let missing: Vec<_> = ["ip", "nft"].into_iter().filter(|p| find_program(Path::new(p)).is_none()).collect();
+    if !missing.is_empty() {
+        all.push(fail("network_tools", format!("{} is not installed", missing.join(" and ")), "apt install iproute2 nftables"));
+        return all;
+    }
+    let host = Host { config, commands, cancel };
+    let looks = [("network_bridge", host.bridge()), ("network_subnet", host.subnet()), ("network_forwarding", host.forwarding())];
+    for (id, looked) in looks {
+        all.extend(looked.unwrap_or_else(|e| vec![fail(id, e.to_string(), e.hint_text().unwrap_or("run fcctl doctor as root"))]));
+    }
+    all.extend(names(config));
+    all
+}
+
+/// Whether systemd-resolved runs here and can be told whom to ask.
+pub fn has_resolved() -> bool {
+    Path::new("/run/systemd/resolve/stub-resolv.conf").exists() && find_program(Path::new("resolvectl")).is_some()
+}
+
+fn rights(config: &Config) -> Check {
+    if nix::unistd::geteuid().is_root() {
+        return ok("network", format!("bridge {}, guests in {}, masqueraded by nftables", config.bridge, config.subnet));
+    }
+    fail("network", "the configuration says bridge, for which fcd must be root".into(), "driver = \"user\" under [network]")
+}
+
+fn device(vmm_uid: Option<u32>) -> Check {
+    const ID: &str = "network_tun";
+    let meta = match std::fs::metadata(tun::DEVICE) {
+        Ok(meta) => meta,
+        Err(e) => return fail(ID, format!("{}: {e}", tun::DEVICE), "modprobe tun"),
+    };
+    let mode = meta.mode() & 0o777;
+    let may = vmm_uid.is_none_or(|uid| mode & 0o006 == 0o006 || (meta.uid() == uid && mode & 0o600 == 0o600));
+    if may {
+        return ok(ID, format!("{} may be opened by VMMs; each tap is its own VMM's only", tun::DEVICE));
+    }
+    // As udev's own rules have it (50-udev-default.rules): who may open it can attach to taps of his own only.
+    let found = format!("{} has mode {mode:o}: VMMs, which are not root, cannot open it", tun::DEVICE);
+    fail(ID, found, "chmod 0666 /dev/net/tun")
+}
+
+struct Host<'a> {
+    config: &'a Config,
+    commands: &'a dyn Commands,
+    cancel: &'a Cancel,
+}
+
+impl Host<'_> {
+    fn run(&self, command: &Command) -> Result<Vec<u8>> {
+        run(self.commands, command, self.cancel)
+    }
+
+    fn bridge(&self) -> Result<Vec<Check>> {
+        let links = parse_links(&self.run(&ip_json(&["-details", "link", "show"]))?)?;
+        Ok(vec![bridge_check(&self.config.bridge, &links)])
+    }
+
+    fn subnet(&self) -> Result<Vec<Check>> {
+        let routes = parse_routes(&self.run(&ip_json(&["-4", "-details", "route", "show", "table", "all"]))?)?;
+        Ok(vec![subnet_check(self.config, &routes)])
+    }
+
+    fn forwarding(&self) -> Result<Vec<Check>> {
+        const ID: &str = "network_forwarding";
+        let mut all = Vec::new();
+        if !bridge::forwards()? {
+            all.push(ok(ID, "IPv4 forwarding is off; fcd switches it on when it starts".into()));
+        }
+        let chains = parse_chains(&self.run(&nft_json(&["list", "chains"]))?)?;
+        let mut text_of = |family: &str, table: &str| {
+            let out = self.run(&Command::new("nft").args(["list", "table", family, table]));
+            out.map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        };
+        for (found, fix) in blockers(&chains, &self.config.bridge, &mut text_of)? {
+            all.push(warn(ID, found, &fix));
+        }
+        all.extend(self.legacy());
+        if all.is_empty() {
+            all.push(ok(ID, "IPv4 forwarding is on, and no other rules were found that drop what guests send".into()));
+        }
+        Ok(all)
+    }
+
+    fn legacy(&self) -> Option<Check> {
+        let tables = std::fs::read_to_string(LEGACY_TABLES).ok()?;
+        tables.lines().find(|t| *t == "filter")?;
+        find_program(Path::new("iptables-legacy"))?;
+        let out = self.run(&Command::new("iptables-legacy").arg("-S").deadline(LEGACY_DEADLINE)).ok()?;
+        let (bridge, rules) = (&self.config.bridge, String::from_utf8_lossy(&out).into_owned());
+        let drops = rules.lines().any(|l| matches!(l, "-P FORWARD DROP" | "-P FORWARD REJECT"));
+        let fix = format!("iptables-legacy -I FORWARD -i {bridge} -j ACCEPT; iptables-legacy -I FORWARD -o {bridge} -j ACCEPT");
+        (drops && !rules.contains(bridge.as_str()))
+            .then(|| warn("network_forwarding", "iptables-legacy drops what is forwarded, guests' packets too".into(), &fix))
+    }
+}
+
+fn bridge_check(name: &str, links: &[Link]) -> Check {
+    const ID: &str = "network_bridge";
+    match links.iter().find(|l| l.name == name) {
+        None => ok(ID, format!("bridge {name} is made when fcd starts")),
+        Some(l) if l.is_kind("bridge") && (l.alias().starts_with("fc-") || l.alias().is_empty()) => {
+            ok(ID, format!("bridge {name} is there"))
+        }
+        Some(l) => {
+            let kind = l.linkinfo.info_kind.as_deref().unwrap_or("device");
+            let found = format!("there is a {kind} {name} of somebody else's (alias {:?})", l.alias());
+            fail(ID, found, "set another name: bridge = ... under [network]")
+        }
+    }
+}
+
+fn subnet_check(config: &Config, routes: &[Route]) -> Check {
+    const ID: &str = "network_subnet";
+    let other = routes.iter().find(|r| r.dev != config.bridge && config.subnet.overlaps(r.base, r.prefix));
+    match other {
+        None => ok(ID, format!("{} is free for guests: room for {} VMs", config.subnet, config.subnet.guests_max())),
+        Some(r) => {
+            let found = format!(
+                "{} overlaps {}/{} on {}: guests or that network are unreachable",
+                config.subnet, r.base, r.prefix, r.dev
+            );
+            warn(ID, found, "set another subnet = ... under [network]")
+        }
+    }
+}
+
+/// A chain, as `nft --json list chains` shows it. Without a hook other chains jump to it.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct Chain {
+    family: String,
+    table: String,
+    name: String,
+    hook: Option<String>,
+    policy: Option<String>,
+}
+
+fn parse_chains(json: &[u8]) -> Result<Vec<Chain>> {
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct Item {
+        chain: Option<Chain>,
+    }
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct All {
+        nftables: Vec<Item>,
+    }
+    let all: All =
+        serde_json::from_slice(json).map_err(|e| Error::new(Kind::Host, "read the chains of nftables").with_source(e))?;
+    Ok(all.nftables.into_iter().filter_map(|item| item.chain).collect())
+}
+
+type TextOf<'a> = dyn FnMut(&str, &str) -> Result<String> + 'a;
+
+/// Other tables' chains that drop what they do not know, and do not know the bridge: what was found and how to mend it.
+fn blockers(chains: &[Chain], bridge: &str, text_of: &mut TextOf<'_>) -> Result<Vec<(String, String)>> {
+    let mut found = Vec::new();
+    for chain in chains.iter().filter(|c| matches!(c.family.as_str(), "ip" | "inet")) {
+        let Some(hook @ ("forward" | "input")) = chain.hook.as_deref() else { continue };
+        // firewalld refuses in its last rule, not by the policy.
+        let drops = chain.policy.as_deref() == Some("drop") || chain.table == "firewalld";
+        if chain.table.starts_with("fcd_") || !drops || text_of(&chain.family, &chain.table)?.contains(&format!("\"{bridge}\"")) {
+            continue;
+        }
+        let of_table = |prefix: &str| chains.iter().any(|c| c.table == chain.table && c.name.starts_with(prefix));
+        let what = if hook == "forward" { "what guests send to the world" } else { "what guests ask the name server" };
+        let Chain { family, table, name, .. } = chain;
+        let (who, fix) = if chain.table == "firewalld" {
+            let fix = format!("firewall-cmd --permanent --zone=trusted --add-interface={bridge}; firewall-cmd --reload");
+            ("firewalld".to_owned(), fix)
+        } else if of_table("ufw-") && hook == "forward" {
+            ("ufw".to_owned(), format!("ufw route allow in on {bridge}; ufw route allow out on {bridge}"))
+        } else if of_table("ufw-") {
+            ("ufw".to_owned(), format!("ufw allow in on {bridge}"))
+        } else if of_table("DOCKER-USER") && hook == "forward" {
+            let accept = |way: &str| format!("iptables -I DOCKER-USER {way} {bridge} -j ACCEPT");
+            ("docker".to_owned(), format!("{}; {}", accept("-i"), accept("-o")))
+        } else {
+            let accept = |way: &str| format!("nft insert rule {family} {table} {name} {way} {bridge} accept");
+            let fix = if hook == "forward" { format!("{}; {}", accept("iifname"), accept("oifname")) } else { accept("iifname") };
+            ("a firewall".to_owned(), fix)
+        };
+        let entry = (format!("{who} drops {what}: chain {name} of table {family} {table}"), fix);
+        if !found.contains(&entry) {
+            found.push(entry);
+        }
+    }
+    Ok(found)
+}
+
+fn names(config: &Config) -> Option<Check> {
+    let gateway = config.subnet.gateway();
+    if !config.dns {
+        return None;
+    }
+    if has_resolved() {
+        return Some(ok("network_names", format!("systemd-resolved asks {gateway} for NAME.vm")));
+    }
+    let mut check = ok("network_names", format!("{gateway} knows NAME.vm; guests ask it, this host does not by itself"));
+    check.fix = Some(format!("install systemd-resolved, or in dnsmasq: server=/vm/{gateway}"));
+    Some(check)
+}
+
+fn ok(id: &str, found: String) -> Check {
+    Check { id: id.to_owned(), severity: Severity::Ok, found, fix: None }
+}
+
+fn warn(id: &str, found: String, fix: &str) -> Check {
+    Check { id: id.to_owned(), severity: Severity::Warn, found, fix: Some(fix.to_owned()) }
+}
+
+fn fail(id: &str, found: String, fix: &str) -> Check {
+    Check { id: id.to_owned(), severity: Severity::Fail, found, fix: Some(fix.to_owned()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::{Expect, expect};
+
+    fn chain(family: &str, table: &str, name: &str, hook: Option<&str>, policy: &str) -> Chain {
+        let own = str::to_owned;
+        Chain { family: own(family), table: own(table), name: own(name), hook: hook.map(own), policy: Some(own(policy)) }
+    }
+
+    #[track_caller]
+    fn check(chains: &[Chain], text: &str, expected: Expect) {
+        let found = blockers(chains, "fcbr0", &mut |_, _| Ok(text.to_owned())).unwrap();
+        let lines: Vec<_> = found.into_iter().map(|(found, fix)| format!("{found}\n{fix}\n")).collect();
+        expected.assert_eq(&lines.concat());
+    }
+
+    #[test]
+    fn what_blocks_forwarding_is_named_with_its_owner() {
+        let docker = [chain("ip", "filter", "FORWARD", Some("forward"), "drop"), chain("ip", "filter", "DOCKER-USER", None, "")];
+        check(
+            &docker,
+            "",
+            expect![[r#"
+            docker drops what guests send to the world: chain FORWARD of table ip filter
+            iptables -I DOCKER-USER -i fcbr0 -j ACCEPT; iptables -I DOCKER-USER -o fcbr0 -j ACCEPT
+        "#]],
+        );
+        check(&docker, "iifname \"fcbr0\" counter accept", expect![""]);
+        let ufw = [
+            chain("ip", "filter", "FORWARD", Some("forward"), "drop"),
+            chain("ip", "filter", "INPUT", Some("input"), "drop"),
+            chain("ip", "filter", "ufw-user-input", None, ""),
+        ];
+        check(
+            &ufw,
+            "",
+            expect![[r#"
+            ufw drops what guests send to the world: chain FORWARD of table ip filter
+            ufw route allow in on fcbr0; ufw route allow out on fcbr0
+            ufw drops what guests ask the name server: chain INPUT of table ip filter
+            ufw allow in on fcbr0
+        "#]],
+        );
+        check(
+            &[chain("inet", "firewalld", "filter_FORWARD", Some("forward"), "accept")],
+            "",
+            expect![[r#"
+                firewalld drops what guests send to the world: chain filter_FORWARD of table inet firewalld
+                firewall-cmd --permanent --zone=trusted --add-interface=fcbr0; firewall-cmd --reload
+            "#]],
+        );
+        check(
+            &[
+                chain("inet", "mine", "fwd", Some("forward"), "drop"),
+                chain("inet", "mine", "out", Some("output"), "drop"),
+                chain("bridge", "b", "fwd", Some("forward"), "drop"),
+                chain("inet", "fcd_1a2b3c4d", "forward", Some("forward"), "drop"),
+                chain("inet", "open", "fwd", Some("forward"), "accept"),
+            ],
+            "",
+            expect![[r#"
+                a firewall drops what guests send to the world: chain fwd of table inet mine
+                nft insert rule inet mine fwd iifname fcbr0 accept; nft insert rule inet mine fwd oifname fcbr0 accept
+            "#]],
+        );
+    }
+
+    #[test]
+    fn a_network_that_is_taken_is_named() {
+        let config = Config::default();
+        let route = |dev: &str| Route { base: [10, 0, 0, 0].into(), prefix: 8, dev: dev.into() };
+        assert_eq!(subnet_check(&config, &[route("fcbr0")]).severity, Severity::Ok);
+        let taken = subnet_check(&config, &[route("wg0")]);
+        assert_eq!(taken.severity, Severity::Warn);
+        assert!(taken.found.contains("10.0.0.0/8 on wg0"), "{}", taken.found);
+    }
+
+    #[test]
+    fn a_bridge_of_somebody_else_fails() {
+        let link = |alias: &str| Link {
+            name: "fcbr0".into(),
+            alias: Some(alias.into()),
+            linkinfo: super::super::links::Info { info_kind: Some("bridge".into()), ..Default::default() },
+            ..Link::default()
+        };
+        assert_eq!(bridge_check("fcbr0", &[]).severity, Severity::Ok);
+        assert_eq!(bridge_check("fcbr0", &[link("fc-1a2b3c4d")]).severity, Severity::Ok);
+        assert_eq!(bridge_check("fcbr0", &[link("mine")]).severity, Severity::Fail);
+    }
 }

@@ -1,1 +1,168 @@
-//!
+//! What `ip` says of the host's interfaces, addresses and routes. Pure.
+
+use crate::error::{Error, Kind, Result};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use std::net::Ipv4Addr;
+
+/// An interface.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Link {
+    #[serde(rename = "ifname")]
+    pub name: String,
+    #[serde(rename = "ifalias")]
+    pub alias: Option<String>,
+    /// Its Ethernet address.
+    pub address: Option<String>,
+    /// The bridge that it belongs to.
+    pub master: Option<String>,
+    pub flags: Vec<String>,
+    pub linkinfo: Info,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Info {
+    /// `bridge`, `tun`, `veth`; none for hardware.
+    pub info_kind: Option<String>,
+    pub info_slave_data: SlaveData,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct SlaveData {
+    pub isolated: bool,
+}
+
+impl Link {
+    pub fn is_kind(&self, kind: &str) -> bool {
+        self.linkinfo.info_kind.as_deref() == Some(kind)
+    }
+
+    pub fn is_up(&self) -> bool {
+        self.flags.iter().any(|f| f == "UP")
+    }
+
+    /// None and empty are the same: the kernel has no difference.
+    pub fn alias(&self) -> &str {
+        self.alias.as_deref().unwrap_or_default()
+    }
+}
+
+/// `ip -json -details link show`, and some of its forms.
+pub fn parse_links(json: &[u8]) -> Result<Vec<Link>> {
+    let links: Vec<Link> = parse("the interfaces", json)?;
+    // What a filter leaves out is an empty object.
+    Ok(links.into_iter().filter(|l| !l.name.is_empty()).collect())
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Addressed {
+    addr_info: Vec<Address>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Address {
+    local: Option<Ipv4Addr>,
+    prefixlen: u8,
+}
+
+/// `ip -json -4 address show dev X`: address and prefix length.
+pub fn parse_addresses(json: &[u8]) -> Result<Vec<(Ipv4Addr, u8)>> {
+    let links: Vec<Addressed> = parse("the addresses", json)?;
+    let all = links.into_iter().flat_map(|l| l.addr_info);
+    Ok(all.filter_map(|a| Some((a.local?, a.prefixlen))).collect())
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Neighbour {
+    dst: Option<Ipv4Addr>,
+}
+
+/// `ip -json -4 neighbour show`.
+pub fn parse_neighbours(json: &[u8]) -> Result<Vec<Ipv4Addr>> {
+    let all: Vec<Neighbour> = parse("the neighbours", json)?;
+    Ok(all.into_iter().filter_map(|n| n.dst).collect())
+}
+
+/// A route to a network other than the default one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    pub base: Ipv4Addr,
+    pub prefix: u8,
+    pub dev: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct RouteLine {
+    dst: String,
+    dev: Option<String>,
+    r#type: Option<String>,
+}
+
+/// `ip -json -4 -details route show table all`: what leads to a network, broadcast and default routes apart.
+pub fn parse_routes(json: &[u8]) -> Result<Vec<Route>> {
+    let lines: Vec<RouteLine> = parse("the routes", json)?;
+    let route = |line: RouteLine| {
+        if line.r#type.as_deref().is_some_and(|t| !matches!(t, "unicast" | "local")) {
+            return None;
+        }
+        let (base, prefix) = match line.dst.split_once('/') {
+            Some((base, prefix)) => (base.parse().ok()?, prefix.parse().ok()?),
+            None => (line.dst.parse().ok()?, 32),
+        };
+        (prefix > 0).then(|| Route { base, prefix, dev: line.dev.unwrap_or_default() })
+    };
+    Ok(lines.into_iter().filter_map(route).collect())
+}
+
+fn parse<T: DeserializeOwned + Default>(what: &str, json: &[u8]) -> Result<T> {
+    if json.trim_ascii().is_empty() {
+        return Ok(T::default());
+    }
+    serde_json::from_slice(json).map_err(|e| Error::new(Kind::Host, format!("read {what} of this host")).with_source(e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interfaces() {
+        // Shortened from iproute2 6.1.
+        let json = br#"[{},{"ifindex":1,"ifname":"lo","flags":["LOOPBACK","UP"],"link_type":"loopback","address":"00:00:00:00:00:00"},
+            {"ifindex":3,"ifname":"fc1a2b3c4d-1","flags":["NO-CARRIER","BROADCAST","UP"],"master":"fcbr0","address":"2e:ff:60:3f:bd:90",
+            "linkinfo":{"info_kind":"tun","info_data":{"type":"tap"},"info_slave_kind":"bridge","info_slave_data":{"isolated":true}},
+            "ifalias":"fc-1a2b3c4d-tap"}]"#;
+        let links = parse_links(json).unwrap();
+        assert_eq!(links.len(), 2);
+        assert!(links[0].is_up() && !links[0].is_kind("tun") && links[0].alias().is_empty());
+        let tap = &links[1];
+        assert!(tap.is_kind("tun") && tap.is_up() && tap.linkinfo.info_slave_data.isolated);
+        assert_eq!((tap.alias(), tap.master.as_deref()), ("fc-1a2b3c4d-tap", Some("fcbr0")));
+        assert_eq!(parse_links(b"").unwrap(), []);
+        assert_eq!(parse_links(b"no json").unwrap_err().kind(), Kind::Host);
+    }
+
+    #[test]
+    fn addresses() {
+        let json =
+            br#"[{"ifname":"fcbr0","addr_info":[{"family":"inet","local":"10.89.0.1","prefixlen":24,"scope":"global"}]},{}]"#;
+        assert_eq!(parse_addresses(json).unwrap(), [(Ipv4Addr::new(10, 89, 0, 1), 24)]);
+    }
+
+    #[test]
+    fn routes() {
+        let json = br#"[{"type":"unicast","dst":"default","gateway":"192.0.2.1","dev":"eth0"},
+            {"type":"unicast","dst":"10.0.0.0/8","dev":"wg0"},{"type":"local","dst":"192.0.2.7","dev":"eth0","table":"local"},
+            {"type":"broadcast","dst":"10.255.255.255","dev":"wg0"},{"dst":"172.17.0.0/16","dev":"docker0"}]"#;
+        let routes = parse_routes(json).unwrap();
+        let shown: Vec<_> = routes.iter().map(|r| format!("{}/{} {}", r.base, r.prefix, r.dev)).collect();
+        assert_eq!(shown, ["10.0.0.0/8 wg0", "192.0.2.7/32 eth0", "172.17.0.0/16 docker0"]);
+    }
+}

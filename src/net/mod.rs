@@ -10,35 +10,60 @@
 //! All that is ours on the host is found again by name: the bridge has the alias `fc-<install>`, a tap that waits
 //! `fc-<install>-tap`, a VM's tap the VM's own tag, and both tables the installation's id. What carries another name is
 //! never touched. Every function is idempotent.
+//!
+//! What a guest may do is decided before its tap is on the bridge, and a tap that no rule knows passes nothing.
 
+mod bridge;
 mod checks;
 pub mod dns;
 mod lease;
 mod links;
+mod names;
 mod rules;
 mod taps;
 #[cfg(test)]
 mod tests;
+mod tools;
 mod tun;
 
 pub use checks::checks;
 pub use lease::{Access, Guest, Lease, Mac};
 
 use crate::config::Network as Config;
-use crate::error::Result;
-use crate::host::Commands;
-use crate::locks::Cancel;
+use crate::error::{Error, Kind, Result};
+use crate::host::{Command, Commands};
+use crate::locks::{Cancel, Mutex, Rank};
+use crate::undo::Undo;
+use links::{Link, parse_links};
+use names::Names;
+use rules::{Element, Rules};
+use std::collections::HashMap;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
+use std::time::Duration;
+use taps::Pool;
+use tools::Tools;
+
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+const RESOLVED_DEADLINE: Duration = Duration::from_secs(5);
 
 /// A VM's tap, attached to the bridge and owned by its VMM's uid.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tap {
-    /// Of the interface: `fc<install>-<number>`. Not used again by this daemon.
+    /// Of the interface: `fc<install>-<number>`. Numbers are not used again before 9999 others were.
     pub name: String,
 }
 
 /// The bridge, its taps and rules.
-pub struct Net {}
+pub struct Net {
+    config: Config,
+    names: Names,
+    rules: Rules,
+    tools: Tools,
+    pool: Arc<Pool>,
+    /// The guests that are in, by tag, each with its tap.
+    guests: Mutex<HashMap<String, (String, Guest)>>,
+}
 
 impl Net {
     /// Makes what is missing of the bridge and the rules, switches IPv4 forwarding on if it is off (and says so in the log),
@@ -48,8 +73,31 @@ impl Net {
     /// # Errors
     /// `conflict` when an interface with the bridge's name is not ours; `command_missing`, `command_failed`, `host`.
     pub fn open(config: &Config, install: &str, commands: Arc<dyn Commands>, cancel: &Cancel) -> Result<Self> {
-        let _ = (config, install, commands, cancel);
-        todo!()
+        let names = Names::of(install)?;
+        let tools = Tools::new(commands)?;
+        let rules = Rules::new(&names, config);
+        let links = all_links(&tools, cancel)?;
+        let last = links.iter().filter_map(|l| names.tap_number(&l.name)).max().unwrap_or(0);
+        let pool = Pool::new(names.clone(), tools.clone(), config.taps_ahead, last)?;
+        let guests = Mutex::new(Rank::Taps, HashMap::new());
+        let net = Self { config: config.clone(), names, rules, tools, pool, guests };
+        // A tap without an alias is one that we were about to tag.
+        let is_leftover = |l: &&Link| l.alias() == net.names.waiting() || (l.alias().is_empty() && net.is_our_tap(l));
+        net.pool.remove(&links.iter().filter(is_leftover).map(|l| l.name.clone()).collect::<Vec<_>>());
+        // The rules first: there is no instant in which a guest is on the bridge without them.
+        net.tools.nft(&net.rules.apply(), cancel).map_err(|e| e.context("set the rules of guests"))?;
+        for done in bridge::ensure(&net.names, config, &links, &net.tools, cancel)? {
+            log::info!("network: {done}");
+        }
+        if bridge::ensure_forwarding()? {
+            log::info!("network: switched IPv4 forwarding on, for guests reach the world through this host");
+        }
+        net.pool.refill();
+        Ok(net)
+    }
+
+    fn is_our_tap(&self, link: &Link) -> bool {
+        link.is_kind("tun") && self.names.tap_number(&link.name).is_some()
     }
 
     /// What the VM with this slot has: pure.
@@ -57,8 +105,7 @@ impl Net {
     /// # Errors
     /// `exhausted` when the subnet has no address for it.
     pub fn lease(&self, slot: u32) -> Result<Lease> {
-        let _ = slot;
-        todo!()
+        Lease::of(self.config.subnet, slot)
     }
 
     /// Gives a VM its tap: one made ahead, else a new one. First it gets the VM's tag as alias (from then on [`Net::list`]
@@ -67,42 +114,241 @@ impl Net {
     ///
     /// Blocks on host commands: no lock may be held.
     pub fn take(&self, guest: &Guest, uid: u32, cancel: &Cancel) -> Result<Tap> {
-        let _ = (guest, uid, cancel);
-        todo!()
+        let taken = self.try_take(guest, uid, cancel).map_err(|e| e.context(format!("give {} a tap", guest.tag)));
+        self.pool.refill();
+        taken
+    }
+
+    fn try_take(&self, guest: &Guest, uid: u32, cancel: &Cancel) -> Result<Tap> {
+        if !self.names.is_tag(&guest.tag) || !self.config.subnet.contains(guest.lease.address) {
+            return Err(Error::internal(format!("{guest:?} is no guest of this network")));
+        }
+        let links = all_links(&self.tools, cancel)?;
+        if links.iter().any(|l| l.alias() == guest.tag) {
+            self.release(&guest.tag)?;
+        }
+        // One that somebody removed or changed meanwhile is not used.
+        let is_fresh = |name: &String| links.iter().any(|l| l.name == *name && l.alias() == self.names.waiting());
+        let name = match std::iter::from_fn(|| self.pool.pop()).find(is_fresh) {
+            Some(name) => name,
+            None => self.pool.make(cancel)?,
+        };
+        self.guests.lock().insert(guest.tag.clone(), (name.clone(), guest.clone()));
+        let mut undo = Undo::new();
+        undo.push("remove the tap", || {
+            // Before it has its alias it is not found by it.
+            self.pool.remove(std::slice::from_ref(&name));
+            self.release(&guest.tag)
+        });
+        self.tools.ip_batch(&[format!("link set dev {name} alias {}", guest.tag)], cancel)?;
+        tun::set_owner(&name, uid)?;
+        self.tools.nft(&self.rules.add(&name, guest), cancel)?;
+        self.tools.ip_batch(&self.joining(&name, &guest.lease), cancel)?;
+        undo.commit();
+        Ok(Tap { name })
+    }
+
+    /// What puts a tap on the bridge. The guest's address is known to the host from the start: a first connection does not
+    /// wait for ARP, nor does another's answer count.
+    fn joining(&self, tap: &str, lease: &Lease) -> Vec<String> {
+        let bridge = &self.config.bridge;
+        let isolated = if self.config.allow_between_vms { "off" } else { "on" };
+        vec![
+            format!("link set dev {tap} master {bridge}"),
+            format!("link set dev {tap} type bridge_slave isolated {isolated}"),
+            format!("link set dev {tap} up"),
+            format!("neighbour replace {} lladdr {} dev {bridge} nud permanent", lease.address, lease.mac),
+        ]
     }
 
     /// Removes the tap with this tag and its rules; gone already is ok. The VMM must have exited. Ignores cancellation.
     pub fn release(&self, tag: &str) -> Result<()> {
-        let _ = tag;
-        todo!()
+        self.guests.lock().remove(tag);
+        if !self.names.is_tag(tag) {
+            return Err(Error::internal(format!("release a tap: {tag:?} is no tag of a VM's")));
+        }
+        self.remove_taps(&|l| l.alias() == tag).map_err(|e| e.context(format!("remove the tap of {tag}")))
+    }
+
+    /// Removes those, and all rules of taps that are not there.
+    fn remove_taps(&self, which: &dyn Fn(&Link) -> bool) -> Result<()> {
+        let never = self.tools.never();
+        // Rules before taps: an element whose tap is missing from what is read later is of a tap that is gone, for a tap is there
+        // before its element is. The guests that are in come last, for one is in before its element is.
+        let nat = self.listed(&self.rules.list_nat())?.map_or(Ok(vec![]), |json| rules::parse_nat(&json))?;
+        let elements = self.listed(&self.rules.list_guests())?.map_or(Ok(vec![]), |json| rules::parse_guests(&json))?;
+        let links = all_links(&self.tools, never)?;
+        let (gone, left): (Vec<&Link>, Vec<&Link>) = links.iter().partition(|l| which(l));
+        let delete: Vec<_> = gone.iter().map(|l| format!("link delete dev {}", l.name)).collect();
+        if let Some(e) = Some(&delete).filter(|d| !d.is_empty()).and_then(|d| self.tools.ip_batch_all(d).err()) {
+            // Somebody else was first: as well.
+            let is_left = |l: &Link| gone.iter().any(|g| g.name == l.name);
+            if all_links(&self.tools, never)?.iter().any(is_left) {
+                return Err(e);
+            }
+        }
+        let (live, stale): (Vec<Element>, Vec<Element>) =
+            elements.into_iter().partition(|e| left.iter().any(|l| l.name == e.tap));
+        let known: Vec<Ipv4Addr> = self.guests.lock().values().map(|(_, guest)| guest.lease.address).collect();
+        let is_used = |address: &Ipv4Addr| known.contains(address) || live.iter().any(|e| e.address == *address);
+        let nat: Vec<_> = nat.into_iter().filter(|a| !is_used(a)).collect();
+        if !stale.is_empty() || !nat.is_empty() {
+            self.tools.nft(&self.rules.remove(&stale, &nat), never)?;
+        }
+        // The next guest with this address has the same entry: one that stays does no harm.
+        let forget = self.neighbours()?.into_iter().filter(|a| !is_used(a));
+        let forget: Vec<_> = forget.map(|a| format!("neighbour delete {a} dev {}", self.config.bridge)).collect();
+        if !forget.is_empty() {
+            let _ = self.tools.ip_batch_all(&forget);
+        }
+        Ok(())
+    }
+
+    /// Those that we have set.
+    fn neighbours(&self) -> Result<Vec<Ipv4Addr>> {
+        let args = ["-4", "neighbour", "show", "nud", "permanent", "dev", &self.config.bridge];
+        match self.tools.ip_json(&args, self.tools.never()) {
+            Ok(json) => links::parse_neighbours(&json),
+            // There is no bridge.
+            Err(e) if e.kind() == Kind::CommandFailed => Ok(Vec::new()),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// What `nft --json` says; none when the tables are gone.
+    fn listed(&self, args: &[&str]) -> Result<Option<Vec<u8>>> {
+        match self.tools.run(&tools::nft_json(args), self.tools.never()) {
+            Ok(json) => Ok(Some(json)),
+            Err(e) if e.to_string().contains("No such file or directory") => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 
     /// The tags of all taps on the host that are a VM's (those made ahead are not).
     pub fn list(&self) -> Result<Vec<String>> {
-        todo!()
+        let links = all_links(&self.tools, self.tools.never())?;
+        let mut tags: Vec<_> = links.iter().map(Link::alias).filter(|a| self.names.is_tag(a)).map(str::to_owned).collect();
+        tags.sort();
+        tags.dedup();
+        Ok(tags)
     }
 
-    /// Makes the bridge, and the rules of exactly these guests, what they should be, in one transaction: for the daemon's start
-    /// once it has adopted what runs, and for the sweep every minute, as others flush rules. Says what it had to mend.
-    /// A guest whose tap is missing is left out. Not while a [`Net::take`] is under way for a guest that is not in the list.
-    pub fn restore(&self, guests: &[Guest]) -> Result<Vec<String>> {
-        let _ = guests;
-        todo!()
+    /// Takes up guests that an earlier daemon let in and that run. One whose tap is missing is left out, and named in the log.
+    pub fn adopt(&self, guests: &[Guest]) -> Result<()> {
+        let links = all_links(&self.tools, self.tools.never())?;
+        for guest in guests {
+            match links.iter().find(|l| l.alias() == guest.tag) {
+                Some(link) => {
+                    self.guests.lock().insert(guest.tag.clone(), (link.name.clone(), guest.clone()));
+                }
+                None => log::warn!("network: the tap of {} is gone", guest.tag),
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts right what others did to the bridge, the rules and the taps of the guests that are in: a firewall that is started anew
+    /// flushes all rules. Removes rules of taps that are gone. Says what it mended. For the sweep every minute, at any time; at the
+    /// start only after [`Net::adopt`].
+    pub fn mend(&self) -> Result<Vec<String>> {
+        let never = self.tools.never();
+        let mut done = Vec::new();
+        let elements = self.listed(&self.rules.list_guests())?;
+        let nat = self.listed(&self.rules.list_nat())?;
+        if elements.is_none() || nat.is_none() {
+            done.push("set the rules of guests, which were gone".to_owned());
+        }
+        let elements = elements.map_or(Ok(vec![]), |json| rules::parse_guests(&json))?;
+        let nat = nat.map_or(Ok(vec![]), |json| rules::parse_nat(&json))?;
+        let guests: Vec<(String, Guest)> = self.guests.lock().values().cloned().collect();
+        let mut script = self.rules.apply();
+        for (tap, guest) in &guests {
+            let is_in = elements.contains(&Element::of(tap, guest))
+                && (guest.access == Access::None || nat.contains(&guest.lease.address));
+            script += &self.rules.add(tap, guest);
+            if !is_in {
+                done.push(format!("let {} in again", guest.tag));
+            }
+        }
+        self.tools.nft(&script, never)?;
+        let links = all_links(&self.tools, never)?;
+        done.extend(bridge::ensure(&self.names, &self.config, &links, &self.tools, never)?);
+        if bridge::ensure_forwarding()? {
+            done.push("switched IPv4 forwarding on".to_owned());
+        }
+        for (tap, guest) in &guests {
+            let is_off = |l: &Link| l.master.as_deref() != Some(&self.config.bridge) || !l.is_up();
+            let is_there = |links: &[Link]| links.iter().any(|l| l.name == *tap && l.alias() == guest.tag && is_off(l));
+            if !is_there(&links) {
+                continue;
+            }
+            match self.tools.ip_batch(&self.joining(tap, &guest.lease), never) {
+                // Released meanwhile.
+                Err(_) if !is_there(&all_links(&self.tools, never)?) => {}
+                Err(e) => return Err(e),
+                Ok(()) => done.push(format!("put {} on the bridge again", guest.tag)),
+            }
+        }
+        self.remove_taps(&|_| false)?;
+        self.pool.refill();
+        Ok(done)
+    }
+
+    /// How many taps are ready.
+    pub fn taps_ready(&self) -> usize {
+        self.pool.ready()
     }
 
     /// Starts the name server on the bridge's address, and tells systemd-resolved, where it runs, to ask it for `.vm`.
     pub fn serve_names(&self, names: Arc<dyn dns::Names>) -> Result<dns::Server> {
-        let _ = names;
-        todo!()
+        let bridge = &self.config.bridge;
+        let gateway = self.config.subnet.gateway();
+        let server = dns::Server::start(dns::Setup {
+            listen: (gateway, dns::PORT).into(),
+            subnet: self.config.subnet,
+            names,
+            resolv_conf: RESOLV_CONF.into(),
+            upstream_port: dns::PORT,
+        })?;
+        if checks::has_resolved() {
+            for args in
+                [vec!["dns", bridge, &gateway.to_string()], vec!["domain", bridge, "~vm"], vec!["default-route", bridge, "no"]]
+            {
+                let command = Command::new("resolvectl").args(args).deadline(RESOLVED_DEADLINE);
+                if let Err(e) = self.tools.run(&command, self.tools.never()) {
+                    log::warn!("network: tell systemd-resolved of .vm: {e}");
+                }
+            }
+        }
+        Ok(server)
     }
 
     /// Removes the taps made ahead and waits for those that are being made. Bridge, rules and taps of VMs stay.
     pub fn close(&self) {
-        todo!()
+        self.pool.close();
     }
 
     /// Removes all that is ours, the taps of VMs, too: for an uninstall.
     pub fn remove_all(&self) -> Result<()> {
-        todo!()
+        self.close();
+        self.guests.lock().clear();
+        self.remove_taps(&|l| self.names.is_tag(l.alias()) || l.alias() == self.names.waiting() || self.is_our_tap(l))?;
+        let links = all_links(&self.tools, self.tools.never())?;
+        let bridges: Vec<_> = links.iter().filter(|l| bridge::is_ours(&self.names, l)).collect();
+        let delete: Vec<_> = bridges.iter().map(|l| format!("link delete dev {}", l.name)).collect();
+        if !delete.is_empty() {
+            self.tools.ip_batch(&delete, self.tools.never())?;
+        }
+        self.tools.nft(&self.rules.remove_all(), self.tools.never())
     }
+}
+
+impl Drop for Net {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+fn all_links(tools: &Tools, cancel: &Cancel) -> Result<Vec<Link>> {
+    parse_links(&tools.ip_json(&["-details", "link", "show"], cancel)?)
 }

@@ -1,1 +1,356 @@
+//! The rules in nftables, as scripts for `nft -f -`. Pure.
 //!
+//! Two tables, both called `fcd_<install>`; no other table is ever named. In the family `bridge` a frame that comes from one
+//! of our taps passes only with the MAC and address of its lease; in `inet` guests are kept from the host and from each other,
+//! and masqueraded. What differs from VM to VM are elements of two sets, so a VM is one small transaction.
+//!
+//! The rule for "an answer" is `ct direction reply`: a guest without a network must not go on with a connection that it made
+//! while it had one.
+
+use super::names::Names;
+use super::{Access, Guest};
+use crate::config::{Network as Config, Subnet};
+use crate::error::{Error, Kind, Result};
+use serde_json::Value;
+use std::fmt::Write as _;
+use std::net::Ipv4Addr;
+
+/// The set of (tap, MAC, address) in the family `bridge`.
+const GUESTS: &str = "guests";
+/// The set of taps of guests that have a network, in the family `bridge`: only those may reach each other at all.
+const OPEN: &str = "open";
+/// The set of addresses that may go out in the family `inet`.
+const NAT: &str = "nat";
+/// Questions to the name server that one guest may ask in a second; more are dropped before they take the place of
+/// others' in its socket.
+const QUESTIONS_PER_S_MAX: u32 = 1000;
+
+/// What the rules depend on.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    table: String,
+    tap_prefix: String,
+    bridge: String,
+    subnet: Subnet,
+    allow_between_vms: bool,
+}
+
+/// An element of the set of guests, as it stands on the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Element {
+    pub tap: String,
+    pub mac: String,
+    pub address: Ipv4Addr,
+}
+
+impl Element {
+    pub fn of(tap: &str, guest: &Guest) -> Self {
+        Self { tap: tap.to_owned(), mac: guest.lease.mac.to_string(), address: guest.lease.address }
+    }
+}
+
+impl Rules {
+    pub fn new(names: &Names, config: &Config) -> Self {
+        Self {
+            table: names.table(),
+            tap_prefix: names.tap_prefix(),
+            bridge: config.bridge.clone(),
+            subnet: config.subnet,
+            allow_between_vms: config.allow_between_vms,
+        }
+    }
+
+    /// Both tables as they should be. The elements of the sets stay: VMs that run lose nothing.
+    pub fn apply(&self) -> String {
+        let mut script = String::new();
+        self.bridge_table(&mut script);
+        self.inet_table(&mut script);
+        script
+    }
+
+    fn chain(&self, script: &mut String, family: &str, name: &str, hook: Option<&str>, rules: &[String]) {
+        let table = &self.table;
+        let hook = hook.map(|h| format!(" {{ type {h}; policy accept; }}")).unwrap_or_default();
+        let _ = writeln!(script, "add chain {family} {table} {name}{hook}\nflush chain {family} {table} {name}");
+        for rule in rules {
+            let _ = writeln!(script, "add rule {family} {table} {name} {rule}");
+        }
+    }
+
+    fn bridge_table(&self, script: &mut String) {
+        let (table, taps) = (&self.table, &self.tap_prefix);
+        let _ = writeln!(script, "add table bridge {table}");
+        let _ = writeln!(script, "add set bridge {table} {GUESTS} {{ type ifname . ether_addr . ipv4_addr; }}");
+        let _ = writeln!(script, "add set bridge {table} {OPEN} {{ type ifname; }}");
+        let from_tap = [
+            "ether type 8021q drop".to_owned(),
+            format!("ether type ip iifname . ether saddr . ip saddr @{GUESTS} accept"),
+            format!(
+                "ether type arp iifname . ether saddr . arp saddr ip @{GUESTS} iifname . arp saddr ether . arp saddr ip @{GUESTS} accept"
+            ),
+            // IPv6 too: guests have none.
+            "drop".to_owned(),
+        ];
+        self.chain(script, "bridge", "from_tap", None, &from_tap);
+        // Ports are isolated as well, unless guests may reach each other.
+        let between = format!("iifname \"{taps}*\" oifname \"{taps}*\"");
+        let mut forward = vec![format!("{between} drop")];
+        if self.allow_between_vms {
+            forward.insert(0, format!("{between} iifname @{OPEN} oifname @{OPEN} accept"));
+        }
+        self.chain(script, "bridge", "between", Some("filter hook forward priority -200"), &forward);
+        // Before anything else looks at the frame. A tap that waits is in no set, so nothing passes it.
+        let hook = "filter hook prerouting priority -400";
+        self.chain(script, "bridge", "ports", Some(hook), &[format!("iifname \"{taps}*\" jump from_tap")]);
+    }
+
+    fn inet_table(&self, script: &mut String) {
+        let (table, bridge, subnet) = (&self.table, &self.bridge, self.subnet);
+        let gateway = subnet.gateway();
+        let _ = writeln!(script, "add table inet {table}");
+        let _ = writeln!(script, "add set inet {table} {NAT} {{ type ipv4_addr; }}");
+        let _ =
+            writeln!(script, "add set inet {table} asking {{ type ipv4_addr; flags dynamic,timeout; timeout 60s; size 65536; }}");
+        let text = |rules: &[&str]| rules.iter().map(|r| (*r).to_owned()).collect::<Vec<_>>();
+        let mut of_host = vec![format!("meta l4proto {{ tcp, udp }} th dport 53 ip daddr {gateway} accept")];
+        of_host.extend([format!("icmp type echo-request ip daddr {gateway} accept"), "drop".to_owned()]);
+        self.chain(script, "inet", "of_host", None, &of_host);
+        let from_guest = [
+            "meta nfproto ipv6 drop",
+            "ip daddr 169.254.0.0/16 drop",
+            "ct state established,related ct direction reply accept",
+            "ip saddr != @nat drop",
+            &format!(
+                "udp dport 53 update @asking {{ ip saddr limit rate over {QUESTIONS_PER_S_MAX}/second burst {QUESTIONS_PER_S_MAX} packets }} drop"
+            ),
+            "fib daddr type local jump of_host",
+            "fib daddr type { broadcast, multicast } drop",
+        ];
+        self.chain(script, "inet", "from_guest", None, &text(&from_guest));
+        // After connection tracking, before any table's address translation: what a guest asks for is judged, not what another
+        // table makes of it.
+        let hook = "filter hook prerouting priority -150";
+        self.chain(script, "inet", "arriving", Some(hook), &[format!("iifname \"{bridge}\" jump from_guest")]);
+        let to_host = [
+            // The name server is for guests and for this host.
+            format!("iifname != {{ \"lo\", \"{bridge}\" }} ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 drop"),
+            format!("iifname != \"{bridge}\" accept"),
+            "ct state established,related ct direction reply accept".to_owned(),
+            "jump of_host".to_owned(),
+        ];
+        self.chain(script, "inet", "to_host", Some("filter hook input priority 0"), &to_host);
+        let between = if self.allow_between_vms { "ip saddr @nat ip daddr @nat accept" } else { "drop" };
+        let forward = [
+            format!("iifname \"{bridge}\" oifname \"{bridge}\" {between}"),
+            format!("iifname \"{bridge}\" oifname \"{bridge}\" drop"),
+            format!("iifname \"{bridge}\" ip saddr @{NAT} accept"),
+            format!("iifname \"{bridge}\" drop"),
+            format!("oifname \"{bridge}\" ip daddr @{NAT} ct state established,related accept"),
+            // A port that is forwarded to the guest.
+            format!("oifname \"{bridge}\" ip daddr @{NAT} ct status dnat accept"),
+            format!("oifname \"{bridge}\" drop"),
+        ];
+        self.chain(script, "inet", "forward", Some("filter hook forward priority 0"), &forward);
+        let leaving = [format!("oifname != \"{bridge}\" ip saddr @{NAT} masquerade")];
+        self.chain(script, "inet", "leaving", Some("nat hook postrouting priority 100"), &leaving);
+    }
+
+    /// Lets a guest in; again is no error.
+    pub fn add(&self, tap: &str, guest: &Guest) -> String {
+        let mut script = self.element("add", &Element::of(tap, guest));
+        if guest.access == Access::Nat {
+            script += &self.open("add", tap);
+            script += &self.nat("add", guest.lease.address);
+        }
+        script
+    }
+
+    /// Takes elements out; gone already is no error.
+    pub fn remove(&self, guests: &[Element], nat: &[Ipv4Addr]) -> String {
+        let mut script = String::new();
+        for element in guests {
+            script += &self.element("add", element);
+            script += &self.element("delete", element);
+            script += &self.open("add", &element.tap);
+            script += &self.open("delete", &element.tap);
+        }
+        for address in nat {
+            script += &self.nat("add", *address);
+            script += &self.nat("delete", *address);
+        }
+        script
+    }
+
+    fn element(&self, verb: &str, e: &Element) -> String {
+        format!("{verb} element bridge {} {GUESTS} {{ \"{}\" . {} . {} }}\n", self.table, e.tap, e.mac, e.address)
+    }
+
+    fn open(&self, verb: &str, tap: &str) -> String {
+        format!("{verb} element bridge {} {OPEN} {{ \"{tap}\" }}\n", self.table)
+    }
+
+    fn nat(&self, verb: &str, address: Ipv4Addr) -> String {
+        format!("{verb} element inet {} {NAT} {{ {address} }}\n", self.table)
+    }
+
+    /// Both tables gone; gone already is no error.
+    pub fn remove_all(&self) -> String {
+        let table = &self.table;
+        let of = |family: &str| format!("add table {family} {table}\ndelete table {family} {table}\n");
+        of("bridge") + &of("inet")
+    }
+
+    pub fn list_guests(&self) -> [&str; 5] {
+        ["list", "set", "bridge", &self.table, GUESTS]
+    }
+
+    pub fn list_nat(&self) -> [&str; 5] {
+        ["list", "set", "inet", &self.table, NAT]
+    }
+}
+
+/// The elements in the answer to [`Rules::list_guests`]; what is not of our making is passed over.
+pub fn parse_guests(json: &[u8]) -> Result<Vec<Element>> {
+    let element = |value: &Value| {
+        let parts = value.get("concat")?.as_array()?;
+        let [tap, mac, address] = parts.as_slice() else { return None };
+        Some(Element { tap: tap.as_str()?.into(), mac: mac.as_str()?.into(), address: address.as_str()?.parse().ok()? })
+    };
+    Ok(elements(json)?.iter().filter_map(element).collect())
+}
+
+/// The elements in the answer to [`Rules::list_nat`].
+pub fn parse_nat(json: &[u8]) -> Result<Vec<Ipv4Addr>> {
+    Ok(elements(json)?.iter().filter_map(|v| v.as_str()?.parse().ok()).collect())
+}
+
+fn elements(json: &[u8]) -> Result<Vec<Value>> {
+    let bad = |e: serde_json::Error| Error::new(Kind::Host, "read a set of nftables").with_source(e);
+    let value: Value = serde_json::from_slice(json).map_err(bad)?;
+    let all = value.get("nftables").and_then(Value::as_array).into_iter().flatten();
+    let set = all.filter_map(|v| v.get("set")).find_map(|set| set.get("elem"));
+    Ok(set.and_then(Value::as_array).cloned().unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::Lease;
+    use expect_test::expect;
+
+    fn rules(allow_between_vms: bool) -> Rules {
+        let config = Config { allow_between_vms, ..Config::default() };
+        Rules::new(&Names::of("1a2b3c4d").unwrap(), &config)
+    }
+
+    fn guest(access: Access) -> Guest {
+        let lease = Lease::of(Config::default().subnet, 3).unwrap();
+        Guest { tag: "fc-1a2b3c4d-0123456789ab-1".into(), lease, access }
+    }
+
+    #[test]
+    fn the_tables() {
+        expect![[r#"
+            add table bridge fcd_1a2b3c4d
+            add set bridge fcd_1a2b3c4d guests { type ifname . ether_addr . ipv4_addr; }
+            add set bridge fcd_1a2b3c4d open { type ifname; }
+            add chain bridge fcd_1a2b3c4d from_tap
+            flush chain bridge fcd_1a2b3c4d from_tap
+            add rule bridge fcd_1a2b3c4d from_tap ether type 8021q drop
+            add rule bridge fcd_1a2b3c4d from_tap ether type ip iifname . ether saddr . ip saddr @guests accept
+            add rule bridge fcd_1a2b3c4d from_tap ether type arp iifname . ether saddr . arp saddr ip @guests iifname . arp saddr ether . arp saddr ip @guests accept
+            add rule bridge fcd_1a2b3c4d from_tap drop
+            add chain bridge fcd_1a2b3c4d between { type filter hook forward priority -200; policy accept; }
+            flush chain bridge fcd_1a2b3c4d between
+            add rule bridge fcd_1a2b3c4d between iifname "fc1a2b3c4d-*" oifname "fc1a2b3c4d-*" drop
+            add chain bridge fcd_1a2b3c4d ports { type filter hook prerouting priority -400; policy accept; }
+            flush chain bridge fcd_1a2b3c4d ports
+            add rule bridge fcd_1a2b3c4d ports iifname "fc1a2b3c4d-*" jump from_tap
+            add table inet fcd_1a2b3c4d
+            add set inet fcd_1a2b3c4d nat { type ipv4_addr; }
+            add set inet fcd_1a2b3c4d asking { type ipv4_addr; flags dynamic,timeout; timeout 60s; size 65536; }
+            add chain inet fcd_1a2b3c4d of_host
+            flush chain inet fcd_1a2b3c4d of_host
+            add rule inet fcd_1a2b3c4d of_host meta l4proto { tcp, udp } th dport 53 ip daddr 10.89.0.1 accept
+            add rule inet fcd_1a2b3c4d of_host icmp type echo-request ip daddr 10.89.0.1 accept
+            add rule inet fcd_1a2b3c4d of_host drop
+            add chain inet fcd_1a2b3c4d from_guest
+            flush chain inet fcd_1a2b3c4d from_guest
+            add rule inet fcd_1a2b3c4d from_guest meta nfproto ipv6 drop
+            add rule inet fcd_1a2b3c4d from_guest ip daddr 169.254.0.0/16 drop
+            add rule inet fcd_1a2b3c4d from_guest ct state established,related ct direction reply accept
+            add rule inet fcd_1a2b3c4d from_guest ip saddr != @nat drop
+            add rule inet fcd_1a2b3c4d from_guest udp dport 53 update @asking { ip saddr limit rate over 1000/second burst 1000 packets } drop
+            add rule inet fcd_1a2b3c4d from_guest fib daddr type local jump of_host
+            add rule inet fcd_1a2b3c4d from_guest fib daddr type { broadcast, multicast } drop
+            add chain inet fcd_1a2b3c4d arriving { type filter hook prerouting priority -150; policy accept; }
+            flush chain inet fcd_1a2b3c4d arriving
+            add rule inet fcd_1a2b3c4d arriving iifname "fcbr0" jump from_guest
+            add chain inet fcd_1a2b3c4d to_host { type filter hook input priority 0; policy accept; }
+            flush chain inet fcd_1a2b3c4d to_host
+            add rule inet fcd_1a2b3c4d to_host iifname != { "lo", "fcbr0" } ip daddr 10.89.0.1 meta l4proto { tcp, udp } th dport 53 drop
+            add rule inet fcd_1a2b3c4d to_host iifname != "fcbr0" accept
+            add rule inet fcd_1a2b3c4d to_host ct state established,related ct direction reply accept
+            add rule inet fcd_1a2b3c4d to_host jump of_host
+            add chain inet fcd_1a2b3c4d forward { type filter hook forward priority 0; policy accept; }
+            flush chain inet fcd_1a2b3c4d forward
+            add rule inet fcd_1a2b3c4d forward iifname "fcbr0" oifname "fcbr0" drop
+            add rule inet fcd_1a2b3c4d forward iifname "fcbr0" oifname "fcbr0" drop
+            add rule inet fcd_1a2b3c4d forward iifname "fcbr0" ip saddr @nat accept
+            add rule inet fcd_1a2b3c4d forward iifname "fcbr0" drop
+            add rule inet fcd_1a2b3c4d forward oifname "fcbr0" ip daddr @nat ct state established,related accept
+            add rule inet fcd_1a2b3c4d forward oifname "fcbr0" ip daddr @nat ct status dnat accept
+            add rule inet fcd_1a2b3c4d forward oifname "fcbr0" drop
+            add chain inet fcd_1a2b3c4d leaving { type nat hook postrouting priority 100; policy accept; }
+            flush chain inet fcd_1a2b3c4d leaving
+            add rule inet fcd_1a2b3c4d leaving oifname != "fcbr0" ip saddr @nat masquerade
+        "#]].assert_eq(&rules(false).apply());
+    }
+
+    #[test]
+    fn no_table_but_ours_is_named() {
+        for script in [rules(true).apply(), rules(true).remove_all(), rules(true).add("fc1a2b3c4d-7", &guest(Access::Nat))] {
+            for line in script.lines() {
+                let words: Vec<_> = line.split(' ').collect();
+                assert_eq!(words[3], "fcd_1a2b3c4d", "{line}");
+                assert!(
+                    !line.contains("flush table") && !line.contains("flush ruleset") && words[0] != "flush"
+                        || words[1] == "chain"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn between_vms() {
+        assert!(rules(false).apply().contains("iifname \"fcbr0\" oifname \"fcbr0\" drop"));
+        assert!(rules(true).apply().contains("iifname \"fcbr0\" oifname \"fcbr0\" ip saddr @nat ip daddr @nat accept"));
+    }
+
+    #[test]
+    fn elements_of_a_vm() {
+        let nat = rules(false).add("fc1a2b3c4d-7", &guest(Access::Nat));
+        expect![[r#"
+            add element bridge fcd_1a2b3c4d guests { "fc1a2b3c4d-7" . 02:fc:0a:59:00:05 . 10.89.0.5 }
+            add element bridge fcd_1a2b3c4d open { "fc1a2b3c4d-7" }
+            add element inet fcd_1a2b3c4d nat { 10.89.0.5 }
+        "#]]
+        .assert_eq(&nat);
+        let none = rules(false).add("fc1a2b3c4d-7", &guest(Access::None));
+        assert_eq!(none, nat.lines().next().unwrap().to_owned() + "\n");
+    }
+
+    #[test]
+    fn sets_are_read_back() {
+        let json =
+            br#"{"nftables": [{"metainfo": {"version": "1.0.6"}}, {"set": {"family": "bridge", "name": "guests", "table": "t",
+            "type": ["ifname", "ether_addr", "ipv4_addr"], "handle": 1,
+            "elem": [{"concat": ["fc1a2b3c4d-1", "02:fc:0a:59:00:05", "10.89.0.5"]}, {"concat": ["x"]}, 7]}}]}"#;
+        let element =
+            Element { tap: "fc1a2b3c4d-1".into(), mac: "02:fc:0a:59:00:05".into(), address: Ipv4Addr::new(10, 89, 0, 5) };
+        assert_eq!(parse_guests(json).unwrap(), [element]);
+        assert_eq!(parse_guests(br#"{"nftables": [{"set": {"name": "guests"}}]}"#).unwrap(), []);
+        assert_eq!(parse_nat(br#"{"nftables": [{"set": {"elem": ["10.89.0.5"]}}]}"#).unwrap(), [Ipv4Addr::new(10, 89, 0, 5)]);
+        assert!(parse_nat(b"").is_err());
+    }
+}

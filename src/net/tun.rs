@@ -1,1 +1,78 @@
-//!
+//! Tap devices by ioctl (Linux, Documentation/networking/tuntap.rst): `ip tuntap` cannot change the owner of one that exists.
+
+use crate::error::{Error, Kind, Result};
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+
+pub const DEVICE: &str = "/dev/net/tun";
+
+/// Makes a tap that stays, is root's and is down. False: an interface of this name exists.
+pub fn create(name: &str) -> Result<bool> {
+    let doing = || format!("create tap {name}");
+    let tun = open().map_err(|e| open_error(e).context(doing()))?;
+    let io = |e: std::io::Error| Error::io(doing(), e);
+    match attach(&tun, name, libc::IFF_TUN_EXCL) {
+        Ok(()) => {}
+        Err(e) if e.raw_os_error() == Some(libc::EBUSY) => return Ok(false),
+        Err(e) => return Err(io(e)),
+    }
+    // Without an owner anybody who may open the device could attach to it.
+    set(&tun, libc::TUNSETOWNER, 0).map_err(io)?;
+    set(&tun, libc::TUNSETPERSIST, 1).map_err(io)?;
+    Ok(true)
+}
+
+/// From now on this uid, and root, may attach to it.
+pub fn set_owner(name: &str, uid: u32) -> Result<()> {
+    let doing = || format!("give tap {name} to uid {uid}");
+    let tun = open().map_err(|e| open_error(e).context(doing()))?;
+    let io = |e: std::io::Error| Error::io(doing(), e);
+    attach(&tun, name, 0).map_err(io)?;
+    set(&tun, libc::TUNSETOWNER, uid.into()).map_err(io)
+}
+
+/// As a VMM does it.
+#[cfg(test)]
+pub fn connect(name: &str) -> std::io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let tun = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(DEVICE)?;
+    attach(&tun, name, 0)?;
+    Ok(tun)
+}
+
+fn open() -> std::io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(DEVICE)
+}
+
+fn open_error(e: std::io::Error) -> Error {
+    let hint = match e.kind() {
+        std::io::ErrorKind::NotFound => "modprobe tun",
+        _ => "run fcd as root, or set driver = \"user\" under [network]",
+    };
+    Error::new(Kind::Host, format!("open {DEVICE}")).with_source(e).hint(hint)
+}
+
+#[allow(unsafe_code)]
+fn attach(tun: &File, name: &str, more_flags: libc::c_int) -> std::io::Result<()> {
+    if name.is_empty() || name.len() >= libc::IFNAMSIZ || name.bytes().any(|b| b == 0 || b == b'%') {
+        return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: zeroed plain data.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    // The field has 16 bits, the flags fit (if_tun.h).
+    let flags = (libc::IFF_TAP | libc::IFF_NO_PI | more_flags) & 0xffff;
+    request.ifr_ifru.ifru_flags = u16::try_from(flags).unwrap_or_default().cast_signed();
+    // SAFETY: TUNSETIFF reads and writes one ifreq, which lives across the call.
+    let status = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    if status < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[allow(unsafe_code)]
+fn set(tun: &File, request: libc::Ioctl, value: libc::c_ulong) -> std::io::Result<()> {
+    // SAFETY: TUNSETOWNER and TUNSETPERSIST take a number, no pointer.
+    let status = unsafe { libc::ioctl(tun.as_raw_fd(), request, value) };
+    if status < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}

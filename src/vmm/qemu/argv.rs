@@ -123,11 +123,11 @@ pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Ve
         option("-blockdev", format_node(node, format, is_readonly));
         option("-device", platform.device("blk", &format!("drive={node},serial={node}")));
     }
-    let restrict = if is_isolated { ",restrict=on" } else { "" };
-    option("-netdev", format!("user,id=net,ipv6=off{restrict},hostfwd=tcp:127.0.0.1:0-{GUEST_ADDR}:{GUEST_SSH_PORT}"));
+    let (netdev, mac) = network(&spec.network, is_isolated)?;
+    option("-netdev", netdev);
     // Without a ROM a PCI card does not try to boot from the network.
     let rom = if platform.board == Board::Q35 { ",romfile=" } else { "" };
-    option("-device", platform.device("net", &format!("netdev=net{rom}")));
+    option("-device", platform.device("net", &format!("netdev=net{mac}{rom}")));
     option("-object", "rng-builtin,id=rng".into());
     option("-device", platform.device("rng", "rng=rng"));
     option("-chardev", format!("socket,id=console,path={CONSOLE_SOCKET},server=on,wait=off"));
@@ -136,6 +136,25 @@ pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Ve
     option("-append", platform.kernel_args(&spec.boot_args));
     args.extend(["-kernel".into(), spec.kernel.clone().into(), "-initrd".into(), spec.initrd.clone().into(), "-S".into()]);
     Ok(args)
+}
+
+/// The value of `-netdev`, and what the device is told of it.
+fn network(network: &GuestNetwork, is_isolated: bool) -> Result<(String, String)> {
+    match network {
+        GuestNetwork::UserMode => {
+            let restrict = if is_isolated { ",restrict=on" } else { "" };
+            let forward = format!("hostfwd=tcp:127.0.0.1:0-{GUEST_ADDR}:{GUEST_SSH_PORT}");
+            Ok((format!("user,id=net,ipv6=off{restrict},{forward}"), String::new()))
+        }
+        GuestNetwork::Tap { name, mac, .. } => {
+            let is_plain = |text: &str, also: u8| text.bytes().all(|b| b.is_ascii_alphanumeric() || b == also);
+            if name.is_empty() || !is_plain(name, b'-') || !is_plain(mac, b':') {
+                return Err(Error::internal(format!("start the VMM: {network:?} is no tap of ours")));
+            }
+            // It opens /dev/net/tun itself and so attaches to what is its uid's; no script is run.
+            Ok((format!("tap,id=net,ifname={name},script=no,downscript=no"), format!(",mac={mac}")))
+        }
+    }
 }
 
 /// As JSON, for in the other form a comma ends a path. `locking`: a second VMM on the same disk is refused.
@@ -191,6 +210,7 @@ pub fn forwarded_port(usernet: &str) -> Option<u16> {
 mod tests {
     use super::*;
     use expect_test::{Expect, expect};
+    use std::net::Ipv4Addr;
 
     fn spec() -> VmmSpec {
         VmmSpec {
@@ -300,6 +320,18 @@ mod tests {
             -initrd /s/images/x/initrd
             -S"#]],
         );
+    }
+
+    #[test]
+    fn a_tap() {
+        let tap = |name: &str, mac: &str| {
+            let address = Ipv4Addr::new(10, 89, 0, 5);
+            network(&GuestNetwork::Tap { name: name.into(), mac: mac.into(), address }, false)
+        };
+        let (netdev, mac) = tap("fc1a2b3c4d-7", "02:fc:0a:59:00:05").unwrap();
+        assert_eq!(netdev, "tap,id=net,ifname=fc1a2b3c4d-7,script=no,downscript=no");
+        assert_eq!(mac, ",mac=02:fc:0a:59:00:05");
+        assert!(tap("a,script=/x", "02:fc:0a:59:00:05").is_err() && tap("", "").is_err() && tap("a", "02,x").is_err());
     }
 
     #[test]

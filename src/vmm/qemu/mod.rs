@@ -1,6 +1,6 @@
-//! QEMU: KVM where that runs a stock kernel, else software emulation; user-mode network; QMP.
+//! QEMU: KVM where that runs a stock kernel, else software emulation; user-mode network or a tap; QMP.
 //!
-//! The guest is 10.0.2.15 on a network of its own, the gateway and host 10.0.2.2, the name server 10.0.2.3. What
+//! In user mode the guest is 10.0.2.15 on a network of its own, the gateway and host 10.0.2.2, the name server 10.0.2.3. What
 //! the guest sends to 10.0.2.2 reaches the host's loopback, with the VMM's uid; QEMU has no switch for that alone, so
 //! `isolated` in the configuration cuts the guest off from everything but its SSH port.
 
@@ -12,7 +12,7 @@ mod tsc;
 
 use super::console::{Attach, Consoles, VMM_LOG};
 use super::watch::{Watcher, tell};
-use super::{Driver, Identity, Running, VmmSpec};
+use super::{Driver, GuestNetwork, Identity, Running, VmmSpec};
 use crate::api::daemon::Check;
 use crate::config::Qemu as Config;
 use crate::error::{Error, Kind, Result};
@@ -95,7 +95,7 @@ impl Qemu {
         self.consoles.attach(Attach { dir: spec.dir.clone(), bytes_max: spec.console_bytes_max, socket: console, mark })?;
         let ask = || -> Result<Running> {
             let mut qmp = Qmp::open(control, patience)?;
-            let ssh_addr = ask_ssh_addr(&mut qmp)?;
+            let ssh_addr = ssh_addr(spec, &mut qmp)?;
             qmp.execute("cont", &json!({}))?;
             Ok(Running { identity: process.identity().clone(), ssh_addr })
         };
@@ -108,7 +108,11 @@ fn is_exiting(process: &Process) -> bool {
     process.wait_uncancelled(Instant::now() + EXIT_GRACE).unwrap_or(false)
 }
 
-fn ask_ssh_addr(qmp: &mut Qmp<'_>) -> Result<SocketAddr> {
+/// On a tap the guest has an address of its own; in user mode QEMU picked the port.
+fn ssh_addr(spec: &VmmSpec, qmp: &mut Qmp<'_>) -> Result<SocketAddr> {
+    if let GuestNetwork::Tap { address, .. } = spec.network {
+        return Ok(SocketAddr::from((address, argv::GUEST_SSH_PORT)));
+    }
     let table = qmp.human("info usernet")?;
     match argv::forwarded_port(&table) {
         Some(port) => Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port))),
@@ -241,7 +245,7 @@ impl Driver for Qemu {
         self.consoles.attach(Attach { dir: spec.dir.clone(), bytes_max: spec.console_bytes_max, socket: console, mark })?;
         let control = qmp::connect(&run, argv::QMP_SOCKET, &process, patience)?.ok_or_else(gone)?;
         let mut qmp = Qmp::open(control, patience).map_err(|e| e.context(doing))?;
-        let ssh_addr = ask_ssh_addr(&mut qmp).map_err(|e| e.context(doing))?;
+        let ssh_addr = ssh_addr(spec, &mut qmp).map_err(|e| e.context(doing))?;
         Ok(Running { identity: identity.clone(), ssh_addr })
     }
 

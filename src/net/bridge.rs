@@ -1,0 +1,88 @@
+//! The bridge: made when it is missing, mended when it is ours, never touched when it is not.
+
+use super::links::{Link, parse_addresses};
+use super::names::Names;
+use super::tools::Tools;
+use crate::config::Network as Config;
+use crate::error::{Error, Kind, Result};
+use crate::locks::Cancel;
+
+const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
+
+/// Whether this interface is our bridge: by its alias or, before it has one, by its address.
+pub fn is_ours(names: &Names, link: &Link) -> bool {
+    let mac = names.bridge_mac().to_string();
+    let is_new = link.alias().is_empty() && link.address.as_deref() == Some(&mac);
+    link.is_kind("bridge") && (link.alias() == names.bridge() || is_new)
+}
+
+/// Makes it what it should be. Says what was done to it.
+///
+/// # Errors
+/// `conflict`: an interface of this name is not ours.
+pub fn ensure(names: &Names, config: &Config, links: &[Link], tools: &Tools, cancel: &Cancel) -> Result<Vec<String>> {
+    let (name, alias) = (&config.bridge, names.bridge());
+    let doing = || format!("make bridge {name}");
+    let mut done = Vec::new();
+    let found = links.iter().find(|l| l.name == *name);
+    if let Some(link) = found.filter(|l| !is_ours(names, l)) {
+        let what = link.linkinfo.info_kind.as_deref().unwrap_or("device");
+        let message = format!("{}: there is a {what} {name} of somebody else's (alias {:?})", doing(), link.alias());
+        return Err(Error::new(Kind::Conflict, message).hint("set another name: bridge = ... under [network]"));
+    }
+    if found.is_none() {
+        let line = format!("link add name {name} address {} type bridge forward_delay 0 stp_state 0", names.bridge_mac());
+        tools.ip_batch(&[line], cancel).map_err(|e| e.context(doing()))?;
+        done.push(format!("made bridge {name}"));
+    }
+    let address = format!("{}/{}", config.subnet.gateway(), config.subnet.prefix());
+    let mut lines = Vec::new();
+    if found.is_none_or(|l| l.alias() != alias) {
+        lines.push(format!("link set dev {name} alias {alias} addrgenmode none"));
+    }
+    let json = tools.ip_json(&["-4", "address", "show", "dev", name], cancel)?;
+    let has = parse_addresses(&json)?;
+    for (other, prefix) in has.iter().filter(|a| **a != (config.subnet.gateway(), config.subnet.prefix())) {
+        lines.push(format!("address delete {other}/{prefix} dev {name}"));
+        done.push(format!("took {other}/{prefix} from bridge {name}"));
+    }
+    if !has.contains(&(config.subnet.gateway(), config.subnet.prefix())) {
+        lines.push(format!("address add {address} dev {name}"));
+        done.push(format!("gave bridge {name} the address {address}"));
+    }
+    if !found.is_some_and(Link::is_up) {
+        lines.push(format!("link set dev {name} up"));
+        done.push(format!("switched bridge {name} on"));
+    }
+    if !lines.is_empty() {
+        no_ipv6(name);
+        tools.ip_batch(&lines, cancel).map_err(|e| e.context(doing()))?;
+    }
+    Ok(done)
+}
+
+/// Guests have no IPv6; so the host has none towards them. A host without IPv6 has no such file.
+fn no_ipv6(bridge: &str) {
+    let path = format!("/proc/sys/net/ipv6/conf/{bridge}/disable_ipv6");
+    match std::fs::write(&path, "1") {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => log::warn!("write {path}: {e}"),
+        _ => {}
+    }
+}
+
+/// Whether this host passes packets on.
+pub fn forwards() -> Result<bool> {
+    let text = std::fs::read_to_string(FORWARDING).map_err(|e| Error::io(format!("read {FORWARDING}"), e))?;
+    Ok(text.trim() != "0")
+}
+
+/// Switches forwarding on if it is off. True when it was off.
+pub fn ensure_forwarding() -> Result<bool> {
+    if forwards()? {
+        return Ok(false);
+    }
+    std::fs::write(FORWARDING, "1").map_err(|e| {
+        Error::io(format!("switch IPv4 forwarding on: write {FORWARDING}"), e).hint("sysctl -w net.ipv4.ip_forward=1")
+    })?;
+    Ok(true)
+}

@@ -1,0 +1,67 @@
+//! How much one asker may ask: a bucket of tokens each. Pure.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::time::Instant;
+
+/// Buckets that are kept; a full one is as good as none.
+const ASKERS_MAX: usize = 4096;
+
+pub struct Limiter {
+    per_s: f64,
+    burst: f64,
+    buckets: HashMap<IpAddr, (f64, Instant)>,
+}
+
+impl Limiter {
+    pub fn new(per_s: u32, burst: u32) -> Self {
+        Self { per_s: per_s.into(), burst: burst.into(), buckets: HashMap::new() }
+    }
+
+    /// Whether `asker` may ask one more thing now.
+    pub fn admit(&mut self, asker: IpAddr, now: Instant) -> bool {
+        let (per_s, burst) = (self.per_s, self.burst);
+        let filled =
+            |tokens: f64, since: Instant| (tokens + now.saturating_duration_since(since).as_secs_f64() * per_s).min(burst);
+        if !self.buckets.contains_key(&asker) && self.buckets.len() >= ASKERS_MAX {
+            self.buckets.retain(|_, (tokens, since)| filled(*tokens, *since) < burst);
+            if self.buckets.len() >= ASKERS_MAX {
+                return false;
+            }
+        }
+        let (tokens, since) = self.buckets.entry(asker).or_insert((burst, now));
+        let has = filled(*tokens, *since);
+        let admitted = has >= 1.0;
+        (*tokens, *since) = (if admitted { has - 1.0 } else { has }, now);
+        admitted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn one_asker_does_not_take_the_place_of_another() {
+        let (mut limiter, now) = (Limiter::new(10, 20), Instant::now());
+        let (loud, quiet) = ([10, 0, 0, 1].into(), [10, 0, 0, 2].into());
+        assert_eq!((0..1000).filter(|_| limiter.admit(loud, now)).count(), 20);
+        assert!(limiter.admit(quiet, now));
+        let later = now + Duration::from_secs(1);
+        assert_eq!((0..1000).filter(|_| limiter.admit(loud, later)).count(), 10);
+    }
+
+    #[test]
+    fn a_bounded_number_of_askers_is_remembered() {
+        let (mut limiter, now) = (Limiter::new(1, 2), Instant::now());
+        let asker = |n: usize| IpAddr::from(u32::try_from(n).unwrap().to_be_bytes());
+        for n in 0..2 * ASKERS_MAX {
+            limiter.admit(asker(n), now);
+        }
+        assert_eq!(limiter.buckets.len(), ASKERS_MAX);
+        // Once they are full again they make room.
+        assert!(limiter.admit(asker(3 * ASKERS_MAX), now + Duration::from_secs(10)));
+        assert_eq!(limiter.buckets.len(), 1);
+    }
+}

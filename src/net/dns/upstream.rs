@@ -1,0 +1,69 @@
+//! The host's own resolvers.
+
+use crate::host::command::read_bounded;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+pub const PORT: u16 = 53;
+/// As many as resolv.conf(5) has.
+const SERVERS_MAX: usize = 3;
+const FILE_BYTES_MAX: u64 = 64 * 1024;
+/// How old what was read may be.
+const FRESH: Duration = Duration::from_secs(5);
+
+/// Reads resolv.conf(5) now and then.
+pub struct Upstreams {
+    file: PathBuf,
+    /// Ourselves: asking that would go round in circles.
+    own: Ipv4Addr,
+    port: u16,
+    known: Option<(Vec<SocketAddr>, Instant)>,
+}
+
+impl Upstreams {
+    pub fn new(file: PathBuf, own: Ipv4Addr, port: u16) -> Self {
+        Self { file, own, port, known: None }
+    }
+
+    pub fn get(&mut self, now: Instant) -> Vec<SocketAddr> {
+        match &self.known {
+            Some((servers, read)) if now.saturating_duration_since(*read) < FRESH => servers.clone(),
+            _ => {
+                let bytes = std::fs::File::open(&self.file).and_then(|f| read_bounded(f, FILE_BYTES_MAX)).unwrap_or_default();
+                let servers = parse(&String::from_utf8_lossy(&bytes), self.own);
+                let servers: Vec<_> = servers.into_iter().map(|s| SocketAddr::new(s, self.port)).collect();
+                self.known = Some((servers.clone(), now));
+                servers
+            }
+        }
+    }
+}
+
+fn parse(text: &str, own: Ipv4Addr) -> Vec<IpAddr> {
+    let address = |line: &str| {
+        let mut words = line.split_whitespace();
+        let server = (words.next() == Some("nameserver")).then(|| words.next()).flatten()?;
+        // "%eth0" is not read: an address of one link only.
+        server.parse::<IpAddr>().ok().filter(|a| *a != IpAddr::V4(own) && !a.is_unspecified())
+    };
+    text.lines().filter_map(address).take(SERVERS_MAX).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resolvers_of_the_host() {
+        let text = "# x\nsearch example\nnameserver 10.89.0.1\nnameserver 127.0.0.53\n nameserver ::1 # y\nnameserver\nnameserver x\n\
+                    nameserver fe80::1%eth0\nnameserver 192.0.2.1\nnameserver 192.0.2.2\n";
+        let servers: Vec<_> = parse(text, Ipv4Addr::new(10, 89, 0, 1)).iter().map(ToString::to_string).collect();
+        assert_eq!(servers, ["127.0.0.53", "::1", "192.0.2.1"]);
+    }
+
+    #[test]
+    fn a_missing_file_has_no_resolvers() {
+        assert!(Upstreams::new("/nonexistent".into(), Ipv4Addr::LOCALHOST, PORT).get(Instant::now()).is_empty());
+    }
+}

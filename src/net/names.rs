@@ -1,0 +1,94 @@
+//! What things of ours are called on the host, so that they are found again.
+
+use super::Mac;
+use crate::error::{Error, Result};
+
+/// Hexadecimal digits of an installation's id: with `fc`, `-` and a number it must fit an interface's name.
+const INSTALL_LEN: usize = 8;
+
+#[derive(Clone, Debug)]
+pub struct Names {
+    install: String,
+}
+
+impl Names {
+    pub fn of(install: &str) -> Result<Self> {
+        let is_hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+        if install.len() != INSTALL_LEN || !install.bytes().all(is_hex) {
+            return Err(Error::internal(format!("name the network's parts: {install:?} is no installation's id")));
+        }
+        Ok(Self { install: install.to_owned() })
+    }
+
+    /// The bridge's alias.
+    pub fn bridge(&self) -> String {
+        format!("fc-{}", self.install)
+    }
+
+    /// The bridge's address. It is there from the bridge's first instant on, which the alias is not.
+    pub fn bridge_mac(&self) -> Mac {
+        let number = u32::from_str_radix(&self.install, 16).unwrap_or_default();
+        let [a, b, c, d] = number.to_be_bytes();
+        Mac([0x06, 0xfc, a, b, c, d])
+    }
+
+    /// The alias of a tap made ahead.
+    pub fn waiting(&self) -> String {
+        format!("fc-{}-tap", self.install)
+    }
+
+    /// Whether an alias is the tag of a VM of ours.
+    pub fn is_tag(&self, alias: &str) -> bool {
+        let is_plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        let rest = alias.strip_prefix("fc-").and_then(|a| a.strip_prefix(&self.install)).and_then(|a| a.strip_prefix('-'));
+        rest.is_some_and(|rest| !rest.is_empty() && rest != "tap" && rest.bytes().all(is_plain))
+    }
+
+    /// With which the names of all our taps begin.
+    pub fn tap_prefix(&self) -> String {
+        format!("fc{}-", self.install)
+    }
+
+    pub fn tap(&self, number: u32) -> String {
+        format!("{}{number}", self.tap_prefix())
+    }
+
+    /// The number of one of our taps.
+    pub fn tap_number(&self, name: &str) -> Option<u32> {
+        name.strip_prefix(&self.tap_prefix())?.parse().ok()
+    }
+
+    /// The name of our table in both families.
+    pub fn table(&self) -> String {
+        format!("fcd_{}", self.install)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::INTERFACE_NAME_LEN_MAX;
+
+    #[test]
+    fn names_of_one_installation() {
+        let names = Names::of("1a2b3c4d").unwrap();
+        assert_eq!((names.bridge().as_str(), names.waiting().as_str()), ("fc-1a2b3c4d", "fc-1a2b3c4d-tap"));
+        assert_eq!(names.bridge_mac().to_string(), "06:fc:1a:2b:3c:4d");
+        assert_eq!(names.tap(9999).len(), INTERFACE_NAME_LEN_MAX);
+        assert_eq!(names.tap_number(&names.tap(17)), Some(17));
+        assert_eq!(names.tap_number("fc1a2b3c4e-17"), None);
+        assert!(names.is_tag("fc-1a2b3c4d-0123456789ab-1"));
+        for other in
+            ["fc-1a2b3c4d", "fc-1a2b3c4d-", "fc-1a2b3c4d-tap", "fc-1a2b3c4e-x-1", "", "fc-1a2b3c4d-a b", "fc-1a2b3c4d-a\n"]
+        {
+            assert!(!names.is_tag(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn an_id_of_another_form_is_refused() {
+        for bad in ["", "1a2b3c4", "1a2b3c4d5", "1A2B3C4D", "../../..", "1a2b3c4\""] {
+            assert!(Names::of(bad).is_err(), "{bad}");
+        }
+    }
+}

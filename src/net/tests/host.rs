@@ -1,0 +1,240 @@
+//! What is on the host: made, found again, mended, removed; and what is not ours.
+
+use super::lab::{INSTALL, Lab, Machine, Ns, OUTSIDE, config, is_root, open, tag};
+use crate::api::daemon::Severity;
+use crate::error::{Error, Kind, Result};
+use crate::host::{Command, Commands, HostCommands, Output};
+use crate::locks::Cancel;
+use crate::net::{Access, checks};
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+fn cancel() -> Cancel {
+    Cancel::try_new().unwrap()
+}
+
+#[test]
+fn a_tap_is_its_vms_and_goes_with_it() {
+    if !is_root() {
+        return;
+    }
+    let lab = Lab::new(&config());
+    lab.await_taps(2);
+    let empty = lab.census();
+    let (a, b) = (lab.guest(0, Access::Nat), lab.guest(1, Access::None));
+    let (tap_a, tap_b) = (lab.take(&a), lab.take(&b));
+    assert_ne!(tap_a, tap_b);
+    assert_eq!(lab.host.run(|| lab.net.list()).unwrap(), [tag(0), tag(1)]);
+    let details = lab.host.sh(&format!("ip -d link show dev {}", tap_a.name));
+    for part in ["master fcbr0", "isolated on", "user 4711", &format!("alias {}", tag(0)), ",UP"] {
+        assert!(details.contains(part), "{part} is not in {details}");
+    }
+    assert_eq!(lab.elements(), ["10.89.0.2", "10.89.0.2", "10.89.0.2", "10.89.0.3", "10.89.0.3"]);
+    // Taken again, it is replaced.
+    let again = lab.take(&a);
+    assert_ne!(again, tap_a);
+    lab.release(0);
+    lab.release(0);
+    lab.release(1);
+    assert_eq!(lab.host.run(|| lab.net.list()).unwrap(), [""; 0]);
+    lab.await_taps(2);
+    let strip = |census: String| census.replace(|c: char| c.is_ascii_digit(), "");
+    assert_eq!(strip(lab.census()), strip(empty), "but for the numbers");
+    assert!(lab.host.run(|| lab.net.release("fc-00000000-0123456789ab-1")).is_err(), "another installation's");
+}
+
+#[test]
+fn a_daemon_that_was_killed_leaves_what_the_next_one_takes_up() {
+    if !is_root() {
+        return;
+    }
+    let lab = Lab::new(&config());
+    lab.await_taps(2);
+    let guest = lab.guest(0, Access::Nat);
+    let tap = lab.take(&guest);
+    lab.await_taps(2);
+    // Also one that was about to get its alias.
+    lab.host.sh(&format!("ip tuntap add dev fc{INSTALL}-77 mode tap; ip tuntap add dev tap0 mode tap"));
+    let machine = Machine::start(&lab.host, &tap.name, guest.clone());
+    let Lab { net, host, outside } = lab;
+    std::mem::forget(net);
+    let net = open(&host, &config(), Arc::new(HostCommands)).unwrap();
+    let lab = Lab { net, host, outside };
+    lab.await_taps(2);
+    let taps = lab.host.sh("ip -o link show type tun");
+    assert_eq!(taps.lines().count(), 4, "two that wait, the VM's, and the one that is not ours: {taps}");
+    assert!(!taps.contains("-77:") && taps.contains("tap0:"), "{taps}");
+    lab.host.run(|| lab.net.adopt(std::slice::from_ref(&guest))).unwrap();
+    assert_eq!(lab.host.run(|| lab.net.mend()).unwrap(), [""; 0], "nothing was to be mended");
+    let outside = lab.outside.udp((Ipv4Addr::UNSPECIFIED, 9000));
+    machine.udp().send("still there", (OUTSIDE, 9000));
+    assert_eq!(outside.next().0, "still there");
+    lab.release(0);
+    assert_eq!(lab.elements(), [""; 0]);
+}
+
+#[test]
+fn what_others_break_is_mended() {
+    if !is_root() {
+        return;
+    }
+    let lab = Lab::new(&config());
+    let machine = lab.start(0, Access::Nat);
+    let outside = lab.outside.udp((Ipv4Addr::UNSPECIFIED, 9000));
+    for (harm, found) in [
+        ("nft flush ruleset", "set the rules of guests, which were gone"),
+        ("nft flush set inet fcd_1a2b3c4d nat", "let fc-1a2b3c4d-0123456789ab-0 in again"),
+        ("ip link delete fcbr0", "made bridge fcbr0"),
+        ("ip link set fcbr0 down", "switched bridge fcbr0 on"),
+        ("ip address flush dev fcbr0; ip address add 10.1.1.1/24 dev fcbr0", "gave bridge fcbr0 the address 10.89.0.1/24"),
+        ("sysctl -q -w net.ipv4.ip_forward=0", "switched IPv4 forwarding on"),
+    ] {
+        lab.host.sh(harm);
+        let done = lab.host.run(|| lab.net.mend()).unwrap();
+        assert!(done.iter().any(|d| d == found), "{harm}: {done:?}");
+        assert_eq!(lab.host.run(|| lab.net.mend()).unwrap(), [""; 0], "the second time after {harm}");
+        machine.udp().send(harm, (OUTSIDE, 9000));
+        assert_eq!(outside.next().0, harm);
+    }
+    // A rule of a tap that is gone.
+    lab.host.sh("ip link delete \"$(ip -o link show master fcbr0 | cut -d: -f2 | tr -d ' ' | cut -d@ -f1)\"");
+    lab.host.run(|| lab.net.release(&tag(0))).unwrap();
+    assert_eq!(lab.elements(), [""; 0]);
+}
+
+#[test]
+fn what_is_not_ours_stays() {
+    if !is_root() {
+        return;
+    }
+    let host = Ns::new();
+    host.sh("ip link add fcbr0 type bridge; ip link set fcbr0 alias mine; ip tuntap add dev fctap mode tap");
+    host.sh(
+        "nft 'add table inet fcd_00000000; add chain inet fcd_00000000 c { type filter hook forward priority 0; policy drop; }'",
+    );
+    let of_others = "ip -o link show; nft list table inet fcd_00000000";
+    let before = host.sh(of_others);
+    let e = open(&host, &config(), Arc::new(HostCommands)).err().unwrap();
+    assert_eq!(e.kind(), Kind::Conflict);
+    assert!(e.hint_text().unwrap().contains("[network]"), "{e}");
+    assert_eq!(host.sh(of_others), before);
+    let other_name = crate::config::Network { bridge: "fcbr1".into(), ..config() };
+    let net = open(&host, &other_name, Arc::new(HostCommands)).unwrap();
+    host.run(|| net.remove_all()).unwrap();
+    assert_eq!(host.sh(of_others), before);
+    assert!(!host.sh("nft list tables").contains(INSTALL));
+}
+
+/// Fails the `fail_at`-th command, or passes all.
+struct Failing {
+    count: AtomicUsize,
+    fail_at: AtomicUsize,
+}
+
+impl Commands for Failing {
+    fn run(&self, command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<Output> {
+        if self.count.fetch_add(1, Ordering::SeqCst) + 1 == self.fail_at.load(Ordering::SeqCst) {
+            return Err(Error::new(Kind::CommandFailed, "made to fail"));
+        }
+        HostCommands.run(command, cancel, on_line)
+    }
+}
+
+#[test]
+fn a_take_that_fails_at_any_step_leaves_nothing() {
+    if !is_root() {
+        return;
+    }
+    let commands = Arc::new(Failing { count: AtomicUsize::new(0), fail_at: AtomicUsize::new(0) });
+    // No taps ahead: the steps are the take's own.
+    let lab = Lab::with(&crate::config::Network { taps_ahead: 0, ..config() }, commands.clone());
+    let empty = lab.census();
+    let guest = lab.guest(0, Access::Nat);
+    let mut failed = 0;
+    loop {
+        commands.count.store(0, Ordering::SeqCst);
+        commands.fail_at.store(failed + 1, Ordering::SeqCst);
+        let taken = lab.host.run(|| lab.net.take(&guest, 4711, &cancel()));
+        if taken.is_ok() {
+            break;
+        }
+        assert_eq!(lab.census(), empty, "after a failure of command {}", failed + 1);
+        failed += 1;
+    }
+    assert_eq!(failed, 5, "list, tag as waiting, tag as the VM's, rules, join");
+    // A release that fails is tried again.
+    for step in 1..=4 {
+        commands.count.store(0, Ordering::SeqCst);
+        commands.fail_at.store(step, Ordering::SeqCst);
+        let _ = lab.host.run(|| lab.net.release(&guest.tag));
+    }
+    commands.fail_at.store(0, Ordering::SeqCst);
+    lab.host.run(|| lab.net.release(&guest.tag)).unwrap();
+    assert_eq!(lab.census(), empty);
+    // Nor does a cancelled one leave anything.
+    let cancelled = cancel();
+    cancelled.cancel("the test");
+    let e = lab.host.run(|| lab.net.take(&guest, 4711, &cancelled)).unwrap_err();
+    assert_eq!((e.kind(), lab.census()), (Kind::Cancelled, empty));
+}
+
+#[test]
+fn many_at_once() {
+    if !is_root() {
+        return;
+    }
+    let lab = Lab::new(&config());
+    std::thread::scope(|s| {
+        for thread in 0..4 {
+            let lab = &lab;
+            s.spawn(move || {
+                for round in 0..3 {
+                    let guest = lab.guest(thread * 3 + round, Access::Nat);
+                    let tap = lab.take(&guest);
+                    assert_eq!(
+                        lab.host.sh(&format!("cat /proc/net/dev | grep -c {} || true", tap.name)).trim().parse::<u32>().is_ok(),
+                        true
+                    );
+                    if round > 0 {
+                        lab.release(thread * 3 + round);
+                    }
+                }
+            });
+        }
+        s.spawn(|| (0..6).for_each(|_| drop(lab.host.run(|| lab.net.mend()).unwrap())));
+    });
+    let mut left = lab.host.run(|| lab.net.list()).unwrap();
+    assert_eq!(left.len(), 4, "{left:?}");
+    assert_eq!(lab.host.run(|| lab.net.mend()).unwrap(), [""; 0], "those that are in have their rules");
+    left.drain(..).for_each(|tag| lab.host.run(|| lab.net.release(&tag)).unwrap());
+    assert_eq!(lab.elements(), [""; 0]);
+    lab.host.run(|| lab.net.remove_all()).unwrap();
+    assert_eq!(lab.host.sh("ip -o link show type tun; ip -o link show type bridge; nft list ruleset"), "");
+}
+
+#[test]
+fn doctor_says_what_blocks_guests_and_its_line_opens_the_way() {
+    if !is_root() {
+        return;
+    }
+    let lab = Lab::new(&config());
+    let machine = lab.start(0, Access::Nat);
+    let look = || {
+        let checks = lab.host.run(|| checks(&config(), None, &HostCommands, &cancel()));
+        checks.into_iter().filter(|c| c.severity != Severity::Ok && c.id.starts_with("network")).collect::<Vec<_>>()
+    };
+    assert_eq!(look(), [], "nothing is in the way");
+    lab.host.sh("nft 'add table inet mine; add chain inet mine others { type filter hook forward priority 10; policy drop; }'");
+    let found = look();
+    assert_eq!(found.len(), 1, "{found:?}");
+    let outside = lab.outside.udp((Ipv4Addr::UNSPECIFIED, 9000));
+    machine.udp().send("blocked", (OUTSIDE, 9000));
+    lab.host.sh(found[0].fix.as_ref().unwrap());
+    machine.udp().send("open", (OUTSIDE, 9000));
+    assert_eq!(outside.next().0, "open");
+    assert_eq!(look(), []);
+    lab.host.sh("ip route add 10.89.0.128/25 via 192.0.2.1");
+    let found = look();
+    assert!(found.len() == 1 && found[0].found.contains("10.89.0.128/25 on up0"), "{found:?}");
+}

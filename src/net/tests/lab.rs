@@ -1,0 +1,260 @@
+//! Network namespaces without names, which end with the last thread, socket and process in them: nothing is left of a test
+//! that panics. `host` is where [`Net`] works, `outside` the world behind it, and each guest is a namespace whose one interface
+//! a thread connects to the guest's tap, as a VMM does.
+
+use super::super::{Access, Guest, Net, Tap, tun};
+use crate::config::Network as Config;
+use crate::host::{Command, Commands, HostCommands};
+use crate::locks::Cancel;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, setns, unshare};
+use std::fs::File;
+use std::io::{PipeWriter, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+pub const INSTALL: &str = "1a2b3c4d";
+pub const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+/// The host's address towards the outside.
+pub const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
+pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 89, 0, 1);
+pub const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+/// Only ever reached by a test that fails.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Tests that make namespaces need root, and say so when they do not run.
+pub fn is_root() -> bool {
+    let is_root = nix::unistd::geteuid().is_root();
+    if !is_root {
+        eprintln!("SKIPPED, for it is not run by root: {:?}", std::thread::current().name());
+    }
+    is_root
+}
+
+pub struct Ns(File);
+
+impl Ns {
+    pub fn new() -> Self {
+        let made = std::thread::scope(|s| {
+            s.spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace");
+                Self(File::open("/proc/thread-self/ns/net").unwrap())
+            })
+            .join()
+            .unwrap()
+        });
+        made.sh("ip link set lo up");
+        made
+    }
+
+    /// Runs this there, in a thread of its own, and waits for it.
+    pub fn run<T: Send>(&self, what: impl FnOnce() -> T + Send) -> T {
+        let done = std::thread::scope(|s| {
+            s.spawn(|| {
+                setns(&self.0, CloneFlags::CLONE_NEWNET).expect("enter a network namespace");
+                what()
+            })
+            .join()
+        });
+        done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    /// A line of shell; what it said.
+    #[track_caller]
+    pub fn sh(&self, line: &str) -> String {
+        match self.run(|| HostCommands.run(&Command::new("sh").args(["-ec", line]), &Cancel::try_new().unwrap(), &mut |_| {})) {
+            Ok(output) => String::from_utf8(output.stdout).unwrap(),
+            Err(e) => panic!("{line}: {e}"),
+        }
+    }
+
+    /// For `ip link set ... netns`.
+    fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
+    }
+
+    pub fn udp(&self, at: impl Into<SocketAddr>) -> Udp {
+        let at = at.into();
+        Udp(self.run(|| UdpSocket::bind(at).unwrap_or_else(|e| panic!("bind {at}: {e}"))))
+    }
+}
+
+pub struct Udp(pub UdpSocket);
+
+impl Udp {
+    pub fn send(&self, what: &str, to: impl Into<SocketAddr>) {
+        // "Not permitted" and the like is as good as lost.
+        let _ = self.0.send_to(what.as_bytes(), to.into());
+    }
+
+    /// The next that comes, and from whom.
+    #[track_caller]
+    pub fn next(&self) -> (String, SocketAddr) {
+        self.0.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut buffer = [0; 2048];
+        let (len, from) = self.0.recv_from(&mut buffer).expect("a datagram");
+        (String::from_utf8_lossy(&buffer[..len]).into_owned(), from)
+    }
+
+    /// Whether something has come.
+    pub fn has_any(&self) -> bool {
+        self.0.set_nonblocking(true).unwrap();
+        let any = self.0.peek_from(&mut [0; 1]).is_ok();
+        self.0.set_nonblocking(false).unwrap();
+        any
+    }
+}
+
+pub struct Lab {
+    pub net: Net,
+    pub host: Ns,
+    pub outside: Ns,
+}
+
+pub fn config() -> Config {
+    Config { driver: crate::config::NetworkDriver::Bridge, taps_ahead: 2, ..Config::default() }
+}
+
+pub fn tag(n: u32) -> String {
+    format!("fc-{INSTALL}-0123456789ab-{n}")
+}
+
+impl Lab {
+    pub fn new(config: &Config) -> Self {
+        Self::with(config, Arc::new(HostCommands))
+    }
+
+    pub fn with(config: &Config, commands: Arc<dyn Commands>) -> Self {
+        let (host, outside) = (Ns::new(), Ns::new());
+        host.sh(&format!("ip link add up0 type veth peer name down0; ip link set down0 netns {}", outside.path()));
+        host.sh(&format!("ip address add {HOST}/24 dev up0; ip link set up0 up; ip route add default via {OUTSIDE}"));
+        outside.sh(&format!("ip address add {OUTSIDE}/24 dev down0; ip link set down0 up"));
+        let net = open(&host, config, commands).unwrap();
+        Self { net, host, outside }
+    }
+
+    pub fn guest(&self, slot: u32, access: Access) -> Guest {
+        Guest { tag: tag(slot), lease: self.net.lease(slot).unwrap(), access }
+    }
+
+    pub fn take(&self, guest: &Guest) -> Tap {
+        self.host.run(|| self.net.take(guest, 4711, &Cancel::try_new().unwrap())).unwrap()
+    }
+
+    pub fn release(&self, n: u32) {
+        self.host.run(|| self.net.release(&tag(n))).unwrap();
+    }
+
+    /// A guest that runs.
+    pub fn start(&self, slot: u32, access: Access) -> Machine {
+        let guest = self.guest(slot, access);
+        let tap = self.take(&guest);
+        Machine::start(&self.host, &tap.name, guest)
+    }
+
+    /// All that is ours: interfaces with their aliases, and the elements of the sets.
+    pub fn census(&self) -> String {
+        let links = self.host.sh("ip -o link show type tun; ip -o link show type bridge");
+        let mut lines: Vec<String> = links.lines().map(|l| l.split(": ").nth(1).unwrap_or_default().to_owned()).collect();
+        lines.sort();
+        lines.extend(self.elements());
+        lines.join(" ")
+    }
+
+    pub fn elements(&self) -> Vec<String> {
+        let list = format!(
+            "nft list set bridge fcd_{INSTALL} guests; nft list set inet fcd_{INSTALL} nat; ip neighbour show nud permanent dev fcbr0"
+        );
+        let text = self.host.sh(&list);
+        let words = text.split([' ', ',', '\n']).filter(|w| w.starts_with("10.89."));
+        let mut words: Vec<_> = words.map(str::to_owned).collect();
+        words.sort();
+        words
+    }
+
+    /// Waits until the taps that are made ahead are there.
+    #[track_caller]
+    pub fn await_taps(&self, count: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.net.taps_ready() != count {
+            assert!(Instant::now() < deadline, "{} taps of {count} are ready", self.net.taps_ready());
+            std::thread::yield_now();
+        }
+    }
+}
+
+pub fn open(host: &Ns, config: &Config, commands: Arc<dyn Commands>) -> crate::error::Result<Net> {
+    host.run(|| Net::open(config, INSTALL, commands, &Cancel::try_new().unwrap()))
+}
+
+/// A guest: a namespace behind a tap.
+pub struct Machine {
+    pub guest: Guest,
+    pub ns: Ns,
+    tap: File,
+    ends: Option<(PipeWriter, JoinHandle<()>)>,
+}
+
+impl Machine {
+    #[allow(clippy::disallowed_methods)] // A test's thread.
+    pub fn start(host: &Ns, tap: &str, guest: Guest) -> Self {
+        let ns = Ns::new();
+        let here = host.run(|| tun::connect(tap)).unwrap();
+        let there = ns.run(|| tun::connect("eth0")).unwrap();
+        // A port forwards once its carrier has been noticed.
+        let deadline = Instant::now() + PATIENCE;
+        while !host.sh(&format!("ip -d link show dev {tap}")).contains("state forwarding") {
+            assert!(Instant::now() < deadline, "port {tap} does not forward");
+        }
+        let lease = guest.lease;
+        ns.sh(&format!(
+            "ip link set eth0 address {} addrgenmode none; ip address add {}/{} dev eth0; ip link set eth0 up; ip route add default via {}",
+            lease.mac, lease.address, lease.prefix, lease.gateway
+        ));
+        let (reader, writer) = std::io::pipe().unwrap();
+        let tap = here.try_clone().unwrap();
+        let relay = std::thread::spawn(move || {
+            let mut buffer = vec![0; 65_536];
+            loop {
+                let mut fds = [&here, &there].map(|f| PollFd::new(f.as_fd(), PollFlags::POLLIN)).to_vec();
+                fds.push(PollFd::new(reader.as_fd(), PollFlags::POLLIN));
+                poll(&mut fds, PollTimeout::NONE).unwrap();
+                if fds[2].any().unwrap() {
+                    return;
+                }
+                for (mut from, mut to) in [(&here, &there), (&there, &here)] {
+                    while let Ok(len) = from.read(&mut buffer) {
+                        let _ = to.write(&buffer[..len]);
+                    }
+                }
+            }
+        });
+        Self { guest, ns, tap, ends: Some((writer, relay)) }
+    }
+
+    pub fn address(&self) -> Ipv4Addr {
+        self.guest.lease.address
+    }
+
+    /// A socket at the guest's address.
+    pub fn udp(&self) -> Udp {
+        self.ns.udp((self.address(), 0))
+    }
+
+    /// Sends a frame as it is: destination, source, type, payload.
+    pub fn inject(&self, frame: &[u8]) {
+        assert_eq!((&self.tap).write(frame).unwrap(), frame.len());
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if let Some((writer, relay)) = self.ends.take() {
+            drop(writer);
+            let _ = relay.join();
+        }
+    }
+}

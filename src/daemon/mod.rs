@@ -11,6 +11,7 @@ mod debug;
 mod doctor;
 mod down;
 mod effects;
+pub mod history;
 mod hold;
 mod images;
 mod keys;
@@ -39,7 +40,7 @@ pub use effects::Plan as EffectPlan;
 pub use keys::{HeldKey, Keyed};
 pub use notes::Notes;
 pub use sessions::ExecIo;
-pub use transitions::markdown_table as transitions_table;
+pub use transitions::{Decision, decide, markdown_table as transitions_table};
 pub use waiting::{Gone, Hangup};
 
 use crate::config::Config;
@@ -111,6 +112,7 @@ pub struct Inner {
     /// Fires when the daemon closes.
     closing: Cancel,
     pub effects: effects::Effects,
+    pub history: history::History,
     threads: close::Threads,
     started: Instant,
 }
@@ -206,6 +208,7 @@ impl Daemon {
             unlooked: Mutex::new(Rank::Runtimes, unlooked),
             closing: Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?,
             effects: effects::Effects::default(),
+            history: history::History::default(),
             threads: close::Threads::new(),
             started: Instant::now(),
             mem_mib_max,

@@ -82,7 +82,7 @@ impl Daemon {
         self.refuse_unlooked(found)?;
         let guard = self.locks.vm.lock(&found.id);
         let row = self.row(guard.key())?;
-        self.allow(&row, Verb::Guest)?;
+        self.allow_locked(&guard, &row, Verb::Guest)?;
         let user = self.runtimes.join(guard.key(), cancel.clone());
         drop(guard);
         if let Some(identity) = row.identity.clone()

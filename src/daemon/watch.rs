@@ -72,7 +72,8 @@ impl Daemon {
         row.identity = None;
         row.ssh_addr = None;
         let (rm, cause) = (row.rm, if clean { "the guest shut itself down" } else { "the VM's vmm died" });
-        let ((), ticket) = self.change(true, |tx| tx.put_vm(row))?;
+        let ((), ticket) = self.change(true, |tx| tx.put_vm(row.clone()))?;
+        self.note(&row, Some(ticket.seq()), None, || super::history::What::Died { state: row.state });
         self.runtimes.cancel_users(guard.key(), cause);
         drop(guard);
         self.wait_durable(ticket)?;

@@ -256,6 +256,11 @@ impl Store {
         !core.mode.is_read_only()
     }
 
+    /// Of the last change.
+    pub fn seq(&self) -> u64 {
+        self.0.inner.core.lock().seq
+    }
+
     pub fn stats(&self) -> Stats {
         let inner = &self.0.inner;
         let core = inner.core.lock();

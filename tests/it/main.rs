@@ -10,6 +10,7 @@ mod docs;
 mod edges;
 mod keys;
 mod layers;
+mod lock_fuzz;
 mod panics;
 mod points;
 mod promise;

@@ -293,7 +293,7 @@ impl World {
         *port += 1;
         let addr = SocketAddr::from(([127, 0, 0, 1], *port));
         self.guests.lock().unwrap().insert(addr, vm.clone());
-        self.vmm.set_ssh_addr(addr);
+        self.vmm.set_ssh_addr_of(vm, addr);
         addr
     }
 

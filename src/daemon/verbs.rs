@@ -136,6 +136,7 @@ impl Daemon {
         if let Some(identity) = self.identity(&row) {
             self.kill_vmm(&identity)?;
         }
+        self.release_boot(vm, row.generation)?;
         let guard = self.locks.vm.lock(vm);
         let successor = self.runtimes.end(guard.key()).1;
         let changed = self.change(true, |tx| {

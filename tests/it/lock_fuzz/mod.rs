@@ -28,11 +28,15 @@ const SECONDS_DEFAULT: u64 = 40;
 const STUCK: Duration = Duration::from_secs(60);
 /// The daemon's own limits keep each wait in a round below a second or two.
 const GRACE_MS: u64 = 50;
-/// A hold of a VM's lock is memory only: CPU time in a debug build with the checker on, which is most of it.
-const HOLD_CPU_MAX: Duration = Duration::from_millis(if cfg!(debug_assertions) { 5 } else { 1 });
-/// The most of all holds during which a thread may have slept for a reason that the checker does not see: the allocator's
-/// locks and a page that has to be read in again.
-const UNEXPLAINED_PER_MILLE_MAX: u64 = 2;
+/// The most of all holds of a VM's lock that may take more than a millisecond of CPU time. On a virtual machine the time that
+/// the host took away counts as the thread's own; a hold that computes or copies would show in every hold of its kind.
+const LONG_PER_MILLE_MAX: u64 = 1;
+/// The same for holds in which the thread slept for a reason that the checker does not see: none but a page that has to come
+/// from the disk.
+const UNEXPLAINED_PER_MYRIAD_MAX: u64 = 1;
+/// glibc's allocator takes a lock per arena. With fewer arenas than threads those were the only unexplained sleeps in a hold:
+/// 3.4 % of the holds with one arena, 0.1 % with 16, none with 256.
+const ARENAS: &str = "1024";
 
 /// Small, fast, and the same everywhere (Vigna's SplitMix64).
 #[derive(Clone)]
@@ -76,6 +80,7 @@ fn the_whole_daemon_under_random_requests() {
     let exe = std::env::current_exe().unwrap();
     let mut child = Command::new(exe);
     child.args(["--exact", "lock_fuzz::child", "--ignored", "--nocapture", "--test-threads=1"]).env("FCD_LOCK_ABORT", "1");
+    child.env("MALLOC_ARENA_MAX", ARENAS);
     let out = child.output().unwrap();
     let (stdout, stderr) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
     println!("{stdout}");
@@ -135,8 +140,8 @@ fn tell(figures: &Figures, took: Duration) {
     );
     assert_eq!(check::violations(), 0);
     assert!(figures.claims > 0 && figures.commits > 0 && holds.count > 0);
-    assert!(holds.longest < HOLD_CPU_MAX, "{holds:?}");
-    assert!(holds.unexplained * 1000 <= holds.count * UNEXPLAINED_PER_MILLE_MAX, "{holds:?}");
+    assert!(holds.long * 1000 <= holds.count * LONG_PER_MILLE_MAX, "{holds:?}");
+    assert!(holds.unexplained * 10_000 <= holds.count * UNEXPLAINED_PER_MYRIAD_MAX, "{holds:?}");
 }
 
 static CHAOS_SEED: AtomicU64 = AtomicU64::new(0);
@@ -194,7 +199,7 @@ fn round(seed: u64, figures: &mut Figures) {
         })
     });
     figures.replies += replies.load(Ordering::SeqCst);
-    world.await_rest();
+    come_to_rest(&world);
     let events = world.daemon().history.take();
     let told = replay::check(&events, &seen).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
     figures.explained += told.explained;
@@ -213,6 +218,18 @@ fn round(seed: u64, figures: &mut Figures) {
     assert!(world.vmm.live().is_empty(), "seed {seed}: {:?}", world.vmm.live());
     world.daemon().store.read(|s| assert_eq!((s.vms().count(), s.ledger().count(), s.workspaces().count()), (0, 0, 0)));
     // The world's drop compares memory with the disk.
+}
+
+/// A VMM that was ended last is told of on a thread of the fake's own, which no count of the daemon's knows.
+fn come_to_rest(world: &World) {
+    await_that("every death is written down", || {
+        let live = world.vmm.live();
+        world.daemon().store.read(|s| {
+            let runs = |r: &&std::sync::Arc<fcd::store::VmRow>| r.state == fcd::api::vm::VmState::Running;
+            s.vms().filter(runs).all(|r| live.iter().any(|tag| tag.ends_with(&format!("-{}-{}", r.id, r.generation))))
+        })
+    });
+    world.await_rest();
 }
 
 /// Ends the process when no reply comes for too long, having said who holds and awaits what.

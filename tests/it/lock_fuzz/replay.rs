@@ -205,20 +205,12 @@ fn gives(event: &Event, call: &Seen) -> bool {
 
 /// No VM of that name was there at some moment of the call.
 fn was_absent(events: &[Event], call: &Seen) -> Result<(), String> {
-    let mut there_since = None;
-    for event in events.iter().filter(|e| e.name.as_str() == call.name) {
-        match event.what {
-            What::Created => there_since = Some(event.between.1),
-            What::Committed { ending: Ending::Deleted, .. } => {
-                if there_since.take().is_some_and(|since| since <= call.sent && call.received <= event.between.0) {
-                    return Err(format!("it was there all the time: {call:?}"));
-                }
-            }
-            _ => {}
+    let of_name = || events.iter().filter(|e| e.name.as_str() == call.name);
+    for made in of_name().filter(|e| matches!(e.what, What::Created) && e.between.1 <= call.sent) {
+        let gone = of_name().find(|e| e.vm == made.vm && matches!(e.what, What::Committed { ending: Ending::Deleted, .. }));
+        if gone.is_none_or(|gone| call.received <= gone.between.0) {
+            return Err(format!("{} was there all the time: {call:?}", made.vm));
         }
     }
-    match there_since {
-        Some(since) if since <= call.sent => Err(format!("it is there still: {call:?}")),
-        _ => Ok(()),
-    }
+    Ok(())
 }

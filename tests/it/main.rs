@@ -15,5 +15,6 @@ mod panics;
 mod points;
 mod promise;
 mod recovery;
+mod stall;
 mod verbs;
 mod world;

@@ -237,6 +237,24 @@ fn the_gate() {
     }
 }
 
+/// What a lock that is held throughout an import costs: without this the other figures would prove nothing.
+#[test]
+#[cfg(feature = "one-lock")]
+fn with_one_lock_a_stop_waits() {
+    const TIMES_MIN: u32 = 1000;
+    let mut stage = Stage::new(Load::of(0));
+    for name in ["idle", "held"] {
+        stage.vm(name, Silent);
+    }
+    let import = stage.stall("held", Silent);
+    let (idle, held) = (stage.time(Verb::Stop, "idle"), stage.time(Verb::Stop, "held"));
+    println!("with one lock: stop of an idle VM {idle:?}, under a stalled import {held:?}");
+    assert!(held > idle * TIMES_MIN, "idle {idle:?}, held {held:?}");
+    drop(import.stream);
+    import.call.hang_up();
+    stage.end();
+}
+
 #[test]
 #[ignore = "measures: scripts/bench stall"]
 fn bench() {

@@ -6,6 +6,7 @@ mod api;
 mod bad_input;
 mod booting;
 mod crash;
+mod crowd;
 mod docs;
 mod edges;
 mod keys;

@@ -214,21 +214,23 @@ fn percentile(took: &[Duration], percent: usize) -> Duration {
 }
 
 #[test]
+#[ignore = "measures, so it runs alone: a step of scripts/test"]
 fn the_gate() {
     const ROUNDS: usize = 9;
     const SLACK: Duration = Duration::from_millis(1);
+    /// What else runs on the machine slows one side or the other, now and then. A verb that waits is slower each time.
+    const SETS_MAX: usize = 3;
+    let fits = |(idle, held): &(Duration, Duration)| *held <= idle.mul_f64(1.2) + SLACK;
     // One import beside; and a pool whose workers and queue are full.
     for load in [Load::of(1), Load { others: 4, workers: 2, queue: 4 }] {
         let mut stage = Stage::new(load);
-        for fault in [Silent, Unread, Cut] {
-            for verb in verbs(fault) {
-                let (idle, held): (Vec<_>, Vec<_>) = (0..ROUNDS).map(|_| stage.round(*verb, fault)).unzip();
-                let (idle, held) = (median(idle), median(held));
-                assert!(
-                    held <= idle.mul_f64(1.2) + SLACK,
-                    "{verb:?} under {fault:?} with {load:?}: idle {idle:?}, held {held:?}"
-                );
+        for (fault, verb) in [Silent, Unread, Cut].iter().flat_map(|f| verbs(*f).iter().map(|v| (*f, *v))) {
+            let mut sets = Vec::new();
+            while sets.len() < SETS_MAX && !sets.last().is_some_and(fits) {
+                let (idle, held): (Vec<_>, Vec<_>) = (0..ROUNDS).map(|_| stage.round(verb, fault)).unzip();
+                sets.push((median(idle), median(held)));
             }
+            assert!(sets.last().is_some_and(fits), "{verb:?} under {fault:?} with {load:?}: idle and held {sets:?}");
         }
         if load.queue > load.others {
             stage.a_second_import_waits_visibly();

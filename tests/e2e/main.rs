@@ -4,6 +4,7 @@
 mod exec;
 mod export;
 mod first_light;
+mod full_disk;
 mod host;
 mod hostile;
 mod lifecycle;

@@ -124,7 +124,7 @@ fn a_disk_on_the_host_that_fills_up() {
     writable(&host);
     host.ok(&["workspace", "prepare", "box", path]);
     assert_eq!(host.show("box", "workspace")["state"], "complete");
-    let sum = |dir: &str| format!("{}", host.sh("box", &format!("sha256sum <{dir}/big")));
+    let sum = |dir: &str| host.sh("box", &format!("sha256sum <{dir}/big"));
     let ours = std::process::Command::new("sha256sum").stdin(fs::File::open(tree.path().join("big")).unwrap()).output().unwrap();
     assert_eq!(sum("."), text(&ours).0);
     assert!(host.ok(&["stop", "box"]).contains("the guest's data was synced"));

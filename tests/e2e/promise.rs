@@ -137,7 +137,7 @@ fn idle_stop(host: &Host) -> Duration {
 fn unread_import(host: &Host) -> (Spawned, std::thread::JoinHandle<()>) {
     let (import, stdin) = endless_import(host, "box");
     let feeder = feed(stdin);
-    wait_for("bytes go into the guest", || (gone_in(host) > MIB as u64).then_some(()));
+    wait_for("bytes go into the guest", || (gone_in(host) > 4 * MIB as u64).then_some(()));
     host.sh("box", "pkill -STOP -x tar");
     let mut last = 0;
     wait_for("no more bytes go in", || {

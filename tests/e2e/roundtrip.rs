@@ -211,11 +211,11 @@ fn a_second_prepare(host: &Host) {
     site.commit("second");
     site.in_guest("echo guest > guest-edits; echo guest > both-edit; rm guest-deletes; echo guest > guest-new");
     let said = site.prepare();
-    for name in ["guest-edits", "both-edit", "guest-deletes"] {
+    for name in ["guest-edits", "both-edit", "guest-deletes", "guest-new"] {
         assert_eq!(said.lines().filter(|l| l.trim_start_matches("fcctl: ").trim() == name).count(), 1, "{name} in {said}");
     }
-    assert!(said.contains("kept 3 files") && said.contains("--overwrite"), "{said}");
-    // What only the guest has is no conflict: it stays, and is not named.
+    assert!(said.contains("kept 4 files") && said.contains("--overwrite"), "{said}");
+    // What only the guest has stays, too.
     let now = "cat host-edits guest-edits both-edit host-new guest-new; ls -d host-deletes guest-deletes dir 2>/dev/null || true";
     assert_eq!(site.said_in_guest(now), "edited on the host\nguest\nguest\nnew\nguest\n");
     assert_eq!(

@@ -4,7 +4,7 @@
 use super::history::{self, What};
 use super::lifecycle::{Claim, Outcome, enter, superseded};
 use super::operations::ended_row;
-use super::runtime::Successor;
+use super::runtime::{HOST_DISK_FULL, Successor};
 use super::transitions::Verb;
 use super::{Daemon, now_s, resources, to_value};
 use crate::api::vm::{VmDeleteReply, VmState};
@@ -300,5 +300,9 @@ fn settle(row: &mut VmRow, ending: &Ending) -> Result<()> {
 }
 
 fn died_booting(row: &VmRow, how: &str) -> Error {
+    if how == HOST_DISK_FULL {
+        return Error::new(Kind::DiskFull, format!("start vm {}: {how}", row.name))
+            .hint("free some space (df -h), then try again");
+    }
     Error::new(Kind::VmmFailed, format!("start vm {}: {how}", row.name)).hint(format!("fcctl logs {}", row.name))
 }

@@ -287,7 +287,8 @@ impl Daemon {
                 Err(e) => e,
             };
         }
-        op.finish(Err(error.context(format!("{} vm {}", claim.verb.name(), claim.vm))));
+        let name = self.row(&claim.vm).map_or_else(|_| claim.vm.to_string(), |row| row.name.to_string());
+        op.finish(Err(error.context(format!("{} vm {name}", claim.verb.name()))));
     }
 
     fn kill_unrecorded(&self, vm: &VmId) -> Result<()> {

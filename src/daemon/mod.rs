@@ -44,7 +44,7 @@ pub use transitions::{Decision, decide, markdown_table as transitions_table};
 pub use waiting::{Gone, Hangup};
 
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::guest::ControlSender;
 use crate::guest::Transport;
 use crate::host::Commands;
@@ -162,13 +162,17 @@ fn open_ops(store: &Store, mut rows: Vec<crate::api::op::Op>) -> Result<Ops> {
     });
     rows.sort_by_key(|op| op.started_at);
     let broken = ops.restore(rows)?;
-    let ((), ticket) = store.change(|tx| {
+    let written = store.change_essential(|tx| {
         for ended in broken {
             tx.put_op(ended.op);
         }
         Ok(())
-    })?;
-    ticket.wait(Instant::now() + DURABLE_DEADLINE)?;
+    });
+    match written.and_then(|((), ticket)| ticket.wait(Instant::now() + DURABLE_DEADLINE).map(drop)) {
+        // On a full disk there must be a daemon that deletes. The next one finds them broken again.
+        Err(e) if matches!(e.kind(), Kind::DiskFull | Kind::StoreReadOnly) => log::warn!("write down what was cut off: {e}"),
+        other => other?,
+    }
     Ok(ops)
 }
 

@@ -19,6 +19,9 @@ const CLEAN_EXIT: &str = "the guest shut down";
 impl Daemon {
     /// From now on the death of this VMM is seen.
     pub(super) fn watch(&self, row: &VmRow, identity: &Identity) -> Result<()> {
+        let (runtimes, vm) = (self.runtimes.clone(), row.id.clone());
+        let told = Box::new(move |is_paused| runtimes.set_paused(&vm, is_paused));
+        self.vmm.watch_space(&self.vm_dir(&row.id), identity, told)?;
         let (daemon, vm, generation) = (self.clone(), row.id.clone(), row.generation);
         self.vmm.watch(
             identity,

@@ -95,7 +95,10 @@ pub enum Start {
 pub enum Next {
     Happened(Arc<Happened>),
     /// The last of all: so many more came than the queue holds. All up to `resume_seq` was given.
-    Lagged { dropped: u64, resume_seq: u64 },
+    Lagged {
+        dropped: u64,
+        resume_seq: u64,
+    },
 }
 
 type Sees = Box<dyn Fn(u32) -> bool + Send>;
@@ -152,6 +155,11 @@ impl Bus {
             last_listener: 0,
         };
         Self { published: Mutex::new(Rank::Store, published) }
+    }
+
+    #[cfg(test)]
+    pub(super) fn listeners(&self) -> usize {
+        self.published.lock().listeners.len()
     }
 
     /// Tells of changes that are on the disk now. Called by the writer only, batch after batch.

@@ -249,11 +249,7 @@ impl Store {
     ///
     /// # Errors
     /// `exhausted` when there is no descriptor for it.
-    pub fn subscribe(
-        &self,
-        since: Option<u64>,
-        sees: impl Fn(u32) -> bool + Send + 'static,
-    ) -> Result<(Subscription, Start)> {
+    pub fn subscribe(&self, since: Option<u64>, sees: impl Fn(u32) -> bool + Send + 'static) -> Result<(Subscription, Start)> {
         Subscription::new(self.0.inner.clone(), since, Box::new(sees))
     }
 

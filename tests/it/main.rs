@@ -8,6 +8,8 @@ mod booting;
 mod crash;
 mod docs;
 mod edges;
+mod event_wire;
+mod events;
 mod keys;
 mod layers;
 mod panics;

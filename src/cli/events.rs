@@ -2,11 +2,11 @@
 
 use super::context::Context;
 use super::logs::{is_unread, unread};
+use super::op::name as op_state;
 use super::output::harmless_line;
 use super::vm::{settings, workspace_line};
 use crate::api::event::{Event, EventsWatch, EventsWatchRequest, Members, Snapshot, What};
 use crate::api::frame::Note;
-use crate::api::op::OpState;
 use crate::api::vm::{Pending, Vm, WorkspaceInfo};
 use crate::client::{Client, Failure, Hangup, Result};
 use crate::error::{Error, Kind};
@@ -121,12 +121,10 @@ impl Screen {
                 format!("{} -> {}{reason}", from.name(), to.name())
             }
             What::Changed { set } => changed(set),
-            What::OpEnded { method, state, error, .. } => match (state, error) {
-                (OpState::Ok, _) => format!("{method}: ok"),
-                (_, Some(fault)) => format!("{method}: {fault}"),
-                (OpState::Cancelled, None) => format!("{method}: cancelled"),
-                (_, None) => format!("{method}: failed"),
-            },
+            What::OpEnded { method, state, error, .. } => {
+                let why = error.as_ref().map(|fault| format!(": {fault}")).unwrap_or_default();
+                format!("{method} {}{why}", op_state(*state))
+            }
             What::Unknown => String::new(),
         };
         let name = event.name.as_ref().map_or("-", |name| name.as_str());

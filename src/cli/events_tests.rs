@@ -2,6 +2,7 @@ use super::super::tests::{NOW_S, Start, check, fcctl, fcctl_from, file_with, vm}
 use super::*;
 use crate::api::Fault;
 use crate::api::event::{Events, Lagged};
+use crate::api::op::OpState;
 use crate::api::vm::{VmState, WorkspaceState};
 use crate::client::fake::{Fake, Request};
 use crate::ids::OpId;
@@ -76,25 +77,25 @@ fn a_line_for_each_event() {
         &Fake::start(one_of_everything),
         &["events"],
         expect![[r#"
-        > events.watch {}
-        08:00:00  web  is running
-        08:00:00  db  is failed (the vmm died)
-        08:00:08  web  created
-        08:00:09  web  created -> starting
-        08:00:11  web  starting -> running
-        08:00:11  web  vm.start: ok
-        08:00:12  web  running -> failed: the vmm died: \u{1b}[2J
-        08:00:13  web  at next start: 2 vCPUs, 2 GiB of memory
-        08:00:14  web  2 vCPUs, 2 GiB of memory, removed when it stops
-        08:00:15  web  workspace /root/web (incomplete)
-        08:00:16  web  no workspace
-        08:00:17  web  deleted
-        08:00:17  web  vm.start: late
-        08:00:18  -  vm.start: cancelled
-        ! fcctl: the daemon is shutting down
-        ! hint: when fcd is back: fcctl events --since 19
-        status 4
-    "#]],
+            > events.watch {}
+            08:00:00  web  is running
+            08:00:00  db  is failed (the vmm died)
+            08:00:08  web  created
+            08:00:09  web  created -> starting
+            08:00:11  web  starting -> running
+            08:00:11  web  vm.start ok
+            08:00:12  web  running -> failed: the vmm died: \u{1b}[2J
+            08:00:13  web  at next start: 2 vCPUs, 2 GiB of memory
+            08:00:14  web  2 vCPUs, 2 GiB of memory, removed when it stops
+            08:00:15  web  workspace /root/web (incomplete)
+            08:00:16  web  no workspace
+            08:00:17  web  deleted
+            08:00:17  web  vm.start failed: late
+            08:00:18  -  vm.start cancelled
+            ! fcctl: the daemon is shutting down
+            ! hint: when fcd is back: fcctl events --since 19
+            status 4
+        "#]],
     );
 }
 

@@ -161,7 +161,8 @@ fn a_life() {
         web deleted
         web vm.delete Ok
         end created
-    "#]].assert_eq(&format!("{}\n", mirror.lines.join("\n")));
+    "#]]
+    .assert_eq(&format!("{}\n", mirror.lines.join("\n")));
 }
 
 #[test]

@@ -250,7 +250,11 @@ fn a_listener_is_given_what_it_may_see_and_its_queue_holds_nothing_else() {
     assert_eq!(missed(store.subscribe(Some(begin.unwrap()), |uid| uid == 7).unwrap().1), [seq]);
     // An operation on their VM that root began.
     let ended = Op { vm: Some(vm_id(2)), ..op(1, OpState::Failed) };
-    store.change_durable(|tx| Ok(tx.put_op(ended))).unwrap();
+    let end = |tx: &mut Tx| {
+        tx.put_op(ended);
+        Ok(())
+    };
+    store.change_durable(end).unwrap();
     assert_eq!(take(&mut theirs)[0].ended.len(), 1);
     drop(theirs);
     assert_eq!(store.0.inner.events.listeners(), 0);

@@ -5,7 +5,7 @@ use super::runtime::HOST_DISK_FULL;
 use crate::api::vm::{Vm, VmState};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{ID_LEN, VmId};
-use crate::store::{State, VmRow};
+use crate::store::{State, VmRow, WorkspaceRow};
 
 /// Shortest prefix of an id that is taken for one.
 const PREFIX_LEN_MIN: usize = 2;
@@ -89,6 +89,10 @@ impl Daemon {
 }
 
 pub fn view_of(state: &State, row: &VmRow) -> Vm {
+    view(row, state.workspace(&row.id).map(|w| &**w))
+}
+
+pub fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
     Vm {
         id: row.id.clone(),
         name: row.name.clone(),
@@ -109,7 +113,7 @@ pub fn view_of(state: &State, row: &VmRow) -> Vm {
         driver: row.driver.clone(),
         disk_driver: row.disk_driver.clone(),
         synced: row.synced,
-        workspace: state.workspace(&row.id).map(|w| crate::api::vm::WorkspaceInfo {
+        workspace: workspace.map(|w| crate::api::vm::WorkspaceInfo {
             guest_path: w.guest_path.clone(),
             workdir: w.workdir.clone(),
             state: w.state,

@@ -11,6 +11,7 @@ mod debug;
 mod doctor;
 mod down;
 mod effects;
+mod events;
 pub mod history;
 mod hold;
 mod images;

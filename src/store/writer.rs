@@ -90,6 +90,8 @@ impl Writer {
         match self.write_with_reserve(&batch) {
             Ok(spent) => {
                 self.inner.count(&batch);
+                // Before anybody is answered: whoever has an answer finds its events.
+                self.inner.events.publish(&batch.changes);
                 self.inner.core.lock().in_flight = None;
                 batch.outcome.settle(Ok(()));
                 if spent && let Err(e) = self.reserve.take() {

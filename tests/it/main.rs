@@ -9,6 +9,8 @@ mod crash;
 mod crowd;
 mod docs;
 mod edges;
+mod event_wire;
+mod events;
 mod keys;
 mod layers;
 mod lock_fuzz;

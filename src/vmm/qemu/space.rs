@@ -36,7 +36,6 @@ pub struct Attended {
 
 impl Attended {
     pub fn run(self) {
-        let _blocking = region(Rank::VmmApi);
         if let Err(e) = self.attend()
             && !self.closing.is_cancelled()
             && !super::is_exiting(&self.process)
@@ -47,20 +46,10 @@ impl Attended {
     }
 
     fn attend(&self) -> Result<()> {
-        let patience = || Patience { deadline: Instant::now() + ANSWER_DEADLINE, cancel: &self.closing };
-        let dir = open_at(open_dir(&self.dir)?, super::RUN_DIR, OFlags::RDONLY | OFlags::DIRECTORY, 0);
-        let dir = OwnedFd::from(dir.map_err(|e| Error::io("open the VMM's run directory", e))?);
-        let Some(control) = qmp::connect(&dir, QMP_SOCKET, &self.process, patience())? else { return Ok(()) };
-        let mut qmp = Qmp::open(control, patience())?;
+        let Some(mut qmp) = self.open()? else { return Ok(()) };
         let mut was_paused = false;
         loop {
-            qmp.be_patient(patience());
-            let mut is_paused = is_paused(&mut qmp)?;
-            if is_paused && was_paused && self.has_room() {
-                qmp.execute("cont", &json!({}))?;
-                // Another write may have failed already.
-                is_paused = self::is_paused(&mut qmp)?;
-            }
+            let is_paused = self.look(&mut qmp, was_paused)?;
             if is_paused != was_paused {
                 log::warn!(
                     "{}: the guest {}",
@@ -70,13 +59,44 @@ impl Attended {
                 (self.told)(is_paused);
                 was_paused = is_paused;
             }
-            let period = if is_paused { LOOK_PERIOD } else { EVENT_PERIOD };
-            qmp.be_patient(Patience { deadline: Instant::now() + period, cancel: &self.closing });
-            match qmp.event() {
-                Err(e) if e.kind() != Kind::Timeout => return Err(e),
-                _ => {}
-            }
+            self.await_event(&mut qmp, if is_paused { LOOK_PERIOD } else { EVENT_PERIOD })?;
         }
+    }
+
+    fn open(&self) -> Result<Option<Qmp<'_>>> {
+        let _blocking = region(Rank::VmmApi);
+        let dir = open_at(open_dir(&self.dir)?, super::RUN_DIR, OFlags::RDONLY | OFlags::DIRECTORY, 0);
+        let dir = OwnedFd::from(dir.map_err(|e| Error::io("open the VMM's run directory", e))?);
+        let control = qmp::connect(&dir, QMP_SOCKET, &self.process, self.patience(ANSWER_DEADLINE))?;
+        control.map(|control| Qmp::open(control, self.patience(ANSWER_DEADLINE))).transpose()
+    }
+
+    /// Whether the guest is paused; where it was so before and there is room again, it goes on.
+    fn look<'a>(&'a self, qmp: &mut Qmp<'a>, was_paused: bool) -> Result<bool> {
+        let _blocking = region(Rank::VmmApi);
+        qmp.be_patient(self.patience(ANSWER_DEADLINE));
+        if !is_paused(qmp)? {
+            return Ok(false);
+        }
+        if was_paused && self.has_room() {
+            qmp.execute("cont", &json!({}))?;
+            // Another write may have failed already.
+            return is_paused(qmp);
+        }
+        Ok(true)
+    }
+
+    fn await_event<'a>(&'a self, qmp: &mut Qmp<'a>, period: Duration) -> Result<()> {
+        let _blocking = region(Rank::VmmApi);
+        qmp.be_patient(self.patience(period));
+        match qmp.event() {
+            Err(e) if e.kind() != Kind::Timeout => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    fn patience(&self, period: Duration) -> Patience<'_> {
+        Patience { deadline: Instant::now() + period, cancel: &self.closing }
     }
 
     /// As the VMM sees it, which does not run as root.

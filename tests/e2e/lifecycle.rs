@@ -75,7 +75,7 @@ fn verbs_take_several_vms_and_go_on_past_an_error() {
     assert_eq!(host.ok(&["ps", "-aq"]).lines().count(), 3);
 
     let (status, said) = host.fails(&["rm", "alpha"]);
-    assert!(status == 1 && said.contains("rm -f"), "{said}");
+    assert!(status == 1 && said.contains("fcctl rm --force alpha"), "{said}");
     assert_eq!(host.show("alpha", "state"), "running");
     run_on_a_taken_name(&host);
     let (status, _) = host.fails(&["vm", "wait", "--timeout", "100ms", "beta"]);

@@ -113,6 +113,18 @@ fn a_flood_on_stderr_holds_nothing_up() {
 }
 
 #[test]
+fn what_has_come_is_not_waited_for() {
+    let (sshd, target) = ready("LogLevel DEBUG1");
+    for _ in 0..3 {
+        let flood = sh("head -c 10000000 /dev/zero >&2 & head -c 10000000 /dev/zero; wait; echo end; exit 5");
+        assert_eq!(SshTransport.exec(&target, &flood, Streams::default(), &cancel()).unwrap(), Exit::Status(5));
+    }
+    // Who waits is quiet, and is asked for a sign of life after a while.
+    let log = sshd.log();
+    assert!(log.contains("Starting session") && !log.contains("keepalive@"), "{log}");
+}
+
+#[test]
 fn a_sink_that_nobody_reads_leaves_the_other_stream_alone() {
     let (_sshd, target) = ready("");
     let ((_stuck, stdout), (stderr_read, stderr)) = (pipe(), pipe());

@@ -13,6 +13,8 @@ mod event_wire;
 mod events;
 mod keys;
 mod layers;
+// The checker counts the holds.
+#[cfg(any(debug_assertions, feature = "lock-check"))]
 mod lock_fuzz;
 mod panics;
 mod points;

@@ -73,6 +73,12 @@ pub enum Note {
     Ready(super::workspace::Ready),
     /// `vm.logs`: a piece of the console.
     Log(super::vm::LogChunk),
+    /// `events.watch`: how the VMs stand.
+    Snapshot(super::event::Snapshot),
+    /// `events.watch`: what a change brought.
+    Events(super::event::Events),
+    /// `events.watch`: the last note to one who reads too slowly.
+    Lagged(super::event::Lagged),
 }
 
 /// The final line.
@@ -109,7 +115,7 @@ impl Line {
             #[serde(borrow, default)]
             method: Option<std::borrow::Cow<'a, str>>,
         }
-        const KNOWN: &[&str] = &["op", "progress", "created", "session", "ready", "log"];
+        const KNOWN: &[&str] = &["op", "progress", "created", "session", "ready", "log", "snapshot", "events", "lagged"];
         match serde_json::from_slice::<Probe<'_>>(line)?.method {
             None => serde_json::from_slice(line).map(|r| Some(Line::Response(r))),
             Some(m) if KNOWN.contains(&m.as_ref()) => {

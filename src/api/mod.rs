@@ -2,6 +2,7 @@
 //! One request type and one reply type per call; [`Call`] ties a method's name to both.
 
 pub mod daemon;
+pub mod event;
 pub mod exec;
 pub mod fault;
 pub mod frame;

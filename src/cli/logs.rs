@@ -43,13 +43,19 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         if ctx.is_unread() { Err(unread()) } else { Ok(()) }
     });
     match result {
-        Err(_) if ctx.is_unread() => Ok(0),
+        Err(e) if is_unread(&e) => Ok(0),
         Err(e) => Err(e),
         Ok(_) if ctx.json => ctx.document(&serde_json::json!({ "vm": args.vm, "text": kept })).map(|()| 0),
         Ok(_) => Ok(0),
     }
 }
 
-fn unread() -> Failure {
+/// Ends a call whose notes nobody reads any more.
+pub fn unread() -> Failure {
     Error::new(Kind::Cancelled, "nobody reads").into()
+}
+
+/// [`unread`], and neither a full disk behind stdout nor an error of the daemon's.
+pub fn is_unread(failure: &Failure) -> bool {
+    *failure == unread()
 }

@@ -6,6 +6,7 @@
 mod context;
 mod debug;
 mod doctor;
+mod events;
 mod exec;
 mod image;
 mod leaks;
@@ -72,6 +73,8 @@ enum Noun {
     Rm(vm::DeleteArgs),
     /// Show a VM's console
     Logs(logs::Args),
+    /// Follow what happens to VMs and operations
+    Events(events::Args),
     /// VMs
     #[command(subcommand)]
     Vm(vm::Verb),
@@ -144,6 +147,7 @@ fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
         Noun::Stop(args) => vm::stop(ctx, args),
         Noun::Rm(args) => vm::delete(ctx, args),
         Noun::Logs(args) => logs::run(ctx, args),
+        Noun::Events(args) => events::run(ctx, args),
         Noun::Vm(verb) => vm::run(ctx, verb),
         Noun::Workspace(verb) => workspace::run(ctx, verb),
         Noun::Image(verb) => image::run(ctx, verb),

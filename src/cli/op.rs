@@ -51,7 +51,7 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     }
 }
 
-const fn name(state: OpState) -> &'static str {
+pub const fn name(state: OpState) -> &'static str {
     match state {
         OpState::Running => "running",
         OpState::Cancelling => "cancelling",

@@ -47,6 +47,7 @@ pub(super) fn fcctl_from(fake: &Fake, start: Start, args: &[&str]) -> Ran {
     let env = Box::new(|name: &str| match name {
         "PATH" => std::env::var("PATH").ok(),
         "MINE" => Some("from me".to_owned()),
+        "TZ" => Some("UTC".to_owned()),
         _ => None,
     });
     let mut ctx = Context::new(stdio, SignalSource::Channel(start.signals), env, NOW_S).unwrap();

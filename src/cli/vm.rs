@@ -283,7 +283,7 @@ fn state(vm: &Vm) -> String {
     }
 }
 
-fn workspace_line(workspace: &WorkspaceInfo) -> String {
+pub fn workspace_line(workspace: &WorkspaceInfo) -> String {
     match workspace.state {
         WorkspaceState::Complete => workspace.guest_path.clone(),
         WorkspaceState::Incomplete => format!("{} (incomplete)", workspace.guest_path),
@@ -341,7 +341,7 @@ fn sheet(vm: &Vm, now_s: u64) -> String {
     facts.iter().map(line).collect()
 }
 
-fn settings(vcpus: Option<u32>, mem_mib: Option<u64>, disk_bytes: Option<u64>) -> String {
+pub fn settings(vcpus: Option<u32>, mem_mib: Option<u64>, disk_bytes: Option<u64>) -> String {
     let vcpus = vcpus.map(|n| count(n.into(), "vCPU"));
     let memory = mem_mib.map(|m| format!("{} of memory", size(m << 20)));
     let disk = disk_bytes.map(|d| format!("{} of disk", size(d)));

@@ -1,4 +1,4 @@
-use super::super::tests::{NOW_S, check, fcctl, two_vms, vm};
+use super::super::tests::{NOW_S, Start, check, fcctl, fcctl_from, two_vms, vm};
 use super::*;
 use crate::api::frame::Note;
 use crate::api::op::Progress;
@@ -239,4 +239,15 @@ fn logs_come_as_they_are_off_a_terminal() {
     let ran = fcctl(&fake, &["logs", "web", "--json"]);
     assert_eq!(serde_json::from_slice::<serde_json::Value>(&ran.out).unwrap()["text"], "one \u{1b}[31mred\ntwo");
     assert_eq!(fcctl(&fake, &["logs", "-f", "web", "--json"]).status, 2);
+}
+
+#[test]
+fn a_full_disk_behind_the_logs_is_a_failure() {
+    let fake = Fake::start(|mut r| {
+        r.note(Note::Log(LogChunk { text: "hello\n".into() }));
+        r.result(json!({"bytes": 6}));
+    });
+    let start = Start { stdout: std::fs::File::options().write(true).open("/dev/full").unwrap(), ..Start::default() };
+    let ran = fcctl_from(&fake, start, &["logs", "web"]);
+    assert!(ran.status == 1 && ran.err.starts_with("fcctl: write to stdout: "), "{} {}", ran.status, ran.err);
 }

@@ -1,10 +1,11 @@
 //! Who may see what: root and the owner. To anybody else a VM does not exist.
 
 use super::Daemon;
-use crate::api::vm::Vm;
+use super::runtime::HOST_DISK_FULL;
+use crate::api::vm::{Vm, VmState};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{ID_LEN, VmId};
-use crate::store::{State, VmRow};
+use crate::store::{State, VmRow, WorkspaceRow};
 
 /// Shortest prefix of an id that is taken for one.
 const PREFIX_LEN_MIN: usize = 2;
@@ -74,11 +75,24 @@ impl Daemon {
 
     /// The VM as its owner sees it.
     pub(super) fn view(&self, id: &VmId) -> Result<Vm> {
-        self.store.read(|s| s.vm(id).map(|row| view_of(s, row))).ok_or_else(|| vm_not_found(id.as_str()))
+        let seen = self.store.read(|s| s.vm(id).map(|row| view_of(s, row)));
+        seen.map(|vm| self.with_pause(vm)).ok_or_else(|| vm_not_found(id.as_str()))
+    }
+
+    /// That the guest stands still is in no row: it could not be written to a full disk.
+    pub(super) fn with_pause(&self, mut vm: Vm) -> Vm {
+        if vm.state == VmState::Running && self.runtimes.is_paused(&vm.id) {
+            vm.reason = Some(format!("paused: {HOST_DISK_FULL}"));
+        }
+        vm
     }
 }
 
 pub fn view_of(state: &State, row: &VmRow) -> Vm {
+    view(row, state.workspace(&row.id).map(|w| &**w))
+}
+
+pub fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
     Vm {
         id: row.id.clone(),
         name: row.name.clone(),
@@ -99,7 +113,7 @@ pub fn view_of(state: &State, row: &VmRow) -> Vm {
         driver: row.driver.clone(),
         disk_driver: row.disk_driver.clone(),
         synced: row.synced,
-        workspace: state.workspace(&row.id).map(|w| crate::api::vm::WorkspaceInfo {
+        workspace: workspace.map(|w| crate::api::vm::WorkspaceInfo {
             guest_path: w.guest_path.clone(),
             workdir: w.workdir.clone(),
             state: w.state,

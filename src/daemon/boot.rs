@@ -32,11 +32,23 @@ pub(super) struct Boot<'a> {
 impl Daemon {
     /// From nothing to a guest that answers. On an error nothing of the boot is left, or the ledger says what is.
     pub(super) fn boot(&self, claim: &Claim) -> Result<Running> {
+        let row = self.row(&claim.vm)?;
+        let generation = row.generation;
+        self.try_boot(claim, row).map_err(|e| {
+            self.runtimes.give_up_boot(&claim.vm);
+            // What the claim intended goes, however far the boot got.
+            match self.release_boot(&claim.vm, generation) {
+                Ok(()) => e,
+                Err(k) => k.context(format!("after {e}: clean up")),
+            }
+        })
+    }
+
+    fn try_boot(&self, claim: &Claim, row: VmRow) -> Result<Running> {
         let op = claim.op();
         let _place = self.admission.enter(&claim.cancel, &mut |ahead| {
             op.progress(&format!("waits for a boot to end ({ahead} ahead)"));
         })?;
-        let row = self.row(&claim.vm)?;
         if let Some(earlier) = row.identity.clone() {
             op.progress("end the vmm of an earlier start");
             self.kill_vmm(&earlier)?;
@@ -45,14 +57,8 @@ impl Daemon {
         let image = self.images.get(&row.image)?;
         let spec = self.spec(&row, &image);
         let mut boot = Boot { claim, row, image: &image, spec, running: None };
-        match self.acquire_all(&mut boot).and_then(|()| self.await_guest(&mut boot)) {
-            Ok(running) => Ok(running),
-            Err(e) => {
-                self.runtimes.give_up_boot(&claim.vm);
-                self.release_boot(&claim.vm, boot.row.generation).map_err(|k| k.context(format!("after {e}: clean up")))?;
-                Err(e)
-            }
-        }
+        self.acquire_all(&mut boot)?;
+        self.await_guest(&mut boot)
     }
 
     fn await_guest(&self, boot: &mut Boot<'_>) -> Result<Running> {

@@ -1,9 +1,10 @@
 //! Commit: the claim's VM goes to rest, to the second half of a restart, or to its successor, in one section
 //! under its lock. A commit that the store refuses is tried again: the work is done and must be written down.
 
+use super::history::{self, What};
 use super::lifecycle::{Claim, Outcome, enter, superseded};
 use super::operations::ended_row;
-use super::runtime::Successor;
+use super::runtime::{HOST_DISK_FULL, Successor};
 use super::transitions::Verb;
 use super::{Daemon, now_s, resources, to_value};
 use crate::api::vm::{VmDeleteReply, VmState};
@@ -51,6 +52,7 @@ impl Daemon {
         let outcome = self.end_if_unwanted(&claim, outcome);
         let op = claim.op.take().expect("unsettled");
         let (vm, verb, state) = (claim.vm.clone(), claim.verb, claim.state);
+        let generation = self.row(&vm).map_or(0, |row| row.generation);
         let mut ending = Ending { vm, verb, state, op, outcome, died: None, successor: None };
         loop {
             let written = {
@@ -59,7 +61,15 @@ impl Daemon {
             };
             let durable = written.and_then(|w| self.wait_durable(w.ticket).map(|()| (w.result, w.then)));
             match durable {
-                Ok((result, then)) => return self.finish(ending, result, &then),
+                Ok((result, then)) => {
+                    // A VMM that died between the guest's first answer and the commit: nobody else cleans up after it.
+                    if ending.died.is_some()
+                        && let Err(e) = self.release_boot(&ending.vm, generation)
+                    {
+                        log::warn!("clean up after the vmm of {}: {e}", ending.vm);
+                    }
+                    return self.finish(ending, result, &then);
+                }
                 Err(e) => {
                     ending.op.progress(&format!("waits for the store: {e}"));
                     if self.pause(RETRY_PERIOD) {
@@ -99,9 +109,12 @@ impl Daemon {
         {
             self.end_op_soon(old.op, Err(Error::new(Kind::Superseded, "a later request took its place")));
         }
+        let since = std::time::Instant::now();
         let mut row = self.row(vm.key())?;
         if matches!(ending.outcome, Outcome::Deleted) {
-            return self.write_gone(&row, ending);
+            let written = self.write_gone(&row, ending)?;
+            self.note(&row, Some(written.ticket.seq()), Some(since), || ending.told(None, None));
+            return Ok(written);
         }
         let settled = settle(&mut row, ending);
         let (then, result) = self.choose(&mut row, ending, settled);
@@ -125,6 +138,8 @@ impl Daemon {
         if let Some((op, verb, to)) = ending.next(&then) {
             self.arm_locked(vm, op, to, verb);
         }
+        let next = ending.next(&then).map(|(op, ..)| op.id().clone());
+        self.note(&row, Some(ticket.seq()), Some(since), || ending.told(Some(row.state), next));
         Ok(Written { ticket, result, then })
     }
 
@@ -205,6 +220,20 @@ impl Daemon {
 }
 
 impl Ending {
+    /// For the history.
+    fn told(&self, state: Option<VmState>, next: Option<crate::ids::OpId>) -> What {
+        let ending = match (&self.outcome, &self.died) {
+            (Outcome::Booted(_), None) => history::Ending::Booted,
+            (Outcome::Booted(_) | Outcome::BootFailed(_), Some(_)) => history::Ending::BootDied,
+            (Outcome::BootFailed(e), None) if e.kind() == Kind::Cancelled => history::Ending::BootCancelled,
+            (Outcome::BootFailed(_), None) => history::Ending::BootFailed,
+            (Outcome::Ended { .. }, _) => history::Ending::Ended,
+            (Outcome::StillThere(_), _) => history::Ending::StillThere,
+            (Outcome::Deleted, _) => history::Ending::Deleted,
+        };
+        What::Committed { op: self.op.id().clone(), ending, state, next }
+    }
+
     /// Of two that want to come next the heavier does; gives back the other.
     fn take_heavier(&mut self, late: Successor) -> Option<Successor> {
         match &self.successor {
@@ -271,5 +300,9 @@ fn settle(row: &mut VmRow, ending: &Ending) -> Result<()> {
 }
 
 fn died_booting(row: &VmRow, how: &str) -> Error {
+    if how == HOST_DISK_FULL {
+        return Error::new(Kind::DiskFull, format!("start vm {}: {how}", row.name))
+            .hint("free some space (df -h), then try again");
+    }
     Error::new(Kind::VmmFailed, format!("start vm {}: {how}", row.name)).hint(format!("fcctl logs {}", row.name))
 }

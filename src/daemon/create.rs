@@ -56,20 +56,27 @@ impl Daemon {
         let id = row.id.clone();
         let op = key.map(|key| self.begin_own_op(key.method(), Some(id.clone()), caller.uid)).transpose()?;
         let begun = op.as_ref().map(OpHandle::op);
+        let since = std::time::Instant::now();
         let made = {
             let _names = self.locks.create_vm.lock(&());
             let given = request.name.is_some();
             self.store.change(|tx| {
                 let row = self.insert(tx, row, given)?;
+                // As it was made: somebody may have deleted it by the time that this is durable.
+                let vm = super::access::view_of(tx, &row);
                 if let (Some(key), Some(op)) = (key, begun) {
                     key.put(tx, &op.id)?;
-                    let result = to_value(&VmReply { vm: super::access::view_of(tx, &row) });
-                    tx.put_op(ended_row(op, &result));
+                    tx.put_op(ended_row(op, &to_value(&VmReply { vm: vm.clone() })));
                 }
-                Ok(())
+                Ok(vm)
             })
         };
-        let vm = made.and_then(|((), ticket)| self.wait_durable(ticket)).and_then(|()| self.view(&id));
+        if let Ok((_, ticket)) = &made
+            && let Ok(row) = self.row(&id)
+        {
+            self.note(&row, Some(ticket.seq()), Some(since), || super::history::What::Created);
+        }
+        let vm = made.and_then(|(vm, ticket)| self.wait_durable(ticket).map(|()| vm));
         if let Some(op) = op {
             op.finish(vm.as_ref().map_err(Clone::clone).and_then(|vm| to_value(&VmReply { vm: vm.clone() })));
         }
@@ -143,7 +150,7 @@ impl Daemon {
         let ticket = {
             let guard = self.locks.vm.lock(&row.id);
             let row = self.row(guard.key())?;
-            self.allow(&row, super::transitions::Verb::Set)?;
+            self.allow_locked(&guard, &row, super::transitions::Verb::Set)?;
             let disk_now = row.pending.as_ref().and_then(|p| p.disk_bytes).unwrap_or(row.disk_bytes);
             request.disk_bytes.map_or(Ok(()), |n| self.check_disk(n, disk_now))?;
             // On the row as it is then: a boot writes its facts without this lock.

@@ -1,6 +1,7 @@
 //! Claim and drive. A verb asks the transition table, claims under the VM's lock, and a thread of its own works
 //! with no lock held; `commit.rs` settles. No moment without an owner.
 
+use super::history::{Answer, What};
 use super::runtime::Successor;
 use super::transitions::{Decision, Verb, decide};
 use super::{Begun, Caller, Daemon, create, resources};
@@ -68,15 +69,18 @@ impl Daemon {
         self.refuse_unlooked(&found)?;
         let guard = self.locks.vm.lock(&found.id);
         let row = self.row(&found.id)?;
-        match decide(row.state, row.intent == Some(Intent::Restart), ask.verb) {
+        let begun = match decide(row.state, row.intent == Some(Intent::Restart), ask.verb) {
             Decision::Claim(to) => {
-                let claim = self.claim_locked(&guard, row, ask, to, caller.uid)?;
+                let claim = self.claim_locked(&guard, row.clone(), ask, to, caller.uid);
+                let seq = claim.as_ref().ok().and_then(|c| Some(c.ticket.as_ref()?.seq()));
+                self.note_asked(&row, ask.verb, seq, &claim.as_ref().map(|c| (Answer::Claimed, Some(c.op().id()))));
                 drop(guard);
-                self.begin(claim)
+                return self.begin(claim?);
             }
             Decision::Nothing | Decision::Allow => {
+                self.note_asked(&row, ask.verb, None, &Ok((Answer::Nothing, None)));
                 drop(guard);
-                Begun::done(&VmReply { vm: self.view(&found.id)? })
+                return Begun::done(&VmReply { vm: self.view(&found.id)? });
             }
             Decision::Join => self.join_locked(&guard, &row, ask),
             Decision::Escalate => {
@@ -85,7 +89,32 @@ impl Daemon {
             }
             Decision::Supersede => self.succeed_locked(&guard, &row, ask, caller.uid),
             Decision::Refuse(hint) => Err(refusal(&row, ask.verb, hint)),
-        }
+        };
+        let answer = begun.as_ref().map(|begun| match begun {
+            Begun::Op(op) => (Answer::Superseded, Some(op)),
+            Begun::Joined(op) => (Answer::Joined, Some(op)),
+            Begun::Done(_) => (Answer::Nothing, None),
+        });
+        self.note_asked(&row, ask.verb, None, &answer);
+        begun
+    }
+
+    /// For the history: with the VM's lock held.
+    pub(super) fn note_asked(
+        &self,
+        row: &VmRow,
+        verb: Verb,
+        seq: Option<u64>,
+        answer: &std::result::Result<(Answer, Option<&crate::ids::OpId>), &Error>,
+    ) {
+        self.note(row, seq, None, || {
+            let (answer, op) = match answer {
+                Ok((answer, op)) => (*answer, op.cloned()),
+                Err(e) if e.kind() == Kind::WrongState => (Answer::Refused, None),
+                Err(_) => (Answer::Failed, None),
+            };
+            What::Asked { verb, state: row.state, restarting: row.intent == Some(Intent::Restart), answer, op }
+        });
     }
 
     /// Refuses what the table does not allow in the row's state.
@@ -94,6 +123,13 @@ impl Daemon {
             Decision::Refuse(hint) => Err(refusal(row, verb, hint)),
             _ => Ok(()),
         }
+    }
+
+    /// The same where the lock is held, so that it has its place in the VM's history.
+    pub(super) fn allow_locked(&self, _vm: &KeyGuard<'_, VmId>, row: &VmRow, verb: Verb) -> Result<()> {
+        let allowed = self.allow(row, verb);
+        self.note_asked(row, verb, None, &allowed.as_ref().map(|()| (Answer::Nothing, None)));
+        allowed
     }
 
     /// Takes the VM: the row's state, its operation, the ends of whatever used the guest.
@@ -251,7 +287,8 @@ impl Daemon {
                 Err(e) => e,
             };
         }
-        op.finish(Err(error.context(format!("{} vm {}", claim.verb.name(), claim.vm))));
+        let name = self.row(&claim.vm).map_or_else(|_| claim.vm.to_string(), |row| row.name.to_string());
+        op.finish(Err(error.context(format!("{} vm {name}", claim.verb.name()))));
     }
 
     fn kill_unrecorded(&self, vm: &VmId) -> Result<()> {

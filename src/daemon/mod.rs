@@ -11,6 +11,8 @@ mod debug;
 mod doctor;
 mod down;
 mod effects;
+mod events;
+pub mod history;
 mod hold;
 mod images;
 mod keys;
@@ -39,11 +41,11 @@ pub use effects::Plan as EffectPlan;
 pub use keys::{HeldKey, Keyed};
 pub use notes::Notes;
 pub use sessions::ExecIo;
-pub use transitions::markdown_table as transitions_table;
+pub use transitions::{Decision, decide, markdown_table as transitions_table};
 pub use waiting::{Gone, Hangup};
 
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::guest::ControlSender;
 use crate::guest::Transport;
 use crate::host::Commands;
@@ -111,6 +113,7 @@ pub struct Inner {
     /// Fires when the daemon closes.
     closing: Cancel,
     pub effects: effects::Effects,
+    pub history: history::History,
     threads: close::Threads,
     started: Instant,
 }
@@ -160,13 +163,17 @@ fn open_ops(store: &Store, mut rows: Vec<crate::api::op::Op>) -> Result<Ops> {
     });
     rows.sort_by_key(|op| op.started_at);
     let broken = ops.restore(rows)?;
-    let ((), ticket) = store.change(|tx| {
+    let written = store.change_essential(|tx| {
         for ended in broken {
             tx.put_op(ended.op);
         }
         Ok(())
-    })?;
-    ticket.wait(Instant::now() + DURABLE_DEADLINE)?;
+    });
+    match written.and_then(|((), ticket)| ticket.wait(Instant::now() + DURABLE_DEADLINE).map(drop)) {
+        // On a full disk there must be a daemon that deletes. The next one finds them broken again.
+        Err(e) if matches!(e.kind(), Kind::DiskFull | Kind::StoreReadOnly) => log::warn!("write down what was cut off: {e}"),
+        other => other?,
+    }
     Ok(ops)
 }
 
@@ -206,6 +213,7 @@ impl Daemon {
             unlooked: Mutex::new(Rank::Runtimes, unlooked),
             closing: Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?,
             effects: effects::Effects::default(),
+            history: history::History::default(),
             threads: close::Threads::new(),
             started: Instant::now(),
             mem_mib_max,

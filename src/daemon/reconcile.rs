@@ -71,15 +71,14 @@ impl Daemon {
         let adopted = self.images.get(&row.image).and_then(|image| self.vmm.adopt(&self.spec(row, &image), &identity));
         match adopted {
             Ok(running) => {
-                let adopted = running.clone();
-                let ((), ticket) = self.store.change(|tx| {
-                    tx.update_vm(&row.id, |r| {
-                        r.identity = Some(adopted.identity);
-                        r.ssh_addr = Some(adopted.ssh_addr);
-                    })
-                })?;
-                self.wait_durable(ticket)?;
-                self.watch(row, &running.identity)
+                self.watch(row, &running.identity)?;
+                let adopted = (Some(running.identity), Some(running.ssh_addr));
+                if adopted == (row.identity.clone(), row.ssh_addr) {
+                    // Most often, and then a full disk does not matter.
+                    return Ok(());
+                }
+                let ((), ticket) = self.store.change(|tx| tx.update_vm(&row.id, |r| (r.identity, r.ssh_addr) = adopted))?;
+                self.wait_durable(ticket)
             }
             // It lives, so it is not killed; the user sees that it cannot be reached.
             Err(e) => {

@@ -8,6 +8,17 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Why a guest is paused, and what ends its boot and its transfers then: reads after "cancelled: ".
+pub const HOST_DISK_FULL: &str = "the host's disk is full";
+
+/// What uses a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// Goes on when a paused guest does.
+    Session,
+    Transfer,
+}
+
 /// What takes the VM over when the operation under way has let go of it.
 pub struct Successor {
     pub verb: Verb,
@@ -43,13 +54,16 @@ struct Runtime {
     /// How the VMM died while it booted.
     died: Option<String>,
     /// Transfers and sessions that a stop ends.
-    users: BTreeMap<u64, Cancel>,
+    users: BTreeMap<u64, (Use, Cancel)>,
     next_user: u64,
+    /// The guest stands still until the host's disk has room.
+    is_paused: bool,
 }
 
 impl Runtime {
     fn is_empty(&self) -> bool {
-        self.boot.is_none() && self.grace.is_none() && self.successor.is_none() && self.died.is_none() && self.users.is_empty()
+        let nothing_under_way = self.boot.is_none() && self.grace.is_none() && self.successor.is_none();
+        nothing_under_way && self.died.is_none() && self.users.is_empty() && !self.is_paused
     }
 }
 
@@ -128,6 +142,25 @@ impl Runtimes {
         }
     }
 
+    /// The host's disk is full under the guest, or has room again. Boots and transfers do not wait for that.
+    pub fn set_paused(&self, vm: &VmId, is_paused: bool) {
+        self.with(vm, |r| r.is_paused = is_paused);
+        if !is_paused {
+            return;
+        }
+        self.boot_died(vm, HOST_DISK_FULL);
+        let transfers = |r: &mut Runtime| -> Vec<Cancel> {
+            r.users.values().rev().filter(|(kind, _)| *kind == Use::Transfer).map(|(_, token)| token.clone()).collect()
+        };
+        for token in self.with(vm, transfers) {
+            token.cancel(HOST_DISK_FULL);
+        }
+    }
+
+    pub fn is_paused(&self, vm: &VmId) -> bool {
+        self.map.lock().get(vm).is_some_and(|r| r.is_paused)
+    }
+
     /// The boot has failed and ends its VMM: that death is no news.
     pub fn give_up_boot(&self, vm: &VmId) {
         self.with(vm, |r| r.boot = None);
@@ -151,10 +184,10 @@ impl Runtimes {
     }
 
     /// Joins the VM's cancel set. Call it with the VM's lock held, after its state was checked.
-    pub fn join(&self, vm: &VmId, cancel: Cancel) -> User {
+    pub fn join(&self, vm: &VmId, kind: Use, cancel: Cancel) -> User {
         let id = self.with(vm, |r| {
             r.next_user += 1;
-            r.users.insert(r.next_user, cancel);
+            r.users.insert(r.next_user, (kind, cancel));
             r.next_user
         });
         User { runtimes: self.clone(), vm: vm.clone(), id }
@@ -163,7 +196,7 @@ impl Runtimes {
     /// Ends every transfer and session of the VM.
     pub fn cancel_users(&self, vm: &VmId, cause: &str) {
         // The youngest first: who waits for another must not get its turn before it hears of the end.
-        let tokens: Vec<_> = self.with(vm, |r| r.users.values().rev().cloned().collect());
+        let tokens: Vec<_> = self.with(vm, |r| r.users.values().rev().map(|(_, token)| token.clone()).collect());
         for token in tokens {
             token.cancel(cause);
         }
@@ -173,7 +206,9 @@ impl Runtimes {
     pub fn cancel_everything(&self, cause: &str) {
         let tokens: Vec<_> = {
             let map = self.map.lock();
-            map.values().flat_map(|r| r.users.values().chain(&r.boot).cloned().collect::<Vec<_>>()).collect()
+            map.values()
+                .flat_map(|r| r.users.values().map(|(_, token)| token).chain(&r.boot).cloned().collect::<Vec<_>>())
+                .collect()
         };
         for token in tokens {
             token.cancel(cause);
@@ -195,10 +230,27 @@ mod tests {
         let runtimes = Runtimes::new();
         let vm = VmId::random();
         let (a, b) = (Cancel::try_new().unwrap(), Cancel::try_new().unwrap());
-        let users = [runtimes.join(&vm, a.clone()), runtimes.join(&vm, b.clone())];
+        let users = [runtimes.join(&vm, Use::Session, a.clone()), runtimes.join(&vm, Use::Transfer, b.clone())];
         runtimes.cancel_users(&vm, "the VM was stopped");
         assert_eq!((a.cause(), b.cause()), (Some("the VM was stopped"), Some("the VM was stopped")));
         drop(users);
+        assert_eq!(runtimes.len(), 0);
+    }
+
+    #[test]
+    fn a_paused_guest_ends_transfers_and_boots_and_leaves_sessions_alone() {
+        let runtimes = Runtimes::new();
+        let vm = VmId::random();
+        let token = || Cancel::try_new().unwrap();
+        let (session, transfer, boot) = (token(), token(), token());
+        let users = [runtimes.join(&vm, Use::Session, session.clone()), runtimes.join(&vm, Use::Transfer, transfer.clone())];
+        runtimes.begin_boot(&vm, boot.clone());
+        runtimes.set_paused(&vm, true);
+        assert!(runtimes.is_paused(&vm));
+        assert_eq!((session.cause(), transfer.cause(), boot.cause()), (None, Some(HOST_DISK_FULL), Some(HOST_DISK_FULL)));
+        assert_eq!(runtimes.end(&vm).0.as_deref(), Some(HOST_DISK_FULL));
+        drop(users);
+        runtimes.set_paused(&vm, false);
         assert_eq!(runtimes.len(), 0);
     }
 }

@@ -1,5 +1,6 @@
 //! Exec: a command in the guest on the caller's own connection thread, its bytes through the caller's FIFOs.
 
+use super::runtime::{HOST_DISK_FULL, Use, User};
 use super::transitions::Verb;
 use super::{Caller, Daemon};
 use crate::api::exec::{ExecReply, ExecResizeRequest, ExecSignalRequest, ExecStartRequest, Stream};
@@ -57,7 +58,7 @@ impl Daemon {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let found = self.resolve(caller, &request.vm)?;
         let _label = crate::locks::operation_scope(format!("exec {}", found.id));
-        let (row, _user) = self.join_guest(&found, &cancel)?;
+        let (row, _user) = self.join_guest(&found, Use::Session, &cancel)?;
         let doing = |e: Error| e.context(format!("exec in vm {}", row.name)).of_vm(&row.name);
         let workdir = request.workdir.clone().or_else(|| self.workdir(&row));
         let command = command_line(&request.argv, &request.env, workdir.as_deref()).map_err(doing)?;
@@ -78,12 +79,12 @@ impl Daemon {
     }
 
     /// Checks that the guest can be used and joins the VM's cancel set, in one section.
-    pub(super) fn join_guest(&self, found: &VmRow, cancel: &Cancel) -> Result<(VmRow, super::runtime::User)> {
+    pub(super) fn join_guest(&self, found: &VmRow, kind: Use, cancel: &Cancel) -> Result<(VmRow, User)> {
         self.refuse_unlooked(found)?;
         let guard = self.locks.vm.lock(&found.id);
         let row = self.row(guard.key())?;
-        self.allow(&row, Verb::Guest)?;
-        let user = self.runtimes.join(guard.key(), cancel.clone());
+        self.allow_locked(&guard, &row, Verb::Guest)?;
+        let user = self.runtimes.join(guard.key(), kind, cancel.clone());
         drop(guard);
         if let Some(identity) = row.identity.clone()
             && !self.vmm.is_alive(&identity)
@@ -91,7 +92,15 @@ impl Daemon {
             return Err(Error::new(Kind::GuestUnavailable, format!("vm {}: its vmm has died", row.name))
                 .hint(format!("fcctl vm show {}", row.name)));
         }
+        if self.runtimes.is_paused(&row.id) {
+            let error = Error::new(Kind::DiskFull, format!("vm {} is paused: {HOST_DISK_FULL}", row.name));
+            return Err(error.hint(self.hint_of_full_disk()));
+        }
         Ok((row, user))
+    }
+
+    pub(super) fn hint_of_full_disk(&self) -> String {
+        format!("free some space (df -h {}); its guest goes on by itself then", self.config.state_dir.display())
     }
 
     /// Where commands start: in a complete workspace, else at home.

@@ -73,6 +73,7 @@ impl Daemon {
         let mut vms: Vec<Vm> = self
             .store
             .read(|s| s.vms().filter(|r| caller.may_see(r.owner_uid) && shown(r.state)).map(|r| access::view_of(s, r)).collect());
+        vms = vms.into_iter().map(|vm| self.with_pause(vm)).collect();
         vms.sort_by(|a, b| (a.created_at, &a.name).cmp(&(b.created_at, &b.name)));
         VmListReply { vms }
     }
@@ -136,6 +137,7 @@ impl Daemon {
         if let Some(identity) = self.identity(&row) {
             self.kill_vmm(&identity)?;
         }
+        self.release_boot(vm, row.generation)?;
         let guard = self.locks.vm.lock(vm);
         let successor = self.runtimes.end(guard.key()).1;
         let changed = self.change(true, |tx| {

@@ -19,6 +19,9 @@ const CLEAN_EXIT: &str = "the guest shut down";
 impl Daemon {
     /// From now on the death of this VMM is seen.
     pub(super) fn watch(&self, row: &VmRow, identity: &Identity) -> Result<()> {
+        let (runtimes, vm) = (self.runtimes.clone(), row.id.clone());
+        let told = Box::new(move |is_paused| runtimes.set_paused(&vm, is_paused));
+        self.vmm.watch_space(&self.vm_dir(&row.id), identity, told)?;
         let (daemon, vm, generation) = (self.clone(), row.id.clone(), row.generation);
         self.vmm.watch(
             identity,
@@ -72,7 +75,8 @@ impl Daemon {
         row.identity = None;
         row.ssh_addr = None;
         let (rm, cause) = (row.rm, if clean { "the guest shut itself down" } else { "the VM's vmm died" });
-        let ((), ticket) = self.change(true, |tx| tx.put_vm(row))?;
+        let ((), ticket) = self.change(true, |tx| tx.put_vm(row.clone()))?;
+        self.note(&row, Some(ticket.seq()), None, || super::history::What::Died { state: row.state });
         self.runtimes.cancel_users(guard.key(), cause);
         drop(guard);
         self.wait_durable(ticket)?;

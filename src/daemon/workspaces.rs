@@ -1,7 +1,7 @@
 //! Imports and exports. The VM's lock is held for a moment, to check the state and join its cancel set; the
 //! workspace lock is held across the guest I/O, on the operation's own thread; a pool worker pumps (`transfer.rs`).
 
-use super::runtime::User;
+use super::runtime::{HOST_DISK_FULL, Use, User};
 use super::transfer::{Imported, Transfer};
 use super::{Begun, Caller, Daemon, Notes, now_s, to_value};
 use crate::api::vm::WorkspaceState;
@@ -54,7 +54,8 @@ impl Daemon {
             let Admitted { row, op, fifo, place, no_wait, _user } = admitted;
             let doing = format!("import into vm {}", row.name);
             let result = daemon.run_prepare(&row, &op, fifo, place, no_wait, (&request, notes));
-            daemon.end_op(op, result.map_err(|e| e.context(doing).of_vm(&row.name)));
+            let result = result.map_err(|e| daemon.blame_disk(&op, e).context(doing).of_vm(&row.name));
+            daemon.end_op(op, result);
         })?;
         Ok(Begun::Op(id))
     }
@@ -69,7 +70,8 @@ impl Daemon {
             let Admitted { row, op, fifo, place, no_wait, _user } = admitted;
             let doing = format!("export from vm {}", row.name);
             let result = daemon.run_export(&row, &op, fifo, place, no_wait, &request);
-            daemon.end_op(op, result.map_err(|e| e.context(doing).of_vm(&row.name)));
+            let result = result.map_err(|e| daemon.blame_disk(&op, e).context(doing).of_vm(&row.name));
+            daemon.end_op(op, result);
         })?;
         Ok(Begun::Op(id))
     }
@@ -90,7 +92,7 @@ impl Daemon {
         let fifo = fifo::accept(fd, direction)?;
         let found = self.resolve(caller, vm)?;
         let op = self.begin_op(method, Some(found.id.clone()), caller.uid, true)?;
-        let joined = self.join_guest(&found, op.cancel()).and_then(|(row, user)| {
+        let joined = self.join_guest(&found, Use::Transfer, op.cancel()).and_then(|(row, user)| {
             let place = self.pool.reserve(caller.uid)?;
             self.persist_op(&op)?;
             Ok((row, user, place))
@@ -102,6 +104,12 @@ impl Daemon {
                 Err(e)
             }
         }
+    }
+
+    /// What was cancelled because the guest is paused has met a full disk.
+    fn blame_disk(&self, op: &OpHandle, e: Error) -> Error {
+        let is_paused = e.kind() == Kind::Cancelled && op.cancel().cause() == Some(HOST_DISK_FULL);
+        if is_paused { e.with_kind(Kind::DiskFull).hint(self.hint_of_full_disk()) } else { e }
     }
 
     fn run_prepare(

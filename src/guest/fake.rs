@@ -103,6 +103,8 @@ type Respond = Arc<dyn Fn(&Call) -> Answer + Send + Sync>;
 struct Guest {
     readiness: Readiness,
     unreachable: bool,
+    /// Nothing comes through in either direction.
+    cut: bool,
     /// After so many bytes no more input is read until the gate opens.
     stall: Option<(u64, Gate)>,
     /// Opens when the connection is to break.
@@ -146,6 +148,11 @@ impl FakeTransport {
     /// From now on dialling fails with `guest_unavailable`.
     pub fn set_unreachable(&self, addr: SocketAddr, unreachable: bool) {
         self.guest(addr, |g| g.unreachable = unreachable);
+    }
+    /// From now on a command that begins gets no answer and no end, as with a network that was cut: what ends it comes from
+    /// the caller's side.
+    pub fn set_cut(&self, addr: SocketAddr, cut: bool) {
+        self.guest(addr, |g| g.cut = cut);
     }
     /// Commands read so many bytes of their input and then no more, until the gate is opened.
     pub fn stall_reads(&self, addr: SocketAddr, after_bytes: u64) -> Gate {
@@ -238,6 +245,9 @@ struct Run<'f, 'w, 'a> {
 
 impl Run<'_, '_, '_> {
     fn run(mut self) -> Result<Exit> {
+        while self.guest.cut {
+            self.step(None)?;
+        }
         if let Some(source) = self.streams.stdin.take() {
             self.read_all(source)?;
         }

@@ -12,6 +12,7 @@ use std::fmt::{Debug, Write as _};
 use std::panic::Location;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 #[cfg(feature = "shuttle")] // Its tasks share one OS thread: with std's they would share one list.
 use shuttle::thread_local;
@@ -35,7 +36,46 @@ pub struct Want<'a> {
     pub blocks: bool,
 }
 
+/// A hold that is memory only takes microseconds; this is the bound of what is fine.
+pub const HOLD_CPU_LONG: Duration = Duration::from_millis(1);
+
+/// How locks of one rank were held, over the process's life.
+#[derive(Clone, Debug, Default)]
+pub struct Holds {
+    pub count: u64,
+    /// CPU time of the thread, the checker's own included, and where it took the lock.
+    pub longest: Duration,
+    pub longest_at: String,
+    /// Those of more than [`HOLD_CPU_LONG`].
+    pub long: u64,
+    /// Voluntary context switches of holders in the middle of a hold.
+    pub switches: u64,
+    /// Those during whose hold no other lock was contended, so that something else blocked.
+    pub unexplained: u64,
+    pub unexplained_at: String,
+}
+
+/// What a thread has used so far.
+#[derive(Clone, Copy)]
+struct Usage {
+    cpu: Duration,
+    switches: u64,
+    contended: u64,
+}
+
+impl Usage {
+    fn now() -> Self {
+        use nix::sys::resource::{UsageWho, getrusage};
+        use nix::time::{ClockId, clock_gettime};
+        let cpu = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from);
+        let switches = getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |u| u.voluntary_context_switches());
+        Self { cpu, switches: u64::try_from(switches).unwrap_or(0), contended: CONTENDED.with(Cell::get) }
+    }
+}
+
 struct Held {
+    /// Of keyed locks whose holds are measured, since the lock was had.
+    since: Option<Usage>,
     id: u64,
     rank: Rank,
     key: Option<String>,
@@ -74,6 +114,8 @@ static SITES: Mutex<BTreeMap<(Rank, Rank), (Site, Site)>> = Mutex::new(BTreeMap:
 static VIOLATIONS: AtomicU64 = AtomicU64::new(0);
 /// Those of the checker's own tests.
 static EXPECTED: AtomicU64 = AtomicU64::new(0);
+/// Of `vm_locks`, which must be held for moments only.
+static HOLDS: Mutex<Option<Holds>> = Mutex::new(None);
 static CHAOS_ON: AtomicBool = AtomicBool::new(false);
 static CHAOS: Mutex<Option<fn(Rank)>> = Mutex::new(None);
 
@@ -83,6 +125,8 @@ thread_local! {
 std::thread_local! {
     /// False in the checker's own tests, which must pass neither for uses of an edge nor for violations.
     static RECORDING: Cell<bool> = const { Cell::new(true) };
+    /// Mutexes for which this thread had to wait.
+    static CONTENDED: Cell<u64> = const { Cell::new(0) };
 }
 
 pub struct Token {
@@ -92,7 +136,12 @@ pub struct Token {
 impl Token {
     /// The lock was had: [`dump`] no longer shows the thread waiting for it.
     pub fn taken(&self) {
-        self.edit(|held, i| held[i].taken = true);
+        self.edit(|held, i| {
+            held[i].taken = true;
+            if held[i].rank == Rank::Vm && held[i].key.is_some() {
+                held[i].since = Some(Usage::now());
+            }
+        });
     }
 
     fn edit(&self, f: impl FnOnce(&mut Vec<Held>, usize)) {
@@ -108,8 +157,45 @@ impl Token {
 impl Drop for Token {
     // Never panics: it runs during unwinding. Any drop order is fine.
     fn drop(&mut self) {
-        self.edit(|held, i| drop(held.remove(i)));
+        let mut ended = None;
+        self.edit(|held, i| {
+            let h = held.remove(i);
+            ended = h.since.map(|since| (since, h.at));
+        });
+        if let Some((since, at)) = ended {
+            measure(since, at);
+        }
     }
+}
+
+fn measure(since: Usage, at: Site) {
+    let now = Usage::now();
+    let (cpu, switches) = (now.cpu.saturating_sub(since.cpu), now.switches.saturating_sub(since.switches));
+    let mut holds = HOLDS.lock();
+    let holds = holds.get_or_insert_default();
+    holds.count += 1;
+    holds.switches += switches;
+    if switches > 0 && now.contended == since.contended {
+        holds.unexplained += switches;
+        holds.unexplained_at = at.to_string();
+    }
+    holds.long += u64::from(cpu > HOLD_CPU_LONG);
+    if cpu > holds.longest {
+        (holds.longest, holds.longest_at) = (cpu, at.to_string());
+    }
+}
+
+/// How `vm_locks` were held so far.
+pub fn holds() -> Holds {
+    HOLDS.lock().clone().unwrap_or_default()
+}
+
+/// Locks the mutex beneath, and counts when that had to wait.
+pub fn lock_beneath<T>(mutex: &Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
+    mutex.try_lock().unwrap_or_else(|| {
+        CONTENDED.with(|c| c.set(c.get() + 1));
+        mutex.lock()
+    })
 }
 
 /// Panics, before anything blocks, where the table does not allow the lock under what this thread holds.
@@ -123,7 +209,7 @@ pub fn acquire(tag: &Tag, want: Want<'_>) -> Token {
         }
     }
     let key = want.key.map(|k| format!("{k:?}"));
-    let wanted = Held { id: 0, rank, key, instance: want.instance as usize, at, taken: want.instance.is_null() };
+    let wanted = Held { since: None, id: 0, rank, key, instance: want.instance as usize, at, taken: want.instance.is_null() };
     // Judged within the list's mutex, reported and recorded outside it: both may do anything.
     let judged = LOCAL.with(|local| {
         let list = &mut *local.0.lock();
@@ -152,7 +238,7 @@ pub fn acquire(tag: &Tag, want: Want<'_>) -> Token {
 #[track_caller]
 pub fn check_wait(region: Rank, except: &Token) {
     let at = Location::caller();
-    let wanted = Held { id: 0, rank: region, key: None, instance: 0, at, taken: true };
+    let wanted = Held { since: None, id: 0, rank: region, key: None, instance: 0, at, taken: true };
     let judged = LOCAL.with(|local| {
         let list = local.0.lock();
         let others = || list.held.iter().filter(|h| h.id != except.id);

@@ -26,7 +26,7 @@ impl<T> Mutex<T> {
     pub fn lock(&self) -> MutexGuard<'_, T> {
         let instance = std::ptr::from_ref(self).cast();
         let token = check::acquire(&self.tag, check::Want { key: None, instance, sorted: false, blocks: true });
-        let inner = self.inner.lock();
+        let inner = check::lock_beneath(&self.inner);
         token.taken();
         MutexGuard { inner, token, _not_send: PhantomData }
     }

@@ -103,11 +103,11 @@ impl Rank {
             JobWait | DurableWait => RankSet::of(&[Workspace]).and(ONE_LOCK),
             GuestIo => RankSet::of(&[Job]),
             Store => RankSet::of(&[Vm, Workspace, CreateVm, DurableWait]),
-            Ops => RankSet::of(&[Job, Vm, ImageOps, GuestIo, HostCmd]),
+            Ops => RankSet::of(&[Job, Vm, GuestIo, HostCmd]),
             Pool => RankSet::of(&[Workspace, JobWait]).and(ONE_LOCK),
             Sessions => RankSet::of(&[Job, GuestIo]),
             Runtimes => RankSet::of(&[Job, Vm, ImageOps]),
-            Consoles => RankSet::of(&[VmmApi, HostCmd]),
+            Consoles => RankSet::of(&[VmmApi]),
             Admission | Connections | Taps => RankSet::EMPTY,
             CondWait => RankSet::of(&[Workspace, JobWait, DurableWait]).and(ONE_LOCK),
         }

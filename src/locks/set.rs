@@ -86,7 +86,7 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
     #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
     pub fn try_lock(&self, key: &K) -> Option<KeyGuard<'_, K>> {
         let token = self.check(key, false, false);
-        match self.slots.lock().entry(key.clone()) {
+        match self.slots().entry(key.clone()) {
             Entry::Occupied(_) => return None,
             Entry::Vacant(entry) => entry.insert(Slot { holder: Here::now(), waiters: VecDeque::new() }),
         };
@@ -114,7 +114,7 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
 
     /// What is held or awaited now, by key: (key, holder, waiters in their order). `Debug` of the key.
     pub fn records(&self) -> Vec<(String, Option<Party>, Vec<Party>)> {
-        let slots = self.slots.lock();
+        let slots = self.slots();
         let mut all: Vec<_> = slots
             .iter()
             .map(|(key, slot)| {
@@ -142,7 +142,7 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
     /// None: the lock is had. Otherwise the caller stands in the queue.
     fn enter(&self, key: &K) -> Option<Arc<Waiter>> {
         let here = Here::now();
-        match self.slots.lock().entry(key.clone()) {
+        match self.slots().entry(key.clone()) {
             Entry::Vacant(entry) => {
                 entry.insert(Slot { holder: here, waiters: VecDeque::new() });
                 None
@@ -157,7 +157,7 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
 
     /// False when the lock was granted meanwhile: it is the caller's then, cancelled or not.
     fn leave_queue(&self, key: &K, waiter: &Arc<Waiter>) -> bool {
-        let mut slots = self.slots.lock();
+        let mut slots = self.slots();
         let Some(slot) = slots.get_mut(key) else { return false };
         let before = slot.waiters.len();
         slot.waiters.retain(|w| !Arc::ptr_eq(w, waiter));
@@ -166,9 +166,19 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
 }
 
 impl<K: Eq + Hash> LockSet<K> {
+    #[cfg(not(feature = "shuttle"))]
+    #[inline]
+    fn slots(&self) -> parking_lot::MutexGuard<'_, HashMap<K, Slot>> {
+        check::lock_beneath(&self.slots)
+    }
+    #[cfg(feature = "shuttle")]
+    fn slots(&self) -> raw::MutexGuard<'_, HashMap<K, Slot>> {
+        self.slots.lock()
+    }
+
     /// Keys now held or waited for.
     pub fn len(&self) -> usize {
-        self.slots.lock().len()
+        self.slots().len()
     }
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -176,11 +186,11 @@ impl<K: Eq + Hash> LockSet<K> {
 
     #[cfg(all(test, not(feature = "shuttle")))]
     pub(super) fn capacity(&self) -> usize {
-        self.slots.lock().capacity()
+        self.slots().capacity()
     }
 
     fn release(&self, key: &K) {
-        let mut slots = self.slots.lock();
+        let mut slots = self.slots();
         let Some(slot) = slots.get_mut(key) else { return };
         if let Some(next) = slot.waiters.pop_front() {
             slot.holder = next.here.renewed();

@@ -333,12 +333,12 @@ fn dump_shows_who_holds_and_who_awaits() {
 fn an_edge_is_observed_with_its_first_sites_and_drawn() {
     // Recorded on purpose, on a thread of its own.
     std::thread::scope(|s| {
-        s.spawn(|| drop((LockSet::new(Rank::ImageOps).lock(&1), Mutex::new(Rank::Ops, ()).lock())));
+        s.spawn(|| drop((LockSet::new(Rank::ImageOps).lock(&1), Mutex::new(Rank::Runtimes, ()).lock())));
     });
-    let edge = check::observed().into_iter().find(|e| (e.from, e.to) == (Rank::ImageOps, Rank::Ops)).unwrap();
+    let edge = check::observed().into_iter().find(|e| (e.from, e.to) == (Rank::ImageOps, Rank::Runtimes)).unwrap();
     assert!(edge.first.1.file().ends_with("tests.rs"), "{edge:?}");
     let dot = check::dot();
-    assert!(dot.contains("ImageOps -> Ops [tooltip=\"src/locks/tests.rs"), "{dot}");
+    assert!(dot.contains("ImageOps -> Runtimes [tooltip=\"src/locks/tests.rs"), "{dot}");
     assert!(dot.starts_with("digraph locks {\n") && dot.ends_with("}\n"));
     assert!(rank::dot(Some(&[])).contains("Vm -> Ops [style=dotted];"));
     assert_eq!(rank::declared().count(), rank::dot(Some(&[])).matches(" -> ").count());

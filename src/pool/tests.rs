@@ -1,6 +1,8 @@
 use super::{Admission, Counts, Pool};
 use crate::error::{Error, Kind, Result};
-use crate::locks::{Cancel, LockSet, Rank, check};
+use crate::locks::{Cancel, check};
+#[cfg(any(debug_assertions, feature = "lock-check"))]
+use crate::locks::{LockSet, Rank};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 

@@ -2,6 +2,7 @@
 
 use super::{CallError, CallResult, Connection, Handler, IncomingCall};
 use crate::api::daemon::{ApiVersion, Doctor, InfoReply};
+use crate::api::event::EventsWatch;
 use crate::api::exec::{ExecResize, ExecSignal, ExecStart};
 use crate::api::frame::Note;
 use crate::api::image::{ImageBuild, ImageList};
@@ -20,7 +21,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use std::time::{Duration, Instant};
 
 /// What this daemon can beyond the first version of the protocol.
-const FEATURES: &[&str] = &["workspace", "exec", "image_build"];
+const FEATURES: &[&str] = &["workspace", "exec", "image_build", "events"];
 
 /// Answers calls over a daemon.
 pub struct Dispatch {
@@ -140,6 +141,7 @@ impl Visit<'_> {
                 let request: <OpCancel as Call>::Request = call.parse()?;
                 answer(&d.op_cancel(c, &request.op)?)
             }
+            EventsWatch::METHOD => self.events(&call),
             ImageBuild::METHOD => {
                 let request = call.parse()?;
                 self.keyed(&call, OnHangup::Cancel, || d.image_build(c, &request))
@@ -282,6 +284,16 @@ impl Visit<'_> {
             let _ = self.connection.notify(Note::Session { session: session.clone() });
         };
         answer(&self.daemon.exec(&self.caller, &request, io, self.connection.fd(), &mut session_made)?)
+    }
+
+    fn events(&self, call: &IncomingCall<'_>) -> CallResult {
+        let request = call.parse()?;
+        if !self.more {
+            let e = Error::invalid("events.watch stays on the line and was called without more");
+            return Err(e.hint("call it with \"more\": true").into());
+        }
+        let mut send = |note| self.connection.notify(note);
+        answer(&self.daemon.watch_events(&self.caller, &request, self.hangup(), &mut send)?)
     }
 
     fn op_wait(&self, call: &IncomingCall<'_>) -> CallResult {

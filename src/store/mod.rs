@@ -8,8 +8,12 @@
 //! state, and the store is read-only until a probe, a real commit, succeeds. A caller that got the error of a failed
 //! commit knows that the change is undone in this daemon; if the daemon is killed before the next commit succeeds, the
 //! whole failed batch may be found on disk after all, as with any database.
+//!
+//! The number of a change, its `seq`, is its place in the order of all changes, over restarts, too. Numbers only grow; those
+//! of failed changes are left out. Durable changes are published under their numbers: see `events.rs`.
 
 mod batch;
+mod events;
 #[cfg(any(test, feature = "fakes"))]
 pub mod faults;
 mod key;
@@ -29,6 +33,7 @@ mod workspace;
 mod writer;
 
 pub use batch::Ticket;
+pub use events::{Happened, KEPT_MAX, Next, OpEnd, QUEUE_MAX, Seen, Start, Subscription, VmChange};
 pub use key::{KEYS_PER_UID_MAX, KeyRow};
 pub use ledger::LedgerRow;
 pub use op::{OPS_ENDED_MAX, OpRow};
@@ -101,6 +106,7 @@ struct Inner {
     /// The writer waits here.
     wake: Condvar,
     mode_changed: Condvar,
+    events: events::Bus,
     batches: AtomicU64,
     changes: AtomicU64,
     #[cfg(any(test, feature = "fakes"))]
@@ -138,6 +144,7 @@ impl Store {
         let connection = schema::open(dir, &schema::migrations())?;
         let (state, install_id, seq) =
             load(&connection).map_err(|e| e.context(format!("open the store in {}", dir.display())))?;
+        let events = events::Bus::new(&state, seq);
         let core = Core {
             ledger_next: state.ledger_last() + 1,
             state,
@@ -156,6 +163,7 @@ impl Store {
             core: Mutex::new(Rank::Store, core),
             wake: Condvar::new(),
             mode_changed: Condvar::new(),
+            events,
             batches: AtomicU64::new(0),
             changes: AtomicU64::new(0),
             #[cfg(any(test, feature = "fakes"))]
@@ -228,12 +236,21 @@ impl Store {
         self.change_essential(|_| Ok(())).map(|((), ticket)| ticket)
     }
 
-    /// Told of every change, or of those of one VM.
+    /// Told of every change, or of those of one VM, as memory has it: durable or not. See [`Store::subscribe`].
     ///
     /// # Errors
     /// `exhausted` when there is no descriptor for it.
     pub fn watch(&self, vm: Option<VmId>) -> Result<Watch> {
         self.0.inner.core.lock().watchers.add(vm)
+    }
+
+    /// Given every change that is durable, in the order of their numbers, as far as it concerns an owner whom `sees` lets
+    /// through. `since`: only later ones. Nothing in `sees` may block or take a lock.
+    ///
+    /// # Errors
+    /// `exhausted` when there is no descriptor for it.
+    pub fn subscribe(&self, since: Option<u64>, sees: impl Fn(u32) -> bool + Send + 'static) -> Result<(Subscription, Start)> {
+        Subscription::new(self.0.inner.clone(), since, Box::new(sees))
     }
 
     /// None while changes are taken, else why not.
@@ -254,6 +271,11 @@ impl Store {
         inner.wake.notify_all();
         inner.mode_changed.wait_while(&mut core, deadline, |c| c.mode.is_read_only() && !c.closing);
         !core.mode.is_read_only()
+    }
+
+    /// Of the last change.
+    pub fn seq(&self) -> u64 {
+        self.0.inner.core.lock().seq
     }
 
     pub fn stats(&self) -> Stats {

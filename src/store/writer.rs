@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 /// Between a failed write and the first probe; doubled each time up to the most.
 const PROBE_FIRST: Duration = Duration::from_millis(100);
-const PROBE_MOST: Duration = Duration::from_secs(10);
+const PROBE_MOST: Duration = Duration::from_secs(2);
 /// The writer looks around so often even when nobody calls.
 const IDLE: Duration = Duration::from_secs(600);
 
@@ -90,6 +90,8 @@ impl Writer {
         match self.write_with_reserve(&batch) {
             Ok(spent) => {
                 self.inner.count(&batch);
+                // Before anybody is answered: whoever has an answer finds its events.
+                self.inner.events.publish(&batch.changes);
                 self.inner.core.lock().in_flight = None;
                 batch.outcome.settle(Ok(()));
                 if spent && let Err(e) = self.reserve.take() {

@@ -12,6 +12,7 @@ use crate::host::wait::{Woken, cancelled, wait_any, wait_uncancelled};
 use crate::ids::VmId;
 use crate::locks::{Cancel, Condvar, Mutex, Rank, region};
 use nix::poll::PollFlags;
+use std::collections::HashMap;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
@@ -55,6 +56,7 @@ struct State {
     failures: Vec<String>,
     is_unkillable: bool,
     ssh_addr: Option<SocketAddr>,
+    ssh_addrs: HashMap<VmId, SocketAddr>,
     starts: u64,
     kills: u64,
     clashes: u64,
@@ -104,6 +106,11 @@ impl Fake {
     /// Where the guests of later starts are reached; 127.0.0.1:9 when never said.
     pub fn set_ssh_addr(&self, addr: SocketAddr) {
         self.state.lock().ssh_addr = Some(addr);
+    }
+
+    /// The same for one VM.
+    pub fn set_ssh_addr_of(&self, vm: &VmId, addr: SocketAddr) {
+        self.state.lock().ssh_addrs.insert(vm.clone(), addr);
     }
 
     /// The VMM of this VM dies as the real ones do: `signal 9 (SIGKILL)`, `the guest shut down`. False when none lives.
@@ -197,7 +204,8 @@ impl Fake {
         state.starts += 1;
         let pid = PID_BASE + u32::try_from(state.starts).expect("few starts");
         let identity = Identity { pid, start_time: state.starts, boot_id: process::boot_id()?.to_owned() };
-        let ssh_addr = state.ssh_addr.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::LOCALHOST, 9)));
+        let ssh_addr = state.ssh_addrs.get(&spec.vm).copied().or(state.ssh_addr);
+        let ssh_addr = ssh_addr.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::LOCALHOST, 9)));
         let spec = spec.clone();
         state.vmms.push(Vmm { spec, identity: identity.clone(), ssh_addr, end: None, gone, watchers: vec![], console: None });
         Ok(identity)

@@ -115,6 +115,13 @@ pub trait Driver: Send + Sync {
     /// known. Never after the driver is dropped.
     fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()>;
 
+    /// Calls `told` from a thread of the driver's whenever the guest of the VM in `dir` is paused because the host's
+    /// disk is full (true), and when it goes on by itself, with room again, or has ended (false). A driver whose
+    /// guests see the full disk themselves tells nothing.
+    fn watch_space(&self, _dir: &Path, _identity: &Identity, _told: Box<dyn Fn(bool) + Send>) -> Result<()> {
+        Ok(())
+    }
+
     /// What the driver needs, found and picked.
     fn checks(&self) -> Vec<Check>;
 }

@@ -15,6 +15,8 @@ pub const FCCTL: &str = env!("CARGO_BIN_EXE_fcctl");
 const DEADLINE: Duration = Duration::from_secs(120);
 
 pub struct Host {
+    // Dropped first: nothing can be removed below a mount that is still there.
+    disk: Option<SmallDisk>,
     dir: tempfile::TempDir,
     fcd: Option<Child>,
     config: String,
@@ -52,7 +54,7 @@ fn image() -> &'static Path {
         let image = state.join("images/default");
         if !image.join("image.json").exists() {
             let _ = fs::remove_dir_all(&state);
-            let mut host = Host { dir: tempfile::tempdir_in(base()).unwrap(), fcd: None, config: String::new() };
+            let mut host = Host { disk: None, dir: tempfile::tempdir_in(base()).unwrap(), fcd: None, config: String::new() };
             host.launch(&state);
             let built = host.fcctl(&["image", "build"]);
             assert!(built.status.success(), "image build: {}", String::from_utf8_lossy(&built.stderr));
@@ -89,24 +91,43 @@ impl Host {
 
     /// `config` is the text of the configuration file.
     pub fn with_config(config: &str) -> Self {
+        Self::prepared(config, None)
+    }
+
+    /// Its state directory is a file system of its own, of this size. As root only; from the thread that goes on
+    /// to use it, for others do not see the mount.
+    pub fn on_small_disk(size_mib: u64) -> Self {
+        Self::prepared("", Some(size_mib))
+    }
+
+    fn prepared(config: &str, small_disk_mib: Option<u64>) -> Self {
         let image = image();
         let dir = tempfile::tempdir_in(base()).unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let mut host = Self { dir, fcd: None, config: config.to_owned() };
+        let mut host = Self { disk: None, dir, fcd: None, config: config.to_owned() };
         let own = host.state().join("images/default");
+        host.disk = small_disk_mib.map(|size| SmallDisk::mount(host.state(), size));
         fs::create_dir_all(&own).unwrap();
         fs::set_permissions(host.state(), fs::Permissions::from_mode(0o711)).unwrap();
         fs::set_permissions(host.state().join("images"), fs::metadata(image.parent().unwrap()).unwrap().permissions()).unwrap();
         fs::set_permissions(&own, fs::metadata(image).unwrap().permissions()).unwrap();
         for entry in fs::read_dir(image).unwrap() {
             let from = entry.unwrap().path();
-            fs::hard_link(&from, own.join(from.file_name().unwrap())).unwrap();
+            let to = own.join(from.file_name().unwrap());
+            if host.disk.is_some() {
+                run(Command::new("cp").args(["-p", "--sparse=always"]).args([&from, &to]));
+            } else {
+                fs::hard_link(&from, to).unwrap();
+            }
         }
         let state = host.state();
         host.launch(&state);
         host
     }
 
+    pub fn disk(&self) -> &SmallDisk {
+        self.disk.as_ref().expect("a small disk")
+    }
     pub fn state(&self) -> PathBuf {
         self.dir.path().join("state")
     }
@@ -277,6 +298,47 @@ impl Drop for Host {
         self.stop_daemon();
         assert_eq!(self.census(), Vec::<String>::new(), "left over");
     }
+}
+
+/// A file system in memory, in a mount namespace of the calling thread's and of what it starts: it goes with them.
+pub struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(at: PathBuf, size_mib: u64) -> Self {
+        assert!(nix::unistd::geteuid().is_root(), "mounts a file system: run the tests as root");
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        run(Command::new("mount").args(["--make-rprivate", "/"]));
+        fs::create_dir_all(&at).unwrap();
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size_mib}M,mode=711"), "fcd-test"]).arg(&at));
+        Self(at)
+    }
+
+    /// Leaves so much room, and nothing more.
+    pub fn fill(&self, leave_bytes: u64) {
+        let stat = nix::sys::statvfs::statvfs(&self.0).unwrap();
+        let free = stat.blocks_free() * stat.fragment_size();
+        let file = fs::File::options().create(true).append(true).open(self.0.join("fill")).unwrap();
+        let (from, more) = (file.metadata().unwrap().len(), free.saturating_sub(leave_bytes));
+        if more > 0 {
+            nix::fcntl::posix_fallocate(&file, from as i64, more as i64).unwrap();
+        }
+    }
+
+    pub fn free(&self) {
+        fs::remove_file(self.0.join("fill")).unwrap();
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[track_caller]
+fn run(command: &mut Command) {
+    let status = command.status().unwrap();
+    assert!(status.success(), "{command:?}: {status}");
 }
 
 /// Processes of VMMs that work on this state directory.

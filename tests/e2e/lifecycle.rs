@@ -61,6 +61,8 @@ fn verbs_take_several_vms_and_go_on_past_an_error() {
     for name in ["alpha", "beta", "gamma"] {
         assert_eq!(host.ok(&["vm", "create", "--name", name]), format!("{name}\n"));
     }
+    let mut told = host.spawn(&["events"]);
+    told.says("alpha  is created");
     // Nothing was printed yet; who follows hears the first boot, or that the VM is gone.
     assert_eq!(host.ok(&["logs", "alpha"]), "");
     let mut following = host.spawn(&["logs", "-f", "alpha"]);
@@ -73,7 +75,7 @@ fn verbs_take_several_vms_and_go_on_past_an_error() {
     assert_eq!(host.ok(&["ps", "-aq"]).lines().count(), 3);
 
     let (status, said) = host.fails(&["rm", "alpha"]);
-    assert!(status == 1 && said.contains("rm -f"), "{said}");
+    assert!(status == 1 && said.contains("fcctl rm --force alpha"), "{said}");
     assert_eq!(host.show("alpha", "state"), "running");
     run_on_a_taken_name(&host);
     let (status, _) = host.fails(&["vm", "wait", "--timeout", "100ms", "beta"]);
@@ -91,6 +93,12 @@ fn verbs_take_several_vms_and_go_on_past_an_error() {
     assert_eq!(waiting.end().0, Some(0));
     assert_eq!(waiting.stdout(), "alpha: stopped\n");
     following.says("shutting down");
+    told.says("beta  vm.stop ok");
+    told.signal("INT");
+    // Ended by the signal: 130 to a shell.
+    assert_eq!(told.end().0, None, "{}", told.stderr());
+    let line = told.stdout().lines().find(|l| l.contains("alpha  starting -> running")).map(str::len);
+    assert_eq!(line, Some("12:01:02  alpha  starting -> running".len()), "{}", told.stdout());
 
     let all = format!("'{0}' --socket '{1}' rm -f $('{0}' --socket '{1}' ps -aq)", crate::host::FCCTL, host.socket().display());
     assert!(Command::new("sh").args(["-c", &all]).status().unwrap().success());

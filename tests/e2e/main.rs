@@ -1,9 +1,11 @@
 //! End to end: real daemons, real guests, real repositories. Nothing here is skipped: what is missing fails.
 #![allow(clippy::disallowed_methods)] // Tests start processes of their own.
 
+mod big;
 mod exec;
 mod export;
 mod first_light;
+mod full_disk;
 mod host;
 mod hostile;
 mod lifecycle;

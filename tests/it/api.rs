@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 
 /// What it looks like, and that it is read back as it was.
-fn line<T: Serialize + DeserializeOwned>(message: &T) -> String {
+pub fn line<T: Serialize + DeserializeOwned>(message: &T) -> String {
     let text = serde_json::to_string(message).unwrap();
     let back: T = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{text}: {e}"));
     assert_eq!(serde_json::to_string(&back).unwrap(), text);
@@ -24,19 +24,19 @@ fn line<T: Serialize + DeserializeOwned>(message: &T) -> String {
 }
 
 #[track_caller]
-fn call<C: Call>(request: C::Request, reply: C::Reply, golden: Expect) {
+pub fn call<C: Call>(request: C::Request, reply: C::Reply, golden: Expect) {
     golden.assert_eq(&format!("{}\n{}\n{}\n", C::METHOD, line(&request), line(&reply)));
 }
 
-fn id<T: std::str::FromStr<Err = Error>>() -> T {
+pub fn id<T: std::str::FromStr<Err = Error>>() -> T {
     "0123456789ab".parse().unwrap()
 }
 
-fn name<T: std::str::FromStr<Err = Error>>(text: &str) -> T {
+pub fn name<T: std::str::FromStr<Err = Error>>(text: &str) -> T {
     text.parse().unwrap()
 }
 
-fn vm() -> Vm {
+pub fn vm() -> Vm {
     Vm {
         id: id(),
         name: name("web"),
@@ -69,7 +69,7 @@ fn vm() -> Vm {
     }
 }
 
-fn fault() -> Fault {
+pub fn fault() -> Fault {
     Fault { op: Some(id()), ..Fault::from(Error::new(Kind::PoolFull, "the queue is full").hint("try again")) }
 }
 
@@ -505,6 +505,7 @@ fn frames() {
 fn every_method_has_a_golden() {
     let nouns = [
         fcd::api::daemon::METHODS,
+        fcd::api::event::METHODS,
         fcd::api::exec::METHODS,
         fcd::api::image::METHODS,
         fcd::api::op::METHODS,
@@ -512,7 +513,9 @@ fn every_method_has_a_golden() {
         fcd::api::workspace::METHODS,
     ];
     let declared: BTreeSet<&str> = nouns.into_iter().flatten().copied().collect();
-    let missing: Vec<_> = declared.iter().filter(|m| !include_str!("api.rs").lines().any(|l| l.trim_start() == **m)).collect();
+    let goldens = [include_str!("api.rs"), include_str!("event_wire.rs")].map(str::lines);
+    let goldens: BTreeSet<&str> = goldens.into_iter().flatten().map(str::trim_start).collect();
+    let missing: Vec<_> = declared.difference(&goldens).collect();
     assert!(missing.is_empty(), "{missing:?}");
 }
 

@@ -6,13 +6,20 @@ mod api;
 mod bad_input;
 mod booting;
 mod crash;
+mod crowd;
 mod docs;
 mod edges;
+mod event_wire;
+mod events;
 mod keys;
 mod layers;
+// The checker counts the holds.
+#[cfg(any(debug_assertions, feature = "lock-check"))]
+mod lock_fuzz;
 mod panics;
 mod points;
 mod promise;
 mod recovery;
+mod stall;
 mod verbs;
 mod world;

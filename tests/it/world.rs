@@ -49,7 +49,10 @@ pub fn soon() -> Instant {
 pub struct FakeCommands;
 
 impl Commands for FakeCommands {
-    fn run(&self, command: &Command, _: &Cancel, _: &mut dyn FnMut(&str)) -> fcd::error::Result<Output> {
+    fn run(&self, command: &Command, _: &Cancel, on_line: &mut dyn FnMut(&str)) -> fcd::error::Result<Output> {
+        // As the real one: it blocks, and what the command prints is told meanwhile.
+        let _blocking = fcd::locks::region(fcd::locks::Rank::HostCmd);
+        on_line("a line of the command's");
         let args: Vec<_> = command.args.iter().map(|a| a.to_string_lossy().into_owned()).collect();
         if command.program != "qemu-img" {
             return Err(Error::new(Kind::CommandMissing, format!("run {}: it is not there", command.program.to_string_lossy())));
@@ -294,7 +297,7 @@ impl World {
         *port += 1;
         let addr = SocketAddr::from(([127, 0, 0, 1], *port));
         self.guests.lock().unwrap().insert(addr, vm.clone());
-        self.vmm.set_ssh_addr(addr);
+        self.vmm.set_ssh_addr_of(vm, addr);
         addr
     }
 

@@ -121,7 +121,12 @@ impl Channel {
 
     /// Takes in everything that has come, without reading any stream.
     pub fn take_in(&mut self) -> Step<usize> {
-        self.read(NO_STREAM, &mut [0])
+        loop {
+            let step = self.read(NO_STREAM, &mut [0]);
+            if step.is_err() || !self.shared.has_more() {
+                return step;
+            }
+        }
     }
 
     /// Writes a piece of `bytes`. After a `None` call it again with the same bytes, more may follow them.

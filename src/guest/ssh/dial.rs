@@ -80,7 +80,7 @@ pub(super) fn drive<T>(shared: &Rc<Shared>, wait: &Wait<'_>, mut step: impl FnMu
             return Ok(done);
         }
         wait.check().map_err(Stopped::Ended)?;
-        if shared.fill() {
+        if shared.fill() || shared.has_more() {
             continue;
         }
         if shared.ended() {

@@ -44,6 +44,8 @@ pub(super) struct Shared {
     scratch: RefCell<Vec<u8>>,
     /// Bytes that ever came.
     received: Cell<u64>,
+    /// Of these, what libssh2 had taken when [`Shared::has_more`] was asked last.
+    taken: Cell<u64>,
 }
 
 type Callback = unsafe extern "C" fn();
@@ -108,7 +110,7 @@ impl Shared {
         let session = RefCell::new(session);
         session.borrow_mut().set_tcp_stream(socket.clone());
         let scratch = RefCell::new(vec![0; ROUND_BYTES]);
-        Ok(Rc::new(Self { session, raw, wire, socket, scratch, received: Cell::new(0) }))
+        Ok(Rc::new(Self { session, raw, wire, socket, scratch, received: Cell::new(0), taken: Cell::new(0) }))
     }
 
     /// Valid as long as `self`.
@@ -176,6 +178,15 @@ impl Shared {
     pub fn ended(&self) -> bool {
         let wire = self.wire.borrow();
         wire.ended && wire.inbox_at == wire.inbox.len()
+    }
+    /// libssh2 left some of what has come, and took some since this was asked last: it is to be called again before anybody
+    /// waits for more. With a cipher that needs whole packets it stops where a packet goes beyond its buffer
+    /// (`ssh2_transport_read`), and trusts that the socket is still readable.
+    pub fn has_more(&self) -> bool {
+        let wire = self.wire.borrow();
+        let left = wire.inbox.len() - wire.inbox_at;
+        let taken = self.received.get() - left as u64;
+        left > 0 && self.taken.replace(taken) != taken
     }
     pub fn received(&self) -> u64 {
         self.received.get()

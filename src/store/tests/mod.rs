@@ -1,5 +1,6 @@
 mod changes;
 mod crash;
+mod events;
 mod failures;
 mod files;
 
@@ -100,6 +101,10 @@ fn put(store: &Store, n: u32) -> Result<Ticket> {
 fn check_reopened(store: Store, dir: &Path) -> Store {
     let memory = state(&store);
     store.close();
+    // What listeners begin with is the same again.
+    let Start::Snapshot { vms, .. } = store.subscribe(None, |_| true).unwrap().1 else { panic!("without a number") };
+    let seen = |row: &Arc<VmRow>| Seen { row: row.clone(), workspace: memory.workspace(&row.id).cloned() };
+    assert_eq!(vms, memory.vms().map(seen).collect::<Vec<_>>());
     let again = Store::open(dir).unwrap();
     assert_eq!(state(&again), memory);
     again

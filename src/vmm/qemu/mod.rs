@@ -8,6 +8,7 @@ mod accel;
 mod argv;
 mod checks;
 mod qmp;
+mod space;
 mod tsc;
 
 use super::console::{Attach, Consoles, VMM_LOG};
@@ -50,13 +51,16 @@ pub struct Qemu {
     picker: Picker,
     consoles: Consoles,
     watcher: Watcher,
+    /// Fires when the driver goes.
+    closing: Cancel,
 }
 
 impl Qemu {
     /// Looks at nothing yet. Fails where no event can be had (EMFILE, ENFILE).
     pub fn new(config: Config) -> Result<Self> {
         let picker = Picker::new(config.clone());
-        Ok(Self { config, picker, consoles: Consoles::try_new()?, watcher: Watcher::try_new()? })
+        let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+        Ok(Self { config, picker, consoles: Consoles::try_new()?, watcher: Watcher::try_new()?, closing })
     }
 
     /// The process, if it lives and is a QEMU of ours with this tag.
@@ -183,6 +187,12 @@ fn how(exit: Exit) -> String {
     }
 }
 
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        self.closing.cancel("the driver ends");
+    }
+}
+
 impl Driver for Qemu {
     fn describe(&self) -> String {
         self.picker.known().map_or_else(|| "qemu".to_owned(), |picked| picked.platform.to_string())
@@ -281,6 +291,12 @@ impl Driver for Qemu {
                 Ok(())
             }
         }
+    }
+
+    fn watch_space(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(bool) + Send>) -> Result<()> {
+        let Some(process) = Process::open(identity)? else { return Ok(()) };
+        let attended = space::Attended { process, dir: dir.to_owned(), closing: self.closing.clone(), told };
+        crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || attended.run()).map(drop)
     }
 
     fn checks(&self) -> Vec<Check> {

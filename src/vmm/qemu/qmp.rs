@@ -102,6 +102,16 @@ impl<'a> Qmp<'a> {
         Ok(qmp)
     }
 
+    /// For what is asked from now on.
+    pub fn be_patient(&mut self, patience: Patience<'a>) {
+        self.patience = patience;
+    }
+
+    /// Waits until the VMM tells something by itself.
+    pub fn event(&mut self) -> Result<()> {
+        self.message("wait for an event of the VMM").map(drop)
+    }
+
     /// One command; its answer.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
         let doing = format!("ask the VMM for {command}");

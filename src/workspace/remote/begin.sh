@@ -23,6 +23,11 @@ if [ -n "${base-}" ]; then
   snapshot "$S/current.index" "$S/work"
   # What an interrupted import has put there is ours, not the guest's.
   touch "$S/pending"
+  if [ -e "$S/raw" ]; then
+    # A tar's names were not known ahead; while the guest had changes of its own none was taken.
+    found -type f -o -type l | sort -zu - "$S/pending" >"$S/pending.new"
+    mv "$S/pending.new" "$S/pending"
+  fi
   g diff-index --cached --name-only -z --no-renames "$base" | sort -z | comm -z -23 - "$S/pending" >"$S/changed"
 fi
 rm -rf "$S/work"

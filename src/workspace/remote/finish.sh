@@ -50,8 +50,8 @@ if [ -s "$M/kept" ]; then
   g update-index -q --refresh >/dev/null || :
 fi
 if [ "$overwrite" = 0 ]; then
-  # Changed in the guest, gone from the host.
-  comm -z -12 "$S/changed" "$S/sent" | comm -z -23 - "$M/sent" |
+  # Changed or made in the guest, not on the host.
+  comm -z -23 "$S/changed" "$M/sent" |
     find -files0-from - -maxdepth 0 -print0 2>/dev/null >>"$M/differ" || :
 fi
 cp -p "$new" "$S/repo.index"
@@ -149,7 +149,7 @@ count=$(tr -cd '\0' <"$M/sent" | wc -c)
 mv "$M/sent" "$S/sent"
 mv "$M/dirs" "$S/dirs"
 sort -zu "$M/differ" >"$S/differ"
-rm -rf "$M" "$S/pending" "$S/changed" "$S/current.index" "$S/repo.index"
+rm -rf "$M" "$S/raw" "$S/pending" "$S/changed" "$S/current.index" "$S/repo.index"
 sync -f "$W"
 sync -f "$S"
 if [ "$readonly_" = 1 ]; then

@@ -179,7 +179,8 @@ pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
     let said = lines.iter().find_map(|l| l.strip_prefix("fcd: ")).or_else(|| lines.last().copied());
     let said = said.map_or_else(|| format!("it ended with {exit:?}"), |s| s.escape_debug().to_string());
     let error = |kind, hint: &str| Error::new(kind, format!("{doing}: {said}")).hint(hint);
-    if text.contains("No space left on device") {
+    // The latter is git's word for it, of its packs.
+    if text.contains("No space left on device") || text.contains("Out of diskspace") {
         let full = Error::new(Kind::GuestCommandFailed, format!("{doing}: the guest's disk is full: {said}"));
         return full.hint("give it more: fcctl vm set {vm} --disk SIZE, then fcctl restart {vm}");
     }
@@ -247,5 +248,7 @@ mod tests {
         let e = failure("receive the tree", &Exit::Status(2), b"tar: x: Cannot write: No space left on device\ntar: Exiting\n");
         assert_eq!(e.kind(), Kind::GuestCommandFailed);
         assert!(e.to_string().contains("disk is full") && e.hint_text().unwrap().contains("vm set"));
+        let e = failure("begin", &Exit::Status(128), b"fatal: sha1 file 'p' write error. Out of diskspace\n");
+        assert!(e.to_string().contains("disk is full"), "{e}");
     }
 }

@@ -24,7 +24,9 @@ for file in sent dirs pending changed; do [ -e "$S/$file" ] || : >"$S/$file"; do
 cut -z -f2- "$M/kept" | sort -z >"$M/kept.paths"
 comm -z -23 "$M/sent" "$M/kept.paths" >"$M/put"
 cd "$W"
-if [ "$kind" != raw ]; then
+if [ "$kind" = raw ]; then
+  : >"$S/raw"
+else
   sort -zu "$S/sent" "$S/pending" | comm -z -23 - "$M/sent" >"$M/gone"
   if [ "$overwrite" = 1 ]; then
     # After a complete import nothing but the host's stays; before one, what lies there is none of ours.

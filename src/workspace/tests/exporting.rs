@@ -180,7 +180,7 @@ fn a_tree_comes_back_as_it_is() {
         symlink("t".repeat(300), site.path("long-target")).unwrap();
         site.prepare();
         work_in_the_guest(&site, false);
-        std::fs::File::create(site.guest().join("hole")).unwrap().set_len(1 << 28).unwrap();
+        std::fs::File::create(site.guest().join("hole")).unwrap().set_len(1 << 26).unwrap();
         std::fs::hard_link(site.guest().join("a"), site.guest().join("hard")).unwrap();
         let out = site.dir.path().join("out");
         let unpacked = unpack_tree(&site.export_tree().unwrap(), &out).unwrap();

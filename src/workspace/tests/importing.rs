@@ -329,7 +329,7 @@ fn sha256_repositories_work_too() {
     site.assert_same_status();
     site.write_guest("b", "new\n");
     site.write("a", "z\n");
-    assert_eq!(site.prepare(), Vec::<String>::new());
+    assert_eq!(site.prepare(), ["b"]);
     assert_eq!(site.export_patch().unwrap().1, 1);
 }
 

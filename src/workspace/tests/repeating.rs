@@ -52,7 +52,7 @@ fn what_the_guest_changed_is_named_and_kept() {
     site.write("untouched", "host\n");
     std::fs::remove_file(site.path("deleted-here")).unwrap();
     let kept = site.prepare();
-    assert_eq!(kept, ["both", "collides", "deleted-here", "deleted-there", "left"]);
+    assert_eq!(kept, ["both", "collides", "deleted-here", "deleted-there", "left", "only-there"]);
     let there = |name: &str| std::fs::read_to_string(site.guest().join(name)).ok();
     assert_eq!(there("both").unwrap(), "guest\n");
     assert_eq!(there("untouched").unwrap(), "host\n");
@@ -101,7 +101,7 @@ fn kinds_that_clash_are_kept_too() {
     site.write("n", "a file here");
     site.write("d/y", "new here");
     let kept = site.prepare();
-    assert_eq!(kept, ["d/x", "d/y", "f", "n"]);
+    assert_eq!(kept, ["d", "d/x", "d/y", "f", "f/inside", "n", "n/inside"]);
     assert_eq!(std::fs::read_dir(&outside).unwrap().count(), 0, "nothing is written through a link");
     site.overwrite();
     site.assert_same_tree();
@@ -202,7 +202,7 @@ fn what_lies_at_the_guest_path_already_is_kept() {
     let site = Site::committed();
     site.write_guest("a", "somebody else's\n");
     site.write_guest("theirs", "x");
-    assert_eq!(site.prepare(), ["a"]);
+    assert_eq!(site.prepare(), ["a", "theirs"]);
     assert_eq!(std::fs::read(site.guest().join("a")).unwrap(), b"somebody else's\n");
     assert!(site.guest().join("theirs").exists());
 
@@ -256,6 +256,12 @@ fn a_raw_tar_is_a_workspace_too() {
         site.receive(payload, overwrite)?;
         site.finish(&Finish { overwrite, ..Finish::default() })
     };
+    // What an interrupted import left is nobody's change.
+    let mut payload = Vec::new();
+    site.begin().unwrap();
+    raw_tar::send(&mut &tar(&site)[..], &mut payload, &[], &mut |_, _| {}, &cancel()).unwrap();
+    let _ = site.receive(payload[..payload.len() - 9 * 1024].to_vec(), false);
+    assert!(site.guest().join("in/x").exists() || site.guest().join("y").exists());
     assert_eq!(import(&site, false).unwrap().entries, 2);
     site.assert_same_tree();
     site.write_guest("y", "guest\n");

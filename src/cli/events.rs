@@ -1,0 +1,225 @@
+//! `events`: what happens to VMs and operations, as it happens.
+
+use super::context::Context;
+use super::logs::{is_unread, unread};
+use super::op::name as op_state;
+use super::output::harmless_line;
+use super::vm::{settings, workspace_line};
+use crate::api::event::{Event, EventsWatch, EventsWatchRequest, Members, Snapshot, What};
+use crate::api::frame::Note;
+use crate::api::vm::{Pending, Vm, WorkspaceInfo};
+use crate::client::{Client, Failure, Hangup, Result};
+use crate::error::{Error, Kind};
+use crate::host::wait::{Woken, wait_any};
+use crate::locks::Cancel;
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+use nix::poll::PollFlags;
+use serde::de::DeserializeOwned;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Between two looks of the reader's watcher at nothing; it is woken for everything else.
+const LOOK: Duration = Duration::from_secs(3600);
+
+#[derive(clap::Args, Debug)]
+#[command(after_help = "Without --since it begins with the VMs as they stand. With --json: one document a line, each with its\n\
+`event` and the number `seq` of the change that it belongs to. `set` holds what is new of a VM. The lines of one\n\
+change are written together; --since takes the seq of the last line read.")]
+pub struct Args {
+    /// Go on after the change of this number
+    #[arg(long, value_name = "N")]
+    since: Option<u64>,
+}
+
+pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+    let mut client = ctx.connect()?;
+    let reader = Reader::watch(ctx, &client)?;
+    let mut screen = Screen { zone: zone(ctx), last: args.since, in_snapshot: false };
+    loop {
+        let request = EventsWatchRequest { since: screen.last };
+        let ended = client.call_more::<EventsWatch>(&request, &[], &mut |note| {
+            screen.show(ctx, note)?;
+            if ctx.is_unread() { Err(unread()) } else { Ok(()) }
+        });
+        match ended {
+            // It read too slowly, or we did: what was dropped may be kept still.
+            Ok(reply) => screen.last = Some(reply.resume_seq),
+            Err(e) if is_unread(&e) || reader.has_gone() => return Ok(0),
+            Err(e) => return Err(screen.how_to_go_on(e)),
+        }
+    }
+}
+
+/// As the caller's clock shows it.
+fn zone(ctx: &Context) -> TimeZone {
+    match (ctx.env)("TZ").as_deref() {
+        Some("UTC") => TimeZone::UTC,
+        _ => TimeZone::system(),
+    }
+}
+
+struct Screen {
+    zone: TimeZone,
+    /// All up to it was shown.
+    last: Option<u64>,
+    /// Another note goes on with the snapshot.
+    in_snapshot: bool,
+}
+
+impl Screen {
+    fn show(&mut self, ctx: &mut Context, note: Note) -> Result<()> {
+        match note {
+            Note::Snapshot(snapshot) => {
+                self.snapshot(ctx, &snapshot)?;
+                self.in_snapshot = snapshot.more;
+                // Half of one is none.
+                self.last = if snapshot.more { self.last } else { Some(snapshot.seq) };
+            }
+            Note::Events(told) => {
+                let known = told.events.iter().filter(|e| e.what != What::Unknown);
+                // In one write: a change is read as a whole or not at all.
+                let text: Result<String> = known.map(|e| if ctx.json { json(e, None) } else { Ok(self.line(e)) }).collect();
+                ctx.text(&text?)?;
+                self.last = Some(told.seq);
+            }
+            Note::Lagged(lagged) if ctx.json => ctx.text(&json(&lagged, Some("lagged"))?)?,
+            Note::Lagged(lagged) => {
+                let dropped = lagged.dropped;
+                ctx.note(&format!("{dropped} changes came faster than they were read; going on after {}", lagged.resume_seq));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn snapshot(&self, ctx: &mut Context, snapshot: &Snapshot) -> Result<()> {
+        if ctx.json {
+            return ctx.text(&json(snapshot, Some("snapshot"))?);
+        }
+        if snapshot.resync && !self.in_snapshot {
+            let since = self.last.unwrap_or_default();
+            ctx.note(&format!("what came after {since} is no longer kept; how it stands after {}:", snapshot.seq));
+        }
+        let line = |vm: &Vm| {
+            let reason = vm.reason.as_ref().map(|r| format!(" ({r})")).unwrap_or_default();
+            self.words(snapshot.at, vm.name.as_str(), &format!("is {}{reason}", vm.state.name()))
+        };
+        ctx.text(&snapshot.vms.iter().map(line).collect::<String>())
+    }
+
+    /// None or one line.
+    fn line(&self, event: &Event) -> String {
+        let text = match &event.what {
+            What::Created { .. } => "created".to_owned(),
+            What::Deleted { .. } => "deleted".to_owned(),
+            What::State { from, to, reason, .. } => {
+                let reason = reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default();
+                format!("{} -> {}{reason}", from.name(), to.name())
+            }
+            What::Changed { set } => changed(set),
+            What::OpEnded { method, state, error, .. } => {
+                let why = error.as_ref().map(|fault| format!(": {fault}")).unwrap_or_default();
+                format!("{method} {}{why}", op_state(*state))
+            }
+            What::Unknown => String::new(),
+        };
+        let name = event.name.as_ref().map_or("-", |name| name.as_str());
+        if text.is_empty() { text } else { self.words(event.at, name, &text) }
+    }
+
+    fn words(&self, at: u64, name: &str, text: &str) -> String {
+        let at = i64::try_from(at).ok().and_then(|at| Timestamp::from_second(at).ok()).unwrap_or_default();
+        let time = at.to_zoned(self.zone.clone()).strftime("%H:%M:%S");
+        format!("{time}  {name}  {}\n", harmless_line(text))
+    }
+
+    /// A daemon that comes back goes on where this one ended.
+    fn how_to_go_on(&self, failure: Failure) -> Failure {
+        match self.last {
+            Some(last) if failure.unreachable || failure.is(Kind::ShuttingDown) => {
+                failure.hint(format!("when fcd is back: fcctl events --since {last}"))
+            }
+            _ => failure,
+        }
+    }
+}
+
+/// What of a change people care for: process ids and addresses come and go.
+fn changed(set: &Members) -> String {
+    fn member<T: DeserializeOwned>(set: &Members, name: &str) -> Option<T> {
+        set.get(name).and_then(|value| T::deserialize(value).ok())
+    }
+    let now = settings(member(set, "vcpus"), member(set, "mem_mib"), member(set, "disk_bytes"));
+    let pending = member::<Option<Pending>>(set, "pending").map(|p| match p {
+        Some(p) => format!("at next start: {}", settings(p.vcpus, p.mem_mib, p.disk_bytes)),
+        None => String::new(),
+    });
+    let rm = member(set, "rm").map(|rm| if rm { "removed when it stops" } else { "kept when it stops" }.to_owned());
+    let workspace = member::<Option<WorkspaceInfo>>(set, "workspace").map(|w| match w {
+        Some(w) => format!("workspace {}", workspace_line(&w)),
+        None => "no workspace".to_owned(),
+    });
+    let words = [Some(now), pending, rm, workspace].into_iter().flatten().filter(|word| !word.is_empty());
+    words.collect::<Vec<_>>().join(", ")
+}
+
+/// One line; `event` says what it is, where it does not say so itself.
+fn json(value: &impl serde::Serialize, event: Option<&str>) -> Result<String> {
+    let written = |e| Failure::from(Error::internal("write JSON").with_source(e));
+    let Some(event) = event else { return serde_json::to_string(value).map(|text| text + "\n").map_err(written) };
+    let mut members = Members::from_iter([("event".to_owned(), event.into())]);
+    if let serde_json::Value::Object(own) = serde_json::to_value(value).map_err(written)? {
+        members.extend(own);
+    }
+    serde_json::to_string(&members).map(|text| text + "\n").map_err(written)
+}
+
+/// Sees that nobody reads any more, also while nothing happens, and then hangs up.
+struct Reader {
+    has_gone: Arc<AtomicBool>,
+    stop: Cancel,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Reader {
+    fn watch(ctx: &Context, client: &Client) -> Result<Self> {
+        let stop = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+        let stdout = ctx.stdio.stdout.try_clone().map_err(|e| Error::io("duplicate stdout", e))?;
+        let (hangup, has_gone): (Hangup, _) = (client.hangup()?, Arc::new(AtomicBool::new(false)));
+        let (told, stopped) = (has_gone.clone(), stop.clone());
+        let body = move || {
+            // Nothing is asked for: only an error or a hang-up ends it (poll(2): a pipe without a reader).
+            let look = || wait_any(&[(stdout.as_fd(), PollFlags::empty())], Instant::now() + LOOK, &stopped);
+            while let Ok(woken) = look() {
+                match woken {
+                    Woken::Deadline => {}
+                    Woken::Cancelled => return,
+                    Woken::Ready => {
+                        told.store(true, Ordering::Relaxed);
+                        return hangup.hang_up();
+                    }
+                }
+            }
+        };
+        Ok(Self { has_gone, stop, thread: Some(crate::host::thread::spawn("stdout", body)?) })
+    }
+
+    fn has_gone(&self) -> bool {
+        self.has_gone.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.stop.cancel("the command ends");
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+#[cfg(test)]
+#[path = "events_tests.rs"]
+mod tests;

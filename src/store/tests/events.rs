@@ -1,0 +1,261 @@
+use super::faults::Fault;
+use super::*;
+
+type Followed = (Subscription, Start);
+
+fn all(store: &Store, since: Option<u64>) -> Followed {
+    store.subscribe(since, |_| true).unwrap()
+}
+
+/// The slots of the VMs in a snapshot.
+#[track_caller]
+fn snapshot(start: Start) -> (u64, bool, Vec<u32>) {
+    match start {
+        Start::Snapshot { seq, resync, vms } => (seq, resync, vms.iter().map(|s| s.row.slot).collect()),
+        Start::Missed(missed) => panic!("no snapshot but {missed:?}"),
+    }
+}
+
+#[track_caller]
+fn missed(start: Start) -> Vec<u64> {
+    match start {
+        Start::Missed(missed) => missed.iter().map(|h| h.seq).collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// All that is there now, without a lag.
+#[track_caller]
+fn take(listening: &mut Subscription) -> Vec<Arc<Happened>> {
+    std::iter::from_fn(|| listening.next())
+        .map(|next| match next {
+            Next::Happened(h) => h,
+            lagged @ Next::Lagged { .. } => panic!("{lagged:?}"),
+        })
+        .collect()
+}
+
+fn seqs(told: &[Arc<Happened>]) -> Vec<u64> {
+    told.iter().map(|h| h.seq).collect()
+}
+
+fn is_readable(listening: &Subscription) -> bool {
+    crate::host::wait::is_readable(listening.fd())
+}
+
+fn rename(store: &Store, n: u32, reason: u64) -> Ticket {
+    store.change(|tx| tx.update_vm(&vm_id(n), |r| r.reason = Some(reason.to_string()))).unwrap().1
+}
+
+#[test]
+fn a_change_is_told_when_it_is_durable_and_before_its_ticket() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let (mut listening, start) = all(&store, None);
+    let (begin, ..) = snapshot(start);
+    let gate = store.faults().gate();
+    let ticket = put(&store, 1).unwrap();
+    assert!(gate.wait_for_writer(soon()));
+    // Memory has it; nobody is told, and a snapshot does not show it.
+    assert!(store.read(|s| s.vm(&vm_id(1)).is_some()));
+    assert!(listening.next().is_none() && !is_readable(&listening));
+    assert_eq!(snapshot(all(&store, None).1), (begin, false, vec![]));
+    drop(gate);
+    let seq = ticket.wait(soon()).unwrap();
+    assert!(is_readable(&listening));
+    let told = take(&mut listening);
+    assert_eq!((seqs(&told), told[0].vms[0].before.clone()), (vec![seq], None));
+    assert!(!is_readable(&listening), "all was taken");
+    assert_eq!(snapshot(all(&store, None).1), (seq, false, vec![1]));
+}
+
+#[test]
+fn the_steps_of_a_change_are_told_as_one() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    store.change_durable(|tx| tx.put_vm(row(1)).and_then(|()| tx.put_workspace(workspace(1)))).unwrap();
+    let (mut listening, _) = all(&store, None);
+    let told = |listening: &mut Subscription| take(listening).pop().expect("told");
+    // To and fro is nothing, also beside something.
+    store
+        .change_durable(|tx| {
+            tx.update_vm(&vm_id(1), |r| r.vcpus = 9)?;
+            tx.put_vm(row(2))?;
+            tx.remove_vm(&vm_id(2));
+            tx.put_vm(row(3))?;
+            tx.update_vm(&vm_id(1), |r| r.vcpus = 1)
+        })
+        .unwrap();
+    let change = told(&mut listening);
+    assert_eq!(change.vms.iter().map(|c| c.after.as_ref().unwrap().row.slot).collect::<Vec<_>>(), [3]);
+    // Two rows of one VM are one change of it.
+    store
+        .change_durable(|tx| {
+            tx.remove_workspace(&vm_id(1));
+            tx.update_vm(&vm_id(1), |r| r.state = VmState::Failed)
+        })
+        .unwrap();
+    let change = told(&mut listening);
+    let (before, after) = (change.vms[0].before.clone().unwrap(), change.vms[0].after.clone().unwrap());
+    assert_eq!((change.vms.len(), before.workspace.is_some(), after.workspace), (1, true, None));
+    assert_eq!((before.row.state, after.row.state), (VmState::Created, VmState::Failed));
+    // A delete and the end of its operation: whose VM it was is known.
+    store
+        .change_durable(|tx| {
+            tx.put_op(Op { vm: Some(vm_id(1)), ..op(7, OpState::Ok) });
+            Ok(tx.remove_vm(&vm_id(1)))
+        })
+        .unwrap();
+    let change = told(&mut listening);
+    assert!(change.vms[0].after.is_none());
+    assert_eq!(change.ended[0].owners().collect::<Vec<_>>(), [0, 1000]);
+    // An end is told once, a beginning not at all, and what is not about a VM neither.
+    store
+        .change_durable(|tx| {
+            tx.put_op(op(8, OpState::Running));
+            tx.put_op(Op { owner_uid: 5, ..op(7, OpState::Ok) });
+            tx.put_meta("a", "b");
+            Ok(tx.intend(None, 1, "disk", "d"))
+        })
+        .unwrap();
+    assert_eq!(take(&mut listening), []);
+}
+
+#[test]
+fn a_failed_batch_is_never_told() {
+    for fault in [Fault::Io, Fault::IoAfterCommit, Fault::DiskFull, Fault::Panic] {
+        let dir = dir();
+        let store = Store::open(dir.path()).unwrap();
+        put(&store, 1).unwrap().wait(soon()).unwrap();
+        let (mut listening, start) = all(&store, None);
+        let (begin, ..) = snapshot(start);
+        let gate = store.faults().gate();
+        store.faults().fail(fault, 1);
+        let doomed = [rename(&store, 1, 7), put(&store, 2).unwrap()];
+        assert!(gate.wait_for_writer(soon()));
+        let behind = put(&store, 3).unwrap();
+        drop(gate);
+        for ticket in doomed.iter().chain([&behind]) {
+            ticket.wait(soon()).unwrap_err();
+        }
+        assert!(store.wait_writable(soon()));
+        assert_eq!(take(&mut listening), []);
+        assert_eq!(snapshot(all(&store, None).1), (begin, false, vec![1]));
+        // The next one has a number that nobody saw, and goes from what was durable.
+        let seq = rename(&store, 1, 8).wait(soon()).unwrap();
+        let told = take(&mut listening);
+        assert!(seqs(&told) == [seq] && seq > behind.seq(), "{fault:?}");
+        assert_eq!(told[0].vms[0].before.as_ref().unwrap().row.reason, None);
+        assert_eq!(missed(all(&store, Some(begin)).1), [seq]);
+    }
+}
+
+#[test]
+fn the_order_is_that_of_the_commits() {
+    const WORKERS: u32 = 8;
+    const EACH: u32 = 125;
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let (mut listening, start) = all(&store, None);
+    let (begin, ..) = snapshot(start);
+    let workers: Vec<_> = (0..WORKERS)
+        .map(|worker| {
+            let store = store.clone();
+            let work = move || -> Vec<(u64, u32)> {
+                (0..EACH).map(|i| worker * EACH + i).map(|n| (put(&store, n).unwrap().wait(soon()).unwrap(), n)).collect()
+            };
+            thread::spawn("worker", work).unwrap()
+        })
+        .collect();
+    let mut made: Vec<_> = workers.into_iter().flat_map(|w| w.join().unwrap()).collect();
+    made.sort_unstable();
+    // All 1,000 are there already: each was told before its ticket was good.
+    let told = take(&mut listening);
+    let slots = |h: &Happened| h.vms.iter().map(|c| c.after.as_ref().unwrap().row.slot).collect::<Vec<_>>();
+    assert_eq!(
+        told.iter().map(|h| (h.seq, slots(h))).collect::<Vec<_>>(),
+        made.iter().map(|(s, n)| (*s, vec![*n])).collect::<Vec<_>>()
+    );
+    assert_eq!(missed(all(&store, Some(begin)).1), seqs(&told), "and kept");
+}
+
+#[test]
+fn a_full_queue_lags_once_and_the_rest_is_kept() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 1).unwrap().wait(soon()).unwrap();
+    let ((mut slow, _), (mut fast, _)) = (all(&store, None), all(&store, None));
+    let mut all_seqs = Vec::new();
+    let more = QUEUE_MAX as u64 + 100;
+    for n in 0..more {
+        let ticket = rename(&store, 1, n);
+        all_seqs.push(ticket.seq());
+        if n % 100 == 0 || n + 1 == more {
+            ticket.wait(soon()).unwrap();
+            take(&mut fast);
+        }
+    }
+    let mut got = Vec::new();
+    let (dropped, resume_seq) = loop {
+        match slow.next().expect("a lag comes first") {
+            Next::Happened(h) => got.push(h.seq),
+            Next::Lagged { dropped, resume_seq } => break (dropped, resume_seq),
+        }
+    };
+    assert_eq!((got.as_slice(), dropped), (&all_seqs[..QUEUE_MAX], 100));
+    rename(&store, 1, more).wait(soon()).unwrap();
+    assert_eq!(slow.next(), None, "once, and nothing after it");
+    got.extend(missed(all(&store, Some(resume_seq)).1));
+    assert_eq!((&got[..got.len() - 1], got.len()), (&all_seqs[..], all_seqs.len() + 1));
+    assert_eq!(take(&mut fast).len(), 1);
+}
+
+#[test]
+fn what_is_no_longer_kept_is_a_snapshot() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let first = put(&store, 1).unwrap().wait(soon()).unwrap();
+    let mut last = first;
+    for n in 0..KEPT_MAX as u64 {
+        last = rename(&store, 1, n).seq();
+    }
+    store.barrier().unwrap().wait(soon()).unwrap();
+    // Exactly so many fit.
+    assert_eq!(missed(all(&store, Some(first)).1).len(), KEPT_MAX);
+    assert_eq!(snapshot(all(&store, Some(first - 1)).1), (last, true, vec![1]));
+    // A number of another database's.
+    assert_eq!(snapshot(all(&store, Some(last + 1)).1), (last, true, vec![1]));
+    assert!(missed(all(&store, Some(last)).1).is_empty());
+    let store = check_reopened(store, dir.path());
+    assert!(missed(all(&store, Some(last)).1).is_empty(), "who had all goes on after a restart");
+    assert_eq!(snapshot(all(&store, Some(last - 1)).1), (last, true, vec![1]));
+    let next = rename(&store, 1, 0).wait(soon()).unwrap();
+    assert!(next > last);
+    assert_eq!(missed(all(&store, Some(last)).1), [next]);
+}
+
+#[test]
+fn a_listener_is_given_what_it_may_see_and_its_queue_holds_nothing_else() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let other = VmRow { owner_uid: 7, ..row(2) };
+    let begin =
+        store.change_durable(|tx| tx.put_vm(row(1)).and_then(|()| tx.put_vm(other))).map(|()| store.barrier().unwrap().seq());
+    let (mut theirs, start) = store.subscribe(None, |uid| uid == 7).unwrap();
+    assert_eq!(snapshot(start).2, [2]);
+    let noise = QUEUE_MAX as u64 * 2;
+    (0..noise).for_each(|n| rename(&store, 1, n).detach());
+    let seq = rename(&store, 2, 0).wait(soon()).unwrap();
+    assert_eq!(seqs(&take(&mut theirs)), [seq], "others' noise neither shows nor lags");
+    assert_eq!(missed(store.subscribe(Some(begin.unwrap()), |uid| uid == 7).unwrap().1), [seq]);
+    // An operation on their VM that root began.
+    let ended = Op { vm: Some(vm_id(2)), ..op(1, OpState::Failed) };
+    let end = |tx: &mut Tx| {
+        tx.put_op(ended);
+        Ok(())
+    };
+    store.change_durable(end).unwrap();
+    assert_eq!(take(&mut theirs)[0].ended.len(), 1);
+    drop(theirs);
+    assert_eq!(store.0.inner.events.listeners(), 0);
+}

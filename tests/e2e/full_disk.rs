@@ -1,0 +1,131 @@
+//! A full disk under the state directory: every call says so and leaves nothing behind, the daemon goes on, and
+//! with room again everything works as before.
+
+use crate::host::{Host, text, wait_for};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+/// The image, a VM or two, and room for a small import.
+const DISK_MIB: u64 = 512;
+const MIB: u64 = 1 << 20;
+
+/// Status, kind, sentence and hint of a call that met the full disk.
+#[track_caller]
+fn full(out: &Output, status: i32) {
+    let (stdout, stderr) = text(out);
+    assert_eq!(out.status.code(), Some(status), "{stdout}{stderr}");
+    let error: serde_json::Value = serde_json::from_str(&stderr).unwrap_or_else(|e| panic!("{e}: {stderr}"));
+    assert_eq!((&error["error"]["code"], &error["error"]["kind"]), (&"host".into(), &"disk_full".into()), "{error}");
+    for part in ["message", "hint"] {
+        assert!(error["error"][part].as_str().is_some_and(|s| !s.is_empty()), "{part}: {error}");
+    }
+    println!("{} ({})", error["error"]["message"], error["error"]["hint"]);
+}
+
+fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        // SQLite's and the store's own come and go.
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if path.is_dir() {
+            files_below(&path, found);
+        } else if !name.starts_with("fcd.db") && name != "reserve" && name != "fill" {
+            found.push(path);
+        }
+    }
+}
+
+/// Rows, processes, files.
+fn census(host: &Host) -> (Vec<String>, Vec<String>, Vec<PathBuf>) {
+    let mut files = Vec::new();
+    files_below(&host.state(), &mut files);
+    files.sort();
+    let vms = host.json(&["ps", "-a"]);
+    let rows = vms.as_array().unwrap().iter().map(|vm| format!("{} {}", vm["name"], vm["state"])).collect();
+    (rows, host.census(), files)
+}
+
+/// The daemon finds out by itself that there is room again.
+fn writable(host: &Host) {
+    wait_for("changes are taken again", || host.fcctl(&["vm", "create", "--name", "probe"]).status.success().then_some(()));
+    host.ok(&["rm", "probe"]);
+}
+
+/// Not a byte is left: nothing can be begun, what runs goes on, what is there can be deleted.
+#[test]
+fn a_full_disk_on_the_host() {
+    let mut host = Host::on_small_disk(DISK_MIB);
+    host.boot("box");
+    let tree = tempfile::tempdir().unwrap();
+    fs::write(tree.path().join("small"), "x").unwrap();
+    let path = tree.path().to_str().unwrap();
+    let before = census(&host);
+    host.ok(&["vm", "create", "--name", "other"]);
+    host.disk().fill(0);
+    let refused = |host: &Host| {
+        full(&host.fcctl(&["--json", "start", "other"]), 1);
+        full(&host.fcctl(&["--json", "image", "build", "second"]), 1);
+        full(&host.fcctl(&["--json", "workspace", "prepare", "box", path]), 1);
+        full(&host.fcctl(&["--json", "vm", "create", "--name", "third"]), 1);
+        full(&host.fcctl(&["--json", "run", "--rm", path, "--", "true"]), 125);
+        assert_eq!(host.sh("box", "echo served"), "served\n");
+    };
+    refused(&host);
+    host.kill_daemon();
+    host.relaunch();
+    wait_for("the VM is known again", || (host.show("box", "state") == "running").then_some(()));
+    refused(&host);
+    host.ok(&["rm", "other"]);
+    assert_eq!(census(&host), before);
+    host.disk().free();
+    writable(&host);
+    host.ok(&["vm", "create", "--name", "other"]);
+    host.ok(&["workspace", "prepare", "box", path]);
+    host.ok(&["start", "other"]);
+    assert_eq!(host.sh("other", "echo served"), "served\n");
+    host.ok(&["stop", "other", "box"]);
+    host.ok(&["rm", "other"]);
+    assert_eq!(census(&host).1, before.1.into_iter().filter(|f| !f.starts_with("process")).collect::<Vec<_>>());
+}
+
+/// Room for a beginning: guests are paused in their writes and go on when there is room again.
+#[test]
+fn a_disk_on_the_host_that_fills_up() {
+    let host = Host::on_small_disk(DISK_MIB);
+    host.boot("box");
+    host.sh("box", "(while sleep 0.2; do echo tick; done) >/dev/shm/ticks 2>&1 </dev/null & echo $! >/dev/shm/ticker");
+    let before = census(&host);
+    host.ok(&["vm", "create", "--name", "other"]);
+    host.disk().fill(400 << 10);
+    full(&host.fcctl(&["--json", "start", "other"]), 1);
+    assert_eq!(host.show("other", "state"), "failed");
+    host.ok(&["rm", "other"]);
+    assert_eq!(census(&host), before);
+
+    let tree = tempfile::tempdir().unwrap();
+    let bytes: Vec<u8> = (0..12 * MIB as u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    fs::write(tree.path().join("big"), bytes).unwrap();
+    let path = tree.path().to_str().unwrap();
+    host.disk().free();
+    writable(&host);
+    host.disk().fill(4 * MIB);
+    full(&host.fcctl(&["--json", "workspace", "prepare", "box", path]), 1);
+    assert_eq!(host.show("box", "workspace")["state"], "incomplete");
+    assert_eq!(host.show("box", "reason"), "paused: the host's disk is full");
+    full(&host.fcctl(&["--json", "exec", "box", "--", "true"]), 125);
+    assert_eq!((census(&host).0, host.census()), (before.0, before.1));
+
+    host.disk().free();
+    wait_for("the guest goes on", || host.fcctl(&["exec", "box", "--", "true"]).status.success().then_some(()));
+    assert!(host.show("box", "reason").is_null());
+    // It is the same guest.
+    host.sh("box", "kill $(cat /dev/shm/ticker)");
+    writable(&host);
+    host.ok(&["workspace", "prepare", "box", path]);
+    assert_eq!(host.show("box", "workspace")["state"], "complete");
+    let sum = |dir: &str| host.sh("box", &format!("sha256sum <{dir}/big"));
+    let ours = std::process::Command::new("sha256sum").stdin(fs::File::open(tree.path().join("big")).unwrap()).output().unwrap();
+    assert_eq!(sum("."), text(&ours).0);
+    assert!(host.ok(&["stop", "box"]).contains("the guest's data was synced"));
+}

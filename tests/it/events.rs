@@ -1,0 +1,417 @@
+//! `events.watch`: what listeners are told, in which order, and how they go on.
+
+use crate::world::*;
+use fcd::api::event::*;
+use fcd::api::frame::{Line, Note};
+use fcd::api::op::OpState;
+use fcd::api::vm::*;
+use fcd::daemon::{Caller, Hangup};
+use fcd::error::Kind;
+use fcd::store::QUEUE_MAX;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, channel};
+
+fn watch(world: &World, since: Option<u64>) -> Running<EventsWatchReply> {
+    world.begin::<EventsWatch>(EventsWatchRequest { since }, vec![])
+}
+
+/// From here on: its snapshot is there.
+fn watch_anew(world: &World) -> (Mirror, Running<EventsWatchReply>) {
+    let (mut mirror, call) = (Mirror::default(), watch(world, None));
+    mirror.apply(&call.note(|note| Some(note.clone())));
+    (mirror, call)
+}
+
+/// The VMs as a client has them that only listens.
+#[derive(Debug, Default, PartialEq)]
+struct Mirror {
+    vms: BTreeMap<String, Members>,
+    seq: u64,
+    /// Beginnings over.
+    snapshots: usize,
+    resyncs: usize,
+    in_snapshot: bool,
+    /// `web vm.created`, `web starting -> running`.
+    lines: Vec<String>,
+}
+
+fn members(vm: &Vm) -> Members {
+    let Value::Object(members) = serde_json::to_value(vm).unwrap() else { panic!("{vm:?}") };
+    members
+}
+
+impl Mirror {
+    /// What it was told, which must fit what it has.
+    #[track_caller]
+    fn apply(&mut self, note: &Note) {
+        match note {
+            Note::Snapshot(snapshot) => {
+                if !std::mem::replace(&mut self.in_snapshot, snapshot.more) {
+                    self.vms.clear();
+                    self.snapshots += 1;
+                    self.resyncs += usize::from(snapshot.resync);
+                }
+                assert!(snapshot.seq >= self.seq);
+                self.seq = snapshot.seq;
+                self.vms.extend(snapshot.vms.iter().map(|vm| (vm.id.to_string(), members(vm))));
+            }
+            Note::Events(told) => {
+                assert!(told.seq > self.seq && !told.events.is_empty(), "after {}: {told:?}", self.seq);
+                self.seq = told.seq;
+                told.events.iter().for_each(|e| self.event(told.seq, e));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[track_caller]
+    fn event(&mut self, seq: u64, event: &Event) {
+        assert!(event.seq == seq && event.at > 1_700_000_000, "{event:?}");
+        let name = event.name.as_ref().map_or("-", |n| n.as_str());
+        let id = event.vm.as_ref().map(ToString::to_string).unwrap_or_default();
+        let text = match &event.what {
+            What::Created { set } => {
+                assert!(self.vms.insert(id, set.clone()).is_none(), "made twice: {event:?}");
+                "created".to_owned()
+            }
+            What::Changed { set } => {
+                self.vms.get_mut(&id).expect("it is there").extend(set.clone());
+                format!("changed {}", set.keys().cloned().collect::<Vec<_>>().join(" "))
+            }
+            What::State { from, to, set, op, .. } => {
+                let vm = self.vms.get_mut(&id).expect("it is there");
+                assert_eq!(vm["state"], from.name(), "{event:?}");
+                assert!(op.is_some() || *from == VmState::Running, "{event:?}");
+                vm.extend(set.clone());
+                assert_eq!(vm["state"], to.name(), "{event:?}");
+                format!("{} -> {}", from.name(), to.name())
+            }
+            What::Deleted { .. } => {
+                self.vms.remove(&id).expect("it was there");
+                "deleted".to_owned()
+            }
+            What::OpEnded { method, state, error, .. } => {
+                assert_eq!(error.is_some(), *state != OpState::Ok, "{event:?}");
+                format!("{method} {state:?}")
+            }
+            What::Unknown => panic!("{event:?}"),
+        };
+        self.lines.push(format!("{name} {text}"));
+    }
+
+    /// Listens until the VM has this member.
+    #[track_caller]
+    fn follow(&mut self, call: &Running<EventsWatchReply>, vm: &str, member: &str, value: impl Into<Value>) {
+        let value = value.into();
+        while self.in_snapshot || !self.vms.values().any(|m| m["name"] == vm && m[member] == value) {
+            self.apply(&call.note(|note| Some(note.clone())));
+        }
+    }
+
+    /// That what it has is what the daemon says.
+    #[track_caller]
+    fn check(&self, world: &World) {
+        let vms = world.call::<VmList>(&VmListRequest { all: true }).unwrap().vms;
+        let truth: BTreeMap<_, _> = vms.iter().map(|vm| (vm.id.to_string(), members(vm))).collect();
+        assert_eq!(self.vms, truth);
+    }
+}
+
+fn set_vcpus(world: &World, vm: &str, vcpus: u32) {
+    world.call::<VmSet>(&VmSetRequest { vm: vm.into(), vcpus: Some(vcpus), ..Default::default() }).unwrap();
+}
+
+#[test]
+fn a_life() {
+    let world = World::new();
+    let (mut mirror, call) = watch_anew(&world);
+    let vm = world.create("web");
+    world.place(&vm.id);
+    set_vcpus(&world, "web", 2);
+    world.start("web").unwrap();
+    world.import_all("web");
+    world.stop("web").unwrap();
+    world.place(&vm.id);
+    world.start("web").unwrap();
+    world.vmm.die(&vm.id, "signal 9");
+    world.await_state("web", VmState::Failed);
+    world.delete("web").unwrap();
+    world.create("end");
+    mirror.follow(&call, "end", "state", "created");
+    mirror.check(&world);
+    assert_eq!((mirror.snapshots, mirror.resyncs), (1, 0));
+    expect_test::expect![[r#"
+        web created
+        web changed vcpus
+        web created -> starting
+        web changed disk_driver
+        web changed driver pid
+        web starting -> running
+        web vm.start Ok
+        web changed workspace
+        web changed workspace
+        web workspace.prepare Ok
+        web running -> stopping
+        web stopping -> stopped
+        web vm.stop Ok
+        web stopped -> starting
+        web changed pid
+        web starting -> running
+        web vm.start Ok
+        web running -> failed
+        web failed -> deleting
+        web deleted
+        web vm.delete Ok
+        end created
+    "#]]
+    .assert_eq(&format!("{}\n", mirror.lines.join("\n")));
+}
+
+#[test]
+fn who_listens_through_a_thousand_changes_has_what_the_daemon_has() {
+    const WORKERS: usize = 4;
+    const ROUNDS: usize = 25;
+    let world = World::new();
+    world.create("before");
+    let (mut mirror, call) = watch_anew(&world);
+    let worker = |worker: usize| {
+        for round in 0..ROUNDS {
+            let vm = format!("w{worker}-{round}");
+            world.create(&vm);
+            set_vcpus(&world, &vm, 3);
+            world.start(&vm).unwrap();
+            world.run::<VmKill>(request(&vm)).unwrap();
+            if round % 5 != 0 {
+                world.delete(&vm).unwrap();
+            }
+        }
+    };
+    // So that all boots have a guest to talk to.
+    world.place(&"0123456789ab".parse().unwrap());
+    std::thread::scope(|scope| {
+        (0..WORKERS).for_each(|n| drop(scope.spawn(move || worker(n))));
+    });
+    world.await_rest();
+    world.create("end");
+    mirror.follow(&call, "end", "state", "created");
+    mirror.check(&world);
+    assert!(world.daemon().store.stats().changes >= 1000, "{:?}", world.daemon().store.stats());
+    assert_eq!((mirror.vms.len(), mirror.snapshots), (2 + WORKERS * ROUNDS / 5, 1));
+    // One start and one kill of each has ended, and well.
+    let count = |line: &str| mirror.lines.iter().filter(|l| l.ends_with(line)).count();
+    let all = WORKERS * ROUNDS;
+    assert_eq!((count(" vm.start Ok"), count(" vm.kill Ok"), count(" deleted")), (all, all, all * 4 / 5));
+}
+
+#[test]
+fn since() {
+    let world = World::new();
+    let (mut first, call) = watch_anew(&world);
+    world.create("a");
+    first.follow(&call, "a", "state", "created");
+    set_vcpus(&world, "a", 2);
+    world.create("b");
+    // From there on, and nothing but that.
+    let (mut second, again) =
+        (Mirror { vms: first.vms.clone(), seq: first.seq, ..Mirror::default() }, watch(&world, Some(first.seq)));
+    second.follow(&again, "b", "state", "created");
+    assert_eq!((second.lines.as_slice(), second.snapshots), (&["a changed vcpus".to_owned(), "b created".to_owned()][..], 0));
+    first.follow(&call, "b", "state", "created");
+    assert_eq!((&first.vms, first.seq), (&second.vms, second.seq));
+    first.check(&world);
+    // A number that was never given out.
+    let note = watch(&world, Some(u64::MAX)).note(|note| Some(note.clone()));
+    let Note::Snapshot(snapshot) = note else { panic!("{note:?}") };
+    assert!(snapshot.resync && snapshot.seq == first.seq && snapshot.vms.len() == 2, "{snapshot:?}");
+}
+
+#[test]
+fn a_listener_goes_on_over_a_restart_of_the_daemon() {
+    let mut world = World::new();
+    let (vm, _) = world.running("web");
+    world.await_rest();
+    let (mut mirror, mut call) = watch_anew(&world);
+    set_vcpus(&world, "web", 2);
+    mirror.follow(&call, "web", "pending", serde_json::json!({"vcpus": 2, "mem_mib": null, "disk_bytes": null}));
+    let before = mirror.seq;
+    world.reopen();
+    assert!(call.finish(SOON).unwrap_err().is(Kind::ShuttingDown));
+    // The VMM died meanwhile: reconcile says so.
+    world.vmm.die(&vm.id, "signal 9");
+    world.daemon().reconcile();
+    let again = watch(&world, Some(before));
+    mirror.follow(&again, "web", "state", "failed");
+    set_vcpus(&world, "web", 3);
+    mirror.follow(&again, "web", "vcpus", 3);
+    mirror.check(&world);
+    assert_eq!((mirror.snapshots, mirror.resyncs), (1, 0), "it had all and missed nothing");
+    // Who had not heard of all before the restart begins anew.
+    let late = watch(&world, Some(before - 1));
+    mirror.follow(&late, "web", "vcpus", 3);
+    set_vcpus(&world, "web", 4);
+    mirror.follow(&late, "web", "vcpus", 4);
+    mirror.check(&world);
+    assert_eq!((mirror.snapshots, mirror.resyncs), (2, 1));
+}
+
+/// A caller of any uid, without a socket.
+struct Listener {
+    mirror: Mirror,
+    notes: Receiver<Note>,
+    /// Dropped, it has hung up.
+    peer: UnixStream,
+    ended: std::thread::JoinHandle<fcd::error::Result<EventsWatchReply>>,
+}
+
+fn listen(world: &World, uid: u32) -> Listener {
+    let (daemon, (peer, theirs), (send, notes)) = (world.daemon().clone(), UnixStream::pair().unwrap(), channel());
+    let body = move || {
+        let caller = Caller { uid, gid: uid, pid: 0 };
+        let mut tell = |note| send.send(note).map_err(|_| std::io::ErrorKind::BrokenPipe.into());
+        daemon.watch_events(&caller, &EventsWatchRequest::default(), Hangup(theirs.as_fd()), &mut tell)
+    };
+    let ended = fcd::host::thread::spawn("listener", body).unwrap();
+    let mut mirror = Mirror::default();
+    mirror.apply(&notes.recv_timeout(SOON).expect("a snapshot"));
+    Listener { mirror, notes, peer, ended }
+}
+
+impl Listener {
+    /// Hears all up to the moment when this VM has so many vCPUs, and then hangs up.
+    #[track_caller]
+    fn lines_until(self, vm: &str, vcpus: u32) -> Vec<String> {
+        let mut mirror = self.mirror;
+        while !mirror.vms.values().any(|m| m["name"] == vm && m["vcpus"] == vcpus) {
+            mirror.apply(&self.notes.recv_timeout(SOON).expect("more is told"));
+        }
+        assert!(mirror.vms.values().all(|m| m["name"] == vm || vm == "common"), "{mirror:?}");
+        drop(self.peer);
+        // That it went is noticed.
+        await_that("it ends", || self.ended.is_finished());
+        assert_eq!(self.ended.join().unwrap().unwrap_err().kind(), Kind::Cancelled);
+        mirror.lines
+    }
+}
+
+#[test]
+fn owners_hear_of_their_own_vms_and_root_of_all() {
+    let world = World::new();
+    let create = |name: &str, uid| {
+        let request = VmCreateRequest { name: Some(name.parse().unwrap()), ..Default::default() };
+        world.daemon().create(&Caller { uid, gid: uid, pid: 0 }, &request).unwrap()
+    };
+    let mine = create("mine", 1000);
+    let listeners = [1000, 2000, 0].map(|uid| listen(&world, uid));
+    create("theirs", 2000);
+    world.place(&mine.id);
+    // Root acts on a VM of another's: the owner hears how that ended.
+    world.start("mine").unwrap();
+    for name in ["mine", "theirs"] {
+        set_vcpus(&world, name, 4);
+        world.run::<VmKill>(request("mine")).unwrap();
+        world.start("mine").unwrap();
+    }
+    create("common", 0);
+    set_vcpus(&world, "common", 5);
+    set_vcpus(&world, "theirs", 6);
+    world.stop("mine").unwrap();
+    set_vcpus(&world, "mine", 6);
+    let [mine, theirs, root] = listeners;
+    let mine = mine.lines_until("mine", 6);
+    assert!(mine.iter().all(|l| l.starts_with("mine ")) && mine.contains(&"mine vm.start Ok".to_owned()), "{mine:?}");
+    let theirs = theirs.lines_until("theirs", 6);
+    assert_eq!(theirs, ["theirs created", "theirs changed vcpus", "theirs changed vcpus"]);
+    let root = root.lines_until("common", 5);
+    assert!(theirs[..2].iter().all(|l| root.contains(l)) && root.contains(&"mine vm.kill Ok".to_owned()), "{root:?}");
+}
+
+/// A client at the level of lines, which reads when the test does.
+struct Plain(BufReader<UnixStream>);
+
+impl Plain {
+    fn watch(world: &World, params: &str) -> Self {
+        let stream = UnixStream::connect(&world.config.socket).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        let mut plain = Self(BufReader::new(stream));
+        plain.ask(params, true);
+        plain
+    }
+
+    fn ask(&mut self, params: &str, more: bool) {
+        let call = format!(r#"{{"jsonrpc":"2.0","id":1,"method":"events.watch","params":{params},"more":{more}}}"#);
+        writeln!(self.0.get_mut(), "{call}").unwrap();
+    }
+
+    fn next(&mut self) -> Line {
+        let mut line = String::new();
+        self.0.read_line(&mut line).unwrap();
+        Line::parse(line.as_bytes()).unwrap_or_else(|e| panic!("{line:?}: {e}")).expect("known")
+    }
+}
+
+#[test]
+fn a_slow_reader_holds_up_nobody_and_loses_nothing() {
+    const CHANGES: u32 = 3000;
+    let world = World::new();
+    world.create("web");
+    let mut slow = Plain::watch(&world, "{}");
+    let Line::Note(Note::Snapshot(_)) = slow.next() else { panic!("no snapshot") };
+    let (mut fast, call) = watch_anew(&world);
+    let id = world.show("web").unwrap().id;
+    for n in 1..=CHANGES {
+        let change = world.daemon().store.change(|tx| tx.update_vm(&id, |r| r.mem_mib = u64::from(n)));
+        change.unwrap().1.detach();
+        if n % 250 == 0 {
+            // One reads nothing, and the other has all of it, while calls are answered.
+            fast.follow(&call, "web", "mem_mib", n);
+            assert_eq!(world.show("web").unwrap().mem_mib, u64::from(n));
+        }
+    }
+    assert_eq!(fast.lines.len(), CHANGES as usize);
+    let (mut heard, mut lags) = (Vec::new(), 0);
+    while heard.len() < CHANGES as usize {
+        match slow.next() {
+            Line::Note(Note::Events(told)) => match &told.events[0].what {
+                What::Changed { set } => heard.push(set["mem_mib"].as_u64().unwrap()),
+                other => panic!("{other:?}"),
+            },
+            Line::Note(Note::Lagged(lagged)) => {
+                lags += 1;
+                assert_eq!(lagged.dropped, u64::from(CHANGES) - heard.len() as u64);
+                let Line::Response(response) = slow.next() else { panic!("a lag ends it") };
+                let reply: EventsWatchReply = serde_json::from_str(response.result.unwrap().get()).unwrap();
+                assert_eq!(reply.resume_seq, lagged.resume_seq);
+                slow.ask(&format!(r#"{{"since":{}}}"#, lagged.resume_seq), true);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(heard, (1..=u64::from(CHANGES)).collect::<Vec<_>>(), "each once and in order");
+    assert!(lags == 1 && CHANGES as usize > QUEUE_MAX, "{lags}");
+}
+
+#[test]
+fn a_half_closed_connection_listens_on() {
+    let world = World::new();
+    let mut plain = Plain::watch(&world, "{}");
+    plain.0.get_mut().shutdown(std::net::Shutdown::Write).unwrap();
+    let Line::Note(Note::Snapshot(_)) = plain.next() else { panic!("no snapshot") };
+    world.create("web");
+    let Line::Note(Note::Events(told)) = plain.next() else { panic!("no events") };
+    assert_eq!(told.events[0].name.as_ref().unwrap().as_str(), "web");
+}
+
+#[test]
+fn it_stays_on_the_line_or_is_refused() {
+    let world = World::new();
+    let mut plain = Plain::watch(&world, r#"{"sinse":1}"#);
+    for _ in 0..2 {
+        let Line::Response(response) = plain.next() else { panic!("no answer") };
+        assert_eq!(response.error.unwrap().data.unwrap().kind, Kind::InvalidArgument.name());
+        plain.ask("{}", false);
+    }
+}

@@ -1,0 +1,281 @@
+//! One connection: draws requests, and writes down what it saw.
+
+use super::{GRACE_MS, Random, VMS};
+use crate::world::*;
+use fcd::api::Call;
+use fcd::api::exec::{ExecStart, ExecStartRequest};
+use fcd::api::frame::Note;
+use fcd::api::image::{ImageBuild, ImageBuildRequest, ImageList};
+use fcd::api::op::{OpCancel, OpList, OpListRequest, OpRequest, OpShow, OpState};
+use fcd::api::stream::ChunkWriter;
+use fcd::api::vm::*;
+use fcd::api::workspace::{ExportKind, ExportRequest, WorkspaceExport, WorkspacePrepare};
+use fcd::client::{Client, Event, Failure};
+use fcd::daemon::history::Verb;
+use fcd::error::Kind;
+use fcd::guest::fake::{Answer, Gate, Readiness};
+use fcd::ids::{OpId, VmId};
+use std::io::Write;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// A command that runs until it is ended from outside.
+const HELD: &str = "hold";
+/// How long an actor looks at a call that may never end before it hangs up.
+const PATIENCE: Duration = Duration::from_millis(20);
+
+/// How a call ended, as its caller saw it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Reply {
+    Ok,
+    /// `wrong_state`, with its sentence.
+    Refused(String),
+    NotFound,
+    Failed(String),
+}
+
+/// A call that the transition table has a say in.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    pub name: String,
+    pub verb: Verb,
+    pub sent: Instant,
+    pub received: Instant,
+    /// The operation that it began, joined or took over.
+    pub op: Option<OpId>,
+    pub reply: Reply,
+}
+
+pub fn name(n: u64) -> String {
+    format!("vm-{n}")
+}
+
+/// What commands do in every guest.
+pub fn set_the_stage(world: &World) {
+    let never = Gate::closed();
+    world.guest.on(HELD, move |_| Answer::status(0).hold(&never));
+}
+
+pub struct Actor<'a> {
+    world: &'a World,
+    random: Random,
+    client: Client,
+    replies: &'a AtomicU64,
+    seen: Vec<Seen>,
+}
+
+impl<'a> Actor<'a> {
+    pub fn new(world: &'a World, random: Random, replies: &'a AtomicU64) -> Self {
+        Self { world, random, client: world.client(), replies, seen: Vec::new() }
+    }
+
+    pub fn play(mut self, requests: u64) -> Vec<Seen> {
+        for _ in 0..requests {
+            self.act();
+            self.replies.fetch_add(1, Ordering::SeqCst);
+        }
+        self.seen
+    }
+
+    fn act(&mut self) {
+        let vm = name(self.random.below(VMS));
+        match self.random.below(100) {
+            0..12 => self.create(&vm),
+            12..32 => self.verb::<VmStart>(&vm, Verb::Start, &request(&vm)),
+            32..40 => self.stop(&vm),
+            40..45 => self.verb::<VmKill>(&vm, Verb::Kill, &request(&vm)),
+            45..51 => {
+                let request = VmStopRequest { timeout_ms: Some(GRACE_MS), ..stop(&vm) };
+                self.verb::<VmRestart>(&vm, Verb::Restart, &request);
+            }
+            51..59 => {
+                let force = !self.random.one_in(3);
+                let verb = if force { Verb::DeleteForce } else { Verb::Delete };
+                self.verb::<VmDelete>(&vm, verb, &VmDeleteRequest { force, ..delete(&vm) });
+            }
+            59..63 => {
+                let request = VmSetRequest { vm: vm.clone(), vcpus: Some(1 + self.random.below(2) as u32), ..Default::default() };
+                self.verb::<VmSet>(&vm, Verb::Set, &request);
+            }
+            63..72 => self.import(&vm),
+            72..76 => self.export(&vm),
+            76..82 => self.exec(&vm),
+            82..86 => self.cancel_something(),
+            86..90 => self.look(&vm),
+            90..93 => self.images(),
+            93..96 => self.start_and_hang_up(&vm),
+            _ => self.fate(&vm),
+        }
+    }
+
+    fn create(&mut self, vm: &str) {
+        let request = VmCreateRequest { name: Some(vm.parse().unwrap()), ..Default::default() };
+        match self.client.call::<VmCreate>(&request) {
+            Ok(made) => drop(self.world.place(&made.vm.id)),
+            Err(e) => assert!(e.is(Kind::NameTaken), "{e:?}"),
+        }
+    }
+
+    fn stop(&mut self, vm: &str) {
+        let force = self.random.one_in(4);
+        let verb = if force { Verb::StopForce } else { Verb::Stop };
+        self.verb::<VmStop>(vm, verb, &VmStopRequest { force, timeout_ms: Some(GRACE_MS), ..stop(vm) });
+    }
+
+    /// One call of a verb to its end.
+    fn verb<C: Call>(&mut self, vm: &str, verb: Verb, request: &C::Request) {
+        let (sent, mut op) = (Instant::now(), None);
+        let result = follow::<C>(&mut self.client, request, &mut op);
+        self.saw(vm, verb, sent, op, &result.map(drop));
+    }
+
+    fn saw(&mut self, vm: &str, verb: Verb, sent: Instant, op: Option<OpId>, result: &Result<(), Failure>) {
+        let received = Instant::now();
+        if let Some(op) = &op {
+            self.is_what_the_operation_says(op, result);
+        }
+        let reply = match result {
+            Ok(()) => Reply::Ok,
+            Err(e) if e.is(Kind::WrongState) && op.is_none() => Reply::Refused(e.fault.message.clone()),
+            Err(e) if e.is(Kind::VmNotFound) && op.is_none() => Reply::NotFound,
+            Err(e) => {
+                assert!(!e.is(Kind::Internal), "{e:?}");
+                Reply::Failed(e.fault.kind.clone())
+            }
+        };
+        self.seen.push(Seen { name: vm.to_owned(), verb, sent, received, op, reply });
+    }
+
+    /// Whoever began or joined an operation hears how it ended.
+    fn is_what_the_operation_says(&mut self, op: &OpId, result: &Result<(), Failure>) {
+        // The registry keeps some ended ones only.
+        let Ok(reply) = self.client.call::<OpShow>(&OpRequest { op: op.to_string() }) else { return };
+        let said = reply.op;
+        match result {
+            Ok(()) => assert_eq!(said.state, OpState::Ok, "{said:?}"),
+            Err(e) => assert_eq!(said.error.as_ref().map(|f| &f.kind), Some(&e.fault.kind), "{e:?} {said:?}"),
+        }
+    }
+
+    fn import(&mut self, vm: &str) {
+        let (read, write) = pipe();
+        let mut call = self.world.begin::<WorkspacePrepare>(prepare(vm), vec![read]);
+        let mut stream = std::fs::File::from(write);
+        match self.random.below(3) {
+            // Whole, cut off, silent in the middle of a chunk.
+            0 => {
+                let mut writer = ChunkWriter::new(stream);
+                // A refused import reads nothing.
+                _ = writer.write_all(b"some payload").and_then(|()| writer.finish(3).map(drop));
+            }
+            1 => drop(stream.write_all(b"\0\0\0\x04some")),
+            _ => {
+                drop(stream.write_all(b"\0\0\x10\0some"));
+                self.give_up(&mut call);
+                return drop(stream);
+            }
+        }
+        self.give_up(&mut call);
+    }
+
+    fn export(&mut self, vm: &str) {
+        let (read, write) = pipe();
+        let request = ExportRequest { vm: vm.to_owned(), kind: ExportKind::Patch, no_wait: self.random.one_in(2) };
+        let mut call = self.world.begin::<WorkspaceExport>(request, vec![write]);
+        self.give_up(&mut call);
+        drop(read);
+    }
+
+    fn exec(&mut self, vm: &str) {
+        let command = if self.random.one_in(2) { HELD } else { "true" };
+        let request = ExecStartRequest {
+            vm: vm.to_owned(),
+            argv: vec![command.to_owned()],
+            env: vec![],
+            workdir: None,
+            pty: None,
+            streams: vec![],
+        };
+        let mut call = self.world.begin::<ExecStart>(request, vec![]);
+        self.give_up(&mut call);
+    }
+
+    /// Waits a little, then hangs up.
+    fn give_up<R>(&mut self, call: &mut Running<R>) {
+        let until = Instant::now() + PATIENCE;
+        if call.finish_unless(|| Instant::now() > until).is_none() {
+            call.hang_up();
+            // The daemon has taken notice when the connection ends.
+            _ = call.finish(SOON);
+        }
+    }
+
+    fn start_and_hang_up(&mut self, vm: &str) {
+        let mut call = self.world.begin::<VmStart>(request(vm), vec![]);
+        call.hang_up();
+        _ = call.finish(SOON);
+    }
+
+    fn cancel_something(&mut self) {
+        let ops = self.client.call::<OpList>(&OpListRequest { all: false }).unwrap().ops;
+        if ops.is_empty() {
+            return;
+        }
+        let op = ops[self.random.below(ops.len() as u64) as usize].id.to_string();
+        // It may have ended, or be one that cannot be cancelled.
+        _ = self.client.call::<OpCancel>(&OpRequest { op });
+    }
+
+    fn look(&mut self, vm: &str) {
+        assert!(self.client.call::<VmList>(&VmListRequest { all: true }).unwrap().vms.len() as u64 <= VMS);
+        if let Err(e) = self.client.call::<VmShow>(&request(vm)) {
+            assert!(e.is(Kind::VmNotFound), "{e:?}");
+        }
+    }
+
+    fn images(&mut self) {
+        if self.random.one_in(2) {
+            self.client.call::<ImageList>(&fcd::api::Empty {}).unwrap();
+            return;
+        }
+        let request = ImageBuildRequest { name: Some("other".parse().unwrap()), ..Default::default() };
+        // The fake host has no mmdebstrap.
+        assert!(follow::<ImageBuild>(&mut self.client, &request, &mut None).is_err());
+    }
+
+    /// What happens to guests and VMMs by themselves.
+    fn fate(&mut self, vm: &str) {
+        let Ok(shown) = self.client.call::<VmShow>(&request(vm)) else { return };
+        let Some(addr) = self.addr(&shown.vm.id) else { return };
+        match self.random.below(6) {
+            0 => _ = self.world.vmm.die(&shown.vm.id, "signal 9 (SIGKILL)"),
+            1 => _ = self.world.vmm.die(&shown.vm.id, "the guest shut down"),
+            2 => self.world.guest.lose(addr),
+            3 => _ = self.world.guest.stall_reads(addr, self.random.below(3)),
+            4 => self.world.guest.stall_reads(addr, 0).open(),
+            _ => {
+                // A guest that does not come up until its boot is given up, or one that does at once.
+                let hangs = self.random.one_in(2);
+                let readiness = if hangs { Readiness::Gated(Gate::closed()) } else { Readiness::Instant };
+                self.world.guest.set_readiness(addr, readiness);
+            }
+        }
+    }
+
+    fn addr(&self, vm: &VmId) -> Option<SocketAddr> {
+        self.world.daemon().store.read(|s| s.vm(vm).and_then(|r| r.ssh_addr))
+    }
+}
+
+/// To the end, with the operation's id as soon as it is told.
+fn follow<C: Call>(client: &mut Client, request: &C::Request, op: &mut Option<OpId>) -> Result<C::Reply, Failure> {
+    let mut flight = client.begin::<C>(request, &[])?;
+    loop {
+        match flight.next_event()? {
+            Event::Note(Note::Op { op: id }) => *op = Some(id),
+            Event::Note(_) => {}
+            Event::Reply(reply) => return Ok(reply),
+        }
+    }
+}

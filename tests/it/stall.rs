@@ -1,0 +1,307 @@
+//! Stop, show, list, delete and exec of a VM whose import is stalled, against the same verbs on a VM under the same fault without
+//! an import, interleaved. `the_gate` is what `scripts/test` asks; `bench` (`scripts/bench stall`) measures at length.
+
+use crate::world::*;
+use fcd::api::exec::{ExecStart, ExecStartRequest};
+use fcd::api::op::{OpCancel, OpList, OpListRequest, OpRequest};
+use fcd::api::vm::*;
+use fcd::client::Client;
+use fcd::error::Kind;
+use std::io::Write;
+use std::time::{Duration, Instant};
+
+/// How long a stalled import may stand still before it is ended: what a verb that waits for it would wait. In the negative
+/// control, where it does, not too long.
+const STALL: Duration = Duration::from_secs(if cfg!(feature = "one-lock") { 4 } else { 30 });
+/// The guest cannot be asked to go where the network is cut: the same on both sides.
+const GRACE_MS: u64 = 50;
+const BYTES: u64 = 4096;
+
+/// Why an import stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    /// The client writes no more.
+    Silent,
+    /// The guest reads no more.
+    Unread,
+    /// The guest's network is cut.
+    Cut,
+}
+use Fault::{Cut, Silent, Unread};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verb {
+    Show,
+    List,
+    Exec,
+    Stop,
+    Delete,
+}
+
+/// A daemon with `others` imports stalled beside the VM that is measured.
+struct Stage {
+    world: World,
+    client: Client,
+    others: Vec<Import>,
+    /// What is timed first has colder caches, so the two sides take turns.
+    is_held_first: bool,
+}
+
+/// How many imports the pool runs and how many wait.
+#[derive(Clone, Copy, Debug)]
+struct Load {
+    others: usize,
+    workers: usize,
+    queue: usize,
+}
+
+impl Load {
+    /// Each import has a worker of its own.
+    const fn of(others: usize) -> Self {
+        Self { others, workers: others + 2, queue: 2 * others + 64 }
+    }
+}
+
+impl Stage {
+    fn new(load: Load) -> Self {
+        let many = 8 * load.others + 256;
+        let world = World::with(|c| {
+            c.limits.pool_workers = load.workers;
+            c.limits.pool_queue = load.queue;
+            c.limits.queue_per_uid_max = many;
+            c.limits.connections_max = many;
+            c.limits.connections_per_uid_max = many;
+            c.limits.operations_per_uid_max = many;
+            c.limits.vms_per_uid_max = many;
+            c.limits.mem_mib_max = many as u64 * c.vm.mem_mib;
+            c.limits.transfer_idle_s = STALL.as_secs();
+        });
+        let others = (0..load.others).map(|n| Self::stalled_beside(&world, load, n)).collect();
+        let client = world.client();
+        Self { world, client, others, is_held_first: false }
+    }
+
+    /// One more VM with an import that stands still, or waits for a worker.
+    fn stalled_beside(world: &World, load: Load, n: usize) -> Import {
+        let name = format!("other-{n}");
+        world.running(&name);
+        if n >= load.workers {
+            return world.queue_import(&name);
+        }
+        let mut import = world.import(&name);
+        write_some(&mut import);
+        import
+    }
+
+    /// A VM that runs under the fault.
+    fn vm(&self, name: &str, fault: Fault) -> std::net::SocketAddr {
+        let addr = match self.world.show(name) {
+            Ok(vm) => {
+                let addr = self.world.place(&vm.id);
+                self.world.start(name).unwrap();
+                addr
+            }
+            Err(_) => self.world.running(name).1,
+        };
+        if fault == Unread {
+            drop(self.world.guest.stall_reads(addr, BYTES));
+        }
+        addr
+    }
+
+    /// Its import, in mid-stream; with the pool full it waits for a worker.
+    fn stall(&self, name: &str, fault: Fault) -> Import {
+        let runs = self.world.daemon().pool.counts().running < self.world.config.limits.pool_workers;
+        if !runs {
+            return self.world.queue_import(name);
+        }
+        let mut import = self.world.import(name);
+        write_some(&mut import);
+        if fault == Unread {
+            write_some(&mut import);
+        }
+        import.call.bytes(BYTES);
+        import
+    }
+
+    /// How long one verb takes.
+    fn time(&mut self, verb: Verb, name: &str) -> Duration {
+        let begun = Instant::now();
+        match verb {
+            Verb::Show => drop(self.client.call::<VmShow>(&request(name)).unwrap()),
+            Verb::List => drop(self.client.call::<VmList>(&VmListRequest { all: true }).unwrap()),
+            Verb::Exec => {
+                let (vm, argv) = (name.to_owned(), vec!["true".to_owned()]);
+                let request = ExecStartRequest { vm, argv, env: vec![], workdir: None, pty: None, streams: vec![] };
+                drop(self.client.call_more::<ExecStart>(&request, &[], &mut |_| Ok(())).unwrap());
+            }
+            Verb::Stop => {
+                let request = VmStopRequest { timeout_ms: Some(GRACE_MS), ..stop(name) };
+                drop(self.client.call_more::<VmStop>(&request, &[], &mut |_| Ok(())).unwrap());
+            }
+            Verb::Delete => drop(self.client.call_more::<VmDelete>(&delete(name), &[], &mut |_| Ok(())).unwrap()),
+        }
+        begun.elapsed()
+    }
+
+    /// Both sides of one round: without an import, and with one that is stalled.
+    fn round(&mut self, verb: Verb, fault: Fault) -> (Duration, Duration) {
+        let (idle_addr, addr) = (self.vm("idle", fault), self.vm("held", fault));
+        let import = self.stall("held", fault);
+        if fault == Cut {
+            self.world.guest.set_cut(idle_addr, true);
+            self.world.guest.set_cut(addr, true);
+        }
+        // Both begin warm.
+        for name in ["idle", "held"] {
+            self.time(Verb::Show, name);
+        }
+        self.is_held_first = !self.is_held_first;
+        let (idle, held) = if self.is_held_first {
+            let held = self.time(verb, "held");
+            (self.time(verb, "idle"), held)
+        } else {
+            (self.time(verb, "idle"), self.time(verb, "held"))
+        };
+        assert!(held < STALL / 2, "{verb:?} of a VM took {held:?} under {fault:?}: it waited for the import");
+        drop(import.stream);
+        import.call.hang_up();
+        for name in ["idle", "held"] {
+            // Whatever the verb left of it.
+            if let Err(e) = self.world.delete(name) {
+                assert!(e.is(Kind::VmNotFound), "{e:?}");
+            }
+        }
+        (idle, held)
+    }
+
+    /// With a second import behind a stalled one: it is seen to wait, and ends when it is cancelled.
+    fn a_second_import_waits_visibly(&mut self) -> Duration {
+        self.vm("held", Silent);
+        let first = self.stall("held", Silent);
+        let mut second = self.world.queue_import("held");
+        let op = second.call.op();
+        second.call.stage("wait");
+        let ops = self.client.call::<OpList>(&OpListRequest { all: false }).unwrap().ops;
+        let shown = ops.iter().find(|o| o.id == op).expect("the second import is listed");
+        assert!(shown.progress.stage.contains("wait"), "{shown:?}");
+        let begun = Instant::now();
+        self.client.call::<OpCancel>(&OpRequest { op: op.to_string() }).unwrap();
+        assert!(second.call.finish(SOON).unwrap_err().is(Kind::Cancelled));
+        let took = begun.elapsed();
+        drop((first.stream, second.stream));
+        first.call.hang_up();
+        self.world.delete("held").unwrap();
+        took
+    }
+
+    fn end(self) {
+        for import in self.others {
+            drop(import.stream);
+            import.call.hang_up();
+        }
+        self.world.await_rest();
+    }
+}
+
+fn write_some(import: &mut Import) {
+    let mut chunk = (BYTES as u32).to_be_bytes().to_vec();
+    chunk.resize(4 + BYTES as usize, 7);
+    import.stream.write_all(&chunk).unwrap();
+}
+
+/// Without an answer from the guest an exec never ends by itself.
+fn verbs(fault: Fault) -> &'static [Verb] {
+    match fault {
+        Cut => &[Verb::Show, Verb::List, Verb::Stop, Verb::Delete],
+        _ => &[Verb::Show, Verb::List, Verb::Exec, Verb::Stop, Verb::Delete],
+    }
+}
+
+fn percentile(took: &[Duration], percent: usize) -> Duration {
+    let mut took = took.to_vec();
+    took.sort();
+    took[(took.len() * percent / 100).min(took.len() - 1)]
+}
+
+#[test]
+#[ignore = "measures, so it runs alone: a step of scripts/test"]
+fn the_gate() {
+    const ROUNDS: usize = 9;
+    const SLACK: Duration = Duration::from_millis(1);
+    /// What else runs on the machine slows one side or the other, now and then. A verb that waits is slower each time.
+    const SETS_MAX: usize = 3;
+    let fits = |(idle, held): &(Duration, Duration)| *held <= idle.mul_f64(1.2) + SLACK;
+    // One import beside; and a pool whose workers and queue are full.
+    for load in [Load::of(1), Load { others: 4, workers: 2, queue: 4 }] {
+        let mut stage = Stage::new(load);
+        for (fault, verb) in [Silent, Unread, Cut].iter().flat_map(|f| verbs(*f).iter().map(|v| (*f, *v))) {
+            let mut sets = Vec::new();
+            while sets.len() < SETS_MAX && !sets.last().is_some_and(fits) {
+                let (idle, held): (Vec<_>, Vec<_>) = (0..ROUNDS).map(|_| stage.round(verb, fault)).unzip();
+                sets.push((median(idle), median(held)));
+            }
+            assert!(sets.last().is_some_and(fits), "{verb:?} under {fault:?} with {load:?}: idle and held {sets:?}");
+        }
+        if load.queue > load.others {
+            stage.a_second_import_waits_visibly();
+        }
+        stage.end();
+    }
+}
+
+/// What a lock that is held throughout an import costs: without this the other figures would prove nothing.
+#[test]
+#[cfg(feature = "one-lock")]
+fn with_one_lock_a_stop_waits() {
+    const TIMES_MIN: u32 = 1000;
+    let mut stage = Stage::new(Load::of(0));
+    for name in ["idle", "held"] {
+        stage.vm(name, Silent);
+    }
+    let import = stage.stall("held", Silent);
+    let (idle, held) = (stage.time(Verb::Stop, "idle"), stage.time(Verb::Stop, "held"));
+    println!("with one lock: stop of an idle VM {idle:?}, under a stalled import {held:?}");
+    assert!(held > idle * TIMES_MIN, "idle {idle:?}, held {held:?}");
+    drop(import.stream);
+    import.call.hang_up();
+    stage.end();
+}
+
+#[test]
+#[ignore = "measures: scripts/bench stall"]
+fn bench() {
+    let rounds = std::env::var("FCD_BENCH_ROUNDS").map_or(40, |n| n.parse().expect("a number"));
+    println!(
+        "{:>9} {:>7} {:>7} {:>9} {:>9} {:>6} {:>9} {:>9} {:>6}",
+        "imports", "fault", "verb", "idle p50", "held p50", "ratio", "idle p99", "held p99", "ratio"
+    );
+    let full = Load { others: 8, workers: 2, queue: 8 };
+    for (label, load) in
+        [("1", Load::of(1)), ("8", Load::of(8)), ("64", Load::of(64)), ("1000", Load::of(1000)), ("pool full", full)]
+    {
+        let mut stage = Stage::new(load);
+        for fault in [Silent, Unread, Cut] {
+            for verb in verbs(fault) {
+                let (idle, held): (Vec<_>, Vec<_>) = (0..rounds).map(|_| stage.round(*verb, fault)).unzip();
+                let ratio = |p| percentile(&held, p).as_secs_f64() / percentile(&idle, p).as_secs_f64();
+                let us = |took: &[Duration], p| percentile(took, p).as_micros();
+                println!(
+                    "{label:>9} {:>7} {:>7} {:>7}us {:>7}us {:>6.2} {:>7}us {:>7}us {:>6.2}",
+                    format!("{fault:?}"),
+                    format!("{verb:?}"),
+                    us(&idle, 50),
+                    us(&held, 50),
+                    ratio(50),
+                    us(&idle, 99),
+                    us(&held, 99),
+                    ratio(99)
+                );
+            }
+        }
+        if load.queue > load.others {
+            println!("{label:>9} a second import waits visibly; cancelled within {:?}", stage.a_second_import_waits_visibly());
+        }
+        stage.end();
+    }
+}

@@ -40,6 +40,17 @@ impl VmState {
     }
 }
 
+/// What a guest may reach: `--net`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Net {
+    /// Outwards through the host's address, and names.
+    #[default]
+    Nat,
+    /// Nothing. SSH from the host, and so exec and copies, works.
+    None,
+}
+
 /// Whether the guest's file systems were synced before its VMM ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -86,6 +97,7 @@ pub struct Vm {
     pub vcpus: u32,
     pub mem_mib: u64,
     pub disk_bytes: u64,
+    pub net: Net,
     /// Settings that `vm.set` changed and that the running guest does not have yet.
     pub pending: Option<Pending>,
     /// Deleted when its holder goes or it stops.
@@ -130,6 +142,9 @@ pub struct VmCreateRequest {
     pub mem_mib: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
+    /// `nat` when not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net: Option<Net>,
     /// The daemon deletes it when it stops, when its holder goes, or when the daemon restarts without one.
     #[serde(default)]
     pub rm: bool,

@@ -88,6 +88,7 @@ fn make(ctx: &mut Context, interrupts: &Interrupts, name: Option<VmName>, shape:
         vcpus: shape.vcpus,
         mem_mib: shape.memory,
         disk_bytes: None,
+        net: shape.net,
         rm,
         hold: rm,
     };

@@ -93,6 +93,7 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
         vcpus: 1,
         mem_mib: 1024,
         disk_bytes: 4 << 30,
+        net: crate::api::vm::Net::Nat,
         pending: None,
         rm: false,
         created_at: NOW_S - 3700,

@@ -1,5 +1,6 @@
 //! Values on the command line: sizes, durations, environment variables.
 
+use crate::api::vm::Net;
 use crate::error::{Error, Result};
 use std::path::Path;
 use std::time::Duration;
@@ -30,6 +31,14 @@ pub fn parse_mem_mib(text: &str) -> Result<u64, String> {
         return Ok(bytes >> 20);
     }
     Err("memory goes by whole MiB, as in 512M or 2G".to_owned())
+}
+
+pub fn parse_net(text: &str) -> Result<Net, String> {
+    match text {
+        "nat" => Ok(Net::Nat),
+        "none" => Ok(Net::None),
+        _ => Err("give nat or none".to_owned()),
+    }
 }
 
 /// `30s`, `5m`, `2h`, `250ms`; a bare number is seconds.

@@ -2,10 +2,10 @@
 
 use super::context::Context;
 use super::output::{self, age, count, size};
-use super::values::{parse_duration, parse_mem_mib, parse_size, timeout_ms};
+use super::values::{parse_duration, parse_mem_mib, parse_net, parse_size, timeout_ms};
 use crate::api::Empty;
 use crate::api::vm::{
-    Synced, Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteReply, VmDeleteRequest, VmKill, VmList, VmListRequest, VmPrune,
+    Net, Synced, Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteReply, VmDeleteRequest, VmKill, VmList, VmListRequest, VmPrune,
     VmRequest, VmRestart, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest,
     WorkspaceInfo, WorkspaceState,
 };
@@ -67,6 +67,9 @@ pub struct Shape {
     /// Memory, as in 512M or 2G
     #[arg(long, value_name = "SIZE", value_parser = parse_mem_mib)]
     pub memory: Option<u64>,
+    /// What the guest may reach: nat is out through this host, none is nothing
+    #[arg(long, value_name = "nat|none", value_parser = parse_net)]
+    pub net: Option<Net>,
 }
 
 #[derive(clap::Args, Debug)]
@@ -173,6 +176,7 @@ fn create(ctx: &mut Context, args: CreateArgs) -> Result<u8> {
         image: args.shape.image,
         vcpus: args.shape.vcpus,
         mem_mib: args.shape.memory,
+        net: args.shape.net,
         disk_bytes: args.disk,
         rm: false,
         hold: false,
@@ -316,6 +320,7 @@ fn sheet(vm: &Vm, now_s: u64) -> String {
     add("next start", vm.pending.as_ref().map(|p| settings(p.vcpus, p.mem_mib, p.disk_bytes)));
     add("driver", vm.driver.clone());
     add("process", vm.pid.map(|pid| pid.to_string()));
+    add("network", (vm.net == Net::None).then(|| "none".to_owned()));
     add("ssh", vm.ssh_addr.map(|a| a.to_string()));
     add("created", Some(age(now_s, vm.created_at)));
     add("started", vm.started_at.map(|at| age(now_s, at)));

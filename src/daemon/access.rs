@@ -103,6 +103,7 @@ pub fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         vcpus: row.vcpus,
         mem_mib: row.mem_mib,
         disk_bytes: row.disk_bytes,
+        net: row.net,
         pending: row.pending.clone(),
         rm: row.rm,
         created_at: row.created_at,

@@ -4,19 +4,21 @@
 use super::Daemon;
 use super::lifecycle::Claim;
 use crate::api::exec::Exit;
-use crate::disk::{self, KeyPair, Method, Network, RootSpec, Seed};
+use crate::disk::{self, KeyPair, Method, RootSpec, Seed};
 use crate::error::{Error, Kind, Result};
 use crate::guest::{Script, Target, run_script};
 use crate::image::ImageInfo;
 use crate::locks::Cancel;
 use crate::store::VmRow;
-use crate::vmm::{DiskFormat, GuestNetwork, Running, VmmSpec};
+use crate::vmm::{DiskFormat, Running, VmmSpec};
 use crate::workspace::remote;
 use std::time::{Duration, Instant};
 
 const GUEST_USER: &str = "root";
 const WORKSPACE_DEADLINE: Duration = Duration::from_secs(60);
 const KEY_FILE: &str = "key";
+const HOST_KEY_FILE: &str = "host_key";
+const USER_KEY_COMMENT: &str = "fcd";
 const SEED_FILE: &str = "seed";
 const DISK_FILE: &str = "disk";
 
@@ -85,7 +87,7 @@ impl Daemon {
             vcpus: row.vcpus,
             mem_mib: row.mem_mib,
             credentials: self.credentials(row),
-            network: GuestNetwork::UserMode,
+            network: self.guest_network(row),
             console_bytes_max: self.config.limits.console_bytes_max,
             dir,
         }
@@ -118,26 +120,44 @@ impl Daemon {
         nix::unistd::geteuid().is_root().then_some((qemu.uid_base + row.slot, qemu.uid_base))
     }
 
-    /// Host key, user key and seed are made once in a VM's life: its identity outlives its restarts.
+    /// Host key and user key are made once in a VM's life: its identity outlives its restarts. The seed is written at every
+    /// start, for the network may have changed.
     pub(super) fn write_identity(&self, row: &VmRow, spec: &VmmSpec) -> Result<()> {
-        let key_file = spec.dir.join(KEY_FILE);
-        if row.host_key.is_some() && key_file.exists() && spec.seed.exists() {
-            return Ok(());
-        }
-        let (host, user) = (KeyPair::generate(row.name.as_str())?, KeyPair::generate("fcd")?);
+        let (host, user) = match self.read_identity(row, spec)? {
+            Some(keys) => keys,
+            None => self.make_identity(row, spec)?,
+        };
         let seed = Seed {
             host_name: &row.name,
-            network: &Network::user_mode(),
+            network: &self.seed_network(row)?,
             authorized_keys: &[user.public_line().to_owned()],
             host_key: &host,
         };
-        self.effects.before("write the key")?;
-        crate::host::fs::write_durable(&key_file, user.private_openssh().as_bytes(), 0o600)?;
         self.effects.before("write the seed")?;
-        seed.write(&spec.seed, spec.credentials)?;
+        seed.write(&spec.seed, spec.credentials)
+    }
+
+    /// None where they are not all there: the VM has not been started.
+    fn read_identity(&self, row: &VmRow, spec: &VmmSpec) -> Result<Option<(KeyPair, KeyPair)>> {
+        let read = |name: &str| match std::fs::read_to_string(spec.dir.join(name)) {
+            Ok(text) => KeyPair::from_private_openssh(&text).map(Some),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io(format!("read the keys of vm {}", row.name), e)),
+        };
+        let keys = read(HOST_KEY_FILE)?.zip(read(KEY_FILE)?);
+        Ok(keys.filter(|(host, _)| row.host_key.as_deref() == Some(host.public_blob())))
+    }
+
+    fn make_identity(&self, row: &VmRow, spec: &VmmSpec) -> Result<(KeyPair, KeyPair)> {
+        let (host, user) = (KeyPair::generate(row.name.as_str())?, KeyPair::generate(USER_KEY_COMMENT)?);
+        self.effects.before("write the keys")?;
+        for (name, key) in [(KEY_FILE, &user), (HOST_KEY_FILE, &host)] {
+            crate::host::fs::write_durable(&spec.dir.join(name), key.private_openssh().as_bytes(), 0o600)?;
+        }
         let blob = host.public_blob().to_vec();
         let ((), ticket) = self.store.change(|tx| tx.update_vm(&row.id, |r| r.host_key = Some(blob)))?;
-        self.wait_durable(ticket)
+        self.wait_durable(ticket)?;
+        Ok((host, user))
     }
 
     pub(super) fn start_vmm(&self, claim: &Claim, spec: &VmmSpec) -> Result<Running> {

@@ -59,6 +59,7 @@ impl Daemon {
         self.runtimes.cancel_everything("the daemon is shutting down");
         self.threads.wait_idle(deadline);
         self.pool.close(deadline);
+        self.close_network();
         self.store.close();
         let violations = check::violations();
         if violations > 0 {

@@ -33,6 +33,7 @@ impl Daemon {
             vcpus: request.vcpus.unwrap_or(self.config.vm.vcpus),
             mem_mib: request.mem_mib.unwrap_or(self.config.vm.mem_mib),
             disk_bytes: request.disk_bytes.unwrap_or(image.disk_bytes),
+            net: request.net.unwrap_or_default(),
             rm: request.rm,
             created_at: now_s(),
             // Replaced below by the first free one.
@@ -45,6 +46,7 @@ impl Daemon {
             intent: None,
             identity: None,
             ssh_addr: None,
+            tap: None,
             disk_driver: None,
             driver: None,
             host_key: None,
@@ -91,7 +93,7 @@ impl Daemon {
                 .hint("delete some (fcctl vm prune), or raise limits.vms_per_uid_max"));
         }
         row.name = if name_given { free_name(tx, row.name)? } else { some_name(tx, &row.id)? };
-        row.slot = tx.free_slot(self.config.qemu.uid_count)?;
+        row.slot = tx.free_slot(self.slots_max())?;
         tx.put_vm(row.clone())?;
         Ok(row)
     }

@@ -55,6 +55,7 @@ fn checks(config: &Config, vmm: &dyn crate::vmm::Driver, commands: &dyn Commands
     let mut all = vmm.checks();
     all.push(disk_check(&config.state_dir));
     all.push(space_check(&config.state_dir));
+    all.extend(super::network::checks(config, commands, cancel));
     all.extend(crate::image::checks(commands, cancel));
     all
 }

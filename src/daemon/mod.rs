@@ -19,6 +19,7 @@ mod keys;
 mod lifecycle;
 mod locks;
 mod names;
+mod network;
 mod notes;
 mod operations;
 mod reconcile;
@@ -104,6 +105,9 @@ pub struct Inner {
     vmm: Arc<dyn Driver>,
     transport: Arc<dyn Transport>,
     commands: Arc<dyn Commands>,
+    /// The bridge and what is on it; none: user-mode networking.
+    net: Option<crate::net::Net>,
+    name_server: Mutex<Option<crate::net::dns::Server>>,
     mem_mib_max: u64,
     /// Names under which images are being built.
     building: Mutex<HashSet<crate::ids::ImageRef>>,
@@ -198,7 +202,11 @@ impl Daemon {
             (s.ops().map(|o| (**o).clone()).collect::<Vec<_>>(), s.vms().map(|r| r.id.clone()).collect::<HashSet<_>>())
         });
         let ops = open_ops(&store, rows)?;
+        let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+        let net = network::open(&config, &store, &seams.commands, &closing)?;
         let inner = Inner {
+            net,
+            name_server: Mutex::new(Rank::Runtimes, None),
             pool: Pool::new(limits.pool_workers, limits.pool_queue, limits.queue_per_uid_max)?,
             images: Images::open(&config.state_dir)?,
             sessions: crate::session::Registry::new(),
@@ -211,7 +219,7 @@ impl Daemon {
             building: Mutex::new(Rank::Runtimes, HashSet::new()),
             beginning: keys::Beginning::new(),
             unlooked: Mutex::new(Rank::Runtimes, unlooked),
-            closing: Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?,
+            closing,
             effects: effects::Effects::default(),
             history: history::History::default(),
             threads: close::Threads::new(),
@@ -221,7 +229,9 @@ impl Daemon {
             store,
             config,
         };
-        Ok(Self(Arc::new(inner)))
+        let daemon = Self(Arc::new(inner));
+        daemon.serve_names()?;
+        Ok(daemon)
     }
 
     pub fn is_closing(&self) -> bool {

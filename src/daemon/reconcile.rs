@@ -25,12 +25,14 @@ impl Daemon {
             self.unlooked.lock().remove(&id);
         }
         self.sweep(true);
+        self.mend_network();
     }
 
     /// Every [`SWEEP_PERIOD`], until the daemon closes: what a clean-up could not remove is tried again.
     pub fn keep_house(&self) {
         while !self.pause(SWEEP_PERIOD) {
             self.sweep(true);
+            self.mend_network();
         }
     }
 
@@ -71,6 +73,7 @@ impl Daemon {
         let adopted = self.images.get(&row.image).and_then(|image| self.vmm.adopt(&self.spec(row, &image), &identity));
         match adopted {
             Ok(running) => {
+                self.adopt_guest(row);
                 self.watch(row, &running.identity)?;
                 let adopted = (Some(running.identity), Some(running.ssh_addr));
                 if adopted == (row.identity.clone(), row.ssh_addr) {

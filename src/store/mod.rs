@@ -41,7 +41,7 @@ pub use reserve::RESERVE_BYTES;
 pub use schema::INSTALL_ID_LEN;
 pub use state::State;
 pub use tx::Tx;
-pub use vm::{Intent, VmRow};
+pub use vm::{Intent, TapFact, VmRow};
 pub use watch::Watch;
 pub use workspace::WorkspaceRow;
 

@@ -22,7 +22,8 @@ pub const INSTALL_ID_LEN: usize = 8;
 /// Index `i` brings version `i` to `i + 1`. A change of a row's shape is a new entry; entries never change.
 pub(super) fn migrations() -> Vec<String> {
     let info = "CREATE TABLE store_info (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;";
-    vec![[info, vm::CREATE, workspace::CREATE, op::CREATE, ledger::CREATE, key::CREATE, meta::CREATE].concat()]
+    let first = [info, vm::CREATE, workspace::CREATE, op::CREATE, ledger::CREATE, key::CREATE, meta::CREATE].concat();
+    vec![first, vm::ADD_NETWORK.to_owned()]
 }
 
 /// Opens `dir/fcd.db`, makes it when there is none.

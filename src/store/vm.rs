@@ -1,12 +1,12 @@
 //! Table `vms`: one row per VM, which holds its state for as long as it lives.
 
 use super::sql::{self, json};
-use crate::api::vm::{Pending, Synced, VmState};
+use crate::api::vm::{Net, Pending, Synced, VmState};
 use crate::host::process::Identity;
 use crate::ids::{ImageRef, OpId, VmId, VmName};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 
 /// What follows the running transition, so that nothing slips between its halves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -14,6 +14,15 @@ use std::net::SocketAddr;
 pub enum Intent {
     /// The stop is the first half of a restart.
     Restart,
+}
+
+/// The tap of a VM that was started on the bridge.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TapFact {
+    pub name: String,
+    /// The guest's.
+    pub address: Ipv4Addr,
 }
 
 /// Any change of this shape is a new schema version: see `schema.rs`.
@@ -30,6 +39,7 @@ pub struct VmRow {
     pub vcpus: u32,
     pub mem_mib: u64,
     pub disk_bytes: u64,
+    pub net: Net,
     pub pending: Option<Pending>,
     pub rm: bool,
     /// Seconds since the epoch.
@@ -44,6 +54,8 @@ pub struct VmRow {
     pub slot: u32,
     pub identity: Option<Identity>,
     pub ssh_addr: Option<SocketAddr>,
+    /// Of the last start; none: user-mode networking.
+    pub tap: Option<TapFact>,
     pub disk_driver: Option<String>,
     pub driver: Option<String>,
     /// The guest's public host key, raw (RFC 4253, 6.6).
@@ -53,6 +65,9 @@ pub struct VmRow {
 
 pub(super) const CREATE: &str = "CREATE TABLE vms (
     id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, slot INTEGER NOT NULL UNIQUE, body TEXT NOT NULL) STRICT;";
+
+/// Version 2: `net` and `tap`.
+pub(super) const ADD_NETWORK: &str = "UPDATE vms SET body = json_set(body, '$.net', 'nat', '$.tap', json('null'));";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else { return sql::delete(c, "DELETE FROM vms WHERE id = ?1", [id.as_str()]) };

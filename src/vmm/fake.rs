@@ -354,7 +354,7 @@ pub fn spec(vm: VmId, tag: &str, state_dir: &Path) -> VmmSpec {
         vcpus: 1,
         mem_mib: 128,
         credentials: None,
-        network: super::GuestNetwork::UserMode,
+        network: super::GuestNetwork::UserMode { isolated: false },
         console_bytes_max: 1 << 20,
         vm,
         dir,

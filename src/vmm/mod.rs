@@ -29,8 +29,9 @@ pub enum DiskFormat {
 /// The guest's one network interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GuestNetwork {
-    /// The VMM's own network stack, which forwards a port of the host's loopback to the guest's SSH server.
-    UserMode,
+    /// The VMM's own network stack, which forwards a port of the host's loopback to the guest's SSH server. `isolated`: and
+    /// passes nothing else.
+    UserMode { isolated: bool },
     /// A tap that is the VMM's uid's: its name, the guest's Ethernet address, and the address under which the guest's SSH
     /// server is reached.
     Tap { name: String, mac: String, address: Ipv4Addr },

@@ -42,7 +42,7 @@ pub fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
 }
 
 /// The directory of the default image, built once for all test binaries of this source.
-fn image() -> &'static Path {
+pub fn image() -> &'static Path {
     static IMAGE: OnceLock<PathBuf> = OnceLock::new();
     IMAGE.get_or_init(|| {
         let cache = base().join("image-cache");

@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods)] // Tests start processes of their own.
 
 mod big;
+mod bridge;
 mod exec;
 mod export;
 mod first_light;

@@ -47,6 +47,7 @@ pub fn vm() -> Vm {
         vcpus: 1,
         mem_mib: 1024,
         disk_bytes: 4096,
+        net: fcd::api::vm::Net::Nat,
         pending: Some(Pending { vcpus: Some(2), mem_mib: None, disk_bytes: None }),
         rm: false,
         created_at: 1,
@@ -117,7 +118,7 @@ fn reply() -> VmReply {
 
 #[test]
 fn vm_in_full() {
-    expect![[r#"{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"pending":{"vcpus":2,"mem_mib":null,"disk_bytes":null},"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":{"guest_path":"/root/x","workdir":"/root/x/y","state":"incomplete","readonly":true,"entries":4,"bytes":5,"prepared_at":6}}"#]].assert_eq(&line(&vm()));
+    expect![[r#"{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"net":"nat","pending":{"vcpus":2,"mem_mib":null,"disk_bytes":null},"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":{"guest_path":"/root/x","workdir":"/root/x/y","state":"incomplete","readonly":true,"entries":4,"bytes":5,"prepared_at":6}}"#]].assert_eq(&line(&vm()));
 }
 
 #[test]
@@ -129,51 +130,52 @@ fn vms() {
             vcpus: Some(1),
             mem_mib: Some(2),
             disk_bytes: Some(3),
+            net: Some(fcd::api::vm::Net::None),
             rm: true,
             hold: true,
         },
         reply(),
         expect![[r#"
             vm.create
-            {"name":"web","image":"default","vcpus":1,"mem_mib":2,"disk_bytes":3,"rm":true,"hold":true}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
+            {"name":"web","image":"default","vcpus":1,"mem_mib":2,"disk_bytes":3,"net":"none","rm":true,"hold":true}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"net":"nat","pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
         "#]],
     );
     call::<VmStart>(
         request(),
         reply(),
         expect![[r#"
-        vm.start
-        {"vm":"web"}
-        {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
-    "#]],
+            vm.start
+            {"vm":"web"}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"net":"nat","pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
+        "#]],
     );
     call::<VmStop>(
         stop(),
         reply(),
         expect![[r#"
-        vm.stop
-        {"vm":"web","force":true,"timeout_ms":7}
-        {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
-    "#]],
+            vm.stop
+            {"vm":"web","force":true,"timeout_ms":7}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"net":"nat","pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
+        "#]],
     );
     call::<VmRestart>(
         stop(),
         reply(),
         expect![[r#"
-        vm.restart
-        {"vm":"web","force":true,"timeout_ms":7}
-        {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
-    "#]],
+            vm.restart
+            {"vm":"web","force":true,"timeout_ms":7}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"net":"nat","pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
+        "#]],
     );
     call::<VmKill>(
         request(),
         reply(),
         expect![[r#"
-        vm.kill
-        {"vm":"web"}
-        {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
-    "#]],
+            vm.kill
+            {"vm":"web"}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"net":"nat","pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
+        "#]],
     );
     call::<VmDelete>(
         VmDeleteRequest { vm: "web".into(), force: true, if_exists: true },
@@ -197,10 +199,10 @@ fn vms() {
         request(),
         reply(),
         expect![[r#"
-        vm.show
-        {"vm":"web"}
-        {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
-    "#]],
+            vm.show
+            {"vm":"web"}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"net":"nat","pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
+        "#]],
     );
     call::<VmSet>(
         VmSetRequest { vm: "web".into(), vcpus: Some(1), mem_mib: Some(2), disk_bytes: Some(3), rm: None },
@@ -208,7 +210,7 @@ fn vms() {
         expect![[r#"
             vm.set
             {"vm":"web","vcpus":1,"mem_mib":2,"disk_bytes":3}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"net":"nat","pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
         "#]],
     );
     call::<VmLogs>(
@@ -226,7 +228,7 @@ fn vms() {
         expect![[r#"
             vm.wait
             {"vm":"web","state":"stopped","timeout_ms":5}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"net":"nat","pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
         "#]],
     );
     call::<VmPrune>(
@@ -314,7 +316,7 @@ fn workspaces() {
         expect![[r#"
             workspace.prepare
             {"vm":"web","guest_path":"/root/x","subdir":"y","readonly":true,"overwrite":true,"no_wait":true,"bytes_expected":1,"raw_tar":true}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null},"kept":["a%20b"],"entries":1,"bytes":2}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"net":"nat","pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null},"kept":["a%20b"],"entries":1,"bytes":2}
         "#]],
     );
     call::<WorkspaceExport>(
@@ -490,7 +492,7 @@ fn frames() {
     expect![[r#"
         {"jsonrpc":"2.0","method":"op","params":{"op":"0123456789ab"}}
         {"jsonrpc":"2.0","method":"progress","params":{"stage":"copy","done":1,"total":2,"unit":"bytes"}}
-        {"jsonrpc":"2.0","method":"created","params":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
+        {"jsonrpc":"2.0","method":"created","params":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"net":"nat","pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","workspace":null}}
         {"jsonrpc":"2.0","method":"session","params":{"session":"0123456789ab"}}
         {"jsonrpc":"2.0","method":"ready","params":{"keep":["a"]}}
         {"jsonrpc":"2.0","method":"log","params":{"text":"hello\n"}}

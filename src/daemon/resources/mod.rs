@@ -5,6 +5,7 @@
 mod directory;
 mod disk;
 mod process;
+mod tap;
 
 use super::Daemon;
 use super::boot::Boot;
@@ -15,7 +16,7 @@ use crate::ids::VmId;
 use crate::store::{LedgerRow, State, Tx, VmRow};
 
 /// In the order in which a boot takes them; they are given back in the reverse order.
-const ALL: [&dyn Resource; 3] = [&directory::Directory, &disk::Disk, &process::VmmProcess];
+const ALL: [&dyn Resource; 4] = [&directory::Directory, &disk::Disk, &tap::Tap, &process::VmmProcess];
 
 /// How long a resource is a VM's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

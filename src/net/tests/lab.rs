@@ -76,9 +76,18 @@ impl Ns {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 
+    /// A socket of this address that was just closed may live on for a moment: in what another thread is about to execute.
     pub fn udp(&self, at: impl Into<SocketAddr>) -> Udp {
-        let at = at.into();
-        Udp(self.run(|| UdpSocket::bind(at).unwrap_or_else(|e| panic!("bind {at}: {e}"))))
+        let (at, deadline) = (at.into(), Instant::now() + PATIENCE);
+        self.run(|| {
+            loop {
+                match UdpSocket::bind(at) {
+                    Ok(socket) => return Udp(socket),
+                    Err(e) if e.kind() == std::io::ErrorKind::AddrInUse && Instant::now() < deadline => std::thread::yield_now(),
+                    Err(e) => panic!("bind {at}: {e}"),
+                }
+            }
+        })
     }
 }
 

@@ -141,8 +141,8 @@ pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Ve
 /// The value of `-netdev`, and what the device is told of it.
 fn network(network: &GuestNetwork, is_isolated: bool) -> Result<(String, String)> {
     match network {
-        GuestNetwork::UserMode => {
-            let restrict = if is_isolated { ",restrict=on" } else { "" };
+        GuestNetwork::UserMode { isolated } => {
+            let restrict = if is_isolated || *isolated { ",restrict=on" } else { "" };
             let forward = format!("hostfwd=tcp:127.0.0.1:0-{GUEST_ADDR}:{GUEST_SSH_PORT}");
             Ok((format!("user,id=net,ipv6=off{restrict},{forward}"), String::new()))
         }
@@ -226,7 +226,7 @@ mod tests {
             vcpus: 2,
             mem_mib: 512,
             credentials: None,
-            network: GuestNetwork::UserMode,
+            network: GuestNetwork::UserMode { isolated: false },
             console_bytes_max: 1 << 20,
         }
     }

@@ -353,7 +353,7 @@ mod tests {
             vcpus: 1,
             mem_mib: 128,
             credentials: None,
-            network: crate::vmm::GuestNetwork::UserMode,
+            network: crate::vmm::GuestNetwork::UserMode { isolated: false },
             console_bytes_max: 1 << 16,
         };
         let mut told = None;

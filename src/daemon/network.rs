@@ -1,0 +1,147 @@
+//! VMs on the bridge: who has which address, who may know whose name, and what is put right every minute. Without a bridge
+//! all of it is nothing.
+
+use super::{Daemon, Inner};
+use crate::api::daemon::Check;
+use crate::api::vm::{self, VmState};
+use crate::config::Config;
+use crate::disk::Network as SeedNetwork;
+use crate::error::{Error, Kind, Result};
+use crate::host::Commands;
+use crate::locks::Cancel;
+use crate::net::{Access, Guest, Lease, Mac, Net, dns};
+use crate::store::{State, Store, VmRow};
+use crate::vmm::GuestNetwork;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::{Arc, Weak};
+
+pub(super) fn open(config: &Config, store: &Store, commands: &Arc<dyn Commands>, cancel: &Cancel) -> Result<Option<Net>> {
+    if !config.network.is_bridge() {
+        return Ok(None);
+    }
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Error::new(Kind::InvalidConfig, "driver = \"bridge\" under [network]: fcd must be root for it")
+            .hint("set driver = \"user\", or run fcd as root"));
+    }
+    Net::open(&config.network, store.install_id(), commands.clone(), cancel).map(Some)
+}
+
+pub(super) fn checks(config: &Config, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
+    let vmm_uid = nix::unistd::geteuid().is_root().then_some(config.qemu.uid_base);
+    crate::net::checks(&config.network, vmm_uid, commands, cancel)
+}
+
+impl Daemon {
+    /// How many VMs have room.
+    pub(super) fn slots_max(&self) -> u32 {
+        let uids = self.config.qemu.uid_count;
+        if self.net.is_some() { uids.min(self.config.network.subnet.guests_max()) } else { uids }
+    }
+
+    /// A VM as the bridge sees it.
+    pub(super) fn guest(&self, row: &VmRow, net: &Net) -> Result<Guest> {
+        Ok(Guest { tag: self.tag(row), lease: net.lease(row.slot)?, access: access(row) })
+    }
+
+    /// What its VMM is told: as the row says that it was started.
+    pub(super) fn guest_network(&self, row: &VmRow) -> GuestNetwork {
+        match &row.tap {
+            Some(tap) => {
+                GuestNetwork::Tap { name: tap.name.clone(), mac: Mac::of(tap.address).to_string(), address: tap.address }
+            }
+            None => GuestNetwork::UserMode { isolated: row.net == vm::Net::None },
+        }
+    }
+
+    /// What the guest is told at its next start.
+    pub(super) fn seed_network(&self, row: &VmRow) -> Result<SeedNetwork> {
+        let Some(net) = &self.net else { return Ok(SeedNetwork::user_mode()) };
+        let Lease { address, prefix, gateway, .. } = net.lease(row.slot)?;
+        let out = access(row) == Access::Nat;
+        let dns = if out && self.config.network.dns { vec![gateway.into()] } else { Vec::new() };
+        Ok(SeedNetwork { address: address.into(), prefix, gateway: out.then_some(gateway.into()), dns })
+    }
+
+    /// After a restart of the daemon: a guest that runs keeps its tap and its rules.
+    pub(super) fn adopt_guest(&self, row: &VmRow) {
+        let (Some(net), Some(tap)) = (&self.net, &row.tap) else { return };
+        let adopted = self.guest(row, net).and_then(|guest| {
+            if guest.lease.address != tap.address {
+                let message = format!("it has the address {} until its next start", tap.address);
+                return Err(Error::new(Kind::Conflict, message).hint("network.subnet has changed"));
+            }
+            net.adopt(&[guest])
+        });
+        if let Err(e) = adopted {
+            log::warn!("network: take up vm {}: {e}", row.name);
+        }
+    }
+
+    pub(super) fn mend_network(&self) {
+        let Some(net) = &self.net else { return };
+        match net.mend() {
+            Ok(done) => done.iter().for_each(|what| log::warn!("network: {what}")),
+            Err(e) => log::warn!("network: put it right: {e}; it is tried again every minute"),
+        }
+    }
+
+    pub(super) fn serve_names(&self) -> Result<()> {
+        let Some(net) = self.net.as_ref().filter(|_| self.config.network.dns) else { return Ok(()) };
+        let book = Book { daemon: Arc::downgrade(&self.0), gateway: self.config.network.subnet.gateway() };
+        let server = net.serve_names(Arc::new(book))?;
+        *self.name_server.lock() = Some(server);
+        Ok(())
+    }
+
+    /// Bridge, rules and taps of VMs stay.
+    pub(super) fn close_network(&self) {
+        let server = self.name_server.lock().take();
+        if let Some(e) = server.and_then(|s| s.stop().err()) {
+            log::error!("{e}");
+        }
+        if let Some(net) = &self.net {
+            net.close();
+        }
+    }
+}
+
+fn access(row: &VmRow) -> Access {
+    match row.net {
+        vm::Net::Nat => Access::Nat,
+        vm::Net::None => Access::None,
+    }
+}
+
+/// Names of the VMs that are up. To a guest the VMs of other owners do not exist.
+struct Book {
+    /// Which owns the server that owns this.
+    daemon: Weak<Inner>,
+    gateway: Ipv4Addr,
+}
+
+impl Book {
+    fn find(&self, asker: IpAddr, is_it: impl Fn(&VmRow, Ipv4Addr) -> bool) -> Option<(VmRow, Ipv4Addr)> {
+        let inner = self.daemon.upgrade()?;
+        let is_host = asker == IpAddr::from(self.gateway) || asker.is_loopback();
+        inner.store.read(|s| {
+            let owner = if is_host { None } else { Some(up(s).find(|(_, at)| IpAddr::from(*at) == asker)?.0.owner_uid) };
+            let mut seen = up(s).filter(|(row, _)| owner.is_none_or(|uid| uid == row.owner_uid));
+            seen.find(|(row, at)| is_it(row, *at)).map(|(row, at)| (row.clone(), at))
+        })
+    }
+}
+
+fn up(state: &State) -> impl Iterator<Item = (&VmRow, Ipv4Addr)> {
+    let is_up = |row: &&VmRow| matches!(row.state, VmState::Starting | VmState::Running | VmState::Stopping);
+    state.vms().map(|row| &**row).filter(is_up).filter_map(|row| Some((row, row.tap.as_ref()?.address)))
+}
+
+impl dns::Names for Book {
+    fn address(&self, name: &str, asker: IpAddr) -> Option<Ipv4Addr> {
+        self.find(asker, |row, _| row.name.as_str() == name).map(|(_, address)| address)
+    }
+
+    fn name(&self, address: Ipv4Addr, asker: IpAddr) -> Option<String> {
+        self.find(asker, |_, at| at == address).map(|(row, _)| row.name.to_string())
+    }
+}

@@ -1,0 +1,169 @@
+//! VMs on the bridge. The host's side is a network namespace of the test's thread and of what it starts, the world outside is
+//! another; both go with the test.
+
+use crate::host::{self, Host, wait_for};
+use crate::tree::Site;
+use nix::sched::{CloneFlags, setns, unshare};
+use std::fs::File;
+use std::io::Write;
+use std::net::TcpListener;
+use std::os::fd::AsRawFd;
+use std::process::Command;
+
+const OUTSIDE: &str = "192.0.2.1";
+/// The host's address towards the outside.
+const HOST: &str = "192.0.2.2";
+const GATEWAY: &str = "10.89.0.1";
+const PORT: u16 = 9000;
+
+#[track_caller]
+fn sh(line: &str) -> String {
+    let out = Command::new("sh").args(["-ec", line]).output().unwrap();
+    assert!(out.status.success(), "{line}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+fn own_namespace() -> File {
+    File::open("/proc/thread-self/ns/net").unwrap()
+}
+
+/// From here on this thread is in a namespace that has the outside for a neighbour, and a server that anybody who reaches it
+/// may ask who it is. Both namespaces have one: `who` there tells them apart.
+fn enter_a_host_with_an_outside() {
+    assert!(nix::unistd::geteuid().is_root(), "makes network namespaces: run the tests as root");
+    // Made of packages, which only the world outside of the test has.
+    host::image();
+    let outside = std::thread::spawn(|| {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        own_namespace()
+    });
+    let outside = outside.join().unwrap();
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
+    // As udev makes it on every Debian (50-udev-default.rules); where there is no udev it is root's alone.
+    sh("mount --make-rprivate /; mkdir -p /dev/net; mount -t tmpfs fcd-test /dev/net; mknod -m 666 /dev/net/tun c 10 200");
+    let ns = format!("/proc/{}/fd/{}", std::process::id(), outside.as_raw_fd());
+    sh(&format!(
+        "ip link set lo up; ip link add up0 type veth peer name down0; ip link set down0 netns {ns}
+         ip address add {HOST}/24 dev up0; ip link set up0 up; ip route add default via {OUTSIDE}
+         nsenter --net={ns} sh -ec 'ip link set lo up; ip address add {OUTSIDE}/24 dev down0; ip link set down0 up'"
+    ));
+    serve(None, "the host");
+    serve(Some(outside), "the outside");
+}
+
+/// Tells each caller where it is, and where it saw them come from. Ends with the process, as the namespace does.
+fn serve(there: Option<File>, who: &'static str) {
+    let (ready, is_ready) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        if let Some(ns) = there {
+            setns(ns, CloneFlags::CLONE_NEWNET).unwrap();
+        }
+        let listener = TcpListener::bind(("0.0.0.0", PORT)).unwrap();
+        ready.send(()).unwrap();
+        for mut stream in listener.incoming().flatten() {
+            let peer = stream.peer_addr().unwrap().ip();
+            let _ = writeln!(stream, "{who} sees {peer}");
+        }
+    });
+    is_ready.recv().unwrap();
+}
+
+/// What a guest gets from this address: nothing within a moment is a "no".
+fn ask(host: &Host, vm: &str, address: &str, port: u16) -> Option<String> {
+    let script = format!("timeout 5 bash -c 'exec 3<>/dev/tcp/{address}/{port} && head -n 1 <&3' || echo no");
+    Some(host.sh(vm, &script).trim().to_owned()).filter(|said| said != "no")
+}
+
+/// The taps of VMs and the addresses that are let through.
+fn on_the_bridge() -> (usize, usize) {
+    let taps = sh("ip -o link show master fcbr0 | wc -l").trim().parse().unwrap();
+    let elements = sh("nft list ruleset | grep -o '\"fc[0-9a-f]*-[0-9]*\" \\. ' | wc -l").trim().parse().unwrap();
+    (taps, elements)
+}
+
+fn address(host: &Host, vm: &str) -> String {
+    host.show(vm, "ssh_addr").as_str().unwrap().strip_suffix(":22").expect("the guest's own SSH port").to_owned()
+}
+
+#[test]
+fn guests_reach_what_they_may_and_nothing_else() {
+    enter_a_host_with_an_outside();
+    let mut host = Host::with_config("[network]\ndriver = \"bridge\"\n");
+    host.boot("a");
+    host.boot("b");
+    host.ok(&["vm", "create", "--name", "cut-off", "--net", "none"]);
+    host.ok(&["start", "cut-off"]);
+    assert_eq!(on_the_bridge(), (3, 3));
+    let (a, b) = (address(&host, "a"), address(&host, "b"));
+
+    // Outwards, and nowhere else.
+    let seen_outside = || Some(format!("the outside sees {HOST}"));
+    assert_eq!(ask(&host, "a", OUTSIDE, PORT), seen_outside());
+    assert_eq!(ask(&host, "a", &b, 22), None, "another guest");
+    assert_eq!(ask(&host, "a", GATEWAY, PORT), None, "the host by the bridge's address");
+    assert_eq!(ask(&host, "a", HOST, PORT), None, "the host by its outer address");
+    assert_eq!(ask(&host, "cut-off", OUTSIDE, PORT), None);
+    assert_eq!(host.sh("cut-off", "hostname").trim(), "cut-off");
+    assert_eq!(host.show("cut-off", "net"), "none");
+
+    // Names.
+    let resolved = |vm: &str, name: &str| host.sh(vm, &format!("getent ahostsv4 {name} | cut -d' ' -f1 | head -n 1"));
+    assert_eq!(resolved("a", "b.vm").trim(), b);
+    assert_eq!(resolved("b", "A.VM").trim(), a);
+    assert_eq!(resolved("a", "nobody.vm").trim(), "");
+    assert_eq!(host.sh("a", &format!("getent hosts {b} | tr -s ' '")).trim(), format!("{b} b.vm"));
+
+    // A tree there and back.
+    {
+        let site = Site::unborn(&host, "a", "tree");
+        site.write("greeting", "hello\n");
+        site.prepare();
+        site.assert_same_tree();
+        host.sh("a", "echo 'hello, bridge' >/root/tree/greeting");
+        let (patch, _) = site.export(&[]);
+        assert!(String::from_utf8_lossy(&patch).contains("+hello, bridge"));
+    }
+
+    // What others break is mended, and a daemon that is killed leaves the guests where they were.
+    host.kill_daemon();
+    sh("nft flush ruleset");
+    host.relaunch();
+    wait_for("the rules are back", || (on_the_bridge() == (3, 3)).then_some(()));
+    assert_eq!(ask(&host, "a", OUTSIDE, PORT), seen_outside());
+    assert_eq!(ask(&host, "a", &b, 22), None);
+    assert_eq!(address(&host, "a"), a);
+    assert_eq!(host.json(&["doctor", "--leaks"]).as_array().map(Vec::len), Some(0));
+
+    // Nothing stays of a VM that is stopped, and it has its address again.
+    host.ok(&["stop", "a"]);
+    assert_eq!(on_the_bridge(), (2, 2));
+    host.ok(&["start", "a"]);
+    assert_eq!(address(&host, "a"), a);
+    assert_eq!(ask(&host, "a", OUTSIDE, PORT), seen_outside());
+    host.ok(&["rm", "-f", "a", "b", "cut-off"]);
+    assert_eq!(on_the_bridge(), (0, 0));
+}
+
+#[test]
+fn a_boot_that_is_cut_off_leaves_no_tap() {
+    enter_a_host_with_an_outside();
+    let mut host = Host::with_config("[network]\ndriver = \"bridge\"\n");
+    host.ok(&["vm", "create", "--name", "a"]);
+    let mut start = host.spawn(&["start", "a"]);
+    wait_for("a tap on the bridge", || (on_the_bridge() == (1, 1)).then_some(()));
+    host.ok(&["rm", "-f", "a"]);
+    start.end();
+    assert_eq!(on_the_bridge(), (0, 0));
+
+    host.ok(&["vm", "create", "--name", "b"]);
+    let mut start = host.spawn(&["start", "b"]);
+    wait_for("a tap on the bridge", || (on_the_bridge() == (1, 1)).then_some(()));
+    host.kill_daemon();
+    start.end();
+    assert_eq!(on_the_bridge(), (1, 1), "nobody has cleaned up yet");
+    host.relaunch();
+    wait_for("the tap is gone", || (on_the_bridge() == (0, 0)).then_some(()));
+    wait_for("it is as before its start", || (host.show("b", "state") == "created").then_some(()));
+    host.ok(&["start", "b"]);
+    assert_eq!(host.sh("b", "echo up").trim(), "up");
+}

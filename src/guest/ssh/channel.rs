@@ -18,6 +18,11 @@ const PACKET_BYTES: c_uint = 32 * 1024;
 /// What one write takes at most (`ssh2_channel_write`).
 pub(super) const WRITE_BYTES_MAX: usize = 32_700;
 
+/// What one read offers, always. A read begins by enlarging the window, by what depends on its buffer's length; when that
+/// cannot be sent at once, for the keys are being renewed, the next read sends the earlier number and counts its own
+/// (`ssh2_channel_receive_window_adjust`). Were they to differ, libssh2 would drop what the server sends in between.
+pub(super) const READ_BYTES: usize = 64 * 1024;
+
 pub(super) const STDOUT: c_int = 0;
 pub(super) const STDERR: c_int = 1;
 /// A stream that no server uses: reading it only takes in what has come.
@@ -114,15 +119,16 @@ impl Channel {
     }
 
     /// 0 is the end of both streams, as far as this one is concerned.
-    pub fn read(&mut self, stream: c_int, buffer: &mut [u8]) -> Step<usize> {
+    pub fn read(&mut self, stream: c_int, buffer: &mut [u8; READ_BYTES]) -> Step<usize> {
         let rc = unsafe { raw::libssh2_channel_read_ex(self.raw, stream, buffer.as_mut_ptr().cast(), buffer.len()) };
         self.step(rc)
     }
 
     /// Takes in everything that has come, without reading any stream.
     pub fn take_in(&mut self) -> Step<usize> {
+        let nothing = &mut [0; READ_BYTES];
         loop {
-            let step = self.read(NO_STREAM, &mut [0]);
+            let step = self.read(NO_STREAM, nothing);
             if step.is_err() || !self.shared.has_more() {
                 return step;
             }

@@ -1,6 +1,6 @@
 //! The streams of a command, each with one buffer: from the caller into the channel, and out of it.
 
-use super::channel::{Channel, Step, WRITE_BYTES_MAX};
+use super::channel::{Channel, READ_BYTES, Step, WRITE_BYTES_MAX};
 use super::wire::Shared;
 use crate::api::stream;
 use crate::error::Result;
@@ -10,7 +10,6 @@ use std::io::ErrorKind;
 use std::os::raw::c_int;
 
 const IN_BYTES: usize = 4 * WRITE_BYTES_MAX;
-const OUT_BYTES: usize = 64 * 1024;
 /// Pieces of one stream before everything else is looked at again.
 const PIECES_PER_ROUND: usize = 8;
 
@@ -120,7 +119,7 @@ pub(super) struct Outlet<'a> {
     stream: c_int,
     /// Gone when nobody reads it: what follows is dropped.
     sink: Option<&'a mut dyn Sink>,
-    buffer: Box<[u8]>,
+    buffer: Box<[u8; READ_BYTES]>,
     at: usize,
     len: usize,
     pub is_ready: bool,
@@ -128,7 +127,7 @@ pub(super) struct Outlet<'a> {
 
 impl<'a> Outlet<'a> {
     pub fn new(stream: c_int, sink: Option<&'a mut dyn Sink>) -> Self {
-        Self { stream, sink, buffer: vec![0; OUT_BYTES].into(), at: 0, len: 0, is_ready: true }
+        Self { stream, sink, buffer: Box::new([0; READ_BYTES]), at: 0, len: 0, is_ready: true }
     }
 
     pub fn is_empty(&self) -> bool {

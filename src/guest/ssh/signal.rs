@@ -5,7 +5,7 @@
 //! the kernel for the other children of the process that serves this connection, its own parent: each is the leader
 //! of the process group of one command.
 
-use super::channel::{Channel, STDERR, STDOUT};
+use super::channel::{Channel, READ_BYTES, STDERR, STDOUT};
 use super::wire::Shared;
 use crate::api::exec::signal_number;
 use std::collections::VecDeque;
@@ -82,7 +82,7 @@ impl Signaller {
 
 /// Drops what it prints. Whether it has ended.
 fn drain(channel: &mut Channel) -> Result<bool, ssh2::Error> {
-    let mut scratch = [0; 1024];
+    let mut scratch = [0; READ_BYTES];
     for stream in [STDOUT, STDERR] {
         while channel.read(stream, &mut scratch)?.is_some_and(|n| n > 0) {}
     }

@@ -187,7 +187,10 @@ fn twenty_megabytes_both_ways() {
 
 #[test]
 fn the_servers_new_keys_do_not_disturb() {
-    round_trip("RekeyLimit 1M", 20_000_000);
+    // Where it goes wrong, it does so every other time.
+    for _ in 0..3 {
+        round_trip("RekeyLimit 1M", 20_000_000);
+    }
 }
 
 #[test]

@@ -49,7 +49,10 @@ fn somebody_elses_database() {
 
 #[test]
 fn a_newer_version() {
-    check_refused(|_, path| sql(path, "PRAGMA user_version = 99"), "has version 99, this fcd knows up to 1");
+    check_refused(
+        |_, path| sql(path, "PRAGMA user_version = 99"),
+        &format!("has version 99, this fcd knows up to {}", schema::migrations().len()),
+    );
 }
 
 #[test]
@@ -146,6 +149,7 @@ fn a_migration_keeps_a_copy_and_is_all_or_nothing() {
     put(&store, 1).unwrap().detach();
     store.close();
     let mut newer = schema::migrations();
+    let now = newer.len();
     newer.push("CREATE TABLE extra (a TEXT) STRICT; INSERT INTO extra VALUES ('x'); SELECT no_such_function();".into());
     let e = schema::open(dir.path(), &newer).map(drop).unwrap_err();
     assert_eq!(e.kind(), Kind::StoreRefused);
@@ -154,13 +158,26 @@ fn a_migration_keeps_a_copy_and_is_all_or_nothing() {
     assert_eq!(store.read(|s| s.vms().count()), 1);
     store.close();
 
-    newer[1] = "CREATE TABLE extra (a TEXT) STRICT; INSERT INTO extra VALUES ('x');".into();
+    newer[now] = "CREATE TABLE extra (a TEXT) STRICT; INSERT INTO extra VALUES ('x');".into();
     let c = schema::open(dir.path(), &newer).unwrap();
     assert_eq!(c.query_row("SELECT a FROM extra", [], |r| r.get::<_, String>(0)).unwrap(), "x");
     schema::close(c).unwrap();
     assert_eq!(Store::open(dir.path()).map(drop).unwrap_err().kind(), Kind::StoreRefused);
     // The copy is a whole store.
     let old = self::dir();
-    std::fs::copy(dir.path().join("fcd.db.v1.bak"), old.path().join(schema::FILE_NAME)).unwrap();
+    std::fs::copy(dir.path().join(format!("fcd.db.v{now}.bak")), old.path().join(schema::FILE_NAME)).unwrap();
     assert_eq!(Store::open(old.path()).unwrap().read(|s| s.vms().count()), 1);
+}
+
+#[test]
+fn version_1() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 1).unwrap().detach();
+    store.close();
+    // Its rows knew of no network.
+    let back = "UPDATE vms SET body = json_remove(body, '$.net', '$.tap'); PRAGMA user_version = 1";
+    sql(&dir.path().join(schema::FILE_NAME), back);
+    let store = Store::open(dir.path()).unwrap();
+    assert_eq!(store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()), [row(1)]);
 }

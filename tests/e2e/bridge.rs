@@ -29,7 +29,7 @@ fn own_namespace() -> File {
 
 /// From here on this thread is in a namespace that has the outside for a neighbour, and a server that anybody who reaches it
 /// may ask who it is. Both namespaces have one: `who` there tells them apart.
-fn enter_a_host_with_an_outside() {
+pub fn enter_a_host_with_an_outside() {
     assert!(nix::unistd::geteuid().is_root(), "makes network namespaces: run the tests as root");
     // Made of packages, which only the world outside of the test has.
     host::image();
@@ -75,7 +75,7 @@ fn ask(host: &Host, vm: &str, address: &str, port: u16) -> Option<String> {
 }
 
 /// The taps of VMs and the addresses that are let through.
-fn on_the_bridge() -> (usize, usize) {
+pub fn on_the_bridge() -> (usize, usize) {
     let taps = sh("ip -o link show master fcbr0 | wc -l").trim().parse().unwrap();
     let elements = sh("nft list ruleset | grep -o '\"fc[0-9a-f]*-[0-9]*\" \\. ' | wc -l").trim().parse().unwrap();
     (taps, elements)

@@ -190,9 +190,7 @@ impl Host {
 
     /// `fcctl` with these arguments, not yet run.
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(FCCTL);
-        command.arg("--socket").arg(self.socket()).args(args).stdin(Stdio::null());
-        command
+        fcctl_at(&self.socket(), args)
     }
 
     pub fn fcctl(&self, args: &[&str]) -> Output {
@@ -279,6 +277,13 @@ impl Host {
         found.sort();
         found
     }
+}
+
+/// `fcctl` with these arguments for the daemon at this socket, not yet run.
+pub fn fcctl_at(socket: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(FCCTL);
+    command.arg("--socket").arg(socket).args(args).stdin(Stdio::null());
+    command
 }
 
 impl Drop for Host {

@@ -3,6 +3,7 @@
 
 mod big;
 mod bridge;
+mod copies;
 mod exec;
 mod export;
 mod first_light;
@@ -12,5 +13,7 @@ mod hostile;
 mod lifecycle;
 mod process;
 mod promise;
-mod roundtrip;
+#[path = "../it/lock_fuzz/random.rs"]
+mod random;
+mod soak;
 mod tree;

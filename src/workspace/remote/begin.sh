@@ -5,10 +5,17 @@ done
 if [ -L "$W" ]; then die 65 "$W is a symbolic link"; fi
 if [ -e "$W" ] && [ ! -d "$W" ]; then die 65 "$W is no directory"; fi
 mkdir -p "$W" "$S"
+alone
 : >"$S/dirty"
 sync "$S/dirty" "$S"
 if [ -e "$S/readonly" ]; then mnt -o remount,rw,bind "$W" 2>/dev/null || :; fi
 cd "$W"
+# Of a git that was killed.
+rm -f "$S"/*.lock
+if [ -e "$S/repository" ]; then
+  find .git -maxdepth 1 -name '*.lock' -type f -delete 2>/dev/null || :
+  find .git/refs -name '*.lock' -type f -delete 2>/dev/null || :
+fi
 rm -rf "$S"/export.* "$S/current.index" "$S/work" "$S/recall" "$S/recall.index" "$S/tree.new" "$M"
 mkdir "$S/work"
 : >"$S/changed"

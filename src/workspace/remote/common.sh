@@ -20,12 +20,20 @@ g() { git --git-dir="$P" --work-tree="$W" "$@"; }
 u() { git -c core.fsmonitor=false -c core.hooksPath=/dev/null -c safe.directory='*' -C "$W" "$@"; }
 mnt() { if command -v mount >/dev/null; then mount "$@"; else busybox mount "$@"; fi; }
 kind_of() { if [ -f "$S/kind" ]; then cat "$S/kind"; elif [ -e "$W/.git" ]; then echo git; else echo plain; fi; }
+# What an earlier connection left behind ends first, with all that it started.
+alone() {
+  command -v flock >/dev/null || return 0
+  exec 9>"$S/alone"
+  flock -w 60 9 || die 71 "an earlier import or export still runs in the guest"
+}
 make_private() {
-  git init -q --bare --template= --object-format="$1" "$P"
-  mkdir -p "$P/info" "$P/objects/pack"
-  printf '* -text !eol -filter -ident -working-tree-encoding !diff\n' >"$P/info/attributes"
+  rm -rf "$P.new"
+  git init -q --bare --template= --object-format="$1" "$P.new"
+  mkdir -p "$P.new/info" "$P.new/objects/pack"
+  printf '* -text !eol -filter -ident -working-tree-encoding !diff\n' >"$P.new/info/attributes"
   printf '%s\n' '[core]' 'bare = false' 'fileMode = true' 'symlinks = true' 'autocrlf = false' 'protectNTFS = false' \
-    'protectHFS = false' 'compression = 1' 'looseCompression = 1' 'logAllRefUpdates = false' '[gc]' 'auto = 0' >>"$P/config"
+    'protectHFS = false' 'compression = 1' 'looseCompression = 1' 'logAllRefUpdates = false' '[gc]' 'auto = 0' >>"$P.new/config"
+  mv "$P.new" "$P"
 }
 # Everything in the tree that is no git directory, as find sees it.
 found() { find . -mindepth 1 -iname .git -prune -o \( "$@" \) -printf '%P\0'; }

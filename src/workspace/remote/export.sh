@@ -3,6 +3,7 @@ what=$1
 [ -f "$S/baseline" ] || [ -e "$S/dirty" ] || die 67 "there is no workspace"
 if [ -e "$S/dirty" ]; then die 66 "an import was interrupted"; fi
 [ -d "$W" ] || die 67 "$W is gone"
+alone
 cd "$W"
 rm -rf "$S"/export.*
 tmp=$(mktemp -d "$S/export.XXXXXX")

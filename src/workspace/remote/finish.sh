@@ -4,6 +4,7 @@ readonly_=$1
 overwrite=$2
 subdir=$3
 [ -e "$S/dirty" ] && [ -f "$M/kind" ] && [ -f "$M/put" ] || die 66 "no import was received"
+alone
 cd "$W"
 kind=$(cat "$M/kind")
 if [ "$kind" = raw ]; then
@@ -138,7 +139,11 @@ repository() {
   set_index
   printf '%s\n' "$branch $oid" >"$S/head"
 }
-if [ "$kind" = git ]; then (repository); fi
+if [ "$kind" = git ]; then
+  : >"$S/repository"
+  (repository)
+  rm -f "$S/repository"
+fi
 
 if [ -n "$subdir" ]; then mkdir -p "./$subdir" 2>/dev/null || :; fi
 if [ "$archive" = 1 ]; then mv "$S/tree.new" "$S/tree.tar"; else rm -f "$S/tree.new" "$S/tree.tar"; fi

@@ -187,14 +187,15 @@ pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
     match exit {
         // The guest's kernel kills what takes too much: a patch of a large binary holds both versions in memory.
         _ if exit.shell_status() == 137 => {
-            error(Kind::GuestCommandFailed, "the guest may be out of memory: fcctl vm set VM --memory SIZE")
+            error(Kind::GuestCommandFailed, "the guest may be out of memory: fcctl vm set {vm} --memory SIZE")
         }
         Exit::Status(65) => error(Kind::InvalidGuestPath, "give another --guest-path"),
         Exit::Status(66) => error(Kind::WorkspaceIncomplete, "run fcctl workspace prepare again"),
         Exit::Status(67) => error(Kind::WorkspaceNotFound, "run fcctl workspace prepare first"),
         Exit::Status(68) => error(Kind::GuestCommandFailed, "use an image that has git, GNU tar and findutils"),
+        Exit::Status(71) => error(Kind::Busy, "wait until it has ended, or fcctl vm restart {vm}"),
         Exit::Status(69 | 70) => error(Kind::StreamIncomplete, "run the command again"),
-        _ => error(Kind::GuestCommandFailed, "look at the guest: fcctl exec VM -- df -h, fcctl logs VM"),
+        _ => error(Kind::GuestCommandFailed, "look at the guest: fcctl exec {vm} -- df -h, fcctl logs {vm}"),
     }
 }
 

@@ -1,6 +1,7 @@
 # The payload comes on stdin. $1: 1 to replace what the guest changed.
 overwrite=$1
 [ -e "$S/dirty" ] || die 66 "no import was begun"
+alone
 IFS= read -r line || die 69 "the stream ends before its first line"
 bytes=${line#fcd-import 1 }
 case $bytes in '' | *[!0-9]*) die 70 "the stream has an unknown form" ;; esac

@@ -183,6 +183,53 @@ fn an_import_cut_off_anywhere_is_incomplete_and_can_be_done_again() {
 }
 
 #[test]
+fn a_git_that_was_killed_is_in_nobodys_way() {
+    let site = Site::committed();
+    site.prepare();
+    let state = PathBuf::from(&site.place.state_dir);
+    // As a kill leaves them: of the index that is compared, of the one that is made, and in the guest's repository.
+    for lock in ["current.index.lock", "index.new.lock", "repo.index.lock", "recall.index.lock", "repository"] {
+        std::fs::write(state.join(lock), "").unwrap();
+    }
+    let git = site.guest().join(".git");
+    for lock in ["index.lock", "HEAD.lock", "refs/heads/trunk.lock"] {
+        std::fs::write(git.join(lock), "").unwrap();
+    }
+    site.write("a", "changed\n");
+    site.commit("more");
+    assert_eq!(site.prepare(), Vec::<String>::new());
+    site.assert_same_tree();
+    site.assert_same_status();
+    // A lock of the guest's own is not ours to break.
+    std::fs::write(git.join("HEAD.lock"), "").unwrap();
+    site.begin().unwrap();
+    assert!(git.join("HEAD.lock").exists());
+}
+
+#[test]
+fn what_an_earlier_connection_left_behind_ends_first() {
+    let site = Site::committed();
+    site.prepare();
+    let held = std::fs::File::create(PathBuf::from(&site.place.state_dir).join("alone")).unwrap();
+    held.lock().unwrap();
+    std::thread::scope(|s| {
+        let begun = s.spawn(|| site.begin());
+        // Before it waits, it says that the workspace is not complete; after that it has to.
+        let waits = || {
+            let list = std::fs::read_to_string("/proc/locks").unwrap();
+            list.lines().any(|l| l.contains("-> FLOCK"))
+        };
+        let deadline = std::time::Instant::now() + Duration::from_secs(30);
+        while !waits() {
+            assert!(std::time::Instant::now() < deadline && !begun.is_finished(), "it waits");
+            std::thread::yield_now();
+        }
+        held.unlock().unwrap();
+        begun.join().unwrap().unwrap();
+    });
+}
+
+#[test]
 fn a_first_import_cut_off_leaves_nothing_that_counts_as_the_guests() {
     let site = Site::committed();
     site.write("old", "x");

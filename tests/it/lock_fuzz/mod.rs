@@ -7,6 +7,7 @@
 //! ends the process and not the suite.
 
 mod actor;
+pub mod random;
 mod replay;
 
 use crate::world::*;
@@ -14,6 +15,7 @@ use actor::{Actor, Seen};
 use fcd::api::daemon::{Leaks, LeaksRequest};
 use fcd::locks::{Rank, check};
 use fcd::ops::Filter;
+pub use random::Random;
 use std::cell::Cell;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -39,30 +41,6 @@ const UNEXPLAINED_PER_MILLE_MAX: u64 = 1;
 /// glibc's allocator takes a lock per arena. With fewer arenas than threads those were the only unexplained sleeps in a hold:
 /// 3.4 % of the holds with one arena, 0.1 % with 16, none with 256.
 const ARENAS: &str = "1024";
-
-/// Small, fast, and the same everywhere (Vigna's SplitMix64).
-#[derive(Clone)]
-pub struct Random(u64);
-
-impl Random {
-    pub fn new(seed: u64, stream: u64) -> Self {
-        let mut random = Self(seed ^ stream.wrapping_mul(0xD1B5_4A32_D192_ED03));
-        random.next();
-        random
-    }
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-    pub fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-}
 
 #[derive(Default)]
 struct Figures {

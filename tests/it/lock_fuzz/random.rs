@@ -2,7 +2,7 @@
 
 /// Small, fast, and the same everywhere (Vigna's SplitMix64).
 #[derive(Clone)]
-pub struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
     pub fn new(seed: u64, stream: u64) -> Self {

@@ -222,6 +222,8 @@ fn a_terminal(host: &Host) {
     });
     person.type_in("echo sle\"\"eping; sleep 1000\n");
     person.sees("sleeping");
+    // Before it runs the terminal is still the shell's, and so would be the signal.
+    wait_for("the command in the foreground", || (host.sh("box", "pidof sleep | wc -w") == "1\n").then_some(()));
     // Ctrl-C is a byte here; the guest's terminal makes a signal of it.
     person.type_in("\x03");
     person.type_in("echo status=$?\n");

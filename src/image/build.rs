@@ -167,7 +167,7 @@ fn write_inputs(stage: &Path, commands: &dyn Commands, cancel: &Cancel) -> Resul
     if sources.is_empty() {
         let text = format!("/etc/apt has no source for {} main", os.codename);
         return Err(Error::new(Kind::Unsupported, text)
-            .hint(format!("add to /etc/apt/sources.list: deb http://deb.debian.org/debian {} main", os.codename)));
+            .hint(format!("add to /etc/apt/sources.list, with your mirror of Debian: deb MIRROR {} main", os.codename)));
     }
     let dump = commands.run(&Command::new("apt-config").arg("dump"), cancel, &mut |_| {})?;
     let conf = sources::apt_conf(&String::from_utf8_lossy(&dump.stdout));

@@ -134,17 +134,17 @@ mod tests {
 
     #[test]
     fn one_line_entries() {
-        let text = "# comment\ndeb http://deb.debian.org/debian bookworm main non-free # why\n\
-            deb-src http://deb.debian.org/debian bookworm main\n\
+        let text = "# comment\ndeb http://mirror.example/debian bookworm main non-free # why\n\
+            deb-src http://mirror.example/debian bookworm main\n\
             deb [ arch=amd64 signed-by=/k.gpg ] http://sec bookworm-security main\n\
-            deb http://deb.debian.org/debian bookworm main non-free\n\
+            deb http://mirror.example/debian bookworm main non-free\n\
             deb http://x bookworm-backports main\ndeb http://x trixie main\n\
             deb https://docker bookworm stable\ndeb https://google cloud-sdk-bookworm main\n";
         check(
             "sources.list",
             text,
             expect![[r#"
-                deb http://deb.debian.org/debian bookworm main non-free
+                deb http://mirror.example/debian bookworm main non-free
                 deb [arch=amd64 signed-by=/k.gpg] http://sec bookworm-security main
             "#]],
         );

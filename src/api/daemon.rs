@@ -44,6 +44,18 @@ pub struct Check {
     pub fix: Option<String>,
 }
 
+impl Check {
+    pub fn ok(id: &str, found: impl Into<String>) -> Self {
+        Self { id: id.to_owned(), severity: Severity::Ok, found: found.into(), fix: None }
+    }
+    pub fn warn(id: &str, found: impl Into<String>, fix: &str) -> Self {
+        Self { id: id.to_owned(), severity: Severity::Warn, found: found.into(), fix: Some(fix.to_owned()) }
+    }
+    pub fn fail(id: &str, found: impl Into<String>, fix: &str) -> Self {
+        Self { severity: Severity::Fail, ..Self::warn(id, found, fix) }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DoctorReply {
     pub checks: Vec<Check>,

@@ -37,7 +37,7 @@ pub fn run(ctx: &mut Context, args: &Args) -> Result<u8> {
     let mut checks = vec![];
     match ctx.connect() {
         Ok(mut client) => {
-            checks.push(ok("daemon", format!("fcd answers on {}", ctx.socket.display())));
+            checks.push(Check::ok("daemon", format!("fcd answers on {}", ctx.socket.display())));
             let answer = client.call_raw("fcd.doctor", &empty(), DEADLINE)?;
             checks.extend(parse(answer.get().as_bytes())?.checks);
         }
@@ -67,10 +67,6 @@ fn empty() -> Box<serde_json::value::RawValue> {
 
 fn parse(json: &[u8]) -> Result<<Doctor as crate::api::Call>::Reply> {
     serde_json::from_slice(json).map_err(|e| Error::new(Kind::VersionMismatch, "read the daemon's checks").with_source(e).into())
-}
-
-fn ok(id: &str, found: String) -> Check {
-    Check { id: id.to_owned(), severity: Severity::Ok, found, fix: None }
 }
 
 /// A daemon that is not there can be started, so that alone is no failure; one that may not be used is.
@@ -120,7 +116,7 @@ fn own_checks(ctx: &Context) -> Vec<Check> {
         [("ssh", "for fcctl ssh", "apt install openssh-client"), ("git", "for sending repositories", "apt install git")]
     {
         checks.push(match find_on_path(program, &*ctx.env) {
-            Some(path) => ok(&format!("cli-{program}"), format!("{} {why}", path.display())),
+            Some(path) => Check::ok(&format!("cli-{program}"), format!("{} {why}", path.display())),
             None => Check {
                 id: format!("cli-{program}"),
                 severity: Severity::Warn,

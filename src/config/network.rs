@@ -16,7 +16,7 @@ const TAPS_AHEAD_MAX: usize = 64;
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum NetworkDriver {
-    /// For now the same as `user`, root or not.
+    /// The same as `user`, root or not: a bridge is only made when it is asked for.
     #[default]
     Auto,
     /// A bridge with a tap for each VM and NAT; the daemon must be root.

@@ -137,7 +137,8 @@ impl Daemon {
         seed.write(&spec.seed, spec.credentials)
     }
 
-    /// None where they are not all there: the VM has not been started.
+    /// None where they are not all there, or not what the row has: the VM has not been started, or an earlier version did it,
+    /// which kept the host's key in the seed alone.
     fn read_identity(&self, row: &VmRow, spec: &VmmSpec) -> Result<Option<(KeyPair, KeyPair)>> {
         let read = |name: &str| match std::fs::read_to_string(spec.dir.join(name)) {
             Ok(text) => KeyPair::from_private_openssh(&text).map(Some),

@@ -1,7 +1,7 @@
 //! What is needed, what was found, what was picked, and how to mend it. Read-only.
 
 use super::{Caller, Daemon, Seams};
-use crate::api::daemon::{Check, DoctorReply, LeaksReply, Severity};
+use crate::api::daemon::{Check, DoctorReply, LeaksReply};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
@@ -16,8 +16,10 @@ impl Daemon {
         let mut checks = checks(&self.config, self.vmm.as_ref(), self.commands.as_ref(), &self.closing);
         checks.push(self.image_check());
         checks.push(match self.store.read_only() {
-            None => ok("store", format!("the store in {} takes changes", self.config.state_dir.display())),
-            Some(e) => fail("store", format!("the store is read-only: {e}"), e.hint_text().unwrap_or("free some disk space")),
+            None => Check::ok("store", format!("the store in {} takes changes", self.config.state_dir.display())),
+            Some(e) => {
+                Check::fail("store", format!("the store is read-only: {e}"), e.hint_text().unwrap_or("free some disk space"))
+            }
         });
         DoctorReply { checks }
     }
@@ -37,8 +39,8 @@ impl Daemon {
     fn image_check(&self) -> Check {
         let name = &self.config.vm.image;
         match self.images.get(name) {
-            Ok(info) => ok("image", format!("image {name}: {}, kernel {}", info.os, info.kernel_version)),
-            Err(_) => warn("image", format!("there is no image {name}"), "fcctl image build"),
+            Ok(info) => Check::ok("image", format!("image {name}: {}, kernel {}", info.os, info.kernel_version)),
+            Err(_) => Check::warn("image", format!("there is no image {name}"), "fcctl image build"),
         }
     }
 }
@@ -47,7 +49,7 @@ impl Daemon {
 pub fn host_checks(config: &Config, seams: &Seams) -> Result<Vec<Check>> {
     let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
     let mut all = checks(config, seams.vmm.as_ref(), seams.commands.as_ref(), &cancel);
-    all.push(warn("daemon", format!("no daemon answers on {}", config.socket.display()), "start fcd"));
+    all.push(Check::warn("daemon", format!("no daemon answers on {}", config.socket.display()), "start fcd"));
     Ok(all)
 }
 
@@ -68,9 +70,9 @@ fn existing(path: &Path) -> &Path {
 fn disk_check(state_dir: &Path) -> Check {
     match crate::disk::probe(existing(state_dir)) {
         Ok(probe) => {
-            ok("root-disk", format!("root disks in {}: {} ({})", state_dir.display(), probe.method.name(), probe.reason))
+            Check::ok("root-disk", format!("root disks in {}: {} ({})", state_dir.display(), probe.method.name(), probe.reason))
         }
-        Err(e) => fail(
+        Err(e) => Check::fail(
             "root-disk",
             format!("root disks in {}: {e}", state_dir.display()),
             e.hint_text().unwrap_or("check the directory's rights"),
@@ -81,25 +83,13 @@ fn disk_check(state_dir: &Path) -> Check {
 fn space_check(state_dir: &Path) -> Check {
     match space(existing(state_dir)) {
         Ok(s) if s.free_bytes >= SPACE_BYTES_WARN => {
-            ok("disk-space", format!("{} MiB free for {}", s.free_bytes >> 20, state_dir.display()))
+            Check::ok("disk-space", format!("{} MiB free for {}", s.free_bytes >> 20, state_dir.display()))
         }
-        Ok(s) => warn(
+        Ok(s) => Check::warn(
             "disk-space",
             format!("only {} MiB free for {}", s.free_bytes >> 20, state_dir.display()),
             "fcctl vm prune, or free some space",
         ),
-        Err(e) => fail("disk-space", e.to_string(), "check the directory's rights"),
+        Err(e) => Check::fail("disk-space", e.to_string(), "check the directory's rights"),
     }
-}
-
-fn ok(id: &str, found: String) -> Check {
-    Check { id: id.to_owned(), severity: Severity::Ok, found, fix: None }
-}
-
-fn warn(id: &str, found: String, fix: &str) -> Check {
-    Check { id: id.to_owned(), severity: Severity::Warn, found, fix: Some(fix.to_owned()) }
-}
-
-fn fail(id: &str, found: String, fix: &str) -> Check {
-    Check { id: id.to_owned(), severity: Severity::Fail, found, fix: Some(fix.to_owned()) }
 }

@@ -27,8 +27,21 @@ pub(super) fn open(config: &Config, store: &Store, commands: &Arc<dyn Commands>,
 }
 
 pub(super) fn checks(config: &Config, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
+    if !config.network.is_bridge() {
+        return vec![user_mode(config.qemu.isolated)];
+    }
     let vmm_uid = nix::unistd::geteuid().is_root().then_some(config.qemu.uid_base);
     crate::net::checks(&config.network, vmm_uid, commands, cancel)
+}
+
+fn user_mode(isolated: bool) -> Check {
+    const ID: &str = "guest_network";
+    if isolated {
+        return Check::ok(ID, "user-mode: guests are cut off from everything but their SSH port");
+    }
+    let fix = "to cut guests off from every network: isolated = true under [qemu], or --net none for one VM; \
+               as root, driver = \"bridge\" under [network] gives each VM an address and keeps it from the host's services";
+    Check::warn(ID, "user-mode: a guest that connects to 10.0.2.2 reaches services on this host's loopback", fix)
 }
 
 impl Daemon {
@@ -143,5 +156,16 @@ impl dns::Names for Book {
 
     fn name(&self, address: Ipv4Addr, asker: IpAddr) -> Option<String> {
         self.find(asker, |_, at| at == address).map(|(row, _)| row.name.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::daemon::Severity;
+
+    #[test]
+    fn the_way_to_the_hosts_loopback_is_shown() {
+        assert_eq!((user_mode(false).severity, user_mode(true).severity), (Severity::Warn, Severity::Ok));
     }
 }

@@ -3,7 +3,7 @@
 use super::links::{Link, Route, parse_links, parse_routes};
 use super::tools::{ip_json, nft_json, run};
 use super::{bridge, tun};
-use crate::api::daemon::{Check, Severity};
+use crate::api::daemon::Check;
 use crate::config::Network as Config;
 use crate::error::{Error, Kind, Result};
 use crate::host::command::find_program;
@@ -18,23 +18,24 @@ use std::time::Duration;
 const LEGACY_TABLES: &str = "/proc/net/ip_tables_names";
 const LEGACY_DEADLINE: Duration = Duration::from_secs(10);
 
-/// The checks, with and without a daemon. `vmm_uid`: one of the uids that VMMs run under, when that is not the caller's own.
+/// The checks where the configuration says bridge, with and without a daemon. `vmm_uid`: one of the uids that VMMs run under, when that is not the caller's own.
 pub fn checks(config: &Config, vmm_uid: Option<u32>, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
-    if !config.is_bridge() {
-        let found =
-            "user-mode: no rights are needed; driver = \"bridge\" under [network] gives VMs addresses of their own, for root";
-        return vec![ok("network", found.into())];
-    }
     let mut all = vec![rights(config), device(vmm_uid)];
     let missing: Vec<_> = ["ip", "nft"].into_iter().filter(|p| find_program(Path::new(p)).is_none()).collect();
     if !missing.is_empty() {
-        all.push(fail("network_tools", format!("{} is not installed", missing.join(" and ")), "apt install iproute2 nftables"));
+        all.push(Check::fail(
+            "network_tools",
+            format!("{} is not installed", missing.join(" and ")),
+            "apt install iproute2 nftables",
+        ));
         return all;
     }
     let host = Host { config, commands, cancel };
     let looks = [("network_bridge", host.bridge()), ("network_subnet", host.subnet()), ("network_forwarding", host.forwarding())];
     for (id, looked) in looks {
-        all.extend(looked.unwrap_or_else(|e| vec![fail(id, e.to_string(), e.hint_text().unwrap_or("run fcctl doctor as root"))]));
+        all.extend(
+            looked.unwrap_or_else(|e| vec![Check::fail(id, e.to_string(), e.hint_text().unwrap_or("run fcctl doctor as root"))]),
+        );
     }
     all.extend(names(config));
     all
@@ -47,25 +48,25 @@ pub fn has_resolved() -> bool {
 
 fn rights(config: &Config) -> Check {
     if nix::unistd::geteuid().is_root() {
-        return ok("network", format!("bridge {}, guests in {}, masqueraded by nftables", config.bridge, config.subnet));
+        return Check::ok("network", format!("bridge {}, guests in {}, masqueraded by nftables", config.bridge, config.subnet));
     }
-    fail("network", "the configuration says bridge, for which fcd must be root".into(), "driver = \"user\" under [network]")
+    Check::fail("network", "the configuration says bridge, for which fcd must be root", "driver = \"user\" under [network]")
 }
 
 fn device(vmm_uid: Option<u32>) -> Check {
     const ID: &str = "network_tun";
     let meta = match std::fs::metadata(tun::DEVICE) {
         Ok(meta) => meta,
-        Err(e) => return fail(ID, format!("{}: {e}", tun::DEVICE), "modprobe tun"),
+        Err(e) => return Check::fail(ID, format!("{}: {e}", tun::DEVICE), "modprobe tun"),
     };
     let mode = meta.mode() & 0o777;
     let may = vmm_uid.is_none_or(|uid| mode & 0o006 == 0o006 || (meta.uid() == uid && mode & 0o600 == 0o600));
     if may {
-        return ok(ID, format!("{} may be opened by VMMs; each tap is its own VMM's only", tun::DEVICE));
+        return Check::ok(ID, format!("{} may be opened by VMMs; each tap is its own VMM's only", tun::DEVICE));
     }
     // As udev's own rules have it (50-udev-default.rules): who may open it can attach to taps of his own only.
     let found = format!("{} has mode {mode:o}: VMMs, which are not root, cannot open it", tun::DEVICE);
-    fail(ID, found, "chmod 0666 /dev/net/tun")
+    Check::fail(ID, found, "chmod 0666 /dev/net/tun")
 }
 
 struct Host<'a> {
@@ -93,7 +94,7 @@ impl Host<'_> {
         const ID: &str = "network_forwarding";
         let mut all = Vec::new();
         if !bridge::forwards()? {
-            all.push(ok(ID, "IPv4 forwarding is off; fcd switches it on when it starts".into()));
+            all.push(Check::ok(ID, "IPv4 forwarding is off; fcd switches it on when it starts"));
         }
         let chains = parse_chains(&self.run(&nft_json(&["list", "chains"]))?)?;
         let mut text_of = |family: &str, table: &str| {
@@ -101,11 +102,11 @@ impl Host<'_> {
             out.map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
         };
         for (found, fix) in blockers(&chains, &self.config.bridge, &mut text_of)? {
-            all.push(warn(ID, found, &fix));
+            all.push(Check::warn(ID, found, &fix));
         }
         all.extend(self.legacy());
         if all.is_empty() {
-            all.push(ok(ID, "IPv4 forwarding is on, and no other rules were found that drop what guests send".into()));
+            all.push(Check::ok(ID, "IPv4 forwarding is on, and no other rules were found that drop what guests send"));
         }
         Ok(all)
     }
@@ -119,21 +120,21 @@ impl Host<'_> {
         let drops = rules.lines().any(|l| matches!(l, "-P FORWARD DROP" | "-P FORWARD REJECT"));
         let fix = format!("iptables-legacy -I FORWARD -i {bridge} -j ACCEPT; iptables-legacy -I FORWARD -o {bridge} -j ACCEPT");
         (drops && !rules.contains(bridge.as_str()))
-            .then(|| warn("network_forwarding", "iptables-legacy drops what is forwarded, guests' packets too".into(), &fix))
+            .then(|| Check::warn("network_forwarding", "iptables-legacy drops what is forwarded, guests' packets too", &fix))
     }
 }
 
 fn bridge_check(name: &str, links: &[Link]) -> Check {
     const ID: &str = "network_bridge";
     match links.iter().find(|l| l.name == name) {
-        None => ok(ID, format!("bridge {name} is made when fcd starts")),
+        None => Check::ok(ID, format!("bridge {name} is made when fcd starts")),
         Some(l) if l.is_kind("bridge") && (l.alias().starts_with("fc-") || l.alias().is_empty()) => {
-            ok(ID, format!("bridge {name} is there"))
+            Check::ok(ID, format!("bridge {name} is there"))
         }
         Some(l) => {
             let kind = l.linkinfo.info_kind.as_deref().unwrap_or("device");
             let found = format!("there is a {kind} {name} of somebody else's (alias {:?})", l.alias());
-            fail(ID, found, "set another name: bridge = ... under [network]")
+            Check::fail(ID, found, "set another name: bridge = ... under [network]")
         }
     }
 }
@@ -142,13 +143,13 @@ fn subnet_check(config: &Config, routes: &[Route]) -> Check {
     const ID: &str = "network_subnet";
     let other = routes.iter().find(|r| r.dev != config.bridge && config.subnet.overlaps(r.base, r.prefix));
     match other {
-        None => ok(ID, format!("{} is free for guests: room for {} VMs", config.subnet, config.subnet.guests_max())),
+        None => Check::ok(ID, format!("{} is free for guests: room for {} VMs", config.subnet, config.subnet.guests_max())),
         Some(r) => {
             let found = format!(
                 "{} overlaps {}/{} on {}: guests or that network are unreachable",
                 config.subnet, r.base, r.prefix, r.dev
             );
-            warn(ID, found, "set another subnet = ... under [network]")
+            Check::warn(ID, found, "set another subnet = ... under [network]")
         }
     }
 }
@@ -224,28 +225,17 @@ fn names(config: &Config) -> Option<Check> {
         return None;
     }
     if has_resolved() {
-        return Some(ok("network_names", format!("systemd-resolved asks {gateway} for NAME.vm")));
+        return Some(Check::ok("network_names", format!("systemd-resolved asks {gateway} for NAME.vm")));
     }
-    let mut check = ok("network_names", format!("{gateway} knows NAME.vm; guests ask it, this host does not by itself"));
+    let mut check = Check::ok("network_names", format!("{gateway} knows NAME.vm; guests ask it, this host does not by itself"));
     check.fix = Some(format!("install systemd-resolved, or in dnsmasq: server=/vm/{gateway}"));
     Some(check)
-}
-
-fn ok(id: &str, found: String) -> Check {
-    Check { id: id.to_owned(), severity: Severity::Ok, found, fix: None }
-}
-
-fn warn(id: &str, found: String, fix: &str) -> Check {
-    Check { id: id.to_owned(), severity: Severity::Warn, found, fix: Some(fix.to_owned()) }
-}
-
-fn fail(id: &str, found: String, fix: &str) -> Check {
-    Check { id: id.to_owned(), severity: Severity::Fail, found, fix: Some(fix.to_owned()) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::daemon::Severity;
     use expect_test::{Expect, expect};
 
     fn chain(family: &str, table: &str, name: &str, hook: Option<&str>, policy: &str) -> Chain {

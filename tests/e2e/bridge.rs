@@ -96,7 +96,10 @@ fn guests_reach_what_they_may_and_nothing_else() {
     assert_eq!(on_the_bridge(), (3, 3));
     let (a, b) = (address(&host, "a"), address(&host, "b"));
 
-    // Outwards, and nowhere else.
+    // Outwards, and nowhere else. The host's server does answer, to the host.
+    for at in [GATEWAY, HOST] {
+        assert!(sh(&format!("bash -c 'head -n 1 </dev/tcp/{at}/{PORT}'")).starts_with("the host sees "));
+    }
     let seen_outside = || Some(format!("the outside sees {HOST}"));
     assert_eq!(ask(&host, "a", OUTSIDE, PORT), seen_outside());
     assert_eq!(ask(&host, "a", &b, 22), None, "another guest");

@@ -4,7 +4,8 @@ use crate::host::{FCCTL, FCD, Host, text, vmm_processes};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, IoSlice};
+use std::io::{BufRead, BufReader, IoSlice, Write};
+use std::net::TcpListener;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
@@ -202,9 +203,8 @@ fn is_allowed(target: &str, dir: &str, image: &str) -> bool {
 fn a_vmm_is_confined() {
     assert!(nix::unistd::geteuid().is_root(), "as root only: run the tests as root");
     let host = Host::start();
-    for name in ["one", "two"] {
-        host.ok(&["vm", "create", "--name", name]);
-    }
+    host.ok(&["vm", "create", "--name", "one"]);
+    host.ok(&["vm", "create", "--name", "two", "--net", "none"]);
     let mut both = [host.spawn(&["start", "one"]), host.spawn(&["start", "two"])];
     both.iter_mut().for_each(|start| assert_eq!(start.end().0, Some(0), "{}", start.stderr()));
     let pids = vmm_processes(&host.state());
@@ -236,7 +236,18 @@ fn a_vmm_is_confined() {
         let key = fs::metadata(dir.join("key")).unwrap();
         assert_eq!((key.uid(), key.mode() & 0o7777), (0, 0o600));
     }
+    only_a_vm_with_a_network_reaches_the_host(&host);
     operations(&host);
+}
+
+/// User-mode networking maps the host's loopback to 10.0.2.2; a VM created with `--net none` has a command run in it, no more.
+fn only_a_vm_with_a_network_reaches_the_host(host: &Host) {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || listener.incoming().flatten().for_each(|mut stream| drop(stream.write_all(b"the host\n"))));
+    let script = format!("timeout 5 bash -c 'exec 3<>/dev/tcp/10.0.2.2/{port} && head -n 1 <&3' || echo nobody");
+    assert_eq!(host.sh("one", &script), "the host\n");
+    assert_eq!(host.sh("two", &script), "nobody\n");
 }
 
 fn operations(host: &Host) {

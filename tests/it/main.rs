@@ -20,6 +20,7 @@ mod panics;
 mod points;
 mod promise;
 mod recovery;
+mod running;
 mod stall;
 mod verbs;
 mod world;

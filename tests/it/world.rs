@@ -1,13 +1,14 @@
 //! A daemon with its server on a socket in a temporary directory, clients, FIFOs, and what must hold at the end.
 
+pub use crate::running::Running;
+
 use crate::points::{PointCommands, PointDriver, PointTransport, Points};
 use fcd::api::Call;
-use fcd::api::frame::Note;
 use fcd::api::op::{OpRequest, OpShow};
 use fcd::api::stream::ChunkWriter;
 use fcd::api::vm::*;
 use fcd::api::workspace::{PrepareRequest, WorkspacePrepare};
-use fcd::client::{Client, Event, Failure, Hangup};
+use fcd::client::{Client, Failure};
 use fcd::config::{Config, Limits, Qemu, VmDefaults};
 use fcd::daemon::{Caller, Daemon, Leftovers, Seams};
 use fcd::error::{Error, Kind};
@@ -23,9 +24,8 @@ use fcd::workspace::remote::{self, Place};
 use std::collections::{BTreeSet, HashMap};
 use std::io::Write;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -251,31 +251,7 @@ impl World {
         C::Request: Send + 'static,
         C::Reply: Send + 'static,
     {
-        let mut client = self.client();
-        let hangup = client.hangup().unwrap();
-        let (send, events) = channel();
-        fcd::host::thread::spawn("client", move || {
-            let fds: Vec<_> = fds;
-            let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-            let mut flight = match client.begin::<C>(&request, &borrowed) {
-                Ok(flight) => flight,
-                Err(e) => return drop(send.send(Told::Ended(Err(e), Instant::now()))),
-            };
-            drop(fds);
-            loop {
-                let told = match flight.next_event() {
-                    Ok(Event::Note(note)) => Told::Note(note),
-                    Ok(Event::Reply(reply)) => Told::Ended(Ok(reply), Instant::now()),
-                    Err(e) => Told::Ended(Err(e), Instant::now()),
-                };
-                let is_last = matches!(told, Told::Ended(..));
-                if send.send(told).is_err() || is_last {
-                    return;
-                }
-            }
-        })
-        .unwrap();
-        Running { events, hangup, ended: None, method: C::METHOD }
+        Running::begin::<C>(self.client(), request, fds)
     }
 
     /// Begins it and waits for its end.
@@ -484,116 +460,6 @@ pub fn prepare(vm: &str) -> PrepareRequest {
 /// Read end, write end.
 pub fn pipe() -> (OwnedFd, OwnedFd) {
     rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap()
-}
-
-enum Told<R> {
-    Note(Note),
-    Ended(Result<R, Failure>, Instant),
-}
-
-/// A call under way.
-pub struct Running<R> {
-    events: Receiver<Told<R>>,
-    hangup: Hangup,
-    ended: Option<(Result<R, Failure>, Instant)>,
-    method: &'static str,
-}
-
-impl<R> Running<R> {
-    fn next(&self, deadline: Instant) -> Option<Told<R>> {
-        match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(told) => Some(told),
-            Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => panic!("{}: its reader died", self.method),
-        }
-    }
-
-    /// The first note that fits; panics when the call ends before it comes, or it does not come in time.
-    #[track_caller]
-    pub fn note<T>(&self, wanted: impl Fn(&Note) -> Option<T>) -> T {
-        let deadline = soon();
-        loop {
-            match self.next(deadline) {
-                Some(Told::Note(note)) => {
-                    if let Some(found) = wanted(&note) {
-                        return found;
-                    }
-                }
-                Some(Told::Ended(Err(e), _)) => panic!("{} ended before the note: {e}", self.method),
-                Some(Told::Ended(Ok(_), _)) => panic!("{} ended well before the note", self.method),
-                None => panic!("{}: the note did not come", self.method),
-            }
-        }
-    }
-
-    #[track_caller]
-    pub fn op(&self) -> OpId {
-        self.note(|n| if let Note::Op { op } = n { Some(op.clone()) } else { None })
-    }
-    #[track_caller]
-    pub fn ready(&self) {
-        self.note(|n| matches!(n, Note::Ready(_)).then_some(()));
-    }
-    #[track_caller]
-    pub fn stage(&self, stage: &str) {
-        self.note(|n| matches!(n, Note::Progress(p) if p.stage.contains(stage)).then_some(()));
-    }
-    #[track_caller]
-    pub fn bytes(&self, done: u64) {
-        self.note(|n| matches!(n, Note::Progress(p) if p.done == Some(done)).then_some(()));
-    }
-
-    /// Waits for the end. Panics when it has not come within `patience`.
-    #[track_caller]
-    pub fn finish(&mut self, patience: Duration) -> Result<R, Failure> {
-        self.finish_at(patience).0
-    }
-
-    /// Waits for the end; none when `is_over` comes first.
-    #[track_caller]
-    pub fn finish_unless(&mut self, is_over: impl Fn() -> bool) -> Option<Result<R, Failure>> {
-        const LOOK: Duration = Duration::from_millis(1);
-        let deadline = soon();
-        loop {
-            match self.next(Instant::now() + LOOK) {
-                Some(Told::Ended(result, _)) => return Some(result),
-                _ if is_over() => return None,
-                _ => assert!(Instant::now() < deadline, "{} has not ended in time", self.method),
-            }
-        }
-    }
-
-    /// With the moment of its end.
-    #[track_caller]
-    pub fn finish_at(&mut self, patience: Duration) -> (Result<R, Failure>, Instant) {
-        if let Some(ended) = self.ended.take() {
-            return ended;
-        }
-        let deadline = Instant::now() + patience;
-        loop {
-            match self.next(deadline) {
-                Some(Told::Note(_)) => {}
-                Some(Told::Ended(result, at)) => return (result, at),
-                None => panic!("{} has not ended within {patience:?}", self.method),
-            }
-        }
-    }
-
-    pub fn has_ended(&mut self) -> bool {
-        while self.ended.is_none() {
-            match self.events.try_recv() {
-                Ok(Told::Note(_)) => {}
-                Ok(Told::Ended(result, at)) => self.ended = Some((result, at)),
-                Err(_) => return false,
-            }
-        }
-        true
-    }
-
-    /// The client is killed.
-    pub fn hang_up(&self) {
-        self.hangup.hang_up();
-    }
 }
 
 impl Drop for World {

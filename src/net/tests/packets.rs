@@ -146,6 +146,13 @@ fn passes(lab: &Lab, a: &Machine, b: &Machine, bad: impl FnOnce()) -> bool {
     at_b.next().0 == "bad"
 }
 
+/// Both know each other's Ethernet address: what waits for an answer to ARP would be overtaken by what was sent after it.
+fn introduce(a: &Machine, b: &Machine) {
+    for (here, there) in [(a, b), (b, a)] {
+        here.ns.sh(&format!("ip neighbour replace {} lladdr {} dev eth0 nud permanent", there.address(), there.guest.lease.mac));
+    }
+}
+
 #[test]
 fn guests_do_not_reach_each_other() {
     if !is_root() {
@@ -154,9 +161,7 @@ fn guests_do_not_reach_each_other() {
     let lab = Lab::new(&config());
     let (a, b) = (lab.start(0, Access::Nat), lab.start(1, Access::Nat));
     let send = || a.udp().send("bad", (b.address(), 9000));
-    // Both know where the other is, and each other's Ethernet address.
-    a.ns.sh(&format!("ip neighbour replace {} lladdr {} dev eth0 nud permanent", b.address(), b.guest.lease.mac));
-    b.ns.sh(&format!("ip neighbour replace {} lladdr {} dev eth0 nud permanent", a.address(), a.guest.lease.mac));
+    introduce(&a, &b);
     assert!(!passes(&lab, &a, &b, send), "over the bridge");
     a.ns.sh(&format!("ip route add {}/32 via {GATEWAY}", b.address()));
     assert!(!passes(&lab, &a, &b, send), "by the host");
@@ -174,6 +179,7 @@ fn guests_reach_each_other_if_they_are_allowed_to() {
     }
     let lab = Lab::new(&crate::config::Network { allow_between_vms: true, ..config() });
     let (a, b, none) = (lab.start(0, Access::Nat), lab.start(1, Access::Nat), lab.start(2, Access::None));
+    introduce(&a, &b);
     assert!(passes(&lab, &a, &b, || a.udp().send("bad", (b.address(), 9000))));
     a.ns.sh(&format!("ip route add {}/32 via {GATEWAY}", none.address()));
     assert!(!passes(&lab, &a, &none, || a.udp().send("bad", (none.address(), 9000))), "not one that has no network, by the host");

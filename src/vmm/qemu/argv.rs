@@ -323,6 +323,14 @@ mod tests {
     }
 
     #[test]
+    fn user_mode_reaches_nothing_where_either_setting_says_so() {
+        for (by_configuration, by_vm) in [(false, false), (true, false), (false, true), (true, true)] {
+            let (netdev, _) = network(&GuestNetwork::UserMode { isolated: by_vm }, by_configuration).unwrap();
+            assert_eq!(netdev.contains(",restrict=on,"), by_configuration || by_vm, "{netdev}");
+        }
+    }
+
+    #[test]
     fn a_tap() {
         let tap = |name: &str, mac: &str| {
             let address = Ipv4Addr::new(10, 89, 0, 5);

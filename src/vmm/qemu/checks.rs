@@ -13,7 +13,7 @@ const VERSION_MIN: (u32, u32) = (7, 2);
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 
 pub fn checks(config: &Qemu, picked: Option<&Picked>) -> Vec<Check> {
-    vec![binary(config), accelerator(config, picked), board(config, picked), network(config)]
+    vec![binary(config), accelerator(config, picked), board(config, picked)]
 }
 
 fn check(id: &str, severity: Severity, found: String, fix: Option<&str>) -> Check {
@@ -84,19 +84,6 @@ fn board(config: &Qemu, picked: Option<&Picked>) -> Check {
     check("machine", Severity::Ok, found, None)
 }
 
-fn network(config: &Qemu) -> Check {
-    if config.isolated {
-        return check("guest_network", Severity::Ok, "guests are cut off from everything but their SSH port".into(), None);
-    }
-    let found = "user-mode: a guest that connects to 10.0.2.2 reaches services on this host's loopback";
-    check(
-        "guest_network",
-        Severity::Warn,
-        found.into(),
-        Some("to cut guests off from every network: isolated = true under [qemu]"),
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -115,11 +102,5 @@ mod tests {
         let checks = checks(&Qemu { binary: "no-such-qemu".into(), ..Qemu::default() }, None);
         assert_eq!((checks[0].id.as_str(), checks[0].severity), ("qemu", Severity::Fail));
         assert!(checks[0].fix.as_ref().unwrap().contains("apt install"));
-    }
-
-    #[test]
-    fn the_way_to_the_hosts_loopback_is_shown() {
-        let severity = |isolated| network(&Qemu { isolated, ..Qemu::default() }).severity;
-        assert_eq!((severity(false), severity(true)), (Severity::Warn, Severity::Ok));
     }
 }

@@ -214,10 +214,11 @@ fn what_an_earlier_connection_left_behind_ends_first() {
     held.lock().unwrap();
     std::thread::scope(|s| {
         let begun = s.spawn(|| site.begin());
-        // Before it waits, it says that the workspace is not complete; after that it has to.
+        // proc_locks(5): an arrow for who waits, then device and inode.
+        let inode = format!(":{} ", std::os::unix::fs::MetadataExt::ino(&held.metadata().unwrap()));
         let waits = || {
             let list = std::fs::read_to_string("/proc/locks").unwrap();
-            list.lines().any(|l| l.contains("-> FLOCK"))
+            list.lines().any(|l| l.contains("-> FLOCK") && l.contains(&inode))
         };
         let deadline = std::time::Instant::now() + Duration::from_secs(30);
         while !waits() {

@@ -3,7 +3,8 @@
 //! Why not the `signal` request (RFC 4254, 6.9): OpenSSH 9.2 refuses it for root's sessions ("session signalling
 //! requires privilege separation", session.c), and other servers do not know it. On the second channel a shell asks
 //! the kernel for the other children of the process that serves this connection, its own parent: each is the leader
-//! of the process group of one command.
+//! of the process group of one command. Where the connection has ended before the shell looks, its parent is who adopts
+//! orphans, with everybody's children: nobody is signalled unless the parent is an SSH server.
 
 use super::channel::{Channel, READ_BYTES, STDERR, STDOUT};
 use super::wire::Shared;
@@ -34,7 +35,7 @@ fn command(signal: &str) -> String {
     let children = "cat /proc/$P/task/$P/children 2>/dev/null || for s in /proc/[0-9]*/stat; do \
         read -r pid rest 2>/dev/null <$s && set -- ${rest##*) } && [ \"$2\" = $P ] && echo $pid; done";
     let script = format!(
-        "P=$PPID; for c in $({children}); do [ $c = $$ ] || kill -s {signal} -- -$c 2>/dev/null || kill -s {signal} $c; done"
+        "P=$PPID; read -r name </proc/$P/comm; case $name in sshd*) ;; *) exit ;; esac; for c in $({children}); do [ $c = $$ ] || kill -s {signal} -- -$c 2>/dev/null || kill -s {signal} $c; done"
     );
     format!("exec /bin/sh -c {}", crate::guest::quote(&script))
 }
@@ -87,4 +88,28 @@ fn drain(channel: &mut Channel) -> Result<bool, ssh2::Error> {
         while channel.read(stream, &mut scratch)?.is_some_and(|n| n > 0) {}
     }
     channel.remote_closed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The connection may be gone before the shell runs: its parent then is who adopts orphans, whose children are everybody's.
+    /// In a process namespace of its own, so that it is that one's init that adopts.
+    #[test]
+    fn a_signal_that_comes_too_late_hits_nobody() {
+        let is_orphan = "while read -r _ _ _ parent _ </proc/self/stat && [ $parent != 1 ]; do :; done";
+        let late = command("USR1");
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("its-end");
+        let fifo = fifo.display();
+        let script = format!(
+            "sleep 1000 & bystander=$!; mkfifo {fifo}; ( ( {is_orphan}; {late} ) 7>{fifo} & ); cat {fifo}; \
+             kill -TERM $bystander; wait $bystander; [ $? = 143 ] && echo it lived"
+        );
+        let mut unshare = std::process::Command::new("timeout");
+        unshare.args(["20", "unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "sh", "-c", &script]);
+        let out = unshare.output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&out.stdout), "it lived\n", "{}", String::from_utf8_lossy(&out.stderr));
+    }
 }

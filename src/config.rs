@@ -126,6 +126,25 @@ impl Default for Qemu {
     }
 }
 
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskDriver {
+    /// The best that shares the image's blocks.
+    #[default]
+    Auto,
+    Reflink,
+    Qcow2,
+    DmSnapshot,
+    Copy,
+}
+
+/// Root disks. A VM keeps the way in which its disk was made.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct Disk {
+    pub driver: DiskDriver,
+}
+
 /// The file as a whole.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields, default)]
@@ -135,6 +154,7 @@ pub struct File {
     pub limits: Limits,
     pub vm: VmDefaults,
     pub qemu: Qemu,
+    pub disk: Disk,
     pub network: Network,
 }
 
@@ -182,6 +202,7 @@ pub struct Config {
     pub limits: Limits,
     pub vm: VmDefaults,
     pub qemu: Qemu,
+    pub disk: Disk,
     pub network: Network,
 }
 
@@ -204,12 +225,18 @@ impl Config {
         let pick = |flag: &Option<PathBuf>, name: &str, file: Option<PathBuf>, default: PathBuf| {
             flag.clone().or_else(|| env(name).filter(|v| !v.is_empty()).map(PathBuf::from)).or(file).unwrap_or(default)
         };
+        // VMMs work in directories of their own.
+        let absolute = |path: PathBuf| {
+            let e = |e| Error::new(Kind::InvalidConfig, format!("find out where {} is", path.display())).with_source(e);
+            std::path::absolute(&path).map_err(e)
+        };
         let config = Config {
-            state_dir: pick(&flags.state_dir, "FCD_STATE_DIR", file.state_dir, places.state_dir),
-            socket: pick(&flags.socket, "FCD_SOCKET", file.socket, places.socket),
+            state_dir: absolute(pick(&flags.state_dir, "FCD_STATE_DIR", file.state_dir, places.state_dir))?,
+            socket: absolute(pick(&flags.socket, "FCD_SOCKET", file.socket, places.socket))?,
             limits: file.limits,
             vm: file.vm,
             qemu: file.qemu,
+            disk: file.disk,
             network: file.network,
         };
         config.validate().map_err(|e| e.hint(format!("change it in {}", path.display())))?;
@@ -279,6 +306,14 @@ mod tests {
     }
 
     #[test]
+    fn relative_paths_are_of_the_working_directory() {
+        let flags = Flags { state_dir: Some("state".into()), socket: Some("./fcd.sock".into()), ..Flags::default() };
+        let c = Config::load(&flags, 1000, &|name| (name == "HOME").then(|| "/nonexistent".to_owned())).unwrap();
+        let here = std::env::current_dir().unwrap();
+        assert_eq!((c.state_dir, c.socket), (here.join("state"), here.join("fcd.sock")));
+    }
+
+    #[test]
     fn places_for_a_user_follow_xdg() {
         let env = |name: &str| (name == "HOME").then(|| "/home/u".to_owned());
         let p = Places::for_user(1000, &env);
@@ -303,6 +338,7 @@ mod tests {
             limits: file.limits,
             vm: file.vm,
             qemu: file.qemu,
+            disk: file.disk,
             network: file.network,
         };
         assert!(c.validate().is_err());

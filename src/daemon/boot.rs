@@ -7,11 +7,12 @@ use crate::api::exec::Exit;
 use crate::disk::{self, KeyPair, Method, RootSpec, Seed};
 use crate::error::{Error, Kind, Result};
 use crate::guest::{Script, Target, run_script};
+use crate::ids::VmId;
 use crate::image::ImageInfo;
-use crate::locks::Cancel;
 use crate::store::VmRow;
 use crate::vmm::{DiskFormat, Running, VmmSpec};
 use crate::workspace::remote;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 const GUEST_USER: &str = "root";
@@ -20,7 +21,9 @@ const KEY_FILE: &str = "key";
 const HOST_KEY_FILE: &str = "host_key";
 const USER_KEY_COMMENT: &str = "fcd";
 const SEED_FILE: &str = "seed";
-const DISK_FILE: &str = "disk";
+pub(super) const DISK_FILE: &str = "disk";
+/// What a snapshot's guest has changed.
+const CHANGES_FILE: &str = "changes";
 
 /// A boot under way: what its steps need and what they made.
 pub(super) struct Boot<'a> {
@@ -74,7 +77,6 @@ impl Daemon {
     /// What a driver is told. The disk's kind is the row's: it was decided when the disk was made.
     pub(super) fn spec(&self, row: &VmRow, image: &ImageInfo) -> VmmSpec {
         let dir = self.vm_dir(&row.id);
-        let is_raw = self.disk_method(row) == Method::Reflink;
         VmmSpec {
             vm: row.id.clone(),
             tag: self.tag(row),
@@ -82,7 +84,11 @@ impl Daemon {
             initrd: image.initrd.clone(),
             boot_args: crate::image::BOOT_ARGS.join(" "),
             disk: dir.join(DISK_FILE),
-            disk_format: if is_raw { DiskFormat::Raw } else { DiskFormat::Qcow2 },
+            disk_format: match self.disk_method(row) {
+                Some(Method::Reflink | Method::Copy) => DiskFormat::Raw,
+                Some(Method::DmSnapshot) => DiskFormat::Device,
+                Some(Method::Qcow2) | None => DiskFormat::Qcow2,
+            },
             seed: dir.join(SEED_FILE),
             vcpus: row.vcpus,
             mem_mib: row.mem_mib,
@@ -93,24 +99,34 @@ impl Daemon {
         }
     }
 
-    /// How this VM's root disk shares the image's blocks: as it was made, else as the file system can.
-    fn disk_method(&self, row: &VmRow) -> Method {
+    /// How this VM's root disk comes from the image: as it was made, else as this host can; none: it cannot.
+    pub(super) fn disk_method(&self, row: &VmRow) -> Option<Method> {
         match row.disk_driver.as_deref() {
-            Some(name) if name == Method::Reflink.name() => Method::Reflink,
-            Some(_) => Method::Qcow2,
-            None => disk::probe(&self.config.state_dir).map_or(Method::Qcow2, |p| p.method),
+            Some(name) => Method::from_name(name),
+            None => self.disk_probe.as_ref().ok().map(|p| p.method),
         }
     }
 
-    pub(super) fn prepare_disk(&self, row: &VmRow, image: &ImageInfo, spec: &VmmSpec, cancel: &Cancel) -> Result<()> {
+    /// Where a disk made so is, or its changes are.
+    pub(super) fn disk_path(&self, vm: &VmId, method: Method) -> PathBuf {
+        self.vm_dir(vm).join(if method == Method::DmSnapshot { CHANGES_FILE } else { DISK_FILE })
+    }
+
+    pub(super) fn prepare_disk(&self, row: &VmRow, image: &ImageInfo, spec: &VmmSpec, claim: &Claim) -> Result<()> {
         let commands = self.commands.as_ref();
-        if row.disk_driver.is_some() && spec.disk.exists() {
-            return disk::grow(commands, &spec.disk, self.disk_method(row), row.disk_bytes, cancel);
+        let method = match self.disk_method(row) {
+            Some(method) => method,
+            None => self.disk_probe.clone()?.method,
+        };
+        let path = self.disk_path(&row.id, method);
+        if row.disk_driver.is_some() && path.exists() {
+            return disk::grow(commands, &path, method, row.disk_bytes, &claim.cancel);
         }
-        let wanted = RootSpec { base: &image.rootfs, path: &spec.disk, size_bytes: row.disk_bytes, owner: spec.credentials };
-        let made = disk::make_root(commands, &wanted, cancel)?;
-        let name = made.method.name().to_owned();
-        let ((), ticket) = self.store.change(|tx| tx.update_vm(&row.id, |r| r.disk_driver = Some(name)))?;
+        let wanted = RootSpec { method, base: &image.rootfs, path: &path, size_bytes: row.disk_bytes, owner: spec.credentials };
+        let reporter = claim.op().reporter();
+        let told = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
+        disk::make_root(commands, &wanted, &claim.cancel, told)?;
+        let ((), ticket) = self.store.change(|tx| tx.update_vm(&row.id, |r| r.disk_driver = Some(method.name().to_owned())))?;
         self.wait_durable(ticket)
     }
 

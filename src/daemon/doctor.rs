@@ -55,7 +55,7 @@ pub fn host_checks(config: &Config, seams: &Seams) -> Result<Vec<Check>> {
 
 fn checks(config: &Config, vmm: &dyn crate::vmm::Driver, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
     let mut all = vmm.checks();
-    all.push(disk_check(&config.state_dir));
+    all.push(disk_check(config));
     all.push(space_check(&config.state_dir));
     all.extend(super::network::checks(config, commands, cancel));
     all.extend(crate::image::checks(commands, cancel));
@@ -67,16 +67,11 @@ fn existing(path: &Path) -> &Path {
     path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"))
 }
 
-fn disk_check(state_dir: &Path) -> Check {
-    match crate::disk::probe(existing(state_dir)) {
-        Ok(probe) => {
-            Check::ok("root-disk", format!("root disks in {}: {} ({})", state_dir.display(), probe.method.name(), probe.reason))
-        }
-        Err(e) => Check::fail(
-            "root-disk",
-            format!("root disks in {}: {e}", state_dir.display()),
-            e.hint_text().unwrap_or("check the directory's rights"),
-        ),
+fn disk_check(config: &Config) -> Check {
+    let dir = config.state_dir.display();
+    match super::room::probe(config, existing(&config.state_dir)) {
+        Ok(probe) => Check::ok("root-disk", format!("root disks in {dir}: {} ({})", probe.method.name(), probe.reason)),
+        Err(e) => Check::fail("root-disk", e.to_string(), e.hint_text().unwrap_or("check the directory's rights")),
     }
 }
 

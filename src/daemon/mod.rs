@@ -24,6 +24,7 @@ mod notes;
 mod operations;
 mod reconcile;
 mod resources;
+mod room;
 mod runtime;
 mod sessions;
 mod transfer;
@@ -109,6 +110,8 @@ pub struct Inner {
     net: Option<crate::net::Net>,
     name_server: Mutex<Option<crate::net::dns::Server>>,
     mem_mib_max: u64,
+    /// How new root disks are made; or why none can be.
+    disk_probe: Result<crate::disk::Probe>,
     /// Names under which images are being built.
     building: Mutex<HashSet<crate::ids::ImageRef>>,
     beginning: keys::Beginning,
@@ -204,8 +207,10 @@ impl Daemon {
         let ops = open_ops(&store, rows)?;
         let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let net = network::open(&config, &store, &seams.commands, &closing)?;
+        let disk_probe = room::probe(&config, &config.state_dir);
         let inner = Inner {
             net,
+            disk_probe,
             name_server: Mutex::new(Rank::Runtimes, None),
             pool: Pool::new(limits.pool_workers, limits.pool_queue, limits.queue_per_uid_max)?,
             images: Images::open(&config.state_dir)?,

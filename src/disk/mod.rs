@@ -1,19 +1,42 @@
 //! Root disks of VMs, made from an image without copying it, and the seed drive that configures a guest.
 //!
-//! A root disk is a reflink of the image's file system where the host's file system can share blocks, else a
-//! qcow2 file on top of it. A full copy is never made. The host never opens the file system on a disk: it only
-//! makes the disk larger, and the guest grows its own file system.
+//! A root disk shares the image's blocks where it can: a reflink, else a qcow2 file on top of the image, or a device-mapper
+//! snapshot; a full copy is made only where the configuration says so. The host never opens the file system on a disk: it
+//! only makes the disk larger, and the guest grows its own file system.
 
+mod copy;
+mod method;
 pub mod root;
 pub mod seed;
+pub mod snapshot;
 
-pub use root::{Method, Probe, RootDisk, RootSpec, grow, make_root, probe};
+pub use method::{Method, Probe, probe};
+pub use root::{RootSpec, grow, make_root, origin};
 pub use seed::{KeyPair, Network, Seed};
 
 use crate::error::{Error, Result};
 use std::fs::File;
 use std::os::unix::fs::fchown;
 use std::path::{Path, PathBuf};
+
+/// Whether one file now shares another's blocks.
+enum Cloned {
+    Yes,
+    /// With what the kernel said.
+    No(String),
+}
+
+/// ioctl_ficlone(2): these errors say "not here"; any other is a real one.
+fn ficlone(target: &File, source: &File) -> std::io::Result<Cloned> {
+    use rustix::io::Errno;
+    match rustix::fs::ioctl_ficlone(target, source) {
+        Ok(()) => Ok(Cloned::Yes),
+        Err(e @ (Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS)) => {
+            Ok(Cloned::No(e.to_string().to_lowercase()))
+        }
+        Err(e) => Err(e.into()),
+    }
+}
 
 /// A file on its way to `path`: made beside it, renamed when complete, removed otherwise.
 struct Draft {

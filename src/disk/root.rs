@@ -1,6 +1,7 @@
-//! Root disks: reflink or qcow2, and their growth.
+//! Root disks: made from an image, and grown.
 
-use super::Draft;
+use super::copy::copy_sparse;
+use super::{Cloned, Draft, Method, ficlone, snapshot};
 use crate::error::{Error, Kind, Result};
 use crate::host::{Command, Commands};
 use crate::locks::Cancel;
@@ -17,30 +18,14 @@ const QEMU_IMG_DEADLINE: Duration = Duration::from_secs(60);
 /// "QFI\xfb": a qcow2 file begins with it (QEMU, docs/interop/qcow2.txt).
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
-/// How a root disk shares the image's blocks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Method {
-    /// A raw file that shares extents (FICLONE); independent of the image's file.
-    Reflink,
-    /// A qcow2 file with the image's file behind it, which must stay as it is.
-    Qcow2,
-}
-
-impl Method {
-    pub const fn name(self) -> &'static str {
-        match self {
-            Method::Reflink => "reflink",
-            Method::Qcow2 => "qcow2",
-        }
-    }
-}
-
 /// What to make.
 #[derive(Clone, Copy, Debug)]
 pub struct RootSpec<'a> {
+    pub method: Method,
     /// The image's file system, raw; absolute.
     pub base: &'a Path,
-    /// Where the disk goes; absolute, in a directory that exists. Replaced if there is one.
+    /// Where the disk goes; absolute, in a directory that exists and is the VM's own. Replaced if there is one. A snapshot has
+    /// its changes there.
     pub path: &'a Path,
     /// Virtual size: at least the base's, a multiple of [`SIZE_UNIT_BYTES`].
     pub size_bytes: u64,
@@ -48,69 +33,96 @@ pub struct RootSpec<'a> {
     pub owner: Option<(u32, u32)>,
 }
 
-/// What was made.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RootDisk {
-    pub path: PathBuf,
-    pub method: Method,
-    pub size_bytes: u64,
-}
-
-/// What a directory's file system can, and why.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Probe {
-    pub method: Method,
-    /// For people: `ext4 cannot share blocks between files (operation not supported)`.
-    pub reason: String,
-}
-
-/// Makes a root disk from an image: whole and synced, or not at all.
+/// Makes a root disk from an image: whole and synced, or not at all. `progress` is told the bytes of a copy.
 ///
-/// Errors: `invalid_argument` for a size below the base's, `disk_full`, `host`, `command_missing` (qemu-img).
-pub fn make_root(commands: &dyn Commands, spec: &RootSpec<'_>, cancel: &Cancel) -> Result<RootDisk> {
+/// Errors: `invalid_argument` for a size below the base's, `disk_full`, `host`, `command_missing` (qemu-img), `cancelled`.
+pub fn make_root(
+    commands: &dyn Commands,
+    spec: &RootSpec<'_>,
+    cancel: &Cancel,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
     let doing = |e: Error| e.context(format!("make root disk {}", spec.path.display()));
     let base = File::open(spec.base).map_err(|e| Error::io(format!("open image {}", spec.base.display()), e)).map_err(doing)?;
     let base_bytes = base.metadata().map_err(|e| Error::io("read its size", e)).map_err(doing)?.len();
     check_size(base_bytes, spec.size_bytes).map_err(doing)?;
     let draft = Draft::new(spec.path)?;
-    let method = match clone_file(&base, &draft.path, spec.size_bytes).map_err(doing)? {
-        Cloned::Yes => Method::Reflink,
-        Cloned::No(_) => {
-            let command = create_qcow2(spec.base, &draft.path, spec.size_bytes);
-            commands.run(&command, cancel, &mut |_| {}).map_err(|e| doing(mend_qemu_img(e)))?;
-            set_private(&draft.path).map_err(doing)?;
-            Method::Qcow2
+    let origin = if spec.method.needs_image() { link_origin(spec).map_err(doing)? } else { PathBuf::new() };
+    let made = match spec.method {
+        Method::Reflink => clone_file(&base, &draft.path, spec.size_bytes),
+        Method::Qcow2 => {
+            let command = create_qcow2(&origin, &draft.path, spec.size_bytes);
+            let made = commands.run(&command, cancel, &mut |_| {}).map_err(mend_qemu_img);
+            made.and_then(|_| set_private(&draft.path))
         }
+        Method::DmSnapshot => new_file(&draft.path)
+            .and_then(|file| snapshot::size_store(&file, spec.size_bytes).map_err(|e| Error::io("make room for changes", e))),
+        Method::Copy => new_file(&draft.path).and_then(|file| {
+            copy_sparse(&base, &file, cancel, progress)?;
+            file.set_len(spec.size_bytes).map_err(|e| Error::io("set its size", e))
+        }),
     };
-    draft.publish(spec.owner)?;
-    Ok(RootDisk { path: spec.path.to_owned(), method, size_bytes: spec.size_bytes })
+    // The store of a snapshot is the kernel's to write, not the VMM's.
+    let owner = spec.owner.filter(|_| spec.method != Method::DmSnapshot);
+    made.and_then(|()| draft.publish(owner)).map_err(|e| {
+        let _ = std::fs::remove_file(origin_path(spec.path));
+        doing(e)
+    })
+}
+
+/// A second name for the image's file, in the VM's own directory: the disk stands on it for as long as the VM is there, whatever
+/// becomes of the image. Where the file system has no such names it is the image's own.
+fn link_origin(spec: &RootSpec<'_>) -> Result<PathBuf> {
+    use rustix::io::Errno;
+    let origin = origin_path(spec.path);
+    let io = |e: std::io::Error| Error::io(format!("link {} to {}", origin.display(), spec.base.display()), e);
+    match std::fs::remove_file(&origin) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(e)),
+        _ => {}
+    }
+    match rustix::fs::link(spec.base, &origin) {
+        Ok(()) => Ok(origin),
+        Err(Errno::XDEV | Errno::PERM | Errno::MLINK | Errno::OPNOTSUPP) => Ok(spec.base.to_owned()),
+        Err(e) => Err(io(e.into())),
+    }
+}
+
+fn origin_path(disk: &Path) -> PathBuf {
+    disk.with_file_name("origin")
+}
+
+/// What the disk at `path` stands on: as [`make_root`] left it.
+pub fn origin(path: &Path, base: &Path) -> PathBuf {
+    let origin = origin_path(path);
+    if origin.exists() { origin } else { base.to_owned() }
 }
 
 /// Makes a disk larger; the VMM must not run. The same size is no error, a smaller one is `invalid_argument`.
 pub fn grow(commands: &dyn Commands, path: &Path, method: Method, size_bytes: u64, cancel: &Cancel) -> Result<()> {
     let doing = |e: Error| e.context(format!("grow disk {}", path.display()));
+    let open = || OpenOptions::new().write(true).open(path).map_err(|e| doing(Error::io("open it", e)));
+    if method == Method::DmSnapshot {
+        return snapshot::size_store(&open()?, size_bytes).map_err(|e| doing(Error::io("set its size", e)));
+    }
     let now = disk_size(path, method).map_err(doing)?;
     check_size(now, size_bytes).map_err(doing)?;
     if now == size_bytes {
         return Ok(());
     }
-    match method {
-        Method::Reflink => {
-            let file = OpenOptions::new().write(true).open(path).map_err(|e| doing(Error::io("open it", e)))?;
-            file.set_len(size_bytes).and_then(|()| file.sync_all()).map_err(|e| doing(Error::io("set its size", e)))
-        }
-        Method::Qcow2 => {
-            commands.run(&resize_qcow2(path, size_bytes), cancel, &mut |_| {}).map(drop).map_err(|e| doing(mend_qemu_img(e)))
-        }
+    if method == Method::Qcow2 {
+        return commands.run(&resize_qcow2(path, size_bytes), cancel, &mut |_| {}).map(drop).map_err(|e| doing(mend_qemu_img(e)));
     }
+    let file = open()?;
+    file.set_len(size_bytes).and_then(|()| file.sync_all()).map_err(|e| doing(Error::io("set its size", e)))
 }
 
-/// The virtual size of a disk, in bytes.
+/// The virtual size of a disk that is a file, in bytes.
 pub fn disk_size(path: &Path, method: Method) -> Result<u64> {
     let io = |e| Error::io(format!("read the size of {}", path.display()), e);
     let mut file = File::open(path).map_err(io)?;
     match method {
-        Method::Reflink => Ok(file.metadata().map_err(io)?.len()),
+        Method::Reflink | Method::Copy => Ok(file.metadata().map_err(io)?.len()),
+        Method::DmSnapshot => Err(Error::internal(format!("{} is no disk by itself", path.display()))),
         Method::Qcow2 => {
             let mut header = [0; 32];
             file.read_exact(&mut header).map_err(io)?;
@@ -119,45 +131,19 @@ pub fn disk_size(path: &Path, method: Method) -> Result<u64> {
     }
 }
 
-/// Finds out what `dir` can by trying it on two small files.
-pub fn probe(dir: &Path) -> Result<Probe> {
-    let io = |e: std::io::Error| Error::io(format!("probe {}", dir.display()), e);
-    let source = tempfile::NamedTempFile::new_in(dir).map_err(io)?;
-    source.as_file().set_len(SIZE_UNIT_BYTES).map_err(io)?;
-    let target = tempfile::NamedTempFile::new_in(dir).map_err(io)?;
-    Ok(match ficlone(target.as_file(), source.as_file()).map_err(io)? {
-        Cloned::Yes => Probe { method: Method::Reflink, reason: "the file system shares blocks between files".to_owned() },
-        Cloned::No(why) => Probe { method: Method::Qcow2, reason: format!("the file system cannot share blocks ({why})") },
-    })
-}
-
-enum Cloned {
-    Yes,
-    /// With what the kernel said.
-    No(String),
-}
-
-fn clone_file(base: &File, path: &Path, size_bytes: u64) -> Result<Cloned> {
+fn clone_file(base: &File, path: &Path, size_bytes: u64) -> Result<()> {
     let io = |e: std::io::Error| Error::io(format!("clone the image to {}", path.display()), e);
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io)?;
-    let cloned = ficlone(&file, base).map_err(io)?;
-    match cloned {
-        Cloned::Yes => file.set_len(size_bytes).map_err(io)?,
-        Cloned::No(_) => std::fs::remove_file(path).map_err(io)?,
+    let file = new_file(path)?;
+    match ficlone(&file, base).map_err(io)? {
+        Cloned::Yes => file.set_len(size_bytes).map_err(io),
+        Cloned::No(why) => Err(Error::new(Kind::Unsupported, format!("clone the image to {}: {why}", path.display()))
+            .hint("driver = \"auto\" under [disk] takes what the host can: see fcctl doctor")),
     }
-    Ok(cloned)
 }
 
-/// ioctl_ficlone(2): these errors say "not here"; any other is a real one.
-fn ficlone(target: &File, source: &File) -> std::io::Result<Cloned> {
-    use rustix::io::Errno;
-    match rustix::fs::ioctl_ficlone(target, source) {
-        Ok(()) => Ok(Cloned::Yes),
-        Err(e @ (Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS)) => {
-            Ok(Cloned::No(e.to_string().to_lowercase()))
-        }
-        Err(e) => Err(e.into()),
-    }
+fn new_file(path: &Path) -> Result<File> {
+    let options = OpenOptions::new().write(true).create_new(true).mode(0o600).clone();
+    options.open(path).map_err(|e| Error::io(format!("make {}", path.display()), e))
 }
 
 fn check_size(now: u64, wanted: u64) -> Result<()> {
@@ -215,6 +201,7 @@ fn mend_qemu_img(e: Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::probe;
     use crate::host::HostCommands;
     use expect_test::{Expect, expect};
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -242,25 +229,64 @@ mod tests {
         check(&resize_qcow2(Path::new("/v/disk"), 12288), expect!["qemu-img resize -q -f qcow2 /v/disk 12288"]);
     }
 
+    fn spec<'a>(method: Method, base: &'a Path, path: &'a Path, size_bytes: u64) -> RootSpec<'a> {
+        RootSpec { method, base, path, size_bytes, owner: None }
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<_> = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
     #[test]
     fn a_disk_is_made_and_grows_and_never_shrinks() {
+        let best = probe(tempfile::tempdir().unwrap().path(), None, true).unwrap().method;
+        for method in [best, Method::Qcow2, Method::Copy] {
+            let dir = tempfile::tempdir().unwrap();
+            let (base, path) = (base(dir.path()), dir.path().join("disk"));
+            let uid = nix::unistd::getuid().as_raw();
+            let owner = Some((uid, nix::unistd::getgid().as_raw()));
+            let spec = RootSpec { owner, ..spec(method, &base, &path, 1 << 20) };
+            make_root(&HostCommands, &spec, &cancel(), &mut |_, _| {}).unwrap();
+            assert_eq!(disk_size(&path, method).unwrap(), 1 << 20);
+            let meta = std::fs::metadata(&path).unwrap();
+            assert_eq!((meta.permissions().mode() & 0o777, meta.uid()), (0o600, uid));
+
+            for _ in 0..2 {
+                grow(&HostCommands, &path, method, 2 << 20, &cancel()).unwrap();
+            }
+            assert_eq!(disk_size(&path, method).unwrap(), 2 << 20);
+            let e = grow(&HostCommands, &path, method, 1 << 20, &cancel()).unwrap_err();
+            assert_eq!(e.kind(), Kind::InvalidArgument);
+            let all = if method.needs_image() { &["base", "disk", "origin"][..] } else { &["base", "disk"] };
+            assert_eq!(names(dir.path()), all, "{method:?}");
+        }
+    }
+
+    /// Whoever removes an image, or builds another of its name, takes nothing from the VMs that stand on it.
+    #[test]
+    fn a_disk_outlives_the_name_of_its_image() {
         let dir = tempfile::tempdir().unwrap();
         let (base, path) = (base(dir.path()), dir.path().join("disk"));
-        let uid = nix::unistd::getuid().as_raw();
-        let spec = RootSpec { base: &base, path: &path, size_bytes: 1 << 20, owner: Some((uid, nix::unistd::getgid().as_raw())) };
-        let disk = make_root(&HostCommands, &spec, &cancel()).unwrap();
-        assert_eq!(disk.method, probe(dir.path()).unwrap().method);
-        assert_eq!(disk_size(&path, disk.method).unwrap(), 1 << 20);
-        let meta = std::fs::metadata(&path).unwrap();
-        assert_eq!((meta.permissions().mode() & 0o777, meta.uid()), (0o600, uid));
+        make_root(&HostCommands, &spec(Method::Qcow2, &base, &path, 8192), &cancel(), &mut |_, _| {}).unwrap();
+        std::fs::remove_file(&base).unwrap();
+        std::fs::write(&base, vec![8u8; 8192]).unwrap();
+        let raw = dir.path().join("raw");
+        let convert = Command::new("qemu-img").args(["convert", "-f", "qcow2", "-O", "raw"]).arg(&path).arg(&raw);
+        HostCommands.run(&convert, &cancel(), &mut |_| {}).unwrap();
+        assert_eq!(std::fs::read(raw).unwrap(), vec![7u8; 8192]);
+        assert_eq!(std::fs::read(origin(&path, &base)).unwrap(), vec![7u8; 8192]);
+    }
 
-        grow(&HostCommands, &path, disk.method, 2 << 20, &cancel()).unwrap();
-        grow(&HostCommands, &path, disk.method, 2 << 20, &cancel()).unwrap();
-        assert_eq!(disk_size(&path, disk.method).unwrap(), 2 << 20);
-        let e = grow(&HostCommands, &path, disk.method, 1 << 20, &cancel()).unwrap_err();
-        assert_eq!(e.kind(), Kind::InvalidArgument);
-        let names: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert_eq!(names.len(), 2, "{names:?}");
+    #[test]
+    fn the_store_of_a_snapshot_is_as_long_as_its_disk_may_need() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, path) = (base(dir.path()), dir.path().join("changes"));
+        make_root(&HostCommands, &spec(Method::DmSnapshot, &base, &path, 8192), &cancel(), &mut |_, _| {}).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), snapshot::store_bytes(8192));
+        grow(&HostCommands, &path, Method::DmSnapshot, 1 << 30, &cancel()).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), snapshot::store_bytes(1 << 30));
     }
 
     #[test]
@@ -276,8 +302,7 @@ mod tests {
     fn a_disk_smaller_than_its_image_is_refused_and_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let (base, path) = (base(dir.path()), dir.path().join("disk"));
-        let spec = RootSpec { base: &base, path: &path, size_bytes: 4096, owner: None };
-        let e = make_root(&HostCommands, &spec, &cancel()).unwrap_err();
+        let e = make_root(&HostCommands, &spec(Method::Copy, &base, &path, 4096), &cancel(), &mut |_, _| {}).unwrap_err();
         assert_eq!(e.kind(), Kind::InvalidArgument);
         assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 1);
     }
@@ -292,12 +317,9 @@ mod tests {
             }
         }
         let dir = tempfile::tempdir().unwrap();
-        if probe(dir.path()).unwrap().method == Method::Reflink {
-            return; // No command is run on such a file system.
-        }
         let (base, path) = (base(dir.path()), dir.path().join("disk"));
-        let spec = RootSpec { base: &base, path: &path, size_bytes: 8192, owner: None };
-        assert_eq!(make_root(&Fails, &spec, &cancel()).unwrap_err().kind(), Kind::DiskFull);
+        let spec = spec(Method::Qcow2, &base, &path, 8192);
+        assert_eq!(make_root(&Fails, &spec, &cancel(), &mut |_, _| {}).unwrap_err().kind(), Kind::DiskFull);
         assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 1);
     }
 

@@ -54,6 +54,8 @@ pub fn run(config: Config) -> Result<()> {
         reconciler.warm_up();
         reconciler.keep_house();
     })?;
+    let roomer = daemon.clone();
+    let roomed = crate::host::thread::spawn("room", move || roomer.keep_room())?;
     log::info!("fcd {} serves {} from {}", env!("CARGO_PKG_VERSION"), config.socket.display(), config.state_dir.display());
 
     let signal = signals.forever().next();
@@ -66,7 +68,7 @@ pub fn run(config: Config) -> Result<()> {
     })?;
     let begun = Instant::now();
     drain(&server, &daemon, begun + TRANSFERS_GRACE, begun + EXIT_DEADLINE);
-    drop(reconciled);
+    drop((reconciled, roomed));
     log::info!("done; VMs run on");
     Ok(())
 }

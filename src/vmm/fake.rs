@@ -44,6 +44,7 @@ struct Vmm {
     /// Fires when it dies: one-shot, for `poll`.
     gone: Cancel,
     watchers: Vec<Died>,
+    is_paused: bool,
     /// The guest's end of the console.
     console: Option<UnixStream>,
 }
@@ -86,6 +87,11 @@ impl Fake {
         if let Some((_, gate)) = gate {
             gate.cancel("released");
         }
+    }
+
+    /// Whether the guest of this VM stands still.
+    pub fn is_paused(&self, vm: &VmId) -> bool {
+        self.state.lock().vmms.iter().any(|v| v.spec.vm == *vm && v.end.is_none() && v.is_paused)
     }
 
     /// Until so many starts wait at the gate; false at the deadline.
@@ -207,7 +213,8 @@ impl Fake {
         let ssh_addr = state.ssh_addrs.get(&spec.vm).copied().or(state.ssh_addr);
         let ssh_addr = ssh_addr.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::LOCALHOST, 9)));
         let spec = spec.clone();
-        state.vmms.push(Vmm { spec, identity: identity.clone(), ssh_addr, end: None, gone, watchers: vec![], console: None });
+        let (end, watchers, is_paused, console) = (None, vec![], false, None);
+        state.vmms.push(Vmm { spec, identity: identity.clone(), ssh_addr, end, gone, watchers, is_paused, console });
         Ok(identity)
     }
 
@@ -319,6 +326,12 @@ impl Driver for Fake {
             return Ok(());
         }
         Err(Error::new(Kind::Timeout, format!("kill the VMM: process {} has not exited in time", identity.pid)))
+    }
+
+    fn set_paused(&self, _dir: &Path, identity: &Identity, is_paused: bool, _cancel: &Cancel) -> Result<()> {
+        let _blocking = region(Rank::VmmApi);
+        let gone = || Error::new(Kind::VmmFailed, "pause the guest: its VMM has exited");
+        self.with(identity, |vmm| vmm.is_paused = is_paused).ok_or_else(gone)
     }
 
     fn watch(&self, identity: &Identity, died: Died) -> Result<()> {

@@ -24,6 +24,8 @@ pub use crate::host::process::Identity;
 pub enum DiskFormat {
     Raw,
     Qcow2,
+    /// A block device.
+    Device,
 }
 
 /// The guest's one network interface.
@@ -122,6 +124,9 @@ pub trait Driver: Send + Sync {
     fn watch_space(&self, _dir: &Path, _identity: &Identity, _told: Box<dyn Fn(bool) + Send>) -> Result<()> {
         Ok(())
     }
+
+    /// Lets the guest of the VM in `dir` stand still, or go on; one that does so already is ok.
+    fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()>;
 
     /// What the driver needs, found and picked.
     fn checks(&self) -> Vec<Check>;

@@ -44,30 +44,37 @@ pub fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
 /// The directory of the default image, built once for all test binaries of this source.
 pub fn image() -> &'static Path {
     static IMAGE: OnceLock<PathBuf> = OnceLock::new();
-    IMAGE.get_or_init(|| {
-        let cache = base().join("image-cache");
-        fs::create_dir_all(&cache).unwrap();
-        fs::set_permissions(&cache, fs::Permissions::from_mode(0o755)).unwrap();
-        let lock = fs::File::create(cache.join("lock")).unwrap();
-        lock.lock().unwrap();
-        let state = cache.join(image_key());
-        let image = state.join("images/default");
-        if !image.join("image.json").exists() {
-            let _ = fs::remove_dir_all(&state);
-            let mut host = Host { disk: None, dir: tempfile::tempdir_in(base()).unwrap(), fcd: None, config: String::new() };
-            host.launch(&state);
-            let built = host.fcctl(&["image", "build"]);
-            assert!(built.status.success(), "image build: {}", String::from_utf8_lossy(&built.stderr));
-            host.stop_daemon();
-        }
-        image
-    })
+    IMAGE.get_or_init(|| cached_image("default", &[]))
 }
 
-/// Names the sources that an image is made from: another recipe is another image.
-fn image_key() -> String {
+/// The directory of an image with these packages, which is there or is built now.
+pub fn cached_image(name: &str, packages: &[&str]) -> PathBuf {
+    let cache = base().join("image-cache");
+    fs::create_dir_all(&cache).unwrap();
+    fs::set_permissions(&cache, fs::Permissions::from_mode(0o755)).unwrap();
+    let lock = fs::File::create(cache.join(format!("lock-{name}"))).unwrap();
+    lock.lock().unwrap();
+    let state = cache.join(image_key(packages));
+    let image = state.join("images").join(name);
+    if !image.join("image.json").exists() {
+        let _ = fs::remove_dir_all(&state);
+        let mut host = Host { disk: None, dir: tempfile::tempdir_in(base()).unwrap(), fcd: None, config: String::new() };
+        host.launch(&state);
+        let include = packages.join(",");
+        let mut args = vec!["image", "build", name];
+        args.extend(["--include", &include].into_iter().filter(|_| !packages.is_empty()));
+        let built = host.fcctl(&args);
+        assert!(built.status.success(), "image build: {}", String::from_utf8_lossy(&built.stderr));
+        host.stop_daemon();
+    }
+    image
+}
+
+/// Names what an image is made from: another recipe is another image.
+fn image_key(packages: &[&str]) -> String {
     use std::hash::{Hash, Hasher};
     let mut hasher = std::hash::DefaultHasher::new();
+    packages.hash(&mut hasher);
     let mut dirs = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src/image")];
     let mut files = Vec::new();
     while let Some(dir) = dirs.pop() {
@@ -105,24 +112,29 @@ impl Host {
         let dir = tempfile::tempdir_in(base()).unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let mut host = Self { disk: None, dir, fcd: None, config: config.to_owned() };
-        let own = host.state().join("images/default");
         host.disk = small_disk_mib.map(|size| SmallDisk::mount(host.state(), size));
+        host.add_image(image);
+        let state = host.state();
+        host.launch(&state);
+        host
+    }
+
+    /// An image of the cache's, in this state directory too.
+    pub fn add_image(&self, image: &Path) {
+        let own = self.state().join("images").join(image.file_name().unwrap());
         fs::create_dir_all(&own).unwrap();
-        fs::set_permissions(host.state(), fs::Permissions::from_mode(0o711)).unwrap();
-        fs::set_permissions(host.state().join("images"), fs::metadata(image.parent().unwrap()).unwrap().permissions()).unwrap();
+        fs::set_permissions(self.state(), fs::Permissions::from_mode(0o711)).unwrap();
+        fs::set_permissions(self.state().join("images"), fs::metadata(image.parent().unwrap()).unwrap().permissions()).unwrap();
         fs::set_permissions(&own, fs::metadata(image).unwrap().permissions()).unwrap();
         for entry in fs::read_dir(image).unwrap() {
             let from = entry.unwrap().path();
             let to = own.join(from.file_name().unwrap());
-            if host.disk.is_some() {
+            if self.disk.is_some() {
                 run(Command::new("cp").args(["-p", "--sparse=always"]).args([&from, &to]));
             } else {
                 fs::hard_link(&from, to).unwrap();
             }
         }
-        let state = host.state();
-        host.launch(&state);
-        host
     }
 
     pub fn disk(&self) -> &SmallDisk {
@@ -268,6 +280,13 @@ impl Host {
         self.json(&["vm", "show", vm])[fact].clone()
     }
 
+    /// What guests have printed.
+    fn consoles(&self) -> Vec<(PathBuf, String)> {
+        let dirs = fs::read_dir(self.state().join("vms")).into_iter().flatten().flatten();
+        let logs = dirs.map(|e| e.path().join("console.log"));
+        logs.filter_map(|log| Some((log.clone(), String::from_utf8_lossy(&fs::read(log).ok()?).into_owned()))).collect()
+    }
+
     /// What belongs to this daemon on the host: VMM processes, and the files of its VMs.
     pub fn census(&self) -> Vec<String> {
         let mut found: Vec<String> = vmm_processes(&self.state()).into_iter().map(|p| format!("process {p}")).collect();
@@ -291,12 +310,14 @@ impl Drop for Host {
         if self.fcd.is_none() {
             return;
         }
+        let consoles = if std::thread::panicking() { self.consoles() } else { Vec::new() };
         let all = self.fcctl(&["ps", "-aq"]);
         for id in String::from_utf8_lossy(&all.stdout).split_whitespace() {
             let _ = self.fcctl(&["rm", "-f", id]);
         }
         if std::thread::panicking() {
             eprintln!("--- fcd.log\n{}", self.log());
+            consoles.iter().for_each(|(path, text)| eprintln!("--- {}\n{text}", path.display()));
             let _ = self.fcd.take().map(|mut c| c.kill());
             return;
         }

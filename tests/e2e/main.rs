@@ -16,4 +16,5 @@ mod promise;
 #[path = "../it/lock_fuzz/random.rs"]
 mod random;
 mod soak;
+mod test_host;
 mod tree;

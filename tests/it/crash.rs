@@ -102,6 +102,10 @@ fn agrees(world: &World, at: &str) {
     });
     assert_eq!(live, running, "{at}: VMMs that live, rows that run");
     assert_eq!(processes, running, "{at}: processes in the ledger, rows that run");
+    if std::env::var_os(REAL_DISKS).is_some() {
+        let devices: BTreeSet<String> = world.devices().into_iter().filter(|d| d.starts_with("fc-")).collect();
+        assert_eq!(devices, running, "{at}: snapshot devices, rows that run");
+    }
     let vms = world.config.state_dir.join("vms");
     let on_host: BTreeSet<String> = std::fs::read_dir(&vms).unwrap().map(|e| e.unwrap().path().display().to_string()).collect();
     assert!(on_host.is_subset(&directories), "{at}: {on_host:?} on the host, {directories:?} in the ledger");
@@ -169,7 +173,8 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
             let done = may_be(*last, before).pop().unwrap();
             assert!(after == done || *last == Restart, "{at}: acknowledged, yet {after:?}");
         }
-        assert!(may_be(*last, before).contains(&after), "{at}: was {before:?}, is {after:?}");
+        let reason = world.daemon().store.read(|s| s.vms().next().and_then(|r| r.reason.clone()));
+        assert!(may_be(*last, before).contains(&after), "{at}: was {before:?}, is {after:?} ({reason:?})");
         agrees(world, &at);
         if before == Some(VmState::Running) && matches!(last, Set | Prepare | Start) {
             assert_eq!(world.vmm.live(), vmms, "{at}: I3");

@@ -72,6 +72,9 @@ impl Driver for Panics {
     fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {
         self.inner.watch(identity, died)
     }
+    fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
+        self.inner.set_paused(dir, identity, is_paused, cancel)
+    }
     fn checks(&self) -> Vec<Check> {
         self.pass("checks");
         self.inner.checks()

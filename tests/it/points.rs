@@ -151,6 +151,9 @@ impl Driver for PointDriver {
     fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {
         self.0.watch(identity, died)
     }
+    fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
+        self.0.set_paused(dir, identity, is_paused, cancel)
+    }
     fn checks(&self) -> Vec<Check> {
         self.0.checks()
     }

@@ -45,11 +45,17 @@ pub fn soon() -> Instant {
     Instant::now() + SOON
 }
 
-/// Host commands: `qemu-img` that makes just a header.
+/// In a test host every world has its root disks on real snapshot devices: see `tests/e2e/test_host.rs`.
+pub const REAL_DISKS: &str = "FCD_TEST_DM_SNAPSHOT";
+
+/// Host commands: `qemu-img` that makes just a header, and `dmsetup` in a test host.
 pub struct FakeCommands;
 
 impl Commands for FakeCommands {
-    fn run(&self, command: &Command, _: &Cancel, on_line: &mut dyn FnMut(&str)) -> fcd::error::Result<Output> {
+    fn run(&self, command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> fcd::error::Result<Output> {
+        if command.program == "dmsetup" && std::env::var_os(REAL_DISKS).is_some() {
+            return fcd::host::HostCommands.run(command, cancel, on_line);
+        }
         // As the real one: it blocks, and what the command prints is told meanwhile.
         let _blocking = fcd::locks::region(fcd::locks::Rank::HostCmd);
         on_line("a line of the command's");
@@ -84,6 +90,10 @@ pub struct World {
 
 /// In memory where there is such a place: nothing here is about the disk's speed.
 fn temp_dir() -> tempfile::TempDir {
+    if std::env::var_os(REAL_DISKS).is_some() {
+        // There are device nodes in it, which such a place does not take.
+        return tempfile::tempdir().unwrap();
+    }
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
@@ -122,8 +132,12 @@ impl World {
             limits: limits(),
             vm: VmDefaults::default(),
             qemu: Qemu::default(),
+            disk: fcd::config::Disk::default(),
             network: fcd::config::Network::default(),
         };
+        if std::env::var_os(REAL_DISKS).is_some() {
+            config.disk.driver = fcd::config::DiskDriver::DmSnapshot;
+        }
         change(&mut config);
         std::fs::create_dir(&config.state_dir).unwrap();
         make_image(&config.state_dir, "default");
@@ -354,12 +368,27 @@ impl World {
     pub fn census(&self) -> BTreeSet<String> {
         let mut all: BTreeSet<String> = self.vmm.live().into_iter().map(|tag| format!("vmm {tag}")).collect();
         files(&self.config.state_dir, &mut all);
+        all.extend(self.devices().into_iter().map(|device| format!("device {device}")));
         self.daemon().store.read(|s| {
             all.extend(s.vms().map(|r| format!("vm {r:?}")));
             all.extend(s.workspaces().map(|r| format!("workspace {r:?}")));
             all.extend(s.ledger().map(|r| format!("ledger {r:?}")));
         });
         all
+    }
+
+    /// Devices of the kernel's that are ours: of device-mapper by name, loop devices by their file.
+    pub fn devices(&self) -> BTreeSet<String> {
+        let install = self.daemon().store.install_id().to_owned();
+        let state = self.config.state_dir.display().to_string();
+        let blocks = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
+        let read = |path: PathBuf| std::fs::read_to_string(path).ok().map(|s| s.trim_end().to_owned());
+        let ours = |dir: PathBuf| {
+            read(dir.join("dm/name"))
+                .filter(|name| name.contains(&install))
+                .or_else(|| read(dir.join("loop/backing_file")).filter(|file| file.starts_with(&state)))
+        };
+        blocks.filter_map(|entry| ours(entry.path())).collect()
     }
 
     /// An import whose stream the test writes. Returns once the stream may begin.

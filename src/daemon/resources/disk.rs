@@ -23,7 +23,7 @@ impl Resource for Disk {
     }
 
     fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
-        daemon.prepare_disk(&boot.row, boot.image, &boot.spec, &boot.claim.cancel)?;
+        daemon.prepare_disk(&boot.row, boot.image, &boot.spec, boot.claim)?;
         // What the disk became is in the row by now.
         boot.row = daemon.row(&boot.row.id)?;
         boot.spec = daemon.spec(&boot.row, boot.image);

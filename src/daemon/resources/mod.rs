@@ -4,6 +4,7 @@
 
 mod directory;
 mod disk;
+mod disk_device;
 mod process;
 mod tap;
 
@@ -16,7 +17,7 @@ use crate::ids::VmId;
 use crate::store::{LedgerRow, State, Tx, VmRow};
 
 /// In the order in which a boot takes them; they are given back in the reverse order.
-const ALL: [&dyn Resource; 4] = [&directory::Directory, &disk::Disk, &tap::Tap, &process::VmmProcess];
+const ALL: [&dyn Resource; 5] = [&directory::Directory, &disk::Disk, &disk_device::DiskDevice, &tap::Tap, &process::VmmProcess];
 
 /// How long a resource is a VM's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

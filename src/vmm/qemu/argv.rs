@@ -10,6 +10,8 @@ use std::fmt;
 use std::path::Path;
 
 pub const QMP_SOCKET: &str = "qmp.sock";
+/// A monitor serves one connection at a time: the other has whoever waits for events, this one has whoever asks once.
+pub const CONTROL_SOCKET: &str = "control.sock";
 pub const CONSOLE_SOCKET: &str = "console.sock";
 /// The guest's address on the user-mode network, and its SSH port.
 pub const GUEST_ADDR: &str = "10.0.2.15";
@@ -119,7 +121,7 @@ pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Ve
     for (node, path, format, is_readonly) in
         [("root", &spec.disk, spec.disk_format, false), ("seed", &spec.seed, DiskFormat::Raw, true)]
     {
-        option("-blockdev", file_node(node, path, is_readonly)?);
+        option("-blockdev", file_node(node, path, format, is_readonly)?);
         option("-blockdev", format_node(node, format, is_readonly));
         option("-device", platform.device("blk", &format!("drive={node},serial={node}")));
     }
@@ -133,6 +135,7 @@ pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Ve
     option("-chardev", format!("socket,id=console,path={CONSOLE_SOCKET},server=on,wait=off"));
     option("-serial", "chardev:console".into());
     option("-qmp", format!("unix:{QMP_SOCKET},server=on,wait=off"));
+    option("-qmp", format!("unix:{CONTROL_SOCKET},server=on,wait=off"));
     option("-append", platform.kernel_args(&spec.boot_args));
     args.extend(["-kernel".into(), spec.kernel.clone().into(), "-initrd".into(), spec.initrd.clone().into(), "-S".into()]);
     Ok(args)
@@ -158,14 +161,15 @@ fn network(network: &GuestNetwork, is_isolated: bool) -> Result<(String, String)
 }
 
 /// As JSON, for in the other form a comma ends a path. `locking`: a second VMM on the same disk is refused.
-fn file_node(node: &str, path: &Path, is_readonly: bool) -> Result<String> {
+fn file_node(node: &str, path: &Path, format: DiskFormat, is_readonly: bool) -> Result<String> {
     let Some(path) = path.to_str() else {
         let message = format!("start the VMM: the path {} is no UTF-8", path.display());
         return Err(Error::new(Kind::Unsupported, message).hint("use another state directory"));
     };
     let name = format!("{node}-file");
+    let driver = if format == DiskFormat::Device { "host_device" } else { "file" };
     Ok(json!({
-        "driver": "file", "node-name": name, "filename": path, "locking": "on", "read-only": is_readonly,
+        "driver": driver, "node-name": name, "filename": path, "locking": "on", "read-only": is_readonly,
         "discard": "unmap",
     })
     .to_string())
@@ -174,7 +178,7 @@ fn file_node(node: &str, path: &Path, is_readonly: bool) -> Result<String> {
 /// The host's page cache is used and the guest's flushes are honoured: QEMU's defaults.
 fn format_node(node: &str, format: DiskFormat, is_readonly: bool) -> String {
     let driver = match format {
-        DiskFormat::Raw => "raw",
+        DiskFormat::Raw | DiskFormat::Device => "raw",
         DiskFormat::Qcow2 => "qcow2",
     };
     json!({ "driver": driver, "node-name": node, "file": format!("{node}-file"), "read-only": is_readonly, "discard": "unmap" })

@@ -133,7 +133,7 @@ fn make_run_dir(dir: &OwnedFd, credentials: Option<(u32, u32)>) -> Result<OwnedF
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let run = rustix::fs::openat(dir, RUN_DIR, flags, Mode::empty())?;
-        for name in [argv::QMP_SOCKET, argv::CONSOLE_SOCKET] {
+        for name in [argv::QMP_SOCKET, argv::CONTROL_SOCKET, argv::CONSOLE_SOCKET] {
             match rustix::fs::unlinkat(&run, name, AtFlags::empty()) {
                 Ok(()) | Err(rustix::io::Errno::NOENT) => {}
                 Err(e) => return Err(e),
@@ -297,6 +297,19 @@ impl Driver for Qemu {
         let Some(process) = Process::open(identity)? else { return Ok(()) };
         let attended = space::Attended { process, dir: dir.to_owned(), closing: self.closing.clone(), told };
         crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || attended.run()).map(drop)
+    }
+
+    fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
+        let (doing, command) = if is_paused { ("pause the guest", "stop") } else { ("let the guest go on", "cont") };
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+        let process = Process::open(identity)?.ok_or_else(gone)?;
+        let _blocking = region(Rank::VmmApi);
+        let patience = Patience { deadline: Instant::now() + ADOPT_DEADLINE, cancel };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let run = OwnedFd::from(open_at(open_dir(dir)?, RUN_DIR, flags, 0).map_err(|e| Error::io(doing, e))?);
+        let control = qmp::connect(&run, argv::CONTROL_SOCKET, &process, patience)?.ok_or_else(gone)?;
+        let mut qmp = Qmp::open(control, patience).map_err(|e| e.context(doing))?;
+        qmp.execute(command, &json!({})).map(drop).map_err(|e| e.context(doing))
     }
 
     fn checks(&self) -> Vec<Check> {

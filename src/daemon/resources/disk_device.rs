@@ -1,0 +1,55 @@
+//! The device of a root disk that is a device-mapper snapshot; no other disk has one. Its name is the VM's tag.
+
+use super::{Resource, Span};
+use crate::daemon::Daemon;
+use crate::daemon::boot::Boot;
+use crate::disk::{Method, snapshot};
+use crate::error::{Error, Result};
+use crate::ids::VmId;
+use crate::locks::Cancel;
+use crate::store::VmRow;
+
+pub(super) struct DiskDevice;
+
+impl Resource for DiskDevice {
+    fn kind(&self) -> &'static str {
+        "disk_device"
+    }
+    fn span(&self) -> Span {
+        Span::Boot
+    }
+    fn intent(&self, daemon: &Daemon, row: &VmRow) -> Option<String> {
+        (daemon.disk_method(row) == Some(Method::DmSnapshot)).then(|| daemon.tag(row))
+    }
+    fn doing(&self) -> &'static str {
+        "make the disk's device"
+    }
+
+    fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
+        if daemon.disk_method(&boot.row) != Some(Method::DmSnapshot) {
+            return Ok(());
+        }
+        let store = daemon.disk_path(&boot.row.id, Method::DmSnapshot);
+        let spec = snapshot::DeviceSpec {
+            name: &boot.spec.tag,
+            origin: &crate::disk::origin(&store, &boot.image.rootfs),
+            store: &store,
+            size_bytes: boot.row.disk_bytes,
+            node: &boot.spec.disk,
+            owner: boot.spec.credentials,
+        };
+        snapshot::activate(daemon.commands.as_ref(), &spec, &boot.claim.cancel)
+    }
+
+    /// Not by the daemon's commands' cancel token: clean-up goes on when the daemon closes.
+    fn release(&self, daemon: &Daemon, name: &str) -> Result<()> {
+        let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+        let vm = name.rsplit('-').nth(1).and_then(|id| id.parse::<VmId>().ok());
+        let node = vm.map(|vm| daemon.vm_dir(&vm).join(crate::daemon::boot::DISK_FILE));
+        snapshot::deactivate(daemon.commands.as_ref(), name, node.as_deref(), &cancel)
+    }
+
+    fn found(&self, daemon: &Daemon) -> Result<Vec<String>> {
+        snapshot::list(&daemon.tag_prefix())
+    }
+}

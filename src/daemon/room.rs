@@ -1,0 +1,123 @@
+//! Room for what guests write on disks that are device-mapper snapshots: those are lost when the host runs out of it, so it is
+//! allocated ahead, and a guest for which there is none is paused before it can write on.
+
+use super::Daemon;
+use crate::api::vm::VmState;
+use crate::config::{Config, DiskDriver};
+use crate::disk::snapshot::{self, Fill};
+use crate::disk::{Method, Probe};
+use crate::error::{Kind, Result};
+use crate::store::VmRow;
+use std::collections::HashSet;
+use std::path::Path;
+use std::time::Duration;
+
+/// Between two looks. A guest that writes more than [`snapshot::AHEAD_BYTES`] in this time may outrun it.
+const LOOK_PERIOD: Duration = Duration::from_millis(500);
+/// The same while no VM has such a disk.
+const IDLE_PERIOD: Duration = Duration::from_secs(2);
+
+/// How root disks in `dir` are made: as the configuration says, or the best way.
+pub(super) fn probe(config: &Config, dir: &Path) -> Result<Probe> {
+    let wanted = match config.disk.driver {
+        DiskDriver::Auto => None,
+        DiskDriver::Reflink => Some(Method::Reflink),
+        DiskDriver::Qcow2 => Some(Method::Qcow2),
+        DiskDriver::DmSnapshot => Some(Method::DmSnapshot),
+        DiskDriver::Copy => Some(Method::Copy),
+    };
+    crate::disk::probe(dir, wanted, true)
+}
+
+/// What was found at the last look, by the VMs' tags.
+#[derive(Default)]
+struct Seen {
+    /// Guests that this daemon has let go on once: an earlier one may have paused them.
+    met: HashSet<String>,
+    /// Guests that stand still for want of room.
+    paused: HashSet<String>,
+    lost: HashSet<String>,
+}
+
+impl Daemon {
+    /// Until the daemon closes.
+    pub fn keep_room(&self) {
+        let mut seen = Seen::default();
+        loop {
+            let rows = self.rows_on_snapshots();
+            if !rows.is_empty() {
+                self.look_at_snapshots(&rows, &mut seen);
+            }
+            if self.pause(if rows.is_empty() { IDLE_PERIOD } else { LOOK_PERIOD }) {
+                return;
+            }
+        }
+    }
+
+    fn rows_on_snapshots(&self) -> Vec<VmRow> {
+        self.store.read(|s| {
+            let on_snapshot = |r: &VmRow| r.disk_driver.as_deref() == Some(Method::DmSnapshot.name());
+            let runs = |r: &VmRow| matches!(r.state, VmState::Running | VmState::Starting);
+            s.vms().filter(|r| runs(r) && on_snapshot(r)).map(|r| (**r).clone()).collect()
+        })
+    }
+
+    fn look_at_snapshots(&self, rows: &[VmRow], seen: &mut Seen) {
+        let fills = match snapshot::fill(self.commands.as_ref(), &self.tag_prefix(), &self.closing) {
+            Ok(fills) => fills,
+            Err(e) if self.closing.is_cancelled() => return log::debug!("{e}"),
+            Err(e) => return log::warn!("look how full the disks are: {e}"),
+        };
+        let tags: HashSet<String> = rows.iter().map(|row| self.tag(row)).collect();
+        for set in [&mut seen.met, &mut seen.paused, &mut seen.lost] {
+            set.retain(|tag| tags.contains(tag));
+        }
+        for row in rows {
+            match fills.iter().find(|(name, _)| *name == self.tag(row)) {
+                Some((tag, Fill::Used { bytes })) => self.make_room(row, tag, *bytes, seen),
+                Some((tag, Fill::Lost(why))) if seen.lost.insert(tag.clone()) => self.note_lost(row, why),
+                _ => {}
+            }
+        }
+    }
+
+    fn make_room(&self, row: &VmRow, tag: &str, used_bytes: u64, seen: &mut Seen) {
+        let reserved = snapshot::reserve(&self.disk_path(&row.id, Method::DmSnapshot), used_bytes);
+        let Some(identity) = &row.identity else { return };
+        let is_paused = seen.paused.contains(tag);
+        let set = |to| self.vmm.set_paused(&self.vm_dir(&row.id), identity, to, &self.closing);
+        match reserved {
+            Err(e) if !is_paused && e.kind() == Kind::DiskFull => match set(true) {
+                Ok(()) => {
+                    log::warn!("vm {} is paused until the host has room: {e}", row.name);
+                    seen.paused.insert(tag.to_owned());
+                    self.runtimes.set_paused(&row.id, true);
+                }
+                Err(k) => log::error!("vm {} may lose its disk: {e}; it could not be paused: {k}", row.name),
+            },
+            Err(e) if !is_paused => log::warn!("vm {}: {e}", row.name),
+            // Not in a boot: the driver says when a guest begins.
+            Ok(()) if row.state == VmState::Running && (is_paused || !seen.met.contains(tag)) => match set(false) {
+                Ok(()) => {
+                    seen.met.insert(tag.to_owned());
+                    if seen.paused.remove(tag) {
+                        log::info!("vm {} goes on: the host has room", row.name);
+                        self.runtimes.set_paused(&row.id, false);
+                    }
+                }
+                Err(e) => log::warn!("let vm {} go on: {e}", row.name),
+            },
+            _ => {}
+        }
+    }
+
+    /// Its guest sees errors from now on; nothing brings the changes back.
+    fn note_lost(&self, row: &VmRow, why: &str) {
+        let reason = format!("its disk is lost: the host had no room for the guest's changes ({why})");
+        log::error!("vm {}: {reason}", row.name);
+        let noted = self.change(true, |tx| tx.update_vm(&row.id, |r| r.reason = Some(reason)));
+        if let Err(e) = noted.map(|((), ticket)| ticket.detach()) {
+            log::warn!("write that down: {e}");
+        }
+    }
+}

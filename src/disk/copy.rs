@@ -1,0 +1,119 @@
+//! A copy of a file that leaves its holes out.
+
+use crate::error::{Error, Result};
+use crate::locks::Cancel;
+use rustix::fs::{SeekFrom, copy_file_range, seek};
+use rustix::io::Errno;
+use std::fs::File;
+
+/// Between two looks at the cancel token.
+const STEP_BYTES: u64 = 16 << 20;
+
+/// Copies what `from` has into `to`, which is empty; `progress` is told how far it is of the file's length.
+pub fn copy_sparse(from: &File, to: &File, cancel: &Cancel, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
+    let io = |e: std::io::Error| Error::io("copy the image", e);
+    let len = from.metadata().map_err(io)?.len();
+    to.set_len(len).map_err(io)?;
+    let mut at = 0;
+    while let Some((start, end)) = next_data(from, at, len).map_err(|e| io(e.into()))? {
+        at = start;
+        while at < end {
+            if cancel.is_cancelled() {
+                return Err(crate::host::wait::cancelled("copy the image", cancel));
+            }
+            at += copy_step(from, to, at, (end - at).min(STEP_BYTES)).map_err(io)?;
+            progress(at, len);
+        }
+    }
+    progress(len, len);
+    Ok(())
+}
+
+/// The next part that is no hole, at or after `at` (lseek(2), SEEK_DATA).
+fn next_data(file: &File, at: u64, len: u64) -> rustix::io::Result<Option<(u64, u64)>> {
+    if at >= len {
+        return Ok(None);
+    }
+    let start = match seek(file, SeekFrom::Data(at)) {
+        Ok(start) => start,
+        Err(Errno::NXIO) => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    Ok(Some((start, seek(file, SeekFrom::Hole(start))?.min(len))))
+}
+
+fn copy_step(from: &File, to: &File, at: u64, bytes: u64) -> std::io::Result<u64> {
+    use std::os::unix::fs::FileExt;
+    let (mut offset_in, mut offset_out) = (at, at);
+    let wanted = usize::try_from(bytes).unwrap_or(usize::MAX);
+    match copy_file_range(from, Some(&mut offset_in), to, Some(&mut offset_out), wanted) {
+        Ok(0) => Err(std::io::ErrorKind::UnexpectedEof.into()),
+        Ok(copied) => Ok(copied as u64),
+        // Between two file systems that cannot (copy_file_range(2)).
+        Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+            let mut buffer = vec![0; wanted.min(1 << 20)];
+            let read = from.read_at(&mut buffer, at)?;
+            if read == 0 {
+                return Err(std::io::ErrorKind::UnexpectedEof.into());
+            }
+            to.write_all_at(&buffer[..read], at)?;
+            Ok(read as u64)
+        }
+        Err(e) => Err(e.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    fn files() -> (tempfile::TempDir, File, File) {
+        let dir = tempfile::tempdir().unwrap();
+        let open =
+            |name: &str| File::options().read(true).write(true).create(true).truncate(true).open(dir.path().join(name)).unwrap();
+        let (from, to) = (open("from"), open("to"));
+        (dir, from, to)
+    }
+
+    #[test]
+    fn holes_stay_holes_and_the_rest_is_the_same() {
+        let (_dir, from, to) = files();
+        from.set_len(256 << 20).unwrap();
+        for (at, byte) in [(0, 1), (64 << 20, 2), ((256 << 20) - 4096, 3)] {
+            from.write_all_at(&[byte; 4096], at).unwrap();
+        }
+        let mut told = Vec::new();
+        copy_sparse(&from, &to, &Cancel::try_new().unwrap(), &mut |done, of| told.push((done, of))).unwrap();
+        assert_eq!(to.metadata().unwrap().len(), 256 << 20);
+        assert!(to.metadata().unwrap().blocks() * 512 < 4 << 20, "{}", to.metadata().unwrap().blocks());
+        let mut byte = [0];
+        for (at, expected) in [(0, 1), (4095, 1), (4096, 0), (64 << 20, 2), ((256 << 20) - 1, 3)] {
+            to.read_exact_at(&mut byte, at).unwrap();
+            assert_eq!(byte, [expected], "{at}");
+        }
+        assert_eq!(*told.last().unwrap(), (256 << 20, 256 << 20));
+        assert!(told.is_sorted());
+    }
+
+    #[test]
+    fn a_hole_at_the_end_and_nothing_at_all() {
+        let (_dir, from, to) = files();
+        copy_sparse(&from, &to, &Cancel::try_new().unwrap(), &mut |_, _| {}).unwrap();
+        assert_eq!(to.metadata().unwrap().len(), 0);
+        from.set_len(1 << 20).unwrap();
+        copy_sparse(&from, &to, &Cancel::try_new().unwrap(), &mut |_, _| {}).unwrap();
+        assert_eq!((to.metadata().unwrap().len(), to.metadata().unwrap().blocks()), (1 << 20, 0));
+    }
+
+    #[test]
+    fn a_cancelled_copy_ends_at_once() {
+        let (_dir, from, to) = files();
+        from.write_all_at(&vec![1; 1 << 20], 0).unwrap();
+        let cancel = Cancel::try_new().unwrap();
+        cancel.cancel("the VM was deleted");
+        let e = copy_sparse(&from, &to, &cancel, &mut |_, _| panic!("nothing is copied")).unwrap_err();
+        assert_eq!(e.kind(), Kind::Cancelled);
+    }
+}

@@ -1,0 +1,152 @@
+//! The test host: a VM of ours that is a host itself, with what this one's kernel does not have: device-mapper, and a virtualisation
+//! that runs stock kernels (KVM nested in the emulated processor). The built programs and the tests go into it as they are.
+
+use crate::host::{FCCTL, FCD, Host, cached_image, image};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const NAME: &str = "test-host";
+const PACKAGES: [&str; 8] =
+    ["dmsetup", "qemu-system-x86", "qemu-utils", "nftables", "iproute2", "lz4", "procps", "openssh-client"];
+/// Where everything is in it; VMMs of other uids reach it.
+const PLACE: &str = "/srv/f";
+/// For what runs in there: emulation makes it some twenty times slower.
+const PATIENCE_S: u32 = 300;
+
+struct TestHost(Host);
+
+impl TestHost {
+    fn boot() -> Self {
+        let outer = Host::with_config("");
+        outer.add_image(&cached_image(NAME, &PACKAGES));
+        outer.ok(&["vm", "create", "--name", NAME, "--image", NAME, "--memory", "3G"]);
+        outer.ok(&["start", NAME]);
+        let host = Self(outer);
+        host.0.sh(NAME, &format!("mkdir -p {PLACE}/bin {PLACE}/state/images && chmod 755 {PLACE}"));
+        host.sh("modprobe -a loop dm_snapshot kvm_amd tun && chmod 666 /dev/kvm");
+        host
+    }
+
+    /// A line of shell, with our programs in its PATH and the daemon's socket in its environment.
+    #[track_caller]
+    fn sh(&self, line: &str) -> String {
+        let script = format!("export PATH={PLACE}/bin:$PATH FCD_SOCKET={PLACE}/fcd.sock; cd {PLACE}; {line}");
+        self.0.ok(&["exec", NAME, "--", "timeout", &PATIENCE_S.to_string(), "bash", "-ec", &script])
+    }
+
+    /// What a shell here writes goes to a shell there.
+    fn pipe(&self, from: &str, to: &str) {
+        let socket = self.0.socket();
+        let line = format!("{from} | '{FCCTL}' --socket '{}' exec -i {NAME} -- sh -ec '{to}'", socket.display());
+        let status = Command::new("bash").args(["-o", "pipefail", "-c", &line]).status().unwrap();
+        assert!(status.success(), "{line}");
+    }
+
+    fn bring_programs(&self) {
+        let dir = tempfile::tempdir().unwrap();
+        for (from, name) in [(Path::new(FCD), "fcd"), (Path::new(FCCTL), "fcctl"), (&integration_tests(), "it")] {
+            let status = Command::new("strip").arg("-o").arg(dir.path().join(name)).arg(from).status();
+            assert!(status.unwrap().success(), "strip {}", from.display());
+        }
+        self.pipe(&format!("tar -C {} -c .", dir.path().display()), &format!("tar -C {PLACE}/bin -x"));
+    }
+
+    fn bring_image(&self) {
+        let image = image();
+        let (parent, name) = (image.parent().unwrap().display(), image.file_name().unwrap().to_str().unwrap());
+        self.pipe(&format!("tar -C {parent} -S -c {name} | lz4 -1 -c"), &format!("lz4 -dc | tar -C {PLACE}/state/images -x -S"));
+    }
+
+    fn start_daemon(&self) {
+        // Not tried out: that takes its time under emulation, and must not decide otherwise once in a while.
+        self.sh("printf '[disk]\\ndriver = \"dm-snapshot\"\\n[qemu]\\naccel = \"kvm\"\\n' > config.toml
+                 setsid fcd --config config.toml --state-dir state >> fcd.log 2>&1 < /dev/null &
+                 until fcctl rpc fcd.info > /dev/null 2>&1; do sleep 0.1; done");
+    }
+
+    /// Devices that are ours, and loop devices.
+    fn devices(&self) -> String {
+        self.sh("dmsetup ls | grep -v '^No devices' || true; losetup --noheadings --list")
+    }
+}
+
+impl Drop for TestHost {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let look = format!("cd {PLACE}; tail -n 50 fcd.log state/vms/*/*.log; dmsetup status; df .; dmesg | tail -n 20");
+            let seen = self.0.fcctl(&["exec", NAME, "--", "sh", "-c", &look]);
+            eprintln!("--- in the test host\n{}", String::from_utf8_lossy(&seen.stdout));
+        }
+    }
+}
+
+/// The integration tests' binary, as it is built here.
+fn integration_tests() -> PathBuf {
+    let args = ["test", "--locked", "--features", "fakes", "--test", "it", "--no-run", "--message-format=json", "--quiet"];
+    let out = Command::new(env!("CARGO")).args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let messages = out.stdout.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice::<serde_json::Value>(line).ok());
+    let of_it = messages.filter(|m| m["target"]["name"] == "it").filter_map(|m| m["executable"].as_str().map(PathBuf::from));
+    of_it.last().expect("cargo names the binary")
+}
+
+#[test]
+fn root_disks_are_snapshots_in_a_test_host() {
+    let host = TestHost::boot();
+    host.bring_programs();
+    let ran = host.sh("FCD_TEST_DM_SNAPSHOT=1 it --nocapture --exact crash::a_daemon_killed_at_any_point_of_an_operation");
+    assert!(ran.contains("1 passed"), "{ran}");
+    let figures = &ran[ran.find("Figures").expect("its figures")..];
+    let figures = figures.lines().next().unwrap();
+    println!("in the test host, fake VMMs on real snapshot devices: {figures}, left over: {:?}", host.devices());
+    assert_eq!(host.devices(), "");
+    host.bring_image();
+    host.start_daemon();
+    data_is_kept_and_the_disk_grows(&host);
+    a_daemon_that_is_killed_finds_its_guest(&host);
+    a_guest_stands_still_before_the_host_is_full(&host);
+    a_device_in_use_is_waited_for(&host);
+    assert_eq!(host.sh("fcctl doctor --leaks"), "nothing is left over\n");
+    println!("in the test host, real guests on snapshot devices: {}", host.sh("fcctl version"));
+}
+
+fn data_is_kept_and_the_disk_grows(host: &TestHost) {
+    host.sh("fcctl vm create --name a && fcctl start a");
+    let shown = host.sh("fcctl vm show a");
+    assert!(shown.contains("(dm-snapshot)") && shown.contains("qemu (kvm, q35)"), "{shown}");
+    assert!(host.sh("dmsetup table").contains(" snapshot "));
+    host.sh("fcctl exec a -- sh -c 'echo kept > /root/kept; dd if=/dev/urandom of=/root/big bs=1M count=8; sha256sum /root/big > /root/sum'");
+    host.sh("fcctl stop a");
+    assert_eq!(host.devices(), "", "a stopped VM has none");
+    host.sh("fcctl vm set a --disk 9G && fcctl start a");
+    assert!(host.sh("dmsetup table").contains(" zero"), "what the image is too short for");
+    assert_eq!(host.sh("fcctl exec a -- sh -ec 'cat /root/kept; sha256sum --quiet -c /root/sum'"), "kept\n");
+    let size = host.sh("fcctl exec a -- df --output=size -B1M / | tail -n 1");
+    assert!(size.trim().parse::<u32>().unwrap() > 8500, "the guest has grown its own file system: {size}");
+}
+
+fn a_daemon_that_is_killed_finds_its_guest(host: &TestHost) {
+    host.sh("pkill -KILL -x fcd; until ! pgrep -x fcd; do sleep 0.1; done");
+    host.start_daemon();
+    assert_eq!(host.sh("fcctl exec a -- cat /root/kept"), "kept\n");
+}
+
+/// The room for what a guest writes next is allocated ahead; where there is none it is paused, and has lost nothing.
+fn a_guest_stands_still_before_the_host_is_full(host: &TestHost) {
+    // Root's reserve counts: the daemon is root there.
+    host.sh("free=$(stat -f -c %f .); fallocate -l $(((free - 8192) * $(stat -f -c %S .))) fill; df .");
+    host.sh("fcctl exec a -- sh -c 'dd if=/dev/urandom of=/root/more bs=1M count=60; sync' & \
+             until fcctl vm show a | grep -q 'disk is full'; do sleep 0.2; done; kill %1 || true; rm fill");
+    host.sh("until ! fcctl vm show a | grep -q 'disk is full'; do sleep 0.2; done");
+    assert_eq!(host.sh("fcctl exec a -- sh -ec 'cat /root/kept; sha256sum --quiet -c /root/sum'"), "kept\n");
+    assert!(!host.sh("dmsetup status").contains("Invalid"));
+}
+
+/// Somebody looks at the device when it should go.
+fn a_device_in_use_is_waited_for(host: &TestHost) {
+    host.sh("exec 9< $(echo state/vms/*/disk)
+             fcctl rm -f a 9<&- & until ! pgrep -x qemu-system-x86 > /dev/null; do sleep 0.1; done
+             dmsetup ls | grep -q fc-; exec 9<&-; wait $!");
+    assert_eq!(host.devices(), "");
+    assert_eq!(host.sh("fcctl ps -aq"), "");
+}

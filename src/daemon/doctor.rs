@@ -57,6 +57,7 @@ fn checks(config: &Config, vmm: &dyn crate::vmm::Driver, commands: &dyn Commands
     let mut all = vmm.checks();
     all.push(disk_check(config));
     all.push(space_check(&config.state_dir));
+    all.extend(reach_check(&config.state_dir));
     all.extend(super::network::checks(config, commands, cancel));
     all.extend(crate::image::checks(commands, cancel));
     all
@@ -75,6 +76,19 @@ fn disk_check(config: &Config) -> Check {
     }
 }
 
+/// VMMs of a root's daemon have uids of their own, which must get to the disks. None: all is well.
+fn reach_check(state_dir: &Path) -> Option<Check> {
+    use std::os::unix::fs::PermissionsExt;
+    if !nix::unistd::geteuid().is_root() {
+        return None;
+    }
+    let closed = |dir: &&Path| std::fs::metadata(dir).is_ok_and(|m| m.permissions().mode() & 0o001 == 0);
+    // The state directory itself is given its mode when the daemon starts.
+    let closed = state_dir.ancestors().skip(1).find(closed)?;
+    let found = format!("VMMs, which do not run as root, do not get into {}, where the state directory is", closed.display());
+    Some(Check::fail("state-dir", found, &format!("chmod o+x {}, or another state_dir", closed.display())))
+}
+
 fn space_check(state_dir: &Path) -> Check {
     match space(existing(state_dir)) {
         Ok(s) if s.free_bytes >= SPACE_BYTES_WARN => {
@@ -86,5 +100,28 @@ fn space_check(state_dir: &Path) -> Check {
             "fcctl vm prune, or free some space",
         ),
         Err(e) => Check::fail("disk-space", e.to_string(), "check the directory's rights"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::daemon::Severity;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_place_that_vmms_do_not_reach_is_named() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED, for it is not run by root: a_place_that_vmms_do_not_reach_is_named");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let set = |mode| std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(mode)).unwrap();
+        set(0o755);
+        assert_eq!(reach_check(&dir.path().join("state")).map(|c| c.found), None);
+        set(0o700);
+        let check = reach_check(&dir.path().join("state")).unwrap();
+        assert_eq!(check.severity, Severity::Fail);
+        assert!(check.found.contains(dir.path().to_str().unwrap()), "{}", check.found);
     }
 }

@@ -45,7 +45,7 @@ impl Daemon {
         // A damaged one is in the way, too.
         if !self.images.get(&name).is_err_and(|e| e.kind() == Kind::ImageNotFound) {
             return Err(Error::new(Kind::NameTaken, format!("there is an image {name} already"))
-                .hint("images never change once they are made: build one under another name with --name"));
+                .hint("images never change once they are made: build one under another name: fcctl image build NAME"));
         }
         let _images = self.locks.image_ops.lock(&());
         if !self.building.lock().insert(name.clone()) {

@@ -251,7 +251,7 @@ fn not_found(name: &ImageRef) -> Error {
 }
 
 fn name_taken(name: &ImageRef) -> Error {
-    Error::new(Kind::NameTaken, format!("image {name} exists already")).hint("run fcctl image list, or choose another --name")
+    Error::new(Kind::NameTaken, format!("image {name} exists already")).hint("run fcctl image list, or choose another name")
 }
 
 #[cfg(test)]

@@ -104,15 +104,20 @@ impl Host {
     /// Its state directory is a file system of its own, of this size. As root only; from the thread that goes on
     /// to use it, for others do not see the mount.
     pub fn on_small_disk(size_mib: u64) -> Self {
-        Self::prepared("", Some(size_mib))
+        Self::prepared("", Some(&|at| SmallDisk::in_memory(at, size_mib)))
     }
 
-    fn prepared(config: &str, small_disk_mib: Option<u64>) -> Self {
+    /// The same on XFS, whose files share blocks.
+    pub fn on_xfs() -> Self {
+        Self::prepared("", Some(&SmallDisk::xfs))
+    }
+
+    fn prepared(config: &str, disk: Option<&dyn Fn(PathBuf) -> SmallDisk>) -> Self {
         let image = image();
         let dir = tempfile::tempdir_in(base()).unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let mut host = Self { disk: None, dir, fcd: None, config: config.to_owned() };
-        host.disk = small_disk_mib.map(|size| SmallDisk::mount(host.state(), size));
+        host.disk = disk.map(|mount| mount(host.state()));
         host.add_image(image);
         let state = host.state();
         host.launch(&state);
@@ -326,16 +331,32 @@ impl Drop for Host {
     }
 }
 
-/// A file system in memory, in a mount namespace of the calling thread's and of what it starts: it goes with them.
+/// A file system in a mount namespace of the calling thread's and of what it starts: it goes with them.
 pub struct SmallDisk(PathBuf);
 
+/// Sparse: what is written to it counts.
+const XFS_BYTES: u64 = 2 << 30;
+
 impl SmallDisk {
-    fn mount(at: PathBuf, size_mib: u64) -> Self {
+    fn in_memory(at: PathBuf, size_mib: u64) -> Self {
+        Self::mount(at, &["-t", "tmpfs", "-o", &format!("size={size_mib}M,mode=711"), "fcd-test"])
+    }
+
+    fn xfs(at: PathBuf) -> Self {
+        let file = at.with_extension("xfs");
+        fs::File::create(&file).unwrap().set_len(XFS_BYTES).unwrap();
+        run(Command::new("mkfs.xfs").args(["-q", "-m", "reflink=1"]).arg(&file));
+        let mounted = Self::mount(at, &["-t", "xfs", "-o", "loop", file.to_str().unwrap()]);
+        fs::set_permissions(&mounted.0, fs::Permissions::from_mode(0o711)).unwrap();
+        mounted
+    }
+
+    fn mount(at: PathBuf, args: &[&str]) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "mounts a file system: run the tests as root");
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
         run(Command::new("mount").args(["--make-rprivate", "/"]));
         fs::create_dir_all(&at).unwrap();
-        run(Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size_mib}M,mode=711"), "fcd-test"]).arg(&at));
+        run(Command::new("mount").args(args).arg(&at));
         Self(at)
     }
 

@@ -4,6 +4,7 @@
 mod big;
 mod bridge;
 mod copies;
+mod disks;
 mod exec;
 mod export;
 mod first_light;

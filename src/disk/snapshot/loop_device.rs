@@ -76,6 +76,7 @@ fn configure(device: &File, file: &File, is_readonly: bool) -> std::io::Result<(
 mod tests {
     use super::*;
     use std::io::{Read, Write};
+    use std::os::unix::fs::FileExt;
 
     fn backing(number: &str) -> Option<String> {
         std::fs::read_to_string(format!("/sys/dev/block/{number}/loop/backing_file")).ok().map(|s| s.trim().to_owned())
@@ -93,7 +94,7 @@ mod tests {
         let device = attach(&path, false).unwrap();
         assert_eq!(device.sectors().unwrap(), 16);
         assert_eq!(backing(&device.number).unwrap(), path.canonicalize().unwrap().display().to_string());
-        (&device.device).write_all(&[9; 512]).unwrap();
+        device.device.write_all_at(&[9; 512], 0).unwrap();
         device.device.sync_all().unwrap();
         assert_eq!(std::fs::read(&path).unwrap()[..513], [vec![9; 512], vec![7]].concat());
         let number = device.number.clone();

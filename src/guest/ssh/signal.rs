@@ -107,9 +107,10 @@ mod tests {
             "sleep 1000 & bystander=$!; mkfifo {fifo}; ( ( {is_orphan}; {late} ) 7>{fifo} & ); cat {fifo}; \
              kill -TERM $bystander; wait $bystander; [ $? = 143 ] && echo it lived"
         );
-        let mut unshare = std::process::Command::new("timeout");
-        unshare.args(["20", "unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "sh", "-c", &script]);
-        let out = unshare.output().unwrap();
+        let unshare = ["--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", &script];
+        let command = crate::host::Command::new("unshare").args(unshare).deadline(std::time::Duration::from_secs(20));
+        let cancel = crate::locks::Cancel::try_new().unwrap();
+        let out = crate::host::command::run_any_status(&command, &cancel, &mut |_| {}).unwrap();
         assert_eq!(String::from_utf8_lossy(&out.stdout), "it lived\n", "{}", String::from_utf8_lossy(&out.stderr));
     }
 }

@@ -280,6 +280,7 @@ mod tests {
                 -chardev socket,id=console,path=console.sock,server=on,wait=off
                 -serial chardev:console
                 -qmp unix:qmp.sock,server=on,wait=off
+                -qmp unix:control.sock,server=on,wait=off
                 -append root=/dev/vda console=ttyS0 panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0 mitigations=off tsc_early_khz=2596111 tsc=reliable
                 -kernel /s/images/x/vmlinux
                 -initrd /s/images/x/initrd
@@ -295,34 +296,35 @@ mod tests {
             Platform { accelerator: Accelerator::Kvm, board: Board::Q35 },
             true,
             expect![[r#"
-            -name fc-aa-0123456789ab-1
-            -machine q35
-            -accel kvm
-            -cpu host
-            -nodefaults
-            -no-user-config
-            -no-reboot
-            -display none
-            -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
-            -smp 2
-            -m 512M
-            -blockdev {"discard":"unmap","driver":"file","filename":"/s/vms/0123456789ab/disk","locking":"on","node-name":"root-file","read-only":false}
-            -blockdev {"discard":"unmap","driver":"qcow2","file":"root-file","node-name":"root","read-only":false}
-            -device virtio-blk-pci,drive=root,serial=root
-            -blockdev {"discard":"unmap","driver":"file","filename":"/s/vms/0123456789ab/seed, \"the\" one","locking":"on","node-name":"seed-file","read-only":true}
-            -blockdev {"discard":"unmap","driver":"raw","file":"seed-file","node-name":"seed","read-only":true}
-            -device virtio-blk-pci,drive=seed,serial=seed
-            -netdev user,id=net,ipv6=off,restrict=on,hostfwd=tcp:127.0.0.1:0-10.0.2.15:22
-            -device virtio-net-pci,netdev=net,romfile=
-            -object rng-builtin,id=rng
-            -device virtio-rng-pci,rng=rng
-            -chardev socket,id=console,path=console.sock,server=on,wait=off
-            -serial chardev:console
-            -qmp unix:qmp.sock,server=on,wait=off
-            -append root=/dev/vda console=ttyS0 panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0
-            -kernel /s/images/x/vmlinux
-            -initrd /s/images/x/initrd
-            -S"#]],
+                -name fc-aa-0123456789ab-1
+                -machine q35
+                -accel kvm
+                -cpu host
+                -nodefaults
+                -no-user-config
+                -no-reboot
+                -display none
+                -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+                -smp 2
+                -m 512M
+                -blockdev {"discard":"unmap","driver":"file","filename":"/s/vms/0123456789ab/disk","locking":"on","node-name":"root-file","read-only":false}
+                -blockdev {"discard":"unmap","driver":"qcow2","file":"root-file","node-name":"root","read-only":false}
+                -device virtio-blk-pci,drive=root,serial=root
+                -blockdev {"discard":"unmap","driver":"file","filename":"/s/vms/0123456789ab/seed, \"the\" one","locking":"on","node-name":"seed-file","read-only":true}
+                -blockdev {"discard":"unmap","driver":"raw","file":"seed-file","node-name":"seed","read-only":true}
+                -device virtio-blk-pci,drive=seed,serial=seed
+                -netdev user,id=net,ipv6=off,restrict=on,hostfwd=tcp:127.0.0.1:0-10.0.2.15:22
+                -device virtio-net-pci,netdev=net,romfile=
+                -object rng-builtin,id=rng
+                -device virtio-rng-pci,rng=rng
+                -chardev socket,id=console,path=console.sock,server=on,wait=off
+                -serial chardev:console
+                -qmp unix:qmp.sock,server=on,wait=off
+                -qmp unix:control.sock,server=on,wait=off
+                -append root=/dev/vda console=ttyS0 panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0
+                -kernel /s/images/x/vmlinux
+                -initrd /s/images/x/initrd
+                -S"#]],
         );
     }
 

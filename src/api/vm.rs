@@ -113,10 +113,13 @@ pub struct Vm {
     pub ssh_addr: Option<std::net::SocketAddr>,
     /// Which driver runs it and how: `qemu (tcg, microvm)`.
     pub driver: Option<String>,
-    /// How the root disk was made from the image: `reflink` or `qcow2`.
+    /// How the root disk was made from the image: `reflink`, `qcow2`, `dm-snapshot`, `copy`.
     pub disk_driver: Option<String>,
     /// Of the last stop.
     pub synced: Option<Synced>,
+    /// The VMM runs and does not answer.
+    #[serde(default)]
+    pub unresponsive: bool,
     pub workspace: Option<WorkspaceInfo>,
 }
 

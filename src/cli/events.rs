@@ -163,7 +163,9 @@ fn changed(set: &Members) -> String {
         Some(w) => format!("workspace {}", workspace_line(&w)),
         None => "no workspace".to_owned(),
     });
-    let words = [Some(now), pending, rm, workspace].into_iter().flatten().filter(|word| !word.is_empty());
+    let answers = member(set, "unresponsive")
+        .map(|hangs| if hangs { "its vmm does not answer" } else { "its vmm answers again" }.to_owned());
+    let words = [Some(now), pending, rm, workspace, answers].into_iter().flatten().filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join(", ")
 }
 

@@ -104,6 +104,7 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
         driver: None,
         disk_driver: None,
         synced: None,
+        unresponsive: false,
         workspace: None,
     }
 }

@@ -283,6 +283,7 @@ fn row(vm: &Vm, now_s: u64) -> Vec<String> {
 fn state(vm: &Vm) -> String {
     match &vm.reason {
         Some(reason) if vm.state == VmState::Failed => format!("failed ({reason})"),
+        _ if vm.unresponsive => format!("{} (unresponsive)", vm.state.name()),
         _ => vm.state.name().to_owned(),
     }
 }

@@ -114,6 +114,7 @@ pub fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         driver: row.driver.clone(),
         disk_driver: row.disk_driver.clone(),
         synced: row.synced,
+        unresponsive: row.unresponsive && matches!(row.state, VmState::Running | VmState::Stopping),
         workspace: workspace.map(|w| crate::api::vm::WorkspaceInfo {
             guest_path: w.guest_path.clone(),
             workdir: w.workdir.clone(),

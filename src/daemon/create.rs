@@ -51,6 +51,7 @@ impl Daemon {
             driver: None,
             host_key: None,
             synced: None,
+            unresponsive: false,
         };
         self.check_vcpus(row.vcpus)?;
         self.check_memory(row.mem_mib)?;

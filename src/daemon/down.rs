@@ -40,6 +40,10 @@ impl Daemon {
     }
 
     fn ask_to_go(&self, claim: &Claim, row: &VmRow, identity: &Identity) -> Synced {
+        if row.unresponsive {
+            log::info!("vm {} is not asked to shut down: its vmm does not answer", row.name);
+            return Synced::No;
+        }
         let timeout = claim.timeout.unwrap_or(Duration::from_secs(self.config.limits.stop_timeout_s));
         let deadline = Instant::now() + timeout;
         claim.op().progress("sync and shut down the guest");

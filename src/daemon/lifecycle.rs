@@ -305,6 +305,7 @@ pub(super) fn enter(row: &mut VmRow, to: VmState, op: &OpHandle, verb: Verb) {
         create::take_pending(row);
         row.generation += 1;
         row.synced = None;
+        row.unresponsive = false;
         // One that could not be ended stays known until the boot has ended it.
         row.ssh_addr = None;
     }

@@ -13,6 +13,9 @@ use std::time::Duration;
 /// Between two comparisons of the ledger, the rows and the host.
 const SWEEP_PERIOD: Duration = Duration::from_secs(60);
 
+/// Begins the reason of a VM whose VMM did not answer the daemon that started.
+const UNADOPTED: &str = "its vmm runs but could not be adopted";
+
 impl Daemon {
     /// Looks at every VM; each may be changed again as soon as it was looked at.
     pub fn reconcile(&self) {
@@ -86,12 +89,31 @@ impl Daemon {
             // It lives, so it is not killed; the user sees that it cannot be reached.
             Err(e) => {
                 log::warn!("adopt the vmm of {}: {e}", row.name);
-                let reason = format!("its vmm runs but could not be adopted: {e}");
+                let reason = format!("{UNADOPTED}: {e}");
                 let ((), ticket) = self.store.change(|tx| tx.update_vm(&row.id, |r| r.reason = Some(reason)))?;
                 self.wait_durable(ticket)?;
                 self.watch(row, &identity)
             }
         }
+    }
+
+    /// One that did not answer when the daemon started, and does now.
+    pub(super) fn adopt_late(&self, row: &VmRow) -> Result<()> {
+        let (Some(identity), true) = (&row.identity, row.reason.as_ref().is_some_and(|r| r.starts_with(UNADOPTED))) else {
+            return Ok(());
+        };
+        let image = self.images.get(&row.image)?;
+        let running = self.vmm.adopt(&self.spec(row, &image), identity)?;
+        self.adopt_guest(row);
+        let adopted = (None, Some(running.ssh_addr));
+        let ((), ticket) = self.store.change(|tx| {
+            tx.update_vm(&row.id, |r| {
+                if r.generation == row.generation && r.state == VmState::Running {
+                    (r.reason, r.ssh_addr) = adopted;
+                }
+            })
+        })?;
+        self.wait_durable(ticket)
     }
 
     /// A VMM that runs for a VM that should have none, and what it had.

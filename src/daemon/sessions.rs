@@ -92,6 +92,10 @@ impl Daemon {
             return Err(Error::new(Kind::GuestUnavailable, format!("vm {}: its vmm has died", row.name))
                 .hint(format!("fcctl vm show {}", row.name)));
         }
+        if row.unresponsive {
+            return Err(Error::new(Kind::GuestUnavailable, format!("vm {}: its vmm does not answer", row.name))
+                .hint(format!("wait until it does (fcctl events), or end it: fcctl stop --force {}", row.name)));
+        }
         if self.runtimes.is_paused(&row.id) {
             let error = Error::new(Kind::DiskFull, format!("vm {} is paused: {HOST_DISK_FULL}", row.name));
             return Err(error.hint(self.hint_of_full_disk()));

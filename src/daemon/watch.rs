@@ -8,7 +8,7 @@ use crate::api::vm::VmState;
 use crate::error::Result;
 use crate::ids::VmId;
 use crate::store::VmRow;
-use crate::vmm::Identity;
+use crate::vmm::{Identity, Told};
 use std::time::Duration;
 
 /// Between two tries to write it down.
@@ -19,9 +19,12 @@ const CLEAN_EXIT: &str = "the guest shut down";
 impl Daemon {
     /// From now on the death of this VMM is seen.
     pub(super) fn watch(&self, row: &VmRow, identity: &Identity) -> Result<()> {
-        let (runtimes, vm) = (self.runtimes.clone(), row.id.clone());
-        let told = Box::new(move |is_paused| runtimes.set_paused(&vm, is_paused));
-        self.vmm.watch_space(&self.vm_dir(&row.id), identity, told)?;
+        let (daemon, vm, generation) = (self.clone(), row.id.clone(), row.generation);
+        let told = Box::new(move |told| match told {
+            Told::Paused(is_paused) => daemon.runtimes.set_paused(&vm, is_paused),
+            Told::Unresponsive(is_so) => daemon.vmm_answers(&vm, generation, !is_so),
+        });
+        self.vmm.watch_guest(&self.vm_dir(&row.id), identity, told)?;
         let (daemon, vm, generation) = (self.clone(), row.id.clone(), row.generation);
         self.vmm.watch(
             identity,
@@ -33,6 +36,32 @@ impl Daemon {
                 }
             }),
         )
+    }
+
+    /// The driver's thread must not wait for a lock or a disk.
+    fn vmm_answers(&self, vm: &VmId, generation: u64, answers: bool) {
+        let (daemon, vm) = (self.clone(), vm.clone());
+        let noted = self.spawn(&format!("answers-{vm}"), move || {
+            if let Err(e) = daemon.record_answers(&vm, generation, answers) {
+                log::warn!("record whether the vmm of {vm} answers: {e}");
+            }
+        });
+        if let Err(e) = noted {
+            log::error!("a vmm answers or does not, and nobody could look: {e}");
+        }
+    }
+
+    fn record_answers(&self, vm: &VmId, generation: u64, answers: bool) -> Result<()> {
+        let guard = self.locks.vm.lock(vm);
+        let Some(row) = self.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else { return Ok(()) };
+        if row.generation != generation || row.state != VmState::Running || row.unresponsive != answers {
+            return Ok(());
+        }
+        log::warn!("the vmm of vm {} {}", row.name, if answers { "answers again" } else { "does not answer" });
+        let ((), ticket) = self.change(true, |tx| tx.update_vm(vm, |r| r.unresponsive = !answers))?;
+        drop(guard);
+        self.wait_durable(ticket)?;
+        if answers { self.adopt_late(&row) } else { Ok(()) }
     }
 
     fn vmm_died(&self, vm: &VmId, generation: u64, how: &str) {

@@ -61,6 +61,8 @@ pub struct VmRow {
     /// The guest's public host key, raw (RFC 4253, 6.6).
     pub host_key: Option<Vec<u8>>,
     pub synced: Option<Synced>,
+    /// Of the running VMM: it does not answer.
+    pub unresponsive: bool,
 }
 
 pub(super) const CREATE: &str = "CREATE TABLE vms (
@@ -68,6 +70,9 @@ pub(super) const CREATE: &str = "CREATE TABLE vms (
 
 /// Version 2: `net` and `tap`.
 pub(super) const ADD_NETWORK: &str = "UPDATE vms SET body = json_set(body, '$.net', 'nat', '$.tap', json('null'));";
+
+/// Version 3: `unresponsive`.
+pub(super) const ADD_UNRESPONSIVE: &str = "UPDATE vms SET body = json_set(body, '$.unresponsive', json('false'));";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else { return sql::delete(c, "DELETE FROM vms WHERE id = ?1", [id.as_str()]) };

@@ -4,7 +4,7 @@
 //! The table belongs to the value, not to a daemon: a daemon that is opened anew over the same `Fake` finds its VMMs.
 
 use super::console::{Attach, Consoles};
-use super::{Driver, Identity, Running, VmmSpec};
+use super::{Driver, Identity, Running, Told, VmmSpec};
 use crate::api::daemon::{Check, Severity};
 use crate::error::{Error, Kind, Result};
 use crate::host::process;
@@ -25,6 +25,7 @@ const PID_BASE: u32 = 2_000_000_000;
 const GATE_DEADLINE: Duration = Duration::from_secs(120);
 
 type Died = Box<dyn FnOnce(String) + Send>;
+type Teller = Box<dyn Fn(Told) + Send>;
 
 /// Where a held start waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +46,7 @@ struct Vmm {
     gone: Cancel,
     watchers: Vec<Died>,
     is_paused: bool,
+    told: Option<Teller>,
     /// The guest's end of the console.
     console: Option<UnixStream>,
 }
@@ -87,6 +89,20 @@ impl Fake {
         if let Some((_, gate)) = gate {
             gate.cancel("released");
         }
+    }
+
+    /// The live VMM of this VM tells this. False when none does.
+    pub fn tell(&self, vm: &VmId, what: Told) -> bool {
+        let mut state = self.state.lock();
+        let live = state.vmms.iter_mut().find(|v| v.spec.vm == *vm && v.end.is_none());
+        let Some(told) = live.and_then(|v| v.told.take()) else { return false };
+        drop(state);
+        told(what);
+        let mut state = self.state.lock();
+        if let Some(vmm) = state.vmms.iter_mut().find(|v| v.spec.vm == *vm && v.end.is_none()) {
+            vmm.told.get_or_insert(told);
+        }
+        true
     }
 
     /// Whether the guest of this VM stands still.
@@ -159,8 +175,10 @@ impl Fake {
 
     /// The daemon was killed: its watches and consoles are gone, its VMMs live on.
     pub fn forget_watchers(&self) {
+        // What they hold of the daemon's goes after the lock.
+        let mut gone: Vec<(Vec<Died>, Option<Teller>)> = Vec::new();
         for vmm in &mut self.state.lock().vmms {
-            vmm.watchers.clear();
+            gone.push((std::mem::take(&mut vmm.watchers), vmm.told.take()));
             vmm.console = None;
         }
     }
@@ -170,8 +188,9 @@ impl Fake {
         let Some(vmm) = state.vmms.iter_mut().find(|vmm| vmm.end.is_none() && which(vmm)) else { return false };
         vmm.end = Some(how.to_owned());
         vmm.console = None;
-        let (gone, watchers) = (vmm.gone.clone(), std::mem::take(&mut vmm.watchers));
+        let (gone, watchers, told) = (vmm.gone.clone(), std::mem::take(&mut vmm.watchers), vmm.told.take());
         drop(state);
+        drop(told);
         gone.cancel("died");
         watchers.into_iter().for_each(|died| tell(how.to_owned(), died));
         true
@@ -213,8 +232,8 @@ impl Fake {
         let ssh_addr = state.ssh_addrs.get(&spec.vm).copied().or(state.ssh_addr);
         let ssh_addr = ssh_addr.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::LOCALHOST, 9)));
         let spec = spec.clone();
-        let (end, watchers, is_paused, console) = (None, vec![], false, None);
-        state.vmms.push(Vmm { spec, identity: identity.clone(), ssh_addr, end, gone, watchers, is_paused, console });
+        let (end, watchers, is_paused, told, console) = (None, vec![], false, None, None);
+        state.vmms.push(Vmm { spec, identity: identity.clone(), ssh_addr, end, gone, watchers, is_paused, told, console });
         Ok(identity)
     }
 
@@ -332,6 +351,13 @@ impl Driver for Fake {
         let _blocking = region(Rank::VmmApi);
         let gone = || Error::new(Kind::VmmFailed, "pause the guest: its VMM has exited");
         self.with(identity, |vmm| vmm.is_paused = is_paused).ok_or_else(gone)
+    }
+
+    fn watch_guest(&self, _dir: &Path, identity: &Identity, told: Teller) -> Result<()> {
+        let mut told = Some(told);
+        // The earlier one goes after the lock, with what it holds.
+        let _earlier = self.with(identity, |vmm| if vmm.end.is_none() { vmm.told.replace(told.take()?) } else { None });
+        Ok(())
     }
 
     fn watch(&self, identity: &Identity, died: Died) -> Result<()> {

@@ -77,6 +77,15 @@ pub struct Running {
     pub ssh_addr: SocketAddr,
 }
 
+/// What a driver tells of a guest that runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// The guest stands still because the host's disk is full (true), or goes on by itself, with room again (false).
+    Paused(bool),
+    /// The VMM has not answered for so long that it is taken to hang (true), or answers again (false).
+    Unresponsive(bool),
+}
+
 /// Nothing above this module knows which driver it talks to.
 pub trait Driver: Send + Sync {
     /// For people: `qemu (tcg, microvm)`.
@@ -118,12 +127,8 @@ pub trait Driver: Send + Sync {
     /// known. Never after the driver is dropped.
     fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()>;
 
-    /// Calls `told` from a thread of the driver's whenever the guest of the VM in `dir` is paused because the host's
-    /// disk is full (true), and when it goes on by itself, with room again, or has ended (false). A driver whose
-    /// guests see the full disk themselves tells nothing.
-    fn watch_space(&self, _dir: &Path, _identity: &Identity, _told: Box<dyn Fn(bool) + Send>) -> Result<()> {
-        Ok(())
-    }
+    /// Calls `told` from a thread of the driver's at each change of what [`Told`] names, with `Paused(false)` at the end.
+    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()>;
 
     /// Lets the guest of the VM in `dir` stand still, or go on; one that does so already is ok.
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()>;

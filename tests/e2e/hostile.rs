@@ -126,6 +126,7 @@ fn guests_that_break() {
     assert!(host.show("box", "workspace").is_null());
     a_full_disk(&host, path);
     a_dead_vmm(&host);
+    a_hung_vmm(&host);
     another_host_key(&host);
 }
 
@@ -156,6 +157,31 @@ fn a_dead_vmm(host: &Host) {
     assert!(status == Some(125) && within < Duration::from_secs(2), "{status:?} {within:?} {}", sleeping.stderr());
     refused(&host.fcctl(&["exec", "box", "--", "true"]), 125, "failed");
     refused(&host.fcctl(&["workspace", "prepare", "box", "/tmp"]), 1, "failed");
+    host.ok(&["start", "box"]);
+}
+
+/// It is seen, used by nobody meanwhile, and comes back; a stop does not wait for it.
+fn a_hung_vmm(host: &Host) {
+    let vmm = vmm_processes(&host.state())[0];
+    let mut events = host.spawn(&["events"]);
+    crate::host::signal(vmm, "STOP");
+    wait_for("it is unresponsive", || host.show("box", "unresponsive").as_bool().unwrap().then_some(()));
+    assert!(host.ok(&["ps"]).contains("running (unresponsive)"), "{}", host.ok(&["ps"]));
+    refused(&host.fcctl(&["exec", "box", "--", "true"]), 125, "fcctl stop --force box");
+    refused(&host.fcctl(&["workspace", "prepare", "box", "/tmp"]), 1, "does not answer");
+    crate::host::signal(vmm, "CONT");
+    wait_for("it answers again", || (!host.show("box", "unresponsive").as_bool().unwrap()).then_some(()));
+    assert_eq!(host.sh("box", "echo well"), "well\n");
+    events.says("its vmm does not answer");
+    events.says("its vmm answers again");
+
+    crate::host::signal(vmm, "STOP");
+    wait_for("it is unresponsive", || host.show("box", "unresponsive").as_bool().unwrap().then_some(()));
+    let begun = Instant::now();
+    host.ok(&["stop", "box"]);
+    assert!(begun.elapsed() < Duration::from_secs(5), "no grace for who does not answer: {:?}", begun.elapsed());
+    assert_eq!((host.show("box", "state"), host.show("box", "synced")), ("stopped".into(), "no".into()));
+    assert_eq!(vmm_processes(&host.state()), Vec::<u32>::new());
     host.ok(&["start", "box"]);
 }
 

@@ -8,7 +8,7 @@ use fcd::error::{Kind, Result};
 use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::fake::Fake;
-use fcd::vmm::{Driver, Identity, Running, VmmSpec};
+use fcd::vmm::{Driver, Identity, Running, Told, VmmSpec};
 use fcd::workspace::remote::{self, Place};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -71,6 +71,9 @@ impl Driver for Panics {
     }
     fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {
         self.inner.watch(identity, died)
+    }
+    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
+        self.inner.watch_guest(dir, identity, told)
     }
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
         self.inner.set_paused(dir, identity, is_paused, cancel)

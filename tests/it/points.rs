@@ -10,7 +10,7 @@ use fcd::host::{Command, Commands, command::Output};
 use fcd::locks::Cancel;
 use fcd::store::faults::{CommitHook, Fault};
 use fcd::vmm::console::Consoles;
-use fcd::vmm::{Driver, Identity, Running, VmmSpec};
+use fcd::vmm::{Driver, Identity, Running, Told, VmmSpec};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -150,6 +150,9 @@ impl Driver for PointDriver {
     }
     fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {
         self.0.watch(identity, died)
+    }
+    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
+        self.0.watch_guest(dir, identity, told)
     }
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
         self.0.set_paused(dir, identity, is_paused, cancel)

@@ -8,6 +8,7 @@ use fcd::api::vm::*;
 use fcd::error::Kind;
 use fcd::ids::OpId;
 use fcd::store::Intent;
+use fcd::vmm::Told;
 
 fn rm(name: &str) -> VmCreateRequest {
     VmCreateRequest { name: Some(name.parse().unwrap()), rm: true, ..Default::default() }
@@ -59,6 +60,30 @@ fn an_rm_vm_goes_when_it_stops_or_dies() {
         world.await_rest();
         assert!(world.show("web").unwrap_err().is(Kind::VmNotFound));
     }
+}
+
+#[test]
+fn a_vmm_that_does_not_answer_is_used_by_nobody_and_stopped_at_once() {
+    let world = World::new();
+    let (vm, _) = world.running("web");
+    let exec = || {
+        let (vm, argv) = ("web".to_owned(), vec!["true".to_owned()]);
+        let request = ExecStartRequest { vm, argv, env: vec![], workdir: None, pty: None, streams: vec![] };
+        world.begin::<ExecStart>(request, vec![]).finish(SOON)
+    };
+    assert!(world.vmm.tell(&vm.id, Told::Unresponsive(true)));
+    await_that("it is unresponsive", || world.show("web").unwrap().unresponsive);
+    let refused = exec().unwrap_err();
+    assert!(refused.is(Kind::GuestUnavailable) && refused.to_string().contains("does not answer"), "{refused}");
+    assert!(world.vmm.tell(&vm.id, Told::Unresponsive(false)));
+    await_that("it answers", || !world.show("web").unwrap().unresponsive);
+    exec().unwrap();
+
+    assert!(world.vmm.tell(&vm.id, Told::Unresponsive(true)));
+    await_that("it is unresponsive", || world.show("web").unwrap().unresponsive);
+    let stopped = world.stop("web").unwrap();
+    assert_eq!((stopped.state, stopped.synced, stopped.unresponsive), (VmState::Stopped, Some(Synced::No), false));
+    assert!(!world.start("web").unwrap().unresponsive, "the next VMM is another");
 }
 
 #[test]

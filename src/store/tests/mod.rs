@@ -57,6 +57,7 @@ fn row(n: u32) -> VmRow {
         driver: None,
         host_key: None,
         synced: None,
+        unresponsive: false,
     }
 }
 

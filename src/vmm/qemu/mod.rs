@@ -6,14 +6,14 @@
 
 mod accel;
 mod argv;
+mod attend;
 mod checks;
 mod qmp;
-mod space;
 mod tsc;
 
 use super::console::{Attach, Consoles, VMM_LOG};
 use super::watch::{Watcher, tell};
-use super::{Driver, GuestNetwork, Identity, Running, VmmSpec};
+use super::{Driver, GuestNetwork, Identity, Running, Told, VmmSpec};
 use crate::api::daemon::Check;
 use crate::config::Qemu as Config;
 use crate::error::{Error, Kind, Result};
@@ -253,7 +253,7 @@ impl Driver for Qemu {
         let console = qmp::connect(&run, argv::CONSOLE_SOCKET, &process, patience)?.ok_or_else(gone)?;
         let mark = "reconnected; what the guest said since fcd ended is lost".to_owned();
         self.consoles.attach(Attach { dir: spec.dir.clone(), bytes_max: spec.console_bytes_max, socket: console, mark })?;
-        let control = qmp::connect(&run, argv::QMP_SOCKET, &process, patience)?.ok_or_else(gone)?;
+        let control = qmp::connect(&run, argv::CONTROL_SOCKET, &process, patience)?.ok_or_else(gone)?;
         let mut qmp = Qmp::open(control, patience).map_err(|e| e.context(doing))?;
         let ssh_addr = ssh_addr(spec, &mut qmp).map_err(|e| e.context(doing))?;
         Ok(Running { identity: identity.clone(), ssh_addr })
@@ -293,9 +293,9 @@ impl Driver for Qemu {
         }
     }
 
-    fn watch_space(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(bool) + Send>) -> Result<()> {
+    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
         let Some(process) = Process::open(identity)? else { return Ok(()) };
-        let attended = space::Attended { process, dir: dir.to_owned(), closing: self.closing.clone(), told };
+        let attended = attend::Attended { process, dir: dir.to_owned(), closing: self.closing.clone(), told };
         crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || attended.run()).map(drop)
     }
 

@@ -114,10 +114,20 @@ impl<'a> Qmp<'a> {
 
     /// One command; its answer.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
-        let doing = format!("ask the VMM for {command}");
+        self.ask(command, arguments)?;
+        self.answer(command)
+    }
+
+    /// One command, whose answer is the next.
+    pub fn ask(&mut self, command: &str, arguments: &Value) -> Result<()> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
-        self.send(line.as_bytes(), &doing)?;
+        self.send(line.as_bytes(), &format!("ask the VMM for {command}"))
+    }
+
+    /// The answer to what was asked last. After a `timeout` it may be waited for again.
+    pub fn answer(&mut self, command: &str) -> Result<Value> {
+        let doing = format!("ask the VMM for {command}");
         for _ in 0..EVENTS_MAX {
             let message = self.message(&doing)?;
             match message {

@@ -1,3 +1,5 @@
+//! One thread for each VMM, which owns its event monitor: it sees that the guest is paused, and that the VMM hangs.
+//!
 //! A guest whose write finds the host's disk full is paused by QEMU (`werror=enospc`, its default) and never sees an
 //! error. It goes on when somebody says `cont`: here, once there is room again.
 
@@ -7,18 +9,21 @@ use crate::error::{Error, Kind, Result};
 use crate::host::fs::{open_at, open_dir};
 use crate::host::process::Process;
 use crate::locks::{Cancel, Rank, region};
+use crate::vmm::Told;
 use rustix::fs::OFlags;
 use serde_json::json;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// For one answer of a VMM.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
+/// For one answer of a VMM; a healthy one takes a millisecond, on a very busy host a second.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(4);
+/// So many deadlines in a row without an answer make it `unresponsive`.
+const MISSES_MAX: u32 = 3;
+/// Between two looks at a VMM that has told nothing.
+const PING_PERIOD: Duration = Duration::from_secs(5);
 /// While a guest is paused: between two looks at the free space.
 const LOOK_PERIOD: Duration = Duration::from_millis(500);
-/// While it runs the VMM tells by itself, so this bounds nothing but a wait.
-const EVENT_PERIOD: Duration = Duration::from_secs(3600);
 /// A guest goes on when there is more than this: what a store gives up for deletes must not go to guests.
 const FREE_BYTES_MIN: u64 = 16 << 20;
 /// `query-status` of a guest that was paused for an error of its disk; only a full one pauses.
@@ -30,8 +35,7 @@ pub struct Attended {
     /// The VM's directory: the disk is there, and `run/`.
     pub dir: PathBuf,
     pub closing: Cancel,
-    /// Whether the guest is paused, at each change.
-    pub told: Box<dyn Fn(bool) + Send>,
+    pub told: Box<dyn Fn(Told) + Send>,
 }
 
 impl Attended {
@@ -40,9 +44,9 @@ impl Attended {
             && !self.closing.is_cancelled()
             && !super::is_exiting(&self.process)
         {
-            log::warn!("the VMM of {} is no longer asked whether its disk is full: {e}", self.dir.display());
+            log::warn!("the VMM of {} is no longer asked how it is: {e}", self.dir.display());
         }
-        (self.told)(false);
+        (self.told)(Told::Paused(false));
     }
 
     fn attend(&self) -> Result<()> {
@@ -56,34 +60,69 @@ impl Attended {
                     self.dir.display(),
                     if is_paused { "is paused: the disk is full" } else { "goes on" }
                 );
-                (self.told)(is_paused);
+                (self.told)(Told::Paused(is_paused));
                 was_paused = is_paused;
             }
-            self.await_event(&mut qmp, if is_paused { LOOK_PERIOD } else { EVENT_PERIOD })?;
+            self.await_event(&mut qmp, if is_paused { LOOK_PERIOD } else { PING_PERIOD })?;
         }
     }
 
     fn open(&self) -> Result<Option<Qmp<'_>>> {
-        let _blocking = region(Rank::VmmApi);
         let dir = open_at(open_dir(&self.dir)?, super::RUN_DIR, OFlags::RDONLY | OFlags::DIRECTORY, 0);
         let dir = OwnedFd::from(dir.map_err(|e| Error::io("open the VMM's run directory", e))?);
-        let control = qmp::connect(&dir, QMP_SOCKET, &self.process, self.patience(ANSWER_DEADLINE))?;
-        control.map(|control| Qmp::open(control, self.patience(ANSWER_DEADLINE))).transpose()
+        self.patiently(|patience| {
+            let control = qmp::connect(&dir, QMP_SOCKET, &self.process, patience)?;
+            control.map(|control| Qmp::open(control, patience)).transpose()
+        })
     }
 
     /// Whether the guest is paused; where it was so before and there is room again, it goes on.
     fn look<'a>(&'a self, qmp: &mut Qmp<'a>, was_paused: bool) -> Result<bool> {
-        let _blocking = region(Rank::VmmApi);
-        qmp.be_patient(self.patience(ANSWER_DEADLINE));
-        if !is_paused(qmp)? {
-            return Ok(false);
+        let is_paused = self.is_paused(qmp)?;
+        if !is_paused || !was_paused || !self.has_room() {
+            return Ok(is_paused);
         }
-        if was_paused && self.has_room() {
-            qmp.execute("cont", &json!({}))?;
-            // Another write may have failed already.
-            return is_paused(qmp);
+        self.execute(qmp, "cont")?;
+        // Another write may have failed already.
+        self.is_paused(qmp)
+    }
+
+    fn is_paused<'a>(&'a self, qmp: &mut Qmp<'a>) -> Result<bool> {
+        Ok(self.execute(qmp, "query-status")?["status"] == PAUSED)
+    }
+
+    fn execute<'a>(&'a self, qmp: &mut Qmp<'a>, command: &str) -> Result<serde_json::Value> {
+        let mut is_asked = false;
+        self.patiently(|patience| {
+            qmp.be_patient(patience);
+            if !is_asked {
+                qmp.ask(command, &json!({}))?;
+                is_asked = true;
+            }
+            qmp.answer(command)
+        })
+    }
+
+    /// Tries until there is an answer, and tells when there has been none for too long, and when it came after all.
+    fn patiently<'a, T>(&'a self, mut attempt: impl FnMut(Patience<'a>) -> Result<T>) -> Result<T> {
+        let mut misses = 0;
+        let result = loop {
+            let result = {
+                let _blocking = region(Rank::VmmApi);
+                attempt(self.patience(ANSWER_DEADLINE))
+            };
+            match result {
+                Err(e) if e.kind() == Kind::Timeout => misses += 1,
+                other => break other,
+            }
+            if misses == MISSES_MAX {
+                (self.told)(Told::Unresponsive(true));
+            }
+        };
+        if misses >= MISSES_MAX && result.is_ok() {
+            (self.told)(Told::Unresponsive(false));
         }
-        Ok(true)
+        result
     }
 
     fn await_event<'a>(&'a self, qmp: &mut Qmp<'a>, period: Duration) -> Result<()> {
@@ -103,8 +142,4 @@ impl Attended {
     fn has_room(&self) -> bool {
         rustix::fs::statvfs(&self.dir).is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) >= FREE_BYTES_MIN)
     }
-}
-
-fn is_paused(qmp: &mut Qmp<'_>) -> Result<bool> {
-    Ok(qmp.execute("query-status", &json!({}))?["status"] == PAUSED)
 }

@@ -8,6 +8,9 @@ use std::process::Command;
 const NAME: &str = "test-host";
 const PACKAGES: [&str; 8] =
     ["dmsetup", "qemu-system-x86", "qemu-utils", "nftables", "iproute2", "lz4", "procps", "openssh-client"];
+/// One with a service manager in it, which is not its first process: that takes a minute under emulation, or several.
+const NAME_WITH_SYSTEMD: &str = "systemd-host";
+const SYSTEMD: [&str; 2] = ["systemd", "dbus"];
 /// Where everything is in it; VMMs of other uids reach it.
 const PLACE: &str = "/srv/f";
 /// For what runs in there: emulation makes it some twenty times slower.
@@ -17,9 +20,13 @@ struct TestHost(Host);
 
 impl TestHost {
     fn boot() -> Self {
+        Self::boot_from(NAME, &[])
+    }
+
+    fn boot_from(image: &str, more: &[&str]) -> Self {
         let outer = Host::with_config("");
-        outer.add_image(&cached_image(NAME, &PACKAGES));
-        outer.ok(&["vm", "create", "--name", NAME, "--image", NAME, "--memory", "3G"]);
+        outer.add_image(&cached_image(image, &[&PACKAGES[..], more].concat()));
+        outer.ok(&["vm", "create", "--name", NAME, "--image", image, "--memory", "3G"]);
         outer.ok(&["start", NAME]);
         let host = Self(outer);
         host.0.sh(NAME, &format!("mkdir -p {PLACE}/bin {PLACE}/state/images && chmod 755 {PLACE}"));
@@ -161,4 +168,56 @@ fn a_device_in_use_is_waited_for(host: &TestHost) {
              dmsetup ls | grep -q fc-; exec 9<&-; wait $!");
     assert_eq!(host.devices(), "");
     assert_eq!(host.sh("fcctl ps -aq"), "");
+}
+
+/// systemd in process, mount and control group namespaces of its own.
+const START_SYSTEMD: &str = r#"
+    mkdir /sys/fs/cgroup/services
+    cat > systemd.sh <<'END'
+        echo $$ > /sys/fs/cgroup/services/cgroup.procs
+        exec unshare --cgroup --pid --fork --mount --mount-proc --kill-child env -i container=fcd PATH=/usr/sbin:/usr/bin \
+            sh -ec 'mount --make-rprivate /; umount -l /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup
+                    mount -t tmpfs tmpfs /run; mkdir /run/lock; exec /lib/systemd/systemd --unit=basic.target --show-status=no'
+END
+    setsid bash systemd.sh > systemd.log 2>&1 < /dev/null &
+    until pid=$(pgrep -x systemd) && nsenter -t $pid -a systemctl is-system-running 2>/dev/null | grep -qE 'running|degraded'
+    do sleep 0.5; done
+    echo "nsenter -t $pid -a \"\$@\"" > in-systemd"#;
+
+/// The unit's promise: a stop, a restart, an upgrade and a crash of the daemon cost no VM anything.
+#[test]
+#[ignore = "minutes: scripts/test --long"]
+fn vms_outlive_what_systemd_does_to_the_unit() {
+    let host = TestHost::boot_from(NAME_WITH_SYSTEMD, &SYSTEMD);
+    host.bring_programs();
+    host.bring_image();
+    let unit = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/fcd.service");
+    host.pipe(&format!("cat {unit}"), "cat > /etc/systemd/system/fcd.service");
+    host.sh("cp bin/fcd bin/fcctl /usr/local/bin; mkdir -p /etc/fcd; mv state/images /var/lib/fcd/
+             printf '[qemu]\\naccel = \"kvm\"\\n' > /etc/fcd/config.toml");
+    host.sh(START_SYSTEMD);
+    let systemd = |line: &str| host.sh(&format!("unset FCD_SOCKET; bash in-systemd bash -ec '{line}'"));
+    let answers = "until fcctl rpc fcd.info > /dev/null 2>&1; do sleep 0.2; done";
+    systemd(&format!("systemctl start fcd; {answers}; fcctl vm create --name a; fcctl start a"));
+    let vmm = "fcctl --json vm show a | tr , \"\\n\" | grep -E \"^ *.pid.:\"";
+    let before = systemd(vmm);
+    let is_same = |what: &str| {
+        assert_eq!(systemd(&format!("{answers}; {vmm}")), before, "after {what}");
+        assert_eq!(systemd("fcctl exec a -- echo well"), "well\n", "after {what}");
+    };
+    systemd("systemctl restart fcd");
+    is_same("a restart");
+    systemd("systemctl stop fcd; ! systemctl is-active -q fcd; pgrep -f qemu-system-x86 > /dev/null; systemctl start fcd");
+    is_same("a stop and a start");
+    systemd(
+        "before=$(systemctl show -P MainPID fcd); kill -KILL $before
+             until now=$(systemctl show -P MainPID fcd) && [ $now != 0 ] && [ $now != $before ]; do sleep 0.2; done",
+    );
+    is_same("a crash, after which systemd starts it again");
+    // What it refuses is not tried again and again.
+    systemd(
+        "systemctl stop fcd; echo nonsense > /etc/fcd/config.toml; systemctl start fcd || true
+             until systemctl is-failed -q fcd; do sleep 0.2; done; systemctl show -P NRestarts fcd | grep -qx 0",
+    );
+    println!("systemd in the test host: {}", systemd("systemctl --version | head -n 1"));
 }

@@ -16,6 +16,9 @@ if [ -e "$S/repository" ]; then
   find .git -maxdepth 1 -name '*.lock' -type f -delete 2>/dev/null || :
   find .git/refs -name '*.lock' -type f -delete 2>/dev/null || :
 fi
+# Of a power cut: a repository that was being made here, and a baseline that cannot be read.
+if [ -e "$S/init" ]; then rm -rf .git "$S/init"; fi
+if [ -d "$P" ] && ! g rev-parse --git-dir >/dev/null 2>&1; then rm -rf "$P" "$S/index" "$S/baseline"; fi
 rm -rf "$S"/export.* "$S/current.index" "$S/work" "$S/recall" "$S/recall.index" "$S/tree.new" "$M"
 mkdir "$S/work"
 : >"$S/changed"

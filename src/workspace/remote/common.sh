@@ -33,6 +33,8 @@ make_private() {
   printf '* -text !eol -filter -ident -working-tree-encoding !diff\n' >"$P.new/info/attributes"
   printf '%s\n' '[core]' 'bare = false' 'fileMode = true' 'symlinks = true' 'autocrlf = false' 'protectNTFS = false' \
     'protectHFS = false' 'compression = 1' 'looseCompression = 1' 'logAllRefUpdates = false' '[gc]' 'auto = 0' >>"$P.new/config"
+  # A power cut must not leave the name without what is in it.
+  sync -f "$P.new"
   mv "$P.new" "$P"
 }
 # Everything in the tree that is no git directory, as find sees it.

@@ -121,8 +121,12 @@ repository() {
   fi
   printf '%s\n' "${at-refs/heads/main -}" "refs/heads/main -" "$branch -" "$branch $oid" >"$S/head"
   if [ ! -e .git ]; then
+    : >"$S/init"
+    sync "$S/init" "$S"
     git init -q --template= --object-format="$format" -b main "$W"
     if [ -f "$M/config" ]; then cat "$M/config" >>.git/config; fi
+    sync -f .git
+    rm -f "$S/init"
   fi
   mkdir -p .git/objects/pack
   if [ -f "$M/name" ]; then
@@ -147,8 +151,11 @@ fi
 
 if [ -n "$subdir" ]; then mkdir -p "./$subdir" 2>/dev/null || :; fi
 if [ "$archive" = 1 ]; then mv "$S/tree.new" "$S/tree.tar"; else rm -f "$S/tree.new" "$S/tree.tar"; fi
+printf '%s\n' "$tree" >"$S/baseline.new"
+# The index and the baseline name what is on the disk, and are there whole.
+sync -f "$S"
 mv "$new" "$S/index"
-printf '%s\n' "$tree" >"$S/baseline"
+mv "$S/baseline.new" "$S/baseline"
 printf '%s\n' "$kind" >"$S/kind"
 count=$(tr -cd '\0' <"$M/sent" | wc -c)
 mv "$M/sent" "$S/sent"

@@ -38,6 +38,8 @@ else
   fi
   sort -zu "$S/pending" "$M/gone" "$M/put" >"$S/pending.new"
   mv "$S/pending.new" "$S/pending"
+  # What is put from here on is known to be ours, whatever cuts this short.
+  sync -f "$S"
   sort -zu "$M/gone" >"$M/gone.sorted"
   if [ "$overwrite" = 1 ]; then
     xargs -0 -r rm -rf -- <"$M/gone.sorted"

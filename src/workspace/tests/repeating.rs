@@ -182,6 +182,43 @@ fn an_import_cut_off_anywhere_is_incomplete_and_can_be_done_again() {
     assert_eq!(changed, 1);
 }
 
+/// A guest that is killed has lost its power: what was written last is there by name, and empty.
+#[test]
+fn what_a_power_cut_leaves_of_the_first_import_is_made_anew() {
+    let site = Site::committed();
+    let state = PathBuf::from(&site.place.state_dir);
+    let mut payload = Vec::new();
+    site.begin().unwrap();
+    site.plan().unwrap().send(&mut payload, &[], &mut |_, _| {}, &cancel()).unwrap();
+    payload.truncate(payload.len() - 3072);
+    let _ = site.receive(payload, false);
+    for torn in ["git/HEAD", "git/config"] {
+        assert!(state.join(torn).exists(), "{torn}");
+        std::fs::write(state.join(torn), "").unwrap();
+    }
+    assert_eq!(site.prepare(), Vec::<String>::new());
+    site.assert_same_tree();
+    site.assert_same_status();
+    assert_eq!(site.export_patch().unwrap(), (Vec::new(), 0));
+}
+
+#[test]
+fn a_repository_that_a_power_cut_met_while_it_was_made_is_made_anew() {
+    let site = Site::committed();
+    let state = PathBuf::from(&site.place.state_dir);
+    site.begin().unwrap();
+    let git = site.guest().join(".git");
+    std::fs::create_dir_all(&git).unwrap();
+    std::fs::write(git.join("HEAD"), "").unwrap();
+    std::fs::write(state.join("init"), "").unwrap();
+    assert_eq!(site.prepare(), Vec::<String>::new());
+    site.assert_same_tree();
+    site.assert_same_status();
+    // One that the guest broke itself is the guest's.
+    std::fs::write(git.join("HEAD"), "").unwrap();
+    assert_eq!(site.prepare(), [".git/HEAD"]);
+}
+
 #[test]
 fn a_git_that_was_killed_is_in_nobodys_way() {
     let site = Site::committed();

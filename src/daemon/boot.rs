@@ -54,9 +54,9 @@ impl Daemon {
         let _place = self.admission.enter(&claim.cancel, &mut |ahead| {
             op.progress(&format!("waits for a boot to end ({ahead} ahead)"));
         })?;
-        if let Some(earlier) = row.identity.clone() {
+        if row.identity.is_some() {
             op.progress("end the vmm of an earlier start");
-            self.kill_vmm(&earlier)?;
+            self.kill_earlier(&row)?;
         }
         self.release_boot(&row.id, row.generation.saturating_sub(1))?;
         let image = self.images.get(&row.image)?;
@@ -64,6 +64,14 @@ impl Daemon {
         let mut boot = Boot { claim, row, image: &image, spec, running: None };
         self.acquire_all(&mut boot)?;
         self.await_guest(&mut boot)
+    }
+
+    /// Every VMM of this VM's, whichever start it is of.
+    fn kill_earlier(&self, row: &VmRow) -> Result<()> {
+        for tag in self.vmm.list(&format!("{}{}-", self.tag_prefix(), row.id))? {
+            self.vmm.find(&tag)?.map_or(Ok(()), |identity| self.kill_vmm(&identity))?;
+        }
+        Ok(())
     }
 
     fn await_guest(&self, boot: &mut Boot<'_>) -> Result<Running> {

@@ -71,7 +71,7 @@ impl Daemon {
     pub(super) fn identity(&self, row: &VmRow) -> Option<Identity> {
         let known = row.identity.clone();
         if let Some(identity) = known
-            && self.vmm.is_alive(&identity)
+            && self.vmm.is_ours(&identity, &self.tag(row))
         {
             return Some(identity);
         }

@@ -25,6 +25,9 @@ const EXIT_DEADLINE: Duration = Duration::from_secs(15);
 /// From the end of all operations until callers are hung up on who have not gone by themselves.
 const ANSWERS_GRACE: Duration = Duration::from_secs(1);
 const LOCK_FILE: &str = "lock";
+/// How long the lock of a daemon that has died is waited for, and the time between two tries.
+const HELD_BY_NOBODY_GRACE: Duration = Duration::from_secs(5);
+const HELD_BY_NOBODY_PERIOD: Duration = Duration::from_millis(20);
 /// Descriptors beside the connections': console and QMP sockets, disks, the database.
 const OPEN_FILES_RESERVE: u64 = 4096;
 
@@ -99,14 +102,20 @@ fn hold(state_dir: &Path) -> Result<File> {
     let fd = rustix::fs::open(&path, flags, rustix::fs::Mode::from_raw_mode(0o600))
         .map_err(|e| Error::io(format!("open {}", path.display()), e))?;
     let mut file = File::from(fd);
-    if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+    let deadline = Instant::now() + HELD_BY_NOBODY_GRACE;
+    while rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         let mut holder = String::new();
-        let _ = (&file).take(32).read_to_string(&mut holder);
-        return Err(Error::new(
-            Kind::Busy,
-            format!("the state directory {} is held by another fcd, process {}", state_dir.display(), holder.trim()),
-        )
-        .hint("stop that one, or give this one another directory with --state-dir and --socket"));
+        let _ = file.rewind().and_then(|()| (&file).take(32).read_to_string(&mut holder));
+        // One that was killed while it started a process leaves the lock to that process until it has become another program.
+        let is_dead = holder.trim().parse().is_ok_and(|pid| crate::host::process::arguments(pid).is_empty());
+        if !is_dead || Instant::now() > deadline {
+            return Err(Error::new(
+                Kind::Busy,
+                format!("the state directory {} is held by another fcd, process {}", state_dir.display(), holder.trim()),
+            )
+            .hint("stop that one, or give this one another directory with --state-dir and --socket"));
+        }
+        std::thread::sleep(HELD_BY_NOBODY_PERIOD);
     }
     let write = |file: &mut File| {
         file.set_len(0)?;
@@ -120,6 +129,22 @@ fn hold(state_dir: &Path) -> Result<File> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A child between fork and exec has all that its parent had, and may come to its exec after its parent's death.
+    #[test]
+    fn the_lock_of_a_dead_daemon_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = hold(dir.path()).unwrap();
+        // Above every real one (proc(5), pid_max).
+        std::fs::write(dir.path().join(LOCK_FILE), "4194305\n").unwrap();
+        let waits = std::thread::scope(|scope| {
+            let next = scope.spawn(|| hold(dir.path()).map(drop));
+            std::thread::park_timeout(HELD_BY_NOBODY_PERIOD * 5);
+            drop(held);
+            next.join().unwrap()
+        });
+        waits.unwrap();
+    }
 
     #[test]
     fn the_second_daemon_hears_who_holds_the_directory() {

@@ -319,6 +319,10 @@ impl Driver for Fake {
         self.with(identity, |vmm| vmm.end.is_none()).unwrap_or(false)
     }
 
+    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
+        self.with(identity, |vmm| vmm.end.is_none() && vmm.spec.tag == tag).unwrap_or(false)
+    }
+
     fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
         let Some(gone) = self.with(identity, |vmm| vmm.gone.clone()) else { return Ok(true) };
         let _blocking = region(Rank::VmmApi);

@@ -116,6 +116,10 @@ pub trait Driver: Send + Sync {
     /// Whether it lives still. A zombie does not.
     fn is_alive(&self, identity: &Identity) -> bool;
 
+    /// Whether it lives still and is the VMM with this tag: a number that somebody else's process has by now, or that somebody
+    /// wrote, is nobody to adopt or to end.
+    fn is_ours(&self, identity: &Identity, tag: &str) -> bool;
+
     /// Waits until the process has exited; false when the deadline or the cancel came first.
     fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool>;
 

@@ -107,6 +107,11 @@ impl Host {
         Self::prepared("", Some(&|at| SmallDisk::in_memory(at, size_mib)))
     }
 
+    /// The same with room for so many files.
+    pub fn on_few_inodes(count: u64) -> Self {
+        Self::prepared("", Some(&|at| SmallDisk::of_few_inodes(at, count)))
+    }
+
     /// The same on XFS, whose files share blocks.
     pub fn on_xfs() -> Self {
         Self::prepared("", Some(&SmallDisk::xfs))
@@ -342,6 +347,10 @@ impl SmallDisk {
         Self::mount(at, &["-t", "tmpfs", "-o", &format!("size={size_mib}M,mode=711"), "fcd-test"])
     }
 
+    fn of_few_inodes(at: PathBuf, count: u64) -> Self {
+        Self::mount(at, &["-t", "tmpfs", "-o", &format!("size=1G,nr_inodes={count},mode=711"), "fcd-test"])
+    }
+
     fn xfs(at: PathBuf) -> Self {
         let file = at.with_extension("xfs");
         fs::File::create(&file).unwrap().set_len(XFS_BYTES).unwrap();
@@ -369,6 +378,23 @@ impl SmallDisk {
         if more > 0 {
             nix::fcntl::posix_fallocate(&file, from as i64, more as i64).unwrap();
         }
+    }
+
+    /// Takes every inode.
+    pub fn fill_inodes(&self) {
+        let dir = self.0.join("inodes");
+        fs::create_dir(&dir).unwrap();
+        let made = (0..).map(|n| fs::File::create(dir.join(format!("{n}")))).find_map(Result::err).unwrap();
+        assert_eq!(made.kind(), std::io::ErrorKind::StorageFull);
+    }
+
+    pub fn free_inodes(&self) {
+        fs::remove_dir_all(self.0.join("inodes")).unwrap();
+    }
+
+    /// Nothing on it can be changed, or can again.
+    pub fn set_read_only(&self, is_so: bool) {
+        run(Command::new("mount").args(["-o", if is_so { "remount,ro" } else { "remount,rw" }]).arg(&self.0));
     }
 
     pub fn free(&self) {

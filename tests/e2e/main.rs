@@ -7,6 +7,7 @@ mod copies;
 mod disks;
 mod exec;
 mod export;
+mod faults;
 mod first_light;
 mod full_disk;
 mod host;

@@ -62,6 +62,9 @@ impl Driver for Panics {
     fn is_alive(&self, identity: &Identity) -> bool {
         self.inner.is_alive(identity)
     }
+    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
+        self.inner.is_ours(identity, tag)
+    }
     fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
         self.inner.wait_exit(identity, deadline, cancel)
     }

@@ -141,6 +141,9 @@ impl Driver for PointDriver {
     fn is_alive(&self, identity: &Identity) -> bool {
         self.0.is_alive(identity)
     }
+    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
+        self.0.is_ours(identity, tag)
+    }
     fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
         self.0.wait_exit(identity, deadline, cancel)
     }

@@ -73,7 +73,7 @@ impl Qemu {
     }
 
     fn spawn(&self, spec: &VmmSpec, picked: &Picked) -> Result<(Process, OwnedFd)> {
-        let io = |e: std::io::Error| Error::io("make the VMM's files", e);
+        let io = |e: std::io::Error| Error::io(format!("open {}", spec.dir.join(VMM_LOG).display()), e);
         let dir = open_dir(&spec.dir)?;
         let run = make_run_dir(&dir, spec.credentials)?;
         let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::TRUNC;
@@ -261,6 +261,10 @@ impl Driver for Qemu {
 
     fn is_alive(&self, identity: &Identity) -> bool {
         process::is_alive(identity)
+    }
+
+    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
+        self.verify(identity, tag).is_ok_and(|process| process.is_some())
     }
 
     fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {

@@ -1,0 +1,261 @@
+//! What a host can run out of, take away, or put in the way: typed errors, nothing half made, and a daemon that recovers by itself.
+
+use crate::host::{Host, text, vmm_processes, wait_for};
+use serde_json::Value;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// More than a start needs and less than a few hundred files take.
+const INODES: u64 = 400;
+/// Less than a guest's memory.
+const LITTLE_BYTES: u64 = 384 << 20;
+const IDLE: usize = 10_000;
+const CALLS: usize = 200;
+/// What ten thousand callers may cost a daemon that holds few of them.
+const RSS_KIB_MAX: u64 = 128 << 10;
+
+#[track_caller]
+fn refused(out: &Output, status: i32, kinds: &[&str]) {
+    let (stdout, stderr) = text(out);
+    let error: Value = serde_json::from_str(&stderr).unwrap_or_else(|_| panic!("{:?} {stdout}{stderr}", out.status));
+    let kind = error["error"]["kind"].as_str().unwrap();
+    assert!(out.status.code() == Some(status) && kinds.contains(&kind), "{:?} {stderr}", out.status);
+    assert!(error["error"]["hint"].is_string(), "{stderr}");
+}
+
+fn begins_again(host: &Host, vm: &str) {
+    wait_for("a start succeeds again", || host.fcctl(&["start", vm]).status.success().then_some(()));
+    assert_eq!(host.sh(vm, "echo well"), "well\n");
+    host.ok(&["rm", "-f", vm]);
+}
+
+#[test]
+fn no_inode_is_left() {
+    let host = Host::on_few_inodes(INODES);
+    host.ok(&["vm", "create", "--name", "a"]);
+    host.ok(&["vm", "create", "--name", "gone"]);
+    let before = host.census();
+    host.disk().fill_inodes();
+    refused(&host.fcctl(&["--json", "start", "a"]), 1, &["disk_full"]);
+    assert_eq!(host.census(), before);
+    host.ok(&["rm", "gone"]);
+    assert!(host.ok(&["ps", "-a"]).contains("failed"));
+    host.disk().free_inodes();
+    begins_again(&host, "a");
+}
+
+/// What happens to a daemon that runs is shown by the store's own tests: a file system with open files does not become read-only.
+#[test]
+fn a_daemon_does_not_start_where_it_cannot_write() {
+    let mut host = Host::on_small_disk(640);
+    host.ok(&["vm", "create", "--name", "a"]);
+    host.stop_daemon();
+    host.disk().set_read_only(true);
+    let mut fcd = Command::new("timeout");
+    fcd.args(["30", crate::host::FCD, "--state-dir"]).arg(host.state()).arg("--socket").arg(host.path().join("other.sock"));
+    let out = fcd.stdin(Stdio::null()).output().unwrap();
+    let said = text(&out).1;
+    assert!(matches!(out.status.code(), Some(1 | 78)), "{:?} {said}", out.status);
+    assert!(said.contains("Read-only file system") && said.contains(host.state().to_str().unwrap()), "{said}");
+    host.disk().set_read_only(false);
+    host.relaunch();
+    begins_again(&host, "a");
+}
+
+/// Sets a limit of the daemon's (prlimit(1)), soft only.
+fn limit(host: &Host, name: &str, value: &str) {
+    let status = Command::new("prlimit").arg(format!("--pid={}", host.pid())).arg(format!("--{name}={value}:")).status();
+    assert!(status.unwrap().success());
+}
+
+/// The soft limit of open files that it gave itself.
+fn open_files_max(host: &Host) -> String {
+    let limits = fs::read_to_string(format!("/proc/{}/limits", host.pid())).unwrap();
+    let line = limits.lines().find_map(|l| l.strip_prefix("Max open files")).unwrap();
+    line.split_whitespace().next().unwrap().to_owned()
+}
+
+fn open_files(pid: u32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
+fn status_kib(pid: u32, name: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|l| l.strip_prefix(name)).unwrap();
+    line.trim_start_matches(':').trim().trim_end_matches(" kB").trim().parse().unwrap()
+}
+
+/// Clock ticks of CPU time (proc(5), stat: utime and stime).
+fn cpu_ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[test]
+fn no_descriptor_and_no_memory_is_left() {
+    let host = Host::start();
+    host.ok(&["vm", "create", "--name", "a"]);
+    let (at_rest, files_max) = (open_files(host.pid()), open_files_max(&host));
+    // Room for the call, not for what a boot opens; room for the daemon, not for a guest: its VMM has the same limit. A daemon
+    // that gets no memory itself is ended by its allocator, as every program of Rust's.
+    let little = (status_kib(host.pid(), "VmSize") << 10) + LITTLE_BYTES;
+    for (name, few) in [("nofile", (at_rest + 3).to_string()), ("as", little.to_string())] {
+        limit(&host, name, &few);
+        let out = host.fcctl(&["--json", "start", "a"]);
+        assert!(!out.status.success(), "{name}: {:?}", text(&out));
+        limit(&host, name, if name == "as" { "unlimited" } else { &files_max });
+        wait_for("what was begun is undone", || vmm_processes(&host.state()).is_empty().then_some(()));
+        assert!(["created", "failed"].contains(&host.show("a", "state").as_str().unwrap()));
+    }
+    // Callers for whom there is no descriptor hear so at once, and cost nothing.
+    limit(&host, "nofile", &open_files(host.pid()).to_string());
+    let answers: Vec<String> = (0..20)
+        .map(|_| {
+            let mut stream = UnixStream::connect(host.socket()).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            // One that is refused is closed already.
+            let _ = stream.write_all(b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"fcd.info\"}\n");
+            let mut answer = [0; 4096];
+            let len = stream.read(&mut answer).unwrap();
+            String::from_utf8_lossy(&answer[..len]).into_owned()
+        })
+        .collect();
+    assert!(answers.iter().all(|a| a.contains("\"jsonrpc\"")), "{answers:?}");
+    let (begun, ticks) = (Instant::now(), cpu_ticks(host.pid()));
+    wait_for("a second has passed", || (begun.elapsed() > Duration::from_secs(1)).then_some(()));
+    let busy = cpu_ticks(host.pid()) - ticks;
+    assert!(busy < 30, "{busy} clock ticks in a second: it spins");
+    limit(&host, "nofile", &files_max);
+    begins_again(&host, "a");
+}
+
+/// The daemon dies; what it knows of its VMM points to somebody else's process.
+#[test]
+fn a_stored_pid_is_somebody_elses() {
+    let mut host = Host::start();
+    host.boot("a");
+    let shown = host.json(&["vm", "show", "a"]);
+    let vmm = vmm_processes(&host.state());
+    let mut bystander = Command::new("sleep").arg("1000").spawn().unwrap();
+    let stat = fs::read_to_string(format!("/proc/{}/stat", bystander.id())).unwrap();
+    let started: u64 = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap().parse().unwrap();
+    let db = host.state().join("fcd.db");
+    // The pid alone, and with the bystander's own start time, too: it is none of ours by its program and arguments.
+    for own_start in [false, true] {
+        host.kill_daemon();
+        for pid in vmm_processes(&host.state()) {
+            crate::host::signal(pid, "KILL");
+        }
+        wait_for("the vmm is gone", || vmm_processes(&host.state()).is_empty().then_some(()));
+        let c = rusqlite::Connection::open(&db).unwrap();
+        // What else is not on the disk yet stays in the log, as after a crash.
+        c.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).unwrap();
+        let (id, body): (String, String) = c.query_row("SELECT id, body FROM vms", [], |r| Ok((r.get(0)?, r.get(1)?))).unwrap();
+        let mut row: Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(id, shown["id"].as_str().unwrap());
+        row["identity"]["pid"] = bystander.id().into();
+        if own_start {
+            row["identity"]["start_time"] = started.into();
+        }
+        c.execute("UPDATE vms SET body = ?1 WHERE id = ?2", [row.to_string(), id]).unwrap();
+        drop(c);
+        host.relaunch();
+        wait_for("it is seen to be gone", || (host.show("a", "state") == "failed").then_some(()));
+        host.ok(&["stop", "a"]);
+        assert_eq!(bystander.try_wait().unwrap(), None, "own start: {own_start}");
+        host.ok(&["start", "a"]);
+        assert_eq!(bystander.try_wait().unwrap(), None, "own start: {own_start}");
+    }
+    host.ok(&["rm", "-f", "a"]);
+    assert_eq!(bystander.try_wait().unwrap(), None);
+    assert_eq!(vmm.len(), 1);
+    bystander.kill().unwrap();
+    bystander.wait().unwrap();
+}
+
+/// Whoever can write there puts links where the daemon and the VMM write.
+#[test]
+fn links_in_a_vms_directory_lead_nowhere() {
+    let host = Host::start();
+    host.boot("a");
+    host.ok(&["stop", "a"]);
+    let dir = host.state().join("vms").join(host.show("a", "id").as_str().unwrap());
+    let canary = host.path().join("canary");
+    fs::write(&canary, "sings").unwrap();
+    let is_well = |at: &str| {
+        let meta = fs::metadata(&canary).unwrap();
+        assert_eq!((fs::read_to_string(&canary).unwrap().as_str(), meta.uid(), meta.nlink()), ("sings", 0, 1), "{at}");
+        assert_eq!(meta.mode() & 0o777, 0o644 & meta.mode(), "{at}");
+    };
+    let before = fs::metadata(&canary).unwrap().mode();
+    for name in
+        ["console.log", "vmm.log", "seed", "run/qmp.sock", "run/control.sock", "run/console.sock", ".seed.new", ".disk.new"]
+    {
+        let path = dir.join(name);
+        let _ = fs::remove_file(&path);
+        symlink(&canary, &path).unwrap();
+        let out = host.fcctl(&["start", "a"]);
+        is_well(name);
+        if !out.status.success() {
+            // Refused, and says what is in the way.
+            assert!(text(&out).1.contains(Path::new(name).file_name().unwrap().to_str().unwrap()), "{name}: {:?}", text(&out));
+            let _ = fs::remove_file(&path);
+        }
+        host.ok(&["stop", "--force", "a"]);
+        let _ = fs::remove_file(&path);
+    }
+    host.ok(&["start", "a"]);
+    assert_eq!(fs::metadata(&canary).unwrap().mode(), before);
+}
+
+/// More than the limits let in: these are refused at once, the others are served, and all of it costs little.
+#[test]
+fn ten_thousand_idle_callers() {
+    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, 2 * IDLE as u64, 2 * IDLE as u64).unwrap();
+    let host = Host::start();
+    host.ok(&["vm", "create", "--name", "a"]);
+    let files = open_files(host.pid());
+    let p50 = || {
+        let mut took: Vec<Duration> = (0..CALLS)
+            .map(|_| {
+                let begun = Instant::now();
+                assert_eq!(host.rpc("vm.show", serde_json::json!({"vm": "a"}))["result"]["vm"]["name"], "a");
+                begun.elapsed()
+            })
+            .collect();
+        took.sort();
+        took[CALLS / 2]
+    };
+    let alone = p50();
+    // As nobody: root's own places are not theirs to take. Who is refused is hung up on.
+    fs::set_permissions(host.socket(), fs::Permissions::from_mode(0o666)).unwrap();
+    let connect = format!(
+        "use IO::Socket::UNIX; my @s; for (1..{IDLE}) {{ my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or next; push @s, $s }} \
+         print scalar(@s), \"\\n\"; close STDOUT; <STDIN>"
+    );
+    let mut idle = Command::new("setpriv")
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups", "perl", "-e", &connect])
+        .arg(host.socket())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut connected = String::new();
+    idle.stdout.take().unwrap().read_to_string(&mut connected).unwrap();
+    let beside = p50();
+    let held = open_files(host.pid()) - files;
+    let rss = status_kib(host.pid(), "VmRSS");
+    println!("{} connected, {held} held, {rss} KiB; a call takes {alone:?} alone, {beside:?} beside", connected.trim());
+    assert!(connected.trim().parse::<usize>().unwrap() > IDLE / 2, "{connected}");
+    assert!(held < 1200 && rss < RSS_KIB_MAX, "{held} descriptors more, {rss} KiB");
+    assert!(beside < alone * 10 + Duration::from_millis(10), "{alone:?} alone, {beside:?} beside them");
+    drop(idle.stdin.take());
+    idle.wait().unwrap();
+    wait_for("they are gone", || (open_files(host.pid()) <= files + 2).then_some(()));
+}

@@ -404,3 +404,37 @@ fn a_difference_of_versions_is_told_once() {
     assert_eq!(fcctl(&fake, &["ps"]).status, 5);
     assert_eq!(fcctl(&fake, &["exec", "x", "--", "true"]).status, 125);
 }
+
+/// The words of a line of the README: what comes after two spaces says what it does. Quotes group.
+fn commands(line: &str) -> Vec<Vec<String>> {
+    let (mut all, mut words, mut word, mut is_quoted) = (Vec::new(), Vec::new(), String::new(), false);
+    let line = line.trim_start().trim_start_matches("$ ");
+    let shown = line.split("  ").next().unwrap_or_default();
+    for c in shown.chars().chain([' ', ';']) {
+        match c {
+            '\'' => is_quoted = !is_quoted,
+            ' ' | ';' | '|' if !is_quoted => {
+                words.extend(Some(std::mem::take(&mut word)).filter(|w| !w.is_empty()));
+                if c != ' ' {
+                    all.push(std::mem::take(&mut words));
+                }
+            }
+            c => word.push(c),
+        }
+    }
+    all
+}
+
+#[test]
+fn what_the_readme_shows_can_be_said() {
+    use clap::Parser;
+    let readme = include_str!("../../README.md");
+    let lines = readme.lines().filter(|l| l.starts_with("    ") && !l.contains(": "));
+    let shown: Vec<_> = lines.flat_map(commands).filter(|words| words.first().is_some_and(|w| w == "fcctl")).collect();
+    assert!(shown.len() > 15, "{shown:?}");
+    for words in shown {
+        if let Err(e) = super::Cli::try_parse_from(&words) {
+            panic!("{}: {e}", words.join(" "));
+        }
+    }
+}

@@ -115,6 +115,16 @@ impl Daemon {
         }
     }
 
+    /// What the host could not do when the daemon started (its disk was full) it may do now. But the device of a snapshot would be
+    /// in no ledger: the claim did not know of it.
+    fn probe_again(&self) -> Result<Method> {
+        let now = super::room::probe(&self.config, &self.config.state_dir)?.method;
+        match &self.disk_probe {
+            Err(e) if now == Method::DmSnapshot => Err(e.clone().hint("start fcd again: the host can make root disks now")),
+            _ => Ok(now),
+        }
+    }
+
     /// Where a disk made so is, or its changes are.
     pub(super) fn disk_path(&self, vm: &VmId, method: Method) -> PathBuf {
         self.vm_dir(vm).join(if method == Method::DmSnapshot { CHANGES_FILE } else { DISK_FILE })
@@ -122,10 +132,7 @@ impl Daemon {
 
     pub(super) fn prepare_disk(&self, row: &VmRow, image: &ImageInfo, spec: &VmmSpec, claim: &Claim) -> Result<()> {
         let commands = self.commands.as_ref();
-        let method = match self.disk_method(row) {
-            Some(method) => method,
-            None => self.disk_probe.clone()?.method,
-        };
+        let method = self.disk_method(row).map_or_else(|| self.probe_again(), Ok)?;
         let path = self.disk_path(&row.id, method);
         if row.disk_driver.is_some() && path.exists() {
             return disk::grow(commands, &path, method, row.disk_bytes, &claim.cancel);

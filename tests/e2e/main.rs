@@ -1,6 +1,7 @@
 //! End to end: real daemons, real guests, real repositories. Nothing here is skipped: what is missing fails.
 #![allow(clippy::disallowed_methods)] // Tests start processes of their own.
 
+mod another_host;
 mod big;
 mod bridge;
 mod copies;
@@ -18,5 +19,4 @@ mod promise;
 #[path = "../it/lock_fuzz/random.rs"]
 mod random;
 mod soak;
-mod test_host;
 mod tree;

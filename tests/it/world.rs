@@ -45,7 +45,7 @@ pub fn soon() -> Instant {
     Instant::now() + SOON
 }
 
-/// In a test host every world has its root disks on real snapshot devices: see `tests/e2e/test_host.rs`.
+/// In a test host every world has its root disks on real snapshot devices: see `tests/e2e/another_host.rs`.
 pub const REAL_DISKS: &str = "FCD_TEST_DM_SNAPSHOT";
 
 /// Host commands: `qemu-img` that makes just a header, and `dmsetup` in a test host.

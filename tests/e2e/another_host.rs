@@ -1,5 +1,6 @@
-//! The test host: a VM of ours that is a host itself, with what this one's kernel does not have: device-mapper, and a virtualisation
-//! that runs stock kernels (KVM nested in the emulated processor). The built programs and the tests go into it as they are.
+//! The test host: a VM of ours that is a host itself, with what this one's kernel does not have: device-mapper, and a
+//! virtualisation that runs stock kernels (KVM nested in the emulated processor). The built programs and the tests go into it as
+//! they are. It takes longest, so its name comes first.
 
 use crate::host::{FCCTL, FCD, Host, cached_image, image};
 use std::path::{Path, PathBuf};

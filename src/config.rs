@@ -1,6 +1,9 @@
 //! Configuration: flags over environment over a TOML file over defaults. Pure validation.
 
 mod network;
+mod sync;
+
+pub use sync::SyncedFile;
 
 pub use network::{INTERFACE_NAME_LEN_MAX, Network, NetworkDriver, Subnet};
 
@@ -156,6 +159,7 @@ pub struct File {
     pub qemu: Qemu,
     pub disk: Disk,
     pub network: Network,
+    pub sync: Vec<SyncedFile>,
 }
 
 /// What the flags said.
@@ -204,6 +208,7 @@ pub struct Config {
     pub qemu: Qemu,
     pub disk: Disk,
     pub network: Network,
+    pub sync: Vec<SyncedFile>,
 }
 
 impl Config {
@@ -238,6 +243,7 @@ impl Config {
             qemu: file.qemu,
             disk: file.disk,
             network: file.network,
+            sync: file.sync,
         };
         config.validate().map_err(|e| e.hint(format!("change it in {}", path.display())))?;
         Ok(config)
@@ -265,6 +271,7 @@ impl Config {
         {
             return bad("qemu.uid_base must be at least 1000 and the range must fit 32 bits");
         }
+        sync::validate(&self.sync)?;
         self.network.validate()
     }
 }
@@ -340,6 +347,7 @@ mod tests {
             qemu: file.qemu,
             disk: file.disk,
             network: file.network,
+            sync: file.sync,
         };
         assert!(c.validate().is_err());
     }

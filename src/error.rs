@@ -78,6 +78,8 @@ kinds! {
     NameTaken => AlreadyExists, "name_taken";
     /// The place to write to holds something already.
     TargetExists => AlreadyExists, "target_exists";
+    /// Another VM, or a program of the host's, has the port.
+    PortTaken => AlreadyExists, "port_taken";
     /// A parameter is out of its range or not of its form.
     InvalidArgument => InvalidArgument, "invalid_argument";
     /// An id prefix that fits several VMs.

@@ -8,6 +8,7 @@ pub mod fault;
 pub mod frame;
 pub mod image;
 pub mod op;
+pub mod port;
 pub mod stream;
 pub mod vm;
 pub mod workspace;

@@ -1,6 +1,7 @@
 //! VMs.
 
 use super::calls;
+use super::port::Port;
 use crate::ids::{ImageRef, OpId, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
@@ -97,7 +98,13 @@ pub struct Vm {
     pub vcpus: u32,
     pub mem_mib: u64,
     pub disk_bytes: u64,
+    /// Of a second disk, which the guest has at `/work`.
+    #[serde(default)]
+    pub work_disk_bytes: Option<u64>,
     pub net: Net,
+    /// Ports of the host that lead into the guest.
+    #[serde(default)]
+    pub ports: Vec<Port>,
     /// Settings that `vm.set` changed and that the running guest does not have yet.
     pub pending: Option<Pending>,
     /// Deleted when its holder goes or it stops.
@@ -145,9 +152,15 @@ pub struct VmCreateRequest {
     pub mem_mib: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
+    /// Size of a second, empty disk, which the guest has at `/work`; it lives as long as the VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub work_disk_bytes: Option<u64>,
     /// `nat` when not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net: Option<Net>,
+    /// Each port of the host is one VM's, from its creation to its deletion.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<Port>,
     /// The daemon deletes it when it stops, when its holder goes, or when the daemon restarts without one.
     #[serde(default)]
     pub rm: bool,

@@ -62,6 +62,9 @@ fn tell(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
     };
     let mut made = make(ctx, interrupts, args.name, args.shape, args.rm)?;
     ctx.note(&format!("vm {}", made.vm.name));
+    for port in &made.vm.ports {
+        ctx.note(&format!("port {}", super::vm::port_line(port)));
+    }
     let vm = made.vm.name.to_string();
     let ended = match boot(ctx, interrupts, &mut made, source.map(|s| (s, args.workspace))) {
         Ok(()) => exec::execute(ctx, interrupts, &mut made.client, &vm, spec),
@@ -88,7 +91,9 @@ fn make(ctx: &mut Context, interrupts: &Interrupts, name: Option<VmName>, shape:
         vcpus: shape.vcpus,
         mem_mib: shape.memory,
         disk_bytes: None,
+        work_disk_bytes: shape.work_disk,
         net: shape.net,
+        ports: shape.ports,
         rm,
         hold: rm,
     };

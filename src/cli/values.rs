@@ -1,5 +1,6 @@
 //! Values on the command line: sizes, durations, environment variables.
 
+use crate::api::port::{Port, Protocol, loopback};
 use crate::api::vm::Net;
 use crate::error::{Error, Result};
 use std::path::Path;
@@ -31,6 +32,27 @@ pub fn parse_mem_mib(text: &str) -> Result<u64, String> {
         return Ok(bytes >> 20);
     }
     Err("memory goes by whole MiB, as in 512M or 2G".to_owned())
+}
+
+/// `[[ADDR:]HOST:]GUEST[/tcp|udp]`, as docker has it, but for this host alone when no address is given. Without a port of the
+/// host's one is picked.
+pub fn parse_port(text: &str) -> Result<Port, String> {
+    let form = || "give [[ADDR:]HOST:]GUEST[/udp], as in 8080:80, 0.0.0.0:8080:80 or 80".to_owned();
+    let (rest, protocol) = match text.rsplit_once('/') {
+        None | Some((_, "tcp")) => (text.trim_end_matches("/tcp"), Protocol::Tcp),
+        Some((rest, "udp")) => (rest, Protocol::Udp),
+        Some(_) => return Err(form()),
+    };
+    let number = |text: &str| text.parse::<u16>().map_err(|_| form());
+    let host = |text: &str| if text.is_empty() { Ok(0) } else { number(text) };
+    let parts: Vec<&str> = rest.split(':').collect();
+    let (host_addr, host_port, guest_port) = match parts.as_slice() {
+        [guest] => (loopback(), 0, number(guest)?),
+        [port, guest] => (loopback(), number(port)?, number(guest)?),
+        [address, port, guest] => (address.parse().map_err(|_| form())?, host(port)?, number(guest)?),
+        _ => return Err(form()),
+    };
+    if guest_port == 0 { Err(form()) } else { Ok(Port { host_addr, host_port, guest_port, protocol }) }
 }
 
 pub fn parse_net(text: &str) -> Result<Net, String> {
@@ -140,6 +162,24 @@ mod tests {
         assert_eq!(parse_mem_mib("2G"), Ok(2048));
         for bad in ["0", "1K", "1"] {
             assert!(parse_mem_mib(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ports() {
+        let of = |text: &str| parse_port(text).map(|p| (p.to_string(), p.guest_port));
+        for (text, host, guest) in [
+            ("80", "127.0.0.1:0/tcp", 80),
+            ("8080:80", "127.0.0.1:8080/tcp", 80),
+            ("8080:80/tcp", "127.0.0.1:8080/tcp", 80),
+            ("5353:53/udp", "127.0.0.1:5353/udp", 53),
+            ("0.0.0.0:8080:80", "0.0.0.0:8080/tcp", 80),
+            ("192.0.2.1::80", "192.0.2.1:0/tcp", 80),
+        ] {
+            assert_eq!(of(text), Ok((host.to_owned(), guest)), "{text}");
+        }
+        for bad in ["", "x", "0", "8080:0", "65536", "80:", ":80", "a:1:2", "1:2:3:4", "80/sctp", "80/", "::1:80:80", "-1:80", "/udp"] {
+            assert!(parse_port(bad).is_err(), "{bad}");
         }
     }
 

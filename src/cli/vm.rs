@@ -2,8 +2,9 @@
 
 use super::context::Context;
 use super::output::{self, age, count, size};
-use super::values::{parse_duration, parse_mem_mib, parse_net, parse_size, timeout_ms};
+use super::values::{parse_duration, parse_mem_mib, parse_net, parse_port, parse_size, timeout_ms};
 use crate::api::Empty;
+use crate::api::port::Port;
 use crate::api::vm::{
     Net, Synced, Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteReply, VmDeleteRequest, VmKill, VmList, VmListRequest, VmPrune,
     VmRequest, VmRestart, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest,
@@ -33,6 +34,8 @@ pub enum Verb {
     List(ListArgs),
     /// Show all about VMs
     Show(Targets),
+    /// List the ports of this host that lead to a VM's
+    Ports(Targets),
     /// Change vCPUs, memory or disk, from the next start
     Set(SetArgs),
     /// Show a VM's console
@@ -70,6 +73,13 @@ pub struct Shape {
     /// What the guest may reach: nat is out through this host, none is nothing
     #[arg(long, value_name = "nat|none", value_parser = parse_net)]
     pub net: Option<Net>,
+    /// Lead a port of this host to one of the guest's: [[ADDR:]HOST:]GUEST[/udp]; without ADDR for 127.0.0.1, without HOST for one
+    /// that is free
+    #[arg(short = 'p', long = "publish", value_name = "PORT", value_parser = parse_port)]
+    pub ports: Vec<Port>,
+    /// Size of a second, empty disk, which the guest has at /work, as in 20G
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub work_disk: Option<u64>,
 }
 
 #[derive(clap::Args, Debug)]
@@ -158,6 +168,7 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::Delete(args) => delete(ctx, args),
         Verb::List(args) => list(ctx, args),
         Verb::Show(args) => show(ctx, args),
+        Verb::Ports(args) => ports(ctx, args),
         Verb::Set(args) => set(ctx, args),
         Verb::Logs(args) => super::logs::run(ctx, args),
         Verb::Wait(args) => wait(ctx, args),
@@ -177,7 +188,9 @@ fn create(ctx: &mut Context, args: CreateArgs) -> Result<u8> {
         vcpus: args.shape.vcpus,
         mem_mib: args.shape.memory,
         net: args.shape.net,
+        ports: args.shape.ports,
         disk_bytes: args.disk,
+        work_disk_bytes: args.shape.work_disk,
         rm: false,
         hold: false,
     };
@@ -318,10 +331,12 @@ fn sheet(vm: &Vm, now_s: u64) -> String {
     add("vcpus", Some(vm.vcpus.to_string()));
     add("memory", Some(size(vm.mem_mib << 20)));
     add("disk", Some(size(vm.disk_bytes) + &vm.disk_driver.as_ref().map(|d| format!(" ({d})")).unwrap_or_default()));
+    add("work disk", vm.work_disk_bytes.map(size));
     add("next start", vm.pending.as_ref().map(|p| settings(p.vcpus, p.mem_mib, p.disk_bytes)));
     add("driver", vm.driver.clone());
     add("process", vm.pid.map(|pid| pid.to_string()));
     add("network", (vm.net == Net::None).then(|| "none".to_owned()));
+    add("ports", (!vm.ports.is_empty()).then(|| vm.ports.iter().map(port_line).collect::<Vec<_>>().join(", ")));
     add("ssh", vm.ssh_addr.map(|a| a.to_string()));
     add("created", Some(age(now_s, vm.created_at)));
     add("started", vm.started_at.map(|at| age(now_s, at)));
@@ -345,6 +360,23 @@ fn sheet(vm: &Vm, now_s: u64) -> String {
     }
     let line = |(name, value): &(&str, String)| format!("{name:<11} {}\n", output::harmless_line(value));
     facts.iter().map(line).collect()
+}
+
+/// As docker has it: `80/tcp -> 127.0.0.1:8080`.
+pub fn port_line(port: &Port) -> String {
+    format!("{}/{} -> {}:{}", port.guest_port, port.protocol.name(), port.host_addr, port.host_port)
+}
+
+fn ports(ctx: &mut Context, args: Targets) -> Result<u8> {
+    let several = args.vms.len() > 1;
+    ctx.for_each(&args.vms, |ctx, client, vm| {
+        let vm = client.call::<VmShow>(&VmRequest { vm: vm.to_owned() })?.vm;
+        if !ctx.json {
+            let name = if several { format!("{}: ", vm.name) } else { String::new() };
+            ctx.text(&vm.ports.iter().map(|port| format!("{name}{}\n", port_line(port))).collect::<String>())?;
+        }
+        Ok(vm.ports)
+    })
 }
 
 pub fn settings(vcpus: Option<u32>, mem_mib: Option<u64>, disk_bytes: Option<u64>) -> String {

@@ -4,7 +4,7 @@
 use super::Daemon;
 use super::lifecycle::Claim;
 use crate::api::exec::Exit;
-use crate::disk::{self, KeyPair, Method, RootSpec, Seed};
+use crate::disk::{self, KeyPair, Method, RootSpec, SeedFile};
 use crate::error::{Error, Kind, Result};
 use crate::guest::{Script, Target, run_script};
 use crate::ids::VmId;
@@ -22,6 +22,7 @@ const HOST_KEY_FILE: &str = "host_key";
 const USER_KEY_COMMENT: &str = "fcd";
 const SEED_FILE: &str = "seed";
 pub(super) const DISK_FILE: &str = "disk";
+pub(super) const WORK_DISK_FILE: &str = "work";
 /// What a snapshot's guest has changed.
 const CHANGES_FILE: &str = "changes";
 
@@ -31,7 +32,20 @@ pub(super) struct Boot<'a> {
     pub row: VmRow,
     pub image: &'a ImageInfo,
     pub spec: VmmSpec,
+    /// What is copied into the guest.
+    pub files: Vec<SeedFile>,
     pub running: Option<Running>,
+}
+
+impl Boot<'_> {
+    /// An init that does not know of it would leave it out in silence.
+    pub(super) fn needs_guest(&self, what: &str) -> Result<()> {
+        if self.row.guest_version >= 1 {
+            return Ok(());
+        }
+        let message = format!("give vm {} {what}: its disk was made from an image that an earlier fcd built", self.row.name);
+        Err(Error::new(Kind::Unsupported, message).hint("build the image again (fcctl image build), and make a new VM from it"))
+    }
 }
 
 impl Daemon {
@@ -61,7 +75,7 @@ impl Daemon {
         self.release_boot(&row.id, row.generation.saturating_sub(1))?;
         let image = self.images.get(&row.image)?;
         let spec = self.spec(&row, &image);
-        let mut boot = Boot { claim, row, image: &image, spec, running: None };
+        let mut boot = Boot { claim, row, image: &image, spec, files: Vec::new(), running: None };
         self.acquire_all(&mut boot)?;
         self.await_guest(&mut boot)
     }
@@ -98,6 +112,7 @@ impl Daemon {
                 Some(Method::Qcow2) | None => DiskFormat::Qcow2,
             },
             seed: dir.join(SEED_FILE),
+            work_disk: row.work_disk_bytes.map(|_| dir.join(WORK_DISK_FILE)),
             vcpus: row.vcpus,
             mem_mib: row.mem_mib,
             credentials: self.credentials(row),
@@ -141,7 +156,12 @@ impl Daemon {
         let reporter = claim.op().reporter();
         let told = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
         disk::make_root(commands, &wanted, &claim.cancel, told)?;
-        let ((), ticket) = self.store.change(|tx| tx.update_vm(&row.id, |r| r.disk_driver = Some(method.name().to_owned())))?;
+        let ((), ticket) = self.store.change(|tx| {
+            tx.update_vm(&row.id, |r| {
+                r.disk_driver = Some(method.name().to_owned());
+                r.guest_version = image.guest_version;
+            })
+        })?;
         self.wait_durable(ticket)
     }
 
@@ -151,26 +171,14 @@ impl Daemon {
         nix::unistd::geteuid().is_root().then_some((qemu.uid_base + row.slot, qemu.uid_base))
     }
 
-    /// Host key and user key are made once in a VM's life: its identity outlives its restarts. The seed is written at every
-    /// start, for the network may have changed.
-    pub(super) fn write_identity(&self, row: &VmRow, spec: &VmmSpec) -> Result<()> {
-        let (host, user) = match self.read_identity(row, spec)? {
-            Some(keys) => keys,
-            None => self.make_identity(row, spec)?,
-        };
-        let seed = Seed {
-            host_name: &row.name,
-            network: &self.seed_network(row)?,
-            authorized_keys: &[user.public_line().to_owned()],
-            host_key: &host,
-        };
-        self.effects.before("write the seed")?;
-        seed.write(&spec.seed, spec.credentials)
+    /// Host key and user key are made once in a VM's life: its identity outlives its restarts.
+    pub(super) fn keys(&self, row: &VmRow, spec: &VmmSpec) -> Result<(KeyPair, KeyPair)> {
+        self.read_keys(row, spec)?.map_or_else(|| self.make_keys(row, spec), Ok)
     }
 
     /// None where they are not all there, or not what the row has: the VM has not been started, or an earlier version did it,
     /// which kept the host's key in the seed alone.
-    fn read_identity(&self, row: &VmRow, spec: &VmmSpec) -> Result<Option<(KeyPair, KeyPair)>> {
+    fn read_keys(&self, row: &VmRow, spec: &VmmSpec) -> Result<Option<(KeyPair, KeyPair)>> {
         let read = |name: &str| match std::fs::read_to_string(spec.dir.join(name)) {
             Ok(text) => KeyPair::from_private_openssh(&text).map(Some),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -180,7 +188,7 @@ impl Daemon {
         Ok(keys.filter(|(host, _)| row.host_key.as_deref() == Some(host.public_blob())))
     }
 
-    fn make_identity(&self, row: &VmRow, spec: &VmmSpec) -> Result<(KeyPair, KeyPair)> {
+    fn make_keys(&self, row: &VmRow, spec: &VmmSpec) -> Result<(KeyPair, KeyPair)> {
         let (host, user) = (KeyPair::generate(row.name.as_str())?, KeyPair::generate(USER_KEY_COMMENT)?);
         self.effects.before("write the keys")?;
         for (name, key) in [(KEY_FILE, &user), (HOST_KEY_FILE, &host)] {

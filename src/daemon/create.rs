@@ -7,9 +7,12 @@ use crate::config::MEM_MIB_MIN;
 use crate::disk::root::SIZE_UNIT_BYTES;
 use crate::error::{Error, Kind, Result};
 use crate::ids::{VmId, VmName};
+use crate::api::op::Op;
 use crate::ops::OpHandle;
-use crate::store::{State, Tx, VmRow};
+use crate::store::{State, Ticket, Tx, VmRow};
 
+/// What an ext4 file system with a journal takes.
+const WORK_DISK_BYTES_MIN: u64 = 16 << 20;
 /// Candidates for a name before giving up; the later ones carry a random number.
 const NAME_TRIES_MAX: u32 = 64;
 
@@ -33,7 +36,10 @@ impl Daemon {
             vcpus: request.vcpus.unwrap_or(self.config.vm.vcpus),
             mem_mib: request.mem_mib.unwrap_or(self.config.vm.mem_mib),
             disk_bytes: request.disk_bytes.unwrap_or(image.disk_bytes),
+            work_disk_bytes: request.work_disk_bytes,
             net: request.net.unwrap_or_default(),
+            // Settled below.
+            ports: Vec::new(),
             rm: request.rm,
             created_at: now_s(),
             // Replaced below by the first free one.
@@ -48,6 +54,7 @@ impl Daemon {
             ssh_addr: None,
             tap: None,
             disk_driver: None,
+            guest_version: 0,
             driver: None,
             host_key: None,
             synced: None,
@@ -56,6 +63,8 @@ impl Daemon {
         self.check_vcpus(row.vcpus)?;
         self.check_memory(row.mem_mib)?;
         self.check_disk(row.disk_bytes, image.disk_bytes)?;
+        request.work_disk_bytes.map_or(Ok(()), |bytes| self.check_work_disk(bytes))?;
+        self.check_ports(caller, row.net, &request.ports)?;
         let id = row.id.clone();
         let op = key.map(|key| self.begin_own_op(key.method(), Some(id.clone()), caller.uid)).transpose()?;
         let begun = op.as_ref().map(OpHandle::op);
@@ -63,15 +72,8 @@ impl Daemon {
         let made = {
             let _names = self.locks.create_vm.lock(&());
             let given = request.name.is_some();
-            self.store.change(|tx| {
-                let row = self.insert(tx, row, given)?;
-                // As it was made: somebody may have deleted it by the time that this is durable.
-                let vm = super::access::view_of(tx, &row);
-                if let (Some(key), Some(op)) = (key, begun) {
-                    key.put(tx, &op.id)?;
-                    tx.put_op(ended_row(op, &to_value(&VmReply { vm: vm.clone() })));
-                }
-                Ok(vm)
+            self.settle_ports(&request.ports).and_then(|ports| {
+                self.insert_row(VmRow { ports, ..row }, given, key.zip(begun))
             })
         };
         if let Ok((_, ticket)) = &made
@@ -84,6 +86,20 @@ impl Daemon {
             op.finish(vm.as_ref().map_err(Clone::clone).and_then(|vm| to_value(&VmReply { vm: vm.clone() })));
         }
         vm
+    }
+
+    /// Needs `create_vm`.
+    fn insert_row(&self, row: VmRow, name_given: bool, key: Option<(&HeldKey, Op)>) -> Result<(Vm, Ticket)> {
+        self.store.change(|tx| {
+            let row = self.insert(tx, row, name_given)?;
+            // As it was made: somebody may have deleted it by the time that this is durable.
+            let vm = super::access::view_of(tx, &row);
+            if let Some((key, op)) = key {
+                key.put(tx, &op.id)?;
+                tx.put_op(ended_row(op, &to_value(&VmReply { vm: vm.clone() })));
+            }
+            Ok(vm)
+        })
     }
 
     fn insert(&self, tx: &mut Tx, mut row: VmRow, name_given: bool) -> Result<VmRow> {
@@ -139,6 +155,16 @@ impl Daemon {
                 .hint("limits.disk_bytes_max sets the most"));
         }
         Ok(())
+    }
+
+    fn check_work_disk(&self, bytes: u64) -> Result<()> {
+        let max = self.config.limits.disk_bytes_max;
+        if (WORK_DISK_BYTES_MIN..=max).contains(&bytes) && bytes.is_multiple_of(SIZE_UNIT_BYTES) {
+            return Ok(());
+        }
+        let (least, most) = (size(WORK_DISK_BYTES_MIN), size(max));
+        Err(Error::invalid(format!("a work disk of {}: give {least} to {most}, by whole MiB", size(bytes)))
+            .hint("give it for instance as --work-disk 20G; limits.disk_bytes_max sets the most"))
     }
 
     /// Changes settings. They hold from the next start on: a VM that runs keeps them as pending.

@@ -22,6 +22,7 @@ mod names;
 mod network;
 mod notes;
 mod operations;
+mod ports;
 mod reconcile;
 mod resources;
 mod room;

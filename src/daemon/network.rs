@@ -62,7 +62,7 @@ impl Daemon {
             Some(tap) => {
                 GuestNetwork::Tap { name: tap.name.clone(), mac: Mac::of(tap.address).to_string(), address: tap.address }
             }
-            None => GuestNetwork::UserMode { isolated: row.net == vm::Net::None },
+            None => GuestNetwork::UserMode { isolated: row.net == vm::Net::None, ports: row.ports.clone() },
         }
     }
 
@@ -83,7 +83,11 @@ impl Daemon {
                 let message = format!("it has the address {} until its next start", tap.address);
                 return Err(Error::new(Kind::Conflict, message).hint("network.subnet has changed"));
             }
-            net.adopt(&[guest])
+            net.adopt(std::slice::from_ref(&guest))?;
+            if !row.ports.is_empty() {
+                net.adopt_forwards(&guest, &row.ports);
+            }
+            Ok(())
         });
         if let Err(e) = adopted {
             log::warn!("network: take up vm {}: {e}", row.name);

@@ -9,10 +9,11 @@ mod method;
 pub mod root;
 pub mod seed;
 pub mod snapshot;
+pub mod work;
 
 pub use method::{Method, Probe, probe};
 pub use root::{RootSpec, grow, make_root, origin};
-pub use seed::{KeyPair, Network, Seed};
+pub use seed::{KeyPair, Network, Seed, SeedFile};
 
 use crate::error::{Error, Result};
 use std::fs::File;

@@ -1,7 +1,7 @@
 //! The seed drive: a bare tar on a read-only disk that tells a guest who it is.
 //!
-//! Members: `config` (lines `key=value`: `host_name`, `address`, `gateway`, `dns` any number of times),
-//! `host_key` (OpenSSH private key), `authorized_keys`. `src/image/guest/init` reads it at every boot.
+//! Members: `config` (lines `key=value`: `host_name`, `address`, `gateway`, `dns` any number of times,
+//! `work_disk`, where the third disk is mounted), `host_key` (OpenSSH private key), `authorized_keys`, `files.tar` where there are any. `src/image/guest/init` reads it at every boot.
 
 use super::Draft;
 use crate::error::{Error, Kind, Result};
@@ -12,7 +12,7 @@ use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A guest's one interface, `eth0`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +46,21 @@ pub struct Seed<'a> {
     pub authorized_keys: &'a [String],
     /// The guest's own host key.
     pub host_key: &'a KeyPair,
+    /// Where the guest mounts its work disk, if it has one.
+    pub work_disk: Option<&'a str>,
+    /// What it copies over its own files at boot.
+    pub files: &'a [SeedFile],
+}
+
+/// A file that a guest gets; its owner is root.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SeedFile {
+    /// In the guest, absolute and without `..`.
+    pub path: PathBuf,
+    pub mode: u32,
+    /// Seconds since the epoch.
+    pub mtime_s: u64,
+    pub bytes: Vec<u8>,
 }
 
 impl Seed<'_> {
@@ -78,13 +93,10 @@ impl Seed<'_> {
             ("host_key", 0o600, self.host_key.private_openssh().to_owned()),
             ("authorized_keys", 0o600, keys),
         ] {
-            let mut header = tar::Header::new_ustar();
-            header.set_size(text.len() as u64);
-            header.set_mode(mode);
-            header.set_uid(0);
-            header.set_gid(0);
-            header.set_mtime(0);
-            tar.append_data(&mut header, name, text.as_bytes()).map_err(|e| Error::io("pack the seed drive", e))?;
+            append(&mut tar, Path::new(name), mode, 0, text.as_bytes())?;
+        }
+        if !self.files.is_empty() {
+            append(&mut tar, Path::new("files.tar"), 0o600, 0, &files_tar(self.files)?)?;
         }
         tar.into_inner().map_err(|e| Error::io("pack the seed drive", e))
     }
@@ -98,8 +110,31 @@ impl Seed<'_> {
         for server in &net.dns {
             let _ = writeln!(text, "dns={server}");
         }
+        if let Some(path) = self.work_disk {
+            let _ = writeln!(text, "work_disk={path}");
+        }
         text
     }
+}
+
+fn append(tar: &mut tar::Builder<Vec<u8>>, name: &Path, mode: u32, mtime_s: u64, bytes: &[u8]) -> Result<()> {
+    let mut header = tar::Header::new_gnu();
+    header.set_size(bytes.len() as u64);
+    header.set_mode(mode);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(mtime_s);
+    tar.append_data(&mut header, name, bytes).map_err(|e| Error::io("pack the seed drive", e))
+}
+
+/// Files only: a directory that the guest has keeps its owner and mode.
+fn files_tar(files: &[SeedFile]) -> Result<Vec<u8>> {
+    let mut tar = tar::Builder::new(Vec::new());
+    for file in files {
+        let name = file.path.strip_prefix("/").map_err(|_| Error::internal(format!("{} is not absolute", file.path.display())))?;
+        append(&mut tar, name, file.mode, file.mtime_s, &file.bytes)?;
+    }
+    tar.into_inner().map_err(|e| Error::io("pack the seed drive", e))
 }
 
 /// An Ed25519 key pair. Its private half is never shown by `Debug`.
@@ -169,7 +204,7 @@ mod tests {
 
     fn seed_bytes(key: &KeyPair, keys: &[String]) -> Result<Vec<u8>> {
         let name: VmName = "brave-otter".parse().unwrap();
-        Seed { host_name: &name, network: &Network::user_mode(), authorized_keys: keys, host_key: key }.tar()
+        Seed { host_name: &name, network: &Network::user_mode(), authorized_keys: keys, host_key: key, work_disk: None, files: &[] }.tar()
     }
 
     #[test]
@@ -209,6 +244,32 @@ mod tests {
     }
 
     #[test]
+    fn files_and_a_work_disk_are_told() {
+        let (name, key) = ("web".parse().unwrap(), KeyPair::generate("").unwrap());
+        let long = format!("/{}/x", ["a".repeat(90), "b".repeat(90), "c".repeat(90)].join("/"));
+        let file = |path: &str, bytes: &[u8]| SeedFile { path: path.into(), mode: 0o600, mtime_s: 7, bytes: bytes.to_vec() };
+        let files = [file("/etc/a", b"one"), file(&long, b"two")];
+        let network = Network::user_mode();
+        let seed = Seed {
+            host_name: &name,
+            network: &network,
+            authorized_keys: &[],
+            host_key: &key,
+            work_disk: Some("/work"),
+            files: &files,
+        };
+        assert!(seed.config().ends_with("\nwork_disk=/work\n"));
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("seed"), seed.tar().unwrap()).unwrap();
+        let line = "tar -xf seed && mkdir -m 700 etc && tar -xf files.tar && stat -c %a:%Y etc/a a*/b*/c*/x && cat a*/b*/c*/x";
+        let command = Command::new("sh").args(["-ec", line]).cwd(dir.path());
+        let out = HostCommands.run(&command, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+        assert_eq!(String::from_utf8(out.stdout).unwrap(), "600:7\n600:7\ntwo");
+        let etc = std::fs::metadata(dir.path().join("etc")).unwrap();
+        assert_eq!(etc.permissions().mode() & 0o777, 0o700, "a directory that is there stays as it is");
+    }
+
+    #[test]
     fn a_key_with_a_line_break_is_refused() {
         let key = KeyPair::generate("").unwrap();
         assert!(seed_bytes(&key, &["a\nb".to_owned()]).is_err());
@@ -220,7 +281,9 @@ mod tests {
         let path = dir.path().join("seed");
         std::fs::write(&path, "old").unwrap();
         let (name, key) = ("web".parse().unwrap(), KeyPair::generate("").unwrap());
-        let seed = Seed { host_name: &name, network: &Network::user_mode(), authorized_keys: &[], host_key: &key };
+        let network = Network::user_mode();
+        let seed =
+            Seed { host_name: &name, network: &network, authorized_keys: &[], host_key: &key, work_disk: None, files: &[] };
         seed.write(&path, None).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(std::fs::read(&path).unwrap(), seed.tar().unwrap());

@@ -14,6 +14,8 @@ const METADATA: &str = "image.json";
 const METADATA_BYTES_MAX: u64 = 64 * 1024;
 /// Of `image.json`; another one is refused.
 const FORMAT: u32 = 1;
+/// Of the init that a build puts into an image. 1: `work_disk` and `files.tar` of the seed.
+const GUEST_VERSION: u32 = 1;
 /// A build in progress is in a directory of this name's begin. No image name begins with a dot.
 const STAGING_PREFIX: &str = ".building-";
 
@@ -37,6 +39,8 @@ pub struct ImageInfo {
     pub kernel_version: String,
     /// Seconds since the epoch.
     pub built_at: u64,
+    /// What its init understands of a seed: see [`GUEST_VERSION`].
+    pub guest_version: u32,
 }
 
 impl ImageInfo {
@@ -63,6 +67,9 @@ pub(super) struct Metadata {
     /// Packages beyond the essential ones.
     pub packages: Vec<String>,
     pub built_at: u64,
+    /// Of the init in it. Images of earlier versions do not say.
+    #[serde(default)]
+    pub guest_version: u32,
     pub files: Vec<FileRecord>,
 }
 
@@ -83,6 +90,7 @@ impl Metadata {
             kernel_version: String::new(),
             packages: packages.to_vec(),
             built_at,
+            guest_version: GUEST_VERSION,
             files: Vec::new(),
         }
     }
@@ -170,6 +178,7 @@ impl Images {
             os: metadata.os,
             kernel_version: metadata.kernel_version,
             built_at: metadata.built_at,
+            guest_version: metadata.guest_version,
             dir,
         })
     }

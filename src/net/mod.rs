@@ -16,6 +16,7 @@
 mod bridge;
 mod checks;
 pub mod dns;
+mod forward;
 mod lease;
 mod links;
 mod names;
@@ -27,6 +28,7 @@ mod tools;
 mod tun;
 
 pub use checks::checks;
+pub use forward::{free_port, look};
 pub use lease::{Access, Guest, Lease, Mac};
 
 use crate::config::Network as Config;
@@ -63,6 +65,8 @@ pub struct Net {
     pool: Arc<Pool>,
     /// The guests that are in, by tag, each with its tap.
     guests: Mutex<HashMap<String, (String, Guest)>>,
+    /// Ports that lead to them, by tag.
+    forwards: Mutex<HashMap<String, forward::Forwards>>,
 }
 
 impl Net {
@@ -80,7 +84,8 @@ impl Net {
         let last = links.iter().filter_map(|l| names.tap_number(&l.name)).max().unwrap_or(0);
         let pool = Pool::new(names.clone(), tools.clone(), config.taps_ahead, last)?;
         let guests = Mutex::new(Rank::Taps, HashMap::new());
-        let net = Self { config: config.clone(), names, rules, tools, pool, guests };
+        let forwards = Mutex::new(Rank::Taps, HashMap::new());
+        let net = Self { config: config.clone(), names, rules, tools, pool, guests, forwards };
         // A tap without an alias is one that we were about to tag.
         let is_leftover = |l: &&Link| l.alias() == net.names.waiting() || (l.alias().is_empty() && net.is_our_tap(l));
         net.pool.remove(&links.iter().filter(is_leftover).map(|l| l.name.clone()).collect::<Vec<_>>());
@@ -276,6 +281,7 @@ impl Net {
         if bridge::ensure_forwarding()? {
             done.push("switched IPv4 forwarding on".to_owned());
         }
+        done.extend(self.mend_forwards()?);
         for (tap, guest) in &guests {
             let is_off = |l: &Link| l.master.as_deref() != Some(&self.config.bridge) || !l.is_up();
             let is_there = |links: &[Link]| links.iter().any(|l| l.name == *tap && l.alias() == guest.tag && is_off(l));
@@ -332,6 +338,7 @@ impl Net {
     pub fn remove_all(&self) -> Result<()> {
         self.close();
         self.guests.lock().clear();
+        self.forwards.lock().clear();
         self.remove_taps(&|l| self.names.is_tag(l.alias()) || l.alias() == self.names.waiting() || self.is_our_tap(l))?;
         let links = all_links(&self.tools, self.tools.never())?;
         let bridges: Vec<_> = links.iter().filter(|l| bridge::is_ours(&self.names, l)).collect();

@@ -9,6 +9,7 @@
 
 use super::names::Names;
 use super::{Access, Guest};
+use crate::api::port::{Port, Protocol};
 use crate::config::{Network as Config, Subnet};
 use crate::error::{Error, Kind, Result};
 use serde_json::Value;
@@ -21,6 +22,10 @@ const GUESTS: &str = "guests";
 const OPEN: &str = "open";
 /// The set of addresses that may go out in the family `inet`.
 const NAT: &str = "nat";
+/// The maps of (address, protocol, port) of the host to (address, port) of a guest, and the same for every address of the host's. An
+/// element's comment is the tag of the VM that has it.
+const PUBLISHED: &str = "published";
+const PUBLISHED_ANY: &str = "published_any";
 /// Questions to the name server that one guest may ask in a second; more are dropped before they take the place of
 /// others' in its socket.
 const QUESTIONS_PER_S_MAX: u32 = 1000;
@@ -41,6 +46,16 @@ pub struct Element {
     pub tap: String,
     pub mac: String,
     pub address: Ipv4Addr,
+}
+
+/// A port of the host that leads to a guest, as it stands on the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Published {
+    /// Of the VM that has it; empty where somebody else made it.
+    pub tag: String,
+    /// The guest's.
+    pub address: Ipv4Addr,
+    pub port: Port,
 }
 
 impl Element {
@@ -151,8 +166,27 @@ impl Rules {
             format!("oifname \"{bridge}\" drop"),
         ];
         self.chain(script, "inet", "forward", Some("filter hook forward priority 0"), &forward);
-        let leaving = [format!("oifname != \"{bridge}\" ip saddr @{NAT} masquerade")];
+        self.published(script);
+        let leaving = [
+            format!("oifname != \"{bridge}\" ip saddr @{NAT} masquerade"),
+            // The host's own connection to a port on its loopback, which the guest could not answer.
+            format!("oifname \"{bridge}\" ip saddr 127.0.0.0/8 ct status dnat masquerade"),
+        ];
         self.chain(script, "inet", "leaving", Some("nat hook postrouting priority 100"), &leaving);
+    }
+
+    /// Ports of the host that lead to guests, for packets that arrive and for the host's own.
+    fn published(&self, script: &mut String) {
+        let table = &self.table;
+        let (key, target) = ("inet_proto . inet_service", "ipv4_addr . inet_service");
+        let _ = writeln!(script, "add map inet {table} {PUBLISHED} {{ type ipv4_addr . {key} : {target}; }}");
+        let _ = writeln!(script, "add map inet {table} {PUBLISHED_ANY} {{ type {key} : {target}; }}");
+        let rules = [
+            format!("dnat ip to ip daddr . meta l4proto . th dport map @{PUBLISHED}"),
+            format!("fib daddr type local dnat ip to meta l4proto . th dport map @{PUBLISHED_ANY}"),
+        ];
+        self.chain(script, "inet", "published_in", Some("nat hook prerouting priority -100"), &rules);
+        self.chain(script, "inet", "published_own", Some("nat hook output priority -100"), &rules);
     }
 
     /// Lets a guest in; again is no error.
@@ -193,6 +227,28 @@ impl Rules {
         format!("{verb} element inet {} {NAT} {{ {address} }}\n", self.table)
     }
 
+    /// Leads a port to a guest's; the same one's again is no error.
+    pub fn publish(&self, p: &Published) -> String {
+        let (map, key) = Self::key(&p.port);
+        let Port { guest_port, .. } = p.port;
+        format!("add element inet {} {map} {{ {key} comment \"{}\" : {} . {guest_port} }}\n", self.table, p.tag, p.address)
+    }
+
+    /// What is not there fails.
+    pub fn unpublish(&self, p: &Published) -> String {
+        let (map, key) = Self::key(&p.port);
+        format!("delete element inet {} {map} {{ {key} }}\n", self.table)
+    }
+
+    fn key(port: &Port) -> (&'static str, String) {
+        let rest = format!("{} . {}", port.protocol.name(), port.host_port);
+        if port.host_addr.is_unspecified() { (PUBLISHED_ANY, rest) } else { (PUBLISHED, format!("{} . {rest}", port.host_addr)) }
+    }
+
+    pub fn list_published(&self) -> [[&str; 5]; 2] {
+        [PUBLISHED, PUBLISHED_ANY].map(|map| ["list", "map", "inet", self.table.as_str(), map])
+    }
+
     /// Both tables gone; gone already is no error.
     pub fn remove_all(&self) -> String {
         let table = &self.table;
@@ -224,11 +280,31 @@ pub fn parse_nat(json: &[u8]) -> Result<Vec<Ipv4Addr>> {
     Ok(elements(json)?.iter().filter_map(|v| v.as_str()?.parse().ok()).collect())
 }
 
+/// The elements in one of the answers to [`Rules::list_published`].
+pub fn parse_published(json: &[u8]) -> Result<Vec<Published>> {
+    let element = |pair: &Value| {
+        let [key, target] = pair.as_array()?.as_slice() else { return None };
+        let tag = key.pointer("/elem/comment").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let key = key.pointer("/elem/val").unwrap_or(key).get("concat")?.as_array()?;
+        let (host_addr, rest) = match key.as_slice() {
+            [address, rest @ ..] if rest.len() == 2 => (address.as_str()?.parse().ok()?, rest),
+            rest => (Ipv4Addr::UNSPECIFIED, rest),
+        };
+        let [protocol, host_port] = rest else { return None };
+        let [address, guest_port] = target.get("concat")?.as_array()?.as_slice() else { return None };
+        let number = |v: &Value| v.as_u64().and_then(|n| u16::try_from(n).ok());
+        let protocol = [Protocol::Tcp, Protocol::Udp].into_iter().find(|p| protocol.as_str() == Some(p.name()))?;
+        let port = Port { host_addr, host_port: number(host_port)?, guest_port: number(guest_port)?, protocol };
+        Some(Published { tag, address: address.as_str()?.parse().ok()?, port })
+    };
+    Ok(elements(json)?.iter().filter_map(element).collect())
+}
+
 fn elements(json: &[u8]) -> Result<Vec<Value>> {
     let bad = |e: serde_json::Error| Error::new(Kind::Host, "read a set of nftables").with_source(e);
     let value: Value = serde_json::from_slice(json).map_err(bad)?;
     let all = value.get("nftables").and_then(Value::as_array).into_iter().flatten();
-    let set = all.filter_map(|v| v.get("set")).find_map(|set| set.get("elem"));
+    let set = all.filter_map(|v| v.get("set").or_else(|| v.get("map"))).find_map(|set| set.get("elem"));
     Ok(set.and_then(Value::as_array).cloned().unwrap_or_default())
 }
 
@@ -301,9 +377,20 @@ mod tests {
             add rule inet fcd_1a2b3c4d forward oifname "fcbr0" ip daddr @nat ct state established,related accept
             add rule inet fcd_1a2b3c4d forward oifname "fcbr0" ip daddr @nat ct status dnat accept
             add rule inet fcd_1a2b3c4d forward oifname "fcbr0" drop
+            add map inet fcd_1a2b3c4d published { type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service; }
+            add map inet fcd_1a2b3c4d published_any { type inet_proto . inet_service : ipv4_addr . inet_service; }
+            add chain inet fcd_1a2b3c4d published_in { type nat hook prerouting priority -100; policy accept; }
+            flush chain inet fcd_1a2b3c4d published_in
+            add rule inet fcd_1a2b3c4d published_in dnat ip to ip daddr . meta l4proto . th dport map @published
+            add rule inet fcd_1a2b3c4d published_in fib daddr type local dnat ip to meta l4proto . th dport map @published_any
+            add chain inet fcd_1a2b3c4d published_own { type nat hook output priority -100; policy accept; }
+            flush chain inet fcd_1a2b3c4d published_own
+            add rule inet fcd_1a2b3c4d published_own dnat ip to ip daddr . meta l4proto . th dport map @published
+            add rule inet fcd_1a2b3c4d published_own fib daddr type local dnat ip to meta l4proto . th dport map @published_any
             add chain inet fcd_1a2b3c4d leaving { type nat hook postrouting priority 100; policy accept; }
             flush chain inet fcd_1a2b3c4d leaving
             add rule inet fcd_1a2b3c4d leaving oifname != "fcbr0" ip saddr @nat masquerade
+            add rule inet fcd_1a2b3c4d leaving oifname "fcbr0" ip saddr 127.0.0.0/8 ct status dnat masquerade
         "#]].assert_eq(&rules(false).apply());
     }
 
@@ -338,6 +425,28 @@ mod tests {
         .assert_eq(&nat);
         let none = rules(false).add("fc1a2b3c4d-7", &guest(Access::None));
         assert_eq!(none, nat.lines().next().unwrap().to_owned() + "\n");
+    }
+
+    #[test]
+    fn ports_are_read_back() {
+        let json = br#"{"nftables": [{"metainfo": {}}, {"map": {"family": "inet", "name": "published", "table": "t",
+            "type": ["ipv4_addr", "inet_proto", "inet_service"], "handle": 1, "map": "ipv4_addr . inet_service", "elem": [
+            [{"elem": {"val": {"concat": ["127.0.0.1", "tcp", 8080]}, "comment": "fc-1-2-3"}}, {"concat": ["10.89.0.5", 80]}],
+            [{"concat": ["udp", 53]}, {"concat": ["10.89.0.6", 5353]}], [7, 8], [{"concat": ["x", "y"]}, {"concat": []}], 9]}}]}"#;
+        let port = |host_addr: [u8; 4], host_port, guest_port, protocol| Port { host_addr: host_addr.into(), host_port, guest_port, protocol };
+        let first = Published {
+            tag: "fc-1-2-3".into(),
+            address: [10, 89, 0, 5].into(),
+            port: port([127, 0, 0, 1], 8080, 80, Protocol::Tcp),
+        };
+        let second = Published { tag: String::new(), address: [10, 89, 0, 6].into(), port: port([0, 0, 0, 0], 53, 5353, Protocol::Udp) };
+        assert_eq!(parse_published(json).unwrap(), [first.clone(), second]);
+        let rules = rules(false);
+        expect![[r#"
+            add element inet fcd_1a2b3c4d published { 127.0.0.1 . tcp . 8080 comment "fc-1-2-3" : 10.89.0.5 . 80 }
+            delete element inet fcd_1a2b3c4d published { 127.0.0.1 . tcp . 8080 }
+        "#]]
+        .assert_eq(&(rules.publish(&first) + &rules.unpublish(&first)));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Table `vms`: one row per VM, which holds its state for as long as it lives.
 
 use super::sql::{self, json};
+use crate::api::port::Port;
 use crate::api::vm::{Net, Pending, Synced, VmState};
 use crate::host::process::Identity;
 use crate::ids::{ImageRef, OpId, VmId, VmName};
@@ -39,7 +40,10 @@ pub struct VmRow {
     pub vcpus: u32,
     pub mem_mib: u64,
     pub disk_bytes: u64,
+    pub work_disk_bytes: Option<u64>,
     pub net: Net,
+    /// No two of all VMs' overlap, and none is 0.
+    pub ports: Vec<Port>,
     pub pending: Option<Pending>,
     pub rm: bool,
     /// Seconds since the epoch.
@@ -57,6 +61,8 @@ pub struct VmRow {
     /// Of the last start; none: user-mode networking.
     pub tap: Option<TapFact>,
     pub disk_driver: Option<String>,
+    /// Of the init on its root disk (`image.json`); 0: an earlier one, or there is no disk yet.
+    pub guest_version: u32,
     pub driver: Option<String>,
     /// The guest's public host key, raw (RFC 4253, 6.6).
     pub host_key: Option<Vec<u8>>,
@@ -73,6 +79,10 @@ pub(super) const ADD_NETWORK: &str = "UPDATE vms SET body = json_set(body, '$.ne
 
 /// Version 3: `unresponsive`.
 pub(super) const ADD_UNRESPONSIVE: &str = "UPDATE vms SET body = json_set(body, '$.unresponsive', json('false'));";
+
+/// Version 4: `work_disk_bytes`, `ports`, `guest_version`.
+pub(super) const ADD_CAPABILITIES: &str =
+    "UPDATE vms SET body = json_set(body, '$.work_disk_bytes', json('null'), '$.ports', json('[]'), '$.guest_version', 0);";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else { return sql::delete(c, "DELETE FROM vms WHERE id = ?1", [id.as_str()]) };

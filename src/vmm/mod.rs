@@ -8,6 +8,7 @@ pub mod qemu;
 mod watch;
 
 use crate::api::daemon::Check;
+use crate::api::port::Port;
 use crate::error::Result;
 use crate::ids::VmId;
 use crate::locks::Cancel;
@@ -32,8 +33,8 @@ pub enum DiskFormat {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GuestNetwork {
     /// The VMM's own network stack, which forwards a port of the host's loopback to the guest's SSH server. `isolated`: and
-    /// passes nothing else.
-    UserMode { isolated: bool },
+    /// passes nothing else but what comes in by `ports`.
+    UserMode { isolated: bool, ports: Vec<Port> },
     /// A tap that is the VMM's uid's: its name, the guest's Ethernet address, and the address under which the guest's SSH
     /// server is reached.
     Tap { name: String, mac: String, address: Ipv4Addr },
@@ -60,6 +61,8 @@ pub struct VmmSpec {
     pub disk_format: DiskFormat,
     /// The second block device, read-only; its serial number is `seed`.
     pub seed: PathBuf,
+    /// A third one, raw, read and written; its serial number is `work`.
+    pub work_disk: Option<PathBuf>,
     pub vcpus: u32,
     pub mem_mib: u64,
     /// uid and gid of the VMM's process, when the daemon is root.

@@ -89,7 +89,8 @@ fn address(host: &Host, vm: &str) -> String {
 fn guests_reach_what_they_may_and_nothing_else() {
     enter_a_host_with_an_outside();
     let mut host = Host::with_config("[network]\ndriver = \"bridge\"\n");
-    host.boot("a");
+    host.ok(&["vm", "create", "--name", "a", "-p", "1022:22", "-p", "0.0.0.0:1023:22"]);
+    host.ok(&["start", "a"]);
     host.boot("b");
     host.ok(&["vm", "create", "--name", "cut-off", "--net", "none"]);
     host.ok(&["start", "cut-off"]);
@@ -108,6 +109,15 @@ fn guests_reach_what_they_may_and_nothing_else() {
     assert_eq!(ask(&host, "cut-off", OUTSIDE, PORT), None);
     assert_eq!(host.sh("cut-off", "hostname").trim(), "cut-off");
     assert_eq!(host.show("cut-off", "net"), "none");
+
+    // Inwards by the ports that were asked for.
+    let ssh_of_a = |at: &str| {
+        let line = format!("timeout 60 bash -c 'head -n 1 </dev/tcp/{at}'");
+        Command::new("sh").args(["-c", &line]).output().unwrap().stdout.starts_with(b"SSH-2.0")
+    };
+    let here = || ssh_of_a("127.0.0.1/1022") && ssh_of_a("127.0.0.1/1023") && ssh_of_a(&format!("{HOST}/1023"));
+    assert!(here() && !ssh_of_a(&format!("{HOST}/1022")));
+    assert_eq!(ask(&host, "b", GATEWAY, 1023), None, "another guest");
 
     // Names.
     let resolved = |vm: &str, name: &str| host.sh(vm, &format!("getent ahostsv4 {name} | cut -d' ' -f1 | head -n 1"));
@@ -134,16 +144,20 @@ fn guests_reach_what_they_may_and_nothing_else() {
     wait_for("the rules are back", || (on_the_bridge() == (3, 3)).then_some(()));
     assert_eq!(ask(&host, "a", OUTSIDE, PORT), seen_outside());
     assert_eq!(ask(&host, "a", &b, 22), None);
+    wait_for("the ports are back", || here().then_some(()));
     assert_eq!(address(&host, "a"), a);
     assert_eq!(host.json(&["doctor", "--leaks"]).as_array().map(Vec::len), Some(0));
 
     // Nothing stays of a VM that is stopped, and it has its address again.
     host.ok(&["stop", "a"]);
     assert_eq!(on_the_bridge(), (2, 2));
+    assert!(!here());
     host.ok(&["start", "a"]);
     assert_eq!(address(&host, "a"), a);
     assert_eq!(ask(&host, "a", OUTSIDE, PORT), seen_outside());
+    assert!(here());
     host.ok(&["rm", "-f", "a", "b", "cut-off"]);
+    assert!(!sh("nft list ruleset").contains("1023"));
     assert_eq!(on_the_bridge(), (0, 0));
 }
 

@@ -4,6 +4,7 @@
 mod another_host;
 mod big;
 mod bridge;
+mod capabilities;
 mod copies;
 mod disks;
 mod exec;

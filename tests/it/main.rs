@@ -5,6 +5,7 @@
 mod api;
 mod bad_input;
 mod booting;
+mod capabilities;
 mod crash;
 mod crowd;
 mod docs;

@@ -60,6 +60,9 @@ impl Commands for FakeCommands {
         let _blocking = fcd::locks::region(fcd::locks::Rank::HostCmd);
         on_line("a line of the command's");
         let args: Vec<_> = command.args.iter().map(|a| a.to_string_lossy().into_owned()).collect();
+        if command.program == "mkfs.ext4" {
+            return Ok(Output::default());
+        }
         if command.program != "qemu-img" {
             return Err(Error::new(Kind::CommandMissing, format!("run {}: it is not there", command.program.to_string_lossy())));
         }
@@ -111,7 +114,7 @@ pub fn make_image(state_dir: &Path, name: &str) {
         files.push(serde_json::json!({"name": file, "bytes": bytes, "sha256": ""}));
     }
     let image = serde_json::json!({"format": 1, "name": name, "os": "Fake OS", "kernel_version": "6.1",
-        "packages": [], "built_at": 7, "files": files});
+        "packages": [], "built_at": 7, "guest_version": 1, "files": files});
     std::fs::write(dir.join("image.json"), image.to_string()).unwrap();
 }
 
@@ -134,6 +137,7 @@ impl World {
             qemu: Qemu::default(),
             disk: fcd::config::Disk::default(),
             network: fcd::config::Network::default(),
+            sync: Vec::new(),
         };
         if std::env::var_os(REAL_DISKS).is_some() {
             config.disk.driver = fcd::config::DiskDriver::DmSnapshot;

@@ -1,6 +1,7 @@
 //! A VM's directory: its keys, its seed, its disk, its console log.
 
-use super::{Resource, Span};
+use super::{HostView, Resource, Span};
+use crate::api::daemon::Check;
 use crate::daemon::boot::Boot;
 use crate::daemon::{Daemon, VMS_DIR};
 use crate::error::{Error, Result};
@@ -12,6 +13,8 @@ use std::time::Duration;
 /// Tries to remove a directory into which something is still written, and the time between them.
 const REMOVE_TRIES_MAX: u32 = 100;
 const REMOVE_PERIOD: Duration = Duration::from_millis(20);
+/// Less room than this on the state directory's file system is worth a warning: an image takes some 400 MB.
+const SPACE_BYTES_WARN: u64 = 2 << 30;
 
 pub(super) struct Directory;
 
@@ -31,7 +34,7 @@ impl Resource for Directory {
 
     fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
         drop(crate::host::fs::create_dir(&boot.spec.dir, 0o711)?);
-        daemon.write_identity(&boot.row, &boot.spec)
+        daemon.keys(&boot.row, &boot.spec).map(drop)
     }
 
     fn release(&self, daemon: &Daemon, name: &str) -> Result<()> {
@@ -62,5 +65,61 @@ impl Resource for Directory {
         };
         let is_id = |name: &std::ffi::OsStr| name.to_str().is_some_and(|n| n.parse::<VmId>().is_ok());
         Ok(entries.flatten().filter(|e| is_id(&e.file_name())).map(|e| e.path().display().to_string()).collect())
+    }
+
+    fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
+        let mut all = vec![space_check(&host.config.state_dir)];
+        all.extend(reach_check(&host.config.state_dir));
+        all
+    }
+}
+
+/// VMMs of a root's daemon have uids of their own, which must get to the disks. None: all is well.
+fn reach_check(state_dir: &Path) -> Option<Check> {
+    use std::os::unix::fs::PermissionsExt;
+    if !nix::unistd::geteuid().is_root() {
+        return None;
+    }
+    let closed = |dir: &&Path| std::fs::metadata(dir).is_ok_and(|m| m.permissions().mode() & 0o001 == 0);
+    // The state directory itself is given its mode when the daemon starts.
+    let closed = state_dir.ancestors().skip(1).find(closed)?;
+    let found = format!("VMMs, which do not run as root, do not get into {}, where the state directory is", closed.display());
+    Some(Check::fail("state-dir", found, &format!("chmod o+x {}, or another state_dir", closed.display())))
+}
+
+fn space_check(state_dir: &Path) -> Check {
+    match crate::host::fs::space(super::existing(state_dir)) {
+        Ok(s) if s.free_bytes >= SPACE_BYTES_WARN => {
+            Check::ok("disk-space", format!("{} MiB free for {}", s.free_bytes >> 20, state_dir.display()))
+        }
+        Ok(s) => Check::warn(
+            "disk-space",
+            format!("only {} MiB free for {}", s.free_bytes >> 20, state_dir.display()),
+            "fcctl vm prune, or free some space",
+        ),
+        Err(e) => Check::fail("disk-space", e.to_string(), "check the directory's rights"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::daemon::Severity;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_place_that_vmms_do_not_reach_is_named() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED, for it is not run by root: a_place_that_vmms_do_not_reach_is_named");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let set = |mode| std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(mode)).unwrap();
+        set(0o755);
+        assert_eq!(reach_check(&dir.path().join("state")).map(|c| c.found), None);
+        set(0o700);
+        let check = reach_check(&dir.path().join("state")).unwrap();
+        assert_eq!(check.severity, Severity::Fail);
+        assert!(check.found.contains(dir.path().to_str().unwrap()), "{}", check.found);
     }
 }

@@ -1,6 +1,8 @@
 //! A VM's root disk. It lies in the VM's directory and goes with it.
 
-use super::{Resource, Span};
+use super::{HostView, Resource, Span};
+use crate::api::daemon::Check;
+use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::daemon::boot::Boot;
 use crate::error::Result;
@@ -35,5 +37,17 @@ impl Resource for Disk {
     }
     fn found(&self, _daemon: &Daemon) -> Result<Vec<String>> {
         Ok(Vec::new())
+    }
+
+    fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
+        vec![disk_check(host.config)]
+    }
+}
+
+fn disk_check(config: &Config) -> Check {
+    let dir = config.state_dir.display();
+    match crate::daemon::room::probe(config, super::existing(&config.state_dir)) {
+        Ok(probe) => Check::ok("root-disk", format!("root disks in {dir}: {} ({})", probe.method.name(), probe.reason)),
+        Err(e) => Check::fail("root-disk", e.to_string(), e.hint_text().unwrap_or("check the directory's rights")),
     }
 }

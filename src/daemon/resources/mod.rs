@@ -5,19 +5,38 @@
 mod directory;
 mod disk;
 mod disk_device;
+mod ports;
 mod process;
+mod seed;
+mod synced_files;
 mod tap;
+mod work_disk;
 
 use super::Daemon;
 use super::boot::Boot;
-use crate::api::daemon::Leak;
+use crate::api::daemon::{Check, Leak};
 use crate::api::vm::VmState;
+use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::host::Commands;
 use crate::ids::VmId;
+use crate::locks::Cancel;
 use crate::store::{LedgerRow, State, Tx, VmRow};
+use crate::vmm::Driver;
+use std::path::Path;
 
 /// In the order in which a boot takes them; they are given back in the reverse order.
-const ALL: [&dyn Resource; 5] = [&directory::Directory, &disk::Disk, &disk_device::DiskDevice, &tap::Tap, &process::VmmProcess];
+const ALL: [&dyn Resource; 9] = [
+    &directory::Directory,
+    &disk::Disk,
+    &disk_device::DiskDevice,
+    &work_disk::WorkDisk,
+    &synced_files::SyncedFiles,
+    &seed::Seed,
+    &tap::Tap,
+    &ports::Ports,
+    &process::VmmProcess,
+];
 
 /// How long a resource is a VM's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +74,29 @@ pub(super) trait Resource: Send + Sync {
 
     /// All of this kind that is on the host and carries our names.
     fn found(&self, daemon: &Daemon) -> Result<Vec<String>>;
+
+    /// What `doctor` says of it: what is needed for it, what was found, how to mend it. Read-only; there may be no daemon.
+    fn checks(&self, _host: &HostView<'_>) -> Vec<Check> {
+        Vec::new()
+    }
+}
+
+/// What a check looks at.
+pub(super) struct HostView<'a> {
+    pub config: &'a Config,
+    pub vmm: &'a dyn Driver,
+    pub commands: &'a dyn Commands,
+    pub cancel: &'a Cancel,
+}
+
+/// What `doctor` says of all of them.
+pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
+    ALL.into_iter().flat_map(|resource| resource.checks(host)).collect()
+}
+
+/// The nearest directory that is there: the state directory itself may not be made yet.
+fn existing(path: &Path) -> &Path {
+    path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"))
 }
 
 fn of_kind(kind: &str) -> Option<&'static dyn Resource> {

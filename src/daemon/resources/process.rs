@@ -1,6 +1,7 @@
 //! The VMM, found again by the tag in its arguments.
 
-use super::{Resource, Span};
+use super::{HostView, Resource, Span};
+use crate::api::daemon::Check;
 use crate::daemon::Daemon;
 use crate::daemon::boot::Boot;
 use crate::error::Result;
@@ -40,5 +41,9 @@ impl Resource for VmmProcess {
 
     fn found(&self, daemon: &Daemon) -> Result<Vec<String>> {
         daemon.vmm.list(&daemon.tag_prefix())
+    }
+
+    fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
+        host.vmm.checks()
     }
 }

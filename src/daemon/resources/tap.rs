@@ -1,6 +1,7 @@
 //! A VM's tap on the bridge, with its rules; nothing in user mode. Found again by the VM's tag in its alias.
 
-use super::{Resource, Span};
+use super::{HostView, Resource, Span};
+use crate::api::daemon::Check;
 use crate::daemon::Daemon;
 use crate::daemon::boot::Boot;
 use crate::error::{Error, Kind, Result};
@@ -51,5 +52,9 @@ impl Resource for Tap {
 
     fn found(&self, daemon: &Daemon) -> Result<Vec<String>> {
         daemon.net.as_ref().map_or_else(|| Ok(Vec::new()), crate::net::Net::list)
+    }
+
+    fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
+        crate::daemon::network::checks(host.config, host.commands, host.cancel)
     }
 }

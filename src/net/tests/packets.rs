@@ -1,7 +1,9 @@
 //! What passes and what does not. "Does not" is never a wait: behind what must be dropped goes, the same way, what must arrive,
 //! and that is the first to do so. Where a rule is what drops it, taking the rules away lets it through.
 
-use super::lab::{GATEWAY, HOST, INSTALL, Lab, METADATA, Machine, OUTSIDE, Udp, config, is_root, tag};
+use super::lab::{GATEWAY, HOST, INSTALL, Lab, METADATA, Machine, Ns, OUTSIDE, Udp, config, is_root, tag};
+use crate::api::port::{Port, Protocol};
+use crate::locks::Cancel;
 use crate::net::Access;
 use crate::net::dns::Names;
 use std::io::{Read, Write};
@@ -292,6 +294,96 @@ fn a_guest_without_a_network_is_reached_and_reaches_nothing() {
     assert_eq!(&banner, b"SSH-2.0");
     assert_dropped(&other, || {}, &outside, (OUTSIDE, 9000).into());
     assert_dropped(&other, || {}, &names, (GATEWAY, 53).into());
+}
+
+fn port(host_addr: Ipv4Addr, host_port: u16, guest_port: u16, protocol: Protocol) -> Port {
+    Port { host_addr, host_port, guest_port, protocol }
+}
+
+/// Whom the guest's server sees when somebody connects to this address from there.
+fn seen_by(server: &TcpListener, from: &Ns, at: (Ipv4Addr, u16)) -> IpAddr {
+    let mut stream = from.run(|| TcpStream::connect(at)).unwrap_or_else(|e| panic!("connect to {at:?}: {e}"));
+    let (mut accepted, peer) = server.accept().unwrap();
+    accepted.write_all(b"hello").unwrap();
+    let mut said = [0; 5];
+    stream.read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"hello");
+    peer.ip()
+}
+
+#[test]
+fn ports_of_the_host_lead_to_a_guest() {
+    if !is_root() {
+        return;
+    }
+    let lab = Lab::new(&config());
+    let (guest, other) = (lab.start(0, Access::Nat), lab.start(1, Access::Nat));
+    let server = guest.ns.run(|| TcpListener::bind((ANY, 80)).unwrap());
+    let datagrams = guest.ns.udp((ANY, 53));
+    let ports = [
+        port(Ipv4Addr::LOCALHOST, 8080, 80, Protocol::Tcp),
+        port(ANY, 8081, 80, Protocol::Tcp),
+        port(HOST, 8082, 53, Protocol::Udp),
+    ];
+    let forward = || lab.host.run(|| lab.net.forward(&guest.guest, &ports, &Cancel::try_new().unwrap()));
+    forward().unwrap();
+    forward().unwrap();
+    let check = || {
+        assert_eq!(seen_by(&server, &lab.host, (Ipv4Addr::LOCALHOST, 8080)), IpAddr::from(GATEWAY));
+        assert_eq!(seen_by(&server, &lab.host, (Ipv4Addr::LOCALHOST, 8081)), IpAddr::from(GATEWAY));
+        assert_eq!(seen_by(&server, &lab.host, (HOST, 8081)), IpAddr::from(HOST));
+        assert_eq!(seen_by(&server, &lab.outside, (HOST, 8081)), IpAddr::from(OUTSIDE));
+        lab.outside.udp((ANY, 0)).send("asked", (HOST, 8082));
+        let (what, from) = datagrams.next();
+        assert_eq!((what.as_str(), from.ip()), ("asked", IpAddr::from(OUTSIDE)));
+    };
+    check();
+    // The loopback's is for this host alone, and no guest gets to another by any of them.
+    assert!(lab.outside.run(|| TcpStream::connect((HOST, 8080))).is_err());
+    let names = lab.host.udp((GATEWAY, 53));
+    let ask = || [GATEWAY, HOST].map(|at| other.udp().send("bad", (at, 8082)));
+    assert_dropped(&other, || drop(ask()), &names, (GATEWAY, 53).into());
+    assert!(!datagrams.has_any());
+    // What others break is mended; a bridge made anew passes the loopback on again.
+    for harm in ["nft flush ruleset", "nft flush map inet fcd_1a2b3c4d published_any", "ip link delete fcbr0"] {
+        lab.host.sh(harm);
+        lab.host.run(|| lab.net.mend()).unwrap();
+        assert_eq!(lab.host.run(|| lab.net.mend()).unwrap(), [""; 0], "the second time after {harm}");
+        check();
+    }
+    // Nothing else of the host's gets a port that leads into a guest.
+    assert!(lab.host.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 8080))).is_err());
+    assert_eq!(lab.host.run(|| lab.net.forwarded()).unwrap(), [tag(0)]);
+    lab.host.run(|| lab.net.unforward(&tag(0))).unwrap();
+    lab.host.run(|| lab.net.unforward(&tag(0))).unwrap();
+    assert_eq!(lab.host.run(|| lab.net.forwarded()).unwrap(), [""; 0]);
+    for at in [(Ipv4Addr::LOCALHOST, 8080), (HOST, 8081)] {
+        assert!(lab.host.run(|| TcpStream::connect(at)).is_err(), "{at:?}");
+    }
+    lab.host.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 8080))).unwrap();
+}
+
+#[test]
+fn a_guest_does_not_reach_the_hosts_loopback_because_a_port_of_it_is_forwarded() {
+    if !is_root() {
+        return;
+    }
+    let lab = Lab::new(&config());
+    let guest = lab.start(0, Access::Nat);
+    let ports = [port(Ipv4Addr::LOCALHOST, 8080, 80, Protocol::Tcp)];
+    lab.host.run(|| lab.net.forward(&guest.guest, &ports, &Cancel::try_new().unwrap())).unwrap();
+    let (service, names) = (lab.host.udp((Ipv4Addr::LOCALHOST, 9000)), lab.host.udp((GATEWAY, 53)));
+    let bridge = [0x06, 0xfc, 0x1a, 0x2b, 0x3c, 0x4d];
+    let send = || {
+        let packet = udp_packet(guest.address(), Ipv4Addr::LOCALHOST, 9000, b"bad");
+        guest.inject(&[&bridge[..], &guest.guest.lease.mac.0, &[8, 0], &packet].concat());
+    };
+    assert_dropped(&guest, send, &names, (GATEWAY, 53).into());
+    assert!(!service.has_any());
+    // The control: without our rules it does come.
+    lab.host.sh(&format!("nft delete table inet fcd_{INSTALL}"));
+    send();
+    assert_eq!(service.next().0, "bad");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use crate::error::{Error, Kind, Result};
 use crate::vmm::{DiskFormat, GuestNetwork, VmmSpec};
 use serde_json::json;
 use std::ffi::OsString;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::path::Path;
 
 pub const QMP_SOCKET: &str = "qmp.sock";
@@ -118,9 +118,9 @@ pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Ve
     let mut option = |name: &str, value: String| args.extend([OsString::from(name), value.into()]);
     option("-smp", spec.vcpus.to_string());
     option("-m", format!("{}M", spec.mem_mib));
-    for (node, path, format, is_readonly) in
-        [("root", &spec.disk, spec.disk_format, false), ("seed", &spec.seed, DiskFormat::Raw, true)]
-    {
+    let mut disks = vec![("root", &spec.disk, spec.disk_format, false), ("seed", &spec.seed, DiskFormat::Raw, true)];
+    disks.extend(spec.work_disk.as_ref().map(|path| ("work", path, DiskFormat::Raw, false)));
+    for (node, path, format, is_readonly) in disks {
         option("-blockdev", file_node(node, path, format, is_readonly)?);
         option("-blockdev", format_node(node, format, is_readonly));
         option("-device", platform.device("blk", &format!("drive={node},serial={node}")));
@@ -144,9 +144,13 @@ pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Ve
 /// The value of `-netdev`, and what the device is told of it.
 fn network(network: &GuestNetwork, is_isolated: bool) -> Result<(String, String)> {
     match network {
-        GuestNetwork::UserMode { isolated } => {
+        GuestNetwork::UserMode { isolated, ports } => {
             let restrict = if is_isolated || *isolated { ",restrict=on" } else { "" };
-            let forward = format!("hostfwd=tcp:127.0.0.1:0-{GUEST_ADDR}:{GUEST_SSH_PORT}");
+            let mut forward = format!("hostfwd=tcp:127.0.0.1:0-{GUEST_ADDR}:{GUEST_SSH_PORT}");
+            for p in ports {
+                let (protocol, host, port, guest) = (p.protocol.name(), p.host_addr, p.host_port, p.guest_port);
+                let _ = write!(forward, ",hostfwd={protocol}:{host}:{port}-{GUEST_ADDR}:{guest}");
+            }
             Ok((format!("user,id=net,ipv6=off{restrict},{forward}"), String::new()))
         }
         GuestNetwork::Tap { name, mac, .. } => {
@@ -213,6 +217,7 @@ pub fn forwarded_port(usernet: &str) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::port::{Port, Protocol};
     use expect_test::{Expect, expect};
     use std::net::Ipv4Addr;
 
@@ -227,10 +232,11 @@ mod tests {
             disk: "/s/vms/0123456789ab/disk".into(),
             disk_format: DiskFormat::Raw,
             seed: "/s/vms/0123456789ab/seed, \"the\" one".into(),
+            work_disk: None,
             vcpus: 2,
             mem_mib: 512,
             credentials: None,
-            network: GuestNetwork::UserMode { isolated: false },
+            network: GuestNetwork::UserMode { isolated: false, ports: Vec::new() },
             console_bytes_max: 1 << 20,
         }
     }
@@ -331,9 +337,28 @@ mod tests {
     #[test]
     fn user_mode_reaches_nothing_where_either_setting_says_so() {
         for (by_configuration, by_vm) in [(false, false), (true, false), (false, true), (true, true)] {
-            let (netdev, _) = network(&GuestNetwork::UserMode { isolated: by_vm }, by_configuration).unwrap();
+            let (netdev, _) = network(&GuestNetwork::UserMode { isolated: by_vm, ports: Vec::new() }, by_configuration).unwrap();
             assert_eq!(netdev.contains(",restrict=on,"), by_configuration || by_vm, "{netdev}");
         }
+    }
+
+    #[test]
+    fn ports_lead_into_the_guest() {
+        let port = |host_addr: [u8; 4], protocol| Port { host_addr: host_addr.into(), host_port: 8080, guest_port: 80, protocol };
+        let ports = vec![port([127, 0, 0, 1], Protocol::Tcp), port([0, 0, 0, 0], Protocol::Udp)];
+        let (netdev, _) = network(&GuestNetwork::UserMode { isolated: false, ports }, false).unwrap();
+        assert_eq!(
+            netdev,
+            "user,id=net,ipv6=off,hostfwd=tcp:127.0.0.1:0-10.0.2.15:22,hostfwd=tcp:127.0.0.1:8080-10.0.2.15:80,hostfwd=udp:0.0.0.0:8080-10.0.2.15:80"
+        );
+    }
+
+    #[test]
+    fn a_work_disk_comes_third() {
+        let spec = VmmSpec { work_disk: Some("/s/vms/0123456789ab/work".into()), ..spec() };
+        let args = argv(&spec, &Platform { accelerator: Accelerator::Kvm, board: Board::Q35 }, false).unwrap();
+        let devices: Vec<_> = args.iter().filter_map(|a| a.to_str()).filter(|a| a.starts_with("virtio-blk")).collect();
+        assert_eq!(devices, ["root", "seed", "work"].map(|n| format!("virtio-blk-pci,drive={n},serial={n}")));
     }
 
     #[test]

@@ -367,10 +367,11 @@ mod tests {
             disk: path("d"),
             disk_format: crate::vmm::DiskFormat::Raw,
             seed: path("s"),
+            work_disk: None,
             vcpus: 1,
             mem_mib: 128,
             credentials: None,
-            network: crate::vmm::GuestNetwork::UserMode { isolated: false },
+            network: crate::vmm::GuestNetwork::UserMode { isolated: false, ports: Vec::new() },
             console_bytes_max: 1 << 16,
         };
         let mut told = None;

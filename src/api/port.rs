@@ -1,0 +1,75 @@
+//! Ports of the host that lead into a guest.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::net::Ipv4Addr;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Protocol {
+    #[default]
+    Tcp,
+    Udp,
+}
+
+impl Protocol {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+        }
+    }
+}
+
+/// A port of the host that leads to a port of the guest while the VM runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Port {
+    /// 127.0.0.1, so this host alone, when not given; 0.0.0.0 is every address of the host's.
+    #[serde(default = "loopback")]
+    pub host_addr: Ipv4Addr,
+    /// 0 in a request: one that is free, which the VM then keeps.
+    #[serde(default)]
+    pub host_port: u16,
+    pub guest_port: u16,
+    #[serde(default)]
+    pub protocol: Protocol,
+}
+
+/// What `host_addr` is when it is not given.
+pub const fn loopback() -> Ipv4Addr {
+    Ipv4Addr::LOCALHOST
+}
+
+impl Port {
+    /// Whether the host can have only one of the two.
+    pub fn overlaps(&self, other: &Port) -> bool {
+        let any = self.host_addr.is_unspecified() || other.host_addr.is_unspecified();
+        self.protocol == other.protocol && self.host_port == other.host_port && (any || self.host_addr == other.host_addr)
+    }
+}
+
+/// The host's side: `127.0.0.1:8080/tcp`.
+impl fmt::Display for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}/{}", self.host_addr, self.host_port, self.protocol.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_port_of_the_host_is_one_vms() {
+        let port = |host_addr: [u8; 4], host_port, protocol| Port { host_addr: host_addr.into(), host_port, guest_port: 1, protocol };
+        let a = port([127, 0, 0, 1], 80, Protocol::Tcp);
+        assert!(a.overlaps(&port([127, 0, 0, 1], 80, Protocol::Tcp)) && a.overlaps(&port([0, 0, 0, 0], 80, Protocol::Tcp)));
+        assert!(port([0, 0, 0, 0], 80, Protocol::Tcp).overlaps(&a));
+        for other in
+            [port([127, 0, 0, 1], 81, Protocol::Tcp), port([127, 0, 0, 2], 80, Protocol::Tcp), port([0, 0, 0, 0], 80, Protocol::Udp)]
+        {
+            assert!(!a.overlaps(&other), "{other}");
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! Files of the host's that the configuration gives to every guest. They are read anew at each start, and lie on its seed drive.
+
+use super::{HostView, Resource, Span};
+use crate::api::daemon::Check;
+use crate::config::SyncedFile;
+use crate::daemon::Daemon;
+use crate::daemon::boot::Boot;
+use crate::disk::SeedFile;
+use crate::error::{Error, Kind, Result};
+use crate::store::VmRow;
+use std::fs::File;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+
+/// Of one file, and of all of them: a guest has them in memory for a moment.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+const ALL_BYTES_MAX: u64 = 8 << 20;
+
+pub(super) struct SyncedFiles;
+
+impl Resource for SyncedFiles {
+    fn kind(&self) -> &'static str {
+        "synced_files"
+    }
+    fn span(&self) -> Span {
+        Span::Boot
+    }
+    fn intent(&self, _daemon: &Daemon, _row: &VmRow) -> Option<String> {
+        None
+    }
+    fn doing(&self) -> &'static str {
+        "read the configured files"
+    }
+
+    fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
+        if daemon.config.sync.is_empty() {
+            return Ok(());
+        }
+        boot.needs_guest("files of [[sync]]")?;
+        boot.files = read_all(&daemon.config.sync)?;
+        Ok(())
+    }
+
+    fn release(&self, _daemon: &Daemon, _name: &str) -> Result<()> {
+        Ok(())
+    }
+    fn found(&self, _daemon: &Daemon) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
+        const ID: &str = "sync";
+        match read_all(&host.config.sync) {
+            Ok(files) if files.is_empty() => Vec::new(),
+            Ok(files) => vec![Check::ok(ID, format!("{} files for every guest ([[sync]])", files.len()))],
+            Err(e) => vec![Check::fail(ID, e.to_string(), e.hint_text().unwrap_or("correct it under [[sync]]"))],
+        }
+    }
+}
+
+fn read_all(all: &[SyncedFile]) -> Result<Vec<SeedFile>> {
+    let files: Vec<SeedFile> = all.iter().map(read).collect::<Result<_>>()?;
+    let bytes: u64 = files.iter().map(|f| f.bytes.len() as u64).sum();
+    if bytes > ALL_BYTES_MAX {
+        let message = format!("the files of [[sync]] have {bytes} bytes, at most {ALL_BYTES_MAX} may be");
+        return Err(Error::new(Kind::InvalidConfig, message).hint("put large files into an image, or copy them with fcctl workspace"));
+    }
+    Ok(files)
+}
+
+fn read(file: &SyncedFile) -> Result<SeedFile> {
+    let from = file.from.display();
+    let hint = format!("put the file there, or take it out of [[sync]]: from = {from:?}", from = file.from);
+    let io = |e| Error::io(format!("read {from} for {} in the guest", file.to.display()), e).hint(hint.clone());
+    let bad = |what: String| Err(Error::new(Kind::InvalidConfig, format!("sync {from}: {what}")).hint(hint.clone()));
+    // Not held up by a FIFO.
+    let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&file.from).map_err(io)?;
+    let stat = opened.metadata().map_err(io)?;
+    if !stat.is_file() {
+        return bad("it is no regular file".to_owned());
+    }
+    let bytes = crate::host::command::read_bounded(opened, FILE_BYTES_MAX + 1).map_err(io)?;
+    if bytes.len() as u64 > FILE_BYTES_MAX {
+        return bad(format!("it has more than {FILE_BYTES_MAX} bytes"));
+    }
+    Ok(SeedFile { path: file.to.clone(), mode: file.mode(), mtime_s: u64::try_from(stat.mtime()).unwrap_or(0), bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(from: &std::path::Path) -> SyncedFile {
+        toml::from_str(&format!("from = {from:?}\nto = '/etc/x'\nmode = '0600'")).unwrap()
+    }
+
+    #[test]
+    fn files_are_read_with_what_the_configuration_says_of_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, link) = (dir.path().join("a"), dir.path().join("link"));
+        std::fs::write(&path, "hello").unwrap();
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        // The configuration is the administrator's: where a link leads is theirs.
+        let read = read_all(&[entry(&link)]).unwrap();
+        assert_eq!((read[0].bytes.as_slice(), read[0].mode), (b"hello".as_slice(), 0o600));
+    }
+
+    #[test]
+    fn what_is_no_small_file_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::write(path("large"), vec![0; FILE_BYTES_MAX as usize + 1]).unwrap();
+        nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for name in ["missing", "large", "fifo", "."] {
+            let e = read_all(&[entry(&path(name))]).unwrap_err();
+            assert!(e.to_string().contains(dir.path().to_str().unwrap()), "{e}");
+        }
+        std::fs::write(path("most"), vec![0; FILE_BYTES_MAX as usize]).unwrap();
+        read_all(&vec![entry(&path("most")); 8]).unwrap();
+        assert!(read_all(&vec![entry(&path("most")); 9]).is_err());
+    }
+}

@@ -1,0 +1,50 @@
+//! A second disk for the VMs that were made with one. It lies in the VM's directory and goes with it.
+
+use super::{HostView, Resource, Span};
+use crate::api::daemon::Check;
+use crate::daemon::Daemon;
+use crate::daemon::boot::Boot;
+use crate::disk::work;
+use crate::error::Result;
+use crate::store::VmRow;
+
+pub(super) struct WorkDisk;
+
+impl Resource for WorkDisk {
+    fn kind(&self) -> &'static str {
+        "work_disk"
+    }
+    fn span(&self) -> Span {
+        Span::Life
+    }
+    fn intent(&self, _daemon: &Daemon, _row: &VmRow) -> Option<String> {
+        None
+    }
+    fn doing(&self) -> &'static str {
+        "prepare the work disk"
+    }
+
+    fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
+        let (Some(path), Some(bytes)) = (&boot.spec.work_disk, boot.row.work_disk_bytes) else { return Ok(()) };
+        boot.needs_guest("a work disk")?;
+        if path.exists() {
+            return Ok(());
+        }
+        work::make(daemon.commands.as_ref(), path, bytes, boot.spec.credentials, &boot.claim.cancel)
+    }
+
+    fn release(&self, _daemon: &Daemon, _name: &str) -> Result<()> {
+        Ok(())
+    }
+    fn found(&self, _daemon: &Daemon) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    fn checks(&self, _host: &HostView<'_>) -> Vec<Check> {
+        const ID: &str = "work-disk";
+        if crate::host::command::find_program(work::MKFS.as_ref()).is_some() {
+            return vec![Check::ok(ID, format!("work disks can be made ({})", work::MKFS))];
+        }
+        vec![Check::warn(ID, format!("there is no {}: no VM can have a work disk", work::MKFS), "apt install e2fsprogs")]
+    }
+}

@@ -1,0 +1,70 @@
+//! A VM's second disk: empty, with a file system on it, so that the guest never has to decide whether to make one.
+
+use super::Draft;
+use crate::error::{Error, Kind, Result};
+use crate::host::{Command, Commands};
+use crate::locks::Cancel;
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::Duration;
+
+/// Where the guest has it.
+pub const GUEST_PATH: &str = "/work";
+pub const MKFS: &str = "mkfs.ext4";
+/// The tables of a terabyte take some seconds, the rest is left to the guest's kernel.
+const MKFS_DEADLINE: Duration = Duration::from_secs(120);
+
+/// Makes a disk of this size at `path`, mode 0600, whole or not at all. It takes room as the guest writes. `owner`: uid and gid of the
+/// VMM.
+///
+/// # Errors
+/// `command_missing` without e2fsprogs.
+pub fn make(commands: &dyn Commands, path: &Path, size_bytes: u64, owner: Option<(u32, u32)>, cancel: &Cancel) -> Result<()> {
+    let doing = || format!("make work disk {}", path.display());
+    let draft = Draft::new(path)?;
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&draft.path)
+        .and_then(|file| file.set_len(size_bytes))
+        .map_err(|e| Error::io(doing(), e));
+    file?;
+    // mke2fs(8). Its owner is the guest's root, and all of it is for the guest's use.
+    let options = "root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1,nodiscard";
+    let command = Command::new(MKFS).args(["-q", "-F", "-L", "work", "-m", "0", "-E", options]).arg(&draft.path);
+    match commands.run(&command.deadline(MKFS_DEADLINE), cancel, &mut |_| {}) {
+        Ok(_) => draft.publish(owner),
+        Err(e) if e.kind() == Kind::CommandMissing => Err(e.context(doing()).hint("apt install e2fsprogs")),
+        Err(e) => Err(e.context(doing())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::HostCommands;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn it_is_a_sound_file_system_that_takes_little_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, cancel) = (dir.path().join("work"), Cancel::try_new().unwrap());
+        make(&HostCommands, &path, 1 << 30, None, &cancel).unwrap();
+        let stat = std::fs::metadata(&path).unwrap();
+        assert_eq!((stat.len(), stat.mode() & 0o777), (1 << 30, 0o600));
+        assert!(stat.blocks() * 512 < 64 << 20, "{} blocks", stat.blocks());
+        let check = Command::new("e2fsck").args(["-f", "-n"]).arg(&path).deadline(MKFS_DEADLINE);
+        HostCommands.run(&check, &cancel, &mut |_| {}).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn one_that_could_not_be_made_is_not_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, cancel) = (dir.path().join("work"), Cancel::try_new().unwrap());
+        assert!(make(&HostCommands, &path, 1024, None, &cancel).is_err(), "too small for a file system");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}

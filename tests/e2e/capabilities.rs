@@ -1,0 +1,69 @@
+//! What a guest has beyond its disk and its network, in user mode: ports, a work disk, files of the host's.
+
+use crate::host::{Host, text};
+use std::io::Read;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a server says first. In user mode a port that the guest does not serve is accepted all the same, and then closed.
+fn banner(at: &str) -> Option<String> {
+    let mut stream = TcpStream::connect(at.parse::<SocketAddr>().unwrap()).ok()?;
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut said = [0; 7];
+    stream.read_exact(&mut said).ok()?;
+    Some(String::from_utf8_lossy(&said).into_owned())
+}
+
+#[test]
+fn a_guest_has_its_ports_its_work_disk_and_the_hosts_files() {
+    let files = tempfile::tempdir().unwrap();
+    let file = files.path().join("ca.crt");
+    std::fs::write(&file, "one\n").unwrap();
+    let sync = format!("[[sync]]\nfrom = {file:?}\nto = \"/root/.config/tool/ca.crt\"\nmode = \"0640\"\n");
+    let host = Host::with_config(&sync);
+    host.ok(&["vm", "create", "--name", "a", "-p", "22", "-p", "0.0.0.0::7000/udp", "--work-disk", "2G"]);
+    let ports = host.ok(&["vm", "ports", "a"]);
+    let mut lines = ports.lines();
+    let ssh = lines.next().unwrap().strip_prefix("22/tcp -> ").unwrap().to_owned();
+    assert!(ssh.starts_with("127.0.0.1:") && !ssh.ends_with(":0"), "{ports}");
+    assert!(lines.next().unwrap().starts_with("7000/udp -> 0.0.0.0:"), "{ports}");
+
+    // A program of the host's that has the port is named, and the VM starts when it is gone.
+    let listener = TcpListener::bind(&ssh).unwrap();
+    let (status, said) = host.fails(&["start", "a"]);
+    assert!(status == 4 && said.contains(&ssh) && said.contains("ss -tanp"), "{status}: {said}");
+    drop(listener);
+    host.ok(&["start", "a"]);
+    assert_eq!(banner(&ssh).as_deref(), Some("SSH-2.0"));
+
+    // The disk: the guest's own, of the size asked for, and kept over a stop.
+    let size: u64 = host.sh("a", "df --output=size -BM /work | tail -n 1 | tr -d ' M'").trim().parse().unwrap();
+    assert!((1800..=2048).contains(&size), "{size} MiB");
+    assert_eq!(host.sh("a", "stat -c %U:%a /work; ls /work; stat -c %U:%a:%s /root/.config/tool/ca.crt"), "root:755\nlost+found\nroot:640:4\n");
+    host.sh("a", "echo kept > /work/file; lsblk -dno NAME,SERIAL > /work/disks");
+    assert_eq!(host.sh("a", "cat /work/disks"), "vda  root\nvdb  seed\nvdc  work\n");
+    // A second VM gets no port of the first one's.
+    let (status, said) = host.fails(&["vm", "create", "--name", "b", "-p", &format!("{}:22", &ssh["127.0.0.1:".len()..])]);
+    assert!(status == 4 && said.contains("another VM's"), "{status}: {said}");
+
+    std::fs::write(&file, "another\n").unwrap();
+    host.ok(&["stop", "a"]);
+    let console = host.ok(&["logs", "a"]);
+    assert!(console.contains("disk is clean") && !console.contains("still in use"), "{console}");
+    assert!(TcpStream::connect(&ssh).is_err());
+    host.ok(&["start", "a"]);
+    assert_eq!(host.sh("a", "cat /work/file /root/.config/tool/ca.crt"), "kept\nanother\n");
+    assert_eq!(banner(&ssh).as_deref(), Some("SSH-2.0"));
+
+    // A file that is gone fails the start by its name, and doctor says so.
+    host.ok(&["stop", "a"]);
+    std::fs::remove_file(&file).unwrap();
+    let (status, said) = host.fails(&["start", "a"]);
+    assert!(status == 1 && said.contains(file.to_str().unwrap()), "{status}: {said}");
+    let (doctor, _) = text(&host.fcctl(&["doctor"]));
+    assert!(doctor.contains(file.to_str().unwrap()), "{doctor}");
+    host.ok(&["rm", "-f", "a"]);
+    assert_eq!(host.json(&["doctor", "--leaks"]).as_array().map(Vec::len), Some(0));
+}

@@ -62,13 +62,16 @@ mod tests {
 
     #[test]
     fn one_port_of_the_host_is_one_vms() {
-        let port = |host_addr: [u8; 4], host_port, protocol| Port { host_addr: host_addr.into(), host_port, guest_port: 1, protocol };
+        let port =
+            |host_addr: [u8; 4], host_port, protocol| Port { host_addr: host_addr.into(), host_port, guest_port: 1, protocol };
         let a = port([127, 0, 0, 1], 80, Protocol::Tcp);
         assert!(a.overlaps(&port([127, 0, 0, 1], 80, Protocol::Tcp)) && a.overlaps(&port([0, 0, 0, 0], 80, Protocol::Tcp)));
         assert!(port([0, 0, 0, 0], 80, Protocol::Tcp).overlaps(&a));
-        for other in
-            [port([127, 0, 0, 1], 81, Protocol::Tcp), port([127, 0, 0, 2], 80, Protocol::Tcp), port([0, 0, 0, 0], 80, Protocol::Udp)]
-        {
+        for other in [
+            port([127, 0, 0, 1], 81, Protocol::Tcp),
+            port([127, 0, 0, 2], 80, Protocol::Tcp),
+            port([0, 0, 0, 0], 80, Protocol::Udp),
+        ] {
             assert!(!a.overlaps(&other), "{other}");
         }
     }

@@ -2,12 +2,12 @@
 
 use super::operations::ended_row;
 use super::{Caller, Daemon, HeldKey, names, now_s, to_value};
+use crate::api::op::Op;
 use crate::api::vm::{Pending, Vm, VmCreateRequest, VmReply, VmSetRequest, VmState};
 use crate::config::MEM_MIB_MIN;
 use crate::disk::root::SIZE_UNIT_BYTES;
 use crate::error::{Error, Kind, Result};
 use crate::ids::{VmId, VmName};
-use crate::api::op::Op;
 use crate::ops::OpHandle;
 use crate::store::{State, Ticket, Tx, VmRow};
 
@@ -72,9 +72,7 @@ impl Daemon {
         let made = {
             let _names = self.locks.create_vm.lock(&());
             let given = request.name.is_some();
-            self.settle_ports(&request.ports).and_then(|ports| {
-                self.insert_row(VmRow { ports, ..row }, given, key.zip(begun))
-            })
+            self.settle_ports(&request.ports).and_then(|ports| self.insert_row(VmRow { ports, ..row }, given, key.zip(begun)))
         };
         if let Ok((_, ticket)) = &made
             && let Ok(row) = self.row(&id)

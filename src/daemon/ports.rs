@@ -55,8 +55,11 @@ impl Daemon {
                 .hint(format!("take one from {first} on, as in -p 8080:{}", port.guest_port)));
         }
         if self.net.is_none() {
-            return Err(Error::new(Kind::Unsupported, format!("forward port {port}: VMMs, which do not run as root, get none below {first}"))
-                .hint("take a higher one, or set driver = \"bridge\" under [network]"));
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!("forward port {port}: VMMs, which do not run as root, get none below {first}"),
+            )
+            .hint("take a higher one, or set driver = \"bridge\" under [network]"));
         }
         Ok(())
     }

@@ -131,7 +131,8 @@ fn append(tar: &mut tar::Builder<Vec<u8>>, name: &Path, mode: u32, mtime_s: u64,
 fn files_tar(files: &[SeedFile]) -> Result<Vec<u8>> {
     let mut tar = tar::Builder::new(Vec::new());
     for file in files {
-        let name = file.path.strip_prefix("/").map_err(|_| Error::internal(format!("{} is not absolute", file.path.display())))?;
+        let name =
+            file.path.strip_prefix("/").map_err(|_| Error::internal(format!("{} is not absolute", file.path.display())))?;
         append(&mut tar, name, file.mode, file.mtime_s, &file.bytes)?;
     }
     tar.into_inner().map_err(|e| Error::io("pack the seed drive", e))
@@ -204,7 +205,15 @@ mod tests {
 
     fn seed_bytes(key: &KeyPair, keys: &[String]) -> Result<Vec<u8>> {
         let name: VmName = "brave-otter".parse().unwrap();
-        Seed { host_name: &name, network: &Network::user_mode(), authorized_keys: keys, host_key: key, work_disk: None, files: &[] }.tar()
+        Seed {
+            host_name: &name,
+            network: &Network::user_mode(),
+            authorized_keys: keys,
+            host_key: key,
+            work_disk: None,
+            files: &[],
+        }
+        .tar()
     }
 
     #[test]

@@ -54,7 +54,8 @@ fn bind(port: &Port, as_server: bool) -> Result<(OwnedFd, u16)> {
     let at = SocketAddr::V4(SocketAddrV4::new(port.host_addr, port.host_port));
     rustix::net::bind(&socket, &at).map_err(|e| refused(port, e))?;
     let bound = rustix::net::getsockname(&socket).map_err(io)?;
-    let number = SocketAddr::try_from(bound).map_err(|_| Error::internal(format!("{}: the socket has no address", doing())))?.port();
+    let number =
+        SocketAddr::try_from(bound).map_err(|_| Error::internal(format!("{}: the socket has no address", doing())))?.port();
     Ok((socket, number))
 }
 

@@ -433,13 +433,19 @@ mod tests {
             "type": ["ipv4_addr", "inet_proto", "inet_service"], "handle": 1, "map": "ipv4_addr . inet_service", "elem": [
             [{"elem": {"val": {"concat": ["127.0.0.1", "tcp", 8080]}, "comment": "fc-1-2-3"}}, {"concat": ["10.89.0.5", 80]}],
             [{"concat": ["udp", 53]}, {"concat": ["10.89.0.6", 5353]}], [7, 8], [{"concat": ["x", "y"]}, {"concat": []}], 9]}}]}"#;
-        let port = |host_addr: [u8; 4], host_port, guest_port, protocol| Port { host_addr: host_addr.into(), host_port, guest_port, protocol };
+        let port = |host_addr: [u8; 4], host_port, guest_port, protocol| Port {
+            host_addr: host_addr.into(),
+            host_port,
+            guest_port,
+            protocol,
+        };
         let first = Published {
             tag: "fc-1-2-3".into(),
             address: [10, 89, 0, 5].into(),
             port: port([127, 0, 0, 1], 8080, 80, Protocol::Tcp),
         };
-        let second = Published { tag: String::new(), address: [10, 89, 0, 6].into(), port: port([0, 0, 0, 0], 53, 5353, Protocol::Udp) };
+        let second =
+            Published { tag: String::new(), address: [10, 89, 0, 6].into(), port: port([0, 0, 0, 0], 53, 5353, Protocol::Udp) };
         assert_eq!(parse_published(json).unwrap(), [first.clone(), second]);
         let rules = rules(false);
         expect![[r#"

@@ -64,7 +64,8 @@ impl TestHost {
         let dir = tempfile::tempdir().unwrap();
         let status = Command::new("cp").args(["-r", "--sparse=always"]).arg(image()).arg(dir.path()).status();
         assert!(status.unwrap().success(), "cp {}", image().display());
-        let from = format!("tar -C {} -S -c {} | lz4 -1 -c", dir.path().display(), image().file_name().unwrap().to_str().unwrap());
+        let from =
+            format!("tar -C {} -S -c {} | lz4 -1 -c", dir.path().display(), image().file_name().unwrap().to_str().unwrap());
         self.pipe(&from, &format!("lz4 -dc | tar -C {PLACE}/state/images -x -S"));
     }
 

@@ -1,7 +1,7 @@
 //! The daemon is killed again and again while clients work on real guests on a bridge: nothing acknowledged is lost, nothing
 //! is left over. `scripts/soak` runs it for as long as told.
 
-use crate::bridge::{enter_a_host_with_an_outside, on_the_bridge};
+use crate::bridge::{enter_a_host_with_an_outside, on_the_bridge, published};
 use crate::host::{Host, fcctl_at, wait_for};
 use crate::random::Random;
 use serde_json::Value;
@@ -96,7 +96,7 @@ impl Worker<'_> {
     fn act(&mut self) {
         let is_running = matches!(&self.known, Known::Is(seen) if seen.state == "running");
         let (args, became): (&[&str], _) = match (&self.known, is_running, self.random.one_in(8)) {
-            (Known::Gone, ..) => (&["vm", "create", "--name"], Known::Became("created")),
+            (Known::Gone, ..) => (&["vm", "create", "-p", "22", "--work-disk", "64M", "--name"], Known::Became("created")),
             (_, _, true) => (&["rm", "-f"], Known::Gone),
             (_, false, _) => (&["start"], Known::Became("running")),
             (_, true, _) => match self.random.below(7) {
@@ -218,6 +218,7 @@ fn killed_again_and_again() {
         host.ok(&["rm", "-f", vm]);
     }
     assert_eq!(on_the_bridge(), (0, 0));
+    assert_eq!(published(), 0, "ports that lead nowhere");
     assert_eq!(host.census(), Vec::<String>::new(), "left over");
     println!(
         "soak: {} s, {kills:?}, {} acknowledged operations, 0 lost, 0 left over",

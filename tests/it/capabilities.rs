@@ -71,8 +71,7 @@ fn what_cannot_be_forwarded_is_refused() {
     assert_eq!(kind(&root, &[Port { host_addr: Ipv4Addr::BROADCAST, ..port(20080, 80) }], None), Kind::InvalidArgument);
     assert_eq!(kind(&root, &[port(20080, 80)], Some(Net::None)), Kind::InvalidArgument);
     assert_eq!(kind(&root, &(0..65).map(|i| port(20080 + i, 80)).collect::<Vec<_>>(), None), Kind::InvalidArgument);
-    let first: u16 =
-        std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap().trim().parse().unwrap();
+    let first: u16 = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap().trim().parse().unwrap();
     if first > 80 {
         assert_eq!(kind(&user, &[port(80, 80)], None), Kind::Denied);
         assert_eq!(kind(&root, &[port(80, 80)], None), Kind::Unsupported, "in user mode the VMM, which is not root, takes it");
@@ -161,7 +160,10 @@ fn configured_files_are_read_at_each_start() {
         let mut file = files.entries().unwrap().next().unwrap().unwrap();
         let mut read = String::new();
         std::io::Read::read_to_string(&mut file, &mut read).unwrap();
-        assert_eq!((file.path().unwrap().to_str().unwrap(), file.header().mode().unwrap(), read.as_str()), ("etc/ca.crt", 0o640, text));
+        assert_eq!(
+            (file.path().unwrap().to_str().unwrap(), file.header().mode().unwrap(), read.as_str()),
+            ("etc/ca.crt", 0o640, text)
+        );
         world.stop("a").unwrap();
     }
 }

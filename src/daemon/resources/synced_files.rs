@@ -62,7 +62,9 @@ fn read_all(all: &[SyncedFile]) -> Result<Vec<SeedFile>> {
     let bytes: u64 = files.iter().map(|f| f.bytes.len() as u64).sum();
     if bytes > ALL_BYTES_MAX {
         let message = format!("the files of [[sync]] have {bytes} bytes, at most {ALL_BYTES_MAX} may be");
-        return Err(Error::new(Kind::InvalidConfig, message).hint("put large files into an image, or copy them with fcctl workspace"));
+        return Err(
+            Error::new(Kind::InvalidConfig, message).hint("put large files into an image, or copy them with fcctl workspace")
+        );
     }
     Ok(files)
 }

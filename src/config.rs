@@ -2,8 +2,10 @@
 
 mod network;
 mod sync;
+mod vmm;
 
 pub use sync::SyncedFile;
+pub use vmm::{Firecracker, Vmm, VmmDriver};
 
 pub use network::{INTERFACE_NAME_LEN_MAX, Network, NetworkDriver, Subnet};
 
@@ -115,6 +117,13 @@ pub struct Qemu {
     pub isolated: bool,
 }
 
+impl Qemu {
+    /// Of VMs, when the daemon is root.
+    pub fn uids(&self) -> std::ops::Range<u32> {
+        self.uid_base..self.uid_base.saturating_add(self.uid_count)
+    }
+}
+
 impl Default for Qemu {
     fn default() -> Self {
         // Above systemd's container range, below its foreign range (systemd UIDS-GIDS).
@@ -156,7 +165,9 @@ pub struct File {
     pub socket: Option<PathBuf>,
     pub limits: Limits,
     pub vm: VmDefaults,
+    pub vmm: Vmm,
     pub qemu: Qemu,
+    pub firecracker: Firecracker,
     pub disk: Disk,
     pub network: Network,
     pub sync: Vec<SyncedFile>,
@@ -205,7 +216,9 @@ pub struct Config {
     pub socket: PathBuf,
     pub limits: Limits,
     pub vm: VmDefaults,
+    pub vmm: Vmm,
     pub qemu: Qemu,
+    pub firecracker: Firecracker,
     pub disk: Disk,
     pub network: Network,
     pub sync: Vec<SyncedFile>,
@@ -240,7 +253,9 @@ impl Config {
             socket: absolute(pick(&flags.socket, "FCD_SOCKET", file.socket, places.socket))?,
             limits: file.limits,
             vm: file.vm,
+            vmm: file.vmm,
             qemu: file.qemu,
+            firecracker: file.firecracker,
             disk: file.disk,
             network: file.network,
             sync: file.sync,
@@ -272,6 +287,7 @@ impl Config {
             return bad("qemu.uid_base must be at least 1000 and the range must fit 32 bits");
         }
         sync::validate(&self.sync)?;
+        vmm::validate(&self.vmm, self.network.is_bridge())?;
         self.network.validate()
     }
 }
@@ -344,7 +360,9 @@ mod tests {
             socket: "/k".into(),
             limits: file.limits,
             vm: file.vm,
+            vmm: file.vmm,
             qemu: file.qemu,
+            firecracker: file.firecracker,
             disk: file.disk,
             network: file.network,
             sync: file.sync,

@@ -133,7 +133,7 @@ impl Daemon {
     /// What the host could not do when the daemon started (its disk was full) it may do now. But the device of a snapshot would be
     /// in no ledger: the claim did not know of it.
     fn probe_again(&self) -> Result<Method> {
-        let now = super::room::probe(&self.config, &self.config.state_dir)?.method;
+        let now = super::room::probe(&self.config, self.vmm.as_ref(), &self.config.state_dir)?.method;
         match &self.disk_probe {
             Err(e) if now == Method::DmSnapshot => Err(e.clone().hint("start fcd again: the host can make root disks now")),
             _ => Ok(now),

@@ -39,6 +39,8 @@ pub use crate::ops::Change as OpEvent;
 pub use access::Caller;
 pub use debug::Leftovers;
 pub use doctor::host_checks;
+#[cfg(feature = "fakes")]
+pub use effects::DieAt;
 #[cfg(any(test, feature = "fakes"))]
 pub use effects::Plan as EffectPlan;
 pub use keys::{HeldKey, Keyed};
@@ -47,7 +49,7 @@ pub use sessions::ExecIo;
 pub use transitions::{Decision, decide, markdown_table as transitions_table};
 pub use waiting::{Gone, Hangup};
 
-use crate::config::Config;
+use crate::config::{Config, VmmDriver};
 use crate::error::{Error, Kind, Result};
 use crate::guest::ControlSender;
 use crate::guest::Transport;
@@ -59,6 +61,10 @@ use crate::ops::Ops;
 use crate::pool::{Admission, Pool};
 use crate::store::{Store, Ticket, Tx};
 use crate::vmm::Driver;
+use crate::vmm::console::Consoles;
+use crate::vmm::drivers::Drivers;
+use crate::vmm::firecracker::Firecracker;
+use crate::vmm::qemu::Qemu;
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::HashSet;
@@ -86,11 +92,22 @@ impl Seams {
     /// The real ones.
     pub fn real(config: &Config) -> Result<Self> {
         Ok(Self {
-            vmm: Arc::new(crate::vmm::qemu::Qemu::new(config.qemu.clone())?),
+            vmm: Arc::new(drivers(config)?),
             transport: Arc::new(crate::guest::SshTransport),
             commands: Arc::new(crate::host::HostCommands),
         })
     }
+}
+
+/// The one that the configuration names, and those that may have VMs of an earlier one.
+fn drivers(config: &Config) -> Result<Drivers> {
+    let consoles = Arc::new(Consoles::try_new()?);
+    let qemu = Arc::new(Qemu::new(config.qemu.clone(), consoles.clone())?);
+    let firecracker = Arc::new(Firecracker::new(config.firecracker.clone(), config.qemu.uids(), consoles)?);
+    Ok(match config.vmm.driver {
+        VmmDriver::Qemu => Drivers::new(qemu, vec![firecracker]),
+        VmmDriver::Firecracker => Drivers::new(firecracker, vec![qemu]),
+    })
 }
 
 /// What a clone of [`Daemon`] shares.
@@ -208,7 +225,7 @@ impl Daemon {
         let ops = open_ops(&store, rows)?;
         let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let net = network::open(&config, &store, &seams.commands, &closing)?;
-        let disk_probe = room::probe(&config, &config.state_dir);
+        let disk_probe = room::probe(&config, seams.vmm.as_ref(), &config.state_dir);
         let inner = Inner {
             net,
             disk_probe,

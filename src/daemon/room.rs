@@ -8,6 +8,7 @@ use crate::disk::snapshot::{self, Fill};
 use crate::disk::{Method, Probe};
 use crate::error::{Kind, Result};
 use crate::store::VmRow;
+use crate::vmm::Driver;
 use std::collections::HashSet;
 use std::path::Path;
 use std::time::Duration;
@@ -18,7 +19,7 @@ const LOOK_PERIOD: Duration = Duration::from_millis(500);
 const IDLE_PERIOD: Duration = Duration::from_secs(2);
 
 /// How root disks in `dir` are made: as the configuration says, or the best way.
-pub(super) fn probe(config: &Config, dir: &Path) -> Result<Probe> {
+pub(super) fn probe(config: &Config, vmm: &dyn Driver, dir: &Path) -> Result<Probe> {
     let wanted = match config.disk.driver {
         DiskDriver::Auto => None,
         DiskDriver::Reflink => Some(Method::Reflink),
@@ -26,7 +27,7 @@ pub(super) fn probe(config: &Config, dir: &Path) -> Result<Probe> {
         DiskDriver::DmSnapshot => Some(Method::DmSnapshot),
         DiskDriver::Copy => Some(Method::Copy),
     };
-    crate::disk::probe(dir, wanted, true)
+    crate::disk::probe(dir, wanted, vmm.reads_qcow2())
 }
 
 /// What was found at the last look, by the VMs' tags.

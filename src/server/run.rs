@@ -49,6 +49,11 @@ pub fn run(config: Config) -> Result<()> {
     drop(crate::host::fs::create_dir(&config.state_dir, 0o711)?);
     let _held = hold(&config.state_dir)?;
     let daemon = Daemon::open(config.clone(), Seams::real(&config)?)?;
+    #[cfg(feature = "fakes")]
+    if let Some(plan) = crate::daemon::DieAt::told() {
+        daemon.effects.follow(plan.clone());
+        daemon.store.faults().ask(plan);
+    }
     let dispatch = Arc::new(Dispatch::new(daemon.clone()));
     let server = Server::bind(&config.socket, Limits::from(&config.limits), dispatch)?;
     let reconciler = daemon.clone();

@@ -13,7 +13,6 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,11 +32,17 @@ fn event() -> io::Result<EventFd> {
     Ok(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?)
 }
 
+fn set_nonblocking(fd: impl AsFd) -> rustix::io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(&fd)?;
+    rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)
+}
+
 /// A console to read: the log's directory, its bound, a line that says why the log begins or goes on here.
 pub(super) struct Attach {
     pub dir: PathBuf,
     pub bytes_max: u64,
-    pub socket: UnixStream,
+    /// A socket, or the reading end of a pipe.
+    pub from: File,
     pub mark: String,
 }
 
@@ -80,9 +85,9 @@ impl Consoles {
         Ok(Self { shared: Arc::new(Shared { state: Mutex::new(Rank::Consoles, State::default()), wake }) })
     }
 
-    /// The thread takes over the socket until its end. Nothing here blocks.
+    /// The thread takes it over until its end. Nothing here blocks.
     pub(super) fn attach(&self, console: Attach) -> Result<()> {
-        console.socket.set_nonblocking(true).map_err(|e| Error::io("attach to a console", e))?;
+        set_nonblocking(&console.from).map_err(|e| Error::io("attach to a console", e))?;
         let mut state = self.shared.state.lock();
         if state.thread.is_none() {
             let shared = self.shared.clone();
@@ -242,7 +247,7 @@ fn whole_characters(bytes: &[u8]) -> usize {
 
 struct Console {
     dir: PathBuf,
-    socket: UnixStream,
+    from: File,
     vmm_log: Option<File>,
 }
 
@@ -298,7 +303,7 @@ impl Reader {
     /// The places of the consoles that have something.
     fn poll(&self) -> Vec<usize> {
         let mut fds = vec![PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN)];
-        fds.extend(self.consoles.iter().map(|c| PollFd::new(c.socket.as_fd(), PollFlags::POLLIN)));
+        fds.extend(self.consoles.iter().map(|c| PollFd::new(c.from.as_fd(), PollFlags::POLLIN)));
         let timeout = if self.consoles.is_empty() { PollTimeout::MAX } else { crate::host::wait::timeout_until(self.next_tick) };
         match poll(&mut fds, timeout) {
             Ok(_) => {}
@@ -325,13 +330,13 @@ impl Reader {
         log.append(&attach.dir, Some(&attach.mark), &[]);
         self.shared.notify(&attach.dir);
         let vmm_log = open_dir(&attach.dir).ok().and_then(|dir| open_at(dir, VMM_LOG, OFlags::WRONLY, 0).ok());
-        self.consoles.push(Console { dir: attach.dir, socket: attach.socket, vmm_log });
+        self.consoles.push(Console { dir: attach.dir, from: attach.from, vmm_log });
     }
 
     /// False at its end.
     fn read_one(&mut self, i: usize) -> bool {
         let console = &mut self.consoles[i];
-        let n = match console.socket.read(&mut self.buffer) {
+        let n = match console.from.read(&mut self.buffer) {
             Ok(0) => return false,
             Ok(n) => n,
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => return true,

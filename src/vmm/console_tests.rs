@@ -1,5 +1,6 @@
 use super::*;
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 
 struct Fixture {
     dir: tempfile::TempDir,
@@ -14,7 +15,9 @@ impl Fixture {
     fn attach(&self, mark: &str, bytes_max: u64) -> UnixStream {
         let (ours, guests) = UnixStream::pair().unwrap();
         let dir = self.dir.path().to_owned();
-        self.consoles.attach(Attach { dir, bytes_max, socket: ours, mark: mark.into() }).unwrap();
+        self.consoles
+            .attach(Attach { dir, bytes_max, from: std::os::fd::OwnedFd::from(ours).into(), mark: mark.into() })
+            .unwrap();
         guests
     }
     fn follow(&self, tail: Option<u64>) -> Follower {
@@ -100,7 +103,12 @@ fn a_log_that_cannot_be_written_stops_nobody_and_the_gap_is_marked() {
     // The thread takes things in order: when the other console has its line, it has been past this one.
     let other = tempfile::tempdir().unwrap();
     let mut other_follower = f.consoles.follow(other.path(), None).unwrap();
-    let attach = Attach { dir: other.path().to_owned(), bytes_max: 1 << 20, socket: probe, mark: "m".into() };
+    let attach = Attach {
+        dir: other.path().to_owned(),
+        bytes_max: 1 << 20,
+        from: std::os::fd::OwnedFd::from(probe).into(),
+        mark: "m".into(),
+    };
     f.consoles.attach(attach).unwrap();
     for i in 0..3 {
         probe_guest.write_all(format!("{i}\n").as_bytes()).unwrap();
@@ -156,8 +164,9 @@ fn the_vmms_own_log_is_cut_when_it_is_over_its_bound() {
     for (bytes, expected) in [(VMM_LOG_BYTES_MAX, VMM_LOG_BYTES_MAX), (VMM_LOG_BYTES_MAX + 1, 0)] {
         std::fs::write(&path, vec![b'x'; bytes as usize]).unwrap();
         let vmm_log = Some(std::fs::OpenOptions::new().write(true).open(&path).unwrap());
-        let (socket, _guest) = UnixStream::pair().unwrap();
-        bound_vmm_log(&Console { dir: f.dir.path().to_owned(), socket, vmm_log });
+        let (from, _guest) = UnixStream::pair().unwrap();
+        let from = std::os::fd::OwnedFd::from(from).into();
+        bound_vmm_log(&Console { dir: f.dir.path().to_owned(), from, vmm_log });
         assert_eq!(size(), expected);
     }
 }

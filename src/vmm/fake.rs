@@ -239,7 +239,12 @@ impl Fake {
 
     fn open_console(&self, spec: &VmmSpec, identity: &Identity, mark: String) -> Result<()> {
         let (ours, guests) = UnixStream::pair().map_err(|e| Error::io("make a fake console", e))?;
-        self.consoles.attach(Attach { dir: spec.dir.clone(), bytes_max: spec.console_bytes_max, socket: ours, mark })?;
+        self.consoles.attach(Attach {
+            dir: spec.dir.clone(),
+            bytes_max: spec.console_bytes_max,
+            from: std::os::fd::OwnedFd::from(ours).into(),
+            mark,
+        })?;
         self.with(identity, |vmm| vmm.console = Some(guests));
         Ok(())
     }
@@ -319,6 +324,10 @@ impl Driver for Fake {
         self.with(identity, |vmm| vmm.end.is_none()).unwrap_or(false)
     }
 
+    fn runs(&self, identity: &Identity) -> bool {
+        self.with(identity, |_| ()).is_some()
+    }
+
     fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
         self.with(identity, |vmm| vmm.end.is_none() && vmm.spec.tag == tag).unwrap_or(false)
     }
@@ -376,6 +385,10 @@ impl Driver for Fake {
             tell(end.flatten().unwrap_or_else(|| process::Exit::Unknown.to_string()), died);
         }
         Ok(())
+    }
+
+    fn reads_qcow2(&self) -> bool {
+        true
     }
 
     fn checks(&self) -> Vec<Check> {

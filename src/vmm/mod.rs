@@ -1,10 +1,16 @@
 //! VMMs: what a driver must do, and the drivers.
 
 pub mod console;
+mod dial;
+pub mod drivers;
 #[cfg(feature = "fakes")]
 pub mod fake;
+pub mod firecracker;
+mod kvm;
 mod log_file;
+mod processes;
 pub mod qemu;
+mod run_dir;
 mod watch;
 
 use crate::api::daemon::Check;
@@ -123,6 +129,9 @@ pub trait Driver: Send + Sync {
     /// wrote, is nobody to adopt or to end.
     fn is_ours(&self, identity: &Identity, tag: &str) -> bool;
 
+    /// Whether it is a process of this driver's program.
+    fn runs(&self, identity: &Identity) -> bool;
+
     /// Waits until the process has exited; false when the deadline or the cancel came first.
     fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool>;
 
@@ -139,6 +148,9 @@ pub trait Driver: Send + Sync {
 
     /// Lets the guest of the VM in `dir` stand still, or go on; one that does so already is ok.
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()>;
+
+    /// Whether a disk may be a qcow2 file.
+    fn reads_qcow2(&self) -> bool;
 
     /// What the driver needs, found and picked.
     fn checks(&self) -> Vec<Check>;

@@ -11,7 +11,7 @@ const PACKAGES: [&str; 8] =
     ["dmsetup", "qemu-system-x86", "qemu-utils", "nftables", "iproute2", "lz4", "procps", "openssh-client"];
 /// One with a service manager in it, which is not its first process: that takes a minute under emulation, or several.
 const NAME_WITH_SYSTEMD: &str = "systemd-host";
-const SYSTEMD: [&str; 2] = ["systemd", "dbus"];
+const SYSTEMD: [&str; 3] = ["systemd", "systemd-resolved", "dbus"];
 /// Where everything is in it; VMMs of other uids reach it.
 const PLACE: &str = "/srv/f";
 /// For what runs in there: emulation makes it some twenty times slower.
@@ -189,6 +189,24 @@ END
     do sleep 0.5; done
     echo "nsenter -t $pid -a \"\$@\"" > in-systemd"#;
 
+/// On a host with systemd-resolved `.vm` goes to the bridge, and nothing else does.
+fn names_by_resolved(host: &TestHost, systemd: &dyn Fn(&str) -> String) {
+    host.sh(
+        "chmod 666 /dev/net/tun; printf '[network]\\ndriver = \"bridge\"\\n[qemu]\\naccel = \"kvm\"\\n' > /etc/fcd/config.toml",
+    );
+    systemd(
+        "systemctl start systemd-resolved; systemctl reset-failed fcd; systemctl start fcd
+             until fcctl rpc fcd.info > /dev/null 2>&1; do sleep 0.2; done
+             fcctl rm -f a; fcctl vm create --name named; fcctl start named",
+    );
+    let link = systemd("resolvectl domain fcbr0; resolvectl dns fcbr0; resolvectl default-route fcbr0");
+    assert!(link.contains("~vm") && link.contains("10.89.0.1") && link.contains("no"), "{link}");
+    let found = systemd("resolvectl query --legend=no named.vm");
+    let address = systemd("fcctl --json vm show named | tr , \"\\n\" | grep -oE \"10[.]89[.]0[.][0-9]+\" | head -n 1");
+    assert!(found.contains(address.trim()), "{found} is {address}");
+    systemd("fcctl rm -f named");
+}
+
 /// The unit's promise: a stop, a restart, an upgrade and a crash of the daemon cost no VM anything.
 #[test]
 #[ignore = "minutes: scripts/test --long"]
@@ -224,5 +242,6 @@ fn vms_outlive_what_systemd_does_to_the_unit() {
         "systemctl stop fcd; echo nonsense > /etc/fcd/config.toml; systemctl start fcd || true
              until systemctl is-failed -q fcd; do sleep 0.2; done; systemctl show -P NRestarts fcd | grep -qx 0",
     );
+    names_by_resolved(&host, &systemd);
     println!("systemd in the test host: {}", systemd("systemctl --version | head -n 1"));
 }

@@ -1,6 +1,6 @@
 //! What a host can run out of, take away, or put in the way: typed errors, nothing half made, and a daemon that recovers by itself.
 
-use crate::host::{Host, text, vmm_processes, wait_for};
+use crate::host::{Host, text, vmm_processes, wait_for, wait_for_or};
 use serde_json::Value;
 use std::fs;
 use std::io::{Read, Write};
@@ -29,7 +29,12 @@ fn refused(out: &Output, status: i32, kinds: &[&str]) {
 }
 
 fn begins_again(host: &Host, vm: &str) {
-    wait_for("a start succeeds again", || host.fcctl(&["start", vm]).status.success().then_some(()));
+    let mut said = String::new();
+    wait_for_or("a start succeeds again", &mut said, |said| {
+        let out = host.fcctl(&["start", vm]);
+        *said = text(&out).1;
+        out.status.success().then_some(())
+    });
     assert_eq!(host.sh(vm, "echo well"), "well\n");
     host.ok(&["rm", "-f", vm]);
 }
@@ -49,7 +54,34 @@ fn no_inode_is_left() {
     begins_again(&host, "a");
 }
 
-/// What happens to a daemon that runs is shown by the store's own tests: a file system with open files does not become read-only.
+/// The kernel finds an error on the file system: reads go on, nothing is acknowledged any more, and nothing that was is lost.
+#[test]
+fn the_state_directory_becomes_read_only() {
+    let mut host = Host::on_ext4();
+    host.boot("a");
+    host.ok(&["vm", "create", "--name", "b"]);
+    host.disk().break_ext4();
+    refused(&host.fcctl(&["--json", "vm", "create", "--name", "c"]), 1, &["store_read_only", "host"]);
+    refused(&host.fcctl(&["--json", "vm", "set", "b", "--vcpus", "2"]), 1, &["store_read_only", "host"]);
+    refused(&host.fcctl(&["--json", "start", "b"]), 1, &["store_read_only", "host"]);
+    let listed = host.ok(&["ps", "-a"]);
+    assert!(listed.contains(" a ") || listed.contains("\na ") && !listed.contains("\nc "), "{listed}");
+    assert_eq!(host.show("b", "vcpus"), 1);
+    let doctor = text(&host.fcctl(&["doctor"])).0;
+    assert!(doctor.contains("the store is read-only"), "{doctor}");
+    host.kill_daemon();
+    for pid in vmm_processes(&host.state()) {
+        crate::host::signal(pid, "KILL");
+    }
+    wait_for("the disk is nobody's", || vmm_processes(&host.state()).is_empty().then_some(()));
+    host.disk().mend_ext4();
+    host.relaunch();
+    wait_for("it is seen that the guest is gone", || (host.show("a", "state") == "failed").then_some(()));
+    assert_eq!(host.show("b", "state"), "created");
+    begins_again(&host, "a");
+    begins_again(&host, "b");
+}
+
 #[test]
 fn a_daemon_does_not_start_where_it_cannot_write() {
     let mut host = Host::on_small_disk(640);

@@ -31,12 +31,17 @@ fn base() -> PathBuf {
 
 /// Waits until `probe` answers, looking again whenever a short poll runs out.
 pub fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+    wait_for_or(what, &mut String::new(), |_| probe())
+}
+
+/// The same; what it says when it gives up is what the probe has last said.
+pub fn wait_for_or<T>(what: &str, said: &mut String, mut probe: impl FnMut(&mut String) -> Option<T>) -> T {
     let deadline = Instant::now() + DEADLINE;
     loop {
-        if let Some(found) = probe() {
+        if let Some(found) = probe(said) {
             return found;
         }
-        assert!(Instant::now() < deadline, "{what}: not within {DEADLINE:?}");
+        assert!(Instant::now() < deadline, "{what}: not within {DEADLINE:?}: {said}");
         std::thread::park_timeout(Duration::from_millis(20));
     }
 }
@@ -112,6 +117,11 @@ impl Host {
         Self::prepared("", Some(&|at| SmallDisk::of_few_inodes(at, count)))
     }
 
+    /// The same on ext4, which becomes read-only when it finds an error.
+    pub fn on_ext4() -> Self {
+        Self::prepared("", Some(&SmallDisk::ext4))
+    }
+
     /// The same on XFS, whose files share blocks.
     pub fn on_xfs() -> Self {
         Self::prepared("", Some(&SmallDisk::xfs))
@@ -145,6 +155,10 @@ impl Host {
                 fs::hard_link(&from, to).unwrap();
             }
         }
+        if self.disk.is_some() {
+            // As a build has done.
+            run(Command::new("sync").arg("-f").arg(&own));
+        }
     }
 
     pub fn disk(&self) -> &SmallDisk {
@@ -175,6 +189,7 @@ impl Host {
             .args(["--socket".as_ref(), self.socket().as_os_str()])
             // A breach of the lock order ends the daemon, whatever catches panics.
             .env("FCD_LOCK_ABORT", "1")
+            .env("FCD_TEST_DIE_AT", self.die_at())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
@@ -186,6 +201,33 @@ impl Host {
             assert!(ended.is_none(), "fcd ended: {ended:?}\n{}", self.log());
             self.fcctl(&["rpc", "fcd.info"]).status.success().then_some(())
         });
+    }
+
+    /// Where it is written at which of its next points the daemon dies.
+    fn die_at(&self) -> PathBuf {
+        self.dir.path().join("die-at")
+    }
+
+    /// It dies, as by `kill -9`, at the n-th effect or commit from now on.
+    pub fn arm(&self, n: u64) {
+        // Whole at once: it is read at every point.
+        let draft = self.dir.path().join("die-at.new");
+        fs::write(&draft, n.to_string()).unwrap();
+        fs::rename(draft, self.die_at()).unwrap();
+    }
+
+    /// Whether it has died of that, which it does not do any more. One that hung up on somebody is about to.
+    pub fn disarm(&mut self, has_hung_up: bool) -> bool {
+        fs::remove_file(self.die_at()).unwrap();
+        let mut fcd = self.fcd.take().expect("a daemon runs");
+        let end = if has_hung_up { Some(fcd.wait().unwrap()) } else { fcd.try_wait().unwrap() };
+        assert!(
+            end.is_none_or(|status| std::os::unix::process::ExitStatusExt::signal(&status) == Some(9)),
+            "{end:?}\n{}",
+            self.log()
+        );
+        self.fcd = Some(fcd).filter(|_| end.is_none());
+        end.is_some()
     }
 
     /// The daemon again, on the same state.
@@ -341,6 +383,7 @@ pub struct SmallDisk(PathBuf);
 
 /// Sparse: what is written to it counts.
 const XFS_BYTES: u64 = 2 << 30;
+const EXT4_BYTES: u64 = 2 << 30;
 
 impl SmallDisk {
     fn in_memory(at: PathBuf, size_mib: u64) -> Self {
@@ -358,6 +401,33 @@ impl SmallDisk {
         let mounted = Self::mount(at, &["-t", "xfs", "-o", "loop", file.to_str().unwrap()]);
         fs::set_permissions(&mounted.0, fs::Permissions::from_mode(0o711)).unwrap();
         mounted
+    }
+
+    fn ext4(at: PathBuf) -> Self {
+        let file = at.with_extension("ext4");
+        fs::File::create(&file).unwrap().set_len(EXT4_BYTES).unwrap();
+        run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&file));
+        let mounted = Self::mount(at, &["-t", "ext4", "-o", "loop,errors=remount-ro", file.to_str().unwrap()]);
+        fs::set_permissions(&mounted.0, fs::Permissions::from_mode(0o711)).unwrap();
+        mounted
+    }
+
+    /// An error that its kernel finds: from here on nothing can be written, whoever has it open.
+    pub fn break_ext4(&self) {
+        let out = Command::new("findmnt").args(["-no", "SOURCE"]).arg(&self.0).output().unwrap();
+        let device = String::from_utf8(out.stdout).unwrap();
+        let device = Path::new(device.trim()).file_name().unwrap().to_owned();
+        fs::write(Path::new("/sys/fs/ext4").join(device).join("trigger_fs_error"), "1").unwrap();
+    }
+
+    /// As an administrator does after a reboot.
+    pub fn mend_ext4(&self) {
+        // Those who had files open on it have just been killed.
+        wait_for("it is unmounted", || Command::new("umount").arg(&self.0).status().unwrap().success().then_some(()));
+        let file = self.0.with_extension("ext4");
+        let status = Command::new("e2fsck").args(["-f", "-y"]).arg(&file).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        assert!(matches!(status.unwrap().code(), Some(0 | 1)), "e2fsck(8): errors were corrected, or there were none");
+        run(Command::new("mount").args(["-t", "ext4", "-o", "loop"]).arg(&file).arg(&self.0));
     }
 
     fn mount(at: PathBuf, args: &[&str]) -> Self {

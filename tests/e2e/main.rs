@@ -6,6 +6,7 @@ mod big;
 mod bridge;
 mod capabilities;
 mod copies;
+mod crash_points;
 mod disks;
 mod exec;
 mod export;

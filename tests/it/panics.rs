@@ -62,6 +62,12 @@ impl Driver for Panics {
     fn is_alive(&self, identity: &Identity) -> bool {
         self.inner.is_alive(identity)
     }
+    fn runs(&self, identity: &Identity) -> bool {
+        self.inner.runs(identity)
+    }
+    fn reads_qcow2(&self) -> bool {
+        self.inner.reads_qcow2()
+    }
     fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
         self.inner.is_ours(identity, tag)
     }

@@ -141,6 +141,9 @@ impl Driver for PointDriver {
     fn is_alive(&self, identity: &Identity) -> bool {
         self.0.is_alive(identity)
     }
+    fn runs(&self, identity: &Identity) -> bool {
+        self.0.runs(identity)
+    }
     fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
         self.0.is_ours(identity, tag)
     }
@@ -159,6 +162,9 @@ impl Driver for PointDriver {
     }
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
         self.0.set_paused(dir, identity, is_paused, cancel)
+    }
+    fn reads_qcow2(&self) -> bool {
+        self.0.reads_qcow2()
     }
     fn checks(&self) -> Vec<Check> {
         self.0.checks()

@@ -2,7 +2,6 @@
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
-use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::daemon::boot::Boot;
 use crate::error::Result;
@@ -40,13 +39,14 @@ impl Resource for Disk {
     }
 
     fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
-        vec![disk_check(host.config)]
+        vec![disk_check(host)]
     }
 }
 
-fn disk_check(config: &Config) -> Check {
+fn disk_check(host: &HostView<'_>) -> Check {
+    let config = host.config;
     let dir = config.state_dir.display();
-    match crate::daemon::room::probe(config, super::existing(&config.state_dir)) {
+    match crate::daemon::room::probe(config, host.vmm, super::existing(&config.state_dir)) {
         Ok(probe) => Check::ok("root-disk", format!("root disks in {dir}: {} ({})", probe.method.name(), probe.reason)),
         Err(e) => Check::fail("root-disk", e.to_string(), e.hint_text().unwrap_or("check the directory's rights")),
     }

@@ -11,13 +11,12 @@ use crate::error::{Error, Kind, Result};
 use crate::host::command::{Command, printable, run_any_status};
 use crate::host::wait::{Woken, cancelled, wait_any};
 use crate::locks::{Cancel, Mutex, Rank};
+use crate::vmm::kvm::{KVM, kvm_access};
 use nix::poll::PollFlags;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-const KVM: &str = "/dev/kvm";
 /// A stock kernel takes a second or two from its start to its panic with working virtualisation.
 const PROBE_DEADLINE: Duration = Duration::from_secs(10);
 /// The probe and what is around it.
@@ -43,9 +42,6 @@ pub struct Picker {
     config: Qemu,
     state: Arc<Mutex<State>>,
 }
-
-/// May our VMMs open `/dev/kvm`: with which groups, or why not.
-type Access = std::result::Result<Vec<u32>, String>;
 
 impl Picker {
     pub fn new(config: Qemu) -> Self {
@@ -134,26 +130,6 @@ fn pick_board(machine: Machine, accelerator: Accelerator, cancel: &Cancel) -> Re
             None => Board::Q35,
         },
     })
-}
-
-/// By the mode alone, for a VMM that will have another uid than we have.
-pub fn kvm_access() -> Access {
-    let stat = match std::fs::metadata(KVM) {
-        Ok(stat) => stat,
-        Err(_) => return Err(format!("there is no {KVM}")),
-    };
-    let mode = stat.permissions().mode();
-    if !rustix::process::geteuid().is_root() {
-        let may = rustix::fs::access(KVM, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK).is_ok();
-        return if may { Ok(Vec::new()) } else { Err(format!("this user may not open {KVM}")) };
-    }
-    if mode & 0o006 == 0o006 {
-        Ok(Vec::new())
-    } else if mode & 0o060 == 0o060 && stat.gid() != 0 {
-        Ok(vec![stat.gid()])
-    } else {
-        Err(format!("only root may open {KVM}, and VMMs do not run as root"))
-    }
 }
 
 /// None: it boots. Otherwise why it is not used. An error only where that could not be found out.

@@ -4,15 +4,13 @@
 //! error. It goes on when somebody says `cont`: here, once there is room again.
 
 use super::argv::QMP_SOCKET;
-use super::qmp::{self, Patience, Qmp};
-use crate::error::{Error, Kind, Result};
-use crate::host::fs::{open_at, open_dir};
+use super::qmp::Qmp;
+use crate::error::{Kind, Result};
 use crate::host::process::Process;
 use crate::locks::{Cancel, Rank, region};
-use crate::vmm::Told;
-use rustix::fs::OFlags;
+use crate::vmm::dial::{self, Patience};
+use crate::vmm::{Told, run_dir};
 use serde_json::json;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -42,7 +40,7 @@ impl Attended {
     pub fn run(self) {
         if let Err(e) = self.attend()
             && !self.closing.is_cancelled()
-            && !super::is_exiting(&self.process)
+            && !run_dir::is_exiting(&self.process)
         {
             log::warn!("the VMM of {} is no longer asked how it is: {e}", self.dir.display());
         }
@@ -68,10 +66,9 @@ impl Attended {
     }
 
     fn open(&self) -> Result<Option<Qmp<'_>>> {
-        let dir = open_at(open_dir(&self.dir)?, super::RUN_DIR, OFlags::RDONLY | OFlags::DIRECTORY, 0);
-        let dir = OwnedFd::from(dir.map_err(|e| Error::io("open the VMM's run directory", e))?);
+        let dir = run_dir::open(&self.dir, "open the VMM's run directory")?;
         self.patiently(|patience| {
-            let control = qmp::connect(&dir, QMP_SOCKET, &self.process, patience)?;
+            let control = dial::connect(&dir, QMP_SOCKET, &self.process, patience)?;
             control.map(|control| Qmp::open(control, patience)).transpose()
         })
     }

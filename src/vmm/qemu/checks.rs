@@ -1,11 +1,12 @@
 //! What QEMU needs here, what was found, and what was picked.
 
-use super::accel::{Picked, kvm_access};
+use super::accel::Picked;
 use super::argv::Board;
 use crate::api::daemon::{Check, Severity};
 use crate::config::{Accel, Machine, Qemu};
 use crate::host::command::{Command, find_program, run_any_status};
 use crate::locks::Cancel;
+use crate::vmm::kvm::kvm_access;
 use std::time::Duration;
 
 /// Oldest QEMU that this driver was made for.

@@ -11,25 +11,24 @@ mod checks;
 mod qmp;
 mod tsc;
 
-use super::console::{Attach, Consoles, VMM_LOG};
-use super::watch::{Watcher, tell};
+use super::console::{Attach, Consoles};
+use super::dial::{self, Patience};
+use super::processes::{self, Processes};
+use super::run_dir::{self, RUN_DIR};
 use super::{Driver, GuestNetwork, Identity, Running, Told, VmmSpec};
 use crate::api::daemon::Check;
 use crate::config::Qemu as Config;
 use crate::error::{Error, Kind, Result};
-use crate::host::command::{printable, read_bounded};
-use crate::host::fs::{open_at, open_dir};
-use crate::host::process::{self, Credentials, Exit, Process, Spawn};
+use crate::host::fs::open_dir;
+use crate::host::process::{self, Credentials, Process, Spawn};
 use crate::locks::{Cancel, Rank, region};
 use accel::{Picked, Picker};
-use qmp::{Patience, Qmp};
-use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid};
-use rustix::process::Signal;
+use qmp::Qmp;
 use serde_json::json;
-use std::io::{Seek, SeekFrom};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// From the process's start to its first guest instruction; a fraction of a second on an idle host.
@@ -38,46 +37,32 @@ const START_DEADLINE: Duration = Duration::from_secs(30);
 const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
 /// For a process that was killed because its start failed.
 const KILL_DEADLINE: Duration = Duration::from_secs(30);
-/// From a hang-up to the exit.
-const EXIT_GRACE: Duration = Duration::from_secs(1);
-/// How much of what QEMU said goes into an error.
-const SAID_BYTES_MAX: u64 = 2048;
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-const RUN_DIR: &str = "run";
 
 pub struct Qemu {
     config: Config,
     picker: Picker,
-    consoles: Consoles,
-    watcher: Watcher,
+    consoles: Arc<Consoles>,
+    processes: Processes,
     /// Fires when the driver goes.
     closing: Cancel,
 }
 
 impl Qemu {
     /// Looks at nothing yet. Fails where no event can be had (EMFILE, ENFILE).
-    pub fn new(config: Config) -> Result<Self> {
+    pub fn new(config: Config, consoles: Arc<Consoles>) -> Result<Self> {
         let picker = Picker::new(config.clone());
+        let (uids, of_driver) = (config.uids(), config.clone());
+        let processes = Processes::try_new(uids, Box::new(move |executable| is_qemu(&of_driver, executable)))?;
         let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
-        Ok(Self { config, picker, consoles: Consoles::try_new()?, watcher: Watcher::try_new()?, closing })
-    }
-
-    /// The process, if it lives and is a QEMU of ours with this tag.
-    fn verify(&self, identity: &Identity, tag: &str) -> Result<Option<Process>> {
-        let Some(process) = Process::open(identity)?.filter(Process::is_alive) else { return Ok(None) };
-        let is_ours = is_qemu(&self.config, identity.pid)
-            && process::arguments(identity.pid).iter().any(|a| a == tag.as_bytes())
-            && process::uid(identity.pid).is_some_and(|uid| may_be_ours(&self.config, uid));
-        Ok((is_ours && process.is_alive()).then_some(process))
+        Ok(Self { config, picker, consoles, processes, closing })
     }
 
     fn spawn(&self, spec: &VmmSpec, picked: &Picked) -> Result<(Process, OwnedFd)> {
-        let io = |e: std::io::Error| Error::io(format!("open {}", spec.dir.join(VMM_LOG).display()), e);
         let dir = open_dir(&spec.dir)?;
-        let run = make_run_dir(&dir, spec.credentials)?;
-        let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::TRUNC;
-        let output = open_at(&dir, VMM_LOG, flags, 0o600).map_err(io)?;
+        let run = run_dir::make(&dir, &[argv::QMP_SOCKET, argv::CONTROL_SOCKET, argv::CONSOLE_SOCKET], spec.credentials)?;
+        let output = run_dir::open_log(&dir, spec)?;
         let credentials = spec.credentials.map(|(uid, gid)| Credentials { uid, gid, groups: picked.groups.clone() });
         let process = process::spawn(Spawn {
             program: self.config.binary.clone(),
@@ -92,24 +77,24 @@ impl Qemu {
 
     /// Console first, so that nothing the guest says is lost; then where its SSH port is; then let it run.
     fn set_going(&self, spec: &VmmSpec, process: &Process, run: &OwnedFd, patience: Patience<'_>) -> Result<Running> {
-        let exited = || exited_early(spec, process);
-        let console = qmp::connect(run, argv::CONSOLE_SOCKET, process, patience)?.ok_or_else(exited)?;
-        let control = qmp::connect(run, argv::QMP_SOCKET, process, patience)?.ok_or_else(exited)?;
+        let exited = || run_dir::exited_early("qemu", spec, process);
+        let console = dial::connect(run, argv::CONSOLE_SOCKET, process, patience)?.ok_or_else(exited)?;
+        let control = dial::connect(run, argv::QMP_SOCKET, process, patience)?.ok_or_else(exited)?;
         let mark = format!("started {}", spec.tag);
-        self.consoles.attach(Attach { dir: spec.dir.clone(), bytes_max: spec.console_bytes_max, socket: console, mark })?;
+        self.consoles.attach(Attach {
+            dir: spec.dir.clone(),
+            bytes_max: spec.console_bytes_max,
+            from: OwnedFd::from(console).into(),
+            mark,
+        })?;
         let ask = || -> Result<Running> {
             let mut qmp = Qmp::open(control, patience)?;
             let ssh_addr = ssh_addr(spec, &mut qmp)?;
             qmp.execute("cont", &json!({}))?;
             Ok(Running { identity: process.identity().clone(), ssh_addr })
         };
-        ask().map_err(|e| if e.kind() != Kind::Cancelled && is_exiting(process) { exited() } else { e })
+        ask().map_err(|e| if e.kind() != Kind::Cancelled && run_dir::is_exiting(process) { exited() } else { e })
     }
-}
-
-/// One that hangs up is about to exit, and then what it said tells more than that it hung up.
-fn is_exiting(process: &Process) -> bool {
-    process.wait_uncancelled(Instant::now() + EXIT_GRACE).unwrap_or(false)
 }
 
 /// On a tap the guest has an address of its own; in user mode QEMU picked the port.
@@ -124,67 +109,10 @@ fn ssh_addr(spec: &VmmSpec, qmp: &mut Qmp<'_>) -> Result<SocketAddr> {
     }
 }
 
-/// `run/`: the VMM's own, with nothing in it from an earlier life. What the VMM's uid left there is not followed.
-fn make_run_dir(dir: &OwnedFd, credentials: Option<(u32, u32)>) -> Result<OwnedFd> {
-    let make = || -> rustix::io::Result<OwnedFd> {
-        match rustix::fs::mkdirat(dir, RUN_DIR, Mode::RWXU) {
-            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-            Err(e) => return Err(e),
-        }
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let run = rustix::fs::openat(dir, RUN_DIR, flags, Mode::empty())?;
-        for name in [argv::QMP_SOCKET, argv::CONTROL_SOCKET, argv::CONSOLE_SOCKET] {
-            match rustix::fs::unlinkat(&run, name, AtFlags::empty()) {
-                Ok(()) | Err(rustix::io::Errno::NOENT) => {}
-                Err(e) => return Err(e),
-            }
-        }
-        if let Some((uid, gid)) = credentials {
-            rustix::fs::fchown(&run, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
-        }
-        rustix::fs::fchmod(&run, Mode::RWXU)?;
-        Ok(run)
-    };
-    make().map_err(|e| Error::io("make the VMM's run directory", e))
-}
-
-/// With what QEMU itself said.
-fn exited_early(spec: &VmmSpec, process: &Process) -> Error {
-    let exit = process.exit().unwrap_or(Exit::Unknown);
-    let said = last_said(&spec.dir).map_or_else(String::new, |said| format!(": {said}"));
-    Error::new(Kind::VmmFailed, format!("start the VMM: qemu ended with {exit}{said}"))
-        .hint(format!("see {}, or run fcctl doctor", spec.dir.join(VMM_LOG).display()))
-}
-
-fn last_said(dir: &Path) -> Option<String> {
-    let mut file = open_at(open_dir(dir).ok()?, VMM_LOG, OFlags::RDONLY, 0).ok()?;
-    let size = file.metadata().ok()?.len();
-    file.seek(SeekFrom::Start(size.saturating_sub(SAID_BYTES_MAX))).ok()?;
-    let bytes = read_bounded(file, SAID_BYTES_MAX).ok()?;
-    let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<_> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
-    let last = lines[lines.len().saturating_sub(2)..].join("; ");
-    (!last.is_empty()).then(|| printable(&last))
-}
-
-fn is_qemu(config: &Config, pid: u32) -> bool {
-    let Some(executable) = process::executable(pid) else { return false };
+fn is_qemu(config: &Config, executable: &Path) -> bool {
     let name = |p: &Path| p.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     // A wrapper script runs another file, whose name has QEMU's in it.
-    name(&executable) == name(&config.binary) || name(&executable).contains("qemu")
-}
-
-/// As a user, only what runs as that user; as root, what runs as root or as a VM.
-fn may_be_ours(config: &Config, uid: u32) -> bool {
-    let me = rustix::process::geteuid().as_raw();
-    uid == me || (me == 0 && uid >= config.uid_base && uid - config.uid_base < config.uid_count)
-}
-
-fn how(exit: Exit) -> String {
-    match exit {
-        Exit::Status(0) => "the guest shut down".to_owned(),
-        other => other.to_string(),
-    }
+    name(executable) == name(&config.binary) || name(executable).contains("qemu")
 }
 
 impl Drop for Qemu {
@@ -227,33 +155,30 @@ impl Driver for Qemu {
     }
 
     fn find(&self, tag: &str) -> Result<Option<Identity>> {
-        for identity in process::find_by_argument(tag)? {
-            if self.verify(&identity, tag)?.is_some() {
-                return Ok(Some(identity));
-            }
-        }
-        Ok(None)
+        self.processes.find(tag)
     }
 
     fn list(&self, tag_prefix: &str) -> Result<Vec<String>> {
-        let mut tags = process::arguments_beginning(tag_prefix)?;
-        tags.retain(|tag| self.find(tag).is_ok_and(|found| found.is_some()));
-        Ok(tags)
+        self.processes.list(tag_prefix)
     }
 
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
         let doing = "take up the VMM again";
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: it has exited"));
-        let process = self.verify(identity, &spec.tag)?.ok_or_else(gone)?;
+        let process = self.processes.verify(identity, &spec.tag)?.ok_or_else(gone)?;
         let _blocking = region(Rank::VmmApi);
         let cancel = Cancel::try_new().map_err(|e| Error::io(doing, e))?;
         let patience = Patience { deadline: Instant::now() + ADOPT_DEADLINE, cancel: &cancel };
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-        let run = OwnedFd::from(open_at(open_dir(&spec.dir)?, RUN_DIR, flags, 0).map_err(|e| Error::io(doing, e))?);
-        let console = qmp::connect(&run, argv::CONSOLE_SOCKET, &process, patience)?.ok_or_else(gone)?;
+        let run = run_dir::open(&spec.dir, doing)?;
+        let console = dial::connect(&run, argv::CONSOLE_SOCKET, &process, patience)?.ok_or_else(gone)?;
         let mark = "reconnected; what the guest said since fcd ended is lost".to_owned();
-        self.consoles.attach(Attach { dir: spec.dir.clone(), bytes_max: spec.console_bytes_max, socket: console, mark })?;
-        let control = qmp::connect(&run, argv::CONTROL_SOCKET, &process, patience)?.ok_or_else(gone)?;
+        self.consoles.attach(Attach {
+            dir: spec.dir.clone(),
+            bytes_max: spec.console_bytes_max,
+            from: OwnedFd::from(console).into(),
+            mark,
+        })?;
+        let control = dial::connect(&run, argv::CONTROL_SOCKET, &process, patience)?.ok_or_else(gone)?;
         let mut qmp = Qmp::open(control, patience).map_err(|e| e.context(doing))?;
         let ssh_addr = ssh_addr(spec, &mut qmp).map_err(|e| e.context(doing))?;
         Ok(Running { identity: identity.clone(), ssh_addr })
@@ -264,37 +189,23 @@ impl Driver for Qemu {
     }
 
     fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
-        self.verify(identity, tag).is_ok_and(|process| process.is_some())
+        self.processes.verify(identity, tag).is_ok_and(|process| process.is_some())
+    }
+
+    fn runs(&self, identity: &Identity) -> bool {
+        self.processes.runs(identity)
     }
 
     fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
-        let Some(process) = Process::open(identity)? else { return Ok(true) };
-        let _blocking = region(Rank::VmmApi);
-        match process.wait(deadline, cancel) {
-            Err(e) if e.kind() == Kind::Cancelled => Ok(false),
-            other => other,
-        }
+        processes::wait_exit(identity, deadline, cancel)
     }
 
     fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
-        let Some(process) = Process::open(identity)? else { return Ok(()) };
-        process.signal(Signal::KILL)?;
-        let _blocking = region(Rank::VmmApi);
-        if process.wait_uncancelled(deadline)? {
-            return Ok(());
-        }
-        Err(Error::new(Kind::Timeout, format!("kill the VMM: process {} has not exited in time", identity.pid)))
+        processes::kill(identity, deadline)
     }
 
     fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {
-        let died = Box::new(move |exit| died(how(exit)));
-        match Process::open(identity)? {
-            Some(process) => self.watcher.add(process, died),
-            None => {
-                tell(process::exit_of_gone(identity), died);
-                Ok(())
-            }
-        }
+        self.processes.watch(identity, died)
     }
 
     fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
@@ -309,11 +220,14 @@ impl Driver for Qemu {
         let process = Process::open(identity)?.ok_or_else(gone)?;
         let _blocking = region(Rank::VmmApi);
         let patience = Patience { deadline: Instant::now() + ADOPT_DEADLINE, cancel };
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-        let run = OwnedFd::from(open_at(open_dir(dir)?, RUN_DIR, flags, 0).map_err(|e| Error::io(doing, e))?);
-        let control = qmp::connect(&run, argv::CONTROL_SOCKET, &process, patience)?.ok_or_else(gone)?;
+        let run = run_dir::open(dir, doing)?;
+        let control = dial::connect(&run, argv::CONTROL_SOCKET, &process, patience)?.ok_or_else(gone)?;
         let mut qmp = Qmp::open(control, patience).map_err(|e| e.context(doing))?;
         qmp.execute(command, &json!({})).map(drop).map_err(|e| e.context(doing))
+    }
+
+    fn reads_qcow2(&self) -> bool {
+        true
     }
 
     fn checks(&self) -> Vec<Check> {
@@ -326,36 +240,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_run_directory_is_made_anew_and_links_are_not_followed() {
-        let temp = tempfile::tempdir().unwrap();
-        let dir = open_dir(temp.path()).unwrap();
-        make_run_dir(&dir, None).unwrap();
-        std::fs::write(temp.path().join("victim"), "x").unwrap();
-        std::os::unix::fs::symlink("../victim", temp.path().join("run/qmp.sock")).unwrap();
-        make_run_dir(&dir, None).unwrap();
-        assert_eq!(std::fs::read_dir(temp.path().join("run")).unwrap().count(), 0);
-        assert!(temp.path().join("victim").exists());
-        std::fs::remove_dir(temp.path().join("run")).unwrap();
-        std::os::unix::fs::symlink("/tmp", temp.path().join("run")).unwrap();
-        assert!(make_run_dir(&dir, None).is_err());
-    }
-
-    #[test]
-    fn what_qemu_said_last_is_quoted() {
-        let temp = tempfile::tempdir().unwrap();
-        assert_eq!(last_said(temp.path()), None);
-        std::fs::write(temp.path().join(VMM_LOG), "one\n\ntwo\nqemu: \x1b[31mno\n").unwrap();
-        assert_eq!(last_said(temp.path()).unwrap(), "two; qemu: \\u{1b}[31mno");
-    }
-
-    #[test]
     fn a_qemu_that_ends_at_once_is_an_error_that_says_why() {
         let temp = tempfile::tempdir().unwrap();
         // Not QEMU at all, but a program that says what it does not like and leaves.
         let binary = "/bin/ls".into();
         let accel = crate::config::Accel::Tcg;
         let machine = crate::config::Machine::Q35;
-        let driver = Qemu::new(Config { binary, accel, machine, ..Config::default() }).unwrap();
+        let driver =
+            Qemu::new(Config { binary, accel, machine, ..Config::default() }, Arc::new(Consoles::try_new().unwrap())).unwrap();
         let path = |name: &str| temp.path().join(name);
         let spec = VmmSpec {
             vm: "0123456789ab".parse().unwrap(),

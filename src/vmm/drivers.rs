@@ -1,0 +1,114 @@
+//! All drivers as one: VMs are started by the one that the configuration names, and each is looked after by the one that started it.
+
+use super::console::Consoles;
+use super::{Driver, Identity, Running, Told, VmmSpec};
+use crate::api::daemon::Check;
+use crate::error::{Error, Kind, Result};
+use crate::locks::Cancel;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+pub struct Drivers {
+    starts: Arc<dyn Driver>,
+    /// That one, too.
+    all: Vec<Arc<dyn Driver>>,
+}
+
+impl Drivers {
+    pub fn new(starts: Arc<dyn Driver>, others: Vec<Arc<dyn Driver>>) -> Self {
+        let all = std::iter::once(starts.clone()).chain(others).collect();
+        Self { starts, all }
+    }
+
+    /// Whose process this is.
+    fn of(&self, identity: &Identity) -> Result<&dyn Driver> {
+        let driver = self.all.iter().find(|driver| driver.runs(identity));
+        driver
+            .map(|d| &**d)
+            .ok_or_else(|| Error::new(Kind::VmmFailed, format!("talk to the VMM {}: it has exited", identity.pid)))
+    }
+}
+
+impl Driver for Drivers {
+    fn describe(&self) -> String {
+        self.starts.describe()
+    }
+
+    fn warm_up(&self, kernel: &Path, cancel: &Cancel) {
+        self.starts.warm_up(kernel, cancel);
+    }
+
+    /// They share it.
+    fn consoles(&self) -> &Consoles {
+        self.starts.consoles()
+    }
+
+    fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running> {
+        self.starts.start(spec, cancel, spawned)
+    }
+
+    fn find(&self, tag: &str) -> Result<Option<Identity>> {
+        for driver in &self.all {
+            if let Some(identity) = driver.find(tag)? {
+                return Ok(Some(identity));
+            }
+        }
+        Ok(None)
+    }
+
+    fn list(&self, tag_prefix: &str) -> Result<Vec<String>> {
+        let mut tags = Vec::new();
+        for driver in &self.all {
+            tags.extend(driver.list(tag_prefix)?);
+        }
+        tags.sort();
+        tags.dedup();
+        Ok(tags)
+    }
+
+    fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
+        self.of(identity)?.adopt(spec, identity)
+    }
+
+    fn is_alive(&self, identity: &Identity) -> bool {
+        self.starts.is_alive(identity)
+    }
+
+    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
+        self.all.iter().any(|driver| driver.is_ours(identity, tag))
+    }
+
+    fn runs(&self, identity: &Identity) -> bool {
+        self.all.iter().any(|driver| driver.runs(identity))
+    }
+
+    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
+        self.starts.wait_exit(identity, deadline, cancel)
+    }
+
+    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
+        self.starts.kill(identity, deadline)
+    }
+
+    fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {
+        self.starts.watch(identity, died)
+    }
+
+    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
+        // Gone already: there is nothing to tell.
+        self.of(identity).map_or(Ok(()), |driver| driver.watch_guest(dir, identity, told))
+    }
+
+    fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
+        self.of(identity)?.set_paused(dir, identity, is_paused, cancel)
+    }
+
+    fn reads_qcow2(&self) -> bool {
+        self.starts.reads_qcow2()
+    }
+
+    fn checks(&self) -> Vec<Check> {
+        self.starts.checks()
+    }
+}

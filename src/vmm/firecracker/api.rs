@@ -1,0 +1,201 @@
+//! Firecracker's API (src/firecracker/swagger/firecracker.yaml, v1.16), as much as a driver needs. What may be asked before the guest
+//! starts and what after are two types, so that a call in the wrong phase does not compile; a start or a load turns the one into
+//! the other.
+
+use super::http::{Answer, Connection, Method};
+use super::refusal::refused;
+use crate::error::{Error, Kind, Result};
+use crate::vmm::dial::Patience;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::net::Ipv4Addr;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub enum State {
+    #[serde(rename = "Not started")]
+    NotStarted,
+    Running,
+    Paused,
+}
+
+/// `GET /`.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+pub struct Instance {
+    pub id: String,
+    pub state: State,
+    pub vmm_version: String,
+}
+
+#[derive(Debug, Serialize)]
+pub struct MachineConfig {
+    pub vcpu_count: u32,
+    pub mem_size_mib: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub struct BootSource<'a> {
+    pub kernel_image_path: &'a str,
+    pub initrd_path: &'a str,
+    pub boot_args: &'a str,
+}
+
+/// The first one added is the guest's first, whatever its name.
+#[derive(Debug, Serialize)]
+pub struct Drive<'a> {
+    /// Letters, digits and `_`.
+    pub drive_id: &'a str,
+    pub path_on_host: &'a str,
+    pub is_root_device: bool,
+    pub is_read_only: bool,
+    /// `Writeback` honours the guest's flushes; `Unsafe`, Firecracker's default, does not.
+    pub cache_type: CacheType,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+pub enum CacheType {
+    Writeback,
+}
+
+#[derive(Debug, Serialize)]
+pub struct NetworkInterface<'a> {
+    pub iface_id: &'a str,
+    /// It must be there: one that is not is made, without a word.
+    pub host_dev_name: &'a str,
+    pub guest_mac: &'a str,
+}
+
+#[derive(Debug, Serialize)]
+struct Serial<'a> {
+    serial_out_path: &'a str,
+}
+
+#[derive(Debug, Serialize)]
+struct Entropy {}
+
+#[derive(Debug, Serialize)]
+struct Action {
+    action_type: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+struct VmState {
+    state: &'static str,
+}
+
+/// A server that has nothing configured yet.
+pub struct PreBoot<'a>(Api<'a>);
+
+/// A guest that runs or stands still.
+pub struct Booted<'a>(Api<'a>);
+
+struct Api<'a>(Connection<'a>);
+
+impl Api<'_> {
+    fn read<T: DeserializeOwned>(&mut self, path: &str) -> Result<T> {
+        let doing = format!("ask the VMM: GET {path}");
+        let answer = check(&doing, self.0.request(Method::Get, path, b"")?)?;
+        serde_json::from_slice(&answer.body)
+            .map_err(|e| Error::new(Kind::VmmFailed, format!("{doing}: the answer is not as documented")).with_source(e))
+    }
+
+    fn change(&mut self, method: Method, path: &str, body: &impl Serialize, doing: &str) -> Result<()> {
+        let body = serde_json::to_vec(body).map_err(|e| Error::internal(doing).with_source(e))?;
+        let answer = check(doing, self.0.request(method, path, &body).map_err(|e| e.context(doing))?)?;
+        if answer.is_deprecated {
+            log::warn!("{doing}: Firecracker says that a later version does not know this any more");
+        }
+        Ok(())
+    }
+}
+
+fn check(doing: &str, answer: Answer) -> Result<Answer> {
+    match answer.status {
+        200..=299 => Ok(answer),
+        status => Err(refused(doing, status, &answer.body)),
+    }
+}
+
+impl<'a> PreBoot<'a> {
+    /// # Errors
+    /// `vmm_failed` when it runs a guest already.
+    pub fn open(stream: UnixStream, patience: Patience<'a>) -> Result<(Self, Instance)> {
+        let mut api = Api(Connection::new(stream, patience));
+        let instance: Instance = api.read("/")?;
+        match instance.state {
+            State::NotStarted => Ok((Self(api), instance)),
+            state => Err(Error::new(Kind::VmmFailed, format!("configure the VMM: its guest is {state:?} already"))),
+        }
+    }
+
+    pub fn machine(&mut self, config: &MachineConfig) -> Result<()> {
+        self.0.change(Method::Put, "/machine-config", config, "set vcpus and memory")
+    }
+
+    pub fn boot_source(&mut self, source: &BootSource<'_>) -> Result<()> {
+        self.0.change(Method::Put, "/boot-source", source, "set the kernel")
+    }
+
+    pub fn drive(&mut self, drive: &Drive<'_>) -> Result<()> {
+        self.0.change(Method::Put, &format!("/drives/{}", drive.drive_id), drive, &format!("add disk {}", drive.drive_id))
+    }
+
+    pub fn network(&mut self, interface: &NetworkInterface<'_>) -> Result<()> {
+        let doing = format!("connect the guest to {}", interface.host_dev_name);
+        self.0.change(Method::Put, &format!("/network-interfaces/{}", interface.iface_id), interface, &doing)
+    }
+
+    /// A source of random numbers.
+    pub fn entropy(&mut self) -> Result<()> {
+        self.0.change(Method::Put, "/entropy", &Entropy {}, "add a source of random numbers")
+    }
+
+    /// Where its serial console writes to: a file or a pipe, which it makes no larger than it is.
+    pub fn serial(&mut self, path: &str) -> Result<()> {
+        self.0.change(Method::Put, "/serial", &Serial { serial_out_path: path }, "set the console")
+    }
+
+    /// The guest runs from here on.
+    pub fn start(mut self) -> Result<Booted<'a>> {
+        self.0.change(Method::Put, "/actions", &Action { action_type: "InstanceStart" }, "start the guest")?;
+        Ok(Booted(self.0))
+    }
+}
+
+impl<'a> Booted<'a> {
+    /// # Errors
+    /// `vmm_failed` when no guest was started.
+    pub fn open(stream: UnixStream, patience: Patience<'a>) -> Result<(Self, Instance)> {
+        let mut api = Api(Connection::new(stream, patience));
+        let instance: Instance = api.read("/")?;
+        match instance.state {
+            State::NotStarted => Err(Error::new(Kind::VmmFailed, "talk to the guest's VMM: it has not started its guest")),
+            State::Running | State::Paused => Ok((Self(api), instance)),
+        }
+    }
+
+    /// Standing still already is ok.
+    pub fn pause(&mut self) -> Result<()> {
+        self.0.change(Method::Patch, "/vm", &VmState { state: "Paused" }, "pause the guest")
+    }
+
+    /// Running already is ok.
+    pub fn resume(&mut self) -> Result<()> {
+        self.0.change(Method::Patch, "/vm", &VmState { state: "Resumed" }, "let the guest go on")
+    }
+}
+
+/// Where a guest on a tap is reached.
+pub fn ssh_addr(address: Ipv4Addr) -> std::net::SocketAddr {
+    (address, super::SSH_PORT).into()
+}
+
+/// As text, which JSON needs.
+pub fn text(path: &std::path::Path) -> Result<&str> {
+    path.to_str().ok_or_else(|| {
+        let path: PathBuf = path.into();
+        Error::new(Kind::Unsupported, format!("start the VMM: the path {} is no UTF-8", path.display()))
+            .hint("use another state directory")
+    })
+}

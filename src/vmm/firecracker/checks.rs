@@ -1,0 +1,112 @@
+//! What Firecracker needs here, and what was found.
+
+use crate::api::daemon::Check;
+use crate::config::Firecracker as Config;
+use crate::error::{Error, Kind, Result};
+use crate::host::command::{Command, find_program, run_any_status};
+use crate::locks::Cancel;
+use crate::vmm::kvm::{KVM, kvm_access};
+use std::time::Duration;
+
+/// The oldest that has `PUT /serial`, and the newest that this driver was tried with.
+const VERSION_MIN: (u32, u32) = (1, 14);
+const VERSION_TESTED: (u32, u32) = (1, 16);
+const VERSION_DEADLINE: Duration = Duration::from_secs(10);
+const INSTALL: &str = "install a release of firecracker-microvm/firecracker, and name it as binary under [firecracker]";
+
+pub fn checks(config: &Config) -> Vec<Check> {
+    vec![binary(config), kvm()]
+}
+
+fn binary(config: &Config) -> Check {
+    const ID: &str = "firecracker";
+    let Ok(cancel) = Cancel::try_new() else {
+        return Check::warn(ID, "it was not looked at: no descriptor is left".to_owned(), "raise the limit of open files");
+    };
+    match version(config, &cancel) {
+        Ok(v) if v > VERSION_TESTED => {
+            let (major, minor) = VERSION_TESTED;
+            let found = format!("version {}.{} is newer than {major}.{minor}, the newest that fcd was tried with", v.0, v.1);
+            Check::warn(ID, found, "if a VM does not start, use the older one")
+        }
+        Ok(v) => Check::ok(ID, format!("{} is version {}.{}", config.binary.display(), v.0, v.1)),
+        Err(e) => Check::fail(ID, e.to_string(), e.hint_text().unwrap_or(INSTALL)),
+    }
+}
+
+fn kvm() -> Check {
+    const ID: &str = "kvm";
+    match kvm_access() {
+        Ok(_) => Check::ok(ID, format!("VMMs may open {KVM}")),
+        Err(why) => Check::fail(ID, why, "ls -l /dev/kvm; chgrp kvm /dev/kvm && chmod 660 /dev/kvm"),
+    }
+}
+
+/// Refuses a version that is too old: as the API has it, `1.16.1`.
+///
+/// # Errors
+/// `unsupported`, with what to install.
+pub fn require(version: &str) -> Result<()> {
+    let too_old = |found: &str| {
+        let (major, minor) = VERSION_MIN;
+        Err(Error::new(Kind::Unsupported, format!("firecracker is version {found}; {major}.{minor} or newer is needed"))
+            .hint(INSTALL))
+    };
+    match parse_numbers(version) {
+        Some(v) if v >= VERSION_MIN => Ok(()),
+        _ => too_old(&crate::host::command::printable(&version.chars().take(20).collect::<String>())),
+    }
+}
+
+fn version(config: &Config, cancel: &Cancel) -> Result<(u32, u32)> {
+    let name = config.binary.display();
+    let path = find_program(&config.binary)
+        .ok_or_else(|| Error::new(Kind::CommandMissing, format!("{name} is not installed")).hint(INSTALL))?;
+    let command = Command::new(&path).arg("--version").deadline(VERSION_DEADLINE);
+    let out = run_any_status(&command, cancel, &mut |_| {})?;
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    match parse_version(&text) {
+        Some(v) => require(&format!("{}.{}", v.0, v.1)).map(|()| v),
+        None => {
+            Err(Error::new(Kind::Unsupported, format!("{} does not run, or is no Firecracker", path.display())).hint(INSTALL))
+        }
+    }
+}
+
+/// `Firecracker v1.16.1`.
+fn parse_version(text: &str) -> Option<(u32, u32)> {
+    parse_numbers(text.lines().next()?.strip_prefix("Firecracker v")?)
+}
+
+fn parse_numbers(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions() {
+        assert_eq!(parse_version("Firecracker v1.16.1\n\nSupported snapshot data format versions: v9.0.0\n"), Some((1, 16)));
+        assert_eq!(parse_version("Firecracker v1.17.0-dev\n"), Some((1, 17)));
+        for bad in ["", "QEMU emulator version 7.2", "Firecracker v", "Firecracker v1"] {
+            assert_eq!(parse_version(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_or_something_else_is_refused_with_what_to_install() {
+        let cancel = Cancel::try_new().unwrap();
+        for (binary, kind) in [("no-such-firecracker", Kind::CommandMissing), ("/bin/true", Kind::Unsupported)] {
+            let e = version(&Config { binary: binary.into() }, &cancel).unwrap_err();
+            assert_eq!((e.kind(), e.hint_text()), (kind, Some(INSTALL)));
+        }
+        require("1.14.0").unwrap();
+        require("2.0").unwrap();
+        for old in ["1.13.1", "0.25.2", "", "x"] {
+            assert_eq!(require(old).unwrap_err().kind(), Kind::Unsupported, "{old}");
+        }
+    }
+}

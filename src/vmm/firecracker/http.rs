@@ -1,0 +1,253 @@
+//! HTTP/1.1 as Firecracker's API server speaks it (micro_http, v1.16): one request at a time on a connection that stays open, a status
+//! line without a reason, no body and no length with 204. The other side is a process that a guest may have taken over: everything
+//! that is read has a bound and a deadline.
+
+use crate::error::{Error, Kind, Result};
+use crate::host::wait::{Woken, cancelled, wait_any};
+use crate::vmm::dial::Patience;
+use nix::poll::PollFlags;
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+
+/// What the server takes at most by default (`--http-api-max-payload-size`).
+pub const REQUEST_BODY_BYTES_MAX: usize = 51_200;
+/// The longest answer, a whole configuration, has some kilobytes.
+const ANSWER_BODY_BYTES_MAX: usize = 1 << 20;
+const HEAD_BYTES_MAX: usize = 16 << 10;
+const HEADERS_MAX: usize = 32;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    Get,
+    Put,
+    Patch,
+}
+
+impl Method {
+    const fn name(self) -> &'static str {
+        match self {
+            Method::Get => "GET",
+            Method::Put => "PUT",
+            Method::Patch => "PATCH",
+        }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub struct Answer {
+    pub status: u16,
+    pub body: Vec<u8>,
+    /// A field of the request will be gone in a later version.
+    pub is_deprecated: bool,
+}
+
+/// One conversation. `stream` must be non-blocking.
+pub struct Connection<'a> {
+    stream: UnixStream,
+    patience: Patience<'a>,
+    buffer: Vec<u8>,
+}
+
+impl<'a> Connection<'a> {
+    pub fn new(stream: UnixStream, patience: Patience<'a>) -> Self {
+        Self { stream, patience, buffer: Vec::new() }
+    }
+
+    /// Sends a request and reads its answer, whatever its status is.
+    ///
+    /// # Errors
+    /// `timeout`, `cancelled`; `vmm_failed` when the server hangs up or does not speak HTTP.
+    pub fn request(&mut self, method: Method, path: &str, body: &[u8]) -> Result<Answer> {
+        let doing = format!("ask the VMM: {} {path}", method.name());
+        if body.len() > REQUEST_BODY_BYTES_MAX {
+            return Err(Error::internal(format!("{doing}: {} bytes are more than it takes", body.len())));
+        }
+        let mut message = format!("{} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n", method.name());
+        if method != Method::Get {
+            message += &format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len());
+        }
+        message += "\r\n";
+        let mut bytes = message.into_bytes();
+        bytes.extend_from_slice(body);
+        self.send(&bytes, &doing)?;
+        self.answer(&doing)
+    }
+
+    fn answer(&mut self, doing: &str) -> Result<Answer> {
+        let head = loop {
+            if let Some(head) = parse_head(&self.buffer).map_err(|what| no_http(doing, &what))? {
+                break head;
+            }
+            if self.buffer.len() > HEAD_BYTES_MAX {
+                return Err(no_http(doing, "its headers do not end"));
+            }
+            self.read_some(doing)?;
+        };
+        if head.body_len > ANSWER_BODY_BYTES_MAX {
+            return Err(no_http(doing, &format!("it announces {} bytes", head.body_len)));
+        }
+        let end = head.len + head.body_len;
+        while self.buffer.len() < end {
+            self.read_some(doing)?;
+        }
+        let body = self.buffer[head.len..end].to_vec();
+        self.buffer.drain(..end);
+        Ok(Answer { status: head.status, body, is_deprecated: head.is_deprecated })
+    }
+
+    fn wait(&self, flags: PollFlags, doing: &str) -> Result<()> {
+        let Patience { deadline, cancel } = self.patience;
+        match wait_any(&[(self.stream.as_fd(), flags)], deadline, cancel).map_err(|e| Error::io(doing, e))? {
+            Woken::Ready => Ok(()),
+            Woken::Deadline => Err(Error::new(Kind::Timeout, format!("{doing}: no answer in time"))),
+            Woken::Cancelled => Err(cancelled(doing, cancel)),
+        }
+    }
+
+    fn send(&mut self, mut bytes: &[u8], doing: &str) -> Result<()> {
+        while !bytes.is_empty() {
+            self.wait(PollFlags::POLLOUT, doing)?;
+            match self.stream.write(bytes) {
+                Ok(n) => bytes = &bytes[n..],
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+                    return Err(hung_up(doing));
+                }
+                Err(e) => return Err(Error::io(doing, e)),
+            }
+        }
+        Ok(())
+    }
+
+    fn read_some(&mut self, doing: &str) -> Result<()> {
+        let mut piece = [0; 4096];
+        loop {
+            self.wait(PollFlags::POLLIN, doing)?;
+            match self.stream.read(&mut piece) {
+                Ok(0) => return Err(hung_up(doing)),
+                Ok(n) => {
+                    self.buffer.extend_from_slice(&piece[..n]);
+                    return Ok(());
+                }
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Err(hung_up(doing)),
+                Err(e) => return Err(Error::io(doing, e)),
+            }
+        }
+    }
+}
+
+fn hung_up(doing: &str) -> Error {
+    Error::new(Kind::VmmFailed, format!("{doing}: the VMM hung up"))
+}
+
+fn no_http(doing: &str, what: &str) -> Error {
+    Error::new(Kind::VmmFailed, format!("{doing}: the answer is no HTTP: {what}"))
+}
+
+struct Head {
+    status: u16,
+    /// Of the head itself.
+    len: usize,
+    body_len: usize,
+    is_deprecated: bool,
+}
+
+/// None: there is more to come.
+fn parse_head(bytes: &[u8]) -> std::result::Result<Option<Head>, String> {
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+    let mut response = httparse::Response::new(&mut headers);
+    let httparse::Status::Complete(len) = response.parse(bytes).map_err(|e| e.to_string())? else { return Ok(None) };
+    let status = response.code.ok_or("it has no status")?;
+    let value = |name: &str| response.headers.iter().find(|h| h.name.eq_ignore_ascii_case(name)).map(|h| h.value);
+    let body_len = match value("content-length") {
+        None => 0,
+        Some(text) => {
+            let text = std::str::from_utf8(text).map_err(|e| e.to_string())?;
+            text.trim().parse().map_err(|_| format!("its length is {text:?}"))?
+        }
+    };
+    Ok(Some(Head { status, len, body_len, is_deprecated: value("deprecation").is_some() }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::locks::Cancel;
+    use std::time::{Duration, Instant};
+
+    /// What comes of a server that answers with this, piece by piece, and then hangs up.
+    fn ask(pieces: &[&[u8]]) -> Result<Vec<Answer>> {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let cancel = Cancel::try_new().unwrap();
+        let patience = Patience { deadline: Instant::now() + Duration::from_secs(20), cancel: &cancel };
+        let mut connection = Connection::new(ours, patience);
+        std::thread::scope(|s| {
+            s.spawn(move || {
+                for piece in pieces {
+                    let _ = theirs.write_all(piece);
+                }
+                let _ = theirs.shutdown(std::net::Shutdown::Write);
+                let _ = theirs.read_to_end(&mut Vec::new());
+            });
+            let mut answers = Vec::new();
+            let asked = (0..pieces.len().min(2)).try_for_each(|_| {
+                answers.push(connection.request(Method::Put, "/x", b"{}")?);
+                Ok(())
+            });
+            drop(connection);
+            asked.map(|()| answers)
+        })
+    }
+
+    const NO_CONTENT: &[u8] = b"HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n";
+
+    #[test]
+    fn answers_with_and_without_a_body() {
+        let (head, rest) = (b"HTTP/1.1 400 \r\nContent-Le".as_slice(), b"ngth: 5\r\nDeprecation: true\r\n\r\nhello");
+        let answers = ask(&[NO_CONTENT, &[head, rest].concat()]).unwrap();
+        assert_eq!(answers[0], Answer { status: 204, body: Vec::new(), is_deprecated: false });
+        assert_eq!(answers[1], Answer { status: 400, body: b"hello".to_vec(), is_deprecated: true });
+        // Both in one piece, and cut anywhere.
+        let all = [NO_CONTENT, head, rest].concat();
+        for cut in 1..all.len() {
+            assert_eq!(ask(&[&all[..cut], &all[cut..]]).unwrap(), answers, "{cut}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_http_is_refused() {
+        let long = format!("HTTP/1.1 200 \r\nX: {}", "x".repeat(2 * HEAD_BYTES_MAX));
+        let many = format!("HTTP/1.1 200 \r\n{}\r\n", "a: b\r\n".repeat(HEADERS_MAX + 1));
+        let cases: [(&[u8], &str); 9] = [
+            (b"", "hung up"),
+            (b"HTTP/1.1 200 \r\nContent-Length: 9\r\n\r\nshort", "hung up"),
+            (b"SSH-2.0-OpenSSH\r\n\r\n", "no HTTP"),
+            (b"HTTP/1.1 200 \r\nContent-Length: -1\r\n\r\n", "no HTTP"),
+            (b"HTTP/1.1 200 \r\nContent-Length: 99999999999\r\n\r\n", "no HTTP"),
+            (b"HTTP/1.1 200 \r\nContent-Length: 18446744073709551616\r\n\r\n", "no HTTP"),
+            (b"HTTP/1.1 \xff\r\n\r\n", "no HTTP"),
+            (long.as_bytes(), "no HTTP"),
+            (many.as_bytes(), "no HTTP"),
+        ];
+        for (bytes, said) in cases {
+            let e = ask(&[bytes]).unwrap_err();
+            assert!(e.kind() == Kind::VmmFailed && e.to_string().contains(said), "{:?}: {e}", String::from_utf8_lossy(bytes));
+        }
+    }
+
+    #[test]
+    fn a_server_that_says_nothing_is_waited_for_no_longer_than_told() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let cancel = Cancel::try_new().unwrap();
+        let mut connection = Connection::new(ours, Patience { deadline: Instant::now(), cancel: &cancel });
+        assert_eq!(connection.request(Method::Get, "/", b"").unwrap_err().kind(), Kind::Timeout);
+        cancel.cancel("enough");
+        assert_eq!(connection.request(Method::Get, "/", b"").unwrap_err().kind(), Kind::Cancelled);
+        let big = vec![b'x'; REQUEST_BODY_BYTES_MAX + 1];
+        assert_eq!(connection.request(Method::Put, "/", &big).unwrap_err().kind(), Kind::Internal);
+    }
+}

@@ -1,0 +1,295 @@
+//! Firecracker: KVM, a tap, an API on a Unix socket.
+//!
+//! Each VMM runs in the VM's `run/`, where its API socket is and the pipe that its guest's serial console writes to. Firecracker opens
+//! that pipe for reading, too, and drops what does not fit: a guest is never held up by a log that nobody reads.
+
+mod api;
+mod attend;
+mod checks;
+mod http;
+mod refusal;
+
+use super::console::{Attach, Consoles};
+use super::dial::{self, Patience};
+use super::processes::{self, Processes};
+use super::run_dir;
+use super::{DiskFormat, Driver, GuestNetwork, Identity, Running, Told, VmmSpec};
+use crate::api::daemon::Check;
+use crate::config::Firecracker as Config;
+use crate::error::{Error, Kind, Result};
+use crate::host::fs::{open_at, open_dir};
+use crate::host::process::{self, Credentials, Process, Spawn};
+use crate::locks::{Cancel, Rank, region};
+use crate::vmm::kvm::{kvm_access, own_access};
+use api::{BootSource, Booted, CacheType, Drive, MachineConfig, NetworkInterface, PreBoot, text};
+use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const SSH_PORT: u16 = 22;
+const API_SOCKET: &str = "api.sock";
+const CONSOLE_PIPE: &str = "console";
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// From the process's start to its first guest instruction; a fraction of a second on an idle host.
+const START_DEADLINE: Duration = Duration::from_secs(30);
+/// For a VMM that runs already to answer.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
+/// For a process that was killed because its start failed.
+const KILL_DEADLINE: Duration = Duration::from_secs(30);
+/// A reset is what ends the VMM (docs/getting-started.md: `reboot=k`); it has no other power switch.
+const KERNEL_ARGS: &str = "console=ttyS0 reboot=k panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0 \
+                           i8042.noaux i8042.nomux fcd.off=reset";
+
+pub struct Firecracker {
+    config: Config,
+    consoles: Arc<Consoles>,
+    processes: Processes,
+    needs_kvm: bool,
+    /// Fires when the driver goes.
+    closing: Cancel,
+}
+
+impl Firecracker {
+    /// Looks at nothing yet. `uids`: of VMs, when the daemon is root. Fails where no event can be had (EMFILE, ENFILE).
+    pub fn new(config: Config, uids: Range<u32>, consoles: Arc<Consoles>) -> Result<Self> {
+        let name = config.binary.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let is_program = move |executable: &Path| {
+            let executable = executable.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+            // One with another version in its name, or that was replaced while it runs, is one all the same.
+            executable == name || executable.starts_with("firecracker")
+        };
+        let processes = Processes::try_new(uids, Box::new(is_program))?;
+        let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+        Ok(Self { config, consoles, processes, needs_kvm: true, closing })
+    }
+
+    /// Groups that the VMM needs.
+    fn kvm_groups(&self, spec: &VmmSpec) -> Result<Vec<u32>> {
+        if !self.needs_kvm {
+            return Ok(Vec::new());
+        }
+        let access = if spec.credentials.is_some() { kvm_access() } else { own_access() };
+        access.map_err(|why| {
+            Error::new(Kind::Unsupported, format!("start the VMM: firecracker needs KVM, and {why}")).hint("run fcctl doctor")
+        })
+    }
+
+    /// For a pretended one.
+    #[cfg(feature = "fakes")]
+    pub fn without_kvm(mut self) -> Self {
+        self.needs_kvm = false;
+        self
+    }
+
+    fn spawn(&self, spec: &VmmSpec) -> Result<(Process, OwnedFd)> {
+        let groups = self.kvm_groups(spec)?;
+        let dir = open_dir(&spec.dir)?;
+        let run = run_dir::make(&dir, &[API_SOCKET, CONSOLE_PIPE], spec.credentials)?;
+        make_pipe(&run, spec.credentials)?;
+        let output = run_dir::open_log(&dir, spec)?;
+        let args = ["--id", &spec.tag, "--api-sock", API_SOCKET, "--level", "Warn", "--show-level"];
+        let process = process::spawn(Spawn {
+            program: self.config.binary.clone(),
+            args: args.map(Into::into).to_vec(),
+            env: vec![("PATH".into(), PATH.into()), ("LC_ALL".into(), "C.UTF-8".into())],
+            cwd: spec.dir.join(run_dir::RUN_DIR),
+            output: Some(output),
+            credentials: spec.credentials.map(|(uid, gid)| Credentials { uid, gid, groups }),
+        })?;
+        Ok((process, run))
+    }
+
+    /// Configures everything, and lets the guest run.
+    fn set_going(&self, spec: &VmmSpec, process: &Process, run: &OwnedFd, patience: Patience<'_>) -> Result<Running> {
+        let exited = || run_dir::exited_early("firecracker", spec, process);
+        let socket = dial::connect(run, API_SOCKET, process, patience)?.ok_or_else(exited)?;
+        self.read_console(spec, run, format!("started {}", spec.tag))?;
+        let configure = || -> Result<Running> {
+            let (mut vmm, instance) = PreBoot::open(socket, patience)?;
+            checks::require(&instance.vmm_version)?;
+            let ssh_addr = configure(&mut vmm, spec)?;
+            vmm.start()?;
+            Ok(Running { identity: process.identity().clone(), ssh_addr })
+        };
+        configure().map_err(|e| if e.kind() != Kind::Cancelled && run_dir::is_exiting(process) { exited() } else { e })
+    }
+
+    fn read_console(&self, spec: &VmmSpec, run: &OwnedFd, mark: String) -> Result<()> {
+        let from = open_pipe(run)?;
+        self.consoles.attach(Attach { dir: spec.dir.clone(), bytes_max: spec.console_bytes_max, from, mark })
+    }
+
+    /// The API of a VMM whose guest has started.
+    fn booted<'a>(&self, dir: &Path, process: &Process, patience: Patience<'a>, doing: &str) -> Result<Booted<'a>> {
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+        let run = run_dir::open(dir, doing)?;
+        let socket = dial::connect(&run, API_SOCKET, process, patience)?.ok_or_else(gone)?;
+        Booted::open(socket, patience).map(|(vmm, _)| vmm).map_err(|e| e.context(doing))
+    }
+}
+
+/// In the order in which the guest counts its disks.
+fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec) -> Result<std::net::SocketAddr> {
+    let GuestNetwork::Tap { name, mac, address } = &spec.network else {
+        return Err(Error::new(Kind::Unsupported, "start the VMM: firecracker has no user-mode network")
+            .hint("set driver = \"bridge\" under [network], or driver = \"qemu\" under [vmm]"));
+    };
+    if spec.disk_format == DiskFormat::Qcow2 {
+        return Err(Error::new(Kind::Unsupported, "start the VMM: firecracker reads no qcow2, as this VM's disk is")
+            .hint("set driver = \"qemu\" under [vmm] for it, or make a new VM"));
+    }
+    vmm.machine(&MachineConfig { vcpu_count: spec.vcpus, mem_size_mib: spec.mem_mib })?;
+    let boot_args = format!("{} {KERNEL_ARGS}", spec.boot_args.trim());
+    vmm.boot_source(&BootSource {
+        kernel_image_path: text(&spec.kernel)?,
+        initrd_path: text(&spec.initrd)?,
+        boot_args: &boot_args,
+    })?;
+    let work = spec.work_disk.as_deref().map(|path| ("work", path));
+    for (drive_id, path) in [("root", spec.disk.as_path()), ("seed", &spec.seed)].into_iter().chain(work) {
+        vmm.drive(&Drive {
+            drive_id,
+            path_on_host: text(path)?,
+            is_root_device: drive_id == "root",
+            is_read_only: drive_id == "seed",
+            cache_type: CacheType::Writeback,
+        })?;
+    }
+    vmm.network(&NetworkInterface { iface_id: "eth0", host_dev_name: name, guest_mac: mac })?;
+    vmm.entropy()?;
+    vmm.serial(CONSOLE_PIPE)?;
+    Ok(api::ssh_addr(*address))
+}
+
+fn make_pipe(run: &OwnedFd, credentials: Option<(u32, u32)>) -> Result<()> {
+    let io = |e: rustix::io::Errno| Error::io("make a pipe for the console", std::io::Error::from(e));
+    rustix::fs::mknodat(run, CONSOLE_PIPE, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).map_err(io)?;
+    if let Some((uid, gid)) = credentials {
+        let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
+        rustix::fs::chownat(run, CONSOLE_PIPE, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), flags).map_err(io)?;
+    }
+    Ok(())
+}
+
+/// The directory is the VMM's uid's by now: what is not a pipe is not read.
+fn open_pipe(run: &OwnedFd) -> Result<File> {
+    let doing = "open the console's pipe";
+    let file = open_at(run, CONSOLE_PIPE, OFlags::RDONLY | OFlags::NONBLOCK, 0).map_err(|e| Error::io(doing, e))?;
+    let stat = rustix::fs::fstat(file.as_fd()).map_err(|e| Error::io(doing, std::io::Error::from(e)))?;
+    if FileType::from_raw_mode(stat.st_mode) == FileType::Fifo {
+        return Ok(file);
+    }
+    Err(Error::new(Kind::Denied, format!("{doing}: it is no pipe")))
+}
+
+impl Drop for Firecracker {
+    fn drop(&mut self) {
+        self.closing.cancel("the driver ends");
+    }
+}
+
+impl Driver for Firecracker {
+    fn describe(&self) -> String {
+        "firecracker (kvm)".to_owned()
+    }
+
+    /// What it needs is known without trying: see `checks`.
+    fn warm_up(&self, _kernel: &Path, _cancel: &Cancel) {}
+
+    fn consoles(&self) -> &Consoles {
+        &self.consoles
+    }
+
+    fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running> {
+        if cancel.is_cancelled() {
+            return Err(crate::host::wait::cancelled("start the VMM", cancel));
+        }
+        let (process, run) = self.spawn(spec)?;
+        // From here on an error, a cancel and a panic leave no process.
+        let mut undo = crate::undo::Undo::new();
+        undo.push("kill the VMM", || self.kill(process.identity(), Instant::now() + KILL_DEADLINE));
+        spawned(process.identity());
+        let running = {
+            let _blocking = region(Rank::VmmApi);
+            self.set_going(spec, &process, &run, Patience { deadline: Instant::now() + START_DEADLINE, cancel })?
+        };
+        undo.commit();
+        Ok(running)
+    }
+
+    fn find(&self, tag: &str) -> Result<Option<Identity>> {
+        self.processes.find(tag)
+    }
+
+    fn list(&self, tag_prefix: &str) -> Result<Vec<String>> {
+        self.processes.list(tag_prefix)
+    }
+
+    fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
+        let doing = "take up the VMM again";
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: it has exited"));
+        let process = self.processes.verify(identity, &spec.tag)?.ok_or_else(gone)?;
+        let GuestNetwork::Tap { address, .. } = spec.network else {
+            return Err(Error::new(Kind::VmmFailed, format!("{doing}: it has no tap")));
+        };
+        let _blocking = region(Rank::VmmApi);
+        let cancel = Cancel::try_new().map_err(|e| Error::io(doing, e))?;
+        let mark = "reconnected; what the guest said since fcd ended may be lost".to_owned();
+        self.read_console(spec, &run_dir::open(&spec.dir, doing)?, mark)?;
+        let patience = Patience { deadline: Instant::now() + ANSWER_DEADLINE, cancel: &cancel };
+        drop(self.booted(&spec.dir, &process, patience, doing)?);
+        Ok(Running { identity: identity.clone(), ssh_addr: api::ssh_addr(address) })
+    }
+
+    fn is_alive(&self, identity: &Identity) -> bool {
+        process::is_alive(identity)
+    }
+
+    fn is_ours(&self, identity: &Identity, tag: &str) -> bool {
+        self.processes.verify(identity, tag).is_ok_and(|process| process.is_some())
+    }
+
+    fn runs(&self, identity: &Identity) -> bool {
+        self.processes.runs(identity)
+    }
+
+    fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool> {
+        processes::wait_exit(identity, deadline, cancel)
+    }
+
+    fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
+        processes::kill(identity, deadline)
+    }
+
+    fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {
+        self.processes.watch(identity, died)
+    }
+
+    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
+        let Some(process) = Process::open(identity)? else { return Ok(()) };
+        let attended = attend::Attended { process, dir: dir.to_owned(), closing: self.closing.clone(), told };
+        crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || attended.run()).map(drop)
+    }
+
+    fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
+        let doing = if is_paused { "pause the guest" } else { "let the guest go on" };
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+        let process = Process::open(identity)?.ok_or_else(gone)?;
+        let _blocking = region(Rank::VmmApi);
+        let patience = Patience { deadline: Instant::now() + ANSWER_DEADLINE, cancel };
+        let mut vmm = self.booted(dir, &process, patience, doing)?;
+        if is_paused { vmm.pause() } else { vmm.resume() }
+    }
+
+    fn reads_qcow2(&self) -> bool {
+        false
+    }
+
+    fn checks(&self) -> Vec<Check> {
+        checks::checks(&self.config)
+    }
+}

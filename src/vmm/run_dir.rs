@@ -1,0 +1,108 @@
+//! What a VMM has of the VM's directory: `run/`, where it makes its sockets, and its log.
+
+use super::VmmSpec;
+use super::console::VMM_LOG;
+use crate::error::{Error, Kind, Result};
+use crate::host::command::{printable, read_bounded};
+use crate::host::fs::{open_at, open_dir};
+use crate::host::process::{Exit, Process};
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid};
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+pub const RUN_DIR: &str = "run";
+/// From a hang-up to the exit.
+const EXIT_GRACE: Duration = Duration::from_secs(1);
+/// How much of what a VMM said goes into an error.
+const SAID_BYTES_MAX: u64 = 2048;
+
+/// `run/`: the VMM's own, without any of these files from an earlier life. What the VMM's uid left there is not followed.
+pub fn make(dir: &OwnedFd, files: &[&str], credentials: Option<(u32, u32)>) -> Result<OwnedFd> {
+    let make = || -> rustix::io::Result<OwnedFd> {
+        match rustix::fs::mkdirat(dir, RUN_DIR, Mode::RWXU) {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Err(e) => return Err(e),
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let run = rustix::fs::openat(dir, RUN_DIR, flags, Mode::empty())?;
+        for name in files {
+            match rustix::fs::unlinkat(&run, *name, AtFlags::empty()) {
+                Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        if let Some((uid, gid)) = credentials {
+            rustix::fs::fchown(&run, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+        }
+        rustix::fs::fchmod(&run, Mode::RWXU)?;
+        Ok(run)
+    };
+    make().map_err(|e| Error::io("make the VMM's run directory", e))
+}
+
+/// The one that is there.
+pub fn open(dir: &Path, doing: &str) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+    Ok(OwnedFd::from(open_at(open_dir(dir)?, RUN_DIR, flags, 0).map_err(|e| Error::io(doing, e))?))
+}
+
+/// For what the VMM itself says, begun anew.
+pub fn open_log(dir: &OwnedFd, spec: &VmmSpec) -> Result<File> {
+    let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::TRUNC;
+    open_at(dir, VMM_LOG, flags, 0o600).map_err(|e| Error::io(format!("open {}", spec.dir.join(VMM_LOG).display()), e))
+}
+
+/// One that hangs up is about to exit, and then what it said tells more than that it hung up.
+pub fn is_exiting(process: &Process) -> bool {
+    process.wait_uncancelled(Instant::now() + EXIT_GRACE).unwrap_or(false)
+}
+
+/// With what the VMM itself said.
+pub fn exited_early(program: &str, spec: &VmmSpec, process: &Process) -> Error {
+    let exit = process.exit().unwrap_or(Exit::Unknown);
+    let said = last_said(&spec.dir).map_or_else(String::new, |said| format!(": {said}"));
+    Error::new(Kind::VmmFailed, format!("start the VMM: {program} ended with {exit}{said}"))
+        .hint(format!("see {}, or run fcctl doctor", spec.dir.join(VMM_LOG).display()))
+}
+
+fn last_said(dir: &Path) -> Option<String> {
+    let mut file = open_at(open_dir(dir).ok()?, VMM_LOG, OFlags::RDONLY, 0).ok()?;
+    let size = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(size.saturating_sub(SAID_BYTES_MAX))).ok()?;
+    let bytes = read_bounded(file, SAID_BYTES_MAX).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<_> = text.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+    let last = lines[lines.len().saturating_sub(2)..].join("; ");
+    (!last.is_empty()).then(|| printable(&last))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_directory_is_made_anew_and_links_are_not_followed() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = open_dir(temp.path()).unwrap();
+        make(&dir, &["x.sock"], None).unwrap();
+        std::fs::write(temp.path().join("victim"), "x").unwrap();
+        std::os::unix::fs::symlink("../victim", temp.path().join("run/x.sock")).unwrap();
+        make(&dir, &["x.sock"], None).unwrap();
+        assert_eq!(std::fs::read_dir(temp.path().join("run")).unwrap().count(), 0);
+        assert!(temp.path().join("victim").exists());
+        std::fs::remove_dir(temp.path().join("run")).unwrap();
+        std::os::unix::fs::symlink("/tmp", temp.path().join("run")).unwrap();
+        assert!(make(&dir, &[], None).is_err());
+    }
+
+    #[test]
+    fn what_a_vmm_said_last_is_quoted() {
+        let temp = tempfile::tempdir().unwrap();
+        assert_eq!(last_said(temp.path()), None);
+        std::fs::write(temp.path().join(VMM_LOG), "one\n\ntwo\nqemu: \x1b[31mno\n").unwrap();
+        assert_eq!(last_said(temp.path()).unwrap(), "two; qemu: \\u{1b}[31mno");
+    }
+}

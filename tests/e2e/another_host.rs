@@ -13,14 +13,14 @@ const PACKAGES: [&str; 8] =
 const NAME_WITH_SYSTEMD: &str = "systemd-host";
 const SYSTEMD: [&str; 3] = ["systemd", "systemd-resolved", "dbus"];
 /// Where everything is in it; VMMs of other uids reach it.
-const PLACE: &str = "/srv/f";
+pub const PLACE: &str = "/srv/f";
 /// For what runs in there: emulation makes it some twenty times slower.
 const PATIENCE_S: u32 = 600;
 
-struct TestHost(Host);
+pub struct TestHost(Host);
 
 impl TestHost {
-    fn boot() -> Self {
+    pub fn boot() -> Self {
         Self::boot_from(NAME, &[])
     }
 
@@ -37,20 +37,20 @@ impl TestHost {
 
     /// A line of shell, with our programs in its PATH and the daemon's socket in its environment.
     #[track_caller]
-    fn sh(&self, line: &str) -> String {
+    pub fn sh(&self, line: &str) -> String {
         let script = format!("export PATH={PLACE}/bin:$PATH FCD_SOCKET={PLACE}/fcd.sock; cd {PLACE}; {line}");
         self.0.ok(&["exec", NAME, "--", "timeout", &PATIENCE_S.to_string(), "bash", "-ec", &script])
     }
 
     /// What a shell here writes goes to a shell there.
-    fn pipe(&self, from: &str, to: &str) {
+    pub fn pipe(&self, from: &str, to: &str) {
         let socket = self.0.socket();
         let line = format!("{from} | '{FCCTL}' --socket '{}' exec -i {NAME} -- sh -ec '{to}'", socket.display());
         let status = Command::new("bash").args(["-o", "pipefail", "-c", &line]).status().unwrap();
         assert!(status.success(), "{line}");
     }
 
-    fn bring_programs(&self) {
+    pub fn bring_programs(&self) {
         let dir = tempfile::tempdir().unwrap();
         for (from, name) in [(Path::new(FCD), "fcd"), (Path::new(FCCTL), "fcctl"), (&integration_tests(), "it")] {
             let status = Command::new("strip").arg("-o").arg(dir.path().join(name)).arg(from).status();
@@ -59,7 +59,7 @@ impl TestHost {
         self.pipe(&format!("tar -C {} -c .", dir.path().display()), &format!("tar -C {PLACE}/bin -x"));
     }
 
-    fn bring_image(&self) {
+    pub fn bring_image(&self) {
         // A copy of our own: tests beside this one link and unlink the image's file, which tar takes for a change.
         let dir = tempfile::tempdir().unwrap();
         let status = Command::new("cp").args(["-r", "--sparse=always"]).arg(image()).arg(dir.path()).status();
@@ -71,13 +71,21 @@ impl TestHost {
 
     fn start_daemon(&self) {
         // Not tried out: that takes its time under emulation, and must not decide otherwise once in a while.
-        self.sh("printf '[disk]\\ndriver = \"dm-snapshot\"\\n[qemu]\\naccel = \"kvm\"\\n' > config.toml
-                 setsid fcd --config config.toml --state-dir state >> fcd.log 2>&1 < /dev/null &
-                 until fcctl rpc fcd.info > /dev/null 2>&1; do sleep 0.1; done");
+        self.start_daemon_with("[disk]\ndriver = \"dm-snapshot\"\n[qemu]\naccel = \"kvm\"\n");
+    }
+
+    /// With this configuration.
+    pub fn start_daemon_with(&self, config: &str) {
+        self.sh(&format!(
+            "cat > config.toml <<'END'
+{config}END
+             setsid fcd --config config.toml --state-dir state >> fcd.log 2>&1 < /dev/null &
+             until fcctl rpc fcd.info > /dev/null 2>&1; do sleep 0.1; done"
+        ));
     }
 
     /// Devices that are ours, and loop devices.
-    fn devices(&self) -> String {
+    pub fn devices(&self) -> String {
         self.sh("dmsetup ls | grep -v '^No devices' || true; losetup --noheadings --list")
     }
 }

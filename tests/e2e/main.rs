@@ -11,6 +11,7 @@ mod disks;
 mod exec;
 mod export;
 mod faults;
+mod firecracker;
 mod first_light;
 mod full_disk;
 mod host;

@@ -12,6 +12,7 @@ mod docs;
 mod edges;
 mod event_wire;
 mod events;
+mod firecracker;
 mod keys;
 mod layers;
 // The checker counts the holds.

@@ -107,12 +107,13 @@ impl Firecracker {
     fn set_going(&self, spec: &VmmSpec, process: &Process, run: &OwnedFd, patience: Patience<'_>) -> Result<Running> {
         let exited = || run_dir::exited_early("firecracker", spec, process);
         let socket = dial::connect(run, API_SOCKET, process, patience)?.ok_or_else(exited)?;
-        self.read_console(spec, run, format!("started {}", spec.tag))?;
         let configure = || -> Result<Running> {
             let (mut vmm, instance) = PreBoot::open(socket, patience)?;
             checks::require(&instance.vmm_version)?;
             let ssh_addr = configure(&mut vmm, spec)?;
             vmm.start()?;
+            // It has the pipe open by now; what the guest has said meanwhile is in it.
+            self.read_console(spec, run, format!("started {}", spec.tag))?;
             Ok(Running { identity: process.identity().clone(), ssh_addr })
         };
         configure().map_err(|e| if e.kind() != Kind::Cancelled && run_dir::is_exiting(process) { exited() } else { e })

@@ -1,0 +1,63 @@
+//! The driver `firecracker` with the real program, in a test host: nested virtualisation runs the same guests. `scripts/test` runs this
+//! where a binary is given (`FCD_FIRECRACKER`, or on the PATH), and says so where there is none.
+
+use crate::another_host::{PLACE, TestHost};
+use std::path::PathBuf;
+
+const CONFIG: &str = "[vmm]\ndriver = \"firecracker\"\n[firecracker]\nbinary = \"/srv/f/bin/firecracker\"\n\
+                      [network]\ndriver = \"bridge\"\n[disk]\ndriver = \"dm-snapshot\"\n";
+
+fn binary() -> PathBuf {
+    std::env::var_os("FCD_FIRECRACKER").expect("FCD_FIRECRACKER names the binary: scripts/test says how").into()
+}
+
+fn boot() -> TestHost {
+    let host = TestHost::boot();
+    host.bring_programs();
+    let binary = binary();
+    host.pipe(&format!("lz4 -1 -c '{}'", binary.display()), &format!("lz4 -dc > {PLACE}/bin/firecracker; chmod 755 {PLACE}/bin/firecracker"));
+    host.bring_image();
+    host.sh("chmod 666 /dev/net/tun");
+    host.start_daemon_with(CONFIG);
+    host
+}
+
+#[test]
+#[ignore = "needs a binary of Firecracker's: scripts/test"]
+fn real_guests() {
+    let host = boot();
+    host.sh("fcctl vm create --name a -p 1022:22 --work-disk 64M && fcctl start a");
+    let shown = host.sh("fcctl vm show a");
+    assert!(shown.contains("firecracker (kvm)") && shown.contains("(dm-snapshot)"), "{shown}");
+    assert_eq!(host.sh("fcctl exec a -- sh -c 'echo kept | tee /root/mark /work/mark; exit 7' || echo status $?"), "kept\nstatus 7\n");
+    assert!(host.sh("head -c 7 < /dev/tcp/127.0.0.1/1022").starts_with("SSH-2.0"));
+    assert!(host.sh("fcctl logs a").contains("ssh is up"));
+    // A repository there and its changes back.
+    host.sh("mkdir repo && cd repo && echo hello > greeting && fcctl workspace prepare a . --guest-path /root/repo");
+    assert_eq!(host.sh("fcctl exec a -- cat /root/repo/greeting"), "hello\n");
+    // Nothing of the daemon's is open in the VMM.
+    let open = host.sh("ls -l /proc/$(pgrep -x firecracker)/fd | sed -n 's/.*-> //p'");
+    for target in open.lines() {
+        let own = ["/dev/null", "socket:", "anon_inode:", "/dev/kvm", "/dev/net/tun", "/memfd:", "pipe:", "/dev/urandom"];
+        let is_own = own.iter().any(|o| target.starts_with(o)) || target.starts_with(&format!("{PLACE}/state/vms/"));
+        assert!(is_own || target.contains("/run/console") || target.contains("/dev/"), "{target}");
+    }
+    // The daemon dies, and finds its guest.
+    let pid = host.sh("pgrep -x firecracker");
+    host.sh("pkill -KILL -x fcd; until ! pgrep -x fcd; do sleep 0.1; done");
+    host.start_daemon_with(CONFIG);
+    assert_eq!(host.sh("fcctl exec a -- cat /root/mark /work/mark"), "kept\nkept\n");
+    assert_eq!(host.sh("pgrep -x firecracker"), pid);
+    // A stop syncs and ends it; the next start has the data.
+    let stopped = host.sh("fcctl stop a");
+    assert!(stopped.contains("synced"), "{stopped}");
+    assert_eq!(host.devices(), "");
+    host.sh("fcctl start a");
+    assert_eq!(host.sh("fcctl exec a -- cat /root/mark /work/mark"), "kept\nkept\n");
+    // A delete in mid-boot waits for nothing.
+    host.sh("fcctl vm create --name b; fcctl start b & until pgrep -x firecracker | wc -l | grep -qx 2; do sleep 0.05; done
+             fcctl rm -f b; wait $! || true");
+    host.sh("fcctl rm -f a");
+    assert_eq!(host.devices(), "");
+    assert_eq!(host.sh("fcctl ps -aq; fcctl doctor --leaks"), "nothing of the daemon's is left over on this host\n");
+}

@@ -1,0 +1,345 @@
+//! Pretends to be Firecracker v1.16.1 as far as its API goes: the answers, the phases and the quirks are those of the recorded transcripts
+//! of the real program. No guest: one that "runs" prints a line on its serial console.
+//!
+//! Beside its executable it reads `script`, lines `METHOD PATH FAULT [ARGUMENT]` that say what happens to which request, and it writes
+//! `requests`, what it was asked for. Faults: `hang`, `die`, `garbage`, `hangup`, `slow` with milliseconds, `refuse` with a message.
+//! `VERSION` with a number is its version, `EXIT` with a text is what it says before it ends at once.
+
+#![allow(clippy::disallowed_methods, clippy::disallowed_types)]
+
+use serde_json::{Value, json};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+const PAYLOAD_BYTES_MAX: usize = 51_200;
+const MACHINE_CONFIG: [&str; 6] = ["vcpu_count", "mem_size_mib", "smt", "cpu_template", "track_dirty_pages", "huge_pages"];
+const BEFORE: &str = "The requested operation is not supported before starting the microVM.";
+const AFTER: &str = "The requested operation is not supported after starting the microVM.";
+
+#[derive(Clone, Copy, PartialEq)]
+enum State {
+    NotStarted,
+    Running,
+    Paused,
+}
+
+struct Vmm {
+    id: String,
+    version: String,
+    state: State,
+    kernel: Option<PathBuf>,
+    drives: Vec<(String, bool)>,
+    networks: Vec<(String, String)>,
+    serial: Option<PathBuf>,
+}
+
+/// A body, or a fault's message.
+type Outcome = Result<Option<Value>, String>;
+
+impl Vmm {
+    fn handle(&mut self, method: &str, path: &str, body: &[u8]) -> Outcome {
+        let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+        if method == "GET" {
+            return self.read(&parts);
+        }
+        if body.is_empty() {
+            return Err(format!("Empty {method} request."));
+        }
+        let body: Value = serde_json::from_slice(body).map_err(|e| deserializing(&e.to_string()))?;
+        match (method, parts.as_slice()) {
+            ("PATCH", ["vm"]) => self.set_state(&body),
+            ("PUT", ["actions"]) => self.act(&body),
+            ("PUT", ["machine-config" | "boot-source" | "serial" | "entropy" | "vsock" | "balloon"] | ["drives" | "network-interfaces", _]) => {
+                if self.state != State::NotStarted {
+                    return Err(if parts[0] == "drives" { "PCI is not enabled".to_owned() } else { AFTER.to_owned() });
+                }
+                self.configure(&parts, &body)
+            }
+            _ => Err(format!("Invalid request method and/or path: {method} {}.", parts[0])),
+        }
+    }
+
+    fn read(&self, parts: &[&str]) -> Outcome {
+        match parts {
+            [""] => {
+                let state = match self.state {
+                    State::NotStarted => "Not started",
+                    State::Running => "Running",
+                    State::Paused => "Paused",
+                };
+                Ok(Some(json!({"id": self.id, "state": state, "vmm_version": self.version, "app_name": "Firecracker"})))
+            }
+            ["version"] => Ok(Some(json!({ "firecracker_version": self.version }))),
+            [other, ..] => Err(format!("Invalid request method and/or path: GET {other}.")),
+            [] => unreachable!("a split has a part"),
+        }
+    }
+
+    fn configure(&mut self, parts: &[&str], body: &Value) -> Outcome {
+        match parts {
+            ["machine-config"] => machine(body)?,
+            ["boot-source"] => {
+                for (field, what) in [
+                    ("kernel_image_path", "The kernel file cannot be opened: "),
+                    ("initrd_path", "The initrd file cannot be opened due to invalid path or invalid permissions. "),
+                ] {
+                    let Some(path) = body[field].as_str() else { continue };
+                    File::open(path).map_err(|e| format!("Boot source error: {what}{e}"))?;
+                }
+                self.kernel = body["kernel_image_path"].as_str().map(PathBuf::from);
+            }
+            ["drives", id] => self.drive(id, body)?,
+            ["network-interfaces", id] => self.network(id, body)?,
+            ["serial"] => {
+                let path = PathBuf::from(body["serial_out_path"].as_str().unwrap_or_default());
+                open_serial(&path).map_err(|e| format!("Serial config error: {e}"))?;
+                self.serial = Some(path);
+            }
+            _ => {}
+        }
+        Ok(None)
+    }
+
+    fn drive(&mut self, id: &str, body: &Value) -> Result<(), String> {
+        check_id(id, &body["drive_id"])?;
+        let path = body["path_on_host"].as_str().unwrap_or_default();
+        File::options().read(true).write(body["is_read_only"] != true).open(path).map_err(|e| {
+            format!("Drive config error: Unable to create the virtio block device: Virtio backend error: Error manipulating the backing file: {e} {path}")
+        })?;
+        let is_root = body["is_root_device"] == true;
+        if is_root && self.drives.iter().any(|(other, root)| *root && other != id) {
+            return Err("Drive config error: A root block device already exists!".to_owned());
+        }
+        self.drives.retain(|(other, _)| other != id);
+        self.drives.push((id.to_owned(), is_root));
+        Ok(())
+    }
+
+    fn network(&mut self, id: &str, body: &Value) -> Result<(), String> {
+        check_id(id, &body["iface_id"])?;
+        let (device, mac) = (body["host_dev_name"].as_str().unwrap_or_default(), body["guest_mac"].as_str().unwrap_or_default());
+        if device.len() > 15 {
+            return Err("Network config error: Could not create the network device: Open tap device failed: Invalid interface name".into());
+        }
+        if mac.split(':').filter(|p| u8::from_str_radix(p, 16).is_ok()).count() != 6 {
+            return Err(deserializing("The provided MAC address is invalid. at line 1 column 76."));
+        }
+        let mac = mac.to_lowercase();
+        if self.networks.iter().any(|(other, used)| other != id && *used == mac) {
+            return Err(format!("Network config error: The MAC address is already in use: {mac}"));
+        }
+        self.networks.push((id.to_owned(), mac));
+        Ok(())
+    }
+
+    fn set_state(&mut self, body: &Value) -> Outcome {
+        let state = match body["state"].as_str() {
+            Some("Paused") => State::Paused,
+            Some("Resumed") => State::Running,
+            other => return Err(deserializing(&format!("unknown variant `{}`, expected `Paused` or `Resumed`", other.unwrap_or("")))),
+        };
+        if self.state == State::NotStarted {
+            return Err(BEFORE.to_owned());
+        }
+        self.state = state;
+        Ok(None)
+    }
+
+    fn act(&mut self, body: &Value) -> Outcome {
+        match (body["action_type"].as_str(), self.state) {
+            (Some("InstanceStart"), State::NotStarted) => self.start(),
+            (Some("InstanceStart"), _) => Err(AFTER.to_owned()),
+            (Some("SendCtrlAltDel" | "FlushMetrics"), State::NotStarted) => Err(BEFORE.to_owned()),
+            (Some("SendCtrlAltDel" | "FlushMetrics"), _) => Ok(None),
+            (other, _) => Err(deserializing(&format!(
+                "unknown variant `{}`, expected one of `FlushMetrics`, `InstanceStart`, `SendCtrlAltDel`",
+                other.unwrap_or_default()
+            ))),
+        }
+    }
+
+    fn start(&mut self) -> Outcome {
+        let Some(kernel) = &self.kernel else {
+            return Err("Start microvm error: Cannot start microvm without kernel configuration.".to_owned());
+        };
+        let mut magic = [0; 4];
+        let read = File::open(kernel).and_then(|mut file| file.read_exact(&mut magic));
+        if read.is_err() || magic != *b"\x7fELF" {
+            return Err("Start microvm error: System configuration error: Cannot load kernel due to invalid memory configuration or invalid kernel image: Kernel Loader: failed to load ELF kernel image: Kernel Loader: Invalid Elf magic number".to_owned());
+        }
+        self.state = State::Running;
+        if let Some(mut serial) = self.serial.as_ref().and_then(|path| open_serial(path).ok()) {
+            let _ = serial.write_all(b"the guest runs\n");
+            // As the real one, which has it open as long as it lives.
+            std::mem::forget(serial);
+        }
+        Ok(None)
+    }
+}
+
+fn machine(body: &Value) -> Result<(), String> {
+    let unknown = body.as_object().and_then(|o| o.keys().find(|key| !MACHINE_CONFIG.contains(&key.as_str())));
+    if let Some(key) = unknown {
+        let known: Vec<String> = MACHINE_CONFIG.iter().map(|k| format!("`{k}`")).collect();
+        return Err(deserializing(&format!("unknown field `{key}`, expected one of {} at line 1 column 42.", known.join(", "))));
+    }
+    if !(1..=32).contains(&body["vcpu_count"].as_u64().unwrap_or(0)) {
+        return Err("Machine config error: The number of vCPUs must be greater than 0, less than 32 and must be 1 or an even number if SMT is enabled.".into());
+    }
+    match body["mem_size_mib"].as_u64() {
+        None => Err(deserializing("missing field `mem_size_mib` at line 1 column 16.")),
+        Some(0) => Err("Machine config error: The memory size (MiB) is either 0, or not a multiple of the configured page size.".into()),
+        Some(_) => Ok(()),
+    }
+}
+
+fn check_id(id: &str, in_body: &Value) -> Result<(), String> {
+    if !id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
+        return Err("API Resource IDs can only contain alphanumeric characters and underscores.".to_owned());
+    }
+    if in_body != id { Err("The id from the path does not match the id from the body!".to_owned()) } else { Ok(()) }
+}
+
+fn deserializing(what: &str) -> String {
+    format!("An error occurred when deserializing the json body of a request: {what}")
+}
+
+fn open_serial(path: &Path) -> std::io::Result<File> {
+    File::options().custom_flags(libc::O_NONBLOCK).create(true).truncate(false).read(true).write(true).open(path)
+}
+
+struct Request {
+    method: String,
+    path: String,
+    body: Vec<u8>,
+}
+
+/// None at the end of the connection; a length alone when the body is more than is taken.
+fn read_request(stream: &mut UnixStream, buffer: &mut Vec<u8>) -> Option<Result<Request, usize>> {
+    loop {
+        let mut headers = [httparse::EMPTY_HEADER; 32];
+        let mut parsed = httparse::Request::new(&mut headers);
+        if let Ok(httparse::Status::Complete(len)) = parsed.parse(buffer) {
+            let length = parsed.headers.iter().find(|h| h.name.eq_ignore_ascii_case("content-length"));
+            let length = length.and_then(|h| std::str::from_utf8(h.value).ok()?.parse().ok()).unwrap_or(0);
+            if length > PAYLOAD_BYTES_MAX {
+                return Some(Err(length));
+            }
+            if buffer.len() >= len + length {
+                let (method, path) = (parsed.method?.to_owned(), parsed.path?.to_owned());
+                let body = buffer[len..len + length].to_vec();
+                buffer.drain(..len + length);
+                return Some(Ok(Request { method, path, body }));
+            }
+        }
+        let mut piece = [0; 4096];
+        match stream.read(&mut piece) {
+            Ok(0) | Err(_) => return None,
+            Ok(n) => buffer.extend_from_slice(&piece[..n]),
+        }
+    }
+}
+
+fn respond(stream: &mut UnixStream, outcome: &Outcome) {
+    let head = |status: u16| format!("HTTP/1.1 {status} \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n");
+    let with = |status, body: String| format!("{}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", head(status), body.len());
+    let text = match outcome {
+        Ok(None) => head(204) + "\r\n",
+        Ok(Some(body)) => with(200, body.to_string()),
+        Err(message) if message.contains('\n') => with(400, format!("{{ \"error\": \"{message}\" }}")),
+        Err(message) => with(400, json!({ "fault_message": message }).to_string()),
+    };
+    let _ = stream.write_all(text.as_bytes());
+}
+
+/// Of the script: what happens to this request, and its argument.
+fn fault(beside: &Path, method: &str, path: &str) -> Option<(String, String)> {
+    let script = std::fs::read_to_string(beside.join("script")).unwrap_or_default();
+    script.lines().find_map(|line| {
+        let mut words = line.splitn(4, ' ');
+        let is_it = words.next() == Some(method) && words.next() == Some(path);
+        is_it.then(|| (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default().to_owned()))
+    })
+}
+
+fn serve(mut stream: UnixStream, vmm: &Mutex<Vmm>, beside: &Path) {
+    let mut buffer = Vec::new();
+    while let Some(request) = read_request(&mut stream, &mut buffer) {
+        let request = match request {
+            Ok(request) => request,
+            Err(length) => {
+                let what = format!("Request payload with size {length} is larger than the limit of {PAYLOAD_BYTES_MAX} allowed by server.");
+                return respond(&mut stream, &Err(format!("{what}\nAll previous unanswered requests will be dropped.")));
+            }
+        };
+        let mut vmm = vmm.lock().unwrap();
+        let line = format!("{} {} {}\n", request.method, request.path, String::from_utf8_lossy(&request.body));
+        let log = File::options().create(true).append(true).open(beside.join("requests"));
+        log.and_then(|mut log| log.write_all(line.as_bytes())).unwrap();
+        let outcome = match fault(beside, &request.method, &request.path) {
+            Some((what, argument)) => match what.as_str() {
+                "hang" => loop {
+                    std::thread::park();
+                },
+                "die" => std::process::abort(),
+                "hangup" => return,
+                "garbage" => {
+                    let _ = stream.write_all(b"\xff\x00 no HTTP at all\r\n\r\n");
+                    continue;
+                }
+                "refuse" => Err(argument),
+                _ => {
+                    std::thread::sleep(Duration::from_millis(argument.parse().unwrap_or(0)));
+                    vmm.handle(&request.method, &request.path, &request.body)
+                }
+            },
+            None if !["GET", "PUT", "PATCH", "DELETE"].contains(&request.method.as_str()) => {
+                Err("Invalid HTTP Method: Unsupported HTTP method.\nAll previous unanswered requests will be dropped.".to_owned())
+            }
+            None => vmm.handle(&request.method, &request.path, &request.body),
+        };
+        drop(vmm);
+        respond(&mut stream, &outcome);
+    }
+}
+
+fn main() {
+    let beside = std::env::current_exe().unwrap().parent().unwrap().to_owned();
+    let script = std::fs::read_to_string(beside.join("script")).unwrap_or_default();
+    let said = |word: &str| script.lines().find_map(|line| line.strip_prefix(word).map(|rest| rest.trim().to_owned()));
+    let version = said("VERSION").unwrap_or_else(|| "1.16.1".to_owned());
+    let args: Vec<String> = std::env::args().collect();
+    let value = |name: &str| args.iter().position(|a| a == name).and_then(|i| args.get(i + 1)).cloned();
+    if args.iter().any(|a| a == "--version") {
+        println!("Firecracker v{version}\n");
+        return;
+    }
+    if let Some(what) = said("EXIT") {
+        eprintln!("{what}");
+        std::process::exit(1);
+    }
+    let socket = value("--api-sock").unwrap_or_else(|| "/run/firecracker.socket".to_owned());
+    let Ok(listener) = UnixListener::bind(&socket) else {
+        eprintln!("Failed to open the API socket at: {socket}. Check that it is not already used.");
+        std::process::exit(1);
+    };
+    let vmm = Vmm {
+        id: value("--id").unwrap_or_else(|| "anonymous-instance".to_owned()),
+        version,
+        state: State::NotStarted,
+        kernel: None,
+        drives: Vec::new(),
+        networks: Vec::new(),
+        serial: None,
+    };
+    let vmm = Arc::new(Mutex::new(vmm));
+    for stream in listener.incoming().flatten() {
+        let (vmm, beside) = (vmm.clone(), beside.clone());
+        std::thread::spawn(move || serve(stream, &vmm, &beside));
+    }
+}

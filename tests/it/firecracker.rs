@@ -1,0 +1,282 @@
+//! The driver `firecracker` against a program that answers as the real one does (`tests/fake/firecracker.rs`), and that is slow, hangs,
+//! dies or lies where a test says so. The real one: `e2e` `another_host::`.
+
+use expect_test::expect;
+use fcd::error::{Error, Kind};
+use fcd::host::process::Process;
+use fcd::locks::Cancel;
+use fcd::vmm::console::Consoles;
+use fcd::vmm::firecracker::Firecracker;
+use fcd::vmm::{Driver, GuestNetwork, Identity, Running, Told, VmmSpec};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_fake-firecracker");
+const SOON: Duration = Duration::from_secs(60);
+
+fn soon() -> Instant {
+    Instant::now() + SOON
+}
+
+struct Bench {
+    dir: tempfile::TempDir,
+    /// With which the tags of its VMMs begin, and no other test's.
+    prefix: String,
+    driver: Firecracker,
+}
+
+impl Bench {
+    fn new(script: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        // A name of its own, beside which the script is.
+        std::fs::copy(PROGRAM, dir.path().join("firecracker")).unwrap();
+        std::fs::create_dir(dir.path().join("vm")).unwrap();
+        for (name, bytes) in [("vmlinux", b"\x7fELF".as_slice()), ("initrd", b"x"), ("vm/disk", b"x"), ("vm/seed", b"x"), ("vm/work", b"x")] {
+            std::fs::write(dir.path().join(name), bytes).unwrap();
+        }
+        let prefix = format!("fc-{}-", &fcd::ids::VmId::random().as_str()[..8]);
+        let bench = Self { driver: driver(dir.path()), dir, prefix };
+        bench.script(script);
+        bench
+    }
+
+    fn script(&self, script: &str) {
+        std::fs::write(self.dir.path().join("script"), script).unwrap();
+    }
+
+    fn tag(&self) -> String {
+        format!("{}0123456789ab-1", self.prefix)
+    }
+
+    fn spec(&self) -> VmmSpec {
+        let path = |name: &str| self.dir.path().join(name);
+        let base = fcd::vmm::fake::spec("0123456789ab".parse().unwrap(), &self.tag(), self.dir.path());
+        VmmSpec {
+            dir: path("vm"),
+            kernel: path("vmlinux"),
+            initrd: path("initrd"),
+            boot_args: "root=/dev/vda init=/sbin/fcd-init".into(),
+            disk: path("vm/disk"),
+            seed: path("vm/seed"),
+            work_disk: Some(path("vm/work")),
+            network: GuestNetwork::Tap { name: "fc0011aabb-1".into(), mac: "02:fc:0a:59:00:05".into(), address: [10, 89, 0, 5].into() },
+            ..base
+        }
+    }
+
+    /// Also what it told of its process.
+    fn start(&self, cancel: &Cancel) -> (fcd::error::Result<Running>, Option<Identity>) {
+        let mut told = None;
+        let started = self.driver.start(&self.spec(), cancel, &mut |identity| told = Some(identity.clone()));
+        (started, told)
+    }
+
+    fn running(&self) -> Running {
+        self.start(&Cancel::try_new().unwrap()).0.unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// The start fails, and leaves no process.
+    #[track_caller]
+    fn fails(&self, cancel: &Cancel) -> Error {
+        let (started, told) = self.start(cancel);
+        let e = started.unwrap_err();
+        if let Some(identity) = told {
+            assert!(!self.driver.is_alive(&identity), "{e}");
+        }
+        assert_eq!(self.driver.list(&self.prefix).unwrap(), [""; 0], "{e}");
+        e
+    }
+
+    fn requests(&self) -> String {
+        let text = std::fs::read_to_string(self.dir.path().join("requests")).unwrap();
+        text.replace(self.dir.path().to_str().unwrap(), "DIR")
+    }
+
+    fn console(&self) -> String {
+        fcd::vmm::console::read(&self.dir.path().join("vm"), None).unwrap()
+    }
+
+    fn await_console(&self, text: &str) {
+        let deadline = soon();
+        while !self.console().contains(text) {
+            assert!(Instant::now() < deadline, "{text:?} is not in {:?}", self.console());
+            std::thread::yield_now();
+        }
+    }
+}
+
+fn driver(dir: &Path) -> Firecracker {
+    let config = fcd::config::Firecracker { binary: dir.join("firecracker") };
+    Firecracker::new(config, 0..0, Arc::new(Consoles::try_new().unwrap())).unwrap().without_kvm()
+}
+
+/// Those of a start, in their order.
+const REQUESTS: [(&str, &str); 10] = [
+    ("GET", "/"),
+    ("PUT", "/machine-config"),
+    ("PUT", "/boot-source"),
+    ("PUT", "/drives/root"),
+    ("PUT", "/drives/seed"),
+    ("PUT", "/drives/work"),
+    ("PUT", "/network-interfaces/eth0"),
+    ("PUT", "/entropy"),
+    ("PUT", "/serial"),
+    ("PUT", "/actions"),
+];
+
+#[test]
+fn a_start_configures_everything_and_runs_the_guest() {
+    let bench = Bench::new("");
+    let running = bench.running();
+    assert_eq!(running.ssh_addr.to_string(), "10.89.0.5:22");
+    expect![[r#"
+        GET / 
+        PUT /machine-config {"vcpu_count":1,"mem_size_mib":128}
+        PUT /boot-source {"kernel_image_path":"DIR/vmlinux","initrd_path":"DIR/initrd","boot_args":"root=/dev/vda init=/sbin/fcd-init console=ttyS0 reboot=k panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0 i8042.noaux i8042.nomux fcd.off=reset"}
+        PUT /drives/root {"drive_id":"root","path_on_host":"DIR/vm/disk","is_root_device":true,"is_read_only":false,"cache_type":"Writeback"}
+        PUT /drives/seed {"drive_id":"seed","path_on_host":"DIR/vm/seed","is_root_device":false,"is_read_only":true,"cache_type":"Writeback"}
+        PUT /drives/work {"drive_id":"work","path_on_host":"DIR/vm/work","is_root_device":false,"is_read_only":false,"cache_type":"Writeback"}
+        PUT /network-interfaces/eth0 {"iface_id":"eth0","host_dev_name":"fc0011aabb-1","guest_mac":"02:fc:0a:59:00:05"}
+        PUT /entropy {}
+        PUT /serial {"serial_out_path":"console"}
+        PUT /actions {"action_type":"InstanceStart"}
+    "#]]
+    .assert_eq(&bench.requests());
+    bench.await_console("the guest runs");
+    assert_eq!(bench.driver.find(&bench.tag()).unwrap().as_ref(), Some(&running.identity));
+    assert!(bench.driver.is_ours(&running.identity, &bench.tag()) && !bench.driver.is_ours(&running.identity, "fc-other-x-1"));
+    // Its output, its socket, its console, its connections: nothing of ours.
+    for fd in std::fs::read_dir(format!("/proc/{}/fd", running.identity.pid)).unwrap().flatten() {
+        let Ok(target) = std::fs::read_link(fd.path()) else { continue };
+        let (target, dir) = (target.display().to_string(), bench.dir.path().display().to_string());
+        assert!(target == "/dev/null" || target.starts_with("socket:") || target.starts_with(&dir), "{target}");
+    }
+    bench.driver.kill(&running.identity, soon()).unwrap();
+    assert_eq!(bench.driver.find(&bench.tag()).unwrap(), None);
+    // What the one before left is in nobody's way.
+    bench.driver.kill(&bench.running().identity, soon()).unwrap();
+}
+
+#[test]
+fn whatever_happens_at_whichever_request_nothing_is_left() {
+    let never = Cancel::try_new().unwrap();
+    let bench = Bench::new("");
+    for (method, path) in REQUESTS {
+        bench.script(&format!("{method} {path} die"));
+        let e = bench.fails(&never);
+        assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("firecracker ended with signal 6"), "{path}: {e}");
+        for fault in ["hangup", "garbage"] {
+            bench.script(&format!("{method} {path} {fault}"));
+            let e = bench.fails(&never);
+            assert!(e.kind() == Kind::VmmFailed && e.hint_text().is_none_or(|h| !h.is_empty()), "{path}: {e}");
+        }
+        bench.script(&format!("{method} {path} refuse Error manipulating the backing file: No such file or directory (os error 2)"));
+        let e = bench.fails(&never);
+        assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("backing file") && e.hint_text().is_some(), "{path}: {e}");
+        bench.script(&format!("{method} {path} slow 30"));
+        bench.driver.kill(&bench.running().identity, soon()).unwrap();
+    }
+}
+
+#[test]
+fn a_start_that_hangs_is_cancelled_at_once() {
+    for (method, path) in REQUESTS {
+        let bench = Bench::new(&format!("{method} {path} hang"));
+        let cancel = Cancel::try_new().unwrap();
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                let deadline = soon();
+                let asked = || std::fs::read_to_string(bench.dir.path().join("requests")).unwrap_or_default();
+                while !asked().contains(&format!("{method} {path} ")) {
+                    assert!(Instant::now() < deadline, "it is not asked for {path}");
+                    std::thread::yield_now();
+                }
+                cancel.cancel("the VM was stopped");
+            });
+            let e = bench.fails(&cancel);
+            assert_eq!(e.kind(), Kind::Cancelled, "{path}: {e}");
+        });
+    }
+}
+
+#[test]
+fn refusals_say_what_to_do() {
+    let never = Cancel::try_new().unwrap();
+    let kind = |change: &dyn Fn(&Bench)| {
+        let bench = Bench::new("");
+        change(&bench);
+        let e = bench.fails(&never);
+        assert!(e.hint_text().is_some(), "{e}");
+        (e.kind(), e.to_string())
+    };
+    let (no_elf, said) = kind(&|b| std::fs::write(b.dir.path().join("vmlinux"), "MZ, a bzImage").unwrap());
+    assert!(no_elf == Kind::Unsupported && said.contains("Invalid Elf magic number"), "{said}");
+    let (no_disk, said) = kind(&|b| std::fs::remove_file(b.dir.path().join("vm/disk")).unwrap());
+    assert!(no_disk == Kind::VmmFailed && said.contains("add disk root"), "{said}");
+    let (too_old, said) = kind(&|b| b.script("VERSION 1.13.1"));
+    assert!(too_old == Kind::Unsupported && said.contains("1.13.1") && said.contains("1.14"), "{said}");
+    let (ends, said) = kind(&|b| b.script("EXIT the seccomp filter cannot be loaded"));
+    assert!(ends == Kind::VmmFailed && said.contains("exit status 1: the seccomp filter cannot be loaded"), "{said}");
+    let (missing, said) = kind(&|b| std::fs::remove_file(b.dir.path().join("firecracker")).unwrap());
+    assert_eq!(missing, Kind::CommandMissing, "{said}");
+    // The networks and disks that only QEMU has.
+    let bench = Bench::new("");
+    let user_mode = VmmSpec { network: GuestNetwork::UserMode { isolated: false, ports: Vec::new() }, ..bench.spec() };
+    let qcow2 = VmmSpec { disk_format: fcd::vmm::DiskFormat::Qcow2, ..bench.spec() };
+    for spec in [user_mode, qcow2] {
+        let e = bench.driver.start(&spec, &never, &mut |_| {}).unwrap_err();
+        assert!(e.kind() == Kind::Unsupported && e.hint_text().is_some(), "{e}");
+        assert_eq!(bench.driver.list(&bench.prefix).unwrap(), [""; 0]);
+    }
+}
+
+#[test]
+fn another_daemon_takes_it_up() {
+    let mut bench = Bench::new("");
+    let running = bench.running();
+    bench.await_console("the guest runs");
+    bench.driver = driver(bench.dir.path());
+    assert_eq!(bench.driver.adopt(&bench.spec(), &running.identity).unwrap(), running);
+    bench.await_console("reconnected");
+    // What the guest says now is in the log again.
+    std::fs::write(bench.dir.path().join("vm/run/console"), "and says more\n").unwrap();
+    bench.await_console("and says more");
+    let other = VmmSpec { tag: format!("{}0123456789ab-2", bench.prefix), ..bench.spec() };
+    assert_eq!(bench.driver.adopt(&other, &running.identity).unwrap_err().kind(), Kind::VmmFailed);
+    bench.driver.kill(&running.identity, soon()).unwrap();
+    assert_eq!(bench.driver.adopt(&bench.spec(), &running.identity).unwrap_err().kind(), Kind::VmmFailed);
+}
+
+#[test]
+fn a_guest_stands_still_and_goes_on() {
+    let bench = Bench::new("");
+    let (running, dir, never) = (bench.running(), bench.dir.path().join("vm"), Cancel::try_new().unwrap());
+    for is_paused in [true, true, false, false] {
+        bench.driver.set_paused(&dir, &running.identity, is_paused, &never).unwrap();
+    }
+    let asked = bench.requests();
+    assert_eq!(asked.matches("PATCH /vm {\"state\":\"Paused\"}").count(), 2);
+    assert_eq!(asked.matches("PATCH /vm {\"state\":\"Resumed\"}").count(), 2);
+    bench.driver.kill(&running.identity, soon()).unwrap();
+    let e = bench.driver.set_paused(&dir, &running.identity, true, &never).unwrap_err();
+    assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"), "{e}");
+}
+
+#[test]
+fn its_death_and_its_silence_are_told() {
+    let bench = Bench::new("");
+    let running = bench.running();
+    let (told, tellings) = std::sync::mpsc::channel();
+    let (died, deaths) = std::sync::mpsc::channel();
+    bench.driver.watch(&running.identity, Box::new(move |how| died.send(how).unwrap())).unwrap();
+    let dir = bench.dir.path().join("vm");
+    bench.driver.watch_guest(&dir, &running.identity, Box::new(move |what| told.send(what).unwrap_or_default())).unwrap();
+    let process = Process::open(&running.identity).unwrap().unwrap();
+    process.signal(rustix::process::Signal::STOP).unwrap();
+    assert_eq!(tellings.recv_timeout(SOON).unwrap(), Told::Unresponsive(true));
+    process.signal(rustix::process::Signal::CONT).unwrap();
+    assert_eq!(tellings.recv_timeout(SOON).unwrap(), Told::Unresponsive(false));
+    process.signal(rustix::process::Signal::KILL).unwrap();
+    assert_eq!(deaths.recv_timeout(SOON).unwrap(), "signal 9 (SIGKILL)");
+}

@@ -2,7 +2,16 @@
 //! where a binary is given (`FCD_FIRECRACKER`, or on the PATH), and says so where there is none.
 
 use crate::another_host::{PLACE, TestHost};
-use std::path::PathBuf;
+use fcd::error::Kind;
+use fcd::ids::VmId;
+use fcd::locks::Cancel;
+use fcd::vmm::console::Consoles;
+use fcd::vmm::firecracker::Firecracker;
+use fcd::vmm::{Driver, GuestNetwork, VmmSpec};
+use nix::sched::{CloneFlags, unshare};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 const CONFIG: &str = "[vmm]\ndriver = \"firecracker\"\n[firecracker]\nbinary = \"/srv/f/bin/firecracker\"\n\
                       [network]\ndriver = \"bridge\"\n[disk]\ndriver = \"dm-snapshot\"\n";
@@ -60,4 +69,60 @@ fn real_guests() {
     host.sh("fcctl rm -f a");
     assert_eq!(host.devices(), "");
     assert_eq!(host.sh("fcctl ps -aq; fcctl doctor --leaks"), "nothing of the daemon's is left over on this host\n");
+}
+
+/// The driver's state machine against the real program on this host's `/dev/kvm`; whether the guest gets anywhere is not looked at.
+#[test]
+#[ignore = "needs a binary of Firecracker's: scripts/test"]
+fn the_control_plane_on_this_hosts_kvm() {
+    if !Path::new("/dev/kvm").exists() {
+        eprintln!("NOT RUN, for there is no /dev/kvm: the control plane of firecracker");
+        return;
+    }
+    // Firecracker makes a tap that is not there: in a namespace it goes with the test.
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let (image, vm, never) = (crate::host::image(), dir.path().join("vm"), Cancel::try_new().unwrap());
+    std::fs::create_dir(&vm).unwrap();
+    for name in ["disk", "seed"] {
+        std::fs::File::create(vm.join(name)).unwrap().set_len(1 << 20).unwrap();
+    }
+    let tag = format!("fc-{}-0123456789ab-1", &VmId::random().as_str()[..8]);
+    let spec = |kernel: &Path| VmmSpec {
+        dir: vm.clone(),
+        kernel: kernel.to_owned(),
+        initrd: image.join("initrd"),
+        boot_args: "root=/dev/vda".into(),
+        disk: vm.join("disk"),
+        seed: vm.join("seed"),
+        network: GuestNetwork::Tap { name: "fctest0".into(), mac: "02:fc:0a:59:00:05".into(), address: [10, 89, 0, 5].into() },
+        ..fcd::vmm::fake::spec("0123456789ab".parse().unwrap(), &tag, dir.path())
+    };
+    let driver = || {
+        let config = fcd::config::Firecracker { binary: binary() };
+        Firecracker::new(config, 0..0, Arc::new(Consoles::try_new().unwrap())).unwrap()
+    };
+    let first = driver();
+    // What it does not boot is refused by what is wrong, and leaves nothing.
+    let e = first.start(&spec(&image.join("initrd")), &never, &mut |_| {}).unwrap_err();
+    assert!(e.kind() == Kind::Unsupported && e.to_string().contains("Invalid Elf magic number"), "{e}");
+    assert_eq!(first.find(&tag).unwrap(), None);
+    let spec = spec(&image.join("vmlinux"));
+    let running = first.start(&spec, &never, &mut |_| {}).unwrap();
+    // No second one on the same tap.
+    let second = VmmSpec { tag: format!("{tag}2"), dir: dir.path().join("other"), ..spec.clone() };
+    std::fs::create_dir(&second.dir).unwrap();
+    let e = first.start(&second, &never, &mut |_| {}).unwrap_err();
+    assert!(e.kind() == Kind::Conflict && e.to_string().contains("busy"), "{e}");
+    for is_paused in [true, true, false, false, true] {
+        first.set_paused(&vm, &running.identity, is_paused, &never).unwrap();
+    }
+    drop(first);
+    let next = driver();
+    assert_eq!(next.adopt(&spec, &running.identity).unwrap(), running);
+    let (died, deaths) = std::sync::mpsc::channel();
+    next.watch(&running.identity, Box::new(move |how| died.send(how).unwrap())).unwrap();
+    next.kill(&running.identity, Instant::now() + Duration::from_secs(30)).unwrap();
+    assert!(deaths.recv_timeout(Duration::from_secs(30)).is_ok());
+    assert_eq!(next.find(&tag).unwrap(), None);
 }

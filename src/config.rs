@@ -5,7 +5,7 @@ mod sync;
 mod vmm;
 
 pub use sync::SyncedFile;
-pub use vmm::{Firecracker, Vmm, VmmDriver};
+pub use vmm::{Firecracker, Vmm, VmmDriver, VmmLimits};
 
 pub use network::{INTERFACE_NAME_LEN_MAX, Network, NetworkDriver, Subnet};
 

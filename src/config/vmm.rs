@@ -25,11 +25,26 @@ pub struct Vmm {
 #[serde(deny_unknown_fields, default)]
 pub struct Firecracker {
     pub binary: PathBuf,
+    pub jailer: PathBuf,
+    /// Whether VMMs run under the jailer.
+    pub jail: bool,
+    /// What a VMM may take of the host, by its control group.
+    pub limits: VmmLimits,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmmLimits {
+    /// A start is refused where the host lacks a controller.
+    #[default]
+    Required,
+    /// As far as the host has controllers.
+    BestEffort,
 }
 
 impl Default for Firecracker {
     fn default() -> Self {
-        Self { binary: "firecracker".into() }
+        Self { binary: "firecracker".into(), jailer: "jailer".into(), jail: true, limits: VmmLimits::Required }
     }
 }
 

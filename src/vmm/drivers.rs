@@ -104,6 +104,22 @@ impl Driver for Drivers {
         self.of(identity)?.set_paused(dir, identity, is_paused, cancel)
     }
 
+    fn leaves_remains(&self) -> bool {
+        self.starts.leaves_remains()
+    }
+
+    fn clear(&self, dir: &Path, tag: &str) -> Result<()> {
+        self.all.iter().try_for_each(|driver| driver.clear(dir, tag))
+    }
+
+    fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
+        let mut tags = Vec::new();
+        for driver in &self.all {
+            tags.extend(driver.remains(vms, tag_prefix)?);
+        }
+        Ok(tags)
+    }
+
     fn reads_qcow2(&self) -> bool {
         self.starts.reads_qcow2()
     }

@@ -387,6 +387,18 @@ impl Driver for Fake {
         Ok(())
     }
 
+    fn leaves_remains(&self) -> bool {
+        false
+    }
+
+    fn clear(&self, _dir: &Path, _tag: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn remains(&self, _vms: &Path, _tag_prefix: &str) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
     fn reads_qcow2(&self) -> bool {
         true
     }

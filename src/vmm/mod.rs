@@ -149,6 +149,15 @@ pub trait Driver: Send + Sync {
     /// Lets the guest of the VM in `dir` stand still, or go on; one that does so already is ok.
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()>;
 
+    /// Whether there is more on the host of a VMM with a tag than its process: what `clear` removes.
+    fn leaves_remains(&self) -> bool;
+
+    /// Removes what the VMM with this tag, of the VM in `dir`, had on the host beside its files; gone already is ok. It must have exited.
+    fn clear(&self, dir: &Path, tag: &str) -> Result<()>;
+
+    /// The tags that begin so of which such a thing is on the host. `vms`: where the directories of VMs are.
+    fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>>;
+
     /// Whether a disk may be a qcow2 file.
     fn reads_qcow2(&self) -> bool;
 

@@ -13,18 +13,27 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-const CONFIG: &str = "[vmm]\ndriver = \"firecracker\"\n[firecracker]\nbinary = \"/srv/f/bin/firecracker\"\n\
+const CONFIG: &str = "[vmm]\ndriver = \"firecracker\"\n[firecracker]\nbinary = \"/srv/f/bin/firecracker\"\njailer = \"/srv/f/bin/jailer\"\n\
                       [network]\ndriver = \"bridge\"\n[disk]\ndriver = \"dm-snapshot\"\n";
 
 fn binary() -> PathBuf {
     std::env::var_os("FCD_FIRECRACKER").expect("FCD_FIRECRACKER names the binary: scripts/test says how").into()
 }
 
+/// Which comes with it.
+fn jailer() -> PathBuf {
+    std::env::var_os("FCD_JAILER").map_or_else(|| binary().with_file_name("jailer"), PathBuf::from)
+}
+
 fn boot() -> TestHost {
     let host = TestHost::boot();
     host.bring_programs();
-    let binary = binary();
-    host.pipe(&format!("lz4 -1 -c '{}'", binary.display()), &format!("lz4 -dc > {PLACE}/bin/firecracker; chmod 755 {PLACE}/bin/firecracker"));
+    for (from, name) in [(binary(), "firecracker"), (jailer(), "jailer")] {
+        host.pipe(
+            &format!("lz4 -1 -c '{}'", from.display()),
+            &format!("lz4 -dc > {PLACE}/bin/{name}; chmod 755 {PLACE}/bin/{name}"),
+        );
+    }
     host.bring_image();
     host.sh("chmod 666 /dev/net/tun");
     host.start_daemon_with(CONFIG);
@@ -38,7 +47,10 @@ fn real_guests() {
     host.sh("fcctl vm create --name a -p 1022:22 --work-disk 64M && fcctl start a");
     let shown = host.sh("fcctl vm show a");
     assert!(shown.contains("firecracker (kvm)") && shown.contains("(dm-snapshot)"), "{shown}");
-    assert_eq!(host.sh("fcctl exec a -- sh -c 'echo kept | tee /root/mark /work/mark; exit 7' || echo status $?"), "kept\nstatus 7\n");
+    assert_eq!(
+        host.sh("fcctl exec a -- sh -c 'echo kept | tee /root/mark /work/mark; exit 7' || echo status $?"),
+        "kept\nstatus 7\n"
+    );
     assert!(host.sh("head -c 7 < /dev/tcp/127.0.0.1/1022").starts_with("SSH-2.0"));
     assert!(host.sh("fcctl logs a").contains("ssh is up"));
     // A repository there and its changes back.
@@ -47,10 +59,29 @@ fn real_guests() {
     // Nothing of the daemon's is open in the VMM.
     let open = host.sh("ls -l /proc/$(pgrep -x firecracker)/fd | sed -n 's/.*-> //p'");
     for target in open.lines() {
-        let own = ["/dev/null", "socket:", "anon_inode:", "/dev/kvm", "/dev/net/tun", "/memfd:", "pipe:", "/dev/urandom"];
-        let is_own = own.iter().any(|o| target.starts_with(o)) || target.starts_with(&format!("{PLACE}/state/vms/"));
-        assert!(is_own || target.contains("/run/console") || target.contains("/dev/"), "{target}");
+        let own = [
+            "/dev/null",
+            "socket:[",
+            "anon_inode:",
+            "/dev/kvm",
+            "/dev/net/tun",
+            "/disk",
+            "/seed",
+            "/work",
+            "/console",
+            "/vmlinux",
+            "/initrd",
+        ];
+        let is_log = target.starts_with(&format!("{PLACE}/state/vms/")) && target.ends_with("/vmm.log");
+        assert!(is_log || own.iter().any(|o| target.starts_with(o)), "{target} in {open}");
     }
+    // In its jail: nobody, with nothing but what is its, and limited.
+    let status = host.sh("grep -E '^(Uid|CapEff|Seccomp):' /proc/$(pgrep -x firecracker)/status | tr -s '\\t ' ' '; ls /proc/$(pgrep -x firecracker)/root/");
+    assert!(status.contains("CapEff: 0000000000000000") && status.contains("Seccomp: 2"), "{status}");
+    assert!(!status.contains("Uid: 0 ") && status.contains("disk\n") && !status.contains("srv"), "{status}");
+    let limits =
+        host.sh("cd /sys/fs/cgroup/fcd-*/fc-*-1; cat memory.max pids.max cpu.max; grep -cx $(pgrep -x firecracker) cgroup.procs");
+    assert_eq!(limits, format!("{}\n17\n200000 100000\n1\n", (1024_u64 << 20) + (256 << 20)));
     // The daemon dies, and finds its guest.
     let pid = host.sh("pgrep -x firecracker");
     host.sh("pkill -KILL -x fcd; until ! pgrep -x fcd; do sleep 0.1; done");
@@ -61,6 +92,7 @@ fn real_guests() {
     let stopped = host.sh("fcctl stop a");
     assert!(stopped.contains("synced"), "{stopped}");
     assert_eq!(host.devices(), "");
+    assert_eq!(host.sh("ls -d /sys/fs/cgroup/fcd-*/fc-* state/vms/*/jail 2> /dev/null || true"), "");
     host.sh("fcctl start a");
     assert_eq!(host.sh("fcctl exec a -- cat /root/mark /work/mark"), "kept\nkept\n");
     // A delete in mid-boot waits for nothing.
@@ -99,7 +131,7 @@ fn the_control_plane_on_this_hosts_kvm() {
         ..fcd::vmm::fake::spec("0123456789ab".parse().unwrap(), &tag, dir.path())
     };
     let driver = || {
-        let config = fcd::config::Firecracker { binary: binary() };
+        let config = fcd::config::Firecracker { binary: binary(), ..Default::default() };
         Firecracker::new(config, 0..0, Arc::new(Consoles::try_new().unwrap())).unwrap()
     };
     let first = driver();

@@ -54,7 +54,11 @@ impl Vmm {
         match (method, parts.as_slice()) {
             ("PATCH", ["vm"]) => self.set_state(&body),
             ("PUT", ["actions"]) => self.act(&body),
-            ("PUT", ["machine-config" | "boot-source" | "serial" | "entropy" | "vsock" | "balloon"] | ["drives" | "network-interfaces", _]) => {
+            (
+                "PUT",
+                ["machine-config" | "boot-source" | "serial" | "entropy" | "vsock" | "balloon"]
+                | ["drives" | "network-interfaces", _],
+            ) => {
                 if self.state != State::NotStarted {
                     return Err(if parts[0] == "drives" { "PCI is not enabled".to_owned() } else { AFTER.to_owned() });
                 }
@@ -124,7 +128,10 @@ impl Vmm {
         check_id(id, &body["iface_id"])?;
         let (device, mac) = (body["host_dev_name"].as_str().unwrap_or_default(), body["guest_mac"].as_str().unwrap_or_default());
         if device.len() > 15 {
-            return Err("Network config error: Could not create the network device: Open tap device failed: Invalid interface name".into());
+            return Err(
+                "Network config error: Could not create the network device: Open tap device failed: Invalid interface name"
+                    .into(),
+            );
         }
         if mac.split(':').filter(|p| u8::from_str_radix(p, 16).is_ok()).count() != 6 {
             return Err(deserializing("The provided MAC address is invalid. at line 1 column 76."));
@@ -141,7 +148,9 @@ impl Vmm {
         let state = match body["state"].as_str() {
             Some("Paused") => State::Paused,
             Some("Resumed") => State::Running,
-            other => return Err(deserializing(&format!("unknown variant `{}`, expected `Paused` or `Resumed`", other.unwrap_or("")))),
+            other => {
+                return Err(deserializing(&format!("unknown variant `{}`, expected `Paused` or `Resumed`", other.unwrap_or(""))));
+            }
         };
         if self.state == State::NotStarted {
             return Err(BEFORE.to_owned());
@@ -193,7 +202,9 @@ fn machine(body: &Value) -> Result<(), String> {
     }
     match body["mem_size_mib"].as_u64() {
         None => Err(deserializing("missing field `mem_size_mib` at line 1 column 16.")),
-        Some(0) => Err("Machine config error: The memory size (MiB) is either 0, or not a multiple of the configured page size.".into()),
+        Some(0) => {
+            Err("Machine config error: The memory size (MiB) is either 0, or not a multiple of the configured page size.".into())
+        }
         Some(_) => Ok(()),
     }
 }
@@ -247,7 +258,9 @@ fn read_request(stream: &mut UnixStream, buffer: &mut Vec<u8>) -> Option<Result<
 
 fn respond(stream: &mut UnixStream, outcome: &Outcome) {
     let head = |status: u16| format!("HTTP/1.1 {status} \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n");
-    let with = |status, body: String| format!("{}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", head(status), body.len());
+    let with = |status, body: String| {
+        format!("{}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", head(status), body.len())
+    };
     let text = match outcome {
         Ok(None) => head(204) + "\r\n",
         Ok(Some(body)) => with(200, body.to_string()),
@@ -273,7 +286,9 @@ fn serve(mut stream: UnixStream, vmm: &Mutex<Vmm>, beside: &Path) {
         let request = match request {
             Ok(request) => request,
             Err(length) => {
-                let what = format!("Request payload with size {length} is larger than the limit of {PAYLOAD_BYTES_MAX} allowed by server.");
+                let what = format!(
+                    "Request payload with size {length} is larger than the limit of {PAYLOAD_BYTES_MAX} allowed by server."
+                );
                 return respond(&mut stream, &Err(format!("{what}\nAll previous unanswered requests will be dropped.")));
             }
         };

@@ -32,7 +32,9 @@ impl Bench {
         // A name of its own, beside which the script is.
         std::fs::copy(PROGRAM, dir.path().join("firecracker")).unwrap();
         std::fs::create_dir(dir.path().join("vm")).unwrap();
-        for (name, bytes) in [("vmlinux", b"\x7fELF".as_slice()), ("initrd", b"x"), ("vm/disk", b"x"), ("vm/seed", b"x"), ("vm/work", b"x")] {
+        for (name, bytes) in
+            [("vmlinux", b"\x7fELF".as_slice()), ("initrd", b"x"), ("vm/disk", b"x"), ("vm/seed", b"x"), ("vm/work", b"x")]
+        {
             std::fs::write(dir.path().join(name), bytes).unwrap();
         }
         let prefix = format!("fc-{}-", &fcd::ids::VmId::random().as_str()[..8]);
@@ -60,7 +62,11 @@ impl Bench {
             disk: path("vm/disk"),
             seed: path("vm/seed"),
             work_disk: Some(path("vm/work")),
-            network: GuestNetwork::Tap { name: "fc0011aabb-1".into(), mac: "02:fc:0a:59:00:05".into(), address: [10, 89, 0, 5].into() },
+            network: GuestNetwork::Tap {
+                name: "fc0011aabb-1".into(),
+                mac: "02:fc:0a:59:00:05".into(),
+                address: [10, 89, 0, 5].into(),
+            },
             ..base
         }
     }
@@ -107,7 +113,7 @@ impl Bench {
 }
 
 fn driver(dir: &Path) -> Firecracker {
-    let config = fcd::config::Firecracker { binary: dir.join("firecracker") };
+    let config = fcd::config::Firecracker { binary: dir.join("firecracker"), ..Default::default() };
     Firecracker::new(config, 0..0, Arc::new(Consoles::try_new().unwrap())).unwrap().without_kvm()
 }
 
@@ -171,7 +177,9 @@ fn whatever_happens_at_whichever_request_nothing_is_left() {
             let e = bench.fails(&never);
             assert!(e.kind() == Kind::VmmFailed && e.hint_text().is_none_or(|h| !h.is_empty()), "{path}: {e}");
         }
-        bench.script(&format!("{method} {path} refuse Error manipulating the backing file: No such file or directory (os error 2)"));
+        bench.script(&format!(
+            "{method} {path} refuse Error manipulating the backing file: No such file or directory (os error 2)"
+        ));
         let e = bench.fails(&never);
         assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("backing file") && e.hint_text().is_some(), "{path}: {e}");
         bench.script(&format!("{method} {path} slow 30"));

@@ -65,6 +65,15 @@ impl Driver for Panics {
     fn runs(&self, identity: &Identity) -> bool {
         self.inner.runs(identity)
     }
+    fn leaves_remains(&self) -> bool {
+        self.inner.leaves_remains()
+    }
+    fn clear(&self, dir: &Path, tag: &str) -> Result<()> {
+        self.inner.clear(dir, tag)
+    }
+    fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
+        self.inner.remains(vms, tag_prefix)
+    }
     fn reads_qcow2(&self) -> bool {
         self.inner.reads_qcow2()
     }

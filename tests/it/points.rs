@@ -163,6 +163,15 @@ impl Driver for PointDriver {
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
         self.0.set_paused(dir, identity, is_paused, cancel)
     }
+    fn leaves_remains(&self) -> bool {
+        self.0.leaves_remains()
+    }
+    fn clear(&self, dir: &Path, tag: &str) -> Result<()> {
+        self.0.clear(dir, tag)
+    }
+    fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
+        self.0.remains(vms, tag_prefix)
+    }
     fn reads_qcow2(&self) -> bool {
         self.0.reads_qcow2()
     }

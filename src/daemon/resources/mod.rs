@@ -5,6 +5,7 @@
 mod directory;
 mod disk;
 mod disk_device;
+mod jail;
 mod ports;
 mod process;
 mod seed;
@@ -26,7 +27,7 @@ use crate::vmm::Driver;
 use std::path::Path;
 
 /// In the order in which a boot takes them; they are given back in the reverse order.
-const ALL: [&dyn Resource; 9] = [
+const ALL: [&dyn Resource; 10] = [
     &directory::Directory,
     &disk::Disk,
     &disk_device::DiskDevice,
@@ -35,6 +36,7 @@ const ALL: [&dyn Resource; 9] = [
     &seed::Seed,
     &tap::Tap,
     &ports::Ports,
+    &jail::Jail,
     &process::VmmProcess,
 ];
 

@@ -24,7 +24,7 @@ const PING_PERIOD: Duration = Duration::from_secs(5);
 /// One VMM, attended from a thread of its own until it exits or the driver goes.
 pub struct Attended {
     pub process: Process,
-    /// The VM's directory, in which `run/` is.
+    /// The VM's directory, for messages.
     pub dir: PathBuf,
     pub closing: Cancel,
     pub told: Box<dyn Fn(Told) + Send>,
@@ -64,8 +64,8 @@ impl Attended {
     fn look(&self) -> Result<()> {
         let _blocking = region(Rank::VmmApi);
         let patience = Patience { deadline: Instant::now() + ANSWER_DEADLINE, cancel: &self.closing };
-        let run = run_dir::open(&self.dir, "open the VMM's run directory")?;
-        let Some(socket) = dial::connect(&run, API_SOCKET, &self.process, patience)? else { return Ok(()) };
+        let place = super::place(&self.process, "ask the VMM how it is")?;
+        let Some(socket) = dial::connect(&place, API_SOCKET, &self.process, patience)? else { return Ok(()) };
         Booted::open(socket, patience).map(drop)
     }
 

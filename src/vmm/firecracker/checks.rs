@@ -1,7 +1,7 @@
 //! What Firecracker needs here, and what was found.
 
 use crate::api::daemon::Check;
-use crate::config::Firecracker as Config;
+use crate::config::{Firecracker as Config, VmmLimits};
 use crate::error::{Error, Kind, Result};
 use crate::host::command::{Command, find_program, run_any_status};
 use crate::locks::Cancel;
@@ -12,10 +12,12 @@ use std::time::Duration;
 const VERSION_MIN: (u32, u32) = (1, 14);
 const VERSION_TESTED: (u32, u32) = (1, 16);
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
-const INSTALL: &str = "install a release of firecracker-microvm/firecracker, and name it as binary under [firecracker]";
+pub const INSTALL: &str = "install a release of firecracker-microvm/firecracker, and name it as binary under [firecracker]";
 
 pub fn checks(config: &Config) -> Vec<Check> {
-    vec![binary(config), kvm()]
+    let mut all = vec![binary(config), kvm()];
+    all.extend(jailer(config));
+    all
 }
 
 fn binary(config: &Config) -> Check {
@@ -32,6 +34,35 @@ fn binary(config: &Config) -> Check {
         Ok(v) => Check::ok(ID, format!("{} is version {}.{}", config.binary.display(), v.0, v.1)),
         Err(e) => Check::fail(ID, e.to_string(), e.hint_text().unwrap_or(INSTALL)),
     }
+}
+
+/// Where VMMs are jailed: the programs, and the limits.
+fn jailer(config: &Config) -> Vec<Check> {
+    const ID: &str = "jailer";
+    if !config.jail {
+        return vec![Check::warn(
+            ID,
+            "VMMs run without a jail, as the configuration says".to_owned(),
+            "jail = true under [firecracker]",
+        )];
+    }
+    let programs = match super::jail::programs(config) {
+        Ok(programs) => Check::ok(ID, format!("VMMs run under {}", programs.jailer.display())),
+        Err(e) => Check::fail(ID, e.to_string(), e.hint_text().unwrap_or(INSTALL)),
+    };
+    let missing = super::jail::missing_controllers();
+    let limits = match (missing.is_empty(), config.limits) {
+        (true, _) => Check::ok("limits", "control groups limit the CPU, memory and threads of VMMs".to_owned()),
+        (false, VmmLimits::BestEffort) => {
+            let found = format!("VMMs are not limited in {}: the host has no such controller", missing.join(", "));
+            Check::warn("limits", found, "enable the controllers of control groups, version 2")
+        }
+        (false, VmmLimits::Required) => {
+            let found = format!("the host's control groups have no {}, so no VM starts", missing.join(", "));
+            Check::fail("limits", found, "enable them, or set limits = \"best-effort\" under [firecracker]")
+        }
+    };
+    vec![programs, limits]
 }
 
 fn kvm() -> Check {
@@ -100,7 +131,7 @@ mod tests {
     fn what_is_missing_or_something_else_is_refused_with_what_to_install() {
         let cancel = Cancel::try_new().unwrap();
         for (binary, kind) in [("no-such-firecracker", Kind::CommandMissing), ("/bin/true", Kind::Unsupported)] {
-            let e = version(&Config { binary: binary.into() }, &cancel).unwrap_err();
+            let e = version(&Config { binary: binary.into(), ..Config::default() }, &cancel).unwrap_err();
             assert_eq!((e.kind(), e.hint_text()), (kind, Some(INSTALL)));
         }
         require("1.14.0").unwrap();

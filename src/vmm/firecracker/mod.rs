@@ -7,6 +7,7 @@ mod api;
 mod attend;
 mod checks;
 mod http;
+mod jail;
 mod refusal;
 
 use super::console::{Attach, Consoles};
@@ -23,6 +24,7 @@ use crate::locks::{Cancel, Rank, region};
 use crate::vmm::kvm::{kvm_access, own_access};
 use api::{BootSource, Booted, CacheType, Drive, MachineConfig, NetworkInterface, PreBoot, text};
 use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
+use std::ffi::OsString;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
@@ -56,11 +58,12 @@ pub struct Firecracker {
 impl Firecracker {
     /// Looks at nothing yet. `uids`: of VMs, when the daemon is root. Fails where no event can be had (EMFILE, ENFILE).
     pub fn new(config: Config, uids: Range<u32>, consoles: Arc<Consoles>) -> Result<Self> {
-        let name = config.binary.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let name = |path: &Path| path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let names = [name(&config.binary), name(&config.jailer)];
         let is_program = move |executable: &Path| {
-            let executable = executable.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-            // One with another version in its name, or that was replaced while it runs, is one all the same.
-            executable == name || executable.starts_with("firecracker")
+            let executable = name(executable);
+            // One with another version in its name, or that was replaced while it runs, is one all the same; a jailer is about to be one.
+            names.contains(&executable) || executable.starts_with("firecracker") || executable.starts_with("jailer")
         };
         let processes = Processes::try_new(uids, Box::new(is_program))?;
         let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
@@ -85,35 +88,51 @@ impl Firecracker {
         self
     }
 
-    fn spawn(&self, spec: &VmmSpec) -> Result<(Process, OwnedFd)> {
+    /// The VMM's process, the directory with its socket and its console, and what it is to open, by the names that it sees.
+    fn spawn(&self, spec: &VmmSpec) -> Result<(Process, OwnedFd, Files)> {
         let groups = self.kvm_groups(spec)?;
         let dir = open_dir(&spec.dir)?;
-        let run = run_dir::make(&dir, &[API_SOCKET, CONSOLE_PIPE], spec.credentials)?;
-        make_pipe(&run, spec.credentials)?;
+        let own_args = ["--api-sock", API_SOCKET, "--level", "Error", "--show-level"].map(OsString::from);
         let output = run_dir::open_log(&dir, spec)?;
-        let args = ["--id", &spec.tag, "--api-sock", API_SOCKET, "--level", "Warn", "--show-level"];
-        let process = process::spawn(Spawn {
-            program: self.config.binary.clone(),
-            args: args.map(Into::into).to_vec(),
-            env: vec![("PATH".into(), PATH.into()), ("LC_ALL".into(), "C.UTF-8".into())],
-            cwd: spec.dir.join(run_dir::RUN_DIR),
-            output: Some(output),
-            credentials: spec.credentials.map(|(uid, gid)| Credentials { uid, gid, groups }),
-        })?;
-        Ok((process, run))
+        let env = vec![("PATH".into(), PATH.into()), ("LC_ALL".into(), "C.UTF-8".into())];
+        let (place, files, spawn) = match spec.credentials.filter(|_| self.config.jail) {
+            Some(owner) => {
+                let programs = jail::programs(&self.config)?;
+                let limits = jail::limits(&self.config, spec)?;
+                let place = jail::make(spec, &programs)?;
+                let mut args = jail::args(spec, &programs, owner, &limits);
+                args.extend(own_args);
+                // It becomes somebody else by itself.
+                let spawn =
+                    Spawn { program: programs.jailer, args, env, cwd: "/".into(), output: Some(output), credentials: None };
+                (place, Files::jailed(spec), spawn)
+            }
+            None => {
+                let place = run_dir::make(&dir, &[API_SOCKET, CONSOLE_PIPE], spec.credentials)?;
+                let args = ["--id".into(), spec.tag.clone().into()].into_iter().chain(own_args).collect();
+                let cwd = spec.dir.join(run_dir::RUN_DIR);
+                let credentials = spec.credentials.map(|(uid, gid)| Credentials { uid, gid, groups });
+                let program = self.config.binary.clone();
+                let spawn = Spawn { program, args, env, cwd, output: Some(output), credentials };
+                (place, Files::bare(spec)?, spawn)
+            }
+        };
+        make_pipe(&place, spec.credentials)?;
+        Ok((process::spawn(spawn)?, place, files))
     }
 
     /// Configures everything, and lets the guest run.
-    fn set_going(&self, spec: &VmmSpec, process: &Process, run: &OwnedFd, patience: Patience<'_>) -> Result<Running> {
+    fn set_going(&self, spec: &VmmSpec, spawned: &(Process, OwnedFd, Files), patience: Patience<'_>) -> Result<Running> {
+        let (process, place, files) = spawned;
         let exited = || run_dir::exited_early("firecracker", spec, process);
-        let socket = dial::connect(run, API_SOCKET, process, patience)?.ok_or_else(exited)?;
+        let socket = dial::connect(place, API_SOCKET, process, patience)?.ok_or_else(exited)?;
         let configure = || -> Result<Running> {
             let (mut vmm, instance) = PreBoot::open(socket, patience)?;
             checks::require(&instance.vmm_version)?;
-            let ssh_addr = configure(&mut vmm, spec)?;
+            let ssh_addr = configure(&mut vmm, spec, files)?;
             vmm.start()?;
             // It has the pipe open by now; what the guest has said meanwhile is in it.
-            self.read_console(spec, run, format!("started {}", spec.tag))?;
+            self.read_console(spec, place, format!("started {}", spec.tag))?;
             Ok(Running { identity: process.identity().clone(), ssh_addr })
         };
         configure().map_err(|e| if e.kind() != Kind::Cancelled && run_dir::is_exiting(process) { exited() } else { e })
@@ -125,16 +144,58 @@ impl Firecracker {
     }
 
     /// The API of a VMM whose guest has started.
-    fn booted<'a>(&self, dir: &Path, process: &Process, patience: Patience<'a>, doing: &str) -> Result<Booted<'a>> {
+    fn booted<'a>(&self, process: &Process, patience: Patience<'a>, doing: &str) -> Result<Booted<'a>> {
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
-        let run = run_dir::open(dir, doing)?;
-        let socket = dial::connect(&run, API_SOCKET, process, patience)?.ok_or_else(gone)?;
+        let place = place(process, doing)?;
+        let socket = dial::connect(&place, API_SOCKET, process, patience)?.ok_or_else(gone)?;
         Booted::open(socket, patience).map(|(vmm, _)| vmm).map_err(|e| e.context(doing))
     }
 }
 
+/// What a VMM opens, by the names that it sees.
+struct Files {
+    kernel: String,
+    initrd: String,
+    disk: String,
+    seed: String,
+    work: Option<String>,
+}
+
+impl Files {
+    fn bare(spec: &VmmSpec) -> Result<Self> {
+        let text = |path: &Path| text(path).map(str::to_owned);
+        Ok(Self {
+            kernel: text(&spec.kernel)?,
+            initrd: text(&spec.initrd)?,
+            disk: text(&spec.disk)?,
+            seed: text(&spec.seed)?,
+            work: spec.work_disk.as_deref().map(text).transpose()?,
+        })
+    }
+
+    fn jailed(spec: &VmmSpec) -> Self {
+        let at = |name: &str| format!("/{name}");
+        Self {
+            kernel: at(jail::KERNEL),
+            initrd: at(jail::INITRD),
+            disk: at(jail::DISK),
+            seed: at(jail::SEED),
+            work: spec.work_disk.as_ref().map(|_| at(jail::WORK)),
+        }
+    }
+}
+
+/// Where a VMM that runs has its socket and its console: its working directory, jailed or not.
+fn place(process: &Process, doing: &str) -> Result<OwnedFd> {
+    let path = format!("/proc/{}/cwd", process.identity().pid);
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let place = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| Error::io(doing, std::io::Error::from(e)))?;
+    // Opened while the number was still its.
+    if process.is_alive() { Ok(place) } else { Err(Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"))) }
+}
+
 /// In the order in which the guest counts its disks.
-fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec) -> Result<std::net::SocketAddr> {
+fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<std::net::SocketAddr> {
     let GuestNetwork::Tap { name, mac, address } = &spec.network else {
         return Err(Error::new(Kind::Unsupported, "start the VMM: firecracker has no user-mode network")
             .hint("set driver = \"bridge\" under [network], or driver = \"qemu\" under [vmm]"));
@@ -145,16 +206,12 @@ fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec) -> Result<std::net::SocketAd
     }
     vmm.machine(&MachineConfig { vcpu_count: spec.vcpus, mem_size_mib: spec.mem_mib })?;
     let boot_args = format!("{} {KERNEL_ARGS}", spec.boot_args.trim());
-    vmm.boot_source(&BootSource {
-        kernel_image_path: text(&spec.kernel)?,
-        initrd_path: text(&spec.initrd)?,
-        boot_args: &boot_args,
-    })?;
-    let work = spec.work_disk.as_deref().map(|path| ("work", path));
-    for (drive_id, path) in [("root", spec.disk.as_path()), ("seed", &spec.seed)].into_iter().chain(work) {
+    vmm.boot_source(&BootSource { kernel_image_path: &files.kernel, initrd_path: &files.initrd, boot_args: &boot_args })?;
+    let work = files.work.as_deref().map(|path| ("work", path));
+    for (drive_id, path_on_host) in [("root", files.disk.as_str()), ("seed", &files.seed)].into_iter().chain(work) {
         vmm.drive(&Drive {
             drive_id,
-            path_on_host: text(path)?,
+            path_on_host,
             is_root_device: drive_id == "root",
             is_read_only: drive_id == "seed",
             cache_type: CacheType::Writeback,
@@ -209,14 +266,15 @@ impl Driver for Firecracker {
         if cancel.is_cancelled() {
             return Err(crate::host::wait::cancelled("start the VMM", cancel));
         }
-        let (process, run) = self.spawn(spec)?;
+        let spawned_now = self.spawn(spec)?;
+        let process = &spawned_now.0;
         // From here on an error, a cancel and a panic leave no process.
         let mut undo = crate::undo::Undo::new();
         undo.push("kill the VMM", || self.kill(process.identity(), Instant::now() + KILL_DEADLINE));
         spawned(process.identity());
         let running = {
             let _blocking = region(Rank::VmmApi);
-            self.set_going(spec, &process, &run, Patience { deadline: Instant::now() + START_DEADLINE, cancel })?
+            self.set_going(spec, &spawned_now, Patience { deadline: Instant::now() + START_DEADLINE, cancel })?
         };
         undo.commit();
         Ok(running)
@@ -240,9 +298,9 @@ impl Driver for Firecracker {
         let _blocking = region(Rank::VmmApi);
         let cancel = Cancel::try_new().map_err(|e| Error::io(doing, e))?;
         let mark = "reconnected; what the guest said since fcd ended may be lost".to_owned();
-        self.read_console(spec, &run_dir::open(&spec.dir, doing)?, mark)?;
+        self.read_console(spec, &place(&process, doing)?, mark)?;
         let patience = Patience { deadline: Instant::now() + ANSWER_DEADLINE, cancel: &cancel };
-        drop(self.booted(&spec.dir, &process, patience, doing)?);
+        drop(self.booted(&process, patience, doing)?);
         Ok(Running { identity: identity.clone(), ssh_addr: api::ssh_addr(address) })
     }
 
@@ -276,14 +334,26 @@ impl Driver for Firecracker {
         crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || attended.run()).map(drop)
     }
 
-    fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
+    fn set_paused(&self, _dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
         let doing = if is_paused { "pause the guest" } else { "let the guest go on" };
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
         let process = Process::open(identity)?.ok_or_else(gone)?;
         let _blocking = region(Rank::VmmApi);
         let patience = Patience { deadline: Instant::now() + ANSWER_DEADLINE, cancel };
-        let mut vmm = self.booted(dir, &process, patience, doing)?;
+        let mut vmm = self.booted(&process, patience, doing)?;
         if is_paused { vmm.pause() } else { vmm.resume() }
+    }
+
+    fn leaves_remains(&self) -> bool {
+        self.config.jail && rustix::process::geteuid().is_root()
+    }
+
+    fn clear(&self, dir: &Path, tag: &str) -> Result<()> {
+        jail::clear(dir, tag)
+    }
+
+    fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
+        Ok(jail::remains(vms, tag_prefix))
     }
 
     fn reads_qcow2(&self) -> bool {

@@ -226,6 +226,18 @@ impl Driver for Qemu {
         qmp.execute(command, &json!({})).map(drop).map_err(|e| e.context(doing))
     }
 
+    fn leaves_remains(&self) -> bool {
+        false
+    }
+
+    fn clear(&self, _dir: &Path, _tag: &str) -> Result<()> {
+        Ok(())
+    }
+
+    fn remains(&self, _vms: &Path, _tag_prefix: &str) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
     fn reads_qcow2(&self) -> bool {
         true
     }

@@ -1,0 +1,44 @@
+//! What a VMM has on the host beside its process and its files: its root directory and its control group. The driver makes them at its
+//! start, and they go when it has exited.
+
+use super::{Resource, Span};
+use crate::daemon::boot::Boot;
+use crate::daemon::{Daemon, VMS_DIR};
+use crate::error::{Error, Result};
+use crate::ids::VmId;
+use crate::store::VmRow;
+
+pub(super) struct Jail;
+
+impl Resource for Jail {
+    fn kind(&self) -> &'static str {
+        "jail"
+    }
+    fn span(&self) -> Span {
+        Span::Boot
+    }
+    fn intent(&self, daemon: &Daemon, row: &VmRow) -> Option<String> {
+        daemon.vmm.leaves_remains().then(|| daemon.tag(row))
+    }
+    fn doing(&self) -> &'static str {
+        "make room for the vmm"
+    }
+
+    /// The start of the VMM, which comes next, makes it.
+    fn acquire(&self, _daemon: &Daemon, _boot: &mut Boot<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn release(&self, daemon: &Daemon, name: &str) -> Result<()> {
+        let vm: VmId = name
+            .rsplit('-')
+            .nth(1)
+            .and_then(|id| id.parse().ok())
+            .ok_or_else(|| Error::internal(format!("remove the jail of {name:?}: it is no tag of a VM's")))?;
+        daemon.vmm.clear(&daemon.vm_dir(&vm), name)
+    }
+
+    fn found(&self, daemon: &Daemon) -> Result<Vec<String>> {
+        daemon.vmm.remains(&daemon.config.state_dir.join(VMS_DIR), &daemon.tag_prefix())
+    }
+}

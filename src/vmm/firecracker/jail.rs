@@ -1,0 +1,322 @@
+//! The jailer (docs/jailer.md, v1.16): the VMM in a root directory of its own, under a uid of its own, in a control group with limits.
+//!
+//! The jail is in the VM's directory, `jail/<program>/<tag>/root`, made anew for each start: what the VMM opens has a second name there.
+//! The control group is `fcd-<install>/<tag>`. Removing both is ours; the jailer never does.
+
+use crate::config::{Firecracker as Config, VmmLimits};
+use crate::error::{Error, Kind, Result};
+use crate::host::command::find_program;
+use crate::vmm::VmmSpec;
+use rustix::fs::{Mode, OFlags};
+use std::ffi::OsString;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+const JAIL_DIR: &str = "jail";
+const ROOT_DIR: &str = "root";
+/// Where the control groups of version 2 are (cgroups(7)).
+const CGROUPS: &str = "/sys/fs/cgroup";
+const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+/// Of a VMM's threads, beside its vCPUs': its API, its main loop.
+const THREADS_MAX: u32 = 16;
+/// What a VMM takes beside its guest's memory: some MiB, and page cache that the kernel takes back.
+const OVERHEAD_BYTES: u64 = 256 << 20;
+/// A period of `cpu.max`, in microseconds.
+const CPU_PERIOD_US: u64 = 100_000;
+/// Descriptors of a VMM's: its disks, its tap, its KVM.
+const FILES_MAX: u32 = 256;
+/// A control group is empty a moment after its last process has exited.
+const REMOVE_DEADLINE: Duration = Duration::from_secs(5);
+const REMOVE_PERIOD: Duration = Duration::from_millis(5);
+/// Type of the program header that names a dynamic linker (elf(5), PT_INTERP).
+const PT_INTERP: u32 = 3;
+
+/// In the jail.
+pub const KERNEL: &str = "vmlinux";
+pub const INITRD: &str = "initrd";
+pub const DISK: &str = "disk";
+pub const SEED: &str = "seed";
+pub const WORK: &str = "work";
+
+/// The programs, found and fit to be jailed.
+pub struct Programs {
+    pub jailer: PathBuf,
+    pub firecracker: PathBuf,
+}
+
+/// # Errors
+/// `command_missing`, `unsupported`: with what to do.
+pub fn programs(config: &Config) -> Result<Programs> {
+    let find = |name: &Path| {
+        let missing = || Error::new(Kind::CommandMissing, format!("{} is not installed", name.display()));
+        find_program(name).and_then(|p| p.canonicalize().ok()).ok_or_else(missing)
+    };
+    let jailer = find(&config.jailer)
+        .map_err(|e| e.hint("it comes with Firecracker: name it as jailer under [firecracker], or set jail = false there"))?;
+    let firecracker = find(&config.binary).map_err(|e| e.hint(super::checks::INSTALL))?;
+    for program in [&jailer, &firecracker] {
+        is_roots(program)?;
+    }
+    is_static(&firecracker)?;
+    Ok(Programs { jailer, firecracker })
+}
+
+/// What runs as root, or is run by root for others, nobody else may write.
+fn is_roots(program: &Path) -> Result<()> {
+    let stat = std::fs::metadata(program).map_err(|e| Error::io(format!("look at {}", program.display()), e))?;
+    if stat.uid() == 0 && stat.mode() & 0o022 == 0 {
+        return Ok(());
+    }
+    let shown = program.display();
+    Err(Error::new(Kind::Unsupported, format!("jail {shown}: others than root may write it"))
+        .hint(format!("chown root {shown}; chmod go-w {shown}")))
+}
+
+/// There is no linker in the jail.
+fn is_static(program: &Path) -> Result<()> {
+    let shown = program.display();
+    let dynamic = has_interpreter(program).map_err(|e| Error::io(format!("read {shown}"), e))?;
+    if dynamic {
+        return Err(Error::new(Kind::Unsupported, format!("jail {shown}: it is linked dynamically"))
+            .hint("take the static one of a release, or set jail = false under [firecracker]"));
+    }
+    Ok(())
+}
+
+fn has_interpreter(program: &Path) -> std::io::Result<bool> {
+    let mut file = std::fs::File::open(program)?;
+    let mut head = [0; 64];
+    file.read_exact(&mut head)?;
+    let u16_at = |b: &[u8], at: usize| u16::from_le_bytes([b[at], b[at + 1]]);
+    let offset = u64::from_le_bytes(head[32..40].try_into().unwrap_or_default());
+    let (size, count) = (u16_at(&head, 54), u16_at(&head, 56));
+    if head[..5] != *b"\x7fELF\x02" || size < 56 {
+        return Err(std::io::Error::other("it is no 64-bit ELF file"));
+    }
+    for i in 0..u64::from(count) {
+        file.seek(SeekFrom::Start(offset.saturating_add(i * u64::from(size))))?;
+        let mut kind = [0; 4];
+        file.read_exact(&mut kind)?;
+        if u32::from_le_bytes(kind) == PT_INTERP {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// VmmLimits of a control group for this VM, as `--cgroup` takes them.
+///
+/// # Errors
+/// `unsupported` when a controller is missing, unless the configuration is content with what there is.
+pub fn limits(config: &Config, spec: &VmmSpec) -> Result<Vec<String>> {
+    let text = std::fs::read_to_string(Path::new(CGROUPS).join("cgroup.controllers")).unwrap_or_default();
+    limits_of(config.limits, spec, &text.split_whitespace().collect::<Vec<_>>())
+}
+
+fn limits_of(wanted: VmmLimits, spec: &VmmSpec, controllers: &[&str]) -> Result<Vec<String>> {
+    let missing: Vec<&str> = CONTROLLERS.into_iter().filter(|c| !controllers.contains(c)).collect();
+    if !missing.is_empty() && wanted == VmmLimits::Required {
+        let message = format!("limit the VMM: this host's control groups (version 2) have no {}", missing.join(", "));
+        return Err(Error::new(Kind::Unsupported, message)
+            .hint("enable them, or set limits = \"best-effort\" under [firecracker] to go without"));
+    }
+    let quota = (u64::from(spec.vcpus) + 1) * CPU_PERIOD_US;
+    let values = [
+        ("cpu", format!("cpu.max={quota} {CPU_PERIOD_US}")),
+        ("memory", format!("memory.max={}", (spec.mem_mib << 20) + OVERHEAD_BYTES)),
+        ("pids", format!("pids.max={}", spec.vcpus + THREADS_MAX)),
+    ];
+    Ok(values.into_iter().filter(|(controller, _)| controllers.contains(controller)).map(|(_, value)| value).collect())
+}
+
+/// Whether this host has all of the controllers.
+pub fn missing_controllers() -> Vec<&'static str> {
+    let text = std::fs::read_to_string(Path::new(CGROUPS).join("cgroup.controllers")).unwrap_or_default();
+    CONTROLLERS.into_iter().filter(|c| !text.split_whitespace().any(|has| has == *c)).collect()
+}
+
+/// `fcd-<install>`, of a tag `fc-<install>-...`.
+fn parent_group(tag: &str) -> String {
+    let install = tag.split('-').nth(1).unwrap_or_default();
+    format!("fcd-{install}")
+}
+
+fn group(tag: &str) -> PathBuf {
+    Path::new(CGROUPS).join(parent_group(tag)).join(tag)
+}
+
+/// Its root, as the host has it.
+pub fn root(dir: &Path, program: &Path, tag: &str) -> PathBuf {
+    dir.join(JAIL_DIR).join(program.file_name().unwrap_or_default()).join(tag).join(ROOT_DIR)
+}
+
+/// Makes the jail with everything in it that the VMM opens. An earlier one is removed. Gives its root.
+pub fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
+    let doing = || format!("make the jail of {}", spec.tag);
+    clear(&spec.dir, &spec.tag)?;
+    let root = root(&spec.dir, &programs.firecracker, &spec.tag);
+    std::fs::create_dir_all(&root).map_err(|e| Error::io(doing(), e))?;
+    let mut files = vec![(&spec.kernel, KERNEL), (&spec.initrd, INITRD), (&spec.disk, DISK), (&spec.seed, SEED)];
+    files.extend(spec.work_disk.as_ref().map(|work| (work, WORK)));
+    for (from, name) in files {
+        std::fs::hard_link(from, root.join(name)).map_err(|e| {
+            let e = Error::io(format!("{}: link {}", doing(), from.display()), e);
+            e.hint("images and VMs must be on one file system")
+        })?;
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::open(&root, flags, Mode::empty()).map_err(|e| Error::io(doing(), std::io::Error::from(e)))
+}
+
+/// The jailer's arguments; what follows `--` is Firecracker's.
+pub fn args(spec: &VmmSpec, programs: &Programs, (uid, gid): (u32, u32), limits: &[String]) -> Vec<OsString> {
+    let mut args: Vec<OsString> = vec!["--id".into(), spec.tag.clone().into()];
+    let mut option = |name: &str, value: OsString| args.extend([OsString::from(name), value]);
+    option("--exec-file", programs.firecracker.clone().into());
+    option("--uid", uid.to_string().into());
+    option("--gid", gid.to_string().into());
+    option("--chroot-base-dir", spec.dir.join(JAIL_DIR).into());
+    option("--resource-limit", format!("no-file={FILES_MAX}").into());
+    option("--cgroup-version", "2".into());
+    option("--parent-cgroup", parent_group(&spec.tag).into());
+    for limit in limits {
+        option("--cgroup", limit.into());
+    }
+    args.push("--".into());
+    args
+}
+
+/// Removes the jail and the control group with this tag; gone already is ok. The VMM must have exited.
+pub fn clear(dir: &Path, tag: &str) -> Result<()> {
+    let jail = dir.join(JAIL_DIR);
+    for program in names(&jail) {
+        // Links are not followed: the VMM's uid may have put some there, and what they lead to is not its.
+        match std::fs::remove_dir_all(jail.join(&program).join(tag)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(format!("remove the jail of {tag}"), e)),
+            _ => {}
+        }
+        // Another start's may be there.
+        let _ = std::fs::remove_dir(jail.join(program));
+    }
+    let _ = std::fs::remove_dir(&jail);
+    let group = group(tag);
+    let deadline = Instant::now() + REMOVE_DEADLINE;
+    loop {
+        match std::fs::remove_dir(&group) {
+            Ok(()) => return Ok(()),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR)) => return Ok(()),
+            Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
+                std::thread::park_timeout(REMOVE_PERIOD)
+            }
+            Err(e) => return Err(Error::io(format!("remove control group {}", group.display()), e)),
+        }
+    }
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.filter_map(|e| e.file_name().into_string().ok()).collect()
+}
+
+/// Tags that begin so, of control groups and of jails in the directories of VMs.
+pub fn remains(vms: &Path, tag_prefix: &str) -> Vec<String> {
+    let mut found = names(&Path::new(CGROUPS).join(parent_group(tag_prefix)));
+    for vm in names(vms) {
+        let jail = vms.join(vm).join(JAIL_DIR);
+        found.extend(names(&jail).iter().flat_map(|program| names(&jail.join(program))));
+    }
+    found.retain(|name| name.starts_with(tag_prefix));
+    found.sort();
+    found.dedup();
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn spec(dir: &Path) -> VmmSpec {
+        let path = |name: &str| dir.join(name);
+        for name in ["k", "i", "vm/d", "vm/s"] {
+            std::fs::create_dir_all(path(name).parent().unwrap()).unwrap();
+            std::fs::write(path(name), name).unwrap();
+        }
+        VmmSpec {
+            vm: "0123456789ab".parse().unwrap(),
+            tag: "fc-11223344-0123456789ab-3".into(),
+            dir: path("vm"),
+            kernel: path("k"),
+            initrd: path("i"),
+            boot_args: String::new(),
+            disk: path("vm/d"),
+            disk_format: crate::vmm::DiskFormat::Raw,
+            seed: path("vm/s"),
+            work_disk: None,
+            vcpus: 2,
+            mem_mib: 512,
+            credentials: Some((1234, 1234)),
+            network: crate::vmm::GuestNetwork::UserMode { isolated: false, ports: Vec::new() },
+            console_bytes_max: 1 << 16,
+        }
+    }
+
+    #[test]
+    fn a_jail_is_made_anew_and_removed_without_following_links() {
+        let temp = tempfile::tempdir().unwrap();
+        let (spec, vms) = (spec(temp.path()), temp.path());
+        let programs = Programs { jailer: "/j".into(), firecracker: "/opt/firecracker".into() };
+        let outside = temp.path().join("outside");
+        std::fs::create_dir(&outside).unwrap();
+        std::fs::write(outside.join("kept"), "x").unwrap();
+        for _ in 0..2 {
+            drop(make(&spec, &programs).unwrap());
+            let root = spec.dir.join("jail/firecracker").join(&spec.tag).join("root");
+            assert_eq!(std::fs::read_to_string(root.join("disk")).unwrap(), "vm/d");
+            assert_eq!(std::fs::read_dir(&root).unwrap().count(), 4);
+            symlink(&outside, root.join("link")).unwrap();
+            assert_eq!(remains(vms, "fc-11223344-"), [spec.tag.as_str()]);
+        }
+        let later = VmmSpec { tag: "fc-11223344-0123456789ab-4".into(), ..spec.clone() };
+        drop(make(&later, &programs).unwrap());
+        clear(&spec.dir, &spec.tag).unwrap();
+        assert_eq!(remains(vms, "fc-11223344-"), [later.tag.as_str()]);
+        clear(&spec.dir, &later.tag).unwrap();
+        clear(&spec.dir, &spec.tag).unwrap();
+        assert!(!spec.dir.join(JAIL_DIR).exists());
+        assert_eq!(remains(vms, "fc-11223344-"), [""; 0]);
+        assert!(outside.join("kept").exists() && spec.disk.exists() && spec.kernel.exists());
+    }
+
+    #[test]
+    fn a_controller_that_is_missing_is_refused_unless_it_may_be() {
+        let temp = tempfile::tempdir().unwrap();
+        let spec = spec(temp.path());
+        let all = limits_of(VmmLimits::Required, &spec, &["cpuset", "cpu", "io", "memory", "pids"]).unwrap();
+        assert_eq!(all, ["cpu.max=300000 100000", "memory.max=805306368", "pids.max=18"]);
+        let e = limits_of(VmmLimits::Required, &spec, &["cpu", "pids"]).unwrap_err();
+        assert!(e.kind() == Kind::Unsupported && e.to_string().contains("memory") && e.hint_text().is_some(), "{e}");
+        assert_eq!(limits_of(VmmLimits::BestEffort, &spec, &["pids"]).unwrap(), ["pids.max=18"]);
+        assert_eq!(limits_of(VmmLimits::BestEffort, &spec, &[]).unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn what_is_linked_dynamically_or_others_may_write_is_not_jailed() {
+        let temp = tempfile::tempdir().unwrap();
+        assert!(has_interpreter(Path::new("/bin/sh")).unwrap());
+        let text = temp.path().join("text");
+        std::fs::write(&text, "#!/bin/sh\n").unwrap();
+        assert!(has_interpreter(&text).is_err());
+        assert_eq!(is_static(Path::new("/bin/sh")).unwrap_err().kind(), Kind::Unsupported);
+        if nix::unistd::geteuid().is_root() {
+            let set = |mode| std::fs::set_permissions(&text, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+            set(0o755);
+            is_roots(&text).unwrap();
+            set(0o775);
+            assert_eq!(is_roots(&text).unwrap_err().kind(), Kind::Unsupported);
+        }
+    }
+}

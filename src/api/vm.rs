@@ -127,6 +127,9 @@ pub struct Vm {
     /// The VMM runs and does not answer.
     #[serde(default)]
     pub unresponsive: bool,
+    /// The guest runs and stands still: `vm.pause`.
+    #[serde(default)]
+    pub paused: bool,
     pub workspace: Option<WorkspaceInfo>,
 }
 
@@ -307,6 +310,9 @@ calls! {
     VmDelete = "vm.delete" (VmDeleteRequest) -> VmDeleteReply;
     VmList = "vm.list" (VmListRequest) -> VmListReply;
     VmShow = "vm.show" (VmRequest) -> VmReply;
+    /// The guest's vCPUs stand still until `vm.resume`; nothing new is begun in it.
+    VmPause = "vm.pause" (VmRequest) -> VmReply;
+    VmResume = "vm.resume" (VmRequest) -> VmReply;
     VmSet = "vm.set" (VmSetRequest) -> VmReply;
     /// `log` notes (`more`), then the reply.
     VmLogs = "vm.logs" (VmLogsRequest) -> LogsReply;

@@ -165,7 +165,8 @@ fn changed(set: &Members) -> String {
     });
     let answers = member(set, "unresponsive")
         .map(|hangs| if hangs { "its vmm does not answer" } else { "its vmm answers again" }.to_owned());
-    let words = [Some(now), pending, rm, workspace, answers].into_iter().flatten().filter(|word| !word.is_empty());
+    let paused = member(set, "paused").map(|is_paused| if is_paused { "paused" } else { "goes on" }.to_owned());
+    let words = [Some(now), pending, rm, workspace, answers, paused].into_iter().flatten().filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join(", ")
 }
 

@@ -107,6 +107,7 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
         disk_driver: None,
         synced: None,
         unresponsive: false,
+        paused: false,
         workspace: None,
     }
 }

@@ -3,13 +3,13 @@
 use super::context::Context;
 use super::output::{self, age, count, size};
 use super::values::{parse_duration, parse_mem_mib, parse_net, parse_port, parse_size, timeout_ms};
-use crate::api::Empty;
 use crate::api::port::Port;
 use crate::api::vm::{
-    Net, Synced, Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteReply, VmDeleteRequest, VmKill, VmList, VmListRequest, VmPrune,
-    VmRequest, VmRestart, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest,
-    WorkspaceInfo, WorkspaceState,
+    Net, Synced, Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteReply, VmDeleteRequest, VmKill, VmList, VmListRequest, VmPause,
+    VmPrune, VmReply, VmRequest, VmRestart, VmResume, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop, VmStopRequest,
+    VmWait, VmWaitRequest, WorkspaceInfo, WorkspaceState,
 };
+use crate::api::{Call, Empty};
 use crate::client::Result;
 use crate::ids::{ImageRef, VmName};
 use std::time::Duration;
@@ -26,6 +26,10 @@ pub enum Verb {
     Restart(StopArgs),
     /// End VMs at once; what was not synced is lost
     Kill(Targets),
+    /// Let guests stand still: their memory stays, their CPUs do nothing
+    Pause(Targets),
+    /// Let paused guests go on
+    Resume(Targets),
     /// Delete VMs with their disks
     #[command(visible_alias = "rm")]
     Delete(DeleteArgs),
@@ -165,6 +169,8 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::Stop(args) => stop(ctx, args),
         Verb::Restart(args) => restart(ctx, args),
         Verb::Kill(args) => kill(ctx, args),
+        Verb::Pause(args) => pause::<VmPause>(ctx, args),
+        Verb::Resume(args) => pause::<VmResume>(ctx, args),
         Verb::Delete(args) => delete(ctx, args),
         Verb::List(args) => list(ctx, args),
         Verb::Show(args) => show(ctx, args),
@@ -249,6 +255,14 @@ fn kill(ctx: &mut Context, args: Targets) -> Result<u8> {
     })
 }
 
+fn pause<C: Call<Request = VmRequest, Reply = VmReply>>(ctx: &mut Context, args: Targets) -> Result<u8> {
+    ctx.for_each(&args.vms, |ctx, client, vm| {
+        let vm = client.call::<C>(&VmRequest { vm: vm.to_owned() })?.vm;
+        say(ctx, &format!("{}: {}", vm.name, state(&vm)))?;
+        Ok(vm)
+    })
+}
+
 pub fn delete(ctx: &mut Context, args: DeleteArgs) -> Result<u8> {
     ctx.for_each(&args.vms, |ctx, client, vm| {
         let request = VmDeleteRequest { vm: vm.to_owned(), force: args.force, if_exists: args.force || args.if_exists };
@@ -296,6 +310,7 @@ fn row(vm: &Vm, now_s: u64) -> Vec<String> {
 fn state(vm: &Vm) -> String {
     match &vm.reason {
         Some(reason) if vm.state == VmState::Failed => format!("failed ({reason})"),
+        _ if vm.paused => format!("{} (paused)", vm.state.name()),
         _ if vm.unresponsive => format!("{} (unresponsive)", vm.state.name()),
         _ => vm.state.name().to_owned(),
     }

@@ -117,6 +117,7 @@ pub fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         disk_driver: row.disk_driver.clone(),
         synced: row.synced,
         unresponsive: row.unresponsive && matches!(row.state, VmState::Running | VmState::Stopping),
+        paused: row.paused && row.state == VmState::Running,
         workspace: workspace.map(|w| crate::api::vm::WorkspaceInfo {
             guest_path: w.guest_path.clone(),
             workdir: w.workdir.clone(),

@@ -59,6 +59,7 @@ impl Daemon {
             host_key: None,
             synced: None,
             unresponsive: false,
+            paused: false,
         };
         self.check_vcpus(row.vcpus)?;
         self.check_memory(row.mem_mib)?;

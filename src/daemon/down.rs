@@ -44,6 +44,7 @@ impl Daemon {
             log::info!("vm {} is not asked to shut down: its vmm does not answer", row.name);
             return Synced::No;
         }
+        self.wake_for_stop(row, identity);
         let timeout = claim.timeout.unwrap_or(Duration::from_secs(self.config.limits.stop_timeout_s));
         let deadline = Instant::now() + timeout;
         claim.op().progress("sync and shut down the guest");

@@ -306,6 +306,7 @@ pub(super) fn enter(row: &mut VmRow, to: VmState, op: &OpHandle, verb: Verb) {
         row.generation += 1;
         row.synced = None;
         row.unresponsive = false;
+        row.paused = false;
         // One that could not be ended stays known until the boot has ended it.
         row.ssh_addr = None;
     }

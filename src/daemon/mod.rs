@@ -22,6 +22,7 @@ mod names;
 mod network;
 mod notes;
 mod operations;
+mod pause;
 mod ports;
 mod reconcile;
 mod resources;

@@ -78,6 +78,7 @@ impl Daemon {
             Ok(running) => {
                 self.adopt_guest(row);
                 self.watch(row, &running.identity)?;
+                self.adopt_pause(row);
                 let adopted = (Some(running.identity), Some(running.ssh_addr));
                 if adopted == (row.identity.clone(), row.ssh_addr) {
                     // Most often, and then a full disk does not matter.

@@ -98,16 +98,22 @@ impl Daemon {
             },
             Err(e) if !is_paused => log::warn!("vm {}: {e}", row.name),
             // Not in a boot: the driver says when a guest begins.
-            Ok(()) if row.state == VmState::Running && (is_paused || !seen.met.contains(tag)) => match set(false) {
-                Ok(()) => {
-                    seen.met.insert(tag.to_owned());
-                    if seen.paused.remove(tag) {
-                        log::info!("vm {} goes on: the host has room", row.name);
-                        self.runtimes.set_paused(&row.id, false);
+            Ok(()) if row.state == VmState::Running && (is_paused || !seen.met.contains(tag)) => {
+                self.runtimes.set_paused(&row.id, false);
+                // Unless its owner wants it to stand still.
+                match self.apply_pause(&row.id, row.generation) {
+                    Ok(()) => {
+                        seen.met.insert(tag.to_owned());
+                        if seen.paused.remove(tag) {
+                            log::info!("vm {} goes on: the host has room", row.name);
+                        }
+                    }
+                    Err(e) => {
+                        self.runtimes.set_paused(&row.id, is_paused);
+                        log::warn!("let vm {} go on: {e}", row.name);
                     }
                 }
-                Err(e) => log::warn!("let vm {} go on: {e}", row.name),
-            },
+            }
             _ => {}
         }
     }

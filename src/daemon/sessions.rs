@@ -96,6 +96,10 @@ impl Daemon {
             return Err(Error::new(Kind::GuestUnavailable, format!("vm {}: its vmm does not answer", row.name))
                 .hint(format!("wait until it does (fcctl events), or end it: fcctl stop --force {}", row.name)));
         }
+        if row.paused {
+            return Err(Error::new(Kind::WrongState, format!("vm {} is paused", row.name))
+                .hint(format!("let it go on: fcctl vm resume {}", row.name)));
+        }
         if self.runtimes.is_paused(&row.id) {
             let error = Error::new(Kind::DiskFull, format!("vm {} is paused: {HOST_DISK_FULL}", row.name));
             return Err(error.hint(self.hint_of_full_disk()));

@@ -8,7 +8,8 @@ use crate::api::frame::Note;
 use crate::api::image::{ImageBuild, ImageList};
 use crate::api::op::{Op, OpCancel, OpList, OpReply, OpShow, OpStarted, OpState, OpWait};
 use crate::api::vm::{
-    VmCreate, VmDelete, VmKill, VmList, VmLogs, VmPrune, VmReply, VmRestart, VmSet, VmShow, VmSshConfig, VmStart, VmStop, VmWait,
+    VmCreate, VmDelete, VmKill, VmList, VmLogs, VmPause, VmPrune, VmReply, VmRestart, VmResume, VmSet, VmShow, VmSshConfig,
+    VmStart, VmStop, VmWait,
 };
 use crate::api::workspace::{WorkspaceExport, WorkspacePrepare};
 use crate::api::{Call, VERSION_MAJOR, VERSION_MINOR};
@@ -98,6 +99,14 @@ impl Visit<'_> {
             VmSet::METHOD => {
                 let request = call.parse()?;
                 self.keyed_value(&call, |_| value(&VmReply { vm: d.set(c, &request)? }), true)
+            }
+            VmPause::METHOD => {
+                let request: <VmPause as Call>::Request = call.parse()?;
+                self.keyed_value(&call, |_| value(&VmReply { vm: d.pause_vm(c, &request.vm)? }), true)
+            }
+            VmResume::METHOD => {
+                let request: <VmResume as Call>::Request = call.parse()?;
+                self.keyed_value(&call, |_| value(&VmReply { vm: d.resume_vm(c, &request.vm)? }), true)
             }
             VmLogs::METHOD => {
                 let request = call.parse()?;

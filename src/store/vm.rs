@@ -69,6 +69,8 @@ pub struct VmRow {
     pub synced: Option<Synced>,
     /// Of the running VMM: it does not answer.
     pub unresponsive: bool,
+    /// Of the running guest: its owner wants it to stand still.
+    pub paused: bool,
 }
 
 pub(super) const CREATE: &str = "CREATE TABLE vms (
@@ -80,9 +82,8 @@ pub(super) const ADD_NETWORK: &str = "UPDATE vms SET body = json_set(body, '$.ne
 /// Version 3: `unresponsive`.
 pub(super) const ADD_UNRESPONSIVE: &str = "UPDATE vms SET body = json_set(body, '$.unresponsive', json('false'));";
 
-/// Version 4: `work_disk_bytes`, `ports`, `guest_version`.
-pub(super) const ADD_CAPABILITIES: &str =
-    "UPDATE vms SET body = json_set(body, '$.work_disk_bytes', json('null'), '$.ports', json('[]'), '$.guest_version', 0);";
+/// Version 4: `work_disk_bytes`, `ports`, `guest_version`, `paused`.
+pub(super) const ADD_CAPABILITIES: &str = "UPDATE vms SET body = json_set(body, '$.work_disk_bytes', json('null'), '$.ports', json('[]'), '$.guest_version', 0, '$.paused', json('false'));";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else { return sql::delete(c, "DELETE FROM vms WHERE id = ?1", [id.as_str()]) };

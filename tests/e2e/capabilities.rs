@@ -1,6 +1,6 @@
 //! What a guest has beyond its disk and its network, in user mode: ports, a work disk, files of the host's.
 
-use crate::host::{Host, text};
+use crate::host::{Host, text, wait_for};
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
@@ -14,6 +14,28 @@ fn banner(at: &str) -> Option<String> {
     let mut said = [0; 7];
     stream.read_exact(&mut said).ok()?;
     Some(String::from_utf8_lossy(&said).into_owned())
+}
+
+/// Whether this process comes to rest: two looks in a row without CPU time between them.
+fn is_idle(pid: u64) -> bool {
+    let ticks = || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields: Vec<u64> =
+            stat.rsplit_once(')').unwrap().1.split_whitespace().skip(11).take(2).map(|f| f.parse().unwrap()).collect();
+        fields.iter().sum::<u64>()
+    };
+    let mut last = ticks();
+    let mut looks = 0;
+    while looks < 100 {
+        std::thread::park_timeout(Duration::from_millis(500));
+        let now = ticks();
+        if now == last {
+            return true;
+        }
+        last = now;
+        looks += 1;
+    }
+    false
 }
 
 #[test]
@@ -47,6 +69,22 @@ fn a_guest_has_its_ports_its_work_disk_and_the_hosts_files() {
     );
     host.sh("a", "echo kept > /work/file; cat /sys/block/vd?/serial > /work/disks");
     assert_eq!(host.sh("a", "cat /work/disks"), "rootseedwork");
+    // It stands still and goes on; what it was at is where it was.
+    host.sh(
+        "a",
+        "nohup sh -c 'while :; do echo tick; usleep 100000 2>/dev/null || sleep 0.1; done' > /root/ticks 2>&1 & echo begun",
+    );
+    assert_eq!(host.ok(&["vm", "pause", "a"]), "a: running (paused)\n");
+    let (status, said) = host.fails(&["exec", "a", "--", "true"]);
+    assert!(status == 125 && said.contains("is paused") && said.contains("vm resume a"), "{status}: {said}");
+    let pid = host.show("a", "pid").as_u64().unwrap();
+    assert!(is_idle(pid), "a paused guest takes CPU time");
+    assert_eq!(host.ok(&["vm", "resume", "a"]), "a: running\n");
+    let ticks = || host.sh("a", "wc -l < /root/ticks").trim().parse::<u64>().unwrap();
+    let before = ticks();
+    wait_for("it goes on", || (ticks() > before).then_some(()));
+    host.ok(&["vm", "pause", "a"]);
+
     // A second VM gets no port of the first one's.
     let (status, said) = host.fails(&["vm", "create", "--name", "b", "-p", &format!("{}:22", &ssh["127.0.0.1:".len()..])]);
     assert!(status == 4 && said.contains("another VM's"), "{status}: {said}");

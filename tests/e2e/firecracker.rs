@@ -82,6 +82,10 @@ fn real_guests() {
     let limits =
         host.sh("cd /sys/fs/cgroup/fcd-*/fc-*-1; cat memory.max pids.max cpu.max; grep -cx $(pgrep -x firecracker) cgroup.procs");
     assert_eq!(limits, format!("{}\n17\n200000 100000\n1\n", (1024_u64 << 20) + (256 << 20)));
+    // It stands still and goes on.
+    assert_eq!(host.sh("fcctl vm pause a"), "a: running (paused)\n");
+    assert!(host.sh("fcctl exec a -- true 2>&1 || true").contains("is paused"));
+    assert_eq!(host.sh("fcctl vm resume a; fcctl exec a -- echo on"), "a: running\non\n");
     // The daemon dies, and finds its guest.
     let pid = host.sh("pgrep -x firecracker");
     host.sh("pkill -KILL -x fcd; until ! pgrep -x fcd; do sleep 0.1; done");

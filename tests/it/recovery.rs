@@ -87,6 +87,59 @@ fn a_vmm_that_does_not_answer_is_used_by_nobody_and_stopped_at_once() {
 }
 
 #[test]
+fn a_paused_guest_is_used_by_nobody_and_stays_so_over_a_restart_of_the_daemon() {
+    let mut world = World::new();
+    let (vm, _) = world.running("web");
+    let pause = |world: &World| world.call::<VmPause>(&request("web")).map(|r| r.vm);
+    let resume = |world: &World| world.call::<VmResume>(&request("web")).map(|r| r.vm);
+    assert!(pause(&world).unwrap().paused && pause(&world).unwrap().paused);
+    assert!(world.vmm.is_paused(&vm.id));
+    let (argv, name) = (vec!["true".to_owned()], "web".to_owned());
+    let exec = ExecStartRequest { vm: name, argv, env: vec![], workdir: None, pty: None, streams: vec![] };
+    let refused = world.begin::<ExecStart>(exec, vec![]).finish(SOON).unwrap_err();
+    assert!(refused.is(Kind::WrongState) && refused.to_string().contains("is paused"), "{refused}");
+    // One that was killed between the row and the driver: the next one tells the driver.
+    world.reopen();
+    assert!(world.vmm.is_paused(&vm.id));
+    world.daemon().reconcile();
+    assert!(world.show("web").unwrap().paused && world.vmm.is_paused(&vm.id));
+    assert!(!resume(&world).unwrap().paused && !resume(&world).unwrap().paused);
+    assert!(!world.vmm.is_paused(&vm.id));
+    world.edit_rows(|tx| tx.update_vm(&vm.id, |r| r.paused = true).unwrap());
+    world.reopen();
+    world.daemon().reconcile();
+    assert!(world.vmm.is_paused(&vm.id));
+    // A stop lets it go on, for it has to shut down; the next start is of a guest that runs.
+    assert_eq!(world.stop("web").unwrap().synced, Some(Synced::Yes));
+    let refused = pause(&world).unwrap_err();
+    assert!(refused.is(Kind::WrongState) && refused.fault.hint.is_some(), "{refused}");
+    world.place(&vm.id);
+    assert!(!world.start("web").unwrap().paused && !world.vmm.is_paused(&vm.id));
+}
+
+#[test]
+fn many_who_pause_and_resume_leave_what_the_row_says() {
+    let world = World::new();
+    let (vm, _) = world.running("web");
+    std::thread::scope(|s| {
+        for n in 0..8 {
+            let world = &world;
+            s.spawn(move || {
+                for i in 0..20 {
+                    let call = if (n + i) % 2 == 0 {
+                        world.call::<VmPause>(&request("web"))
+                    } else {
+                        world.call::<VmResume>(&request("web"))
+                    };
+                    call.unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(world.vmm.is_paused(&vm.id), world.show("web").unwrap().paused);
+}
+
+#[test]
 fn an_rm_vm_that_restarts_stays() {
     let world = World::new();
     let (hold, vm) = held(&world, "web");

@@ -61,6 +61,7 @@ fn row(n: u32) -> VmRow {
         host_key: None,
         synced: None,
         unresponsive: false,
+        paused: false,
     }
 }
 

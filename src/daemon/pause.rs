@@ -1,0 +1,95 @@
+//! Pause and resume: a member of the running VM's row, no state. The row says first how it should be, then the driver is told, until what
+//! it was told last is what the row says: of two callers the later one wins, whichever driver's answer comes last.
+
+use super::transitions::Verb;
+use super::{Caller, Daemon};
+use crate::api::vm::{Vm, VmState};
+use crate::disk::Method;
+use crate::error::{Error, Kind, Result};
+use crate::ids::VmId;
+use crate::store::VmRow;
+
+impl Daemon {
+    /// The guest's vCPUs stand still, and its memory stays. So already: ok.
+    pub fn pause_vm(&self, caller: &Caller, vm: &str) -> Result<Vm> {
+        self.set_wanted(caller, vm, true)
+    }
+
+    pub fn resume_vm(&self, caller: &Caller, vm: &str) -> Result<Vm> {
+        self.set_wanted(caller, vm, false)
+    }
+
+    fn set_wanted(&self, caller: &Caller, vm: &str, is_paused: bool) -> Result<Vm> {
+        let row = self.resolve(caller, vm)?;
+        self.refuse_unlooked(&row)?;
+        let (row, ticket) = {
+            let guard = self.locks.vm.lock(&row.id);
+            let row = self.row(guard.key())?;
+            self.allow_locked(&guard, &row, Verb::Guest)?;
+            if row.unresponsive {
+                return Err(Error::new(Kind::GuestUnavailable, format!("vm {}: its vmm does not answer", row.name))
+                    .hint(format!("wait until it does (fcctl events), or end it: fcctl stop --force {}", row.name)));
+            }
+            let ((), ticket) = self.change(false, |tx| tx.update_vm(guard.key(), |r| r.paused = is_paused))?;
+            (row, ticket)
+        };
+        self.wait_durable(ticket)?;
+        if let Err(e) = self.apply_pause(&row.id, row.generation) {
+            self.take_back(&row, is_paused);
+            return Err(e.context(format!("{} vm {}", if is_paused { "pause" } else { "resume" }, row.name)));
+        }
+        self.view(&row.id)
+    }
+
+    /// The driver did not do it: the row says so again, unless somebody has said otherwise since.
+    fn take_back(&self, before: &VmRow, wanted: bool) {
+        let undone = self.change(true, |tx| {
+            tx.update_vm(&before.id, |r| {
+                if r.generation == before.generation && r.paused == wanted {
+                    r.paused = before.paused;
+                }
+            })
+        });
+        if let Err(e) = undone.map(|((), ticket)| ticket.detach()) {
+            log::warn!("take back that vm {} was to be paused: {e}", before.name);
+        }
+    }
+
+    /// Tells the driver what the row says, and looks whether that is still what it says. A guest for which the host has no room stands
+    /// still whatever its owner wants.
+    pub(super) fn apply_pause(&self, vm: &VmId, generation: u64) -> Result<()> {
+        let mut told = None;
+        loop {
+            let row = self.row(vm)?;
+            let (true, Some(identity)) = (row.generation == generation && row.state == VmState::Running, &row.identity) else {
+                return Ok(());
+            };
+            let wanted = row.paused || self.runtimes.is_paused(vm);
+            if told == Some(wanted) {
+                return Ok(());
+            }
+            self.vmm.set_paused(&self.vm_dir(vm), identity, wanted, &self.closing)?;
+            told = Some(wanted);
+        }
+    }
+
+    /// A daemon may have died between the row and the driver. Guests on snapshots are let go by who looks after their room.
+    pub(super) fn adopt_pause(&self, row: &VmRow) {
+        if !row.paused && self.disk_method(row) == Some(Method::DmSnapshot) {
+            return;
+        }
+        if let Err(e) = self.apply_pause(&row.id, row.generation) {
+            log::warn!("pause or resume vm {}: {e}", row.name);
+        }
+    }
+
+    /// A guest that is to shut down must run.
+    pub(super) fn wake_for_stop(&self, row: &VmRow, identity: &crate::vmm::Identity) {
+        if !row.paused {
+            return;
+        }
+        if let Err(e) = self.vmm.set_paused(&self.vm_dir(&row.id), identity, false, &self.closing) {
+            log::warn!("let vm {} go on, so that it can shut down: {e}", row.name);
+        }
+    }
+}

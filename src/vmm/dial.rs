@@ -10,8 +10,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-/// Between two tries to connect to a socket that the VMM has yet to make.
-const RETRY: Duration = Duration::from_millis(5);
+/// Between two tries to connect to a socket that the VMM has yet to make: most have it after some ten milliseconds.
+const RETRY_MIN: Duration = Duration::from_millis(1);
+const RETRY_MAX: Duration = Duration::from_millis(16);
 
 /// How long, and who may end it.
 #[derive(Clone, Copy)]
@@ -27,6 +28,8 @@ pub fn connect(dir: &OwnedFd, name: &str, process: &Process, patience: Patience<
     // No path limit (108 bytes) this way, and no directory to be swapped on the way.
     let path = format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
     let address = SocketAddrUnix::new(path.as_str()).map_err(|e| Error::io(doing(), e))?;
+    let mut retry = RETRY_MIN;
+    let begun = Instant::now();
     loop {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket =
@@ -45,7 +48,9 @@ pub fn connect(dir: &OwnedFd, name: &str, process: &Process, patience: Patience<
             Err(Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN | Errno::INTR) => {}
             Err(e) => return Err(Error::io(doing(), e)),
         }
-        let until = patience.deadline.min(Instant::now() + RETRY);
+        // Not in steps as long as the wait was so far, but a tenth of it.
+        retry = retry.max(begun.elapsed() / 10).min(RETRY_MAX);
+        let until = patience.deadline.min(Instant::now() + retry);
         match wait_any(&[(process.fd(), PollFlags::POLLIN)], until, patience.cancel).map_err(|e| Error::io(doing(), e))? {
             Woken::Ready => return Ok(None),
             Woken::Cancelled => return Err(cancelled(&doing(), patience.cancel)),

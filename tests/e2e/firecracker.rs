@@ -3,13 +3,15 @@
 
 use crate::another_host::{PLACE, TestHost};
 use fcd::error::Kind;
-use fcd::ids::VmId;
 use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::firecracker::Firecracker;
 use fcd::vmm::{Driver, GuestNetwork, VmmSpec};
 use nix::sched::{CloneFlags, unshare};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -107,6 +109,31 @@ fn real_guests() {
     assert_eq!(host.sh("fcctl ps -aq; fcctl doctor --leaks"), "nothing of the daemon's is left over on this host\n");
 }
 
+/// A VM in `dir/vm` with disks of nothing.
+fn control_plane_spec(dir: &Path, kernel: &Path) -> VmmSpec {
+    let vm = dir.join("vm");
+    for name in ["disk", "seed"] {
+        std::fs::File::create(vm.join(name)).unwrap().set_len(1 << 20).unwrap();
+    }
+    // Nobody else's at this time.
+    let tag = format!("fc-{:08x}-0123456789ab-1", std::process::id());
+    VmmSpec {
+        kernel: kernel.to_owned(),
+        initrd: crate::host::image().join("initrd"),
+        boot_args: "root=/dev/vda".into(),
+        disk: vm.join("disk"),
+        seed: vm.join("seed"),
+        network: GuestNetwork::Tap { name: "fctest0".into(), mac: "02:fc:0a:59:00:05".into(), address: [10, 89, 0, 5].into() },
+        dir: vm,
+        ..fcd::vmm::fake::spec("0123456789ab".parse().unwrap(), &tag, dir)
+    }
+}
+
+fn new_driver() -> Firecracker {
+    let config = fcd::config::Firecracker { binary: binary(), ..Default::default() };
+    Firecracker::new(config, 0..0, Arc::new(Consoles::try_new().unwrap())).unwrap()
+}
+
 /// The driver's state machine against the real program on this host's `/dev/kvm`; whether the guest gets anywhere is not looked at.
 #[test]
 #[ignore = "needs a binary of Firecracker's: scripts/test"]
@@ -120,25 +147,9 @@ fn the_control_plane_on_this_hosts_kvm() {
     let dir = tempfile::tempdir().unwrap();
     let (image, vm, never) = (crate::host::image(), dir.path().join("vm"), Cancel::try_new().unwrap());
     std::fs::create_dir(&vm).unwrap();
-    for name in ["disk", "seed"] {
-        std::fs::File::create(vm.join(name)).unwrap().set_len(1 << 20).unwrap();
-    }
-    let tag = format!("fc-{}-0123456789ab-1", &VmId::random().as_str()[..8]);
-    let spec = |kernel: &Path| VmmSpec {
-        dir: vm.clone(),
-        kernel: kernel.to_owned(),
-        initrd: image.join("initrd"),
-        boot_args: "root=/dev/vda".into(),
-        disk: vm.join("disk"),
-        seed: vm.join("seed"),
-        network: GuestNetwork::Tap { name: "fctest0".into(), mac: "02:fc:0a:59:00:05".into(), address: [10, 89, 0, 5].into() },
-        ..fcd::vmm::fake::spec("0123456789ab".parse().unwrap(), &tag, dir.path())
-    };
-    let driver = || {
-        let config = fcd::config::Firecracker { binary: binary(), ..Default::default() };
-        Firecracker::new(config, 0..0, Arc::new(Consoles::try_new().unwrap())).unwrap()
-    };
-    let first = driver();
+    let spec = |kernel: &Path| control_plane_spec(dir.path(), kernel);
+    let tag = spec(image).tag;
+    let first = new_driver();
     // What it does not boot is refused by what is wrong, and leaves nothing.
     let e = first.start(&spec(&image.join("initrd")), &never, &mut |_| {}).unwrap_err();
     assert!(e.kind() == Kind::Unsupported && e.to_string().contains("Invalid Elf magic number"), "{e}");
@@ -154,11 +165,104 @@ fn the_control_plane_on_this_hosts_kvm() {
         first.set_paused(&vm, &running.identity, is_paused, &never).unwrap();
     }
     drop(first);
-    let next = driver();
+    let next = new_driver();
     assert_eq!(next.adopt(&spec, &running.identity).unwrap(), running);
     let (died, deaths) = std::sync::mpsc::channel();
     next.watch(&running.identity, Box::new(move |how| died.send(how).unwrap())).unwrap();
     next.kill(&running.identity, Instant::now() + Duration::from_secs(30)).unwrap();
     assert!(deaths.recv_timeout(Duration::from_secs(30)).is_ok());
     assert_eq!(next.find(&tag).unwrap(), None);
+}
+
+const ROUNDS: usize = 40;
+
+/// The same calls as the driver's, by nothing but a socket: from the process's start to the answer to InstanceStart.
+fn bare_start(dir: &Path, calls: &[(String, String)]) -> Duration {
+    let socket = dir.join("bare.sock");
+    let _ = std::fs::remove_file(&socket);
+    let begun = Instant::now();
+    let mut vmm = Command::new(binary())
+        .args(["--id", "bare", "--api-sock"])
+        .arg(&socket)
+        .args(["--level", "Error"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut api = loop {
+        match UnixStream::connect(&socket) {
+            Ok(api) => break api,
+            Err(_) => std::thread::sleep(Duration::from_millis(1)),
+        }
+    };
+    for (path, body) in calls {
+        let request =
+            format!("PUT {path} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        api.write_all(request.as_bytes()).unwrap();
+        let mut answer = [0; 4096];
+        let len = api.read(&mut answer).unwrap();
+        assert!(answer.starts_with(b"HTTP/1.1 204"), "{path}: {}", String::from_utf8_lossy(&answer[..len]));
+    }
+    let took = begun.elapsed();
+    vmm.kill().unwrap();
+    vmm.wait().unwrap();
+    took
+}
+
+fn percentile(took: &mut [Duration], p: usize) -> Duration {
+    took.sort();
+    took[(took.len() - 1) * p / 100]
+}
+
+/// From create to InstanceStart answered, the driver against a bare client, on this host's `/dev/kvm`, interleaved.
+#[test]
+#[ignore = "measures: scripts/bench boot"]
+fn bench_boot() {
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let vm = dir.path().join("vm");
+    std::fs::create_dir(&vm).unwrap();
+    let spec = control_plane_spec(dir.path(), &crate::host::image().join("vmlinux"));
+    let (image, never) = (crate::host::image().display(), Cancel::try_new().unwrap());
+    let args = "root=/dev/vda console=ttyS0 reboot=k panic=-1 quiet";
+    let drive = |id: &str, root: bool| {
+        let path = vm.join(if root { "disk" } else { "seed" });
+        let body = format!(
+            r#"{{"drive_id":"{id}","path_on_host":"{}","is_root_device":{root},"is_read_only":{}}}"#,
+            path.display(),
+            !root
+        );
+        (format!("/drives/{id}"), body)
+    };
+    let calls: Vec<(String, String)> = vec![
+        ("/machine-config".into(), r#"{"vcpu_count":1,"mem_size_mib":128}"#.into()),
+        (
+            "/boot-source".into(),
+            format!(r#"{{"kernel_image_path":"{image}/vmlinux","initrd_path":"{image}/initrd","boot_args":"{args}"}}"#),
+        ),
+        drive("root", true),
+        drive("seed", false),
+        (
+            "/network-interfaces/eth0".into(),
+            r#"{"iface_id":"eth0","host_dev_name":"fcbare0","guest_mac":"02:fc:0a:59:00:06"}"#.into(),
+        ),
+        ("/entropy".into(), "{}".into()),
+        ("/serial".into(), format!(r#"{{"serial_out_path":"{}"}}"#, dir.path().join("serial").display())),
+        ("/actions".into(), r#"{"action_type":"InstanceStart"}"#.into()),
+    ];
+    let driver = new_driver();
+    let (mut bare, mut ours) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        bare.push(bare_start(dir.path(), &calls));
+        let begun = Instant::now();
+        let running = driver.start(&spec, &never, &mut |_| {}).unwrap();
+        ours.push(begun.elapsed());
+        driver.kill(&running.identity, Instant::now() + Duration::from_secs(30)).unwrap();
+    }
+    for p in [50, 90] {
+        let (bare, ours) = (percentile(&mut bare, p), percentile(&mut ours, p));
+        let ratio = ours.as_secs_f64() / bare.as_secs_f64();
+        println!("p{p}: bare {bare:.1?}, driver {ours:.1?}, {ratio:.2} times");
+    }
 }

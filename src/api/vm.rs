@@ -292,6 +292,40 @@ pub struct SshConfigReply {
     pub workdir: Option<String>,
 }
 
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmStatsRequest {
+    /// All of the caller's that run when none is named.
+    #[serde(default)]
+    pub vms: Vec<String>,
+}
+
+/// What a VM has used of the host since its VMM began: counters only grow until its next start. None: nobody counts that here.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmStats {
+    pub vm: VmId,
+    pub name: VmName,
+    /// When it was looked at, in milliseconds since the epoch.
+    pub at_ms: u64,
+    /// Of the VMM's process, the guest's included.
+    pub cpu_ns: u64,
+    /// That the VMM has now.
+    pub memory_bytes: u64,
+    /// The guest's size.
+    pub memory_max_bytes: u64,
+    /// From and to the host's block devices.
+    pub disk_read_bytes: Option<u64>,
+    pub disk_written_bytes: Option<u64>,
+    /// By the guest, on a bridge.
+    pub net_received_bytes: Option<u64>,
+    pub net_sent_bytes: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmStatsReply {
+    pub stats: Vec<VmStats>,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LogsReply {
     /// Bytes sent in `log` notes.
@@ -310,6 +344,7 @@ calls! {
     VmDelete = "vm.delete" (VmDeleteRequest) -> VmDeleteReply;
     VmList = "vm.list" (VmListRequest) -> VmListReply;
     VmShow = "vm.show" (VmRequest) -> VmReply;
+    VmStatsCall = "vm.stats" (VmStatsRequest) -> VmStatsReply;
     /// The guest's vCPUs stand still until `vm.resume`; nothing new is begun in it.
     VmPause = "vm.pause" (VmRequest) -> VmReply;
     VmResume = "vm.resume" (VmRequest) -> VmReply;

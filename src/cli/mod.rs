@@ -20,6 +20,7 @@ mod rpc;
 mod run;
 mod signals;
 mod ssh;
+mod stats;
 mod terminal;
 #[cfg(test)]
 mod tests;

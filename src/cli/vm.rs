@@ -44,6 +44,8 @@ pub enum Verb {
     Set(SetArgs),
     /// Show a VM's console
     Logs(super::logs::Args),
+    /// Show what VMs use of the host: CPU, memory, disk, network
+    Stats(super::stats::Args),
     /// Wait until VMs have stopped, or for another state
     Wait(WaitArgs),
     /// Delete all VMs that do not run
@@ -177,6 +179,7 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::Ports(args) => ports(ctx, args),
         Verb::Set(args) => set(ctx, args),
         Verb::Logs(args) => super::logs::run(ctx, args),
+        Verb::Stats(args) => super::stats::run(ctx, args),
         Verb::Wait(args) => wait(ctx, args),
         Verb::Prune => prune(ctx),
     }

@@ -29,6 +29,7 @@ mod resources;
 mod room;
 mod runtime;
 mod sessions;
+mod stats;
 mod transfer;
 mod transitions;
 mod verbs;

@@ -8,6 +8,7 @@ pub mod piped;
 pub mod process;
 pub mod shell;
 pub mod thread;
+pub mod usage;
 pub mod wait;
 
 pub use command::{Command, Commands, HostCommands, Output};

@@ -128,6 +128,18 @@ fn parse<T: DeserializeOwned + Default>(what: &str, json: &[u8]) -> Result<T> {
     serde_json::from_slice(json).map_err(|e| Error::new(Kind::Host, format!("read {what} of this host")).with_source(e))
 }
 
+/// What an interface has received and sent, in bytes. Not from sysfs, which is of the namespace in which it was mounted.
+pub fn received_and_sent(interface: &str) -> Option<(u64, u64)> {
+    parse_counters(&std::fs::read_to_string("/proc/thread-self/net/dev").ok()?, interface)
+}
+
+/// The first and the ninth number of its line.
+fn parse_counters(dev: &str, interface: &str) -> Option<(u64, u64)> {
+    let line = dev.lines().find_map(|line| line.trim_start().strip_prefix(interface)?.strip_prefix(':'))?;
+    let numbers: Vec<&str> = line.split_whitespace().collect();
+    Some((numbers.first()?.parse().ok()?, numbers.get(8)?.parse().ok()?))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,5 +176,12 @@ mod tests {
         let routes = parse_routes(json).unwrap();
         let shown: Vec<_> = routes.iter().map(|r| format!("{}/{} {}", r.base, r.prefix, r.dev)).collect();
         assert_eq!(shown, ["10.0.0.0/8 wg0", "192.0.2.7/32 eth0", "172.17.0.0/16 docker0"]);
+    }
+
+    #[test]
+    fn counters_are_read() {
+        let dev = "Inter-|   Receive\n face |bytes    packets\n    lo: 1 2 3 4 5 6 7 8 9 10\nfc1a2b3c4d-1:  11 2 3 4 5 6 7 8 99 10 11\n";
+        assert_eq!(parse_counters(dev, "fc1a2b3c4d-1"), Some((11, 99)));
+        assert_eq!((parse_counters(dev, "lo"), parse_counters(dev, "fc1a2b3c4d")), (Some((1, 9)), None));
     }
 }

@@ -30,6 +30,7 @@ mod tun;
 pub use checks::checks;
 pub use forward::{free_port, look};
 pub use lease::{Access, Guest, Lease, Mac};
+pub use links::received_and_sent;
 
 use crate::config::Network as Config;
 use crate::error::{Error, Kind, Result};

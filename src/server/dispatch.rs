@@ -9,7 +9,7 @@ use crate::api::image::{ImageBuild, ImageList};
 use crate::api::op::{Op, OpCancel, OpList, OpReply, OpShow, OpStarted, OpState, OpWait};
 use crate::api::vm::{
     VmCreate, VmDelete, VmKill, VmList, VmLogs, VmPause, VmPrune, VmReply, VmRestart, VmResume, VmSet, VmShow, VmSshConfig,
-    VmStart, VmStop, VmWait,
+    VmStart, VmStatsCall, VmStop, VmWait,
 };
 use crate::api::workspace::{WorkspaceExport, WorkspacePrepare};
 use crate::api::{Call, VERSION_MAJOR, VERSION_MINOR};
@@ -115,6 +115,7 @@ impl Visit<'_> {
             }
             VmWait::METHOD => answer(&d.wait_state(c, &call.parse()?, self.hangup())?),
             VmPrune::METHOD => self.prune(&call),
+            VmStatsCall::METHOD => answer(&d.stats(c, &call.parse()?)?),
             VmSshConfig::METHOD => {
                 let request: <VmSshConfig as Call>::Request = call.parse()?;
                 answer(&d.ssh_config(c, &request.vm)?)

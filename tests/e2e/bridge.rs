@@ -125,6 +125,15 @@ fn guests_reach_what_they_may_and_nothing_else() {
     assert_eq!(published(), 2);
     assert_eq!(ask(&host, "b", GATEWAY, 1023), None, "another guest");
 
+    // What it uses: it has received and sent by now, and computes when it is told to.
+    let stats = |what: &str| host.json(&["vm", "stats", "a"])[0][what].as_u64().unwrap();
+    let (sent, cpu) = (stats("net_sent_bytes"), stats("cpu_ns"));
+    assert!(sent > 0 && stats("net_received_bytes") > 0 && stats("memory_bytes") > 32 << 20);
+    host.sh("a", "ping -c 1 -s 1400 10.89.0.1 > /dev/null || true; head -c 3000000 /dev/urandom | sha256sum > /dev/null");
+    assert!(stats("net_sent_bytes") > sent && stats("cpu_ns") > cpu);
+    let shown = host.ok(&["vm", "stats"]);
+    assert!(shown.lines().count() == 4 && shown.contains('%'), "{shown}");
+
     // Names.
     let resolved = |vm: &str, name: &str| host.sh(vm, &format!("getent ahostsv4 {name} | cut -d' ' -f1 | head -n 1"));
     assert_eq!(resolved("a", "b.vm").trim(), b);

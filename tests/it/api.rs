@@ -179,6 +179,27 @@ fn vms() {
             {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null}}
         "#]],
     );
+    let stats = VmStats {
+        vm: id(),
+        name: name("web"),
+        at_ms: 1,
+        cpu_ns: 2,
+        memory_bytes: 3,
+        memory_max_bytes: 4,
+        disk_read_bytes: Some(5),
+        disk_written_bytes: Some(6),
+        net_received_bytes: None,
+        net_sent_bytes: None,
+    };
+    call::<VmStatsCall>(
+        VmStatsRequest { vms: vec!["web".into()] },
+        VmStatsReply { stats: vec![stats] },
+        expect![[r#"
+        vm.stats
+        {"vms":["web"]}
+        {"stats":[{"vm":"0123456789ab","name":"web","at_ms":1,"cpu_ns":2,"memory_bytes":3,"memory_max_bytes":4,"disk_read_bytes":5,"disk_written_bytes":6,"net_received_bytes":null,"net_sent_bytes":null}]}
+    "#]],
+    );
     call::<VmPause>(
         request(),
         reply(),

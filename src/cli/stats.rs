@@ -1,0 +1,115 @@
+//! `vm stats`: what VMs use of the host.
+
+use super::context::Context;
+use super::output::{size, table};
+use crate::api::vm::{VmStats, VmStatsCall, VmStatsRequest};
+use crate::client::{Client, Result};
+use crate::error::Error;
+use std::time::{Duration, Instant};
+
+/// Between the two looks that a share of the CPU takes.
+const PERIOD: Duration = Duration::from_secs(1);
+/// Clears a terminal and goes to its first line (ECMA-48: CUP, ED).
+const CLEAR: &str = "\u{1b}[H\u{1b}[2J";
+
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Names, ids, or beginnings of ids; all that run when none is given
+    #[arg(value_name = "VM")]
+    vms: Vec<String>,
+    /// Look again and again, until Ctrl-C
+    #[arg(short, long)]
+    watch: bool,
+}
+
+pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+    if ctx.json && args.watch {
+        return Err(Error::invalid("--watch has no end, so it is no JSON document").hint("leave out --json or --watch").into());
+    }
+    let mut client = ctx.connect()?;
+    let request = VmStatsRequest { vms: args.vms };
+    let look = |client: &mut Client| client.call::<VmStatsCall>(&request).map(|reply| reply.stats);
+    let mut before = look(&mut client)?;
+    if ctx.json {
+        ctx.document(&before)?;
+        return Ok(0);
+    }
+    loop {
+        crate::host::wait::wait_uncancelled(&[], Instant::now() + PERIOD).map_err(|e| Error::io("wait a moment", e))?;
+        let now = look(&mut client)?;
+        let clear = if args.watch && ctx.stdout_is_terminal() { CLEAR } else { "" };
+        ctx.text(&format!("{clear}{}", render(&before, &now)))?;
+        if !args.watch || ctx.is_unread() {
+            return Ok(0);
+        }
+        before = now;
+    }
+}
+
+fn render(before: &[VmStats], now: &[VmStats]) -> String {
+    let rows: Vec<_> = now.iter().map(|vm| row(before.iter().find(|b| b.vm == vm.vm), vm)).collect();
+    table(&["NAME", "CPU", "MEMORY", "OF", "DISK READ", "WRITTEN", "NET RECEIVED", "SENT"], &rows)
+}
+
+fn row(before: Option<&VmStats>, now: &VmStats) -> Vec<String> {
+    let bytes = |count: Option<u64>| count.map_or_else(|| "-".to_owned(), size);
+    vec![
+        now.name.to_string(),
+        before.and_then(|b| share(b, now)).map_or_else(|| "-".to_owned(), |percent| format!("{percent}%")),
+        size(now.memory_bytes),
+        size(now.memory_max_bytes),
+        bytes(now.disk_read_bytes),
+        bytes(now.disk_written_bytes),
+        bytes(now.net_received_bytes),
+        bytes(now.net_sent_bytes),
+    ]
+}
+
+/// Of one CPU, in percent: two of them busy are 200. None when it is another process, or no time has passed.
+fn share(before: &VmStats, now: &VmStats) -> Option<u64> {
+    let used_us = now.cpu_ns.checked_sub(before.cpu_ns)? / 1000;
+    let passed_ms = now.at_ms.checked_sub(before.at_ms).filter(|ms| *ms > 0)?;
+    Some((used_us + 5 * passed_ms) / (10 * passed_ms))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::expect;
+
+    fn stats(at_ms: u64, cpu_ms: u64) -> VmStats {
+        VmStats {
+            vm: "0123456789ab".parse().unwrap(),
+            name: "web".parse().unwrap(),
+            at_ms,
+            cpu_ns: cpu_ms * 1_000_000,
+            memory_bytes: 300 << 20,
+            memory_max_bytes: 1 << 30,
+            disk_read_bytes: Some(5 << 20),
+            disk_written_bytes: None,
+            net_received_bytes: None,
+            net_sent_bytes: Some(7),
+        }
+    }
+
+    #[test]
+    fn shares_are_of_one_cpu() {
+        assert_eq!(share(&stats(1000, 0), &stats(2000, 1500)), Some(150));
+        assert_eq!(share(&stats(1000, 0), &stats(2000, 4)), Some(0));
+        assert_eq!(share(&stats(1000, 0), &stats(2000, 6)), Some(1));
+        assert_eq!(share(&stats(1000, 9), &stats(2000, 0)), None, "another process");
+        assert_eq!(share(&stats(1000, 0), &stats(1000, 0)), None);
+    }
+
+    #[test]
+    fn a_table() {
+        let mut other = stats(2000, 0);
+        other.vm = "ba9876543210".parse().unwrap();
+        expect![[r"
+            NAME  CPU  MEMORY   OF     DISK READ  WRITTEN  NET RECEIVED  SENT
+            web   25%  300 MiB  1 GiB  5 MiB      -        -             7 B
+            web   -    300 MiB  1 GiB  5 MiB      -        -             7 B
+        "]]
+        .assert_eq(&render(&[stats(1000, 0)], &[stats(2000, 250), other]));
+    }
+}

@@ -73,13 +73,22 @@ impl Daemon {
         let known = row.identity.clone();
         if let Some(identity) = known
             && self.vmm.is_ours(&identity, &self.tag(row))
+            && self.has_its_uid(row, &identity)
         {
             return Some(identity);
         }
-        self.vmm.find(&self.tag(row)).unwrap_or_else(|e| {
+        let found = self.vmm.find(&self.tag(row)).unwrap_or_else(|e| {
             log::warn!("look for the vmm of {}: {e}", row.name);
             None
-        })
+        });
+        found.filter(|identity| self.has_its_uid(row, identity))
+    }
+
+    /// A VMM that somebody has taken over may give itself another VM's arguments, but not its uid. Root is a jailer that is about to
+    /// become one.
+    fn has_its_uid(&self, row: &VmRow, identity: &Identity) -> bool {
+        let its = self.credentials(row).map(|(uid, _)| uid);
+        its.is_none_or(|its| crate::host::process::uid(identity.pid).is_none_or(|uid| uid == its || uid == 0))
     }
 
     /// Ends the VMM and removes the VM's files. The row goes at commit.

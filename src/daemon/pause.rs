@@ -62,6 +62,10 @@ impl Daemon {
         loop {
             let row = self.row(vm)?;
             let (true, Some(identity)) = (row.generation == generation && row.state == VmState::Running, &row.identity) else {
+                // A stop has begun meanwhile: the guest must run, so that it can shut down.
+                if told == Some(true) && row.generation == generation {
+                    row.identity.as_ref().map_or(Ok(()), |i| self.vmm.set_paused(&self.vm_dir(vm), i, false, &self.closing))?;
+                }
                 return Ok(());
             };
             let wanted = row.paused || self.runtimes.is_paused(vm);
@@ -85,7 +89,8 @@ impl Daemon {
 
     /// A guest that is to shut down must run.
     pub(super) fn wake_for_stop(&self, row: &VmRow, identity: &crate::vmm::Identity) {
-        if !row.paused {
+        // One for which the host has no room would lose its disk.
+        if !row.paused || self.runtimes.is_paused(&row.id) {
             return;
         }
         if let Err(e) = self.vmm.set_paused(&self.vm_dir(&row.id), identity, false, &self.closing) {

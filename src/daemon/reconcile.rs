@@ -106,6 +106,7 @@ impl Daemon {
         let image = self.images.get(&row.image)?;
         let running = self.vmm.adopt(&self.spec(row, &image), identity)?;
         self.adopt_guest(row);
+        self.adopt_pause(row);
         let adopted = (None, Some(running.ssh_addr));
         let ((), ticket) = self.store.change(|tx| {
             tx.update_vm(&row.id, |r| {

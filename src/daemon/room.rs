@@ -58,7 +58,7 @@ impl Daemon {
     fn rows_on_snapshots(&self) -> Vec<VmRow> {
         self.store.read(|s| {
             let on_snapshot = |r: &VmRow| r.disk_driver.as_deref() == Some(Method::DmSnapshot.name());
-            let runs = |r: &VmRow| matches!(r.state, VmState::Running | VmState::Starting);
+            let runs = |r: &VmRow| matches!(r.state, VmState::Running | VmState::Starting | VmState::Stopping);
             s.vms().filter(|r| runs(r) && on_snapshot(r)).map(|r| (**r).clone()).collect()
         })
     }
@@ -88,14 +88,20 @@ impl Daemon {
         let is_paused = seen.paused.contains(tag);
         let set = |to| self.vmm.set_paused(&self.vm_dir(&row.id), identity, to, &self.closing);
         match reserved {
-            Err(e) if !is_paused && e.kind() == Kind::DiskFull => match set(true) {
-                Ok(()) => {
-                    log::warn!("vm {} is paused until the host has room: {e}", row.name);
-                    seen.paused.insert(tag.to_owned());
-                    self.runtimes.set_paused(&row.id, true);
+            Err(e) if !is_paused && e.kind() == Kind::DiskFull => {
+                // First said, then done: whoever resumes it for its owner looks at what is said.
+                self.runtimes.set_paused(&row.id, true);
+                match set(true) {
+                    Ok(()) => {
+                        log::warn!("vm {} is paused until the host has room: {e}", row.name);
+                        seen.paused.insert(tag.to_owned());
+                    }
+                    Err(k) => {
+                        self.runtimes.set_paused(&row.id, false);
+                        log::error!("vm {} may lose its disk: {e}; it could not be paused: {k}", row.name);
+                    }
                 }
-                Err(k) => log::error!("vm {} may lose its disk: {e}; it could not be paused: {k}", row.name),
-            },
+            }
             Err(e) if !is_paused => log::warn!("vm {}: {e}", row.name),
             // Not in a boot: the driver says when a guest begins.
             Ok(()) if row.state == VmState::Running && (is_paused || !seen.met.contains(tag)) => {

@@ -185,7 +185,10 @@ impl Rules {
             format!("dnat ip to ip daddr . meta l4proto . th dport map @{PUBLISHED}"),
             format!("fib daddr type local dnat ip to meta l4proto . th dport map @{PUBLISHED_ANY}"),
         ];
-        self.chain(script, "inet", "published_in", Some("nat hook prerouting priority -100"), &rules);
+        // A port of the loopback is this host's alone: from outside its address is dropped later on, but only if it is still it.
+        let not_from_outside = ["iifname != \"lo\" ip daddr 127.0.0.0/8 return".to_owned()];
+        let arriving = [&not_from_outside[..], &rules].concat();
+        self.chain(script, "inet", "published_in", Some("nat hook prerouting priority -100"), &arriving);
         self.chain(script, "inet", "published_own", Some("nat hook output priority -100"), &rules);
     }
 
@@ -381,6 +384,7 @@ mod tests {
             add map inet fcd_1a2b3c4d published_any { type inet_proto . inet_service : ipv4_addr . inet_service; }
             add chain inet fcd_1a2b3c4d published_in { type nat hook prerouting priority -100; policy accept; }
             flush chain inet fcd_1a2b3c4d published_in
+            add rule inet fcd_1a2b3c4d published_in iifname != "lo" ip daddr 127.0.0.0/8 return
             add rule inet fcd_1a2b3c4d published_in dnat ip to ip daddr . meta l4proto . th dport map @published
             add rule inet fcd_1a2b3c4d published_in fib daddr type local dnat ip to meta l4proto . th dport map @published_any
             add chain inet fcd_1a2b3c4d published_own { type nat hook output priority -100; policy accept; }

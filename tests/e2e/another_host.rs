@@ -79,7 +79,7 @@ impl TestHost {
         self.sh(&format!(
             "cat > config.toml <<'END'
 {config}END
-             setsid fcd --config config.toml --state-dir state >> fcd.log 2>&1 < /dev/null &
+             FCD_TEST_DIE_AT={PLACE}/die-at setsid fcd --config config.toml --state-dir state >> fcd.log 2>&1 < /dev/null &
              until fcctl rpc fcd.info > /dev/null 2>&1; do sleep 0.1; done"
         ));
     }

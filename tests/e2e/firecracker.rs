@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const CONFIG: &str = "[vmm]\ndriver = \"firecracker\"\n[firecracker]\nbinary = \"/srv/f/bin/firecracker\"\njailer = \"/srv/f/bin/jailer\"\n\
-                      [network]\ndriver = \"bridge\"\n[disk]\ndriver = \"dm-snapshot\"\n";
+                      [network]\ndriver = \"bridge\"\n[disk]\ndriver = \"dm-snapshot\"\n[limits]\ntransfer_idle_s = 3600\n";
 
 fn binary() -> PathBuf {
     std::env::var_os("FCD_FIRECRACKER").expect("FCD_FIRECRACKER names the binary: scripts/test says how").into()
@@ -42,6 +42,23 @@ fn boot() -> TestHost {
     host
 }
 
+/// The daemon dies at the n-th effect or commit of a start; the next one leaves nothing, and starts the guest.
+fn dies_at(host: &TestHost, n: u64) {
+    host.sh(&format!(
+        "echo {n} > die-at.new; mv die-at.new die-at; fcctl start a 2> /dev/null || true; rm die-at
+         pkill -KILL -x fcd || true; until ! pgrep -x fcd > /dev/null; do sleep 0.1; done"
+    ));
+    host.start_daemon_with(CONFIG);
+    host.sh("until fcctl vm show a | grep -qE '^state +(stopped|running)$'; do sleep 0.1; done");
+    let (state, leaks) = (host.sh("fcctl vm show a | grep ^state"), host.sh("fcctl doctor --leaks"));
+    assert_eq!(leaks, "nothing of the daemon's is left over on this host\n", "killed at point {n}");
+    let jails = host.sh("ls -d /sys/fs/cgroup/fcd-*/fc-* state/vms/*/jail/*/* 2> /dev/null | wc -l");
+    assert_eq!(jails, if state.contains("running") { "2\n" } else { "0\n" }, "killed at point {n}: {state}");
+    host.sh("fcctl start a");
+    assert_eq!(host.sh("fcctl exec a -- cat /root/mark"), "kept\n");
+    host.sh("fcctl stop a");
+}
+
 #[test]
 #[ignore = "needs a binary of Firecracker's: scripts/test"]
 fn real_guests() {
@@ -58,6 +75,9 @@ fn real_guests() {
     // A repository there and its changes back.
     host.sh("mkdir repo && cd repo && echo hello > greeting && fcctl workspace prepare a . --guest-path /root/repo");
     assert_eq!(host.sh("fcctl exec a -- cat /root/repo/greeting"), "hello\n");
+    host.sh("fcctl exec a -- sh -c 'echo changed > /root/repo/greeting; echo new > /root/repo/new'");
+    host.sh("fcctl workspace export a --patch out.patch && cd repo && git init -q . && git apply ../out.patch");
+    assert_eq!(host.sh("cat repo/greeting repo/new"), "changed\nnew\n");
     // Nothing of the daemon's is open in the VMM.
     let open = host.sh("ls -l /proc/$(pgrep -x firecracker)/fd | sed -n 's/.*-> //p'");
     for target in open.lines() {
@@ -94,15 +114,24 @@ fn real_guests() {
     host.start_daemon_with(CONFIG);
     assert_eq!(host.sh("fcctl exec a -- cat /root/mark /work/mark"), "kept\nkept\n");
     assert_eq!(host.sh("pgrep -x firecracker"), pid);
-    // A stop syncs and ends it; the next start has the data.
-    let stopped = host.sh("fcctl stop a");
+    // A stop syncs and ends it, whatever stands still in it; the next start has the data.
+    let import = "{ head -c 100000 /dev/zero; exec sleep 3600; } | fcctl workspace prepare a --tar - --guest-path /root/stalled";
+    let stopped = host.sh(&format!(
+        "({import} > import.log 2>&1 && echo done > import.status || echo failed > import.status) & \
+         until fcctl op list | grep -q workspace.prepare; do sleep 0.1; done; fcctl stop a; pkill -x sleep || true; until test -s import.status; do sleep 0.1; done"
+    ));
+    assert_eq!(host.sh("cat import.status"), "failed\n");
     assert!(stopped.contains("synced"), "{stopped}");
     assert_eq!(host.devices(), "");
     assert_eq!(host.sh("ls -d /sys/fs/cgroup/fcd-*/fc-* state/vms/*/jail 2> /dev/null || true"), "");
     host.sh("fcctl start a");
     assert_eq!(host.sh("fcctl exec a -- cat /root/mark /work/mark"), "kept\nkept\n");
+    host.sh("fcctl stop a");
+    for n in [3, 7, 11, 15] {
+        dies_at(&host, n);
+    }
     // A delete in mid-boot waits for nothing.
-    host.sh("fcctl vm create --name b; fcctl start b & until pgrep -x firecracker | wc -l | grep -qx 2; do sleep 0.05; done
+    host.sh("fcctl vm create --name b; fcctl start b & until pgrep -x firecracker > /dev/null; do sleep 0.05; done
              fcctl rm -f b; wait $! || true");
     host.sh("fcctl rm -f a");
     assert_eq!(host.devices(), "");

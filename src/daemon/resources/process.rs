@@ -4,8 +4,11 @@ use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
 use crate::daemon::Daemon;
 use crate::daemon::boot::Boot;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::store::VmRow;
+
+/// Processes with the same tag that are ended before one gives up.
+const PRETENDERS_MAX: u32 = 64;
 
 pub(super) struct VmmProcess;
 
@@ -29,10 +32,12 @@ impl Resource for VmmProcess {
     }
 
     fn release(&self, daemon: &Daemon, name: &str) -> Result<()> {
-        match daemon.vmm.find(name)? {
-            Some(identity) => daemon.kill_vmm(&identity),
-            None => Ok(()),
+        // More than one only where a VMM was taken over and pretends to be another.
+        for _ in 0..PRETENDERS_MAX {
+            let Some(identity) = daemon.vmm.find(name)? else { return Ok(()) };
+            daemon.kill_vmm(&identity)?;
         }
+        Err(Error::new(Kind::VmmFailed, format!("end the vmm of {name}: there is always another")).hint("ps ax | grep fc-"))
     }
 
     fn uses_the_others(&self) -> bool {

@@ -324,6 +324,7 @@ fn ports_of_the_host_lead_to_a_guest() {
         port(Ipv4Addr::LOCALHOST, 8080, 80, Protocol::Tcp),
         port(ANY, 8081, 80, Protocol::Tcp),
         port(HOST, 8082, 53, Protocol::Udp),
+        port(Ipv4Addr::LOCALHOST, 8083, 53, Protocol::Udp),
     ];
     let forward = || lab.host.run(|| lab.net.forward(&guest.guest, &ports, &Cancel::try_new().unwrap()));
     forward().unwrap();
@@ -338,7 +339,21 @@ fn ports_of_the_host_lead_to_a_guest() {
         assert_eq!((what.as_str(), from.ip()), ("asked", IpAddr::from(OUTSIDE)));
     };
     check();
-    // The loopback's is for this host alone, and no guest gets to another by any of them.
+    // The loopback's is for this host alone, also for a neighbour that sends to that address.
+    lab.outside.sh(&format!(
+        "sysctl -qw net.ipv4.conf.down0.route_localnet=1; ip address del 127.0.0.1/8 dev lo; ip route add 127.0.0.1 via {HOST} src {OUTSIDE}"
+    ));
+    let neighbour = lab.outside.udp((OUTSIDE, 0));
+    neighbour.send("bad", (Ipv4Addr::LOCALHOST, 8083));
+    neighbour.send("good", (HOST, 8082));
+    assert_eq!(datagrams.next().0, "good");
+    // The control: without that rule it does come.
+    lab.host.sh("nft flush chain inet fcd_1a2b3c4d published_in");
+    lab.host.sh("nft add rule inet fcd_1a2b3c4d published_in dnat ip to ip daddr . meta l4proto . th dport map @published");
+    lab.outside.udp((OUTSIDE, 0)).send("open", (Ipv4Addr::LOCALHOST, 8083));
+    assert_eq!(datagrams.next().0, "open");
+    lab.host.run(|| lab.net.mend()).unwrap();
+    // No guest gets to another by any of them.
     assert!(lab.outside.run(|| TcpStream::connect((HOST, 8080))).is_err());
     let names = lab.host.udp((GATEWAY, 53));
     let ask = || [GATEWAY, HOST].iter().for_each(|at| other.udp().send("bad", (*at, 8082)));

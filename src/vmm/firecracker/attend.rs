@@ -32,7 +32,7 @@ pub struct Attended {
 
 impl Attended {
     pub fn run(self) {
-        let mut misses = 0;
+        let (mut misses, mut has_warned) = (0, false);
         loop {
             match self.look() {
                 Ok(()) => {
@@ -49,9 +49,11 @@ impl Attended {
                     continue;
                 }
                 Err(_) if self.closing.is_cancelled() || run_dir::is_exiting(&self.process) => return,
+                // No descriptor, say: later there may be one.
                 Err(e) => {
-                    log::warn!("the VMM of {} is no longer asked how it is: {e}", self.dir.display());
-                    return;
+                    if !std::mem::replace(&mut has_warned, true) {
+                        log::warn!("ask the VMM of {} how it is: {e}", self.dir.display());
+                    }
                 }
             }
             if self.is_over() {

@@ -66,13 +66,17 @@ pub fn programs(config: &Config) -> Result<Programs> {
 
 /// What runs as root, or is run by root for others, nobody else may write.
 fn is_roots(program: &Path) -> Result<()> {
-    let stat = std::fs::metadata(program).map_err(|e| Error::io(format!("look at {}", program.display()), e))?;
-    if stat.uid() == 0 && stat.mode() & 0o022 == 0 {
-        return Ok(());
+    // Whoever may write a directory may put another file there, unless it is a sticky one.
+    for path in program.ancestors() {
+        let shown = path.display();
+        let stat = std::fs::metadata(path).map_err(|e| Error::io(format!("look at {shown}"), e))?;
+        let is_sticky = stat.is_dir() && stat.mode() & 0o1000 != 0;
+        if stat.uid() != 0 || (stat.mode() & 0o022 != 0 && !is_sticky) {
+            return Err(Error::new(Kind::Unsupported, format!("jail {}: others than root may write {shown}", program.display()))
+                .hint(format!("chown root {shown}; chmod go-w {shown}")));
+        }
     }
-    let shown = program.display();
-    Err(Error::new(Kind::Unsupported, format!("jail {shown}: others than root may write it"))
-        .hint(format!("chown root {shown}; chmod go-w {shown}")))
+    Ok(())
 }
 
 /// There is no linker in the jail.
@@ -180,8 +184,11 @@ pub fn args(spec: &VmmSpec, programs: &Programs, (uid, gid): (u32, u32), limits:
     option("--gid", gid.to_string().into());
     option("--chroot-base-dir", spec.dir.join(JAIL_DIR).into());
     option("--resource-limit", format!("no-file={FILES_MAX}").into());
-    option("--cgroup-version", "2".into());
-    option("--parent-cgroup", parent_group(&spec.tag).into());
+    // Without a limit none is made; and of version 2 the jailer wants to see a mount even then.
+    option("--cgroup-version", if limits.is_empty() { "1" } else { "2" }.into());
+    if !limits.is_empty() {
+        option("--parent-cgroup", parent_group(&spec.tag).into());
+    }
     for limit in limits {
         option("--cgroup", limit.into());
     }
@@ -191,6 +198,7 @@ pub fn args(spec: &VmmSpec, programs: &Programs, (uid, gid): (u32, u32), limits:
 
 /// Removes the jail and the control group with this tag; gone already is ok. The VMM must have exited.
 pub fn clear(dir: &Path, tag: &str) -> Result<()> {
+    remove_group(tag)?;
     let jail = dir.join(JAIL_DIR);
     for program in names(&jail) {
         // Links are not followed: the VMM's uid may have put some there, and what they lead to is not its.
@@ -202,7 +210,14 @@ pub fn clear(dir: &Path, tag: &str) -> Result<()> {
         let _ = std::fs::remove_dir(jail.join(program));
     }
     let _ = std::fs::remove_dir(&jail);
+    Ok(())
+}
+
+/// What is still in it ends: a VMM that somebody has taken over may hide from whoever looks for its arguments.
+fn remove_group(tag: &str) -> Result<()> {
     let group = group(tag);
+    // cgroups(7), cgroup.kill: since Linux 5.14.
+    let _ = std::fs::write(group.join("cgroup.kill"), "1");
     let deadline = Instant::now() + REMOVE_DEADLINE;
     loop {
         match std::fs::remove_dir(&group) {

@@ -298,9 +298,9 @@ impl Driver for Firecracker {
         let _blocking = region(Rank::VmmApi);
         let cancel = Cancel::try_new().map_err(|e| Error::io(doing, e))?;
         let mark = "reconnected; what the guest said since fcd ended may be lost".to_owned();
-        self.read_console(spec, &place(&process, doing)?, mark)?;
         let patience = Patience { deadline: Instant::now() + ANSWER_DEADLINE, cancel: &cancel };
         drop(self.booted(&process, patience, doing)?);
+        self.read_console(spec, &place(&process, doing)?, mark)?;
         Ok(Running { identity: identity.clone(), ssh_addr: api::ssh_addr(address) })
     }
 

@@ -102,10 +102,10 @@ fn go_through(step: u64) {
     enter_a_host_with_an_outside();
     let mut host = Host::with_config("[network]\ndriver = \"bridge\"\n");
     let mut figures = Figures::default();
-    for (i, operation) in OPERATIONS.iter().enumerate() {
+    for operation in &OPERATIONS {
         let mut trial = Trial { host: &mut host, operation };
-        let first = 1 + i as u64 % step;
-        let mut points = (first..POINTS_MAX).step_by(usize::try_from(step).unwrap());
+        // From the first on: a guest outlives the first one of `vm set` for certain.
+        let mut points = (1..POINTS_MAX).step_by(usize::try_from(step).unwrap());
         assert!(points.any(|n| !trial.at_point(n, &mut figures)), "{:?} has more than {POINTS_MAX} points", operation.args);
     }
     assert!(figures.survived > 0, "no guest outlived its daemon: {figures:?}");

@@ -74,7 +74,10 @@ fn a_full_disk_on_the_host() {
     refused(&host);
     host.kill_daemon();
     host.relaunch();
-    wait_for("the VM is known again", || (host.show("box", "state") == "running").then_some(()));
+    wait_for("both VMs were looked at", || {
+        let looked = |vm| text(&host.fcctl(&["--json", "start", vm])).1;
+        (!["box", "other"].into_iter().any(|vm| looked(vm).contains("\"busy\""))).then_some(())
+    });
     refused(&host);
     host.ok(&["rm", "other"]);
     assert_eq!(census(&host), before);

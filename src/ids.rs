@@ -88,10 +88,20 @@ text_newtype!(
     "use 1 to 32 of a-z, 0-9 and -, beginning with a letter and not ending with -"
 );
 
+text_newtype!(
+    /// The id of a snapshot, as [`VmId`].
+    SnapshotId, id_is_valid, "snapshot id", "an id has 12 hexadecimal digits"
+);
+text_newtype!(
+    /// A snapshot's name, unique on the host.
+    SnapshotName, name_is_valid, "snapshot name",
+    "use 1 to 32 of a-z, 0-9 and -, beginning with a letter and not ending with -"
+);
+
 macro_rules! random {
     ($($name:ident),*) => { $(impl $name { pub fn random() -> Self { Self(random_id()) } })* };
 }
-random!(VmId, OpId, SessionId);
+random!(VmId, OpId, SessionId, SnapshotId);
 
 #[cfg(test)]
 mod tests {

@@ -9,6 +9,7 @@ pub mod frame;
 pub mod image;
 pub mod op;
 pub mod port;
+pub mod snapshot;
 pub mod stream;
 pub mod vm;
 pub mod workspace;

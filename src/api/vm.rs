@@ -332,6 +332,15 @@ pub struct LogsReply {
     pub bytes: u64,
 }
 
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmForkRequest {
+    pub vm: String,
+    /// Of the new VM; adjective-noun when not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<VmName>,
+}
+
 calls! {
     /// Makes the row; nothing boots. With `hold` it is answered when the VM is gone.
     VmCreate = "vm.create" (VmCreateRequest) -> VmReply;
@@ -345,6 +354,8 @@ calls! {
     VmList = "vm.list" (VmListRequest) -> VmListReply;
     VmShow = "vm.show" (VmRequest) -> VmReply;
     VmStatsCall = "vm.stats" (VmStatsRequest) -> VmStatsReply;
+    /// An operation; hang-up cancels it. A new VM goes on from where another is, which runs on.
+    VmFork = "vm.fork" (VmForkRequest) -> VmReply;
     /// The guest's vCPUs stand still until `vm.resume`; nothing new is begun in it.
     VmPause = "vm.pause" (VmRequest) -> VmReply;
     VmResume = "vm.resume" (VmRequest) -> VmReply;

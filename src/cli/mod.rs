@@ -19,6 +19,7 @@ mod relay;
 mod rpc;
 mod run;
 mod signals;
+mod snapshot;
 mod ssh;
 mod stats;
 mod terminal;
@@ -82,6 +83,9 @@ enum Noun {
     /// Trees in VMs
     #[command(subcommand)]
     Workspace(workspace::Verb),
+    /// Guests that were saved, memory and disks
+    #[command(subcommand)]
+    Snapshot(snapshot::Verb),
     /// Images
     #[command(subcommand)]
     Image(image::Verb),
@@ -151,6 +155,7 @@ fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
         Noun::Events(args) => events::run(ctx, args),
         Noun::Vm(verb) => vm::run(ctx, verb),
         Noun::Workspace(verb) => workspace::run(ctx, verb),
+        Noun::Snapshot(verb) => snapshot::run(ctx, verb),
         Noun::Image(verb) => image::run(ctx, verb),
         Noun::Op(verb) => op::run(ctx, verb),
         Noun::Doctor(args) => doctor::run(ctx, &args),

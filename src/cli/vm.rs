@@ -5,9 +5,9 @@ use super::output::{self, age, count, size};
 use super::values::{parse_duration, parse_mem_mib, parse_net, parse_port, parse_size, timeout_ms};
 use crate::api::port::Port;
 use crate::api::vm::{
-    Net, Synced, Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteReply, VmDeleteRequest, VmKill, VmList, VmListRequest, VmPause,
-    VmPrune, VmReply, VmRequest, VmRestart, VmResume, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop, VmStopRequest,
-    VmWait, VmWaitRequest, WorkspaceInfo, WorkspaceState,
+    Net, Synced, Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmList,
+    VmListRequest, VmPause, VmPrune, VmReply, VmRequest, VmRestart, VmResume, VmSet, VmSetRequest, VmShow, VmStart, VmState,
+    VmStop, VmStopRequest, VmWait, VmWaitRequest, WorkspaceInfo, WorkspaceState,
 };
 use crate::api::{Call, Empty};
 use crate::client::Result;
@@ -30,6 +30,8 @@ pub enum Verb {
     Pause(Targets),
     /// Let paused guests go on
     Resume(Targets),
+    /// Make a new VM that goes on from where another is, memory and disks; the other runs on
+    Fork(ForkArgs),
     /// Delete VMs with their disks
     #[command(visible_alias = "rm")]
     Delete(DeleteArgs),
@@ -108,6 +110,14 @@ pub struct StopArgs {
 }
 
 #[derive(clap::Args, Debug)]
+pub struct ForkArgs {
+    /// Name, id, or the beginning of an id
+    vm: String,
+    /// Of the new VM; adjective-noun when not given
+    new: Option<VmName>,
+}
+
+#[derive(clap::Args, Debug)]
 pub struct DeleteArgs {
     // Not required: `rm -f $(fcctl ps -aq)` with nothing to remove is fine.
     /// Names, ids, or beginnings of ids
@@ -173,6 +183,7 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::Kill(args) => kill(ctx, args),
         Verb::Pause(args) => pause::<VmPause>(ctx, args),
         Verb::Resume(args) => pause::<VmResume>(ctx, args),
+        Verb::Fork(args) => fork(ctx, args),
         Verb::Delete(args) => delete(ctx, args),
         Verb::List(args) => list(ctx, args),
         Verb::Show(args) => show(ctx, args),
@@ -264,6 +275,18 @@ fn pause<C: Call<Request = VmRequest, Reply = VmReply>>(ctx: &mut Context, args:
         say(ctx, &format!("{}: {}", vm.name, state(&vm)))?;
         Ok(vm)
     })
+}
+
+fn fork(ctx: &mut Context, args: ForkArgs) -> Result<u8> {
+    let mut client = ctx.connect()?;
+    let request = VmForkRequest { vm: args.vm, name: args.new };
+    let vm = ctx.operate::<VmFork>(&mut client, &format!("fork {}", output::harmless_line(&request.vm)), &request)?.vm;
+    if ctx.json {
+        ctx.document(&vm)?;
+    } else {
+        ctx.line(vm.name.as_str())?;
+    }
+    Ok(0)
 }
 
 pub fn delete(ctx: &mut Context, args: DeleteArgs) -> Result<u8> {

@@ -8,7 +8,7 @@ use crate::ids::{ID_LEN, VmId};
 use crate::store::{State, VmRow, WorkspaceRow};
 
 /// Shortest prefix of an id that is taken for one.
-const PREFIX_LEN_MIN: usize = 2;
+pub(super) const PREFIX_LEN_MIN: usize = 2;
 
 /// The peer of a connection, from its credentials.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,7 +4,7 @@
 use super::Daemon;
 use super::lifecycle::Claim;
 use crate::api::exec::Exit;
-use crate::disk::{self, KeyPair, Method, RootSpec, SeedFile};
+use crate::disk::{self, KeyPair, Method, RootSpec, SeedFile, Wake};
 use crate::error::{Error, Kind, Result};
 use crate::guest::{Script, Target, run_script};
 use crate::ids::VmId;
@@ -34,6 +34,8 @@ pub(super) struct Boot<'a> {
     pub spec: VmmSpec,
     /// What is copied into the guest.
     pub files: Vec<SeedFile>,
+    /// What a guest is told that goes on from a snapshot.
+    pub wake: Option<Wake>,
     pub running: Option<Running>,
 }
 
@@ -74,8 +76,8 @@ impl Daemon {
         }
         self.release_boot(&row.id, row.generation.saturating_sub(1))?;
         let image = self.images.get(&row.image)?;
-        let spec = self.spec(&row, &image);
-        let mut boot = Boot { claim, row, image: &image, spec, files: Vec::new(), running: None };
+        let spec = self.boot_spec(claim, &row, &image);
+        let mut boot = Boot { claim, row, image: &image, spec, files: Vec::new(), wake: None, running: None };
         self.acquire_all(&mut boot)?;
         self.await_guest(&mut boot)
     }
@@ -92,6 +94,9 @@ impl Daemon {
         let running = boot.running.take().ok_or_else(|| Error::internal("a boot took everything but a vmm"))?;
         boot.claim.op().progress("wait for the guest");
         self.wait_guest(boot.claim, &running)?;
+        if let Some(wake) = &boot.wake {
+            self.wait_rejoined(boot.claim, &running, wake)?;
+        }
         self.restore_workspace(boot.claim, &running)?;
         Ok(running)
     }
@@ -118,7 +123,22 @@ impl Daemon {
             credentials: self.credentials(row),
             network: self.guest_network(row),
             console_bytes_max: self.config.limits.console_bytes_max,
+            saved: None,
             dir,
+        }
+    }
+
+    /// The same for a start, which may go on from a snapshot.
+    pub(super) fn boot_spec(&self, claim: &Claim, row: &VmRow, image: &ImageInfo) -> VmmSpec {
+        let spec = self.spec(row, image);
+        match &claim.restore {
+            None => spec,
+            Some(restore) => VmmSpec {
+                kernel: restore.files.kernel.clone(),
+                initrd: restore.files.initrd.clone(),
+                saved: Some(restore.saved()),
+                ..spec
+            },
         }
     }
 
@@ -227,7 +247,12 @@ impl Daemon {
         let row = self.row(&claim.vm)?;
         let target = self.target_at(&row, running.ssh_addr)?;
         let timeout = Duration::from_secs(self.config.limits.boot_timeout_s);
-        self.transport.wait_ready(&target, Instant::now() + timeout, &claim.cancel).map_err(|e| match e.kind() {
+        let deadline = Instant::now() + timeout;
+        let ready = match &claim.restore {
+            None => self.transport.wait_ready(&target, deadline, &claim.cancel),
+            Some(_) => self.wait_with_new_keys(claim, &target, deadline),
+        };
+        ready.map_err(|e| match e.kind() {
             Kind::Timeout | Kind::BootTimeout => Error::new(
                 Kind::BootTimeout,
                 format!("the guest did not answer within {} s of its start: {e}", self.config.limits.boot_timeout_s),
@@ -259,7 +284,7 @@ impl Daemon {
         }
     }
 
-    fn target_at(&self, row: &VmRow, addr: std::net::SocketAddr) -> Result<Target> {
+    pub(super) fn target_at(&self, row: &VmRow, addr: std::net::SocketAddr) -> Result<Target> {
         let Some(host_key) = row.host_key.clone() else {
             return Err(Error::internal(format!("vm {} has no host key", row.name)));
         };

@@ -215,7 +215,7 @@ impl Daemon {
             }
         };
         let cancel = op.cancel().clone();
-        Some(Claim { daemon: self.clone(), vm, op: Some(op), state, verb, timeout, cancel, ticket: None })
+        Some(Claim { daemon: self.clone(), vm, op: Some(op), state, verb, timeout, restore: None, cancel, ticket: None })
     }
 }
 

@@ -1,6 +1,7 @@
 //! Claim and drive. A verb asks the transition table, claims under the VM's lock, and a thread of its own works
 //! with no lock held; `commit.rs` settles. No moment without an owner.
 
+use super::captures::Restore;
 use super::history::{Answer, What};
 use super::runtime::Successor;
 use super::transitions::{Decision, Verb, decide};
@@ -19,6 +20,8 @@ pub(super) struct Ask {
     pub method: &'static str,
     /// How long a guest may take to shut down.
     pub timeout: Option<Duration>,
+    /// From where a restore goes on.
+    pub restore: Option<Restore>,
 }
 
 /// How the work of a claim ended.
@@ -43,6 +46,8 @@ pub(super) struct Claim {
     pub state: VmState,
     pub verb: Verb,
     pub timeout: Option<Duration>,
+    /// From where its boot goes on.
+    pub restore: Option<Restore>,
     /// Ends the work early: the boot, or the grace of a stop.
     pub cancel: Cancel,
     pub ticket: Option<Ticket>,
@@ -140,6 +145,9 @@ impl Daemon {
         };
         let essential = matches!(ask.verb, Verb::StopForce | Verb::Kill | Verb::Delete | Verb::DeleteForce);
         enter(&mut row, to, &op, ask.verb);
+        if let Some(restore) = &ask.restore {
+            restore.enter(&mut row);
+        }
         let op_row = op.op();
         let changed = self.change(essential, |tx| {
             if to == VmState::Starting {
@@ -153,8 +161,8 @@ impl Daemon {
             Ok(((), ticket)) => {
                 self.arm_locked(vm, &op, to, ask.verb);
                 let (verb, timeout, cancel) = (ask.verb, ask.timeout, op.cancel().clone());
-                let vm = vm.key().clone();
-                Ok(Claim { daemon: self.clone(), vm, op: Some(op), state: to, verb, timeout, cancel, ticket: Some(ticket) })
+                let (vm, restore, ticket) = (vm.key().clone(), ask.restore.clone(), Some(ticket));
+                Ok(Claim { daemon: self.clone(), vm, op: Some(op), state: to, verb, timeout, restore, cancel, ticket })
             }
             Err(e) => {
                 let e = e.context(format!("{} vm {}", ask.verb.name(), row.name));

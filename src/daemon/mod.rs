@@ -3,6 +3,7 @@
 
 mod access;
 mod boot;
+mod captures;
 mod close;
 mod commit;
 mod console;
@@ -26,9 +27,11 @@ mod pause;
 mod ports;
 mod reconcile;
 mod resources;
+mod restore;
 mod room;
 mod runtime;
 mod sessions;
+mod snapshots;
 mod stats;
 mod transfer;
 mod transitions;
@@ -135,6 +138,7 @@ pub struct Inner {
     /// Names under which images are being built.
     building: Mutex<HashSet<crate::ids::ImageRef>>,
     beginning: keys::Beginning,
+    captures: captures::Captures,
     /// VMs that reconcile has not looked at yet.
     unlooked: Mutex<HashSet<VmId>>,
     /// Fires when the daemon closes.
@@ -243,6 +247,7 @@ impl Daemon {
             commands: seams.commands,
             building: Mutex::new(Rank::Runtimes, HashSet::new()),
             beginning: keys::Beginning::new(),
+            captures: captures::Captures::new(),
             unlooked: Mutex::new(Rank::Runtimes, unlooked),
             closing,
             effects: effects::Effects::default(),

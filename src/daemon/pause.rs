@@ -68,7 +68,7 @@ impl Daemon {
                 }
                 return Ok(());
             };
-            let wanted = row.paused || self.runtimes.is_paused(vm);
+            let wanted = row.paused || self.runtimes.is_paused(vm) || self.runtimes.is_held(vm);
             if told == Some(wanted) {
                 return Ok(());
             }
@@ -90,7 +90,7 @@ impl Daemon {
     /// A guest that is to shut down must run.
     pub(super) fn wake_for_stop(&self, row: &VmRow, identity: &crate::vmm::Identity) {
         // One for which the host has no room would lose its disk.
-        if !row.paused || self.runtimes.is_paused(&row.id) {
+        if !(row.paused || self.runtimes.is_held(&row.id)) || self.runtimes.is_paused(&row.id) {
             return;
         }
         if let Err(e) = self.vmm.set_paused(&self.vm_dir(&row.id), identity, false, &self.closing) {

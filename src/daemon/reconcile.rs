@@ -151,8 +151,8 @@ impl Daemon {
         self.arm_locked(&guard, &op, row.state, verb);
         drop(guard);
         let (vm, cancel) = (row.id.clone(), op.cancel().clone());
-        let claim =
-            Claim { daemon: self.clone(), vm, op: Some(op), state: row.state, verb, timeout: None, cancel, ticket: Some(ticket) };
+        let (daemon, state, ticket) = (self.clone(), row.state, Some(ticket));
+        let claim = Claim { daemon, vm, op: Some(op), state, verb, timeout: None, restore: None, cancel, ticket };
         self.begin(claim).map(drop)
     }
 }

@@ -58,12 +58,14 @@ struct Runtime {
     next_user: u64,
     /// The guest stands still until the host's disk has room.
     is_paused: bool,
+    /// The guest stands still until it is saved.
+    is_held: bool,
 }
 
 impl Runtime {
     fn is_empty(&self) -> bool {
         let nothing_under_way = self.boot.is_none() && self.grace.is_none() && self.successor.is_none();
-        nothing_under_way && self.died.is_none() && self.users.is_empty() && !self.is_paused
+        nothing_under_way && self.died.is_none() && self.users.is_empty() && !self.is_paused && !self.is_held
     }
 }
 
@@ -155,6 +157,15 @@ impl Runtimes {
         for token in self.with(vm, transfers) {
             token.cancel(HOST_DISK_FULL);
         }
+    }
+
+    /// The guest is to stand still while it is saved, or not any more. Who says so tells the driver.
+    pub fn hold(&self, vm: &VmId, is_held: bool) {
+        self.with(vm, |r| r.is_held = is_held);
+    }
+
+    pub fn is_held(&self, vm: &VmId) -> bool {
+        self.map.lock().get(vm).is_some_and(|r| r.is_held)
     }
 
     pub fn is_paused(&self, vm: &VmId) -> bool {

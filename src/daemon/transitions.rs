@@ -11,6 +11,8 @@ pub enum Verb {
     /// The same, but for a VM that runs only.
     Kill,
     Restart,
+    /// A start that goes on from a snapshot.
+    Restore,
     Delete,
     DeleteForce,
     Set,
@@ -19,12 +21,13 @@ pub enum Verb {
 }
 
 impl Verb {
-    pub const ALL: [Verb; 9] = [
+    pub const ALL: [Verb; 10] = [
         Verb::Start,
         Verb::Stop,
         Verb::StopForce,
         Verb::Kill,
         Verb::Restart,
+        Verb::Restore,
         Verb::Delete,
         Verb::DeleteForce,
         Verb::Set,
@@ -38,6 +41,7 @@ impl Verb {
             Verb::StopForce => "stop --force",
             Verb::Kill => "kill",
             Verb::Restart => "restart",
+            Verb::Restore => "restore",
             Verb::Delete => "delete",
             Verb::DeleteForce => "delete --force",
             Verb::Set => "set",
@@ -69,6 +73,7 @@ use Decision::{Allow, Claim, Escalate, Join, Nothing, Refuse, Supersede};
 
 const START_FIRST: &str = "start it first: fcctl start {vm}";
 const FORCE: &str = "stop it first: fcctl stop {vm}, or delete it as it runs: fcctl rm --force {vm}";
+const STOP_FIRST: &str = "stop it first: fcctl stop {vm}";
 const NOT_RUNNING: &str = "it does not run: see fcctl vm show {vm}";
 const BEING_DELETED: &str = "it is being deleted: make another with fcctl vm create";
 const WAIT_STOPPED: &str = "wait until it has stopped: fcctl vm wait {vm}, then fcctl start {vm}";
@@ -78,7 +83,7 @@ const WAIT_RUNNING: &str = "wait until it runs: fcctl vm wait --state running {v
 pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
     use VmState::{Created, Deleting, Failed, Running, Starting, Stopped, Stopping};
     match (state, verb) {
-        (Created | Stopped | Failed, Verb::Start | Verb::Restart) => Claim(Starting),
+        (Created | Stopped | Failed, Verb::Start | Verb::Restart | Verb::Restore) => Claim(Starting),
         (Created | Stopped | Failed, Verb::Stop | Verb::StopForce) => Nothing,
         (Created | Stopped | Failed, Verb::Kill) => Refuse(NOT_RUNNING),
         (Created | Stopped | Failed, Verb::Delete | Verb::DeleteForce) => Claim(Deleting),
@@ -86,6 +91,7 @@ pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
 
         (Starting, Verb::Start) => Join,
         (Starting, Verb::Stop | Verb::StopForce | Verb::Kill | Verb::Delete | Verb::DeleteForce) => Supersede,
+        (Starting | Running | Stopping, Verb::Restore) => Refuse(STOP_FIRST),
         (Starting, Verb::Restart | Verb::Guest) => Refuse(WAIT_RUNNING),
 
         (Running, Verb::Start) => Nothing,

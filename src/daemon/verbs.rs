@@ -20,26 +20,26 @@ const ABANDON_RETRY: Duration = Duration::from_millis(250);
 
 impl Daemon {
     pub fn start(&self, caller: &Caller, vm: &str) -> Result<Begun> {
-        self.lifecycle(caller, vm, &Ask { verb: Verb::Start, method: "vm.start", timeout: None })
+        self.lifecycle(caller, vm, &Ask { verb: Verb::Start, method: "vm.start", timeout: None, restore: None })
     }
 
     pub fn stop(&self, caller: &Caller, request: &VmStopRequest) -> Result<Begun> {
         let verb = if request.force { Verb::StopForce } else { Verb::Stop };
-        self.lifecycle(caller, &request.vm, &Ask { verb, method: "vm.stop", timeout: grace(request.timeout_ms) })
+        self.lifecycle(caller, &request.vm, &Ask { verb, method: "vm.stop", timeout: grace(request.timeout_ms), restore: None })
     }
 
     pub fn restart(&self, caller: &Caller, request: &VmStopRequest) -> Result<Begun> {
         let timeout = if request.force { Some(Duration::ZERO) } else { grace(request.timeout_ms) };
-        self.lifecycle(caller, &request.vm, &Ask { verb: Verb::Restart, method: "vm.restart", timeout })
+        self.lifecycle(caller, &request.vm, &Ask { verb: Verb::Restart, method: "vm.restart", timeout, restore: None })
     }
 
     pub fn kill(&self, caller: &Caller, vm: &str) -> Result<Begun> {
-        self.lifecycle(caller, vm, &Ask { verb: Verb::Kill, method: "vm.kill", timeout: None })
+        self.lifecycle(caller, vm, &Ask { verb: Verb::Kill, method: "vm.kill", timeout: None, restore: None })
     }
 
     pub fn delete(&self, caller: &Caller, request: &VmDeleteRequest) -> Result<Begun> {
         let verb = if request.force { Verb::DeleteForce } else { Verb::Delete };
-        match self.lifecycle(caller, &request.vm, &Ask { verb, method: "vm.delete", timeout: None }) {
+        match self.lifecycle(caller, &request.vm, &Ask { verb, method: "vm.delete", timeout: None, restore: None }) {
             Err(e) if request.if_exists && e.kind() == Kind::VmNotFound => Begun::done(&VmDeleteReply { deleted: None }),
             other => other,
         }

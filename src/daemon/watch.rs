@@ -119,7 +119,7 @@ impl Daemon {
     /// Deletes an `rm` VM on the daemon's own account. Somebody else may be at it already.
     pub(super) fn delete_unasked(&self, vm: &VmId) {
         let root = Caller { uid: 0, gid: 0, pid: 0 };
-        let ask = Ask { verb: Verb::DeleteForce, method: "vm.delete", timeout: None };
+        let ask = Ask { verb: Verb::DeleteForce, method: "vm.delete", timeout: None, restore: None };
         if let Err(e) = self.lifecycle(&root, vm.as_str(), &ask) {
             log::info!("delete {vm}, which was to be removed: {e}");
         }

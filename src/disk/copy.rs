@@ -11,7 +11,7 @@ const STEP_BYTES: u64 = 16 << 20;
 
 /// Copies what `from` has into `to`, which is empty; `progress` is told how far it is of the file's length.
 pub fn copy_sparse(from: &File, to: &File, cancel: &Cancel, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
-    let io = |e: std::io::Error| Error::io("copy the image", e);
+    let io = |e: std::io::Error| Error::io("copy a disk", e);
     let len = from.metadata().map_err(io)?.len();
     to.set_len(len).map_err(io)?;
     let mut at = 0;
@@ -19,7 +19,7 @@ pub fn copy_sparse(from: &File, to: &File, cancel: &Cancel, progress: &mut dyn F
         at = start;
         while at < end {
             if cancel.is_cancelled() {
-                return Err(crate::host::wait::cancelled("copy the image", cancel));
+                return Err(crate::host::wait::cancelled("copy a disk", cancel));
             }
             at += copy_step(from, to, at, (end - at).min(STEP_BYTES)).map_err(io)?;
             progress(at, len);

@@ -5,6 +5,7 @@
 //! only makes the disk larger, and the guest grows its own file system.
 
 mod copy;
+pub mod duplicate;
 mod method;
 pub mod root;
 pub mod seed;
@@ -13,7 +14,7 @@ pub mod work;
 
 pub use method::{Method, Probe, probe};
 pub use root::{RootSpec, grow, make_root, origin};
-pub use seed::{KeyPair, Network, Seed, SeedFile};
+pub use seed::{KeyPair, Network, Seed, SeedFile, Wake};
 
 use crate::error::{Error, Result};
 use std::fs::File;

@@ -47,7 +47,7 @@ pub fn make_root(
     let base_bytes = base.metadata().map_err(|e| Error::io("read its size", e)).map_err(doing)?.len();
     check_size(base_bytes, spec.size_bytes).map_err(doing)?;
     let draft = Draft::new(spec.path)?;
-    let origin = if spec.method.needs_image() { link_origin(spec).map_err(doing)? } else { PathBuf::new() };
+    let origin = if spec.method.needs_image() { link_origin(spec.base, spec.path).map_err(doing)? } else { PathBuf::new() };
     let made = match spec.method {
         Method::Reflink => clone_file(&base, &draft.path, spec.size_bytes),
         Method::Qcow2 => {
@@ -72,17 +72,17 @@ pub fn make_root(
 
 /// A second name for the image's file, in the VM's own directory: the disk stands on it for as long as the VM is there, whatever
 /// becomes of the image. Where the file system has no such names it is the image's own.
-fn link_origin(spec: &RootSpec<'_>) -> Result<PathBuf> {
+pub(super) fn link_origin(base: &Path, disk: &Path) -> Result<PathBuf> {
     use rustix::io::Errno;
-    let origin = origin_path(spec.path);
-    let io = |e: std::io::Error| Error::io(format!("link {} to {}", origin.display(), spec.base.display()), e);
+    let origin = origin_path(disk);
+    let io = |e: std::io::Error| Error::io(format!("link {} to {}", origin.display(), base.display()), e);
     match std::fs::remove_file(&origin) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(io(e)),
         _ => {}
     }
-    match rustix::fs::link(spec.base, &origin) {
+    match rustix::fs::link(base, &origin) {
         Ok(()) => Ok(origin),
-        Err(Errno::XDEV | Errno::PERM | Errno::MLINK | Errno::OPNOTSUPP) => Ok(spec.base.to_owned()),
+        Err(Errno::XDEV | Errno::PERM | Errno::MLINK | Errno::OPNOTSUPP) => Ok(base.to_owned()),
         Err(e) => Err(io(e.into())),
     }
 }
@@ -141,7 +141,7 @@ fn clone_file(base: &File, path: &Path, size_bytes: u64) -> Result<()> {
     }
 }
 
-fn new_file(path: &Path) -> Result<File> {
+pub(super) fn new_file(path: &Path) -> Result<File> {
     let options = OpenOptions::new().write(true).create_new(true).mode(0o600).clone();
     options.open(path).map_err(|e| Error::io(format!("make {}", path.display()), e))
 }
@@ -188,7 +188,16 @@ fn resize_qcow2(path: &Path, size_bytes: u64) -> Command {
         .deadline(QEMU_IMG_DEADLINE)
 }
 
-fn mend_qemu_img(e: Error) -> Error {
+/// Names what the file stands on, and changes nothing else.
+pub(super) fn rebase_qcow2(base: &Path, path: &Path) -> Command {
+    Command::new("qemu-img")
+        .args(["rebase", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b"])
+        .arg(base)
+        .arg(path)
+        .deadline(QEMU_IMG_DEADLINE)
+}
+
+pub(super) fn mend_qemu_img(e: Error) -> Error {
     match e.kind() {
         Kind::CommandMissing => e.hint("sudo apt-get install qemu-utils"),
         Kind::CommandFailed if e.message().contains("No space left on device") => {
@@ -226,6 +235,10 @@ mod tests {
     fn argv() {
         let create = create_qcow2(Path::new("/i/rootfs.ext4"), Path::new("/v/.disk.new"), 8192);
         check(&create, expect!["qemu-img create -q -f qcow2 -F raw -b /i/rootfs.ext4 /v/.disk.new 8192"]);
+        check(
+            &rebase_qcow2(Path::new("/v/origin"), Path::new("/v/.disk.new")),
+            expect!["qemu-img rebase -q -u -f qcow2 -F raw -b /v/origin /v/.disk.new"],
+        );
         check(&resize_qcow2(Path::new("/v/disk"), 12288), expect!["qemu-img resize -q -f qcow2 /v/disk 12288"]);
     }
 

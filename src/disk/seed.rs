@@ -14,6 +14,9 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+/// A drive's length is a multiple of this: a guest that goes on sees another drive where its own was, and no more of it than that had.
+const UNIT_BYTES: usize = 16 << 10;
+
 /// A guest's one interface, `eth0`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Network {
@@ -50,6 +53,23 @@ pub struct Seed<'a> {
     pub work_disk: Option<&'a str>,
     /// What it copies over its own files at boot.
     pub files: &'a [SeedFile],
+    /// The guest goes on and does not boot.
+    pub wake: Option<&'a Wake>,
+}
+
+/// What a guest is told that goes on from where it was saved. `src/guest/rejoin.sh` reads it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wake {
+    /// That it has read this one: new for each start, hexadecimal.
+    pub token: String,
+    /// Seconds since the epoch.
+    pub now_s: u64,
+    /// For the guest's random numbers, hexadecimal.
+    pub random: String,
+    /// The Ethernet address that its interface has now, if the host gives it.
+    pub mac: Option<String>,
+    /// A new machine-id(5), where it is another machine.
+    pub machine_id: Option<String>,
 }
 
 /// A file that a guest gets; its owner is root.
@@ -98,7 +118,9 @@ impl Seed<'_> {
         if !self.files.is_empty() {
             append(&mut tar, Path::new("files.tar"), 0o600, 0, &files_tar(self.files)?)?;
         }
-        tar.into_inner().map_err(|e| Error::io("pack the seed drive", e))
+        let mut bytes = tar.into_inner().map_err(|e| Error::io("pack the seed drive", e))?;
+        bytes.resize(bytes.len().next_multiple_of(UNIT_BYTES), 0);
+        Ok(bytes)
     }
 
     fn config(&self) -> String {
@@ -112,6 +134,11 @@ impl Seed<'_> {
         }
         if let Some(path) = self.work_disk {
             let _ = writeln!(text, "work_disk={path}");
+        }
+        if let Some(Wake { token, now_s, random, mac, machine_id }) = self.wake {
+            let _ = writeln!(text, "wake={token}\nnow={now_s}\nrandom={random}");
+            mac.iter().for_each(|mac| text += &format!("mac={mac}\n"));
+            machine_id.iter().for_each(|id| text += &format!("machine_id={id}\n"));
         }
         text
     }
@@ -212,6 +239,7 @@ mod tests {
             host_key: key,
             work_disk: None,
             files: &[],
+            wake: None,
         }
         .tar()
     }
@@ -266,6 +294,7 @@ mod tests {
             host_key: &key,
             work_disk: Some("/work"),
             files: &files,
+            wake: None,
         };
         assert!(seed.config().ends_with("\nwork_disk=/work\n"));
         let dir = tempfile::tempdir().unwrap();
@@ -291,8 +320,15 @@ mod tests {
         std::fs::write(&path, "old").unwrap();
         let (name, key) = ("web".parse().unwrap(), KeyPair::generate("").unwrap());
         let network = Network::user_mode();
-        let seed =
-            Seed { host_name: &name, network: &network, authorized_keys: &[], host_key: &key, work_disk: None, files: &[] };
+        let seed = Seed {
+            host_name: &name,
+            network: &network,
+            authorized_keys: &[],
+            host_key: &key,
+            work_disk: None,
+            files: &[],
+            wake: None,
+        };
         seed.write(&path, None).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(std::fs::read(&path).unwrap(), seed.tar().unwrap());

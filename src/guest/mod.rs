@@ -21,6 +21,9 @@ use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
+/// What a guest runs that is about to be saved.
+pub const REJOIN: &str = include_str!("rejoin.sh");
+
 /// Where a guest is and how it proves who it is.
 #[derive(Clone)]
 pub struct Target {

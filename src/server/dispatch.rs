@@ -7,9 +7,10 @@ use crate::api::exec::{ExecResize, ExecSignal, ExecStart};
 use crate::api::frame::Note;
 use crate::api::image::{ImageBuild, ImageList};
 use crate::api::op::{Op, OpCancel, OpList, OpReply, OpShow, OpStarted, OpState, OpWait};
+use crate::api::snapshot::{SnapshotCreate, SnapshotDelete, SnapshotList, SnapshotRestore, SnapshotShow};
 use crate::api::vm::{
-    VmCreate, VmDelete, VmKill, VmList, VmLogs, VmPause, VmPrune, VmReply, VmRestart, VmResume, VmSet, VmShow, VmSshConfig,
-    VmStart, VmStatsCall, VmStop, VmWait,
+    VmCreate, VmDelete, VmFork, VmKill, VmList, VmLogs, VmPause, VmPrune, VmReply, VmRestart, VmResume, VmSet, VmShow,
+    VmSshConfig, VmStart, VmStatsCall, VmStop, VmWait,
 };
 use crate::api::workspace::{WorkspaceExport, WorkspacePrepare};
 use crate::api::{Call, VERSION_MAJOR, VERSION_MINOR};
@@ -22,7 +23,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use std::time::{Duration, Instant};
 
 /// What this daemon can beyond the first version of the protocol.
-const FEATURES: &[&str] = &["workspace", "exec", "image_build", "events"];
+const FEATURES: &[&str] = &["workspace", "exec", "image_build", "events", "snapshots"];
 
 /// Answers calls over a daemon.
 pub struct Dispatch {
@@ -108,6 +109,10 @@ impl Visit<'_> {
                 let request: <VmResume as Call>::Request = call.parse()?;
                 self.keyed_value(&call, |_| value(&VmReply { vm: d.resume_vm(c, &request.vm)? }), true)
             }
+            VmFork::METHOD => {
+                let request: <VmFork as Call>::Request = call.parse()?;
+                self.keyed(&call, OnHangup::Cancel, || d.fork(c, request))
+            }
             VmLogs::METHOD => {
                 let request = call.parse()?;
                 let mut send = |chunk| self.connection.notify(Note::Log(chunk));
@@ -140,6 +145,23 @@ impl Visit<'_> {
                 let request = call.parse()?;
                 let fds = std::mem::take(&mut call.fds);
                 self.keyed(&call, OnHangup::Cancel, || d.export(c, request, fds))
+            }
+            SnapshotCreate::METHOD => {
+                let request: <SnapshotCreate as Call>::Request = call.parse()?;
+                self.keyed(&call, OnHangup::Cancel, || d.snapshot_create(c, request))
+            }
+            SnapshotList::METHOD => answer(&d.snapshot_list(c, &call.parse()?)?),
+            SnapshotShow::METHOD => {
+                let request: <SnapshotShow as Call>::Request = call.parse()?;
+                answer(&d.snapshot_show(c, &request.snapshot)?)
+            }
+            SnapshotDelete::METHOD => {
+                let request: <SnapshotDelete as Call>::Request = call.parse()?;
+                self.keyed_value(&call, |_| value(&d.snapshot_delete(c, &request.snapshot)?), true)
+            }
+            SnapshotRestore::METHOD => {
+                let request: <SnapshotRestore as Call>::Request = call.parse()?;
+                self.keyed(&call, OnHangup::Cancel, || d.snapshot_restore(c, request))
             }
             OpList::METHOD => answer(&d.op_list(c, &call.parse()?)),
             OpShow::METHOD => {

@@ -22,6 +22,7 @@ mod meta;
 mod op;
 mod reserve;
 mod schema;
+mod snapshot;
 mod sql;
 mod state;
 #[cfg(test)]
@@ -39,6 +40,7 @@ pub use ledger::LedgerRow;
 pub use op::{OPS_ENDED_MAX, OpRow};
 pub use reserve::RESERVE_BYTES;
 pub use schema::INSTALL_ID_LEN;
+pub use snapshot::SnapshotRow;
 pub use state::State;
 pub use tx::Tx;
 pub use vm::{Intent, TapFact, VmRow};

@@ -1,9 +1,9 @@
 //! The whole state in memory. Every effect is an [`Image`] that is applied and gives back what was there before.
 
-use super::{KeyRow, LedgerRow, OpRow, VmRow, WorkspaceRow};
-use super::{key, ledger, meta, op, vm, workspace};
+use super::{KeyRow, LedgerRow, OpRow, SnapshotRow, VmRow, WorkspaceRow};
+use super::{key, ledger, meta, op, snapshot, vm, workspace};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{OpId, VmId, VmName};
+use crate::ids::{OpId, SnapshotId, SnapshotName, VmId, VmName};
 use rusqlite::Connection;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -18,6 +18,7 @@ pub(super) enum Image {
     Ledger(u64, Option<Arc<LedgerRow>>),
     Key((u32, String), Option<Arc<KeyRow>>),
     Meta(String, Option<Arc<str>>),
+    Snapshot(SnapshotId, Option<Arc<SnapshotRow>>),
 }
 
 impl Image {
@@ -30,6 +31,7 @@ impl Image {
             Image::Ledger(id, _) => (3, id.to_string()),
             Image::Key((uid, key), _) => (4, format!("{uid} {key}")),
             Image::Meta(name, _) => (5, name.clone()),
+            Image::Snapshot(id, _) => (6, id.to_string()),
         }
     }
 
@@ -41,6 +43,7 @@ impl Image {
             Image::Ledger(k, _) => Image::Ledger(k, None),
             Image::Key(k, _) => Image::Key(k, None),
             Image::Meta(k, _) => Image::Meta(k, None),
+            Image::Snapshot(k, _) => Image::Snapshot(k, None),
         }
     }
 
@@ -50,7 +53,7 @@ impl Image {
             Image::Vm(id, _) | Image::Workspace(id, _) => Some(id),
             Image::Op(_, row) => row.as_ref()?.vm.as_ref(),
             Image::Ledger(_, row) => row.as_ref()?.vm.as_ref(),
-            Image::Key(..) | Image::Meta(..) => None,
+            Image::Key(..) | Image::Meta(..) | Image::Snapshot(..) => None,
         }
     }
 
@@ -62,6 +65,7 @@ impl Image {
             Image::Ledger(id, row) => ledger::save(c, *id, row.as_deref()),
             Image::Key((uid, k), row) => key::save(c, *uid, k, row.as_deref()),
             Image::Meta(name, value) => meta::save(c, name, value.as_deref()),
+            Image::Snapshot(id, row) => snapshot::save(c, id, row.as_deref()),
         }
     }
 }
@@ -80,6 +84,7 @@ pub struct State {
     ledger: BTreeMap<u64, Arc<LedgerRow>>,
     keys: BTreeMap<(u32, String), Arc<KeyRow>>,
     meta: BTreeMap<String, Arc<str>>,
+    snapshots: BTreeMap<SnapshotId, Arc<SnapshotRow>>,
 }
 
 fn set<K: Ord, V>(map: &mut BTreeMap<K, V>, key: K, value: Option<V>) -> Option<V> {
@@ -162,6 +167,19 @@ impl State {
         self.meta.get(name).map(|v| &**v)
     }
 
+    pub fn snapshot(&self, id: &SnapshotId) -> Option<&Arc<SnapshotRow>> {
+        self.snapshots.get(id)
+    }
+
+    /// In the order of their ids.
+    pub fn snapshots(&self) -> impl Iterator<Item = &Arc<SnapshotRow>> {
+        self.snapshots.values()
+    }
+
+    pub fn snapshot_by_name(&self, name: &SnapshotName) -> Option<&Arc<SnapshotRow>> {
+        self.snapshots.values().find(|row| row.name == *name)
+    }
+
     /// The smallest slot that no VM has. `limit` is how many there are.
     ///
     /// # Errors
@@ -230,6 +248,7 @@ impl State {
             Image::Ledger(id, row) => Image::Ledger(id, set(&mut self.ledger, id, row)),
             Image::Key(key, row) => Image::Key(key.clone(), set(&mut self.keys, key, row)),
             Image::Meta(name, value) => Image::Meta(name.clone(), set(&mut self.meta, name, value)),
+            Image::Snapshot(id, row) => Image::Snapshot(id.clone(), set(&mut self.snapshots, id, row)),
         }
     }
 
@@ -259,6 +278,12 @@ impl State {
         }
         for (name, value) in meta::load(c)? {
             state.apply(Image::Meta(name, Some(value.into())));
+        }
+        for row in snapshot::load(c)? {
+            if state.snapshot_by_name(&row.name).is_some() {
+                return Err(super::sql::refused(format!("two snapshots have the name {}", row.name)));
+            }
+            state.apply(Image::Snapshot(row.id.clone(), Some(row.into())));
         }
         Ok(state)
     }

@@ -2,9 +2,9 @@
 
 use super::key::KEYS_PER_UID_MAX;
 use super::state::{Image, State};
-use super::{KeyRow, LedgerRow, OpRow, VmRow, WorkspaceRow};
+use super::{KeyRow, LedgerRow, OpRow, SnapshotRow, VmRow, WorkspaceRow};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{OpId, VmId};
+use crate::ids::{OpId, SnapshotId, VmId};
 use std::ops::Deref;
 use std::sync::Arc;
 
@@ -176,6 +176,21 @@ impl<'a> Tx<'a> {
             self.apply(Image::Key(key.clone(), None));
         }
         old.len()
+    }
+
+    /// # Errors
+    /// `name_taken`.
+    pub fn put_snapshot(&mut self, row: SnapshotRow) -> Result<()> {
+        if self.snapshot_by_name(&row.name).is_some_and(|other| other.id != row.id) {
+            let text = format!("the snapshot name {} is taken", row.name);
+            return Err(Error::new(Kind::NameTaken, text).hint("choose another with --name"));
+        }
+        self.apply(Image::Snapshot(row.id.clone(), Some(Arc::new(row))));
+        Ok(())
+    }
+
+    pub fn remove_snapshot(&mut self, id: &SnapshotId) {
+        self.apply(Image::Snapshot(id.clone(), None));
     }
 
     pub fn put_meta(&mut self, name: &str, value: &str) {

@@ -1,7 +1,7 @@
 //! All drivers as one: VMs are started by the one that the configuration names, and each is looked after by the one that started it.
 
 use super::console::Consoles;
-use super::{Driver, Identity, Running, Told, VmmSpec};
+use super::{Driver, Identity, Running, SaveTo, Told, VmmSpec};
 use crate::api::daemon::Check;
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
@@ -46,6 +46,14 @@ impl Driver for Drivers {
 
     fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running> {
         self.starts.start(spec, cancel, spawned)
+    }
+
+    fn save(&self, dir: &Path, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+        self.of(identity)?.save(dir, identity, to, cancel)
+    }
+
+    fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {
+        self.starts.can_load(driver, elsewhere)
     }
 
     fn find(&self, tag: &str) -> Result<Option<Identity>> {

@@ -4,7 +4,7 @@
 //! The table belongs to the value, not to a daemon: a daemon that is opened anew over the same `Fake` finds its VMMs.
 
 use super::console::{Attach, Consoles};
-use super::{Driver, Identity, Running, Told, VmmSpec};
+use super::{Driver, Identity, Running, SaveTo, Told, VmmSpec};
 use crate::api::daemon::{Check, Severity};
 use crate::error::{Error, Kind, Result};
 use crate::host::process;
@@ -34,6 +34,8 @@ pub enum Stage {
     BeforeSpawn,
     /// There is one, `spawned` was told, and it does not answer yet.
     AfterSpawn,
+    /// No start: where a guest is saved.
+    Save,
 }
 
 struct Vmm {
@@ -258,6 +260,13 @@ impl Fake {
         if let Some(message) = failure {
             return Err(Error::new(Kind::VmmFailed, format!("start the VMM: {message}")));
         }
+        if let Some(saved) = &spec.saved {
+            let read = std::fs::read(&saved.memory).and_then(|memory| Ok((memory, std::fs::read(&saved.devices)?)));
+            let (memory, devices) = read.map_err(|e| Error::io("load the saved guest", e))?;
+            if memory.is_empty() || memory != devices {
+                return Err(Error::new(Kind::VmmFailed, "load the saved guest: it was never saved"));
+            }
+        }
         self.open_console(spec, identity, format!("started {}", spec.tag))?;
         let end = self.with(identity, |vmm| (vmm.end.clone(), vmm.ssh_addr));
         match end {
@@ -366,6 +375,22 @@ impl Driver for Fake {
         self.with(identity, |vmm| vmm.is_paused = is_paused).ok_or_else(gone)
     }
 
+    fn save(&self, _dir: &Path, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+        let doing = "save the guest";
+        self.pass_gate(Stage::Save, cancel)?;
+        let _blocking = region(Rank::VmmApi);
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+        let saved = self.with(identity, |vmm| (vmm.end.is_none() && vmm.is_paused).then(|| vmm.spec.vm.to_string()));
+        let saved = saved.ok_or_else(gone)?.ok_or_else(|| Error::new(Kind::VmmFailed, format!("{doing}: it runs")))?;
+        let write = |path: &Path| std::fs::OpenOptions::new().write(true).open(path)?.write_all(saved.as_bytes());
+        write(to.memory).and_then(|()| write(to.devices)).map_err(|e| Error::io(doing, e))
+    }
+
+    fn can_load(&self, driver: &str, _elsewhere: bool) -> Result<()> {
+        let refused = || Error::new(Kind::Unsupported, format!("let a saved guest go on: it was saved by {driver}"));
+        if driver == "fake" { Ok(()) } else { Err(refused()) }
+    }
+
     fn watch_guest(&self, _dir: &Path, identity: &Identity, told: Teller) -> Result<()> {
         let mut told = Some(told);
         // The earlier one goes after the lock, with what it holds.
@@ -416,6 +441,7 @@ pub fn spec(vm: VmId, tag: &str, state_dir: &Path) -> VmmSpec {
         kernel: dir.join("vmlinux"),
         initrd: dir.join("initrd"),
         boot_args: String::new(),
+        saved: None,
         disk: dir.join("disk"),
         disk_format: super::DiskFormat::Raw,
         seed: dir.join("seed"),

@@ -76,6 +76,27 @@ pub struct VmmSpec {
     pub network: GuestNetwork,
     /// Bound of the console log, both files together.
     pub console_bytes_max: u64,
+    /// The guest goes on from where it was saved; it does not boot. vCPUs, memory and the kind of each device are as they were then.
+    pub saved: Option<Saved>,
+}
+
+/// What [`Driver::save`] left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Saved {
+    /// Readable by the VMM's uid, as search permission goes; nobody writes it while a guest runs that began with it.
+    pub memory: PathBuf,
+    /// State of the devices, where the driver keeps it apart.
+    pub devices: PathBuf,
+    /// [`Driver::describe`] of when it was saved.
+    pub driver: String,
+}
+
+/// Where a guest is saved to.
+#[derive(Clone, Copy, Debug)]
+pub struct SaveTo<'a> {
+    /// Two files that are there, empty, and that the VMM's uid may write.
+    pub memory: &'a Path,
+    pub devices: &'a Path,
 }
 
 /// A VMM that runs.
@@ -148,6 +169,13 @@ pub trait Driver: Send + Sync {
 
     /// Lets the guest of the VM in `dir` stand still, or go on; one that does so already is ok.
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()>;
+
+    /// Saves the memory and the devices of a guest that stands still, and leaves it so. The VMM has brought all that the guest wrote to its
+    /// disks to their files when this returns.
+    fn save(&self, dir: &Path, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()>;
+
+    /// Whether this driver, as it starts VMs now, lets a guest go on that was saved by `driver`, in another VM's directory if it must.
+    fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()>;
 
     /// Whether there is more on the host of a VMM with a tag than its process: what `clear` removes.
     fn leaves_remains(&self) -> bool;

@@ -21,5 +21,6 @@ mod process;
 mod promise;
 #[path = "../it/lock_fuzz/random.rs"]
 mod random;
+mod snapshots;
 mod soak;
 mod tree;

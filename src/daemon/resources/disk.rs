@@ -27,7 +27,7 @@ impl Resource for Disk {
         daemon.prepare_disk(&boot.row, boot.image, &boot.spec, boot.claim)?;
         // What the disk became is in the row by now.
         boot.row = daemon.row(&boot.row.id)?;
-        boot.spec = daemon.spec(&boot.row, boot.image);
+        boot.spec = daemon.boot_spec(boot.claim, &boot.row, boot.image);
         Ok(())
     }
 

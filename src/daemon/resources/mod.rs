@@ -9,6 +9,7 @@ mod jail;
 mod ports;
 mod process;
 mod seed;
+pub(super) mod snapshot;
 mod synced_files;
 mod tap;
 mod work_disk;
@@ -20,15 +21,16 @@ use crate::api::vm::VmState;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::host::Commands;
-use crate::ids::VmId;
+use crate::ids::{SnapshotId, VmId};
 use crate::locks::Cancel;
 use crate::store::{LedgerRow, State, Tx, VmRow};
 use crate::vmm::Driver;
 use std::path::Path;
 
 /// In the order in which a boot takes them; they are given back in the reverse order.
-const ALL: [&dyn Resource; 10] = [
+const ALL: [&dyn Resource; 11] = [
     &directory::Directory,
+    &snapshot::Snapshot,
     &disk::Disk,
     &disk_device::DiskDevice,
     &work_disk::WorkDisk,
@@ -77,6 +79,11 @@ pub(super) trait Resource: Send + Sync {
     /// All of this kind that is on the host and carries our names.
     fn found(&self, daemon: &Daemon) -> Result<Vec<String>>;
 
+    /// Whether this one is somebody's although it is in no ledger, or no boot's although it is in one.
+    fn is_in_use(&self, _daemon: &Daemon, _name: &str) -> bool {
+        false
+    }
+
     /// What `doctor` says of it: what is needed for it, what was found, how to mend it. Read-only; there may be no daemon.
     fn checks(&self, _host: &HostView<'_>) -> Vec<Check> {
         Vec::new()
@@ -123,6 +130,12 @@ fn is_leftover(state: &State, row: &LedgerRow) -> bool {
         Some(Span::Boot) => at_rest || row.generation < vm.generation,
         Some(Span::Life) | None => false,
     }
+}
+
+/// Removes the directory of a snapshot that nobody makes and that has no row, and strikes it.
+pub(super) fn discard_snapshot(daemon: &Daemon, id: &SnapshotId, ledger: u64) -> Result<()> {
+    let (vm, kind, name) = (None, snapshot::KIND.to_owned(), id.to_string());
+    daemon.release_row(&snapshot::Snapshot, &LedgerRow { id: ledger, vm, generation: 0, kind, name, facts: None })
 }
 
 /// Removes the directory of a VM for which there is no row in the ledger.
@@ -214,11 +227,14 @@ impl Daemon {
                     of_kind().filter(|l| is_leftover(s, l)).map(|l| (**l).clone()).collect(),
                 )
             });
-            for name in found.into_iter().filter(|name| !known.contains(name) && !self.is_of_a_vm(resource, name)) {
+            let is_leaked =
+                |name: &String| !known.contains(name) && !self.is_of_a_vm(resource, name) && !resource.is_in_use(self, name);
+            for name in found.into_iter().filter(is_leaked) {
                 let removed = if fix { Some(resource.release(self, &name)) } else { None };
                 leaks.push(leak(resource, &name, "it is in no ledger", removed));
             }
-            for row in leftover.into_iter().filter(|row| !stuck.contains(&row.vm)).collect::<Vec<_>>() {
+            let is_free = |row: &LedgerRow| !stuck.contains(&row.vm) && !resource.is_in_use(self, &row.name);
+            for row in leftover.into_iter().filter(is_free).collect::<Vec<_>>() {
                 let removed = if fix { Some(self.release_row(resource, &row)) } else { None };
                 if matches!(removed, Some(Err(_))) && resource.uses_the_others() {
                     stuck.push(row.vm.clone());

@@ -27,6 +27,7 @@ impl Resource for Seed {
     fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
         let (row, spec) = (&boot.row, &boot.spec);
         let (host, user) = daemon.keys(row, spec)?;
+        boot.wake = boot.claim.restore.as_ref().map(|restore| daemon.wake(row, restore)).transpose()?;
         let seed = Drive {
             host_name: &row.name,
             network: &daemon.seed_network(row)?,
@@ -34,6 +35,7 @@ impl Resource for Seed {
             host_key: &host,
             work_disk: spec.work_disk.as_ref().map(|_| work::GUEST_PATH),
             files: &boot.files,
+            wake: boot.wake.as_ref(),
         };
         seed.write(&spec.seed, spec.credentials)
     }

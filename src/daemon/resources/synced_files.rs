@@ -32,7 +32,8 @@ impl Resource for SyncedFiles {
     }
 
     fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
-        if daemon.config.sync.is_empty() {
+        // A guest that goes on has them.
+        if daemon.config.sync.is_empty() || boot.claim.restore.is_some() {
             return Ok(());
         }
         boot.needs_guest("files of [[sync]]")?;

@@ -38,7 +38,7 @@ impl Resource for Tap {
         let ((), ticket) = daemon.store.change(|tx| tx.update_vm(&boot.row.id, |r| r.tap = fact))?;
         ticket.detach();
         boot.row = daemon.row(&boot.row.id)?;
-        boot.spec = daemon.spec(&boot.row, boot.image);
+        boot.spec = daemon.boot_spec(boot.claim, &boot.row, boot.image);
         Ok(())
     }
 

@@ -104,6 +104,12 @@ fn has_room(file: &File) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Brings everything that a guest has written to the device into its file.
+pub fn flush(node: &Path) -> Result<()> {
+    let device = crate::host::fs::open_nofollow(node)?;
+    device.sync_all().map_err(|e| Error::io(format!("write back {}", node.display()), e))
+}
+
 /// Makes the device and its node.
 ///
 /// Errors: `disk_full` where the host has no room for the guest's first writes; `command_missing` (dmsetup). After an error nothing

@@ -79,6 +79,41 @@ struct Action {
     action_type: &'static str,
 }
 
+/// Everything but the interfaces is where it was when it was saved.
+#[derive(Debug, Serialize)]
+pub struct LoadSnapshot<'a> {
+    snapshot_path: &'a str,
+    mem_backend: MemBackend<'a>,
+    network_overrides: &'a [NetworkOverride<'a>],
+    resume_vm: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct MemBackend<'a> {
+    backend_type: &'static str,
+    backend_path: &'a str,
+}
+
+#[derive(Debug, Serialize)]
+pub struct NetworkOverride<'a> {
+    pub iface_id: &'a str,
+    pub host_dev_name: &'a str,
+}
+
+impl<'a> LoadSnapshot<'a> {
+    pub fn new(devices: &'a str, memory: &'a str, network_overrides: &'a [NetworkOverride<'a>]) -> Self {
+        let mem_backend = MemBackend { backend_type: "File", backend_path: memory };
+        Self { snapshot_path: devices, mem_backend, network_overrides, resume_vm: true }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct CreateSnapshot<'a> {
+    snapshot_type: &'static str,
+    snapshot_path: &'a str,
+    mem_file_path: &'a str,
+}
+
 #[derive(Debug, Serialize)]
 struct VmState {
     state: &'static str,
@@ -156,6 +191,12 @@ impl<'a> PreBoot<'a> {
         self.0.change(Method::Put, "/serial", &Serial { serial_out_path: path }, "set the console")
     }
 
+    /// The guest goes on from where it was. After a refusal the VMM exits (docs/snapshotting/snapshot-support.md).
+    pub fn load(mut self, snapshot: &LoadSnapshot<'_>) -> Result<Booted<'a>> {
+        self.0.change(Method::Put, "/snapshot/load", snapshot, "load the saved guest")?;
+        Ok(Booted(self.0))
+    }
+
     /// The guest runs from here on.
     pub fn start(mut self) -> Result<Booted<'a>> {
         self.0.change(Method::Put, "/actions", &Action { action_type: "InstanceStart" }, "start the guest")?;
@@ -178,6 +219,12 @@ impl<'a> Booted<'a> {
     /// Standing still already is ok.
     pub fn pause(&mut self) -> Result<()> {
         self.0.change(Method::Patch, "/vm", &VmState { state: "Paused" }, "pause the guest")
+    }
+
+    /// The guest must stand still.
+    pub fn save(&mut self, devices: &str, memory: &str) -> Result<()> {
+        let create = CreateSnapshot { snapshot_type: "Full", snapshot_path: devices, mem_file_path: memory };
+        self.0.change(Method::Put, "/snapshot/create", &create, "save the guest")
     }
 
     /// Running already is ok.

@@ -40,6 +40,8 @@ pub const INITRD: &str = "initrd";
 pub const DISK: &str = "disk";
 pub const SEED: &str = "seed";
 pub const WORK: &str = "work";
+pub const MEMORY: &str = "memory";
+pub const DEVICES: &str = "devices";
 
 /// The programs, found and fit to be jailed.
 pub struct Programs {
@@ -165,6 +167,7 @@ pub fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
     std::fs::create_dir_all(&root).map_err(|e| Error::io(doing(), e))?;
     let mut files = vec![(&spec.kernel, KERNEL), (&spec.initrd, INITRD), (&spec.disk, DISK), (&spec.seed, SEED)];
     files.extend(spec.work_disk.as_ref().map(|work| (work, WORK)));
+    files.extend(spec.saved.iter().flat_map(|saved| [(&saved.memory, MEMORY), (&saved.devices, DEVICES)]));
     for (from, name) in files {
         std::fs::hard_link(from, root.join(name)).map_err(|e| {
             let e = Error::io(format!("{}: link {}", doing(), from.display()), e);
@@ -276,6 +279,7 @@ mod tests {
             credentials: Some((1234, 1234)),
             network: crate::vmm::GuestNetwork::UserMode { isolated: false, ports: Vec::new() },
             console_bytes_max: 1 << 16,
+            saved: None,
         }
     }
 

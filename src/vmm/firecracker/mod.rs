@@ -14,7 +14,7 @@ use super::console::{Attach, Consoles};
 use super::dial::{self, Patience};
 use super::processes::{self, Processes};
 use super::run_dir;
-use super::{DiskFormat, Driver, GuestNetwork, Identity, Running, Told, VmmSpec};
+use super::{DiskFormat, Driver, GuestNetwork, Identity, Running, SaveTo, Told, VmmSpec};
 use crate::api::daemon::Check;
 use crate::config::Firecracker as Config;
 use crate::error::{Error, Kind, Result};
@@ -22,7 +22,7 @@ use crate::host::fs::{open_at, open_dir};
 use crate::host::process::{self, Credentials, Process, Spawn};
 use crate::locks::{Cancel, Rank, region};
 use crate::vmm::kvm::{kvm_access, own_access};
-use api::{BootSource, Booted, CacheType, Drive, MachineConfig, NetworkInterface, PreBoot, text};
+use api::{BootSource, Booted, CacheType, Drive, LoadSnapshot, MachineConfig, NetworkInterface, NetworkOverride, PreBoot, text};
 use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
 use std::ffi::OsString;
 use std::fs::File;
@@ -35,11 +35,15 @@ use std::time::{Duration, Instant};
 const SSH_PORT: u16 = 22;
 const API_SOCKET: &str = "api.sock";
 const CONSOLE_PIPE: &str = "console";
+/// The guest's one network interface.
+const INTERFACE: &str = "eth0";
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// From the process's start to its first guest instruction; a fraction of a second on an idle host.
 const START_DEADLINE: Duration = Duration::from_secs(30);
 /// For a VMM that runs already to answer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
+/// For a guest's memory to go to the disk, or to come from there.
+const SAVE_DEADLINE: Duration = Duration::from_secs(600);
 /// For a process that was killed because its start failed.
 const KILL_DEADLINE: Duration = Duration::from_secs(30);
 /// A reset is what ends the VMM (docs/getting-started.md: `reboot=k`); it has no other power switch.
@@ -129,13 +133,21 @@ impl Firecracker {
         let configure = || -> Result<Running> {
             let (mut vmm, instance) = PreBoot::open(socket, patience)?;
             checks::require(&instance.vmm_version)?;
-            let ssh_addr = configure(&mut vmm, spec, files)?;
-            vmm.start()?;
+            let ssh_addr = match &files.saved {
+                None => {
+                    let ssh_addr = configure(&mut vmm, spec, files)?;
+                    vmm.start()?;
+                    ssh_addr
+                }
+                Some((memory, devices)) => load(vmm, spec, memory, devices)?,
+            };
             // It has the pipe open by now; what the guest has said meanwhile is in it.
             self.read_console(spec, place, format!("started {}", spec.tag))?;
             Ok(Running { identity: process.identity().clone(), ssh_addr })
         };
-        configure().map_err(|e| if e.kind() != Kind::Cancelled && run_dir::is_exiting(process) { exited() } else { e })
+        // After a refused load it exits, and has said why before.
+        let says_why = |e: &Error| e.kind() == Kind::Cancelled || files.saved.is_some();
+        configure().map_err(|e| if !says_why(&e) && run_dir::is_exiting(process) { exited() } else { e })
     }
 
     fn read_console(&self, spec: &VmmSpec, run: &OwnedFd, mark: String) -> Result<()> {
@@ -159,6 +171,8 @@ struct Files {
     disk: String,
     seed: String,
     work: Option<String>,
+    /// Memory and devices of a guest that was saved.
+    saved: Option<(String, String)>,
 }
 
 impl Files {
@@ -170,6 +184,7 @@ impl Files {
             disk: text(&spec.disk)?,
             seed: text(&spec.seed)?,
             work: spec.work_disk.as_deref().map(text).transpose()?,
+            saved: spec.saved.as_ref().map(|s| Ok::<_, Error>((text(&s.memory)?, text(&s.devices)?))).transpose()?,
         })
     }
 
@@ -181,6 +196,7 @@ impl Files {
             disk: at(jail::DISK),
             seed: at(jail::SEED),
             work: spec.work_disk.as_ref().map(|_| at(jail::WORK)),
+            saved: spec.saved.as_ref().map(|_| (at(jail::MEMORY), at(jail::DEVICES))),
         }
     }
 }
@@ -196,10 +212,8 @@ fn place(process: &Process, doing: &str) -> Result<OwnedFd> {
 
 /// In the order in which the guest counts its disks.
 fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<std::net::SocketAddr> {
-    let GuestNetwork::Tap { name, mac, address } = &spec.network else {
-        return Err(Error::new(Kind::Unsupported, "start the VMM: firecracker has no user-mode network")
-            .hint("set driver = \"bridge\" under [network], or driver = \"qemu\" under [vmm]"));
-    };
+    let (name, address) = tap(spec)?;
+    let GuestNetwork::Tap { mac, .. } = &spec.network else { return Err(Error::internal("a tap is no tap")) };
     if spec.disk_format == DiskFormat::Qcow2 {
         return Err(Error::new(Kind::Unsupported, "start the VMM: firecracker reads no qcow2, as this VM's disk is")
             .hint("set driver = \"qemu\" under [vmm] for it, or make a new VM"));
@@ -217,10 +231,28 @@ fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<std
             cache_type: CacheType::Writeback,
         })?;
     }
-    vmm.network(&NetworkInterface { iface_id: "eth0", host_dev_name: name, guest_mac: mac })?;
+    vmm.network(&NetworkInterface { iface_id: INTERFACE, host_dev_name: name, guest_mac: mac })?;
     vmm.entropy()?;
     vmm.serial(CONSOLE_PIPE)?;
-    Ok(api::ssh_addr(*address))
+    Ok(api::ssh_addr(address))
+}
+
+/// Disks and console have the names that they had then.
+fn load(mut vmm: PreBoot<'_>, spec: &VmmSpec, memory: &str, devices: &str) -> Result<std::net::SocketAddr> {
+    let (tap, address) = tap(spec)?;
+    vmm.serial(CONSOLE_PIPE)?;
+    vmm.load(&LoadSnapshot::new(devices, memory, &[NetworkOverride { iface_id: INTERFACE, host_dev_name: tap }]))?;
+    Ok(api::ssh_addr(address))
+}
+
+fn tap(spec: &VmmSpec) -> Result<(&str, std::net::Ipv4Addr)> {
+    match &spec.network {
+        GuestNetwork::Tap { name, address, .. } => Ok((name, *address)),
+        GuestNetwork::UserMode { .. } => {
+            Err(Error::new(Kind::Unsupported, "start the VMM: firecracker has no user-mode network")
+                .hint("set driver = \"bridge\" under [network], or driver = \"qemu\" under [vmm]"))
+        }
+    }
 }
 
 fn make_pipe(run: &OwnedFd, credentials: Option<(u32, u32)>) -> Result<()> {
@@ -229,6 +261,26 @@ fn make_pipe(run: &OwnedFd, credentials: Option<(u32, u32)>) -> Result<()> {
     if let Some((uid, gid)) = credentials {
         let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
         rustix::fs::chownat(run, CONSOLE_PIPE, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), flags).map_err(io)?;
+    }
+    Ok(())
+}
+
+/// Files of ours get a second name where the VMM can open them. It may have put something there.
+fn link(place: &OwnedFd, to: SaveTo<'_>) -> Result<()> {
+    unlink(place)?;
+    for (path, name) in [(to.memory, jail::MEMORY), (to.devices, jail::DEVICES)] {
+        let linked = rustix::fs::linkat(rustix::fs::CWD, path, place, name, rustix::fs::AtFlags::empty());
+        linked.map_err(|e| Error::io(format!("give the VMM {}", path.display()), std::io::Error::from(e)))?;
+    }
+    Ok(())
+}
+
+fn unlink(place: &OwnedFd) -> Result<()> {
+    for name in [jail::MEMORY, jail::DEVICES] {
+        match rustix::fs::unlinkat(place, name, rustix::fs::AtFlags::empty()) {
+            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+            Err(e) => return Err(Error::io("take a file from the VMM", std::io::Error::from(e))),
+        }
     }
     Ok(())
 }
@@ -272,9 +324,10 @@ impl Driver for Firecracker {
         let mut undo = crate::undo::Undo::new();
         undo.push("kill the VMM", || self.kill(process.identity(), Instant::now() + KILL_DEADLINE));
         spawned(process.identity());
+        let within = if spec.saved.is_some() { SAVE_DEADLINE } else { START_DEADLINE };
         let running = {
             let _blocking = region(Rank::VmmApi);
-            self.set_going(spec, &spawned_now, Patience { deadline: Instant::now() + START_DEADLINE, cancel })?
+            self.set_going(spec, &spawned_now, Patience { deadline: Instant::now() + within, cancel })?
         };
         undo.commit();
         Ok(running)
@@ -342,6 +395,41 @@ impl Driver for Firecracker {
         let patience = Patience { deadline: Instant::now() + ANSWER_DEADLINE, cancel };
         let mut vmm = self.booted(&process, patience, doing)?;
         if is_paused { vmm.pause() } else { vmm.resume() }
+    }
+
+    fn save(&self, _dir: &Path, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+        let doing = "save the guest";
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+        let process = Process::open(identity)?.ok_or_else(gone)?;
+        let _blocking = region(Rank::VmmApi);
+        let patience = Patience { deadline: Instant::now() + SAVE_DEADLINE, cancel };
+        let place = place(&process, doing)?;
+        let saved = link(&place, to).and_then(|()| {
+            let mut vmm = self.booted(&process, patience, doing)?;
+            vmm.save(jail::DEVICES, jail::MEMORY)
+        });
+        unlink(&place)?;
+        saved
+    }
+
+    fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {
+        let doing = "let a saved guest go on";
+        if !driver.starts_with("firecracker") {
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!("{doing}: it was saved by {driver}, and VMs run on firecracker now"),
+            )
+            .hint("set driver = \"qemu\" under [vmm]"));
+        }
+        if elsewhere && !self.leaves_remains() {
+            // Its disks' paths are in what was saved, and there is no way to give others.
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!("{doing} in another VM: without a jail its disks have the old VM's paths"),
+            )
+            .hint("set jail = true under [firecracker], as root"));
+        }
+        Ok(())
     }
 
     fn leaves_remains(&self) -> bool {

@@ -137,6 +137,10 @@ pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Ve
     option("-qmp", format!("unix:{QMP_SOCKET},server=on,wait=off"));
     option("-qmp", format!("unix:{CONTROL_SOCKET},server=on,wait=off"));
     option("-append", platform.kernel_args(&spec.boot_args));
+    if spec.saved.is_some() {
+        // From where, QMP is told.
+        option("-incoming", "defer".into());
+    }
     args.extend(["-kernel".into(), spec.kernel.clone().into(), "-initrd".into(), spec.initrd.clone().into(), "-S".into()]);
     Ok(args)
 }
@@ -238,6 +242,7 @@ mod tests {
             credentials: None,
             network: GuestNetwork::UserMode { isolated: false, ports: Vec::new() },
             console_bytes_max: 1 << 20,
+            saved: None,
         }
     }
 

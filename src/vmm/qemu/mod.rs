@@ -9,13 +9,14 @@ mod argv;
 mod attend;
 mod checks;
 mod qmp;
+mod save;
 mod tsc;
 
 use super::console::{Attach, Consoles};
 use super::dial::{self, Patience};
 use super::processes::{self, Processes};
 use super::run_dir::{self, RUN_DIR};
-use super::{Driver, GuestNetwork, Identity, Running, Told, VmmSpec};
+use super::{Driver, GuestNetwork, Identity, Running, SaveTo, Told, VmmSpec};
 use crate::api::daemon::Check;
 use crate::config::Qemu as Config;
 use crate::error::{Error, Kind, Result};
@@ -75,6 +76,24 @@ impl Qemu {
         Ok((process, run))
     }
 
+    /// One conversation with a VMM that runs.
+    fn control(
+        &self,
+        dir: &Path,
+        identity: &Identity,
+        patience: Patience<'_>,
+        doing: &str,
+        talk: impl FnOnce(&mut Qmp<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+        let process = Process::open(identity)?.ok_or_else(gone)?;
+        let _blocking = region(Rank::VmmApi);
+        let run = run_dir::open(dir, doing)?;
+        let control = dial::connect(&run, argv::CONTROL_SOCKET, &process, patience)?.ok_or_else(gone)?;
+        let mut qmp = Qmp::open(control, patience).map_err(|e| e.context(doing))?;
+        talk(&mut qmp).map_err(|e| e.context(doing))
+    }
+
     /// Console first, so that nothing the guest says is lost; then where its SSH port is; then let it run.
     fn set_going(&self, spec: &VmmSpec, process: &Process, run: &OwnedFd, patience: Patience<'_>) -> Result<Running> {
         let exited = || run_dir::exited_early("qemu", spec, process);
@@ -90,11 +109,19 @@ impl Qemu {
         let ask = || -> Result<Running> {
             let mut qmp = Qmp::open(control, patience)?;
             let ssh_addr = ssh_addr(spec, &mut qmp)?;
+            if let Some(saved) = &spec.saved {
+                save::load(&mut qmp, &saved.memory)?;
+            }
             qmp.execute("cont", &json!({}))?;
             Ok(Running { identity: process.identity().clone(), ssh_addr })
         };
         ask().map_err(|e| if e.kind() != Kind::Cancelled && run_dir::is_exiting(process) { exited() } else { e })
     }
+}
+
+/// What was saved is read before anything else happens.
+fn start_deadline(spec: &VmmSpec) -> Duration {
+    if spec.saved.is_some() { save::DEADLINE } else { START_DEADLINE }
 }
 
 /// On a tap the guest has an address of its own; in user mode QEMU picked the port.
@@ -138,6 +165,9 @@ impl Driver for Qemu {
 
     fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running> {
         let picked = self.picker.pick(&spec.kernel, cancel)?;
+        if let Some(saved) = &spec.saved {
+            save::require_same(&saved.driver, &picked.platform.to_string())?;
+        }
         if cancel.is_cancelled() {
             return Err(crate::host::wait::cancelled("start the VMM", cancel));
         }
@@ -148,7 +178,7 @@ impl Driver for Qemu {
         spawned(process.identity());
         let running = {
             let _blocking = region(Rank::VmmApi);
-            self.set_going(spec, &process, &run, Patience { deadline: Instant::now() + START_DEADLINE, cancel })?
+            self.set_going(spec, &process, &run, Patience { deadline: Instant::now() + start_deadline(spec), cancel })?
         };
         undo.commit();
         Ok(running)
@@ -214,16 +244,20 @@ impl Driver for Qemu {
         crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || attended.run()).map(drop)
     }
 
+    fn save(&self, dir: &Path, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+        let patience = Patience { deadline: Instant::now() + save::DEADLINE, cancel };
+        self.control(dir, identity, patience, "save the guest", |qmp| save::save(qmp, to.memory))
+    }
+
+    fn can_load(&self, driver: &str, _elsewhere: bool) -> Result<()> {
+        // More is known when the platform is picked, which takes a while the first time.
+        if driver.starts_with("qemu") { Ok(()) } else { save::require_same(driver, "qemu") }
+    }
+
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
         let (doing, command) = if is_paused { ("pause the guest", "stop") } else { ("let the guest go on", "cont") };
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
-        let process = Process::open(identity)?.ok_or_else(gone)?;
-        let _blocking = region(Rank::VmmApi);
         let patience = Patience { deadline: Instant::now() + ADOPT_DEADLINE, cancel };
-        let run = run_dir::open(dir, doing)?;
-        let control = dial::connect(&run, argv::CONTROL_SOCKET, &process, patience)?.ok_or_else(gone)?;
-        let mut qmp = Qmp::open(control, patience).map_err(|e| e.context(doing))?;
-        qmp.execute(command, &json!({})).map(drop).map_err(|e| e.context(doing))
+        self.control(dir, identity, patience, doing, |qmp| qmp.execute(command, &json!({})).map(drop))
     }
 
     fn leaves_remains(&self) -> bool {
@@ -277,6 +311,7 @@ mod tests {
             credentials: None,
             network: crate::vmm::GuestNetwork::UserMode { isolated: false, ports: Vec::new() },
             console_bytes_max: 1 << 16,
+            saved: None,
         };
         let mut told = None;
         let e = driver.start(&spec, &Cancel::try_new().unwrap(), &mut |i| told = Some(i.clone())).unwrap_err();

@@ -7,10 +7,11 @@ use crate::host::command::printable;
 use crate::host::wait::{Woken, cancelled, wait_any};
 use crate::vmm::dial::Patience;
 use nix::poll::PollFlags;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 /// Longest line that is taken.
@@ -67,6 +68,20 @@ impl<'a> Qmp<'a> {
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
         self.ask(command, arguments)?;
         self.answer(command)
+    }
+
+    /// Gives the VMM a descriptor, under a name for later commands (`getfd`).
+    pub fn give(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<()> {
+        let doing = "give the VMM a file";
+        let line = json!({ "execute": "getfd", "arguments": { "fdname": name } }).to_string() + "\n";
+        self.wait(PollFlags::POLLOUT, doing)?;
+        let fds = [fd.as_raw_fd()];
+        let (data, rights) = ([IoSlice::new(line.as_bytes())], [ControlMessage::ScmRights(&fds)]);
+        let sent = sendmsg::<()>(self.stream.as_raw_fd(), &data, &rights, MsgFlags::MSG_NOSIGNAL, None);
+        match sent.map_err(|e| Error::io(doing, std::io::Error::from(e)))? {
+            n if n == line.len() => self.answer("getfd").map(drop),
+            _ => Err(Error::new(Kind::VmmFailed, format!("{doing}: it takes no more"))),
+        }
     }
 
     /// One command, whose answer is the next.

@@ -1,0 +1,141 @@
+//! `snapshot`: guests that were saved, and going on from there.
+
+use super::context::Context;
+use super::output::{self, age, size};
+use crate::api::snapshot::{
+    Snapshot, SnapshotCreate, SnapshotCreateRequest, SnapshotDelete, SnapshotList, SnapshotListRequest, SnapshotRequest,
+    SnapshotRestore, SnapshotRestoreRequest, SnapshotShow,
+};
+use crate::api::vm::Net;
+use crate::client::Result;
+use crate::ids::{SnapshotName, VmName};
+
+#[derive(clap::Subcommand, Debug)]
+pub enum Verb {
+    /// Save a running VM, memory and disks; its guest stands still meanwhile
+    Create {
+        /// Name, id, or the beginning of an id
+        vm: String,
+        /// Of the snapshot; the VM's and a number when not given
+        #[arg(short, long)]
+        name: Option<SnapshotName>,
+    },
+    /// List snapshots
+    #[command(visible_alias = "ls")]
+    List {
+        /// Of this VM only, by name or id
+        #[arg(long)]
+        vm: Option<String>,
+    },
+    /// Show all about snapshots
+    Show(Targets),
+    /// Delete snapshots; what was started from them runs on
+    #[command(visible_alias = "rm")]
+    Delete(Targets),
+    /// Let the VM go on from there; its disks are those of the snapshot from then on, and what they had since is lost
+    Restore {
+        /// Name, id, or the beginning of an id
+        snapshot: String,
+        /// A new VM goes on from there, and the old one, if it is still there, stays as it is
+        #[arg(long = "as", value_name = "NAME")]
+        new_vm: Option<VmName>,
+    },
+}
+
+#[derive(clap::Args, Debug)]
+pub struct Targets {
+    /// Names, ids, or beginnings of ids
+    #[arg(required = true, value_name = "SNAPSHOT")]
+    snapshots: Vec<String>,
+}
+
+pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+    match verb {
+        Verb::Create { vm, name } => create(ctx, SnapshotCreateRequest { vm, name }),
+        Verb::List { vm } => list(ctx, &SnapshotListRequest { vm }),
+        Verb::Show(args) => show(ctx, &args),
+        Verb::Delete(args) => delete(ctx, &args),
+        Verb::Restore { snapshot, new_vm } => restore(ctx, SnapshotRestoreRequest { snapshot, new_vm }),
+    }
+}
+
+fn create(ctx: &mut Context, request: SnapshotCreateRequest) -> Result<u8> {
+    let mut client = ctx.connect()?;
+    let doing = format!("save {}", output::harmless_line(&request.vm));
+    let snapshot = ctx.operate::<SnapshotCreate>(&mut client, &doing, &request)?.snapshot;
+    if ctx.json {
+        ctx.document(&snapshot)?;
+    } else {
+        ctx.line(snapshot.name.as_str())?;
+    }
+    Ok(0)
+}
+
+fn list(ctx: &mut Context, request: &SnapshotListRequest) -> Result<u8> {
+    let snapshots = ctx.connect()?.call::<SnapshotList>(request)?.snapshots;
+    if ctx.json {
+        ctx.document(&snapshots)?;
+        return Ok(0);
+    }
+    let row = |s: &Snapshot| {
+        let (memory, taken) = (size(s.mem_mib << 20), size(s.bytes));
+        vec![s.name.to_string(), s.id.to_string(), s.vm_name.to_string(), memory, taken, age(ctx.now_s, s.created_at)]
+    };
+    let rows: Vec<_> = snapshots.iter().map(row).collect();
+    ctx.text(&output::table(&["NAME", "ID", "VM", "MEMORY", "ON HOST", "CREATED"], &rows))?;
+    Ok(0)
+}
+
+fn show(ctx: &mut Context, args: &Targets) -> Result<u8> {
+    let mut is_first = true;
+    ctx.for_each(&args.snapshots, |ctx, client, snapshot| {
+        let snapshot = client.call::<SnapshotShow>(&SnapshotRequest { snapshot: snapshot.to_owned() })?.snapshot;
+        if !ctx.json {
+            let gap = if std::mem::replace(&mut is_first, false) { "" } else { "\n" };
+            ctx.text(&format!("{gap}{}", sheet(&snapshot, ctx.now_s)))?;
+        }
+        Ok(snapshot)
+    })
+}
+
+/// All about one, a fact a line.
+fn sheet(snapshot: &Snapshot, now_s: u64) -> String {
+    let mut facts = vec![
+        ("name", snapshot.name.to_string()),
+        ("id", snapshot.id.to_string()),
+        ("vm", format!("{} ({})", snapshot.vm_name, snapshot.vm)),
+        ("owner", format!("uid {}", snapshot.owner_uid)),
+        ("created", age(now_s, snapshot.created_at)),
+        ("image", snapshot.image.to_string()),
+        ("driver", snapshot.driver.clone()),
+        ("vcpus", snapshot.vcpus.to_string()),
+        ("memory", size(snapshot.mem_mib << 20)),
+        ("disk", size(snapshot.disk_bytes)),
+    ];
+    facts.extend(snapshot.work_disk_bytes.map(|bytes| ("work disk", size(bytes))));
+    facts.extend((snapshot.net == Net::None).then(|| ("network", "none".to_owned())));
+    facts.push(("on host", size(snapshot.bytes)));
+    facts.iter().map(|(name, value)| format!("{name:<11} {}\n", output::harmless_line(value))).collect()
+}
+
+fn delete(ctx: &mut Context, args: &Targets) -> Result<u8> {
+    ctx.for_each(&args.snapshots, |ctx, client, snapshot| {
+        let reply = client.call::<SnapshotDelete>(&SnapshotRequest { snapshot: snapshot.to_owned() })?;
+        if !ctx.json {
+            ctx.line(&format!("{}: deleted", output::harmless_line(snapshot)))?;
+        }
+        Ok(reply)
+    })
+}
+
+fn restore(ctx: &mut Context, request: SnapshotRestoreRequest) -> Result<u8> {
+    let mut client = ctx.connect()?;
+    let doing = format!("restore {}", output::harmless_line(&request.snapshot));
+    let vm = ctx.operate::<SnapshotRestore>(&mut client, &doing, &request)?.vm;
+    if ctx.json {
+        ctx.document(&vm)?;
+    } else {
+        ctx.line(&format!("{}: {}", vm.name, vm.state.name()))?;
+    }
+    Ok(0)
+}

@@ -1,0 +1,286 @@
+//! Going on from a snapshot: in the VM that it is of, or in a new one. It is a start whose disks, memory and devices come from the snapshot.
+
+use super::boot::Boot;
+use super::captures::Restore;
+use super::lifecycle::{Ask, Claim};
+use super::runtime::Use;
+use super::transitions::Verb;
+use super::{Begun, Caller, Daemon, now_s, to_value};
+use crate::api::exec::Exit;
+use crate::api::op::OpState;
+use crate::api::snapshot::SnapshotRestoreRequest;
+use crate::api::vm::{Net, Vm, VmCreateRequest, VmForkRequest, VmReply};
+use crate::disk::{Method, Wake, duplicate};
+use crate::error::{Error, Kind, Result};
+use crate::guest::{Script, Target, run_script};
+use crate::ids::{ImageRef, OpId, VmId, VmName};
+use crate::net::Mac;
+use crate::ops::OpHandle;
+use crate::store::{SnapshotRow, VmRow, WorkspaceRow};
+use crate::vmm::Running;
+use crate::workspace::remote;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// For the whole of a start from a snapshot, which has deadlines of its own.
+const RESTORE_DEADLINE: Duration = Duration::from_secs(3600);
+/// For the guest to take up what its new seed says.
+const REJOIN_DEADLINE: Duration = Duration::from_secs(60);
+/// Between two tries of a guest that has its old keys still.
+const REJOIN_PERIOD: Duration = Duration::from_millis(100);
+const ANSWER_BYTES_MAX: usize = 4096;
+const RANDOM_BYTES: usize = 64;
+
+impl Daemon {
+    /// The VM that it is of must be at rest. A new one is made whole or not at all.
+    pub fn snapshot_restore(&self, caller: &Caller, request: SnapshotRestoreRequest) -> Result<Begun> {
+        const METHOD: &str = "snapshot.restore";
+        let row = self.find_snapshot(caller, &request.snapshot)?;
+        let Some(name) = request.new_vm else {
+            let restore = self.restore_of(row, false)?;
+            let vm = self.vm_of(caller, &restore.row)?;
+            return self.lifecycle(caller, vm.as_str(), &ask(METHOD, &restore));
+        };
+        let restore = self.restore_of(row, true)?;
+        let vm = self.create_from(caller, &restore.row, Some(name))?;
+        self.in_new_vm(caller, METHOD, &vm, move |daemon, op, vm| daemon.go_on(op, vm, &restore))
+    }
+
+    /// The VM runs on.
+    pub fn fork(&self, caller: &Caller, request: VmForkRequest) -> Result<Begun> {
+        const METHOD: &str = "vm.fork";
+        let found = self.resolve(caller, &request.vm)?;
+        self.vmm.can_load(found.driver.as_deref().unwrap_or_default(), true)?;
+        self.allow(&found, Verb::Guest)?;
+        let vm = self.create_like(caller, &found, request.name)?;
+        self.in_new_vm(caller, METHOD, &vm, move |daemon, op, vm| {
+            let (row, user) = daemon.join_guest(&found, Use::Transfer, op.cancel())?;
+            let captured = daemon.capture(&row, op).map_err(|e| e.context(format!("save vm {}", row.name)))?;
+            drop(user);
+            let restore = Restore { row: Arc::new(captured.row.clone()), files: captured.files.clone(), elsewhere: true };
+            let done = daemon.go_on(op, vm, &restore);
+            daemon.discard(captured);
+            done
+        })
+    }
+
+    /// An operation that makes a new VM run; a failure takes the VM away again.
+    fn in_new_vm(
+        &self,
+        caller: &Caller,
+        method: &'static str,
+        vm: &Vm,
+        work: impl FnOnce(&Self, &OpHandle, &VmId) -> Result<()> + Send + 'static,
+    ) -> Result<Begun> {
+        let begun = self.begin_op(method, Some(vm.id.clone()), caller.uid, true);
+        let op = begun.inspect_err(|_| self.delete_unasked(&vm.id))?;
+        if let Err(e) = self.persist_op(&op) {
+            op.finish(Err(e.clone()));
+            self.delete_unasked(&vm.id);
+            return Err(e);
+        }
+        let (daemon, id, vm, name) = (self.clone(), op.id().clone(), vm.id.clone(), vm.name.clone());
+        self.spawn(&format!("op-{id}"), move || {
+            let _label = crate::locks::operation_scope(format!("{method} {vm}"));
+            let result = work(&daemon, &op, &vm).and_then(|()| daemon.keep(&vm)).and_then(|vm| to_value(&VmReply { vm }));
+            if result.is_err() {
+                daemon.delete_unasked(&vm);
+            }
+            daemon.end_op(op, result.map_err(|e| e.context(format!("make vm {name}"))));
+        })?;
+        Ok(Begun::Op(id))
+    }
+
+    /// Until it runs it goes when it comes to rest, also after a crash.
+    fn create_from(&self, caller: &Caller, row: &SnapshotRow, name: Option<VmName>) -> Result<Vm> {
+        let shape = (row.image.clone(), row.vcpus, row.mem_mib, row.disk_bytes, row.work_disk_bytes, row.net);
+        self.create(caller, &request(name, shape))
+    }
+
+    fn create_like(&self, caller: &Caller, row: &VmRow, name: Option<VmName>) -> Result<Vm> {
+        let shape = (row.image.clone(), row.vcpus, row.mem_mib, row.disk_bytes, row.work_disk_bytes, row.net);
+        self.create(caller, &request(name, shape))
+    }
+
+    fn keep(&self, vm: &VmId) -> Result<Vm> {
+        let ((), ticket) = self.store.change(|tx| tx.update_vm(vm, |row| row.rm = false))?;
+        self.wait_durable(ticket)?;
+        self.view(vm)
+    }
+
+    /// Starts the VM from there and waits until that has ended.
+    fn go_on(&self, op: &OpHandle, vm: &VmId, restore: &Restore) -> Result<()> {
+        let owner = self.row(vm)?.owner_uid;
+        let caller = Caller { uid: owner, gid: 0, pid: 0 };
+        op.progress("start from the snapshot");
+        let start = match self.lifecycle(&caller, vm.as_str(), &ask("snapshot.restore", restore))? {
+            Begun::Op(start) | Begun::Joined(start) => start,
+            Begun::Done(_) => return Err(Error::internal(format!("vm {vm} runs before it was started"))),
+        };
+        let waited = self.ops.wait(&start, Instant::now() + RESTORE_DEADLINE, op.cancel());
+        if waited.is_err() {
+            self.end_start(&start);
+        }
+        let ended = waited?;
+        match (ended.state, ended.error) {
+            (OpState::Ok, _) => Ok(()),
+            (_, Some(fault)) => {
+                let kind = Kind::ALL.iter().copied().find(|k| k.name() == fault.kind).unwrap_or(Kind::VmmFailed);
+                let error = Error::new(kind, fault.message);
+                Err(match fault.hint {
+                    Some(hint) => error.hint(hint),
+                    None => error,
+                })
+            }
+            (state, None) => Err(Error::internal(format!("the start ended as {state:?} and does not say why"))),
+        }
+    }
+
+    fn end_start(&self, start: &OpId) {
+        if let Err(e) = self.ops.cancel(start, "what it was for was cancelled") {
+            log::debug!("{e}");
+        }
+    }
+
+    /// What can be seen before anything is begun.
+    fn restore_of(&self, row: SnapshotRow, elsewhere: bool) -> Result<Restore> {
+        self.vmm.can_load(&row.driver, elsewhere)?;
+        if row.on_bridge != self.net.is_some() {
+            let (then, now) = if row.on_bridge { ("bridge", "user") } else { ("user", "bridge") };
+            let text =
+                format!("restore snapshot {}: its guest was on the {then}-mode network, and VMs are on {now} now", row.name);
+            return Err(Error::new(Kind::Unsupported, text).hint(format!("set driver = \"{then}\" under [network]")));
+        }
+        Ok(Restore { files: self.snapshot_files(&row.id), row: Arc::new(row), elsewhere })
+    }
+
+    fn vm_of(&self, caller: &Caller, snapshot: &SnapshotRow) -> Result<VmId> {
+        let row = self.resolve(caller, snapshot.vm.as_str()).map_err(|e| match e.kind() {
+            Kind::VmNotFound => Error::new(Kind::VmNotFound, format!("vm {}, of which it is, is gone", snapshot.vm_name))
+                .hint(format!("let a new one go on from there: fcctl snapshot restore {} --as NAME", snapshot.name)),
+            _ => e,
+        })?;
+        if row.disk_driver.as_ref().is_some_and(|driver| *driver != snapshot.disk_driver) {
+            return Err(Error::new(
+                Kind::Conflict,
+                format!("vm {} has another kind of disk than snapshot {}", row.name, snapshot.name),
+            )
+            .hint(format!("let a new one go on from there: fcctl snapshot restore {} --as NAME", snapshot.name)));
+        }
+        Ok(row.id)
+    }
+
+    /// The VM's disks become those of the snapshot, both or none but for a crash between two renames.
+    pub(super) fn take_disks(&self, boot: &mut Boot<'_>) -> Result<()> {
+        let Some(restore) = &boot.claim.restore else { return Ok(()) };
+        let (from, saved) = (&restore.files, &restore.row);
+        let method = Method::from_name(&saved.disk_driver).ok_or_else(|| {
+            Error::new(Kind::Unsupported, format!("snapshot {}: no disk is made by {}", saved.name, saved.disk_driver))
+        })?;
+        let root = duplicate::Source { method: Some(method), path: &from.disk, base: &boot.image.rootfs };
+        let work = boot
+            .spec
+            .work_disk
+            .clone()
+            .map(|to| (duplicate::Source { method: None, path: &from.work_disk, base: &from.work_disk }, to));
+        let reporter = boot.claim.op().reporter();
+        let told = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
+        let mut copied = Vec::new();
+        for (source, to) in std::iter::once((root, self.disk_path(&boot.row.id, method))).chain(work) {
+            copied.push(duplicate::copy(self.commands.as_ref(), &source, &to, boot.spec.credentials, &boot.claim.cancel, told)?);
+        }
+        self.effects.before("replace the disks")?;
+        copied.into_iter().try_for_each(duplicate::Copied::publish)?;
+        let (vm, generation) = (boot.row.id.clone(), boot.row.generation);
+        let workspace = saved.workspace.clone().map(|w| WorkspaceRow { vm: vm.clone(), generation, ..w });
+        let ((), ticket) = self.store.change(|tx| {
+            match workspace {
+                Some(workspace) => tx.put_workspace(workspace)?,
+                None => tx.remove_workspace(&vm),
+            }
+            tx.update_vm(&vm, |row| {
+                (row.disk_bytes, row.guest_version) = (saved.disk_bytes, saved.guest_version);
+                row.disk_driver = Some(saved.disk_driver.clone());
+            })
+        })?;
+        self.wait_durable(ticket)?;
+        boot.row = self.row(&boot.row.id)?;
+        boot.spec = self.boot_spec(boot.claim, &boot.row, boot.image);
+        Ok(())
+    }
+
+    /// What the guest is told when it goes on.
+    pub(super) fn wake(&self, row: &VmRow, restore: &Restore) -> Result<Wake> {
+        Ok(Wake {
+            token: random_hex(RANDOM_BYTES / 4)?,
+            now_s: now_s(),
+            random: random_hex(RANDOM_BYTES)?,
+            mac: row.tap.as_ref().map(|tap| Mac::of(tap.address).to_string()),
+            machine_id: restore.elsewhere.then(|| random_hex(16)).transpose()?,
+        })
+    }
+
+    /// Until the guest has taken up what its seed says.
+    pub(super) fn wait_rejoined(&self, claim: &Claim, running: &Running, wake: &Wake) -> Result<()> {
+        claim.op().progress("wait for the guest to find its way");
+        let target = self.target_at(&self.row(&claim.vm)?, running.ssh_addr)?;
+        let deadline = Instant::now() + REJOIN_DEADLINE;
+        let command = format!(
+            "until read -r seen </run/fcd/rejoined && [ \"$seen\" = {} ]; do /usr/lib/fcd/busybox usleep 50000; done 2>/dev/null",
+            wake.token
+        );
+        let script = Script { command: &command, stdin: &[], deadline, output_bytes_max: ANSWER_BYTES_MAX };
+        let (exit, _, complaint) = run_script(self.transport.as_ref(), &target, &script, &claim.cancel)
+            .map_err(|e| e.context("wait for the guest to find its way"))?;
+        match exit {
+            Exit::Status(0) => Ok(()),
+            exit => Err(remote::failure("wait for the guest to find its way", &exit, &complaint)),
+        }
+    }
+
+    /// A guest that goes on in another VM has the old one's keys for a moment.
+    pub(super) fn wait_with_new_keys(&self, claim: &Claim, target: &Target, deadline: Instant) -> Result<()> {
+        loop {
+            match self.transport.wait_ready(target, deadline, &claim.cancel) {
+                Err(e) if e.kind() == Kind::HostKeyMismatch && Instant::now() < deadline => {
+                    crate::host::wait::pause(REJOIN_PERIOD, &claim.cancel).map_err(|e| Error::io("wait for the guest", e))?;
+                }
+                other => return other,
+            }
+        }
+    }
+}
+
+/// Image, vCPUs, memory, disk, work disk, network.
+type Shape = (ImageRef, u32, u64, u64, Option<u64>, Net);
+
+fn request(name: Option<VmName>, (image, vcpus, mem_mib, disk_bytes, work_disk_bytes, net): Shape) -> VmCreateRequest {
+    VmCreateRequest {
+        name,
+        image: Some(image),
+        vcpus: Some(vcpus),
+        mem_mib: Some(mem_mib),
+        disk_bytes: Some(disk_bytes),
+        work_disk_bytes,
+        net: Some(net),
+        rm: true,
+        ..Default::default()
+    }
+}
+
+fn ask(method: &'static str, restore: &Restore) -> Ask {
+    Ask { verb: Verb::Restore, method, timeout: None, restore: Some(restore.clone()) }
+}
+
+fn random_hex(bytes: usize) -> Result<String> {
+    let mut random = vec![0u8; bytes];
+    let mut filled = 0;
+    while filled < bytes {
+        filled += match rustix::rand::getrandom(&mut random[filled..], rustix::rand::GetRandomFlags::empty()) {
+            Ok(n) => n,
+            Err(rustix::io::Errno::INTR) => 0,
+            Err(e) => return Err(Error::io("take random numbers", std::io::Error::from(e))),
+        };
+    }
+    Ok(random.iter().map(|b| format!("{b:02x}")).collect())
+}

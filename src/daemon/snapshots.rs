@@ -1,0 +1,395 @@
+//! Snapshots: a guest's memory and disks at one moment. The guest stands still while both are copied, and no lock is held; a stop, a kill or a
+//! delete ends it like any other use of the guest.
+//!
+//! Before that the guest is given a script that waits for another seed drive: it is in the memory that is saved, and finds one when it goes on.
+
+use super::access::PREFIX_LEN_MIN;
+use super::captures::{Capturing, Files, allocated_bytes};
+use super::runtime::Use;
+use super::{Begun, Caller, Daemon, now_s, resources, to_value};
+use crate::api::exec::Exit;
+use crate::api::snapshot::{
+    Snapshot, SnapshotCreateRequest, SnapshotDeleteReply, SnapshotListReply, SnapshotListRequest, SnapshotReply,
+};
+use crate::disk::{Method, duplicate, snapshot as device};
+use crate::error::{Error, Kind, Result};
+use crate::guest::{REJOIN, Script, run_script};
+use crate::host::fs::create_dir;
+use crate::ids::{NAME_LEN_MAX, SnapshotId, SnapshotName, VmId, VmName};
+use crate::ops::OpHandle;
+use crate::store::{SnapshotRow, State, VmRow, WorkspaceRow};
+use crate::vmm::SaveTo;
+use crate::workspace::remote;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Most snapshots of one uid.
+pub const SNAPSHOTS_PER_UID_MAX: usize = 64;
+/// For the guest to take the script.
+const PREPARE_DEADLINE: Duration = Duration::from_secs(30);
+/// From then until the guest stands still: the script waits for a minute.
+const HOLD_DEADLINE: Duration = Duration::from_secs(40);
+const ANSWER_BYTES_MAX: usize = 4096;
+/// What is left free on the host beside a snapshot.
+const SPARE_BYTES: u64 = 256 << 20;
+/// Between two tries to let a guest go on.
+const LET_GO_PERIOD: Duration = Duration::from_millis(250);
+/// Not `sh -s`, which keeps a descriptor of the script, and with it the connection, in what it leaves behind.
+const GUEST_SHELL: &str = "/usr/lib/fcd/busybox sh -c \"$(cat)\"";
+
+/// One that is whole but not in the store: its directory is in the ledger.
+pub(super) struct Captured {
+    capturing: Capturing,
+    ledger: u64,
+    pub row: SnapshotRow,
+    pub files: Files,
+}
+
+/// A guest that stands still; it goes on when this is dropped.
+struct Held {
+    daemon: Daemon,
+    vm: VmId,
+    generation: u64,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.daemon.runtimes.hold(&self.vm, false);
+        let Err(e) = self.daemon.apply_pause(&self.vm, self.generation) else { return };
+        log::warn!("let vm {} go on: {e}; it is tried again", self.vm);
+        let (daemon, vm, generation) = (self.daemon.clone(), self.vm.clone(), self.generation);
+        let tried = self.daemon.spawn(&format!("let-go-{vm}"), move || {
+            // It ends when the VM does; the next daemon lets its guests go on by itself.
+            while daemon.vmm_lives(&vm, generation) && daemon.apply_pause(&vm, generation).is_err() {
+                if daemon.pause(LET_GO_PERIOD) {
+                    return;
+                }
+            }
+        });
+        if let Err(e) = tried {
+            log::error!("let vm {} go on: {e}", self.vm);
+        }
+    }
+}
+
+impl Daemon {
+    pub fn snapshot_create(&self, caller: &Caller, request: SnapshotCreateRequest) -> Result<Begun> {
+        const METHOD: &str = "snapshot.create";
+        let found = self.resolve(caller, &request.vm)?;
+        self.store.read(|s| allow_another(s, found.owner_uid, request.name.as_ref()))?;
+        let op = self.begin_op(METHOD, Some(found.id.clone()), caller.uid, true)?;
+        let (row, user) = match self.join_guest(&found, Use::Transfer, op.cancel()).and_then(|j| self.persist_op(&op).map(|()| j))
+        {
+            Ok(joined) => joined,
+            Err(e) => {
+                op.finish(Err(e.clone()));
+                return Err(e);
+            }
+        };
+        let (id, daemon) = (op.id().clone(), self.clone());
+        self.spawn(&format!("op-{id}"), move || {
+            let _label = crate::locks::operation_scope(format!("{METHOD} {}", row.id));
+            let made = daemon.capture(&row, &op).and_then(|captured| daemon.publish(captured, request.name));
+            drop(user);
+            let result = made.and_then(|snapshot| to_value(&SnapshotReply { snapshot }));
+            daemon.end_op(op, result.map_err(|e| e.context(format!("save vm {}", row.name)).of_vm(&row.name)));
+        })?;
+        Ok(Begun::Op(id))
+    }
+
+    pub fn snapshot_list(&self, caller: &Caller, request: &SnapshotListRequest) -> Result<SnapshotListReply> {
+        // A VM that is gone has snapshots still: its name or id as they were then.
+        let of = |row: &SnapshotRow| request.vm.as_ref().is_none_or(|vm| row.vm_name.as_str() == vm || row.vm.as_str() == vm);
+        let mut snapshots: Vec<Snapshot> = self.store.read(|s| {
+            let seen = s.snapshots().filter(|row| caller.may_see(row.owner_uid) && of(row));
+            seen.map(|row| view(row)).collect()
+        });
+        if let (Some(vm), true) = (&request.vm, snapshots.is_empty()) {
+            self.resolve(caller, vm)?;
+        }
+        snapshots.sort_by(|a, b| (a.created_at, &a.name).cmp(&(b.created_at, &b.name)));
+        Ok(SnapshotListReply { snapshots })
+    }
+
+    pub fn snapshot_show(&self, caller: &Caller, snapshot: &str) -> Result<SnapshotReply> {
+        Ok(SnapshotReply { snapshot: view(&self.find_snapshot(caller, snapshot)?) })
+    }
+
+    /// A guest that goes on from it does not need it any more.
+    pub fn snapshot_delete(&self, caller: &Caller, snapshot: &str) -> Result<SnapshotDeleteReply> {
+        let id = self.find_snapshot(caller, snapshot)?.id;
+        let (ledger, ticket) = self.change(true, |tx| {
+            tx.remove_snapshot(&id);
+            Ok(tx.intend(None, 0, resources::snapshot::KIND, id.as_str()))
+        })?;
+        self.wait_durable(ticket)?;
+        self.discard_files(&id, ledger);
+        Ok(SnapshotDeleteReply { deleted: id })
+    }
+
+    /// By name, id, or the beginning of an id.
+    pub(super) fn find_snapshot(&self, caller: &Caller, text: &str) -> Result<SnapshotRow> {
+        let mut found: Vec<SnapshotRow> = self.store.read(|s| {
+            let seen = || s.snapshots().filter(|row| caller.may_see(row.owner_uid));
+            let exact = seen().find(|row| row.name.as_str() == text || row.id.as_str() == text);
+            let by_prefix = |row: &SnapshotRow| text.len() >= PREFIX_LEN_MIN && row.id.as_str().starts_with(text);
+            exact.map_or_else(|| seen().filter(|row| by_prefix(row)).map(|r| (**r).clone()).collect(), |r| vec![(**r).clone()])
+        });
+        match (found.pop(), found.is_empty()) {
+            (Some(row), true) => Ok(row),
+            (Some(_), false) => Err(Error::new(Kind::AmbiguousPrefix, format!("{text:?} fits several snapshots"))
+                .hint("give the name or more of the id: fcctl snapshot list")),
+            (None, _) => {
+                let shown: String = text.chars().take(2 * NAME_LEN_MAX).collect();
+                Err(Error::new(Kind::SnapshotNotFound, format!("no snapshot {shown:?}")).hint("fcctl snapshot list"))
+            }
+        }
+    }
+
+    /// Saves the guest of a VM whose cancel set the operation has joined. After an error nothing is left, or the ledger says what is.
+    pub(super) fn capture(&self, row: &VmRow, op: &OpHandle) -> Result<Captured> {
+        let capturing = self.captures.begin(row)?;
+        let files = self.snapshot_files(&capturing.id);
+        self.require_room(row)?;
+        let (ledger, ticket) =
+            self.store.change(|tx| Ok(tx.intend(None, row.generation, resources::snapshot::KIND, capturing.id.as_str())))?;
+        self.wait_durable(ticket)?;
+        match self.fill(row, op, &capturing.id, &files) {
+            Ok(row) => Ok(Captured { capturing, ledger, row, files }),
+            Err(e) => {
+                let id = capturing.id.clone();
+                drop(capturing);
+                self.discard_files(&id, ledger);
+                Err(e)
+            }
+        }
+    }
+
+    fn fill(&self, row: &VmRow, op: &OpHandle, id: &SnapshotId, files: &Files) -> Result<SnapshotRow> {
+        // VMMs of other uids reach what they are given of it.
+        drop(create_dir(&self.snapshots_dir(), 0o711)?);
+        self.effects.before("make the snapshot's directory")?;
+        drop(create_dir(&files.dir, 0o711)?);
+        let image = self.images.get(&row.image)?;
+        let spec = self.spec(row, &image);
+        link(&spec.kernel, &files.kernel)?;
+        link(&spec.initrd, &files.initrd)?;
+        for path in [&files.memory, &files.devices] {
+            let file = new_file(path)?;
+            let owned = spec.credentials.map_or(Ok(()), |(uid, gid)| std::os::unix::fs::fchown(&file, Some(uid), Some(gid)));
+            owned.map_err(|e| Error::io(format!("give away {}", path.display()), e))?;
+        }
+        let method = self.disk_method(row).ok_or_else(|| Error::internal(format!("vm {} has no disk", row.name)))?;
+        let since = Instant::now();
+        op.progress("prepare the guest");
+        self.prepare_guest(row, op)?;
+        let (copied, workspace) = {
+            op.progress("hold the guest");
+            let _held = self.hold_guest(row)?;
+            if since.elapsed() > HOLD_DEADLINE {
+                return Err(Error::new(Kind::Timeout, "the guest did not stand still in time").hint("try again"));
+            }
+            // The one of another start has another directory.
+            let identity = row.identity.clone().ok_or_else(|| Error::internal(format!("vm {} has no vmm", row.name)))?;
+            op.progress("save the memory");
+            self.effects.before("save the guest")?;
+            let to = SaveTo { memory: &files.memory, devices: &files.devices };
+            self.vmm.save(&self.vm_dir(&row.id), &identity, to, op.cancel())?;
+            op.progress("copy the disks");
+            self.effects.before("copy the disks")?;
+            (self.copy_disks(row, op, files, method)?, self.store.read(|s| s.workspace(&row.id).cloned()))
+        };
+        op.progress("sync what was saved");
+        copied.into_iter().try_for_each(duplicate::Copied::publish)?;
+        self.keep_saved(files, spec.credentials)?;
+        if let Some(cause) = op.cancel().cause() {
+            return Err(Error::new(Kind::Cancelled, format!("cancelled: {cause}")));
+        }
+        Ok(describe(row, id, files, method, workspace.map(|w| WorkspaceRow::clone(&w))))
+    }
+
+    /// From now on the guest stands still, whatever its owner says.
+    fn hold_guest(&self, row: &VmRow) -> Result<Held> {
+        let held = Held { daemon: self.clone(), vm: row.id.clone(), generation: row.generation };
+        self.runtimes.hold(&row.id, true);
+        self.apply_pause(&row.id, row.generation)?;
+        Ok(held)
+    }
+
+    fn vmm_lives(&self, vm: &VmId, generation: u64) -> bool {
+        self.row(vm).is_ok_and(|row| row.generation == generation && self.identity(&row).is_some())
+    }
+
+    fn prepare_guest(&self, row: &VmRow, op: &OpHandle) -> Result<()> {
+        let deadline = Instant::now() + PREPARE_DEADLINE;
+        let script = Script { command: GUEST_SHELL, stdin: REJOIN.as_bytes(), deadline, output_bytes_max: ANSWER_BYTES_MAX };
+        let (exit, said, complaint) = run_script(self.transport.as_ref(), &self.target(row)?, &script, op.cancel())?;
+        if exit == Exit::Status(0) && said == b"ready\n" {
+            return Ok(());
+        }
+        Err(remote::failure("prepare the guest", &exit, &complaint))
+    }
+
+    fn copy_disks(&self, row: &VmRow, op: &OpHandle, files: &Files, method: Method) -> Result<Vec<duplicate::Copied>> {
+        let image = self.images.get(&row.image)?;
+        let spec = self.spec(row, &image);
+        if method == Method::DmSnapshot {
+            device::flush(&spec.disk)?;
+        }
+        let path = self.disk_path(&row.id, method);
+        let root = duplicate::Source { method: Some(method), path: &path, base: &image.rootfs };
+        let work = spec.work_disk.as_ref().map(|path| duplicate::Source { method: None, path, base: path });
+        let reporter = op.reporter();
+        let told = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
+        let mut copied = Vec::new();
+        for (source, to) in std::iter::once((root, &files.disk)).chain(work.map(|work| (work, &files.work_disk))) {
+            copied.push(duplicate::copy(self.commands.as_ref(), &source, to, None, op.cancel(), told)?);
+        }
+        Ok(copied)
+    }
+
+    /// Nobody writes them any more; VMMs read them.
+    fn keep_saved(&self, files: &Files, credentials: Option<(u32, u32)>) -> Result<()> {
+        for path in [&files.memory, &files.devices] {
+            let io = |e: std::io::Error| Error::io(format!("keep {}", path.display()), e);
+            let file = File::open(path).map_err(io)?;
+            if let Some((_, gid)) = credentials {
+                std::os::unix::fs::fchown(&file, Some(0), Some(gid)).map_err(io)?;
+            }
+            file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o640)).map_err(io)?;
+            file.sync_all().map_err(io)?;
+        }
+        crate::host::fs::sync_dir(&files.dir)
+    }
+
+    fn publish(&self, captured: Captured, name: Option<SnapshotName>) -> Result<Snapshot> {
+        let Captured { capturing, ledger, row, .. } = captured;
+        let published = self.store.change(|tx| {
+            allow_another(tx, row.owner_uid, name.as_ref())?;
+            let name = name.unwrap_or_else(|| some_name(tx, &row.vm_name, &row.id));
+            let row = SnapshotRow { name, ..row };
+            let snapshot = view(&row);
+            tx.put_snapshot(row)?;
+            tx.strike(ledger);
+            Ok(snapshot)
+        });
+        match published.and_then(|(snapshot, ticket)| self.wait_durable(ticket).map(|()| snapshot)) {
+            Ok(snapshot) => Ok(snapshot),
+            Err(e) => {
+                let id = capturing.id.clone();
+                drop(capturing);
+                self.discard_files(&id, ledger);
+                Err(e)
+            }
+        }
+    }
+
+    /// Of one that was not published.
+    pub(super) fn discard(&self, captured: Captured) {
+        let Captured { capturing, ledger, .. } = captured;
+        let id = capturing.id.clone();
+        drop(capturing);
+        self.discard_files(&id, ledger);
+    }
+
+    /// Its operation has let go of it, and it has no row.
+    fn discard_files(&self, id: &SnapshotId, ledger: u64) {
+        if let Err(e) = resources::discard_snapshot(self, id, ledger) {
+            log::warn!("{e}; it is tried again every minute");
+        }
+    }
+
+    /// A full disk is an I/O error to some guests: better no snapshot than that.
+    fn require_room(&self, row: &VmRow) -> Result<()> {
+        let needed = (row.mem_mib << 20) + allocated_bytes(&self.vm_dir(&row.id)) + SPARE_BYTES;
+        let free = crate::host::fs::space(&self.config.state_dir)?.free_bytes;
+        if free >= needed {
+            return Ok(());
+        }
+        let mib = |bytes: u64| bytes >> 20;
+        let text = format!("a snapshot takes up to {} MiB, and {} are free", mib(needed), mib(free));
+        Err(Error::new(Kind::DiskFull, text).hint(format!("free some space (df -h {})", self.config.state_dir.display())))
+    }
+}
+
+fn describe(row: &VmRow, id: &SnapshotId, files: &Files, method: Method, workspace: Option<WorkspaceRow>) -> SnapshotRow {
+    SnapshotRow {
+        id: id.clone(),
+        // Replaced when it is published.
+        name: id_name(id),
+        owner_uid: row.owner_uid,
+        vm: row.id.clone(),
+        vm_name: row.name.clone(),
+        created_at: now_s(),
+        image: row.image.clone(),
+        vcpus: row.vcpus,
+        mem_mib: row.mem_mib,
+        disk_bytes: row.disk_bytes,
+        work_disk_bytes: row.work_disk_bytes,
+        disk_driver: method.name().to_owned(),
+        guest_version: row.guest_version,
+        net: row.net,
+        on_bridge: row.tap.is_some(),
+        driver: row.driver.clone().unwrap_or_default(),
+        workspace,
+        bytes: allocated_bytes(&files.dir),
+    }
+}
+
+fn view(row: &SnapshotRow) -> Snapshot {
+    Snapshot {
+        id: row.id.clone(),
+        name: row.name.clone(),
+        owner_uid: row.owner_uid,
+        vm: row.vm.clone(),
+        vm_name: row.vm_name.clone(),
+        created_at: row.created_at,
+        image: row.image.clone(),
+        vcpus: row.vcpus,
+        mem_mib: row.mem_mib,
+        disk_bytes: row.disk_bytes,
+        work_disk_bytes: row.work_disk_bytes,
+        net: row.net,
+        driver: row.driver.clone(),
+        bytes: row.bytes,
+    }
+}
+
+fn allow_another(state: &State, owner_uid: u32, name: Option<&SnapshotName>) -> Result<()> {
+    if let Some(name) = name.filter(|name| state.snapshot_by_name(name).is_some()) {
+        let text = format!("the snapshot name {name} is taken");
+        return Err(Error::new(Kind::NameTaken, text).hint("choose another with --name"));
+    }
+    let owned = state.snapshots().filter(|row| row.owner_uid == owner_uid).count();
+    if owned < SNAPSHOTS_PER_UID_MAX {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Exhausted, format!("uid {owner_uid} has {owned} snapshots, the most that it may have"))
+        .hint("delete some: fcctl snapshot list, fcctl snapshot delete"))
+}
+
+/// `web-1`, `web-2` and so on.
+fn some_name(state: &State, vm: &VmName, id: &SnapshotId) -> SnapshotName {
+    let candidates = (1..=SNAPSHOTS_PER_UID_MAX * 2).filter_map(|n| format!("{vm}-{n}").parse::<SnapshotName>().ok());
+    candidates.into_iter().find(|name| state.snapshot_by_name(name).is_none()).unwrap_or_else(|| id_name(id))
+}
+
+/// An id may begin with a digit, which no name does.
+fn id_name(id: &SnapshotId) -> SnapshotName {
+    format!("s{id}").parse().expect("letters and digits")
+}
+
+fn new_file(path: &Path) -> Result<File> {
+    let options = OpenOptions::new().write(true).create_new(true).mode(0o600).clone();
+    options.open(path).map_err(|e| Error::io(format!("make {}", path.display()), e))
+}
+
+/// A second name where the file system has such, else a copy.
+fn link(from: &Path, to: &Path) -> Result<()> {
+    std::fs::hard_link(from, to).or_else(|_| std::fs::copy(from, to).map(drop)).map_err(|e| {
+        let doing = format!("copy {} to {}", from.display(), to.display());
+        Error::io(doing, e)
+    })
+}

@@ -1,0 +1,114 @@
+# Runs in a guest that is about to be saved: prints "ready" and watches its seed drive, which is another one when the guest wakes up from
+# what was saved. Then it takes up what that says: clock, random numbers, and, in another VM, name, address and keys. In the guest that
+# was saved and runs on it ends by itself.
+bb=/usr/lib/fcd/busybox
+seed=/run/fcd/seed
+
+say() { echo "fcd-rejoin: $*" >/dev/console; }
+
+# Past the page cache, which knows the old drive.
+head_of_seed() { $bb dd if=/dev/vdb bs=4096 count=1 iflag=direct 2>/dev/null | $bb md5sum; }
+
+read_seed() {
+	$bb blockdev --flushbufs /dev/vdb
+	$bb rm -rf "$seed.new"
+	$bb mkdir -m 700 "$seed.new"
+	$bb tar -C "$seed.new" -xf /dev/vdb || return 1
+	host_name= address= gateway= dns= mac= machine_id= wake= now= random=
+	while IFS='=' read -r key value; do
+		case $key in
+		host_name) host_name=$value ;;
+		address) address=$value ;;
+		gateway) gateway=$value ;;
+		dns) dns="$dns $value" ;;
+		mac) mac=$value ;;
+		machine_id) machine_id=$value ;;
+		wake) wake=$value ;;
+		now) now=$value ;;
+		random) random=$value ;;
+		esac
+	done <"$seed.new/config"
+	[ -n "$wake" ]
+}
+
+# Another guest may have begun with the same memory. The ioctl, RNDRESEEDCRNG of random(4), makes the kernel use what was written at once;
+# without perl it does so within a minute.
+set_random() {
+	echo "$random" >/dev/urandom
+	perl -e 'open(F, ">", "/dev/urandom") and ioctl(F, 0x5207, 0)' 2>/dev/null
+}
+
+set_name() {
+	read -r old </proc/sys/kernel/hostname
+	[ "$old" = "$host_name" ] && return 0
+	echo "$host_name" >/proc/sys/kernel/hostname
+	echo "$host_name" >/etc/hostname
+	printf '127.0.0.1\tlocalhost\n127.0.1.1\t%s\n::1\tlocalhost ip6-localhost ip6-loopback\n' "$host_name" >/etc/hosts
+}
+
+has_address() {
+	read -r known </sys/class/net/eth0/address
+	[ -n "$mac" ] && [ "$known" != "$mac" ] && return 1
+	$bb ip -4 -o address show dev eth0 | $bb grep -qF " $address "
+}
+
+set_network() {
+	[ -z "$address" ] && return 0
+	has_address && return 0
+	$bb ip link set eth0 down
+	[ -z "$mac" ] || $bb ip link set eth0 address "$mac" || say "cannot give eth0 the address $mac"
+	$bb ip address flush dev eth0
+	$bb ip address add "$address" dev eth0 || say "cannot give eth0 the address $address"
+	$bb ip link set eth0 up || say "cannot bring eth0 up"
+	[ -z "$gateway" ] || $bb ip route add default via "$gateway" dev eth0 || say "cannot set the route by $gateway"
+	[ -n "$dns" ] || return 0
+	$bb rm -f /etc/resolv.conf
+	for server in $dns; do
+		echo "nameserver $server"
+	done >/etc/resolv.conf
+}
+
+# The server that listens is init's child; those of connections are its own.
+restart_sshd() {
+	for proc in /proc/[0-9]*; do
+		name= parent=
+		{ read -r name <"$proc/comm"; } 2>/dev/null
+		[ "$name" = sshd ] || continue
+		parent=$($bb sed -n 's/^PPid:[[:space:]]*//p' "$proc/status" 2>/dev/null)
+		[ "$parent" = 1 ] && kill -HUP "${proc#/proc/}"
+	done
+}
+
+rejoin() {
+	read_seed || return 1
+	set_random
+	[ -z "$now" ] || $bb date -s "@$now" >/dev/null
+	[ -z "$machine_id" ] || echo "$machine_id" >/etc/machine-id
+	set_name
+	set_network
+	$bb rm -rf "$seed.old"
+	$bb mv "$seed" "$seed.old"
+	$bb mv "$seed.new" "$seed"
+	$bb cmp -s "$seed/host_key" "$seed.old/host_key" || restart_sshd
+	$bb rm -rf "$seed.old"
+	echo "$wake" >/run/fcd/rejoined
+	say "goes on from a snapshot"
+}
+
+# A minute, by this guest's own clock.
+watch() {
+	trap '' HUP
+	tries=0
+	while [ "$tries" -lt 240 ]; do
+		tries=$((tries + 1))
+		$bb usleep 250000
+		[ "$(head_of_seed)" = "$before" ] && continue
+		rejoin && return 0
+	done
+}
+
+[ -x "$bb" ] || { echo "the guest has no $bb" >&2; exit 1; }
+before=$(head_of_seed)
+# By exec: a redirection for one command keeps the old descriptors, and with them the connection.
+(exec </dev/null >/dev/null 2>&1; watch) &
+echo ready

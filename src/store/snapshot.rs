@@ -1,0 +1,57 @@
+//! Table `snapshots`: guests that were saved with their memory and disks. They outlive their VMs.
+
+use super::WorkspaceRow;
+use super::sql::{self, json};
+use crate::api::vm::Net;
+use crate::ids::{ImageRef, SnapshotId, SnapshotName, VmId, VmName};
+use rusqlite::{Connection, params};
+use serde::{Deserialize, Serialize};
+
+/// What a VM was when it was saved, as far as a start from there must be the same. Any change of this shape is a new schema version:
+/// see `schema.rs`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRow {
+    pub id: SnapshotId,
+    /// Unique among the rows.
+    pub name: SnapshotName,
+    pub owner_uid: u32,
+    /// It may be gone.
+    pub vm: VmId,
+    pub vm_name: VmName,
+    /// Seconds since the epoch.
+    pub created_at: u64,
+    pub image: ImageRef,
+    pub vcpus: u32,
+    pub mem_mib: u64,
+    pub disk_bytes: u64,
+    pub work_disk_bytes: Option<u64>,
+    pub disk_driver: String,
+    pub guest_version: u32,
+    pub net: Net,
+    /// Its interface was a tap.
+    pub on_bridge: bool,
+    /// The VMM that it ran on, as [`crate::vmm::Driver::describe`] has it.
+    pub driver: String,
+    pub workspace: Option<WorkspaceRow>,
+    /// What its files take on the host.
+    pub bytes: u64,
+}
+
+/// Version 5.
+pub(super) const CREATE: &str =
+    "CREATE TABLE snapshots (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, body TEXT NOT NULL) STRICT;";
+
+pub(super) fn save(c: &Connection, id: &SnapshotId, row: Option<&SnapshotRow>) -> rusqlite::Result<()> {
+    let Some(row) = row else { return sql::delete(c, "DELETE FROM snapshots WHERE id = ?1", [id.as_str()]) };
+    c.prepare_cached(
+        "INSERT INTO snapshots (id, name, body) VALUES (?1, ?2, ?3)
+         ON CONFLICT (id) DO UPDATE SET name = excluded.name, body = excluded.body",
+    )?
+    .execute(params![id.as_str(), row.name.as_str(), json(row)?])
+    .map(drop)
+}
+
+pub(super) fn load(c: &Connection) -> crate::error::Result<Vec<SnapshotRow>> {
+    sql::load(c, "snapshots", "SELECT id, body FROM snapshots ORDER BY id")
+}

@@ -1,0 +1,99 @@
+//! Guests that are saved and go on from there: memory and disks of one moment, in the same VM and in others at the same time.
+
+use crate::host::{Host, text, wait_for};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// A file on the disk, one in memory, and a process that counts.
+const SCENE: &str = "echo disk >/root/mark; echo memory >/dev/shm/mark; \
+    (i=0; while :; do i=$((i+1)); echo $i >/dev/shm/count; sleep 0.1; done) >/dev/null 2>&1 </dev/null & \
+    echo $! >/dev/shm/counter";
+const STATE: &str = "cat /root/mark /dev/shm/mark; cat /proc/sys/kernel/random/boot_id";
+/// Most that a guest's clock may be off after it has gone on, in seconds.
+const CLOCK_OFF_MAX: u64 = 20;
+
+fn count(host: &Host, vm: &str) -> u64 {
+    host.sh(vm, "cat /dev/shm/count").trim().parse().unwrap_or(0)
+}
+
+/// The process that counted then counts still.
+#[track_caller]
+pub fn counts_on(host: &Host, vm: &str) {
+    assert_eq!(host.sh(vm, "kill -0 $(cat /dev/shm/counter) && echo lives"), "lives\n");
+    let from = count(host, vm);
+    wait_for("the process counts on", || (count(host, vm) > from).then_some(()));
+}
+
+#[track_caller]
+fn clock_is_right(host: &Host, vm: &str) {
+    let guests: u64 = host.sh(vm, "date +%s").trim().parse().unwrap();
+    let ours = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    assert!(guests.abs_diff(ours) < CLOCK_OFF_MAX, "{guests} and {ours}");
+}
+
+#[track_caller]
+fn refused(host: &Host, args: &[&str], kind: &str) {
+    let out = host.fcctl(&[&["--json"], args].concat());
+    let (_, stderr) = text(&out);
+    assert!(!out.status.success() && stderr.contains(&format!("\"kind\":\"{kind}\"")), "{args:?}: {stderr}");
+}
+
+/// All that a snapshot can do, on whatever the host runs VMs.
+pub fn go_through(host: &Host) {
+    host.ok(&["vm", "create", "--name", "box", "--work-disk", "64M"]);
+    host.ok(&["start", "box"]);
+    host.sh("box", SCENE);
+    host.sh("box", "echo work >/work/mark");
+    let then = host.sh("box", STATE);
+    host.ok(&["snapshot", "create", "box", "--name", "one"]);
+    counts_on(host, "box");
+    refused(host, &["snapshot", "create", "box", "--name", "one"], "name_taken");
+    refused(host, &["snapshot", "restore", "one"], "wrong_state");
+    refused(host, &["snapshot", "show", "none"], "snapshot_not_found");
+
+    host.sh("box", "echo later >/root/mark; echo later >/work/mark; echo later >/dev/shm/mark; sync");
+    host.ok(&["stop", "box"]);
+    host.ok(&["snapshot", "restore", "one"]);
+    assert_eq!(host.sh("box", STATE), then);
+    assert_eq!(host.sh("box", "cat /work/mark"), "work\n");
+    counts_on(host, "box");
+    clock_is_right(host, "box");
+
+    // Two more that began with the same memory, all at once.
+    host.ok(&["vm", "fork", "box", "twin"]);
+    host.ok(&["snapshot", "restore", "one", "--as", "third"]);
+    let all = ["box", "twin", "third"];
+    for vm in all {
+        assert_eq!(host.sh(vm, STATE), then, "{vm}");
+        counts_on(host, vm);
+        clock_is_right(host, vm);
+        assert_eq!(host.sh(vm, "cat /work/mark; hostname; cat /etc/hostname"), format!("work\n{vm}\n{vm}\n"));
+        host.sh(vm, &format!("echo {vm} >/root/mark; echo {vm} >/work/mark; sync"));
+    }
+    for what in ["cat /etc/machine-id", "cat /run/fcd/seed/host_key", "head -c 32 /dev/urandom | od -An -tx1"] {
+        let mut said: Vec<String> = all.iter().map(|vm| host.sh(vm, what)).collect();
+        said.sort();
+        said.dedup();
+        assert_eq!(said.len(), 3, "{what}");
+    }
+    for vm in all {
+        assert_eq!(host.sh(vm, "cat /root/mark /work/mark"), format!("{vm}\n{vm}\n"));
+        assert_eq!(host.show(vm, "rm"), false);
+    }
+
+    // A snapshot outlives its VM, and what began with it outlives both.
+    host.ok(&["rm", "-f", "box"]);
+    refused(host, &["snapshot", "restore", "one"], "vm_not_found");
+    refused(host, &["snapshot", "restore", "one", "--as", "twin"], "name_taken");
+    host.ok(&["vm", "restart", "third"]);
+    assert_eq!(host.sh("third", "cat /root/mark /work/mark"), "third\nthird\n");
+    host.ok(&["snapshot", "delete", "one"]);
+    counts_on(host, "twin");
+    host.ok(&["rm", "-f", "twin", "third"]);
+    assert_eq!(std::fs::read_dir(host.state().join("snapshots")).unwrap().count(), 0);
+    assert_eq!(host.json(&["doctor", "--leaks"]).as_array().map(Vec::len), Some(0));
+}
+
+#[test]
+fn a_guest_goes_on_from_where_it_was_saved() {
+    go_through(&Host::start());
+}

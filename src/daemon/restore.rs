@@ -215,7 +215,8 @@ impl Daemon {
             token: random_hex(RANDOM_BYTES / 4)?,
             now_s: now_s(),
             random: random_hex(RANDOM_BYTES)?,
-            mac: row.tap.as_ref().map(|tap| Mac::of(tap.address).to_string()),
+            // Its tap comes later; where it will be is known.
+            mac: self.net.as_ref().map(|net| net.lease(row.slot).map(|l| Mac::of(l.address).to_string())).transpose()?,
             machine_id: restore.elsewhere.then(|| random_hex(16)).transpose()?,
         })
     }

@@ -59,6 +59,51 @@ fn dies_at(host: &TestHost, n: u64) {
     host.sh("fcctl stop a");
 }
 
+/// Memory and disks of one moment, in the same VM and in two others at once; each jail has the disks at the same paths.
+fn goes_on_from_snapshots(host: &TestHost) {
+    host.sh("fcctl vm create --name s --memory 256M --work-disk 32M && fcctl start s");
+    host.sh("fcctl exec s -- sh -c 'echo disk > /root/mark; echo work > /work/mark; echo memory > /dev/shm/mark
+         (i=0; while :; do i=$((i+1)); echo $i > /dev/shm/count; sleep 0.1; done) > /dev/null 2>&1 < /dev/null &'");
+    let state = |vm: &str| {
+        host.sh(&format!("fcctl exec {vm} -- cat /root/mark /work/mark /dev/shm/mark /proc/sys/kernel/random/boot_id"))
+    };
+    let counts = |vm: &str| {
+        host.sh(&format!(
+            "fcctl exec {vm} -- sh -c 'from=$(cat /dev/shm/count); until [ \"$(cat /dev/shm/count)\" -gt \"$from\" ]; do sleep 0.1; done'"
+        ))
+    };
+    let then = state("s");
+    assert_eq!(host.sh("fcctl snapshot create s --name one"), "one\n");
+    counts("s");
+    host.sh("fcctl exec s -- sh -c 'echo later | tee /root/mark /work/mark > /dev/shm/mark; sync'; fcctl stop s");
+    assert_eq!(host.sh("fcctl snapshot restore one"), "s: running\n");
+    assert_eq!(state("s"), then);
+    counts("s");
+    assert_eq!(host.sh("fcctl vm fork s twin; fcctl snapshot restore one --as third"), "twin\nthird: running\n");
+    for vm in ["s", "twin", "third"] {
+        assert_eq!(state(vm), then, "{vm}");
+        counts(vm);
+        assert_eq!(host.sh(&format!("fcctl exec {vm} -- sh -c 'hostname; echo {vm} > /root/mark; sync'")), format!("{vm}\n"));
+        let off = host.sh(&format!("echo $(( $(fcctl exec {vm} -- date +%s) - $(date +%s) ))"));
+        assert!(off.trim().parse::<i64>().unwrap().abs() < 30, "{vm}: {off}");
+    }
+    for what in [
+        "cat /etc/machine-id /run/fcd/seed/host_key",
+        "head -c 32 /dev/urandom | od -An -tx1",
+        "cat /sys/class/net/eth0/address",
+        "cat /root/mark",
+    ] {
+        let lines =
+            host.sh(&format!("for vm in s twin third; do fcctl exec $vm -- sh -c '{what}' | sha256sum; done | sort -u | wc -l"));
+        assert_eq!(lines, "3\n", "{what}");
+    }
+    // What was saved cannot be loaded: the VMM exits, which is said and leaves nothing.
+    let broken = host.sh("fcctl stop s > /dev/null; for f in state/snapshots/*/devices; do echo broken > $f; done; fcctl snapshot restore one 2>&1 || true");
+    assert!(broken.contains("load the saved guest"), "{broken}");
+    assert_eq!(host.sh("fcctl exec twin -- echo on; fcctl snapshot delete one; ls state/snapshots"), "on\none: deleted\n");
+    host.sh("fcctl rm -f s twin third");
+}
+
 #[test]
 #[ignore = "needs a binary of Firecracker's: scripts/test"]
 fn real_guests() {
@@ -130,6 +175,7 @@ fn real_guests() {
     for n in [3, 7, 11, 15] {
         dies_at(&host, n);
     }
+    goes_on_from_snapshots(&host);
     // A delete in mid-boot waits for nothing.
     host.sh("fcctl vm create --name b; fcctl start b & until pgrep -x firecracker > /dev/null; do sleep 0.05; done
              fcctl rm -f b; wait $! || true");

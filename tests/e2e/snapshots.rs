@@ -1,5 +1,6 @@
 //! Guests that are saved and go on from there: memory and disks of one moment, in the same VM and in others at the same time.
 
+use crate::bridge::{enter_a_host_with_an_outside, on_the_bridge};
 use crate::host::{Host, text, wait_for};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -91,6 +92,15 @@ pub fn go_through(host: &Host) {
     host.ok(&["rm", "-f", "twin", "third"]);
     assert_eq!(std::fs::read_dir(host.state().join("snapshots")).unwrap().count(), 0);
     assert_eq!(host.json(&["doctor", "--leaks"]).as_array().map(Vec::len), Some(0));
+}
+
+/// There each has an address of its own, which it takes when it goes on.
+#[test]
+fn a_saved_guest_goes_on_at_another_address() {
+    enter_a_host_with_an_outside();
+    let host = Host::with_config("[network]\ndriver = \"bridge\"\n");
+    go_through(&host);
+    assert_eq!(on_the_bridge(), (0, 0));
 }
 
 #[test]

@@ -218,6 +218,7 @@ impl Daemon {
     pub fn open(config: Config, seams: Seams) -> Result<Self> {
         // VMMs of other uids reach what is theirs below it.
         drop(crate::host::fs::create_dir(&config.state_dir.join(VMS_DIR), 0o711)?);
+        drop(crate::host::fs::create_dir(&config.state_dir.join(captures::SNAPSHOTS_DIR), 0o711)?);
         let store = Store::open(&config.state_dir)?;
         let limits = &config.limits;
         let boots = if limits.boots_max == 0 { crate::host::limits::cores() } else { limits.boots_max };

@@ -6,6 +6,10 @@ use crate::api::op::{Op, OpListReply, OpListRequest, OpReply, OpState};
 use crate::error::{Kind, Result};
 use crate::ids::{OpId, VmId};
 use crate::ops::{Filter, Limits, OpHandle};
+use std::time::{Duration, Instant};
+
+/// For a store that has refused the end of an operation to take it.
+const WRITABLE_DEADLINE: Duration = Duration::from_secs(1);
 
 impl Daemon {
     pub fn op_list(&self, caller: &Caller, request: &OpListRequest) -> OpListReply {
@@ -55,11 +59,18 @@ impl Daemon {
     /// Ends an operation that changes no VM's state: written down, then told.
     pub(super) fn end_op(&self, op: OpHandle, result: Result<serde_json::Value>) {
         let row = ended_row(op.op(), &result);
-        let written = self.change(true, |tx| {
-            tx.put_op(row);
-            Ok(())
-        });
-        if let Err(e) = written.and_then(|((), ticket)| self.wait_durable(ticket)) {
+        let write = || {
+            let row = row.clone();
+            let written = self.change(true, |tx| {
+                tx.put_op(row);
+                Ok(())
+            });
+            written.and_then(|((), ticket)| self.wait_durable(ticket))
+        };
+        // A disk that refuses once takes it a moment later; longer nobody waits for that.
+        let written =
+            write().or_else(|e| if self.store.wait_writable(Instant::now() + WRITABLE_DEADLINE) { write() } else { Err(e) });
+        if let Err(e) = written {
             log::warn!("write down the end of operation {}: {e}", op.id());
         }
         op.finish(result);

@@ -168,9 +168,8 @@ impl Daemon {
     }
 
     fn fill(&self, row: &VmRow, op: &OpHandle, id: &SnapshotId, files: &Files) -> Result<SnapshotRow> {
-        // VMMs of other uids reach what they are given of it.
-        drop(create_dir(&self.snapshots_dir(), 0o711)?);
         self.effects.before("make the snapshot's directory")?;
+        // VMMs of other uids reach what they are given of it.
         drop(create_dir(&files.dir, 0o711)?);
         let image = self.images.get(&row.image)?;
         let spec = self.spec(row, &image);

@@ -5,6 +5,7 @@
 use crate::points::Mode;
 use crate::world::*;
 use fcd::api::daemon::{Leaks, LeaksRequest};
+use fcd::api::snapshot::*;
 use fcd::api::vm::*;
 use fcd::api::workspace::WorkspacePrepare;
 use fcd::client::Failure;
@@ -24,15 +25,37 @@ enum Verb {
     Delete,
     Set,
     Prepare,
+    Snapshot,
+    /// In the same VM.
+    Restore,
+    /// In a new one.
+    RestoreAs,
+    Fork,
+    Forget,
 }
-use Verb::{Create, Delete, Kill, Prepare, Restart, Set, Start, Stop};
+use Verb::{Create, Delete, Forget, Fork, Kill, Prepare, Restart, Restore, RestoreAs, Set, Snapshot, Start, Stop};
 const VERBS: [Verb; 7] = [Start, Stop, Kill, Restart, Delete, Set, Prepare];
+
+/// What can be done with snapshots, after what makes it possible.
+const SNAPSHOT_SEQUENCES: [&[Verb]; 9] = [
+    &[Start, Snapshot],
+    &[Snapshot],
+    &[Start, Snapshot, Snapshot],
+    &[Start, Snapshot, Stop, Restore],
+    &[Start, Snapshot, Kill, Restore],
+    &[Start, Snapshot, Restore],
+    &[Start, Snapshot, RestoreAs],
+    &[Start, Fork],
+    &[Start, Snapshot, Forget],
+];
 
 /// A call of any kind under way.
 enum Call {
     Vm(Running<VmReply>),
     Delete(Running<VmDeleteReply>),
     Prepare(Running<fcd::api::workspace::PrepareReply>),
+    Snapshot(Running<SnapshotReply>),
+    Forget(Running<SnapshotDeleteReply>),
 }
 
 fn begin(world: &World, verb: Verb) -> Call {
@@ -52,6 +75,19 @@ fn begin(world: &World, verb: Verb) -> Call {
             write_payload(std::fs::File::from(write), b"some payload");
             Call::Prepare(world.begin::<WorkspacePrepare>(prepare("web"), vec![read]))
         }
+        Snapshot => {
+            let request = SnapshotCreateRequest { vm: "web".into(), name: Some("one".parse().unwrap()) };
+            Call::Snapshot(world.begin::<SnapshotCreate>(request, vec![]))
+        }
+        Restore | RestoreAs => {
+            let new_vm = (verb == RestoreAs).then(|| "twin".parse().unwrap());
+            Call::Vm(world.begin::<SnapshotRestore>(SnapshotRestoreRequest { snapshot: "one".into(), new_vm }, vec![]))
+        }
+        Fork => {
+            let request = VmForkRequest { vm: "web".into(), name: Some("twin".parse().unwrap()) };
+            Call::Vm(world.begin::<VmFork>(request, vec![]))
+        }
+        Forget => Call::Forget(world.begin::<SnapshotDelete>(SnapshotRequest { snapshot: "one".into() }, vec![])),
     }
 }
 
@@ -62,11 +98,17 @@ fn end(world: &World, call: Call) -> Option<Result<(), Failure>> {
         Call::Vm(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
         Call::Delete(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
         Call::Prepare(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
+        Call::Snapshot(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
+        Call::Forget(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
     }
 }
 
+fn row_of(world: &World, name: &str) -> Option<fcd::store::VmRow> {
+    world.daemon().store.read(|s| s.vms().find(|r| r.name.as_str() == name).map(|r| (**r).clone()))
+}
+
 fn now(world: &World) -> Option<VmState> {
-    world.daemon().store.read(|s| s.vms().next().map(|r| r.state))
+    row_of(world, "web").map(|r| r.state)
 }
 
 /// The states in which a VM may be found again whose `verb` was cut off, by the one in which it was.
@@ -79,6 +121,7 @@ fn may_be(verb: Verb, before: Option<VmState>) -> Vec<Option<VmState>> {
         (Stop | Kill, Some(Running)) => may.push(Some(Stopped)),
         (Restart, Some(Running)) => may.push(Some(Stopped)),
         (Restart, Some(_)) => may.push(Some(Running)),
+        (Restore, Some(Created | Stopped)) => may.extend([Some(Stopped), Some(Running)]),
         (Delete, Some(_)) => may.push(None),
         _ => {}
     }
@@ -106,6 +149,19 @@ fn agrees(world: &World, at: &str) {
         let devices: BTreeSet<String> = world.devices().into_iter().filter(|d| d.starts_with("fc-")).collect();
         assert_eq!(devices, running, "{at}: snapshot devices, rows that run");
     }
+    // A new VM is there and runs, or is not there. No guest stands still, and each snapshot is whole.
+    if let Some(twin) = row_of(world, "twin") {
+        assert!(twin.state == VmState::Running && !twin.rm, "{at}: {twin:?}");
+    }
+    let (rows, snapshots) = world.daemon().store.read(|s| {
+        let rows: Vec<_> = s.vms().cloned().collect();
+        (rows, s.snapshots().map(|r| r.id.to_string()).collect::<BTreeSet<_>>())
+    });
+    assert!(rows.iter().all(|row| !world.vmm.is_paused(&row.id)), "{at}");
+    let dir = world.config.state_dir.join("snapshots");
+    let on_host: BTreeSet<String> =
+        std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    assert_eq!(on_host, snapshots, "{at}: snapshots on the host, in the store");
     let vms = world.config.state_dir.join("vms");
     let on_host: BTreeSet<String> = std::fs::read_dir(&vms).unwrap().map(|e| e.unwrap().path().display().to_string()).collect();
     assert!(on_host.is_subset(&directories), "{at}: {on_host:?} on the host, {directories:?} in the ledger");
@@ -116,9 +172,14 @@ fn agrees(world: &World, at: &str) {
 /// I6, and everything is as before the first operation.
 #[track_caller]
 fn comes_to_nothing(world: &World, empty: &BTreeSet<String>, at: &str) {
-    match world.delete("web") {
-        Ok(_) => {}
-        Err(e) => assert!(e.is(Kind::VmNotFound), "{at}: {e:?}"),
+    for vm in ["web", "twin"] {
+        match world.delete(vm) {
+            Ok(_) => {}
+            Err(e) => assert!(e.is(Kind::VmNotFound), "{at}: {e:?}"),
+        }
+    }
+    for snapshot in world.call::<SnapshotList>(&SnapshotListRequest::default()).unwrap().snapshots {
+        world.call::<SnapshotDelete>(&SnapshotRequest { snapshot: snapshot.id.to_string() }).unwrap();
     }
     world.await_rest();
     assert_eq!(world.census(), *empty, "{at}");
@@ -173,11 +234,12 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
             let done = may_be(*last, before).pop().unwrap();
             assert!(after == done || *last == Restart, "{at}: acknowledged, yet {after:?}");
         }
-        let reason = world.daemon().store.read(|s| s.vms().next().and_then(|r| r.reason.clone()));
+        let reason = row_of(world, "web").and_then(|r| r.reason);
         assert!(may_be(*last, before).contains(&after), "{at}: was {before:?}, is {after:?} ({reason:?})");
         agrees(world, &at);
-        if before == Some(VmState::Running) && matches!(last, Set | Prepare | Start) {
-            assert_eq!(world.vmm.live(), vmms, "{at}: I3");
+        if before == Some(VmState::Running) && matches!(last, Set | Prepare | Start | Snapshot | Fork | RestoreAs) {
+            let lives = |tag: &String| world.vmm.live().contains(tag);
+            assert!(vmms.iter().all(lives), "{at}: I3");
         }
         let census = world.census();
         world.reopen();
@@ -239,6 +301,13 @@ fn a_daemon_killed_at_any_point_of_the_second_operation() {
 }
 
 #[test]
+fn a_daemon_killed_at_any_point_of_a_snapshot() {
+    let (mut world, mut figures) = (World::new(), Figures::default());
+    SNAPSHOT_SEQUENCES.iter().for_each(|verbs| crash_everywhere(&mut world, verbs, &mut figures));
+    println!("{figures:?}");
+}
+
+#[test]
 #[ignore = "minutes: scripts/test --long"]
 fn a_daemon_killed_at_any_point_of_the_third_operation() {
     let (mut world, mut figures) = (World::new(), Figures::default());
@@ -255,6 +324,9 @@ fn any_effect_fails() {
     }
     for verbs in sequences(2) {
         fail_everywhere(&world, &verbs, Mode::Fail, &mut figures);
+    }
+    for verbs in SNAPSHOT_SEQUENCES {
+        fail_everywhere(&world, verbs, Mode::FailCommits, &mut figures);
     }
     println!("{figures:?}");
 }

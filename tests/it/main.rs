@@ -23,6 +23,7 @@ mod points;
 mod promise;
 mod recovery;
 mod running;
+mod snapshots;
 mod stall;
 mod verbs;
 mod world;

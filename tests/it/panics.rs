@@ -2,13 +2,14 @@
 
 use crate::world::*;
 use fcd::api::Empty;
-use fcd::api::daemon::{Check, Doctor, Info};
+use fcd::api::daemon::{Check, Doctor, Info, Leaks, LeaksRequest};
+use fcd::api::snapshot::*;
 use fcd::api::vm::*;
 use fcd::error::{Kind, Result};
 use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::fake::Fake;
-use fcd::vmm::{Driver, Identity, Running, Told, VmmSpec};
+use fcd::vmm::{Driver, Identity, Running, SaveTo, Told, VmmSpec};
 use fcd::workspace::remote::{self, Place};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -92,6 +93,13 @@ impl Driver for Panics {
     }
     fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
         self.inner.watch_guest(dir, identity, told)
+    }
+    fn save(&self, dir: &Path, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+        self.pass("save");
+        self.inner.save(dir, identity, to, cancel)
+    }
+    fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {
+        self.inner.can_load(driver, elsewhere)
     }
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
         self.inner.set_paused(dir, identity, is_paused, cancel)
@@ -200,4 +208,19 @@ fn in_a_job() {
     world.await_rest();
     assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
     assert_eq!(world.stop("web").unwrap().state, VmState::Stopped);
+}
+
+/// The guest goes on, and what was saved of it goes.
+#[test]
+fn in_a_snapshot() {
+    let (world, driver) = world();
+    let (vm, _) = world.running("web");
+    driver.at("save");
+    let e = world.run::<SnapshotCreate>(SnapshotCreateRequest { vm: "web".into(), name: None }).unwrap_err();
+    assert!(e.is(Kind::Internal), "{e:?}");
+    world.await_rest();
+    assert!(!world.vmm.is_paused(&vm.id));
+    let leaks = world.call::<Leaks>(&LeaksRequest { fix: true }).unwrap().leaks;
+    assert!(leaks.len() == 1 && leaks[0].removed, "{leaks:?}");
+    world.run::<SnapshotCreate>(SnapshotCreateRequest { vm: "web".into(), name: None }).unwrap();
 }

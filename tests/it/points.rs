@@ -10,7 +10,7 @@ use fcd::host::{Command, Commands, command::Output};
 use fcd::locks::Cancel;
 use fcd::store::faults::{CommitHook, Fault};
 use fcd::vmm::console::Consoles;
-use fcd::vmm::{Driver, Identity, Running, Told, VmmSpec};
+use fcd::vmm::{Driver, Identity, Running, SaveTo, Told, VmmSpec};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -162,6 +162,12 @@ impl Driver for PointDriver {
     }
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
         self.0.set_paused(dir, identity, is_paused, cancel)
+    }
+    fn save(&self, dir: &Path, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+        self.0.save(dir, identity, to, cancel)
+    }
+    fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {
+        self.0.can_load(driver, elsewhere)
     }
     fn leaves_remains(&self) -> bool {
         self.0.leaves_remains()

@@ -66,6 +66,9 @@ impl Commands for FakeCommands {
         if command.program != "qemu-img" {
             return Err(Error::new(Kind::CommandMissing, format!("run {}: it is not there", command.program.to_string_lossy())));
         }
+        if args.iter().any(|a| a == "rebase") {
+            return Ok(Output::default());
+        }
         let [.., path, size] = args.as_slice() else { panic!("{args:?}") };
         let mut header = [0u8; 32];
         header[..4].copy_from_slice(b"QFI\xfb");
@@ -178,6 +181,7 @@ impl World {
             }
             Answer::status(0).stdout("synced\n")
         });
+        self.guest.on("/usr/lib/fcd/busybox sh -c", |_| Answer::status(0).stdout("ready\n"));
         let place = Place::new(GUEST_PATH);
         self.guest.on(&remote::begin_command(&place), |_| Answer::status(0).stdout("fcd-begin 1\n"));
         let finish = remote::Finish::default();
@@ -379,6 +383,7 @@ impl World {
             all.extend(s.vms().map(|r| format!("vm {r:?}")));
             all.extend(s.workspaces().map(|r| format!("workspace {r:?}")));
             all.extend(s.ledger().map(|r| format!("ledger {r:?}")));
+            all.extend(s.snapshots().map(|r| format!("snapshot {r:?}")));
         });
         all
     }

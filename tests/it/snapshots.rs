@@ -1,0 +1,219 @@
+//! Snapshots, restores and forks over the socket: who may when, and what a failure or a stop in the middle leaves.
+
+use crate::world::*;
+use fcd::api::op::{OpCancel, OpRequest};
+use fcd::api::snapshot::*;
+use fcd::api::vm::*;
+use fcd::client::Failure;
+use fcd::daemon::Caller;
+use fcd::error::Kind;
+use fcd::guest::fake::Answer;
+use fcd::vmm::fake::Stage;
+
+fn save(vm: &str, name: &str) -> SnapshotCreateRequest {
+    SnapshotCreateRequest { vm: vm.into(), name: Some(name.parse().unwrap()) }
+}
+
+fn create(world: &World, vm: &str, name: &str) -> Result<Snapshot, Failure> {
+    world.run::<SnapshotCreate>(save(vm, name)).map(|r| r.snapshot)
+}
+
+fn restore(world: &World, snapshot: &str, new_vm: Option<&str>) -> Result<Vm, Failure> {
+    let new_vm = new_vm.map(|name| name.parse().unwrap());
+    world.run::<SnapshotRestore>(SnapshotRestoreRequest { snapshot: snapshot.into(), new_vm }).map(|r| r.vm)
+}
+
+fn fork(world: &World, vm: &str, name: &str) -> Result<Vm, Failure> {
+    world.run::<VmFork>(VmForkRequest { vm: vm.into(), name: Some(name.parse().unwrap()) }).map(|r| r.vm)
+}
+
+fn list(world: &World) -> Vec<String> {
+    let all = world.call::<SnapshotList>(&SnapshotListRequest::default()).unwrap().snapshots;
+    all.into_iter().map(|s| s.name.to_string()).collect()
+}
+
+#[test]
+fn a_snapshot_is_made_found_restored_and_deleted() {
+    let world = World::new();
+    let (vm, _) = world.running("web");
+    world.import_all("web");
+    let workspace = world.show("web").unwrap().workspace.unwrap();
+    let made = create(&world, "web", "one").unwrap();
+    assert_eq!((&made.vm, made.vm_name.as_str(), made.driver.as_str()), (&vm.id, "web", "fake"));
+    let unnamed = world.run::<SnapshotCreate>(SnapshotCreateRequest { vm: "web".into(), name: None }).unwrap().snapshot;
+    assert_eq!(unnamed.name.as_str(), "web-1");
+    assert!(!world.vmm.is_paused(&vm.id));
+    for text in ["one", made.id.as_str(), &made.id.as_str()[..11]] {
+        let found = world.call::<SnapshotShow>(&SnapshotRequest { snapshot: text.into() }).unwrap().snapshot;
+        assert_eq!(found, made, "{text}");
+    }
+    let of = |vm: &str| world.call::<SnapshotList>(&SnapshotListRequest { vm: Some(vm.into()) });
+    assert_eq!(of("web").unwrap().snapshots.len(), 2);
+    assert!(of("other").unwrap_err().is(Kind::VmNotFound));
+    // Whom it does not belong to, to them it does not exist.
+    let stranger = Caller { uid: 4_000_000, gid: 0, pid: 0 };
+    assert_eq!(world.daemon().snapshot_show(&stranger, "one").unwrap_err().kind(), Kind::SnapshotNotFound);
+    assert_eq!(world.daemon().snapshot_delete(&stranger, "one").unwrap_err().kind(), Kind::SnapshotNotFound);
+    assert_eq!(world.daemon().snapshot_list(&stranger, &SnapshotListRequest::default()).unwrap().snapshots, []);
+
+    // What it was then is what it is again; more memory that it was to get at its next start it does not get.
+    world.call::<VmSet>(&VmSetRequest { vm: "web".into(), mem_mib: Some(2048), ..Default::default() }).unwrap();
+    assert!(restore(&world, "one", None).unwrap_err().is(Kind::WrongState));
+    world.stop("web").unwrap();
+    let back = restore(&world, "one", None).unwrap();
+    assert_eq!((&back.id, back.state, back.mem_mib, &back.workspace), (&vm.id, VmState::Running, 1024, &Some(workspace)));
+    let spec = world.vmm.last_spec(&vm.id).unwrap();
+    assert_eq!(spec.saved.unwrap().driver, "fake");
+    // It boots at its next start.
+    world.stop("web").unwrap();
+    world.start("web").unwrap();
+    assert_eq!(world.vmm.last_spec(&vm.id).unwrap().saved, None);
+
+    world.delete("web").unwrap();
+    let e = restore(&world, "one", None).unwrap_err();
+    assert!(e.is(Kind::VmNotFound) && e.fault.hint.as_ref().is_some_and(|h| h.contains("--as")), "{e:?}");
+    let other = restore(&world, "one", Some("other")).unwrap();
+    assert!(other.id != vm.id && other.state == VmState::Running && !other.rm, "{other:?}");
+    for name in ["one", "web-1"] {
+        world.call::<SnapshotDelete>(&SnapshotRequest { snapshot: name.into() }).unwrap();
+    }
+    assert_eq!(list(&world), [""; 0]);
+    assert_eq!(std::fs::read_dir(world.config.state_dir.join("snapshots")).unwrap().count(), 0);
+    assert_eq!(world.state("other"), VmState::Running);
+}
+
+#[test]
+fn they_are_there_after_a_restart_of_the_daemon() {
+    let mut world = World::new();
+    let (vm, _) = world.running("web");
+    let made = create(&world, "web", "one").unwrap();
+    world.reopen();
+    world.daemon().reconcile();
+    assert_eq!(world.call::<SnapshotShow>(&SnapshotRequest { snapshot: "one".into() }).unwrap().snapshot, made);
+    world.stop("web").unwrap();
+    assert_eq!(restore(&world, "one", None).unwrap().id, vm.id);
+}
+
+/// While the guest stands still to be saved.
+#[test]
+fn a_guest_that_is_saved_is_stopped_at_once() {
+    let world = World::new();
+    let empty = world.census();
+    for force in [false, true] {
+        let (vm, _) = world.running("web");
+        world.vmm.hold_starts(Stage::Save);
+        let mut saving = world.begin::<SnapshotCreate>(save("web", "one"), vec![]);
+        assert!(world.vmm.await_held(1, soon()));
+        assert!(world.vmm.is_paused(&vm.id));
+        // Whatever its owner says: what is saved must be of one moment.
+        world.call::<VmResume>(&request("web")).unwrap();
+        assert!(world.vmm.is_paused(&vm.id));
+        assert!(create(&world, "web", "two").unwrap_err().is(Kind::Busy));
+        let stopped = world.run::<VmStop>(VmStopRequest { force, ..stop("web") }).unwrap().vm;
+        assert_eq!(stopped.state, VmState::Stopped);
+        let e = saving.finish(SOON).unwrap_err();
+        assert!(e.is(Kind::Cancelled) && e.fault.message.contains("the VM was stopped"), "{e:?}");
+        world.vmm.release_starts();
+        assert_eq!(list(&world), [""; 0]);
+        world.delete("web").unwrap();
+        world.await_rest();
+        assert_eq!(world.census(), empty);
+    }
+}
+
+#[test]
+fn a_guest_goes_on_when_it_was_saved_or_was_not() {
+    let world = World::new();
+    let (vm, _) = world.running("web");
+    world.vmm.hold_starts(Stage::Save);
+    let mut saving = world.begin::<SnapshotCreate>(save("web", "one"), vec![]);
+    assert!(world.vmm.await_held(1, soon()));
+    // Paused meanwhile, it stays so.
+    world.call::<VmPause>(&request("web")).unwrap();
+    world.vmm.release_starts();
+    saving.finish(SOON).unwrap();
+    assert!(world.vmm.is_paused(&vm.id));
+    assert!(create(&world, "web", "two").unwrap_err().is(Kind::WrongState), "a paused guest cannot prepare itself");
+    world.call::<VmResume>(&request("web")).unwrap();
+    assert!(!world.vmm.is_paused(&vm.id));
+
+    world.vmm.hold_starts(Stage::Save);
+    let mut saving = world.begin::<SnapshotCreate>(save("web", "two"), vec![]);
+    assert!(world.vmm.await_held(1, soon()));
+    let op = saving.note(|n| if let fcd::api::frame::Note::Op { op } = n { Some(op.clone()) } else { None });
+    world.call::<OpCancel>(&OpRequest { op: op.to_string() }).unwrap();
+    assert!(saving.finish(SOON).unwrap_err().is(Kind::Cancelled));
+    world.vmm.release_starts();
+    assert!(!world.vmm.is_paused(&vm.id));
+    assert_eq!(list(&world), ["one"]);
+}
+
+#[test]
+fn a_guest_that_cannot_prepare_itself_is_not_held() {
+    let world = World::new();
+    let (vm, _) = world.running("web");
+    world.guest.on("/usr/lib/fcd/busybox sh -c", |_| Answer::status(1).stderr("no such thing"));
+    let e = create(&world, "web", "one").unwrap_err();
+    assert!(e.is(Kind::GuestCommandFailed) && e.fault.message.contains("no such thing"), "{e:?}");
+    assert!(!world.vmm.is_paused(&vm.id));
+    assert!(fork(&world, "web", "twin").unwrap_err().is(Kind::GuestCommandFailed));
+    world.await_gone("twin");
+}
+
+#[test]
+fn a_fork_is_made_whole_or_not_at_all() {
+    let world = World::new();
+    let (vm, _) = world.running("web");
+    let before = world.census();
+    assert!(fork(&world, "web", "web").unwrap_err().is(Kind::NameTaken));
+    assert!(fork(&world, "nobody", "twin").unwrap_err().is(Kind::VmNotFound));
+    world.vmm.fail_next_start("no such machine");
+    let e = fork(&world, "web", "twin").unwrap_err();
+    assert!(e.is(Kind::VmmFailed) && e.fault.message.contains("no such machine"), "{e:?}");
+    world.await_gone("twin");
+    world.await_rest();
+    assert_eq!(world.census(), before);
+
+    // Cancelled at every stage.
+    for stage in [Stage::Save, Stage::BeforeSpawn, Stage::AfterSpawn] {
+        world.vmm.hold_starts(stage);
+        let mut forking = world.begin::<VmFork>(VmForkRequest { vm: "web".into(), name: Some("twin".parse().unwrap()) }, vec![]);
+        assert!(world.vmm.await_held(1, soon()));
+        let op = forking.note(|n| if let fcd::api::frame::Note::Op { op } = n { Some(op.clone()) } else { None });
+        world.call::<OpCancel>(&OpRequest { op: op.to_string() }).unwrap();
+        assert!(forking.finish(SOON).unwrap_err().is(Kind::Cancelled), "{stage:?}");
+        world.vmm.release_starts();
+        world.await_gone("twin");
+        world.await_rest();
+        assert_eq!(world.census(), before, "{stage:?}");
+        assert!(!world.vmm.is_paused(&vm.id));
+    }
+
+    let twin = fork(&world, "web", "twin").unwrap();
+    assert!(twin.state == VmState::Running && !twin.rm && twin.ports.is_empty(), "{twin:?}");
+    assert_eq!(list(&world), [""; 0], "what it began with is gone");
+    // They are two from then on.
+    world.delete("web").unwrap();
+    assert_eq!(world.state("twin"), VmState::Running);
+}
+
+#[test]
+fn a_restore_that_fails_leaves_a_vm_that_starts() {
+    let world = World::new();
+    world.running("web");
+    let made = create(&world, "web", "one").unwrap();
+    world.stop("web").unwrap();
+    let dir = world.config.state_dir.join("snapshots").join(made.id.as_str());
+    // Its memory was lost.
+    std::fs::write(dir.join("memory"), "").unwrap();
+    assert!(restore(&world, "one", None).unwrap_err().is(Kind::VmmFailed));
+    assert_eq!(world.state("web"), VmState::Failed);
+    assert!(restore(&world, "one", Some("twin")).unwrap_err().is(Kind::VmmFailed));
+    world.await_gone("twin");
+    world.start("web").unwrap();
+    world.stop("web").unwrap();
+    // Its disk was lost: the VM keeps its own.
+    std::fs::remove_file(dir.join("disk")).unwrap();
+    assert!(restore(&world, "one", None).is_err());
+    world.start("web").unwrap();
+}

@@ -34,8 +34,22 @@ impl Daemon {
     /// Every [`SWEEP_PERIOD`], until the daemon closes: what a clean-up could not remove is tried again.
     pub fn keep_house(&self) {
         while !self.pause(SWEEP_PERIOD) {
-            self.sweep(true);
-            self.mend_network();
+            self.look_after();
+        }
+    }
+
+    /// Once.
+    pub fn look_after(&self) {
+        self.sweep(true);
+        self.mend_network();
+        let unadopted =
+            |row: &VmRow| row.state == VmState::Running && row.reason.as_ref().is_some_and(|r| r.starts_with(UNADOPTED));
+        let rows: Vec<VmRow> = self.store.read(|s| s.vms().filter(|row| unadopted(row)).map(|row| (**row).clone()).collect());
+        for row in rows {
+            match self.adopt_late(&row) {
+                Ok(()) => log::info!("vm {} is adopted now", row.name),
+                Err(e) => log::warn!("adopt the vmm of {}: {e}; it is tried again every minute", row.name),
+            }
         }
     }
 

@@ -195,7 +195,7 @@ impl Daemon {
             op.progress("save the memory");
             self.effects.before("save the guest")?;
             let to = SaveTo { memory: &files.memory, devices: &files.devices };
-            self.vmm.save(&self.vm_dir(&row.id), &identity, to, op.cancel())?;
+            self.vmm.save(&spec, &identity, to, op.cancel())?;
             op.progress("copy the disks");
             self.effects.before("copy the disks")?;
             (self.copy_disks(row, op, files, method)?, self.store.read(|s| s.workspace(&row.id).cloned()))

@@ -157,16 +157,16 @@ mod tests {
     #[test]
     fn every_state_and_verb() {
         expect![[r#"
-            | state | start | stop | stop --force | kill | restart | delete | delete --force | set | use |
-            |---|---|---|---|---|---|---|---|---|---|
-            | created | -> starting | ok, nothing | ok, nothing | refused | -> starting | -> deleting | -> deleting | allowed | refused |
-            | starting | join | succeed | succeed | succeed | refused | succeed | succeed | allowed | refused |
-            | running | ok, nothing | -> stopping | -> stopping | -> stopping | -> stopping | refused | -> deleting | allowed | allowed |
-            | stopping | refused | join | shorten, join | shorten, join | refused | succeed | succeed | allowed | refused |
-            | stopping (restart) | join | succeed | succeed | succeed | join | succeed | succeed | allowed | refused |
-            | stopped | -> starting | ok, nothing | ok, nothing | refused | -> starting | -> deleting | -> deleting | allowed | refused |
-            | deleting | refused | refused | refused | refused | refused | join | join | refused | refused |
-            | failed | -> starting | ok, nothing | ok, nothing | refused | -> starting | -> deleting | -> deleting | allowed | refused |
+            | state | start | stop | stop --force | kill | restart | restore | delete | delete --force | set | use |
+            |---|---|---|---|---|---|---|---|---|---|---|
+            | created | -> starting | ok, nothing | ok, nothing | refused | -> starting | -> starting | -> deleting | -> deleting | allowed | refused |
+            | starting | join | succeed | succeed | succeed | refused | refused | succeed | succeed | allowed | refused |
+            | running | ok, nothing | -> stopping | -> stopping | -> stopping | -> stopping | refused | refused | -> deleting | allowed | allowed |
+            | stopping | refused | join | shorten, join | shorten, join | refused | refused | succeed | succeed | allowed | refused |
+            | stopping (restart) | join | succeed | succeed | succeed | join | refused | succeed | succeed | allowed | refused |
+            | stopped | -> starting | ok, nothing | ok, nothing | refused | -> starting | -> starting | -> deleting | -> deleting | allowed | refused |
+            | deleting | refused | refused | refused | refused | refused | refused | join | join | refused | refused |
+            | failed | -> starting | ok, nothing | ok, nothing | refused | -> starting | -> starting | -> deleting | -> deleting | allowed | refused |
         "#]]
         .assert_eq(&markdown_table());
     }

@@ -48,8 +48,8 @@ impl Driver for Drivers {
         self.starts.start(spec, cancel, spawned)
     }
 
-    fn save(&self, dir: &Path, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
-        self.of(identity)?.save(dir, identity, to, cancel)
+    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+        self.of(identity)?.save(spec, identity, to, cancel)
     }
 
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {

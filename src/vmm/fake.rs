@@ -59,6 +59,7 @@ struct State {
     gate: Option<(Stage, Cancel)>,
     waiting: usize,
     failures: Vec<String>,
+    adopt_failures: Vec<String>,
     is_unkillable: bool,
     ssh_addr: Option<SocketAddr>,
     ssh_addrs: HashMap<VmId, SocketAddr>,
@@ -120,6 +121,11 @@ impl Fake {
     /// The next start fails with this, after it has spawned. Several calls are several failures.
     pub fn fail_next_start(&self, message: &str) {
         self.state.lock().failures.push(message.to_owned());
+    }
+
+    /// The next adoption fails with this, as that of a VMM that does not answer in time.
+    pub fn fail_next_adopt(&self, message: &str) {
+        self.state.lock().adopt_failures.push(message.to_owned());
     }
 
     /// From now on `kill` ends nothing and runs into its deadline: a process in uninterruptible sleep.
@@ -322,6 +328,9 @@ impl Driver for Fake {
     }
 
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
+        if let Some(message) = self.state.lock().adopt_failures.pop() {
+            return Err(Error::new(Kind::Timeout, message));
+        }
         let ssh_addr = self.with(identity, |vmm| (vmm.end.is_none() && vmm.spec.tag == spec.tag).then_some(vmm.ssh_addr));
         let gone = || Error::new(Kind::VmmFailed, "take up the VMM again: it has exited");
         let ssh_addr = ssh_addr.flatten().ok_or_else(gone)?;
@@ -375,7 +384,7 @@ impl Driver for Fake {
         self.with(identity, |vmm| vmm.is_paused = is_paused).ok_or_else(gone)
     }
 
-    fn save(&self, _dir: &Path, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+    fn save(&self, _spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
         let doing = "save the guest";
         self.pass_gate(Stage::Save, cancel)?;
         let _blocking = region(Rank::VmmApi);

@@ -172,7 +172,7 @@ pub trait Driver: Send + Sync {
 
     /// Saves the memory and the devices of a guest that stands still, and leaves it so. The VMM has brought all that the guest wrote to its
     /// disks to their files when this returns.
-    fn save(&self, dir: &Path, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()>;
+    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()>;
 
     /// Whether this driver, as it starts VMs now, lets a guest go on that was saved by `driver`, in another VM's directory if it must.
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()>;

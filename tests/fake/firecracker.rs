@@ -36,6 +36,9 @@ struct Vmm {
     drives: Vec<(String, bool)>,
     networks: Vec<(String, String)>,
     serial: Option<PathBuf>,
+    /// Of the disks.
+    paths: Vec<String>,
+    is_ending: bool,
 }
 
 /// A body, or a fault's message.
@@ -54,6 +57,8 @@ impl Vmm {
         match (method, parts.as_slice()) {
             ("PATCH", ["vm"]) => self.set_state(&body),
             ("PUT", ["actions"]) => self.act(&body),
+            ("PUT", ["snapshot", "create"]) => self.save(&body),
+            ("PUT", ["snapshot", "load"]) => self.load(&body),
             (
                 "PUT",
                 ["machine-config" | "boot-source" | "serial" | "entropy" | "vsock" | "balloon"]
@@ -121,6 +126,7 @@ impl Vmm {
         }
         self.drives.retain(|(other, _)| other != id);
         self.drives.push((id.to_owned(), is_root));
+        self.paths.push(path.to_owned());
         Ok(())
     }
 
@@ -159,6 +165,75 @@ impl Vmm {
         Ok(None)
     }
 
+    /// In the two files: which disks it has. The real one's are its memory and its devices.
+    fn save(&mut self, body: &Value) -> Outcome {
+        match self.state {
+            State::NotStarted => return Err(BEFORE.to_owned()),
+            State::Running => {
+                return Err("Create snapshot error: Cannot save the microVM state: Operation not allowed: save/restore unavailable while running".into());
+            }
+            State::Paused => {}
+        }
+        let opened = |field: &str| {
+            let path =
+                body[field].as_str().ok_or_else(|| deserializing(&format!("missing field `{field}` at line 1 column 2.")))?;
+            let file = File::options().write(true).create(true).truncate(true).open(path);
+            file.map_err(|e| format!("Create snapshot error: Cannot perform open on the snapshot backing file: {e}"))
+        };
+        let disks: Vec<&String> = self.paths.iter().collect();
+        for field in ["mem_file_path", "snapshot_path"] {
+            serde_json::to_writer(opened(field)?, &disks).map_err(|e| format!("Create snapshot error: {e}"))?;
+        }
+        Ok(None)
+    }
+
+    /// A failure ends the process, when it has been answered.
+    fn load(&mut self, body: &Value) -> Outcome {
+        let failed = |why: String| Err(format!("Load snapshot error: Failed to restore from snapshot: {why}"));
+        if self.state != State::NotStarted {
+            return Err(AFTER.to_owned());
+        }
+        if self.kernel.is_some() || !self.paths.is_empty() {
+            return Err(
+                "Load snapshot error: Loading a microVM snapshot not allowed after configuring boot-specific resources.".into()
+            );
+        }
+        self.is_ending = true;
+        let (state, memory) = (body["snapshot_path"].as_str(), body["mem_backend"]["backend_path"].as_str());
+        let disks: Vec<String> = match File::open(state.unwrap_or_default())
+            .map_err(|e| e.to_string())
+            .and_then(|file| serde_json::from_reader(file).map_err(|e| e.to_string()))
+        {
+            Ok(disks) => disks,
+            Err(e) => return failed(format!("Failed to get snapshot state from file: Failed to open snapshot file: {e}")),
+        };
+        if let Err(e) = File::open(memory.unwrap_or_default()) {
+            return failed(format!("Failed to load guest memory: Error creating guest memory from file: {e}"));
+        }
+        if body["network_overrides"].as_array().into_iter().flatten().any(|net| net["iface_id"] != "eth0") {
+            return failed("Failed to get snapshot state from file: Unknown Network Device.".into());
+        }
+        for disk in disks {
+            if let Err(e) = File::open(&disk) {
+                return failed(format!(
+                    "Failed to build microVM from snapshot: Failed to restore devices: Error restoring MMIO devices: Block: VirtioBackend(BackingFile({e:?}, {disk:?}))"
+                ));
+            }
+        }
+        self.is_ending = false;
+        self.state = if body["resume_vm"] == true { State::Running } else { State::Paused };
+        self.say("the guest goes on\n");
+        Ok(None)
+    }
+
+    fn say(&self, text: &str) {
+        if let Some(mut serial) = self.serial.as_ref().and_then(|path| open_serial(path).ok()) {
+            let _ = serial.write_all(text.as_bytes());
+            // As the real one, which has it open as long as it lives.
+            std::mem::forget(serial);
+        }
+    }
+
     fn act(&mut self, body: &Value) -> Outcome {
         match (body["action_type"].as_str(), self.state) {
             (Some("InstanceStart"), State::NotStarted) => self.start(),
@@ -182,11 +257,7 @@ impl Vmm {
             return Err("Start microvm error: System configuration error: Cannot load kernel due to invalid memory configuration or invalid kernel image: Kernel Loader: failed to load ELF kernel image: Kernel Loader: Invalid Elf magic number".to_owned());
         }
         self.state = State::Running;
-        if let Some(mut serial) = self.serial.as_ref().and_then(|path| open_serial(path).ok()) {
-            let _ = serial.write_all(b"the guest runs\n");
-            // As the real one, which has it open as long as it lives.
-            std::mem::forget(serial);
-        }
+        self.say("the guest runs\n");
         Ok(None)
     }
 }
@@ -318,8 +389,12 @@ fn serve(mut stream: UnixStream, vmm: &Mutex<Vmm>, beside: &Path) {
             }
             None => vmm.handle(&request.method, &request.path, &request.body),
         };
+        let is_ending = vmm.is_ending;
         drop(vmm);
         respond(&mut stream, &outcome);
+        if is_ending {
+            std::process::exit(1);
+        }
     }
 }
 
@@ -351,6 +426,8 @@ fn main() {
         drives: Vec::new(),
         networks: Vec::new(),
         serial: None,
+        paths: Vec::new(),
+        is_ending: false,
     };
     let vmm = Arc::new(Mutex::new(vmm));
     for stream in listener.incoming().flatten() {

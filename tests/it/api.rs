@@ -7,6 +7,7 @@ use fcd::api::fault::Fault;
 use fcd::api::frame::*;
 use fcd::api::image::*;
 use fcd::api::op::*;
+use fcd::api::snapshot::*;
 use fcd::api::vm::*;
 use fcd::api::workspace::*;
 use fcd::api::{Call, Empty};
@@ -506,6 +507,81 @@ fn the_daemon() {
 }
 
 #[test]
+fn snapshots() {
+    let snapshot = Snapshot {
+        id: id(),
+        name: "one".parse().unwrap(),
+        owner_uid: 1000,
+        vm: id(),
+        vm_name: "web".parse().unwrap(),
+        created_at: 1,
+        image: "default".parse().unwrap(),
+        vcpus: 1,
+        mem_mib: 1024,
+        disk_bytes: 4096,
+        work_disk_bytes: Some(8192),
+        net: Net::Nat,
+        driver: "qemu (tcg, microvm)".into(),
+        bytes: 7,
+    };
+    let named = SnapshotRequest { snapshot: "one".into() };
+    call::<SnapshotCreate>(
+        SnapshotCreateRequest { vm: "web".into(), name: Some("one".parse().unwrap()) },
+        SnapshotReply { snapshot: snapshot.clone() },
+        expect![[r#"
+            snapshot.create
+            {"vm":"web","name":"one"}
+            {"snapshot":{"id":"0123456789ab","name":"one","owner_uid":1000,"vm":"0123456789ab","vm_name":"web","created_at":1,"image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":8192,"net":"nat","driver":"qemu (tcg, microvm)","bytes":7}}
+        "#]],
+    );
+    call::<SnapshotList>(
+        SnapshotListRequest { vm: Some("web".into()) },
+        SnapshotListReply { snapshots: vec![snapshot.clone()] },
+        expect![[r#"
+            snapshot.list
+            {"vm":"web"}
+            {"snapshots":[{"id":"0123456789ab","name":"one","owner_uid":1000,"vm":"0123456789ab","vm_name":"web","created_at":1,"image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":8192,"net":"nat","driver":"qemu (tcg, microvm)","bytes":7}]}
+        "#]],
+    );
+    call::<SnapshotShow>(
+        named.clone(),
+        SnapshotReply { snapshot },
+        expect![[r#"
+        snapshot.show
+        {"snapshot":"one"}
+        {"snapshot":{"id":"0123456789ab","name":"one","owner_uid":1000,"vm":"0123456789ab","vm_name":"web","created_at":1,"image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":8192,"net":"nat","driver":"qemu (tcg, microvm)","bytes":7}}
+    "#]],
+    );
+    call::<SnapshotDelete>(
+        named,
+        SnapshotDeleteReply { deleted: id() },
+        expect![[r#"
+        snapshot.delete
+        {"snapshot":"one"}
+        {"deleted":"0123456789ab"}
+    "#]],
+    );
+    call::<SnapshotRestore>(
+        SnapshotRestoreRequest { snapshot: "one".into(), new_vm: Some("twin".parse().unwrap()) },
+        reply(),
+        expect![[r#"
+            snapshot.restore
+            {"snapshot":"one","new_vm":"twin"}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null}}
+        "#]],
+    );
+    call::<VmFork>(
+        VmForkRequest { vm: "web".into(), name: Some("twin".parse().unwrap()) },
+        reply(),
+        expect![[r#"
+        vm.fork
+        {"vm":"web","name":"twin"}
+        {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null}}
+    "#]],
+    );
+}
+
+#[test]
 fn frames() {
     let mut all = String::new();
     let notes = [
@@ -561,6 +637,7 @@ fn every_method_has_a_golden() {
         fcd::api::exec::METHODS,
         fcd::api::image::METHODS,
         fcd::api::op::METHODS,
+        fcd::api::snapshot::METHODS,
         fcd::api::vm::METHODS,
         fcd::api::workspace::METHODS,
     ];
@@ -586,6 +663,7 @@ fn kinds() {
         |---|---|---|---|
         | vm_not_found | not_found | 3 |  |
         | image_not_found | not_found | 3 |  |
+        | snapshot_not_found | not_found | 3 |  |
         | operation_not_found | not_found | 3 |  |
         | session_not_found | not_found | 3 |  |
         | workspace_not_found | not_found | 3 |  |

@@ -7,7 +7,7 @@ use fcd::host::process::Process;
 use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::firecracker::Firecracker;
-use fcd::vmm::{Driver, GuestNetwork, Identity, Running, Told, VmmSpec};
+use fcd::vmm::{Driver, GuestNetwork, Identity, Running, SaveTo, Saved, Told, VmmSpec};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -287,4 +287,115 @@ fn its_death_and_its_silence_are_told() {
     assert_eq!(tellings.recv_timeout(SOON).unwrap(), Told::Unresponsive(false));
     process.signal(rustix::process::Signal::KILL).unwrap();
     assert_eq!(deaths.recv_timeout(SOON).unwrap(), "signal 9 (SIGKILL)");
+}
+
+struct SavedFiles {
+    memory: std::path::PathBuf,
+    devices: std::path::PathBuf,
+}
+
+impl Bench {
+    fn saved_files(&self) -> SavedFiles {
+        let (memory, devices) = (self.dir.path().join("memory"), self.dir.path().join("devices"));
+        for path in [&memory, &devices] {
+            std::fs::write(path, "").unwrap();
+        }
+        SavedFiles { memory, devices }
+    }
+
+    fn save(&self, running: &Running, files: &SavedFiles) -> fcd::error::Result<()> {
+        let to = SaveTo { memory: &files.memory, devices: &files.devices };
+        self.driver.save(&self.spec(), &running.identity, to, &Cancel::try_new().unwrap())
+    }
+
+    fn load(&self, files: &SavedFiles) -> fcd::error::Result<Running> {
+        let saved = Saved { memory: files.memory.clone(), devices: files.devices.clone(), driver: self.driver.describe() };
+        let spec = VmmSpec { tag: format!("{}0123456789ab-2", self.prefix), saved: Some(saved), ..self.spec() };
+        self.driver.start(&spec, &Cancel::try_new().unwrap(), &mut |_| {})
+    }
+
+    fn pause(&self, running: &Running) {
+        let never = Cancel::try_new().unwrap();
+        self.driver.set_paused(&self.dir.path().join("vm"), &running.identity, true, &never).unwrap();
+    }
+}
+
+#[test]
+fn a_guest_is_saved_and_goes_on() {
+    let bench = Bench::new("");
+    let (running, files) = (bench.running(), bench.saved_files());
+    assert_eq!(bench.save(&running, &files).unwrap_err().kind(), Kind::Internal, "it runs");
+    bench.pause(&running);
+    // What the VMM has put where it is given the files is not followed.
+    let decoy = bench.dir.path().join("decoy");
+    std::fs::write(&decoy, "kept").unwrap();
+    std::os::unix::fs::symlink(&decoy, bench.dir.path().join("vm/run/memory")).unwrap();
+    bench.save(&running, &files).unwrap();
+    assert_eq!(std::fs::read_to_string(&decoy).unwrap(), "kept");
+    for path in [&files.memory, &files.devices] {
+        assert!(std::fs::metadata(path).unwrap().len() > 0);
+    }
+    assert!(!bench.dir.path().join("vm/run/memory").exists() && !bench.dir.path().join("vm/run/devices").exists());
+    bench.driver.kill(&running.identity, soon()).unwrap();
+    std::fs::remove_file(bench.dir.path().join("requests")).unwrap();
+    let again = bench.load(&files).unwrap();
+    expect![[r#"
+        GET / 
+        PUT /serial {"serial_out_path":"console"}
+        PUT /snapshot/load {"snapshot_path":"DIR/devices","mem_backend":{"backend_type":"File","backend_path":"DIR/memory"},"network_overrides":[{"iface_id":"eth0","host_dev_name":"fc0011aabb-1"}],"resume_vm":true}
+    "#]].assert_eq(&bench.requests());
+    bench.await_console("the guest goes on");
+    bench.driver.kill(&again.identity, soon()).unwrap();
+}
+
+/// The real one exits after a refused load, too.
+#[test]
+fn a_load_that_is_refused_says_why_and_leaves_nothing() {
+    let bench = Bench::new("");
+    let (running, files) = (bench.running(), bench.saved_files());
+    bench.pause(&running);
+    bench.save(&running, &files).unwrap();
+    bench.driver.kill(&running.identity, soon()).unwrap();
+    std::fs::write(&files.devices, "no such thing").unwrap();
+    let e = bench.load(&files).unwrap_err();
+    assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("Failed to get snapshot state from file"), "{e}");
+    assert!(e.hint_text().is_some_and(|h| h.contains("snapshot")), "{e}");
+    assert_eq!(bench.driver.list(&bench.prefix).unwrap(), [""; 0]);
+    // Nothing was there that could be loaded elsewhere, either.
+    assert_eq!(bench.driver.can_load("qemu (tcg, microvm)", false).unwrap_err().kind(), Kind::Unsupported);
+    bench.driver.can_load("firecracker (kvm)", false).unwrap();
+}
+
+#[test]
+fn a_save_that_dies_hangs_or_is_refused_ends() {
+    for (fault, kind) in [
+        ("die", Kind::VmmFailed),
+        ("hangup", Kind::VmmFailed),
+        ("garbage", Kind::VmmFailed),
+        ("refuse No space left on device", Kind::DiskFull),
+    ] {
+        let bench = Bench::new(&format!("PUT /snapshot/create {fault}\n"));
+        let (running, files) = (bench.running(), bench.saved_files());
+        bench.pause(&running);
+        let e = bench.save(&running, &files).unwrap_err();
+        assert_eq!(e.kind(), kind, "{fault}: {e}");
+        bench.driver.kill(&running.identity, soon()).unwrap();
+    }
+    let bench = Bench::new("PUT /snapshot/create hang\n");
+    let (running, files) = (bench.running(), bench.saved_files());
+    bench.pause(&running);
+    let cancel = Cancel::try_new().unwrap();
+    let canceller = cancel.clone();
+    let log = bench.dir.path().join("requests");
+    let waiting = std::thread::spawn(move || {
+        while !std::fs::read_to_string(&log).unwrap_or_default().contains("/snapshot/create") {
+            std::thread::yield_now();
+        }
+        canceller.cancel("the VM was stopped");
+    });
+    let to = SaveTo { memory: &files.memory, devices: &files.devices };
+    let e = bench.driver.save(&bench.spec(), &running.identity, to, &cancel).unwrap_err();
+    waiting.join().unwrap();
+    assert!(e.kind() == Kind::Cancelled && e.to_string().contains("the VM was stopped"), "{e}");
+    bench.driver.kill(&running.identity, soon()).unwrap();
 }

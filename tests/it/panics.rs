@@ -94,9 +94,9 @@ impl Driver for Panics {
     fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
         self.inner.watch_guest(dir, identity, told)
     }
-    fn save(&self, dir: &Path, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
         self.pass("save");
-        self.inner.save(dir, identity, to, cancel)
+        self.inner.save(spec, identity, to, cancel)
     }
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {
         self.inner.can_load(driver, elsewhere)

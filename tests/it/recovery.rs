@@ -407,3 +407,24 @@ fn a_delete_meets_the_console() {
     }
     assert_eq!(std::fs::read_dir(world.config.state_dir.join("vms")).unwrap().count(), 0);
 }
+
+/// One that was only slow when the daemon started.
+#[test]
+fn a_vmm_that_could_not_be_adopted_is_asked_again() {
+    let mut world = World::new();
+    let (vm, addr) = world.running("web");
+    world.shut();
+    world.vmm.fail_next_adopt("no answer in time");
+    world.reopen();
+    world.daemon().reconcile();
+    let reason = world.show("web").unwrap().reason.unwrap();
+    assert!(reason.contains("could not be adopted") && reason.contains("no answer in time"), "{reason}");
+    world.vmm.fail_next_adopt("no answer in time");
+    world.daemon().look_after();
+    assert!(world.show("web").unwrap().reason.is_some());
+    world.daemon().look_after();
+    let adopted = world.show("web").unwrap();
+    assert_eq!((adopted.state, adopted.reason, adopted.ssh_addr), (VmState::Running, None, Some(addr)));
+    world.vmm.guest_says(&vm.id, "on again\n");
+    assert_eq!(world.stop("web").unwrap().synced, Some(Synced::Yes));
+}

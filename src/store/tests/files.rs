@@ -176,7 +176,7 @@ fn version_1() {
     put(&store, 1).unwrap().detach();
     store.close();
     // Its rows knew of no network, and of no VMM that does not answer.
-    let back = "UPDATE vms SET body = json_remove(body, '$.net', '$.tap', '$.unresponsive'); PRAGMA user_version = 1";
+    let back = "UPDATE vms SET body = json_remove(body, '$.net', '$.tap', '$.unresponsive'); DROP TABLE snapshots; PRAGMA user_version = 1";
     sql(&dir.path().join(schema::FILE_NAME), back);
     let store = Store::open(dir.path()).unwrap();
     assert_eq!(store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()), [row(1)]);

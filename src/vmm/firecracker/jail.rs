@@ -6,6 +6,7 @@
 use crate::config::{Firecracker as Config, VmmLimits};
 use crate::error::{Error, Kind, Result};
 use crate::host::command::find_program;
+use crate::host::fs::open_dir;
 use crate::vmm::VmmSpec;
 use rustix::fs::{Mode, OFlags};
 use std::ffi::OsString;
@@ -176,6 +177,13 @@ pub fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::open(&root, flags, Mode::empty()).map_err(|e| Error::io(doing(), std::io::Error::from(e)))
+}
+
+/// The root of a jail that is there.
+pub fn find(dir: &Path, tag: &str) -> Result<Option<OwnedFd>> {
+    let jail = dir.join(JAIL_DIR);
+    let roots = names(&jail).into_iter().map(|program| jail.join(program).join(tag).join(ROOT_DIR));
+    roots.into_iter().find(|root| root.is_dir()).map(|root| open_dir(&root)).transpose()
 }
 
 /// The jailer's arguments; what follows `--` is Firecracker's.

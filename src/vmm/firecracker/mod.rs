@@ -397,13 +397,17 @@ impl Driver for Firecracker {
         if is_paused { vmm.pause() } else { vmm.resume() }
     }
 
-    fn save(&self, _dir: &Path, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
         let doing = "save the guest";
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
         let process = Process::open(identity)?.ok_or_else(gone)?;
         let _blocking = region(Rank::VmmApi);
         let patience = Patience { deadline: Instant::now() + SAVE_DEADLINE, cancel };
-        let place = place(&process, doing)?;
+        // By the host's path: the jail's own root is another mount, into which nothing can be linked.
+        let place = match jail::find(&spec.dir, &spec.tag)? {
+            Some(root) => root,
+            None => run_dir::open(&spec.dir, doing)?,
+        };
         let saved = link(&place, to).and_then(|()| {
             let mut vmm = self.booted(&process, patience, doing)?;
             vmm.save(jail::DEVICES, jail::MEMORY)

@@ -29,7 +29,7 @@ fn text(body: &[u8]) -> String {
 }
 
 /// Parts of messages (v1.16; the research names the request of each), the most telling first.
-const MEANINGS: [(&str, Kind, &str); 20] = [
+const MEANINGS: [(&str, Kind, &str); 25] = [
     (
         "Invalid Elf magic number",
         Kind::Unsupported,
@@ -42,6 +42,15 @@ const MEANINGS: [(&str, Kind, &str); 20] = [
     ("Cannot allocate memory", Kind::MemoryLimit, "stop another VM, or give this one less memory with fcctl vm set"),
     ("number of vCPUs", Kind::InvalidArgument, "Firecracker gives 1 to 32 vCPUs: fcctl vm set"),
     ("memory size (MiB)", Kind::InvalidArgument, "set another size: fcctl vm set"),
+    ("save/restore unavailable while running", Kind::Internal, "report it, with the VM's vmm.log"),
+    ("not allowed after configuring", Kind::Internal, "report it, with the VM's vmm.log"),
+    ("Unknown Network Device", Kind::Internal, "report it, with the VM's vmm.log"),
+    ("snapshot backing file", Kind::VmmFailed, "its uid must be able to write the snapshot: see fcctl doctor"),
+    (
+        "Failed to restore from snapshot",
+        Kind::VmmFailed,
+        "the snapshot is damaged, or was made by another version or on another CPU: fcctl snapshot show",
+    ),
     ("Device or resource busy", Kind::Conflict, "another process has the tap: fcctl doctor --leaks"),
     ("Invalid interface name", Kind::Internal, "report it, with the VM's vmm.log"),
     ("MAC address", Kind::Internal, "report it, with the VM's vmm.log"),
@@ -127,6 +136,30 @@ mod tests {
             (
                 "Vsock config error: Cannot create backend for vsock device: Error binding to the host-side Unix socket: Address in use (os error 98)",
                 Kind::Conflict,
+            ),
+            (
+                "Create snapshot error: Cannot save the microVM state: Operation not allowed: save/restore unavailable while running",
+                Kind::Internal,
+            ),
+            (
+                "Load snapshot error: Loading a microVM snapshot not allowed after configuring boot-specific resources.",
+                Kind::Internal,
+            ),
+            (
+                "Create snapshot error: Cannot perform open on the snapshot backing file: No such file or directory (os error 2)",
+                Kind::VmmFailed,
+            ),
+            (
+                "Load snapshot error: Failed to restore from snapshot: Failed to build microVM from snapshot: Failed to restore devices: Error restoring MMIO devices: VsockUnixBackend: Error binding to the host-side Unix socket: Address in use (os error 98)",
+                Kind::VmmFailed,
+            ),
+            (
+                "Load snapshot error: Failed to restore from snapshot: Failed to get snapshot state from file: Failed to open snapshot file: No such file or directory (os error 2)",
+                Kind::VmmFailed,
+            ),
+            (
+                "Load snapshot error: Failed to restore from snapshot: Failed to get snapshot state from file: Unknown Network Device.",
+                Kind::Internal,
             ),
             ("The requested operation is not supported before starting the microVM.", Kind::WrongState),
             ("The requested operation is not supported after starting the microVM.", Kind::WrongState),

@@ -244,9 +244,9 @@ impl Driver for Qemu {
         crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || attended.run()).map(drop)
     }
 
-    fn save(&self, dir: &Path, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
         let patience = Patience { deadline: Instant::now() + save::DEADLINE, cancel };
-        self.control(dir, identity, patience, "save the guest", |qmp| save::save(qmp, to.memory))
+        self.control(&spec.dir, identity, patience, "save the guest", |qmp| save::save(qmp, to.memory))
     }
 
     fn can_load(&self, driver: &str, _elsewhere: bool) -> Result<()> {

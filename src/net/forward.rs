@@ -1,6 +1,8 @@
 //! Ports of the host that lead to guests on the bridge: address translation in our own table, so that they stand while the daemon
 //! does not run. While it does, it has each port bound, so that no program of the host's takes one that would get nothing.
 
+use super::conntrack::Flow;
+use super::forget_flows;
 use super::rules::{self, Published};
 use super::{Guest, Net};
 use crate::api::port::{Port, Protocol};
@@ -88,6 +90,8 @@ impl Net {
         let mut script: String = stale.map(|p| self.rules.unpublish(&p)).collect();
         script.extend(published.iter().map(|p| self.rules.publish(p)));
         self.tools.nft(&script, cancel).map_err(|e| e.context(format!("forward ports to {}", guest.tag)))?;
+        // What goes to them already was not translated when it began.
+        forget_flows(&|flow| ports.iter().any(|port| goes_to(flow, port)));
         self.forwards.lock().insert(guest.tag.clone(), Forwards { published, _places: places });
         Ok(())
     }
@@ -165,6 +169,17 @@ impl Net {
         let path = format!("/proc/sys/net/ipv4/conf/{}/route_localnet", self.config.bridge);
         std::fs::write(&path, "1").map_err(|e| Error::io(format!("let ports of the loopback lead to guests: write {path}"), e))
     }
+}
+
+fn goes_to(flow: &Flow, port: &Port) -> bool {
+    let protocol = match port.protocol {
+        Protocol::Tcp => libc::IPPROTO_TCP,
+        Protocol::Udp => libc::IPPROTO_UDP,
+    };
+    let to = flow.original;
+    i32::from(to.protocol) == protocol
+        && to.destination_port == port.host_port
+        && (port.host_addr.is_unspecified() || port.host_addr == to.destination)
 }
 
 fn published(guest: &Guest, ports: &[Port]) -> Vec<Published> {

@@ -15,6 +15,7 @@
 
 mod bridge;
 mod checks;
+mod conntrack;
 pub mod dns;
 mod forward;
 mod lease;
@@ -55,6 +56,15 @@ const RESOLVED_DEADLINE: Duration = Duration::from_secs(5);
 pub struct Tap {
     /// Of the interface: `fc<install>-<number>`. Numbers are not used again before 9999 others were.
     pub name: String,
+}
+
+/// A kernel that keeps them is no reason to refuse a start: they end by themselves.
+fn forget_flows(is_stale: &dyn Fn(&conntrack::Flow) -> bool) {
+    match conntrack::forget(is_stale) {
+        Ok(0) => {}
+        Ok(count) => log::debug!("network: {count} flows of an earlier guest or an earlier port were forgotten"),
+        Err(e) => log::warn!("network: {e}; flows that are older than a guest may reach it until they are idle"),
+    }
 }
 
 /// The bridge, its taps and rules.
@@ -149,6 +159,8 @@ impl Net {
         self.tools.ip_batch(&[format!("link set dev {name} alias {}", guest.tag)], cancel)?;
         tun::set_owner(&name, uid)?;
         self.tools.nft(&self.rules.add(&name, guest), cancel)?;
+        // Of whoever had the address before.
+        forget_flows(&|flow| flow.is_of(guest.lease.address));
         self.tools.ip_batch(&self.joining(&name, &guest.lease), cancel)?;
         undo.commit();
         Ok(Tap { name })

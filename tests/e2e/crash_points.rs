@@ -32,11 +32,12 @@ struct Operation {
     between: &'static str,
 }
 
-const OPERATIONS: [Operation; 5] = [
+const OPERATIONS: [Operation; 6] = [
     Operation { args: &["start"], before: "stopped", after: "running", between: "stopped" },
     Operation { args: &["stop"], before: "running", after: "stopped", between: "running" },
     Operation { args: &["vm", "restart"], before: "running", after: "running", between: "stopped" },
     Operation { args: &["vm", "set", "--vcpus", "1"], before: "running", after: "running", between: "running" },
+    Operation { args: &["snapshot", "create"], before: "running", after: "running", between: "running" },
     Operation { args: &["rm", "-f"], before: "running", after: "gone", between: "running" },
 ];
 
@@ -88,6 +89,9 @@ impl Trial<'_> {
         assert_eq!(leaks.as_array().map(Vec::len), Some(0), "{at}: {leaks}");
         if self.operation.before == "running" && state == "running" && self.host.show("web", "pid") == pid {
             figures.survived += 1;
+        }
+        for snapshot in self.host.json(&["snapshot", "list"]).as_array().unwrap() {
+            self.host.ok(&["snapshot", "delete", snapshot["id"].as_str().unwrap()]);
         }
         if state != "gone" {
             // I6, on the same disks.

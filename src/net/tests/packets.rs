@@ -436,6 +436,35 @@ fn a_connection_does_not_outlive_the_right_to_it() {
     assert!(!names.has_any());
 }
 
+/// What the kernel remembers of a flow is older than the port that it goes to, and than the guest that has its address now.
+#[test]
+fn flows_begin_anew_with_a_port_and_with_a_guest() {
+    if !is_root() {
+        return;
+    }
+    let lab = Lab::new(&config());
+    let client = lab.outside.udp((OUTSIDE, 7000));
+    let service = lab.host.udp((HOST, 8082));
+    client.send("to the host", (HOST, 8082));
+    assert_eq!(service.next().0, "to the host");
+    drop(service);
+    let guest = lab.start(0, Access::Nat);
+    let datagrams = guest.ns.udp((ANY, 53));
+    let ports = [port(HOST, 8082, 53, Protocol::Udp)];
+    lab.host.run(|| lab.net.forward(&guest.guest, &ports, &Cancel::try_new().unwrap())).unwrap();
+    client.send("to the guest", (HOST, 8082));
+    assert_eq!(datagrams.next().0, "to the guest");
+    drop((datagrams, guest));
+    lab.host.run(|| lab.net.unforward(&tag(0))).unwrap();
+    lab.release(0);
+    let next = lab.start(0, Access::Nat);
+    let datagrams = next.ns.udp((ANY, 53));
+    client.send("bad", (HOST, 8082));
+    // The host's own comes after that.
+    lab.host.udp((GATEWAY, 0)).send("mark", (next.address(), 53));
+    assert_eq!(datagrams.next().0, "mark");
+}
+
 #[test]
 fn names_are_answered_to_guests_and_the_host() {
     if !is_root() {

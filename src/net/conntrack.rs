@@ -1,0 +1,231 @@
+//! Flows that the kernel remembers (nf_conntrack), and making it forget them: a flow is translated as it was when it began, so one
+//! that is older than a rule or than a guest would go on as if neither were there.
+//!
+//! Sources: linux/netlink.h, linux/netfilter/nfnetlink.h, linux/netfilter/nfnetlink_conntrack.h.
+
+use crate::error::{Error, Result};
+use crate::locks::{Rank, region};
+use nix::sys::socket::sockopt::ReceiveTimeout;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send, setsockopt, socket,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// For the kernel to answer.
+const ANSWER_S: i64 = 5;
+/// One read; the kernel sends at most 32 KiB at once (net/netlink/af_netlink.c).
+const READ_BYTES: usize = 64 << 10;
+/// Answers to one question: more flows than any host keeps.
+const READS_MAX: usize = 100_000;
+
+const HEADER: usize = 16;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const NLM_F_REQUEST: u16 = 1;
+const NLM_F_ACK: u16 = 4;
+const NLM_F_DUMP: u16 = 0x300;
+/// `NFNL_SUBSYS_CTNETLINK << 8`, and the message.
+const CT_NEW: u16 = 0x100;
+const CT_GET: u16 = 0x101;
+const CT_DELETE: u16 = 0x102;
+/// `struct nfgenmsg`: family, version, resource.
+const GENERIC: [u8; 4] = [libc::AF_INET as u8, 0, 0, 0];
+const TYPE_MASK: u16 = 0x3fff;
+const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_ID: u16 = 12;
+const CTA_ZONE: u16 = 18;
+const CTA_TUPLE_IP: u16 = 1;
+const CTA_TUPLE_PROTO: u16 = 2;
+const CTA_IP_V4_SRC: u16 = 1;
+const CTA_IP_V4_DST: u16 = 2;
+const CTA_PROTO_NUM: u16 = 1;
+const CTA_PROTO_DST_PORT: u16 = 3;
+
+/// One direction of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuple {
+    pub source: Ipv4Addr,
+    pub destination: Ipv4Addr,
+    /// `IPPROTO_*`.
+    pub protocol: u8,
+    /// 0 where the protocol has none.
+    pub destination_port: u16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow {
+    pub original: Tuple,
+    pub reply: Tuple,
+}
+
+impl Flow {
+    pub fn is_of(&self, address: Ipv4Addr) -> bool {
+        [self.original, self.reply].iter().any(|t| t.source == address || t.destination == address)
+    }
+}
+
+/// Makes the kernel forget every IPv4 flow of this network namespace that is so, and says how many there were.
+pub fn forget(is_stale: &dyn Fn(&Flow) -> bool) -> Result<usize> {
+    let doing = "make the kernel forget flows";
+    let io = |e: nix::Error| Error::io(doing, e);
+    let _blocking = region(Rank::HostCmd);
+    let socket = open().map_err(io)?;
+    let mut stale = Vec::new();
+    ask(&socket, &message(CT_GET, NLM_F_DUMP, &[]), &mut |attributes| {
+        if read_flow(attributes).is_some_and(|flow| is_stale(&flow)) {
+            stale.push(which(attributes));
+        }
+    })
+    .map_err(io)?;
+    for attributes in &stale {
+        match ask(&socket, &message(CT_DELETE, NLM_F_ACK, attributes), &mut |_| {}) {
+            // It has ended meanwhile.
+            Ok(()) | Err(nix::Error::ENOENT) => {}
+            Err(e) => return Err(io(e)),
+        }
+    }
+    Ok(stale.len())
+}
+
+fn open() -> nix::Result<OwnedFd> {
+    let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
+    setsockopt(&socket, ReceiveTimeout, &TimeVal::seconds(ANSWER_S))?;
+    connect(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
+    Ok(socket)
+}
+
+/// One question; `each` is given the attributes of each flow that comes.
+fn ask(socket: &OwnedFd, question: &[u8], each: &mut dyn FnMut(&[u8])) -> nix::Result<()> {
+    send(socket.as_raw_fd(), question, MsgFlags::empty())?;
+    let mut buffer = vec![0; READ_BYTES];
+    for _ in 0..READS_MAX {
+        let len = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+        let mut rest = &buffer[..len];
+        while let Some((kind, body, after)) = next_message(rest) {
+            match kind {
+                NLMSG_DONE => return Ok(()),
+                NLMSG_ERROR => {
+                    let code = body.get(..4).map_or(libc::EBADMSG, |b| -i32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
+                    return if code == 0 { Ok(()) } else { Err(nix::Error::from_raw(code)) };
+                }
+                CT_NEW => each(body.get(GENERIC.len()..).unwrap_or_default()),
+                _ => {}
+            }
+            rest = after;
+        }
+    }
+    Err(nix::Error::ETIMEDOUT)
+}
+
+fn message(kind: u16, flags: u16, attributes: &[u8]) -> Vec<u8> {
+    let len = (HEADER + GENERIC.len() + attributes.len()) as u32;
+    let mut bytes = len.to_ne_bytes().to_vec();
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend((NLM_F_REQUEST | flags).to_ne_bytes());
+    bytes.extend([0; 8]);
+    bytes.extend(GENERIC);
+    bytes.extend(attributes);
+    bytes
+}
+
+/// Type, body, and what follows.
+fn next_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
+    let len = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
+    let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
+    let body = bytes.get(HEADER..len)?;
+    Some((kind, body, bytes.get(len.next_multiple_of(4)..).unwrap_or_default()))
+}
+
+/// Type, value, the whole attribute with its padding, and what follows.
+fn next_attribute(bytes: &[u8]) -> Option<(u16, &[u8], &[u8], &[u8])> {
+    let len = u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?) as usize;
+    let kind = u16::from_ne_bytes(bytes.get(2..4)?.try_into().ok()?) & TYPE_MASK;
+    let value = bytes.get(4..len)?;
+    let end = len.next_multiple_of(4).min(bytes.len());
+    Some((kind, value, &bytes[..end], &bytes[end..]))
+}
+
+fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8], &[u8])> {
+    let mut rest = bytes;
+    std::iter::from_fn(move || {
+        let (kind, value, whole, after) = next_attribute(rest)?;
+        rest = after;
+        Some((kind, value, whole))
+    })
+}
+
+fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
+    attributes(bytes).find(|(kind, ..)| *kind == wanted).map(|(_, value, _)| value)
+}
+
+/// What names a flow in a deletion.
+fn which(flow: &[u8]) -> Vec<u8> {
+    let names = attributes(flow).filter(|(kind, ..)| [CTA_TUPLE_ORIG, CTA_ID, CTA_ZONE].contains(kind));
+    names.flat_map(|(_, _, whole)| whole.to_vec()).collect()
+}
+
+fn read_flow(bytes: &[u8]) -> Option<Flow> {
+    Some(Flow { original: read_tuple(find(bytes, CTA_TUPLE_ORIG)?)?, reply: read_tuple(find(bytes, CTA_TUPLE_REPLY)?)? })
+}
+
+fn read_tuple(bytes: &[u8]) -> Option<Tuple> {
+    let (ip, protocol) = (find(bytes, CTA_TUPLE_IP)?, find(bytes, CTA_TUPLE_PROTO)?);
+    let address = |kind| find(ip, kind).and_then(|v| <[u8; 4]>::try_from(v).ok()).map(Ipv4Addr::from);
+    let port = find(protocol, CTA_PROTO_DST_PORT).and_then(|v| <[u8; 2]>::try_from(v).ok()).map_or(0, u16::from_be_bytes);
+    Some(Tuple {
+        source: address(CTA_IP_V4_SRC)?,
+        destination: address(CTA_IP_V4_DST)?,
+        protocol: *find(protocol, CTA_PROTO_NUM)?.first()?,
+        destination_port: port,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+        let mut bytes = ((4 + value.len()) as u16).to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    fn tuple(kind: u16, source: [u8; 4], destination: [u8; 4], port: u16) -> Vec<u8> {
+        let ip = [attribute(CTA_IP_V4_SRC, &source), attribute(CTA_IP_V4_DST, &destination)].concat();
+        let protocol = [attribute(CTA_PROTO_NUM, &[17]), attribute(CTA_PROTO_DST_PORT, &port.to_be_bytes())].concat();
+        // As the kernel does, with the bit for what holds others.
+        attribute(
+            kind | 0x8000,
+            &[attribute(CTA_TUPLE_IP | 0x8000, &ip), attribute(CTA_TUPLE_PROTO | 0x8000, &protocol)].concat(),
+        )
+    }
+
+    #[test]
+    fn a_flow_is_read_and_named() {
+        let original = tuple(CTA_TUPLE_ORIG, [192, 0, 2, 1], [192, 0, 2, 2], 8080);
+        let reply = tuple(CTA_TUPLE_REPLY, [10, 89, 0, 5], [192, 0, 2, 1], 4000);
+        let id = attribute(CTA_ID, &[1, 2, 3, 4]);
+        let bytes = [original.clone(), reply, attribute(3, &[0; 4]), id.clone()].concat();
+        let flow = read_flow(&bytes).unwrap();
+        assert_eq!((flow.original.destination_port, flow.original.protocol), (8080, 17));
+        assert!(flow.is_of([10, 89, 0, 5].into()) && flow.is_of([192, 0, 2, 2].into()) && !flow.is_of([10, 89, 0, 6].into()));
+        assert_eq!(which(&bytes), [original, id].concat());
+    }
+
+    #[test]
+    fn what_is_cut_off_is_nothing() {
+        let whole = [tuple(CTA_TUPLE_ORIG, [1; 4], [2; 4], 1), tuple(CTA_TUPLE_REPLY, [2; 4], [1; 4], 1)].concat();
+        for len in 0..whole.len() {
+            assert_eq!(read_flow(&whole[..len]), None, "{len}");
+        }
+        let sent = message(CT_GET, NLM_F_DUMP, &[]);
+        assert_eq!(next_message(&sent).map(|(kind, body, _)| (kind, body.len())), Some((CT_GET, 4)));
+        assert!((0..sent.len()).all(|len| next_message(&sent[..len]).is_none()));
+        assert_eq!(next_attribute(&[2, 0, 1, 0]), None, "shorter than its head");
+    }
+}

@@ -139,3 +139,116 @@ fn restore(ctx: &mut Context, request: SnapshotRestoreRequest) -> Result<u8> {
     }
     Ok(0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{NOW_S, check, vm};
+    use super::*;
+    use crate::api::vm::VmState;
+    use crate::client::fake::Fake;
+    use expect_test::expect;
+    use serde_json::json;
+
+    fn one() -> Snapshot {
+        Snapshot {
+            id: "0123456789ab".parse().unwrap(),
+            name: "one".parse().unwrap(),
+            owner_uid: 1000,
+            vm: "000000776562".parse().unwrap(),
+            vm_name: "web".parse().unwrap(),
+            created_at: NOW_S - 3700,
+            image: "default".parse().unwrap(),
+            vcpus: 1,
+            mem_mib: 1024,
+            disk_bytes: 8 << 30,
+            work_disk_bytes: Some(64 << 20),
+            net: Net::None,
+            driver: "qemu (tcg, microvm)\u{1b}[2J".to_owned(),
+            bytes: 150 << 20,
+        }
+    }
+
+    fn daemon() -> Fake {
+        Fake::start(|r| {
+            let reply = match r.method.as_str() {
+                "snapshot.create" | "snapshot.show" => json!({ "snapshot": one() }),
+                "snapshot.list" => json!({ "snapshots": [one()] }),
+                "snapshot.delete" => json!({ "deleted": one().id }),
+                _ => json!({ "vm": vm("twin", VmState::Running) }),
+            };
+            r.result(reply);
+        })
+    }
+
+    #[test]
+    fn every_verb() {
+        let fake = daemon();
+        check(
+            &fake,
+            &["snapshot", "create", "web", "-n", "one"],
+            expect![[r#"
+            > snapshot.create {"name":"one","vm":"web"}
+            one
+            status 0
+        "#]],
+        );
+        check(
+            &fake,
+            &["snapshot", "ls", "--vm", "web"],
+            expect![[r#"
+            > snapshot.list {"vm":"web"}
+            NAME  ID            VM   MEMORY  ON HOST  CREATED
+            one   0123456789ab  web  1 GiB   150 MiB  1h ago
+            status 0
+        "#]],
+        );
+        check(
+            &fake,
+            &["snapshot", "show", "one"],
+            expect![[r#"
+            > snapshot.show {"snapshot":"one"}
+            name        one
+            id          0123456789ab
+            vm          web (000000776562)
+            owner       uid 1000
+            created     1h ago
+            image       default
+            driver      qemu (tcg, microvm)\u{1b}[2J
+            vcpus       1
+            memory      1 GiB
+            disk        8 GiB
+            work disk   64 MiB
+            network     none
+            on host     150 MiB
+            status 0
+        "#]],
+        );
+        check(
+            &fake,
+            &["snapshot", "restore", "one", "--as", "twin"],
+            expect![[r#"
+            > snapshot.restore {"new_vm":"twin","snapshot":"one"}
+            twin: running
+            status 0
+        "#]],
+        );
+        check(
+            &fake,
+            &["vm", "fork", "web", "twin"],
+            expect![[r#"
+            > vm.fork {"name":"twin","vm":"web"}
+            twin
+            status 0
+        "#]],
+        );
+        check(
+            &fake,
+            &["snapshot", "rm", "one"],
+            expect![[r#"
+            > snapshot.delete {"snapshot":"one"}
+            one: deleted
+            status 0
+        "#]],
+        );
+    }
+}

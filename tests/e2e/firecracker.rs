@@ -6,7 +6,7 @@ use fcd::error::Kind;
 use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::firecracker::Firecracker;
-use fcd::vmm::{Driver, GuestNetwork, VmmSpec};
+use fcd::vmm::{Driver, GuestNetwork, SaveTo, Saved, VmmSpec};
 use nix::sched::{CloneFlags, unshare};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -239,6 +239,13 @@ fn the_control_plane_on_this_hosts_kvm() {
     for is_paused in [true, true, false, false, true] {
         first.set_paused(&vm, &running.identity, is_paused, &never).unwrap();
     }
+    let (memory, devices) = (dir.path().join("memory"), dir.path().join("devices"));
+    for path in [&memory, &devices] {
+        std::fs::write(path, "").unwrap();
+    }
+    let to = SaveTo { memory: &memory, devices: &devices };
+    first.save(&spec, &running.identity, to, &never).unwrap();
+    assert_eq!(std::fs::metadata(&memory).unwrap().len(), spec.mem_mib << 20);
     drop(first);
     let next = new_driver();
     assert_eq!(next.adopt(&spec, &running.identity).unwrap(), running);
@@ -247,6 +254,16 @@ fn the_control_plane_on_this_hosts_kvm() {
     next.kill(&running.identity, Instant::now() + Duration::from_secs(30)).unwrap();
     assert!(deaths.recv_timeout(Duration::from_secs(30)).is_ok());
     assert_eq!(next.find(&tag).unwrap(), None);
+    // It goes on from there, on another tap; what is damaged is refused, and nothing is left of it.
+    let network = GuestNetwork::Tap { name: "fctest1".into(), mac: "02:fc:0a:59:00:06".into(), address: [10, 89, 0, 6].into() };
+    let saved = Saved { memory, devices: devices.clone(), driver: next.describe() };
+    let spec = VmmSpec { tag: format!("{tag}3"), network, saved: Some(saved), ..spec };
+    let again = next.start(&spec, &never, &mut |_| {}).unwrap();
+    next.kill(&again.identity, Instant::now() + Duration::from_secs(30)).unwrap();
+    std::fs::write(&devices, "damaged").unwrap();
+    let e = next.start(&spec, &never, &mut |_| {}).unwrap_err();
+    assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("Load snapshot error"), "{e}");
+    assert_eq!(next.find(&spec.tag).unwrap(), None);
 }
 
 const ROUNDS: usize = 40;

@@ -139,32 +139,39 @@ fn next_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     Some((kind, body, bytes.get(len.next_multiple_of(4)..).unwrap_or_default()))
 }
 
-/// Type, value, the whole attribute with its padding, and what follows.
-fn next_attribute(bytes: &[u8]) -> Option<(u16, &[u8], &[u8], &[u8])> {
+struct Attribute<'a> {
+    kind: u16,
+    value: &'a [u8],
+    /// With its head and its padding.
+    whole: &'a [u8],
+}
+
+/// And what follows.
+fn next_attribute(bytes: &[u8]) -> Option<(Attribute<'_>, &[u8])> {
     let len = u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?) as usize;
     let kind = u16::from_ne_bytes(bytes.get(2..4)?.try_into().ok()?) & TYPE_MASK;
     let value = bytes.get(4..len)?;
-    let end = len.next_multiple_of(4).min(bytes.len());
-    Some((kind, value, &bytes[..end], &bytes[end..]))
+    let (whole, rest) = bytes.split_at(len.next_multiple_of(4).min(bytes.len()));
+    Some((Attribute { kind, value, whole }, rest))
 }
 
-fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8], &[u8])> {
+fn attributes(bytes: &[u8]) -> impl Iterator<Item = Attribute<'_>> {
     let mut rest = bytes;
     std::iter::from_fn(move || {
-        let (kind, value, whole, after) = next_attribute(rest)?;
+        let (attribute, after) = next_attribute(rest)?;
         rest = after;
-        Some((kind, value, whole))
+        Some(attribute)
     })
 }
 
 fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
-    attributes(bytes).find(|(kind, ..)| *kind == wanted).map(|(_, value, _)| value)
+    attributes(bytes).find(|a| a.kind == wanted).map(|a| a.value)
 }
 
 /// What names a flow in a deletion.
 fn which(flow: &[u8]) -> Vec<u8> {
-    let names = attributes(flow).filter(|(kind, ..)| [CTA_TUPLE_ORIG, CTA_ID, CTA_ZONE].contains(kind));
-    names.flat_map(|(_, _, whole)| whole.to_vec()).collect()
+    let names = attributes(flow).filter(|a| [CTA_TUPLE_ORIG, CTA_ID, CTA_ZONE].contains(&a.kind));
+    names.flat_map(|a| a.whole.to_vec()).collect()
 }
 
 fn read_flow(bytes: &[u8]) -> Option<Flow> {
@@ -226,6 +233,6 @@ mod tests {
         let sent = message(CT_GET, NLM_F_DUMP, &[]);
         assert_eq!(next_message(&sent).map(|(kind, body, _)| (kind, body.len())), Some((CT_GET, 4)));
         assert!((0..sent.len()).all(|len| next_message(&sent[..len]).is_none()));
-        assert_eq!(next_attribute(&[2, 0, 1, 0]), None, "shorter than its head");
+        assert!(next_attribute(&[2, 0, 1, 0]).is_none(), "shorter than its head");
     }
 }

@@ -265,6 +265,8 @@ fn fail_everywhere(world: &World, verbs: &[Verb], mode: Mode, figures: &mut Figu
         world.points.arm(mode, n);
         let ended = end(world, begin(world, *last)).expect("nobody dies here");
         world.await_rest();
+        // Also what nobody waits for: it may be what fails.
+        let _ = world.daemon().store.barrier().and_then(|ticket| ticket.wait(soon()));
         let hit = world.points.hit();
         world.points.disarm();
         let Some(hit) = hit else { return comes_to_nothing(world, &empty, &format!("{verbs:?}")) };

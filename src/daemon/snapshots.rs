@@ -11,6 +11,7 @@ use crate::api::exec::Exit;
 use crate::api::snapshot::{
     Snapshot, SnapshotCreateRequest, SnapshotDeleteReply, SnapshotListReply, SnapshotListRequest, SnapshotReply,
 };
+use crate::api::vm::VmState;
 use crate::disk::{Method, duplicate, snapshot as device};
 use crate::error::{Error, Kind, Result};
 use crate::guest::{REJOIN, Script, run_script};
@@ -57,12 +58,12 @@ struct Held {
 impl Drop for Held {
     fn drop(&mut self) {
         self.daemon.runtimes.hold(&self.vm, false);
-        let Err(e) = self.daemon.apply_pause(&self.vm, self.generation) else { return };
+        let Err(e) = self.daemon.let_go(&self.vm, self.generation) else { return };
         log::warn!("let vm {} go on: {e}; it is tried again", self.vm);
         let (daemon, vm, generation) = (self.daemon.clone(), self.vm.clone(), self.generation);
         let tried = self.daemon.spawn(&format!("let-go-{vm}"), move || {
             // It ends when the VM does; the next daemon lets its guests go on by itself.
-            while daemon.vmm_lives(&vm, generation) && daemon.apply_pause(&vm, generation).is_err() {
+            while daemon.vmm_lives(&vm, generation) && daemon.let_go(&vm, generation).is_err() {
                 if daemon.pause(LET_GO_PERIOD) {
                     return;
                 }
@@ -215,6 +216,17 @@ impl Daemon {
         self.runtimes.hold(&row.id, true);
         self.apply_pause(&row.id, row.generation)?;
         Ok(held)
+    }
+
+    /// As its owner wants it, and in any case where it is to shut down.
+    fn let_go(&self, vm: &VmId, generation: u64) -> Result<()> {
+        let row = self.row(vm)?;
+        match &row.identity {
+            Some(identity) if row.generation == generation && row.state == VmState::Stopping && !self.runtimes.is_paused(vm) => {
+                self.vmm.set_paused(&self.vm_dir(vm), identity, false, &self.closing)
+            }
+            _ => self.apply_pause(vm, generation),
+        }
     }
 
     fn vmm_lives(&self, vm: &VmId, generation: u64) -> bool {

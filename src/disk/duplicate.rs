@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::host::Commands;
 use crate::host::fs::open_nofollow;
 use crate::locks::Cancel;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// A disk to copy.
@@ -52,7 +53,9 @@ pub fn copy(
         Cloned::No(_) => copy_sparse(&from, &file, cancel, progress).map_err(doing)?,
     }
     if let Some(method) = source.method.filter(|m| m.needs_image()) {
-        let origin = link_origin(&origin(source.path, source.base), to).map_err(doing)?;
+        let (base, there) = (origin(source.path, source.base), origin(to, to));
+        // The disk that is there stands on the same file: there must be no instant in which it has none.
+        let origin = if is_same_file(&base, &there) { there } else { link_origin(&base, to).map_err(doing)? };
         if method == Method::Qcow2 {
             let rebased = commands.run(&rebase_qcow2(&origin, &draft.path), cancel, &mut |_| {});
             rebased.map_err(|e| doing(mend_qemu_img(e)))?;
@@ -61,6 +64,11 @@ pub fn copy(
     // The store of a device-mapper snapshot is the kernel's to write, not the VMM's.
     let owner = owner.filter(|_| source.method != Some(Method::DmSnapshot));
     Ok(Copied { draft, owner })
+}
+
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    let known = |path: &Path| std::fs::symlink_metadata(path).ok().map(|m| (m.dev(), m.ino()));
+    known(a).is_some_and(|a| known(b) == Some(a))
 }
 
 #[cfg(test)]
@@ -86,7 +94,11 @@ mod tests {
         let spec = RootSpec { method, base: &base, path: &from, size_bytes: 16384, owner: None };
         make_root(&HostCommands, &spec, &cancel(), &mut |_, _| {}).unwrap();
         let source = Source { method: Some(method), path: &from, base: &base };
+        // The second time over what is there, which never stands on nothing.
         copy(&HostCommands, &source, &to, None, &cancel(), &mut |_, _| {}).unwrap().publish().unwrap();
+        let linked = std::fs::metadata(at("b/origin")).unwrap().ctime_nsec();
+        copy(&HostCommands, &source, &to, None, &cancel(), &mut |_, _| {}).unwrap().publish().unwrap();
+        assert_eq!(std::fs::metadata(at("b/origin")).unwrap().ctime_nsec(), linked);
         std::fs::remove_dir_all(at("a")).unwrap();
         std::fs::remove_file(&base).unwrap();
         let convert = Command::new("qemu-img").args(["convert", "-f", "qcow2", "-O", "raw"]).arg(&to).arg(at("raw"));

@@ -95,7 +95,7 @@ rejoin() {
 	say "goes on from a snapshot"
 }
 
-# A minute, by this guest's own clock.
+# A minute, by this guest's own clock. Of several that were saved together the one that came last takes up what the seed says.
 watch() {
 	trap '' HUP
 	tries=0
@@ -103,12 +103,17 @@ watch() {
 		tries=$((tries + 1))
 		$bb usleep 250000
 		[ "$(head_of_seed)" = "$before" ] && continue
+		read -r last </run/fcd/watcher
+		[ "$last" = "$me" ] || return 0
 		rejoin && return 0
 	done
 }
 
 [ -x "$bb" ] || { echo "the guest has no $bb" >&2; exit 1; }
 before=$(head_of_seed)
+read -r uptime </proc/uptime
+me="$$ $uptime"
+echo "$me" >/run/fcd/watcher
 # By exec: a redirection for one command keeps the old descriptors, and with them the connection.
 (exec </dev/null >/dev/null 2>&1; watch) &
 echo ready

@@ -45,7 +45,10 @@ pub fn go_through(host: &Host) {
     host.sh("box", SCENE);
     host.sh("box", "echo work >/work/mark");
     let then = host.sh("box", STATE);
+    // One soon after the other: each guest that goes on has what the first one needed, too.
+    host.ok(&["snapshot", "create", "box", "--name", "zero"]);
     host.ok(&["snapshot", "create", "box", "--name", "one"]);
+    host.ok(&["snapshot", "delete", "zero"]);
     counts_on(host, "box");
     refused(host, &["snapshot", "create", "box", "--name", "one"], "name_taken");
     refused(host, &["snapshot", "restore", "one"], "wrong_state");

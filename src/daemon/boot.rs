@@ -117,6 +117,8 @@ impl Daemon {
             mem_mib: row.mem_mib,
             credentials: self.credentials(row),
             network: self.guest_network(row),
+            rates: row.rates,
+            has_balloon: image.guest_version >= crate::image::BALLOON_SINCE,
             console_bytes_max: self.config.limits.console_bytes_max,
             dir,
         }
@@ -205,8 +207,10 @@ impl Daemon {
             // A fact, not an intent: the process is found again by its tag whether or not this reaches the disk.
             let identity = identity.clone();
             let driver = self.vmm.describe();
+            let has_balloon = spec.has_balloon;
             let fact = self.store.change(|tx| {
                 tx.update_vm(&claim.vm, |r| {
+                    r.has_balloon = has_balloon;
                     r.identity = Some(identity);
                     r.driver = Some(driver);
                 })

@@ -8,8 +8,8 @@ use crate::api::frame::Note;
 use crate::api::image::{ImageBuild, ImageList};
 use crate::api::op::{Op, OpCancel, OpList, OpReply, OpShow, OpStarted, OpState, OpWait};
 use crate::api::vm::{
-    VmCreate, VmDelete, VmKill, VmList, VmLogs, VmPause, VmPrune, VmReply, VmRestart, VmResume, VmSet, VmShow, VmSshConfig,
-    VmStart, VmStatsCall, VmStop, VmWait,
+    VmBalloon, VmCreate, VmDelete, VmKill, VmList, VmLogs, VmPause, VmPrune, VmReply, VmRestart, VmResume, VmSet, VmShow,
+    VmSshConfig, VmStart, VmStatsCall, VmStop, VmWait,
 };
 use crate::api::workspace::{WorkspaceExport, WorkspacePrepare};
 use crate::api::{Call, VERSION_MAJOR, VERSION_MINOR};
@@ -99,6 +99,10 @@ impl Visit<'_> {
             VmSet::METHOD => {
                 let request = call.parse()?;
                 self.keyed_value(&call, |_| value(&VmReply { vm: d.set(c, &request)? }), true)
+            }
+            VmBalloon::METHOD => {
+                let request = call.parse()?;
+                self.keyed_value(&call, |_| value(&d.balloon(c, &request)?), true)
             }
             VmPause::METHOD => {
                 let request: <VmPause as Call>::Request = call.parse()?;

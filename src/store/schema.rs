@@ -23,7 +23,8 @@ pub const INSTALL_ID_LEN: usize = 8;
 pub(super) fn migrations() -> Vec<String> {
     let info = "CREATE TABLE store_info (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;";
     let first = [info, vm::CREATE, workspace::CREATE, op::CREATE, ledger::CREATE, key::CREATE, meta::CREATE].concat();
-    vec![first, vm::ADD_NETWORK.to_owned(), vm::ADD_UNRESPONSIVE.to_owned(), vm::ADD_CAPABILITIES.to_owned()]
+    let later = [vm::ADD_NETWORK, vm::ADD_UNRESPONSIVE, vm::ADD_CAPABILITIES, vm::ADD_RATES];
+    std::iter::once(first).chain(later.map(str::to_owned)).collect()
 }
 
 /// Opens `dir/fcd.db`, makes it when there is none.

@@ -9,6 +9,7 @@ mod argv;
 mod attend;
 mod checks;
 mod qmp;
+mod throttle;
 mod tsc;
 
 use super::console::{Attach, Consoles};
@@ -75,6 +76,24 @@ impl Qemu {
         Ok((process, run))
     }
 
+    /// A conversation with a VMM that runs.
+    fn talk<T>(
+        &self,
+        dir: &Path,
+        identity: &Identity,
+        doing: &str,
+        cancel: &Cancel,
+        ask: impl FnOnce(&mut Qmp<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+        let process = Process::open(identity)?.ok_or_else(gone)?;
+        let _blocking = region(Rank::VmmApi);
+        let patience = Patience { deadline: Instant::now() + ADOPT_DEADLINE, cancel };
+        let run = run_dir::open(dir, doing)?;
+        let control = dial::connect(&run, argv::CONTROL_SOCKET, &process, patience)?.ok_or_else(gone)?;
+        Qmp::open(control, patience).and_then(|mut qmp| ask(&mut qmp)).map_err(|e| e.context(doing))
+    }
+
     /// Console first, so that nothing the guest says is lost; then where its SSH port is; then let it run.
     fn set_going(&self, spec: &VmmSpec, process: &Process, run: &OwnedFd, patience: Patience<'_>) -> Result<Running> {
         let exited = || run_dir::exited_early("qemu", spec, process);
@@ -90,6 +109,9 @@ impl Qemu {
         let ask = || -> Result<Running> {
             let mut qmp = Qmp::open(control, patience)?;
             let ssh_addr = ssh_addr(spec, &mut qmp)?;
+            if !spec.rates.says_nothing() {
+                throttle::set(&mut qmp, spec)?;
+            }
             qmp.execute("cont", &json!({}))?;
             Ok(Running { identity: process.identity().clone(), ssh_addr })
         };
@@ -216,14 +238,28 @@ impl Driver for Qemu {
 
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
         let (doing, command) = if is_paused { ("pause the guest", "stop") } else { ("let the guest go on", "cont") };
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
-        let process = Process::open(identity)?.ok_or_else(gone)?;
-        let _blocking = region(Rank::VmmApi);
-        let patience = Patience { deadline: Instant::now() + ADOPT_DEADLINE, cancel };
-        let run = run_dir::open(dir, doing)?;
-        let control = dial::connect(&run, argv::CONTROL_SOCKET, &process, patience)?.ok_or_else(gone)?;
-        let mut qmp = Qmp::open(control, patience).map_err(|e| e.context(doing))?;
-        qmp.execute(command, &json!({})).map(drop).map_err(|e| e.context(doing))
+        self.talk(dir, identity, doing, cancel, |qmp| qmp.execute(command, &json!({})).map(drop))
+    }
+
+    /// Neither of its networks has rates.
+    fn limits_network(&self, _running: Option<&Identity>) -> bool {
+        false
+    }
+
+    fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
+        self.talk(&spec.dir, identity, "limit the guest's disks", cancel, |qmp| throttle::set(qmp, spec))
+    }
+
+    fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {
+        let value = json!({ "value": keep_mib << 20 });
+        self.talk(&spec.dir, identity, "set the balloon", cancel, |qmp| qmp.execute("balloon", &value).map(drop))
+    }
+
+    fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
+        let doing = "look at the balloon";
+        let answer = self.talk(&spec.dir, identity, doing, cancel, |qmp| qmp.execute("query-balloon", &json!({})))?;
+        let bytes = answer["actual"].as_u64();
+        bytes.map(|b| b >> 20).ok_or_else(|| Error::new(Kind::VmmFailed, format!("{doing}: the answer names no size")))
     }
 
     fn leaves_remains(&self) -> bool {
@@ -276,6 +312,8 @@ mod tests {
             mem_mib: 128,
             credentials: None,
             network: crate::vmm::GuestNetwork::UserMode { isolated: false, ports: Vec::new() },
+            rates: crate::api::vm::RateLimits::default(),
+            has_balloon: true,
             console_bytes_max: 1 << 16,
         };
         let mut told = None;

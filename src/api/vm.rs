@@ -85,6 +85,39 @@ pub struct WorkspaceInfo {
     pub prepared_at: u64,
 }
 
+/// What a VM's devices may move in a second. None: as much as the host can; in a request: as it was.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RateLimits {
+    /// Of each of its disks, reads and writes together.
+    pub disk_bytes_per_s: Option<u64>,
+    pub disk_ops_per_s: Option<u64>,
+    /// What the guest receives.
+    pub net_rx_bytes_per_s: Option<u64>,
+    /// What the guest sends.
+    pub net_tx_bytes_per_s: Option<u64>,
+}
+
+impl RateLimits {
+    /// The members in their order.
+    pub fn all(&self) -> [Option<u64>; 4] {
+        [self.disk_bytes_per_s, self.disk_ops_per_s, self.net_rx_bytes_per_s, self.net_tx_bytes_per_s]
+    }
+
+    pub fn of([disk_bytes_per_s, disk_ops_per_s, net_rx_bytes_per_s, net_tx_bytes_per_s]: [Option<u64>; 4]) -> Self {
+        Self { disk_bytes_per_s, disk_ops_per_s, net_rx_bytes_per_s, net_tx_bytes_per_s }
+    }
+
+    /// After a request that says `change`.
+    pub fn with(&self, change: &Self) -> Self {
+        let (now, change) = (self.all(), change.all());
+        Self::of(std::array::from_fn(|i| change[i].map_or(now[i], |n| Some(n).filter(|n| *n > 0))))
+    }
+
+    pub fn says_nothing(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// A VM as its owner sees it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Vm {
@@ -101,6 +134,8 @@ pub struct Vm {
     /// Of a second disk, which the guest has at `/work`.
     #[serde(default)]
     pub work_disk_bytes: Option<u64>,
+    #[serde(flatten)]
+    pub rates: RateLimits,
     pub net: Net,
     /// Ports of the host that lead into the guest.
     #[serde(default)]
@@ -130,6 +165,9 @@ pub struct Vm {
     /// The guest runs and stands still: `vm.pause`.
     #[serde(default)]
     pub paused: bool,
+    /// The guest runs and is to give back all but so much of its memory: `vm.balloon`.
+    #[serde(default)]
+    pub balloon_mib: Option<u64>,
     pub workspace: Option<WorkspaceInfo>,
 }
 
@@ -138,6 +176,9 @@ pub struct Pending {
     pub vcpus: Option<u32>,
     pub mem_mib: Option<u64>,
     pub disk_bytes: Option<u64>,
+    /// 0: there will be no limit.
+    #[serde(flatten)]
+    pub rates: RateLimits,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -158,6 +199,17 @@ pub struct VmCreateRequest {
     /// Size of a second, empty disk, which the guest has at `/work`; it lives as long as the VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub work_disk_bytes: Option<u64>,
+    /// Of each of its disks, reads and writes together; 0: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes_per_s: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_ops_per_s: Option<u64>,
+    /// What the guest receives; 0: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net_rx_bytes_per_s: Option<u64>,
+    /// What the guest sends; 0: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net_tx_bytes_per_s: Option<u64>,
     /// `nat` when not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net: Option<Net>,
@@ -171,6 +223,12 @@ pub struct VmCreateRequest {
     /// goes, an `rm` VM is deleted.
     #[serde(default)]
     pub hold: bool,
+}
+
+impl VmCreateRequest {
+    pub fn rates(&self) -> RateLimits {
+        RateLimits::of([self.disk_bytes_per_s, self.disk_ops_per_s, self.net_rx_bytes_per_s, self.net_tx_bytes_per_s])
+    }
 }
 
 /// A VM by name, id, or unambiguous prefix of an id.
@@ -223,9 +281,45 @@ pub struct VmSetRequest {
     /// May only grow.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
+    /// Of each of its disks, reads and writes together; 0: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes_per_s: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_ops_per_s: Option<u64>,
+    /// What the guest receives; 0: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net_rx_bytes_per_s: Option<u64>,
+    /// What the guest sends; 0: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net_tx_bytes_per_s: Option<u64>,
+    /// A guest that runs has the rates at once; there is nothing else that it could have at once.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub now: bool,
     /// Whether it is deleted when its holder goes or it stops. Holds at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rm: Option<bool>,
+}
+
+impl VmSetRequest {
+    pub fn rates(&self) -> RateLimits {
+        RateLimits::of([self.disk_bytes_per_s, self.disk_ops_per_s, self.net_rx_bytes_per_s, self.net_tx_bytes_per_s])
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmBalloonRequest {
+    pub vm: String,
+    /// What the guest is to keep of its memory, until its next start; none: only look.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_mib: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmBalloonReply {
+    pub vm: Vm,
+    /// What the guest keeps now. It gives back by and by, and takes again at once what it cannot do without.
+    pub kept_mib: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -360,6 +454,8 @@ calls! {
     VmPause = "vm.pause" (VmRequest) -> VmReply;
     VmResume = "vm.resume" (VmRequest) -> VmReply;
     VmSet = "vm.set" (VmSetRequest) -> VmReply;
+    /// Has the guest give memory back, or take it again.
+    VmBalloon = "vm.balloon" (VmBalloonRequest) -> VmBalloonReply;
     /// `log` notes (`more`), then the reply.
     VmLogs = "vm.logs" (VmLogsRequest) -> LogsReply;
     VmWait = "vm.wait" (VmWaitRequest) -> VmReply;

@@ -3,11 +3,11 @@
 use super::context::Context;
 use super::logs::{is_unread, unread};
 use super::op::name as op_state;
-use super::output::harmless_line;
+use super::output::{harmless_line, size};
 use super::vm::{settings, workspace_line};
 use crate::api::event::{Event, EventsWatch, EventsWatchRequest, Members, Snapshot, What};
 use crate::api::frame::Note;
-use crate::api::vm::{Pending, Vm, WorkspaceInfo};
+use crate::api::vm::{Pending, RateLimits, Vm, WorkspaceInfo};
 use crate::client::{Client, Failure, Hangup, Result};
 use crate::error::{Error, Kind};
 use crate::host::wait::{Woken, wait_any};
@@ -153,9 +153,16 @@ fn changed(set: &Members) -> String {
     fn member<T: DeserializeOwned>(set: &Members, name: &str) -> Option<T> {
         set.get(name).and_then(|value| T::deserialize(value).ok())
     }
-    let now = settings(member(set, "vcpus"), member(set, "mem_mib"), member(set, "disk_bytes"));
+    // A rate that is null is one that was lifted.
+    let rate = |name| member::<Option<u64>>(set, name).map(Option::unwrap_or_default);
+    let now = settings(&Pending {
+        vcpus: member(set, "vcpus"),
+        mem_mib: member(set, "mem_mib"),
+        disk_bytes: member(set, "disk_bytes"),
+        rates: RateLimits::of(["disk_bytes_per_s", "disk_ops_per_s", "net_rx_bytes_per_s", "net_tx_bytes_per_s"].map(rate)),
+    });
     let pending = member::<Option<Pending>>(set, "pending").map(|p| match p {
-        Some(p) => format!("at next start: {}", settings(p.vcpus, p.mem_mib, p.disk_bytes)),
+        Some(p) => format!("at next start: {}", settings(&p)),
         None => String::new(),
     });
     let rm = member(set, "rm").map(|rm| if rm { "removed when it stops" } else { "kept when it stops" }.to_owned());
@@ -166,7 +173,10 @@ fn changed(set: &Members) -> String {
     let answers = member(set, "unresponsive")
         .map(|hangs| if hangs { "its vmm does not answer" } else { "its vmm answers again" }.to_owned());
     let paused = member(set, "paused").map(|is_paused| if is_paused { "paused" } else { "goes on" }.to_owned());
-    let words = [Some(now), pending, rm, workspace, answers, paused].into_iter().flatten().filter(|word| !word.is_empty());
+    let balloon =
+        member::<Option<u64>>(set, "balloon_mib").flatten().map(|mib| format!("is to keep {} of memory", size(mib << 20)));
+    let words =
+        [Some(now), pending, rm, workspace, answers, paused, balloon].into_iter().flatten().filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join(", ")
 }
 

@@ -85,7 +85,12 @@ struct Made {
 
 fn make(ctx: &mut Context, interrupts: &Interrupts, name: Option<VmName>, shape: Shape, rm: bool) -> Result<Made> {
     let mut client = ctx.connect()?;
+    let rates = shape.rates;
     let request = VmCreateRequest {
+        disk_bytes_per_s: rates.disk_bps,
+        disk_ops_per_s: rates.disk_iops,
+        net_rx_bytes_per_s: rates.net_rx_bps,
+        net_tx_bytes_per_s: rates.net_tx_bps,
         name: name.clone(),
         image: shape.image,
         vcpus: shape.vcpus,

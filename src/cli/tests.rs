@@ -94,6 +94,7 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
         mem_mib: 1024,
         disk_bytes: 4 << 30,
         work_disk_bytes: None,
+        rates: crate::api::vm::RateLimits::default(),
         net: crate::api::vm::Net::Nat,
         ports: Vec::new(),
         pending: None,
@@ -108,6 +109,7 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
         synced: None,
         unresponsive: false,
         paused: false,
+        balloon_mib: None,
         workspace: None,
     }
 }

@@ -25,6 +25,16 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| "that is more than 64 bits of bytes".to_owned())
 }
 
+/// Bytes in a second, as a size; `none` is 0.
+pub fn parse_rate(text: &str) -> Result<u64, String> {
+    if text == "none" { Ok(0) } else { parse_size(text.strip_suffix("/s").unwrap_or(text)) }
+}
+
+/// Operations in a second; `none` is 0.
+pub fn parse_count_rate(text: &str) -> Result<u64, String> {
+    if text == "none" { Ok(0) } else { text.parse().map_err(|_| "give a number, or none".to_owned()) }
+}
+
 /// Memory in MiB, from a size of whole MiB: `512M`, `2G`.
 pub fn parse_mem_mib(text: &str) -> Result<u64, String> {
     let bytes = parse_size(text)?;

@@ -2,12 +2,13 @@
 
 use super::context::Context;
 use super::output::{self, age, count, size};
-use super::values::{parse_duration, parse_mem_mib, parse_net, parse_port, parse_size, timeout_ms};
+use super::values::{parse_count_rate, parse_duration, parse_mem_mib, parse_net, parse_port, parse_rate, parse_size, timeout_ms};
 use crate::api::port::Port;
 use crate::api::vm::{
-    Net, Synced, Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmList,
-    VmListRequest, VmPause, VmPrune, VmReply, VmRequest, VmRestart, VmResume, VmSet, VmSetRequest, VmShow, VmStart, VmState,
-    VmStop, VmStopRequest, VmWait, VmWaitRequest, WorkspaceInfo, WorkspaceState,
+    Net, Pending, RateLimits, Synced, Vm, VmBalloon, VmBalloonReply, VmBalloonRequest, VmCreate, VmCreateRequest, VmDelete,
+    VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmList, VmListRequest, VmPause, VmPrune, VmReply, VmRequest,
+    VmRestart, VmResume, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest,
+    WorkspaceInfo, WorkspaceState,
 };
 use crate::api::{Call, Empty};
 use crate::client::Result;
@@ -42,8 +43,10 @@ pub enum Verb {
     Show(Targets),
     /// List the ports of this host that lead to a VM's
     Ports(Targets),
-    /// Change vCPUs, memory or disk, from the next start
+    /// Change vCPUs, memory or disk from the next start, and rates of disks and network
     Set(SetArgs),
+    /// Have a guest give memory back, or show what it keeps
+    Balloon(BalloonArgs),
     /// Show a VM's console
     Logs(super::logs::Args),
     /// Show what VMs use of the host: CPU, memory, disk, network
@@ -66,6 +69,29 @@ pub struct CreateArgs {
     disk: Option<u64>,
 }
 
+/// What a VM's devices may move in a second.
+#[derive(clap::Args, Clone, Copy, Debug, Default)]
+pub struct Rates {
+    /// Bytes in a second of each of its disks, reads and writes together, as in 50M; none is no limit
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub disk_bps: Option<u64>,
+    /// Operations in a second of each of its disks
+    #[arg(long, value_name = "N", value_parser = parse_count_rate)]
+    pub disk_iops: Option<u64>,
+    /// Bytes in a second that the guest may receive
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub net_rx_bps: Option<u64>,
+    /// Bytes in a second that the guest may send
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub net_tx_bps: Option<u64>,
+}
+
+impl Rates {
+    fn limits(&self) -> RateLimits {
+        RateLimits::of([self.disk_bps, self.disk_iops, self.net_rx_bps, self.net_tx_bps])
+    }
+}
+
 /// What `create` and `run` may say of a VM.
 #[derive(clap::Args, Debug, Default)]
 pub struct Shape {
@@ -85,6 +111,8 @@ pub struct Shape {
     /// that is free
     #[arg(short = 'p', long = "publish", value_name = "PORT", value_parser = parse_port)]
     pub ports: Vec<Port>,
+    #[command(flatten)]
+    pub rates: Rates,
     /// Size of a second, empty disk, which the guest has at /work, as in 20G
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub work_disk: Option<u64>,
@@ -142,7 +170,7 @@ pub struct ListArgs {
 }
 
 #[derive(clap::Args, Debug)]
-#[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["vcpus", "memory", "disk"]))]
+#[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["vcpus", "memory", "disk", "disk_bps", "disk_iops", "net_rx_bps", "net_tx_bps"]))]
 pub struct SetArgs {
     /// Name, id, or the beginning of an id
     vm: String,
@@ -155,6 +183,20 @@ pub struct SetArgs {
     /// Size of the root disk, as in 10G; it may only grow
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     disk: Option<u64>,
+    #[command(flatten)]
+    rates: Rates,
+    /// Give a guest that runs its rates at once
+    #[arg(long)]
+    now: bool,
+}
+
+#[derive(clap::Args, Debug)]
+pub struct BalloonArgs {
+    /// Name, id, or the beginning of an id
+    vm: String,
+    /// What the guest is to keep of its memory until its next start, as in 512M; it gives back the rest
+    #[arg(value_name = "SIZE", value_parser = parse_mem_mib)]
+    keep: Option<u64>,
 }
 
 #[derive(clap::Args, Debug)]
@@ -189,6 +231,7 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::Show(args) => show(ctx, args),
         Verb::Ports(args) => ports(ctx, args),
         Verb::Set(args) => set(ctx, args),
+        Verb::Balloon(args) => balloon(ctx, args),
         Verb::Logs(args) => super::logs::run(ctx, args),
         Verb::Stats(args) => super::stats::run(ctx, args),
         Verb::Wait(args) => wait(ctx, args),
@@ -202,7 +245,12 @@ fn say(ctx: &mut Context, text: &str) -> Result<()> {
 }
 
 fn create(ctx: &mut Context, args: CreateArgs) -> Result<u8> {
+    let rates = args.shape.rates;
     let request = VmCreateRequest {
+        disk_bytes_per_s: rates.disk_bps,
+        disk_ops_per_s: rates.disk_iops,
+        net_rx_bytes_per_s: rates.net_rx_bps,
+        net_tx_bytes_per_s: rates.net_tx_bps,
         name: args.name,
         image: args.shape.image,
         vcpus: args.shape.vcpus,
@@ -373,7 +421,9 @@ fn sheet(vm: &Vm, now_s: u64) -> String {
     add("memory", Some(size(vm.mem_mib << 20)));
     add("disk", Some(size(vm.disk_bytes) + &vm.disk_driver.as_ref().map(|d| format!(" ({d})")).unwrap_or_default()));
     add("work disk", vm.work_disk_bytes.map(size));
-    add("next start", vm.pending.as_ref().map(|p| settings(p.vcpus, p.mem_mib, p.disk_bytes)));
+    add("rates", Some(rates(&vm.rates)).filter(|text| !text.is_empty()));
+    add("balloon", vm.balloon_mib.map(|mib| format!("it is to keep {} of its memory", size(mib << 20))));
+    add("next start", vm.pending.as_ref().map(settings));
     add("driver", vm.driver.clone());
     add("process", vm.pid.map(|pid| pid.to_string()));
     add("network", (vm.net == Net::None).then(|| "none".to_owned()));
@@ -420,24 +470,80 @@ fn ports(ctx: &mut Context, args: Targets) -> Result<u8> {
     })
 }
 
-pub fn settings(vcpus: Option<u32>, mem_mib: Option<u64>, disk_bytes: Option<u64>) -> String {
-    let vcpus = vcpus.map(|n| count(n.into(), "vCPU"));
-    let memory = mem_mib.map(|m| format!("{} of memory", size(m << 20)));
-    let disk = disk_bytes.map(|d| format!("{} of disk", size(d)));
-    [vcpus, memory, disk].into_iter().flatten().collect::<Vec<_>>().join(", ")
+pub fn settings(of: &Pending) -> String {
+    let vcpus = of.vcpus.map(|n| count(n.into(), "vCPU"));
+    let memory = of.mem_mib.map(|m| format!("{} of memory", size(m << 20)));
+    let disk = of.disk_bytes.map(|d| format!("{} of disk", size(d)));
+    let rates = Some(rates(&of.rates)).filter(|text| !text.is_empty());
+    [vcpus, memory, disk, rates].into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+/// Those that are said; 0 is none.
+pub fn rates(rates: &RateLimits) -> String {
+    let bytes = |n: u64| format!("{}/s", size(n));
+    let [disk, ops, rx, tx] = rates.all();
+    let of = |what: &str, rate: Option<u64>, shown: &dyn Fn(u64) -> String| {
+        rate.map(|n| if n == 0 { format!("{what} unlimited") } else { format!("{what} {}", shown(n)) })
+    };
+    let all = [
+        of("disk", disk, &bytes),
+        of("disk operations", ops, &|n| format!("{n}/s")),
+        of("receives", rx, &bytes),
+        of("sends", tx, &bytes),
+    ];
+    all.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 fn set(ctx: &mut Context, args: SetArgs) -> Result<u8> {
-    let request = VmSetRequest { vm: args.vm, vcpus: args.vcpus, mem_mib: args.memory, disk_bytes: args.disk, rm: None };
+    let (rates, wanted) = (args.rates, args.rates.limits());
+    let request = VmSetRequest {
+        vm: args.vm,
+        vcpus: args.vcpus,
+        mem_mib: args.memory,
+        disk_bytes: args.disk,
+        disk_bytes_per_s: rates.disk_bps,
+        disk_ops_per_s: rates.disk_iops,
+        net_rx_bytes_per_s: rates.net_rx_bps,
+        net_tx_bytes_per_s: rates.net_tx_bps,
+        now: args.now,
+        rm: None,
+    };
     let vm = ctx.connect()?.call::<VmSet>(&request)?.vm;
     if ctx.json {
         ctx.document(&vm)?;
     } else {
-        let what = settings(args.vcpus, args.memory, args.disk);
-        let when = if vm.pending.is_some() { format!("; now: fcctl vm restart {}", vm.name) } else { String::new() };
-        ctx.line(&format!("{}: {what}, applied at next start{when}", vm.name))?;
+        let what = settings(&Pending { vcpus: args.vcpus, mem_mib: args.memory, disk_bytes: args.disk, rates: wanted });
+        let hint = if args.vcpus.is_some() || args.memory.is_some() || args.disk.is_some() {
+            format!("; now: fcctl vm restart {}", vm.name)
+        } else {
+            format!("; now: --now, or fcctl vm restart {}", vm.name)
+        };
+        let when = match (args.now, &vm.pending) {
+            (true, _) if vm.state == VmState::Running => "applied now".to_owned(),
+            (_, Some(_)) => format!("applied at next start{hint}"),
+            _ => "applied at next start".to_owned(),
+        };
+        ctx.line(&format!("{}: {what}, {when}", vm.name))?;
     }
     Ok(0)
+}
+
+fn balloon(ctx: &mut Context, args: BalloonArgs) -> Result<u8> {
+    let reply = ctx.connect()?.call::<VmBalloon>(&VmBalloonRequest { vm: args.vm, keep_mib: args.keep })?;
+    if ctx.json {
+        ctx.document(&reply)?;
+    } else {
+        ctx.line(&kept(&reply))?;
+    }
+    Ok(0)
+}
+
+fn kept(reply: &VmBalloonReply) -> String {
+    let mib = |mib: u64| size(mib << 20);
+    let vm = &reply.vm;
+    let goal = vm.balloon_mib.filter(|keep| *keep != reply.kept_mib);
+    let goal = goal.map(|keep| format!(", and is to keep {}", mib(keep))).unwrap_or_default();
+    format!("{}: keeps {} of {}{goal}", vm.name, mib(reply.kept_mib), mib(vm.mem_mib))
 }
 
 fn wait(ctx: &mut Context, args: WaitArgs) -> Result<u8> {

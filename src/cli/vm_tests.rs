@@ -59,7 +59,7 @@ fn a_failed_vm_says_why_without_driving_the_terminal() {
 fn all_about_one() {
     let fake = Fake::start(|r| {
         let full = Vm {
-            pending: Some(Pending { vcpus: Some(4), mem_mib: Some(2048), disk_bytes: None }),
+            pending: Some(Pending { vcpus: Some(4), mem_mib: Some(2048), ..Pending::default() }),
             pid: Some(77),
             ssh_addr: Some("127.0.0.1:2222".parse().unwrap()),
             driver: Some("qemu (tcg, microvm)".to_owned()),

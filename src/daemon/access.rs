@@ -104,6 +104,7 @@ pub fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         mem_mib: row.mem_mib,
         disk_bytes: row.disk_bytes,
         work_disk_bytes: row.work_disk_bytes,
+        rates: row.rates,
         net: row.net,
         ports: row.ports.clone(),
         pending: row.pending.clone(),
@@ -118,6 +119,7 @@ pub fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         synced: row.synced,
         unresponsive: row.unresponsive && matches!(row.state, VmState::Running | VmState::Stopping),
         paused: row.paused && row.state == VmState::Running,
+        balloon_mib: row.balloon_mib.filter(|_| row.state == VmState::Running),
         workspace: workspace.map(|w| crate::api::vm::WorkspaceInfo {
             guest_path: w.guest_path.clone(),
             workdir: w.workdir.clone(),

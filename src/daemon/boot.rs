@@ -122,6 +122,8 @@ impl Daemon {
             mem_mib: row.mem_mib,
             credentials: self.credentials(row),
             network: self.guest_network(row),
+            rates: row.rates,
+            has_balloon: image.guest_version >= crate::image::BALLOON_SINCE,
             console_bytes_max: self.config.limits.console_bytes_max,
             saved: None,
             dir,
@@ -136,6 +138,7 @@ impl Daemon {
             Some(restore) => VmmSpec {
                 kernel: restore.files.kernel.clone(),
                 initrd: restore.files.initrd.clone(),
+                has_balloon: restore.row.has_balloon,
                 saved: Some(restore.saved()),
                 ..spec
             },
@@ -225,8 +228,10 @@ impl Daemon {
             // A fact, not an intent: the process is found again by its tag whether or not this reaches the disk.
             let identity = identity.clone();
             let driver = self.vmm.describe();
+            let has_balloon = spec.has_balloon;
             let fact = self.store.change(|tx| {
                 tx.update_vm(&claim.vm, |r| {
+                    r.has_balloon = has_balloon;
                     r.identity = Some(identity);
                     r.driver = Some(driver);
                 })

@@ -95,6 +95,7 @@ impl Restore {
     /// What must be as it was then. Its disks become the VM's when they are there.
     pub fn enter(&self, row: &mut VmRow) {
         (row.vcpus, row.mem_mib) = (self.row.vcpus, self.row.mem_mib);
+        (row.has_balloon, row.balloon_mib) = (self.row.has_balloon, self.row.balloon_mib);
         if row.disk_driver.is_none() {
             row.disk_driver = Some(self.row.disk_driver.clone());
             row.guest_version = self.row.guest_version;

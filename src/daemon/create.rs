@@ -3,7 +3,7 @@
 use super::operations::ended_row;
 use super::{Caller, Daemon, HeldKey, names, now_s, to_value};
 use crate::api::op::Op;
-use crate::api::vm::{Pending, Vm, VmCreateRequest, VmReply, VmSetRequest, VmState};
+use crate::api::vm::{Pending, RateLimits, Vm, VmCreateRequest, VmReply, VmSetRequest, VmState};
 use crate::config::MEM_MIB_MIN;
 use crate::disk::root::SIZE_UNIT_BYTES;
 use crate::error::{Error, Kind, Result};
@@ -37,6 +37,7 @@ impl Daemon {
             mem_mib: request.mem_mib.unwrap_or(self.config.vm.mem_mib),
             disk_bytes: request.disk_bytes.unwrap_or(image.disk_bytes),
             work_disk_bytes: request.work_disk_bytes,
+            rates: RateLimits::default().with(&request.rates()),
             net: request.net.unwrap_or_default(),
             // Settled below.
             ports: Vec::new(),
@@ -60,12 +61,15 @@ impl Daemon {
             synced: None,
             unresponsive: false,
             paused: false,
+            has_balloon: false,
+            balloon_mib: None,
         };
         self.check_vcpus(row.vcpus)?;
         self.check_memory(row.mem_mib)?;
         self.check_disk(row.disk_bytes, image.disk_bytes)?;
         request.work_disk_bytes.map_or(Ok(()), |bytes| self.check_work_disk(bytes))?;
         self.check_ports(caller, row.net, &request.ports)?;
+        self.check_rates(&request.rates())?;
         let id = row.id.clone();
         let op = key.map(|key| self.begin_own_op(key.method(), Some(id.clone()), caller.uid)).transpose()?;
         let begun = op.as_ref().map(OpHandle::op);
@@ -166,25 +170,37 @@ impl Daemon {
             .hint("give it for instance as --work-disk 20G; limits.disk_bytes_max sets the most"))
     }
 
-    /// Changes settings. They hold from the next start on: a VM that runs keeps them as pending.
+    /// Changes settings. They hold from the next start on, and of a VM that runs are pending until then; its rates it has at once if
+    /// that is asked for.
     pub fn set(&self, caller: &Caller, request: &VmSetRequest) -> Result<Vm> {
         let row = self.resolve(caller, &request.vm)?;
         self.refuse_unlooked(&row)?;
-        if request.vcpus.is_none() && request.mem_mib.is_none() && request.disk_bytes.is_none() && request.rm.is_none() {
-            return Err(Error::invalid(format!("set vm {}: nothing to set", row.name)).hint("give --vcpus, --memory or --disk"));
+        let rates = request.rates();
+        if !changes_size(request) && request.rm.is_none() && rates.says_nothing() {
+            return Err(Error::invalid(format!("set vm {}: nothing to set", row.name))
+                .hint("give --vcpus, --memory, --disk, or a rate, as --disk-bps"));
         }
         request.vcpus.map_or(Ok(()), |n| self.check_vcpus(n))?;
         request.mem_mib.map_or(Ok(()), |n| self.check_memory(n))?;
-        let ticket = {
+        self.check_rates(&rates)?;
+        let (row, is_live, ticket) = {
             let guard = self.locks.vm.lock(&row.id);
             let row = self.row(guard.key())?;
             self.allow_locked(&guard, &row, super::transitions::Verb::Set)?;
             let disk_now = row.pending.as_ref().and_then(|p| p.disk_bytes).unwrap_or(row.disk_bytes);
             request.disk_bytes.map_or(Ok(()), |n| self.check_disk(n, disk_now))?;
+            let is_live = request.now && !is_at_rest(row.state);
+            if is_live {
+                self.may_adjust_locked(&guard, &row, request)?;
+            }
             // On the row as it is then: a boot writes its facts without this lock.
-            self.store.change(|tx| tx.update_vm(guard.key(), |row| apply(row, request)))?.1
+            let ((), ticket) = self.store.change(|tx| tx.update_vm(guard.key(), |row| apply(row, request, is_live)))?;
+            (row, is_live, ticket)
         };
         self.wait_durable(ticket)?;
+        if is_live {
+            self.adjust_rates(&row, &rates)?;
+        }
         self.view(&row.id)
     }
 }
@@ -195,28 +211,43 @@ fn size(bytes: u64) -> String {
     if bytes.is_multiple_of(MIB) { format!("{}M", bytes / MIB) } else { format!("{bytes} bytes") }
 }
 
-/// vCPUs and memory of a VM that is at rest change at once; the disk is grown by the next start.
-fn apply(row: &mut VmRow, request: &VmSetRequest) {
+fn is_at_rest(state: VmState) -> bool {
+    matches!(state, VmState::Created | VmState::Stopped | VmState::Failed)
+}
+
+/// What a guest that runs cannot be given.
+pub(super) fn changes_size(request: &VmSetRequest) -> bool {
+    request.vcpus.is_some() || request.mem_mib.is_some() || request.disk_bytes.is_some()
+}
+
+/// vCPUs, memory and rates of a VM that is at rest change at once; the disk is grown by the next start.
+fn apply(row: &mut VmRow, request: &VmSetRequest, is_live: bool) {
     row.rm = request.rm.unwrap_or(row.rm);
-    if request.vcpus.is_none() && request.mem_mib.is_none() && request.disk_bytes.is_none() {
-        return;
-    }
-    let mut pending = row.pending.take().unwrap_or_default();
+    let (rates, mut pending) = (request.rates(), row.pending.take().unwrap_or_default());
     pending.vcpus = request.vcpus.or(pending.vcpus);
     pending.mem_mib = request.mem_mib.or(pending.mem_mib);
     pending.disk_bytes = request.disk_bytes.or(pending.disk_bytes);
-    row.pending = Some(pending);
-    if matches!(row.state, VmState::Created | VmState::Stopped | VmState::Failed) {
+    let (given, waiting) = (rates.all(), pending.rates.all());
+    if is_live {
+        row.rates = row.rates.with(&rates);
+        // What was to come later is overtaken.
+        pending.rates = RateLimits::of(std::array::from_fn(|i| waiting[i].filter(|_| given[i].is_none())));
+    } else {
+        pending.rates = RateLimits::of(std::array::from_fn(|i| given[i].or(waiting[i])));
+    }
+    row.pending = Some(pending).filter(|p| *p != Pending::default());
+    if is_at_rest(row.state) {
         take_pending(row);
     }
 }
 
 /// Makes the pending settings the VM's own.
 pub(super) fn take_pending(row: &mut VmRow) {
-    let Pending { vcpus, mem_mib, disk_bytes } = row.pending.take().unwrap_or_default();
+    let Pending { vcpus, mem_mib, disk_bytes, rates } = row.pending.take().unwrap_or_default();
     row.vcpus = vcpus.unwrap_or(row.vcpus);
     row.mem_mib = mem_mib.unwrap_or(row.mem_mib);
     row.disk_bytes = disk_bytes.unwrap_or(row.disk_bytes);
+    row.rates = row.rates.with(&rates);
 }
 
 fn free_name(state: &State, name: VmName) -> Result<VmName> {

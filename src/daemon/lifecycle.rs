@@ -315,6 +315,7 @@ pub(super) fn enter(row: &mut VmRow, to: VmState, op: &OpHandle, verb: Verb) {
         row.synced = None;
         row.unresponsive = false;
         row.paused = false;
+        (row.has_balloon, row.balloon_mib) = (false, None);
         // One that could not be ended stays known until the boot has ended it.
         row.ssh_addr = None;
     }

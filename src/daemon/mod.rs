@@ -2,6 +2,7 @@
 //! which may begin when, `lifecycle.rs` and `commit.rs` carry that out.
 
 mod access;
+mod adjust;
 mod boot;
 mod captures;
 mod close;

@@ -53,7 +53,17 @@ impl Daemon {
 
     /// A VM as the bridge sees it.
     pub(super) fn guest(&self, row: &VmRow, net: &Net) -> Result<Guest> {
-        Ok(Guest { tag: self.tag(row), lease: net.lease(row.slot)?, access: access(row) })
+        // In a boot the row may still name the VMM of an earlier start.
+        let running = row.identity.as_ref().filter(|_| row.state != VmState::Starting);
+        let is_ours = !self.vmm.limits_network(running);
+        let of = |rate: Option<u64>| rate.filter(|_| is_ours);
+        Ok(Guest {
+            tag: self.tag(row),
+            lease: net.lease(row.slot)?,
+            access: access(row),
+            rx_bytes_per_s: of(row.rates.net_rx_bytes_per_s),
+            tx_bytes_per_s: of(row.rates.net_tx_bytes_per_s),
+        })
     }
 
     /// What its VMM is told: as the row says that it was started.

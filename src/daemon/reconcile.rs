@@ -92,6 +92,7 @@ impl Daemon {
             Ok(running) => {
                 self.adopt_guest(row);
                 self.watch(row, &running.identity)?;
+                self.adopt_adjusted(row);
                 self.adopt_pause(row);
                 let adopted = (Some(running.identity), Some(running.ssh_addr));
                 if adopted == (row.identity.clone(), row.ssh_addr) {
@@ -120,6 +121,7 @@ impl Daemon {
         let image = self.images.get(&row.image)?;
         let running = self.vmm.adopt(&self.spec(row, &image), identity)?;
         self.adopt_guest(row);
+        self.adopt_adjusted(row);
         self.adopt_pause(row);
         let adopted = (None, Some(running.ssh_addr));
         let ((), ticket) = self.store.change(|tx| {

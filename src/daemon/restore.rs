@@ -9,7 +9,7 @@ use super::{Begun, Caller, Daemon, now_s, to_value};
 use crate::api::exec::Exit;
 use crate::api::op::OpState;
 use crate::api::snapshot::SnapshotRestoreRequest;
-use crate::api::vm::{Net, Vm, VmCreateRequest, VmForkRequest, VmReply};
+use crate::api::vm::{Net, RateLimits, Vm, VmCreateRequest, VmForkRequest, VmReply};
 use crate::disk::{Method, Wake, duplicate};
 use crate::error::{Error, Kind, Result};
 use crate::guest::{Script, Target, run_script};
@@ -93,12 +93,12 @@ impl Daemon {
 
     /// Until it runs it goes when it comes to rest, also after a crash.
     fn create_from(&self, caller: &Caller, row: &SnapshotRow, name: Option<VmName>) -> Result<Vm> {
-        let shape = (row.image.clone(), row.vcpus, row.mem_mib, row.disk_bytes, row.work_disk_bytes, row.net);
+        let shape = (row.image.clone(), row.vcpus, row.mem_mib, row.disk_bytes, row.work_disk_bytes, row.net, row.rates);
         self.create(caller, &request(name, shape))
     }
 
     fn create_like(&self, caller: &Caller, row: &VmRow, name: Option<VmName>) -> Result<Vm> {
-        let shape = (row.image.clone(), row.vcpus, row.mem_mib, row.disk_bytes, row.work_disk_bytes, row.net);
+        let shape = (row.image.clone(), row.vcpus, row.mem_mib, row.disk_bytes, row.work_disk_bytes, row.net, row.rates);
         self.create(caller, &request(name, shape))
     }
 
@@ -252,10 +252,10 @@ impl Daemon {
     }
 }
 
-/// Image, vCPUs, memory, disk, work disk, network.
-type Shape = (ImageRef, u32, u64, u64, Option<u64>, Net);
+/// Image, vCPUs, memory, disk, work disk, network, rates.
+type Shape = (ImageRef, u32, u64, u64, Option<u64>, Net, RateLimits);
 
-fn request(name: Option<VmName>, (image, vcpus, mem_mib, disk_bytes, work_disk_bytes, net): Shape) -> VmCreateRequest {
+fn request(name: Option<VmName>, (image, vcpus, mem_mib, disk_bytes, work_disk_bytes, net, rates): Shape) -> VmCreateRequest {
     VmCreateRequest {
         name,
         image: Some(image),
@@ -264,6 +264,10 @@ fn request(name: Option<VmName>, (image, vcpus, mem_mib, disk_bytes, work_disk_b
         disk_bytes: Some(disk_bytes),
         work_disk_bytes,
         net: Some(net),
+        disk_bytes_per_s: rates.disk_bytes_per_s,
+        disk_ops_per_s: rates.disk_ops_per_s,
+        net_rx_bytes_per_s: rates.net_rx_bytes_per_s,
+        net_tx_bytes_per_s: rates.net_tx_bytes_per_s,
         rm: true,
         ..Default::default()
     }

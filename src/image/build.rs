@@ -46,7 +46,7 @@ const ERROR_LINES_MAX: usize = 3;
 const PART_BYTES_MAX: u64 = 64 << 20;
 
 /// The transports' and devices' drivers, dependencies come by themselves.
-const INITRD_MODULES: &str = "virtio_pci virtio_mmio virtio_blk virtio_net";
+const INITRD_MODULES: &str = "virtio_pci virtio_mmio virtio_blk virtio_net virtio_balloon";
 const BUSYBOX_APPLETS: [&str; 6] = ["sh", "modprobe", "mount", "sleep", "switch_root", "usleep"];
 
 /// What the steps are called, and the line of output that begins each, for those that `build.sh` does.

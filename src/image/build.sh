@@ -51,7 +51,7 @@ cp -a "$work/kernel/lib/modules/$version" "$tree/lib/modules/"
 chroot "$tree" /sbin/depmod "$version"
 mkdir "$out/modules"
 cp "$tree/lib/modules/$version/modules.dep" "$out/modules/"
-for module in virtio_pci virtio_mmio virtio_blk virtio_net; do
+for module in virtio_pci virtio_mmio virtio_blk virtio_net virtio_balloon; do
 	for path in $(chroot "$tree" /sbin/modprobe --set-version "$version" --show-depends "$module" | sed -n 's/^insmod //p'); do
 		cp "$tree/$path" "$out/modules/"
 	done

@@ -14,8 +14,10 @@ const METADATA: &str = "image.json";
 const METADATA_BYTES_MAX: u64 = 64 * 1024;
 /// Of `image.json`; another one is refused.
 const FORMAT: u32 = 1;
-/// Of the init that a build puts into an image. 1: `work_disk` and `files.tar` of the seed.
-const GUEST_VERSION: u32 = 1;
+/// Of the init that a build puts into an image. 1: `work_disk` and `files.tar` of the seed. 2: the initramfs loads the balloon's driver.
+const GUEST_VERSION: u32 = BALLOON_SINCE;
+/// Images of this version and later give memory back.
+pub const BALLOON_SINCE: u32 = 2;
 /// A build in progress is in a directory of this name's begin. No image name begins with a dot.
 const STAGING_PREFIX: &str = ".building-";
 

@@ -64,6 +64,9 @@ pub struct Guest {
     pub tag: String,
     pub lease: Lease,
     pub access: Access,
+    /// What it may receive in a second, where the network limits that.
+    pub rx_bytes_per_s: Option<u64>,
+    pub tx_bytes_per_s: Option<u64>,
 }
 
 #[cfg(test)]

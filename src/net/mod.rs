@@ -313,6 +313,22 @@ impl Net {
         Ok(done)
     }
 
+    /// From now on the guest with this tag, which is in, receives and sends no more bytes in a second; what is more is dropped.
+    ///
+    /// Blocks on host commands: no lock may be held.
+    pub fn set_rates(&self, tag: &str, rx_bytes_per_s: Option<u64>, tx_bytes_per_s: Option<u64>) -> Result<()> {
+        let doing = || format!("limit the network of {tag}");
+        let guest = {
+            let mut guests = self.guests.lock();
+            guests.get_mut(tag).map(|(tap, guest)| {
+                (guest.rx_bytes_per_s, guest.tx_bytes_per_s) = (rx_bytes_per_s, tx_bytes_per_s);
+                (tap.clone(), guest.clone())
+            })
+        };
+        let (tap, guest) = guest.ok_or_else(|| Error::new(Kind::Host, format!("{}: its tap is gone", doing())))?;
+        self.tools.nft(&self.rules.rates(&tap, &guest), self.tools.never()).map_err(|e| e.context(doing()))
+    }
+
     /// How many taps are ready.
     pub fn taps_ready(&self) -> usize {
         self.pool.ready()

@@ -9,7 +9,7 @@ use crate::api::image::{ImageBuild, ImageList};
 use crate::api::op::{Op, OpCancel, OpList, OpReply, OpShow, OpStarted, OpState, OpWait};
 use crate::api::snapshot::{SnapshotCreate, SnapshotDelete, SnapshotList, SnapshotRestore, SnapshotShow};
 use crate::api::vm::{
-    VmCreate, VmDelete, VmFork, VmKill, VmList, VmLogs, VmPause, VmPrune, VmReply, VmRestart, VmResume, VmSet, VmShow,
+    VmBalloon, VmCreate, VmDelete, VmFork, VmKill, VmList, VmLogs, VmPause, VmPrune, VmReply, VmRestart, VmResume, VmSet, VmShow,
     VmSshConfig, VmStart, VmStatsCall, VmStop, VmWait,
 };
 use crate::api::workspace::{WorkspaceExport, WorkspacePrepare};
@@ -100,6 +100,10 @@ impl Visit<'_> {
             VmSet::METHOD => {
                 let request = call.parse()?;
                 self.keyed_value(&call, |_| value(&VmReply { vm: d.set(c, &request)? }), true)
+            }
+            VmBalloon::METHOD => {
+                let request = call.parse()?;
+                self.keyed_value(&call, |_| value(&d.balloon(c, &request)?), true)
             }
             VmPause::METHOD => {
                 let request: <VmPause as Call>::Request = call.parse()?;

@@ -2,7 +2,7 @@
 
 use super::WorkspaceRow;
 use super::sql::{self, json};
-use crate::api::vm::Net;
+use crate::api::vm::{Net, RateLimits};
 use crate::ids::{ImageRef, SnapshotId, SnapshotName, VmId, VmName};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
@@ -29,6 +29,9 @@ pub struct SnapshotRow {
     pub disk_driver: String,
     pub guest_version: u32,
     pub net: Net,
+    pub rates: RateLimits,
+    pub has_balloon: bool,
+    pub balloon_mib: Option<u64>,
     /// Its interface was a tap.
     pub on_bridge: bool,
     /// The VMM that it ran on, as [`crate::vmm::Driver::describe`] has it.

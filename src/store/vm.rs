@@ -2,7 +2,7 @@
 
 use super::sql::{self, json};
 use crate::api::port::Port;
-use crate::api::vm::{Net, Pending, Synced, VmState};
+use crate::api::vm::{Net, Pending, RateLimits, Synced, VmState};
 use crate::host::process::Identity;
 use crate::ids::{ImageRef, OpId, VmId, VmName};
 use rusqlite::{Connection, params};
@@ -41,6 +41,7 @@ pub struct VmRow {
     pub mem_mib: u64,
     pub disk_bytes: u64,
     pub work_disk_bytes: Option<u64>,
+    pub rates: RateLimits,
     pub net: Net,
     /// No two of all VMs' overlap, and none is 0.
     pub ports: Vec<Port>,
@@ -71,6 +72,10 @@ pub struct VmRow {
     pub unresponsive: bool,
     /// Of the running guest: its owner wants it to stand still.
     pub paused: bool,
+    /// Of the last start: the VMM has a balloon, and the initramfs its driver.
+    pub has_balloon: bool,
+    /// Of the running guest: the memory that its owner lets it keep.
+    pub balloon_mib: Option<u64>,
 }
 
 pub(super) const CREATE: &str = "CREATE TABLE vms (
@@ -84,6 +89,10 @@ pub(super) const ADD_UNRESPONSIVE: &str = "UPDATE vms SET body = json_set(body, 
 
 /// Version 4: `work_disk_bytes`, `ports`, `guest_version`, `paused`.
 pub(super) const ADD_CAPABILITIES: &str = "UPDATE vms SET body = json_set(body, '$.work_disk_bytes', json('null'), '$.ports', json('[]'), '$.guest_version', 0, '$.paused', json('false'));";
+
+/// Version 6: `rates`, `has_balloon`, `balloon_mib`.
+pub(super) const ADD_RATES: &str =
+    "UPDATE vms SET body = json_set(body, '$.rates', json('{}'), '$.has_balloon', json('false'), '$.balloon_mib', json('null'));";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else { return sql::delete(c, "DELETE FROM vms WHERE id = ?1", [id.as_str()]) };

@@ -112,6 +112,22 @@ impl Driver for Drivers {
         self.of(identity)?.set_paused(dir, identity, is_paused, cancel)
     }
 
+    fn limits_network(&self, running: Option<&Identity>) -> bool {
+        running.map_or(Ok(&*self.starts), |identity| self.of(identity)).is_ok_and(|driver| driver.limits_network(running))
+    }
+
+    fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
+        self.of(identity)?.set_rates(spec, identity, cancel)
+    }
+
+    fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {
+        self.of(identity)?.set_balloon(spec, identity, keep_mib, cancel)
+    }
+
+    fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
+        self.of(identity)?.balloon_mib(spec, identity, cancel)
+    }
+
     fn leaves_remains(&self) -> bool {
         self.starts.leaves_remains()
     }

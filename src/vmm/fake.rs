@@ -6,6 +6,7 @@
 use super::console::{Attach, Consoles};
 use super::{Driver, Identity, Running, SaveTo, Told, VmmSpec};
 use crate::api::daemon::{Check, Severity};
+use crate::api::vm::RateLimits;
 use crate::error::{Error, Kind, Result};
 use crate::host::process;
 use crate::host::wait::{Woken, cancelled, wait_any, wait_uncancelled};
@@ -48,6 +49,8 @@ struct Vmm {
     gone: Cancel,
     watchers: Vec<Died>,
     is_paused: bool,
+    rates: RateLimits,
+    keep_mib: u64,
     told: Option<Teller>,
     /// The guest's end of the console.
     console: Option<UnixStream>,
@@ -60,6 +63,10 @@ struct State {
     waiting: usize,
     failures: Vec<String>,
     adopt_failures: Vec<String>,
+    /// Whoever changes a guest that runs waits for it.
+    change_gate: Option<Cancel>,
+    changes_held: usize,
+    change_failures: Vec<String>,
     is_unkillable: bool,
     ssh_addr: Option<SocketAddr>,
     ssh_addrs: HashMap<VmId, SocketAddr>,
@@ -126,6 +133,57 @@ impl Fake {
     /// The next adoption fails with this, as that of a VMM that does not answer in time.
     pub fn fail_next_adopt(&self, message: &str) {
         self.state.lock().adopt_failures.push(message.to_owned());
+    }
+
+    /// From now on whoever changes the rates or the balloon of a guest that runs waits until [`Fake::release_changes`].
+    pub fn hold_changes(&self) {
+        self.state.lock().change_gate = Some(Cancel::try_new().expect("an eventfd"));
+    }
+
+    pub fn release_changes(&self) {
+        let gate = self.state.lock().change_gate.take();
+        if let Some(gate) = gate {
+            gate.cancel("released");
+        }
+    }
+
+    /// Until so many wait; false at the deadline.
+    pub fn await_held_changes(&self, changes: usize, deadline: Instant) -> bool {
+        self.changed.wait_while(&mut self.state.lock(), deadline, |s| s.changes_held < changes)
+    }
+
+    /// The next change of rates or balloon is refused with this.
+    pub fn fail_next_change(&self, message: &str) {
+        self.state.lock().change_failures.push(message.to_owned());
+    }
+
+    /// What the guest of this VM is limited to, and the memory that it is to keep.
+    pub fn adjusted(&self, vm: &VmId) -> Option<(RateLimits, u64)> {
+        let state = self.state.lock();
+        state.vmms.iter().find(|v| v.spec.vm == *vm && v.end.is_none()).map(|v| (v.rates, v.keep_mib))
+    }
+
+    fn change(&self, identity: &Identity, doing: &str, cancel: &Cancel, change: impl FnOnce(&mut Vmm)) -> Result<()> {
+        let gate = self.state.lock().change_gate.clone();
+        let _blocking = region(Rank::VmmApi);
+        if let Some(gate) = gate {
+            self.state.lock().changes_held += 1;
+            self.changed.notify_all();
+            let woken = wait_any(&[(gate.fd(), PollFlags::POLLIN)], Instant::now() + GATE_DEADLINE, cancel);
+            self.state.lock().changes_held -= 1;
+            if woken.map_err(|e| Error::io("wait at the gate", e))? != Woken::Ready {
+                return Err(cancelled(doing, cancel));
+            }
+        }
+        let failure = {
+            let failures = &mut self.state.lock().change_failures;
+            (!failures.is_empty()).then(|| failures.remove(0))
+        };
+        if let Some(message) = failure {
+            return Err(Error::new(Kind::VmmFailed, format!("{doing}: {message}")).hint("see the VM's vmm.log"));
+        }
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+        self.with(identity, |vmm| vmm.end.is_none().then(|| change(vmm))).flatten().ok_or_else(gone)
     }
 
     /// From now on `kill` ends nothing and runs into its deadline: a process in uninterruptible sleep.
@@ -241,7 +299,20 @@ impl Fake {
         let ssh_addr = ssh_addr.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::LOCALHOST, 9)));
         let spec = spec.clone();
         let (end, watchers, is_paused, told, console) = (None, vec![], false, None, None);
-        state.vmms.push(Vmm { spec, identity: identity.clone(), ssh_addr, end, gone, watchers, is_paused, told, console });
+        let (identity_of, rates, keep_mib) = (identity.clone(), spec.rates, spec.mem_mib);
+        state.vmms.push(Vmm {
+            spec,
+            identity: identity_of,
+            ssh_addr,
+            end,
+            gone,
+            watchers,
+            is_paused,
+            rates,
+            keep_mib,
+            told,
+            console,
+        });
         Ok(identity)
     }
 
@@ -421,6 +492,24 @@ impl Driver for Fake {
         Ok(())
     }
 
+    fn limits_network(&self, _running: Option<&Identity>) -> bool {
+        true
+    }
+
+    fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
+        self.change(identity, "limit the guest's devices", cancel, |vmm| vmm.rates = spec.rates)
+    }
+
+    fn set_balloon(&self, _spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {
+        self.change(identity, "set the balloon", cancel, |vmm| vmm.keep_mib = keep_mib)
+    }
+
+    fn balloon_mib(&self, _spec: &VmmSpec, identity: &Identity, _cancel: &Cancel) -> Result<u64> {
+        let _blocking = region(Rank::VmmApi);
+        let gone = || Error::new(Kind::VmmFailed, "look at the balloon: its VMM has exited");
+        self.with(identity, |vmm| vmm.keep_mib).ok_or_else(gone)
+    }
+
     fn leaves_remains(&self) -> bool {
         false
     }
@@ -459,6 +548,8 @@ pub fn spec(vm: VmId, tag: &str, state_dir: &Path) -> VmmSpec {
         mem_mib: 128,
         credentials: None,
         network: super::GuestNetwork::UserMode { isolated: false, ports: Vec::new() },
+        rates: crate::api::vm::RateLimits::default(),
+        has_balloon: true,
         console_bytes_max: 1 << 20,
         vm,
         dir,

@@ -15,6 +15,7 @@ mod watch;
 
 use crate::api::daemon::Check;
 use crate::api::port::Port;
+use crate::api::vm::RateLimits;
 use crate::error::Result;
 use crate::ids::VmId;
 use crate::locks::Cancel;
@@ -74,6 +75,10 @@ pub struct VmmSpec {
     /// uid and gid of the VMM's process, when the daemon is root.
     pub credentials: Option<(u32, u32)>,
     pub network: GuestNetwork,
+    /// Of the network only where [`Driver::limits_network`].
+    pub rates: RateLimits,
+    /// The guest's initramfs has the driver of a balloon, by which it gives memory back.
+    pub has_balloon: bool,
     /// Bound of the console log, both files together.
     pub console_bytes_max: u64,
     /// The guest goes on from where it was saved; it does not boot. vCPUs, memory and the kind of each device are as they were then.
@@ -97,6 +102,14 @@ pub struct SaveTo<'a> {
     /// Two files that are there, empty, and that the VMM's uid may write.
     pub memory: &'a Path,
     pub devices: &'a Path,
+}
+
+impl VmmSpec {
+    /// By their serial numbers, those that the guest writes.
+    pub fn disks(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let work = self.work_disk.as_deref().map(|path| ("work", path));
+        std::iter::once(("root", self.disk.as_path())).chain(work)
+    }
 }
 
 /// A VMM that runs.
@@ -176,6 +189,18 @@ pub trait Driver: Send + Sync {
 
     /// Whether this driver, as it starts VMs now, lets a guest go on that was saved by `driver`, in another VM's directory if it must.
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()>;
+
+    /// Whether it limits what a guest sends and receives, a VMM that runs or one that it is to start. Otherwise the tap's owner does.
+    fn limits_network(&self, running: Option<&Identity>) -> bool;
+
+    /// From now on the running guest's devices move no more than `spec.rates` says.
+    fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()>;
+
+    /// The running guest is to keep so much of the memory that it was started with, and to give back the rest.
+    fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()>;
+
+    /// What it keeps now.
+    fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64>;
 
     /// Whether there is more on the host of a VMM with a tag than its process: what `clear` removes.
     fn leaves_remains(&self) -> bool;

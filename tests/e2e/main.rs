@@ -1,6 +1,7 @@
 //! End to end: real daemons, real guests, real repositories. Nothing here is skipped: what is missing fails.
 #![allow(clippy::disallowed_methods)] // Tests start processes of their own.
 
+mod adjusting;
 mod another_host;
 mod big;
 mod bridge;

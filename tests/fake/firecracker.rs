@@ -19,6 +19,7 @@ use std::time::Duration;
 const PAYLOAD_BYTES_MAX: usize = 51_200;
 const MACHINE_CONFIG: [&str; 6] = ["vcpu_count", "mem_size_mib", "smt", "cpu_template", "track_dirty_pages", "huge_pages"];
 const BEFORE: &str = "The requested operation is not supported before starting the microVM.";
+const NO_BALLOON: &str = "Balloon config error: No balloon device found.";
 const AFTER: &str = "The requested operation is not supported after starting the microVM.";
 
 #[derive(Clone, Copy, PartialEq)]
@@ -39,6 +40,8 @@ struct Vmm {
     /// Of the disks.
     paths: Vec<String>,
     is_ending: bool,
+    /// MiB that the guest is to give back: one that "runs" has done so at once.
+    balloon_mib: Option<u64>,
 }
 
 /// A body, or a fault's message.
@@ -59,6 +62,8 @@ impl Vmm {
             ("PUT", ["actions"]) => self.act(&body),
             ("PUT", ["snapshot", "create"]) => self.save(&body),
             ("PUT", ["snapshot", "load"]) => self.load(&body),
+            ("PATCH", ["drives" | "network-interfaces", id]) => self.limit(&parts, id, &body),
+            ("PATCH", ["balloon"]) => self.set_balloon(&body),
             (
                 "PUT",
                 ["machine-config" | "boot-source" | "serial" | "entropy" | "vsock" | "balloon"]
@@ -82,6 +87,10 @@ impl Vmm {
                     State::Paused => "Paused",
                 };
                 Ok(Some(json!({"id": self.id, "state": state, "vmm_version": self.version, "app_name": "Firecracker"})))
+            }
+            ["balloon", "statistics"] => {
+                let mib = self.balloon_mib.ok_or(NO_BALLOON)?;
+                Ok(Some(json!({"target_pages": mib * 256, "actual_pages": mib * 256, "target_mib": mib, "actual_mib": mib})))
             }
             ["version"] => Ok(Some(json!({ "firecracker_version": self.version }))),
             [other, ..] => Err(format!("Invalid request method and/or path: GET {other}.")),
@@ -109,8 +118,44 @@ impl Vmm {
                 open_serial(&path).map_err(|e| format!("Serial config error: {e}"))?;
                 self.serial = Some(path);
             }
+            ["balloon"] => {
+                if body["deflate_on_oom"].as_bool().is_none() {
+                    return Err(deserializing("missing field `deflate_on_oom` at line 1 column 16."));
+                }
+                self.balloon_mib = body["amount_mib"].as_u64();
+            }
             _ => {}
         }
+        Ok(None)
+    }
+
+    fn limit(&self, parts: &[&str], id: &str, body: &Value) -> Outcome {
+        let (field, limiters) = if parts[0] == "drives" {
+            ("drive_id", &["rate_limiter"][..])
+        } else {
+            ("iface_id", &["rx_rate_limiter", "tx_rate_limiter"][..])
+        };
+        check_id(id, &body[field])?;
+        if self.state == State::NotStarted {
+            return Err(BEFORE.to_owned());
+        }
+        for bucket in limiters.iter().flat_map(|l| ["bandwidth", "ops"].map(|b| &body[*l][b])).filter(|b| !b.is_null()) {
+            for member in ["size", "refill_time"] {
+                bucket[member]
+                    .as_u64()
+                    .ok_or_else(|| deserializing(&format!("missing field `{member}` at line 1 column 60.")))?;
+            }
+        }
+        let mut known = self.drives.iter().map(|(known, _)| known).chain(self.networks.iter().map(|(known, _)| known));
+        if known.any(|known| known == id) { Ok(None) } else { Err(format!("Invalid device ID: {id}")) }
+    }
+
+    fn set_balloon(&mut self, body: &Value) -> Outcome {
+        if self.state == State::NotStarted {
+            return Err(BEFORE.to_owned());
+        }
+        let mib = self.balloon_mib.as_mut().ok_or(NO_BALLOON)?;
+        *mib = body["amount_mib"].as_u64().ok_or_else(|| deserializing("missing field `amount_mib` at line 1 column 2."))?;
         Ok(None)
     }
 
@@ -428,6 +473,7 @@ fn main() {
         serial: None,
         paths: Vec::new(),
         is_ending: false,
+        balloon_mib: None,
     };
     let vmm = Arc::new(Mutex::new(vmm));
     for stream in listener.incoming().flatten() {

@@ -49,6 +49,7 @@ pub fn vm() -> Vm {
         mem_mib: 1024,
         disk_bytes: 4096,
         work_disk_bytes: None,
+        rates: RateLimits { disk_bytes_per_s: Some(1 << 20), ..RateLimits::default() },
         net: fcd::api::vm::Net::Nat,
         ports: vec![fcd::api::port::Port {
             host_addr: [127, 0, 0, 1].into(),
@@ -56,7 +57,7 @@ pub fn vm() -> Vm {
             guest_port: 80,
             protocol: fcd::api::port::Protocol::Tcp,
         }],
-        pending: Some(Pending { vcpus: Some(2), mem_mib: None, disk_bytes: None }),
+        pending: Some(Pending { vcpus: Some(2), ..Pending::default() }),
         rm: false,
         created_at: 1,
         started_at: Some(2),
@@ -68,6 +69,7 @@ pub fn vm() -> Vm {
         synced: Some(Synced::Timeout),
         unresponsive: false,
         paused: false,
+        balloon_mib: Some(512),
         workspace: Some(WorkspaceInfo {
             guest_path: "/root/x".into(),
             workdir: "/root/x/y".into(),
@@ -128,7 +130,7 @@ fn reply() -> VmReply {
 
 #[test]
 fn vm_in_full() {
-    expect![[r#"{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":{"vcpus":2,"mem_mib":null,"disk_bytes":null},"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":{"guest_path":"/root/x","workdir":"/root/x/y","state":"incomplete","readonly":true,"entries":4,"bytes":5,"prepared_at":6}}"#]].assert_eq(&line(&vm()));
+    expect![[r#"{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":{"vcpus":2,"mem_mib":null,"disk_bytes":null,"disk_bytes_per_s":null,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null},"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":{"guest_path":"/root/x","workdir":"/root/x/y","state":"incomplete","readonly":true,"entries":4,"bytes":5,"prepared_at":6}}"#]].assert_eq(&line(&vm()));
 }
 
 #[test]
@@ -141,6 +143,10 @@ fn vms() {
             mem_mib: Some(2),
             disk_bytes: Some(3),
             work_disk_bytes: Some(4),
+            disk_bytes_per_s: Some(5),
+            disk_ops_per_s: Some(0),
+            net_rx_bytes_per_s: None,
+            net_tx_bytes_per_s: None,
             net: Some(fcd::api::vm::Net::None),
             ports: vm().ports,
             rm: true,
@@ -149,8 +155,8 @@ fn vms() {
         reply(),
         expect![[r#"
             vm.create
-            {"name":"web","image":"default","vcpus":1,"mem_mib":2,"disk_bytes":3,"work_disk_bytes":4,"net":"none","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"rm":true,"hold":true}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null}}
+            {"name":"web","image":"default","vcpus":1,"mem_mib":2,"disk_bytes":3,"work_disk_bytes":4,"disk_bytes_per_s":5,"disk_ops_per_s":0,"net":"none","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"rm":true,"hold":true}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
         "#]],
     );
     call::<VmStart>(
@@ -159,7 +165,7 @@ fn vms() {
         expect![[r#"
             vm.start
             {"vm":"web"}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
         "#]],
     );
     call::<VmStop>(
@@ -168,7 +174,7 @@ fn vms() {
         expect![[r#"
             vm.stop
             {"vm":"web","force":true,"timeout_ms":7}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
         "#]],
     );
     call::<VmRestart>(
@@ -177,7 +183,7 @@ fn vms() {
         expect![[r#"
             vm.restart
             {"vm":"web","force":true,"timeout_ms":7}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
         "#]],
     );
     let stats = VmStats {
@@ -205,19 +211,19 @@ fn vms() {
         request(),
         reply(),
         expect![[r#"
-        vm.pause
-        {"vm":"web"}
-        {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null}}
-    "#]],
+            vm.pause
+            {"vm":"web"}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
+        "#]],
     );
     call::<VmResume>(
         request(),
         reply(),
         expect![[r#"
-        vm.resume
-        {"vm":"web"}
-        {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null}}
-    "#]],
+            vm.resume
+            {"vm":"web"}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
+        "#]],
     );
     call::<VmKill>(
         request(),
@@ -225,7 +231,7 @@ fn vms() {
         expect![[r#"
             vm.kill
             {"vm":"web"}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
         "#]],
     );
     call::<VmDelete>(
@@ -252,16 +258,33 @@ fn vms() {
         expect![[r#"
             vm.show
             {"vm":"web"}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
         "#]],
     );
     call::<VmSet>(
-        VmSetRequest { vm: "web".into(), vcpus: Some(1), mem_mib: Some(2), disk_bytes: Some(3), rm: None },
+        VmSetRequest {
+            vm: "web".into(),
+            vcpus: Some(1),
+            mem_mib: Some(2),
+            disk_bytes: Some(3),
+            net_tx_bytes_per_s: Some(0),
+            now: true,
+            ..VmSetRequest::default()
+        },
         reply(),
         expect![[r#"
             vm.set
-            {"vm":"web","vcpus":1,"mem_mib":2,"disk_bytes":3}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null}}
+            {"vm":"web","vcpus":1,"mem_mib":2,"disk_bytes":3,"net_tx_bytes_per_s":0,"now":true}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
+        "#]],
+    );
+    call::<VmBalloon>(
+        VmBalloonRequest { vm: "web".into(), keep_mib: Some(512) },
+        VmBalloonReply { vm: vm(), kept_mib: 1024 },
+        expect![[r#"
+            vm.balloon
+            {"vm":"web","keep_mib":512}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":{"vcpus":2,"mem_mib":null,"disk_bytes":null,"disk_bytes_per_s":null,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null},"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":{"guest_path":"/root/x","workdir":"/root/x/y","state":"incomplete","readonly":true,"entries":4,"bytes":5,"prepared_at":6}},"kept_mib":1024}
         "#]],
     );
     call::<VmLogs>(
@@ -279,7 +302,7 @@ fn vms() {
         expect![[r#"
             vm.wait
             {"vm":"web","state":"stopped","timeout_ms":5}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null}}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
         "#]],
     );
     call::<VmPrune>(
@@ -367,7 +390,7 @@ fn workspaces() {
         expect![[r#"
             workspace.prepare
             {"vm":"web","guest_path":"/root/x","subdir":"y","readonly":true,"overwrite":true,"no_wait":true,"bytes_expected":1,"raw_tar":true}
-            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null},"kept":["a%20b"],"entries":1,"bytes":2}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null},"kept":["a%20b"],"entries":1,"bytes":2}
         "#]],
     );
     call::<WorkspaceExport>(
@@ -618,7 +641,7 @@ fn frames() {
     expect![[r#"
         {"jsonrpc":"2.0","method":"op","params":{"op":"0123456789ab"}}
         {"jsonrpc":"2.0","method":"progress","params":{"stage":"copy","done":1,"total":2,"unit":"bytes"}}
-        {"jsonrpc":"2.0","method":"created","params":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null}}
+        {"jsonrpc":"2.0","method":"created","params":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
         {"jsonrpc":"2.0","method":"session","params":{"session":"0123456789ab"}}
         {"jsonrpc":"2.0","method":"ready","params":{"keep":["a"]}}
         {"jsonrpc":"2.0","method":"log","params":{"text":"hello\n"}}

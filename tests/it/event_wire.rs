@@ -63,7 +63,7 @@ fn events_watch() {
     }
     expect![[r#"
         {"jsonrpc":"2.0","method":"snapshot","params":
-        {"seq":7,"at":1,"resync":true,"more":false,"vms":[{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"workspace":null}]}}
+        {"seq":7,"at":1,"resync":true,"more":false,"vms":[{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}]}}
         {"jsonrpc":"2.0","method":"events","params":{"seq":7,"events":[
         {"seq":7,"at":1,"vm":"0123456789ab","name":"web","owner_uid":1000,"event":"vm.created","set":{"vcpus":1}},
         {"seq":7,"at":1,"vm":"0123456789ab","name":"web","owner_uid":1000,"event":"vm.changed","set":{"vcpus":2}},

@@ -2,6 +2,7 @@
 //! dies or lies where a test says so. The real one: `e2e` `another_host::`.
 
 use expect_test::expect;
+use fcd::api::vm::RateLimits;
 use fcd::error::{Error, Kind};
 use fcd::host::process::Process;
 use fcd::locks::Cancel;
@@ -118,7 +119,7 @@ fn driver(dir: &Path) -> Firecracker {
 }
 
 /// Those of a start, in their order.
-const REQUESTS: [(&str, &str); 10] = [
+const REQUESTS: [(&str, &str); 11] = [
     ("GET", "/"),
     ("PUT", "/machine-config"),
     ("PUT", "/boot-source"),
@@ -127,6 +128,7 @@ const REQUESTS: [(&str, &str); 10] = [
     ("PUT", "/drives/work"),
     ("PUT", "/network-interfaces/eth0"),
     ("PUT", "/entropy"),
+    ("PUT", "/balloon"),
     ("PUT", "/serial"),
     ("PUT", "/actions"),
 ];
@@ -145,6 +147,7 @@ fn a_start_configures_everything_and_runs_the_guest() {
         PUT /drives/work {"drive_id":"work","path_on_host":"DIR/vm/work","is_root_device":false,"is_read_only":false,"cache_type":"Writeback"}
         PUT /network-interfaces/eth0 {"iface_id":"eth0","host_dev_name":"fc0011aabb-1","guest_mac":"02:fc:0a:59:00:05"}
         PUT /entropy {}
+        PUT /balloon {"amount_mib":0,"deflate_on_oom":true,"stats_polling_interval_s":60}
         PUT /serial {"serial_out_path":"console"}
         PUT /actions {"action_type":"InstanceStart"}
     "#]]
@@ -269,6 +272,57 @@ fn a_guest_stands_still_and_goes_on() {
     bench.driver.kill(&running.identity, soon()).unwrap();
     let e = bench.driver.set_paused(&dir, &running.identity, true, &never).unwrap_err();
     assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"), "{e}");
+}
+
+#[test]
+fn devices_are_limited_from_the_start_and_while_the_guest_runs() {
+    let bench = Bench::new("");
+    let never = Cancel::try_new().unwrap();
+    let spec = |rates| VmmSpec { rates: RateLimits::of(rates), ..bench.spec() };
+    let some = spec([Some(2 << 20), Some(100), Some(3 << 20), None]);
+    let running = bench.driver.start(&some, &never, &mut |_| {}).unwrap();
+    bench.driver.set_rates(&spec([None, Some(200), None, Some(4 << 20)]), &running.identity, &never).unwrap();
+    bench.driver.set_rates(&spec([None; 4]), &running.identity, &never).unwrap();
+    let limits: Vec<_> = bench.requests().lines().filter(|l| l.contains("rate_limiter")).map(str::to_owned).collect();
+    expect![[r#"
+        PUT /drives/root {"drive_id":"root","path_on_host":"DIR/vm/disk","is_root_device":true,"is_read_only":false,"cache_type":"Writeback","rate_limiter":{"bandwidth":{"size":2097152,"refill_time":1000},"ops":{"size":100,"refill_time":1000}}}
+        PUT /drives/work {"drive_id":"work","path_on_host":"DIR/vm/work","is_root_device":false,"is_read_only":false,"cache_type":"Writeback","rate_limiter":{"bandwidth":{"size":2097152,"refill_time":1000},"ops":{"size":100,"refill_time":1000}}}
+        PUT /network-interfaces/eth0 {"iface_id":"eth0","host_dev_name":"fc0011aabb-1","guest_mac":"02:fc:0a:59:00:05","rx_rate_limiter":{"bandwidth":{"size":3145728,"refill_time":1000}}}
+        PATCH /drives/root {"drive_id":"root","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":200,"refill_time":1000}}}
+        PATCH /drives/work {"drive_id":"work","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":200,"refill_time":1000}}}
+        PATCH /network-interfaces/eth0 {"iface_id":"eth0","rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}},"tx_rate_limiter":{"bandwidth":{"size":4194304,"refill_time":1000}}}
+        PATCH /drives/root {"drive_id":"root","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":0,"refill_time":0}}}
+        PATCH /drives/work {"drive_id":"work","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":0,"refill_time":0}}}
+        PATCH /network-interfaces/eth0 {"iface_id":"eth0","rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}},"tx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}}}"#]].assert_eq(&limits.join("\n"));
+    // A refusal has its text and what to do, and so has a VMM that is gone.
+    bench.script("PATCH /drives/work refuse The requested operation is not supported before starting the microVM.");
+    let e = bench.driver.set_rates(&some, &running.identity, &never).unwrap_err();
+    assert!(e.kind() == Kind::WrongState && e.to_string().contains("limit disk work") && e.hint_text().is_some(), "{e}");
+    bench.driver.kill(&running.identity, soon()).unwrap();
+    let e = bench.driver.set_rates(&some, &running.identity, &never).unwrap_err();
+    assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"), "{e}");
+}
+
+#[test]
+fn a_balloon_takes_what_the_guest_is_not_to_keep() {
+    let bench = Bench::new("");
+    let (running, spec, never) = (bench.running(), bench.spec(), Cancel::try_new().unwrap());
+    let kept = || bench.driver.balloon_mib(&spec, &running.identity, &never).unwrap();
+    assert_eq!(kept(), 128);
+    for keep_mib in [96, 128] {
+        bench.driver.set_balloon(&spec, &running.identity, keep_mib, &never).unwrap();
+        assert_eq!(kept(), keep_mib);
+    }
+    bench.script("PATCH /balloon refuse Balloon update error: Balloon: Device not activated yet.");
+    let e = bench.driver.set_balloon(&spec, &running.identity, 96, &never).unwrap_err();
+    assert!(e.kind() == Kind::Busy && e.hint_text().is_some(), "{e}");
+    bench.script("");
+    bench.driver.kill(&running.identity, soon()).unwrap();
+    // One without: an image whose initramfs knows of none.
+    let without = VmmSpec { has_balloon: false, ..bench.spec() };
+    let running = bench.driver.start(&without, &never, &mut |_| {}).unwrap();
+    let e = bench.driver.set_balloon(&without, &running.identity, 96, &never).unwrap_err();
+    assert!(e.kind() == Kind::Unsupported && e.hint_text().is_some(), "{e}");
 }
 
 #[test]

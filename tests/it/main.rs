@@ -2,6 +2,7 @@
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
+mod adjusting;
 mod api;
 mod bad_input;
 mod booting;

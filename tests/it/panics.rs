@@ -66,6 +66,18 @@ impl Driver for Panics {
     fn runs(&self, identity: &Identity) -> bool {
         self.inner.runs(identity)
     }
+    fn limits_network(&self, running: Option<&Identity>) -> bool {
+        self.inner.limits_network(running)
+    }
+    fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
+        self.inner.set_rates(spec, identity, cancel)
+    }
+    fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {
+        self.inner.set_balloon(spec, identity, keep_mib, cancel)
+    }
+    fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
+        self.inner.balloon_mib(spec, identity, cancel)
+    }
     fn leaves_remains(&self) -> bool {
         self.inner.leaves_remains()
     }

@@ -169,6 +169,18 @@ impl Driver for PointDriver {
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {
         self.0.can_load(driver, elsewhere)
     }
+    fn limits_network(&self, running: Option<&Identity>) -> bool {
+        self.0.limits_network(running)
+    }
+    fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
+        self.0.set_rates(spec, identity, cancel)
+    }
+    fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {
+        self.0.set_balloon(spec, identity, keep_mib, cancel)
+    }
+    fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
+        self.0.balloon_mib(spec, identity, cancel)
+    }
     fn leaves_remains(&self) -> bool {
         self.0.leaves_remains()
     }

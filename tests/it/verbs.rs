@@ -18,7 +18,7 @@ fn set_waits_for_the_next_start() {
     let world = World::new();
     let vm = world.create("web");
     let set = |vcpus, mem_mib, disk_bytes| {
-        world.call::<VmSet>(&VmSetRequest { vm: "web".into(), vcpus, mem_mib, disk_bytes, rm: None }).unwrap().vm
+        world.call::<VmSet>(&VmSetRequest { vm: "web".into(), vcpus, mem_mib, disk_bytes, ..Default::default() }).unwrap().vm
     };
     // At rest it changes at once.
     let now = set(Some(2), None, None);
@@ -27,9 +27,12 @@ fn set_waits_for_the_next_start() {
     world.start("web").unwrap();
     let now = set(None, Some(2048), Some(2 * ROOTFS_BYTES));
     assert_eq!((now.mem_mib, now.disk_bytes), (1024, ROOTFS_BYTES));
-    assert_eq!(now.pending, Some(Pending { vcpus: None, mem_mib: Some(2048), disk_bytes: Some(2 * ROOTFS_BYTES) }));
+    assert_eq!(now.pending, Some(Pending { mem_mib: Some(2048), disk_bytes: Some(2 * ROOTFS_BYTES), ..Pending::default() }));
     let now = set(Some(3), None, None);
-    assert_eq!(now.pending, Some(Pending { vcpus: Some(3), mem_mib: Some(2048), disk_bytes: Some(2 * ROOTFS_BYTES) }));
+    assert_eq!(
+        now.pending,
+        Some(Pending { vcpus: Some(3), mem_mib: Some(2048), disk_bytes: Some(2 * ROOTFS_BYTES), ..Pending::default() })
+    );
     assert_eq!(world.vmm.last_spec(&vm.id).unwrap().vcpus, 2);
     let now = world.run::<VmRestart>(stop("web")).unwrap().vm;
     assert_eq!((now.vcpus, now.mem_mib, now.disk_bytes, now.pending), (3, 2048, 2 * ROOTFS_BYTES, None));

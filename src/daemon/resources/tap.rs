@@ -31,6 +31,9 @@ impl Resource for Tap {
                 let tap = net.take(&guest, uid, &boot.claim.cancel)?;
                 Some(TapFact { name: tap.name, address: guest.lease.address })
             }
+            None if boot.row.rates.all()[2..].iter().any(Option::is_some) => {
+                return Err(crate::daemon::adjust::no_rate_in_user_mode());
+            }
             None if boot.row.tap.is_none() => return Ok(()),
             None => None,
         };

@@ -146,7 +146,7 @@ impl Lab {
     }
 
     pub fn guest(&self, slot: u32, access: Access) -> Guest {
-        Guest { tag: tag(slot), lease: self.net.lease(slot).unwrap(), access }
+        Guest { tag: tag(slot), lease: self.net.lease(slot).unwrap(), access, rx_bytes_per_s: None, tx_bytes_per_s: None }
     }
 
     pub fn take(&self, guest: &Guest) -> Tap {

@@ -495,3 +495,55 @@ fn names_are_answered_to_guests_and_the_host() {
     server.stop().unwrap();
     assert_eq!(lab.host.run(|| lab.net.list()).unwrap(), [tag(0)]);
 }
+
+/// How many datagrams arrive one after the other before one does not, of this many at most.
+fn arrivals(from: &Udp, to: &Udp, at: SocketAddr, most: usize) -> usize {
+    to.0.set_read_timeout(Some(std::time::Duration::from_secs(1))).unwrap();
+    let (sent, mut buffer) = ([7; 1400], [0; 2048]);
+    (0..most).find(|_| from.0.send_to(&sent, at).is_err() || to.0.recv(&mut buffer).is_err()).unwrap_or(most)
+}
+
+#[test]
+fn a_guest_sends_and_receives_what_its_rates_let_pass() {
+    if !is_root() {
+        return;
+    }
+    let lab = Lab::new(&config());
+    let guest = lab.start(0, Access::Nat);
+    let (outside, inside) = (lab.outside.udp((ANY, 9000)), guest.udp());
+    let back: SocketAddr = {
+        inside.send("hello", (OUTSIDE, 9000));
+        outside.next().1
+    };
+    let set = |rx, tx| lab.host.run(|| lab.net.set_rates(&tag(0), rx, tx)).unwrap();
+    let counts = |most| [arrivals(&inside, &outside, (OUTSIDE, 9000).into(), most), arrivals(&outside, &inside, back, most)];
+    // Three times what passes at once, and what follows that takes seconds each.
+    const FLOOD: usize = 600;
+    let passes_at_once = 256 * 1024 / 1442;
+    assert_eq!(counts(FLOOD), [FLOOD; 2]);
+    for (rx, tx) in [(None, Some(1)), (Some(1), None), (Some(1), Some(1))] {
+        set(rx.map(|_: u64| 1000), tx.map(|_: u64| 1000));
+        let limited = counts(FLOOD);
+        for (count, is_limited) in limited.into_iter().zip([tx.is_some(), rx.is_some()]) {
+            assert!(if is_limited { (passes_at_once / 2..FLOOD).contains(&count) } else { count == FLOOD }, "{limited:?}");
+        }
+        // What others flush comes back with it.
+        lab.host.sh("nft flush ruleset");
+        lab.host.run(|| lab.net.mend()).unwrap();
+        let elements = lab.host.sh(&format!("nft list table bridge fcd_{INSTALL}"));
+        assert_eq!(
+            elements.matches("over 1000 bytes/second burst").count(),
+            usize::from(rx.is_some()) + usize::from(tx.is_some()),
+            "{elements}"
+        );
+    }
+    set(None, None);
+    assert_eq!(counts(FLOOD), [FLOOD; 2]);
+    // Nothing of it is left of a guest that is gone.
+    set(Some(1 << 20), Some(1 << 20));
+    drop(guest);
+    lab.release(0);
+    let left = lab.host.sh(&format!("nft list table bridge fcd_{INSTALL}"));
+    assert!(!left.contains("burst"), "{left}");
+    assert!(lab.host.run(|| lab.net.set_rates(&tag(0), None, None)).is_err(), "it is gone");
+}

@@ -6,7 +6,7 @@ mod files;
 
 use super::*;
 use crate::api::op::{Op, OpState, Progress};
-use crate::api::vm::{VmState, WorkspaceState};
+use crate::api::vm::{RateLimits, VmState, WorkspaceState};
 use crate::ids::{OpId, VmId};
 use std::os::unix::fs::PermissionsExt;
 use tempfile::TempDir;
@@ -57,11 +57,14 @@ fn row(n: u32) -> VmRow {
         tap: None,
         disk_driver: None,
         guest_version: 0,
+        rates: RateLimits::default(),
         driver: None,
         host_key: None,
         synced: None,
         unresponsive: false,
         paused: false,
+        has_balloon: false,
+        balloon_mib: None,
     }
 }
 

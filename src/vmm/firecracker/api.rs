@@ -51,7 +51,82 @@ pub struct Drive<'a> {
     pub is_read_only: bool,
     /// `Writeback` honours the guest's flushes; `Unsafe`, Firecracker's default, does not.
     pub cache_type: CacheType,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
 }
+
+/// Absent: as it is; of a size of 0: none (docs/api_requests/patch-block.md).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct RateLimiter {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<TokenBucket>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ops: Option<TokenBucket>,
+}
+
+/// `size` passes at once, and again after `refill_time` milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct TokenBucket {
+    pub size: u64,
+    pub refill_time: u64,
+}
+
+impl TokenBucket {
+    const NONE: Self = Self { size: 0, refill_time: 0 };
+
+    fn per_s(rate: u64) -> Self {
+        Self { size: rate, refill_time: 1000 }
+    }
+}
+
+impl RateLimiter {
+    /// For a device that is added.
+    pub fn new(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Option<Self> {
+        let limiter = Self { bandwidth: bytes_per_s.map(TokenBucket::per_s), ops: ops_per_s.map(TokenBucket::per_s) };
+        Some(limiter).filter(|l| *l != Self::default())
+    }
+
+    /// For one that is there, whatever it had.
+    fn instead(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Self {
+        let of = |rate: Option<u64>| Some(rate.map_or(TokenBucket::NONE, TokenBucket::per_s));
+        Self { bandwidth: of(bytes_per_s), ops: of(ops_per_s) }
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct DriveRates<'a> {
+    drive_id: &'a str,
+    rate_limiter: RateLimiter,
+}
+
+#[derive(Debug, Serialize)]
+struct NetworkRates<'a> {
+    iface_id: &'a str,
+    rx_rate_limiter: RateLimiter,
+    tx_rate_limiter: RateLimiter,
+}
+
+/// Its size is what the guest gives back.
+#[derive(Debug, Serialize)]
+struct Balloon {
+    amount_mib: u64,
+    deflate_on_oom: bool,
+    stats_polling_interval_s: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct BalloonSize {
+    amount_mib: u64,
+}
+
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+pub struct BalloonStatistics {
+    pub actual_mib: u64,
+}
+
+/// Between two times that the guest tells of its memory. How large the balloon is, which is all that is asked for, is known at any
+/// time, but told only where there are statistics.
+const STATISTICS_PERIOD_S: u32 = 60;
 
 #[derive(Clone, Copy, Debug, Serialize)]
 pub enum CacheType {
@@ -64,6 +139,11 @@ pub struct NetworkInterface<'a> {
     /// It must be there: one that is not is made, without a word.
     pub host_dev_name: &'a str,
     pub guest_mac: &'a str,
+    /// What the guest receives.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limiter: Option<RateLimiter>,
 }
 
 #[derive(Debug, Serialize)]
@@ -186,6 +266,12 @@ impl<'a> PreBoot<'a> {
         self.0.change(Method::Put, "/entropy", &Entropy {}, "add a source of random numbers")
     }
 
+    /// One that takes nothing yet, and from which a guest that runs out of memory takes back what it needs.
+    pub fn balloon(&mut self) -> Result<()> {
+        let balloon = Balloon { amount_mib: 0, deflate_on_oom: true, stats_polling_interval_s: STATISTICS_PERIOD_S };
+        self.0.change(Method::Put, "/balloon", &balloon, "add a balloon")
+    }
+
     /// Where its serial console writes to: a file or a pipe, which it makes no larger than it is.
     pub fn serial(&mut self, path: &str) -> Result<()> {
         self.0.change(Method::Put, "/serial", &Serial { serial_out_path: path }, "set the console")
@@ -225,6 +311,28 @@ impl<'a> Booted<'a> {
     pub fn save(&mut self, devices: &str, memory: &str) -> Result<()> {
         let create = CreateSnapshot { snapshot_type: "Full", snapshot_path: devices, mem_file_path: memory };
         self.0.change(Method::Put, "/snapshot/create", &create, "save the guest")
+    }
+
+    /// Of a disk of this name; what it had is gone.
+    pub fn drive_rates(&mut self, drive_id: &str, bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Result<()> {
+        let rates = DriveRates { drive_id, rate_limiter: RateLimiter::instead(bytes_per_s, ops_per_s) };
+        self.0.change(Method::Patch, &format!("/drives/{drive_id}"), &rates, &format!("limit disk {drive_id}"))
+    }
+
+    pub fn network_rates(&mut self, iface_id: &str, rx_bytes_per_s: Option<u64>, tx_bytes_per_s: Option<u64>) -> Result<()> {
+        let of = |rate| RateLimiter { ops: None, ..RateLimiter::instead(rate, None) };
+        let rates = NetworkRates { iface_id, rx_rate_limiter: of(rx_bytes_per_s), tx_rate_limiter: of(tx_bytes_per_s) };
+        self.0.change(Method::Patch, &format!("/network-interfaces/{iface_id}"), &rates, "limit the network")
+    }
+
+    /// What the guest is to give back.
+    pub fn set_balloon(&mut self, amount_mib: u64) -> Result<()> {
+        self.0.change(Method::Patch, "/balloon", &BalloonSize { amount_mib }, "set the balloon")
+    }
+
+    /// What it has given back.
+    pub fn balloon_mib(&mut self) -> Result<u64> {
+        self.0.read("/balloon/statistics").map(|statistics: BalloonStatistics| statistics.actual_mib)
     }
 
     /// Running already is ok.

@@ -286,6 +286,8 @@ mod tests {
             mem_mib: 512,
             credentials: Some((1234, 1234)),
             network: crate::vmm::GuestNetwork::UserMode { isolated: false, ports: Vec::new() },
+            rates: crate::api::vm::RateLimits::default(),
+            has_balloon: true,
             console_bytes_max: 1 << 16,
             saved: None,
         }

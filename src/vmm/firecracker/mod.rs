@@ -22,7 +22,10 @@ use crate::host::fs::{open_at, open_dir};
 use crate::host::process::{self, Credentials, Process, Spawn};
 use crate::locks::{Cancel, Rank, region};
 use crate::vmm::kvm::{kvm_access, own_access};
-use api::{BootSource, Booted, CacheType, Drive, LoadSnapshot, MachineConfig, NetworkInterface, NetworkOverride, PreBoot, text};
+use api::{
+    BootSource, Booted, CacheType, Drive, LoadSnapshot, MachineConfig, NetworkInterface, NetworkOverride, PreBoot, RateLimiter,
+    text,
+};
 use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
 use std::ffi::OsString;
 use std::fs::File;
@@ -155,6 +158,21 @@ impl Firecracker {
         self.consoles.attach(Attach { dir: spec.dir.clone(), bytes_max: spec.console_bytes_max, from, mark })
     }
 
+    /// A conversation with a VMM whose guest has started.
+    fn talk<T>(
+        &self,
+        identity: &Identity,
+        doing: &str,
+        cancel: &Cancel,
+        ask: impl FnOnce(&mut Booted<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+        let process = Process::open(identity)?.ok_or_else(gone)?;
+        let _blocking = region(Rank::VmmApi);
+        let patience = Patience { deadline: Instant::now() + ANSWER_DEADLINE, cancel };
+        self.booted(&process, patience, doing).and_then(|mut vmm| ask(&mut vmm))
+    }
+
     /// The API of a VMM whose guest has started.
     fn booted<'a>(&self, process: &Process, patience: Patience<'a>, doing: &str) -> Result<Booted<'a>> {
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
@@ -222,6 +240,8 @@ fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<std
     let boot_args = format!("{} {KERNEL_ARGS}", spec.boot_args.trim());
     vmm.boot_source(&BootSource { kernel_image_path: &files.kernel, initrd_path: &files.initrd, boot_args: &boot_args })?;
     let work = files.work.as_deref().map(|path| ("work", path));
+    let rates = &spec.rates;
+    let limiter = RateLimiter::new(rates.disk_bytes_per_s, rates.disk_ops_per_s);
     for (drive_id, path_on_host) in [("root", files.disk.as_str()), ("seed", &files.seed)].into_iter().chain(work) {
         vmm.drive(&Drive {
             drive_id,
@@ -229,10 +249,20 @@ fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<std
             is_root_device: drive_id == "root",
             is_read_only: drive_id == "seed",
             cache_type: CacheType::Writeback,
+            rate_limiter: limiter.filter(|_| drive_id != "seed"),
         })?;
     }
-    vmm.network(&NetworkInterface { iface_id: INTERFACE, host_dev_name: name, guest_mac: mac })?;
+    vmm.network(&NetworkInterface {
+        iface_id: INTERFACE,
+        host_dev_name: name,
+        guest_mac: mac,
+        rx_rate_limiter: RateLimiter::new(rates.net_rx_bytes_per_s, None),
+        tx_rate_limiter: RateLimiter::new(rates.net_tx_bytes_per_s, None),
+    })?;
     vmm.entropy()?;
+    if spec.has_balloon {
+        vmm.balloon()?;
+    }
     vmm.serial(CONSOLE_PIPE)?;
     Ok(api::ssh_addr(address))
 }
@@ -241,8 +271,19 @@ fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<std
 fn load(mut vmm: PreBoot<'_>, spec: &VmmSpec, memory: &str, devices: &str) -> Result<std::net::SocketAddr> {
     let (tap, address) = tap(spec)?;
     vmm.serial(CONSOLE_PIPE)?;
-    vmm.load(&LoadSnapshot::new(devices, memory, &[NetworkOverride { iface_id: INTERFACE, host_dev_name: tap }]))?;
+    let mut vmm =
+        vmm.load(&LoadSnapshot::new(devices, memory, &[NetworkOverride { iface_id: INTERFACE, host_dev_name: tap }]))?;
+    // Those of then are in what was saved.
+    limit(&mut vmm, spec)?;
     Ok(api::ssh_addr(address))
+}
+
+fn limit(vmm: &mut Booted<'_>, spec: &VmmSpec) -> Result<()> {
+    let rates = &spec.rates;
+    for (disk, _) in spec.disks() {
+        vmm.drive_rates(disk, rates.disk_bytes_per_s, rates.disk_ops_per_s)?;
+    }
+    vmm.network_rates(INTERFACE, rates.net_rx_bytes_per_s, rates.net_tx_bytes_per_s)
 }
 
 fn tap(spec: &VmmSpec) -> Result<(&str, std::net::Ipv4Addr)> {
@@ -389,12 +430,25 @@ impl Driver for Firecracker {
 
     fn set_paused(&self, _dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
         let doing = if is_paused { "pause the guest" } else { "let the guest go on" };
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
-        let process = Process::open(identity)?.ok_or_else(gone)?;
-        let _blocking = region(Rank::VmmApi);
-        let patience = Patience { deadline: Instant::now() + ANSWER_DEADLINE, cancel };
-        let mut vmm = self.booted(&process, patience, doing)?;
-        if is_paused { vmm.pause() } else { vmm.resume() }
+        self.talk(identity, doing, cancel, |vmm| if is_paused { vmm.pause() } else { vmm.resume() })
+    }
+
+    fn limits_network(&self, _running: Option<&Identity>) -> bool {
+        true
+    }
+
+    fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
+        self.talk(identity, "limit the guest's devices", cancel, |vmm| limit(vmm, spec))
+    }
+
+    fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {
+        let amount_mib = spec.mem_mib.saturating_sub(keep_mib);
+        self.talk(identity, "set the balloon", cancel, |vmm| vmm.set_balloon(amount_mib))
+    }
+
+    fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
+        let given_mib = self.talk(identity, "look at the balloon", cancel, |vmm| vmm.balloon_mib())?;
+        Ok(spec.mem_mib.saturating_sub(given_mib))
     }
 
     fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {

@@ -29,7 +29,7 @@ fn text(body: &[u8]) -> String {
 }
 
 /// Parts of messages (v1.16; the research names the request of each), the most telling first.
-const MEANINGS: [(&str, Kind, &str); 25] = [
+const MEANINGS: [(&str, Kind, &str); 26] = [
     (
         "Invalid Elf magic number",
         Kind::Unsupported,
@@ -61,6 +61,7 @@ const MEANINGS: [(&str, Kind, &str); 25] = [
     ("before starting the microVM", Kind::WrongState, "wait until the guest has started"),
     ("after starting the microVM", Kind::WrongState, "stop the VM first"),
     ("Device not activated yet", Kind::Busy, "the guest has not set the device up yet: try again in a moment"),
+    ("No balloon device found", Kind::Unsupported, "it was started without one: fcctl vm restart"),
     ("is larger than the limit", Kind::Internal, "report it, with the VM's vmm.log"),
     ("Kvm", Kind::Unsupported, "this host's KVM lacks what Firecracker needs: fcctl doctor"),
 ];
@@ -133,6 +134,7 @@ mod tests {
                 Kind::Internal,
             ),
             ("Balloon update error: Balloon: Device not activated yet.", Kind::Busy),
+            ("Balloon config error: No balloon device found.", Kind::Unsupported),
             (
                 "Vsock config error: Cannot create backend for vsock device: Error binding to the host-side Unix socket: Address in use (os error 98)",
                 Kind::Conflict,

@@ -132,6 +132,10 @@ pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Ve
     option("-device", platform.device("net", &format!("netdev=net{mac}{rom}")));
     option("-object", "rng-builtin,id=rng".into());
     option("-device", platform.device("rng", "rng=rng"));
+    if spec.has_balloon {
+        // A guest that runs out of memory takes it back by itself.
+        option("-device", platform.device("balloon", "deflate-on-oom=on"));
+    }
     option("-chardev", format!("socket,id=console,path={CONSOLE_SOCKET},server=on,wait=off"));
     option("-serial", "chardev:console".into());
     option("-qmp", format!("unix:{QMP_SOCKET},server=on,wait=off"));
@@ -241,6 +245,8 @@ mod tests {
             mem_mib: 512,
             credentials: None,
             network: GuestNetwork::UserMode { isolated: false, ports: Vec::new() },
+            rates: crate::api::vm::RateLimits::default(),
+            has_balloon: true,
             console_bytes_max: 1 << 20,
             saved: None,
         }
@@ -288,6 +294,7 @@ mod tests {
                 -device virtio-net-device,netdev=net
                 -object rng-builtin,id=rng
                 -device virtio-rng-device,rng=rng
+                -device virtio-balloon-device,deflate-on-oom=on
                 -chardev socket,id=console,path=console.sock,server=on,wait=off
                 -serial chardev:console
                 -qmp unix:qmp.sock,server=on,wait=off
@@ -328,6 +335,7 @@ mod tests {
                 -device virtio-net-pci,netdev=net,romfile=
                 -object rng-builtin,id=rng
                 -device virtio-rng-pci,rng=rng
+                -device virtio-balloon-pci,deflate-on-oom=on
                 -chardev socket,id=console,path=console.sock,server=on,wait=off
                 -serial chardev:console
                 -qmp unix:qmp.sock,server=on,wait=off

@@ -10,6 +10,7 @@ mod attend;
 mod checks;
 mod qmp;
 mod save;
+mod throttle;
 mod tsc;
 
 use super::console::{Attach, Consoles};
@@ -77,21 +78,20 @@ impl Qemu {
     }
 
     /// One conversation with a VMM that runs.
-    fn control(
+    fn talk<T>(
         &self,
         dir: &Path,
         identity: &Identity,
-        patience: Patience<'_>,
         doing: &str,
-        talk: impl FnOnce(&mut Qmp<'_>) -> Result<()>,
-    ) -> Result<()> {
+        patience: Patience<'_>,
+        ask: impl FnOnce(&mut Qmp<'_>) -> Result<T>,
+    ) -> Result<T> {
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
         let process = Process::open(identity)?.ok_or_else(gone)?;
         let _blocking = region(Rank::VmmApi);
         let run = run_dir::open(dir, doing)?;
         let control = dial::connect(&run, argv::CONTROL_SOCKET, &process, patience)?.ok_or_else(gone)?;
-        let mut qmp = Qmp::open(control, patience).map_err(|e| e.context(doing))?;
-        talk(&mut qmp).map_err(|e| e.context(doing))
+        Qmp::open(control, patience).and_then(|mut qmp| ask(&mut qmp)).map_err(|e| e.context(doing))
     }
 
     /// Console first, so that nothing the guest says is lost; then where its SSH port is; then let it run.
@@ -112,11 +112,19 @@ impl Qemu {
             if let Some(saved) = &spec.saved {
                 save::load(&mut qmp, &saved.memory)?;
             }
+            if !spec.rates.says_nothing() {
+                throttle::set(&mut qmp, spec)?;
+            }
             qmp.execute("cont", &json!({}))?;
             Ok(Running { identity: process.identity().clone(), ssh_addr })
         };
         ask().map_err(|e| if e.kind() != Kind::Cancelled && run_dir::is_exiting(process) { exited() } else { e })
     }
+}
+
+/// Of a VMM that runs already.
+fn soon(cancel: &Cancel) -> Patience<'_> {
+    Patience { deadline: Instant::now() + ADOPT_DEADLINE, cancel }
 }
 
 /// What was saved is read before anything else happens.
@@ -246,7 +254,7 @@ impl Driver for Qemu {
 
     fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
         let patience = Patience { deadline: Instant::now() + save::DEADLINE, cancel };
-        self.control(&spec.dir, identity, patience, "save the guest", |qmp| save::save(qmp, to.memory))
+        self.talk(&spec.dir, identity, "save the guest", patience, |qmp| save::save(qmp, to.memory))
     }
 
     fn can_load(&self, driver: &str, _elsewhere: bool) -> Result<()> {
@@ -256,8 +264,28 @@ impl Driver for Qemu {
 
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
         let (doing, command) = if is_paused { ("pause the guest", "stop") } else { ("let the guest go on", "cont") };
-        let patience = Patience { deadline: Instant::now() + ADOPT_DEADLINE, cancel };
-        self.control(dir, identity, patience, doing, |qmp| qmp.execute(command, &json!({})).map(drop))
+        self.talk(dir, identity, doing, soon(cancel), |qmp| qmp.execute(command, &json!({})).map(drop))
+    }
+
+    /// Neither of its networks has rates.
+    fn limits_network(&self, _running: Option<&Identity>) -> bool {
+        false
+    }
+
+    fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
+        self.talk(&spec.dir, identity, "limit the guest's disks", soon(cancel), |qmp| throttle::set(qmp, spec))
+    }
+
+    fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {
+        let value = json!({ "value": keep_mib << 20 });
+        self.talk(&spec.dir, identity, "set the balloon", soon(cancel), |qmp| qmp.execute("balloon", &value).map(drop))
+    }
+
+    fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
+        let doing = "look at the balloon";
+        let answer = self.talk(&spec.dir, identity, doing, soon(cancel), |qmp| qmp.execute("query-balloon", &json!({})))?;
+        let bytes = answer["actual"].as_u64();
+        bytes.map(|b| b >> 20).ok_or_else(|| Error::new(Kind::VmmFailed, format!("{doing}: the answer names no size")))
     }
 
     fn leaves_remains(&self) -> bool {
@@ -310,6 +338,8 @@ mod tests {
             mem_mib: 128,
             credentials: None,
             network: crate::vmm::GuestNetwork::UserMode { isolated: false, ports: Vec::new() },
+            rates: crate::api::vm::RateLimits::default(),
+            has_balloon: true,
             console_bytes_max: 1 << 16,
             saved: None,
         };

@@ -1,0 +1,210 @@
+//! What of a guest that runs can be changed: what its devices move in a second, and the memory that it keeps. As with a pause the row says
+//! first how it should be, then the driver is told, until what it was told last is what the row says: of two callers the later one wins,
+//! whichever driver's answer comes last. A refusal takes back what was asked, and a daemon that died between is made up for by the next.
+
+use super::transitions::Verb;
+use super::{Caller, Daemon, create};
+use crate::api::vm::{RateLimits, VmBalloonReply, VmBalloonRequest, VmSetRequest, VmState};
+use crate::config::MEM_MIB_MIN;
+use crate::error::{Error, Kind, Result};
+use crate::ids::VmId;
+use crate::locks::KeyGuard;
+use crate::store::VmRow;
+use crate::vmm::{GuestNetwork, Identity, VmmSpec};
+
+/// A guest that reads its own programs at less than this does not come up.
+const BYTES_PER_S_MIN: u64 = 64 << 10;
+const BYTES_PER_S_MAX: u64 = 1 << 40;
+const OPS_PER_S_MIN: u64 = 10;
+const OPS_PER_S_MAX: u64 = 1_000_000_000;
+
+impl Daemon {
+    /// # Errors
+    /// `invalid_argument`; `unsupported` where nothing could limit the guest's network.
+    pub(super) fn check_rates(&self, change: &RateLimits) -> Result<()> {
+        let [disk_bytes, disk_ops, rx, tx] = change.all();
+        let bytes = ("bytes", BYTES_PER_S_MIN..=BYTES_PER_S_MAX, "64K to 1T");
+        let ops = ("operations", OPS_PER_S_MIN..=OPS_PER_S_MAX, "10 to 1000000000");
+        for (rate, (what, bounds, shown)) in [(disk_bytes, &bytes), (disk_ops, &ops), (rx, &bytes), (tx, &bytes)] {
+            if let Some(n) = rate.filter(|n| *n > 0 && !bounds.contains(n)) {
+                return Err(
+                    Error::invalid(format!("a rate of {n} {what} in a second: give {shown}")).hint("0 or none is no limit")
+                );
+            }
+        }
+        let is_wanted = [rx, tx].into_iter().flatten().any(|n| n > 0);
+        if is_wanted && self.net.is_none() {
+            return Err(no_rate_in_user_mode());
+        }
+        Ok(())
+    }
+
+    /// Whether a guest that is up can have this now.
+    pub(super) fn may_adjust_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, request: &VmSetRequest) -> Result<()> {
+        if create::changes_size(request) {
+            let message = format!("set vm {} now: vCPUs, memory and the size of the disk change at a start only", row.name);
+            return Err(Error::new(Kind::WrongState, message)
+                .hint(format!("leave --now out for them; then fcctl vm restart {}", row.name)));
+        }
+        self.may_talk_locked(vm, row)?;
+        let wants_network = request.rates().all()[2..].iter().flatten().any(|n| *n > 0);
+        if wants_network && row.tap.is_none() { Err(no_rate_in_user_mode()) } else { Ok(()) }
+    }
+
+    fn may_talk_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow) -> Result<()> {
+        self.allow_locked(vm, row, Verb::Guest)?;
+        if row.unresponsive {
+            return Err(Error::new(Kind::GuestUnavailable, format!("vm {}: its vmm does not answer", row.name))
+                .hint(format!("wait until it does (fcctl events), or end it: fcctl stop --force {}", row.name)));
+        }
+        Ok(())
+    }
+
+    /// The row has it already; `before` is from before that.
+    pub(super) fn adjust_rates(&self, before: &VmRow, change: &RateLimits) -> Result<()> {
+        self.apply_rates(&before.id, before.generation).map_err(|e| {
+            self.take_back_adjusted(before, &|row| take_back_rates(row, before, change));
+            // Some of it may be done.
+            if let Err(again) = self.apply_rates(&before.id, before.generation) {
+                log::warn!("give vm {} the rates that it had: {again}", before.name);
+            }
+            e.context(format!("set vm {} now", before.name))
+        })
+    }
+
+    fn take_back_adjusted(&self, before: &VmRow, undo: &dyn Fn(&mut VmRow)) {
+        let undone = self.change(true, |tx| {
+            tx.update_vm(&before.id, |row| {
+                if row.generation == before.generation {
+                    undo(row);
+                }
+            })
+        });
+        if let Err(e) = undone.map(|((), ticket)| ticket.detach()) {
+            log::warn!("take back a change of vm {}: {e}", before.name);
+        }
+    }
+
+    /// Tells the driver what the row says, and looks whether that is still what it says. A guest that has ended since has no use for it.
+    fn settle<T: PartialEq>(
+        &self,
+        vm: &VmId,
+        generation: u64,
+        said: impl Fn(&VmRow) -> T,
+        tell: impl Fn(&VmmSpec, &Identity, &T) -> Result<()>,
+    ) -> Result<()> {
+        let mut told = None;
+        loop {
+            let row = self.row(vm)?;
+            let (true, Some(identity)) = (row.generation == generation && row.state == VmState::Running, &row.identity) else {
+                return Ok(());
+            };
+            let wanted = said(&row);
+            if told.as_ref() == Some(&wanted) {
+                return Ok(());
+            }
+            tell(&self.spec(&row, &self.images.get(&row.image)?), identity, &wanted)?;
+            told = Some(wanted);
+        }
+    }
+
+    fn apply_rates(&self, vm: &VmId, generation: u64) -> Result<()> {
+        self.settle(
+            vm,
+            generation,
+            |row| row.rates,
+            |spec, identity, rates| {
+                self.vmm.set_rates(spec, identity, &self.closing)?;
+                let (Some(net), GuestNetwork::Tap { .. }) = (&self.net, &spec.network) else { return Ok(()) };
+                if self.vmm.limits_network(Some(identity)) {
+                    return Ok(());
+                }
+                net.set_rates(&spec.tag, rates.net_rx_bytes_per_s, rates.net_tx_bytes_per_s)
+            },
+        )
+    }
+
+    fn apply_balloon(&self, vm: &VmId, generation: u64) -> Result<()> {
+        let keep_mib = |row: &VmRow| row.balloon_mib.unwrap_or(row.mem_mib);
+        self.settle(vm, generation, keep_mib, |spec, identity, keep_mib| {
+            self.vmm.set_balloon(spec, identity, *keep_mib, &self.closing)
+        })
+    }
+
+    /// A daemon may have died between the row and the driver.
+    pub(super) fn adopt_adjusted(&self, row: &VmRow) {
+        let balloon = if row.has_balloon { self.apply_balloon(&row.id, row.generation) } else { Ok(()) };
+        for (what, done) in [("rates", self.apply_rates(&row.id, row.generation)), ("balloon", balloon)] {
+            if let Err(e) = done {
+                log::warn!("set the {what} of vm {} again: {e}", row.name);
+            }
+        }
+    }
+
+    /// Has the guest keep so much memory and give back the rest, if the request says how much, and looks what it keeps.
+    pub fn balloon(&self, caller: &Caller, request: &VmBalloonRequest) -> Result<VmBalloonReply> {
+        let row = self.resolve(caller, &request.vm)?;
+        self.refuse_unlooked(&row)?;
+        let doing = format!("balloon of vm {}", row.name);
+        let (row, ticket) = {
+            let guard = self.locks.vm.lock(&row.id);
+            let row = self.row(guard.key())?;
+            self.may_talk_locked(&guard, &row)?;
+            check_balloon(&row, request.keep_mib)?;
+            let change = |keep_mib| self.change(false, |tx| tx.update_vm(guard.key(), |r| r.balloon_mib = Some(keep_mib)));
+            let ticket = request.keep_mib.map(change).transpose()?.map(|((), ticket)| ticket);
+            (row, ticket)
+        };
+        if let Some(ticket) = ticket {
+            self.wait_durable(ticket)?;
+            self.apply_balloon(&row.id, row.generation).map_err(|e| {
+                self.take_back_adjusted(&row, &|r| {
+                    if r.balloon_mib == request.keep_mib {
+                        r.balloon_mib = row.balloon_mib;
+                    }
+                });
+                e.context(doing.clone())
+            })?;
+        }
+        let now = self.row(&row.id)?;
+        let identity = now.identity.as_ref().filter(|_| now.generation == row.generation).ok_or_else(|| {
+            Error::new(Kind::WrongState, format!("{doing}: it has ended meanwhile")).hint(format!("fcctl vm show {}", row.name))
+        })?;
+        let spec = self.spec(&now, &self.images.get(&now.image)?);
+        let kept_mib = self.vmm.balloon_mib(&spec, identity, &self.closing).map_err(|e| e.context(doing))?;
+        Ok(VmBalloonReply { vm: self.view(&row.id)?, kept_mib })
+    }
+}
+
+pub(super) fn no_rate_in_user_mode() -> Error {
+    Error::new(Kind::Unsupported, "limit the network: user-mode networking has no rates")
+        .hint("as root, set driver = \"bridge\" under [network]; a VM has it from its next start on")
+}
+
+/// What this change changed, unless somebody has changed it since.
+fn take_back_rates(row: &mut VmRow, before: &VmRow, change: &RateLimits) {
+    let (now, wanted, old) = (row.rates.all(), before.rates.with(change).all(), before.rates.all());
+    let is_ours: [bool; 4] = std::array::from_fn(|i| change.all()[i].is_some() && now[i] == wanted[i]);
+    row.rates = RateLimits::of(std::array::from_fn(|i| if is_ours[i] { old[i] } else { now[i] }));
+    let Some(waited) = before.pending.as_ref().map(|p| p.rates.all()) else { return };
+    let mut pending = row.pending.take().unwrap_or_default();
+    let waits = pending.rates.all();
+    pending.rates = RateLimits::of(std::array::from_fn(|i| waits[i].or(waited[i].filter(|_| is_ours[i]))));
+    row.pending = Some(pending).filter(|p| *p != Default::default());
+}
+
+fn check_balloon(row: &VmRow, keep_mib: Option<u64>) -> Result<()> {
+    if !row.has_balloon {
+        let message = format!("balloon of vm {}: it was started from an image that an earlier fcd built", row.name);
+        return Err(Error::new(Kind::Unsupported, message)
+            .hint(format!("build the image again (fcctl image build {}), then fcctl vm restart {}", row.image, row.name)));
+    }
+    match keep_mib {
+        Some(mib) if !(MEM_MIB_MIN..=row.mem_mib).contains(&mib) => {
+            let message = format!("balloon of vm {}: it cannot keep {mib} MiB of its {}", row.name, row.mem_mib);
+            Err(Error::invalid(message)
+                .hint(format!("give {MEM_MIB_MIN}M to {}M; more, from its next start: fcctl vm set", row.mem_mib)))
+        }
+        _ => Ok(()),
+    }
+}

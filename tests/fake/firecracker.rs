@@ -225,9 +225,9 @@ impl Vmm {
             let file = File::options().write(true).create(true).truncate(true).open(path);
             file.map_err(|e| format!("Create snapshot error: Cannot perform open on the snapshot backing file: {e}"))
         };
-        let disks: Vec<&String> = self.paths.iter().collect();
+        let saved = (&self.paths, &self.drives, &self.networks);
         for field in ["mem_file_path", "snapshot_path"] {
-            serde_json::to_writer(opened(field)?, &disks).map_err(|e| format!("Create snapshot error: {e}"))?;
+            serde_json::to_writer(opened(field)?, &saved).map_err(|e| format!("Create snapshot error: {e}"))?;
         }
         Ok(None)
     }
@@ -245,11 +245,11 @@ impl Vmm {
         }
         self.is_ending = true;
         let (state, memory) = (body["snapshot_path"].as_str(), body["mem_backend"]["backend_path"].as_str());
-        let disks: Vec<String> = match File::open(state.unwrap_or_default())
+        let (disks, drives, networks): (Vec<String>, _, _) = match File::open(state.unwrap_or_default())
             .map_err(|e| e.to_string())
             .and_then(|file| serde_json::from_reader(file).map_err(|e| e.to_string()))
         {
-            Ok(disks) => disks,
+            Ok(saved) => saved,
             Err(e) => return failed(format!("Failed to get snapshot state from file: Failed to open snapshot file: {e}")),
         };
         if let Err(e) = File::open(memory.unwrap_or_default()) {
@@ -265,6 +265,7 @@ impl Vmm {
                 ));
             }
         }
+        (self.drives, self.networks) = (drives, networks);
         self.is_ending = false;
         self.state = if body["resume_vm"] == true { State::Running } else { State::Paused };
         self.say("the guest goes on\n");

@@ -397,6 +397,9 @@ fn a_guest_is_saved_and_goes_on() {
         GET / 
         PUT /serial {"serial_out_path":"console"}
         PUT /snapshot/load {"snapshot_path":"DIR/devices","mem_backend":{"backend_type":"File","backend_path":"DIR/memory"},"network_overrides":[{"iface_id":"eth0","host_dev_name":"fc0011aabb-1"}],"resume_vm":true}
+        PATCH /drives/root {"drive_id":"root","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":0,"refill_time":0}}}
+        PATCH /drives/work {"drive_id":"work","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":0,"refill_time":0}}}
+        PATCH /network-interfaces/eth0 {"iface_id":"eth0","rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}},"tx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}}}
     "#]].assert_eq(&bench.requests());
     bench.await_console("the guest goes on");
     bench.driver.kill(&again.identity, soon()).unwrap();

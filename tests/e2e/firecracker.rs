@@ -2,6 +2,7 @@
 //! where a binary is given (`FCD_FIRECRACKER`, or on the PATH), and says so where there is none.
 
 use crate::another_host::{PLACE, TestHost};
+use fcd::api::vm::RateLimits;
 use fcd::error::Kind;
 use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
@@ -193,6 +194,29 @@ fn the_control_plane_on_this_hosts_kvm() {
     for is_paused in [true, true, false, false, true] {
         first.set_paused(&vm, &running.identity, is_paused, &never).unwrap();
     }
+    // Limits are taken while it runs and while it stands still; this guest never gets to a balloon's driver.
+    let with = |rates| VmmSpec { rates: RateLimits::of(rates), ..spec.clone() };
+    for (rates, shown) in [
+        ([Some(1 << 20), None, Some(2 << 20), None], ["1048576", "null", "2097152", "null"]),
+        ([None, Some(100), None, Some(3 << 20)], ["null", "100", "null", "3145728"]),
+        ([None; 4], ["null"; 4]),
+    ] {
+        first.set_rates(&with(rates), &running.identity, &never).unwrap();
+        let config = vm_config(&vm.join("run/api.sock"));
+        let size = |of: &serde_json::Value, bucket: &str| of[bucket]["size"].to_string();
+        let (drive, seed, net) = (&config["drives"][0]["rate_limiter"], &config["drives"][1], &config["network-interfaces"][0]);
+        let found = [
+            size(drive, "bandwidth"),
+            size(drive, "ops"),
+            size(&net["rx_rate_limiter"], "bandwidth"),
+            size(&net["tx_rate_limiter"], "bandwidth"),
+        ];
+        assert_eq!(found, shown, "{config}");
+        assert!(seed["rate_limiter"].is_null(), "{config}");
+    }
+    assert_eq!(first.balloon_mib(&spec, &running.identity, &never).unwrap(), 128);
+    let e = first.set_balloon(&spec, &running.identity, 128, &never).unwrap_err();
+    assert!(e.kind() == Kind::Busy && e.to_string().contains("not activated"), "{e}");
     drop(first);
     let next = new_driver();
     assert_eq!(next.adopt(&spec, &running.identity).unwrap(), running);
@@ -201,6 +225,24 @@ fn the_control_plane_on_this_hosts_kvm() {
     next.kill(&running.identity, Instant::now() + Duration::from_secs(30)).unwrap();
     assert!(deaths.recv_timeout(Duration::from_secs(30)).is_ok());
     assert_eq!(next.find(&tag).unwrap(), None);
+}
+
+/// As it says of itself.
+fn vm_config(socket: &Path) -> serde_json::Value {
+    let mut api = UnixStream::connect(socket).unwrap();
+    api.write_all(b"GET /vm/config HTTP/1.1\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    let mut piece = [0; 4096];
+    loop {
+        let len = api.read(&mut piece).unwrap();
+        answer.extend_from_slice(&piece[..len]);
+        let text = String::from_utf8_lossy(&answer);
+        let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+        match serde_json::from_str(body) {
+            Ok(config) => return config,
+            Err(e) => assert!(len > 0, "{e}: {text}"),
+        }
+    }
 }
 
 const ROUNDS: usize = 40;

@@ -64,7 +64,7 @@ fn dies_at(host: &TestHost, n: u64) {
 #[ignore = "needs a binary of Firecracker's: scripts/test"]
 fn real_guests() {
     let host = boot();
-    host.sh("fcctl vm create --name a -p 1022:22 --work-disk 64M && fcctl start a");
+    host.sh("fcctl vm create --name a -p 1022:22 --work-disk 64M --disk-bps 200M --net-tx-bps 100M && fcctl start a");
     let shown = host.sh("fcctl vm show a");
     assert!(shown.contains("firecracker (kvm)") && shown.contains("(dm-snapshot)"), "{shown}");
     assert_eq!(
@@ -105,6 +105,7 @@ fn real_guests() {
     let limits =
         host.sh("cd /sys/fs/cgroup/fcd-*/fc-*-1; cat memory.max pids.max cpu.max; grep -cx $(pgrep -x firecracker) cgroup.procs");
     assert_eq!(limits, format!("{}\n17\n200000 100000\n1\n", (1024_u64 << 20) + (256 << 20)));
+    adjusts(&host);
     // It stands still and goes on.
     assert_eq!(host.sh("fcctl vm pause a"), "a: running (paused)\n");
     assert!(host.sh("fcctl exec a -- true 2>&1 || true").contains("is paused"));
@@ -137,6 +138,27 @@ fn real_guests() {
     host.sh("fcctl rm -f a");
     assert_eq!(host.devices(), "");
     assert_eq!(host.sh("fcctl ps -aq; fcctl doctor --leaks"), "nothing of the daemon's is left over on this host\n");
+}
+
+/// Its rates are those of its control group, too; it gives memory back and takes it again.
+fn adjusts(host: &TestHost) {
+    let io_max = || host.sh("cut -d' ' -f2- /sys/fs/cgroup/fcd-*/fc-*-1/io.max");
+    let both = |rate: &str| format!("{rate}\n").repeat(2);
+    // A snapshot's device, and the one that the work disk is on.
+    assert_eq!(io_max(), both("rbps=209715200 wbps=209715200 riops=max wiops=max"));
+    assert_eq!(
+        host.sh("fcctl vm set a --disk-bps 1M --disk-iops 1000 --net-tx-bps none --now"),
+        "a: disk 1 MiB/s, disk operations 1000/s, sends unlimited, applied now\n"
+    );
+    assert_eq!(io_max(), both("rbps=1048576 wbps=1048576 riops=1000 wiops=1000"));
+    // A second's worth passes at once.
+    let begun = Instant::now();
+    host.sh("fcctl exec a -- dd if=/dev/vda of=/dev/null bs=64k count=64 iflag=direct 2> /dev/null");
+    assert!(begun.elapsed() > Duration::from_millis(2500), "{:?}", begun.elapsed());
+    host.sh("fcctl vm set a --disk-bps none --disk-iops none --now");
+    assert_eq!(io_max(), "");
+    assert_eq!(host.sh("fcctl vm balloon a 768M > /dev/null; until fcctl vm balloon a | grep -q 'keeps 768 MiB of 1 GiB$'; do sleep 0.2; done; fcctl vm balloon a 1G > /dev/null
+        until fcctl vm balloon a | grep -q 'keeps 1 GiB of 1 GiB$'; do sleep 0.2; done; echo done"), "done\n");
 }
 
 /// A VM in `dir/vm` with disks of nothing.

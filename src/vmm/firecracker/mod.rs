@@ -132,6 +132,8 @@ impl Firecracker {
             checks::require(&instance.vmm_version)?;
             let ssh_addr = configure(&mut vmm, spec, files)?;
             vmm.start()?;
+            // Not before: reading the kernel is not the guest's.
+            jail::limit_io(self.config.limits, spec)?;
             // It has the pipe open by now; what the guest has said meanwhile is in it.
             self.read_console(spec, place, format!("started {}", spec.tag))?;
             Ok(Running { identity: process.identity().clone(), ssh_addr })
@@ -378,7 +380,8 @@ impl Driver for Firecracker {
                 vmm.drive_rates(disk, rates.disk_bytes_per_s, rates.disk_ops_per_s)?;
             }
             vmm.network_rates(INTERFACE, rates.net_rx_bytes_per_s, rates.net_tx_bytes_per_s)
-        })
+        })?;
+        jail::limit_io(self.config.limits, spec)
     }
 
     fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {

@@ -92,6 +92,7 @@ fn real_guests() {
             "/seed",
             "/work",
             "/console",
+            "/metrics",
             "/vmlinux",
             "/initrd",
         ];
@@ -140,7 +141,7 @@ fn real_guests() {
     assert_eq!(host.sh("fcctl ps -aq; fcctl doctor --leaks"), "nothing of the daemon's is left over on this host\n");
 }
 
-/// Its rates are those of its control group, too; it gives memory back and takes it again.
+/// Its rates are those of its control group, too, and it tells that it keeps them; it gives memory back and takes it again.
 fn adjusts(host: &TestHost) {
     let io_max = || host.sh("cut -d' ' -f2- /sys/fs/cgroup/fcd-*/fc-*-1/io.max");
     let both = |rate: &str| format!("{rate}\n").repeat(2);
@@ -155,6 +156,8 @@ fn adjusts(host: &TestHost) {
     let begun = Instant::now();
     host.sh("fcctl exec a -- dd if=/dev/vda of=/dev/null bs=64k count=64 iflag=direct 2> /dev/null");
     assert!(begun.elapsed() > Duration::from_millis(2500), "{:?}", begun.elapsed());
+    let throttled = "fcctl vm metrics a | grep -A200 '\"block_root\"' | grep -m1 rate_limiter_throttled_events | tr -dc 0-9";
+    assert_ne!(host.sh(throttled).trim(), "0");
     host.sh("fcctl vm set a --disk-bps none --disk-iops none --now");
     assert_eq!(io_max(), "");
     assert_eq!(host.sh("fcctl vm balloon a 768M > /dev/null; until fcctl vm balloon a | grep -q 'keeps 768 MiB of 1 GiB$'; do sleep 0.2; done; fcctl vm balloon a 1G > /dev/null
@@ -235,6 +238,12 @@ fn the_control_plane_on_this_hosts_kvm() {
         ];
         assert_eq!(found, shown, "{config}");
         assert!(seed["rate_limiter"].is_null(), "{config}");
+    }
+    // Documents of now, each with what has happened since the one before.
+    for _ in 0..2 {
+        let told = first.metrics(&spec, &running.identity, &never).unwrap();
+        let last = told.last().unwrap();
+        assert!(last["utc_timestamp_ms"].as_u64().unwrap() > 0 && last["block_root"].is_object(), "{last}");
     }
     assert_eq!(first.balloon_mib(&spec, &running.identity, &never).unwrap(), 128);
     let e = first.set_balloon(&spec, &running.identity, 128, &never).unwrap_err();

@@ -236,7 +236,7 @@ fn a_listener_goes_on_over_a_restart_of_the_daemon() {
     world.await_rest();
     let (mut mirror, mut call) = watch_anew(&world);
     set_vcpus(&world, "web", 2);
-    mirror.follow(&call, "web", "pending", serde_json::json!({"vcpus": 2, "mem_mib": null, "disk_bytes": null}));
+    mirror.follow(&call, "web", "pending", serde_json::to_value(Pending { vcpus: Some(2), ..Pending::default() }).unwrap());
     let before = mirror.seq;
     world.reopen();
     assert!(call.finish(SOON).unwrap_err().is(Kind::ShuttingDown));

@@ -420,6 +420,18 @@ pub struct VmStatsReply {
     pub stats: Vec<VmStats>,
 }
 
+/// What a VMM counts, in its own words.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmMetricsReply {
+    pub vm: VmId,
+    pub name: VmName,
+    /// Whose words they are.
+    pub driver: Option<String>,
+    /// The oldest first. Firecracker tells what has happened since it told last, once a minute and when it is asked: these are those that
+    /// nobody has read yet, as far as they were kept, and one of now. QEMU tells what has happened since its start.
+    pub metrics: Vec<serde_json::Value>,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LogsReply {
     /// Bytes sent in `log` notes.
@@ -450,6 +462,7 @@ calls! {
     VmStatsCall = "vm.stats" (VmStatsRequest) -> VmStatsReply;
     /// An operation; hang-up cancels it. A new VM goes on from where another is, which runs on.
     VmFork = "vm.fork" (VmForkRequest) -> VmReply;
+    VmMetrics = "vm.metrics" (VmRequest) -> VmMetricsReply;
     /// The guest's vCPUs stand still until `vm.resume`; nothing new is begun in it.
     VmPause = "vm.pause" (VmRequest) -> VmReply;
     VmResume = "vm.resume" (VmRequest) -> VmReply;

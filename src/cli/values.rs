@@ -176,6 +176,17 @@ mod tests {
     }
 
     #[test]
+    fn rates() {
+        for (text, rate) in [("none", 0), ("0", 0), ("50M", 50 << 20), ("2G/s", 2 << 30)] {
+            assert_eq!(parse_rate(text), Ok(rate), "{text}");
+        }
+        assert_eq!((parse_count_rate("none"), parse_count_rate("1000")), (Ok(0), Ok(1000)));
+        for bad in ["", "all", "-1", "50M/m", "/s"] {
+            assert!(parse_rate(bad).is_err() && parse_count_rate(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
     fn ports() {
         let of = |text: &str| parse_port(text).map(|p| (p.to_string(), p.guest_port));
         for (text, host, guest) in [

@@ -6,8 +6,8 @@ use super::values::{parse_count_rate, parse_duration, parse_mem_mib, parse_net, 
 use crate::api::port::Port;
 use crate::api::vm::{
     Net, Pending, RateLimits, Synced, Vm, VmBalloon, VmBalloonReply, VmBalloonRequest, VmCreate, VmCreateRequest, VmDelete,
-    VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmList, VmListRequest, VmPause, VmPrune, VmReply, VmRequest,
-    VmRestart, VmResume, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest,
+    VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmList, VmListRequest, VmMetrics, VmPause, VmPrune, VmReply,
+    VmRequest, VmRestart, VmResume, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest,
     WorkspaceInfo, WorkspaceState,
 };
 use crate::api::{Call, Empty};
@@ -51,6 +51,8 @@ pub enum Verb {
     Logs(super::logs::Args),
     /// Show what VMs use of the host: CPU, memory, disk, network
     Stats(super::stats::Args),
+    /// Show what a VM's VMM counts, in its own words: JSON
+    Metrics(Target),
     /// Wait until VMs have stopped, or for another state
     Wait(WaitArgs),
     /// Delete all VMs that do not run
@@ -116,6 +118,12 @@ pub struct Shape {
     /// Size of a second, empty disk, which the guest has at /work, as in 20G
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub work_disk: Option<u64>,
+}
+
+#[derive(clap::Args, Debug)]
+pub struct Target {
+    /// Name, id, or the beginning of an id
+    vm: String,
 }
 
 #[derive(clap::Args, Debug)]
@@ -234,6 +242,7 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::Balloon(args) => balloon(ctx, args),
         Verb::Logs(args) => super::logs::run(ctx, args),
         Verb::Stats(args) => super::stats::run(ctx, args),
+        Verb::Metrics(args) => metrics(ctx, args),
         Verb::Wait(args) => wait(ctx, args),
         Verb::Prune => prune(ctx),
     }
@@ -535,6 +544,12 @@ fn balloon(ctx: &mut Context, args: BalloonArgs) -> Result<u8> {
     } else {
         ctx.line(&kept(&reply))?;
     }
+    Ok(0)
+}
+
+fn metrics(ctx: &mut Context, args: Target) -> Result<u8> {
+    let reply = ctx.connect()?.call::<VmMetrics>(&VmRequest { vm: args.vm })?;
+    ctx.document(&reply)?;
     Ok(0)
 }
 

@@ -60,6 +60,8 @@ fn all_about_one() {
     let fake = Fake::start(|r| {
         let full = Vm {
             pending: Some(Pending { vcpus: Some(4), mem_mib: Some(2048), ..Pending::default() }),
+            rates: RateLimits::of([Some(50 << 20), Some(1000), Some(3 << 20), None]),
+            balloon_mib: Some(512),
             pid: Some(77),
             ssh_addr: Some("127.0.0.1:2222".parse().unwrap()),
             driver: Some("qemu (tcg, microvm)".to_owned()),
@@ -84,28 +86,30 @@ fn all_about_one() {
         &fake,
         &["vm", "show", "web"],
         expect![[r#"
-        > vm.show {"vm":"web"}
-        name        web
-        id          000000776562
-        state       running
-        owner       uid 1000
-        image       default
-        vcpus       1
-        memory      1 GiB
-        disk        4 GiB (reflink)
-        next start  4 vCPUs, 2 GiB of memory
-        driver      qemu (tcg, microvm)
-        process     77
-        ssh         127.0.0.1:2222
-        created     1h ago
-        started     1m ago
-        removed     when it stops or its holder goes
-        synced      no: it did not answer in time at the last stop
-        workspace   /root/app, read-only
-        starts in   /root/app/src
-        holds       12 entries, 3 MiB, 30s ago
-        status 0
-    "#]],
+            > vm.show {"vm":"web"}
+            name        web
+            id          000000776562
+            state       running
+            owner       uid 1000
+            image       default
+            vcpus       1
+            memory      1 GiB
+            disk        4 GiB (reflink)
+            rates       disk 50 MiB/s, disk operations 1000/s, receives 3 MiB/s
+            balloon     it is to keep 512 MiB of its memory
+            next start  4 vCPUs, 2 GiB of memory
+            driver      qemu (tcg, microvm)
+            process     77
+            ssh         127.0.0.1:2222
+            created     1h ago
+            started     1m ago
+            removed     when it stops or its holder goes
+            synced      no: it did not answer in time at the last stop
+            workspace   /root/app, read-only
+            starts in   /root/app/src
+            holds       12 entries, 3 MiB, 30s ago
+            status 0
+        "#]],
     );
 }
 
@@ -157,6 +161,26 @@ fn set_says_when_it_applies() {
     );
     check(
         &fake,
+        &["vm", "set", "web", "--disk-bps", "50M", "--disk-iops", "none", "--net-tx-bps", "1M/s"],
+        expect![[r#"
+        > vm.set {"disk_bytes_per_s":52428800,"disk_ops_per_s":0,"net_tx_bytes_per_s":1048576,"vm":"web"}
+        web: disk 50 MiB/s, disk operations unlimited, sends 1 MiB/s, applied at next start; now: --now, or fcctl vm restart web
+        status 0
+    "#]],
+    );
+    check(
+        &fake,
+        &["vm", "set", "web", "--disk-bps", "0", "--net-rx-bps", "3G", "--now"],
+        expect![[r#"
+        > vm.set {"disk_bytes_per_s":0,"net_rx_bytes_per_s":3221225472,"now":true,"vm":"web"}
+        web: disk unlimited, receives 3 GiB/s, applied now
+        status 0
+    "#]],
+    );
+    assert_eq!(fcctl(&fake, &["vm", "set", "web", "--now"]).status, 2);
+    assert_eq!(fcctl(&fake, &["vm", "set", "web", "--disk-iops", "1K"]).status, 2);
+    check(
+        &fake,
         &["vm", "set", "db", "--memory", "2G"],
         expect![[r#"
         > vm.set {"mem_mib":2048,"vm":"db"}
@@ -164,6 +188,33 @@ fn set_says_when_it_applies() {
         status 0
     "#]],
     );
+}
+
+#[test]
+fn a_balloon_is_told_by_what_the_guest_keeps() {
+    let fake = Fake::start(|r| {
+        let balloon_mib = r.params["keep_mib"].as_u64();
+        r.result(json!({"vm": Vm { balloon_mib, ..vm("web", VmState::Running) }, "kept_mib": 1024}));
+    });
+    check(
+        &fake,
+        &["vm", "balloon", "web"],
+        expect![[r#"
+        > vm.balloon {"vm":"web"}
+        web: keeps 1 GiB of 1 GiB
+        status 0
+    "#]],
+    );
+    check(
+        &fake,
+        &["vm", "balloon", "web", "512M"],
+        expect![[r#"
+        > vm.balloon {"keep_mib":512,"vm":"web"}
+        web: keeps 1 GiB of 1 GiB, and is to keep 512 MiB
+        status 0
+    "#]],
+    );
+    assert_eq!(fcctl(&fake, &["vm", "balloon", "web", "1.5G"]).status, 2);
 }
 
 #[test]

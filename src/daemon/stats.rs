@@ -1,7 +1,7 @@
 //! What VMs use of the host. Nothing is kept: counters are read when somebody asks.
 
 use super::{Caller, Daemon};
-use crate::api::vm::{VmState, VmStats, VmStatsReply, VmStatsRequest};
+use crate::api::vm::{VmMetricsReply, VmState, VmStats, VmStatsReply, VmStatsRequest};
 use crate::error::{Error, Kind, Result};
 use crate::host::usage;
 use crate::store::VmRow;
@@ -22,6 +22,19 @@ impl Daemon {
         rows.sort_by(|a, b| a.name.cmp(&b.name));
         // One that does not run, or is gone by now, is left out.
         Ok(VmStatsReply { stats: rows.iter().filter_map(|row| self.stats_of(row).ok()).collect() })
+    }
+
+    /// What its VMM counts, in its own words.
+    pub fn metrics(&self, caller: &Caller, vm: &str) -> Result<VmMetricsReply> {
+        let row = self.resolve(caller, vm)?;
+        let doing = || format!("metrics of vm {}", row.name);
+        let identity = row.identity.as_ref().filter(|_| row.state == VmState::Running).ok_or_else(|| {
+            Error::new(Kind::WrongState, format!("{}: it is {}", doing(), row.state.name()))
+                .hint(format!("start it first: fcctl start {}", row.name))
+        })?;
+        let spec = self.spec(&row, &self.images.get(&row.image)?);
+        let metrics = self.vmm.metrics(&spec, identity, &self.closing).map_err(|e| e.context(doing()))?;
+        Ok(VmMetricsReply { vm: row.id.clone(), name: row.name.clone(), driver: row.driver.clone(), metrics })
     }
 
     fn stats_of(&self, row: &VmRow) -> Result<VmStats> {

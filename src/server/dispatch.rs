@@ -9,8 +9,8 @@ use crate::api::image::{ImageBuild, ImageList};
 use crate::api::op::{Op, OpCancel, OpList, OpReply, OpShow, OpStarted, OpState, OpWait};
 use crate::api::snapshot::{SnapshotCreate, SnapshotDelete, SnapshotList, SnapshotRestore, SnapshotShow};
 use crate::api::vm::{
-    VmBalloon, VmCreate, VmDelete, VmFork, VmKill, VmList, VmLogs, VmPause, VmPrune, VmReply, VmRestart, VmResume, VmSet, VmShow,
-    VmSshConfig, VmStart, VmStatsCall, VmStop, VmWait,
+    VmBalloon, VmCreate, VmDelete, VmFork, VmKill, VmList, VmLogs, VmMetrics, VmPause, VmPrune, VmReply, VmRestart, VmResume,
+    VmSet, VmShow, VmSshConfig, VmStart, VmStatsCall, VmStop, VmWait,
 };
 use crate::api::workspace::{WorkspaceExport, WorkspacePrepare};
 use crate::api::{Call, VERSION_MAJOR, VERSION_MINOR};
@@ -125,6 +125,10 @@ impl Visit<'_> {
             VmWait::METHOD => answer(&d.wait_state(c, &call.parse()?, self.hangup())?),
             VmPrune::METHOD => self.prune(&call),
             VmStatsCall::METHOD => answer(&d.stats(c, &call.parse()?)?),
+            VmMetrics::METHOD => {
+                let request: <VmMetrics as Call>::Request = call.parse()?;
+                answer(&d.metrics(c, &request.vm)?)
+            }
             VmSshConfig::METHOD => {
                 let request: <VmSshConfig as Call>::Request = call.parse()?;
                 answer(&d.ssh_config(c, &request.vm)?)

@@ -128,6 +128,10 @@ impl Driver for Drivers {
         self.of(identity)?.balloon_mib(spec, identity, cancel)
     }
 
+    fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
+        self.of(identity)?.metrics(spec, identity, cancel)
+    }
+
     fn leaves_remains(&self) -> bool {
         self.starts.leaves_remains()
     }

@@ -510,6 +510,12 @@ impl Driver for Fake {
         self.with(identity, |vmm| vmm.keep_mib).ok_or_else(gone)
     }
 
+    fn metrics(&self, _spec: &VmmSpec, identity: &Identity, _cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
+        let _blocking = region(Rank::VmmApi);
+        let gone = || Error::new(Kind::VmmFailed, "read the VMM's metrics: it has exited");
+        self.with(identity, |vmm| vec![serde_json::json!({ "keep_mib": vmm.keep_mib })]).ok_or_else(gone)
+    }
+
     fn leaves_remains(&self) -> bool {
         false
     }

@@ -202,6 +202,9 @@ pub trait Driver: Send + Sync {
     /// What it keeps now.
     fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64>;
 
+    /// What the VMM counts, in its own words, the oldest first; of now is the last.
+    fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>>;
+
     /// Whether there is more on the host of a VMM with a tag than its process: what `clear` removes.
     fn leaves_remains(&self) -> bool;
 

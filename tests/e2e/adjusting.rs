@@ -78,6 +78,15 @@ fn disks_are_limited_and_memory_comes_back() {
         let took = read_disk(&host, disk, 6 * MIB);
         assert!(took > Duration::from_millis(2700), "{disk}: {took:?}");
     }
+    let read = || {
+        let reply = host.json(&["vm", "metrics", "a"]);
+        let disks = reply["metrics"][0]["query-blockstats"].as_array().unwrap().clone();
+        let root = disks.iter().find(|d| d["node-name"] == "root").unwrap_or_else(|| panic!("{reply}"));
+        root["stats"]["rd_bytes"].as_u64().unwrap()
+    };
+    let before = read();
+    read_disk(&host, "vda", MIB);
+    assert!(read() >= before + MIB);
     // The next daemon finds it so, and what is lifted is lifted.
     host.kill_daemon();
     host.relaunch();

@@ -2,6 +2,7 @@
 //! where a binary is given (`FCD_FIRECRACKER`, or on the PATH), and says so where there is none.
 
 use crate::another_host::{PLACE, TestHost};
+use fcd::api::vm::RateLimits;
 use fcd::error::Kind;
 use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
@@ -108,7 +109,7 @@ fn goes_on_from_snapshots(host: &TestHost) {
 #[ignore = "needs a binary of Firecracker's: scripts/test"]
 fn real_guests() {
     let host = boot();
-    host.sh("fcctl vm create --name a -p 1022:22 --work-disk 64M && fcctl start a");
+    host.sh("fcctl vm create --name a -p 1022:22 --work-disk 64M --disk-bps 200M --net-tx-bps 100M && fcctl start a");
     let shown = host.sh("fcctl vm show a");
     assert!(shown.contains("firecracker (kvm)") && shown.contains("(dm-snapshot)"), "{shown}");
     assert_eq!(
@@ -136,6 +137,7 @@ fn real_guests() {
             "/seed",
             "/work",
             "/console",
+            "/metrics",
             "/vmlinux",
             "/initrd",
         ];
@@ -149,6 +151,7 @@ fn real_guests() {
     let limits =
         host.sh("cd /sys/fs/cgroup/fcd-*/fc-*-1; cat memory.max pids.max cpu.max; grep -cx $(pgrep -x firecracker) cgroup.procs");
     assert_eq!(limits, format!("{}\n17\n200000 100000\n1\n", (1024_u64 << 20) + (256 << 20)));
+    adjusts(&host);
     // It stands still and goes on.
     assert_eq!(host.sh("fcctl vm pause a"), "a: running (paused)\n");
     assert!(host.sh("fcctl exec a -- true 2>&1 || true").contains("is paused"));
@@ -182,6 +185,29 @@ fn real_guests() {
     host.sh("fcctl rm -f a");
     assert_eq!(host.devices(), "");
     assert_eq!(host.sh("fcctl ps -aq; fcctl doctor --leaks"), "nothing of the daemon's is left over on this host\n");
+}
+
+/// Its rates are those of its control group, too, and it tells that it keeps them; it gives memory back and takes it again.
+fn adjusts(host: &TestHost) {
+    let io_max = || host.sh("cut -d' ' -f2- /sys/fs/cgroup/fcd-*/fc-*-1/io.max");
+    let both = |rate: &str| format!("{rate}\n").repeat(2);
+    // A snapshot's device, and the one that the work disk is on.
+    assert_eq!(io_max(), both("rbps=209715200 wbps=209715200 riops=max wiops=max"));
+    assert_eq!(
+        host.sh("fcctl vm set a --disk-bps 1M --disk-iops 1000 --net-tx-bps none --now"),
+        "a: disk 1 MiB/s, disk operations 1000/s, sends unlimited, applied now\n"
+    );
+    assert_eq!(io_max(), both("rbps=1048576 wbps=1048576 riops=1000 wiops=1000"));
+    // A second's worth passes at once.
+    let begun = Instant::now();
+    host.sh("fcctl exec a -- dd if=/dev/vda of=/dev/null bs=64k count=64 iflag=direct 2> /dev/null");
+    assert!(begun.elapsed() > Duration::from_millis(2500), "{:?}", begun.elapsed());
+    let throttled = "fcctl vm metrics a | grep -A200 '\"block_root\"' | grep -m1 rate_limiter_throttled_events | tr -dc 0-9";
+    assert_ne!(host.sh(throttled).trim(), "0");
+    host.sh("fcctl vm set a --disk-bps none --disk-iops none --now");
+    assert_eq!(io_max(), "");
+    assert_eq!(host.sh("fcctl vm balloon a 768M > /dev/null; until fcctl vm balloon a | grep -q 'keeps 768 MiB of 1 GiB$'; do sleep 0.2; done; fcctl vm balloon a 1G > /dev/null
+        until fcctl vm balloon a | grep -q 'keeps 1 GiB of 1 GiB$'; do sleep 0.2; done; echo done"), "done\n");
 }
 
 /// A VM in `dir/vm` with disks of nothing.
@@ -239,6 +265,35 @@ fn the_control_plane_on_this_hosts_kvm() {
     for is_paused in [true, true, false, false, true] {
         first.set_paused(&vm, &running.identity, is_paused, &never).unwrap();
     }
+    // Limits are taken while it runs and while it stands still; this guest never gets to a balloon's driver.
+    let with = |rates| VmmSpec { rates: RateLimits::of(rates), ..spec.clone() };
+    for (rates, shown) in [
+        ([Some(1 << 20), None, Some(2 << 20), None], ["1048576", "null", "2097152", "null"]),
+        ([None, Some(100), None, Some(3 << 20)], ["null", "100", "null", "3145728"]),
+        ([None; 4], ["null"; 4]),
+    ] {
+        first.set_rates(&with(rates), &running.identity, &never).unwrap();
+        let config = vm_config(&vm.join("run/api.sock"));
+        let size = |of: &serde_json::Value, bucket: &str| of[bucket]["size"].to_string();
+        let (drive, seed, net) = (&config["drives"][0]["rate_limiter"], &config["drives"][1], &config["network-interfaces"][0]);
+        let found = [
+            size(drive, "bandwidth"),
+            size(drive, "ops"),
+            size(&net["rx_rate_limiter"], "bandwidth"),
+            size(&net["tx_rate_limiter"], "bandwidth"),
+        ];
+        assert_eq!(found, shown, "{config}");
+        assert!(seed["rate_limiter"].is_null(), "{config}");
+    }
+    // Documents of now, each with what has happened since the one before.
+    for _ in 0..2 {
+        let told = first.metrics(&spec, &running.identity, &never).unwrap();
+        let last = told.last().unwrap();
+        assert!(last["utc_timestamp_ms"].as_u64().unwrap() > 0 && last["block_root"].is_object(), "{last}");
+    }
+    assert_eq!(first.balloon_mib(&spec, &running.identity, &never).unwrap(), 128);
+    let e = first.set_balloon(&spec, &running.identity, 128, &never).unwrap_err();
+    assert!(e.kind() == Kind::Busy && e.to_string().contains("not activated"), "{e}");
     let (memory, devices) = (dir.path().join("memory"), dir.path().join("devices"));
     for path in [&memory, &devices] {
         std::fs::write(path, "").unwrap();
@@ -264,6 +319,24 @@ fn the_control_plane_on_this_hosts_kvm() {
     let e = next.start(&spec, &never, &mut |_| {}).unwrap_err();
     assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("Load snapshot error"), "{e}");
     assert_eq!(next.find(&spec.tag).unwrap(), None);
+}
+
+/// As it says of itself.
+fn vm_config(socket: &Path) -> serde_json::Value {
+    let mut api = UnixStream::connect(socket).unwrap();
+    api.write_all(b"GET /vm/config HTTP/1.1\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    let mut piece = [0; 4096];
+    loop {
+        let len = api.read(&mut piece).unwrap();
+        answer.extend_from_slice(&piece[..len]);
+        let text = String::from_utf8_lossy(&answer);
+        let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+        match serde_json::from_str(body) {
+            Ok(config) => return config,
+            Err(e) => assert!(len > 0, "{e}: {text}"),
+        }
+    }
 }
 
 const ROUNDS: usize = 40;

@@ -42,6 +42,8 @@ struct Vmm {
     is_ending: bool,
     /// MiB that the guest is to give back: one that "runs" has done so at once.
     balloon_mib: Option<u64>,
+    metrics: Option<File>,
+    flushes: u64,
 }
 
 /// A body, or a fault's message.
@@ -66,7 +68,7 @@ impl Vmm {
             ("PATCH", ["balloon"]) => self.set_balloon(&body),
             (
                 "PUT",
-                ["machine-config" | "boot-source" | "serial" | "entropy" | "vsock" | "balloon"]
+                ["machine-config" | "boot-source" | "serial" | "metrics" | "entropy" | "vsock" | "balloon"]
                 | ["drives" | "network-interfaces", _],
             ) => {
                 if self.state != State::NotStarted {
@@ -117,6 +119,10 @@ impl Vmm {
                 let path = PathBuf::from(body["serial_out_path"].as_str().unwrap_or_default());
                 open_serial(&path).map_err(|e| format!("Serial config error: {e}"))?;
                 self.serial = Some(path);
+            }
+            ["metrics"] => {
+                let path = PathBuf::from(body["metrics_path"].as_str().unwrap_or_default());
+                self.metrics = Some(open_serial(&path).map_err(|e| format!("Metrics error: {e}"))?);
             }
             ["balloon"] => {
                 if body["deflate_on_oom"].as_bool().is_none() {
@@ -285,7 +291,14 @@ impl Vmm {
             (Some("InstanceStart"), State::NotStarted) => self.start(),
             (Some("InstanceStart"), _) => Err(AFTER.to_owned()),
             (Some("SendCtrlAltDel" | "FlushMetrics"), State::NotStarted) => Err(BEFORE.to_owned()),
-            (Some("SendCtrlAltDel" | "FlushMetrics"), _) => Ok(None),
+            (Some("SendCtrlAltDel"), _) => Ok(None),
+            (Some("FlushMetrics"), _) => {
+                self.flushes += 1;
+                let line = format!("{}\n", json!({"utc_timestamp_ms": 7, "flushes": self.flushes}));
+                // What does not fit is lost.
+                let _ = self.metrics.as_mut().map(|metrics| metrics.write_all(line.as_bytes()));
+                Ok(None)
+            }
             (other, _) => Err(deserializing(&format!(
                 "unknown variant `{}`, expected one of `FlushMetrics`, `InstanceStart`, `SendCtrlAltDel`",
                 other.unwrap_or_default()
@@ -475,6 +488,8 @@ fn main() {
         paths: Vec::new(),
         is_ending: false,
         balloon_mib: None,
+        metrics: None,
+        flushes: 0,
     };
     let vmm = Arc::new(Mutex::new(vmm));
     for stream in listener.incoming().flatten() {

@@ -202,6 +202,19 @@ fn a_balloon_is_the_running_guests() {
 }
 
 #[test]
+fn metrics_are_the_running_vmms() {
+    let world = World::new();
+    let vm = world.create("web");
+    let e = world.call::<VmMetrics>(&request("web")).unwrap_err();
+    assert!(e.is(Kind::WrongState) && e.fault.hint.is_some(), "{e:?}");
+    world.place(&vm.id);
+    world.start("web").unwrap();
+    balloon(&world, Some(512)).unwrap();
+    let reply = world.call::<VmMetrics>(&request("web")).unwrap();
+    assert_eq!((reply.vm, reply.metrics), (vm.id, vec![serde_json::json!({"keep_mib": 512})]));
+}
+
+#[test]
 fn an_image_without_the_driver_has_no_balloon() {
     let world = World::new();
     let path = world.config.state_dir.join("images/default/image.json");

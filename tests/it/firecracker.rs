@@ -9,6 +9,8 @@ use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::firecracker::Firecracker;
 use fcd::vmm::{Driver, GuestNetwork, Identity, Running, SaveTo, Saved, Told, VmmSpec};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -119,7 +121,7 @@ fn driver(dir: &Path) -> Firecracker {
 }
 
 /// Those of a start, in their order.
-const REQUESTS: [(&str, &str); 11] = [
+const REQUESTS: [(&str, &str); 12] = [
     ("GET", "/"),
     ("PUT", "/machine-config"),
     ("PUT", "/boot-source"),
@@ -130,6 +132,7 @@ const REQUESTS: [(&str, &str); 11] = [
     ("PUT", "/entropy"),
     ("PUT", "/balloon"),
     ("PUT", "/serial"),
+    ("PUT", "/metrics"),
     ("PUT", "/actions"),
 ];
 
@@ -149,6 +152,7 @@ fn a_start_configures_everything_and_runs_the_guest() {
         PUT /entropy {}
         PUT /balloon {"amount_mib":0,"deflate_on_oom":true,"stats_polling_interval_s":60}
         PUT /serial {"serial_out_path":"console"}
+        PUT /metrics {"metrics_path":"metrics"}
         PUT /actions {"action_type":"InstanceStart"}
     "#]]
     .assert_eq(&bench.requests());
@@ -326,6 +330,33 @@ fn a_balloon_takes_what_the_guest_is_not_to_keep() {
 }
 
 #[test]
+fn what_it_counts_is_told_line_by_line() {
+    let bench = Bench::new("");
+    let (running, spec, never) = (bench.running(), bench.spec(), Cancel::try_new().unwrap());
+    let told = || -> Vec<u64> {
+        let all = bench.driver.metrics(&spec, &running.identity, &never).unwrap();
+        all.iter().map(|line| line["flushes"].as_u64().unwrap()).collect()
+    };
+    assert_eq!((told(), told()), (vec![1], vec![2]));
+    // One that it told by itself, and rubbish.
+    let pipe = bench.dir.path().join("vm/run/metrics");
+    std::fs::write(&pipe, "{\"flushes\":77}\n\u{1b}[2J\n").unwrap();
+    assert_eq!(told(), [77, 3]);
+    // Full: what is read makes room for what is asked for.
+    let line = format!("{{\"flushes\":78,\"x\":\"{}\"}}\n", "x".repeat(8000));
+    let mut full = std::fs::File::options().custom_flags(nix::libc::O_NONBLOCK).write(true).open(&pipe).unwrap();
+    while full.write_all(line.as_bytes()).is_ok() {}
+    let all = told();
+    assert!(all.len() > 5 && all[..all.len() - 1].iter().all(|n| *n == 78), "{all:?}");
+    assert_eq!(told(), [5]);
+    // The next daemon reads on.
+    assert_eq!(driver(bench.dir.path()).metrics(&spec, &running.identity, &never).unwrap()[0]["flushes"], 6);
+    bench.driver.kill(&running.identity, soon()).unwrap();
+    let e = bench.driver.metrics(&spec, &running.identity, &never).unwrap_err();
+    assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"), "{e}");
+}
+
+#[test]
 fn its_death_and_its_silence_are_told() {
     let bench = Bench::new("");
     let running = bench.running();
@@ -396,6 +427,7 @@ fn a_guest_is_saved_and_goes_on() {
     expect![[r#"
         GET / 
         PUT /serial {"serial_out_path":"console"}
+        PUT /metrics {"metrics_path":"metrics"}
         PUT /snapshot/load {"snapshot_path":"DIR/devices","mem_backend":{"backend_type":"File","backend_path":"DIR/memory"},"network_overrides":[{"iface_id":"eth0","host_dev_name":"fc0011aabb-1"}],"resume_vm":true}
         PATCH /drives/root {"drive_id":"root","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":0,"refill_time":0}}}
         PATCH /drives/work {"drive_id":"work","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":0,"refill_time":0}}}

@@ -78,6 +78,9 @@ impl Driver for Panics {
     fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
         self.inner.balloon_mib(spec, identity, cancel)
     }
+    fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
+        self.inner.metrics(spec, identity, cancel)
+    }
     fn leaves_remains(&self) -> bool {
         self.inner.leaves_remains()
     }

@@ -181,6 +181,9 @@ impl Driver for PointDriver {
     fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
         self.0.balloon_mib(spec, identity, cancel)
     }
+    fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
+        self.0.metrics(spec, identity, cancel)
+    }
     fn leaves_remains(&self) -> bool {
         self.0.leaves_remains()
     }

@@ -152,6 +152,11 @@ struct Serial<'a> {
 }
 
 #[derive(Debug, Serialize)]
+struct Metrics<'a> {
+    metrics_path: &'a str,
+}
+
+#[derive(Debug, Serialize)]
 struct Entropy {}
 
 #[derive(Debug, Serialize)]
@@ -277,6 +282,11 @@ impl<'a> PreBoot<'a> {
         self.0.change(Method::Put, "/serial", &Serial { serial_out_path: path }, "set the console")
     }
 
+    /// Where it tells what it counts: a line every minute and when it is asked. Into a pipe that is full it writes nothing.
+    pub fn metrics(&mut self, path: &str) -> Result<()> {
+        self.0.change(Method::Put, "/metrics", &Metrics { metrics_path: path }, "set where the metrics go")
+    }
+
     /// The guest goes on from where it was. After a refusal the VMM exits (docs/snapshotting/snapshot-support.md).
     pub fn load(mut self, snapshot: &LoadSnapshot<'_>) -> Result<Booted<'a>> {
         self.0.change(Method::Put, "/snapshot/load", snapshot, "load the saved guest")?;
@@ -323,6 +333,11 @@ impl<'a> Booted<'a> {
         let of = |rate| RateLimiter { ops: None, ..RateLimiter::instead(rate, None) };
         let rates = NetworkRates { iface_id, rx_rate_limiter: of(rx_bytes_per_s), tx_rate_limiter: of(tx_bytes_per_s) };
         self.0.change(Method::Patch, &format!("/network-interfaces/{iface_id}"), &rates, "limit the network")
+    }
+
+    /// They are written when this returns.
+    pub fn flush_metrics(&mut self) -> Result<()> {
+        self.0.change(Method::Put, "/actions", &Action { action_type: "FlushMetrics" }, "ask for the metrics")
     }
 
     /// What the guest is to give back.

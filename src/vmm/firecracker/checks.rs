@@ -50,9 +50,16 @@ fn jailer(config: &Config) -> Vec<Check> {
         Ok(programs) => Check::ok(ID, format!("VMMs run under {}", programs.jailer.display())),
         Err(e) => Check::fail(ID, e.to_string(), e.hint_text().unwrap_or(INSTALL)),
     };
-    let missing = super::jail::missing_controllers();
+    let (missing, has_io) = super::jail::missing_controllers();
     let limits = match (missing.is_empty(), config.limits) {
-        (true, _) => Check::ok("limits", "control groups limit the CPU, memory and threads of VMMs".to_owned()),
+        (true, _) if has_io => {
+            Check::ok("limits", "control groups limit the CPU, memory and threads of VMMs, and their disks' rates".to_owned())
+        }
+        (true, wanted) => {
+            let then = if wanted == VmmLimits::Required { "does not start" } else { "is limited by its VMM alone" };
+            let found = format!("the host's control groups have no io, so a VM whose disks have a rate {then}");
+            Check::warn("limits", found, "enable the controller io of control groups, version 2")
+        }
         (false, VmmLimits::BestEffort) => {
             let found = format!("VMMs are not limited in {}: the host has no such controller", missing.join(", "));
             Check::warn("limits", found, "enable the controllers of control groups, version 2")

@@ -9,6 +9,7 @@ use crate::host::command::find_program;
 use crate::host::fs::open_dir;
 use crate::vmm::VmmSpec;
 use rustix::fs::{Mode, OFlags};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
@@ -21,6 +22,10 @@ const ROOT_DIR: &str = "root";
 /// Where the control groups of version 2 are (cgroups(7)).
 const CGROUPS: &str = "/sys/fs/cgroup";
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+/// That of VMs whose disks have a rate.
+const IO: &str = "io";
+/// Block devices by their numbers (sysfs).
+const BLOCK_DEVICES: &str = "/sys/dev/block";
 /// Of a VMM's threads, beside its vCPUs': its API, its main loop.
 const THREADS_MAX: u32 = 16;
 /// What a VMM takes beside its guest's memory: some MiB, and page cache that the kernel takes back.
@@ -119,12 +124,16 @@ fn has_interpreter(program: &Path) -> std::io::Result<bool> {
 /// # Errors
 /// `unsupported` when a controller is missing, unless the configuration is content with what there is.
 pub fn limits(config: &Config, spec: &VmmSpec) -> Result<Vec<String>> {
+    if config.limits == VmmLimits::Required && has_disk_rate(spec) {
+        io_limits(spec, device_of)?;
+    }
     let text = std::fs::read_to_string(Path::new(CGROUPS).join("cgroup.controllers")).unwrap_or_default();
     limits_of(config.limits, spec, &text.split_whitespace().collect::<Vec<_>>())
 }
 
 fn limits_of(wanted: VmmLimits, spec: &VmmSpec, controllers: &[&str]) -> Result<Vec<String>> {
-    let missing: Vec<&str> = CONTROLLERS.into_iter().filter(|c| !controllers.contains(c)).collect();
+    let io = has_disk_rate(spec).then_some(IO);
+    let missing: Vec<&str> = CONTROLLERS.into_iter().chain(io).filter(|c| !controllers.contains(c)).collect();
     if !missing.is_empty() && wanted == VmmLimits::Required {
         let message = format!("limit the VMM: this host's control groups (version 2) have no {}", missing.join(", "));
         return Err(Error::new(Kind::Unsupported, message)
@@ -139,10 +148,87 @@ fn limits_of(wanted: VmmLimits, spec: &VmmSpec, controllers: &[&str]) -> Result<
     Ok(values.into_iter().filter(|(controller, _)| controllers.contains(controller)).map(|(_, value)| value).collect())
 }
 
-/// Whether this host has all of the controllers.
-pub fn missing_controllers() -> Vec<&'static str> {
+/// What this host lacks of the controllers that every VM needs, and whether it has that of VMs whose disks have a rate.
+pub fn missing_controllers() -> (Vec<&'static str>, bool) {
     let text = std::fs::read_to_string(Path::new(CGROUPS).join("cgroup.controllers")).unwrap_or_default();
-    CONTROLLERS.into_iter().filter(|c| !text.split_whitespace().any(|has| has == *c)).collect()
+    let has = |controller: &str| text.split_whitespace().any(|has| has == controller);
+    (CONTROLLERS.into_iter().filter(|c| !has(c)).collect(), has(IO))
+}
+
+fn has_disk_rate(spec: &VmmSpec) -> bool {
+    spec.rates.disk_bytes_per_s.or(spec.rates.disk_ops_per_s).is_some()
+}
+
+/// What the VMM's control group may move of the host's devices on which its disks are: as much as its guest may, whatever becomes of
+/// the limits that the VMM itself keeps. The jailer cannot set this, for it takes no value with a `=` in it. Without a group, or
+/// without a rate where none was ever set, nothing is done.
+///
+/// # Errors
+/// `unsupported` where the host cannot, unless the configuration is content with that.
+pub fn limit_io(wanted: VmmLimits, spec: &VmmSpec) -> Result<()> {
+    let group = group(&spec.tag);
+    let file = group.join("io.max");
+    if !group.exists() || (!has_disk_rate(spec) && !file.exists()) {
+        return Ok(());
+    }
+    let doing = || format!("limit what the VMM of {} reads and writes", spec.tag);
+    let limit = || -> Result<()> {
+        let lines = io_limits(spec, device_of)?;
+        if !file.exists() {
+            for above in [Path::new(CGROUPS), &Path::new(CGROUPS).join(parent_group(&spec.tag))] {
+                std::fs::write(above.join("cgroup.subtree_control"), format!("+{IO}")).map_err(|e| no_io(&e))?;
+            }
+        }
+        // One device at a time: the kernel takes one in a write.
+        lines.iter().try_for_each(|line| std::fs::write(&file, line).map_err(|e| no_io(&e)))
+    };
+    match limit().map_err(|e| e.context(doing())) {
+        Err(e) if wanted == VmmLimits::BestEffort => {
+            log::warn!("{e}; it goes without, as the configuration says");
+            Ok(())
+        }
+        done => done,
+    }
+}
+
+fn no_io(e: &std::io::Error) -> Error {
+    Error::new(Kind::Unsupported, format!("set io.max of its control group: {e}"))
+        .hint("enable the controller io of control groups (version 2), or set limits = \"best-effort\" under [firecracker]")
+}
+
+/// For `io.max`: a line for each device, with what all disks on it may move. Without a rate, that there is none.
+fn io_limits(spec: &VmmSpec, device_of: impl Fn(&Path) -> Result<String>) -> Result<Vec<String>> {
+    let mut disks_on: BTreeMap<String, u64> = BTreeMap::new();
+    for (_, path) in spec.disks() {
+        *disks_on.entry(device_of(path)?).or_default() += 1;
+    }
+    let value = |rate: Option<u64>, disks: u64| rate.map_or_else(|| "max".to_owned(), |n| n.saturating_mul(disks).to_string());
+    let line = |(device, disks): (String, u64)| {
+        let (bytes, ops) = (value(spec.rates.disk_bytes_per_s, disks), value(spec.rates.disk_ops_per_s, disks));
+        format!("{device} rbps={bytes} wbps={bytes} riops={ops} wiops={ops}")
+    };
+    Ok(disks_on.into_iter().map(line).collect())
+}
+
+/// `MAJOR:MINOR` of the device that this is, or on which this file is: a whole one, for those are what the kernel limits.
+fn device_of(path: &Path) -> Result<String> {
+    use rustix::fs::{major, minor};
+    use std::os::unix::fs::FileTypeExt;
+    let shown = path.display();
+    let stat = std::fs::metadata(path).map_err(|e| Error::io(format!("look on which device {shown} is"), e))?;
+    let number = if stat.file_type().is_block_device() { stat.rdev() } else { stat.dev() };
+    let number = format!("{}:{}", major(number), minor(number));
+    let none = || {
+        Error::new(Kind::Unsupported, format!("limit the disk {shown}: its file system has no block device of its own")).hint(
+            "put the state directory on ext4 or XFS, take the rate off, or set limits = \"best-effort\" under [firecracker]",
+        )
+    };
+    let device = Path::new(BLOCK_DEVICES).join(&number).canonicalize().map_err(|_| none())?;
+    if !device.join("partition").exists() {
+        return Ok(number);
+    }
+    let whole = device.parent().map(|whole| std::fs::read_to_string(whole.join("dev")));
+    whole.and_then(std::result::Result::ok).map(|text| text.trim().to_owned()).ok_or_else(none)
 }
 
 /// `fcd-<install>`, of a tag `fc-<install>-...`.
@@ -330,6 +416,38 @@ mod tests {
         assert!(e.kind() == Kind::Unsupported && e.to_string().contains("memory") && e.hint_text().is_some(), "{e}");
         assert_eq!(limits_of(VmmLimits::BestEffort, &spec, &["pids"]).unwrap(), ["pids.max=18"]);
         assert_eq!(limits_of(VmmLimits::BestEffort, &spec, &[]).unwrap(), [""; 0]);
+    }
+
+    #[test]
+    fn a_rate_of_disks_is_one_of_the_host_devices() {
+        let temp = tempfile::tempdir().unwrap();
+        let rate = |bytes, ops| crate::api::vm::RateLimits::of([bytes, ops, None, None]);
+        let spec = VmmSpec { work_disk: Some(temp.path().join("vm/s")), ..spec(temp.path()) };
+        let device_of_all = |_: &Path| Ok("8:0".to_owned());
+        for (rates, line) in [
+            (rate(Some(1 << 20), Some(100)), "rbps=2097152 wbps=2097152 riops=200 wiops=200"),
+            (rate(Some(u64::MAX), None), "rbps=18446744073709551615 wbps=18446744073709551615 riops=max wiops=max"),
+            (rate(None, None), "rbps=max wbps=max riops=max wiops=max"),
+        ] {
+            let spec = VmmSpec { rates, ..spec.clone() };
+            assert_eq!(io_limits(&spec, device_of_all).unwrap(), [format!("8:0 {line}")]);
+            // There is no such group.
+            limit_io(VmmLimits::Required, &spec).unwrap();
+        }
+        let one = VmmSpec { rates: rate(None, Some(50)), work_disk: None, ..spec.clone() };
+        assert_eq!(io_limits(&one, device_of_all).unwrap(), ["8:0 rbps=max wbps=max riops=50 wiops=50"]);
+        let two = VmmSpec { work_disk: spec.work_disk.clone(), ..one.clone() };
+        let each = |path: &Path| Ok(if path == two.disk { "253:0".to_owned() } else { "8:0".to_owned() });
+        assert_eq!(io_limits(&two, each).unwrap(), ["253:0", "8:0"].map(|d| format!("{d} rbps=max wbps=max riops=50 wiops=50")));
+        // Only one with a rate needs the controller.
+        assert_eq!(limits_of(VmmLimits::Required, &spec, &CONTROLLERS).unwrap().len(), 3);
+        let e = limits_of(VmmLimits::Required, &one, &CONTROLLERS).unwrap_err();
+        assert!(e.kind() == Kind::Unsupported && e.to_string().ends_with("no io") && e.hint_text().is_some(), "{e}");
+        assert_eq!(limits_of(VmmLimits::BestEffort, &one, &CONTROLLERS).unwrap().len(), 3);
+        assert_eq!(limits_of(VmmLimits::Required, &one, &["io", "cpu", "memory", "pids"]).unwrap().len(), 3, "set apart");
+        // A file system in memory is on no device.
+        let e = device_of(Path::new("/dev/shm")).unwrap_err();
+        assert!(e.kind() == Kind::Unsupported && e.hint_text().is_some(), "{e}");
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod attend;
 mod checks;
 mod http;
 mod jail;
+mod metrics;
 mod refusal;
 
 use super::console::{Attach, Consoles};
@@ -38,6 +39,7 @@ use std::time::{Duration, Instant};
 const SSH_PORT: u16 = 22;
 const API_SOCKET: &str = "api.sock";
 const CONSOLE_PIPE: &str = "console";
+const METRICS_PIPE: &str = "metrics";
 /// The guest's one network interface.
 const INTERFACE: &str = "eth0";
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -115,7 +117,7 @@ impl Firecracker {
                 (place, Files::jailed(spec), spawn)
             }
             None => {
-                let place = run_dir::make(&dir, &[API_SOCKET, CONSOLE_PIPE], spec.credentials)?;
+                let place = run_dir::make(&dir, &[API_SOCKET, CONSOLE_PIPE, METRICS_PIPE], spec.credentials)?;
                 let args = ["--id".into(), spec.tag.clone().into()].into_iter().chain(own_args).collect();
                 let cwd = spec.dir.join(run_dir::RUN_DIR);
                 let credentials = spec.credentials.map(|(uid, gid)| Credentials { uid, gid, groups });
@@ -124,7 +126,9 @@ impl Firecracker {
                 (place, Files::bare(spec)?, spawn)
             }
         };
-        make_pipe(&place, spec.credentials)?;
+        for name in [CONSOLE_PIPE, METRICS_PIPE] {
+            make_pipe(&place, name, spec.credentials)?;
+        }
         Ok((process::spawn(spawn)?, place, files))
     }
 
@@ -144,6 +148,8 @@ impl Firecracker {
                 }
                 Some((memory, devices)) => load(vmm, spec, memory, devices)?,
             };
+            // Not before: reading the kernel is not the guest's.
+            jail::limit_io(self.config.limits, spec)?;
             // It has the pipe open by now; what the guest has said meanwhile is in it.
             self.read_console(spec, place, format!("started {}", spec.tag))?;
             Ok(Running { identity: process.identity().clone(), ssh_addr })
@@ -154,7 +160,7 @@ impl Firecracker {
     }
 
     fn read_console(&self, spec: &VmmSpec, run: &OwnedFd, mark: String) -> Result<()> {
-        let from = open_pipe(run)?;
+        let from = open_pipe(run, CONSOLE_PIPE)?;
         self.consoles.attach(Attach { dir: spec.dir.clone(), bytes_max: spec.console_bytes_max, from, mark })
     }
 
@@ -264,6 +270,7 @@ fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<std
         vmm.balloon()?;
     }
     vmm.serial(CONSOLE_PIPE)?;
+    vmm.metrics(METRICS_PIPE)?;
     Ok(api::ssh_addr(address))
 }
 
@@ -271,6 +278,7 @@ fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<std
 fn load(mut vmm: PreBoot<'_>, spec: &VmmSpec, memory: &str, devices: &str) -> Result<std::net::SocketAddr> {
     let (tap, address) = tap(spec)?;
     vmm.serial(CONSOLE_PIPE)?;
+    vmm.metrics(METRICS_PIPE)?;
     let mut vmm =
         vmm.load(&LoadSnapshot::new(devices, memory, &[NetworkOverride { iface_id: INTERFACE, host_dev_name: tap }]))?;
     // Those of then are in what was saved.
@@ -296,12 +304,12 @@ fn tap(spec: &VmmSpec) -> Result<(&str, std::net::Ipv4Addr)> {
     }
 }
 
-fn make_pipe(run: &OwnedFd, credentials: Option<(u32, u32)>) -> Result<()> {
-    let io = |e: rustix::io::Errno| Error::io("make a pipe for the console", std::io::Error::from(e));
-    rustix::fs::mknodat(run, CONSOLE_PIPE, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).map_err(io)?;
+fn make_pipe(run: &OwnedFd, name: &str, credentials: Option<(u32, u32)>) -> Result<()> {
+    let io = |e: rustix::io::Errno| Error::io(format!("make a pipe for the {name}"), std::io::Error::from(e));
+    rustix::fs::mknodat(run, name, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).map_err(io)?;
     if let Some((uid, gid)) = credentials {
         let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
-        rustix::fs::chownat(run, CONSOLE_PIPE, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), flags).map_err(io)?;
+        rustix::fs::chownat(run, name, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), flags).map_err(io)?;
     }
     Ok(())
 }
@@ -327,10 +335,10 @@ fn unlink(place: &OwnedFd) -> Result<()> {
 }
 
 /// The directory is the VMM's uid's by now: what is not a pipe is not read.
-fn open_pipe(run: &OwnedFd) -> Result<File> {
-    let doing = "open the console's pipe";
-    let file = open_at(run, CONSOLE_PIPE, OFlags::RDONLY | OFlags::NONBLOCK, 0).map_err(|e| Error::io(doing, e))?;
-    let stat = rustix::fs::fstat(file.as_fd()).map_err(|e| Error::io(doing, std::io::Error::from(e)))?;
+fn open_pipe(run: &OwnedFd, name: &str) -> Result<File> {
+    let doing = format!("open the pipe for the {name}");
+    let file = open_at(run, name, OFlags::RDONLY | OFlags::NONBLOCK, 0).map_err(|e| Error::io(doing.clone(), e))?;
+    let stat = rustix::fs::fstat(file.as_fd()).map_err(|e| Error::io(doing.clone(), std::io::Error::from(e)))?;
     if FileType::from_raw_mode(stat.st_mode) == FileType::Fifo {
         return Ok(file);
     }
@@ -438,7 +446,8 @@ impl Driver for Firecracker {
     }
 
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
-        self.talk(identity, "limit the guest's devices", cancel, |vmm| limit(vmm, spec))
+        self.talk(identity, "limit the guest's devices", cancel, |vmm| limit(vmm, spec))?;
+        jail::limit_io(self.config.limits, spec)
     }
 
     fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {
@@ -488,6 +497,21 @@ impl Driver for Firecracker {
             .hint("set jail = true under [firecracker], as root"));
         }
         Ok(())
+    }
+
+    fn metrics(&self, _spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
+        let doing = "read the VMM's metrics";
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: it has exited"));
+        let process = Process::open(identity)?.ok_or_else(gone)?;
+        let mut pipe = open_pipe(&place(&process, doing)?, METRICS_PIPE)
+            .map_err(|e| e.context(doing).hint("one that an earlier fcd started has none: fcctl vm restart"))?;
+        // What is in it may leave no room for more.
+        let mut told = metrics::read(&mut pipe, Vec::new()).map_err(|e| Error::io(doing, e))?;
+        self.talk(identity, doing, cancel, |vmm| vmm.flush_metrics())?;
+        told = metrics::read(&mut pipe, told).map_err(|e| Error::io(doing, e))?;
+        metrics::parse(&told).ok_or_else(|| {
+            Error::new(Kind::Busy, format!("{doing}: somebody else reads them at the same time")).hint("try again in a moment")
+        })
     }
 
     fn leaves_remains(&self) -> bool {

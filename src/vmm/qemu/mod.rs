@@ -288,6 +288,12 @@ impl Driver for Qemu {
         bytes.map(|b| b >> 20).ok_or_else(|| Error::new(Kind::VmmFailed, format!("{doing}: the answer names no size")))
     }
 
+    fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
+        const COMMAND: &str = "query-blockstats";
+        let ask = |qmp: &mut Qmp<'_>| qmp.execute(COMMAND, &json!({}));
+        self.talk(&spec.dir, identity, "read the VMM's metrics", soon(cancel), ask).map(|stats| vec![json!({ COMMAND: stats })])
+    }
+
     fn leaves_remains(&self) -> bool {
         false
     }

@@ -243,10 +243,12 @@ fn the_control_plane_on_this_hosts_kvm() {
         eprintln!("NOT RUN, for there is no /dev/kvm: the control plane of firecracker");
         return;
     }
+    // Made of packages, for which the namespace has no way.
+    let image = crate::host::image();
     // Firecracker makes a tap that is not there: in a namespace it goes with the test.
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
     let dir = tempfile::tempdir().unwrap();
-    let (image, vm, never) = (crate::host::image(), dir.path().join("vm"), Cancel::try_new().unwrap());
+    let (vm, never) = (dir.path().join("vm"), Cancel::try_new().unwrap());
     std::fs::create_dir(&vm).unwrap();
     let spec = |kernel: &Path| control_plane_spec(dir.path(), kernel);
     let tag = spec(image).tag;
@@ -384,6 +386,7 @@ fn percentile(took: &mut [Duration], p: usize) -> Duration {
 #[test]
 #[ignore = "measures: scripts/bench boot"]
 fn bench_boot() {
+    crate::host::image();
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let vm = dir.path().join("vm");

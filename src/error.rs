@@ -69,6 +69,7 @@ kinds! {
     /// No VM matches, or it belongs to somebody else.
     VmNotFound => NotFound, "vm_not_found";
     ImageNotFound => NotFound, "image_not_found";
+    KernelNotFound => NotFound, "kernel_not_found";
     SnapshotNotFound => NotFound, "snapshot_not_found";
     OperationNotFound => NotFound, "operation_not_found";
     SessionNotFound => NotFound, "session_not_found";

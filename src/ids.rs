@@ -89,6 +89,11 @@ text_newtype!(
 );
 
 text_newtype!(
+    /// The name of a kernel in the registry of this host.
+    KernelName, name_is_valid, "kernel name",
+    "use 1 to 32 of a-z, 0-9 and -, beginning with a letter and not ending with -"
+);
+text_newtype!(
     /// The id of a snapshot, as [`VmId`].
     SnapshotId, id_is_valid, "snapshot id", "an id has 12 hexadecimal digits"
 );

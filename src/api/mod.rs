@@ -7,6 +7,7 @@ pub mod exec;
 pub mod fault;
 pub mod frame;
 pub mod image;
+pub mod kernel;
 pub mod op;
 pub mod port;
 pub mod snapshot;

@@ -2,7 +2,7 @@
 
 use super::calls;
 use super::port::Port;
-use crate::ids::{ImageRef, OpId, VmId, VmName};
+use crate::ids::{ImageRef, KernelName, OpId, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -128,6 +128,9 @@ pub struct Vm {
     /// Why it is in this state, where there is more to say: `the VMM died: signal 9`.
     pub reason: Option<String>,
     pub image: ImageRef,
+    /// Instead of the image's.
+    #[serde(default)]
+    pub kernel: Option<KernelName>,
     pub vcpus: u32,
     pub mem_mib: u64,
     pub disk_bytes: u64,
@@ -190,6 +193,9 @@ pub struct VmCreateRequest {
     /// `default` when not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageRef>,
+    /// One of `kernel.list` instead of the image's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<KernelName>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vcpus: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

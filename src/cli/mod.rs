@@ -9,6 +9,7 @@ mod doctor;
 mod events;
 mod exec;
 mod image;
+mod kernel;
 mod leaks;
 mod logs;
 mod op;
@@ -89,6 +90,9 @@ enum Noun {
     /// Images
     #[command(subcommand)]
     Image(image::Verb),
+    /// Kernels that VMs boot instead of their image's
+    #[command(subcommand)]
+    Kernel(kernel::Verb),
     /// Operations under way
     #[command(subcommand)]
     Op(op::Verb),
@@ -157,6 +161,7 @@ fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
         Noun::Workspace(verb) => workspace::run(ctx, verb),
         Noun::Snapshot(verb) => snapshot::run(ctx, verb),
         Noun::Image(verb) => image::run(ctx, verb),
+        Noun::Kernel(verb) => kernel::run(ctx, verb),
         Noun::Op(verb) => op::run(ctx, verb),
         Noun::Doctor(args) => doctor::run(ctx, &args),
         Noun::Rpc(args) => rpc::run(ctx, args),

@@ -92,6 +92,7 @@ fn make(ctx: &mut Context, interrupts: &Interrupts, name: Option<VmName>, shape:
         net_rx_bytes_per_s: rates.net_rx_bps,
         net_tx_bytes_per_s: rates.net_tx_bps,
         name: name.clone(),
+        kernel: shape.kernel.clone(),
         image: shape.image,
         vcpus: shape.vcpus,
         mem_mib: shape.memory,

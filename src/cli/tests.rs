@@ -90,6 +90,7 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
         state,
         reason: None,
         image: "default".parse().unwrap(),
+        kernel: None,
         vcpus: 1,
         mem_mib: 1024,
         disk_bytes: 4 << 30,

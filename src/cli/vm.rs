@@ -12,7 +12,7 @@ use crate::api::vm::{
 };
 use crate::api::{Call, Empty};
 use crate::client::Result;
-use crate::ids::{ImageRef, VmName};
+use crate::ids::{ImageRef, KernelName, VmName};
 use std::time::Duration;
 
 #[derive(clap::Subcommand, Debug)]
@@ -100,6 +100,9 @@ pub struct Shape {
     /// Image to make the root disk from
     #[arg(long)]
     pub image: Option<ImageRef>,
+    /// Kernel to boot instead of the image's: fcctl kernel list
+    #[arg(long)]
+    pub kernel: Option<KernelName>,
     /// Virtual CPUs
     #[arg(long, value_name = "N", alias = "cpus")]
     pub vcpus: Option<u32>,
@@ -262,6 +265,7 @@ fn create(ctx: &mut Context, args: CreateArgs) -> Result<u8> {
         net_tx_bytes_per_s: rates.net_tx_bps,
         name: args.name,
         image: args.shape.image,
+        kernel: args.shape.kernel,
         vcpus: args.shape.vcpus,
         mem_mib: args.shape.memory,
         net: args.shape.net,
@@ -426,6 +430,7 @@ fn sheet(vm: &Vm, now_s: u64) -> String {
     add("operation", vm.op.as_ref().map(ToString::to_string));
     add("owner", Some(format!("uid {}", vm.owner_uid)));
     add("image", Some(vm.image.to_string()));
+    add("kernel", vm.kernel.as_ref().map(ToString::to_string));
     add("vcpus", Some(vm.vcpus.to_string()));
     add("memory", Some(size(vm.mem_mib << 20)));
     add("disk", Some(size(vm.disk_bytes) + &vm.disk_driver.as_ref().map(|d| format!(" ({d})")).unwrap_or_default()));

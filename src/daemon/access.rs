@@ -100,6 +100,7 @@ pub fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         state: row.state,
         reason: row.reason.clone(),
         image: row.image.clone(),
+        kernel: row.kernel.clone(),
         vcpus: row.vcpus,
         mem_mib: row.mem_mib,
         disk_bytes: row.disk_bytes,

@@ -76,6 +76,9 @@ impl Daemon {
         }
         self.release_boot(&row.id, row.generation.saturating_sub(1))?;
         let image = self.images.get(&row.image)?;
+        if claim.restore.is_none() {
+            self.check_kernel(row.kernel.as_ref())?;
+        }
         let spec = self.boot_spec(claim, &row, &image);
         let mut boot = Boot { claim, row, image: &image, spec, files: Vec::new(), wake: None, running: None };
         self.acquire_all(&mut boot)?;
@@ -104,11 +107,13 @@ impl Daemon {
     /// What a driver is told. The disk's kind is the row's: it was decided when the disk was made.
     pub(super) fn spec(&self, row: &VmRow, image: &ImageInfo) -> VmmSpec {
         let dir = self.vm_dir(&row.id);
+        let own = row.kernel.as_ref().map(|name| self.kernels.files(name));
+        let (kernel, initrd) = own.unwrap_or_else(|| (image.kernel.clone(), image.initrd.clone()));
         VmmSpec {
             vm: row.id.clone(),
             tag: self.tag(row),
-            kernel: image.kernel.clone(),
-            initrd: image.initrd.clone(),
+            kernel,
+            initrd,
             boot_args: crate::image::BOOT_ARGS.join(" "),
             disk: dir.join(DISK_FILE),
             disk_format: match self.disk_method(row) {
@@ -123,7 +128,7 @@ impl Daemon {
             credentials: self.credentials(row),
             network: self.guest_network(row),
             rates: row.rates,
-            has_balloon: image.guest_version >= crate::image::BALLOON_SINCE,
+            has_balloon: row.kernel.is_some() || image.guest_version >= crate::image::BALLOON_SINCE,
             console_bytes_max: self.config.limits.console_bytes_max,
             saved: None,
             dir,

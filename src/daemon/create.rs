@@ -33,6 +33,7 @@ impl Daemon {
             owner_uid: caller.uid,
             state: VmState::Created,
             image: image_name,
+            kernel: request.kernel.clone(),
             vcpus: request.vcpus.unwrap_or(self.config.vm.vcpus),
             mem_mib: request.mem_mib.unwrap_or(self.config.vm.mem_mib),
             disk_bytes: request.disk_bytes.unwrap_or(image.disk_bytes),
@@ -77,7 +78,9 @@ impl Daemon {
         let made = {
             let _names = self.locks.create_vm.lock(&());
             let given = request.name.is_some();
-            self.settle_ports(&request.ports).and_then(|ports| self.insert_row(VmRow { ports, ..row }, given, key.zip(begun)))
+            self.check_kernel(row.kernel.as_ref())
+                .and_then(|()| self.settle_ports(&request.ports))
+                .and_then(|ports| self.insert_row(VmRow { ports, ..row }, given, key.zip(begun)))
         };
         if let Ok((_, ticket)) = &made
             && let Ok(row) = self.row(&id)

@@ -17,6 +17,7 @@ mod events;
 pub mod history;
 mod hold;
 mod images;
+mod kernels;
 mod keys;
 mod lifecycle;
 mod locks;
@@ -62,6 +63,7 @@ use crate::guest::Transport;
 use crate::host::Commands;
 use crate::ids::{OpId, VmId};
 use crate::image::Images;
+use crate::image::kernels::Kernels;
 use crate::locks::{Cancel, Mutex, Rank};
 use crate::ops::Ops;
 use crate::pool::{Admission, Pool};
@@ -124,6 +126,7 @@ pub struct Inner {
     pub locks: locks::OpLocks,
     pub pool: Pool,
     images: Images,
+    kernels: Kernels,
     sessions: crate::session::Registry<ControlSender>,
     admission: Admission,
     runtimes: runtime::Runtimes,
@@ -240,6 +243,7 @@ impl Daemon {
             name_server: Mutex::new(Rank::Runtimes, None),
             pool: Pool::new(limits.pool_workers, limits.pool_queue, limits.queue_per_uid_max)?,
             images: Images::open(&config.state_dir)?,
+            kernels: Kernels::open(&config.state_dir)?,
             sessions: crate::session::Registry::new(),
             admission: Admission::new(boots),
             locks: locks::OpLocks::new(),

@@ -13,7 +13,7 @@ use crate::api::vm::{Net, RateLimits, Vm, VmCreateRequest, VmForkRequest, VmRepl
 use crate::disk::{Method, Wake, duplicate};
 use crate::error::{Error, Kind, Result};
 use crate::guest::{Script, Target, run_script};
-use crate::ids::{ImageRef, OpId, VmId, VmName};
+use crate::ids::{ImageRef, KernelName, OpId, VmId, VmName};
 use crate::net::Mac;
 use crate::ops::OpHandle;
 use crate::store::{SnapshotRow, VmRow, WorkspaceRow};
@@ -93,12 +93,30 @@ impl Daemon {
 
     /// Until it runs it goes when it comes to rest, also after a crash.
     fn create_from(&self, caller: &Caller, row: &SnapshotRow, name: Option<VmName>) -> Result<Vm> {
-        let shape = (row.image.clone(), row.vcpus, row.mem_mib, row.disk_bytes, row.work_disk_bytes, row.net, row.rates);
+        let shape = (
+            row.image.clone(),
+            row.kernel.clone(),
+            row.vcpus,
+            row.mem_mib,
+            row.disk_bytes,
+            row.work_disk_bytes,
+            row.net,
+            row.rates,
+        );
         self.create(caller, &request(name, shape))
     }
 
     fn create_like(&self, caller: &Caller, row: &VmRow, name: Option<VmName>) -> Result<Vm> {
-        let shape = (row.image.clone(), row.vcpus, row.mem_mib, row.disk_bytes, row.work_disk_bytes, row.net, row.rates);
+        let shape = (
+            row.image.clone(),
+            row.kernel.clone(),
+            row.vcpus,
+            row.mem_mib,
+            row.disk_bytes,
+            row.work_disk_bytes,
+            row.net,
+            row.rates,
+        );
         self.create(caller, &request(name, shape))
     }
 
@@ -252,13 +270,17 @@ impl Daemon {
     }
 }
 
-/// Image, vCPUs, memory, disk, work disk, network, rates.
-type Shape = (ImageRef, u32, u64, u64, Option<u64>, Net, RateLimits);
+/// Image, kernel, vCPUs, memory, disk, work disk, network, rates.
+type Shape = (ImageRef, Option<KernelName>, u32, u64, u64, Option<u64>, Net, RateLimits);
 
-fn request(name: Option<VmName>, (image, vcpus, mem_mib, disk_bytes, work_disk_bytes, net, rates): Shape) -> VmCreateRequest {
+fn request(
+    name: Option<VmName>,
+    (image, kernel, vcpus, mem_mib, disk_bytes, work_disk_bytes, net, rates): Shape,
+) -> VmCreateRequest {
     VmCreateRequest {
         name,
         image: Some(image),
+        kernel,
         vcpus: Some(vcpus),
         mem_mib: Some(mem_mib),
         disk_bytes: Some(disk_bytes),

@@ -335,6 +335,7 @@ fn describe(row: &VmRow, id: &SnapshotId, files: &Files, method: Method, workspa
         vm_name: row.name.clone(),
         created_at: now_s(),
         image: row.image.clone(),
+        kernel: row.kernel.clone(),
         vcpus: row.vcpus,
         mem_mib: row.mem_mib,
         disk_bytes: row.disk_bytes,

@@ -43,7 +43,7 @@ const BLOCK: usize = 4096;
 /// Error lines of a failed build that are shown.
 const ERROR_LINES_MAX: usize = 3;
 /// Bounds the initramfs's parts.
-const PART_BYTES_MAX: u64 = 64 << 20;
+pub(super) const PART_BYTES_MAX: u64 = 64 << 20;
 
 /// The transports' and devices' drivers, dependencies come by themselves.
 const INITRD_MODULES: &str = "virtio_pci virtio_mmio virtio_blk virtio_net virtio_balloon";
@@ -237,19 +237,14 @@ fn read_line(dir: &Path, name: &str) -> Result<String> {
 /// `vmlinuz` becomes `vmlinux`.
 fn unpack_kernel(commands: &dyn Commands, out: &Path, cancel: &Cancel) -> Result<()> {
     let image = std::fs::read(out.join("vmlinuz")).map_err(|e| Error::io("read the kernel image", e))?;
-    let payload = kernel::payload(&image)?;
-    let (program, suffix) = payload.compression.program();
-    let packed = out.join(format!("vmlinux.{suffix}"));
+    unpack(commands, &kernel::payload(&image)?, out, cancel)
+}
+
+/// `out/vmlinux` of a bzImage's payload.
+pub(super) fn unpack(commands: &dyn Commands, payload: &kernel::Payload<'_>, out: &Path, cancel: &Cancel) -> Result<()> {
+    let packed = out.join(format!("vmlinux.{}", payload.compression.program().1));
     std::fs::write(&packed, payload.bytes).map_err(|e| Error::io("write the kernel's payload", e))?;
-    let command = unpack_command(payload.compression, &packed, &out.join(KERNEL));
-    commands.run(&command, cancel, &mut |_| {}).map_err(|e| match e.kind() {
-        Kind::CommandMissing => e.hint(format!("sudo apt-get install {program}")),
-        _ => e,
-    })?;
-    match std::fs::remove_file(&packed) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove the kernel's payload", e)),
-        _ => {}
-    }
+    unpack_file(commands, payload.compression, &packed, &out.join(KERNEL), cancel)?;
     let file = File::open(out.join(KERNEL)).map_err(|e| Error::io("open the unpacked kernel", e))?;
     let mut magic = [0; 4];
     let is_elf = file.read_exact_at(&mut magic, 0).is_ok() && magic == *b"\x7fELF";
@@ -258,6 +253,25 @@ fn unpack_kernel(commands: &dyn Commands, out: &Path, cancel: &Cancel) -> Result
         return Err(Error::new(Kind::Unsupported, "the unpacked kernel is no whole ELF file"));
     }
     Ok(())
+}
+
+/// `packed` goes; it has the suffix of its kind, and `to` is its name without that.
+pub(super) fn unpack_file(
+    commands: &dyn Commands,
+    compression: Compression,
+    packed: &Path,
+    to: &Path,
+    cancel: &Cancel,
+) -> Result<()> {
+    let command = unpack_command(compression, packed, to);
+    commands.run(&command, cancel, &mut |_| {}).map_err(|e| match e.kind() {
+        Kind::CommandMissing => e.hint(format!("sudo apt-get install {}", compression.program().0)),
+        _ => e,
+    })?;
+    match std::fs::remove_file(packed) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(format!("remove {}", packed.display()), e)),
+        _ => Ok(()),
+    }
 }
 
 fn unpack_command(compression: Compression, packed: &Path, to: &Path) -> Command {
@@ -289,17 +303,23 @@ fn write_initrd(out: &Path, kernel_version: &str) -> Result<()> {
     }
     modules.sort();
     let busybox = read(&out.join("busybox"))?;
-    let bytes = initrd(&busybox, &modules, &modules_dep, kernel_version);
+    let bytes = initrd(&busybox, &modules, &modules_dep, kernel_version, INITRD_MODULES);
     std::fs::write(out.join(INITRD), bytes).map_err(|e| Error::io("write the initramfs", e))
 }
 
-fn initrd(busybox: &[u8], modules: &[(String, Vec<u8>)], modules_dep: &str, kernel_version: &str) -> Vec<u8> {
+pub(super) fn initrd(
+    busybox: &[u8],
+    modules: &[(String, Vec<u8>)],
+    modules_dep: &str,
+    kernel_version: &str,
+    wanted: &str,
+) -> Vec<u8> {
     let mut cpio = Cpio::new();
     let modules_dir = format!("lib/modules/{kernel_version}");
     for dir in ["bin", "dev", "proc", "sys", "root", "lib", "lib/modules", &modules_dir] {
         cpio.dir(dir, 0o755);
     }
-    cpio.file("init", 0o755, INITRD_INIT.replace("@MODULES@", INITRD_MODULES).as_bytes());
+    cpio.file("init", 0o755, INITRD_INIT.replace("@MODULES@", wanted).as_bytes());
     cpio.file("bin/busybox", 0o755, busybox);
     for applet in BUSYBOX_APPLETS {
         cpio.symlink(&format!("bin/{applet}"), "busybox");
@@ -448,7 +468,7 @@ mod tests {
     #[test]
     fn the_initramfs_is_complete_and_reproducible() {
         let modules = [("a.ko".to_owned(), b"module".to_vec())];
-        let make = || initrd(b"busybox", &modules, "kernel/x/a.ko:\n", "6.1");
+        let make = || initrd(b"busybox", &modules, "kernel/x/a.ko:\n", "6.1", INITRD_MODULES);
         let bytes = make();
         assert_eq!(bytes, make());
         let text = String::from_utf8_lossy(&bytes);

@@ -5,6 +5,9 @@
 const DIRECTORY: u32 = 0o040_000;
 const FILE: u32 = 0o100_000;
 const SYMLINK: u32 = 0o120_000;
+const TYPE: u32 = 0o170_000;
+/// Magic and thirteen fields.
+const HEAD_BYTES: usize = 110;
 const TRAILER: &str = "TRAILER!!!";
 
 /// Writes members owned by root, dated 0, numbered in order: the same calls give the same bytes.
@@ -63,12 +66,52 @@ impl Cpio {
     }
 }
 
+/// The content of a regular file in an archive of this kind; none where there is none, or where the archive is broken.
+pub fn find<'a>(archive: &'a [u8], path: &str) -> Option<&'a [u8]> {
+    let mut at = 0usize;
+    loop {
+        let head = archive.get(at..at.checked_add(HEAD_BYTES)?)?;
+        let field = |n: usize| {
+            let text = std::str::from_utf8(head.get(6 + 8 * n..14 + 8 * n)?).ok()?;
+            u32::from_str_radix(text, 16).ok()
+        };
+        if !head.starts_with(b"070701") {
+            return None;
+        }
+        let (mode, size, name_size) = (field(1)?, field(6)? as usize, field(11)? as usize);
+        let name_at = at + HEAD_BYTES;
+        let name = archive.get(name_at..name_at.checked_add(name_size)?)?.strip_suffix(&[0])?;
+        let content_at = name_at.checked_add(name_size)?.checked_next_multiple_of(4)?;
+        let content = archive.get(content_at..content_at.checked_add(size)?)?;
+        if name == path.as_bytes() && mode & TYPE == FILE {
+            return Some(content);
+        }
+        if name == TRAILER.as_bytes() {
+            return None;
+        }
+        at = content_at.checked_add(size)?.checked_next_multiple_of(4)?;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::host::{Command, Commands, HostCommands};
     use crate::locks::Cancel;
     use expect_test::expect;
+
+    #[test]
+    fn a_file_is_found_and_a_broken_archive_is_none() {
+        let mut cpio = Cpio::new();
+        cpio.dir("bin", 0o755);
+        cpio.symlink("bin/sh", "tool");
+        cpio.file("bin/tool", 0o755, b"12345");
+        let bytes = cpio.finish();
+        assert_eq!(find(&bytes, "bin/tool"), Some(&b"12345"[..]));
+        assert_eq!((find(&bytes, "bin/sh"), find(&bytes, "none"), find(b"", "x")), (None, None, None));
+        let end = bytes.windows(5).position(|w| w == b"12345").unwrap();
+        assert!((0..end + 5).all(|len| find(&bytes[..len], "bin/tool").is_none()));
+    }
 
     #[test]
     fn cpio_itself_reads_it() {

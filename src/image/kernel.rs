@@ -10,6 +10,8 @@ use std::collections::BTreeMap;
 const SETUP_SECTORS_AT: usize = 0x1f1;
 const MAGIC_AT: usize = 0x202;
 const VERSION_AT: usize = 0x206;
+const KERNEL_VERSION_AT: usize = 0x20e;
+const VERSION_LEN_MAX: usize = 64;
 const PAYLOAD_OFFSET_AT: usize = 0x248;
 const PAYLOAD_LENGTH_AT: usize = 0x24c;
 /// The first version of the protocol with a payload.
@@ -32,7 +34,7 @@ pub enum Compression {
 }
 
 impl Compression {
-    fn of(bytes: &[u8]) -> Option<Self> {
+    pub fn of(bytes: &[u8]) -> Option<Self> {
         // lz4's is the legacy frame, the only one that the kernel's build makes.
         const MAGICS: [(&[u8], Compression); 4] = [
             (&[0x02, 0x21, 0x4c, 0x18], Compression::Lz4),
@@ -91,6 +93,19 @@ pub fn payload(image: &[u8]) -> Result<Payload<'_>> {
     }
     let compression = Compression::of(bytes).ok_or_else(|| bad("its payload is packed in an unknown way"))?;
     Ok(Payload { compression, bytes, unpacked_bytes })
+}
+
+/// The version that a bzImage's header names: `kernel_version` points to text, counted from after the first sector.
+pub fn version(image: &[u8]) -> Option<String> {
+    let at = image.get(KERNEL_VERSION_AT..KERNEL_VERSION_AT + 2).map(|b| usize::from(u16::from_le_bytes([b[0], b[1]])))?;
+    if at == 0 { None } else { image.get(at + SECTOR..).and_then(word) }
+}
+
+/// The first word of a text that ends at a blank or at a zero; printable, and no longer than a version is (`__NEW_UTS_LEN`).
+pub fn word(text: &[u8]) -> Option<String> {
+    let end = text.iter().take(VERSION_LEN_MAX + 1).position(|b| *b == b' ' || *b == 0)?;
+    let is_plain = |b: &u8| b.is_ascii_alphanumeric() || b"._+~-".contains(b);
+    (end > 0 && text[..end].iter().all(is_plain)).then(|| String::from_utf8_lossy(&text[..end]).into_owned())
 }
 
 /// A module without the signature at its end: it is not checked then, which saves a slow guest an RSA

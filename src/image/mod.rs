@@ -12,6 +12,7 @@ pub mod build;
 mod checks;
 mod cpio;
 mod kernel;
+pub mod kernels;
 mod registry;
 mod sources;
 

@@ -194,13 +194,7 @@ impl Images {
         if self.path(name).exists() {
             return Err(name_taken(name));
         }
-        let dir = tempfile::Builder::new()
-            .prefix(&format!("{STAGING_PREFIX}{name}-"))
-            // Apt's own user passes through.
-            .permissions(std::fs::Permissions::from_mode(0o711))
-            .tempdir_in(&self.dir)
-            .map_err(|e| Error::io(format!("make a directory in {}", self.dir.display()), e))?;
-        Ok(Staging { dir: dir.keep() })
+        Staging::new(&self.dir, &format!("{STAGING_PREFIX}{name}-"))
     }
 
     /// Makes `files` (a directory below the staging directory) the image `name`: files read-only, everything
@@ -234,6 +228,17 @@ pub(super) struct Staging {
 }
 
 impl Staging {
+    /// An empty directory of a name that begins so.
+    pub(super) fn new(dir: &Path, prefix: &str) -> Result<Self> {
+        let made = tempfile::Builder::new()
+            .prefix(prefix)
+            // Apt's own user passes through.
+            .permissions(std::fs::Permissions::from_mode(0o711))
+            .tempdir_in(dir)
+            .map_err(|e| Error::io(format!("make a directory in {}", dir.display()), e))?;
+        Ok(Self { dir: made.keep() })
+    }
+
     pub(super) fn path(&self) -> &Path {
         &self.dir
     }

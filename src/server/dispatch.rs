@@ -6,6 +6,7 @@ use crate::api::event::EventsWatch;
 use crate::api::exec::{ExecResize, ExecSignal, ExecStart};
 use crate::api::frame::Note;
 use crate::api::image::{ImageBuild, ImageList};
+use crate::api::kernel::{KernelDelete, KernelImport, KernelList, KernelShow};
 use crate::api::op::{Op, OpCancel, OpList, OpReply, OpShow, OpStarted, OpState, OpWait};
 use crate::api::snapshot::{SnapshotCreate, SnapshotDelete, SnapshotList, SnapshotRestore, SnapshotShow};
 use crate::api::vm::{
@@ -23,7 +24,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use std::time::{Duration, Instant};
 
 /// What this daemon can beyond the first version of the protocol.
-const FEATURES: &[&str] = &["workspace", "exec", "image_build", "events", "snapshots"];
+const FEATURES: &[&str] = &["workspace", "exec", "image_build", "events", "snapshots", "kernels"];
 
 /// Answers calls over a daemon.
 pub struct Dispatch {
@@ -189,6 +190,22 @@ impl Visit<'_> {
             ImageList::METHOD => {
                 let crate::api::Empty {} = call.parse()?;
                 answer(&d.image_list()?)
+            }
+            KernelImport::METHOD => {
+                let request: <KernelImport as Call>::Request = call.parse()?;
+                self.keyed(&call, OnHangup::Cancel, || d.kernel_import(c, request))
+            }
+            KernelList::METHOD => {
+                let crate::api::Empty {} = call.parse()?;
+                answer(&d.kernel_list()?)
+            }
+            KernelShow::METHOD => {
+                let request: <KernelShow as Call>::Request = call.parse()?;
+                answer(&d.kernel_show(&request.kernel)?)
+            }
+            KernelDelete::METHOD => {
+                let request: <KernelDelete as Call>::Request = call.parse()?;
+                answer(&d.kernel_delete(c, &request.kernel)?)
             }
             crate::api::daemon::Info::METHOD => {
                 let crate::api::Empty {} = call.parse()?;

@@ -3,7 +3,7 @@
 use super::WorkspaceRow;
 use super::sql::{self, json};
 use crate::api::vm::{Net, RateLimits};
-use crate::ids::{ImageRef, SnapshotId, SnapshotName, VmId, VmName};
+use crate::ids::{ImageRef, KernelName, SnapshotId, SnapshotName, VmId, VmName};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,7 @@ pub struct SnapshotRow {
     /// Seconds since the epoch.
     pub created_at: u64,
     pub image: ImageRef,
+    pub kernel: Option<KernelName>,
     pub vcpus: u32,
     pub mem_mib: u64,
     pub disk_bytes: u64,

@@ -4,7 +4,7 @@ use super::sql::{self, json};
 use crate::api::port::Port;
 use crate::api::vm::{Net, Pending, RateLimits, Synced, VmState};
 use crate::host::process::Identity;
-use crate::ids::{ImageRef, OpId, VmId, VmName};
+use crate::ids::{ImageRef, KernelName, OpId, VmId, VmName};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -37,6 +37,8 @@ pub struct VmRow {
     pub state: VmState,
     pub reason: Option<String>,
     pub image: ImageRef,
+    /// Instead of the image's.
+    pub kernel: Option<KernelName>,
     pub vcpus: u32,
     pub mem_mib: u64,
     pub disk_bytes: u64,
@@ -93,6 +95,9 @@ pub(super) const ADD_CAPABILITIES: &str = "UPDATE vms SET body = json_set(body, 
 /// Version 6: `rates`, `has_balloon`, `balloon_mib`.
 pub(super) const ADD_RATES: &str =
     "UPDATE vms SET body = json_set(body, '$.rates', json('{}'), '$.has_balloon', json('false'), '$.balloon_mib', json('null'));";
+
+/// Version 7: `kernel`.
+pub(super) const ADD_KERNEL: &str = "UPDATE vms SET body = json_set(body, '$.kernel', json('null'));";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else { return sql::delete(c, "DELETE FROM vms WHERE id = ?1", [id.as_str()]) };

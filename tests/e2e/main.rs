@@ -17,6 +17,7 @@ mod first_light;
 mod full_disk;
 mod host;
 mod hostile;
+mod kernels;
 mod lifecycle;
 mod process;
 mod promise;

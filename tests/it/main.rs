@@ -14,6 +14,7 @@ mod edges;
 mod event_wire;
 mod events;
 mod firecracker;
+mod kernels;
 mod keys;
 mod layers;
 // The checker counts the holds.

@@ -37,6 +37,7 @@ fn row(n: u32) -> VmRow {
         owner_uid: 1000,
         state: VmState::Created,
         reason: None,
+        kernel: None,
         image: "default".parse().unwrap(),
         vcpus: 1,
         mem_mib: 512,

@@ -1,0 +1,163 @@
+//! `kernel`: what VMs boot instead of their image's kernel.
+
+use super::context::Context;
+use super::output::{self, age, size};
+use crate::api::Empty;
+use crate::api::kernel::{Kernel, KernelDelete, KernelImport, KernelImportRequest, KernelList, KernelRequest, KernelShow};
+use crate::client::Result;
+use crate::error::Error;
+use crate::ids::KernelName;
+use std::path::PathBuf;
+
+#[derive(clap::Subcommand, Debug)]
+pub enum Verb {
+    /// Take in a kernel of this host's: a vmlinux, or a distribution's vmlinuz with its modules
+    Import {
+        /// vmlinux or vmlinuz
+        path: PathBuf,
+        /// From its version when not given
+        #[arg(short, long)]
+        name: Option<KernelName>,
+        /// The directory of its modules.dep; /lib/modules/VERSION when not given
+        #[arg(long, value_name = "DIR")]
+        modules: Option<PathBuf>,
+    },
+    /// List kernels
+    #[command(visible_alias = "ls")]
+    List,
+    /// Show all about a kernel
+    Show { kernel: KernelName },
+    /// Delete a kernel that no VM boots
+    #[command(visible_alias = "rm")]
+    Delete { kernel: KernelName },
+}
+
+pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
+    match verb {
+        Verb::Import { path, name, modules } => import(ctx, path, name, modules),
+        Verb::List => list(ctx),
+        Verb::Show { kernel } => show(ctx, KernelRequest { kernel }),
+        Verb::Delete { kernel } => delete(ctx, KernelRequest { kernel }),
+    }
+}
+
+fn absolute(path: PathBuf) -> Result<PathBuf> {
+    std::path::absolute(&path).map_err(|e| Error::io(format!("look where {} is", path.display()), e).into())
+}
+
+fn import(ctx: &mut Context, path: PathBuf, name: Option<KernelName>, modules: Option<PathBuf>) -> Result<u8> {
+    let request = KernelImportRequest { path: absolute(path)?, name, modules: modules.map(absolute).transpose()? };
+    let mut client = ctx.connect()?;
+    let kernel = ctx.operate::<KernelImport>(&mut client, "import kernel", &request)?.kernel;
+    if ctx.json {
+        ctx.document(&kernel)?;
+    } else {
+        ctx.line(kernel.name.as_str())?;
+    }
+    Ok(0)
+}
+
+fn list(ctx: &mut Context) -> Result<u8> {
+    let kernels = ctx.connect()?.call::<KernelList>(&Empty {})?.kernels;
+    if ctx.json {
+        ctx.document(&kernels)?;
+        return Ok(0);
+    }
+    let row = |k: &Kernel| {
+        vec![
+            k.name.to_string(),
+            output::harmless_line(&k.version),
+            size(k.bytes),
+            age(ctx.now_s, k.imported_at),
+            k.vms.to_string(),
+        ]
+    };
+    let rows: Vec<_> = kernels.iter().map(row).collect();
+    ctx.text(&output::table(&["NAME", "VERSION", "ON HOST", "IMPORTED", "VMS"], &rows))?;
+    Ok(0)
+}
+
+fn show(ctx: &mut Context, request: KernelRequest) -> Result<u8> {
+    let kernel = ctx.connect()?.call::<KernelShow>(&request)?.kernel;
+    if ctx.json {
+        ctx.document(&kernel)?;
+        return Ok(0);
+    }
+    let modules = if kernel.modules.is_empty() { "none: built in".to_owned() } else { kernel.modules.join(", ") };
+    let facts = [
+        ("name", kernel.name.to_string()),
+        ("version", kernel.version),
+        ("modules", modules),
+        ("imported", age(ctx.now_s, kernel.imported_at)),
+        ("on host", size(kernel.bytes)),
+        ("vms", kernel.vms.to_string()),
+    ];
+    ctx.text(&facts.iter().map(|(name, value)| format!("{name:<11} {}\n", output::harmless_line(value))).collect::<String>())?;
+    Ok(0)
+}
+
+fn delete(ctx: &mut Context, request: KernelRequest) -> Result<u8> {
+    let reply = ctx.connect()?.call::<KernelDelete>(&request)?;
+    if ctx.json {
+        ctx.document(&reply)?;
+    } else {
+        ctx.line(&format!("{}: deleted", reply.deleted))?;
+    }
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{NOW_S, check};
+    use super::*;
+    use crate::client::fake::Fake;
+    use expect_test::expect;
+    use serde_json::json;
+
+    #[test]
+    fn every_verb() {
+        let fake = Fake::start(|r| {
+            let kernel = |name: &str, modules: &[&str]| Kernel {
+                name: name.parse().unwrap(),
+                version: "6.1\u{1b}[2J".to_owned(),
+                modules: modules.iter().map(|m| (*m).to_owned()).collect(),
+                imported_at: NOW_S - 61,
+                bytes: 32 << 20,
+                vms: 2,
+            };
+            let reply = match r.method.as_str() {
+                "kernel.list" => json!({ "kernels": [kernel("linux", &[])] }),
+                "kernel.delete" => json!({ "deleted": "linux" }),
+                "kernel.show" => json!({ "kernel": kernel("linux", &["virtio.ko", "virtio_blk.ko"]) }),
+                _ => json!({ "kernel": kernel("linux", &[]) }),
+            };
+            r.result(reply);
+        });
+        check(&fake, &["kernel", "import", "/boot/vmlinuz", "--modules", "/m", "-n", "linux"], expect![[r#"
+            > kernel.import {"modules":"/m","name":"linux","path":"/boot/vmlinuz"}
+            linux
+            status 0
+        "#]]);
+        check(&fake, &["kernel", "ls"], expect![[r#"
+            > kernel.list {}
+            NAME   VERSION       ON HOST  IMPORTED  VMS
+            linux  6.1\u{1b}[2J  32 MiB   1m ago    2
+            status 0
+        "#]]);
+        check(&fake, &["kernel", "show", "linux"], expect![[r#"
+            > kernel.show {"kernel":"linux"}
+            name        linux
+            version     6.1\u{1b}[2J
+            modules     virtio.ko, virtio_blk.ko
+            imported    1m ago
+            on host     32 MiB
+            vms         2
+            status 0
+        "#]]);
+        check(&fake, &["kernel", "rm", "linux"], expect![[r#"
+            > kernel.delete {"kernel":"linux"}
+            linux: deleted
+            status 0
+        "#]]);
+    }
+}

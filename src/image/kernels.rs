@@ -1,0 +1,468 @@
+//! Kernels beside those of images: a directory `<state>/kernels/<name>` each, with `vmlinux`, `initrd` and `kernel.json`. It appears whole,
+//! by one rename, and never changes.
+//!
+//! The initramfs has the modules without which there is no root disk and no network, where the kernel has them not built in. What the guest loads
+//! later comes from its own root file system, which has the modules of its image's kernel only.
+
+use super::build::{PART_BYTES_MAX, initrd, unpack};
+use super::kernel::{self, Compression, VMLINUX_BYTES_MAX};
+use super::registry::{INITRD, KERNEL, Staging};
+use super::{Images, cpio};
+use crate::error::{Error, Kind, Result};
+use crate::host::Commands;
+use crate::host::command::read_bounded;
+use crate::ids::{KernelName, NAME_LEN_MAX};
+use crate::locks::Cancel;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+const KERNELS_DIR: &str = "kernels";
+const METADATA: &str = "kernel.json";
+const METADATA_BYTES_MAX: u64 = 64 << 10;
+/// Where distributions have modules, by the kernel's version.
+const MODULES_DIR: &str = "/lib/modules";
+/// Lists of modules.
+const LIST_BYTES_MAX: u64 = 16 << 20;
+/// What a guest needs to come up, and whether it can do without, in the order in which it is loaded. Of the two transports it needs one;
+/// ext4 wants a checksum that it names as a soft dependency only.
+const WANTED: [(&str, bool); 7] = [
+    ("virtio_pci", true),
+    ("virtio_mmio", true),
+    ("virtio_blk", false),
+    ("virtio_net", false),
+    ("virtio_balloon", true),
+    ("crc32c_generic", true),
+    ("ext4", false),
+];
+/// What names the version in a kernel (init/version.c).
+const BANNER: &[u8] = b"Linux version ";
+/// `e_machine` of x86-64, and types that are loaded: executable, position-independent (elf(5)).
+const EM_X86_64: u16 = 62;
+const ET: [u16; 2] = [2, 3];
+
+/// `kernel.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelInfo {
+    pub name: KernelName,
+    /// `6.1.0-56-cloud-amd64`.
+    pub version: String,
+    /// Modules that are in the initramfs; the rest is built in.
+    pub modules: Vec<String>,
+    /// Seconds since the epoch.
+    pub imported_at: u64,
+    /// What it takes on the host.
+    #[serde(skip)]
+    pub bytes: u64,
+}
+
+/// What to import.
+#[derive(Clone, Debug)]
+pub struct ImportSpec {
+    /// An ELF file or a bzImage; absolute.
+    pub path: PathBuf,
+    pub name: Option<KernelName>,
+    /// Of its modules; `/lib/modules/VERSION` when not given.
+    pub modules: Option<PathBuf>,
+}
+
+/// Where kernels are.
+#[derive(Clone, Debug)]
+pub struct Kernels {
+    dir: PathBuf,
+}
+
+impl Kernels {
+    /// As [`Images::open`].
+    pub fn open(state_dir: &Path) -> Result<Self> {
+        let dir = state_dir.join(KERNELS_DIR);
+        let io = |e| Error::io(format!("open kernel registry {}", dir.display()), e);
+        // The VMMs' own uids read kernels.
+        std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir).map_err(io)?;
+        std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
+        for entry in std::fs::read_dir(&dir).map_err(io)?.flatten() {
+            if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                log::info!("removing the unfinished kernel import {}", entry.path().display());
+                std::fs::remove_dir_all(entry.path()).map_err(|e| Error::io(format!("remove {}", entry.path().display()), e))?;
+            }
+        }
+        Ok(Self { dir })
+    }
+
+    /// Kernel and initramfs, whether or not they are there.
+    pub fn files(&self, name: &KernelName) -> (PathBuf, PathBuf) {
+        let dir = self.dir.join(name.as_str());
+        (dir.join(KERNEL), dir.join(INITRD))
+    }
+
+    /// # Errors
+    /// `kernel_not_found`; `host` where a file is missing.
+    pub fn get(&self, name: &KernelName) -> Result<KernelInfo> {
+        let dir = self.dir.join(name.as_str());
+        let file = match File::open(dir.join(METADATA)) {
+            Ok(file) => file,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Error::new(Kind::KernelNotFound, format!("there is no kernel {name}")).hint("run fcctl kernel list"));
+            }
+            Err(e) => return Err(Error::io(format!("read kernel {name}"), e)),
+        };
+        let damaged = |what: String| {
+            Error::new(Kind::Host, format!("kernel {name} is damaged: {what}"))
+                .hint(format!("fcctl kernel delete {name}, and import it again"))
+        };
+        let bytes = read_bounded(file, METADATA_BYTES_MAX).map_err(|e| damaged(e.to_string()))?;
+        let mut info: KernelInfo = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
+        for file in [KERNEL, INITRD] {
+            info.bytes += std::fs::metadata(dir.join(file)).map_err(|e| damaged(format!("{file}: {e}")))?.blocks() * 512;
+        }
+        Ok(info)
+    }
+
+    /// By name. A damaged one is logged and left out.
+    pub fn list(&self) -> Result<Vec<KernelInfo>> {
+        let entries = std::fs::read_dir(&self.dir).map_err(|e| Error::io("read the kernel registry", e))?;
+        let names = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse::<KernelName>().ok());
+        let mut all: Vec<KernelInfo> = names.filter_map(|name| self.get(&name).inspect_err(|e| log::warn!("{e}")).ok()).collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(all)
+    }
+
+    /// VMs that run with it run on.
+    pub fn delete(&self, name: &KernelName) -> Result<()> {
+        let dir = self.dir.join(name.as_str());
+        if !dir.is_dir() {
+            return self.get(name).map(drop);
+        }
+        // First out of sight: one that is half gone is nobody's to boot.
+        let gone = tempfile::Builder::new()
+            .prefix(".")
+            .tempdir_in(&self.dir)
+            .map_err(|e| Error::io(format!("delete kernel {name}"), e))?;
+        std::fs::rename(&dir, gone.path().join("gone")).map_err(|e| Error::io(format!("delete kernel {name}"), e))
+    }
+
+    /// Takes a kernel in. Its busybox comes from an image, of which there must be one. Nothing is left of an import that failed.
+    ///
+    /// Errors: `name_taken`, `unsupported` (no kernel for a guest), `path_not_found`, `image_not_found`, `command_missing`, `cancelled`.
+    pub fn import(&self, images: &Images, commands: &dyn Commands, spec: &ImportSpec, cancel: &Cancel) -> Result<KernelInfo> {
+        let doing = |e: Error| e.context(format!("import kernel {}", spec.path.display()));
+        let staging = Staging::new(&self.dir, ".importing-")?;
+        let out = staging.path();
+        let version = take_kernel(commands, &spec.path, out, cancel).map_err(doing)?;
+        let name = spec.name.clone().map_or_else(|| name_of(&version), Ok)?;
+        if self.dir.join(name.as_str()).exists() {
+            return Err(taken(&name));
+        }
+        let modules = find_modules(commands, spec, &version, out, cancel).map_err(doing)?;
+        let busybox = busybox(images).map_err(doing)?;
+        let wanted: Vec<&str> = WANTED.iter().map(|(name, _)| *name).collect();
+        let bytes = initrd(&busybox, &modules.files, &modules.dependencies, &version, &wanted.join(" "));
+        std::fs::write(out.join(INITRD), bytes).map_err(|e| doing(Error::io("write the initramfs", e)))?;
+        let imported_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let names = modules.files.iter().map(|(name, _)| name.clone()).collect();
+        self.publish(&staging, &KernelInfo { name, version, modules: names, imported_at, bytes: 0 })
+    }
+
+    fn publish(&self, staging: &Staging, info: &KernelInfo) -> Result<KernelInfo> {
+        let (name, files) = (&info.name, staging.path());
+        let io = |e: std::io::Error| Error::io(format!("publish kernel {name}"), e);
+        std::fs::write(files.join(METADATA), serde_json::to_vec_pretty(info).map_err(|e| io(e.into()))?).map_err(io)?;
+        for file in [KERNEL, INITRD, METADATA] {
+            let file = File::open(files.join(file)).map_err(io)?;
+            file.set_permissions(std::fs::Permissions::from_mode(0o444)).map_err(io)?;
+            file.sync_all().map_err(io)?;
+        }
+        std::fs::set_permissions(files, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
+        File::open(files).and_then(|d| d.sync_all()).map_err(io)?;
+        let to = self.dir.join(name.as_str());
+        match rustix::fs::renameat_with(rustix::fs::CWD, files, rustix::fs::CWD, &to, rustix::fs::RenameFlags::NOREPLACE) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::EXIST | rustix::io::Errno::NOTEMPTY) => return Err(taken(name)),
+            Err(e) => return Err(io(e.into())),
+        }
+        File::open(&self.dir).and_then(|d| d.sync_all()).map_err(io)?;
+        self.get(name)
+    }
+}
+
+fn taken(name: &KernelName) -> Error {
+    Error::new(Kind::NameTaken, format!("kernel {name} exists already"))
+        .hint("choose another with --name, or run fcctl kernel list")
+}
+
+/// `linux-6-1-0-56-cloud-amd64`.
+fn name_of(version: &str) -> Result<KernelName> {
+    let plain: String = version.to_lowercase().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let mut name = format!("linux-{plain}");
+    name.truncate(NAME_LEN_MAX);
+    name.trim_end_matches('-').parse::<KernelName>().map_err(|e| e.hint("give it a name: --name"))
+}
+
+/// Makes `out/vmlinux`; the kernel's version.
+fn take_kernel(commands: &dyn Commands, path: &Path, out: &Path, cancel: &Cancel) -> Result<String> {
+    let bytes = read_file(path, u64::from(VMLINUX_BYTES_MAX))?;
+    if bytes.starts_with(b"\x7fELF") {
+        check_elf(&bytes)?;
+        std::fs::write(out.join(KERNEL), &bytes).map_err(|e| Error::io("write the kernel", e))?;
+        return version_in(&bytes).ok_or_else(|| Error::new(Kind::Unsupported, "it does not say which version of Linux it is"));
+    }
+    let payload = kernel::payload(&bytes)?;
+    unpack(commands, &payload, out, cancel)?;
+    let unpacked = read_file(&out.join(KERNEL), u64::from(VMLINUX_BYTES_MAX))?;
+    check_elf(&unpacked)?;
+    kernel::version(&bytes)
+        .or_else(|| version_in(&unpacked))
+        .ok_or_else(|| Error::new(Kind::Unsupported, "it does not say which version of Linux it is"))
+}
+
+/// A regular file of no more than so much.
+fn read_file(path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
+    let shown = path.display();
+    let stat = std::fs::metadata(path).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => {
+            Error::new(Kind::PathNotFound, format!("there is no {shown}")).hint(format!("ls -l {shown}"))
+        }
+        _ => Error::io(format!("read {shown}"), e),
+    })?;
+    if !stat.is_file() || stat.len() > bytes_max {
+        return Err(Error::new(Kind::Unsupported, format!("{shown} is no file of at most {} MiB", bytes_max >> 20))
+            .hint(format!("ls -lL {shown}")));
+    }
+    let read = File::open(path).and_then(|file| read_bounded(file, bytes_max));
+    read.map_err(|e| Error::io(format!("read {shown}"), e))
+}
+
+fn check_elf(bytes: &[u8]) -> Result<()> {
+    let u16_at = |at: usize| bytes.get(at..at + 2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    let is_fine =
+        bytes.get(4..6) == Some(&[2, 1]) && u16_at(18) == Some(EM_X86_64) && u16_at(16).is_some_and(|t| ET.contains(&t));
+    if is_fine && bytes.len() > 64 {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Unsupported, "it is no kernel for x86-64 (vmlinux or bzImage)")
+        .hint("take /boot/vmlinuz-VERSION of a distribution"))
+}
+
+/// The word after the banner.
+fn version_in(bytes: &[u8]) -> Option<String> {
+    let mut rest = bytes;
+    loop {
+        let at = rest.iter().position(|b| *b == BANNER[0])?;
+        rest = &rest[at..];
+        if let Some(text) = rest.strip_prefix(BANNER) {
+            let version = kernel::word(text);
+            if version.as_ref().is_some_and(|v| v.starts_with(|c: char| c.is_ascii_digit())) {
+                return version;
+            }
+        }
+        rest = &rest[1..];
+    }
+}
+
+#[derive(Debug, Default, PartialEq)]
+struct Modules {
+    /// File name and content, unpacked.
+    files: Vec<(String, Vec<u8>)>,
+    /// `modules.dep`, as far as it is about them.
+    dependencies: String,
+}
+
+fn find_modules(commands: &dyn Commands, spec: &ImportSpec, version: &str, out: &Path, cancel: &Cancel) -> Result<Modules> {
+    let dir = spec.modules.clone().unwrap_or_else(|| Path::new(MODULES_DIR).join(version));
+    if !dir.is_dir() {
+        if let Some(given) = &spec.modules {
+            return Err(Error::new(Kind::PathNotFound, format!("there is no directory {}", given.display()))
+                .hint("give that of the kernel's modules.dep"));
+        }
+        return built_in(&out.join(KERNEL), &dir);
+    }
+    let list = |name: &str| read_file(&dir.join(name), LIST_BYTES_MAX).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    let (dep, builtin) = (list("modules.dep")?, list("modules.builtin")?);
+    let paths = needed(&dep, &builtin)?;
+    let mut modules = Modules::default();
+    for path in &paths {
+        let (name, bytes) = read_module(commands, &dir, path, out, cancel)?;
+        modules.files.push((name, bytes));
+    }
+    modules.files.sort();
+    // The names as they are unpacked.
+    modules.dependencies =
+        dep.lines().map(|line| line.split_whitespace().map(unpacked_name).collect::<Vec<_>>().join(" ") + "\n").collect();
+    Ok(modules)
+}
+
+/// Without a list of what is built in, its own words have to do: a driver's name is in the kernel that has it.
+fn built_in(vmlinux: &Path, modules: &Path) -> Result<Modules> {
+    let bytes = read_file(vmlinux, u64::from(VMLINUX_BYTES_MAX))?;
+    let has = |name: &str| has_word(&bytes, name.as_bytes());
+    if has("virtio_blk") && has("virtio_net") && has("ext4") && (has("virtio-mmio") || has("virtio-pci")) {
+        return Ok(Modules::default());
+    }
+    let text = format!("it has no virtio drivers built in, and there is no {}", modules.display());
+    Err(Error::new(Kind::Unsupported, text).hint("give the directory of its modules: --modules DIR"))
+}
+
+/// As a C string of its own.
+fn has_word(bytes: &[u8], word: &[u8]) -> bool {
+    let mut rest = bytes;
+    while let Some(at) = rest.iter().position(|b| *b == word[0]) {
+        rest = &rest[at..];
+        if rest.starts_with(word) && rest.get(word.len()) == Some(&0) {
+            return true;
+        }
+        rest = &rest[1..];
+    }
+    false
+}
+
+/// `kernel/drivers/x/virtio-blk.ko.xz` is `virtio_blk`.
+fn module_of(path: &str) -> String {
+    let file = path.rsplit('/').next().unwrap_or(path);
+    file.split(".ko").next().unwrap_or(file).replace('-', "_")
+}
+
+/// Without what it is packed with.
+fn unpacked_name(path: &str) -> String {
+    let (path, colon) = path.strip_suffix(':').map_or((path, ""), |path| (path, ":"));
+    let plain = [".xz", ".zst", ".gz"].iter().find_map(|suffix| path.strip_suffix(suffix)).unwrap_or(path);
+    format!("{plain}{colon}")
+}
+
+/// Paths of the modules that a guest needs, with what they need.
+fn needed(dep: &str, builtin: &str) -> Result<BTreeSet<String>> {
+    let built_in: BTreeSet<String> = builtin.lines().map(module_of).collect();
+    let mut paths = BTreeSet::new();
+    let mut missing = BTreeSet::new();
+    for (name, is_optional) in WANTED {
+        let line = dep.lines().filter_map(|line| line.split_once(':')).find(|(path, _)| module_of(path) == name);
+        match line {
+            Some((path, needs)) => paths.extend(std::iter::once(path).chain(needs.split_whitespace()).map(str::to_owned)),
+            None if built_in.contains(name) => {}
+            None => drop(missing.insert(name).then_some(is_optional)),
+        }
+    }
+    let needs: Vec<&str> =
+        WANTED.iter().filter(|(name, is_optional)| !is_optional && missing.contains(name)).map(|(name, _)| *name).collect();
+    if !needs.is_empty() || (missing.contains("virtio_pci") && missing.contains("virtio_mmio")) {
+        let what = if needs.is_empty() { "virtio_pci or virtio_mmio".to_owned() } else { needs.join(", ") };
+        return Err(Error::new(Kind::Unsupported, format!("the kernel has no {what}, neither built in nor as a module"))
+            .hint("take another kernel: the distribution's for clouds has them"));
+    }
+    Ok(paths)
+}
+
+/// Its file name and its bytes, unpacked. `path` is of the distribution's list, below `dir`.
+fn read_module(commands: &dyn Commands, dir: &Path, path: &str, out: &Path, cancel: &Cancel) -> Result<(String, Vec<u8>)> {
+    if Path::new(path).components().any(|part| !matches!(part, std::path::Component::Normal(_))) {
+        return Err(Error::new(Kind::Unsupported, format!("modules.dep names {path:?}, which is not below {}", dir.display())));
+    }
+    let bytes = read_file(&dir.join(path), PART_BYTES_MAX)?;
+    let name = unpacked_name(path.rsplit('/').next().unwrap_or(path));
+    let Some(compression) = Compression::of(&bytes).filter(|_| name.len() < path.rsplit('/').next().unwrap_or(path).len()) else {
+        return Ok((name, bytes));
+    };
+    let packed = out.join(format!("module.{}", compression.program().1));
+    let unpacked = out.join("module");
+    std::fs::write(&packed, &bytes).map_err(|e| Error::io("write a module", e))?;
+    super::build::unpack_file(commands, compression, &packed, &unpacked, cancel)?;
+    let bytes = read_file(&unpacked, PART_BYTES_MAX)?;
+    std::fs::remove_file(&unpacked).map_err(|e| Error::io("remove a module", e))?;
+    Ok((name, bytes))
+}
+
+/// A static one, which any image's initramfs has.
+fn busybox(images: &Images) -> Result<Vec<u8>> {
+    let none = || {
+        Error::new(Kind::ImageNotFound, "there is no image whose busybox the initramfs could have").hint("run fcctl image build")
+    };
+    let image = images.list()?.into_iter().next().ok_or_else(none)?;
+    let initrd = read_file(&image.initrd, PART_BYTES_MAX)?;
+    cpio::find(&initrd, "bin/busybox").map(<[u8]>::to_vec).ok_or_else(none)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEP: &str = "kernel/drivers/block/virtio_blk.ko.xz: kernel/drivers/virtio/virtio_ring.ko.xz kernel/drivers/virtio/virtio.ko.xz\n\
+                       kernel/drivers/net/virtio_net.ko.xz: kernel/net/core/failover.ko.xz kernel/drivers/virtio/virtio.ko.xz\n\
+                       kernel/drivers/virtio/virtio-pci.ko.xz: kernel/drivers/virtio/virtio.ko.xz\nkernel/x/other.ko.xz:\n";
+
+    #[test]
+    fn what_is_not_built_in_is_taken_with_what_it_needs() {
+        let paths = needed(DEP, "kernel/fs/ext4/ext4.ko\n").unwrap();
+        let names: Vec<String> = paths.iter().map(|p| module_of(p)).collect();
+        assert_eq!(names, ["virtio_blk", "virtio_net", "virtio_pci", "virtio", "virtio_ring", "failover"]);
+        let all = "kernel/a/virtio_mmio.ko\nkernel/a/virtio_blk.ko\nkernel/a/virtio_net.ko\nkernel/a/ext4.ko\n";
+        assert_eq!(needed("", all).unwrap().len(), 0);
+        for (builtin, what) in
+            [(all.replace("ext4", "xfs"), "ext4"), (all.replace("virtio_mmio", "x"), "virtio_pci or virtio_mmio")]
+        {
+            let e = needed("", &builtin).unwrap_err();
+            assert!(e.kind() == Kind::Unsupported && e.to_string().contains(what), "{e}");
+        }
+    }
+
+    #[test]
+    fn names_and_versions() {
+        assert_eq!(name_of("6.1.0-56-cloud-amd64").unwrap().as_str(), "linux-6-1-0-56-cloud-amd64");
+        assert_eq!(name_of(&"9".repeat(90)).unwrap().as_str().len(), NAME_LEN_MAX);
+        assert_eq!(module_of("kernel/drivers/virtio/virtio-mmio.ko.zst"), "virtio_mmio");
+        assert_eq!(unpacked_name("a/b.ko.zst:"), "a/b.ko:");
+        let text = b"\0Linux version %s\0LLinux version 6.1.9-x (gcc)\0";
+        assert_eq!(version_in(text).as_deref(), Some("6.1.9-x"));
+        assert_eq!(version_in(b"Linux version "), None);
+        assert!(has_word(b"xvirtio_blk\0", b"virtio_blk") && !has_word(b"virtio_blk_x\0", b"virtio_blk"));
+    }
+
+    #[test]
+    fn what_is_no_kernel_is_refused() {
+        let mut elf = vec![0; 128];
+        elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        elf[16] = 2;
+        elf[18] = 62;
+        check_elf(&elf).unwrap();
+        for (at, byte) in [(4, 1), (5, 2), (16, 1), (18, 183)] {
+            let mut bad = elf.clone();
+            bad[at] = byte;
+            assert_eq!(check_elf(&bad).unwrap_err().kind(), Kind::Unsupported, "{at}");
+        }
+        assert!(check_elf(&elf[..20]).is_err() && check_elf(b"\x7fELF").is_err());
+    }
+
+    #[test]
+    fn a_module_outside_of_its_directory_is_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        let never = Cancel::try_new().unwrap();
+        for path in ["../x.ko", "/etc/passwd", "a/../../x.ko"] {
+            let read = read_module(&crate::host::HostCommands, temp.path(), path, temp.path(), &never);
+            assert_eq!(read.unwrap_err().kind(), Kind::Unsupported, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_appears_whole_and_goes_whole() {
+        let state = tempfile::tempdir().unwrap();
+        let kernels = Kernels::open(state.path()).unwrap();
+        let name: KernelName = "mine".parse().unwrap();
+        let info = KernelInfo { name: name.clone(), version: "6.1".into(), modules: vec![], imported_at: 7, bytes: 0 };
+        let publish = || {
+            let staging = Staging::new(&kernels.dir, ".importing-").unwrap();
+            for file in [KERNEL, INITRD] {
+                std::fs::write(staging.path().join(file), "x").unwrap();
+            }
+            kernels.publish(&staging, &info)
+        };
+        assert_eq!(publish().unwrap().version, "6.1");
+        assert_eq!(publish().unwrap_err().kind(), Kind::NameTaken);
+        assert_eq!(kernels.list().unwrap().len(), 1);
+        std::fs::create_dir(kernels.dir.join(".importing-left")).unwrap();
+        let kernels = Kernels::open(state.path()).unwrap();
+        kernels.delete(&name).unwrap();
+        assert_eq!(kernels.delete(&name).unwrap_err().kind(), Kind::KernelNotFound);
+        assert_eq!(std::fs::read_dir(&kernels.dir).unwrap().count(), 0);
+    }
+}

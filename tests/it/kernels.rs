@@ -1,0 +1,67 @@
+//! Kernels over the socket: who may, and what is refused before anything is read. Imports that go well are end to end.
+
+use crate::world::*;
+use fcd::api::kernel::*;
+use fcd::api::vm::*;
+use fcd::daemon::Caller;
+use fcd::error::Kind;
+use std::path::PathBuf;
+
+fn request(path: PathBuf) -> KernelImportRequest {
+    KernelImportRequest { path, name: None, modules: None }
+}
+
+#[test]
+fn an_import_that_cannot_be_leaves_nothing() {
+    let world = World::new();
+    let empty = world.census();
+    let stranger = Caller { uid: 4_000_000, gid: 0, pid: 0 };
+    let denied = world.daemon().kernel_import(&stranger, request("/boot/vmlinuz".into())).unwrap_err();
+    assert!(denied.kind() == Kind::Denied && denied.hint_text().is_some(), "{denied}");
+    let import = |path: PathBuf| world.run::<KernelImport>(request(path)).map(drop).unwrap_err();
+    assert!(import("vmlinuz".into()).is(Kind::InvalidArgument));
+    assert!(import("/no/such/file".into()).is(Kind::PathNotFound));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    // Nothing, a directory, a pipe, no kernel, half a kernel.
+    assert!(import(file.path().to_owned()).is(Kind::Unsupported));
+    assert!(import(std::env::temp_dir()).is(Kind::Unsupported));
+    assert!(import("/dev/zero".into()).is(Kind::Unsupported));
+    for bytes in [&b"#!/bin/sh\n"[..], b"\x7fELF\x02\x01", b"\x7fELF\x01\x01"] {
+        std::fs::write(file.path(), bytes).unwrap();
+        assert!(import(file.path().to_owned()).is(Kind::Unsupported));
+    }
+    world.await_rest();
+    assert_eq!(world.census(), empty);
+    assert_eq!(world.call::<KernelList>(&fcd::api::Empty {}).unwrap().kernels, []);
+}
+
+#[test]
+fn a_kernel_that_a_vm_boots_stays() {
+    let world = World::new();
+    let name = || Some("mine".parse().unwrap());
+    let create =
+        || world.call::<VmCreate>(&VmCreateRequest { name: Some("web".parse().unwrap()), kernel: name(), ..Default::default() });
+    assert!(create().unwrap_err().is(Kind::KernelNotFound));
+    let dir = world.config.state_dir.join("kernels/mine");
+    std::fs::create_dir(&dir).unwrap();
+    for file in ["vmlinux", "initrd"] {
+        std::fs::write(dir.join(file), "x").unwrap();
+    }
+    let about = serde_json::json!({"name": "mine", "version": "6.1", "modules": [], "imported_at": 7});
+    std::fs::write(dir.join("kernel.json"), about.to_string()).unwrap();
+    let vm = create().unwrap().vm;
+    world.place(&vm.id);
+    world.start("web").unwrap();
+    let spec = world.vmm.last_spec(&vm.id).unwrap();
+    assert_eq!((spec.kernel, spec.initrd), (dir.join("vmlinux"), dir.join("initrd")));
+    let named = || KernelRequest { kernel: "mine".parse().unwrap() };
+    assert_eq!(world.call::<KernelShow>(&named()).unwrap().kernel.vms, 1);
+    assert!(world.call::<KernelDelete>(&named()).unwrap_err().is(Kind::Conflict));
+    let stranger = Caller { uid: 4_000_000, gid: 0, pid: 0 };
+    assert_eq!(world.daemon().kernel_delete(&stranger, &"mine".parse().unwrap()).unwrap_err().kind(), Kind::Denied);
+    // Somebody removed it: the VM that runs does, and does not start without it.
+    std::fs::remove_dir_all(&dir).unwrap();
+    assert!(world.run::<VmRestart>(stop("web")).unwrap_err().is(Kind::KernelNotFound));
+    world.delete("web").unwrap();
+    assert!(world.call::<KernelDelete>(&named()).unwrap_err().is(Kind::KernelNotFound));
+}

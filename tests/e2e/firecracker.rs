@@ -156,8 +156,9 @@ fn adjusts(host: &TestHost) {
     let begun = Instant::now();
     host.sh("fcctl exec a -- dd if=/dev/vda of=/dev/null bs=64k count=64 iflag=direct 2> /dev/null");
     assert!(begun.elapsed() > Duration::from_millis(2500), "{:?}", begun.elapsed());
-    let throttled = "fcctl vm metrics a | grep -A200 '\"block_root\"' | grep -m1 rate_limiter_throttled_events | tr -dc 0-9";
-    assert_ne!(host.sh(throttled).trim(), "0");
+    // Of this minute or an earlier one.
+    let throttled = r#"fcctl vm metrics a | grep -cE '"rate_limiter_throttled_events": [1-9]' || true"#;
+    assert_ne!(host.sh(throttled), "0\n");
     host.sh("fcctl vm set a --disk-bps none --disk-iops none --now");
     assert_eq!(io_max(), "");
     assert_eq!(host.sh("fcctl vm balloon a 768M > /dev/null; until fcctl vm balloon a | grep -q 'keeps 768 MiB of 1 GiB$'; do sleep 0.2; done; fcctl vm balloon a 1G > /dev/null

@@ -133,18 +133,29 @@ mod tests {
             };
             r.result(reply);
         });
-        check(&fake, &["kernel", "import", "/boot/vmlinuz", "--modules", "/m", "-n", "linux"], expect![[r#"
+        check(
+            &fake,
+            &["kernel", "import", "/boot/vmlinuz", "--modules", "/m", "-n", "linux"],
+            expect![[r#"
             > kernel.import {"modules":"/m","name":"linux","path":"/boot/vmlinuz"}
             linux
             status 0
-        "#]]);
-        check(&fake, &["kernel", "ls"], expect![[r#"
+        "#]],
+        );
+        check(
+            &fake,
+            &["kernel", "ls"],
+            expect![[r#"
             > kernel.list {}
             NAME   VERSION       ON HOST  IMPORTED  VMS
             linux  6.1\u{1b}[2J  32 MiB   1m ago    2
             status 0
-        "#]]);
-        check(&fake, &["kernel", "show", "linux"], expect![[r#"
+        "#]],
+        );
+        check(
+            &fake,
+            &["kernel", "show", "linux"],
+            expect![[r#"
             > kernel.show {"kernel":"linux"}
             name        linux
             version     6.1\u{1b}[2J
@@ -153,11 +164,16 @@ mod tests {
             on host     32 MiB
             vms         2
             status 0
-        "#]]);
-        check(&fake, &["kernel", "rm", "linux"], expect![[r#"
+        "#]],
+        );
+        check(
+            &fake,
+            &["kernel", "rm", "linux"],
+            expect![[r#"
             > kernel.delete {"kernel":"linux"}
             linux: deleted
             status 0
-        "#]]);
+        "#]],
+        );
     }
 }

@@ -68,7 +68,7 @@ impl Daemon {
             if let Err(again) = self.apply_rates(&before.id, before.generation) {
                 log::warn!("give vm {} the rates that it had: {again}", before.name);
             }
-            e.context(format!("set vm {} now", before.name))
+            refused(e, before, format!("set vm {} now", before.name))
         })
     }
 
@@ -163,7 +163,7 @@ impl Daemon {
                         r.balloon_mib = row.balloon_mib;
                     }
                 });
-                e.context(doing.clone())
+                refused(e, &row, doing.clone())
             })?;
         }
         let now = self.row(&row.id)?;
@@ -171,14 +171,22 @@ impl Daemon {
             Error::new(Kind::WrongState, format!("{doing}: it has ended meanwhile")).hint(format!("fcctl vm show {}", row.name))
         })?;
         let spec = self.spec(&now, &self.images.get(&now.image)?);
-        let kept_mib = self.vmm.balloon_mib(&spec, identity, &self.closing).map_err(|e| e.context(doing))?;
+        let kept_mib = self.vmm.balloon_mib(&spec, identity, &self.closing).map_err(|e| refused(e, &row, doing))?;
         Ok(VmBalloonReply { vm: self.view(&row.id)?, kept_mib })
     }
 }
 
+/// By the driver.
+fn refused(e: Error, row: &VmRow, doing: String) -> Error {
+    let e = if e.hint_text().is_some() { e } else { e.hint(format!("see what became of it: fcctl vm show {}", row.name)) };
+    e.context(doing)
+}
+
 pub(super) fn no_rate_in_user_mode() -> Error {
-    Error::new(Kind::Unsupported, "limit the network: user-mode networking has no rates")
-        .hint("as root, set driver = \"bridge\" under [network]; a VM has it from its next start on")
+    Error::new(Kind::Unsupported, "limit the network: user-mode networking has no rates").hint(
+        "as root, set driver = \"bridge\" under [network], and a VM has it from its next start on; or take the rates off: \
+             fcctl vm set --net-rx-bps none --net-tx-bps none",
+    )
 }
 
 /// What this change changed, unless somebody has changed it since.

@@ -23,9 +23,9 @@ const OPEN: &str = "open";
 /// The sets of taps, in the family `bridge`, of guests that may receive, or send, so many bytes in a second: each element has its limit.
 const RECEIVING: &str = "receiving";
 const SENDING: &str = "sending";
-/// What passes at once after a while of silence: a tenth of a second, but some of the largest frames (64 KiB, with offloading) in any case.
-const BURST_BYTES_MIN: u64 = 256 << 10;
-const BURSTS_PER_S: u64 = 10;
+/// What passes at once after a while of silence, beside a second's worth (the kernel's net/netfilter/nft_limit.c): some of the largest
+/// frames, which have 64 KiB where a card's work is left to it.
+const BURST_BYTES: u64 = 256 << 10;
 /// The set of addresses that may go out in the family `inet`.
 const NAT: &str = "nat";
 /// The maps of (address, protocol, port) of the host to (address, port) of a guest, and the same for every address of the host's. An
@@ -219,9 +219,8 @@ impl Rules {
     pub fn rates(&self, tap: &str, guest: &Guest) -> String {
         let of = |set: &str, rate: Option<u64>| {
             let limit = rate.map(|rate| {
-                let burst = (rate / BURSTS_PER_S).max(BURST_BYTES_MIN);
                 format!(
-                    "add element bridge {} {set} {{ \"{tap}\" limit rate over {rate} bytes/second burst {burst} bytes }}\n",
+                    "add element bridge {} {set} {{ \"{tap}\" limit rate over {rate} bytes/second burst {BURST_BYTES} bytes }}\n",
                     self.table
                 )
             });
@@ -481,7 +480,7 @@ mod tests {
             add element bridge fcd_1a2b3c4d receiving { "fc1a2b3c4d-7" limit rate over 65536 bytes/second burst 262144 bytes }
             add element bridge fcd_1a2b3c4d sending { "fc1a2b3c4d-7" }
             delete element bridge fcd_1a2b3c4d sending { "fc1a2b3c4d-7" }
-            add element bridge fcd_1a2b3c4d sending { "fc1a2b3c4d-7" limit rate over 52428800 bytes/second burst 5242880 bytes }
+            add element bridge fcd_1a2b3c4d sending { "fc1a2b3c4d-7" limit rate over 52428800 bytes/second burst 262144 bytes }
         "#]]
         .assert_eq(&rules(false).rates("fc1a2b3c4d-7", &limited));
     }

@@ -9,6 +9,7 @@ use std::io::Write;
 use std::net::TcpListener;
 use std::os::fd::AsRawFd;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 const OUTSIDE: &str = "192.0.2.1";
 /// The host's address towards the outside.
@@ -133,6 +134,37 @@ fn guests_reach_what_they_may_and_nothing_else() {
     assert!(stats("net_sent_bytes") > sent && stats("cpu_ns") > cpu);
     let shown = host.ok(&["vm", "stats"]);
     assert!(shown.lines().count() == 4 && shown.contains('%'), "{shown}");
+
+    // What it may send and receive: more is dropped, whoever runs the daemon meanwhile. Of five MiB 1.25 pass at once; the others take
+    // no less, however slow the host is.
+    let rates = || {
+        sh(
+            "nft list table bridge fcd_$(nft list tables | sed -n 's/^table bridge fcd_//p') | grep -c 'limit rate over 1 mbytes/second burst' || true",
+        )
+    };
+    let feed = |host: &Host| {
+        let begun = Instant::now();
+        let out = host.feed(&["exec", "b", "-i", "--", "sh", "-c", "cat > /dev/null"], &vec![7; 5 << 20]);
+        assert!(out.status.success(), "{out:?}");
+        begun.elapsed()
+    };
+    assert_eq!(rates(), "0\n");
+    let said = host.ok(&["vm", "set", "b", "--net-rx-bps", "1M", "--net-tx-bps", "1M", "--now"]);
+    assert_eq!(said, "b: receives 1 MiB/s, sends 1 MiB/s, applied now\n");
+    assert_eq!(rates(), "2\n");
+    let took = feed(&host);
+    assert!(took > Duration::from_millis(3500), "{took:?}");
+    host.kill_daemon();
+    sh("nft flush ruleset");
+    host.relaunch();
+    wait_for("the rates are set again", || (rates() == "2\n").then_some(()));
+    wait_for("b is looked at", || {
+        host.fcctl(&["vm", "set", "b", "--net-rx-bps", "none", "--now"]).status.success().then_some(())
+    });
+    assert_eq!(rates(), "1\n");
+    host.ok(&["vm", "set", "b", "--net-tx-bps", "none", "--now"]);
+    assert_eq!(rates(), "0\n");
+    feed(&host);
 
     // Names.
     let resolved = |vm: &str, name: &str| host.sh(vm, &format!("getent ahostsv4 {name} | cut -d' ' -f1 | head -n 1"));

@@ -566,21 +566,33 @@ fn kernels() {
             {"kernel":{"name":"linux","version":"6.1","modules":["virtio_blk.ko"],"imported_at":1,"bytes":2,"vms":3}}
         "#]],
     );
-    call::<KernelList>(Empty {}, KernelListReply { kernels: vec![kernel.clone()] }, expect![[r#"
+    call::<KernelList>(
+        Empty {},
+        KernelListReply { kernels: vec![kernel.clone()] },
+        expect![[r#"
         kernel.list
         {}
         {"kernels":[{"name":"linux","version":"6.1","modules":["virtio_blk.ko"],"imported_at":1,"bytes":2,"vms":3}]}
-    "#]]);
-    call::<KernelShow>(named.clone(), KernelReply { kernel }, expect![[r#"
+    "#]],
+    );
+    call::<KernelShow>(
+        named.clone(),
+        KernelReply { kernel },
+        expect![[r#"
         kernel.show
         {"kernel":"linux"}
         {"kernel":{"name":"linux","version":"6.1","modules":["virtio_blk.ko"],"imported_at":1,"bytes":2,"vms":3}}
-    "#]]);
-    call::<KernelDelete>(named, KernelDeleteReply { deleted: "linux".parse().unwrap() }, expect![[r#"
+    "#]],
+    );
+    call::<KernelDelete>(
+        named,
+        KernelDeleteReply { deleted: "linux".parse().unwrap() },
+        expect![[r#"
         kernel.delete
         {"kernel":"linux"}
         {"deleted":"linux"}
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]

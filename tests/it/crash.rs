@@ -24,6 +24,9 @@ enum Verb {
     Restart,
     Delete,
     Set,
+    /// `set --now`
+    Adjust,
+    Balloon,
     Prepare,
     Snapshot,
     /// In the same VM.
@@ -33,8 +36,10 @@ enum Verb {
     Fork,
     Forget,
 }
-use Verb::{Create, Delete, Forget, Fork, Kill, Prepare, Restart, Restore, RestoreAs, Set, Snapshot, Start, Stop};
-const VERBS: [Verb; 7] = [Start, Stop, Kill, Restart, Delete, Set, Prepare];
+use Verb::{
+    Adjust, Balloon, Create, Delete, Forget, Fork, Kill, Prepare, Restart, Restore, RestoreAs, Set, Snapshot, Start, Stop,
+};
+const VERBS: [Verb; 9] = [Start, Stop, Kill, Restart, Delete, Set, Adjust, Balloon, Prepare];
 
 /// What can be done with snapshots, after what makes it possible.
 const SNAPSHOT_SEQUENCES: [&[Verb]; 9] = [
@@ -53,6 +58,7 @@ const SNAPSHOT_SEQUENCES: [&[Verb]; 9] = [
 enum Call {
     Vm(Running<VmReply>),
     Delete(Running<VmDeleteReply>),
+    Balloon(Running<VmBalloonReply>),
     Prepare(Running<fcd::api::workspace::PrepareReply>),
     Snapshot(Running<SnapshotReply>),
     Forget(Running<SnapshotDeleteReply>),
@@ -69,6 +75,12 @@ fn begin(world: &World, verb: Verb) -> Call {
         Restart => Call::Vm(world.begin::<VmRestart>(stop("web"), vec![])),
         Delete => Call::Delete(world.begin::<VmDelete>(delete("web"), vec![])),
         Set => Call::Vm(world.begin::<VmSet>(set, vec![])),
+        Adjust => {
+            let (vm, disk_bytes_per_s) = ("web".into(), Some(1 << 20));
+            let adjust = VmSetRequest { vm, disk_bytes_per_s, now: true, ..Default::default() };
+            Call::Vm(world.begin::<VmSet>(adjust, vec![]))
+        }
+        Balloon => Call::Balloon(world.begin::<VmBalloon>(VmBalloonRequest { vm: "web".into(), keep_mib: Some(512) }, vec![])),
         Prepare => {
             let (read, write) = pipe();
             // All of it fits the pipe.
@@ -96,6 +108,7 @@ fn end(world: &World, call: Call) -> Option<Result<(), Failure>> {
     let is_dead = || world.points.is_dead();
     match call {
         Call::Vm(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
+        Call::Balloon(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
         Call::Delete(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
         Call::Prepare(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
         Call::Snapshot(mut call) => call.finish_unless(is_dead).map(|r| r.map(drop)),
@@ -143,6 +156,11 @@ fn agrees(world: &World, at: &str) {
         }
         (running, s.vms().map(|r| r.id.to_string()).collect::<BTreeSet<_>>(), of("process"), of("directory"))
     });
+    let rows = world.daemon().store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>());
+    for row in rows.iter().filter(|row| row.state == VmState::Running) {
+        let wanted = (row.rates, row.balloon_mib.unwrap_or(row.mem_mib));
+        assert_eq!(world.vmm.adjusted(&row.id), Some(wanted), "{at}: what the guest may, what the row says");
+    }
     assert_eq!(live, running, "{at}: VMMs that live, rows that run");
     assert_eq!(processes, running, "{at}: processes in the ledger, rows that run");
     if std::env::var_os(REAL_DISKS).is_some() {
@@ -237,7 +255,9 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
         let reason = row_of(world, "web").and_then(|r| r.reason);
         assert!(may_be(*last, before).contains(&after), "{at}: was {before:?}, is {after:?} ({reason:?})");
         agrees(world, &at);
-        if before == Some(VmState::Running) && matches!(last, Set | Prepare | Start | Snapshot | Fork | RestoreAs) {
+        if before == Some(VmState::Running)
+            && matches!(last, Set | Adjust | Balloon | Prepare | Start | Snapshot | Fork | RestoreAs)
+        {
             let lives = |tag: &String| world.vmm.live().contains(tag);
             assert!(vmms.iter().all(lives), "{at}: I3");
         }

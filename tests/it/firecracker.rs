@@ -285,7 +285,7 @@ fn devices_are_limited_from_the_start_and_while_the_guest_runs() {
     let spec = |rates| VmmSpec { rates: RateLimits::of(rates), ..bench.spec() };
     let some = spec([Some(2 << 20), Some(100), Some(3 << 20), None]);
     let running = bench.driver.start(&some, &never, &mut |_| {}).unwrap();
-    bench.driver.set_rates(&spec([None, Some(200), None, Some(4 << 20)]), &running.identity, &never).unwrap();
+    bench.driver.set_rates(&spec([None, Some(200), None, Some(1 << 20)]), &running.identity, &never).unwrap();
     bench.driver.set_rates(&spec([None; 4]), &running.identity, &never).unwrap();
     let limits: Vec<_> = bench.requests().lines().filter(|l| l.contains("rate_limiter")).map(str::to_owned).collect();
     expect![[r#"
@@ -294,7 +294,7 @@ fn devices_are_limited_from_the_start_and_while_the_guest_runs() {
         PUT /network-interfaces/eth0 {"iface_id":"eth0","host_dev_name":"fc0011aabb-1","guest_mac":"02:fc:0a:59:00:05","rx_rate_limiter":{"bandwidth":{"size":3145728,"refill_time":1000}}}
         PATCH /drives/root {"drive_id":"root","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":200,"refill_time":1000}}}
         PATCH /drives/work {"drive_id":"work","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":200,"refill_time":1000}}}
-        PATCH /network-interfaces/eth0 {"iface_id":"eth0","rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}},"tx_rate_limiter":{"bandwidth":{"size":4194304,"refill_time":1000}}}
+        PATCH /network-interfaces/eth0 {"iface_id":"eth0","rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}},"tx_rate_limiter":{"bandwidth":{"size":2097152,"refill_time":2000}}}
         PATCH /drives/root {"drive_id":"root","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":0,"refill_time":0}}}
         PATCH /drives/work {"drive_id":"work","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":0,"refill_time":0}}}
         PATCH /network-interfaces/eth0 {"iface_id":"eth0","rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}},"tx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}}}"#]].assert_eq(&limits.join("\n"));

@@ -173,9 +173,11 @@ impl Driver for PointDriver {
         self.0.limits_network(running)
     }
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()> {
+        self.1.pass("limit the guest's devices")?;
         self.0.set_rates(spec, identity, cancel)
     }
     fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()> {
+        self.1.pass("set the balloon")?;
         self.0.set_balloon(spec, identity, keep_mib, cancel)
     }
     fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {

@@ -181,3 +181,18 @@ fn version_1() {
     let store = Store::open(dir.path()).unwrap();
     assert_eq!(store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()), [row(1)]);
 }
+
+#[test]
+fn version_4() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 1).unwrap().detach();
+    store.close();
+    // Its rows knew of no rates and of no balloon, also where settings wait.
+    let back = "UPDATE vms SET body = json_set(json_remove(body, '$.rates', '$.has_balloon', '$.balloon_mib'), \
+                '$.pending', json('{\"vcpus\":2,\"mem_mib\":null,\"disk_bytes\":null}')); PRAGMA user_version = 4";
+    sql(&dir.path().join(schema::FILE_NAME), back);
+    let store = Store::open(dir.path()).unwrap();
+    let pending = Some(crate::api::vm::Pending { vcpus: Some(2), ..Default::default() });
+    assert_eq!(store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>()), [VmRow { pending, ..row(1) }]);
+}

@@ -71,25 +71,35 @@ pub struct TokenBucket {
     pub refill_time: u64,
 }
 
+/// Of a bucket for bytes: no smaller than the largest request (Linux' `max_sectors_kb` is 1280 by default), for each that does not fit
+/// is a line in the VMM's log.
+pub const BUCKET_BYTES_MIN: u64 = 2 << 20;
+
 impl TokenBucket {
     const NONE: Self = Self { size: 0, refill_time: 0 };
 
-    fn per_s(rate: u64) -> Self {
-        Self { size: rate, refill_time: 1000 }
+    fn ops(per_s: u64) -> Self {
+        Self { size: per_s, refill_time: 1000 }
+    }
+
+    fn bytes(per_s: u64) -> Self {
+        let size = per_s.max(BUCKET_BYTES_MIN);
+        let ms = u128::from(size) * 1000 / u128::from(per_s.max(1));
+        Self { size, refill_time: u64::try_from(ms).unwrap_or(u64::MAX) }
     }
 }
 
 impl RateLimiter {
     /// For a device that is added.
     pub fn new(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Option<Self> {
-        let limiter = Self { bandwidth: bytes_per_s.map(TokenBucket::per_s), ops: ops_per_s.map(TokenBucket::per_s) };
+        let limiter = Self { bandwidth: bytes_per_s.map(TokenBucket::bytes), ops: ops_per_s.map(TokenBucket::ops) };
         Some(limiter).filter(|l| *l != Self::default())
     }
 
     /// For one that is there, whatever it had.
     fn instead(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Self {
-        let of = |rate: Option<u64>| Some(rate.map_or(TokenBucket::NONE, TokenBucket::per_s));
-        Self { bandwidth: of(bytes_per_s), ops: of(ops_per_s) }
+        let bandwidth = bytes_per_s.map_or(TokenBucket::NONE, TokenBucket::bytes);
+        Self { bandwidth: Some(bandwidth), ops: Some(ops_per_s.map_or(TokenBucket::NONE, TokenBucket::ops)) }
     }
 }
 

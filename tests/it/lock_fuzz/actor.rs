@@ -102,7 +102,8 @@ impl<'a> Actor<'a> {
             72..76 => self.export(&vm),
             76..82 => self.exec(&vm),
             82..86 => self.cancel_something(),
-            86..90 => self.look(&vm),
+            86..88 => self.look(&vm),
+            88..90 => self.adjust(&vm),
             90..93 => self.images(),
             93..96 => self.start_and_hang_up(&vm),
             _ => self.fate(&vm),
@@ -231,6 +232,20 @@ impl<'a> Actor<'a> {
         assert!(self.client.call::<VmList>(&VmListRequest { all: true }).unwrap().vms.len() as u64 <= VMS);
         if let Err(e) = self.client.call::<VmShow>(&request(vm)) {
             assert!(e.is(Kind::VmNotFound), "{e:?}");
+        }
+    }
+
+    /// Changes a guest that runs, or is refused.
+    fn adjust(&mut self, vm: &str) {
+        let (vm, some) = (vm.to_owned(), 128 + self.random.below(128));
+        let done = if self.random.one_in(2) {
+            let request = VmSetRequest { vm, disk_ops_per_s: Some(some), now: true, ..Default::default() };
+            self.client.call::<VmSet>(&request).map(drop)
+        } else {
+            self.client.call::<VmBalloon>(&VmBalloonRequest { vm, keep_mib: Some(some) }).map(drop)
+        };
+        if let Err(e) = done {
+            assert!(!e.is(Kind::Internal) && e.fault.hint.as_deref() != Some(""), "{e:?}");
         }
     }
 

@@ -188,9 +188,9 @@ fn version_4() {
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().detach();
     store.close();
-    // Its rows knew of no rates and of no balloon, also where settings wait.
-    let back = "UPDATE vms SET body = json_set(json_remove(body, '$.rates', '$.has_balloon', '$.balloon_mib'), \
-                '$.pending', json('{\"vcpus\":2,\"mem_mib\":null,\"disk_bytes\":null}')); PRAGMA user_version = 4";
+    // Its rows knew of no rates, no balloon and no kernel, also where settings wait.
+    let back = "UPDATE vms SET body = json_set(json_remove(body, '$.rates', '$.has_balloon', '$.balloon_mib', '$.kernel'), \
+                '$.pending', json('{\"vcpus\":2,\"mem_mib\":null,\"disk_bytes\":null}')); DROP TABLE snapshots; PRAGMA user_version = 4";
     sql(&dir.path().join(schema::FILE_NAME), back);
     let store = Store::open(dir.path()).unwrap();
     let pending = Some(crate::api::vm::Pending { vcpus: Some(2), ..Default::default() });

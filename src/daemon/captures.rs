@@ -7,7 +7,7 @@ use crate::ids::{SnapshotId, VmId};
 use crate::locks::{Mutex, Rank};
 use crate::store::{SnapshotRow, VmRow};
 use crate::vmm::Saved;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,7 +15,51 @@ pub(super) const SNAPSHOTS_DIR: &str = "snapshots";
 
 /// The snapshots that this daemon makes now, and of which VM each is.
 #[derive(Clone)]
-pub(super) struct Captures(Arc<Mutex<HashMap<SnapshotId, VmId>>>);
+pub(super) struct Captures(Arc<Mutex<Known>>);
+
+#[derive(Default)]
+struct Known {
+    making: HashMap<SnapshotId, VmId>,
+    /// How many starts go on from each.
+    used: HashMap<SnapshotId, usize>,
+    /// That are being deleted.
+    going: HashSet<SnapshotId>,
+}
+
+/// A snapshot that is not deleted for as long as this lives.
+#[derive(Debug)]
+pub(super) struct InUse {
+    captures: Captures,
+    id: SnapshotId,
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let used = &mut self.captures.0.lock().used;
+        match used.get_mut(&self.id) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(used.remove(&self.id)),
+        }
+    }
+}
+
+/// One that is being deleted: nobody begins to use it.
+pub(super) struct Going {
+    captures: Captures,
+    id: SnapshotId,
+}
+
+impl Drop for Going {
+    fn drop(&mut self) {
+        self.captures.0.lock().going.remove(&self.id);
+    }
+}
+
+impl std::fmt::Debug for Captures {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Captures")
+    }
+}
 
 /// One of them, for as long as this lives.
 pub(super) struct Capturing {
@@ -25,20 +69,20 @@ pub(super) struct Capturing {
 
 impl Drop for Capturing {
     fn drop(&mut self) {
-        self.captures.0.lock().remove(&self.id);
+        self.captures.0.lock().making.remove(&self.id);
     }
 }
 
 impl Captures {
     pub fn new() -> Self {
-        Self(Arc::new(Mutex::new(Rank::Runtimes, HashMap::new())))
+        Self(Arc::new(Mutex::new(Rank::Runtimes, Known::default())))
     }
 
     /// # Errors
     /// `busy` while another of this VM is made: its guest is stopped and let go as a whole.
     pub fn begin(&self, row: &VmRow) -> Result<Capturing> {
         let id = SnapshotId::random();
-        let mut captures = self.0.lock();
+        let captures = &mut self.0.lock().making;
         if captures.values().any(|vm| *vm == row.id) {
             return Err(Error::new(Kind::Busy, format!("vm {} is being saved already", row.name)).hint("fcctl op list"));
         }
@@ -47,7 +91,26 @@ impl Captures {
     }
 
     pub fn contains(&self, id: &SnapshotId) -> bool {
-        self.0.lock().contains_key(id)
+        self.0.lock().making.contains_key(id)
+    }
+
+    /// None when it is being deleted.
+    pub fn use_of(&self, id: &SnapshotId) -> Option<InUse> {
+        let known = &mut self.0.lock();
+        if known.going.contains(id) {
+            return None;
+        }
+        *known.used.entry(id.clone()).or_default() += 1;
+        Some(InUse { captures: self.clone(), id: id.clone() })
+    }
+
+    /// None while a start goes on from it, or when somebody deletes it already.
+    pub fn forget(&self, id: &SnapshotId) -> Option<Going> {
+        let known = &mut self.0.lock();
+        if known.used.contains_key(id) || !known.going.insert(id.clone()) {
+            return None;
+        }
+        Some(Going { captures: self.clone(), id: id.clone() })
     }
 }
 
@@ -55,6 +118,8 @@ impl Captures {
 #[derive(Clone, Debug)]
 pub(super) struct Files {
     pub dir: PathBuf,
+    /// For root alone.
+    pub private: PathBuf,
     pub memory: PathBuf,
     pub devices: PathBuf,
     pub kernel: PathBuf,
@@ -67,8 +132,9 @@ impl Files {
     fn at(dir: PathBuf) -> Self {
         let path = |name: &str| dir.join(name);
         Self {
-            memory: path("memory"),
-            devices: path("devices"),
+            private: path("private"),
+            memory: path("private/memory"),
+            devices: path("private/devices"),
             kernel: path("vmlinux"),
             initrd: path("initrd"),
             disk: path(DISK_FILE),
@@ -85,6 +151,8 @@ pub(super) struct Restore {
     pub files: Files,
     /// In another VM than it was saved of.
     pub elsewhere: bool,
+    /// Of one that could be deleted meanwhile.
+    pub _in_use: Option<Arc<InUse>>,
 }
 
 impl Restore {
@@ -119,4 +187,13 @@ pub(super) fn allocated_bytes(dir: &Path) -> u64 {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     // What others have a name for, too, is not this directory's.
     entries.filter_map(|e| e.metadata().ok()).filter(|m| m.nlink() == 1).map(|m| m.blocks() * 512).sum()
+}
+
+/// What a VM's own disks take, however many names they have.
+pub(super) fn disk_bytes(dir: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    // What they stand on is not copied.
+    let own = entries.filter(|e| e.file_name() != "origin").filter_map(|e| e.metadata().ok());
+    own.filter(std::fs::Metadata::is_file).map(|m| m.blocks() * 512).sum()
 }

@@ -7,6 +7,7 @@ use crate::api::vm::{Vm, VmState};
 use crate::disk::Method;
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
+use crate::locks::Cancel;
 use crate::store::VmRow;
 
 impl Daemon {
@@ -57,14 +58,23 @@ impl Daemon {
 
     /// Tells the driver what the row says, and looks whether that is still what it says. A guest for which the host has no room stands
     /// still whatever its owner wants.
+    ///
+    /// Nothing is done while it is held: who holds it does this when it lets go.
     pub(super) fn apply_pause(&self, vm: &VmId, generation: u64) -> Result<()> {
+        if self.runtimes.is_held(vm) {
+            return Ok(());
+        }
+        self.apply_pause_by(vm, generation, &self.closing)
+    }
+
+    pub(super) fn apply_pause_by(&self, vm: &VmId, generation: u64, cancel: &Cancel) -> Result<()> {
         let mut told = None;
         loop {
             let row = self.row(vm)?;
             let (true, Some(identity)) = (row.generation == generation && row.state == VmState::Running, &row.identity) else {
                 // A stop has begun meanwhile: the guest must run, so that it can shut down.
                 if told == Some(true) && row.generation == generation {
-                    row.identity.as_ref().map_or(Ok(()), |i| self.vmm.set_paused(&self.vm_dir(vm), i, false, &self.closing))?;
+                    row.identity.as_ref().map_or(Ok(()), |i| self.vmm.set_paused(&self.vm_dir(vm), i, false, cancel))?;
                 }
                 return Ok(());
             };
@@ -72,7 +82,7 @@ impl Daemon {
             if told == Some(wanted) {
                 return Ok(());
             }
-            self.vmm.set_paused(&self.vm_dir(vm), identity, wanted, &self.closing)?;
+            self.vmm.set_paused(&self.vm_dir(vm), identity, wanted, cancel)?;
             told = Some(wanted);
         }
     }

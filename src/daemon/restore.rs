@@ -19,6 +19,7 @@ use crate::ops::OpHandle;
 use crate::store::{SnapshotRow, VmRow, WorkspaceRow};
 use crate::vmm::Running;
 use crate::workspace::remote;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -57,7 +58,8 @@ impl Daemon {
             let (row, user) = daemon.join_guest(&found, Use::Transfer, op.cancel())?;
             let captured = daemon.capture(&row, op).map_err(|e| e.context(format!("save vm {}", row.name)))?;
             drop(user);
-            let restore = Restore { row: Arc::new(captured.row.clone()), files: captured.files.clone(), elsewhere: true };
+            let restore =
+                Restore { row: Arc::new(captured.row.clone()), files: captured.files.clone(), elsewhere: true, _in_use: None };
             let done = daemon.go_on(op, vm, &restore);
             daemon.discard(captured);
             done
@@ -169,7 +171,14 @@ impl Daemon {
                 format!("restore snapshot {}: its guest was on the {then}-mode network, and VMs are on {now} now", row.name);
             return Err(Error::new(Kind::Unsupported, text).hint(format!("set driver = \"{then}\" under [network]")));
         }
-        Ok(Restore { files: self.snapshot_files(&row.id), row: Arc::new(row), elsewhere })
+        let gone =
+            || Error::new(Kind::SnapshotNotFound, format!("snapshot {} is being deleted", row.name)).hint("fcctl snapshot list");
+        let in_use = self.captures.use_of(&row.id).map(Arc::new).ok_or_else(gone)?;
+        // It may have gone before it was marked.
+        if self.store.read(|s| s.snapshot(&row.id).is_none()) {
+            return Err(gone());
+        }
+        Ok(Restore { files: self.snapshot_files(&row.id), row: Arc::new(row), elsewhere, _in_use: Some(in_use) })
     }
 
     fn vm_of(&self, caller: &Caller, snapshot: &SnapshotRow) -> Result<VmId> {
@@ -188,10 +197,19 @@ impl Daemon {
         Ok(row.id)
     }
 
-    /// The VM's disks become those of the snapshot, both or none but for a crash between two renames.
+    /// The VM's disks become those of the snapshot, one after the other: a start that fails later leaves them so.
     pub(super) fn take_disks(&self, boot: &mut Boot<'_>) -> Result<()> {
         let Some(restore) = &boot.claim.restore else { return Ok(()) };
         let (from, saved) = (&restore.files, &restore.row);
+        // All that can be seen before the VM's own disks are gone.
+        self.vmm.warm_up(&from.kernel, &boot.claim.cancel);
+        self.vmm.can_load(&saved.driver, restore.elsewhere)?;
+        for path in [&from.memory, &from.kernel, &from.initrd] {
+            let len = std::fs::metadata(path).map_err(|e| damaged(saved, path, &e.to_string()))?.len();
+            if len == 0 {
+                return Err(damaged(saved, path, "it is empty"));
+            }
+        }
         let method = Method::from_name(&saved.disk_driver).ok_or_else(|| {
             Error::new(Kind::Unsupported, format!("snapshot {}: no disk is made by {}", saved.name, saved.disk_driver))
         })?;
@@ -248,11 +266,16 @@ impl Daemon {
             "until read -r seen </run/fcd/rejoined && [ \"$seen\" = {} ]; do /usr/lib/fcd/busybox usleep 50000; done 2>/dev/null",
             wake.token
         );
+        // Its seed was written before its memory was read, which takes its time.
         let script = Script { command: &command, stdin: &[], deadline, output_bytes_max: ANSWER_BYTES_MAX };
         let (exit, _, complaint) = run_script(self.transport.as_ref(), &target, &script, &claim.cancel)
             .map_err(|e| e.context("wait for the guest to find its way"))?;
         match exit {
-            Exit::Status(0) => Ok(()),
+            Exit::Status(0) => {
+                let command = set_clock_command();
+                let script = Script { command: &command, ..script };
+                run_script(self.transport.as_ref(), &target, &script, &claim.cancel).map(drop)
+            }
             exit => Err(remote::failure("wait for the guest to find its way", &exit, &complaint)),
         }
     }
@@ -293,6 +316,16 @@ fn request(
         rm: true,
         ..Default::default()
     }
+}
+
+fn damaged(snapshot: &SnapshotRow, path: &Path, why: &str) -> Error {
+    Error::new(Kind::Host, format!("snapshot {} is damaged: {}: {why}", snapshot.name, path.display()))
+        .hint(format!("nothing was changed; delete it: fcctl snapshot delete {}", snapshot.name))
+}
+
+/// To the time at which this is asked for.
+pub(super) fn set_clock_command() -> String {
+    format!("/usr/lib/fcd/busybox date -s @{} >/dev/null", now_s())
 }
 
 fn ask(method: &'static str, restore: &Restore) -> Ask {

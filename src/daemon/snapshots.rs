@@ -4,7 +4,7 @@
 //! Before that the guest is given a script that waits for another seed drive: it is in the memory that is saved, and finds one when it goes on.
 
 use super::access::PREFIX_LEN_MIN;
-use super::captures::{Capturing, Files, allocated_bytes};
+use super::captures::{Capturing, Files, allocated_bytes, disk_bytes};
 use super::runtime::Use;
 use super::{Begun, Caller, Daemon, now_s, resources, to_value};
 use crate::api::exec::Exit;
@@ -12,11 +12,13 @@ use crate::api::snapshot::{
     Snapshot, SnapshotCreateRequest, SnapshotDeleteReply, SnapshotListReply, SnapshotListRequest, SnapshotReply,
 };
 use crate::api::vm::VmState;
+use crate::disk::seed::UNIT_BYTES;
 use crate::disk::{Method, duplicate, snapshot as device};
 use crate::error::{Error, Kind, Result};
 use crate::guest::{REJOIN, Script, run_script};
-use crate::host::fs::create_dir;
+use crate::host::fs::{create_dir, create_private_dir};
 use crate::ids::{NAME_LEN_MAX, SnapshotId, SnapshotName, VmId, VmName};
+use crate::locks::Cancel;
 use crate::ops::OpHandle;
 use crate::store::{SnapshotRow, State, VmRow, WorkspaceRow};
 use crate::vmm::SaveTo;
@@ -120,7 +122,11 @@ impl Daemon {
 
     /// A guest that goes on from it does not need it any more.
     pub fn snapshot_delete(&self, caller: &Caller, snapshot: &str) -> Result<SnapshotDeleteReply> {
-        let id = self.find_snapshot(caller, snapshot)?.id;
+        let SnapshotRow { id, name, .. } = self.find_snapshot(caller, snapshot)?;
+        let _going = self.captures.forget(&id).ok_or_else(|| {
+            Error::new(Kind::Busy, format!("delete snapshot {name}: a VM is being started from it"))
+                .hint("wait until it runs: fcctl op list")
+        })?;
         let (ledger, ticket) = self.change(true, |tx| {
             tx.remove_snapshot(&id);
             Ok(tx.intend(None, 0, resources::snapshot::KIND, id.as_str()))
@@ -172,6 +178,8 @@ impl Daemon {
         self.effects.before("make the snapshot's directory")?;
         // VMMs of other uids reach what they are given of it.
         drop(create_dir(&files.dir, 0o711)?);
+        // But not what was in a guest's memory: that they are given by a link or a descriptor.
+        drop(create_private_dir(&files.private)?);
         let image = self.images.get(&row.image)?;
         let spec = self.spec(row, &image);
         link(&spec.kernel, &files.kernel)?;
@@ -180,6 +188,10 @@ impl Daemon {
             let file = new_file(path)?;
             let owned = spec.credentials.map_or(Ok(()), |(uid, gid)| std::os::unix::fs::fchown(&file, Some(uid), Some(gid)));
             owned.map_err(|e| Error::io(format!("give away {}", path.display()), e))?;
+        }
+        if std::fs::metadata(&spec.seed).is_ok_and(|seed| seed.len() < UNIT_BYTES as u64) {
+            let text = format!("vm {} was started by an earlier fcd, whose seed drive is too short to be another one", row.name);
+            return Err(Error::new(Kind::Unsupported, text).hint(format!("start it again: fcctl vm restart {}", row.name)));
         }
         let method = self.disk_method(row).ok_or_else(|| Error::internal(format!("vm {} has no disk", row.name)))?;
         let since = Instant::now();
@@ -201,6 +213,7 @@ impl Daemon {
             self.effects.before("copy the disks")?;
             (self.copy_disks(row, op, files, method)?, self.store.read(|s| s.workspace(&row.id).cloned()))
         };
+        self.set_clock(row, op);
         op.progress("sync what was saved");
         copied.into_iter().try_for_each(duplicate::Copied::publish)?;
         self.keep_saved(files, spec.credentials)?;
@@ -210,22 +223,35 @@ impl Daemon {
         Ok(describe(row, id, files, method, workspace.map(|w| WorkspaceRow::clone(&w))))
     }
 
+    /// It has stood still. One that cannot be told is late by so much.
+    fn set_clock(&self, row: &VmRow, op: &OpHandle) {
+        let command = super::restore::set_clock_command();
+        let deadline = Instant::now() + PREPARE_DEADLINE;
+        let script = Script { command: &command, stdin: &[], deadline, output_bytes_max: ANSWER_BYTES_MAX };
+        let told = self.target(row).and_then(|target| run_script(self.transport.as_ref(), &target, &script, op.cancel()));
+        if !matches!(told, Ok((Exit::Status(0), ..))) {
+            log::info!("the clock of vm {} may be late: it stood still while it was saved", row.name);
+        }
+    }
+
     /// From now on the guest stands still, whatever its owner says.
     fn hold_guest(&self, row: &VmRow) -> Result<Held> {
         let held = Held { daemon: self.clone(), vm: row.id.clone(), generation: row.generation };
         self.runtimes.hold(&row.id, true);
-        self.apply_pause(&row.id, row.generation)?;
+        self.apply_pause_by(&row.id, row.generation, &self.closing)?;
         Ok(held)
     }
 
     /// As its owner wants it, and in any case where it is to shut down.
     fn let_go(&self, vm: &VmId, generation: u64) -> Result<()> {
+        // Also when the daemon closes: the guest must not stand still until there is another.
+        let never = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let row = self.row(vm)?;
         match &row.identity {
             Some(identity) if row.generation == generation && row.state == VmState::Stopping && !self.runtimes.is_paused(vm) => {
-                self.vmm.set_paused(&self.vm_dir(vm), identity, false, &self.closing)
+                self.vmm.set_paused(&self.vm_dir(vm), identity, false, &never)
             }
-            _ => self.apply_pause(vm, generation),
+            _ => self.apply_pause_by(vm, generation, &never),
         }
     }
 
@@ -269,9 +295,12 @@ impl Daemon {
             if let Some((_, gid)) = credentials {
                 std::os::unix::fs::fchown(&file, Some(0), Some(gid)).map_err(io)?;
             }
-            file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o640)).map_err(io)?;
+            // A VMM's group is all VMMs': it is the directory that keeps others out.
+            let mode = if credentials.is_some() { 0o640 } else { 0o600 };
+            file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode)).map_err(io)?;
             file.sync_all().map_err(io)?;
         }
+        crate::host::fs::sync_dir(&files.private)?;
         crate::host::fs::sync_dir(&files.dir)
     }
 
@@ -314,7 +343,7 @@ impl Daemon {
 
     /// A full disk is an I/O error to some guests: better no snapshot than that.
     fn require_room(&self, row: &VmRow) -> Result<()> {
-        let needed = (row.mem_mib << 20) + allocated_bytes(&self.vm_dir(&row.id)) + SPARE_BYTES;
+        let needed = (row.mem_mib << 20) + disk_bytes(&self.vm_dir(&row.id)) + SPARE_BYTES;
         let free = crate::host::fs::space(&self.config.state_dir)?.free_bytes;
         if free >= needed {
             return Ok(());
@@ -349,7 +378,7 @@ fn describe(row: &VmRow, id: &SnapshotId, files: &Files, method: Method, workspa
         on_bridge: row.tap.is_some(),
         driver: row.driver.clone().unwrap_or_default(),
         workspace,
-        bytes: allocated_bytes(&files.dir),
+        bytes: allocated_bytes(&files.dir) + allocated_bytes(&files.private),
     }
 }
 

@@ -54,7 +54,9 @@ impl Daemon {
     fn record_answers(&self, vm: &VmId, generation: u64, answers: bool) -> Result<()> {
         let guard = self.locks.vm.lock(vm);
         let Some(row) = self.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else { return Ok(()) };
-        if row.generation != generation || row.state != VmState::Running || row.unresponsive != answers {
+        // One that is being saved answers when that is done.
+        let is_saved = !answers && self.runtimes.is_held(vm);
+        if is_saved || row.generation != generation || row.state != VmState::Running || row.unresponsive != answers {
             return Ok(());
         }
         log::warn!("the vmm of vm {} {}", row.name, if answers { "answers again" } else { "does not answer" });

@@ -15,7 +15,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// A drive's length is a multiple of this: a guest that goes on sees another drive where its own was, and no more of it than that had.
-const UNIT_BYTES: usize = 16 << 10;
+pub const UNIT_BYTES: usize = 16 << 10;
 
 /// A guest's one interface, `eth0`.
 #[derive(Clone, Debug, PartialEq, Eq)]

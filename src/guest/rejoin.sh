@@ -28,7 +28,10 @@ read_seed() {
 		random) random=$value ;;
 		esac
 	done <"$seed.new/config"
-	[ -n "$wake" ]
+	# One that was taken up already is not taken up again.
+	seen=
+	[ -e /run/fcd/rejoined ] && read -r seen </run/fcd/rejoined
+	[ -n "$wake" ] && [ "$wake" != "$seen" ]
 }
 
 # Another guest may have begun with the same memory. The ioctl, RNDRESEEDCRNG of random(4), makes the kernel use what was written at once;
@@ -43,7 +46,7 @@ set_name() {
 	[ "$old" = "$host_name" ] && return 0
 	echo "$host_name" >/proc/sys/kernel/hostname
 	echo "$host_name" >/etc/hostname
-	printf '127.0.0.1\tlocalhost\n127.0.1.1\t%s\n::1\tlocalhost ip6-localhost ip6-loopback\n' "$host_name" >/etc/hosts
+	$bb sed -i "s/^127\.0\.1\.1[[:space:]].*/127.0.1.1 $host_name/" /etc/hosts
 }
 
 has_address() {
@@ -86,11 +89,14 @@ rejoin() {
 	[ -z "$machine_id" ] || echo "$machine_id" >/etc/machine-id
 	set_name
 	set_network
-	$bb rm -rf "$seed.old"
-	$bb mv "$seed" "$seed.old"
-	$bb mv "$seed.new" "$seed"
-	$bb cmp -s "$seed/host_key" "$seed.old/host_key" || restart_sshd
-	$bb rm -rf "$seed.old"
+	same_key=
+	$bb cmp -s "$seed/host_key" "$seed.new/host_key" && same_key=yes
+	# One by one over the old ones: somebody may log in at any time.
+	for file in config authorized_keys host_key; do
+		$bb mv -f "$seed.new/$file" "$seed/$file"
+	done
+	$bb rm -rf "$seed.new"
+	[ -n "$same_key" ] || restart_sshd
 	echo "$wake" >/run/fcd/rejoined
 	say "goes on from a snapshot"
 }
@@ -102,7 +108,8 @@ watch() {
 	while [ "$tries" -lt 240 ]; do
 		tries=$((tries + 1))
 		$bb usleep 250000
-		[ "$(head_of_seed)" = "$before" ] && continue
+		now_there=$(head_of_seed)
+		[ "$now_there" = "$before" ] || [ "$now_there" = "$nothing" ] || [ -z "$now_there" ] && continue
 		read -r last </run/fcd/watcher
 		[ "$last" = "$me" ] || return 0
 		rejoin && return 0
@@ -111,6 +118,8 @@ watch() {
 
 [ -x "$bb" ] || { echo "the guest has no $bb" >&2; exit 1; }
 before=$(head_of_seed)
+# When it cannot be read.
+nothing=$($bb md5sum </dev/null)
 read -r uptime </proc/uptime
 me="$$ $uptime"
 echo "$me" >/run/fcd/watcher

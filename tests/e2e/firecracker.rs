@@ -99,7 +99,7 @@ fn goes_on_from_snapshots(host: &TestHost) {
         assert_eq!(lines, "3\n", "{what}");
     }
     // What was saved cannot be loaded: the VMM exits, which is said and leaves nothing.
-    let broken = host.sh("fcctl stop s > /dev/null; for f in state/snapshots/*/devices; do echo broken > $f; done; fcctl snapshot restore one 2>&1 || true");
+    let broken = host.sh("fcctl stop s > /dev/null; for f in state/snapshots/*/private/devices; do echo broken > $f; done; fcctl snapshot restore one 2>&1 || true");
     assert!(broken.contains("load the saved guest"), "{broken}");
     assert_eq!(host.sh("fcctl exec twin -- echo on; fcctl snapshot delete one; ls state/snapshots"), "on\none: deleted\n");
     host.sh("fcctl rm -f s twin third");
@@ -111,7 +111,7 @@ fn real_guests() {
     let host = boot();
     host.sh("fcctl vm create --name a -p 1022:22 --work-disk 64M --disk-bps 200M --net-tx-bps 100M && fcctl start a");
     let shown = host.sh("fcctl vm show a");
-    assert!(shown.contains("firecracker (kvm)") && shown.contains("(dm-snapshot)"), "{shown}");
+    assert!(shown.contains("firecracker (kvm, jailed)") && shown.contains("(dm-snapshot)"), "{shown}");
     assert_eq!(
         host.sh("fcctl exec a -- sh -c 'echo kept | tee /root/mark /work/mark; exit 7' || echo status $?"),
         "kept\nstatus 7\n"

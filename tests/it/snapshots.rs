@@ -204,16 +204,42 @@ fn a_restore_that_fails_leaves_a_vm_that_starts() {
     let made = create(&world, "web", "one").unwrap();
     world.stop("web").unwrap();
     let dir = world.config.state_dir.join("snapshots").join(made.id.as_str());
-    // Its memory was lost.
-    std::fs::write(dir.join("memory"), "").unwrap();
-    assert!(restore(&world, "one", None).unwrap_err().is(Kind::VmmFailed));
+    // Its memory was lost: that is seen before the VM's own disk is gone.
+    let disk = world.vmm.last_spec(&made.vm).unwrap().disk;
+    let mut mine = std::fs::read(&disk).unwrap();
+    mine.extend(b"what was written since");
+    std::fs::write(&disk, &mine).unwrap();
+    std::fs::write(dir.join("private/memory"), "").unwrap();
+    let e = restore(&world, "one", None).unwrap_err();
+    assert!(e.is(Kind::Host) && e.fault.message.contains("damaged"), "{e:?}");
     assert_eq!(world.state("web"), VmState::Failed);
-    assert!(restore(&world, "one", Some("twin")).unwrap_err().is(Kind::VmmFailed));
+    assert!(restore(&world, "one", Some("twin")).unwrap_err().is(Kind::Host));
     world.await_gone("twin");
+    assert_eq!(std::fs::read(&disk).unwrap(), mine);
     world.start("web").unwrap();
     world.stop("web").unwrap();
     // Its disk was lost: the VM keeps its own.
     std::fs::remove_file(dir.join("disk")).unwrap();
     assert!(restore(&world, "one", None).is_err());
+    assert_eq!(std::fs::read(&disk).unwrap(), mine);
     world.start("web").unwrap();
+}
+
+#[test]
+fn what_a_vm_is_started_from_is_not_deleted() {
+    let world = World::new();
+    world.running("web");
+    create(&world, "web", "one").unwrap();
+    world.stop("web").unwrap();
+    world.vmm.hold_starts(Stage::BeforeSpawn);
+    let mut restoring = world.begin::<SnapshotRestore>(SnapshotRestoreRequest { snapshot: "one".into(), new_vm: None }, vec![]);
+    assert!(world.vmm.await_held(1, soon()));
+    let delete = || world.call::<SnapshotDelete>(&SnapshotRequest { snapshot: "one".into() });
+    let e = delete().unwrap_err();
+    assert!(e.is(Kind::Busy) && e.fault.hint.is_some(), "{e:?}");
+    world.vmm.release_starts();
+    restoring.finish(SOON).unwrap();
+    world.await_rest();
+    delete().unwrap();
+    assert_eq!(world.state("web"), VmState::Running);
 }

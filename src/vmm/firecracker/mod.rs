@@ -17,7 +17,7 @@ use super::processes::{self, Processes};
 use super::run_dir;
 use super::{DiskFormat, Driver, GuestNetwork, Identity, Running, SaveTo, Told, VmmSpec};
 use crate::api::daemon::Check;
-use crate::config::Firecracker as Config;
+use crate::config::{Firecracker as Config, VmmLimits};
 use crate::error::{Error, Kind, Result};
 use crate::host::fs::{open_at, open_dir};
 use crate::host::process::{self, Credentials, Process, Spawn};
@@ -117,7 +117,14 @@ impl Firecracker {
                 (place, Files::jailed(spec), spawn)
             }
             None => {
-                let place = run_dir::make(&dir, &[API_SOCKET, CONSOLE_PIPE, METRICS_PIPE], spec.credentials)?;
+                let place = run_dir::make(
+                    &dir,
+                    &[API_SOCKET, CONSOLE_PIPE, METRICS_PIPE, jail::MEMORY, jail::DEVICES],
+                    spec.credentials,
+                )?;
+                if let Some(saved) = &spec.saved {
+                    link(&place, SaveTo { memory: &saved.memory, devices: &saved.devices })?;
+                }
                 let args = ["--id".into(), spec.tag.clone().into()].into_iter().chain(own_args).collect();
                 let cwd = spec.dir.join(run_dir::RUN_DIR);
                 let credentials = spec.credentials.map(|(uid, gid)| Credentials { uid, gid, groups });
@@ -208,7 +215,8 @@ impl Files {
             disk: text(&spec.disk)?,
             seed: text(&spec.seed)?,
             work: spec.work_disk.as_deref().map(text).transpose()?,
-            saved: spec.saved.as_ref().map(|s| Ok::<_, Error>((text(&s.memory)?, text(&s.devices)?))).transpose()?,
+            // By second names in its working directory.
+            saved: spec.saved.as_ref().map(|_| (jail::MEMORY.to_owned(), jail::DEVICES.to_owned())),
         })
     }
 
@@ -353,7 +361,8 @@ impl Drop for Firecracker {
 
 impl Driver for Firecracker {
     fn describe(&self) -> String {
-        "firecracker (kvm)".to_owned()
+        // The paths of disks are in what is saved, and depend on it.
+        if self.leaves_remains() { "firecracker (kvm, jailed)" } else { "firecracker (kvm)" }.to_owned()
     }
 
     /// What it needs is known without trying: see `checks`.
@@ -471,10 +480,14 @@ impl Driver for Firecracker {
             Some(root) => root,
             None => run_dir::open(&spec.dir, doing)?,
         };
+        // The file is on the disk whose rate is bounded.
+        let unlimited = VmmSpec { rates: crate::api::vm::RateLimits::default(), ..spec.clone() };
+        jail::limit_io(VmmLimits::BestEffort, &unlimited)?;
         let saved = link(&place, to).and_then(|()| {
             let mut vmm = self.booted(&process, patience, doing)?;
             vmm.save(jail::DEVICES, jail::MEMORY)
         });
+        jail::limit_io(self.config.limits, spec)?;
         unlink(&place)?;
         saved
     }
@@ -487,6 +500,10 @@ impl Driver for Firecracker {
                 format!("{doing}: it was saved by {driver}, and VMs run on firecracker now"),
             )
             .hint("set driver = \"qemu\" under [vmm]"));
+        }
+        if driver != self.describe() {
+            let text = format!("{doing}: it was saved by {driver}, and VMs run on {} now", self.describe());
+            return Err(Error::new(Kind::Unsupported, text).hint("set jail under [firecracker] as it was"));
         }
         if elsewhere && !self.leaves_remains() {
             // Its disks' paths are in what was saved, and there is no way to give others.

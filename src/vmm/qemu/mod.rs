@@ -254,17 +254,33 @@ impl Driver for Qemu {
 
     fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
         let patience = Patience { deadline: Instant::now() + save::DEADLINE, cancel };
-        self.talk(&spec.dir, identity, "save the guest", patience, |qmp| save::save(qmp, to.memory))
+        let saved = self.talk(&spec.dir, identity, "save the guest", patience, |qmp| save::save(qmp, to.memory));
+        if saved.is_err() {
+            // By another token: the first one may have fired.
+            let never = Cancel::try_new().map_err(|e| Error::io("save the guest", e))?;
+            if let Err(e) = self.talk(&spec.dir, identity, "give up saving the guest", soon(&never), save::give_up) {
+                log::warn!("{e}");
+            }
+        }
+        saved
     }
 
     fn can_load(&self, driver: &str, _elsewhere: bool) -> Result<()> {
-        // More is known when the platform is picked, which takes a while the first time.
-        if driver.starts_with("qemu") { Ok(()) } else { save::require_same(driver, "qemu") }
+        match self.picker.known() {
+            Some(picked) => save::require_same(driver, &picked.platform.to_string()),
+            None if driver.starts_with("qemu") => Ok(()),
+            None => save::require_same(driver, "qemu"),
+        }
     }
 
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
         let (doing, command) = if is_paused { ("pause the guest", "stop") } else { ("let the guest go on", "cont") };
-        self.talk(dir, identity, doing, soon(cancel), |qmp| qmp.execute(command, &json!({})).map(drop))
+        self.talk(dir, identity, doing, soon(cancel), |qmp| {
+            if !is_paused {
+                save::give_up(qmp)?;
+            }
+            qmp.execute(command, &json!({})).map(drop)
+        })
     }
 
     /// Neither of its networks has rates.

@@ -24,13 +24,24 @@ pub fn save(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
     qmp.execute("migrate-set-parameters", &json!({ "max-bandwidth": BANDWIDTH_MAX }))?;
     qmp.give(NAME, file.as_fd())?;
     qmp.execute("migrate", &json!({ "uri": format!("fd:{NAME}") }))?;
-    let ended = until_migrated(qmp);
-    if ended.is_err() {
-        // It would go on into a file that nobody wants. Not waited for: there may be no patience left.
-        let _ = qmp.ask("migrate_cancel", &json!({}));
+    until_migrated(qmp)
+}
+
+/// Ends what a cancelled save, or a daemon that died in one, left under way: it would stop the guest when it is done, however long after. Nothing
+/// under way is ok.
+pub fn give_up(qmp: &mut Qmp<'_>) -> Result<()> {
+    let mut is_told = false;
+    loop {
+        let answer = qmp.execute("query-migrate", &json!({}))?;
+        match answer.get("status").and_then(Value::as_str) {
+            None | Some("none" | "completed" | "failed" | "cancelled") => return Ok(()),
+            Some(_) if !is_told => {
+                qmp.execute("migrate_cancel", &json!({}))?;
+                is_told = true;
+            }
+            Some(_) => qmp.event()?,
+        }
     }
-    ended?;
-    file.sync_all().map_err(|e| Error::io(format!("sync {}", memory.display()), e))
 }
 
 /// Into a VMM that waits for it; the guest stands still then.

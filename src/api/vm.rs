@@ -439,6 +439,14 @@ pub struct VmMetricsReply {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConnectRequest {
+    pub vm: String,
+    /// Of the guest's vsock (vsock(7)).
+    pub port: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LogsReply {
     /// Bytes sent in `log` notes.
     pub bytes: u64,
@@ -469,6 +477,9 @@ calls! {
     /// An operation; hang-up cancels it. A new VM goes on from where another is, which runs on.
     VmFork = "vm.fork" (VmForkRequest) -> VmReply;
     VmMetrics = "vm.metrics" (VmRequest) -> VmMetricsReply;
+    /// A stream to what listens on a vsock port of the guest's: a connected socket, which comes with the first byte of the reply
+    /// (SCM_RIGHTS) and needs the daemon no more. With Firecracker the end of one direction is that of both.
+    VmConnect = "vm.connect" (VmConnectRequest) -> VmReply;
     /// The guest's vCPUs stand still until `vm.resume`; nothing new is begun in it.
     VmPause = "vm.pause" (VmRequest) -> VmReply;
     VmResume = "vm.resume" (VmRequest) -> VmReply;

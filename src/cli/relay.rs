@@ -167,7 +167,7 @@ fn wait_for_output(from: &io::PipeReader, ended: &Cancel) -> io::Result<()> {
 }
 
 /// All of it, also where the caller's description was made non-blocking by somebody else who has it.
-fn write_patiently(to: &mut File, mut bytes: &[u8]) -> io::Result<()> {
+pub(super) fn write_patiently(to: &mut File, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match to.write(bytes) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),

@@ -51,6 +51,8 @@ pub enum Verb {
     Logs(super::logs::Args),
     /// Show what VMs use of the host: CPU, memory, disk, network
     Stats(super::stats::Args),
+    /// Connect stdin and stdout to a port of a guest's vsock, until the guest hangs up
+    Connect(super::connect::Args),
     /// Show what a VM's VMM counts, in its own words: JSON
     Metrics(Target),
     /// Wait until VMs have stopped, or for another state
@@ -245,6 +247,7 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::Balloon(args) => balloon(ctx, args),
         Verb::Logs(args) => super::logs::run(ctx, args),
         Verb::Stats(args) => super::stats::run(ctx, args),
+        Verb::Connect(args) => super::connect::run(ctx, args),
         Verb::Metrics(args) => metrics(ctx, args),
         Verb::Wait(args) => wait(ctx, args),
         Verb::Prune => prune(ctx),

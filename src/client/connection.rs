@@ -4,11 +4,14 @@ use super::failure::{self, Failure, Result};
 use crate::api::frame::{FDS_MAX, FRAME_BYTES_MAX, Request, Version};
 use crate::error::{Error, Kind};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    SocketAddrUnix, SocketFlags, SocketType,
+};
 use serde_json::value::RawValue;
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -21,6 +24,8 @@ pub(super) struct Connection {
     stream: UnixStream,
     /// Read and not yet taken.
     buffer: Vec<u8>,
+    /// Came with what was read, and not yet taken.
+    received: Option<OwnedFd>,
     last_id: u64,
     deadline: Option<Duration>,
 }
@@ -28,7 +33,7 @@ pub(super) struct Connection {
 impl Connection {
     pub(super) fn open(socket: &Path) -> Result<Self> {
         let stream = connect(socket).map_err(|e| unreachable_at(socket, &e))?;
-        Ok(Self { stream, buffer: Vec::new(), last_id: 0, deadline: None })
+        Ok(Self { stream, buffer: Vec::new(), received: None, last_id: 0, deadline: None })
     }
 
     pub(super) fn try_clone(&self) -> Result<UnixStream> {
@@ -37,6 +42,11 @@ impl Connection {
 
     pub(super) fn last_id(&self) -> u64 {
         self.last_id
+    }
+
+    /// The descriptor that came with a line.
+    pub(super) fn take_received(&mut self) -> Option<OwnedFd> {
+        self.received.take()
     }
 
     /// How long each read may take.
@@ -76,6 +86,20 @@ impl Connection {
         }
     }
 
+    /// Keeps the last descriptor that comes with it; there is never more than one on its way.
+    fn read_some(&mut self, piece: &mut [u8]) -> io::Result<usize> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut pieces = [IoSliceMut::new(piece)];
+        let got = rustix::net::recvmsg(&self.stream, &mut pieces, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+        for message in ancillary.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                self.received = fds.last().or(self.received.take());
+            }
+        }
+        Ok(got.bytes)
+    }
+
     /// The next line, without its newline.
     pub(super) fn read_line(&mut self, method: &str) -> Result<Vec<u8>> {
         let mut searched = 0;
@@ -95,7 +119,7 @@ impl Connection {
             }
             searched = self.buffer.len();
             let mut piece = [0; READ_BYTES];
-            match self.stream.read(&mut piece) {
+            match self.read_some(&mut piece) {
                 Ok(0) => return Err(lost(method)),
                 Ok(n) => self.buffer.extend_from_slice(&piece[..n]),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -153,7 +177,7 @@ fn unreachable_at(socket: &Path, e: &io::Error) -> Failure {
     }
 }
 
-fn write_with_fds(mut stream: &UnixStream, line: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+pub(super) fn write_with_fds(mut stream: &UnixStream, line: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     let mut sent = 0;
     if !fds.is_empty() {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -36,6 +36,11 @@ impl Request {
     pub(crate) fn result(mut self, result: impl Serialize) {
         let line = json!({"jsonrpc": "2.0", "id": self.id, "result": result}).to_string();
         self.raw(&line);
+    }
+    /// With a descriptor.
+    pub(crate) fn result_with(self, result: impl Serialize, fd: &OwnedFd) {
+        let line = json!({"jsonrpc": "2.0", "id": self.id, "result": result}).to_string() + "\n";
+        super::connection::write_with_fds(&self.stream, line.as_bytes(), &[fd.as_fd()]).unwrap();
     }
     pub(crate) fn fault(mut self, error: Error) {
         let fault = Fault::from(error);

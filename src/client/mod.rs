@@ -19,7 +19,7 @@ use connection::Connection;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::marker::PhantomData;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -105,6 +105,14 @@ impl Client {
         self.send(C::METHOD, &raw(request)?, false, &[])?;
         self.connection.set_deadline(Some(CALL_DEADLINE))?;
         self.flight::<C::Reply>(C::METHOD).finish(&mut |_| Ok(()))
+    }
+
+    /// The same for a call whose answer brings a descriptor.
+    pub fn call_for_fd<C: Call>(&mut self, request: &C::Request) -> Result<(C::Reply, OwnedFd)> {
+        let reply = self.call::<C>(request)?;
+        let missing = || Error::new(Kind::VersionMismatch, format!("{}: no descriptor came with the answer", C::METHOD));
+        let fd = self.connection.take_received().ok_or_else(missing)?;
+        Ok((reply, fd))
     }
 
     /// A call that takes as long as it takes. Notes go to `on_note`, whose error ends the call and the connection.

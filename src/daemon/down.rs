@@ -7,7 +7,7 @@ use crate::api::vm::Synced;
 use crate::error::Result;
 use crate::guest::io::VecSink;
 use crate::guest::{ExecSpec, Streams};
-use crate::image::SHUTDOWN_COMMAND;
+use crate::image::{CTRL_ALT_DEL_SINCE, SHUTDOWN_COMMAND};
 use crate::store::VmRow;
 use crate::vmm::Identity;
 use std::time::{Duration, Instant};
@@ -46,8 +46,21 @@ impl Daemon {
         }
         self.wake_for_stop(row, identity);
         let timeout = claim.timeout.unwrap_or(Duration::from_secs(self.config.limits.stop_timeout_s));
-        let deadline = Instant::now() + timeout;
+        let now = Instant::now();
+        let deadline = now + timeout;
+        let takes_key = row.guest_version >= CTRL_ALT_DEL_SINCE;
         claim.op().progress("sync and shut down the guest");
+        if self.tell_to_go(claim, row, if takes_key { now + timeout / 2 } else { deadline }) {
+            if let Err(e) = self.vmm.wait_exit(identity, deadline, &claim.cancel) {
+                log::warn!("wait for the vmm of {}: {e}", row.name);
+            }
+            return Synced::Yes;
+        }
+        if takes_key && self.press_key(claim, row, identity, deadline) { Synced::Yes } else { Synced::Timeout }
+    }
+
+    /// Over SSH. True once the guest has said that its data is on its disks; it goes a moment later.
+    fn tell_to_go(&self, claim: &Claim, row: &VmRow, deadline: Instant) -> bool {
         let mut said = VecSink::new(OUTPUT_BYTES_MAX);
         let asked = self.target(row).and_then(|target| {
             let spec = ExecSpec { command: SHUTDOWN_COMMAND.to_owned(), deadline: Some(deadline), ..ExecSpec::default() };
@@ -55,17 +68,27 @@ impl Daemon {
             self.transport.exec(&target, &spec, streams, &claim.cancel)
         });
         // The connection breaks under the shutdown; what the guest had said until then counts.
-        if !said.bytes.starts_with(SYNCED) {
-            log::info!("vm {} was not synced: {asked:?}", row.name);
-            return Synced::Timeout;
+        let is_synced = said.bytes.starts_with(SYNCED);
+        if !is_synced {
+            log::info!("vm {} did not sync when it was asked to: {asked:?}", row.name);
         }
-        match self.vmm.wait_exit(identity, deadline, &claim.cancel) {
-            Ok(_) => Synced::Yes,
-            Err(e) => {
-                log::warn!("wait for the vmm of {}: {e}", row.name);
-                Synced::Yes
-            }
+        is_synced
+    }
+
+    /// For a guest that is not reached over SSH: its init syncs and goes at Ctrl-Alt-Del. True once it has gone by itself.
+    fn press_key(&self, claim: &Claim, row: &VmRow, identity: &Identity, deadline: Instant) -> bool {
+        if claim.cancel.is_cancelled() {
+            return false;
         }
+        claim.op().progress("press Ctrl-Alt-Del");
+        let gone = match self.vmm.press_ctrl_alt_del(identity, &claim.cancel) {
+            Ok(true) => self.vmm.wait_exit(identity, deadline, &claim.cancel),
+            other => other,
+        };
+        gone.unwrap_or_else(|e| {
+            log::warn!("press Ctrl-Alt-Del for vm {}: {e}", row.name);
+            false
+        })
     }
 
     /// The VM's live process: what the row says, or what carries its tag.

@@ -7,6 +7,7 @@ mod boot;
 mod captures;
 mod close;
 mod commit;
+mod connect;
 mod console;
 mod create;
 mod debug;

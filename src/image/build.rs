@@ -67,12 +67,13 @@ const STAGE_INITRAMFS: usize = 9;
 const STAGE_PUBLISH: usize = 10;
 
 /// What goes into the staging directory for `build.sh`.
-const INPUTS: [(&str, &str); 5] = [
+const INPUTS: [(&str, &str); 6] = [
     ("build.sh", include_str!("build.sh")),
     ("fetch.sh", include_str!("fetch.sh")),
     ("init", include_str!("guest/init")),
     ("shutdown", include_str!("guest/shutdown")),
     ("sshd_config", include_str!("guest/sshd_config")),
+    ("modprobe.conf", include_str!("guest/modprobe.conf")),
 ];
 const INITRD_INIT: &str = include_str!("guest/initrd-init");
 

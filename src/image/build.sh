@@ -66,6 +66,7 @@ for applet in ip kill ln mkdir mkfifo mount rm setsid sh sleep sync tar usleep; 
 	ln -s ../busybox "$tree/usr/lib/fcd/bin/$applet"
 done
 install -m 644 "$in/sshd_config" "$tree/etc/ssh/sshd_config"
+install -m 644 "$in/modprobe.conf" "$tree/etc/modprobe.d/fcd.conf"
 rm -f "$tree"/etc/ssh/ssh_host_* "$tree/etc/apt/apt.conf.d/99mmdebstrap" "$tree/etc/resolv.conf"
 rm -rf "$tree"/var/log/* "$tree"/var/cache/debconf/*-old "$tree"/var/lib/dpkg/*-old
 : >"$tree/etc/machine-id"

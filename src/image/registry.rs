@@ -14,10 +14,13 @@ const METADATA: &str = "image.json";
 const METADATA_BYTES_MAX: u64 = 64 * 1024;
 /// Of `image.json`; another one is refused.
 const FORMAT: u32 = 1;
-/// Of the init that a build puts into an image. 1: `work_disk` and `files.tar` of the seed. 2: the initramfs loads the balloon's driver.
-const GUEST_VERSION: u32 = BALLOON_SINCE;
+/// Of the init that a build puts into an image. 1: `work_disk` and `files.tar` of the seed. 2: the initramfs loads the balloon's driver. 3: it shuts
+/// down at Ctrl-Alt-Del, and loads its driver of a vsock when a program asks for one.
+const GUEST_VERSION: u32 = CTRL_ALT_DEL_SINCE;
 /// Images of this version and later give memory back.
 pub const BALLOON_SINCE: u32 = 2;
+/// Guests on disks of this version and later shut down when it is pressed; earlier ones would be reset.
+pub const CTRL_ALT_DEL_SINCE: u32 = 3;
 /// A build in progress is in a directory of this name's begin. No image name begins with a dot.
 const STAGING_PREFIX: &str = ".building-";
 

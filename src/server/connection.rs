@@ -9,10 +9,11 @@ use crate::error::{Error, Kind, Result};
 use crate::locks::check;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-use rustix::net::SendFlags;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use std::cell::Cell;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -38,6 +39,8 @@ pub struct Connection<'a> {
     peer: Peer,
     /// A write failed: nobody reads any more.
     broken: Cell<bool>,
+    /// Goes with the answer.
+    passed: Cell<Option<OwnedFd>>,
 }
 
 impl Connection<'_> {
@@ -56,6 +59,11 @@ impl Connection<'_> {
         self.broken.get() || poll(&mut fds, PollTimeout::ZERO).is_ok_and(|n| n > 0)
     }
 
+    /// Gives the caller this descriptor with the first byte of the answer, if that is no error.
+    pub fn pass(&self, fd: OwnedFd) {
+        self.passed.set(Some(fd));
+    }
+
     /// Sends a line before the final one; blocks at most [`super::Limits::write_stall`] while the caller does not read.
     ///
     /// # Errors
@@ -67,16 +75,20 @@ impl Connection<'_> {
             let text = format!("a note of {} bytes is longer than a line may be", line.len());
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));
         }
-        self.send(&line)
+        self.send(&line, None)
     }
 
-    fn send(&self, mut bytes: &[u8]) -> io::Result<()> {
+    /// The descriptor goes with the first byte.
+    fn send(&self, mut bytes: &[u8], mut fd: Option<OwnedFd>) -> io::Result<()> {
         if self.broken.get() {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
         while !bytes.is_empty() {
-            match rustix::net::send(self.socket, bytes, SendFlags::NOSIGNAL) {
-                Ok(n) => bytes = &bytes[n..],
+            match send_some(self.socket, bytes, fd.as_ref()) {
+                Ok(n) => {
+                    bytes = &bytes[n..];
+                    fd = None;
+                }
                 Err(rustix::io::Errno::INTR) => {}
                 // EAGAIN: the send timeout.
                 Err(e) => {
@@ -89,6 +101,15 @@ impl Connection<'_> {
     }
 }
 
+fn send_some(socket: &UnixStream, bytes: &[u8], fd: Option<&OwnedFd>) -> rustix::io::Result<usize> {
+    let Some(fd) = fd else { return rustix::net::send(socket, bytes, SendFlags::NOSIGNAL) };
+    let fds = [fd.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+    rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)
+}
+
 /// The body of a connection's thread. `place` comes first and so goes last.
 pub(super) fn serve(place: Place, socket: Arc<UnixStream>, peer: Peer, handler: &dyn Handler) {
     let limits = place.limits().clone();
@@ -97,7 +118,7 @@ pub(super) fn serve(place: Place, socket: Arc<UnixStream>, peer: Peer, handler: 
         log::warn!("server: connection of uid {}: {e}", peer.uid);
         return;
     }
-    let connection = Connection { socket: &socket, peer, broken: Cell::new(false) };
+    let connection = Connection { socket: &socket, peer, broken: Cell::new(false), passed: Cell::new(None) };
     let mut reader = LineReader::new(&socket);
     loop {
         let last = match reader.next(&limits) {
@@ -105,7 +126,7 @@ pub(super) fn serve(place: Place, socket: Arc<UnixStream>, peer: Peer, handler: 
                 let stopping = place.is_stopping();
                 let line = answer(reader.line(), descriptors, &connection, handler, stopping);
                 check::assert_none_held("the end of a call");
-                if connection.send(&line).is_ok() && !stopping {
+                if connection.send(&line, connection.passed.take()).is_ok() && !stopping {
                     continue;
                 }
                 return;
@@ -114,7 +135,7 @@ pub(super) fn serve(place: Place, socket: Arc<UnixStream>, peer: Peer, handler: 
             Incoming::Broken(e) => return log::debug!("server: connection of uid {}: {e}", peer.uid),
             other => farewell(&other, &limits),
         };
-        let _ = connection.send(&error_line(&last));
+        let _ = connection.send(&error_line(&last), None);
         return;
     }
 }
@@ -161,6 +182,7 @@ fn call(request: &Request<'_>, descriptors: Descriptors, connection: &Connection
         Err(Error::internal(text).hint("see the daemon's log; this is a bug").into())
     });
     if let Err(e) = &result {
+        connection.passed.take();
         log::debug!("server: uid {}: {}: {}", connection.peer.uid, shown(&request.method), shown(&e.fault.message));
     }
     result

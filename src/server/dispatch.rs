@@ -10,8 +10,8 @@ use crate::api::kernel::{KernelDelete, KernelImport, KernelList, KernelShow};
 use crate::api::op::{Op, OpCancel, OpList, OpReply, OpShow, OpStarted, OpState, OpWait};
 use crate::api::snapshot::{SnapshotCreate, SnapshotDelete, SnapshotList, SnapshotRestore, SnapshotShow};
 use crate::api::vm::{
-    VmBalloon, VmCreate, VmDelete, VmFork, VmKill, VmList, VmLogs, VmMetrics, VmPause, VmPrune, VmReply, VmRestart, VmResume,
-    VmSet, VmShow, VmSshConfig, VmStart, VmStatsCall, VmStop, VmWait,
+    VmBalloon, VmConnect, VmCreate, VmDelete, VmFork, VmKill, VmList, VmLogs, VmMetrics, VmPause, VmPrune, VmReply, VmRestart,
+    VmResume, VmSet, VmShow, VmSshConfig, VmStart, VmStatsCall, VmStop, VmWait,
 };
 use crate::api::workspace::{WorkspaceExport, WorkspacePrepare};
 use crate::api::{Call, VERSION_MAJOR, VERSION_MINOR};
@@ -24,7 +24,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use std::time::{Duration, Instant};
 
 /// What this daemon can beyond the first version of the protocol.
-const FEATURES: &[&str] = &["workspace", "exec", "image_build", "events", "snapshots", "kernels"];
+const FEATURES: &[&str] = &["workspace", "exec", "image_build", "events", "snapshots", "kernels", "vsock"];
 
 /// Answers calls over a daemon.
 pub struct Dispatch {
@@ -126,6 +126,11 @@ impl Visit<'_> {
             VmWait::METHOD => answer(&d.wait_state(c, &call.parse()?, self.hangup())?),
             VmPrune::METHOD => self.prune(&call),
             VmStatsCall::METHOD => answer(&d.stats(c, &call.parse()?)?),
+            VmConnect::METHOD => {
+                let (vm, stream) = d.connect(c, &call.parse()?)?;
+                self.connection.pass(stream.into());
+                answer(&VmReply { vm })
+            }
             VmMetrics::METHOD => {
                 let request: <VmMetrics as Call>::Request = call.parse()?;
                 answer(&d.metrics(c, &request.vm)?)

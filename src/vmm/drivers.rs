@@ -5,6 +5,7 @@ use super::{Driver, Identity, Running, SaveTo, Told, VmmSpec};
 use crate::api::daemon::Check;
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -130,6 +131,14 @@ impl Driver for Drivers {
 
     fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
         self.of(identity)?.metrics(spec, identity, cancel)
+    }
+
+    fn connect(&self, identity: &Identity, port: u32, cancel: &Cancel) -> Result<UnixStream> {
+        self.of(identity)?.connect(identity, port, cancel)
+    }
+
+    fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool> {
+        self.of(identity)?.press_ctrl_alt_del(identity, cancel)
     }
 
     fn leaves_remains(&self) -> bool {

@@ -18,6 +18,7 @@ use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 /// Pids of fakes begin above every real one (4194304, the kernel's PID_MAX_LIMIT): never anybody's.
@@ -37,6 +38,14 @@ pub enum Stage {
     AfterSpawn,
     /// No start: where a guest is saved.
     Save,
+}
+
+/// What a guest does when Ctrl-Alt-Del is pressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keyboard {
+    /// It shuts down.
+    Heard,
+    Ignored,
 }
 
 struct Vmm {
@@ -70,6 +79,10 @@ struct State {
     is_unkillable: bool,
     ssh_addr: Option<SocketAddr>,
     ssh_addrs: HashMap<VmId, SocketAddr>,
+    /// Who takes what connects to the ports of guests.
+    vsock: HashMap<(VmId, u32), Sender<UnixStream>>,
+    keyboard: Option<Keyboard>,
+    presses: u64,
     starts: u64,
     kills: u64,
     clashes: u64,
@@ -123,6 +136,18 @@ impl Fake {
     /// Until so many starts wait at the gate; false at the deadline.
     pub fn await_held(&self, starts: usize, deadline: Instant) -> bool {
         self.changed.wait_while(&mut self.state.lock(), deadline, |s| s.waiting < starts)
+    }
+
+    /// From now on something in this guest listens on this port, and takes the guest's end of each connection.
+    pub fn listen(&self, vm: &VmId, port: u32) -> Receiver<UnixStream> {
+        let (sender, receiver) = channel();
+        self.state.lock().vsock.insert((vm.clone(), port), sender);
+        receiver
+    }
+
+    /// From now on guests have keyboards.
+    pub fn set_keyboard(&self, keyboard: Keyboard) {
+        self.state.lock().keyboard = Some(keyboard);
     }
 
     /// The next start fails with this, after it has spawned. Several calls are several failures.
@@ -222,6 +247,11 @@ impl Fake {
     /// What the last start of this VM was asked for.
     pub fn last_spec(&self, vm: &VmId) -> Option<VmmSpec> {
         self.state.lock().vmms.iter().rev().find(|vmm| &vmm.spec.vm == vm).map(|vmm| vmm.spec.clone())
+    }
+
+    /// How often Ctrl-Alt-Del was pressed, where there is a keyboard.
+    pub fn presses(&self) -> u64 {
+        self.state.lock().presses
     }
 
     /// Processes spawned so far.
@@ -514,6 +544,28 @@ impl Driver for Fake {
         let _blocking = region(Rank::VmmApi);
         let gone = || Error::new(Kind::VmmFailed, "read the VMM's metrics: it has exited");
         self.with(identity, |vmm| vec![serde_json::json!({ "keep_mib": vmm.keep_mib })]).ok_or_else(gone)
+    }
+
+    fn connect(&self, identity: &Identity, port: u32, _cancel: &Cancel) -> Result<UnixStream> {
+        let doing = "connect to the guest's vsock";
+        let _blocking = region(Rank::VmmApi);
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+        let vm = self.with(identity, |vmm| vmm.end.is_none().then(|| vmm.spec.vm.clone())).flatten().ok_or_else(gone)?;
+        let refused = || Error::new(Kind::GuestUnavailable, format!("nothing in the guest listens on vsock port {port}"));
+        let listening = self.state.lock().vsock.get(&(vm, port)).cloned().ok_or_else(refused)?;
+        let (ours, guests) = UnixStream::pair().map_err(|e| Error::io(doing, e))?;
+        listening.send(guests).map_err(|_| refused())?;
+        Ok(ours)
+    }
+
+    fn press_ctrl_alt_del(&self, identity: &Identity, _cancel: &Cancel) -> Result<bool> {
+        let _blocking = region(Rank::VmmApi);
+        let Some(keyboard) = self.state.lock().keyboard else { return Ok(false) };
+        self.state.lock().presses += 1;
+        if keyboard == Keyboard::Heard {
+            self.end(|vmm| vmm.identity == *identity, "the guest shut down");
+        }
+        Ok(true)
     }
 
     fn leaves_remains(&self) -> bool {

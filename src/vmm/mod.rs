@@ -22,6 +22,7 @@ use crate::locks::Cancel;
 use console::Consoles;
 use serde::{Deserialize, Serialize};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -204,6 +205,12 @@ pub trait Driver: Send + Sync {
 
     /// What the VMM counts, in its own words, the oldest first; of now is the last.
     fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>>;
+
+    /// A stream to what listens on this port of the guest's vsock. It ends with the VMM, and lives on without the daemon.
+    fn connect(&self, identity: &Identity, port: u32, cancel: &Cancel) -> Result<UnixStream>;
+
+    /// Presses Ctrl-Alt-Del on the guest's keyboard; false where its guests have none.
+    fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool>;
 
     /// Whether there is more on the host of a VMM with a tag than its process: what `clear` removes.
     fn leaves_remains(&self) -> bool;

@@ -60,6 +60,40 @@ fn dies_at(host: &TestHost, n: u64) {
     host.sh("fcctl stop a");
 }
 
+/// In the guest: says its host's name and the line that it got, to each who connects to vsock port 5000.
+const GREETER: &str = r#"socket(S, 40, 1, 0) or die "socket: $!";
+bind(S, pack("SSLLCx3", 40, 0, 5000, 0xffffffff, 0)) or die "bind: $!";
+listen(S, 5) or die "listen: $!";
+print STDERR "listens\n";
+while (accept(C, S)) { my $got = <C>; open(H, "/proc/sys/kernel/hostname"); my $name = <H>; chomp $name; print C "$name got $got"; close C }
+"#;
+
+/// Its program finds a vsock, for its first socket of that kind loads the driver.
+fn greets(host: &TestHost, vm: &str) {
+    host.sh(&format!(
+        "cat > greeter.pl <<'END'\n{GREETER}END\nfcctl exec -i {vm} -- sh -c 'cat > /root/greeter.pl' < greeter.pl"
+    ));
+    let said = host.sh(&format!(
+        "fcctl exec {vm} -- sh -c 'perl /root/greeter.pl > /root/greeter.log 2>&1 < /dev/null & until [ -s /root/greeter.log ]; do sleep 0.1; done; cat /root/greeter.log'"
+    ));
+    assert_eq!(said, "listens\n");
+    assert_eq!(greeting(host, vm), format!("{vm} got hello\n"));
+}
+
+fn greeting(host: &TestHost, vm: &str) -> String {
+    host.sh(&format!("echo hello | fcctl vm connect {vm} 5000"))
+}
+
+/// Nobody reaches it over SSH: its init hears the keys, writes everything and goes.
+fn goes_without_ssh(host: &TestHost) {
+    host.sh("fcctl exec a -- sh -c 'echo late > /root/late; (sleep 1; /usr/lib/fcd/bin/ip link set eth0 down) > /dev/null 2>&1 < /dev/null &'
+             until ! timeout 2 fcctl exec a -- true 2> /dev/null; do sleep 0.2; done");
+    assert_eq!(host.sh("fcctl stop --timeout 40s a"), "a: stopped, the guest's data was synced\n");
+    assert!(host.sh("fcctl logs --tail 3 a").contains("disk is clean"));
+    host.sh("fcctl start a");
+    assert_eq!(host.sh("fcctl exec a -- cat /root/late"), "late\n");
+}
+
 /// Memory and disks of one moment, in the same VM and in two others at once; each jail has the disks at the same paths.
 fn goes_on_from_snapshots(host: &TestHost) {
     host.sh("fcctl vm create --name s --memory 256M --work-disk 32M && fcctl start s");
@@ -73,6 +107,7 @@ fn goes_on_from_snapshots(host: &TestHost) {
             "fcctl exec {vm} -- sh -c 'from=$(cat /dev/shm/count); until [ \"$(cat /dev/shm/count)\" -gt \"$from\" ]; do sleep 0.1; done'"
         ))
     };
+    greets(host, "s");
     let then = state("s");
     assert_eq!(host.sh("fcctl snapshot create s --name one"), "one\n");
     counts("s");
@@ -84,6 +119,7 @@ fn goes_on_from_snapshots(host: &TestHost) {
     for vm in ["s", "twin", "third"] {
         assert_eq!(state(vm), then, "{vm}");
         counts(vm);
+        assert_eq!(greeting(host, vm), format!("{vm} got hello\n"), "what listens goes on listening");
         assert_eq!(host.sh(&format!("fcctl exec {vm} -- sh -c 'hostname; echo {vm} > /root/mark; sync'")), format!("{vm}\n"));
         let off = host.sh(&format!("echo $(( $(fcctl exec {vm} -- date +%s) - $(date +%s) ))"));
         assert!(off.trim().parse::<i64>().unwrap().abs() < 30, "{vm}: {off}");
@@ -152,6 +188,9 @@ fn real_guests() {
         host.sh("cd /sys/fs/cgroup/fcd-*/fc-*-1; cat memory.max pids.max cpu.max; grep -cx $(pgrep -x firecracker) cgroup.procs");
     assert_eq!(limits, format!("{}\n17\n200000 100000\n1\n", (1024_u64 << 20) + (256 << 20)));
     adjusts(&host);
+    let nobody = host.sh("fcctl vm connect a 1 2>&1 || true");
+    assert!(nobody.contains("nothing in the guest listens on vsock port 1") || nobody.contains("does not answer"), "{nobody}");
+    greets(&host, "a");
     // It stands still and goes on.
     assert_eq!(host.sh("fcctl vm pause a"), "a: running (paused)\n");
     assert!(host.sh("fcctl exec a -- true 2>&1 || true").contains("is paused"));
@@ -174,6 +213,7 @@ fn real_guests() {
     assert_eq!(host.sh("ls -d /sys/fs/cgroup/fcd-*/fc-* state/vms/*/jail 2> /dev/null || true"), "");
     host.sh("fcctl start a");
     assert_eq!(host.sh("fcctl exec a -- cat /root/mark /work/mark"), "kept\nkept\n");
+    goes_without_ssh(&host);
     host.sh("fcctl stop a");
     for n in [3, 7, 11, 15] {
         dies_at(&host, n);
@@ -300,6 +340,9 @@ fn the_control_plane_on_this_hosts_kvm() {
         let last = told.last().unwrap();
         assert!(last["utc_timestamp_ms"].as_u64().unwrap() > 0 && last["block_root"].is_object(), "{last}");
     }
+    // Its socket is there, and nobody behind it.
+    assert_eq!(first.connect(&running.identity, 5000, &never).unwrap_err().kind(), Kind::Timeout);
+    assert!(first.press_ctrl_alt_del(&running.identity, &never).unwrap());
     assert_eq!(first.balloon_mib(&spec, &running.identity, &never).unwrap(), 128);
     let e = first.set_balloon(&spec, &running.identity, 128, &never).unwrap_err();
     assert!(e.kind() == Kind::Busy && e.to_string().contains("not activated"), "{e}");
@@ -353,7 +396,9 @@ const ROUNDS: usize = 40;
 /// The same calls as the driver's, by nothing but a socket: from the process's start to the answer to InstanceStart.
 fn bare_start(dir: &Path, calls: &[(String, String)]) -> Duration {
     let socket = dir.join("bare.sock");
-    let _ = std::fs::remove_file(&socket);
+    for left in [&socket, &dir.join("bare.vsock")] {
+        let _ = std::fs::remove_file(left);
+    }
     let begun = Instant::now();
     let mut vmm = Command::new(binary())
         .args(["--id", "bare", "--api-sock"])
@@ -423,7 +468,10 @@ fn bench_boot() {
             r#"{"iface_id":"eth0","host_dev_name":"fcbare0","guest_mac":"02:fc:0a:59:00:06"}"#.into(),
         ),
         ("/entropy".into(), "{}".into()),
+        ("/vsock".into(), format!(r#"{{"guest_cid":3,"uds_path":"{}"}}"#, dir.path().join("bare.vsock").display())),
+        ("/balloon".into(), r#"{"amount_mib":0,"deflate_on_oom":true,"stats_polling_interval_s":60}"#.into()),
         ("/serial".into(), format!(r#"{{"serial_out_path":"{}"}}"#, dir.path().join("serial").display())),
+        ("/metrics".into(), format!(r#"{{"metrics_path":"{}"}}"#, dir.path().join("metrics").display())),
         ("/actions".into(), r#"{"action_type":"InstanceStart"}"#.into()),
     ];
     let driver = new_driver();

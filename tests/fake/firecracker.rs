@@ -3,7 +3,7 @@
 //!
 //! Beside its executable it reads `script`, lines `METHOD PATH FAULT [ARGUMENT]` that say what happens to which request, and it writes
 //! `requests`, what it was asked for. Faults: `hang`, `die`, `garbage`, `hangup`, `slow` with milliseconds, `refuse` with a message.
-//! `VERSION` with a number is its version, `EXIT` with a text is what it says before it ends at once.
+//! `KEYBOARD` has its guest shut down at Ctrl-Alt-Del. `VERSION` with a number is its version, `EXIT` with a text is what it says before it ends at once.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
@@ -40,10 +40,13 @@ struct Vmm {
     /// Of the disks.
     paths: Vec<String>,
     is_ending: bool,
+    is_shut_down_by_key: bool,
     /// MiB that the guest is to give back: one that "runs" has done so at once.
     balloon_mib: Option<u64>,
     metrics: Option<File>,
     flushes: u64,
+    /// Its socket.
+    vsock: Option<String>,
 }
 
 /// A body, or a fault's message.
@@ -123,6 +126,13 @@ impl Vmm {
             ["metrics"] => {
                 let path = PathBuf::from(body["metrics_path"].as_str().unwrap_or_default());
                 self.metrics = Some(open_serial(&path).map_err(|e| format!("Metrics error: {e}"))?);
+            }
+            ["vsock"] => {
+                let path = body["uds_path"].as_str().unwrap_or_default().to_owned();
+                listen_for_vsock(&path).map_err(|e| {
+                    format!("Vsock config error: Cannot create backend for vsock device: Error binding to the host-side Unix socket: {e}")
+                })?;
+                self.vsock = Some(path);
             }
             ["balloon"] => {
                 if body["deflate_on_oom"].as_bool().is_none() {
@@ -231,7 +241,7 @@ impl Vmm {
             let file = File::options().write(true).create(true).truncate(true).open(path);
             file.map_err(|e| format!("Create snapshot error: Cannot perform open on the snapshot backing file: {e}"))
         };
-        let saved = (&self.paths, &self.drives, &self.networks);
+        let saved = (&self.paths, &self.drives, &self.networks, &self.vsock);
         for field in ["mem_file_path", "snapshot_path"] {
             serde_json::to_writer(opened(field)?, &saved).map_err(|e| format!("Create snapshot error: {e}"))?;
         }
@@ -251,7 +261,7 @@ impl Vmm {
         }
         self.is_ending = true;
         let (state, memory) = (body["snapshot_path"].as_str(), body["mem_backend"]["backend_path"].as_str());
-        let (disks, drives, networks): (Vec<String>, _, _) = match File::open(state.unwrap_or_default())
+        let (disks, drives, networks, vsock): (Vec<String>, _, _, Option<String>) = match File::open(state.unwrap_or_default())
             .map_err(|e| e.to_string())
             .and_then(|file| serde_json::from_reader(file).map_err(|e| e.to_string()))
         {
@@ -271,7 +281,12 @@ impl Vmm {
                 ));
             }
         }
-        (self.drives, self.networks) = (drives, networks);
+        if let Some(Err(e)) = vsock.as_deref().map(listen_for_vsock) {
+            return failed(format!(
+                "Failed to build microVM from snapshot: Failed to restore devices: Error restoring MMIO devices: VsockUnixBackend: Error binding to the host-side Unix socket: {e}"
+            ));
+        }
+        (self.drives, self.networks, self.vsock) = (drives, networks, vsock);
         self.is_ending = false;
         self.state = if body["resume_vm"] == true { State::Running } else { State::Paused };
         self.say("the guest goes on\n");
@@ -291,7 +306,11 @@ impl Vmm {
             (Some("InstanceStart"), State::NotStarted) => self.start(),
             (Some("InstanceStart"), _) => Err(AFTER.to_owned()),
             (Some("SendCtrlAltDel" | "FlushMetrics"), State::NotStarted) => Err(BEFORE.to_owned()),
-            (Some("SendCtrlAltDel"), _) => Ok(None),
+            (Some("SendCtrlAltDel"), _) => {
+                // The guest's reset ends it, with status 0.
+                self.is_ending = self.is_shut_down_by_key;
+                Ok(None)
+            }
             (Some("FlushMetrics"), _) => {
                 self.flushes += 1;
                 let line = format!("{}\n", json!({"utc_timestamp_ms": 7, "flushes": self.flushes}));
@@ -352,6 +371,37 @@ fn deserializing(what: &str) -> String {
 
 fn open_serial(path: &Path) -> std::io::Result<File> {
     File::options().custom_flags(libc::O_NONBLOCK).create(true).truncate(false).read(true).write(true).open(path)
+}
+
+/// Its guest has an echo on port 7, and one that says nothing on port 8; on others nothing listens.
+fn listen_for_vsock(path: &str) -> std::io::Result<()> {
+    let listener = UnixListener::bind(path)?;
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            std::thread::spawn(move || answer_vsock(stream));
+        }
+    });
+    Ok(())
+}
+
+fn answer_vsock(mut stream: UnixStream) {
+    let mut line = Vec::new();
+    while !line.ends_with(b"\n") {
+        let mut byte = [0];
+        if !matches!(stream.read(&mut byte), Ok(1)) {
+            return;
+        }
+        line.push(byte[0]);
+    }
+    match line.as_slice() {
+        b"CONNECT 7\n" => {
+            let _ = stream.write_all(b"OK 1073741824\n");
+            let mut from = stream.try_clone().unwrap();
+            let _ = std::io::copy(&mut from, &mut stream);
+        }
+        b"CONNECT 8\n" => drop(stream.read(&mut [0])),
+        _ => {}
+    }
 }
 
 struct Request {
@@ -452,7 +502,7 @@ fn serve(mut stream: UnixStream, vmm: &Mutex<Vmm>, beside: &Path) {
         drop(vmm);
         respond(&mut stream, &outcome);
         if is_ending {
-            std::process::exit(1);
+            std::process::exit(i32::from(outcome.is_err()));
         }
     }
 }
@@ -487,9 +537,11 @@ fn main() {
         serial: None,
         paths: Vec::new(),
         is_ending: false,
+        is_shut_down_by_key: said("KEYBOARD").is_some(),
         balloon_mib: None,
         metrics: None,
         flushes: 0,
+        vsock: None,
     };
     let vmm = Arc::new(Mutex::new(vmm));
     for stream in listener.incoming().flatten() {

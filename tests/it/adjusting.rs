@@ -219,7 +219,7 @@ fn an_image_without_the_driver_has_no_balloon() {
     let world = World::new();
     let path = world.config.state_dir.join("images/default/image.json");
     let text = std::fs::read_to_string(&path).unwrap();
-    std::fs::write(&path, text.replace("\"guest_version\":2", "\"guest_version\":1")).unwrap();
+    std::fs::write(&path, text.replace("\"guest_version\":3", "\"guest_version\":1")).unwrap();
     let (vm, _) = world.running("web");
     assert!(!world.vmm.last_spec(&vm.id).unwrap().has_balloon);
     // One that was built since is no help to the guest that runs.

@@ -295,6 +295,15 @@ fn vms() {
             {"vm":"0123456789ab","name":"web","driver":"firecracker (kvm)","metrics":[{"utc_timestamp_ms":7}]}
         "#]],
     );
+    call::<VmConnect>(
+        VmConnectRequest { vm: "web".into(), port: 5000 },
+        VmReply { vm: Vm { pending: None, workspace: None, ..vm() } },
+        expect![[r#"
+            vm.connect
+            {"vm":"web","port":5000}
+            {"vm":{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":null,"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":null}}
+        "#]],
+    );
     call::<VmBalloon>(
         VmBalloonRequest { vm: "web".into(), keep_mib: Some(512) },
         VmBalloonReply { vm: vm(), kept_mib: 1024 },

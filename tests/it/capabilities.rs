@@ -124,7 +124,7 @@ fn an_image_whose_init_does_not_know_of_it_is_refused() {
     let world = World::new();
     let path = world.config.state_dir.join("images/default/image.json");
     let text = std::fs::read_to_string(&path).unwrap();
-    std::fs::write(&path, text.replace("\"guest_version\":2,", "")).unwrap();
+    std::fs::write(&path, text.replace("\"guest_version\":3,", "")).unwrap();
     let request = VmCreateRequest { work_disk_bytes: Some(32 << 20), ..with_ports("a", &[]) };
     let vm = world.call::<VmCreate>(&request).unwrap().vm;
     world.place(&vm.id);

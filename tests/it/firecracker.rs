@@ -121,7 +121,7 @@ fn driver(dir: &Path) -> Firecracker {
 }
 
 /// Those of a start, in their order.
-const REQUESTS: [(&str, &str); 12] = [
+const REQUESTS: [(&str, &str); 13] = [
     ("GET", "/"),
     ("PUT", "/machine-config"),
     ("PUT", "/boot-source"),
@@ -130,6 +130,7 @@ const REQUESTS: [(&str, &str); 12] = [
     ("PUT", "/drives/work"),
     ("PUT", "/network-interfaces/eth0"),
     ("PUT", "/entropy"),
+    ("PUT", "/vsock"),
     ("PUT", "/balloon"),
     ("PUT", "/serial"),
     ("PUT", "/metrics"),
@@ -150,6 +151,7 @@ fn a_start_configures_everything_and_runs_the_guest() {
         PUT /drives/work {"drive_id":"work","path_on_host":"DIR/vm/work","is_root_device":false,"is_read_only":false,"cache_type":"Writeback"}
         PUT /network-interfaces/eth0 {"iface_id":"eth0","host_dev_name":"fc0011aabb-1","guest_mac":"02:fc:0a:59:00:05"}
         PUT /entropy {}
+        PUT /vsock {"guest_cid":3,"uds_path":"vsock"}
         PUT /balloon {"amount_mib":0,"deflate_on_oom":true,"stats_polling_interval_s":60}
         PUT /serial {"serial_out_path":"console"}
         PUT /metrics {"metrics_path":"metrics"}
@@ -305,6 +307,46 @@ fn devices_are_limited_from_the_start_and_while_the_guest_runs() {
     bench.driver.kill(&running.identity, soon()).unwrap();
     let e = bench.driver.set_rates(&some, &running.identity, &never).unwrap_err();
     assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"), "{e}");
+}
+
+#[test]
+fn a_stream_leads_to_what_listens_in_the_guest() {
+    let bench = Bench::new("");
+    let (running, never) = (bench.running(), Cancel::try_new().unwrap());
+    let connect = |port| bench.driver.connect(&running.identity, port, &never);
+    let mut stream = connect(7).unwrap();
+    // It waits where it has to, as a caller expects of a socket.
+    let sent = vec![7; 1 << 20];
+    let mut writing = stream.try_clone().unwrap();
+    let writer = std::thread::spawn(move || {
+        writing.write_all(&sent).unwrap();
+    });
+    let mut echo = vec![0; 1 << 20];
+    std::io::Read::read_exact(&mut stream, &mut echo).unwrap();
+    writer.join().unwrap();
+    assert_eq!(echo, vec![7; 1 << 20]);
+    let e = connect(9).unwrap_err();
+    assert!(e.kind() == Kind::GuestUnavailable && e.to_string().contains("port 9") && e.hint_text().is_some(), "{e}");
+    // Nobody answers: it is the caller who has enough.
+    let enough = Cancel::try_new().unwrap();
+    enough.cancel("the VM was stopped");
+    assert_eq!(bench.driver.connect(&running.identity, 8, &enough).unwrap_err().kind(), Kind::Cancelled);
+    // One that an earlier fcd started.
+    std::fs::remove_file(bench.dir.path().join("vm/run/vsock")).unwrap();
+    let e = connect(7).unwrap_err();
+    assert!(e.kind() == Kind::Unsupported && e.hint_text().is_some(), "{e}");
+    bench.driver.kill(&running.identity, soon()).unwrap();
+    assert_eq!(connect(7).unwrap_err().kind(), Kind::VmmFailed);
+}
+
+#[test]
+fn a_guest_with_a_keyboard_goes_when_its_keys_are_pressed() {
+    let bench = Bench::new("KEYBOARD");
+    let (running, never) = (bench.running(), Cancel::try_new().unwrap());
+    assert!(bench.driver.press_ctrl_alt_del(&running.identity, &never).unwrap());
+    assert!(bench.driver.wait_exit(&running.identity, soon(), &never).unwrap());
+    assert!(bench.requests().ends_with("PUT /actions {\"action_type\":\"SendCtrlAltDel\"}\n"));
+    assert_eq!(bench.driver.press_ctrl_alt_del(&running.identity, &never).unwrap_err().kind(), Kind::VmmFailed);
 }
 
 #[test]

@@ -11,6 +11,7 @@ use fcd::vmm::console::Consoles;
 use fcd::vmm::fake::Fake;
 use fcd::vmm::{Driver, Identity, Running, SaveTo, Told, VmmSpec};
 use fcd::workspace::remote::{self, Place};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -80,6 +81,12 @@ impl Driver for Panics {
     }
     fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
         self.inner.metrics(spec, identity, cancel)
+    }
+    fn connect(&self, identity: &Identity, port: u32, cancel: &Cancel) -> Result<UnixStream> {
+        self.inner.connect(identity, port, cancel)
+    }
+    fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool> {
+        self.inner.press_ctrl_alt_del(identity, cancel)
     }
     fn leaves_remains(&self) -> bool {
         self.inner.leaves_remains()

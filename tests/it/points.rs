@@ -11,6 +11,7 @@ use fcd::locks::Cancel;
 use fcd::store::faults::{CommitHook, Fault};
 use fcd::vmm::console::Consoles;
 use fcd::vmm::{Driver, Identity, Running, SaveTo, Told, VmmSpec};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -185,6 +186,13 @@ impl Driver for PointDriver {
     }
     fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
         self.0.metrics(spec, identity, cancel)
+    }
+    fn connect(&self, identity: &Identity, port: u32, cancel: &Cancel) -> Result<UnixStream> {
+        self.0.connect(identity, port, cancel)
+    }
+    fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool> {
+        self.1.pass("press the keys")?;
+        self.0.press_ctrl_alt_del(identity, cancel)
     }
     fn leaves_remains(&self) -> bool {
         self.0.leaves_remains()

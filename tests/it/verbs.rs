@@ -8,10 +8,14 @@ use fcd::api::frame::Note;
 use fcd::api::image::ImageList;
 use fcd::api::op::*;
 use fcd::api::vm::*;
+use fcd::client::Failure;
+use fcd::daemon::Caller;
 use fcd::error::Kind;
 use fcd::guest::fake::{Answer, Gate};
+use fcd::vmm::fake::Keyboard;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 
 #[test]
 fn set_waits_for_the_next_start() {
@@ -242,6 +246,98 @@ fn exec_is_signalled_resized_and_ended() {
     world.stop("web").unwrap();
     let e = call.finish(PROMPT).unwrap_err();
     assert!(e.is(Kind::Cancelled) && e.fault.message.contains("the VM was stopped"), "{e:?}");
+}
+
+fn connect(world: &World, port: u32) -> Result<UnixStream, Failure> {
+    let request = VmConnectRequest { vm: "web".into(), port };
+    let (reply, fd) = world.client().call_for_fd::<VmConnect>(&request)?;
+    assert_eq!(reply.vm.name.as_str(), "web");
+    Ok(fd.into())
+}
+
+/// The caller has it for good: it is not the daemon's any more.
+#[test]
+fn a_stream_to_a_guest_is_the_callers() {
+    let mut world = World::new();
+    let (vm, _) = world.running("web");
+    let taken = world.vmm.listen(&vm.id, 5000);
+    let mut stream = connect(&world, 5000).unwrap();
+    let mut guests = taken.recv_timeout(SOON).unwrap();
+    world.shut();
+    stream.write_all(b"to the guest").unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut got = String::new();
+    guests.read_to_string(&mut got).unwrap();
+    assert_eq!(got, "to the guest");
+    drop(guests);
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn streams_that_lead_nowhere_are_refused() {
+    let world = World::new();
+    let (vm, _) = world.running("web");
+    let kind = |port| {
+        let e = connect(&world, port).unwrap_err();
+        assert!(e.fault.hint.is_some() || e.is(Kind::GuestUnavailable), "{e:?}");
+        e.kind().to_owned()
+    };
+    assert_eq!(kind(u32::MAX), "invalid_argument");
+    assert_eq!(kind(1), "guest_unavailable");
+    let _taken = world.vmm.listen(&vm.id, 1);
+    connect(&world, 1).unwrap();
+    world.call::<VmPause>(&request("web")).unwrap();
+    assert_eq!(kind(1), "wrong_state");
+    world.call::<VmResume>(&request("web")).unwrap();
+    let somebody = Caller { uid: 4242, gid: 4242, pid: 1 };
+    let e = world.daemon().connect(&somebody, &VmConnectRequest { vm: "web".into(), port: 1 }).unwrap_err();
+    assert_eq!(e.kind(), Kind::VmNotFound);
+    world.stop("web").unwrap();
+    assert_eq!(kind(1), "wrong_state");
+}
+
+/// A guest that nobody reaches over SSH.
+fn out_of_reach(world: &World) {
+    let (_, addr) = world.running("web");
+    world.guest.set_unreachable(addr, true);
+}
+
+#[test]
+fn a_guest_out_of_reach_goes_at_the_press_of_keys() {
+    let world = World::new();
+    out_of_reach(&world);
+    world.vmm.set_keyboard(Keyboard::Heard);
+    assert_eq!(world.stop("web").unwrap().synced, Some(Synced::Yes));
+    assert_eq!(world.vmm.kills(), 0);
+}
+
+#[test]
+fn a_guest_that_hears_no_keys_is_ended_at_its_deadline_or_by_force() {
+    let world = World::new();
+    out_of_reach(&world);
+    world.vmm.set_keyboard(Keyboard::Ignored);
+    let soon = VmStopRequest { timeout_ms: Some(50), ..stop("web") };
+    assert_eq!(world.run::<VmStop>(soon).unwrap().vm.synced, Some(Synced::Timeout));
+    assert_eq!((world.vmm.presses(), world.vmm.kills()), (1, 1));
+    world.start("web").unwrap();
+    let never = VmStopRequest { timeout_ms: Some(3_600_000), ..stop("web") };
+    let mut down = world.begin::<VmStop>(never, vec![]);
+    await_that("it is asked", || world.vmm.presses() == 2);
+    world.run::<VmStop>(VmStopRequest { force: true, ..stop("web") }).unwrap();
+    assert_eq!(down.finish(SOON).unwrap().vm.state, VmState::Stopped);
+}
+
+/// Its kernel would take them for a reset, before anything is written.
+#[test]
+fn no_keys_are_pressed_for_a_guest_of_an_earlier_image() {
+    let world = World::new();
+    let path = world.config.state_dir.join("images/default/image.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replace("\"guest_version\":3", "\"guest_version\":2")).unwrap();
+    out_of_reach(&world);
+    world.vmm.set_keyboard(Keyboard::Heard);
+    assert_eq!(world.stop("web").unwrap().synced, Some(Synced::Timeout));
+    assert_eq!((world.vmm.presses(), world.vmm.kills()), (0, 1));
 }
 
 #[test]

@@ -117,7 +117,7 @@ pub fn make_image(state_dir: &Path, name: &str) {
         files.push(serde_json::json!({"name": file, "bytes": bytes, "sha256": ""}));
     }
     let image = serde_json::json!({"format": 1, "name": name, "os": "Fake OS", "kernel_version": "6.1",
-        "packages": [], "built_at": 7, "guest_version": 2, "files": files});
+        "packages": [], "built_at": 7, "guest_version": 3, "files": files});
     std::fs::write(dir.join("image.json"), image.to_string()).unwrap();
 }
 

@@ -170,6 +170,13 @@ struct Metrics<'a> {
 struct Entropy {}
 
 #[derive(Debug, Serialize)]
+pub struct Vsock<'a> {
+    pub guest_cid: u32,
+    /// It must not be there; a snapshot keeps it, and the next VMM makes it again.
+    pub uds_path: &'a str,
+}
+
+#[derive(Debug, Serialize)]
 struct Action {
     action_type: &'static str,
 }
@@ -281,6 +288,10 @@ impl<'a> PreBoot<'a> {
         self.0.change(Method::Put, "/entropy", &Entropy {}, "add a source of random numbers")
     }
 
+    pub fn vsock(&mut self, vsock: &Vsock<'_>) -> Result<()> {
+        self.0.change(Method::Put, "/vsock", vsock, "add a vsock")
+    }
+
     /// One that takes nothing yet, and from which a guest that runs out of memory takes back what it needs.
     pub fn balloon(&mut self) -> Result<()> {
         let balloon = Balloon { amount_mib: 0, deflate_on_oom: true, stats_polling_interval_s: STATISTICS_PERIOD_S };
@@ -348,6 +359,11 @@ impl<'a> Booted<'a> {
     /// They are written when this returns.
     pub fn flush_metrics(&mut self) -> Result<()> {
         self.0.change(Method::Put, "/actions", &Action { action_type: "FlushMetrics" }, "ask for the metrics")
+    }
+
+    /// On a keyboard of which the guest may know nothing.
+    pub fn ctrl_alt_del(&mut self) -> Result<()> {
+        self.0.change(Method::Put, "/actions", &Action { action_type: "SendCtrlAltDel" }, "press Ctrl-Alt-Del")
     }
 
     /// What the guest is to give back.

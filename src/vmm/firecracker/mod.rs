@@ -10,6 +10,7 @@ mod http;
 mod jail;
 mod metrics;
 mod refusal;
+mod vsock;
 
 use super::console::{Attach, Consoles};
 use super::dial::{self, Patience};
@@ -25,13 +26,14 @@ use crate::locks::{Cancel, Rank, region};
 use crate::vmm::kvm::{kvm_access, own_access};
 use api::{
     BootSource, Booted, CacheType, Drive, LoadSnapshot, MachineConfig, NetworkInterface, NetworkOverride, PreBoot, RateLimiter,
-    text,
+    Vsock, text,
 };
 use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
 use std::ffi::OsString;
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -119,7 +121,7 @@ impl Firecracker {
             None => {
                 let place = run_dir::make(
                     &dir,
-                    &[API_SOCKET, CONSOLE_PIPE, METRICS_PIPE, jail::MEMORY, jail::DEVICES],
+                    &[API_SOCKET, CONSOLE_PIPE, METRICS_PIPE, vsock::SOCKET, jail::MEMORY, jail::DEVICES],
                     spec.credentials,
                 )?;
                 if let Some(saved) = &spec.saved {
@@ -274,6 +276,7 @@ fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<std
         tx_rate_limiter: RateLimiter::new(rates.net_tx_bytes_per_s, None),
     })?;
     vmm.entropy()?;
+    vmm.vsock(&Vsock { guest_cid: vsock::GUEST_CID, uds_path: vsock::SOCKET })?;
     if spec.has_balloon {
         vmm.balloon()?;
     }
@@ -529,6 +532,22 @@ impl Driver for Firecracker {
         metrics::parse(&told).ok_or_else(|| {
             Error::new(Kind::Busy, format!("{doing}: somebody else reads them at the same time")).hint("try again in a moment")
         })
+    }
+
+    fn connect(&self, identity: &Identity, port: u32, cancel: &Cancel) -> Result<UnixStream> {
+        let doing = "connect to the guest's vsock";
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+        let process = Process::open(identity)?.ok_or_else(gone)?;
+        let place = place(&process, doing)?;
+        vsock::require(&place)?;
+        let _blocking = region(Rank::VmmApi);
+        let patience = Patience { deadline: Instant::now() + ANSWER_DEADLINE, cancel };
+        let socket = dial::connect(&place, vsock::SOCKET, &process, patience)?.ok_or_else(gone)?;
+        vsock::open(socket, port, patience)
+    }
+
+    fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool> {
+        self.talk(identity, "press Ctrl-Alt-Del", cancel, |vmm| vmm.ctrl_alt_del()).map(|()| true)
     }
 
     fn leaves_remains(&self) -> bool {

@@ -29,6 +29,7 @@ use qmp::Qmp;
 use serde_json::json;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -308,6 +309,16 @@ impl Driver for Qemu {
         const COMMAND: &str = "query-blockstats";
         let ask = |qmp: &mut Qmp<'_>| qmp.execute(COMMAND, &json!({}));
         self.talk(&spec.dir, identity, "read the VMM's metrics", soon(cancel), ask).map(|stats| vec![json!({ COMMAND: stats })])
+    }
+
+    /// It could only by the host's kernel (vhost-vsock), where numbers of guests are the whole host's.
+    fn connect(&self, _identity: &Identity, _port: u32, _cancel: &Cancel) -> Result<UnixStream> {
+        Err(Error::new(Kind::Unsupported, "qemu's guests have no vsock").hint("reach a port of its network: fcctl run -p PORT"))
+    }
+
+    /// microvm has no keyboard, and no other way to tell a guest without a daemon of its own.
+    fn press_ctrl_alt_del(&self, _identity: &Identity, _cancel: &Cancel) -> Result<bool> {
+        Ok(false)
     }
 
     fn leaves_remains(&self) -> bool {

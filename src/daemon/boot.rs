@@ -24,7 +24,7 @@ const SEED_FILE: &str = "seed";
 pub(super) const DISK_FILE: &str = "disk";
 pub(super) const WORK_DISK_FILE: &str = "work";
 /// What a snapshot's guest has changed.
-const CHANGES_FILE: &str = "changes";
+pub(super) const CHANGES_FILE: &str = "changes";
 
 /// A boot under way: what its steps need and what they made.
 pub(super) struct Boot<'a> {
@@ -36,6 +36,8 @@ pub(super) struct Boot<'a> {
     pub files: Vec<SeedFile>,
     /// What a guest is told that goes on from a snapshot.
     pub wake: Option<Wake>,
+    /// In the ledger: the disks that the VM had until it took those of a snapshot.
+    pub former_disks: Option<u64>,
     pub running: Option<Running>,
 }
 
@@ -80,7 +82,7 @@ impl Daemon {
             self.check_kernel(row.kernel.as_ref())?;
         }
         let spec = self.boot_spec(claim, &row, &image);
-        let mut boot = Boot { claim, row, image: &image, spec, files: Vec::new(), wake: None, running: None };
+        let mut boot = Boot { claim, row, image: &image, spec, files: Vec::new(), wake: None, former_disks: None, running: None };
         self.acquire_all(&mut boot)?;
         self.await_guest(&mut boot)
     }
@@ -100,6 +102,7 @@ impl Daemon {
         if let Some(wake) = &boot.wake {
             self.wait_rejoined(boot.claim, &running, wake)?;
         }
+        self.keep_disks(boot)?;
         self.restore_workspace(boot.claim, &running)?;
         Ok(running)
     }

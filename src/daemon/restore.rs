@@ -3,6 +3,7 @@
 use super::boot::Boot;
 use super::captures::Restore;
 use super::lifecycle::{Ask, Claim};
+use super::resources::former_disks;
 use super::runtime::Use;
 use super::transitions::Verb;
 use super::{Begun, Caller, Daemon, now_s, to_value};
@@ -51,8 +52,8 @@ impl Daemon {
     pub fn fork(&self, caller: &Caller, request: VmForkRequest) -> Result<Begun> {
         const METHOD: &str = "vm.fork";
         let found = self.resolve(caller, &request.vm)?;
-        self.vmm.can_load(found.driver.as_deref().unwrap_or_default(), true)?;
         self.allow(&found, Verb::Guest)?;
+        self.vmm.can_load(found.driver.as_deref().unwrap_or_default(), true)?;
         let vm = self.create_like(caller, &found, request.name)?;
         self.in_new_vm(caller, METHOD, &vm, move |daemon, op, vm| {
             let (row, user) = daemon.join_guest(&found, Use::Transfer, op.cancel())?;
@@ -197,7 +198,7 @@ impl Daemon {
         Ok(row.id)
     }
 
-    /// The VM's disks become those of the snapshot, one after the other: a start that fails later leaves them so.
+    /// Puts the snapshot's disks in the place of the VM's own, which are put back unless the guest goes on: see [`Daemon::keep_disks`].
     pub(super) fn take_disks(&self, boot: &mut Boot<'_>) -> Result<()> {
         let Some(restore) = &boot.claim.restore else { return Ok(()) };
         let (from, saved) = (&restore.files, &restore.row);
@@ -221,27 +222,40 @@ impl Daemon {
             .map(|to| (duplicate::Source { method: None, path: &from.work_disk, base: &from.work_disk }, to));
         let reporter = boot.claim.op().reporter();
         let told = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
+        let (former, ticket) = self.store.change(|tx| Ok(former_disks::intend(tx, &boot.row, &boot.spec.tag)))?;
+        self.wait_durable(ticket)?;
+        boot.former_disks = Some(former);
         let mut copied = Vec::new();
         for (source, to) in std::iter::once((root, self.disk_path(&boot.row.id, method))).chain(work) {
             copied.push(duplicate::copy(self.commands.as_ref(), &source, &to, boot.spec.credentials, &boot.claim.cancel, told)?);
         }
+        self.effects.before("set the disks aside")?;
+        former_disks::set_aside(&boot.spec.dir)?;
         self.effects.before("replace the disks")?;
         copied.into_iter().try_for_each(duplicate::Copied::publish)?;
-        let (vm, generation) = (boot.row.id.clone(), boot.row.generation);
-        let workspace = saved.workspace.clone().map(|w| WorkspaceRow { vm: vm.clone(), generation, ..w });
-        let ((), ticket) = self.store.change(|tx| {
+        // The row keeps what it says of the former ones.
+        boot.row.disk_bytes = saved.disk_bytes;
+        Ok(())
+    }
+
+    /// The guest goes on: from here on the disks are the VM's, with what they stand for.
+    pub(super) fn keep_disks(&self, boot: &mut Boot<'_>) -> Result<()> {
+        let (Some(restore), Some(former)) = (&boot.claim.restore, boot.former_disks.take()) else { return Ok(()) };
+        let (saved, row, tag) = (&restore.row, &boot.row, &boot.spec.tag);
+        let workspace = saved.workspace.clone().map(|w| WorkspaceRow { vm: row.id.clone(), generation: row.generation, ..w });
+        let (replaced, ticket) = self.store.change(|tx| {
             match workspace {
                 Some(workspace) => tx.put_workspace(workspace)?,
-                None => tx.remove_workspace(&vm),
+                None => tx.remove_workspace(&row.id),
             }
-            tx.update_vm(&vm, |row| {
+            tx.update_vm(&row.id, |row| {
                 (row.disk_bytes, row.guest_version) = (saved.disk_bytes, saved.guest_version);
                 row.disk_driver = Some(saved.disk_driver.clone());
-            })
+            })?;
+            Ok(former_disks::let_go(tx, former, row, tag))
         })?;
         self.wait_durable(ticket)?;
-        boot.row = self.row(&boot.row.id)?;
-        boot.spec = self.boot_spec(boot.claim, &boot.row, boot.image);
+        former_disks::remove(self, row, tag, replaced);
         Ok(())
     }
 

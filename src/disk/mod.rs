@@ -47,13 +47,18 @@ struct Draft {
     published: bool,
 }
 
+/// Where a file is made that is to become this one: what an attempt leaves that was killed.
+pub fn draft(target: &Path) -> PathBuf {
+    let mut name = std::ffi::OsString::from(".");
+    name.push(target.file_name().unwrap_or_default());
+    name.push(".new");
+    target.with_file_name(name)
+}
+
 impl Draft {
     /// A leftover of an earlier attempt is removed.
     fn new(target: &Path) -> Result<Self> {
-        let mut name = std::ffi::OsString::from(".");
-        name.push(target.file_name().ok_or_else(|| Error::internal(format!("{} has no file name", target.display())))?);
-        name.push(".new");
-        let draft = Self { path: target.with_file_name(name), target: target.to_owned(), published: false };
+        let draft = Self { path: draft(target), target: target.to_owned(), published: false };
         match std::fs::remove_file(&draft.path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(format!("remove {}", draft.path.display()), e)),
             _ => Ok(draft),

@@ -137,6 +137,7 @@ fn goes_on_from_snapshots(host: &TestHost) {
     // What was saved cannot be loaded: the VMM exits, which is said and leaves nothing.
     let broken = host.sh("fcctl stop s > /dev/null; for f in state/snapshots/*/private/devices; do echo broken > $f; done; fcctl snapshot restore one 2>&1 || true");
     assert!(broken.contains("load the saved guest"), "{broken}");
+    assert_eq!(host.sh("fcctl start s > /dev/null; fcctl exec s -- cat /root/mark"), "s\n", "it has its own disk again");
     assert_eq!(host.sh("fcctl exec twin -- echo on; fcctl snapshot delete one; ls state/snapshots"), "on\none: deleted\n");
     host.sh("fcctl rm -f s twin third");
 }

@@ -221,6 +221,18 @@ struct Figures {
     points: u64,
 }
 
+const MARK: &[u8] = b"mine";
+
+/// What a VM's disk has before it is restored, and no snapshot has.
+fn mark_disk(world: &World, verb: Verb) -> Option<(std::path::PathBuf, Vec<u8>)> {
+    let row = row_of(world, "web").filter(|r| verb == Restore && r.state != VmState::Running)?;
+    let path = world.config.state_dir.join("vms").join(row.id.as_str()).join("disk");
+    let mut mine = std::fs::read(&path).ok()?;
+    mine.extend(MARK);
+    std::fs::write(&path, &mine).unwrap();
+    Some((path, mine))
+}
+
 /// Kills the daemon at every point of the last of `verbs`.
 fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
     let empty = world.census();
@@ -233,6 +245,7 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
             set_the_scene(world, &[&[Set], scene].concat())
         }
         let (before, vmms) = (now(world), world.vmm.live());
+        let mine = mark_disk(world, *last);
         world.points.arm(Mode::Crash, n);
         let ended = end(world, begin(world, *last));
         let Some(hit) = world.points.hit() else {
@@ -255,6 +268,14 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
         let reason = row_of(world, "web").and_then(|r| r.reason);
         assert!(may_be(*last, before).contains(&after), "{at}: was {before:?}, is {after:?} ({reason:?})");
         agrees(world, &at);
+        if let Some((path, mine)) = mine {
+            // All of the one or all of the other; of a guest that runs, the other.
+            let mut saved = mine.clone();
+            saved.truncate(mine.len() - MARK.len());
+            let is = std::fs::read(&path).unwrap();
+            assert!(is == saved || is == mine && after != Some(VmState::Running), "{at}: whose disk it has");
+            assert!(!path.with_file_name("former").exists() && !path.with_file_name(".disk.new").exists(), "{at}");
+        }
         if before == Some(VmState::Running)
             && matches!(last, Set | Adjust | Balloon | Prepare | Start | Snapshot | Fork | RestoreAs)
         {

@@ -209,6 +209,7 @@ fn a_restore_that_fails_leaves_a_vm_that_starts() {
     let mut mine = std::fs::read(&disk).unwrap();
     mine.extend(b"what was written since");
     std::fs::write(&disk, &mine).unwrap();
+    let memory = std::fs::read(dir.join("private/memory")).unwrap();
     std::fs::write(dir.join("private/memory"), "").unwrap();
     let e = restore(&world, "one", None).unwrap_err();
     assert!(e.is(Kind::Host) && e.fault.message.contains("damaged"), "{e:?}");
@@ -218,6 +219,32 @@ fn a_restore_that_fails_leaves_a_vm_that_starts() {
     assert_eq!(std::fs::read(&disk).unwrap(), mine);
     world.start("web").unwrap();
     world.stop("web").unwrap();
+    world.stop("web").unwrap();
+    // What was lost is put back.
+    std::fs::write(dir.join("private/memory"), &memory).unwrap();
+    let aside = disk.with_file_name("former");
+    world.vmm.fail_next_start("another version made it");
+    let e = restore(&world, "one", None).unwrap_err();
+    assert!(e.is(Kind::VmmFailed) && e.fault.message.contains("another version"), "{e:?}");
+    world.await_rest();
+    assert_eq!((std::fs::read(&disk).unwrap(), aside.exists()), (mine.clone(), false));
+    // A stop in mid-restore.
+    world.vmm.hold_starts(Stage::AfterSpawn);
+    let mut restoring = world.begin::<SnapshotRestore>(SnapshotRestoreRequest { snapshot: "one".into(), new_vm: None }, vec![]);
+    assert!(world.vmm.await_held(1, soon()));
+    assert!(aside.join("disk").exists() && std::fs::read(&disk).unwrap() != mine);
+    world.stop("web").unwrap();
+    world.vmm.release_starts();
+    assert!(restoring.finish(SOON).is_err());
+    world.await_rest();
+    assert_eq!((std::fs::read(&disk).unwrap(), aside.exists()), (mine.clone(), false));
+    world.start("web").unwrap();
+    world.stop("web").unwrap();
+    // One that goes well leaves nothing aside.
+    restore(&world, "one", None).unwrap();
+    assert!(std::fs::read(&disk).unwrap() != mine && !aside.exists());
+    world.stop("web").unwrap();
+    std::fs::write(&disk, &mine).unwrap();
     // Its disk was lost: the VM keeps its own.
     std::fs::remove_file(dir.join("disk")).unwrap();
     assert!(restore(&world, "one", None).is_err());

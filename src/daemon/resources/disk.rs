@@ -24,6 +24,10 @@ impl Resource for Disk {
     }
 
     fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
+        if boot.claim.restore.is_some() {
+            // It is the snapshot's, whole and as large as it was.
+            return Ok(());
+        }
         daemon.prepare_disk(&boot.row, boot.image, &boot.spec, boot.claim)?;
         // What the disk became is in the row by now.
         boot.row = daemon.row(&boot.row.id)?;

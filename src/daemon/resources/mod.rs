@@ -5,6 +5,7 @@
 mod directory;
 mod disk;
 mod disk_device;
+pub(super) mod former_disks;
 mod jail;
 mod ports;
 mod process;
@@ -28,8 +29,10 @@ use crate::vmm::Driver;
 use std::path::Path;
 
 /// In the order in which a boot takes them; they are given back in the reverse order.
-const ALL: [&dyn Resource; 11] = [
+const ALL: [&dyn Resource; 13] = [
     &directory::Directory,
+    &former_disks::FormerDisks,
+    &former_disks::ReplacedDisks,
     &snapshot::Snapshot,
     &disk::Disk,
     &disk_device::DiskDevice,
@@ -45,6 +48,8 @@ const ALL: [&dyn Resource; 11] = [
 /// How long a resource is a VM's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Span {
+    /// No longer than a start is under way.
+    Start,
     /// From a start until the VMM has exited.
     Boot,
     /// From the first start until the VM is deleted.
@@ -127,6 +132,7 @@ fn is_leftover(state: &State, row: &LedgerRow) -> bool {
     let Some(vm) = row.vm.as_ref().and_then(|id| state.vm(id)) else { return true };
     let at_rest = matches!(vm.state, VmState::Created | VmState::Stopped | VmState::Failed);
     match of_kind(&row.kind).map(Resource::span) {
+        Some(Span::Start) => vm.state != VmState::Starting || row.generation < vm.generation,
         Some(Span::Boot) => at_rest || row.generation < vm.generation,
         Some(Span::Life) | None => false,
     }
@@ -162,7 +168,7 @@ impl Daemon {
     /// # Errors
     /// The VMM could not be ended: nothing else was touched, as it is in use.
     pub(super) fn release_boot(&self, vm: &VmId, generation: u64) -> Result<()> {
-        let left = self.release(vm, |resource, row| resource.span() == Span::Boot && row.generation <= generation)?;
+        let left = self.release(vm, |resource, row| resource.span() != Span::Life && row.generation <= generation)?;
         left.iter().for_each(|e| log::warn!("clean up after vm {vm}: {e}; it is tried again every minute"));
         Ok(())
     }

@@ -23,12 +23,13 @@ impl Daemon {
     /// What is ours on the host and belongs to nothing; root's and the daemon's own user's business only.
     ///
     /// # Errors
-    /// `denied` to others.
+    /// `denied` to others. `busy` when the daemon has just started and what was left is not cleared away in time.
     pub fn leaks(&self, caller: &Caller, fix: bool) -> Result<LeaksReply> {
         if caller.uid != 0 && caller.uid != nix::unistd::geteuid().as_raw() {
             return Err(Error::new(Kind::Denied, "look for leaks: only root and the daemon's own user may")
                 .hint("run it as the user who runs fcd"));
         }
+        self.await_settled()?;
         Ok(LeaksReply { leaks: self.sweep(fix) })
     }
 

@@ -146,6 +146,7 @@ pub struct Inner {
     captures: captures::Captures,
     /// VMs that reconcile has not looked at yet.
     unlooked: Mutex<HashSet<VmId>>,
+    settled: reconcile::Settled,
     /// Fires when the daemon closes.
     closing: Cancel,
     pub effects: effects::Effects,
@@ -256,6 +257,7 @@ impl Daemon {
             beginning: keys::Beginning::new(),
             captures: captures::Captures::new(),
             unlooked: Mutex::new(Rank::Runtimes, unlooked),
+            settled: reconcile::Settled::new(),
             closing,
             effects: effects::Effects::default(),
             history: history::History::default(),

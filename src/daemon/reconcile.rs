@@ -5,16 +5,32 @@ use super::Daemon;
 use super::lifecycle::Claim;
 use super::transitions::Verb;
 use crate::api::vm::VmState;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
+use crate::locks::{Condvar, Mutex, Rank, Waited};
 use crate::store::VmRow;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Between two comparisons of the ledger, the rows and the host.
 const SWEEP_PERIOD: Duration = Duration::from_secs(60);
 
 /// Begins the reason of a VM whose VMM did not answer the daemon that started.
 const UNADOPTED: &str = "its vmm runs but could not be adopted";
+
+/// How long one who asks for leaks waits for the first look at what an earlier daemon left.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Whether the first look has ended.
+pub(super) struct Settled {
+    is_settled: Mutex<bool>,
+    told: Condvar,
+}
+
+impl Settled {
+    pub fn new() -> Self {
+        Self { is_settled: Mutex::new(Rank::Runtimes, false), told: Condvar::new() }
+    }
+}
 
 impl Daemon {
     /// Looks at every VM; each may be changed again as soon as it was looked at.
@@ -28,7 +44,21 @@ impl Daemon {
             self.unlooked.lock().remove(&id);
         }
         self.sweep(true);
+        *self.settled.is_settled.lock() = true;
+        self.settled.told.notify_all();
         self.mend_network();
+    }
+
+    /// What an earlier daemon left is no leak before this one has cleared it away.
+    pub(super) fn await_settled(&self) -> Result<()> {
+        let mut settled = self.settled.is_settled.lock();
+        let deadline = Instant::now() + SETTLE_DEADLINE;
+        match self.settled.told.wait_while_cancellable(&mut settled, deadline, &self.closing, |settled| !*settled) {
+            Waited::Done => Ok(()),
+            Waited::TimedOut => Err(Error::new(Kind::Busy, "the daemon still clears away what an earlier one left")
+                .hint("try again in a moment; the daemon's log says what takes so long")),
+            Waited::Cancelled => Err(Error::new(Kind::ShuttingDown, "the daemon is shutting down")),
+        }
     }
 
     /// Every [`SWEEP_PERIOD`], until the daemon closes: what a clean-up could not remove is tried again.

@@ -196,6 +196,7 @@ fn real_guests() {
     assert_eq!(host.sh("fcctl vm pause a"), "a: running (paused)\n");
     assert!(host.sh("fcctl exec a -- true 2>&1 || true").contains("is paused"));
     assert_eq!(host.sh("fcctl vm resume a; fcctl exec a -- echo on"), "a: running\non\n");
+    assert_eq!(greeting(&host, "a"), "a got hello\n", "also by vsock");
     // The daemon dies, and finds its guest.
     let pid = host.sh("pgrep -x firecracker");
     host.sh("pkill -KILL -x fcd; until ! pgrep -x fcd; do sleep 0.1; done");

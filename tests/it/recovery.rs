@@ -1,6 +1,7 @@
 //! What a daemon finds of an earlier one, and VMs that are to be removed.
 
 use crate::world::*;
+use fcd::api::daemon::{Info, Leaks, LeaksRequest};
 use fcd::api::exec::{ExecStart, ExecStartRequest};
 use fcd::api::frame::Note;
 use fcd::api::op::OpState;
@@ -178,6 +179,20 @@ fn an_rm_vm_goes_when_the_daemon_is_opened_anew() {
     world.await_gone("still");
     world.await_rest();
     assert!(world.vmm.live().is_empty());
+}
+
+/// What an earlier daemon left is no leak before this one had its chance.
+#[test]
+fn leaks_are_told_when_the_daemon_has_looked_at_what_was_left() {
+    let mut world = World::new();
+    world.edit_rows(|tx| {
+        tx.intend(None, 0, "snapshot", "0123456789ab");
+    });
+    world.reopen();
+    let mut asked = world.begin::<Leaks>(LeaksRequest { fix: false }, vec![]);
+    world.call::<Info>(&fcd::api::Empty {}).unwrap();
+    world.daemon().reconcile();
+    assert_eq!(asked.finish(SOON).unwrap().leaks, []);
 }
 
 /// Running VMs outlive the daemon: the same process, and all that works on it works again.

@@ -49,6 +49,8 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 const START_DEADLINE: Duration = Duration::from_secs(30);
 /// For a VMM that runs already to answer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
+/// For a guest to answer who connects to its vsock: a slow one has to wake a program for it.
+const GUEST_DEADLINE: Duration = Duration::from_secs(20);
 /// For a guest's memory to go to the disk, or to come from there.
 const SAVE_DEADLINE: Duration = Duration::from_secs(600);
 /// For a process that was killed because its start failed.
@@ -541,7 +543,7 @@ impl Driver for Firecracker {
         let place = place(&process, doing)?;
         vsock::require(&place)?;
         let _blocking = region(Rank::VmmApi);
-        let patience = Patience { deadline: Instant::now() + ANSWER_DEADLINE, cancel };
+        let patience = Patience { deadline: Instant::now() + GUEST_DEADLINE, cancel };
         let socket = dial::connect(&place, vsock::SOCKET, &process, patience)?.ok_or_else(gone)?;
         vsock::open(socket, port, patience)
     }

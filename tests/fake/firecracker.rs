@@ -242,7 +242,7 @@ impl Vmm {
             file.map_err(|e| format!("Create snapshot error: Cannot perform open on the snapshot backing file: {e}"))
         };
         let saved = (&self.paths, &self.drives, &self.networks, &self.vsock);
-        for field in ["mem_file_path", "snapshot_path"] {
+        for field in ["snapshot_path", "mem_file_path"] {
             serde_json::to_writer(opened(field)?, &saved).map_err(|e| format!("Create snapshot error: {e}"))?;
         }
         Ok(None)

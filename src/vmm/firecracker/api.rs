@@ -2,6 +2,7 @@
 //! starts and what after are two types, so that a call in the wrong phase does not compile; a start or a load turns the one into
 //! the other.
 
+use super::checks;
 use super::http::{Answer, Connection, Method};
 use super::refusal::refused;
 use crate::error::{Error, Kind, Result};
@@ -11,6 +12,11 @@ use serde::{Deserialize, Serialize};
 use std::net::Ipv4Addr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+
+/// The version since which it does so.
+const HOLDS_VSOCK_SINCE: (u32, u32) = (1, 16);
+/// Where no file can be made, in a jail or out of it.
+const NO_PLACE: &str = "/proc/none/none";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub enum State {
@@ -238,12 +244,17 @@ impl Api<'_> {
     }
 
     fn change(&mut self, method: Method, path: &str, body: &impl Serialize, doing: &str) -> Result<()> {
-        let body = serde_json::to_vec(body).map_err(|e| Error::internal(doing).with_source(e))?;
-        let answer = check(doing, self.0.request(method, path, &body).map_err(|e| e.context(doing))?)?;
+        let answer = check(doing, self.ask(method, path, body, doing)?)?;
         if answer.is_deprecated {
             log::warn!("{doing}: Firecracker says that a later version does not know this any more");
         }
         Ok(())
+    }
+
+    /// Whatever it answers.
+    fn ask(&mut self, method: Method, path: &str, body: &impl Serialize, doing: &str) -> Result<Answer> {
+        let body = serde_json::to_vec(body).map_err(|e| Error::internal(doing).with_source(e))?;
+        self.0.request(method, path, &body).map_err(|e| e.context(doing))
     }
 }
 
@@ -376,9 +387,24 @@ impl<'a> Booted<'a> {
         self.0.read("/balloon/statistics").map(|statistics: BalloonStatistics| statistics.actual_mib)
     }
 
-    /// Running already is ok.
+    /// Running already is ok, and nothing is done: with each resume a VMM holds back what goes to the guest's vsock.
     pub fn resume(&mut self) -> Result<()> {
+        let instance: Instance = self.0.read("/")?;
+        if instance.state == State::Running {
+            return Ok(());
+        }
+        if checks::is_since(&instance.vmm_version, HOLDS_VSOCK_SINCE) {
+            self.reset_vsock()?;
+        }
         self.0.change(Method::Patch, "/vm", &VmState { state: "Resumed" }, "let the guest go on")
+    }
+
+    /// From a resume on the VMM holds back what goes to the guest's vsock until the guest has taken note that its streams have
+    /// ended; but it is told so by a save only (src/vmm/src/devices/virtio/vsock/device.rs, `kick` and `prepare_save`). So one is
+    /// begun, which finds no place for its files.
+    fn reset_vsock(&mut self) -> Result<()> {
+        let create = CreateSnapshot { snapshot_type: "Full", snapshot_path: NO_PLACE, mem_file_path: NO_PLACE };
+        self.0.ask(Method::Put, "/snapshot/create", &create, "end the guest's vsock streams").map(drop)
     }
 }
 

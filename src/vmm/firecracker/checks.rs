@@ -96,6 +96,11 @@ pub fn require(version: &str) -> Result<()> {
     }
 }
 
+/// As the API has it.
+pub fn is_since(version: &str, since: (u32, u32)) -> bool {
+    parse_numbers(version).is_some_and(|v| v >= since)
+}
+
 fn version(config: &Config, cancel: &Cancel) -> Result<(u32, u32)> {
     let name = config.binary.display();
     let path = find_program(&config.binary)

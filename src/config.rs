@@ -109,7 +109,7 @@ pub struct Qemu {
     pub binary: PathBuf,
     pub accel: Accel,
     pub machine: Machine,
-    /// First of the uids that VMs run under when the daemon is root.
+    /// First of the uids that VMs run under when the daemon is root; a VM's gid is the same number.
     pub uid_base: u32,
     /// How many there are.
     pub uid_count: u32,

@@ -15,6 +15,8 @@ use crate::vmm::{GuestNetwork, Identity, VmmSpec};
 /// A guest that reads its own programs at less than this does not come up.
 const BYTES_PER_S_MIN: u64 = 64 << 10;
 const BYTES_PER_S_MAX: u64 = 1 << 40;
+/// The kernel's packet filter counts up to here: nft(8) refuses more.
+const NET_BYTES_PER_S_MAX: u64 = 16 << 30;
 const OPS_PER_S_MIN: u64 = 10;
 const OPS_PER_S_MAX: u64 = 1_000_000_000;
 
@@ -25,7 +27,8 @@ impl Daemon {
         let [disk_bytes, disk_ops, rx, tx] = change.all();
         let bytes = ("bytes", BYTES_PER_S_MIN..=BYTES_PER_S_MAX, "64K to 1T");
         let ops = ("operations", OPS_PER_S_MIN..=OPS_PER_S_MAX, "10 to 1000000000");
-        for (rate, (what, bounds, shown)) in [(disk_bytes, &bytes), (disk_ops, &ops), (rx, &bytes), (tx, &bytes)] {
+        let packets = ("bytes", BYTES_PER_S_MIN..=NET_BYTES_PER_S_MAX, "64K to 16G");
+        for (rate, (what, bounds, shown)) in [(disk_bytes, &bytes), (disk_ops, &ops), (rx, &packets), (tx, &packets)] {
             if let Some(n) = rate.filter(|n| *n > 0 && !bounds.contains(n)) {
                 return Err(
                     Error::invalid(format!("a rate of {n} {what} in a second: give {shown}")).hint("0 or none is no limit")

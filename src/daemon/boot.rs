@@ -196,10 +196,10 @@ impl Daemon {
         self.wait_durable(ticket)
     }
 
-    /// The VMM's uid and gid, when the daemon may give them.
+    /// The VMM's uid and gid, which no other VM has, when the daemon may give them.
     pub(super) fn credentials(&self, row: &VmRow) -> Option<(u32, u32)> {
-        let qemu = &self.config.qemu;
-        nix::unistd::geteuid().is_root().then_some((qemu.uid_base + row.slot, qemu.uid_base))
+        let own = self.config.qemu.uid_base + row.slot;
+        nix::unistd::geteuid().is_root().then_some((own, own))
     }
 
     /// Host key and user key are made once in a VM's life: its identity outlives its restarts.

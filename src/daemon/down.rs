@@ -95,8 +95,8 @@ impl Daemon {
     pub(super) fn identity(&self, row: &VmRow) -> Option<Identity> {
         let known = row.identity.clone();
         if let Some(identity) = known
-            && self.vmm.is_ours(&identity, &self.tag(row))
-            && self.has_its_uid(row, &identity)
+            && (self.runs_as_it(row, &identity)
+                || self.vmm.is_ours(&identity, &self.tag(row)) && self.has_its_uid(row, &identity))
         {
             return Some(identity);
         }
@@ -105,6 +105,13 @@ impl Daemon {
             None
         });
         found.filter(|identity| self.has_its_uid(row, identity))
+    }
+
+    /// The process that the row names, under the uid that no other VM has: a VMM that somebody has taken over may overwrite its
+    /// arguments, and is ended all the same.
+    fn runs_as_it(&self, row: &VmRow, identity: &Identity) -> bool {
+        let its = self.credentials(row).map(|(uid, _)| uid);
+        its.is_some() && its == crate::host::process::uid(identity.pid) && self.vmm.is_alive(identity)
     }
 
     /// A VMM that somebody has taken over may give itself another VM's arguments, but not its uid. Root is a jailer that is about to

@@ -56,9 +56,14 @@ impl Daemon {
         }
         // Nobody makes a VM with it meanwhile.
         let _names = self.locks.create_vm.lock(&());
-        match self.boots(name) {
-            0 => self.kernels.delete(name).map(|()| KernelDeleteReply { deleted: name.clone() }),
-            vms => Err(Error::new(Kind::Conflict, format!("delete kernel {name}: {vms} VMs boot it"))
+        let snapshots = self.store.read(|s| s.snapshots().filter(|row| row.kernel.as_ref() == Some(name)).count());
+        match (self.boots(name), snapshots) {
+            (0, 0) => self.kernels.delete(name).map(|()| KernelDeleteReply { deleted: name.clone() }),
+            (0, snapshots) => {
+                Err(Error::new(Kind::Conflict, format!("delete kernel {name}: VMs of {snapshots} snapshots boot it"))
+                    .hint("delete them first: fcctl snapshot list, fcctl snapshot delete"))
+            }
+            (vms, _) => Err(Error::new(Kind::Conflict, format!("delete kernel {name}: {vms} VMs boot it"))
                 .hint("delete them first: fcctl ps -a, fcctl rm")),
         }
     }

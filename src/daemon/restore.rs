@@ -211,6 +211,10 @@ impl Daemon {
                 return Err(damaged(saved, path, "it is empty"));
             }
         }
+        for path in [&from.memory, &from.devices] {
+            // An earlier fcd left them to a group that all VMMs had.
+            super::snapshots::share_saved(path, boot.spec.credentials).map_err(|e| damaged(saved, path, &e.to_string()))?;
+        }
         let method = Method::from_name(&saved.disk_driver).ok_or_else(|| {
             Error::new(Kind::Unsupported, format!("snapshot {}: no disk is made by {}", saved.name, saved.disk_driver))
         })?;

@@ -287,18 +287,10 @@ impl Daemon {
         Ok(copied)
     }
 
-    /// Nobody writes them any more; VMMs read them.
     fn keep_saved(&self, files: &Files, credentials: Option<(u32, u32)>) -> Result<()> {
         for path in [&files.memory, &files.devices] {
-            let io = |e: std::io::Error| Error::io(format!("keep {}", path.display()), e);
-            let file = File::open(path).map_err(io)?;
-            if let Some((_, gid)) = credentials {
-                std::os::unix::fs::fchown(&file, Some(0), Some(gid)).map_err(io)?;
-            }
-            // A VMM's group is all VMMs': it is the directory that keeps others out.
-            let mode = if credentials.is_some() { 0o640 } else { 0o600 };
-            file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode)).map_err(io)?;
-            file.sync_all().map_err(io)?;
+            let file = share_saved(path, credentials)?;
+            file.sync_all().map_err(|e| Error::io(format!("keep {}", path.display()), e))?;
         }
         crate::host::fs::sync_dir(&files.private)?;
         crate::host::fs::sync_dir(&files.dir)
@@ -428,6 +420,19 @@ fn id_name(id: &SnapshotId) -> SnapshotName {
 fn new_file(path: &Path) -> Result<File> {
     let options = OpenOptions::new().write(true).create_new(true).mode(0o600).clone();
     options.open(path).map_err(|e| Error::io(format!("make {}", path.display()), e))
+}
+
+/// Nobody writes it any more; VMMs of whichever uid read it, by a link or a descriptor that they are given: it is the private
+/// directory that keeps others out.
+pub(super) fn share_saved(path: &Path, credentials: Option<(u32, u32)>) -> Result<File> {
+    let io = |e: std::io::Error| Error::io(format!("keep {}", path.display()), e);
+    let file = crate::host::fs::open_nofollow(path)?;
+    if credentials.is_some() {
+        std::os::unix::fs::fchown(&file, Some(0), Some(0)).map_err(io)?;
+    }
+    let mode = if credentials.is_some() { 0o444 } else { 0o600 };
+    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode)).map_err(io)?;
+    Ok(file)
 }
 
 /// A second name where the file system has such, else a copy.

@@ -105,6 +105,78 @@ pub fn sync_dir(path: &Path) -> Result<()> {
     synced.map_err(|e| Error::io(format!("sync directory {}", path.display()), e))
 }
 
+/// Removes a directory with everything in it; no link is followed, and gone already is ok. However deep it is: what a stranger has
+/// nested is lifted to the top bit by bit, for a walk down would need a stack and a descriptor for each level.
+///
+/// # Errors
+/// Those of the system calls; `DirectoryNotEmpty` where somebody else still makes files there.
+pub fn remove_tree(path: &Path) -> std::io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let top = match rustix::fs::open(path, flags, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(()),
+        other => other?,
+    };
+    let mut lifted = 0;
+    loop {
+        let names = some_names(&top)?;
+        if names.is_empty() {
+            break;
+        }
+        for name in names {
+            if !remove_one(&top, &name)? {
+                lift(&top, &name, &mut lifted)?;
+            }
+        }
+    }
+    match std::fs::remove_dir(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// How many names of a directory are held at once.
+const NAMES_MAX: usize = 1024;
+
+fn some_names(dir: &OwnedFd) -> std::io::Result<Vec<std::ffi::CString>> {
+    let entries = rustix::fs::Dir::read_from(dir)?;
+    let names = entries.map(|entry| entry.map(|e| e.file_name().to_owned()));
+    let others = names.filter(|name| name.as_ref().map_or(true, |n| !matches!(n.to_bytes(), b"." | b"..")));
+    Ok(others.take(NAMES_MAX).collect::<Result<_, Errno>>()?)
+}
+
+/// False: it is a directory, and not an empty one.
+fn remove_one(dir: &OwnedFd, name: &std::ffi::CStr) -> std::io::Result<bool> {
+    match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => return Ok(true),
+        // EPERM: POSIX has it for a directory (unlink(2)).
+        Err(Errno::ISDIR | Errno::PERM) => {}
+        Err(e) => return Err(e.into()),
+    }
+    match rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR) {
+        Ok(()) | Err(Errno::NOENT) => Ok(true),
+        Err(Errno::NOTEMPTY | Errno::EXIST) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Empties `name`: its directories go beside it.
+fn lift(top: &OwnedFd, name: &std::ffi::CStr, lifted: &mut u64) -> std::io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let dir = rustix::fs::openat(top, name, flags, Mode::empty())?;
+    for inner in some_names(&dir)? {
+        while !remove_one(&dir, &inner)? {
+            *lifted += 1;
+            match rustix::fs::renameat(&dir, &inner, top, format!(".lifted-{lifted}")) {
+                Ok(()) => break,
+                // The name is taken.
+                Err(Errno::NOTEMPTY | Errno::EXIST | Errno::NOTDIR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Room on the file system of `path`.
 pub fn space(path: &Path) -> Result<Space> {
     let stat = rustix::fs::statvfs(path).map_err(|e| Error::io(format!("look for room at {}", path.display()), e))?;
@@ -140,6 +212,42 @@ mod tests {
         std::fs::create_dir(dir.path().join("d")).unwrap();
         assert!(write_durable(&dir.path().join("d"), b"x", 0o600).is_err());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_tree_goes_however_deep_and_wide_it_is() {
+        const DEEP: usize = 20_000;
+        let temp = tempfile::tempdir().unwrap();
+        let (tree, outside) = (temp.path().join("tree"), temp.path().join("outside"));
+        for dir in [&tree, &outside] {
+            std::fs::create_dir(dir).unwrap();
+        }
+        std::fs::write(outside.join("kept"), "x").unwrap();
+        std::fs::write(tree.join(".lifted-1"), "a name that is taken").unwrap();
+        let mut at = open_dir(&tree).unwrap();
+        for level in 0..DEEP {
+            rustix::fs::symlinkat(&outside, &at, "link").unwrap();
+            for name in ["d", "e"] {
+                rustix::fs::mkdirat(&at, name, Mode::RWXU).unwrap();
+            }
+            if level % 1000 == 0 {
+                drop(open_at(&at, "e/f", OFlags::WRONLY | OFlags::CREATE, 0o600).unwrap());
+            }
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            at = rustix::fs::openat(&at, "d", flags, Mode::empty()).unwrap();
+        }
+        for n in 0..2 * NAMES_MAX {
+            drop(open_at(&at, format!("{n}"), OFlags::WRONLY | OFlags::CREATE, 0o600).unwrap());
+        }
+        drop(at);
+        // As an operation's thread has it, which would not do for a walk down.
+        std::thread::Builder::new().stack_size(64 << 10).spawn(move || remove_tree(&tree).unwrap()).unwrap().join().unwrap();
+        assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 1);
+        assert!(outside.join("kept").exists());
+        remove_tree(&temp.path().join("none")).unwrap();
+        assert!(remove_tree(&outside.join("kept")).is_err());
+        symlink(&outside, temp.path().join("link")).unwrap();
+        assert!(remove_tree(&temp.path().join("link")).is_err() && outside.join("kept").exists());
     }
 
     #[test]

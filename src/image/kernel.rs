@@ -98,7 +98,8 @@ pub fn payload(image: &[u8]) -> Result<Payload<'_>> {
 /// The version that a bzImage's header names: `kernel_version` points to text, counted from after the first sector.
 pub fn version(image: &[u8]) -> Option<String> {
     let at = image.get(KERNEL_VERSION_AT..KERNEL_VERSION_AT + 2).map(|b| usize::from(u16::from_le_bytes([b[0], b[1]])))?;
-    if at == 0 { None } else { image.get(at + SECTOR..).and_then(word) }
+    let version = if at == 0 { None } else { image.get(at + SECTOR..).and_then(word) };
+    version.filter(|version| version.starts_with(|c: char| c.is_ascii_digit()))
 }
 
 /// The first word of a text that ends at a blank or at a zero; printable, and no longer than a version is (`__NEW_UTS_LEN`).

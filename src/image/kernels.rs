@@ -13,14 +13,20 @@ use crate::host::Commands;
 use crate::host::command::read_bounded;
 use crate::ids::{KernelName, NAME_LEN_MAX};
 use crate::locks::Cancel;
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const KERNELS_DIR: &str = "kernels";
+/// With which the names of directories begin that are being made or removed.
+const IMPORTING: &str = ".importing-";
+const DELETING: &str = ".deleting-";
 const METADATA: &str = "kernel.json";
 const METADATA_BYTES_MAX: u64 = 64 << 10;
 /// Where distributions have modules, by the kernel's version.
@@ -43,6 +49,11 @@ const BANNER: &[u8] = b"Linux version ";
 /// `e_machine` of x86-64, and types that are loaded: executable, position-independent (elf(5)).
 const EM_X86_64: u16 = 62;
 const ET: [u16; 2] = [2, 3];
+/// Of a module: relocatable.
+const ET_MODULE: [u16; 1] = [1];
+/// `Elf64_Ehdr` and `Elf64_Phdr`.
+const EHDR_BYTES: usize = 64;
+const PHDR_BYTES: usize = 56;
 
 /// `kernel.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,9 +95,12 @@ impl Kernels {
         std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir).map_err(io)?;
         std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
         for entry in std::fs::read_dir(&dir).map_err(io)?.flatten() {
-            if entry.file_name().as_encoded_bytes().starts_with(b".") {
-                log::info!("removing the unfinished kernel import {}", entry.path().display());
-                std::fs::remove_dir_all(entry.path()).map_err(|e| Error::io(format!("remove {}", entry.path().display()), e))?;
+            let (name, path) = (entry.file_name(), entry.path());
+            if [IMPORTING, DELETING].iter().any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes())) {
+                log::info!("removing the unfinished kernel import {}", path.display());
+                if let Err(e) = std::fs::remove_dir_all(&path) {
+                    log::warn!("remove {}: {e}", path.display());
+                }
             }
         }
         Ok(Self { dir })
@@ -138,7 +152,7 @@ impl Kernels {
         }
         // First out of sight: one that is half gone is nobody's to boot.
         let gone = tempfile::Builder::new()
-            .prefix(".")
+            .prefix(DELETING)
             .tempdir_in(&self.dir)
             .map_err(|e| Error::io(format!("delete kernel {name}"), e))?;
         std::fs::rename(&dir, gone.path().join("gone")).map_err(|e| Error::io(format!("delete kernel {name}"), e))
@@ -149,7 +163,7 @@ impl Kernels {
     /// Errors: `name_taken`, `unsupported` (no kernel for a guest), `path_not_found`, `image_not_found`, `command_missing`, `cancelled`.
     pub fn import(&self, images: &Images, commands: &dyn Commands, spec: &ImportSpec, cancel: &Cancel) -> Result<KernelInfo> {
         let doing = |e: Error| e.context(format!("import kernel {}", spec.path.display()));
-        let staging = Staging::new(&self.dir, ".importing-")?;
+        let staging = Staging::new(&self.dir, IMPORTING)?;
         let out = staging.path();
         let version = take_kernel(commands, &spec.path, out, cancel).map_err(doing)?;
         let name = spec.name.clone().map_or_else(|| name_of(&version), Ok)?;
@@ -220,27 +234,75 @@ fn take_kernel(commands: &dyn Commands, path: &Path, out: &Path, cancel: &Cancel
 
 /// A regular file of no more than so much.
 fn read_file(path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
+    // A pipe's open waits for who writes.
+    let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
+    read_opened(opened, path, bytes_max)
+}
+
+/// A file of a directory that may be anybody's: nothing outside of it is read, for all that is read of it every guest may see.
+fn read_below(dir: &OwnedFd, shown_dir: &Path, path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let within = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+    let shown = shown_dir.join(path);
+    match rustix::fs::openat2(dir, path, flags, Mode::empty(), within) {
+        Err(Errno::XDEV | Errno::LOOP) => {
+            Err(Error::new(Kind::Unsupported, format!("{} leads out of {}", shown.display(), shown_dir.display()))
+                .hint("give a directory that has the modules themselves: --modules DIR"))
+        }
+        opened => read_opened(opened.map(File::from).map_err(std::io::Error::from), &shown, bytes_max),
+    }
+}
+
+fn read_opened(opened: std::io::Result<File>, path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
     let shown = path.display();
-    let stat = std::fs::metadata(path).map_err(|e| match e.kind() {
+    let io = |e| Error::io(format!("read {shown}"), e);
+    let file = opened.map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => {
             Error::new(Kind::PathNotFound, format!("there is no {shown}")).hint(format!("ls -l {shown}"))
         }
-        _ => Error::io(format!("read {shown}"), e),
+        _ => io(e),
     })?;
+    let stat = file.metadata().map_err(io)?;
     if !stat.is_file() || stat.len() > bytes_max {
         return Err(Error::new(Kind::Unsupported, format!("{shown} is no file of at most {} MiB", bytes_max >> 20))
             .hint(format!("ls -lL {shown}")));
     }
-    let read = File::open(path).and_then(|file| read_bounded(file, bytes_max));
-    read.map_err(|e| Error::io(format!("read {shown}"), e))
+    read_bounded(file, bytes_max).map_err(io)
+}
+
+/// Whether it is an ELF file of one of these types.
+fn is_elf(bytes: &[u8], types: &[u16]) -> bool {
+    let u16_at = |at: usize| bytes.get(at..at + 2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    let is_ours = bytes.starts_with(b"\x7fELF\x02\x01") && u16_at(18) == Some(EM_X86_64);
+    is_ours && u16_at(16).is_some_and(|t| types.contains(&t)) && bytes.len() > EHDR_BYTES
+}
+
+/// Whether all that is loaded of it is there (elf(5), `Elf64_Phdr`).
+fn is_whole(elf: &[u8]) -> bool {
+    let number = |at: usize, len: usize| {
+        let bytes = at.checked_add(len).and_then(|end| elf.get(at..end))?;
+        usize::try_from(bytes.iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b))).ok()
+    };
+    let headers = || {
+        let (table, size, count) = (number(32, 8)?, number(54, 2)?, number(56, 2)?);
+        (size == PHDR_BYTES && count > 0).then_some(())?;
+        (0..count).map(|n| table.checked_add(n * PHDR_BYTES)).collect::<Option<Vec<usize>>>()
+    };
+    let ends = |at: usize| {
+        let header = elf.get(at..at.checked_add(PHDR_BYTES)?).map(|_| at)?;
+        number(header + 8, 8)?.checked_add(number(header + 32, 8)?)
+    };
+    headers().is_some_and(|all| all.into_iter().all(|at| ends(at).is_some_and(|end| end <= elf.len())))
 }
 
 fn check_elf(bytes: &[u8]) -> Result<()> {
-    let u16_at = |at: usize| bytes.get(at..at + 2).map(|b| u16::from_le_bytes([b[0], b[1]]));
-    let is_fine =
-        bytes.get(4..6) == Some(&[2, 1]) && u16_at(18) == Some(EM_X86_64) && u16_at(16).is_some_and(|t| ET.contains(&t));
-    if is_fine && bytes.len() > 64 {
-        return Ok(());
+    if is_elf(bytes, &ET) {
+        return if is_whole(bytes) {
+            Ok(())
+        } else {
+            Err(Error::new(Kind::Unsupported, "the kernel is cut off: a part that is loaded is not in the file")
+                .hint("copy or download it again"))
+        };
     }
     Err(Error::new(Kind::Unsupported, "it is no kernel for x86-64 (vmlinux or bzImage)")
         .hint("take /boot/vmlinuz-VERSION of a distribution"))
@@ -279,12 +341,16 @@ fn find_modules(commands: &dyn Commands, spec: &ImportSpec, version: &str, out: 
         }
         return built_in(&out.join(KERNEL), &dir);
     }
-    let list = |name: &str| read_file(&dir.join(name), LIST_BYTES_MAX).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let below = rustix::fs::open(&dir, flags, Mode::empty()).map_err(|e| Error::io(format!("open {}", dir.display()), e))?;
+    let list = |name: &str| {
+        read_below(&below, &dir, Path::new(name), LIST_BYTES_MAX).map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+    };
     let (dep, builtin) = (list("modules.dep")?, list("modules.builtin")?);
     let paths = needed(&dep, &builtin)?;
     let mut modules = Modules::default();
     for path in &paths {
-        let (name, bytes) = read_module(commands, &dir, path, out, cancel)?;
+        let (name, bytes) = read_module(commands, (&below, &dir), path, out, cancel)?;
         modules.files.push((name, bytes));
     }
     modules.files.sort();
@@ -355,14 +421,24 @@ fn needed(dep: &str, builtin: &str) -> Result<BTreeSet<String>> {
 }
 
 /// Its file name and its bytes, unpacked. `path` is of the distribution's list, below `dir`.
-fn read_module(commands: &dyn Commands, dir: &Path, path: &str, out: &Path, cancel: &Cancel) -> Result<(String, Vec<u8>)> {
-    if Path::new(path).components().any(|part| !matches!(part, std::path::Component::Normal(_))) {
-        return Err(Error::new(Kind::Unsupported, format!("modules.dep names {path:?}, which is not below {}", dir.display())));
-    }
-    let bytes = read_file(&dir.join(path), PART_BYTES_MAX)?;
+fn read_module(
+    commands: &dyn Commands,
+    (below, dir): (&OwnedFd, &Path),
+    path: &str,
+    out: &Path,
+    cancel: &Cancel,
+) -> Result<(String, Vec<u8>)> {
+    let bytes = read_below(below, dir, Path::new(path), PART_BYTES_MAX)?;
+    let checked = |name: String, bytes: Vec<u8>| {
+        if is_elf(&bytes, &ET_MODULE) {
+            return Ok((name, bytes));
+        }
+        let text = format!("{} is no kernel module for x86-64", dir.join(path).display());
+        Err(Error::new(Kind::Unsupported, text).hint("give the directory of this kernel's modules: --modules DIR"))
+    };
     let name = unpacked_name(path.rsplit('/').next().unwrap_or(path));
     let Some(compression) = Compression::of(&bytes).filter(|_| name.len() < path.rsplit('/').next().unwrap_or(path).len()) else {
-        return Ok((name, bytes));
+        return checked(name, bytes);
     };
     let packed = out.join(format!("module.{}", compression.program().1));
     let unpacked = out.join("module");
@@ -370,7 +446,7 @@ fn read_module(commands: &dyn Commands, dir: &Path, path: &str, out: &Path, canc
     super::build::unpack_file(commands, compression, &packed, &unpacked, cancel)?;
     let bytes = read_file(&unpacked, PART_BYTES_MAX)?;
     std::fs::remove_file(&unpacked).map_err(|e| Error::io("remove a module", e))?;
-    Ok((name, bytes))
+    checked(name, bytes)
 }
 
 /// A static one, which any image's initramfs has.
@@ -424,7 +500,16 @@ mod tests {
         elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
         elf[16] = 2;
         elf[18] = 62;
+        // One part that is loaded, of 8 bytes at the end.
+        (elf[32], elf[54], elf[56]) = (64, 56, 1);
+        (elf[64 + 8], elf[64 + 32]) = (120, 8);
         check_elf(&elf).unwrap();
+        assert!(check_elf(&elf[..127]).unwrap_err().to_string().contains("cut off"));
+        for (at, byte) in [(32, 73), (54, 55), (56, 0), (56, 2), (64 + 8, 121), (64 + 15, 0xff)] {
+            let mut bad = elf.clone();
+            bad[at] = byte;
+            assert_eq!(check_elf(&bad).unwrap_err().kind(), Kind::Unsupported, "{at}");
+        }
         for (at, byte) in [(4, 1), (5, 2), (16, 1), (18, 183)] {
             let mut bad = elf.clone();
             bad[at] = byte;
@@ -437,9 +522,28 @@ mod tests {
     fn a_module_outside_of_its_directory_is_refused() {
         let temp = tempfile::tempdir().unwrap();
         let never = Cancel::try_new().unwrap();
-        for path in ["../x.ko", "/etc/passwd", "a/../../x.ko"] {
-            let read = read_module(&crate::host::HostCommands, temp.path(), path, temp.path(), &never);
-            assert_eq!(read.unwrap_err().kind(), Kind::Unsupported, "{path}");
+        let at = |name: &str| temp.path().join(name);
+        let mut module = vec![0; 65];
+        module[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        (module[16], module[18]) = (1, 62);
+        std::fs::create_dir(at("m")).unwrap();
+        for name in ["x.ko", "m/good.ko"] {
+            std::fs::write(at(name), &module).unwrap();
+        }
+        std::fs::write(at("m/none.ko"), "root:*:").unwrap();
+        for (to, name) in [("/etc/passwd", "m/abs.ko"), ("../x.ko", "m/up.ko"), ("..", "m/dir"), ("good.ko", "m/beside.ko")] {
+            std::os::unix::fs::symlink(to, at(name)).unwrap();
+        }
+        rustix::fs::mknodat(rustix::fs::CWD, at("m/pipe.ko"), rustix::fs::FileType::Fifo, Mode::RUSR, 0).unwrap();
+        let dir = at("m");
+        let below = OwnedFd::from(File::open(&dir).unwrap());
+        let read = |path: &str| read_module(&crate::host::HostCommands, (&below, &dir), path, temp.path(), &never);
+        for path in ["good.ko", "beside.ko"] {
+            assert_eq!(read(path).unwrap(), (path.to_owned(), module.clone()));
+        }
+        for path in ["../x.ko", "/etc/passwd", "a/../../x.ko", "abs.ko", "up.ko", "dir/x.ko", "pipe.ko", "none.ko"] {
+            let e = read(path).unwrap_err();
+            assert!(matches!(e.kind(), Kind::Unsupported | Kind::PathNotFound) && e.hint_text().is_some(), "{path}: {e}");
         }
     }
 
@@ -460,9 +564,10 @@ mod tests {
         assert_eq!(publish().unwrap_err().kind(), Kind::NameTaken);
         assert_eq!(kernels.list().unwrap().len(), 1);
         std::fs::create_dir(kernels.dir.join(".importing-left")).unwrap();
+        std::fs::write(kernels.dir.join(".nfs0001"), "somebody else's").unwrap();
         let kernels = Kernels::open(state.path()).unwrap();
         kernels.delete(&name).unwrap();
         assert_eq!(kernels.delete(&name).unwrap_err().kind(), Kind::KernelNotFound);
-        assert_eq!(std::fs::read_dir(&kernels.dir).unwrap().count(), 0);
+        assert_eq!(std::fs::read_dir(&kernels.dir).unwrap().count(), 1, "what is not ours stays");
     }
 }

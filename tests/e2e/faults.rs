@@ -169,6 +169,36 @@ fn no_descriptor_and_no_memory_is_left() {
 
 /// The daemon dies; what it knows of its VMM points to somebody else's process.
 #[test]
+fn a_vmm_that_hides_its_arguments_is_ended() {
+    let mut host = Host::start();
+    host.boot("a");
+    let hide = |host: &Host| {
+        let pid = host.show("a", "pid");
+        // proc(5): where its arguments are, in its own memory.
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        let [start, end] = [45, 46].map(|n: usize| fields[n].parse::<u64>().unwrap());
+        let memory = fs::File::options().write(true).open(format!("/proc/{pid}/mem")).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&memory, &vec![0; usize::try_from(end - start).unwrap()], start).unwrap();
+        assert!(!fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap().contains("fc-"));
+        pid
+    };
+    let is_gone = |pid: &Value| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.is_empty() || stat.contains(") Z ")
+    };
+    let pid = hide(&host);
+    host.ok(&["stop", "--force", "a"]);
+    assert!(is_gone(&pid));
+    host.ok(&["start", "a"]);
+    let pid = hide(&host);
+    host.kill_daemon();
+    host.relaunch();
+    wait_for("it may be removed", || host.fcctl(&["rm", "-f", "a"]).status.success().then_some(()));
+    assert!(is_gone(&pid));
+}
+
+#[test]
 fn a_stored_pid_is_somebody_elses() {
     let mut host = Host::start();
     host.boot("a");

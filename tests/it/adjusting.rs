@@ -68,6 +68,8 @@ fn what_a_guest_cannot_have_changes_nothing() {
         assert_eq!(kind(&|r| (r.disk_bytes_per_s, r.now) = (Some(bytes), true)), name(Kind::InvalidArgument), "{bytes}");
         assert_eq!(kind(&|r| r.net_tx_bytes_per_s = Some(bytes)), name(Kind::InvalidArgument), "{bytes}");
     }
+    // As much as nft(8) takes, and no more.
+    assert_eq!(kind(&|r| r.net_rx_bytes_per_s = Some((16 << 30) + 1)), name(Kind::InvalidArgument));
     for ops in [1, 9, u64::MAX] {
         assert_eq!(kind(&|r| r.disk_ops_per_s = Some(ops)), name(Kind::InvalidArgument), "{ops}");
     }

@@ -280,7 +280,8 @@ fn a_guest_stands_still_and_goes_on() {
         PATCH /vm {"state":"Paused"}
         PATCH /vm {"state":"Paused"}
         PUT /snapshot/create {"snapshot_type":"Full","snapshot_path":"/proc/none/none","mem_file_path":"/proc/none/none"}
-        PATCH /vm {"state":"Resumed"}"#]].assert_eq(&told.join("\n"));
+        PATCH /vm {"state":"Resumed"}"#]]
+    .assert_eq(&told.join("\n"));
     bench.driver.kill(&running.identity, soon()).unwrap();
     let e = bench.driver.set_paused(&dir, &running.identity, true, &never).unwrap_err();
     assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"), "{e}");

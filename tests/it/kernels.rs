@@ -22,10 +22,13 @@ fn an_import_that_cannot_be_leaves_nothing() {
     assert!(import("vmlinuz".into()).is(Kind::InvalidArgument));
     assert!(import("/no/such/file".into()).is(Kind::PathNotFound));
     let file = tempfile::NamedTempFile::new().unwrap();
-    // Nothing, a directory, a pipe, no kernel, half a kernel.
+    // Nothing, a directory, a device, a pipe that nobody writes to, no kernel, half a kernel.
     assert!(import(file.path().to_owned()).is(Kind::Unsupported));
     assert!(import(std::env::temp_dir()).is(Kind::Unsupported));
     assert!(import("/dev/zero".into()).is(Kind::Unsupported));
+    let pipe = world.config.state_dir.with_file_name("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    assert!(import(pipe).is(Kind::Unsupported));
     for bytes in [&b"#!/bin/sh\n"[..], b"\x7fELF\x02\x01", b"\x7fELF\x01\x01"] {
         std::fs::write(file.path(), bytes).unwrap();
         assert!(import(file.path().to_owned()).is(Kind::Unsupported));

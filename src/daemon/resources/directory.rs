@@ -43,9 +43,8 @@ impl Resource for Directory {
         let mut tries = 0;
         loop {
             tries += 1;
-            match std::fs::remove_dir_all(dir) {
+            match crate::host::fs::remove_tree(dir) {
                 Ok(()) => return Ok(()),
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
                 // What the guest said last is still being written to its log.
                 Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty && tries < REMOVE_TRIES_MAX => {
                     daemon.pause(REMOVE_PERIOD);

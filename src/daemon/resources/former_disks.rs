@@ -78,7 +78,7 @@ impl Resource for ReplacedDisks {
 
     fn release(&self, daemon: &Daemon, name: &str) -> Result<()> {
         let path = dir_of(daemon, name)?.join(FORMER_DIR);
-        ignore_absent(std::fs::remove_dir_all(&path)).map_err(|e| Error::io(format!("remove {}", path.display()), e))
+        crate::host::fs::remove_tree(&path).map_err(|e| Error::io(format!("remove {}", path.display()), e))
     }
 
     fn found(&self, _daemon: &Daemon) -> Result<Vec<String>> {

@@ -40,10 +40,7 @@ impl Resource for Snapshot {
             return Err(kept());
         }
         let dir = daemon.snapshot_files(&id).dir;
-        match std::fs::remove_dir_all(&dir) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(format!("remove {}", dir.display()), e)),
-            _ => Ok(()),
-        }
+        crate::host::fs::remove_tree(&dir).map_err(|e| Error::io(format!("remove {}", dir.display()), e))
     }
 
     fn found(&self, daemon: &Daemon) -> Result<Vec<String>> {

@@ -306,10 +306,8 @@ pub fn clear(dir: &Path, tag: &str) -> Result<()> {
     let jail = dir.join(JAIL_DIR);
     for program in names(&jail) {
         // Links are not followed: the VMM's uid may have put some there, and what they lead to is not its.
-        match std::fs::remove_dir_all(jail.join(&program).join(tag)) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(format!("remove the jail of {tag}"), e)),
-            _ => {}
-        }
+        let removed = crate::host::fs::remove_tree(&jail.join(&program).join(tag));
+        removed.map_err(|e| Error::io(format!("remove the jail of {tag}"), e))?;
         // Another start's may be there.
         let _ = std::fs::remove_dir(jail.join(program));
     }

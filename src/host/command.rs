@@ -31,6 +31,8 @@ pub struct Command {
     pub cwd: Option<PathBuf>,
     /// uid and gid to drop to.
     pub credentials: Option<(u32, u32)>,
+    /// How large a file it may write (setrlimit(2), `RLIMIT_FSIZE`); at one byte more it dies of SIGXFSZ.
+    pub file_bytes_max: Option<u64>,
     pub stdin: Vec<u8>,
     pub deadline: Duration,
     /// At a cancel or the deadline: from SIGTERM to SIGKILL, for what has to clean up after itself. Zero: SIGKILL
@@ -54,6 +56,7 @@ impl Command {
             env: vec![("PATH".into(), PATH.into()), ("LC_ALL".into(), "C.UTF-8".into())],
             cwd: None,
             credentials: None,
+            file_bytes_max: None,
             stdin: Vec::new(),
             deadline: DEFAULT_DEADLINE,
             term_grace: Duration::ZERO,
@@ -97,6 +100,11 @@ impl Command {
     #[must_use]
     pub fn credentials(mut self, uid: u32, gid: u32) -> Self {
         self.credentials = Some((uid, gid));
+        self
+    }
+    #[must_use]
+    pub fn file_bytes_max(mut self, bytes: u64) -> Self {
+        self.file_bytes_max = Some(bytes);
         self
     }
     fn shown(&self) -> String {
@@ -169,7 +177,7 @@ pub(super) fn start(command: &Command) -> Result<std::process::Child> {
     c.args(&command.args).env_clear().envs(command.env.iter().cloned()).process_group(0);
     c.stdin(if command.stdin.is_empty() { Stdio::null() } else { Stdio::piped() });
     c.stdout(Stdio::piped()).stderr(Stdio::piped());
-    die_with_us(&mut c);
+    limit(&mut c, command.file_bytes_max);
     if let Some(dir) = &command.cwd {
         c.current_dir(dir);
     }
@@ -188,12 +196,14 @@ pub(super) fn start(command: &Command) -> Result<std::process::Child> {
 /// A daemon that is killed leaves no mkfs behind. The thread that starts a command waits for it, so the thread
 /// whose end this is about outlives the command.
 #[allow(unsafe_code)]
-fn die_with_us(command: &mut std::process::Command) {
-    // SAFETY: between fork and exec, one async-signal-safe call without memory.
+fn limit(command: &mut std::process::Command, file_bytes_max: Option<u64>) {
+    // SAFETY: between fork and exec, async-signal-safe calls without memory.
     unsafe {
-        command.pre_exec(|| {
+        command.pre_exec(move || {
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            Ok(())
+            let Some(bytes) = file_bytes_max else { return Ok(()) };
+            let most = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+            if libc::setrlimit(libc::RLIMIT_FSIZE, &raw const most) == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
         });
     }
 }

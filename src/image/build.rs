@@ -245,7 +245,7 @@ fn unpack_kernel(commands: &dyn Commands, out: &Path, cancel: &Cancel) -> Result
 pub(super) fn unpack(commands: &dyn Commands, payload: &kernel::Payload<'_>, out: &Path, cancel: &Cancel) -> Result<()> {
     let packed = out.join(format!("vmlinux.{}", payload.compression.program().1));
     std::fs::write(&packed, payload.bytes).map_err(|e| Error::io("write the kernel's payload", e))?;
-    unpack_file(commands, payload.compression, &packed, &out.join(KERNEL), cancel)?;
+    unpack_file(commands, payload.compression, (&packed, &out.join(KERNEL)), payload.unpacked_bytes.into(), cancel)?;
     let file = File::open(out.join(KERNEL)).map_err(|e| Error::io("open the unpacked kernel", e))?;
     let mut magic = [0; 4];
     let is_elf = file.read_exact_at(&mut magic, 0).is_ok() && magic == *b"\x7fELF";
@@ -256,17 +256,19 @@ pub(super) fn unpack(commands: &dyn Commands, payload: &kernel::Payload<'_>, out
     Ok(())
 }
 
-/// `packed` goes; it has the suffix of its kind, and `to` is its name without that.
+/// `packed` goes; it has the suffix of its kind, and `to` is its name without that. A little that unpacks to more than it should,
+/// or to all of the disk, is refused.
 pub(super) fn unpack_file(
     commands: &dyn Commands,
     compression: Compression,
-    packed: &Path,
-    to: &Path,
+    (packed, to): (&Path, &Path),
+    bytes_max: u64,
     cancel: &Cancel,
 ) -> Result<()> {
-    let command = unpack_command(compression, packed, to);
+    let command = unpack_command(compression, packed, to).file_bytes_max(bytes_max);
     commands.run(&command, cancel, &mut |_| {}).map_err(|e| match e.kind() {
         Kind::CommandMissing => e.hint(format!("sudo apt-get install {}", compression.program().0)),
+        Kind::CommandFailed => e.hint(format!("it is damaged, or larger than {bytes_max} bytes when unpacked")),
         _ => e,
     })?;
     match std::fs::remove_file(packed) {

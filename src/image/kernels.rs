@@ -443,7 +443,7 @@ fn read_module(
     let packed = out.join(format!("module.{}", compression.program().1));
     let unpacked = out.join("module");
     std::fs::write(&packed, &bytes).map_err(|e| Error::io("write a module", e))?;
-    super::build::unpack_file(commands, compression, &packed, &unpacked, cancel)?;
+    super::build::unpack_file(commands, compression, (&packed, &unpacked), PART_BYTES_MAX, cancel)?;
     let bytes = read_file(&unpacked, PART_BYTES_MAX)?;
     std::fs::remove_file(&unpacked).map_err(|e| Error::io("remove a module", e))?;
     checked(name, bytes)
@@ -541,6 +541,14 @@ mod tests {
         for path in ["good.ko", "beside.ko"] {
             assert_eq!(read(path).unwrap(), (path.to_owned(), module.clone()));
         }
+        // A little that would fill the disk.
+        let bomb = File::create(at("m/bomb.ko")).unwrap();
+        bomb.set_len(PART_BYTES_MAX + 1).unwrap();
+        let packed = crate::host::Command::new("gzip").arg("-1").arg(at("m/bomb.ko"));
+        crate::host::HostCommands.run(&packed, &never, &mut |_| {}).unwrap();
+        let e = read("bomb.ko.gz").unwrap_err();
+        assert!(e.kind() == Kind::CommandFailed && e.hint_text().is_some(), "{e}");
+        assert!(!at("module").exists());
         for path in ["../x.ko", "/etc/passwd", "a/../../x.ko", "abs.ko", "up.ko", "dir/x.ko", "pipe.ko", "none.ko"] {
             let e = read(path).unwrap_err();
             assert!(matches!(e.kind(), Kind::Unsupported | Kind::PathNotFound) && e.hint_text().is_some(), "{path}: {e}");

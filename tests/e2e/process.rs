@@ -187,6 +187,12 @@ fn status_line(pid: u32, name: &str) -> String {
     line.split_whitespace().skip(1).collect::<Vec<_>>().join(" ")
 }
 
+/// What a process has open.
+fn descriptors(pid: u32) -> Vec<String> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    entries.map(|e| fs::read_link(e.path()).unwrap_or_default().display().to_string()).collect()
+}
+
 /// What a VMM may have open.
 fn is_allowed(target: &str, dir: &str, image: &str) -> bool {
     let anonymous = ["anon_inode:[eventfd]", "anon_inode:[eventpoll]", "anon_inode:[timerfd]", "anon_inode:[signalfd]"];
@@ -222,9 +228,12 @@ fn a_vmm_is_confined() {
         // 2: a filter is in force (proc(5)).
         assert_eq!((status_line(pid, "Seccomp:").as_str(), status_line(pid, "NoNewPrivs:").as_str()), ("2", "1"));
         let dir = host.state().join("vms").join(shown["id"].as_str().unwrap());
-        for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten() {
-            let target = fs::read_link(entry.path()).unwrap_or_default().display().to_string();
+        let ours = descriptors(host.pid());
+        for target in descriptors(pid) {
             assert!(is_allowed(&target, dir.to_str().unwrap(), image.to_str().unwrap()), "{vm}: {target}");
+            // An end of a socket has a number of its own: one that both have was passed on.
+            let is_shared = ["socket:[", "pipe:["].iter().any(|k| target.starts_with(k)) && ours.contains(&target);
+            assert!(!is_shared, "{vm} has the daemon's {target}");
         }
         let environment = fs::read(format!("/proc/{pid}/environ")).unwrap();
         for variable in environment.split(|b| *b == 0).filter(|v| !v.is_empty()) {

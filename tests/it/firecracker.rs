@@ -416,9 +416,12 @@ fn its_death_and_its_silence_are_told() {
     bench.driver.watch_guest(&dir, &running.identity, Box::new(move |what| told.send(what).unwrap_or_default())).unwrap();
     let process = Process::open(&running.identity).unwrap().unwrap();
     process.signal(rustix::process::Signal::STOP).unwrap();
-    assert_eq!(tellings.recv_timeout(SOON).unwrap(), Told::Unresponsive(true));
+    for _ in 0..2 {
+        assert_eq!(tellings.recv_timeout(SOON).unwrap(), Told::Unresponsive(true));
+    }
     process.signal(rustix::process::Signal::CONT).unwrap();
-    assert_eq!(tellings.recv_timeout(SOON).unwrap(), Told::Unresponsive(false));
+    let heard = || (tellings.recv_timeout(SOON).unwrap() == Told::Unresponsive(false)).then_some(());
+    assert!((0..3).any(|_| heard().is_some()), "that it answers again");
     process.signal(rustix::process::Signal::KILL).unwrap();
     assert_eq!(deaths.recv_timeout(SOON).unwrap(), "signal 9 (SIGKILL)");
 }

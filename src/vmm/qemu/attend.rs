@@ -112,7 +112,8 @@ impl Attended {
                 Err(e) if e.kind() == Kind::Timeout => misses += 1,
                 other => break other,
             }
-            if misses == MISSES_MAX {
+            // Again and again: who is told may not have taken note of the VM yet.
+            if misses % MISSES_MAX == 0 {
                 (self.told)(Told::Unresponsive(true));
             }
         };

@@ -33,8 +33,12 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    let closed = fcd::host::inherited::close_descriptors(&|name| std::env::var(name).ok());
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
     let args = Args::parse();
+    if let Err(e) = closed {
+        log::warn!("{e}");
+    }
     let flags = Flags { config: args.config, state_dir: args.state_dir, socket: args.socket };
     let uid = nix::unistd::geteuid().as_raw();
     let outcome = Config::load(&flags, uid, &|name| std::env::var(name).ok()).and_then(|config| match args.command {

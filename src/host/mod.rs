@@ -2,6 +2,7 @@
 
 pub mod command;
 pub mod fs;
+pub mod inherited;
 pub mod interactive;
 pub mod limits;
 pub mod piped;

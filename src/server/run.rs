@@ -6,7 +6,8 @@ use crate::config::Config;
 use crate::daemon::{Daemon, Seams};
 use crate::error::{Error, Kind, Result};
 use rustix::fs::{FlockOperation, OFlags};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::path::Path;
@@ -40,11 +41,11 @@ pub fn exit_status(error: &Error) -> u8 {
     }
 }
 
-/// Serves until SIGTERM or SIGINT. VMs run on.
+/// Serves until SIGTERM, SIGINT or SIGHUP. VMs keep running.
 pub fn run(config: Config) -> Result<()> {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     crate::host::limits::raise_open_files(config.limits.connections_max as u64 + OPEN_FILES_RESERVE)?;
-    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT]).map_err(|e| Error::io("watch for signals", e))?;
+    let mut signals = watch_signals()?;
     // The path of a state directory says nothing; its mode lets VMMs reach what is theirs below it.
     drop(crate::host::fs::create_dir(&config.state_dir, 0o711)?);
     let _held = hold(&config.state_dir)?;
@@ -66,10 +67,16 @@ pub fn run(config: Config) -> Result<()> {
     let roomed = crate::host::thread::spawn("room", move || roomer.keep_room())?;
     log::info!("fcd {} serves {} from {}", env!("CARGO_PKG_VERSION"), config.socket.display(), config.state_dir.display());
 
-    let signal = signals.forever().next();
-    log::info!("signal {signal:?}: draining");
+    let first = signals.forever().next().unwrap_or(SIGTERM);
+    log::info!("{}: draining", signal_hook::low_level::signal_name(first).unwrap_or("signal"));
     crate::host::thread::spawn("second-signal", move || {
-        if signals.forever().next().is_some() {
+        // A terminal that closes sends SIGHUP, and so does its shell: only a deliberate second signal cuts the drain short.
+        let mut left = if first == SIGHUP { 2 } else { 1 };
+        for signal in signals.forever() {
+            left -= i32::from(signal != SIGHUP);
+            if left > 0 {
+                continue;
+            }
             log::warn!("second signal: exiting at once");
             std::process::exit(1);
         }
@@ -79,6 +86,15 @@ pub fn run(config: Config) -> Result<()> {
     drop((reconciled, roomed));
     log::info!("done; VMs run on");
     Ok(())
+}
+
+/// The signals that end the daemon. SIGHUP is one of them unless it is ignored, as under `nohup`.
+fn watch_signals() -> Result<Signals> {
+    let mut ending = vec![SIGTERM, SIGINT];
+    if !crate::host::inherited::ignores(SIGHUP)? {
+        ending.push(SIGHUP);
+    }
+    Signals::new(ending).map_err(|e| Error::io("watch for signals", e))
 }
 
 /// No new calls; what is under way ends and is answered; then everyone is hung up on. Gives the connections left.

@@ -22,6 +22,7 @@ mod layers;
 mod lock_fuzz;
 mod panics;
 mod points;
+mod process;
 mod promise;
 mod recovery;
 mod running;

@@ -1,0 +1,80 @@
+//! What a process inherits from whoever started it: descriptors, ignored signals.
+
+use crate::error::{Error, Result};
+use std::os::fd::RawFd;
+
+/// The first descriptor after stdin, stdout and stderr (sd_listen_fds(3), SD_LISTEN_FDS_START).
+const FIRST: RawFd = 3;
+
+/// Closes every descriptor but stdin, stdout, stderr and those that systemd passes (`LISTEN_FDS`), which become
+/// close-on-exec.
+///
+/// The program must call it before it opens anything of its own: it closes whatever is open.
+pub fn close_descriptors(env: &dyn Fn(&str) -> Option<String>) -> Result<()> {
+    let kept = listen_fds(env, std::process::id());
+    let closed = close_range(FIRST + kept, RawFd::MAX, 0);
+    let marked = if kept > 0 { close_range(FIRST, FIRST + kept - 1, libc::CLOSE_RANGE_CLOEXEC) } else { Ok(()) };
+    closed.and(marked).map_err(|e| Error::io("close the inherited descriptors", e))
+}
+
+/// How many descriptors systemd passes to the process `pid`; the first one is [`FIRST`].
+fn listen_fds(env: &dyn Fn(&str) -> Option<String>, pid: u32) -> RawFd {
+    let number = |name: &str| env(name)?.parse::<u32>().ok();
+    if number("LISTEN_PID") != Some(pid) {
+        return 0;
+    }
+    number("LISTEN_FDS").and_then(|n| RawFd::try_from(n).ok()).filter(|n| *n <= RawFd::MAX - FIRST).unwrap_or(0)
+}
+
+#[allow(unsafe_code)]
+fn close_range(first: RawFd, last: RawFd, flags: u32) -> std::io::Result<()> {
+    // SAFETY: no memory is passed. The caller has nothing open that this could close under it.
+    let done = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
+    if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// True if the process ignores `signal`, as `nohup` arranges for SIGHUP.
+pub fn ignores(signal: i32) -> Result<bool> {
+    const PATH: &str = "/proc/self/status";
+    let status = std::fs::read_to_string(PATH).map_err(|e| Error::io(format!("read {PATH}"), e))?;
+    Ok(ignored(&status).is_some_and(|set| set & (1 << (signal - 1)) != 0))
+}
+
+/// The set of ignored signals, from proc(5).
+fn ignored(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|l| l.strip_prefix("SigIgn:"))?;
+    u64::from_str_radix(line.trim(), 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listen_fds_count_only_for_their_process() {
+        let with = |pid: &'static str, fds: &'static str| {
+            let env = move |name: &str| match name {
+                "LISTEN_PID" => Some(pid.to_owned()),
+                "LISTEN_FDS" => Some(fds.to_owned()),
+                _ => None,
+            };
+            listen_fds(&env, 42)
+        };
+        assert_eq!(with("42", "2"), 2);
+        for (pid, fds) in
+            [("41", "2"), ("", "2"), ("x", "2"), ("42", ""), ("42", "-1"), ("42", "4294967295"), ("42", "2147483647")]
+        {
+            assert_eq!(with(pid, fds), 0, "LISTEN_PID={pid} LISTEN_FDS={fds}");
+        }
+        assert_eq!(listen_fds(&|_| None, 42), 0);
+    }
+
+    #[test]
+    fn ignored_signals_are_read_from_status() {
+        // SIGHUP and SIGPIPE.
+        let status = "Name:\tfcd\nSigIgn:\t0000000000001001\nSigCgt:\t0000000000004002\n";
+        assert_eq!(ignored(status), Some(0x1001));
+        assert_eq!(ignored("Name:\tfcd\n"), None);
+        assert!(!ignores(libc::SIGTERM).unwrap());
+    }
+}

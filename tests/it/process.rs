@@ -1,0 +1,159 @@
+//! The daemon as a process of its own: signals, and what it inherits from whoever started it.
+
+use crate::world::{SOON, await_that};
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Instant;
+
+/// A daemon without VMs on a directory of its own; killed when dropped.
+struct Process {
+    dir: tempfile::TempDir,
+    child: Child,
+}
+
+impl Process {
+    /// `before` changes the command: what the process inherits.
+    fn start(before: impl FnOnce(&mut Command)) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let log = File::create(dir.path().join("log")).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fcd"));
+        let config = dir.path().join("config.toml");
+        fs::write(&config, "").unwrap();
+        command.args(["--config".as_ref(), config.as_os_str()]);
+        command.args(["--state-dir".as_ref(), dir.path().join("state").as_os_str()]);
+        command.args(["--socket".as_ref(), dir.path().join("fcd.sock").as_os_str()]);
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        before(&mut command);
+        let mut process = Self { child: command.spawn().unwrap(), dir };
+        await_that("the daemon serves", || {
+            let ended = process.child.try_wait().unwrap();
+            assert!(ended.is_none(), "{ended:?}: {}", process.log());
+            UnixStream::connect(process.socket()).is_ok()
+        });
+        process
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("fcd.sock")
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("log")).unwrap()
+    }
+
+    fn signal(&self, signal: nix::sys::signal::Signal) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    fn end(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + SOON;
+        loop {
+            match self.child.try_wait().unwrap() {
+                Some(status) => return status,
+                None => assert!(Instant::now() < deadline, "the daemon has not ended: {}", self.log()),
+            }
+            std::thread::yield_now();
+        }
+    }
+
+    /// The daemon's descriptor with this number.
+    fn descriptor(&self, fd: i32) -> Option<PathBuf> {
+        fs::read_link(Path::new("/proc").join(self.child.id().to_string()).join("fd").join(fd.to_string())).ok()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn sighup_drains_daemon_as_sigterm_does() {
+    for signal in [nix::sys::signal::SIGHUP, nix::sys::signal::SIGTERM, nix::sys::signal::SIGINT] {
+        let mut process = Process::start(|_| {});
+        process.signal(signal);
+        let status = process.end();
+        assert_eq!((status.code(), status.signal()), (Some(0), None), "{signal}: {}", process.log());
+        assert!(!process.socket().exists(), "{signal}: the socket is removed");
+        assert!(process.log().contains("done; VMs run on"), "{signal}: {}", process.log());
+    }
+}
+
+/// A terminal that closes sends SIGHUP, and so does its shell.
+#[test]
+fn repeated_sighup_does_not_cut_drain_short() {
+    let mut process = Process::start(|_| {});
+    (0..20).for_each(|_| process.signal(nix::sys::signal::SIGHUP));
+    assert_eq!(process.end().code(), Some(0), "{}", process.log());
+}
+
+/// `nohup fcd &` outlives its terminal.
+#[test]
+fn sighup_ignored_at_start_stays_ignored() {
+    let fcd = env!("CARGO_BIN_EXE_fcd");
+    let mut process = Process::start(|command| {
+        let args: Vec<_> = command.get_args().map(|a| a.to_str().unwrap().to_owned()).collect();
+        let log = File::create(Path::new(&args[1]).with_file_name("log")).unwrap();
+        *command = Command::new("sh");
+        command.args(["-c", "trap '' HUP; exec \"$@\"", "sh", fcd]).args(args);
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+    });
+    process.signal(nix::sys::signal::SIGHUP);
+    UnixStream::connect(process.socket()).unwrap();
+    process.signal(nix::sys::signal::SIGTERM);
+    assert_eq!(process.end().code(), Some(0));
+    assert!(process.log().contains("SIGTERM"), "{}", process.log());
+}
+
+/// Passes `file` on under the number `to`.
+fn inherit(command: &mut Command, file: &File, to: i32) {
+    let from = file.as_raw_fd();
+    // SAFETY: dup2(2) may be called between fork and exec.
+    #[allow(unsafe_code)]
+    unsafe {
+        command.pre_exec(move || if libc::dup2(from, to) < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) });
+    }
+}
+
+#[test]
+fn inherited_descriptors_are_closed_at_start() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    // Numbers that neither this process nor the daemon uses.
+    let numbers = [857, 863, 1000];
+    let process = Process::start(|command| numbers.iter().for_each(|n| inherit(command, file.as_file(), *n)));
+    for fd in numbers {
+        assert_eq!(process.descriptor(fd), None, "descriptor {fd} is still open");
+    }
+    assert!(process.descriptor(1).is_some() && process.descriptor(2).is_some());
+}
+
+/// Such as systemd's: `LISTEN_FDS` descriptors from 3 on, when `LISTEN_PID` is the process's own.
+#[test]
+fn descriptors_of_socket_activation_are_kept() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let fcd = env!("CARGO_BIN_EXE_fcd");
+    // Numbers so high that neither this process nor the daemon uses them.
+    let last = 904;
+    let with = |pid: &str| {
+        let pid = pid.to_owned();
+        Process::start(|command| {
+            let args: Vec<_> = command.get_args().map(|a| a.to_str().unwrap().to_owned()).collect();
+            let log = File::create(Path::new(&args[1]).with_file_name("log")).unwrap();
+            *command = Command::new("sh");
+            let script = format!("export LISTEN_PID={pid} LISTEN_FDS={}; exec \"$@\"", last - 2);
+            command.args(["-c", &script, "sh", fcd]).args(args);
+            command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+            (last - 4..last + 5).for_each(|n| inherit(command, file.as_file(), n));
+        })
+    };
+    let process = with("$$");
+    assert_eq!(process.descriptor(last), Some(file.path().to_owned()));
+    assert_eq!(process.descriptor(last + 1), None, "it is not among those");
+    assert_eq!(with("1").descriptor(last), None, "they are another process's");
+}

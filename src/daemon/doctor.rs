@@ -1,15 +1,38 @@
-//! What is needed, what was found, what was picked, and how to mend it. Read-only.
+//! `doctor`: what is needed, what was found, what was picked, and how to fix it. Read-only.
+//!
+//! The checks run programs as the daemon's user, and every local user may call `doctor`. So one run is shared by all who
+//! ask while it lasts, and others than root and the daemon's own user get the result of the last few seconds.
 
+use super::single_flight::{Freshness, SingleFlight};
 use super::{Caller, Daemon, Seams};
 use crate::api::daemon::{Check, DoctorReply, LeaksReply};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
 use crate::locks::Cancel;
+use std::time::{Duration, Instant};
+
+/// How long others than root and the daemon's own user get the same result.
+const KEPT: Duration = Duration::from_secs(3);
+/// How long a caller waits for a run that another one began.
+const RUN_DEADLINE: Duration = Duration::from_secs(60);
+
+/// The checks of the host, shared between callers.
+pub(super) type HostChecks = SingleFlight<Vec<Check>>;
+
+pub(super) fn host_checks_shared() -> HostChecks {
+    SingleFlight::new(KEPT)
+}
 
 impl Daemon {
-    pub fn doctor(&self) -> DoctorReply {
-        let mut checks = checks(&self.config, self.vmm.as_ref(), self.commands.as_ref(), &self.closing);
+    /// # Errors
+    /// `busy` when another caller's run takes too long.
+    pub fn doctor(&self, caller: &Caller) -> Result<DoctorReply> {
+        let freshness = if self.is_privileged(caller) { Freshness::New } else { Freshness::Recent };
+        let run = || checks(&self.config, self.vmm.as_ref(), self.commands.as_ref(), &self.closing);
+        let looked = self.host_checks.get(freshness, Instant::now() + RUN_DEADLINE, run);
+        let mut checks = looked.map_err(|e| e.context("check this host"))?;
+        // These look at files and memory only: always as they are now.
         checks.push(self.image_check());
         checks.push(match self.store.read_only() {
             None => Check::ok("store", format!("the store in {} takes changes", self.config.state_dir.display())),
@@ -17,7 +40,7 @@ impl Daemon {
                 Check::fail("store", format!("the store is read-only: {e}"), e.hint_text().unwrap_or("free some disk space"))
             }
         });
-        DoctorReply { checks }
+        Ok(DoctorReply { checks })
     }
 
     /// What is ours on the host and belongs to nothing; root's and the daemon's own user's business only.
@@ -25,12 +48,17 @@ impl Daemon {
     /// # Errors
     /// `denied` to others. `busy` when the daemon has just started and what was left is not cleared away in time.
     pub fn leaks(&self, caller: &Caller, fix: bool) -> Result<LeaksReply> {
-        if caller.uid != 0 && caller.uid != nix::unistd::geteuid().as_raw() {
+        if !self.is_privileged(caller) {
             return Err(Error::new(Kind::Denied, "look for leaks: only root and the daemon's own user may")
                 .hint("run it as the user who runs fcd"));
         }
         self.await_settled()?;
         Ok(LeaksReply { leaks: self.sweep(fix) })
+    }
+
+    /// Root and the user who runs the daemon.
+    pub(super) fn is_privileged(&self, caller: &Caller) -> bool {
+        caller.uid == 0 || caller.uid == nix::unistd::geteuid().as_raw()
     }
 
     fn image_check(&self) -> Check {

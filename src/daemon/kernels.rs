@@ -10,7 +10,7 @@ impl Daemon {
     /// An operation.
     pub fn kernel_import(&self, caller: &Caller, request: KernelImportRequest) -> Result<Begun> {
         let KernelImportRequest { path, name, modules } = request;
-        if caller.uid != 0 && caller.uid != nix::unistd::geteuid().as_raw() {
+        if !self.is_privileged(caller) {
             return Err(Error::new(Kind::Denied, "import a kernel: the daemon would read files for you that you may not")
                 .hint("let root do it; every VM may boot it then"));
         }
@@ -51,7 +51,7 @@ impl Daemon {
 
     /// Kernels belong to the host.
     pub fn kernel_delete(&self, caller: &Caller, name: &KernelName) -> Result<KernelDeleteReply> {
-        if caller.uid != 0 && caller.uid != nix::unistd::geteuid().as_raw() {
+        if !self.is_privileged(caller) {
             return Err(Error::new(Kind::Denied, format!("delete kernel {name}: it belongs to the host")).hint("let root do it"));
         }
         // Nobody makes a VM with it meanwhile.

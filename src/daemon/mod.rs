@@ -34,6 +34,7 @@ mod restore;
 mod room;
 mod runtime;
 mod sessions;
+mod single_flight;
 mod snapshots;
 mod stats;
 mod transfer;
@@ -143,6 +144,7 @@ pub struct Inner {
     /// Names under which images are being built.
     building: Mutex<HashSet<crate::ids::ImageRef>>,
     beginning: keys::Beginning,
+    host_checks: doctor::HostChecks,
     captures: captures::Captures,
     /// VMs that reconcile has not looked at yet.
     unlooked: Mutex<HashSet<VmId>>,
@@ -255,6 +257,7 @@ impl Daemon {
             commands: seams.commands,
             building: Mutex::new(Rank::Runtimes, HashSet::new()),
             beginning: keys::Beginning::new(),
+            host_checks: doctor::host_checks_shared(),
             captures: captures::Captures::new(),
             unlooked: Mutex::new(Rank::Runtimes, unlooked),
             settled: reconcile::Settled::new(),

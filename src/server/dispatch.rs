@@ -218,7 +218,7 @@ impl Visit<'_> {
             }
             Doctor::METHOD => {
                 let crate::api::Empty {} = call.parse()?;
-                answer(&d.doctor())
+                answer(&d.doctor(c)?)
             }
             crate::api::daemon::Leaks::METHOD => {
                 let request: <crate::api::daemon::Leaks as Call>::Request = call.parse()?;

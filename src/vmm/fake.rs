@@ -84,6 +84,7 @@ struct State {
     keyboard: Option<Keyboard>,
     presses: u64,
     starts: u64,
+    checks: u64,
     kills: u64,
     clashes: u64,
 }
@@ -257,6 +258,11 @@ impl Fake {
     /// Processes spawned so far.
     pub fn starts(&self) -> u64 {
         self.state.lock().starts
+    }
+
+    /// How often `doctor` has asked.
+    pub fn checks_run(&self) -> u64 {
+        self.state.lock().checks
     }
 
     /// Kills asked for so far, of those that lived.
@@ -585,6 +591,7 @@ impl Driver for Fake {
     }
 
     fn checks(&self) -> Vec<Check> {
+        self.state.lock().checks += 1;
         vec![Check { id: "fake".into(), severity: Severity::Ok, found: "VMs are pretended".into(), fix: None }]
     }
 }

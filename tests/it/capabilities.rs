@@ -146,7 +146,7 @@ fn configured_files_are_read_at_each_start() {
     world.place(&vm.id);
     let e = world.start("a").unwrap_err();
     assert!(e.fault.message.contains(from.to_str().unwrap()) && e.fault.hint.is_some(), "{e:?}");
-    let check = |id: &str| world.daemon().doctor().checks.into_iter().find(|c| c.id == id).unwrap();
+    let check = |id: &str| world.daemon().doctor(&root()).unwrap().checks.into_iter().find(|c| c.id == id).unwrap();
     assert_eq!(check("sync").severity, Severity::Fail);
     for text in ["one", "another"] {
         std::fs::write(&from, text).unwrap();
@@ -171,7 +171,7 @@ fn configured_files_are_read_at_each_start() {
 #[test]
 fn doctor_asks_each_of_them() {
     let world = World::new();
-    let ids: Vec<String> = world.daemon().doctor().checks.into_iter().map(|c| c.id).collect();
+    let ids: Vec<String> = world.daemon().doctor(&root()).unwrap().checks.into_iter().map(|c| c.id).collect();
     for id in ["disk-space", "root-disk", "work-disk", "guest_network", "ports", "fake"] {
         assert!(ids.iter().any(|i| i == id), "{id}: {ids:?}");
     }

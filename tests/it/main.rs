@@ -28,5 +28,6 @@ mod recovery;
 mod running;
 mod snapshots;
 mod stall;
+mod users;
 mod verbs;
 mod world;

@@ -94,6 +94,23 @@ pub struct World {
     last_port: Mutex<u16>,
 }
 
+/// Runs `body` on a thread of another uid: a client in it is that user to the daemon's socket (SO_PEERCRED). As root only.
+pub fn as_uid<T: Send>(uid: u32, body: impl FnOnce() -> T + Send) -> T {
+    assert!(nix::unistd::geteuid().is_root(), "as root only: run the tests as root");
+    let alone = || {
+        // SAFETY: the bare system calls change this thread alone, unlike the C library's.
+        #[allow(unsafe_code)]
+        let done = unsafe {
+            libc::syscall(libc::SYS_setgroups, 0, 0)
+                | libc::syscall(libc::SYS_setresgid, uid, uid, uid)
+                | libc::syscall(libc::SYS_setresuid, uid, uid, uid)
+        };
+        assert_eq!(done, 0, "become uid {uid}: {}", std::io::Error::last_os_error());
+        body()
+    };
+    std::thread::scope(|scope| scope.spawn(alone).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
 /// In memory where there is such a place: nothing here is about the disk's speed.
 fn temp_dir() -> tempfile::TempDir {
     if std::env::var_os(REAL_DISKS).is_some() {
@@ -259,6 +276,14 @@ impl World {
             })
             .unwrap();
         store.close();
+    }
+
+    /// Lets every uid connect: see [`as_uid`].
+    pub fn open_to_everybody(&self) {
+        use std::os::unix::fs::PermissionsExt;
+        let set = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        set(self._dir.path(), 0o755);
+        set(&self.config.socket, 0o666);
     }
 
     pub fn client(&self) -> Client {

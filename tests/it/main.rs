@@ -26,6 +26,7 @@ mod process;
 mod promise;
 mod recovery;
 mod running;
+mod setup;
 mod snapshots;
 mod stall;
 mod users;

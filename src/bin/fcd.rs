@@ -33,6 +33,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // First of all: a helper must have one thread and no file when it gives up its rights.
+    if let Some(code) = fcd::daemon::helpers::run_if_asked() {
+        return code;
+    }
     let closed = fcd::host::inherited::close_descriptors(&|name| std::env::var(name).ok());
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
     let args = Args::parse();

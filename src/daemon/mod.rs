@@ -15,6 +15,7 @@ mod doctor;
 mod down;
 mod effects;
 mod events;
+pub mod helpers;
 pub mod history;
 mod hold;
 mod images;

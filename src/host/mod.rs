@@ -1,6 +1,7 @@
 //! The host, at arm's length: the only process spawn, threads, files, pidfds, limits.
 
 pub mod command;
+pub mod confine;
 pub mod fs;
 pub mod inherited;
 pub mod interactive;

@@ -1,0 +1,220 @@
+//! The helper's side: what it was asked to be, and how it gives up its rights.
+
+use super::filter::{self, BASE, Call};
+use super::{ARGUMENT, Owner};
+use std::ffi::OsString;
+use std::io;
+
+/// What a helper may use and do.
+#[derive(Clone, Copy, Debug)]
+pub struct Profile {
+    /// Address space beyond what the program has when it starts.
+    pub memory_bytes_max: u64,
+    /// Descriptors, with the three standard ones.
+    pub open_files_max: u64,
+    /// Whether it may start threads. With [`Profile::calls`] it needs the calls for that, too.
+    pub has_threads: bool,
+    /// Whether it may bind and connect TCP sockets, for which it needs the calls, too.
+    pub has_network: bool,
+    /// System calls beyond [`BASE`].
+    pub calls: &'static [Call],
+}
+
+/// What the parent asked of this process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked {
+    pub name: String,
+    owner: Option<Owner>,
+    parent: i32,
+}
+
+const OWN: &str = "-";
+
+/// The arguments of a helper, read back by [`Asked::parse`].
+pub(super) fn arguments(name: &str, owner: Option<Owner>) -> [OsString; 4] {
+    let owner = owner.map_or(OWN.to_owned(), |o| format!("{}:{}", o.uid, o.gid));
+    [ARGUMENT.into(), name.into(), owner.into(), std::process::id().to_string().into()]
+}
+
+/// Says what could not be given up.
+fn failed(doing: &str) -> impl FnOnce(io::Error) -> io::Error {
+    move |e| io::Error::new(e.kind(), format!("{doing}: {e}"))
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+impl Asked {
+    /// None where this process is not a helper.
+    pub fn from_args() -> Option<Self> {
+        Self::parse(std::env::args_os().skip(1))
+    }
+
+    fn parse(args: impl Iterator<Item = OsString>) -> Option<Self> {
+        let args: Vec<String> = args.take(5).map(|a| a.to_string_lossy().into_owned()).collect();
+        let [argument, name, owner, parent] = &args[..] else { return None };
+        if argument != ARGUMENT {
+            return None;
+        }
+        let owner = match owner.split_once(':') {
+            Some((uid, gid)) => Some(Owner { uid: uid.parse().ok()?, gid: gid.parse().ok()? }),
+            None if owner == OWN => None,
+            None => return None,
+        };
+        Some(Self { name: name.clone(), owner, parent: parent.parse().ok()? })
+    }
+
+    /// Gives up everything that the profile does not name. To be called while there is one thread, and before anything
+    /// that a guest sent is looked at. The channel is descriptor 0.
+    ///
+    /// # Errors
+    /// Names the step that failed. The helper must not go on then.
+    #[allow(unsafe_code)]
+    pub fn confine(&self, profile: &Profile) -> io::Result<()> {
+        // SAFETY: system calls on values that live through each call.
+        unsafe {
+            check(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) as libc::c_int).map_err(failed("close files"))?;
+            libc::signal(libc::SIGPIPE, libc::SIG_IGN);
+            libc::umask(0o777);
+            // Fails where it leads a session already, which is as good.
+            libc::setsid();
+            check(libc::chdir(c"/".as_ptr())).map_err(failed("leave the working directory"))?;
+        }
+        set_limits(profile).map_err(failed("limit resources"))?;
+        if let Some(owner) = self.owner {
+            become_owner(owner).map_err(failed("change to the VM's user"))?;
+        }
+        self.die_with_parent().map_err(failed("follow the parent"))?;
+        // SAFETY: as above.
+        unsafe {
+            check(libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0)).map_err(failed("hide from its own user"))?;
+            check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)).map_err(failed("renounce new privileges"))?;
+        }
+        landlock(profile.has_network).map_err(failed("leave the file system"))?;
+        let calls = BASE.iter().chain(profile.calls).copied();
+        let program = filter::compile(calls).map_err(|e| io::Error::other(format!("make a system call filter: {e}")))?;
+        seccompiler::apply_filter(&program).map_err(|e| io::Error::other(format!("filter system calls: {e}")))
+    }
+
+    /// The kernel forgets this at a change of the uid, so it comes after it.
+    #[allow(unsafe_code)]
+    fn die_with_parent(&self) -> io::Result<()> {
+        // SAFETY: no pointers.
+        unsafe {
+            check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0))?;
+            // It may have died before.
+            if libc::getppid() == self.parent { Ok(()) } else { Err(io::Error::other("it is gone")) }
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+fn set_limits(profile: &Profile) -> io::Result<()> {
+    let used = address_space_bytes()?;
+    let limits = [
+        (libc::RLIMIT_CORE, 0),
+        (libc::RLIMIT_FSIZE, 0),
+        (libc::RLIMIT_AS, used.saturating_add(profile.memory_bytes_max)),
+        (libc::RLIMIT_NOFILE, profile.open_files_max),
+    ];
+    // Counted for the whole uid, under which a VMM has threads; so it is nothing or unlimited.
+    let no_threads = (!profile.has_threads).then_some((libc::RLIMIT_NPROC, 0));
+    for (resource, most) in limits.into_iter().chain(no_threads) {
+        let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+        // SAFETY: `limit` outlives the call.
+        check(unsafe { libc::setrlimit(resource, &raw const limit) })?;
+    }
+    Ok(())
+}
+
+/// proc(5), statm: the first number, in pages.
+#[allow(unsafe_code)]
+fn address_space_bytes() -> io::Result<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm")?;
+    let pages: Option<u64> = statm.split_whitespace().next().and_then(|n| n.parse().ok());
+    let pages = pages.ok_or_else(|| io::Error::other("no size in /proc/self/statm"))?;
+    // SAFETY: no pointers.
+    let page_bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    Ok(pages.saturating_mul(page_bytes.cast_unsigned() as u64))
+}
+
+#[allow(unsafe_code)]
+fn become_owner(owner: Owner) -> io::Result<()> {
+    // SAFETY: no list of groups is passed; the rest are numbers.
+    unsafe {
+        check(libc::setgroups(0, std::ptr::null()))?;
+        check(libc::setresgid(owner.gid, owner.gid, owner.gid))?;
+        check(libc::setresuid(owner.uid, owner.uid, owner.uid))?;
+        // The last step of a root process towards another uid takes its capabilities; make sure that there is no way back.
+        if owner.uid != 0 && libc::setuid(0) == 0 { Err(io::Error::other("root can be regained")) } else { Ok(()) }
+    }
+}
+
+/// `struct landlock_ruleset_attr` (linux/landlock.h).
+#[repr(C)]
+#[derive(Default)]
+struct Ruleset {
+    handled_access_fs: u64,
+    handled_access_net: u64,
+    scoped: u64,
+}
+
+const LANDLOCK_CREATE_RULESET_VERSION: libc::c_uint = 1;
+/// What each version of the interface can deny (linux/landlock.h): the file accesses up to `make_sym`, then `refer`,
+/// `truncate`, TCP, `ioctl_dev`, and the scopes.
+const fn deniable(version: libc::c_long, has_network: bool) -> Ruleset {
+    let fs_bits = match version {
+        1 => 13,
+        2 => 14,
+        3 | 4 => 15,
+        _ => 16,
+    };
+    Ruleset {
+        handled_access_fs: (1 << fs_bits) - 1,
+        handled_access_net: if version >= 4 && !has_network { 0b11 } else { 0 },
+        scoped: if version >= 6 { 0b11 } else { 0 },
+    }
+}
+
+/// A ruleset without a rule denies all that it handles. Nothing happens where the kernel has no Landlock: the system call
+/// filter denies the same by itself.
+#[allow(unsafe_code)]
+fn landlock(has_network: bool) -> io::Result<()> {
+    // SAFETY: without attributes it only says which version there is.
+    let version = unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<Ruleset>(), 0, LANDLOCK_CREATE_RULESET_VERSION)
+    };
+    if version < 1 {
+        return Ok(());
+    }
+    let ruleset = deniable(version, has_network);
+    // Earlier versions know only the first members, and refuse no larger structure whose rest is 0.
+    let size = std::mem::size_of::<Ruleset>();
+    // SAFETY: the structure outlives the call; the descriptor is closed with the process or below.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_landlock_create_ruleset, &raw const ruleset, size, 0);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let restricted = check(libc::syscall(libc::SYS_landlock_restrict_self, fd, 0) as libc::c_int);
+        libc::close(fd as libc::c_int);
+        restricted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_are_read_back() {
+        for owner in [None, Some(Owner { uid: 1_900_000_001, gid: 1_900_000_002 })] {
+            let asked = Asked::parse(arguments("guest", owner).into_iter()).unwrap();
+            assert_eq!((asked.name.as_str(), asked.owner, asked.parent), ("guest", owner, std::process::id() as i32));
+        }
+        for bad in ["", "doctor", "helper", "helper guest", "helper guest 1 2", "helper guest - x", "helper guest - 1 2"] {
+            assert_eq!(Asked::parse(bad.split_whitespace().map(OsString::from)), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! The system calls that a helper may make. Every other one fails with EPERM.
+//!
+//! EPERM and not a kill: a library that tries something it can do without (a configuration file, the number of cores)
+//! then works on, and a helper that a guest has taken over gains nothing by trying.
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+};
+use std::collections::BTreeMap;
+
+/// When a call is allowed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allowed {
+    Always,
+    /// The argument with this index, counted from 0, is one of these.
+    ArgumentIn(u8, &'static [u64]),
+    /// The argument with this index has none of these bits.
+    ArgumentLacks(u8, u64),
+}
+use Allowed::{Always, ArgumentIn, ArgumentLacks};
+
+/// One system call (`libc::SYS_*`).
+#[derive(Clone, Copy, Debug)]
+pub struct Call(pub libc::c_long, pub Allowed);
+
+/// Nothing may become executable.
+const NO_EXEC: Allowed = ArgumentLacks(2, libc::PROT_EXEC as u64);
+/// Not `F_SETOWN`: it sends signals to others.
+const FCNTL: Allowed = ArgumentIn(
+    1,
+    &[libc::F_GETFD as u64, libc::F_SETFD as u64, libc::F_GETFL as u64, libc::F_SETFL as u64, libc::F_DUPFD_CLOEXEC as u64],
+);
+
+/// What every helper needs: memory, time, randomness, waiting, and its descriptors. It opens nothing and makes no socket.
+pub const BASE: &[Call] = &[
+    Call(libc::SYS_read, Always),
+    Call(libc::SYS_readv, Always),
+    Call(libc::SYS_write, Always),
+    Call(libc::SYS_writev, Always),
+    Call(libc::SYS_close, Always),
+    Call(libc::SYS_recvfrom, Always),
+    Call(libc::SYS_recvmsg, Always),
+    Call(libc::SYS_sendto, Always),
+    Call(libc::SYS_sendmsg, Always),
+    Call(libc::SYS_shutdown, Always),
+    #[cfg(target_arch = "x86_64")]
+    Call(libc::SYS_poll, Always),
+    Call(libc::SYS_ppoll, Always),
+    Call(libc::SYS_fcntl, FCNTL),
+    Call(libc::SYS_ioctl, ArgumentIn(1, &[libc::FIONBIO, libc::FIONREAD])),
+    Call(libc::SYS_brk, Always),
+    Call(libc::SYS_mmap, NO_EXEC),
+    Call(libc::SYS_mprotect, NO_EXEC),
+    Call(libc::SYS_mremap, Always),
+    Call(libc::SYS_munmap, Always),
+    Call(libc::SYS_madvise, Always),
+    Call(libc::SYS_futex, Always),
+    Call(libc::SYS_getrandom, Always),
+    Call(libc::SYS_clock_gettime, Always),
+    Call(libc::SYS_clock_nanosleep, Always),
+    Call(libc::SYS_nanosleep, Always),
+    Call(libc::SYS_restart_syscall, Always),
+    Call(libc::SYS_rt_sigaction, Always),
+    Call(libc::SYS_rt_sigprocmask, Always),
+    Call(libc::SYS_rt_sigreturn, Always),
+    Call(libc::SYS_sigaltstack, Always),
+    Call(libc::SYS_sched_yield, Always),
+    Call(libc::SYS_getpid, Always),
+    Call(libc::SYS_gettid, Always),
+    Call(libc::SYS_exit, Always),
+    Call(libc::SYS_exit_group, Always),
+];
+
+impl Call {
+    fn rules(self) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+        let one = |condition| SeccompRule::new(vec![condition]);
+        match self.1 {
+            Always => Ok(Vec::new()),
+            ArgumentIn(index, values) => values
+                .iter()
+                .map(|value| SeccompCondition::new(index, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, *value).and_then(one))
+                .collect(),
+            ArgumentLacks(index, bits) => {
+                let lacks = SeccompCmpOp::MaskedEq(bits);
+                Ok(vec![SeccompCondition::new(index, SeccompCmpArgLen::Qword, lacks, 0).and_then(one)?])
+            }
+        }
+    }
+}
+
+/// The filter for these calls.
+pub(super) fn compile(calls: impl Iterator<Item = Call>) -> Result<BpfProgram, seccompiler::BackendError> {
+    let mut rules = BTreeMap::new();
+    for call in calls {
+        #[allow(clippy::useless_conversion)] // `c_long` has 32 bits elsewhere.
+        rules.insert(i64::from(call.0), call.rules()?);
+    }
+    let refuse = SeccompAction::Errno(libc::EPERM as u32);
+    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
+    SeccompFilter::new(rules, refuse, SeccompAction::Allow, arch)?.try_into()
+}

@@ -1,0 +1,144 @@
+//! Helper processes: our own binary, started again to parse what a guest sends, with next to no rights.
+//!
+//! The parent calls [`spawn`] and gets a [`Helper`]: a process and a [`Channel`] to it. The new process finds out what it is
+//! with [`Asked::from_args`], gives up everything with [`Asked::confine`], and only then receives its work and its
+//! descriptors over the channel. Nothing else passes between the two.
+//!
+//! [`Asked::confine`] leaves a helper with: no descriptor but the channel and `/dev/null`; the given uid and gid and no
+//! group; a session of its own; no core dumps, limits on address space, open files and processes; no way to gain rights
+//! (no_new_privs) or to be inspected by its own uid (not dumpable); no file system and no signals to other processes
+//! (Landlock, where the kernel has it); and only the system calls of its [`Profile`] (seccomp). It dies with the thread
+//! that spawned it, so that thread must live as long as the helper is needed.
+//!
+//! The parent must treat every byte from the channel as hostile: a guest may have taken the helper over.
+
+mod channel;
+mod enter;
+mod filter;
+#[cfg(test)]
+mod tests;
+
+pub use channel::{Channel, Received};
+pub use enter::{Asked, Profile};
+pub use filter::{Allowed, BASE, Call};
+#[cfg(test)]
+pub use tests::{PROBE, run_probe};
+
+use super::process::Exit;
+use super::wait::{Woken, wait_uncancelled};
+use crate::error::{Error, Result};
+use nix::poll::PollFlags;
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+/// The first argument of a helper; its name is the second.
+pub const ARGUMENT: &str = "helper";
+/// The running executable, also after an upgrade has replaced its file.
+const OWN_EXECUTABLE: &str = "/proc/self/exe";
+/// How long a killed helper may take to be gone before a thread is left to wait for it.
+const REAP_PATIENCE: Duration = Duration::from_secs(1);
+
+static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+
+/// Makes helpers run another program than the running executable: a test's own executable is not `fcd`. The first call
+/// counts.
+pub fn set_program(path: impl Into<PathBuf>) {
+    let _ = PROGRAM.set(path.into());
+}
+
+/// Whom a helper runs as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owner {
+    pub uid: u32,
+    pub gid: u32,
+}
+
+/// A running helper. It is killed and reaped when dropped.
+#[derive(Debug)]
+pub struct Helper {
+    pub channel: Channel,
+    pidfd: OwnedFd,
+    exit: Option<Exit>,
+}
+
+/// Starts the helper `name`. Without an owner it keeps the daemon's uid, which is right where the daemon has no privilege.
+///
+/// # Errors
+/// `host`: no process, descriptor or memory to be had.
+#[allow(clippy::disallowed_methods)] // With `command` and `process` the only place.
+pub fn spawn(name: &str, owner: Option<Owner>) -> Result<Helper> {
+    let failed = |e: std::io::Error| Error::io(format!("start the helper process {name}"), e);
+    let (channel, theirs) = Channel::pair().map_err(failed)?;
+    let program = PROGRAM.get().map_or(Path::new(OWN_EXECUTABLE), PathBuf::as_path);
+    // No working directory, no credentials and no closure before the exec: then the standard library uses posix_spawn(3),
+    // which copies nothing of a large daemon. The new process does all this by itself.
+    let mut command = std::process::Command::new(program);
+    command.arg0("fcd").env_clear().stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null()).stderr(Stdio::null());
+    command.args(enter::arguments(name, owner));
+    let child = command.spawn().map_err(failed)?;
+    let pid = Pid::from_raw(child.id().cast_signed()).expect("a child has a pid");
+    // It is a child that nobody has reaped, so the pid is its own.
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(|e| {
+        let _ = rustix::process::kill_process(pid, Signal::KILL);
+        let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
+        failed(e.into())
+    })?;
+    Ok(Helper { channel, pidfd, exit: None })
+}
+
+impl Helper {
+    /// Readable once it has exited.
+    pub fn exited(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Kills it; nothing happens when it is gone.
+    pub fn kill(&self) {
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// Waits until it has exited and reaps it. `None` at the deadline.
+    pub fn wait(&mut self, deadline: Instant) -> Option<Exit> {
+        if self.exit.is_none() {
+            match wait_uncancelled(&[(self.pidfd.as_fd(), PollFlags::POLLIN)], deadline) {
+                Ok(Woken::Ready) => self.exit = Some(reap(&self.pidfd)),
+                _ => return None,
+            }
+        }
+        self.exit
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        self.kill();
+        if self.wait(Instant::now() + REAP_PATIENCE).is_some() {
+            return;
+        }
+        // A killed process that does not end is stuck in the kernel. It must not hold up whoever drops this.
+        let Ok(pidfd) = self.pidfd.try_clone() else { return };
+        let _ = super::thread::spawn("reap-helper", move || reap(&pidfd));
+    }
+}
+
+/// Waits for the end of a child as long as it takes.
+fn reap(pidfd: &OwnedFd) -> Exit {
+    loop {
+        match rustix::process::waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED) {
+            Ok(Some(status)) => {
+                return match (status.exit_status(), status.terminating_signal()) {
+                    (Some(status), _) => Exit::Status(status),
+                    (None, Some(signal)) => Exit::Signal(signal),
+                    (None, None) => Exit::Unknown,
+                };
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(None) | Err(_) => return Exit::Unknown,
+        }
+    }
+}

@@ -21,7 +21,8 @@ pub const TRAILER_BYTES_MAX: usize = 4096;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Trailer {
-    /// Entries of the tree: files, links and directories that were sent as such.
+    /// Entries of the tree: files, links and directories that were sent as such. 0 in an export, where nobody on the
+    /// host has looked at the payload.
     pub entries: u64,
     /// Bytes of the payload.
     pub bytes: u64,
@@ -92,9 +93,7 @@ pub struct ExportRequest {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ExportReply {
-    /// Paths that differ from what was sent.
-    pub files_changed: u64,
-    /// Bytes of the payload.
+    /// Bytes of the payload. What they change is for the receiver to count: the guest's word is not passed on.
     pub bytes: u64,
 }
 

@@ -4,7 +4,7 @@ use super::context::Context;
 use super::exec::{self, Ended, How, OUR_FAILURE};
 use super::signals::{Interrupts, Phase, interrupted};
 use super::vm::Shape;
-use super::workspace::{ExportTo, PrepareHow, Source, Transfer, tell_exported};
+use super::workspace::{Bound, ExportTo, PrepareHow, Source, Transfer, tell_exported};
 use crate::api::frame::Note;
 use crate::api::vm::{Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteRequest, VmRequest, VmSet, VmSetRequest, VmStart};
 use crate::client::{Client, Event, Failure, Result};
@@ -27,6 +27,8 @@ pub struct Args {
     /// Afterwards write what changed to a new file, or to stdout with -
     #[arg(long, value_name = "FILE", requires = "path")]
     export_patch: Option<PathBuf>,
+    #[command(flatten)]
+    bound: Bound,
     #[command(flatten)]
     how: How,
     #[command(flatten)]
@@ -70,7 +72,7 @@ fn tell(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
         Ok(()) => exec::execute(ctx, interrupts, &mut made.client, &vm, spec),
         Err(e) => Err(e),
     };
-    finish(ctx, interrupts, made, ended, export)
+    finish(ctx, interrupts, made, ended, export.map(|to| (to, args.bound)))
 }
 
 /// A VM that this run made.
@@ -154,7 +156,7 @@ fn finish(
     interrupts: &Interrupts,
     mut made: Made,
     ended: Result<Ended>,
-    export: Option<ExportTo>,
+    export: Option<(ExportTo, Bound)>,
 ) -> Result<u8> {
     let began = interrupts.command_began() || matches!(ended, Ok(Ended::Exit(_) | Ended::ReaderGone));
     let mut status = match &ended {
@@ -162,8 +164,8 @@ fn finish(
         Err(_) => interrupts.status().unwrap_or(OUR_FAILURE),
     };
     tell_end(ctx, interrupts, &ended);
-    if let (Some(to), true, None) = (&export, began, interrupts.cause())
-        && let Err(failed) = collect(ctx, interrupts, &made, to)
+    if let (Some((to, bound)), true, None) = (&export, began, interrupts.cause())
+        && let Err(failed) = collect(ctx, interrupts, &made, to, *bound)
     {
         status = failed;
         // Work that could not be brought back is not thrown away.
@@ -209,15 +211,15 @@ fn tell_end(ctx: &mut Context, interrupts: &Interrupts, ended: &Result<Ended>) {
 }
 
 /// On a connection of its own, since that of the command may be broken. Err: the status.
-fn collect(ctx: &mut Context, interrupts: &Interrupts, made: &Made, to: &ExportTo) -> std::result::Result<(), u8> {
+fn collect(ctx: &mut Context, interrupts: &Interrupts, made: &Made, to: &ExportTo, bound: Bound) -> std::result::Result<(), u8> {
     let vm = made.vm.name.as_str();
     let result = interrupts.enter(Phase::Collecting).and_then(|()| {
         let mut client = Client::connect_again(&ctx.socket)?;
-        Transfer { ctx, interrupts, client: &mut client, vm }.export(to, false)
+        Transfer { ctx, interrupts, client: &mut client, vm }.export(to, bound, false)
     });
     match result {
-        Ok(reply) => {
-            tell_exported(ctx, to, &reply);
+        Ok(exported) => {
+            tell_exported(ctx, to, &exported);
             Ok(())
         }
         Err(_) if interrupts.cause().is_some() => {

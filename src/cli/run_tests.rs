@@ -35,7 +35,7 @@ fn daemon(special: impl Fn(Request) -> Option<Request> + Send + Sync + 'static) 
             }
             "workspace.export" => {
                 give_stream(&mut r, b"the patch");
-                r.result(json!({"files_changed": 1, "bytes": 9}));
+                r.result(json!({"bytes": 9}));
             }
             "vm.delete" => r.result(json!({"deleted": vm("web", VmState::Stopped).id})),
             _ => r.result(json!({})),

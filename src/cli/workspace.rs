@@ -8,15 +8,14 @@ use super::values::path_error;
 use crate::api::Call;
 use crate::api::frame::Note;
 use crate::api::stream::{self, ChunkReader, ChunkWriter};
-use crate::api::workspace::{
-    ExportKind, ExportReply, ExportRequest, PrepareReply, PrepareRequest, WorkspaceExport, WorkspacePrepare,
-};
+use crate::api::workspace::{ExportKind, ExportRequest, PrepareReply, PrepareRequest, WorkspaceExport, WorkspacePrepare};
 use crate::client::{Client, Result};
 use crate::error::{Error, Kind};
 use crate::host::thread;
 use crate::locks::Cancel;
 use crate::workspace::plan::{CallerEnv, History, Options, Plan, Sent};
 use crate::workspace::{encode, guest_path, patch, raw_tar, unpack};
+use serde::Serialize;
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
@@ -86,9 +85,19 @@ pub struct ExportArgs {
     /// Write the tree as it stands in the guest to a new directory
     #[arg(long, value_name = "DIR")]
     tree: Option<PathBuf>,
+    #[command(flatten)]
+    bound: Bound,
     /// Fail when another import or export of this VM is under way
     #[arg(long)]
     no_wait: bool,
+}
+
+/// How much a guest may send back.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub struct Bound {
+    /// Fail when the guest sends back more than this, as in 512M or 16G
+    #[arg(long, value_name = "SIZE", value_parser = super::values::parse_size, default_value = "8G")]
+    pub max_bytes: u64,
 }
 
 pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
@@ -219,7 +228,7 @@ impl Transfer<'_> {
     }
 
     /// Fetches into `to`, which is whole or untouched afterwards.
-    pub fn export(&mut self, to: &ExportTo, no_wait: bool) -> Result<ExportReply> {
+    pub fn export(&mut self, to: &ExportTo, bound: Bound, no_wait: bool) -> Result<Exported> {
         to.check()?;
         let kind = if matches!(to, ExportTo::Tree(_)) { ExportKind::Tree } else { ExportKind::Patch };
         let request = ExportRequest { vm: self.vm.to_owned(), kind, no_wait };
@@ -228,17 +237,21 @@ impl Transfer<'_> {
         let (token, target) = (stop.clone(), to.clone());
         let receiver = thread::spawn("unpack", move || {
             let mut stream = Incoming { chunks: ChunkReader::new(ours), is_broken: false };
-            let result = receive(&mut stream, &target, &token);
+            let result = receive(&mut stream, &target, bound, &token);
             (result, token.is_cancelled() || stream.is_broken)
         })?;
         let reply = self.call::<WorkspaceExport>(&format!("fetch from {}", self.vm), &request, theirs, &mut |_| Ok(()));
         let (reply, received) = conclude(reply, Some(receiver), &stop)?;
+        let bytes = reply.bytes;
         match received {
-            Some(Received::Staged(staged)) => drop(staged.commit()?),
-            Some(Received::Spooled(spool)) => self.print(spool)?,
-            Some(Received::Written) | None => {}
+            Some(Received::Staged(staged)) => Ok(Exported::Tree { entries: staged.commit()?.entries, bytes }),
+            Some(Received::Spooled(spool, patch)) => {
+                self.print(spool)?;
+                Ok(Exported::Patch { files_changed: patch.files, bytes })
+            }
+            Some(Received::Written(patch)) => Ok(Exported::Patch { files_changed: patch.files, bytes }),
+            None => Err(Error::internal("an export ended without its receiver").into()),
         }
-        Ok(reply)
     }
 
     /// Nothing is printed before all of it is known to be there.
@@ -331,16 +344,24 @@ impl ExportTo {
     /// Before anything is asked of the daemon: `target_exists`, `path_not_found`.
     pub fn check(&self) -> crate::error::Result<()> {
         match self {
-            ExportTo::Patch(path) => patch::Target::File(path.clone()).check(),
+            ExportTo::Patch(path) => patch::check_target(path),
             ExportTo::PatchToStdout => Ok(()),
             ExportTo::Tree(path) => unpack::check_target(path),
         }
     }
 }
 
+/// What came back, counted by us.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Exported {
+    Patch { files_changed: u64, bytes: u64 },
+    Tree { entries: u64, bytes: u64 },
+}
+
 enum Received {
-    Written,
-    Spooled(File),
+    Written(patch::Patch),
+    Spooled(File, patch::Patch),
     Staged(unpack::Staged),
 }
 
@@ -367,19 +388,16 @@ fn copy_error(doing: &str, e: io::Error) -> Error {
     }
 }
 
-fn receive(from: &mut Incoming, to: &ExportTo, stop: &Cancel) -> crate::error::Result<Received> {
+fn receive(from: &mut Incoming, to: &ExportTo, bound: Bound, stop: &Cancel) -> crate::error::Result<Received> {
     match to {
-        ExportTo::Patch(path) => {
-            patch::receive(from, &patch::Target::File(path.clone()), stop)?;
-            Ok(Received::Written)
-        }
+        ExportTo::Patch(path) => Ok(Received::Written(patch::receive(from, path, bound.max_bytes, stop)?)),
         ExportTo::PatchToStdout => {
-            let mut spool = tempfile::tempfile().map_err(|e| Error::io("make a temporary file", e))?;
-            io::copy(from, &mut spool).map_err(|e| copy_error("receive the patch", e))?;
-            Ok(Received::Spooled(spool))
+            let (spool, patch) = patch::spool(from, bound.max_bytes, stop)?;
+            Ok(Received::Spooled(spool, patch))
         }
         ExportTo::Tree(path) => {
-            let staged = unpack::stage(from, path, &unpack::Limits::default(), stop)?;
+            let limits = unpack::Limits { bytes: bound.max_bytes, ..unpack::Limits::default() };
+            let staged = unpack::stage(from, path, &limits, stop)?;
             // What follows the archive, up to a trailer that fits.
             io::copy(from, &mut io::sink()).map_err(|e| copy_error("receive the tree", e))?;
             Ok(Received::Staged(staged))
@@ -398,16 +416,16 @@ fn export_verb(ctx: &mut Context, interrupts: &Interrupts, args: ExportArgs) -> 
     }
     targets.iter().try_for_each(ExportTo::check)?;
     let mut client = ctx.connect()?;
-    let mut replies = vec![];
+    let mut all = vec![];
     for to in &targets {
-        let reply = Transfer { ctx, interrupts, client: &mut client, vm: &args.vm }.export(to, args.no_wait)?;
+        let exported = Transfer { ctx, interrupts, client: &mut client, vm: &args.vm }.export(to, args.bound, args.no_wait)?;
         if !ctx.json {
-            tell_exported(ctx, to, &reply);
+            tell_exported(ctx, to, &exported);
         }
-        replies.push(reply);
+        all.push(exported);
     }
     if ctx.json {
-        match replies.as_slice() {
+        match all.as_slice() {
             [one] => ctx.document(one)?,
             all => ctx.document(&all)?,
         }
@@ -416,15 +434,19 @@ fn export_verb(ctx: &mut Context, interrupts: &Interrupts, args: ExportArgs) -> 
 }
 
 /// On stderr: stdout may be the patch.
-pub fn tell_exported(ctx: &mut Context, to: &ExportTo, reply: &ExportReply) {
-    let (files, bytes) = (count(reply.files_changed, "file"), size(reply.bytes));
-    match to {
-        ExportTo::Patch(path) if reply.bytes == 0 => ctx.note(&format!("nothing has changed; {} is empty", path.display())),
-        ExportTo::Patch(path) => {
-            ctx.note(&format!("{files} changed, {bytes}: git apply {}", path.display()));
+pub fn tell_exported(ctx: &mut Context, to: &ExportTo, exported: &Exported) {
+    let what = match exported {
+        Exported::Patch { files_changed, bytes } => format!("{} changed, {}", count(*files_changed, "file"), size(*bytes)),
+        Exported::Tree { entries: 1, .. } => "1 entry".to_owned(),
+        Exported::Tree { entries, .. } => format!("{entries} entries"),
+    };
+    match (to, exported) {
+        (ExportTo::Patch(path), Exported::Patch { bytes: 0, .. }) => {
+            ctx.note(&format!("nothing has changed; {} is empty", path.display()));
         }
-        ExportTo::PatchToStdout => ctx.note(&format!("{files} changed, {bytes}")),
-        ExportTo::Tree(path) => ctx.note(&format!("{} holds the tree, {files} changed", path.display())),
+        (ExportTo::Patch(path), _) => ctx.note(&format!("{what}: git apply {}", path.display())),
+        (ExportTo::PatchToStdout, _) => ctx.note(&what),
+        (ExportTo::Tree(path), _) => ctx.note(&format!("{} holds the tree, {what}", path.display())),
     }
 }
 

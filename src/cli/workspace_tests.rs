@@ -169,7 +169,7 @@ fn a_patch_comes_whole() {
     let fake = Fake::start(|mut r| {
         assert_eq!(r.params["kind"], "patch");
         give_stream(&mut r, b"diff --git a/x b/x\n\0binary");
-        r.result(json!({"files_changed": 1, "bytes": 26}));
+        r.result(json!({"bytes": 26}));
     });
     for args in [&["workspace", "export", "web"][..], &["workspace", "export", "web", "--patch", "-"][..]] {
         let ran = fcctl(&fake, args);
@@ -210,7 +210,7 @@ fn half_a_patch_is_none() {
 fn an_answer_without_a_whole_stream_is_not_believed() {
     let fake = Fake::start(|mut r| {
         drop(r.fds.pop());
-        r.result(json!({"files_changed": 1, "bytes": 26}));
+        r.result(json!({"bytes": 26}));
     });
     let target = fake.dir().join("new").display().to_string();
     for args in [&["--patch", "-"][..], &["--patch", &target][..], &["--tree", &target][..]] {
@@ -231,10 +231,42 @@ fn a_tree_comes_into_a_new_directory() {
         header.set_cksum();
         tar.append_data(&mut header, "x", &b"seven"[..]).unwrap();
         give_stream(&mut r, &tar.into_inner().unwrap());
-        r.result(json!({"files_changed": 1, "bytes": 5}));
+        r.result(json!({"bytes": 5}));
     });
     let target = fake.dir().join("out");
     let ran = fcctl(&fake, &["workspace", "export", "web", "--tree", target.to_str().unwrap()]);
     assert_eq!(ran.status, 0, "{}", ran.err);
     assert_eq!(std::fs::read(target.join("x")).unwrap(), b"seven");
+}
+
+const NEW_FILE: &[u8] = b"diff --git a/x b/x\nnew file mode 100644\n--- /dev/null\n+++ b/x\n@@ -0,0 +1 @@\n+x\n";
+
+#[test]
+fn export_whose_guest_claims_no_change_is_counted_by_us() {
+    let fake = Fake::start(|mut r| {
+        give_stream(&mut r, NEW_FILE);
+        r.result(json!({"bytes": NEW_FILE.len()}));
+    });
+    let file = fake.dir().join("p.patch");
+    for args in [&["--patch", "-"][..], &["--patch", file.to_str().unwrap()]] {
+        let ran = fcctl(&fake, &[&["workspace", "export", "web"], args].concat());
+        assert!(ran.err.starts_with("fcctl: 1 file changed, 79 B"), "{}", ran.err);
+    }
+}
+
+#[test]
+fn export_that_sends_too_much_is_refused_and_leaves_nothing() {
+    let fake = Fake::start(|mut r| {
+        let mut writer = ChunkWriter::new(File::from(r.fds.pop().expect("one descriptor")));
+        while writer.write_all(&[b'x'; 1 << 16]).is_ok() {}
+        r.fault(Error::new(Kind::Cancelled, "nobody takes the stream"));
+    });
+    let target = fake.dir().join("new").display().to_string();
+    for args in [&["--patch", "-"][..], &["--patch", &target]] {
+        let ran = fcctl(&fake, &[&["workspace", "export", "web", "--max-bytes", "3M"], args].concat());
+        let said = "fcctl: receive the patch: the guest sends more than 3145728 bytes\n\
+                    hint: take more with --max-bytes SIZE, if you trust the guest\n";
+        assert_eq!((ran.status, ran.out.as_slice(), ran.err.as_str()), (1, &b""[..], said), "{args:?}");
+    }
+    assert_eq!(std::fs::read_dir(fake.dir()).unwrap().count(), 1);
 }

@@ -160,9 +160,9 @@ impl Daemon {
         let kind = request.kind;
         let job =
             place.submit(&format!("workspace.export {}", row.name), op.cancel(), move |cancel| transfer.export(cancel, kind));
-        let (files_changed, trailer) = wait_job(&job)?;
+        let trailer = wait_job(&job)?;
         drop(guard);
-        to_value(&ExportReply { files_changed, bytes: trailer.bytes })
+        to_value(&ExportReply { bytes: trailer.bytes })
     }
 
     /// First come, first served; a waiting one costs no worker and can be cancelled.

@@ -19,6 +19,7 @@ pub mod patch;
 pub mod plan;
 pub mod raw_tar;
 pub mod remote;
+pub mod room;
 mod tar_writer;
 pub mod unpack;
 mod walk;

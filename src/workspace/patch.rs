@@ -1,36 +1,33 @@
-//! Writes a patch that comes back: whole or not at all.
+//! Writes a patch that comes back: whole or not at all. Counts the files that it changes on the way.
 
+mod count;
+
+use super::room::Room;
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
+use count::Counter;
+use std::fs::File;
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-/// Where a patch goes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
-    /// A file that is not there yet.
-    File(PathBuf),
-    /// `-`.
-    Stdout,
+/// What came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patch {
+    pub bytes: u64,
+    /// Files that it creates, deletes or changes, counted here: the guest could say anything.
+    pub files: u64,
 }
 
-impl Target {
-    pub fn from_arg(arg: &Path) -> Self {
-        if arg == Path::new("-") { Target::Stdout } else { Target::File(arg.to_owned()) }
+/// Whether a patch may go to `path`. Errors: `target_exists`, `path_not_found` (its directory).
+pub fn check_target(path: &Path) -> Result<()> {
+    if path.symlink_metadata().is_ok() {
+        return Err(exists(path));
     }
-
-    /// Before anything is asked of the daemon: `target_exists`, `path_not_found` (its directory).
-    pub fn check(&self) -> Result<()> {
-        let Target::File(path) = self else { return Ok(()) };
-        if path.symlink_metadata().is_ok() {
-            return Err(exists(path));
-        }
-        let dir = dir_of(path);
-        if !dir.is_dir() {
-            return Err(Error::new(Kind::PathNotFound, format!("{} is no directory", dir.display())));
-        }
-        Ok(())
+    let dir = dir_of(path);
+    if !dir.is_dir() {
+        return Err(Error::new(Kind::PathNotFound, format!("{} is not a directory", dir.display())));
     }
+    Ok(())
 }
 
 fn exists(path: &Path) -> Error {
@@ -42,39 +39,36 @@ fn dir_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Copies all of `from` to the target and gives the number of bytes. `from` must answer an error where the stream
-/// has no trailer that fits (`api::stream` does), so that a file appears only when it is whole; stdout gets the
-/// bytes as they come.
-pub fn receive(from: &mut dyn Read, target: &Target, cancel: &Cancel) -> Result<u64> {
-    target.check()?;
-    match target {
-        Target::Stdout => {
-            let mut out = std::io::stdout().lock();
-            let bytes = copy(from, &mut out, cancel)?;
-            out.flush().map_err(|e| Error::io("write the patch", e))?;
-            Ok(bytes)
-        }
-        Target::File(path) => {
-            let doing = || format!("write {}", path.display());
-            let mut file = tempfile::Builder::new()
-                .prefix(".fcctl-patch-")
-                .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666))
-                .tempfile_in(dir_of(path))
-                .map_err(|e| Error::io(doing(), e))?;
-            let bytes = copy(from, file.as_file_mut(), cancel)?;
-            file.as_file().sync_all().map_err(|e| Error::io(doing(), e))?;
-            file.persist_noclobber(path).map_err(|e| match e.error.kind() {
-                std::io::ErrorKind::AlreadyExists => exists(path),
-                _ => Error::io(doing(), e.error),
-            })?;
-            Ok(bytes)
-        }
-    }
+/// Copies all of `from` to a new file at `path`. `from` must answer an error where the stream has no trailer that fits
+/// (`api::stream` does), so that the file appears only when it is whole.
+pub fn receive(from: &mut dyn Read, path: &Path, bytes_max: u64, cancel: &Cancel) -> Result<Patch> {
+    check_target(path)?;
+    let doing = || format!("write {}", path.display());
+    let mut file = tempfile::Builder::new()
+        .prefix(".fcctl-patch-")
+        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666))
+        .tempfile_in(dir_of(path))
+        .map_err(|e| Error::io(doing(), e))?;
+    let patch = copy(from, file.as_file_mut(), Room::new(dir_of(path), bytes_max), cancel)?;
+    file.as_file().sync_all().map_err(|e| Error::io(doing(), e))?;
+    file.persist_noclobber(path).map_err(|e| match e.error.kind() {
+        std::io::ErrorKind::AlreadyExists => exists(path),
+        _ => Error::io(doing(), e.error),
+    })?;
+    Ok(patch)
 }
 
-fn copy(from: &mut dyn Read, to: &mut dyn Write, cancel: &Cancel) -> Result<u64> {
+/// As [`receive`], into a file without a name: for stdout, which gets nothing of half a patch.
+pub fn spool(from: &mut dyn Read, bytes_max: u64, cancel: &Cancel) -> Result<(File, Patch)> {
+    let dir = std::env::temp_dir();
+    let mut file = tempfile::tempfile_in(&dir).map_err(|e| Error::io(format!("make a file in {}", dir.display()), e))?;
+    let patch = copy(from, &mut file, Room::new(&dir, bytes_max), cancel)?;
+    Ok((file, patch))
+}
+
+fn copy(from: &mut dyn Read, to: &mut File, mut room: Room, cancel: &Cancel) -> Result<Patch> {
     let mut buffer = vec![0; 256 * 1024];
-    let mut total = 0;
+    let (mut bytes, mut counter) = (0, Counter::default());
     loop {
         if let Some(cause) = cancel.cause() {
             return Err(Error::new(Kind::Cancelled, format!("receive the patch: cancelled: {cause}")));
@@ -84,10 +78,12 @@ fn copy(from: &mut dyn Read, to: &mut dyn Write, cancel: &Cancel) -> Result<u64>
             other => other.map_err(|e| super::unpack::stream_error("receive the patch", e))?,
         };
         if n == 0 {
-            return Ok(total);
+            return Ok(Patch { bytes, files: counter.finish() });
         }
+        room.take(n as u64).map_err(|e| e.context("receive the patch"))?;
+        counter.push(&buffer[..n]);
         to.write_all(&buffer[..n]).map_err(|e| Error::io("write the patch", e))?;
-        total += n as u64;
+        bytes += n as u64;
     }
 }
 
@@ -103,18 +99,32 @@ mod tests {
     }
 
     #[test]
-    fn a_patch_appears_whole_or_not_at_all_and_overwrites_nothing() {
+    fn patch_appears_whole_or_not_at_all_and_overwrites_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let cancel = Cancel::try_new().unwrap();
-        let target = Target::File(dir.path().join("p"));
+        let target = dir.path().join("p");
         let mut broken = b"half".chain(Broken);
-        assert!(receive(&mut broken, &target, &cancel).is_err());
+        assert!(receive(&mut broken, &target, 100, &cancel).is_err());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-        assert_eq!(receive(&mut &b"whole"[..], &target, &cancel).unwrap(), 5);
-        assert_eq!(std::fs::read(dir.path().join("p")).unwrap(), b"whole");
-        let e = receive(&mut &b"other"[..], &target, &cancel).unwrap_err();
+        assert_eq!(receive(&mut &b"whole"[..], &target, 100, &cancel).unwrap(), Patch { bytes: 5, files: 0 });
+        assert_eq!(std::fs::read(&target).unwrap(), b"whole");
+        let e = receive(&mut &b"other"[..], &target, 100, &cancel).unwrap_err();
         assert_eq!(e.kind(), Kind::TargetExists);
-        assert_eq!(std::fs::read(dir.path().join("p")).unwrap(), b"whole");
+        assert_eq!(std::fs::read(&target).unwrap(), b"whole");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn endless_patch_ends_at_the_bound_and_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let cancel = Cancel::try_new().unwrap();
+        let target = dir.path().join("p");
+        let e = receive(&mut std::io::repeat(b'x'), &target, 5 << 20, &cancel).unwrap_err();
+        assert_eq!(
+            (e.kind(), e.to_string().as_str()),
+            (Kind::Exhausted, "receive the patch: the guest sends more than 5242880 bytes")
+        );
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert_eq!(spool(&mut std::io::repeat(b'x'), 5 << 20, &cancel).unwrap_err().kind(), Kind::Exhausted);
     }
 }

@@ -6,6 +6,7 @@ mod reader;
 
 use super::beneath::Beneath;
 use super::encode::encode;
+use super::room::{BYTES_MAX_DEFAULT, Room};
 use super::walk::inside_git_dir;
 use super::{ENTRIES_MAX, PATH_BYTES_MAX};
 use crate::error::{Error, Kind, Result};
@@ -34,7 +35,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { entries: ENTRIES_MAX, bytes: 1 << 40 }
+        Self { entries: ENTRIES_MAX, bytes: BYTES_MAX_DEFAULT }
     }
 }
 
@@ -100,7 +101,8 @@ pub fn stage(from: &mut dyn Read, target: &Path, limits: &Limits, cancel: &Cance
     std::fs::create_dir(&tree).map_err(|e| Error::io(doing(), e))?;
     let mut writer = Writer {
         beneath: Beneath::open(&tree).map_err(|e| Error::io(doing(), e))?,
-        limits: *limits,
+        entries_max: limits.entries,
+        room: Room::new(parent_of(target), limits.bytes),
         done: Unpacked::default(),
         buffer: vec![0; 256 * 1024],
     };
@@ -143,7 +145,8 @@ fn refuse(path: &[u8], why: &str) -> Error {
 
 struct Writer {
     beneath: Beneath,
-    limits: Limits,
+    entries_max: u64,
+    room: Room,
     done: Unpacked,
     buffer: Vec<u8>,
 }
@@ -152,9 +155,10 @@ impl Writer {
     fn write(&mut self, item: &Item, reader: &mut TarReader<'_>) -> Result<()> {
         check_path(&item.path)?;
         self.done.entries += 1;
-        if self.done.entries > self.limits.entries {
-            return Err(Error::new(Kind::Exhausted, format!("the guest's tree has more than {} entries", self.limits.entries)));
+        if self.done.entries > self.entries_max {
+            return Err(Error::new(Kind::Exhausted, format!("the guest's tree has more than {} entries", self.entries_max)));
         }
+        self.room.take_entry()?;
         self.ensure_parent(&item.path)?;
         match &item.data {
             EntryData::Dir => self.dir(item),
@@ -204,10 +208,8 @@ impl Writer {
     fn file(&mut self, item: &Item, size: u64, segments: Option<&[(u64, u64)]>, reader: &mut TarReader<'_>) -> Result<()> {
         let path = &item.path;
         let content = segments.map_or(size, |s| s.iter().map(|(_, len)| len).sum());
+        self.room.check_bound(content)?;
         self.done.bytes = self.done.bytes.saturating_add(content);
-        if self.done.bytes > self.limits.bytes {
-            return Err(Error::new(Kind::Exhausted, format!("the guest's tree has more than {} bytes", self.limits.bytes)));
-        }
         if size > SPARSE_BYTES_MAX {
             return Err(refuse(path, "its size is senseless"));
         }
@@ -234,6 +236,7 @@ impl Writer {
         while at < len {
             let want = (len - at).min(self.buffer.len() as u64) as usize;
             let n = reader.data(&mut self.buffer[..want])?;
+            self.room.take(n as u64)?;
             file.write_all_at(&self.buffer[..n], offset + at).map_err(|e| Error::io(format!("write {}", encode(path)), e))?;
             at += n as u64;
         }

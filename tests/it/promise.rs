@@ -192,7 +192,7 @@ fn prepares_on_one_vm_run_one_at_a_time_and_an_export_waits() {
     write_payload(stream, b"three");
     call.finish(SOON).unwrap();
     let reply = export.finish(SOON).unwrap();
-    assert_eq!(reply.files_changed, 2);
+    assert_eq!(reply.bytes, 7);
     let mut patch = Vec::new();
     fcd::api::stream::ChunkReader::new(std::fs::File::from(out)).read_to_end(&mut patch).unwrap();
     assert_eq!(patch, b"a patch");

@@ -1,4 +1,4 @@
-# Prints the patch or the tree, and on stderr how many paths differ. Changes nothing in the workspace. $1: patch or tree.
+# Prints the patch or the tree. Changes nothing in the workspace. $1: patch or tree.
 what=$1
 [ -f "$S/baseline" ] || [ -e "$S/dirty" ] || die 67 "there is no workspace"
 if [ -e "$S/dirty" ]; then die 66 "an import was interrupted"; fi
@@ -15,8 +15,6 @@ export GIT_OBJECT_DIRECTORY="$tmp/objects" GIT_ALTERNATE_OBJECT_DIRECTORIES="$P/
 cp -p "$S/index" "$tmp/index"
 snapshot "$tmp/index" "$tmp"
 base=$(cat "$S/baseline")
-changed=$(g diff-index --cached --name-only -z --no-renames "$base" | tr -cd '\0' | wc -c)
-printf 'fcd-changed %s\n' "$changed" >&2
 if [ "$what" = patch ]; then
   g diff-index --cached --name-only -z --no-renames --diff-filter=DMT "$base" >"$tmp/old"
   recall "$tmp/old" "$tmp/recall"

@@ -8,8 +8,8 @@
 //! | [`begin_command`] | - | [`parse_begin`] |
 //! | [`receive_command`] | the payload | - |
 //! | [`finish_command`] | - | [`parse_finish`] |
-//! | [`export_patch_command`] | - | the patch; stderr: [`parse_changed`] |
-//! | [`export_tree_command`] | - | a tar for [`super::unpack`]; stderr: [`parse_changed`] |
+//! | [`export_patch_command`] | - | the patch |
+//! | [`export_tree_command`] | - | a tar for [`super::unpack`] |
 //! | [`status_command`] | - | [`parse_status`] |
 
 use crate::api::exec::Exit;
@@ -157,12 +157,6 @@ pub fn parse_finish(stdout: &[u8]) -> Result<Finished> {
     Ok(Finished { entries: count.trim().parse().map_err(|_| unknown(step))?, kept: nul_list(list, step)? })
 }
 
-/// From stderr of an export: how many paths differ from the baseline.
-pub fn parse_changed(stderr: &[u8]) -> Option<u64> {
-    let text = String::from_utf8_lossy(stderr);
-    text.lines().find_map(|l| l.strip_prefix("fcd-changed ")?.trim().parse().ok())
-}
-
 pub fn parse_status(stdout: &[u8]) -> Result<Status> {
     match stdout.trim_ascii() {
         b"none" => Ok(Status::None),
@@ -175,7 +169,7 @@ pub fn parse_status(stdout: &[u8]) -> Result<Status> {
 /// The error of a step that did not end with status 0. `doing` reads `receive the tree`.
 pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
     let text = String::from_utf8_lossy(stderr);
-    let lines: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty() && !l.starts_with("fcd-changed ")).collect();
+    let lines: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
     let said = lines.iter().find_map(|l| l.strip_prefix("fcd: ")).or_else(|| lines.last().copied());
     let said = said.map_or_else(|| format!("it ended with {exit:?}"), |s| s.escape_debug().to_string());
     let error = |kind, hint: &str| Error::new(kind, format!("{doing}: {said}")).hint(hint);
@@ -238,7 +232,6 @@ mod tests {
         }
         let want = Finished { entries: 12, kept: vec![b"x".to_vec()] };
         assert_eq!(parse_finish(b"fcd-finish 1 12\nx\0").unwrap(), want);
-        assert_eq!(parse_changed(b"warning: x\nfcd-changed 3\n"), Some(3));
         assert_eq!(parse_status(b"incomplete\n").unwrap(), Status::Incomplete);
     }
 

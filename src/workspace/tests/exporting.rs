@@ -120,6 +120,21 @@ fn from_a_tree_without_git() {
 }
 
 #[test]
+fn export_of_every_kind_of_change_is_counted_file_by_file() {
+    let site = Site::unborn();
+    fill(&site);
+    site.prepare();
+    work_in_the_guest(&site, false);
+    let (patch, files) = site.export_patch().unwrap();
+    let text = String::from_utf8_lossy(&patch);
+    let mut headers: Vec<&str> = text.lines().filter(|l| l.starts_with("diff --git ")).collect();
+    let entries = headers.len();
+    headers.dedup();
+    assert_eq!(files, headers.len() as u64, "{text}");
+    assert_eq!(entries, headers.len() + 1, "the type of one file changed");
+}
+
+#[test]
 fn ignored_files_stay_and_forced_ones_come() {
     let site = Site::committed();
     site.write(".gitignore", "*.o\n");

@@ -153,8 +153,9 @@ impl Site {
     }
 
     fn export_patch(&self) -> Result<(Vec<u8>, u64)> {
-        let (patch, stderr) = self.sh("export", &remote::export_patch_command(&self.place), Vec::new())?;
-        Ok((patch, remote::parse_changed(&stderr).unwrap()))
+        let (patch, _) = self.sh("export", &remote::export_patch_command(&self.place), Vec::new())?;
+        let (_, counted) = patch::spool(&mut &patch[..], u64::MAX, &cancel())?;
+        Ok((patch, counted.files))
     }
     fn export_tree(&self) -> Result<Vec<u8>> {
         Ok(self.sh("export", &remote::export_tree_command(&self.place), Vec::new())?.0)
@@ -235,6 +236,6 @@ fn unpack_tree(tar: &[u8], target: &Path) -> Result<unpack::Unpacked, Error> {
     unpack::stage(&mut &tar[..], target, &unpack::Limits::default(), &cancel())?.commit()
 }
 
-fn receive_patch(patch: &[u8], file: &Path) -> Result<u64, Error> {
-    patch::receive(&mut &patch[..], &patch::Target::File(file.to_owned()), &cancel())
+fn receive_patch(patch: &[u8], file: &Path) -> Result<patch::Patch, Error> {
+    patch::receive(&mut &patch[..], file, u64::MAX, &cancel())
 }

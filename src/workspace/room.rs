@@ -1,0 +1,132 @@
+//! Bounds what an export may write to the host: `--max-bytes`, and free space that is left to everybody else.
+
+use crate::error::{Error, Kind, Result};
+use crate::host::fs::{Space, space};
+use std::path::{Path, PathBuf};
+
+/// What `fcctl` takes from a guest if `--max-bytes` is not given.
+pub const BYTES_MAX_DEFAULT: u64 = 8 << 30;
+/// An export never leaves less free space than this on the host.
+const FREE_BYTES_MIN: u64 = 512 << 20;
+/// On a small file system the floor is this part of it instead.
+const FREE_FRACTION: u64 = 20;
+/// How much is written between two looks at the free space. An export smaller than this is always accepted: work is not
+/// lost because a disk is nearly full.
+const LOOK_BYTES: u64 = 16 << 20;
+/// What an empty file or a directory costs about.
+const ENTRY_BYTES: u64 = 4096;
+
+/// The account of one export.
+pub struct Room {
+    target: PathBuf,
+    free: Box<dyn Fn() -> Result<Space> + Send>,
+    bytes_max: u64,
+    bytes: u64,
+    until_look: u64,
+}
+
+impl Room {
+    /// For at most `bytes_max` bytes to be written to `dir`.
+    pub fn new(dir: &Path, bytes_max: u64) -> Self {
+        let target = dir.to_owned();
+        let free = Box::new(move || space(&target));
+        Self { target: dir.to_owned(), free, bytes_max, bytes: 0, until_look: LOOK_BYTES }
+    }
+
+    /// Before so many bytes are written.
+    ///
+    /// # Errors
+    /// `exhausted` above `bytes_max`, `disk_full` below the floor.
+    pub fn take(&mut self, bytes: u64) -> Result<()> {
+        self.check_bound(bytes)?;
+        self.bytes += bytes;
+        self.spend(bytes)
+    }
+
+    /// Whether so many more bytes may come, before any of them does.
+    ///
+    /// # Errors
+    /// `exhausted`.
+    pub fn check_bound(&self, bytes: u64) -> Result<()> {
+        if self.bytes.checked_add(bytes).is_some_and(|sum| sum <= self.bytes_max) {
+            return Ok(());
+        }
+        let what = format!("the guest sends more than {} bytes", self.bytes_max);
+        Err(Error::new(Kind::Exhausted, what).hint("take more with --max-bytes SIZE, if you trust the guest"))
+    }
+
+    /// Before a file, a link or a directory is made.
+    ///
+    /// # Errors
+    /// As [`Room::take`].
+    pub fn take_entry(&mut self) -> Result<()> {
+        self.spend(ENTRY_BYTES)
+    }
+
+    fn spend(&mut self, bytes: u64) -> Result<()> {
+        if let Some(left) = self.until_look.checked_sub(bytes) {
+            self.until_look = left;
+            return Ok(());
+        }
+        self.until_look = LOOK_BYTES;
+        let space = (self.free)()?;
+        let floor = FREE_BYTES_MIN.min(space.total_bytes / FREE_FRACTION);
+        if space.free_bytes.saturating_sub(bytes) >= floor {
+            return Ok(());
+        }
+        let target = self.target.display();
+        let what = format!("an export leaves {floor} bytes free at {target}, and only {} are left", space.free_bytes);
+        Err(Error::new(Kind::DiskFull, what).hint(format!("make room: df -h {target}, or write to another file system")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    fn room(free: &Arc<AtomicU64>, total_bytes: u64, bytes_max: u64) -> Room {
+        let free = free.clone();
+        let look = move || Ok(Space { free_bytes: free.load(Ordering::Relaxed), total_bytes });
+        Room { free: Box::new(look), ..Room::new(Path::new("/out"), bytes_max) }
+    }
+
+    #[test]
+    fn room_above_the_bound_is_refused() {
+        let mut room = room(&Arc::new(AtomicU64::new(u64::MAX)), u64::MAX, 10);
+        room.take(4).unwrap();
+        room.take(6).unwrap();
+        let e = room.take(1).unwrap_err();
+        assert_eq!((e.kind(), e.to_string().as_str()), (Kind::Exhausted, "the guest sends more than 10 bytes"));
+        assert!(e.hint_text().unwrap().contains("--max-bytes"));
+        assert_eq!(room.take(u64::MAX).unwrap_err().kind(), Kind::Exhausted);
+    }
+
+    #[test]
+    fn room_below_the_floor_is_refused_as_a_full_disk() {
+        let free = Arc::new(AtomicU64::new(FREE_BYTES_MIN + LOOK_BYTES));
+        let mut room = room(&free, 1 << 40, u64::MAX);
+        (0..16).for_each(|_| room.take(1 << 20).unwrap());
+        // Somebody else fills the disk, too.
+        free.store(FREE_BYTES_MIN, Ordering::Relaxed);
+        let e = room.take(1).unwrap_err();
+        assert_eq!(e.kind(), Kind::DiskFull);
+        assert!(e.to_string().contains("at /out") && e.hint_text().unwrap().contains("df -h /out"), "{e}");
+    }
+
+    #[test]
+    fn room_is_looked_for_while_empty_files_are_made() {
+        let mut room = room(&Arc::new(AtomicU64::new(0)), 1 << 40, u64::MAX);
+        let made = (0..1_000_000).take_while(|_| room.take_entry().is_ok()).count() as u64;
+        assert_eq!(made, LOOK_BYTES / ENTRY_BYTES);
+    }
+
+    #[test]
+    fn room_for_little_is_found_on_a_full_disk_and_a_small_one_has_a_low_floor() {
+        let mut full = room(&Arc::new(AtomicU64::new(0)), 1 << 40, u64::MAX);
+        full.take(LOOK_BYTES).unwrap();
+        let mut small = room(&Arc::new(AtomicU64::new(60 << 20)), 100 << 20, u64::MAX);
+        small.take(40 << 20).unwrap();
+    }
+}

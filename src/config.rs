@@ -10,6 +10,7 @@ pub use vmm::{Firecracker, Vmm, VmmDriver, VmmLimits};
 pub use network::{INTERFACE_NAME_LEN_MAX, Network, NetworkDriver, Subnet};
 
 use crate::error::{Error, Kind, Result};
+use crate::uids::Retention;
 use serde::Deserialize;
 use std::path::PathBuf;
 
@@ -28,6 +29,10 @@ pub struct Limits {
     /// Connections kept back for root.
     pub connections_root_reserved: usize,
     pub operations_per_uid_max: usize,
+    /// Ended operations of one uid that are remembered, beside those that an idempotency key stands for.
+    pub operations_kept_per_uid: usize,
+    /// Ended operations of all uids that are remembered. Over it the uid with the most gives way, root last.
+    pub operations_kept_max: usize,
     pub queue_per_uid_max: usize,
     pub vms_per_uid_max: usize,
     /// Memory of all started VMs of one uid; 0 stands for the host's limit.
@@ -56,6 +61,8 @@ impl Default for Limits {
             connections_per_uid_max: 128,
             connections_root_reserved: 4,
             operations_per_uid_max: 64,
+            operations_kept_per_uid: crate::uids::RETENTION.per_uid_max,
+            operations_kept_max: crate::uids::RETENTION.total_max,
             queue_per_uid_max: 32,
             vms_per_uid_max: 64,
             mem_mib_per_uid_max: 0,
@@ -67,6 +74,13 @@ impl Default for Limits {
             stop_timeout_s: 20,
             console_bytes_max: 4 << 20,
         }
+    }
+}
+
+impl Limits {
+    /// Of ended operations.
+    pub fn retention(&self) -> Retention {
+        Retention { per_uid_max: self.operations_kept_per_uid, total_max: self.operations_kept_max }
     }
 }
 
@@ -272,6 +286,9 @@ impl Config {
         }
         if l.pool_queue == 0 {
             return bad("limits.pool_queue must be at least 1");
+        }
+        if l.operations_kept_per_uid == 0 || l.operations_kept_max < l.operations_kept_per_uid {
+            return bad("limits.operations_kept_per_uid must be at least 1 and at most operations_kept_max");
         }
         if l.connections_root_reserved >= l.connections_max || l.connections_per_uid_max == 0 {
             return bad("limits.connections_max must be above connections_root_reserved, connections_per_uid_max above 0");

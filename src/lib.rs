@@ -6,6 +6,7 @@ pub mod error;
 pub mod host;
 pub mod ids;
 pub mod locks;
+pub mod uids;
 pub mod undo;
 // Layer 1: wire.
 pub mod api;

@@ -88,8 +88,10 @@ impl Daemon {
             self.note(&row, Some(ticket.seq()), Some(since), || super::history::What::Created);
         }
         let vm = made.and_then(|(vm, ticket)| self.wait_durable(ticket).map(|()| vm));
-        if let Some(op) = op {
-            op.finish(vm.as_ref().map_err(Clone::clone).and_then(|vm| to_value(&VmReply { vm: vm.clone() })));
+        match (op, &vm) {
+            (Some(op), Ok(vm)) => drop(op.finish(to_value(&VmReply { vm: vm.clone() }))),
+            (Some(op), Err(e)) => op.refuse(e),
+            (None, _) => {}
         }
         vm
     }

@@ -1,4 +1,5 @@
-//! Idempotency keys: the same key with the same parameters stands for the same operation, for a day.
+//! Idempotency keys: the same key with the same parameters stands for the same operation, for a day. The store keeps that
+//! operation's answer for as long as the key, however many operations follow.
 
 use super::{Begun, Caller, DURABLE_DEADLINE, Daemon, now_s};
 use crate::api::op::Op;
@@ -60,8 +61,8 @@ impl Daemon {
     /// Waits for another call with this key that is beginning.
     ///
     /// # Errors
-    /// `idempotency_conflict` for another method or other parameters; `operation_not_found` when what the key stands for is
-    /// no longer kept; `busy`.
+    /// `idempotency_conflict` for another method or other parameters; `operation_limit` when the caller has too many keys;
+    /// `operation_not_found` when the operation never became durable; `busy`.
     pub fn claim_key(&self, caller: &Caller, key: &str, method: &str, params: &str) -> Result<Keyed> {
         let params: Value = serde_json::from_str(params).map_err(|e| Error::invalid("read the parameters").with_source(e))?;
         // Members are sorted in a `Value`, so their order does not count.
@@ -69,13 +70,15 @@ impl Daemon {
         let params_hash: String = hash.iter().map(|b| format!("{b:02x}")).collect();
         let held = self.hold_key(caller.uid, key, method, params_hash)?;
         let Some(row) = self.store.read(|s| s.key(caller.uid, key).cloned()).filter(|row| row.expires_at > now_s()) else {
+            // Once something has begun it is too late to find that its key cannot be recorded.
+            self.store.read(|s| s.check_keys(caller.uid, Some(now_s())))?;
             return Ok(Keyed::New(held));
         };
         if row.params_hash != held.params_hash {
             return Err(Error::new(Kind::IdempotencyConflict, format!("the key {key:?} came before with another call"))
                 .hint("use a new key for each call"));
         }
-        match self.ops.get(&row.op) {
+        match self.op_kept(&row.op) {
             Ok(op) => Ok(Keyed::Same(Box::new(op))),
             Err(e) => Err(e.context(format!("the key {key:?} stands for an operation that is no longer kept"))),
         }

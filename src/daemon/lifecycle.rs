@@ -166,7 +166,7 @@ impl Daemon {
             }
             Err(e) => {
                 let e = e.context(format!("{} vm {}", ask.verb.name(), row.name));
-                op.finish(Err(e.clone()));
+                op.refuse(&e);
                 Err(e)
             }
         }
@@ -216,7 +216,7 @@ impl Daemon {
         match begun {
             Ok(((), ticket)) => ticket.detach(),
             Err(e) => {
-                op.finish(Err(e.clone()));
+                op.refuse(&e);
                 return Err(e.context(format!("{} vm {}", ask.verb.name(), row.name)));
             }
         }

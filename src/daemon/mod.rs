@@ -71,6 +71,7 @@ use crate::locks::{Cancel, Mutex, Rank};
 use crate::ops::Ops;
 use crate::pool::{Admission, Pool};
 use crate::store::{Store, Ticket, Tx};
+use crate::uids::Retention;
 use crate::vmm::Driver;
 use crate::vmm::console::Consoles;
 use crate::vmm::drivers::Drivers;
@@ -190,9 +191,9 @@ fn to_value(reply: &impl Serialize) -> Result<Value> {
 }
 
 /// The registry with what the store has kept. Operations whose threads died with the earlier daemon have ended.
-fn open_ops(store: &Store, mut rows: Vec<crate::api::op::Op>) -> Result<Ops> {
+fn open_ops(store: &Store, retention: Retention, mut rows: Vec<crate::api::op::Op>) -> Result<Ops> {
     let keep = store.clone();
-    let ops = Ops::new(move |ended| {
+    let ops = Ops::new(retention, move |ended| {
         let kept = keep.change_essential(|tx| {
             tx.put_op(ended.op);
             Ok(())
@@ -228,7 +229,7 @@ impl Daemon {
         // VMMs of other uids reach what is theirs below it.
         drop(crate::host::fs::create_dir(&config.state_dir.join(VMS_DIR), 0o711)?);
         drop(crate::host::fs::create_dir(&config.state_dir.join(captures::SNAPSHOTS_DIR), 0o711)?);
-        let store = Store::open(&config.state_dir)?;
+        let store = Store::open_keeping(&config.state_dir, config.limits.retention())?;
         let limits = &config.limits;
         let boots = if limits.boots_max == 0 { crate::host::limits::cores() } else { limits.boots_max };
         let mem_mib_max = match limits.mem_mib_max {
@@ -238,7 +239,7 @@ impl Daemon {
         let (rows, unlooked) = store.read(|s| {
             (s.ops().map(|o| (**o).clone()).collect::<Vec<_>>(), s.vms().map(|r| r.id.clone()).collect::<HashSet<_>>())
         });
-        let ops = open_ops(&store, rows)?;
+        let ops = open_ops(&store, config.limits.retention(), rows)?;
         let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let net = network::open(&config, &store, &seams.commands, &closing)?;
         let disk_probe = room::probe(&config, seams.vmm.as_ref(), &config.state_dir);

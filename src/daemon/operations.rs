@@ -25,8 +25,16 @@ impl Daemon {
             return found;
         }
         // Begun by another, root or the daemon itself, on a VM of the caller's.
-        let whole = text.parse::<OpId>().ok().and_then(|id| self.ops.get(&id).ok()).filter(|op| self.sees(caller, op));
+        let whole = text.parse::<OpId>().ok().and_then(|id| self.op_kept(&id).ok()).filter(|op| self.sees(caller, op));
         whole.map_or(found, Ok)
+    }
+
+    /// An operation that is under way or has ended. The store keeps those that a key stands for longer than the registry.
+    pub fn op_kept(&self, id: &OpId) -> Result<Op> {
+        self.ops.get(id).or_else(|e| {
+            let row = self.store.read(|s| s.op(id).cloned()).filter(|row| row.state.has_ended());
+            row.map(|row| (*row).clone()).ok_or(e)
+        })
     }
 
     /// Who may see an operation: root, who began it, and the owner of its VM.

@@ -83,14 +83,17 @@ impl Daemon {
         let found = self.resolve(caller, &request.vm)?;
         self.store.read(|s| allow_another(s, found.owner_uid, request.name.as_ref()))?;
         let op = self.begin_op(METHOD, Some(found.id.clone()), caller.uid, true)?;
-        let (row, user) = match self.join_guest(&found, Use::Transfer, op.cancel()).and_then(|j| self.persist_op(&op).map(|()| j))
-        {
+        let (row, user) = match self.join_guest(&found, Use::Transfer, op.cancel()) {
             Ok(joined) => joined,
             Err(e) => {
-                op.finish(Err(e.clone()));
+                op.refuse(&e);
                 return Err(e);
             }
         };
+        if let Err(e) = self.persist_op(&op) {
+            op.finish(Err(e.clone()));
+            return Err(e);
+        }
         let (id, daemon) = (op.id().clone(), self.clone());
         self.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope(format!("{METHOD} {}", row.id));

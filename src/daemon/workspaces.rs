@@ -92,13 +92,16 @@ impl Daemon {
         let fifo = fifo::accept(fd, direction)?;
         let found = self.resolve(caller, vm)?;
         let op = self.begin_op(method, Some(found.id.clone()), caller.uid, true)?;
-        let joined = self.join_guest(&found, Use::Transfer, op.cancel()).and_then(|(row, user)| {
-            let place = self.pool.reserve(caller.uid)?;
-            self.persist_op(&op)?;
-            Ok((row, user, place))
-        });
-        match joined {
-            Ok((row, _user, place)) => Ok(Admitted { row, op, fifo, place, no_wait, _user }),
+        let joined = self.join_guest(&found, Use::Transfer, op.cancel());
+        let (row, _user, place) = match joined.and_then(|(row, user)| Ok((row, user, self.pool.reserve(caller.uid)?))) {
+            Ok(joined) => joined,
+            Err(e) => {
+                op.refuse(&e);
+                return Err(e);
+            }
+        };
+        match self.persist_op(&op) {
+            Ok(()) => Ok(Admitted { row, op, fifo, place, no_wait, _user }),
             Err(e) => {
                 op.finish(Err(e.clone()));
                 Err(e)

@@ -90,9 +90,21 @@ impl OpHandle {
         self.end(result).expect("an operation under way is never pruned")
     }
 
+    /// For an operation that is refused before it did anything: it is forgotten, so that refused calls push nothing out of
+    /// anybody's history. One that somebody looks at already ends with the error.
+    pub fn refuse(mut self, error: &Error) {
+        let shared = self.reporter.ops.shared.clone();
+        let mut state = shared.state.lock();
+        self.is_finished = true;
+        if !state.discard(&self.reporter.id) {
+            state.end(&self.reporter.id, Err(error.clone()), shared.retention);
+        }
+    }
+
     fn end(&mut self, result: Result<serde_json::Value>) -> Option<Ended> {
         self.is_finished = true;
-        self.reporter.ops.shared.state.lock().end(&self.reporter.id, result)
+        let shared = &self.reporter.ops.shared;
+        shared.state.lock().end(&self.reporter.id, result, shared.retention)
     }
 }
 

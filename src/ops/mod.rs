@@ -14,12 +14,10 @@ use crate::api::op::{Op, OpState, Progress};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{OpId, VmId};
 use crate::locks::{Cancel, Condvar, Mutex, Rank, Waited};
+use crate::uids::{Retention, UidCounts};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
-
-/// Ended operations that are kept; the oldest go first.
-pub const ENDED_MAX: usize = 1000;
 
 /// The registry. Clones share one state.
 #[derive(Clone)]
@@ -29,6 +27,7 @@ pub struct Ops {
 
 struct Shared {
     state: Mutex<State>,
+    retention: Retention,
     on_dropped: Box<dyn Fn(Ended) + Send + Sync>,
 }
 
@@ -37,13 +36,15 @@ struct State {
     entries: HashMap<OpId, Entry>,
     last_number: u64,
     last_watcher: u64,
-    /// The oldest first.
-    ended: VecDeque<OpId>,
+    /// By uid, the oldest first.
+    ended: HashMap<u32, VecDeque<OpId>>,
+    ended_counts: UidCounts,
 }
 
 struct Entry {
     op: Op,
-    cancel: Cancel,
+    /// None once it has ended.
+    cancel: Option<Cancel>,
     /// Order of beginning.
     number: u64,
     /// Raised by every change that a watcher is told of.
@@ -80,17 +81,22 @@ pub struct Ended {
 }
 
 impl Entry {
-    fn new(op: Op, cancel: Cancel, number: u64) -> Self {
+    fn new(op: Op, cancel: Option<Cancel>, number: u64) -> Self {
         Self { op, cancel, number, changes: 0, ended: Arc::default(), waiting: 0, watchers: Vec::new() }
     }
 
     /// The operation as it is to be seen: its token may have been fired by others (a stop of its VM).
     fn snapshot(&self) -> Op {
         let mut op = self.op.clone();
-        if op.state == OpState::Running && self.cancel.is_cancelled() {
+        if op.state == OpState::Running && self.cancel.as_ref().is_some_and(Cancel::is_cancelled) {
             op.state = OpState::Cancelling;
         }
         op
+    }
+
+    /// Nobody waits for it or watches it.
+    fn is_unseen(&self) -> bool {
+        self.waiting == 0 && self.watchers.is_empty()
     }
 
     fn changed(&mut self) {
@@ -105,10 +111,10 @@ impl State {
         self.entries.get_mut(id).ok_or_else(|| not_found(id.as_str()))
     }
 
-    fn insert(&mut self, op: Op, cancel: Cancel) {
+    fn insert(&mut self, op: Op, cancel: Option<Cancel>) {
         self.last_number += 1;
         if op.state.has_ended() {
-            self.ended.push_back(op.id.clone());
+            self.add_ended(op.owner_uid, op.id.clone());
         }
         self.entries.insert(op.id.clone(), Entry::new(op, cancel, self.last_number));
     }
@@ -122,7 +128,21 @@ impl State {
             .hint("wait for one to end or cancel one (fcctl op list, fcctl op cancel)"))
     }
 
-    fn end(&mut self, id: &OpId, result: Result<serde_json::Value>) -> Option<Ended> {
+    fn add_ended(&mut self, uid: u32, id: OpId) {
+        self.ended.entry(uid).or_default().push_back(id);
+        self.ended_counts.add(uid);
+    }
+
+    /// Takes an operation out as if it had never begun, unless somebody looks at it already.
+    fn discard(&mut self, id: &OpId) -> bool {
+        let is_unseen = self.entries.get(id).is_some_and(Entry::is_unseen);
+        if is_unseen {
+            self.entries.remove(id);
+        }
+        is_unseen
+    }
+
+    fn end(&mut self, id: &OpId, result: Result<serde_json::Value>, retention: Retention) -> Option<Ended> {
         let entry = self.entries.get_mut(id)?;
         let op = &mut entry.op;
         match result {
@@ -134,35 +154,48 @@ impl State {
         }
         op.ended_at = Some(now());
         let op = op.clone();
+        entry.cancel = None;
         entry.changed();
         entry.ended.notify_all();
-        self.ended.push_back(id.clone());
-        Some(Ended { op, pruned: self.prune() })
+        self.add_ended(op.owner_uid, id.clone());
+        let pruned = self.prune(op.owner_uid, retention);
+        Some(Ended { op, pruned })
     }
 
-    /// Forgets the oldest ended ones, but for those that somebody is about to read.
-    fn prune(&mut self) -> Vec<OpId> {
+    /// Forgets the oldest ended ones while there are too many of `uid` or in all.
+    fn prune(&mut self, uid: u32, retention: Retention) -> Vec<OpId> {
         let mut pruned = Vec::new();
-        let mut kept = Vec::new();
-        while self.ended.len() + kept.len() > ENDED_MAX {
-            let Some(id) = self.ended.pop_front() else { break };
-            if self.entries.get(&id).is_some_and(|e| e.waiting > 0 || !e.watchers.is_empty()) {
-                kept.push(id);
-            } else {
-                self.entries.remove(&id);
-                pruned.push(id);
-            }
+        while self.ended_counts.of(uid) > retention.per_uid_max {
+            let Some(id) = self.forget_oldest(uid) else { break };
+            pruned.push(id);
         }
-        kept.into_iter().rev().for_each(|id| self.ended.push_front(id));
+        while self.ended_counts.total() > retention.total_max {
+            let Some(id) = self.ended_counts.largest().and_then(|uid| self.forget_oldest(uid)) else { break };
+            pruned.push(id);
+        }
         pruned
+    }
+
+    /// The oldest ended one of this uid that nobody is about to read.
+    fn forget_oldest(&mut self, uid: u32) -> Option<OpId> {
+        let theirs = self.ended.get_mut(&uid)?;
+        let at = theirs.iter().position(|id| self.entries.get(id).is_none_or(Entry::is_unseen))?;
+        let id = theirs.remove(at)?;
+        if theirs.is_empty() {
+            self.ended.remove(&uid);
+        }
+        self.ended_counts.remove(uid);
+        self.entries.remove(&id);
+        Some(id)
     }
 }
 
 impl Ops {
     /// `on_dropped` gets the operations whose handle was dropped unfinished (a panic), which end as `internal`; it
     /// runs on that thread, after the registry's lock is released.
-    pub fn new(on_dropped: impl Fn(Ended) + Send + Sync + 'static) -> Self {
-        Self { shared: Arc::new(Shared { state: Mutex::new(Rank::Ops, State::default()), on_dropped: Box::new(on_dropped) }) }
+    pub fn new(retention: Retention, on_dropped: impl Fn(Ended) + Send + Sync + 'static) -> Self {
+        let state = Mutex::new(Rank::Ops, State::default());
+        Self { shared: Arc::new(Shared { state, retention, on_dropped: Box::new(on_dropped) }) }
     }
 
     /// Begins an operation; [`OpHandle::op`] is its row. Fails with `operation_limit`, or `host` where there is no
@@ -188,7 +221,7 @@ impl Ops {
             result: None,
             error: None,
         };
-        state.insert(op, cancel.clone());
+        state.insert(op, Some(cancel.clone()));
         drop(state);
         Ok(OpHandle::new(self.clone(), id, cancel))
     }
@@ -199,19 +232,18 @@ impl Ops {
     pub fn restore(&self, ops: Vec<Op>) -> Result<Vec<Ended>> {
         let mut broken = Vec::new();
         for op in ops {
-            let cancel = new_token(&op.method)?;
             let mut state = self.shared.state.lock();
             if state.entries.contains_key(&op.id) {
                 continue;
             }
-            let (id, has_ended) = (op.id.clone(), op.state.has_ended());
-            state.insert(op, cancel);
+            let (id, uid, has_ended) = (op.id.clone(), op.owner_uid, op.state.has_ended());
+            state.insert(op, None);
             if has_ended {
-                state.prune();
+                state.prune(uid, self.shared.retention);
                 continue;
             }
             let error = Error::internal("the daemon was restarted").with_kind(Kind::Host).hint("start the operation again");
-            broken.extend(state.end(&id, Err(error)));
+            broken.extend(state.end(&id, Err(error), self.shared.retention));
         }
         Ok(broken)
     }
@@ -225,7 +257,7 @@ impl Ops {
             return Err(Error::internal(format!("resume operation {id}: it has ended or is under way")));
         }
         op.state = OpState::Running;
-        state.insert(op, cancel.clone());
+        state.insert(op, Some(cancel.clone()));
         drop(state);
         Ok(OpHandle::new(self.clone(), id, cancel))
     }
@@ -289,7 +321,9 @@ impl Ops {
         }
         let (op, token) = (entry.op.clone(), entry.cancel.clone());
         drop(state); // Wakers run in the call.
-        token.cancel(cause);
+        if let Some(token) = token {
+            token.cancel(cause);
+        }
         Ok(op)
     }
 

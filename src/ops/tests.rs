@@ -1,8 +1,9 @@
-use super::{Change, ENDED_MAX, Ended, Filter, Limits, OpHandle, Ops, Watcher};
+use super::{Change, Ended, Filter, Limits, OpHandle, Ops, Watcher};
 use crate::api::op::{Op, OpState, Progress};
 use crate::error::{Code, Error, Kind};
 use crate::ids::{OpId, VmId};
 use crate::locks::Cancel;
+use crate::uids::Retention;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::json;
 use std::sync::mpsc;
@@ -10,10 +11,11 @@ use std::time::{Duration, Instant};
 
 const LIMITS: Limits = Limits { per_uid_max: 2 };
 const MANY: Limits = Limits { per_uid_max: usize::MAX };
+const RETENTION: Retention = Retention { per_uid_max: 20, total_max: 50 };
 const LATE: Duration = Duration::from_secs(20);
 
 fn ops() -> Ops {
-    Ops::new(|ended| panic!("dropped unfinished: {ended:?}"))
+    Ops::new(RETENTION, |ended| panic!("dropped unfinished: {ended:?}"))
 }
 fn late() -> Instant {
     Instant::now() + LATE
@@ -78,7 +80,7 @@ fn limits_count_what_has_not_ended_by_uid() {
 #[test]
 fn a_dropped_handle_ends_as_internal_and_is_handed_out() {
     let (told, heard) = mpsc::channel();
-    let ops = Ops::new({
+    let ops = Ops::new(RETENTION, {
         let told = std::sync::Arc::new(crate::locks::Mutex::new(crate::locks::Rank::Store, told));
         move |ended| told.lock().send(ended).unwrap()
     });
@@ -253,11 +255,11 @@ fn old_ended_operations_are_forgotten_unless_somebody_looks() {
     watched.finish(Ok(json!("w")));
     first.finish(Ok(json!("f")));
     let mut pruned: Vec<OpId> = Vec::new();
-    for _ in 0..ENDED_MAX {
+    for _ in 0..RETENTION.per_uid_max {
         pruned.extend(begin(&ops, 1).finish(Ok(json!(null))).pruned);
     }
     assert_eq!(pruned[0], first_id, "the oldest but for the watched one");
-    assert_eq!((pruned.len(), ops.list(&Filter { all: true, ..Filter::default() }).len()), (2, ENDED_MAX + 1));
+    assert_eq!((pruned.len(), ops.list(&Filter { all: true, ..Filter::default() }).len()), (2, RETENTION.per_uid_max + 1));
     assert!(matches!(watcher.next(), Some(Change::Ended(_))));
     drop(watcher);
     let pruned = begin(&ops, 1).finish(Ok(json!(null))).pruned;
@@ -283,4 +285,34 @@ fn restored_operations_have_ended_or_are_resumed() {
     assert!(ops.resume(resumed_row).is_err() && ops.resume(rows[0].clone()).is_err());
     assert_eq!(going_on.finish(Ok(json!(null))).op.state, OpState::Ok);
     std::mem::forget((cut, resumed));
+}
+
+#[test]
+fn ended_operations_are_kept_per_uid_and_in_all() {
+    let ops = ops();
+    let count = |uid| ops.list(&Filter { owner: Some(uid), all: true, ..Filter::default() }).len();
+    let end = |uid| begin(&ops, uid).finish(Ok(json!(null))).pruned;
+    (0..3).for_each(|_| drop(end(2)));
+    (0..100).for_each(|_| drop(end(1)));
+    assert_eq!((count(1), count(2)), (20, 3), "another's are not pushed out");
+    (0..20).for_each(|_| drop(end(0)));
+    // 43 of 50: seven more fit, then those who have most give way, and root does not.
+    for uid in 3..13 {
+        end(uid);
+    }
+    assert_eq!((count(0), count(1), count(2), count(12)), (20, 17, 3, 1));
+}
+
+#[test]
+fn refused_operation_leaves_no_trace_unless_somebody_looks() {
+    let ops = ops();
+    let refusal = Error::new(Kind::WrongState, "it does not run");
+    begin(&ops, 1).refuse(&refusal);
+    assert_eq!(ops.list(&Filter { all: true, ..Filter::default() }), []);
+    let handle = begin(&ops, 1);
+    let mut watcher = ops.watch(handle.id()).unwrap();
+    handle.refuse(&refusal);
+    let Some(Change::Ended(op)) = watcher.next() else { panic!("it has ended") };
+    assert_eq!((op.state, op.error.unwrap().kind.as_str()), (OpState::Failed, "wrong_state"));
+    assert_eq!(ops.running(), 0);
 }

@@ -412,7 +412,7 @@ impl Visit<'_> {
         notes: Option<&Notes>,
         tell: &mut dyn FnMut(Note),
     ) -> Result<Option<Op>, Gone> {
-        let Ok(mut watcher) = self.daemon.ops.watch(id) else { return Ok(self.daemon.ops.get(id).ok()) };
+        let Ok(mut watcher) = self.daemon.ops.watch(id) else { return Ok(self.daemon.op_kept(id).ok()) };
         loop {
             for note in notes.map(Notes::take).unwrap_or_default() {
                 tell(note);

@@ -16,6 +16,7 @@ mod batch;
 mod events;
 #[cfg(any(test, feature = "fakes"))]
 pub mod faults;
+mod history;
 mod key;
 mod ledger;
 mod meta;
@@ -37,7 +38,7 @@ pub use batch::Ticket;
 pub use events::{Happened, KEPT_MAX, Next, OpEnd, QUEUE_MAX, Seen, Start, Subscription, VmChange};
 pub use key::{KEYS_PER_UID_MAX, KeyRow};
 pub use ledger::LedgerRow;
-pub use op::{OPS_ENDED_MAX, OpRow};
+pub use op::OpRow;
 pub use reserve::RESERVE_BYTES;
 pub use schema::INSTALL_ID_LEN;
 pub use snapshot::SnapshotRow;
@@ -51,6 +52,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::thread;
 use crate::ids::VmId;
 use crate::locks::{Condvar, Mutex, Rank, region};
+use crate::uids::Retention;
 use batch::{Batch, Change, Failure, Outcome};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -78,6 +80,7 @@ impl Mode {
 /// What the one lock guards.
 struct Core {
     state: State,
+    retention: Retention,
     /// Of the last change.
     seq: u64,
     ledger_next: u64,
@@ -143,6 +146,14 @@ impl Store {
     /// # Errors
     /// `store_refused`: damaged, foreign, newer, in use, or open to others. `host` and `disk_full`: it cannot be made.
     pub fn open(dir: &Path) -> Result<Store> {
+        Self::open_keeping(dir, crate::uids::RETENTION)
+    }
+
+    /// The same with another bound on the ended operations that are kept.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_keeping(dir: &Path, retention: Retention) -> Result<Store> {
         let connection = schema::open(dir, &schema::migrations())?;
         let (state, install_id, seq) =
             load(&connection).map_err(|e| e.context(format!("open the store in {}", dir.display())))?;
@@ -150,6 +161,7 @@ impl Store {
         let core = Core {
             ledger_next: state.ledger_last() + 1,
             state,
+            retention,
             seq,
             queue: Batch::default(),
             in_flight: None,
@@ -215,7 +227,7 @@ impl Store {
         let mut guard = inner.core.lock();
         let core = &mut *guard;
         core.admit(essential)?;
-        let mut tx = Tx::new(&mut core.state, &mut core.ledger_next);
+        let mut tx = Tx::new(&mut core.state, &mut core.ledger_next, core.retention);
         let value = change(&mut tx)?;
         let steps = tx.finish();
         if steps.is_empty() {

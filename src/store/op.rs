@@ -8,9 +8,6 @@ use rusqlite::{Connection, params};
 /// As the wire shows it: nothing more is known of an operation after a restart.
 pub type OpRow = Op;
 
-/// Ended operations that are kept; older ones go when another ends.
-pub const OPS_ENDED_MAX: usize = 200;
-
 pub(super) const CREATE: &str = "CREATE TABLE ops (id TEXT PRIMARY KEY, body TEXT NOT NULL) STRICT;";
 
 pub(super) fn save(c: &Connection, id: &OpId, row: Option<&OpRow>) -> rusqlite::Result<()> {

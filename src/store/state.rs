@@ -1,9 +1,12 @@
 //! The whole state in memory. Every effect is an [`Image`] that is applied and gives back what was there before.
 
+use super::history::OpHistory;
+use super::key::KEYS_PER_UID_MAX;
 use super::{KeyRow, LedgerRow, OpRow, SnapshotRow, VmRow, WorkspaceRow};
 use super::{key, ledger, meta, op, snapshot, vm, workspace};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{OpId, SnapshotId, SnapshotName, VmId, VmName};
+use crate::uids::Retention;
 use rusqlite::Connection;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -79,8 +82,7 @@ pub struct State {
     owners: BTreeMap<u32, BTreeSet<VmId>>,
     workspaces: BTreeMap<VmId, Arc<WorkspaceRow>>,
     ops: BTreeMap<OpId, Arc<OpRow>>,
-    /// Ended ones, the oldest first.
-    ops_ended: BTreeSet<(u64, OpId)>,
+    history: OpHistory,
     ledger: BTreeMap<u64, Arc<LedgerRow>>,
     keys: BTreeMap<(u32, String), Arc<KeyRow>>,
     meta: BTreeMap<String, Arc<str>>,
@@ -163,6 +165,17 @@ impl State {
         self.keys.range((uid, String::new())..).map(|(_, row)| row).take_while(move |row| row.uid == uid)
     }
 
+    /// # Errors
+    /// `operation_limit` when the uid has no room for another key, once those are gone that have expired at `now`.
+    pub fn check_keys(&self, uid: u32, now: Option<u64>) -> Result<()> {
+        let is_live = |row: &&Arc<KeyRow>| now.is_none_or(|now| row.expires_at > now);
+        if self.keys_of(uid).filter(is_live).count() < KEYS_PER_UID_MAX {
+            return Ok(());
+        }
+        let text = format!("uid {uid} has {KEYS_PER_UID_MAX} idempotency keys already");
+        Err(Error::new(Kind::OperationLimit, text).hint("call without a key, or when some have expired (after a day)"))
+    }
+
     pub fn meta(&self, name: &str) -> Option<&str> {
         self.meta.get(name).map(|v| &**v)
     }
@@ -203,9 +216,9 @@ impl State {
         self.slots.contains(&slot)
     }
 
-    /// The ended operation that goes first, when there are too many.
-    pub(super) fn op_to_prune(&self) -> Option<OpId> {
-        (self.ops_ended.len() > op::OPS_ENDED_MAX).then(|| self.ops_ended.first().map(|(_, id)| id.clone()))?
+    /// See [`OpHistory::to_prune`].
+    pub(super) fn op_to_prune(&self, uid: u32, retention: Retention) -> Option<OpId> {
+        self.history.to_prune(uid, retention).cloned()
     }
 
     pub(super) fn ledger_last(&self) -> u64 {
@@ -237,16 +250,26 @@ impl State {
             Image::Op(id, row) => {
                 let before = set(&mut self.ops, id.clone(), row.clone());
                 if let Some(b) = &before {
-                    self.ops_ended.remove(&ended_key(b));
+                    self.history.remove(b);
                 }
-                if let Some(r) = row.filter(|r| r.state.has_ended()) {
-                    self.ops_ended.insert(ended_key(&r));
+                if let Some(r) = &row {
+                    self.history.add(r);
                 }
                 Image::Op(id, before)
             }
             Image::Workspace(vm, row) => Image::Workspace(vm.clone(), set(&mut self.workspaces, vm, row)),
             Image::Ledger(id, row) => Image::Ledger(id, set(&mut self.ledger, id, row)),
-            Image::Key(key, row) => Image::Key(key.clone(), set(&mut self.keys, key, row)),
+            Image::Key(key, row) => {
+                let before = set(&mut self.keys, key.clone(), row.clone());
+                // First added, then removed: what both stand for is not free in between.
+                if let Some(r) = &row {
+                    self.history.key_added(&r.op, self.ops.get(&r.op).map(|op| &**op));
+                }
+                if let Some(b) = &before {
+                    self.history.key_removed(&b.op, self.ops.get(&b.op).map(|op| &**op));
+                }
+                Image::Key(key, before)
+            }
             Image::Meta(name, value) => Image::Meta(name.clone(), set(&mut self.meta, name, value)),
             Image::Snapshot(id, row) => Image::Snapshot(id.clone(), set(&mut self.snapshots, id, row)),
         }
@@ -287,10 +310,6 @@ impl State {
         }
         Ok(state)
     }
-}
-
-fn ended_key(row: &OpRow) -> (u64, OpId) {
-    (row.ended_at.unwrap_or(row.started_at), row.id.clone())
 }
 
 fn by_prefix<'a, K: Ord + AsRef<str>, V>(map: &'a BTreeMap<K, V>, prefix: &str) -> Vec<&'a V> {

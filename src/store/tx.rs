@@ -1,10 +1,10 @@
 //! One change: reads see its own writes, and an error or a panic undoes all of it.
 
-use super::key::KEYS_PER_UID_MAX;
 use super::state::{Image, State};
 use super::{KeyRow, LedgerRow, OpRow, SnapshotRow, VmRow, WorkspaceRow};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{OpId, SnapshotId, VmId};
+use crate::uids::Retention;
 use std::ops::Deref;
 use std::sync::Arc;
 
@@ -19,6 +19,7 @@ pub(super) struct Step {
 pub struct Tx<'a> {
     state: &'a mut State,
     ledger_next: &'a mut u64,
+    retention: Retention,
     steps: Vec<Step>,
 }
 
@@ -44,8 +45,8 @@ pub(super) fn revert(state: &mut State, steps: &mut Vec<Step>) {
 }
 
 impl<'a> Tx<'a> {
-    pub(super) fn new(state: &'a mut State, ledger_next: &'a mut u64) -> Self {
-        Self { state, ledger_next, steps: Vec::new() }
+    pub(super) fn new(state: &'a mut State, ledger_next: &'a mut u64, retention: Retention) -> Self {
+        Self { state, ledger_next, retention, steps: Vec::new() }
     }
 
     pub(super) fn finish(mut self) -> Vec<Step> {
@@ -112,10 +113,15 @@ impl<'a> Tx<'a> {
         self.apply(Image::Workspace(vm.clone(), None));
     }
 
-    /// Adds or replaces; the oldest ended ones go when there are more than [`super::OPS_ENDED_MAX`].
+    /// Adds or replaces. The oldest ended ones of the same user go when there are too many, but those that a key stands for.
     pub fn put_op(&mut self, row: OpRow) {
+        let uid = row.owner_uid;
         self.apply(Image::Op(row.id.clone(), Some(Arc::new(row))));
-        while let Some(old) = self.op_to_prune() {
+        self.prune_ops(uid);
+    }
+
+    fn prune_ops(&mut self, uid: u32) {
+        while let Some(old) = self.op_to_prune(uid, self.retention) {
             self.apply(Image::Op(old, None));
         }
     }
@@ -157,25 +163,32 @@ impl<'a> Tx<'a> {
     /// # Errors
     /// `operation_limit` when the uid has too many live keys.
     pub fn put_key(&mut self, row: KeyRow) -> Result<()> {
-        if self.key(row.uid, &row.key).is_none() && self.keys_of(row.uid).count() >= KEYS_PER_UID_MAX {
-            let text = format!("uid {} has {KEYS_PER_UID_MAX} idempotency keys already", row.uid);
-            return Err(Error::new(Kind::OperationLimit, text).hint("call without a key, or when some have expired"));
+        if self.key(row.uid, &row.key).is_none() {
+            self.check_keys(row.uid, None)?;
         }
-        self.apply(Image::Key((row.uid, row.key.clone()), Some(Arc::new(row))));
+        self.set_key((row.uid, row.key.clone()), Some(Arc::new(row)));
         Ok(())
     }
 
     pub fn remove_key(&mut self, uid: u32, key: &str) {
-        self.apply(Image::Key((uid, key.to_owned()), None));
+        self.set_key((uid, key.to_owned()), None);
+    }
+
+    /// The operation that a key stood for may be one too many from then on.
+    fn set_key(&mut self, key: (u32, String), row: Option<Arc<KeyRow>>) {
+        let former = self.key(key.0, &key.1).map(|former| former.op.clone());
+        self.apply(Image::Key(key, row));
+        if let Some(uid) = former.and_then(|op| self.op(&op).map(|row| row.owner_uid)) {
+            self.prune_ops(uid);
+        }
     }
 
     /// Forgets the keys that had expired at `now`, seconds since the epoch, and says how many.
     pub fn expire_keys(&mut self, now: u64) -> usize {
         let old: Vec<_> = self.keys().filter(|k| k.expires_at <= now).map(|k| (k.uid, k.key.clone())).collect();
-        for key in &old {
-            self.apply(Image::Key(key.clone(), None));
-        }
-        old.len()
+        let count = old.len();
+        old.into_iter().for_each(|key| self.set_key(key, None));
+        count
     }
 
     /// # Errors

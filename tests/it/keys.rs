@@ -10,7 +10,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 
 /// One call with a key, as a shell would make it.
-fn call(world: &World, method: &str, params: &str, key: &str, more: bool) -> Response {
+pub fn call(world: &World, method: &str, params: &str, key: &str, more: bool) -> Response {
     let (id, params) = (RawValue::from_string("1".into()).unwrap(), RawValue::from_string(params.into()).unwrap());
     let request =
         Request { jsonrpc: Version::V2, id: &id, method: method.into(), params: Some(&params), more, key: Some(key.into()) };
@@ -26,13 +26,13 @@ fn call(world: &World, method: &str, params: &str, key: &str, more: bool) -> Res
 }
 
 #[track_caller]
-fn vm(response: &Response) -> Vm {
+pub fn vm(response: &Response) -> Vm {
     let result = response.result.as_ref().unwrap_or_else(|| panic!("{response:?}"));
     serde_json::from_str::<VmReply>(result.get()).unwrap().vm
 }
 
 #[track_caller]
-fn kind(response: &Response) -> String {
+pub fn kind(response: &Response) -> String {
     response.error.as_ref().and_then(|e| e.data.clone()).unwrap_or_else(|| panic!("{response:?}")).kind
 }
 

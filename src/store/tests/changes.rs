@@ -135,23 +135,77 @@ fn a_removed_vm_takes_its_workspace_and_leaves_its_ledger() {
     assert_eq!(store.change(|tx| tx.record_facts(id, 1.into())).map(|_| ()).unwrap_err().kind(), Kind::Internal);
 }
 
-#[test]
-fn only_the_last_ended_operations_are_kept() {
-    let dir = dir();
-    let store = Store::open(dir.path()).unwrap();
-    let running = op(0, OpState::Running);
-    let all = [running.clone()].into_iter().chain((1..300).map(|n| op(n, OpState::Failed)));
+fn of_uid(uid: u32, n: u32) -> OpRow {
+    OpRow { owner_uid: uid, ..op(n, OpState::Failed) }
+}
+
+fn put_ops(store: &Store, ops: impl Iterator<Item = OpRow>) {
     let put_all = |tx: &mut Tx| {
-        all.for_each(|op| tx.put_op(op));
+        ops.for_each(|op| tx.put_op(op));
         Ok(())
     };
     store.change_durable(put_all).unwrap();
+}
+
+fn kept(store: &Store, uid: u32) -> Vec<u32> {
+    let number = |op: &Arc<OpRow>| u32::from_str_radix(op.id.as_str(), 16).unwrap();
+    store.read(|s| s.ops().filter(|op| op.owner_uid == uid).map(number).collect())
+}
+
+#[test]
+fn ended_operations_are_kept_per_uid() {
+    let dir = dir();
+    let retention = Retention { per_uid_max: 200, total_max: 1000 };
+    let store = Store::open_keeping(dir.path(), retention).unwrap();
+    let running = op(0, OpState::Running);
+    put_ops(&store, [running.clone(), of_uid(7, 1000)].into_iter());
+    put_ops(&store, (1..300).map(|n| of_uid(0, n)));
     let store = check_reopened(store, dir.path());
-    store.read(|s| {
-        assert_eq!(s.ops().count(), OPS_ENDED_MAX + 1);
-        assert_eq!(**s.op(&running.id).unwrap(), running);
-        assert!(s.op(&op_id(99)).is_none() && s.op(&op_id(100)).is_some());
+    assert_eq!(kept(&store, 0), [0].into_iter().chain(100..300).collect::<Vec<_>>(), "the one that runs, and the last 200");
+    assert_eq!(kept(&store, 7), [1000], "another user's");
+    store.read(|s| assert_eq!(**s.op(&running.id).unwrap(), running));
+}
+
+#[test]
+fn too_many_ended_operations_in_all_go_from_the_user_with_most() {
+    let dir = dir();
+    let store = Store::open_keeping(dir.path(), Retention { per_uid_max: 10, total_max: 20 }).unwrap();
+    put_ops(&store, (1..9).map(|n| of_uid(0, n)));
+    put_ops(&store, (10..20).map(|n| of_uid(7, n)));
+    put_ops(&store, (20..25).map(|n| of_uid(8, n)));
+    assert_eq!((kept(&store, 0).len(), kept(&store, 7), kept(&store, 8).len()), (8, (13..20).collect(), 5));
+    // Root's own make way for root's own, once nobody else has any.
+    let alone = self::dir();
+    let store = Store::open_keeping(alone.path(), Retention { per_uid_max: 10, total_max: 3 }).unwrap();
+    put_ops(&store, (1..6).map(|n| of_uid(0, n)));
+    assert_eq!(kept(&store, 0), [3, 4, 5]);
+}
+
+#[test]
+fn operation_of_key_is_kept_until_its_last_key_goes() {
+    let dir = dir();
+    let store = Store::open_keeping(dir.path(), Retention { per_uid_max: 2, total_max: 100 }).unwrap();
+    let key = |name: &str, expires_at| KeyRow { uid: 0, key: name.into(), params_hash: "h".into(), op: op_id(1), expires_at };
+    // The key may come before its operation, and while that runs.
+    store.change_durable(|tx| tx.put_key(key("a", 10)).and_then(|()| tx.put_key(key("b", 20)))).unwrap();
+    put_ops(&store, [op(1, OpState::Running)].into_iter().chain((1..6).map(|n| of_uid(0, n))));
+    assert_eq!(kept(&store, 0), [1, 4, 5]);
+    // A change that fails leaves the count of keys as it was.
+    let failed = store.change(|tx| {
+        tx.remove_key(0, "a");
+        tx.remove_key(0, "b");
+        assert!(tx.op(&op_id(1)).is_none(), "the oldest of three");
+        Err::<(), _>(Error::invalid("no"))
     });
+    assert!(failed.is_err() && kept(&store, 0) == [1, 4, 5]);
+    assert_eq!(store.change_durable(|tx| Ok(tx.expire_keys(10))).unwrap(), 1);
+    assert_eq!(kept(&store, 0), [1, 4, 5]);
+    let store = check_reopened(store, dir.path());
+    store.close();
+    let store = Store::open_keeping(dir.path(), Retention { per_uid_max: 2, total_max: 100 }).unwrap();
+    assert_eq!(store.change_durable(|tx| Ok(tx.expire_keys(20))).unwrap(), 1);
+    assert_eq!(kept(&store, 0), [4, 5]);
+    check_reopened(store, dir.path());
 }
 
 #[test]

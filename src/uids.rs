@@ -1,0 +1,86 @@
+//! Accounting per uid: how many of something each local user has.
+
+use std::cmp::Reverse;
+use std::collections::HashMap;
+
+/// How many of something each uid has. A uid that has none takes no memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UidCounts {
+    counts: HashMap<u32, usize>,
+    total: usize,
+}
+
+impl UidCounts {
+    pub fn of(&self, uid: u32) -> usize {
+        self.counts.get(&uid).copied().unwrap_or(0)
+    }
+
+    /// Of all uids together.
+    pub fn total(&self) -> usize {
+        self.total
+    }
+
+    pub fn add(&mut self, uid: u32) {
+        *self.counts.entry(uid).or_default() += 1;
+        self.total += 1;
+    }
+
+    /// Takes one away. A uid that has none keeps none.
+    pub fn remove(&mut self, uid: u32) {
+        let Some(count) = self.counts.get_mut(&uid) else { return };
+        *count -= 1;
+        self.total -= 1;
+        if *count == 0 {
+            self.counts.remove(&uid);
+        }
+    }
+
+    /// The uid that has the most. Root counts only where nobody else has any: what others do costs root nothing.
+    pub fn largest(&self) -> Option<u32> {
+        let others = self.counts.iter().filter(|(uid, _)| **uid != 0);
+        let largest = others.max_by_key(|(uid, count)| (**count, Reverse(**uid))).map(|(uid, _)| *uid);
+        largest.or_else(|| self.counts.contains_key(&0).then_some(0))
+    }
+}
+
+/// How much of what users leave behind is kept: the oldest of a uid goes first. Over the limit in all, the uid with the
+/// most gives way, but root only to root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retention {
+    pub per_uid_max: usize,
+    pub total_max: usize,
+}
+
+/// Kept where nobody says otherwise.
+pub const RETENTION: Retention = Retention { per_uid_max: 500, total_max: 10_000 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_per_uid_and_return_to_nothing() {
+        let mut counts = UidCounts::default();
+        for uid in [7, 8, 7, 0] {
+            counts.add(uid);
+        }
+        assert_eq!((counts.of(7), counts.of(8), counts.of(0), counts.of(9), counts.total()), (2, 1, 1, 0, 4));
+        for uid in [7, 8, 7, 0, 9, 7] {
+            counts.remove(uid);
+        }
+        assert_eq!(counts, UidCounts::default());
+    }
+
+    #[test]
+    fn largest_is_root_only_without_others() {
+        let mut counts = UidCounts::default();
+        assert_eq!(counts.largest(), None);
+        (0..5).for_each(|_| counts.add(0));
+        assert_eq!(counts.largest(), Some(0));
+        counts.add(8);
+        counts.add(7);
+        assert_eq!(counts.largest(), Some(7), "the lower of two equals");
+        counts.add(8);
+        assert_eq!(counts.largest(), Some(8));
+    }
+}

@@ -513,7 +513,7 @@ fn a_save_that_dies_hangs_or_is_refused_ends() {
         ("die", Kind::VmmFailed),
         ("hangup", Kind::VmmFailed),
         ("garbage", Kind::VmmFailed),
-        ("refuse No space left on device", Kind::DiskFull),
+        ("refuse No space left on device (os error 28)", Kind::DiskFull),
     ] {
         let bench = Bench::new(&format!("PUT /snapshot/create {fault}\n"));
         let (running, files) = (bench.running(), bench.saved_files());

@@ -1,11 +1,15 @@
-//! What Firecracker answers when it does not do what it was asked to: always status 400, with one of two bodies, of which one is no
-//! JSON (a raw line end within the string). Its text decides kind and hint.
+//! Firecracker's refusals. The status is always 400; the body has one of two forms, one of which is not JSON (a raw line end
+//! within a string). [`MEANINGS`] decides an error's kind and hint.
+//!
+//! Where the host's kernel refused something, the number of the error decides and never its text: releases are linked with
+//! musl, distributions' builds with glibc, and each has texts of its own for the same number.
 
 use crate::error::{Error, Kind};
 use crate::host::command::printable;
+use nix::libc::{EADDRINUSE, EBUSY, EDQUOT, ENOMEM, ENOSPC};
 use serde::Deserialize;
 
-/// How much of it goes into an error.
+/// How much of the body goes into an error.
 const TEXT_CHARS_MAX: usize = 600;
 
 #[derive(Deserialize)]
@@ -13,11 +17,11 @@ struct Fault {
     fault_message: String,
 }
 
-/// Of the HTTP server beneath, which has no JSON library.
+/// The HTTP server below the API has no JSON library and writes this form by hand.
 const SERVER_PREFIX: &str = "{ \"error\": \"";
 const SERVER_SUFFIX: &str = "\" }";
 
-/// What the answer's body says.
+/// The message in a body.
 fn text(body: &[u8]) -> String {
     let all = String::from_utf8_lossy(body);
     let said = match serde_json::from_slice::<Fault>(body) {
@@ -28,49 +32,83 @@ fn text(body: &[u8]) -> String {
     printable(&line.chars().take(TEXT_CHARS_MAX).collect::<String>())
 }
 
-/// Parts of messages (v1.16; the research names the request of each), the most telling first.
-const MEANINGS: [(&str, Kind, &str); 26] = [
+/// The number of the host's error: std prints `(os error 16)` for people and `Os { code: 16, ... }` for debugging, and
+/// Firecracker uses both. The last one is the cause.
+fn errno(said: &str) -> Option<i32> {
+    let after = |mark: &str| said.rfind(mark).map(|at| &said[at + mark.len()..]);
+    let rest = after("(os error ").or_else(|| after("Os { code: "))?;
+    rest[..rest.find(|c: char| !c.is_ascii_digit())?].parse().ok()
+}
+
+/// What a message is recognised by.
+enum Sign {
+    /// A part of Firecracker's own text.
+    Text(&'static str),
+    /// The number of the host's error.
+    Errno(i32),
+    Both(&'static str, i32),
+}
+
+use Sign::{Both, Errno, Text};
+
+impl Sign {
+    fn is_in(&self, said: &str) -> bool {
+        match *self {
+            Text(part) => said.contains(part),
+            Errno(number) => errno(said) == Some(number),
+            Both(part, number) => said.contains(part) && errno(said) == Some(number),
+        }
+    }
+}
+
+const REPORT: &str = "report it, with the VM's vmm.log";
+const FREE_SPACE: &str = "free some space on the host";
+const READ_IMAGE: &str = "its uid must be able to read the image: see fcctl doctor";
+
+/// The most telling sign first. The texts are those of v1.16.
+const MEANINGS: [(Sign, Kind, &str); 27] = [
     (
-        "Invalid Elf magic number",
+        Text("Invalid Elf magic number"),
         Kind::Unsupported,
         "the kernel must be an uncompressed ELF file (vmlinux): fcctl image build makes one",
     ),
-    ("kernel file cannot be opened", Kind::VmmFailed, "its uid must be able to read the image: see fcctl doctor"),
-    ("initrd file cannot be opened", Kind::VmmFailed, "its uid must be able to read the image: see fcctl doctor"),
-    ("without kernel configuration", Kind::Internal, "report it, with the VM's vmm.log"),
-    ("No space left on device", Kind::DiskFull, "free some space on the host"),
-    ("Cannot allocate memory", Kind::MemoryLimit, "stop another VM, or give this one less memory with fcctl vm set"),
-    ("number of vCPUs", Kind::InvalidArgument, "Firecracker gives 1 to 32 vCPUs: fcctl vm set"),
-    ("memory size (MiB)", Kind::InvalidArgument, "set another size: fcctl vm set"),
-    ("save/restore unavailable while running", Kind::Internal, "report it, with the VM's vmm.log"),
-    ("not allowed after configuring", Kind::Internal, "report it, with the VM's vmm.log"),
-    ("Unknown Network Device", Kind::Internal, "report it, with the VM's vmm.log"),
-    ("snapshot backing file", Kind::VmmFailed, "its uid must be able to write the snapshot: see fcctl doctor"),
+    (Text("kernel file cannot be opened"), Kind::VmmFailed, READ_IMAGE),
+    (Text("initrd file cannot be opened"), Kind::VmmFailed, READ_IMAGE),
+    (Text("without kernel configuration"), Kind::Internal, REPORT),
+    (Errno(ENOSPC), Kind::DiskFull, FREE_SPACE),
+    (Errno(EDQUOT), Kind::DiskFull, FREE_SPACE),
+    (Errno(ENOMEM), Kind::MemoryLimit, "stop another VM, or give this one less memory with fcctl vm set"),
+    (Text("number of vCPUs"), Kind::InvalidArgument, "Firecracker gives 1 to 32 vCPUs: fcctl vm set"),
+    (Text("memory size (MiB)"), Kind::InvalidArgument, "set another size: fcctl vm set"),
+    (Text("save/restore unavailable while running"), Kind::Internal, REPORT),
+    (Text("not allowed after configuring"), Kind::Internal, REPORT),
+    (Text("Unknown Network Device"), Kind::Internal, REPORT),
+    (Text("snapshot backing file"), Kind::VmmFailed, "its uid must be able to write the snapshot: see fcctl doctor"),
     (
-        "Failed to restore from snapshot",
+        Text("Failed to restore from snapshot"),
         Kind::VmmFailed,
         "the snapshot is damaged, or was made by another version or on another CPU: fcctl snapshot show",
     ),
-    ("Device or resource busy", Kind::Conflict, "another process has the tap: fcctl doctor --leaks"),
-    ("Invalid interface name", Kind::Internal, "report it, with the VM's vmm.log"),
-    ("MAC address", Kind::Internal, "report it, with the VM's vmm.log"),
-    ("Open tap device failed", Kind::VmmFailed, "its uid must be able to open /dev/net/tun: fcctl doctor"),
-    ("Error manipulating the backing file", Kind::VmmFailed, "its uid must be able to open the disk: see fcctl doctor"),
-    ("root block device already exists", Kind::Internal, "report it, with the VM's vmm.log"),
-    ("Address in use", Kind::Conflict, "a socket of an earlier start is left: stop the VM and start it again"),
-    ("before starting the microVM", Kind::WrongState, "wait until the guest has started"),
-    ("after starting the microVM", Kind::WrongState, "stop the VM first"),
-    ("Device not activated yet", Kind::Busy, "the guest has not set the device up yet: try again in a moment"),
-    ("No balloon device found", Kind::Unsupported, "it was started without one: fcctl vm restart"),
-    ("is larger than the limit", Kind::Internal, "report it, with the VM's vmm.log"),
-    ("Kvm", Kind::Unsupported, "this host's KVM lacks what Firecracker needs: fcctl doctor"),
+    (Both("tap", EBUSY), Kind::Conflict, "another process has the tap: fcctl doctor --leaks"),
+    (Text("Invalid interface name"), Kind::Internal, REPORT),
+    (Text("MAC address"), Kind::Internal, REPORT),
+    (Text("Open tap device failed"), Kind::VmmFailed, "its uid must be able to open /dev/net/tun: fcctl doctor"),
+    (Text("Error manipulating the backing file"), Kind::VmmFailed, "its uid must be able to open the disk: see fcctl doctor"),
+    (Text("root block device already exists"), Kind::Internal, REPORT),
+    (Errno(EADDRINUSE), Kind::Conflict, "a socket of an earlier start is left: stop the VM and start it again"),
+    (Text("before starting the microVM"), Kind::WrongState, "wait until the guest has started"),
+    (Text("after starting the microVM"), Kind::WrongState, "stop the VM first"),
+    (Text("Device not activated yet"), Kind::Busy, "the guest has not set the device up yet: try again in a moment"),
+    (Text("No balloon device found"), Kind::Unsupported, "it was started without one: fcctl vm restart"),
+    (Text("is larger than the limit"), Kind::Internal, REPORT),
+    (Text("Kvm"), Kind::Unsupported, "this host's KVM lacks what Firecracker needs: fcctl doctor"),
 ];
 const HINT: &str = "see the VM's vmm.log, or run fcctl doctor";
 
 pub fn refused(doing: &str, status: u16, body: &[u8]) -> Error {
     let said = text(body);
     let (kind, hint) =
-        MEANINGS.iter().find(|(part, ..)| said.contains(part)).map_or((Kind::VmmFailed, HINT), |(_, kind, hint)| (*kind, *hint));
+        MEANINGS.iter().find(|(sign, ..)| sign.is_in(&said)).map_or((Kind::VmmFailed, HINT), |(_, kind, hint)| (*kind, *hint));
     let said = if said.is_empty() { format!("status {status}") } else { said };
     Error::new(kind, format!("{doing}: firecracker: {said}")).hint(hint)
 }
@@ -174,5 +212,36 @@ mod tests {
         }
         let e = refused("do it", 400, br#"{"fault_message":"PCI is not enabled"}"#);
         assert_eq!((e.kind(), e.hint_text()), (Kind::VmmFailed, Some(HINT)));
+    }
+
+    /// A released Firecracker is linked with musl, a distribution's with glibc: the same error has two texts, and a third
+    /// form where Firecracker prints it with `{:?}`.
+    #[test]
+    fn host_errors_have_the_same_meaning_with_every_libc() {
+        let tap = "Network config error: Could not create the network device: Open tap device failed: Error while creating ifreq structure: ";
+        let vsock = "Vsock config error: Cannot create backend for vsock device: Error binding to the host-side Unix socket: ";
+        let memory = "Start microvm error: System configuration error: Cannot create guest memory: ";
+        let save = "Create snapshot error: Cannot write the memory file: ";
+        for (before, texts, debug, kind) in [
+            (tap, ["Device or resource busy (os error 16)", "Resource busy (os error 16)"], "ResourceBusy", Kind::Conflict),
+            (vsock, ["Address already in use (os error 98)", "Address in use (os error 98)"], "AddrInUse", Kind::Conflict),
+            (memory, ["Cannot allocate memory (os error 12)", "Out of memory (os error 12)"], "OutOfMemory", Kind::MemoryLimit),
+            (
+                save,
+                ["No space left on device (os error 28)", "No space left on device (os error 28)"],
+                "StorageFull",
+                Kind::DiskFull,
+            ),
+            (save, ["Disk quota exceeded (os error 122)", "Quota exceeded (os error 122)"], "QuotaExceeded", Kind::DiskFull),
+        ] {
+            let number = texts[0].rsplit(' ').next().unwrap().trim_end_matches(')');
+            let debug = format!("Os {{ code: {number}, kind: {debug}, message: {:?} }}", texts[1]);
+            for text in texts.into_iter().chain([debug.as_str()]) {
+                let body = serde_json::json!({ "fault_message": format!("{before}{text}. More text.") }).to_string();
+                let e = refused("do it", 400, body.as_bytes());
+                assert_eq!(e.kind(), kind, "{e}");
+                assert!(e.hint_text().is_some_and(|h| h != HINT), "{e}");
+            }
+        }
     }
 }

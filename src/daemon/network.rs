@@ -1,6 +1,7 @@
 //! VMs on the bridge: who has which address, who may know whose name, and what is put right every minute. Without a bridge
 //! all of it is nothing.
 
+use super::resources::HostView;
 use super::{Daemon, Inner};
 use crate::api::daemon::Check;
 use crate::api::vm::{self, VmState};
@@ -12,6 +13,7 @@ use crate::locks::Cancel;
 use crate::net::{Access, Guest, Lease, Mac, Net, dns};
 use crate::store::{State, Store, VmRow};
 use crate::vmm::GuestNetwork;
+use crate::vmm::devices::{self, TUN};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, Weak};
 
@@ -26,12 +28,24 @@ pub(super) fn open(config: &Config, store: &Store, commands: &Arc<dyn Commands>,
     Net::open(&config.network, store.install_id(), commands.clone(), cancel).map(Some)
 }
 
-pub(super) fn checks(config: &Config, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
-    if !config.network.is_bridge() {
-        return vec![user_mode(config.qemu.isolated)];
+pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
+    if !host.config.network.is_bridge() {
+        return vec![user_mode(host.config.qemu.isolated)];
     }
-    let vmm_uid = nix::unistd::geteuid().is_root().then_some(config.qemu.uid_base);
-    crate::net::checks(&config.network, vmm_uid, commands, cancel)
+    let mut all = vec![tun(host.vmm.makes_device_nodes(), devices::exists(TUN), devices::access(TUN))];
+    all.extend(crate::net::checks(&host.config.network, host.commands, host.cancel));
+    all
+}
+
+/// Who opens the device decides what is needed: whoever may open it can attach to taps of their own uid only.
+fn tun(vmms_have_own_nodes: bool, exists: std::result::Result<(), String>, access: devices::Access) -> Check {
+    const ID: &str = "network_tun";
+    match (exists, access) {
+        (Err(why), _) => Check::fail(ID, why, "modprobe tun"),
+        (Ok(()), _) if vmms_have_own_nodes => Check::ok(ID, format!("{TUN} is there; each jail has a node of its own")),
+        (Ok(()), Ok(_)) => Check::ok(ID, format!("VMMs may open {TUN}; each tap is its own VMM's only")),
+        (Ok(()), Err(why)) => Check::fail(ID, why, &devices::open_to_group(TUN)),
+    }
 }
 
 fn user_mode(isolated: bool) -> Check {
@@ -181,5 +195,16 @@ mod tests {
     #[test]
     fn the_way_to_the_hosts_loopback_is_shown() {
         assert_eq!((user_mode(false).severity, user_mode(true).severity), (Severity::Warn, Severity::Ok));
+    }
+
+    #[test]
+    fn tun_for_root_alone_suits_jailed_vmms_and_is_never_opened_to_everybody() {
+        let closed = || Err(format!("{TUN} has mode 0600"));
+        assert_eq!(tun(true, Ok(()), closed()).severity, Severity::Ok);
+        let refused = tun(false, Ok(()), closed());
+        assert_eq!(refused.severity, Severity::Fail);
+        assert!(refused.fix.as_ref().is_some_and(|fix| fix.contains("chmod 0660") && !fix.contains("666")), "{refused:?}");
+        assert_eq!(tun(false, Ok(()), Ok(vec![108])).severity, Severity::Ok);
+        assert_eq!(tun(true, Err("there is none".into()), closed()).severity, Severity::Fail);
     }
 }

@@ -1,8 +1,8 @@
 //! What the network needs here, what was found, and what stands in its way. Read-only.
 
+use super::bridge;
 use super::links::{Link, Route, parse_links, parse_routes};
 use super::tools::{ip_json, nft_json, run};
-use super::{bridge, tun};
 use crate::api::daemon::Check;
 use crate::config::Network as Config;
 use crate::error::{Error, Kind, Result};
@@ -10,7 +10,6 @@ use crate::host::command::find_program;
 use crate::host::{Command, Commands};
 use crate::locks::Cancel;
 use serde::Deserialize;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -18,9 +17,9 @@ use std::time::Duration;
 const LEGACY_TABLES: &str = "/proc/net/ip_tables_names";
 const LEGACY_DEADLINE: Duration = Duration::from_secs(10);
 
-/// The checks where the configuration says bridge, with and without a daemon. `vmm_uid`: one of the uids that VMMs run under, when that is not the caller's own.
-pub fn checks(config: &Config, vmm_uid: Option<u32>, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
-    let mut all = vec![rights(config), device(vmm_uid)];
+/// The checks where the configuration says bridge, with and without a daemon.
+pub fn checks(config: &Config, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
+    let mut all = vec![rights(config)];
     let missing: Vec<_> = ["ip", "nft"].into_iter().filter(|p| find_program(Path::new(p)).is_none()).collect();
     if !missing.is_empty() {
         all.push(Check::fail(
@@ -51,22 +50,6 @@ fn rights(config: &Config) -> Check {
         return Check::ok("network", format!("bridge {}, guests in {}, masqueraded by nftables", config.bridge, config.subnet));
     }
     Check::fail("network", "the configuration says bridge, for which fcd must be root", "driver = \"user\" under [network]")
-}
-
-fn device(vmm_uid: Option<u32>) -> Check {
-    const ID: &str = "network_tun";
-    let meta = match std::fs::metadata(tun::DEVICE) {
-        Ok(meta) => meta,
-        Err(e) => return Check::fail(ID, format!("{}: {e}", tun::DEVICE), "modprobe tun"),
-    };
-    let mode = meta.mode() & 0o777;
-    let may = vmm_uid.is_none_or(|uid| mode & 0o006 == 0o006 || (meta.uid() == uid && mode & 0o600 == 0o600));
-    if may {
-        return Check::ok(ID, format!("{} may be opened by VMMs; each tap is its own VMM's only", tun::DEVICE));
-    }
-    // As udev's own rules have it (50-udev-default.rules): who may open it can attach to taps of his own only.
-    let found = format!("{} has mode {mode:o}: VMMs, which are not root, cannot open it", tun::DEVICE);
-    Check::fail(ID, found, "chmod 0666 /dev/net/tun")
 }
 
 struct Host<'a> {

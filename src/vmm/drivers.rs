@@ -157,6 +157,10 @@ impl Driver for Drivers {
         Ok(tags)
     }
 
+    fn makes_device_nodes(&self) -> bool {
+        self.starts.makes_device_nodes()
+    }
+
     fn reads_qcow2(&self) -> bool {
         self.starts.reads_qcow2()
     }

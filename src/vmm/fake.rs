@@ -586,6 +586,10 @@ impl Driver for Fake {
         Ok(Vec::new())
     }
 
+    fn makes_device_nodes(&self) -> bool {
+        false
+    }
+
     fn reads_qcow2(&self) -> bool {
         true
     }

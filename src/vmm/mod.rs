@@ -1,12 +1,12 @@
 //! VMMs: what a driver must do, and the drivers.
 
 pub mod console;
+pub mod devices;
 mod dial;
 pub mod drivers;
 #[cfg(feature = "fakes")]
 pub mod fake;
 pub mod firecracker;
-mod kvm;
 mod log_file;
 mod processes;
 pub mod qemu;
@@ -220,6 +220,10 @@ pub trait Driver: Send + Sync {
 
     /// The tags that begin so of which such a thing is on the host. `vms`: where the directories of VMs are.
     fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>>;
+
+    /// Whether its VMMs get nodes of their own of [`devices::KVM`] and [`devices::TUN`], so that the modes of the host's nodes do
+    /// not matter.
+    fn makes_device_nodes(&self) -> bool;
 
     /// Whether a disk may be a qcow2 file.
     fn reads_qcow2(&self) -> bool;

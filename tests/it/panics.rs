@@ -97,6 +97,10 @@ impl Driver for Panics {
     fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
         self.inner.remains(vms, tag_prefix)
     }
+    fn makes_device_nodes(&self) -> bool {
+        self.inner.makes_device_nodes()
+    }
+
     fn reads_qcow2(&self) -> bool {
         self.inner.reads_qcow2()
     }

@@ -203,6 +203,10 @@ impl Driver for PointDriver {
     fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
         self.0.remains(vms, tag_prefix)
     }
+    fn makes_device_nodes(&self) -> bool {
+        self.0.makes_device_nodes()
+    }
+
     fn reads_qcow2(&self) -> bool {
         self.0.reads_qcow2()
     }

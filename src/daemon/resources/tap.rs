@@ -58,6 +58,6 @@ impl Resource for Tap {
     }
 
     fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
-        crate::daemon::network::checks(host.config, host.commands, host.cancel)
+        crate::daemon::network::checks(host)
     }
 }

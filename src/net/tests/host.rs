@@ -218,7 +218,7 @@ fn doctor_says_what_blocks_guests_and_its_line_opens_the_way() {
     let lab = Lab::new(&config());
     let machine = lab.start(0, Access::Nat);
     let look = || {
-        let checks = lab.host.run(|| checks(&config(), None, &HostCommands, &cancel()));
+        let checks = lab.host.run(|| checks(&config(), &HostCommands, &cancel()));
         checks.into_iter().filter(|c| c.severity != Severity::Ok && c.id.starts_with("network")).collect::<Vec<_>>()
     };
     assert_eq!(look(), [], "nothing is in the way");

@@ -5,7 +5,7 @@ use crate::config::{Firecracker as Config, VmmLimits};
 use crate::error::{Error, Kind, Result};
 use crate::host::command::{Command, find_program, run_any_status};
 use crate::locks::Cancel;
-use crate::vmm::kvm::{KVM, kvm_access};
+use crate::vmm::devices::{self, KVM};
 use std::time::Duration;
 
 /// The oldest that has `PUT /serial`, and the newest that this driver was tried with.
@@ -15,7 +15,7 @@ const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 pub const INSTALL: &str = "install a release of firecracker-microvm/firecracker, and name it as binary under [firecracker]";
 
 pub fn checks(config: &Config) -> Vec<Check> {
-    let mut all = vec![binary(config), kvm()];
+    let mut all = vec![binary(config), kvm(config)];
     all.extend(jailer(config));
     all
 }
@@ -72,11 +72,20 @@ fn jailer(config: &Config) -> Vec<Check> {
     vec![programs, limits]
 }
 
-fn kvm() -> Check {
+/// The jailer makes a node of its own for each VMM, whatever the mode of the host's.
+fn kvm(config: &Config) -> Check {
     const ID: &str = "kvm";
-    match kvm_access() {
+    let is_root = rustix::process::geteuid().is_root();
+    if config.jail && is_root {
+        return match devices::exists(KVM) {
+            Ok(()) => Check::ok(ID, format!("{KVM} is there; each jail has a node of its own")),
+            Err(why) => Check::fail(ID, why, "modprobe kvm_intel || modprobe kvm_amd"),
+        };
+    }
+    match devices::access(KVM) {
         Ok(_) => Check::ok(ID, format!("VMMs may open {KVM}")),
-        Err(why) => Check::fail(ID, why, "ls -l /dev/kvm; chgrp kvm /dev/kvm && chmod 660 /dev/kvm"),
+        Err(why) if is_root => Check::fail(ID, why, &devices::open_to_group(KVM)),
+        Err(why) => Check::fail(ID, why, "adduser $USER kvm, and log in again"),
     }
 }
 

@@ -23,7 +23,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::fs::{open_at, open_dir};
 use crate::host::process::{self, Credentials, Process, Spawn};
 use crate::locks::{Cancel, Rank, region};
-use crate::vmm::kvm::{kvm_access, own_access};
+use crate::vmm::devices::{self, KVM, TUN};
 use api::{
     BootSource, Booted, CacheType, Drive, LoadSnapshot, MachineConfig, NetworkInterface, NetworkOverride, PreBoot, RateLimiter,
     Vsock, text,
@@ -83,15 +83,24 @@ impl Firecracker {
         Ok(Self { config, consoles, processes, needs_kvm: true, closing })
     }
 
-    /// Groups that the VMM needs.
-    fn kvm_groups(&self, spec: &VmmSpec) -> Result<Vec<u32>> {
-        if !self.needs_kvm {
-            return Ok(Vec::new());
+    /// The groups that a VMM without a jail needs to open its devices. A jailed one has nodes of its own.
+    fn device_groups(&self, spec: &VmmSpec) -> Result<Vec<u32>> {
+        let mut groups = Vec::new();
+        for device in [KVM, TUN].into_iter().filter(|_| self.needs_kvm) {
+            let access = if self.is_jailed(spec) {
+                devices::exists(device).map(|()| Vec::new())
+            } else {
+                devices::access_as(device, spec.credentials.is_some())
+            };
+            let refused = |why| Error::new(Kind::Unsupported, format!("start the VMM: {why}")).hint("run fcctl doctor");
+            groups.extend(access.map_err(refused)?);
         }
-        let access = if spec.credentials.is_some() { kvm_access() } else { own_access() };
-        access.map_err(|why| {
-            Error::new(Kind::Unsupported, format!("start the VMM: firecracker needs KVM, and {why}")).hint("run fcctl doctor")
-        })
+        groups.dedup();
+        Ok(groups)
+    }
+
+    fn is_jailed(&self, spec: &VmmSpec) -> bool {
+        self.config.jail && spec.credentials.is_some()
     }
 
     /// For a pretended one.
@@ -103,12 +112,12 @@ impl Firecracker {
 
     /// The VMM's process, the directory with its socket and its console, and what it is to open, by the names that it sees.
     fn spawn(&self, spec: &VmmSpec) -> Result<(Process, OwnedFd, Files)> {
-        let groups = self.kvm_groups(spec)?;
+        let groups = self.device_groups(spec)?;
         let dir = open_dir(&spec.dir)?;
         let own_args = ["--api-sock", API_SOCKET, "--level", "Error", "--show-level"].map(OsString::from);
         let output = run_dir::open_log(&dir, spec)?;
         let env = vec![("PATH".into(), PATH.into()), ("LC_ALL".into(), "C.UTF-8".into())];
-        let (place, files, spawn) = match spec.credentials.filter(|_| self.config.jail) {
+        let (place, files, spawn) = match spec.credentials.filter(|_| self.is_jailed(spec)) {
             Some(owner) => {
                 let programs = jail::programs(&self.config)?;
                 let limits = jail::limits(&self.config, spec)?;
@@ -562,6 +571,11 @@ impl Driver for Firecracker {
 
     fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>> {
         Ok(jail::remains(vms, tag_prefix))
+    }
+
+    /// The jailer does (src/jailer/src/env.rs, `mknod_and_own_dev`).
+    fn makes_device_nodes(&self) -> bool {
+        self.leaves_remains()
     }
 
     fn reads_qcow2(&self) -> bool {

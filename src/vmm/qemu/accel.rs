@@ -11,7 +11,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::command::{Command, printable, run_any_status};
 use crate::host::wait::{Woken, cancelled, wait_any};
 use crate::locks::{Cancel, Mutex, Rank};
-use crate::vmm::kvm::{KVM, kvm_access};
+use crate::vmm::devices::{self, KVM};
 use nix::poll::PollFlags;
 use std::path::Path;
 use std::sync::Arc;
@@ -105,8 +105,8 @@ impl Picker {
 fn pick(config: &Qemu, kernel: &Path, cancel: &Cancel) -> Result<Picked> {
     let (accelerator, why, groups) = match config.accel {
         Accel::Tcg => (Accelerator::Tcg, "the configuration says tcg".to_owned(), Vec::new()),
-        Accel::Kvm => (Accelerator::Kvm, "the configuration says kvm".to_owned(), kvm_access().unwrap_or_default()),
-        Accel::Auto => match kvm_access() {
+        Accel::Kvm => (Accelerator::Kvm, "the configuration says kvm".to_owned(), devices::access(KVM).unwrap_or_default()),
+        Accel::Auto => match devices::access(KVM) {
             Err(why) => (Accelerator::Tcg, why, Vec::new()),
             Ok(groups) => match probe(config, kernel, cancel)? {
                 None => (Accelerator::Kvm, "a stock kernel boots with it".to_owned(), groups),

@@ -6,7 +6,7 @@ use crate::api::daemon::{Check, Severity};
 use crate::config::{Accel, Machine, Qemu};
 use crate::host::command::{Command, find_program, run_any_status};
 use crate::locks::Cancel;
-use crate::vmm::kvm::kvm_access;
+use crate::vmm::devices::{self, KVM};
 use std::time::Duration;
 
 /// Oldest QEMU that this driver was made for.
@@ -53,22 +53,27 @@ fn parse_version(text: &str) -> Option<(u32, u32)> {
 }
 
 fn accelerator(config: &Qemu, picked: Option<&Picked>) -> Check {
-    const FIX: Option<&str> = Some("ls -l /dev/kvm; as an ordinary user: adduser $USER kvm, and log in again");
+    let fix = if rustix::process::geteuid().is_root() {
+        devices::open_to_group(KVM)
+    } else {
+        "ls -l /dev/kvm; adduser $USER kvm, and log in again".to_owned()
+    };
+    let fix = Some(fix.as_str());
     if let Some(picked) = picked {
         let is_slow = config.accel == Accel::Auto && picked.platform.accelerator == super::argv::Accelerator::Tcg;
         let found = format!("{} is used: {}", picked.platform, picked.why);
         // Slower, but right: where there is no virtualisation there is nothing to mend.
-        return check("accelerator", if is_slow { Severity::Warn } else { Severity::Ok }, found, FIX.filter(|_| is_slow));
+        return check("accelerator", if is_slow { Severity::Warn } else { Severity::Ok }, found, fix.filter(|_| is_slow));
     }
-    match (config.accel, kvm_access()) {
+    match (config.accel, devices::access(KVM)) {
         (Accel::Tcg, _) => check("accelerator", Severity::Ok, "tcg will be used: the configuration says so".into(), None),
         (Accel::Kvm, Ok(_)) => check("accelerator", Severity::Ok, "kvm will be used: the configuration says so".into(), None),
-        (Accel::Kvm, Err(why)) => check("accelerator", Severity::Fail, format!("the configuration says kvm, but {why}"), FIX),
+        (Accel::Kvm, Err(why)) => check("accelerator", Severity::Fail, format!("the configuration says kvm, but {why}"), fix),
         (Accel::Auto, Ok(_)) => {
             let found = "/dev/kvm may be opened; the first start tries whether it boots a stock kernel, else tcg is used";
             check("accelerator", Severity::Ok, found.into(), None)
         }
-        (Accel::Auto, Err(why)) => check("accelerator", Severity::Warn, format!("tcg will be used, which is slow: {why}"), FIX),
+        (Accel::Auto, Err(why)) => check("accelerator", Severity::Warn, format!("tcg will be used, which is slow: {why}"), fix),
     }
 }
 

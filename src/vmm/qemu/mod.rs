@@ -14,6 +14,7 @@ mod throttle;
 mod tsc;
 
 use super::console::{Attach, Consoles};
+use super::devices;
 use super::dial::{self, Patience};
 use super::processes::{self, Processes};
 use super::run_dir::{self, RUN_DIR};
@@ -66,7 +67,8 @@ impl Qemu {
         let dir = open_dir(&spec.dir)?;
         let run = run_dir::make(&dir, &[argv::QMP_SOCKET, argv::CONTROL_SOCKET, argv::CONSOLE_SOCKET], spec.credentials)?;
         let output = run_dir::open_log(&dir, spec)?;
-        let credentials = spec.credentials.map(|(uid, gid)| Credentials { uid, gid, groups: picked.groups.clone() });
+        let groups = picked.groups.iter().copied().chain(tap_groups(spec)?).collect();
+        let credentials = spec.credentials.map(|(uid, gid)| Credentials { uid, gid, groups });
         let process = process::spawn(Spawn {
             program: self.config.binary.clone(),
             args: argv::argv(spec, &picked.platform, self.config.isolated)?,
@@ -121,6 +123,15 @@ impl Qemu {
         };
         ask().map_err(|e| if e.kind() != Kind::Cancelled && run_dir::is_exiting(process) { exited() } else { e })
     }
+}
+
+/// The group that QEMU needs to open the device of its tap.
+fn tap_groups(spec: &VmmSpec) -> Result<Vec<u32>> {
+    if matches!(spec.network, GuestNetwork::UserMode { .. }) {
+        return Ok(Vec::new());
+    }
+    devices::access_as(devices::TUN, spec.credentials.is_some())
+        .map_err(|why| Error::new(Kind::Unsupported, format!("start the VMM: {why}")).hint("run fcctl doctor"))
 }
 
 /// Of a VMM that runs already.
@@ -331,6 +342,10 @@ impl Driver for Qemu {
 
     fn remains(&self, _vms: &Path, _tag_prefix: &str) -> Result<Vec<String>> {
         Ok(Vec::new())
+    }
+
+    fn makes_device_nodes(&self) -> bool {
+        false
     }
 
     fn reads_qcow2(&self) -> bool {

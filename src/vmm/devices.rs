@@ -1,0 +1,84 @@
+//! The host's devices that a VMM opens, and who may open them.
+//!
+//! VMMs of a root daemon have uids of their own, so the mode of a device decides. A device that a group may open is opened
+//! by giving its group to the VMM, which weakens the host less than a device that everybody may open. Under the jailer
+//! neither matters: the jailer makes nodes of these devices in each jail.
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::Path;
+
+pub const KVM: &str = "/dev/kvm";
+pub const TUN: &str = "/dev/net/tun";
+
+/// The groups that VMMs need to open a device, or why they may not open it.
+pub type Access = std::result::Result<Vec<u32>, String>;
+
+/// Access for VMMs of this daemon, which have uids of their own if it is root.
+pub fn access(device: &str) -> Access {
+    access_as(device, rustix::process::geteuid().is_root())
+}
+
+/// Access for a VMM that has another uid than the daemon, or the same.
+pub fn access_as(device: &str, has_other_uid: bool) -> Access {
+    let stat = std::fs::metadata(device).map_err(|_| format!("there is no {device}"))?;
+    if has_other_uid {
+        return access_by_mode(device, stat.permissions().mode(), stat.gid());
+    }
+    let may = rustix::fs::access(device, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK).is_ok();
+    if may { Ok(Vec::new()) } else { Err(format!("this user may not open {device}")) }
+}
+
+fn access_by_mode(device: &str, mode: u32, gid: u32) -> Access {
+    if mode & 0o006 == 0o006 {
+        Ok(Vec::new())
+    } else if mode & 0o060 == 0o060 && gid != 0 {
+        Ok(vec![gid])
+    } else {
+        let mode = mode & 0o777;
+        Err(format!("{device} has mode {mode:04o}: only root may open it, and VMMs do not run as root"))
+    }
+}
+
+/// Whether the host has the device at all, whoever may open it.
+pub fn exists(device: &str) -> std::result::Result<(), String> {
+    match std::fs::metadata(Path::new(device)) {
+        Ok(stat) if stat.file_type().is_char_device() => Ok(()),
+        Ok(_) => Err(format!("{device} is not a device")),
+        Err(_) => Err(format!("there is no {device}")),
+    }
+}
+
+/// The command that lets VMMs open a device through a group, and nobody else.
+pub fn open_to_group(device: &str) -> String {
+    format!("getent group kvm || groupadd --system kvm; chgrp kvm {device} && chmod 0660 {device}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_is_opened_by_its_mode_or_its_group() {
+        let by_mode = |mode, gid| access_by_mode(TUN, mode, gid);
+        assert_eq!(by_mode(0o20666, 0), Ok(vec![]));
+        assert_eq!(by_mode(0o20660, 108), Ok(vec![108]));
+        // The group root would be more than the device.
+        for (mode, gid) in [(0o20660, 0), (0o20600, 0), (0o20640, 108), (0o20604, 0)] {
+            assert!(by_mode(mode, gid).is_err_and(|why| why.contains(TUN)), "{mode:o}");
+        }
+    }
+
+    #[test]
+    fn advice_never_opens_a_device_to_everybody() {
+        for device in [KVM, TUN] {
+            assert!(!open_to_group(device).contains("666") && open_to_group(device).contains("chmod 0660"));
+        }
+    }
+
+    #[test]
+    fn missing_device_and_plain_file_are_told_apart() {
+        exists("/dev/null").unwrap();
+        assert_eq!(exists("/dev/no-such").unwrap_err(), "there is no /dev/no-such");
+        assert_eq!(exists("/etc/passwd").unwrap_err(), "/etc/passwd is not a device");
+    }
+}

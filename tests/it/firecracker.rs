@@ -237,6 +237,12 @@ fn refusals_say_what_to_do() {
     assert!(ends == Kind::VmmFailed && said.contains("exit status 1: the seccomp filter cannot be loaded"), "{said}");
     let (missing, said) = kind(&|b| std::fs::remove_file(b.dir.path().join("firecracker")).unwrap());
     assert_eq!(missing, Kind::CommandMissing, "{said}");
+    let (not_executable, said) = kind(&|b| {
+        let program = b.dir.path().join("firecracker");
+        std::fs::remove_file(&program).unwrap();
+        std::fs::write(&program, "x").unwrap();
+    });
+    assert!(not_executable == Kind::Unsupported && said.contains("mode 0644"), "{said}");
     // The networks and disks that only QEMU has.
     let bench = Bench::new("");
     let user_mode = VmmSpec { network: GuestNetwork::UserMode { isolated: false, ports: Vec::new() }, ..bench.spec() };

@@ -3,7 +3,8 @@
 use crate::api::daemon::Check;
 use crate::config::{Firecracker as Config, VmmLimits};
 use crate::error::{Error, Kind, Result};
-use crate::host::command::{Command, find_program, run_any_status};
+use crate::host::command::{Command, run_any_status};
+use crate::host::program;
 use crate::locks::Cancel;
 use crate::vmm::devices::{self, KVM};
 use std::time::Duration;
@@ -12,7 +13,8 @@ use std::time::Duration;
 const VERSION_MIN: (u32, u32) = (1, 14);
 const VERSION_TESTED: (u32, u32) = (1, 16);
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
-pub const INSTALL: &str = "install a release of firecracker-microvm/firecracker, and name it as binary under [firecracker]";
+pub const INSTALL: &str =
+    "install a release of firecracker-microvm/firecracker, and name its programs as binary and jailer under [firecracker]";
 
 pub fn checks(config: &Config) -> Vec<Check> {
     let mut all = vec![binary(config), kvm(config)];
@@ -110,10 +112,13 @@ pub fn is_since(version: &str, since: (u32, u32)) -> bool {
     parse_numbers(version).is_some_and(|v| v >= since)
 }
 
+/// Of a program that is not there, the hint says where to get it.
+pub fn install_if_missing(e: Error) -> Error {
+    if e.kind() == Kind::CommandMissing { e.hint(INSTALL) } else { e }
+}
+
 fn version(config: &Config, cancel: &Cancel) -> Result<(u32, u32)> {
-    let name = config.binary.display();
-    let path = find_program(&config.binary)
-        .ok_or_else(|| Error::new(Kind::CommandMissing, format!("{name} is not installed")).hint(INSTALL))?;
+    let path = program::locate(&config.binary).map_err(install_if_missing)?;
     let command = Command::new(&path).arg("--version").deadline(VERSION_DEADLINE);
     let out = run_any_status(&command, cancel, &mut |_| {})?;
     let text = String::from_utf8_lossy(&out.stdout).into_owned();

@@ -5,8 +5,8 @@
 
 use crate::config::{Firecracker as Config, VmmLimits};
 use crate::error::{Error, Kind, Result};
-use crate::host::command::find_program;
 use crate::host::fs::open_dir;
+use crate::host::program;
 use crate::vmm::VmmSpec;
 use rustix::fs::{Mode, OFlags};
 use std::collections::BTreeMap;
@@ -62,12 +62,11 @@ pub struct Programs {
 /// `command_missing`, `unsupported`: with what to do.
 pub fn programs(config: &Config) -> Result<Programs> {
     let find = |name: &Path| {
-        let missing = || Error::new(Kind::CommandMissing, format!("{} is not installed", name.display()));
-        find_program(name).and_then(|p| p.canonicalize().ok()).ok_or_else(missing)
+        let path = program::locate(name).map_err(super::checks::install_if_missing)?;
+        path.canonicalize().map_err(|e| Error::io(format!("look at {}", path.display()), e))
     };
-    let jailer = find(&config.jailer)
-        .map_err(|e| e.hint("it comes with Firecracker: name it as jailer under [firecracker], or set jail = false there"))?;
-    let firecracker = find(&config.binary).map_err(|e| e.hint(super::checks::INSTALL))?;
+    let jailer = find(&config.jailer)?;
+    let firecracker = find(&config.binary)?;
     for program in [&jailer, &firecracker] {
         is_roots(program)?;
     }

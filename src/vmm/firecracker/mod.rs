@@ -22,6 +22,7 @@ use crate::config::{Firecracker as Config, VmmLimits};
 use crate::error::{Error, Kind, Result};
 use crate::host::fs::{open_at, open_dir};
 use crate::host::process::{self, Credentials, Process, Spawn};
+use crate::host::program;
 use crate::locks::{Cancel, Rank, region};
 use crate::vmm::devices::{self, KVM, TUN};
 use api::{
@@ -141,7 +142,7 @@ impl Firecracker {
                 let args = ["--id".into(), spec.tag.clone().into()].into_iter().chain(own_args).collect();
                 let cwd = spec.dir.join(run_dir::RUN_DIR);
                 let credentials = spec.credentials.map(|(uid, gid)| Credentials { uid, gid, groups });
-                let program = self.config.binary.clone();
+                let program = program::locate(&self.config.binary).map_err(checks::install_if_missing)?;
                 let spawn = Spawn { program, args, env, cwd, output: Some(output), credentials };
                 (place, Files::bare(spec)?, spawn)
             }

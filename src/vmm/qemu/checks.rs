@@ -4,7 +4,9 @@ use super::accel::Picked;
 use super::argv::Board;
 use crate::api::daemon::{Check, Severity};
 use crate::config::{Accel, Machine, Qemu};
-use crate::host::command::{Command, find_program, run_any_status};
+use crate::error::Kind;
+use crate::host::command::{Command, run_any_status};
+use crate::host::program;
 use crate::locks::Cancel;
 use crate::vmm::devices::{self, KVM};
 use std::time::Duration;
@@ -23,9 +25,12 @@ fn check(id: &str, severity: Severity, found: String, fix: Option<&str>) -> Chec
 
 fn binary(config: &Qemu) -> Check {
     const INSTALL: Option<&str> = Some("apt install qemu-system-x86");
-    let name = config.binary.display();
-    let Some(path) = find_program(&config.binary) else {
-        return check("qemu", Severity::Fail, format!("{name} is not installed"), INSTALL);
+    let path = match program::locate(&config.binary) {
+        Ok(path) => path,
+        Err(e) => {
+            let fix = if e.kind() == Kind::CommandMissing { INSTALL } else { e.hint_text() };
+            return check("qemu", Severity::Fail, e.to_string(), fix);
+        }
     };
     let run = || {
         let command = Command::new(&path).arg("--version").deadline(VERSION_DEADLINE);

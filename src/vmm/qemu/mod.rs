@@ -24,6 +24,7 @@ use crate::config::Qemu as Config;
 use crate::error::{Error, Kind, Result};
 use crate::host::fs::open_dir;
 use crate::host::process::{self, Credentials, Process, Spawn};
+use crate::host::program;
 use crate::locks::{Cancel, Rank, region};
 use accel::{Picked, Picker};
 use qmp::Qmp;
@@ -70,7 +71,7 @@ impl Qemu {
         let groups = picked.groups.iter().copied().chain(tap_groups(spec)?).collect();
         let credentials = spec.credentials.map(|(uid, gid)| Credentials { uid, gid, groups });
         let process = process::spawn(Spawn {
-            program: self.config.binary.clone(),
+            program: program::locate(&self.config.binary)?,
             args: argv::argv(spec, &picked.platform, self.config.isolated)?,
             env: vec![("PATH".into(), PATH.into()), ("LC_ALL".into(), "C.UTF-8".into())],
             cwd: spec.dir.join(RUN_DIR),

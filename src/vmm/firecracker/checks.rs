@@ -3,16 +3,22 @@
 use crate::api::daemon::Check;
 use crate::config::{Firecracker as Config, VmmLimits};
 use crate::error::{Error, Kind, Result};
-use crate::host::command::{Command, run_any_status};
+use crate::host::command::{Command, printable, run_any_status};
 use crate::host::program;
 use crate::locks::Cancel;
 use crate::vmm::devices::{self, KVM};
+use std::path::Path;
 use std::time::Duration;
 
 /// The oldest that has `PUT /serial`, and the newest that this driver was tried with.
 const VERSION_MIN: (u32, u32) = (1, 14);
 const VERSION_TESTED: (u32, u32) = (1, 16);
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
+/// How much of a version goes into a text.
+const VERSION_CHARS_MAX: usize = 20;
+/// What the two programs call themselves.
+const FIRECRACKER: &str = "Firecracker";
+const JAILER: &str = "Jailer";
 pub const INSTALL: &str =
     "install a release of firecracker-microvm/firecracker, and name its programs as binary and jailer under [firecracker]";
 
@@ -28,12 +34,12 @@ fn binary(config: &Config) -> Check {
         return Check::warn(ID, "it was not looked at: no descriptor is left".to_owned(), "raise the limit of open files");
     };
     match version(config, &cancel) {
-        Ok(v) if v > VERSION_TESTED => {
+        Ok(release) if release.numbers > VERSION_TESTED => {
             let (major, minor) = VERSION_TESTED;
-            let found = format!("version {}.{} is newer than {major}.{minor}, the newest that fcd was tried with", v.0, v.1);
+            let found = format!("version {} is newer than {major}.{minor}, the newest that fcd was tried with", release.text);
             Check::warn(ID, found, "if a VM does not start, use the older one")
         }
-        Ok(v) => Check::ok(ID, format!("{} is version {}.{}", config.binary.display(), v.0, v.1)),
+        Ok(release) => Check::ok(ID, format!("{} is version {}", config.binary.display(), release.text)),
         Err(e) => Check::fail(ID, e.to_string(), e.hint_text().unwrap_or(INSTALL)),
     }
 }
@@ -48,7 +54,11 @@ fn jailer(config: &Config) -> Vec<Check> {
             "jail = true under [firecracker]",
         )];
     }
-    let programs = match super::jail::programs(config) {
+    let found = super::jail::programs(config).and_then(|programs| {
+        let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+        require_same_release(&programs.jailer, &programs.firecracker, &cancel).map(|()| programs)
+    });
+    let programs = match found {
         Ok(programs) => Check::ok(ID, format!("VMMs run under {}", programs.jailer.display())),
         Err(e) => Check::fail(ID, e.to_string(), e.hint_text().unwrap_or(INSTALL)),
     };
@@ -103,7 +113,7 @@ pub fn require(version: &str) -> Result<()> {
     };
     match parse_numbers(version) {
         Some(v) if v >= VERSION_MIN => Ok(()),
-        _ => too_old(&crate::host::command::printable(&version.chars().take(20).collect::<String>())),
+        _ => too_old(&printable(&version.chars().take(VERSION_CHARS_MAX).collect::<String>())),
     }
 }
 
@@ -117,22 +127,50 @@ pub fn install_if_missing(e: Error) -> Error {
     if e.kind() == Kind::CommandMissing { e.hint(INSTALL) } else { e }
 }
 
-fn version(config: &Config, cancel: &Cancel) -> Result<(u32, u32)> {
-    let path = program::locate(&config.binary).map_err(install_if_missing)?;
-    let command = Command::new(&path).arg("--version").deadline(VERSION_DEADLINE);
-    let out = run_any_status(&command, cancel, &mut |_| {})?;
-    let text = String::from_utf8_lossy(&out.stdout).into_owned();
-    match parse_version(&text) {
-        Some(v) => require(&format!("{}.{}", v.0, v.1)).map(|()| v),
-        None => {
-            Err(Error::new(Kind::Unsupported, format!("{} does not run, or is no Firecracker", path.display())).hint(INSTALL))
-        }
+/// A release, as a program or the API names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Release {
+    /// `1.16.1`, or `1.17.0-dev`.
+    text: String,
+    numbers: (u32, u32),
+}
+
+impl Release {
+    /// From the first line of `--version`: `Firecracker v1.16.1`, `Jailer v1.16.1`.
+    fn parse(output: &str, name: &str) -> Option<Self> {
+        let text = output.lines().next()?.strip_prefix(name)?.strip_prefix(" v")?.split_whitespace().next()?;
+        Some(Self { text: printable(&text.chars().take(VERSION_CHARS_MAX).collect::<String>()), numbers: parse_numbers(text)? })
     }
 }
 
-/// `Firecracker v1.16.1`.
-fn parse_version(text: &str) -> Option<(u32, u32)> {
-    parse_numbers(text.lines().next()?.strip_prefix("Firecracker v")?)
+fn release(program: &Path, name: &str, cancel: &Cancel) -> Result<Release> {
+    let command = Command::new(program).arg("--version").deadline(VERSION_DEADLINE);
+    let out = run_any_status(&command, cancel, &mut |_| {})?;
+    Release::parse(&String::from_utf8_lossy(&out.stdout), name).ok_or_else(|| {
+        let message = format!("{} is not {name}: it does not say so with --version", program.display());
+        Error::new(Kind::Unsupported, message).hint(INSTALL)
+    })
+}
+
+fn version(config: &Config, cancel: &Cancel) -> Result<Release> {
+    let path = program::locate(&config.binary).map_err(install_if_missing)?;
+    let release = release(&path, FIRECRACKER, cancel)?;
+    require(&release.text).map(|()| release)
+}
+
+/// Whether the jailer is one, and of Firecracker's release. A start does not ask in advance, which would cost every start
+/// two processes: it asks when it has failed.
+///
+/// # Errors
+/// `unsupported`, with both versions.
+pub fn require_same_release(jailer: &Path, firecracker: &Path, cancel: &Cancel) -> Result<()> {
+    let (its, wanted) = (release(jailer, JAILER, cancel)?, release(firecracker, FIRECRACKER, cancel)?);
+    if its == wanted {
+        return Ok(());
+    }
+    let message =
+        format!("{} is version {}, but {} is version {}", jailer.display(), its.text, firecracker.display(), wanted.text);
+    Err(Error::new(Kind::Unsupported, message).hint("use the firecracker and the jailer of one release"))
 }
 
 fn parse_numbers(text: &str) -> Option<(u32, u32)> {
@@ -145,12 +183,36 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions() {
-        assert_eq!(parse_version("Firecracker v1.16.1\n\nSupported snapshot data format versions: v9.0.0\n"), Some((1, 16)));
-        assert_eq!(parse_version("Firecracker v1.17.0-dev\n"), Some((1, 17)));
-        for bad in ["", "QEMU emulator version 7.2", "Firecracker v", "Firecracker v1"] {
-            assert_eq!(parse_version(bad), None, "{bad}");
+    fn version_is_read_from_the_first_line() {
+        let parse = |text, name| Release::parse(text, name).map(|r| (r.text, r.numbers));
+        let known = "Firecracker v1.16.1\n\nSupported snapshot data format versions: v9.0.0\n";
+        assert_eq!(parse(known, FIRECRACKER), Some(("1.16.1".into(), (1, 16))));
+        assert_eq!(parse("Firecracker v1.17.0-dev\n", FIRECRACKER), Some(("1.17.0-dev".into(), (1, 17))));
+        assert_eq!(parse("Jailer v1.16.1\n\n", JAILER), Some(("1.16.1".into(), (1, 16))));
+        for bad in ["", "QEMU emulator version 7.2", "Firecracker v", "Firecracker v1", "true (GNU coreutils) 9.1"] {
+            assert_eq!(parse(bad, FIRECRACKER), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn jailer_must_be_one_and_of_the_same_release() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = |name: &str, says: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, format!("#!/bin/sh\necho '{says}'\n")).unwrap();
+            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+            path
+        };
+        let cancel = Cancel::try_new().unwrap();
+        let firecracker = program("firecracker", "Firecracker v1.16.1");
+        let refused = |jailer: &Path| require_same_release(jailer, &firecracker, &cancel).unwrap_err();
+        require_same_release(&program("good", "Jailer v1.16.1"), &firecracker, &cancel).unwrap();
+        let e = refused(Path::new("/bin/true"));
+        assert!(e.kind() == Kind::Unsupported && e.to_string().starts_with("/bin/true is not Jailer"), "{e}");
+        let e = refused(&program("old", "Jailer v1.15.0"));
+        assert!(e.to_string().contains("1.15.0") && e.to_string().contains("1.16.1") && e.hint_text().is_some(), "{e}");
+        let e = refused(&firecracker);
+        assert!(e.to_string().contains("is not Jailer"), "{e}");
     }
 
     #[test]

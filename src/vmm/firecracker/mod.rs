@@ -100,6 +100,22 @@ impl Firecracker {
         Ok(groups)
     }
 
+    /// Names the cause of a failed start where the jailer is not one, or of another release.
+    fn with_cause(&self, e: Error, spec: &VmmSpec, cancel: &Cancel) -> Error {
+        if e.kind() == Kind::Cancelled || !self.is_jailed(spec) {
+            return e;
+        }
+        let found = jail::programs(&self.config)
+            .and_then(|programs| checks::require_same_release(&programs.jailer, &programs.firecracker, cancel));
+        match found {
+            Err(cause) if cause.kind() == Kind::Unsupported => {
+                let hint = cause.hint_text().unwrap_or(checks::INSTALL).to_owned();
+                Error::new(Kind::Unsupported, format!("{e}; {cause}")).hint(hint)
+            }
+            _ => e,
+        }
+    }
+
     fn is_jailed(&self, spec: &VmmSpec) -> bool {
         self.config.jail && spec.credentials.is_some()
     }
@@ -400,8 +416,9 @@ impl Driver for Firecracker {
         let within = if spec.saved.is_some() { SAVE_DEADLINE } else { START_DEADLINE };
         let running = {
             let _blocking = region(Rank::VmmApi);
-            self.set_going(spec, &spawned_now, Patience { deadline: Instant::now() + within, cancel })?
-        };
+            self.set_going(spec, &spawned_now, Patience { deadline: Instant::now() + within, cancel })
+        }
+        .map_err(|e| self.with_cause(e, spec, cancel))?;
         undo.commit();
         Ok(running)
     }

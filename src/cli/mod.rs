@@ -62,7 +62,7 @@ struct Cli {
 #[derive(clap::Subcommand, Debug)]
 enum Noun {
     /// Run a command or a shell in a fresh VM, with a copy of a tree
-    Run(run::Args),
+    Run(Box<run::Args>),
     /// Run a command or a shell in a VM
     Exec(exec::Args),
     /// Enter a VM with the system's ssh
@@ -149,7 +149,7 @@ fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
 
 fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
     match noun {
-        Noun::Run(args) => run::run(ctx, args),
+        Noun::Run(args) => run::run(ctx, *args),
         Noun::Exec(args) => exec::run(ctx, args),
         Noun::Ssh(args) => ssh::run(ctx, args),
         Noun::Ps(args) => vm::list(ctx, args),

@@ -56,7 +56,7 @@ fn tell(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
     let export = args.export_patch.map(ExportTo::patch);
     export.iter().try_for_each(ExportTo::check)?;
     let source = match &args.path {
-        Some(path) => Some(Source::tree(path, args.workspace.history, interrupts.cancel())?),
+        Some(path) => Some(Source::tree(path, &args.workspace, interrupts.cancel())?),
         None if args.workspace.is_said() => {
             return Err(Error::invalid("the options of a workspace need a PATH").hint("as in fcctl run . -- CMD").into());
         }

@@ -42,7 +42,7 @@ pub struct PrepareArgs {
     #[arg(required_unless_present = "tar")]
     path: Option<PathBuf>,
     /// Send a tar instead of a tree: a file, or - for stdin
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["path", "history"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["path", "history", "allow_alternate"])]
     tar: Option<PathBuf>,
     #[command(flatten)]
     how: PrepareHow,
@@ -63,6 +63,9 @@ pub struct PrepareHow {
     /// Also replace files that the guest changed since the last time
     #[arg(long)]
     pub overwrite: bool,
+    /// Let the repository take objects from PATH, outside the tree, as after git clone --shared
+    #[arg(long, value_name = "PATH")]
+    pub allow_alternate: Vec<PathBuf>,
     /// Fail when another import or export of this VM is under way
     #[arg(long)]
     pub no_wait: bool,
@@ -71,7 +74,12 @@ pub struct PrepareHow {
 impl PrepareHow {
     /// Whether any of it was given.
     pub fn is_said(&self) -> bool {
-        self.guest_path.is_some() || self.readonly || self.history.is_some() || self.overwrite || self.no_wait
+        self.guest_path.is_some()
+            || self.readonly
+            || self.history.is_some()
+            || self.overwrite
+            || !self.allow_alternate.is_empty()
+            || self.no_wait
     }
 }
 
@@ -118,7 +126,7 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
 fn prepare_verb(ctx: &mut Context, interrupts: &Interrupts, args: PrepareArgs) -> Result<u8> {
     let source = match (&args.tar, &args.path) {
         (Some(tar), _) => Source::Tar(open_tar(ctx, tar)?),
-        (None, path) => Source::tree(path.as_deref().unwrap_or(Path::new(".")), args.how.history, interrupts.cancel())?,
+        (None, path) => Source::tree(path.as_deref().unwrap_or(Path::new(".")), &args.how, interrupts.cancel())?,
     };
     let mut client = ctx.connect()?;
     let reply = Transfer { ctx, interrupts, client: &mut client, vm: &args.vm }.prepare(source, args.how)?;
@@ -146,8 +154,12 @@ pub enum Source {
 
 impl Source {
     /// Looks at a tree; nothing is asked of the daemon yet.
-    pub fn tree(path: &Path, history: Option<History>, cancel: &Cancel) -> Result<Self> {
-        let options = Options { history: history.unwrap_or_default(), env: CallerEnv::from_process() };
+    pub fn tree(path: &Path, how: &PrepareHow, cancel: &Cancel) -> Result<Self> {
+        let options = Options {
+            history: how.history.unwrap_or_default(),
+            env: CallerEnv::from_process(),
+            allow_alternates: how.allow_alternate.clone(),
+        };
         let plan = Plan::inspect(path, &options, cancel).map_err(|e| match e.kind() {
             Kind::PathNotFound if e.hint_text().is_none() => e.hint("name a directory that is there, or . for this one"),
             _ => e,

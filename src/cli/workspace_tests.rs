@@ -270,3 +270,34 @@ fn export_that_sends_too_much_is_refused_and_leaves_nothing() {
     }
     assert_eq!(std::fs::read_dir(fake.dir()).unwrap().count(), 1);
 }
+
+/// The flag reaches the plan, with `prepare` and with `run`.
+#[test]
+fn alternate_is_allowed_by_its_flag() {
+    let dir = tempfile::tempdir().unwrap();
+    let git = |at: &Path, args: &[&str]| {
+        let c = crate::host::command::Command::new("git").args(args).cwd(at).env("HOME", dir.path());
+        let out = crate::host::command::run_any_status(&c, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+        assert_eq!(out.status, 0, "{}", String::from_utf8_lossy(&out.stderr));
+    };
+    git(dir.path(), &["init", "-q", "main"]);
+    let main = dir.path().join("main");
+    git(&main, &["-c", "user.name=x", "-c", "user.email=x@y", "commit", "-q", "--allow-empty", "-m", "one"]);
+    git(dir.path(), &["clone", "-q", "--shared", "main", "clone"]);
+    let clone = dir.path().join("clone");
+    let clone = clone.to_str().unwrap();
+    let none = Fake::start(|_| unreachable!());
+    for args in [&["workspace", "prepare", "web", clone][..], &["run", clone, "--", "true"]] {
+        let ran = fcctl(&none, args);
+        assert!(ran.status != 0 && ran.err.contains("--allow-alternate "), "{}", ran.err);
+        assert!(ran.err.contains("main/.git/objects"), "{}", ran.err);
+    }
+    let fake = Fake::start(|mut r| {
+        let (_, entries) = take_stream(&mut r, &[]).unwrap();
+        r.result(prepare_reply(entries, &[]));
+    });
+    let ran = fcctl(&fake, &["workspace", "prepare", "web", clone, "--allow-alternate", main.to_str().unwrap()]);
+    assert_eq!(ran.status, 0, "{}", ran.err);
+    let ran = fcctl(&none, &["run", "--allow-alternate", main.to_str().unwrap(), "--", "true"]);
+    assert!(ran.err.contains("need a PATH"), "{}", ran.err);
+}

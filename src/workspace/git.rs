@@ -1,16 +1,22 @@
 //! What git knows of a tree, asked so that nothing of the repository runs: no hook, fsmonitor, filter, pager, fetch.
 
+mod config;
 mod history;
+mod layout;
 mod parse;
 
+pub(super) use config::Config;
 pub(super) use history::{History1, Pack, pack};
 pub(super) use parse::{IndexEntry, Record};
 
-use super::plan::CallerEnv;
+use super::beneath::Beneath;
+use super::plan::{CallerEnv, Options};
 use crate::error::{Error, Kind, Result};
 use crate::host::command::Command;
 use crate::host::piped::run_piped;
+use crate::host::shell::quote;
 use crate::locks::Cancel;
+use layout::{Claim, Layout};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
@@ -23,42 +29,15 @@ const ASK_DEADLINE: Duration = Duration::from_secs(120);
 const ANSWER_BYTES_MAX: usize = 1024 * 1024 * 1024;
 /// Most bytes of an exclude or attributes file that are passed on.
 const RULES_BYTES_MAX: u64 = 1024 * 1024;
-/// Settings that decide what `git status` says and that hold no secret. Values are words.
-const CARRIED: &[&str] = &[
-    "core.filemode",
-    "core.symlinks",
-    "core.autocrlf",
-    "core.eol",
-    "core.safecrlf",
-    "core.ignorecase",
-    "core.quotepath",
-    "status.renames",
-    "status.showuntrackedfiles",
-    "diff.renames",
-];
-
 /// A repository and how its caller's git is set up.
 pub(super) struct Git {
     /// The top of the work tree.
     pub top: PathBuf,
+    layout: Layout,
     env: CallerEnv,
     cancel: Cancel,
     /// `-c` settings for every command.
     config: Vec<OsString>,
-}
-
-/// What the caller's configuration says.
-#[derive(Debug, Default)]
-pub(super) struct Config {
-    pub user_name: Option<Vec<u8>>,
-    pub user_email: Option<Vec<u8>>,
-    /// Of [`CARRIED`], in the order they were found.
-    pub carried: Vec<(String, String)>,
-    safe_directories: Vec<Vec<u8>>,
-    /// And whether the repository itself said so.
-    excludes_file: Option<(Vec<u8>, bool)>,
-    pub partial_clone: bool,
-    core_worktree: Option<Vec<u8>>,
 }
 
 /// Where HEAD is.
@@ -89,9 +68,15 @@ pub(super) fn find_top(path: &Path) -> Result<Option<PathBuf>> {
 }
 
 impl Git {
-    /// Checks that git accepts `top` as the top of a work tree. `invalid_tree` with git's reason where it does not.
-    pub fn open(top: &Path, env: &CallerEnv, cancel: &Cancel) -> Result<(Self, Config)> {
-        let mut git = Self { top: top.to_owned(), env: env.clone(), cancel: cancel.clone(), config: Vec::new() };
+    /// Checks that the repository is the tree's own and that git accepts `top` as the top of its work
+    /// tree. `invalid_tree` with git's reason where it does not.
+    pub fn open(top: &Path, options: &Options, cancel: &Cancel) -> Result<(Self, Config)> {
+        let env = options.env.clone();
+        let layout = Layout::find(top)?;
+        let mut git = Self { top: top.to_owned(), layout, env, cancel: cancel.clone(), config: Vec::new() };
+        let allowed = options.allowed_alternates()?;
+        git.check_claim(&allowed)?;
+        git.layout.check(&allowed)?;
         let config = git.read_config()?;
         for dir in &config.safe_directories {
             git.set(b"safe.directory", dir);
@@ -99,15 +84,32 @@ impl Git {
         if let Some(file) = git.excludes_path(&config) {
             git.set(b"core.excludesFile", file.as_os_str().as_bytes());
         }
-        let shown = git.line(&["rev-parse", "--show-toplevel"]).map_err(|e| git.refused(e))?;
-        let same =
-            |a: &Path, b: &Path| std::fs::canonicalize(a).ok().is_some_and(|a| std::fs::canonicalize(b).is_ok_and(|b| a == b));
-        if !same(Path::new(OsStr::from_bytes(&shown)), top) {
-            return Err(Error::new(Kind::InvalidTree, format!("{} has a .git that git does not use for it", top.display()))
-                .hint(format!("look with: git -C {} status", top.display())));
-        }
-        git.check_link(&config)?;
+        git.check_answers()?;
         Ok((git, config))
+    }
+
+    /// What git itself takes for the repository is what was checked.
+    fn check_answers(&self) -> Result<()> {
+        let shown = self.path(&["rev-parse", "--show-toplevel"]).map_err(|e| self.refused(e))?;
+        if !layout::real(&shown).is_ok_and(|shown| shown == self.top) {
+            return Err(self.unused());
+        }
+        for (args, want) in [("--absolute-git-dir", &self.layout.git_dir), ("--git-common-dir", &self.layout.common)] {
+            let said = self.path(&["rev-parse", args]).map_err(|e| self.refused(e))?;
+            if !layout::real(&said).is_ok_and(|said| said == *want) {
+                return Err(self.unused());
+            }
+        }
+        Ok(())
+    }
+
+    fn unused(&self) -> Error {
+        Error::new(Kind::InvalidTree, format!("{} has a .git that git does not use for it", self.top.display()))
+            .hint(format!("look with: git -C {} status", self.quoted_top()))
+    }
+
+    fn quoted_top(&self) -> String {
+        quote(&self.top.to_string_lossy())
     }
 
     fn set(&mut self, key: &[u8], value: &[u8]) {
@@ -119,44 +121,44 @@ impl Git {
         if matches!(e.kind(), Kind::Cancelled | Kind::Timeout | Kind::CommandMissing | Kind::DiskFull) {
             return e;
         }
+        let top = self.quoted_top();
         let hint = if e.message().contains("dubious ownership") {
-            format!("if you trust it, run: git config --global --add safe.directory {}", self.top.display())
+            format!("if you trust it, run: git config --global --add safe.directory {top}")
         } else {
-            format!(
-                "mend it, or move the .git away to send everything as plain files; look with: git -C {} status",
-                self.top.display()
-            )
+            format!("look with: git -C {top} status; to send only the files, copy them without .git elsewhere and send that")
         };
         e.with_kind(Kind::InvalidTree).context(format!("{} has a .git that git refuses", self.top.display())).hint(hint)
     }
 
-    /// A `.git` file or link leads elsewhere; a foreign tree could lead to any repository of the caller's. The
-    /// repository has to point back: a worktree's `gitdir` does, a submodule's `core.worktree` does.
-    fn check_link(&self, config: &Config) -> Result<()> {
-        let dot_git = self.top.join(".git");
-        let meta = std::fs::symlink_metadata(&dot_git).map_err(|e| Error::io(format!("look at {}", dot_git.display()), e))?;
-        if meta.is_dir() {
-            return Ok(());
+    /// A foreign tree could name any repository of the caller's: the repository has to point back.
+    fn check_claim(&self, allowed: &[PathBuf]) -> Result<()> {
+        let claim = self.layout.claim();
+        let is_own = match claim {
+            Claim::Inside | Claim::Worktree => true,
+            Claim::Setting => allowed.iter().any(|dir| self.layout.git_dir.starts_with(dir)) || self.is_named_by_setting()?,
+            Claim::OtherWorktree(_) | Claim::None => false,
+        };
+        if is_own { Ok(()) } else { Err(self.layout.foreign(&claim)) }
+    }
+
+    /// Whether `core.worktree` of the repository is the tree, as it is for a submodule.
+    fn is_named_by_setting(&self) -> Result<bool> {
+        for name in ["config", "config.worktree"] {
+            let file = self.layout.git_dir.join(name);
+            if !file.is_file() {
+                continue;
+            }
+            // Not in the tree: nothing there may have a say in this.
+            let c = self.command(&["config", "--null", "--no-includes", "--file"]);
+            let c = c.arg(&file).args(["--get-all", "core.worktree"]).cwd("/");
+            let (_, values) = self.ask_status(&c, &[0, 1])?;
+            let named = values.split(|b| *b == 0).rfind(|v| !v.is_empty()).map(OsStr::from_bytes);
+            let named = named.and_then(|v| layout::real(&self.layout.git_dir.join(v)).ok());
+            if named.is_some_and(|dir| dir == self.top) {
+                return Ok(true);
+            }
         }
-        let git_dir = self.path(&["rev-parse", "--absolute-git-dir"])?;
-        let back = std::fs::read(git_dir.join("gitdir")).unwrap_or_default();
-        let back = git_dir.join(OsStr::from_bytes(back.trim_ascii_end()));
-        let real = |p: &Path| std::fs::canonicalize(p).ok();
-        let top = real(&self.top);
-        let worktree = config.core_worktree.as_ref().and_then(|w| real(&git_dir.join(OsStr::from_bytes(w))));
-        let points_back = back.file_name() == Some(OsStr::new(".git")) && back.parent().and_then(real) == top;
-        if points_back || (worktree.is_some() && worktree == top) {
-            return Ok(());
-        }
-        Err(Error::new(
-            Kind::InvalidTree,
-            format!("{} leads to {}, which does not belong to this tree", dot_git.display(), git_dir.display()),
-        )
-        .hint(format!(
-            "if it does, run: git --git-dir={} config core.worktree {}",
-            git_dir.display(),
-            self.top.display()
-        )))
+        Ok(false)
     }
 
     pub fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
@@ -169,6 +171,8 @@ impl Git {
             ("GIT_TERMINAL_PROMPT", "0"),
             ("GIT_NO_LAZY_FETCH", "1"),
             ("GIT_NO_REPLACE_OBJECTS", "1"),
+            // A repository that git does not accept is not looked for in a directory above.
+            ("GIT_CEILING_DIRECTORIES", &self.top.parent().unwrap_or(&self.top).to_string_lossy()),
             // Settles the question whatever protocol.*.allow says in the repository.
             ("GIT_ALLOW_PROTOCOL", "none"),
         ] {
@@ -181,6 +185,8 @@ impl Git {
             c = c.env("SUDO_UID", uid);
         }
         c.args(["-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "-c", "core.pager=cat"])
+            // Its names of packs may lead out of the repository: git does not look at them.
+            .args(["-c", "core.multiPackIndex=false"])
             .args(&self.config)
             .args(args)
     }
@@ -232,14 +238,27 @@ impl Git {
     }
 
     /// With the caller's own surroundings: only this command looks at the global configuration.
-    fn read_config(&self) -> Result<Config> {
+    fn ask_config(&self, args: &[&str]) -> Result<(i32, Vec<u8>)> {
         let mut c = Command::new("git").deadline(ASK_DEADLINE).cwd(&self.top).env("GIT_TERMINAL_PROMPT", "0");
         for (key, value) in self.env.for_config() {
             c = c.env(key, value);
         }
-        let c = c.args(["-c", "core.fsmonitor=false", "config", "--null", "--show-scope", "--list"]);
-        let (_, answer) = self.ask_status(&c, &[0]).map_err(|e| self.refused(e))?;
-        Ok(Config::from_list(&answer))
+        let ceiling = self.top.parent().unwrap_or(&self.top);
+        let c = c.env("GIT_CEILING_DIRECTORIES", ceiling).args(["-c", "core.fsmonitor=false", "config"]).args(args);
+        self.ask_status(&c, &[0, 1])
+    }
+
+    fn read_config(&self) -> Result<Config> {
+        let args = ["--null", "--show-scope", "--show-origin", "--list"];
+        let (_, answer) = self.ask_config(&args).map_err(|e| self.refused(e))?;
+        Ok(Config::from_list(&answer, &|origin| self.is_own_file(origin)))
+    }
+
+    /// A file of settings that belongs to the repository. It may include others, which could be anybody's.
+    fn is_own_file(&self, origin: &[u8]) -> bool {
+        let Some(file) = origin.strip_prefix(b"file:") else { return false };
+        let Ok(file) = layout::real(&self.top.join(OsStr::from_bytes(file))) else { return false };
+        [&self.top, &self.layout.git_dir, &self.layout.common].into_iter().any(|dir| file.starts_with(dir))
     }
 
     /// The file of ignore rules that the caller's git uses beside the repository's own.
@@ -270,8 +289,9 @@ impl Git {
         self.text(&["rev-parse", "--show-object-format"])
     }
 
-    pub fn common_dir(&self) -> Result<PathBuf> {
-        self.path(&["rev-parse", "--git-common-dir"])
+    /// Where objects and refs are.
+    pub fn common_dir(&self) -> &Path {
+        &self.layout.common
     }
 
     pub fn index(&self) -> Result<Vec<IndexEntry>> {
@@ -319,13 +339,15 @@ impl Git {
 
     /// A file of `.git/info`, empty where there is none or it is a link.
     pub fn info_file(&self, name: &str) -> Result<Vec<u8>> {
-        use std::os::unix::fs::OpenOptionsExt;
-        let path = self.common_dir()?.join("info").join(name);
-        let mut options = std::fs::OpenOptions::new();
-        options.read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-        match options.open(path) {
+        self.own_file(&format!("info/{name}"), RULES_BYTES_MAX)
+    }
+
+    /// The start of a file of the repository, empty where there is none, or a link is on the way.
+    pub fn own_file(&self, name: &str, bytes_max: u64) -> Result<Vec<u8>> {
+        let opened = Beneath::open(self.common_dir()).and_then(|mut dir| dir.open_file(name.as_bytes()));
+        match opened {
             Ok(file) if file.metadata().is_ok_and(|m| m.is_file()) => {
-                crate::host::command::read_bounded(file, RULES_BYTES_MAX).map_err(|e| Error::io(format!("read info/{name}"), e))
+                crate::host::command::read_bounded(file, bytes_max).map_err(|e| Error::io(format!("read {name}"), e))
             }
             _ => Ok(Vec::new()),
         }
@@ -335,107 +357,4 @@ impl Git {
 pub(super) fn unreadable(what: &str) -> Error {
     Error::new(Kind::InvalidTree, format!("cannot read {what}"))
         .hint("make it readable, or have git ignore it (.gitignore), then try again")
-}
-
-impl Config {
-    /// From `git config --null --show-scope --list`: scope NUL key LF value NUL.
-    fn from_list(list: &[u8]) -> Self {
-        let mut config = Config::default();
-        let mut fields = list.split(|b| *b == 0);
-        while let (Some(scope), Some(item)) = (fields.next(), fields.next()) {
-            let (key, value) = match item.iter().position(|b| *b == b'\n') {
-                Some(at) => (&item[..at], &item[at + 1..]),
-                None => (item, &b"true"[..]),
-            };
-            let key = String::from_utf8_lossy(key).into_owned();
-            let own = matches!(scope, b"local" | b"worktree");
-            config.take(&key, value, own);
-        }
-        config
-    }
-
-    fn take(&mut self, key: &str, value: &[u8], own: bool) {
-        match key {
-            "user.name" => self.user_name = Some(value.to_vec()),
-            "user.email" => self.user_email = Some(value.to_vec()),
-            "safe.directory" if !own => self.safe_directories.push(value.to_vec()),
-            "core.excludesfile" => self.excludes_file = Some((value.to_vec(), own)),
-            "core.worktree" if own => self.core_worktree = Some(value.to_vec()),
-            "extensions.partialclone" => self.partial_clone = true,
-            _ if key.starts_with("remote.") && key.ends_with(".promisor") => self.partial_clone = true,
-            _ if CARRIED.contains(&key) => {
-                if let Ok(word) = std::str::from_utf8(value)
-                    && word.len() <= 16
-                    && !word.is_empty()
-                    && word.bytes().all(|b| b.is_ascii_alphanumeric())
-                {
-                    self.carried.retain(|(k, _)| k != key);
-                    self.carried.push((key.to_owned(), word.to_owned()));
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// Lines for the guest's `.git/config`.
-    pub fn for_guest(&self) -> Vec<u8> {
-        let mut out = Vec::new();
-        for (key, value) in [("name", &self.user_name), ("email", &self.user_email)] {
-            if let Some(value) = value {
-                out.extend_from_slice(format!("[user]\n\t{key} = ").as_bytes());
-                out.extend(quoted(value));
-                out.push(b'\n');
-            }
-        }
-        for (key, value) in &self.carried {
-            if let Some((section, name)) = key.split_once('.') {
-                out.extend_from_slice(format!("[{section}]\n\t{name} = {value}\n").as_bytes());
-            }
-        }
-        out
-    }
-}
-
-/// A value as git's configuration files write it.
-fn quoted(value: &[u8]) -> Vec<u8> {
-    let mut out = vec![b'"'];
-    for &b in value {
-        match b {
-            b'"' | b'\\' => out.extend([b'\\', b]),
-            b'\n' => out.extend(b"\\n"),
-            b'\t' => out.extend(b"\\t"),
-            0 => {}
-            _ => out.push(b),
-        }
-    }
-    out.push(b'"');
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_harmless_settings_are_carried() {
-        let list =
-            b"global\0user.name\nA \"B\"\0local\0user.email\na@b\0local\0core.autocrlf\ninput\0local\0core.sshcommand\nevil\0\
-            local\0remote.o.url\nhttps://u:p@h\0local\0core.eol\n$(x)\0local\0safe.directory\n*\0global\0safe.directory\n/x\0\
-            local\0core.excludesfile\n/etc/shadow\0local\0status.renames\0";
-        let config = Config::from_list(list);
-        assert_eq!(config.safe_directories, [b"/x".to_vec()]);
-        assert_eq!(config.excludes_file, Some((b"/etc/shadow".to_vec(), true)));
-        let text = String::from_utf8(config.for_guest()).unwrap();
-        expect_test::expect![[r#"
-            [user]
-            	name = "A \"B\""
-            [user]
-            	email = "a@b"
-            [core]
-            	autocrlf = input
-            [status]
-            	renames = true
-        "#]]
-        .assert_eq(&text);
-    }
 }

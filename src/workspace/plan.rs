@@ -106,6 +106,24 @@ impl CallerEnv {
 pub struct Options {
     pub history: History,
     pub env: CallerEnv,
+    /// Directories outside the tree that the caller lets the repository take objects from.
+    pub allow_alternates: Vec<PathBuf>,
+}
+
+impl Options {
+    /// Without links, so that they can be compared.
+    pub(super) fn allowed_alternates(&self) -> Result<Vec<PathBuf>> {
+        let real = |path: &PathBuf| {
+            std::fs::canonicalize(path).map_err(|e| match e.kind() {
+                std::io::ErrorKind::NotFound => {
+                    Error::new(Kind::PathNotFound, format!("--allow-alternate {} is not there", path.display()))
+                        .hint("name the directory of objects, or leave it out")
+                }
+                _ => Error::io(format!("look at {}", path.display()), e),
+            })
+        };
+        self.allow_alternates.iter().map(real).collect()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -185,7 +203,7 @@ impl Plan {
             return Err(Error::new(Kind::InvalidTree, format!("{} is inside git's own directory", path.display()))
                 .hint(format!("give the repository: {}", top.display())));
         }
-        let (git, config) = Git::open(top, &options.env, cancel)?;
+        let (git, config) = Git::open(top, options, cancel)?;
         let (mut repo, blobs, mut warnings) = Repo::look(&git, &config)?;
         let listed = git.listed()?;
         let mut walk = Walk::new(open_root(top)?, cancel);

@@ -11,6 +11,8 @@ use std::time::Duration;
 const PACK_DEADLINE: Duration = Duration::from_secs(1800);
 /// Commits beyond the asked depth that one look at the history brings, so that one is enough where it is linear.
 const LOOK_AHEAD: u32 = 200;
+/// Most bytes of the list of commits where a shallow repository ends.
+const SHALLOW_BYTES_MAX: u64 = 64 * 1024 * 1024;
 /// Most tags that go along.
 const TAGS_MAX: usize = 10_000;
 
@@ -50,8 +52,8 @@ impl Git {
 
     /// Where this repository is cut itself.
     fn own_shallow(&self) -> Result<BTreeSet<String>> {
-        let text = std::fs::read_to_string(self.common_dir()?.join("shallow")).unwrap_or_default();
-        Ok(text.lines().filter(|l| parse::is_oid(l)).map(str::to_owned).collect())
+        let text = self.own_file("shallow", SHALLOW_BYTES_MAX)?;
+        Ok(String::from_utf8_lossy(&text).lines().filter(|l| parse::is_oid(l)).map(str::to_owned).collect())
     }
 
     /// The commits at most `depth - 1` steps from `head`, and those of them whose parents are not all among them.
@@ -159,7 +161,7 @@ pub(in crate::workspace) fn pack(
         .arg(&base)
         // git writes its temporary file into the object directory: not into the caller's.
         .env("GIT_OBJECT_DIRECTORY", &objects)
-        .env("GIT_ALTERNATE_OBJECT_DIRECTORIES", alternate(&git.common_dir()?.join("objects")))
+        .env("GIT_ALTERNATE_OBJECT_DIRECTORIES", alternate(&git.common_dir().join("objects")))
         .stdin(input)
         .deadline(PACK_DEADLINE);
     let (_, hash) = git.ask_status(&command, &[0]).map_err(|e| e.context("pack the history"))?;

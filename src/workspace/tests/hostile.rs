@@ -79,10 +79,6 @@ fn files_that_a_repository_names_as_ignore_rules_are_not_sent() {
     let secret = site.dir.path().join("secret");
     std::fs::write(&secret, "top secret\n*.o\n").unwrap();
     site.git(&["config", "core.excludesFile", secret.to_str().unwrap()]);
-    std::fs::remove_file(site.path(".git/info/exclude")).unwrap_or_default();
-    std::fs::create_dir_all(site.path(".git/info")).unwrap();
-    symlink(&secret, site.path(".git/info/exclude")).unwrap();
-    symlink(&secret, site.path(".git/info/attributes")).unwrap();
     site.write("x.o", "ignored");
     let mut payload = Vec::new();
     let mut plan = site.plan().unwrap();
@@ -90,6 +86,14 @@ fn files_that_a_repository_names_as_ignore_rules_are_not_sent() {
     assert!(!payload.windows(10).any(|w| w == b"top secret"));
     assert!(!payload.windows(4).any(|w| w == b"x.o\0"));
     assert!(plan.warnings()[0].contains("not sent"));
+    for name in ["exclude", "attributes"] {
+        std::fs::create_dir_all(site.path(".git/info")).unwrap();
+        let _ = std::fs::remove_file(site.path(format!(".git/info/{name}")));
+        symlink(&secret, site.path(format!(".git/info/{name}"))).unwrap();
+        let e = site.plan().err().unwrap();
+        assert!(e.to_string().contains(&format!("info/{name} leads to")), "{e}");
+        std::fs::remove_file(site.path(format!(".git/info/{name}"))).unwrap();
+    }
 }
 
 /// One entry, and the error that it gives; nothing may be left of it.

@@ -4,6 +4,7 @@ mod exporting;
 mod hostile;
 mod importing;
 mod repeating;
+mod stealing;
 
 use super::plan::{CallerEnv, History, Options, Plan, Sent};
 use super::remote::{self, Finish, Finished, Place};
@@ -94,7 +95,7 @@ impl Site {
 
     fn options(&self, history: History) -> Options {
         let env = CallerEnv { path: std::env::var_os("PATH"), home: Some(self.dir.path().join("home")), ..CallerEnv::default() };
-        Options { history, env }
+        Options { history, env, ..Options::default() }
     }
     fn plan(&self) -> Result<Plan> {
         Plan::inspect(&self.host(), &self.options(History::default()), &cancel())

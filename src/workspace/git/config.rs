@@ -1,0 +1,150 @@
+//! What the caller's configuration says, and what of it the guest gets.
+
+/// Settings that decide what `git status` says and that hold no secret. Values are words.
+const CARRIED: &[&str] = &[
+    "core.filemode",
+    "core.symlinks",
+    "core.autocrlf",
+    "core.eol",
+    "core.safecrlf",
+    "core.ignorecase",
+    "core.quotepath",
+    "status.renames",
+    "status.showuntrackedfiles",
+    "diff.renames",
+];
+
+/// What the caller's configuration says.
+#[derive(Debug, Default)]
+pub(in crate::workspace) struct Config {
+    pub user_name: Option<Vec<u8>>,
+    pub user_email: Option<Vec<u8>>,
+    /// Of [`CARRIED`], in the order they were found.
+    pub carried: Vec<(String, String)>,
+    pub(super) safe_directories: Vec<Vec<u8>>,
+    /// And whether the repository itself said so.
+    pub(super) excludes_file: Option<(Vec<u8>, bool)>,
+    pub partial_clone: bool,
+}
+
+impl Config {
+    /// From `git config --null --show-scope --show-origin --list`: scope NUL origin NUL key LF value NUL.
+    /// `is_own` decides whether a setting of the repository's comes from a file of its own.
+    pub(super) fn from_list(list: &[u8], is_own: &dyn Fn(&[u8]) -> bool) -> Self {
+        let mut config = Config::default();
+        let mut fields = list.split(|b| *b == 0);
+        let mut last: (&[u8], bool) = (b"", true);
+        while let (Some(scope), Some(origin), Some(item)) = (fields.next(), fields.next(), fields.next()) {
+            let (key, value) = match item.iter().position(|b| *b == b'\n') {
+                Some(at) => (&item[..at], &item[at + 1..]),
+                None => (item, &b"true"[..]),
+            };
+            let key = String::from_utf8_lossy(key).into_owned();
+            let own = is_of_repository(scope);
+            if own && last.0 != origin {
+                last = (origin, is_own(origin));
+            }
+            if !own || last.1 {
+                config.take(&key, value, own);
+            }
+        }
+        config
+    }
+
+    fn take(&mut self, key: &str, value: &[u8], own: bool) {
+        match key {
+            "user.name" => self.user_name = Some(value.to_vec()),
+            "user.email" => self.user_email = Some(value.to_vec()),
+            "safe.directory" if !own => self.safe_directories.push(value.to_vec()),
+            "core.excludesfile" => self.excludes_file = Some((value.to_vec(), own)),
+            "extensions.partialclone" => self.partial_clone = true,
+            _ if key.starts_with("remote.") && key.ends_with(".promisor") => self.partial_clone = true,
+            _ if CARRIED.contains(&key) => {
+                if let Ok(word) = std::str::from_utf8(value)
+                    && word.len() <= 16
+                    && !word.is_empty()
+                    && word.bytes().all(|b| b.is_ascii_alphanumeric())
+                {
+                    self.carried.retain(|(k, _)| k != key);
+                    self.carried.push((key.to_owned(), word.to_owned()));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Lines for the guest's `.git/config`.
+    pub fn for_guest(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        for (key, value) in [("name", &self.user_name), ("email", &self.user_email)] {
+            if let Some(value) = value {
+                out.extend_from_slice(format!("[user]\n\t{key} = ").as_bytes());
+                out.extend(quoted(value));
+                out.push(b'\n');
+            }
+        }
+        for (key, value) in &self.carried {
+            if let Some((section, name)) = key.split_once('.') {
+                out.extend_from_slice(format!("[{section}]\n\t{name} = {value}\n").as_bytes());
+            }
+        }
+        out
+    }
+}
+
+fn is_of_repository(scope: &[u8]) -> bool {
+    matches!(scope, b"local" | b"worktree")
+}
+
+/// A value as git's configuration files write it.
+fn quoted(value: &[u8]) -> Vec<u8> {
+    let mut out = vec![b'"'];
+    for &b in value {
+        match b {
+            b'"' | b'\\' => out.extend([b'\\', b]),
+            b'\n' => out.extend(b"\\n"),
+            b'\t' => out.extend(b"\\t"),
+            0 => {}
+            _ => out.push(b),
+        }
+    }
+    out.push(b'"');
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_harmless_settings_are_carried() {
+        let own = [
+            "user.email\na@b",
+            "core.autocrlf\ninput",
+            "core.sshcommand\nevil",
+            "remote.o.url\nhttps://u:p@h",
+            "core.eol\n$(x)",
+            "safe.directory\n*",
+            "core.excludesfile\n/etc/shadow",
+            "status.renames",
+        ];
+        let mut list = String::from("global\0file:g\0user.name\nA \"B\"\0global\0file:g\0safe.directory\n/x\0");
+        own.iter().for_each(|item| list.push_str(&format!("local\0file:.git/config\0{item}\0")));
+        list.push_str("local\0file:/other/config\0core.eol\ncrlf\0");
+        let config = Config::from_list(list.as_bytes(), &|origin| origin == b"file:.git/config");
+        assert_eq!(config.safe_directories, [b"/x".to_vec()]);
+        assert_eq!(config.excludes_file, Some((b"/etc/shadow".to_vec(), true)));
+        let text = String::from_utf8(config.for_guest()).unwrap();
+        expect_test::expect![[r#"
+            [user]
+            	name = "A \"B\""
+            [user]
+            	email = "a@b"
+            [core]
+            	autocrlf = input
+            [status]
+            	renames = true
+        "#]]
+        .assert_eq(&text);
+    }
+}

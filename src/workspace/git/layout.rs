@@ -1,0 +1,418 @@
+//! Which directories a repository consists of, and whether they belong to the tree.
+//!
+//! A hostile tree can name any repository of the caller's as its own: by a link, by a `.git` or
+//! `commondir` file, or as an alternate. Everything that git would read has to lie below the top of the
+//! tree, or below a repository that points back at it, or below a path that the caller allowed. This is
+//! checked before any git runs there, with no help of git's.
+
+use crate::error::{Error, Kind, Result};
+use crate::host::shell::quote;
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+
+/// Most bytes of a file that names a path. git reads no longer `.git` file.
+const POINTER_BYTES_MAX: u64 = 1024 * 1024;
+/// Links that may follow each other, as in the kernel.
+const LINKS_MAX: usize = 40;
+/// Entries of a git directory that no git of ours reads: they may lead anywhere.
+const NOT_READ: &[&[u8]] = &[b"branches", b"description", b"hooks", b"lfs", b"logs", b"rr-cache", b"svn", b"worktrees"];
+/// Directories of a git directory that are looked through to the last file.
+const DEEP: &[&[u8]] = &[b"info", b"objects", b"refs", b"reftable"];
+
+/// Where a repository is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Layout {
+    pub top: PathBuf,
+    /// `top/.git`, or what it leads to.
+    pub git_dir: PathBuf,
+    /// What the worktrees of a repository share: objects and refs.
+    pub common: PathBuf,
+}
+
+/// How a repository outside the tree says that the tree is its own.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// It is not outside.
+    Inside,
+    /// It has the tree among its worktrees.
+    Worktree,
+    /// It has this worktree somewhere else: the `.git` file that it names.
+    OtherWorktree(PathBuf),
+    /// Only its `core.worktree` can tell.
+    Setting,
+    /// Nothing can tell: its common directory is not its own.
+    None,
+}
+
+impl Layout {
+    /// Follows `.git` and `commondir` as git does. `top` has no link in it.
+    pub fn find(top: &Path) -> Result<Self> {
+        let dot_git = top.join(".git");
+        let target = real(&dot_git).map_err(|e| refusal(format!("follow {}", dot_git.display()), e))?;
+        let git_dir = if target.is_dir() { target } else { Self::follow_file(top, &dot_git)? };
+        let commondir = git_dir.join("commondir");
+        let common = match read_pointer(&commondir) {
+            Ok(None) => git_dir.clone(),
+            Ok(Some(text)) => {
+                let common = git_dir.join(OsStr::from_bytes(trim(&text)));
+                real(&common).map_err(|e| refusal(format!("follow {}", commondir.display()), e))?
+            }
+            Err(e) => return Err(refusal(format!("read {}", commondir.display()), e)),
+        };
+        Ok(Self { top: top.to_owned(), git_dir, common })
+    }
+
+    fn follow_file(top: &Path, dot_git: &Path) -> Result<PathBuf> {
+        let shown = dot_git.display();
+        let text = read_pointer(dot_git).map_err(|e| refusal(format!("read {shown}"), e))?.unwrap_or_default();
+        let Some(named) = text.strip_prefix(b"gitdir: ") else {
+            return Err(Error::new(Kind::InvalidTree, format!("{shown} is neither a directory nor names one")).hint(look(top)));
+        };
+        let named = top.join(OsStr::from_bytes(trim(named)));
+        let dir = real(&named).map_err(|e| refusal(format!("follow {shown}"), e))?;
+        if dir.is_dir() {
+            return Ok(dir);
+        }
+        let (what, hint) = if dir.exists() {
+            ("not a directory", look(top))
+        } else {
+            let top = quoted(top);
+            ("not there", format!("if the main repository was moved, tell it: git -C MAIN worktree repair {top}"))
+        };
+        Err(Error::new(Kind::InvalidTree, format!("{shown} leads to {}, which is {what}", dir.display())).hint(hint))
+    }
+
+    /// Whether the repository is the tree's own. What lies in the tree proves nothing about what lies
+    /// outside: for a worktree the main repository has to name the tree.
+    pub fn claim(&self) -> Claim {
+        let inside = |p: &Path| p.starts_with(&self.top);
+        if inside(&self.git_dir) && inside(&self.common) {
+            return Claim::Inside;
+        }
+        if self.git_dir == self.common {
+            return Claim::Setting;
+        }
+        if self.git_dir.parent() != Some(&self.common.join("worktrees")) {
+            return Claim::None;
+        }
+        let text = read_pointer(&self.git_dir.join("gitdir")).ok().flatten().unwrap_or_default();
+        let back = self.git_dir.join(OsStr::from_bytes(trim(&text)));
+        let ours = back.file_name() == Some(OsStr::new(".git"))
+            && back.parent().is_some_and(|dir| real(dir).is_ok_and(|dir| dir == self.top));
+        if ours { Claim::Worktree } else { Claim::OtherWorktree(back) }
+    }
+
+    /// The error for a repository that is not the tree's own.
+    pub fn foreign(&self, claim: &Claim) -> Error {
+        let dot_git = self.top.join(".git");
+        let error = |text: String| Error::new(Kind::InvalidTree, text);
+        match claim {
+            Claim::OtherWorktree(back) => {
+                let there = back.parent().unwrap_or(back);
+                let e = error(format!(
+                    "{} leads to {}, which does not belong to this tree but to {}",
+                    dot_git.display(),
+                    self.git_dir.display(),
+                    there.display()
+                ));
+                // A copy must not take the worktree away from where it is.
+                if back.symlink_metadata().is_ok() {
+                    e.hint(format!("that one can be sent: {}", quoted(there)))
+                } else {
+                    e.hint(format!("if you moved the worktree here, tell git: git -C {} worktree repair", quoted(&self.top)))
+                }
+            }
+            Claim::None => error(format!(
+                "{} leads to {}, which does not name {} as its worktree",
+                self.git_dir.join("commondir").display(),
+                self.common.display(),
+                self.top.display()
+            ))
+            .hint(look(&self.top)),
+            _ => error(format!("{} leads to {}, which does not belong to this tree", dot_git.display(), self.git_dir.display()))
+                .hint(format!("if it is this tree's own, say so: --allow-alternate {}", quoted(&self.git_dir))),
+        }
+    }
+
+    /// Looks through all that git would read and refuses what leads out of the repository. Gives the
+    /// directories that git may read. `allowed` has no link in it.
+    pub fn check(&self, allowed: &[PathBuf]) -> Result<Vec<PathBuf>> {
+        let own = BTreeSet::from([self.top.clone(), self.git_dir.clone(), self.common.clone()]);
+        let mut check = Check { own, allowed, seen: BTreeSet::new(), pending: Vec::new() };
+        for dir in BTreeSet::from([&self.git_dir, &self.common]) {
+            check.first_level(dir)?;
+        }
+        check.alternates(&self.common.join("objects"), &mut BTreeSet::new())?;
+        Ok(check.own.into_iter().chain(allowed.iter().cloned()).collect())
+    }
+}
+
+struct Check<'a> {
+    own: BTreeSet<PathBuf>,
+    allowed: &'a [PathBuf],
+    /// Directories that were looked through.
+    seen: BTreeSet<PathBuf>,
+    pending: Vec<PathBuf>,
+}
+
+impl Check<'_> {
+    fn first_level(&mut self, dir: &Path) -> Result<()> {
+        for item in read_dir(dir)? {
+            let name = item.file_name().unwrap_or_default().as_bytes().to_owned();
+            if NOT_READ.contains(&name.as_slice()) {
+                continue;
+            }
+            let is_link = item.symlink_metadata().is_ok_and(|m| m.is_symlink());
+            if is_link {
+                self.link(&item, name == b"objects")?;
+            }
+            if DEEP.contains(&name.as_slice()) {
+                self.through(&item, name == b"objects")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A link, which has to stay inside. Links of an object store may also lead to what is allowed.
+    fn link(&self, path: &Path, of_objects: bool) -> Result<PathBuf> {
+        let target = real(path).map_err(|e| refusal(format!("follow {}", path.display()), e))?;
+        let allowed = if of_objects { self.allowed } else { &[] };
+        if self.own.iter().chain(allowed).any(|dir| target.starts_with(dir)) {
+            return Ok(target);
+        }
+        let text = format!("{} leads to {}, which does not belong to this tree", path.display(), target.display());
+        let hint = if of_objects {
+            format!("if the repository may use it, say so: --allow-alternate {}", quoted(&target))
+        } else {
+            format!("see what it is: ls -ld {}", quoted(path))
+        };
+        Err(Error::new(Kind::InvalidTree, text).hint(hint))
+    }
+
+    /// Everything below `dir`, which may be a link that was looked at.
+    fn through(&mut self, dir: &Path, of_objects: bool) -> Result<()> {
+        self.pending.push(dir.to_owned());
+        while let Some(dir) = self.pending.pop() {
+            let Ok(dir) = real(&dir) else { continue };
+            if !dir.is_dir() || !self.seen.insert(dir.clone()) {
+                continue;
+            }
+            let items = std::fs::read_dir(&dir).map_err(|e| unreadable(&dir, e))?;
+            for item in items {
+                let item = item.map_err(|e| unreadable(&dir, e))?;
+                let kind = item.file_type().map_err(|e| unreadable(&item.path(), e))?;
+                if kind.is_symlink() {
+                    let target = self.link(&item.path(), of_objects)?;
+                    self.pending.push(target);
+                } else if kind.is_dir() {
+                    self.pending.push(item.path());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The stores that `objects` takes further objects from, and those that they do.
+    fn alternates(&mut self, objects: &Path, seen: &mut BTreeSet<PathBuf>) -> Result<()> {
+        let Ok(objects) = real(objects) else { return Ok(()) };
+        if !seen.insert(objects.clone()) {
+            return Ok(());
+        }
+        let list = objects.join("info/alternates");
+        let text = read_pointer(&list).map_err(|e| refusal(format!("read {}", list.display()), e))?;
+        for named in alternate_entries(&text.unwrap_or_default()) {
+            let named = objects.join(OsStr::from_bytes(&named));
+            // git goes without one that is not there.
+            let Ok(target) = real(&named) else { continue };
+            if !target.is_dir() {
+                continue;
+            }
+            let known = self.own.iter().chain(self.allowed);
+            if !known.into_iter().any(|dir| target.starts_with(dir)) {
+                return Err(Error::new(
+                    Kind::InvalidTree,
+                    format!("the repository takes objects from {}, named in {}", target.display(), list.display()),
+                )
+                .hint(format!("if it may, say so: --allow-alternate {}", quoted(&target))));
+            }
+            self.through(&target, true)?;
+            self.alternates(&target, seen)?;
+        }
+        Ok(())
+    }
+}
+
+/// The paths in an alternates file, taken apart as git does it: a line each, comments after `#`, C-style
+/// quotes. Behind a quoted path git leaves out one byte, whatever it is, and reads on.
+fn alternate_entries(text: &[u8]) -> Vec<Vec<u8>> {
+    let mut rest = text.split(|b| *b == 0).next().unwrap_or_default();
+    let mut out = Vec::new();
+    while !rest.is_empty() {
+        let line = rest.iter().position(|b| *b == b'\n').unwrap_or(rest.len());
+        let (path, end) = match (rest[0], unquote(rest)) {
+            (b'#', _) => (Vec::new(), line),
+            (b'"', Some((path, end))) => (path, end),
+            _ => (rest[..line].to_owned(), line),
+        };
+        rest = rest.get(end + 1..).unwrap_or_default();
+        if !path.is_empty() {
+            out.push(path);
+        }
+    }
+    out
+}
+
+/// A quoted path at the start of `text`, and where it ends.
+fn unquote(text: &[u8]) -> Option<(Vec<u8>, usize)> {
+    let mut out = Vec::new();
+    let mut at = 1;
+    loop {
+        match *text.get(at)? {
+            b'"' => return Some((out, at + 1)),
+            b'\\' => {
+                at += 1;
+                let c = *text.get(at)?;
+                out.push(match c {
+                    b'a' => 7,
+                    b'b' => 8,
+                    b'f' => 12,
+                    b'n' => b'\n',
+                    b'r' => b'\r',
+                    b't' => b'\t',
+                    b'v' => 11,
+                    b'\\' | b'"' => c,
+                    b'0'..=b'3' => {
+                        let digits = text.get(at..at + 3)?;
+                        if !digits.iter().all(|d| (b'0'..=b'7').contains(d)) {
+                            return None;
+                        }
+                        at += 2;
+                        digits.iter().fold(0, |n, d| (n << 3) | (d - b'0'))
+                    }
+                    _ => return None,
+                });
+            }
+            c => out.push(c),
+        }
+        at += 1;
+    }
+}
+
+/// As realpath(3), also of what is not there: a link that leads to nothing now may lead somewhere later.
+pub(super) fn real(path: &Path) -> std::io::Result<PathBuf> {
+    let mut links = 0;
+    let mut done = PathBuf::from("/");
+    let mut todo: Vec<PathBuf> = path.components().rev().map(|c| PathBuf::from(c.as_os_str())).collect();
+    while let Some(part) = todo.pop() {
+        match part.components().next() {
+            None | Some(Component::CurDir) => continue,
+            Some(Component::ParentDir) => {
+                done.pop();
+                continue;
+            }
+            Some(Component::RootDir | Component::Prefix(_)) => {
+                done = PathBuf::from("/");
+                continue;
+            }
+            Some(Component::Normal(_)) => done.push(&part),
+        }
+        match std::fs::read_link(&done) {
+            Ok(target) => {
+                links += 1;
+                if links > LINKS_MAX {
+                    return Err(std::io::Error::from_raw_os_error(libc::ELOOP));
+                }
+                done.pop();
+                todo.extend(target.components().rev().map(|c| PathBuf::from(c.as_os_str())));
+            }
+            // Not a link, or not there.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOENT | libc::ENOTDIR)) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(done)
+}
+
+/// A small file that names a path; None where there is nothing.
+fn read_pointer(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = std::fs::OpenOptions::new();
+    // A FIFO would have us wait for its writer.
+    match options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path) {
+        Ok(file) => {
+            if !file.metadata()?.is_file() {
+                return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
+            }
+            let mut text = Vec::new();
+            file.take(POINTER_BYTES_MAX).read_to_end(&mut text)?;
+            Ok(Some(text))
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn read_dir(dir: &Path) -> Result<Vec<PathBuf>> {
+    let items = std::fs::read_dir(dir).map_err(|e| unreadable(dir, e))?;
+    items.map(|item| item.map(|i| i.path()).map_err(|e| unreadable(dir, e))).collect()
+}
+
+fn trim(text: &[u8]) -> &[u8] {
+    let end = text.iter().rposition(|b| !matches!(b, b'\n' | b'\r')).map_or(0, |at| at + 1);
+    &text[..end]
+}
+
+fn quoted(path: &Path) -> String {
+    quote(&path.to_string_lossy())
+}
+
+fn look(top: &Path) -> String {
+    format!("look with: git -C {} status", quoted(top))
+}
+
+fn refusal(doing: String, e: std::io::Error) -> Error {
+    Error::io(doing, e).with_kind(Kind::InvalidTree)
+}
+
+fn unreadable(path: &Path, e: std::io::Error) -> Error {
+    refusal(format!("read {}", path.display()), e).hint(format!("see what it is: ls -ld {}", quoted(path)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check_entries(text: &str, want: &[&str]) {
+        let got = alternate_entries(text.as_bytes());
+        let got: Vec<_> = got.iter().map(|p| String::from_utf8_lossy(p).into_owned()).collect();
+        assert_eq!(got, want, "{text:?}");
+    }
+
+    #[test]
+    fn alternates_file_is_taken_apart_as_git_does() {
+        check_entries("", &[]);
+        check_entries("/a\n/b", &["/a", "/b"]);
+        check_entries("\n#/c\n../d e\n", &["../d e"]);
+        check_entries("\"/a\\tb\\\"\\101\"\n/c", &["/a\tb\"A", "/c"]);
+        check_entries("\"/a\"x/b\n", &["/a", "/b"]);
+        check_entries("\"/a\n/b\n", &["\"/a", "/b"]);
+        check_entries("\"/a\\q\"\n", &["\"/a\\q\""]);
+        check_entries("/a\0/b\n", &["/a"]);
+    }
+
+    #[test]
+    fn path_is_resolved_also_where_nothing_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        std::fs::create_dir(dir.join("d")).unwrap();
+        std::os::unix::fs::symlink("d/../gone/x", dir.join("l")).unwrap();
+        std::os::unix::fs::symlink("loop", dir.join("loop")).unwrap();
+        assert_eq!(real(&dir.join("l/y")).unwrap(), dir.join("gone/x/y"));
+        assert_eq!(real(&dir.join("d/.././d")).unwrap(), dir.join("d"));
+        assert!(real(&dir.join("loop")).is_err());
+    }
+}

@@ -38,8 +38,11 @@ fn main() -> ExitCode {
         return code;
     }
     let closed = fcd::host::inherited::close_descriptors(&|name| std::env::var(name).ok());
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
     let args = Args::parse();
+    if let Err(e) = fcd::host::log::init() {
+        eprintln!("fcd: {e}");
+        return ExitCode::FAILURE;
+    }
     if let Err(e) = closed {
         log::warn!("{e}");
     }
@@ -50,12 +53,13 @@ fn main() -> ExitCode {
         None => fcd::server::run(config),
     });
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            fcd::host::log::flush();
+            ExitCode::SUCCESS
+        }
         Err(e) => {
-            eprintln!("fcd: {e}");
-            if let Some(hint) = e.hint_text() {
-                eprintln!("hint: {hint}");
-            }
+            let hint = e.hint_text().map(|hint| format!("\nhint: {hint}")).unwrap_or_default();
+            fcd::host::log::say(&format!("fcd: {e}{hint}"));
             ExitCode::from(fcd::server::exit_status(&e))
         }
     }

@@ -28,6 +28,10 @@ struct Ending {
     outcome: Outcome,
     died: Option<String>,
     successor: Option<Successor>,
+    /// Lost to a later request that is heavier. Their operations end after the VM's lock is released.
+    replaced: Vec<Successor>,
+    /// What is to be logged after the VM's lock is released.
+    warning: Option<String>,
 }
 
 /// Where the VM goes.
@@ -53,12 +57,19 @@ impl Daemon {
         let op = claim.op.take().expect("unsettled");
         let (vm, verb, state) = (claim.vm.clone(), claim.verb, claim.state);
         let generation = self.row(&vm).map_or(0, |row| row.generation);
-        let mut ending = Ending { vm, verb, state, op, outcome, died: None, successor: None };
+        let (replaced, warning) = (Vec::new(), None);
+        let mut ending = Ending { vm, verb, state, op, outcome, died: None, successor: None, replaced, warning };
         loop {
             let written = {
                 let guard = self.locks.vm.lock(&ending.vm);
                 self.commit_locked(&guard, &mut ending)
             };
+            for old in ending.replaced.drain(..) {
+                self.end_op_soon(old.op, Err(Error::new(Kind::Superseded, "a later request took its place")));
+            }
+            if let Some(warning) = ending.warning.take() {
+                log::warn!("{warning}");
+            }
             let durable = written.and_then(|w| self.wait_durable(w.ticket).map(|()| (w.result, w.then)));
             match durable {
                 Ok((result, then)) => {
@@ -107,7 +118,7 @@ impl Daemon {
         if let Some(late) = successor
             && let Some(old) = ending.take_heavier(late)
         {
-            self.end_op_soon(old.op, Err(Error::new(Kind::Superseded, "a later request took its place")));
+            ending.replaced.push(old);
         }
         let since = std::time::Instant::now();
         let mut row = self.row(vm.key())?;
@@ -176,7 +187,7 @@ impl Daemon {
                     (Then::Successor, settled)
                 }
                 Err(e) => {
-                    log::warn!("delete vm {}, which was to be removed: {e}", row.name);
+                    ending.warning = Some(format!("delete VM {}, which was to be removed: {e}", row.name));
                     (Then::Rest, settled)
                 }
             };

@@ -74,6 +74,7 @@ impl Daemon {
         self.refuse_unlooked(&found)?;
         let guard = self.locks.vm.lock(&found.id);
         let row = self.row(&found.id)?;
+        let mut replaced = None;
         let begun = match decide(row.state, row.intent == Some(Intent::Restart), ask.verb) {
             Decision::Claim(to) => {
                 let claim = self.claim_locked(&guard, row.clone(), ask, to, caller.uid);
@@ -92,7 +93,7 @@ impl Daemon {
                 self.runtimes.shorten_stop(guard.key());
                 self.join_locked(&guard, &row, ask)
             }
-            Decision::Supersede => self.succeed_locked(&guard, &row, ask, caller.uid),
+            Decision::Supersede => self.succeed_locked(&guard, &row, ask, caller.uid, &mut replaced),
             Decision::Refuse(hint) => Err(refusal(&row, ask.verb, hint)),
         };
         let answer = begun.as_ref().map(|begun| match begun {
@@ -101,6 +102,10 @@ impl Daemon {
             Begun::Done(_) => (Answer::Nothing, None),
         });
         self.note_asked(&row, ask.verb, None, &answer);
+        drop(guard);
+        if let Some(old) = replaced {
+            self.end_op_soon(old.op, Err(superseded(&row, old.verb)));
+        }
         begun
     }
 
@@ -193,8 +198,16 @@ impl Daemon {
         }
     }
 
-    /// Sets the successor slot and makes the operation under way give up or hurry.
-    fn succeed_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, ask: &Ask, uid: u32) -> Result<Begun> {
+    /// Sets the successor slot and makes the operation under way give up or hurry. `replaced` gets the successor that
+    /// was there before; its operation is the caller's to end once the lock is released.
+    fn succeed_locked(
+        &self,
+        vm: &KeyGuard<'_, VmId>,
+        row: &VmRow,
+        ask: &Ask,
+        uid: u32,
+        replaced: &mut Option<Successor>,
+    ) -> Result<Begun> {
         let weight = Successor::weight(ask.verb);
         if let Some((verb, op)) = self.runtimes.successor(vm.key())
             && Successor::weight(verb) >= weight
@@ -220,14 +233,11 @@ impl Daemon {
                 return Err(e.context(format!("{} vm {}", ask.verb.name(), row.name)));
             }
         }
-        let replaced = self.runtimes.set_successor(vm.key(), Successor { verb: ask.verb, op, timeout: ask.timeout });
+        *replaced = self.runtimes.set_successor(vm.key(), Successor { verb: ask.verb, op, timeout: ask.timeout });
         match row.state {
             VmState::Starting => self.runtimes.cancel_boot(vm.key(), cause_for(ask.verb)),
             _ if matches!(ask.verb, Verb::StopForce | Verb::Kill | Verb::DeleteForce) => self.runtimes.shorten_stop(vm.key()),
             _ => {}
-        }
-        if let Some(old) = replaced {
-            self.end_op_soon(old.op, Err(superseded(row, old.verb)));
         }
         Ok(Begun::Op(id))
     }

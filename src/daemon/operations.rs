@@ -84,7 +84,7 @@ impl Daemon {
         op.finish(result);
     }
 
-    /// The same where a lock is held: written down in a moment.
+    /// The same without waiting until it is written down. It logs, so no lock may be held.
     pub(super) fn end_op_soon(&self, op: OpHandle, result: Result<serde_json::Value>) {
         let row = ended_row(op.op(), &result);
         match self.change(true, |tx| {

@@ -59,9 +59,9 @@ impl Daemon {
         if is_saved || row.generation != generation || row.state != VmState::Running || row.unresponsive != answers {
             return Ok(());
         }
-        log::warn!("the vmm of vm {} {}", row.name, if answers { "answers again" } else { "does not answer" });
         let ((), ticket) = self.change(true, |tx| tx.update_vm(vm, |r| r.unresponsive = !answers))?;
         drop(guard);
+        log::warn!("the VMM of VM {} {}", row.name, if answers { "answers again" } else { "does not answer" });
         self.wait_durable(ticket)?;
         if answers { self.adopt_late(&row) } else { Ok(()) }
     }

@@ -6,6 +6,7 @@ pub mod fs;
 pub mod inherited;
 pub mod interactive;
 pub mod limits;
+pub mod log;
 pub mod mount;
 pub mod piped;
 pub mod process;

@@ -51,9 +51,8 @@ impl Cancel {
             let Some((id, waker)) = wakers.waiting.pop() else { return };
             wakers.running = Some((id, raw::current().id()));
             drop(wakers);
-            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(waker)).is_err() {
-                log::error!("a cancel waker panicked");
-            }
+            // The panic hook reports it. Nothing is logged here, because the caller may hold locks.
+            drop(std::panic::catch_unwind(std::panic::AssertUnwindSafe(waker)));
             self.inner.wakers.lock().running = None;
             self.inner.returned.notify_all();
         }

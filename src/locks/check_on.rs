@@ -17,6 +17,9 @@ use std::time::Duration;
 #[cfg(feature = "shuttle")] // Its tasks share one OS thread: with std's they would share one list.
 use shuttle::thread_local;
 
+/// Whether this build checks locks.
+pub const IS_ON: bool = true;
+
 /// The rank of a lock.
 pub struct Tag(Rank);
 impl Tag {
@@ -95,10 +98,30 @@ struct Local(Arc<Mutex<HeldList>>);
 
 impl Local {
     fn register() -> Self {
+        #[cfg(any(test, feature = "fakes"))]
+        check_log_calls();
         let thread = super::raw::current().name().unwrap_or("?").to_owned();
         let list = Arc::new(Mutex::new(HeldList { thread, last_id: 0, held: Vec::new() }));
         THREADS.lock().push(list.clone());
         Self(list)
+    }
+}
+
+/// Tests have no log, but their log calls are checked, at every level. A log that is set up already stays.
+#[cfg(any(test, feature = "fakes"))]
+fn check_log_calls() {
+    struct Checks;
+    impl log::Log for Checks {
+        fn enabled(&self, _metadata: &log::Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, record: &log::Record<'_>) {
+            log_call(record);
+        }
+        fn flush(&self) {}
+    }
+    if log::set_logger(&Checks).is_ok() {
+        log::set_max_level(log::LevelFilter::Trace);
     }
 }
 
@@ -253,6 +276,37 @@ pub fn check_wait(region: Rank, except: &Token) {
     }
 }
 
+/// Panics where this thread holds a lock under which only memory may be touched. Call it before anything that the
+/// kernel or somebody else may hold up for a moment; waits have ranks of their own. A panic that passes a lock may
+/// drop values that do such things, so a thread that unwinds is not checked.
+#[track_caller]
+pub fn require_memory_only(what: &str) {
+    require_none(what, &Location::caller());
+}
+
+/// The same for a log call: a log line may block on whoever reads the log.
+pub fn log_call(record: &log::Record<'_>) {
+    require_none("log call", &format_args!("{}:{}", record.file().unwrap_or("?"), record.line().unwrap_or(0)));
+}
+
+fn require_none(what: &str, at: &dyn std::fmt::Display) {
+    if std::thread::panicking() {
+        return;
+    }
+    // A thread whose locals are gone holds nothing.
+    let judged = LOCAL.try_with(|local| {
+        let list = local.0.lock();
+        let bad = list.held.iter().position(|h| h.rank.is_memory_only())?;
+        let mut out = format!("{what} with locks held in thread '{}'\n  {what} at {at}\n", list.thread);
+        list_held(&mut out, &list.held, bad);
+        let _ = write!(out, "  rule    under {} there is only memory (src/locks/rank.rs)", list.held[bad].rank.name());
+        Some(out)
+    });
+    if let Ok(Some(report)) = judged {
+        fail(&report, false);
+    }
+}
+
 /// Locks and regions of this thread.
 pub fn held() -> usize {
     LOCAL.with(|local| local.0.lock().held.len())
@@ -353,12 +407,16 @@ fn head(bad: &Held, wanted: &Held) -> &'static str {
 fn report(thread: &str, held: &[Held], bad: usize, wanted: &Held) -> String {
     let mut out = format!("{} in thread '{thread}'\n", head(&held[bad], wanted));
     let _ = writeln!(out, "  wanted  {:<28} at {}", label(wanted), wanted.at);
+    list_held(&mut out, held, bad);
+    let _ = write!(out, "  rule    {} may be taken only under: {} (src/locks/rank.rs)", wanted.rank.name(), rule(wanted.rank));
+    out
+}
+
+fn list_held(out: &mut String, held: &[Held], bad: usize) {
     for (i, h) in held.iter().enumerate().rev() {
         let mark = if i == bad { "   <- conflict" } else { "" };
         let _ = writeln!(out, "  holding {:<28} at {}{mark}", label(h), h.at);
     }
-    let _ = write!(out, "  rule    {} may be taken only under: {} (src/locks/rank.rs)", wanted.rank.name(), rule(wanted.rank));
-    out
 }
 
 /// `hangs`: to go on would block for ever, so while unwinding, where a panic cannot be raised, the process ends.
@@ -372,7 +430,7 @@ fn fail(report: &str, hangs: bool) {
         eprintln!("{report}"); // Not the log, which may be off or held by this thread.
         std::process::abort();
     }
-    if unwinding { log::error!("{report}") } else { panic!("{report}") }
+    if unwinding { eprintln!("{report}") } else { panic!("{report}") }
 }
 
 fn is_new(from: Rank, to: Rank) -> bool {

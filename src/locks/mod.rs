@@ -17,7 +17,7 @@ pub mod check;
 pub mod check;
 
 pub use cancel::{Cancel, Subscription};
-pub use check::assert_none_held;
+pub use check::{assert_none_held, require_memory_only};
 pub use mutex::{Condvar, Mutex, MutexGuard, Region, Waited, region};
 pub use rank::Rank;
 pub use record::{OperationScope, Party, operation_scope};

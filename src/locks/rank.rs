@@ -118,6 +118,12 @@ impl Rank {
         matches!(self, Job | JobWait | GuestIo | VmmApi | HostCmd | DurableWait | CondWait)
     }
 
+    /// Under this lock there is only memory: no file, socket, process or log line. The workspace lock is the exception,
+    /// because an operation holds it across its guest I/O.
+    pub const fn is_memory_only(self) -> bool {
+        !self.is_virtual() && !matches!(self, Workspace) && !ONE_LOCK.contains(self)
+    }
+
     pub const fn name(self) -> &'static str {
         match self {
             Job => "pool job",

@@ -102,21 +102,16 @@ impl Pool {
     /// Makes taps until there are enough. It has one place in `making`, which it gives back.
     fn fill(&self) {
         loop {
-            let made = self.make(&self.closing);
+            let name = match self.make(&self.closing) {
+                Ok(name) => name,
+                Err(e) => return self.give_up(&e),
+            };
             let mut state = self.state.lock();
-            let surplus = match made {
-                Ok(name) if state.is_closed => Some(name),
-                Ok(name) => {
-                    state.ready.push_back(name);
-                    None
-                }
-                Err(e) => {
-                    if !state.is_closed {
-                        log::warn!("make taps ahead: {e}");
-                    }
-                    state.making -= 1;
-                    return;
-                }
+            let surplus = if state.is_closed {
+                Some(name)
+            } else {
+                state.ready.push_back(name);
+                None
             };
             // The others' places and our own: one of them is the next that we make.
             if state.is_closed || state.ready.len() + state.making > self.target {
@@ -125,6 +120,18 @@ impl Pool {
                 self.remove(surplus.as_slice());
                 return;
             }
+        }
+    }
+
+    /// Ends a [`Pool::fill`] that could not make a tap.
+    fn give_up(&self, e: &Error) {
+        let is_closed = {
+            let mut state = self.state.lock();
+            state.making -= 1;
+            state.is_closed
+        };
+        if !is_closed {
+            log::warn!("make taps ahead: {e}");
         }
     }
 

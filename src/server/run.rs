@@ -77,7 +77,7 @@ pub fn run(config: Config) -> Result<()> {
             if left > 0 {
                 continue;
             }
-            log::warn!("second signal: exiting at once");
+            crate::host::log::say("fcd: second signal: exiting at once");
             std::process::exit(1);
         }
     })?;

@@ -94,6 +94,9 @@ impl Writer {
                 self.inner.events.publish(&batch.changes);
                 self.inner.core.lock().in_flight = None;
                 batch.outcome.settle(Ok(()));
+                if spent {
+                    log::warn!("store: the disk is full, so the reserve was spent on a delete");
+                }
                 if spent && let Err(e) = self.reserve.take() {
                     self.turn_read_only(Failure::from_error(&e, &self.inner.dir));
                 }
@@ -112,7 +115,6 @@ impl Writer {
         if failure.kind != Kind::DiskFull || !essential || !self.reserve.release() {
             return Err(failure);
         }
-        log::warn!("store: the disk is full, its reserve goes into a delete");
         self.write(&images, batch.last_seq()).map(|()| true)
     }
 
@@ -175,9 +177,9 @@ impl Writer {
         core.in_flight = None;
         core.mode = Mode::ReadOnly(failure.clone());
         drop(core);
-        log::error!("store: read-only: {}", failure.text);
         batch.outcome.settle(Err(failure.clone()));
-        behind.outcome.settle(Err(failure));
+        behind.outcome.settle(Err(failure.clone()));
+        log::error!("store: read-only: {}", failure.text);
         self.back_off();
     }
 

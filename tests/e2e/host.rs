@@ -20,6 +20,8 @@ pub struct Host {
     dir: tempfile::TempDir,
     fcd: Option<Child>,
     config: String,
+    /// The reader of a daemon's stderr that is a full pipe.
+    unread_log: Option<std::os::fd::OwnedFd>,
 }
 
 /// `target/e2e`, on the file system of the checkout.
@@ -63,7 +65,7 @@ pub fn cached_image(name: &str, packages: &[&str]) -> PathBuf {
     let image = state.join("images").join(name);
     if !image.join("image.json").exists() {
         let _ = fs::remove_dir_all(&state);
-        let mut host = Host { disk: None, dir: tempfile::tempdir_in(base()).unwrap(), fcd: None, config: String::new() };
+        let mut host = Host { disk: None, dir: tempfile::tempdir_in(base()).unwrap(), fcd: None, config: String::new(), unread_log: None };
         host.launch(&state);
         let include = packages.join(",");
         let mut args = vec!["image", "build", name];
@@ -106,6 +108,20 @@ impl Host {
         Self::prepared(config, None)
     }
 
+    /// Its daemon logs into a pipe that is full and that nobody reads.
+    pub fn with_unread_log() -> Self {
+        let mut host = Self::start();
+        host.stop_daemon();
+        let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        rustix::io::ioctl_fionbio(&writer, true).unwrap();
+        while rustix::io::write(&writer, &[b'x'; 4096]).is_ok() {}
+        rustix::io::ioctl_fionbio(&writer, false).unwrap();
+        host.unread_log = Some(reader);
+        let state = host.state();
+        host.launch_into(&state, writer.into());
+        host
+    }
+
     /// Its state directory is a file system of its own, of this size. As root only; from the thread that goes on
     /// to use it, for others do not see the mount.
     pub fn on_small_disk(size_mib: u64) -> Self {
@@ -131,7 +147,7 @@ impl Host {
         let image = image();
         let dir = tempfile::tempdir_in(base()).unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let mut host = Self { disk: None, dir, fcd: None, config: config.to_owned() };
+        let mut host = Self { disk: None, dir, fcd: None, config: config.to_owned(), unread_log: None };
         host.disk = disk.map(|mount| mount(host.state()));
         host.add_image(image);
         let state = host.state();
@@ -184,6 +200,11 @@ impl Host {
         let config = self.dir.path().join("config.toml");
         fs::write(&config, &self.config).unwrap();
         let log = fs::File::options().create(true).append(true).open(self.dir.path().join("fcd.log")).unwrap();
+        self.launch_into(state, log);
+    }
+
+    fn launch_into(&mut self, state: &Path, log: fs::File) {
+        let config = self.dir.path().join("config.toml");
         let child = Command::new(FCD)
             .args(["--config".as_ref(), config.as_os_str(), "--state-dir".as_ref(), state.as_os_str()])
             .args(["--socket".as_ref(), self.socket().as_os_str()])

@@ -6,6 +6,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+/// For a verb that waits for nothing. A VMM's memory is freed within it.
+const PROMPT: Duration = Duration::from_secs(5);
+
 /// Nobody's.
 const STRANGER: &str = "65534";
 
@@ -202,4 +205,23 @@ fn another_host_key(host: &Host) {
     // The seed brings the right one back.
     host.ok(&["start", "box"]);
     assert_eq!(host.sh("box", "echo back"), "back\n");
+}
+
+#[test]
+fn stop_and_delete_answer_while_nobody_reads_the_log_and_the_vmm_hangs() {
+    let mut host = Host::with_unread_log();
+    for verb in [&["stop", "--force", "box"][..], &["rm", "-f", "box"]] {
+        host.fcctl(&["vm", "create", "--name", "box"]);
+        host.ok(&["start", "box"]);
+        crate::host::signal(vmm_processes(&host.state())[0], "STOP");
+        wait_for("it is unresponsive", || host.show("box", "unresponsive").as_bool().unwrap().then_some(()));
+        let begun = Instant::now();
+        host.ok(verb);
+        assert!(begun.elapsed() < PROMPT, "{verb:?} took {:?}", begun.elapsed());
+    }
+    assert_eq!(vmm_processes(&host.state()), Vec::<u32>::new());
+    // Nor does the end of the daemon wait for a reader.
+    let begun = Instant::now();
+    host.stop_daemon();
+    assert!(begun.elapsed() < PROMPT, "the end of the daemon took {:?}", begun.elapsed());
 }

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 const BEGIN: &str = "<!-- layers: begin -->";
 const END: &str = "<!-- layers: end -->";
 
-fn root() -> &'static Path {
+pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-fn rust_files(dir: &Path, into: &mut Vec<PathBuf>) {
+pub fn rust_files(dir: &Path, into: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
@@ -29,7 +29,7 @@ fn module_of(path: &Path) -> Option<String> {
 }
 
 /// Tests beside the code may use whatever sets them up.
-fn is_test(path: &Path) -> bool {
+pub fn is_test(path: &Path) -> bool {
     let below = path.strip_prefix(root().join("src")).unwrap();
     below.components().any(|c| {
         let name = c.as_os_str().to_str().unwrap_or_default();

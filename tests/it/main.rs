@@ -29,6 +29,8 @@ mod running;
 mod setup;
 mod snapshots;
 mod stall;
+mod stalled_log;
+mod under_locks;
 mod users;
 mod verbs;
 mod world;

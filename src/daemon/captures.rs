@@ -2,12 +2,13 @@
 
 use super::Daemon;
 use super::boot::{DISK_FILE, WORK_DISK_FILE};
+use super::uses::{InUse, Uses};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{SnapshotId, VmId};
 use crate::locks::{Mutex, Rank};
 use crate::store::{SnapshotRow, VmRow};
 use crate::vmm::Saved;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,44 +16,10 @@ pub(super) const SNAPSHOTS_DIR: &str = "snapshots";
 
 /// The snapshots that this daemon makes now, and of which VM each is.
 #[derive(Clone)]
-pub(super) struct Captures(Arc<Mutex<Known>>);
-
-#[derive(Default)]
-struct Known {
-    making: HashMap<SnapshotId, VmId>,
-    /// How many starts go on from each.
-    used: HashMap<SnapshotId, usize>,
-    /// That are being deleted.
-    going: HashSet<SnapshotId>,
-}
-
-/// A snapshot that is not deleted for as long as this lives.
-#[derive(Debug)]
-pub(super) struct InUse {
-    captures: Captures,
-    id: SnapshotId,
-}
-
-impl Drop for InUse {
-    fn drop(&mut self) {
-        let used = &mut self.captures.0.lock().used;
-        match used.get_mut(&self.id) {
-            Some(count) if *count > 1 => *count -= 1,
-            _ => drop(used.remove(&self.id)),
-        }
-    }
-}
-
-/// One that is being deleted: nobody begins to use it.
-pub(super) struct Going {
-    captures: Captures,
-    id: SnapshotId,
-}
-
-impl Drop for Going {
-    fn drop(&mut self) {
-        self.captures.0.lock().going.remove(&self.id);
-    }
+pub(super) struct Captures {
+    making: Arc<Mutex<HashMap<SnapshotId, VmId>>>,
+    /// Starts use snapshots.
+    pub uses: Uses<SnapshotId>,
 }
 
 impl std::fmt::Debug for Captures {
@@ -69,48 +36,30 @@ pub(super) struct Capturing {
 
 impl Drop for Capturing {
     fn drop(&mut self) {
-        self.captures.0.lock().making.remove(&self.id);
+        self.captures.making.lock().remove(&self.id);
     }
 }
 
 impl Captures {
     pub fn new() -> Self {
-        Self(Arc::new(Mutex::new(Rank::Runtimes, Known::default())))
+        Self { making: Arc::new(Mutex::new(Rank::Runtimes, HashMap::new())), uses: Uses::new() }
     }
 
     /// # Errors
     /// `busy` while another of this VM is made: its guest is stopped and let go as a whole.
     pub fn begin(&self, row: &VmRow) -> Result<Capturing> {
         let id = SnapshotId::random();
-        let captures = &mut self.0.lock().making;
+        let mut captures = self.making.lock();
         if captures.values().any(|vm| *vm == row.id) {
             return Err(Error::new(Kind::Busy, format!("vm {} is being saved already", row.name)).hint("fcctl op list"));
         }
         captures.insert(id.clone(), row.id.clone());
+        drop(captures);
         Ok(Capturing { captures: self.clone(), id })
     }
 
     pub fn contains(&self, id: &SnapshotId) -> bool {
-        self.0.lock().making.contains_key(id)
-    }
-
-    /// None when it is being deleted.
-    pub fn use_of(&self, id: &SnapshotId) -> Option<InUse> {
-        let known = &mut self.0.lock();
-        if known.going.contains(id) {
-            return None;
-        }
-        *known.used.entry(id.clone()).or_default() += 1;
-        Some(InUse { captures: self.clone(), id: id.clone() })
-    }
-
-    /// None while a start goes on from it, or when somebody deletes it already.
-    pub fn forget(&self, id: &SnapshotId) -> Option<Going> {
-        let known = &mut self.0.lock();
-        if known.used.contains_key(id) || !known.going.insert(id.clone()) {
-            return None;
-        }
-        Some(Going { captures: self.clone(), id: id.clone() })
+        self.making.lock().contains_key(id)
     }
 }
 
@@ -152,7 +101,7 @@ pub(super) struct Restore {
     /// In another VM than it was saved of.
     pub elsewhere: bool,
     /// Of one that could be deleted meanwhile.
-    pub _in_use: Option<Arc<InUse>>,
+    pub _in_use: Option<Arc<InUse<SnapshotId>>>,
 }
 
 impl Restore {

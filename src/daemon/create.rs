@@ -1,6 +1,7 @@
 //! Create and set: rows only; nothing boots here.
 
 use super::operations::ended_row;
+use super::ports::require_free;
 use super::{Caller, Daemon, HeldKey, names, now_s, to_value};
 use crate::api::op::Op;
 use crate::api::vm::{Pending, RateLimits, Vm, VmCreateRequest, VmReply, VmSetRequest, VmState};
@@ -13,6 +14,8 @@ use crate::store::{State, Ticket, Tx, VmRow};
 
 /// What an ext4 file system with a journal takes.
 const WORK_DISK_BYTES_MIN: u64 = 16 << 20;
+/// How often ports are picked for a VM of which others take one at the same moment.
+const PORT_TRIES_MAX: u32 = 16;
 /// Candidates for a name before giving up; the later ones carry a random number.
 const NAME_TRIES_MAX: u32 = 64;
 
@@ -71,17 +74,13 @@ impl Daemon {
         request.work_disk_bytes.map_or(Ok(()), |bytes| self.check_work_disk(bytes))?;
         self.check_ports(caller, row.net, &request.ports)?;
         self.check_rates(&request.rates())?;
+        // Until the row names it.
+        let _kernel = row.kernel.as_ref().map(|name| self.use_kernel(name)).transpose()?;
         let id = row.id.clone();
         let op = key.map(|key| self.begin_own_op(key.method(), Some(id.clone()), caller.uid)).transpose()?;
         let begun = op.as_ref().map(OpHandle::op);
         let since = std::time::Instant::now();
-        let made = {
-            let _names = self.locks.create_vm.lock(&());
-            let given = request.name.is_some();
-            self.check_kernel(row.kernel.as_ref())
-                .and_then(|()| self.settle_ports(&request.ports))
-                .and_then(|ports| self.insert_row(VmRow { ports, ..row }, given, key.zip(begun)))
-        };
+        let made = self.insert_with_ports(&row, request, key.zip(begun));
         if let Ok((_, ticket)) = &made
             && let Ok(row) = self.row(&id)
         {
@@ -94,6 +93,24 @@ impl Daemon {
             (None, _) => {}
         }
         vm
+    }
+
+    /// Sockets find out which ports are free, and under `create_vm` there is only memory. So the ports are picked first, and
+    /// picked again if another VM got one of them meanwhile.
+    fn insert_with_ports(&self, row: &VmRow, request: &VmCreateRequest, key: Option<(&HeldKey, Op)>) -> Result<(Vm, Ticket)> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let row = VmRow { ports: self.settle_ports(&request.ports)?, ..row.clone() };
+            let made = {
+                let _names = self.locks.create_vm.lock(&());
+                self.insert_row(row, request.name.is_some(), key.clone())
+            };
+            match made {
+                Err(e) if e.kind() == Kind::PortTaken && tries < PORT_TRIES_MAX => {}
+                other => return other,
+            }
+        }
     }
 
     /// Needs `create_vm`.
@@ -117,6 +134,7 @@ impl Daemon {
             return Err(Error::new(Kind::VmLimit, format!("uid {} has {owned} VMs, the most that it may have", row.owner_uid))
                 .hint("delete some (fcctl vm prune), or raise limits.vms_per_uid_max"));
         }
+        require_free(tx, &row.ports)?;
         row.name = if name_given { free_name(tx, row.name)? } else { some_name(tx, &row.id)? };
         row.slot = tx.free_slot(self.slots_max())?;
         tx.put_vm(row.clone())?;

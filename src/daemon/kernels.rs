@@ -1,5 +1,6 @@
 //! Kernels beside those of images. An import works with no lock and publishes itself by a rename that refuses to replace.
 
+use super::uses::InUse;
 use super::{Begun, Caller, Daemon, to_value};
 use crate::api::kernel::{Kernel, KernelDeleteReply, KernelImportRequest, KernelListReply, KernelReply};
 use crate::error::{Error, Kind, Result};
@@ -54,8 +55,10 @@ impl Daemon {
         if !self.is_privileged(caller) {
             return Err(Error::new(Kind::Denied, format!("delete kernel {name}: it belongs to the host")).hint("let root do it"));
         }
-        // Nobody makes a VM with it meanwhile.
-        let _names = self.locks.create_vm.lock(&());
+        let _deleting = self.kernel_uses.begin_delete(name).ok_or_else(|| {
+            Error::new(Kind::Busy, format!("delete kernel {name}: it is being deleted, or a VM is being made with it"))
+                .hint("see what is there in a moment: fcctl kernel list")
+        })?;
         let snapshots = self.store.read(|s| s.snapshots().filter(|row| row.kernel.as_ref() == Some(name)).count());
         match (self.boots(name), snapshots) {
             (0, 0) => self.kernels.delete(name).map(|()| KernelDeleteReply { deleted: name.clone() }),
@@ -72,7 +75,16 @@ impl Daemon {
         self.store.read(|s| s.vms().filter(|row| row.kernel.as_ref() == Some(name)).count() as u64)
     }
 
-    /// Whether it is there; that it stays so until a row names it needs `create_vm`.
+    /// Checks that the kernel is there. It stays until the result is dropped; from then on a row has to name it.
+    pub(super) fn use_kernel(&self, name: &KernelName) -> Result<InUse<KernelName>> {
+        let in_use = self.kernel_uses.begin_use(name).ok_or_else(|| {
+            Error::new(Kind::KernelNotFound, format!("kernel {name} is being deleted")).hint("choose another: fcctl kernel list")
+        })?;
+        self.kernels.get(name)?;
+        Ok(in_use)
+    }
+
+    /// Checks that the kernel is there.
     pub(super) fn check_kernel(&self, name: Option<&KernelName>) -> Result<()> {
         name.map_or(Ok(()), |name| self.kernels.get(name).map(drop))
     }

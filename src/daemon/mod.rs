@@ -40,6 +40,7 @@ mod snapshots;
 mod stats;
 mod transfer;
 mod transitions;
+mod uses;
 mod verbs;
 mod waiting;
 mod watch;
@@ -131,6 +132,8 @@ pub struct Inner {
     pub pool: Pool,
     images: Images,
     kernels: Kernels,
+    /// Creations use kernels.
+    kernel_uses: uses::Uses<crate::ids::KernelName>,
     sessions: crate::session::Registry<ControlSender>,
     admission: Admission,
     runtimes: runtime::Runtimes,
@@ -250,6 +253,7 @@ impl Daemon {
             pool: Pool::new(limits.pool_workers, limits.pool_queue, limits.queue_per_uid_max)?,
             images: Images::open(&config.state_dir)?,
             kernels: Kernels::open(&config.state_dir)?,
+            kernel_uses: uses::Uses::new(),
             sessions: crate::session::Registry::new(),
             admission: Admission::new(boots),
             locks: locks::OpLocks::new(),

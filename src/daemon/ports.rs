@@ -6,6 +6,7 @@ use crate::api::port::Port;
 use crate::api::vm::Net;
 use crate::error::{Error, Kind, Result};
 use crate::net;
+use crate::store::State;
 
 /// Of one VM.
 const PORTS_MAX: usize = 64;
@@ -64,13 +65,13 @@ impl Daemon {
         Ok(())
     }
 
-    /// Picks those that are left open, and refuses those that another VM has. Under `create_vm`, so that nobody else takes them.
+    /// Picks those that are left open, and refuses those that another VM has. Another VM may take them until the row is
+    /// there: see [`require_free`].
     pub(super) fn settle_ports(&self, asked: &[Port]) -> Result<Vec<Port>> {
         let taken: Vec<Port> = self.store.read(|s| s.vms().flat_map(|row| row.ports.clone()).collect());
         let is_taken = |port: &Port| taken.iter().any(|other| other.overlaps(port));
         if let Some(port) = asked.iter().find(|p| p.host_port != 0 && is_taken(p)) {
-            return Err(Error::new(Kind::PortTaken, format!("port {port} is another VM's"))
-                .hint(format!("take another, or let one be picked: -p {}", port.guest_port)));
+            return Err(taken_by_another(port));
         }
         let mut settled = asked.to_vec();
         for i in 0..settled.len() {
@@ -80,6 +81,17 @@ impl Daemon {
         }
         Ok(settled)
     }
+}
+
+/// Refuses ports that a VM has.
+pub(super) fn require_free(state: &State, ports: &[Port]) -> Result<()> {
+    let is_taken = |port: &&Port| state.vms().any(|row| row.ports.iter().any(|other| other.overlaps(port)));
+    ports.iter().find(is_taken).map_or(Ok(()), |port| Err(taken_by_another(port)))
+}
+
+fn taken_by_another(port: &Port) -> Error {
+    Error::new(Kind::PortTaken, format!("port {port} belongs to another VM"))
+        .hint(format!("take another, or let one be picked: -p {}", port.guest_port))
 }
 
 fn pick(port: &Port, is_taken: &dyn Fn(&Port) -> bool) -> Result<Port> {

@@ -174,7 +174,7 @@ impl Daemon {
         }
         let gone =
             || Error::new(Kind::SnapshotNotFound, format!("snapshot {} is being deleted", row.name)).hint("fcctl snapshot list");
-        let in_use = self.captures.use_of(&row.id).map(Arc::new).ok_or_else(gone)?;
+        let in_use = self.captures.uses.begin_use(&row.id).map(Arc::new).ok_or_else(gone)?;
         // It may have gone before it was marked.
         if self.store.read(|s| s.snapshot(&row.id).is_none()) {
             return Err(gone());

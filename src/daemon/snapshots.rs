@@ -126,7 +126,7 @@ impl Daemon {
     /// A guest that goes on from it does not need it any more.
     pub fn snapshot_delete(&self, caller: &Caller, snapshot: &str) -> Result<SnapshotDeleteReply> {
         let SnapshotRow { id, name, .. } = self.find_snapshot(caller, snapshot)?;
-        let _going = self.captures.forget(&id).ok_or_else(|| {
+        let _going = self.captures.uses.begin_delete(&id).ok_or_else(|| {
             Error::new(Kind::Busy, format!("delete snapshot {name}: a VM is being started from it"))
                 .hint("wait until it runs: fcctl op list")
         })?;

@@ -19,18 +19,21 @@ pub struct Space {
 
 /// Opens a directory; the last component of `path` is not followed when it is a link.
 pub fn open_dir(path: &Path) -> Result<OwnedFd> {
+    crate::locks::require_memory_only("file access");
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::open(path, flags, Mode::empty()).map_err(|e| Error::io(format!("open directory {}", path.display()), e))
 }
 
 /// Opens `name` in `dir`, never through a link; `flags` beside `O_NOFOLLOW` and `O_CLOEXEC`.
 pub fn open_at(dir: impl AsFd, name: impl AsRef<OsStr>, flags: OFlags, mode: RawMode) -> std::io::Result<File> {
+    crate::locks::require_memory_only("file access");
     let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(File::from(rustix::fs::openat(dir, name.as_ref(), flags, Mode::from_raw_mode(mode))?))
 }
 
 /// Opens a file for reading, never through a link in the last component.
 pub fn open_nofollow(path: &Path) -> Result<File> {
+    crate::locks::require_memory_only("file access");
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| Error::io(format!("open {}", path.display()), e))?;
     Ok(File::from(fd))
@@ -39,6 +42,7 @@ pub fn open_nofollow(path: &Path) -> Result<File> {
 /// Makes a directory and its parents, or takes it as it is, and gives it exactly `mode`. An error where the
 /// name is a link or no directory, or belongs to another user.
 pub fn create_dir(path: &Path, mode: RawMode) -> Result<OwnedFd> {
+    crate::locks::require_memory_only("file access");
     let doing = || format!("make directory {}", path.display());
     if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
         std::fs::create_dir_all(parent).map_err(|e| Error::io(doing(), e))?;
@@ -68,6 +72,7 @@ pub fn create_private_dir(path: &Path) -> Result<OwnedFd> {
 /// Replaces a file as a whole: after an answer of ok it survives a power cut, and no reader and no crash ever
 /// sees a part of it.
 pub fn write_durable(path: &Path, bytes: &[u8], mode: RawMode) -> Result<()> {
+    crate::locks::require_memory_only("file access");
     let doing = || format!("write {}", path.display());
     let name = path.file_name().ok_or_else(|| Error::invalid(format!("{}: it has no file name", doing())))?;
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -101,6 +106,7 @@ fn temporary_name(name: &OsStr) -> PathBuf {
 
 /// Makes the names in a directory durable.
 pub fn sync_dir(path: &Path) -> Result<()> {
+    crate::locks::require_memory_only("file access");
     let synced = File::open(path).and_then(|dir| dir.sync_all());
     synced.map_err(|e| Error::io(format!("sync directory {}", path.display()), e))
 }
@@ -111,6 +117,7 @@ pub fn sync_dir(path: &Path) -> Result<()> {
 /// # Errors
 /// Those of the system calls; `DirectoryNotEmpty` where somebody else still makes files there.
 pub fn remove_tree(path: &Path) -> std::io::Result<()> {
+    crate::locks::require_memory_only("file access");
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let top = match rustix::fs::open(path, flags, Mode::empty()) {
         Err(Errno::NOENT) => return Ok(()),
@@ -179,6 +186,7 @@ fn lift(top: &OwnedFd, name: &std::ffi::CStr, lifted: &mut u64) -> std::io::Resu
 
 /// Room on the file system of `path`.
 pub fn space(path: &Path) -> Result<Space> {
+    crate::locks::require_memory_only("file access");
     let stat = rustix::fs::statvfs(path).map_err(|e| Error::io(format!("look for room at {}", path.display()), e))?;
     Ok(Space {
         free_bytes: stat.f_bavail.saturating_mul(stat.f_frsize),

@@ -287,6 +287,7 @@ pub fn arguments_beginning(prefix: &str) -> Result<Vec<String>> {
 
 /// The arguments of a process, itself first; none when it is gone or a zombie.
 pub fn arguments(pid: u32) -> Vec<Vec<u8>> {
+    crate::locks::require_memory_only("look at a process");
     const CMDLINE_BYTES_MAX: u64 = 256 * 1024;
     let Ok(file) = File::open(format!("/proc/{pid}/cmdline")) else { return Vec::new() };
     let Ok(bytes) = super::command::read_bounded(file, CMDLINE_BYTES_MAX) else { return Vec::new() };

@@ -115,6 +115,7 @@ impl Kernels {
     /// # Errors
     /// `kernel_not_found`; `host` where a file is missing.
     pub fn get(&self, name: &KernelName) -> Result<KernelInfo> {
+        crate::locks::require_memory_only("file access");
         let dir = self.dir.join(name.as_str());
         let file = match File::open(dir.join(METADATA)) {
             Ok(file) => file,
@@ -146,6 +147,7 @@ impl Kernels {
 
     /// VMs that run with it run on.
     pub fn delete(&self, name: &KernelName) -> Result<()> {
+        crate::locks::require_memory_only("file access");
         let dir = self.dir.join(name.as_str());
         if !dir.is_dir() {
             return self.get(name).map(drop);

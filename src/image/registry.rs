@@ -144,6 +144,7 @@ impl Images {
 
     /// Errors: `image_not_found`; `host` when a file is missing or of another size than it was built with.
     pub fn get(&self, name: &ImageRef) -> Result<ImageInfo> {
+        crate::locks::require_memory_only("file access");
         let dir = self.path(name);
         let damaged = |what: String| {
             Error::new(Kind::Host, format!("image {name} is damaged: {what}"))

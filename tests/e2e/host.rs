@@ -65,7 +65,8 @@ pub fn cached_image(name: &str, packages: &[&str]) -> PathBuf {
     let image = state.join("images").join(name);
     if !image.join("image.json").exists() {
         let _ = fs::remove_dir_all(&state);
-        let mut host = Host { disk: None, dir: tempfile::tempdir_in(base()).unwrap(), fcd: None, config: String::new(), unread_log: None };
+        let mut host =
+            Host { disk: None, dir: tempfile::tempdir_in(base()).unwrap(), fcd: None, config: String::new(), unread_log: None };
         host.launch(&state);
         let include = packages.join(",");
         let mut args = vec!["image", "build", name];

@@ -80,6 +80,20 @@ fn what_cannot_be_forwarded_is_refused() {
 }
 
 #[test]
+fn ports_picked_by_many_creations_at_once_differ() {
+    let world = World::new();
+    let all: Vec<u16> = std::thread::scope(|scope| {
+        let create = |n: usize| create(&world, &format!("vm-{n}"), &[port(0, 80), port(0, 81)]).unwrap().ports;
+        let creations: Vec<_> = (0..8).map(|n| scope.spawn(move || create(n))).collect();
+        creations.into_iter().flat_map(|c| c.join().unwrap()).map(|p| p.host_port).collect()
+    });
+    let mut unique = all.clone();
+    unique.sort_unstable();
+    unique.dedup();
+    assert_eq!(unique.len(), 16, "{all:?}");
+}
+
+#[test]
 fn a_port_that_a_program_has_fails_the_start_with_its_number() {
     let world = World::new();
     let (listener, number) = listening();

@@ -38,6 +38,47 @@ fn an_import_that_cannot_be_leaves_nothing() {
     assert_eq!(world.call::<KernelList>(&fcd::api::Empty {}).unwrap().kernels, []);
 }
 
+/// As an import leaves it.
+fn make_kernel(world: &World) -> PathBuf {
+    let dir = world.config.state_dir.join("kernels/mine");
+    let draft = dir.with_file_name("draft");
+    std::fs::create_dir(&draft).unwrap();
+    for file in ["vmlinux", "initrd"] {
+        std::fs::write(draft.join(file), "x").unwrap();
+    }
+    let about = serde_json::json!({"name": "mine", "version": "6.1", "modules": [], "imported_at": 7});
+    std::fs::write(draft.join("kernel.json"), about.to_string()).unwrap();
+    std::fs::rename(&draft, &dir).unwrap();
+    dir
+}
+
+#[test]
+fn a_kernel_is_never_deleted_under_a_vm_that_is_being_made() {
+    const ROUNDS: u32 = 40;
+    let world = World::new();
+    let kernel = || "mine".parse().unwrap();
+    for round in 0..ROUNDS {
+        let dir = make_kernel(&world);
+        let name = format!("web-{round}");
+        let create = VmCreateRequest { name: Some(name.parse().unwrap()), kernel: Some(kernel()), ..Default::default() };
+        let (created, deleted) = std::thread::scope(|scope| {
+            let creates = scope.spawn(|| world.call::<VmCreate>(&create));
+            let deletes = scope.spawn(|| world.call::<KernelDelete>(&KernelRequest { kernel: kernel() }));
+            (creates.join().unwrap(), deletes.join().unwrap())
+        });
+        match (&created, &deleted) {
+            (Ok(_), Err(e)) => assert!(e.is(Kind::Conflict) || e.is(Kind::Busy), "{e}"),
+            (Err(e), Ok(_)) => assert!(e.is(Kind::KernelNotFound), "{e}"),
+            other => panic!("both had the kernel, or neither: {other:?}"),
+        }
+        assert_eq!(dir.exists(), created.is_ok());
+        if created.is_ok() {
+            world.delete(&name).unwrap();
+            world.call::<KernelDelete>(&KernelRequest { kernel: kernel() }).unwrap();
+        }
+    }
+}
+
 #[test]
 fn a_kernel_that_a_vm_boots_stays() {
     let world = World::new();
@@ -45,13 +86,7 @@ fn a_kernel_that_a_vm_boots_stays() {
     let create =
         || world.call::<VmCreate>(&VmCreateRequest { name: Some("web".parse().unwrap()), kernel: name(), ..Default::default() });
     assert!(create().unwrap_err().is(Kind::KernelNotFound));
-    let dir = world.config.state_dir.join("kernels/mine");
-    std::fs::create_dir(&dir).unwrap();
-    for file in ["vmlinux", "initrd"] {
-        std::fs::write(dir.join(file), "x").unwrap();
-    }
-    let about = serde_json::json!({"name": "mine", "version": "6.1", "modules": [], "imported_at": 7});
-    std::fs::write(dir.join("kernel.json"), about.to_string()).unwrap();
+    let dir = make_kernel(&world);
     let vm = create().unwrap().vm;
     world.place(&vm.id);
     world.start("web").unwrap();

@@ -16,9 +16,9 @@ struct Guard {
 fn bound_guard(line: &str) -> Option<&str> {
     let (name, value) = line.trim().strip_prefix("let ")?.split_once(" = ")?;
     let value = value.trim_end().trim_end_matches(';').trim_end_matches('?');
-    let is_guard = [".lock(", ".try_lock(", ".lock_cancellable("].iter().any(|call| {
-        value.rsplit_once(call).is_some_and(|(_, args)| args.find(')').is_some_and(|end| end + 1 == args.len()))
-    });
+    let is_guard = [".lock(", ".try_lock(", ".lock_cancellable("]
+        .iter()
+        .any(|call| value.rsplit_once(call).is_some_and(|(_, args)| args.find(')').is_some_and(|end| end + 1 == args.len())));
     is_guard.then(|| name.trim_start_matches("mut ").trim_start_matches('_'))
 }
 

@@ -1,0 +1,104 @@
+//! Keeps what is in use from being deleted, and what is being deleted from being used. Memory only: whoever uses or
+//! deletes a thing does so while it holds the token, with no lock held.
+
+use crate::locks::{Mutex, Rank};
+use std::collections::{HashMap, HashSet};
+use std::hash::Hash;
+use std::sync::Arc;
+
+/// Clones share one state.
+pub(super) struct Uses<K: Eq + Hash + Clone> {
+    known: Arc<Mutex<Known<K>>>,
+}
+
+struct Known<K> {
+    /// How many use each.
+    used: HashMap<K, usize>,
+    deleting: HashSet<K>,
+}
+
+/// The thing is not deleted for as long as this lives.
+pub(super) struct InUse<K: Eq + Hash + Clone> {
+    uses: Uses<K>,
+    key: K,
+}
+
+/// Nobody begins to use the thing for as long as this lives.
+pub(super) struct Deleting<K: Eq + Hash + Clone> {
+    uses: Uses<K>,
+    key: K,
+}
+
+impl<K: Eq + Hash + Clone> Clone for Uses<K> {
+    fn clone(&self) -> Self {
+        Self { known: self.known.clone() }
+    }
+}
+
+impl<K: Eq + Hash + Clone> Uses<K> {
+    pub fn new() -> Self {
+        let known = Known { used: HashMap::new(), deleting: HashSet::new() };
+        Self { known: Arc::new(Mutex::new(Rank::Runtimes, known)) }
+    }
+
+    /// None while the thing is being deleted.
+    pub fn begin_use(&self, key: &K) -> Option<InUse<K>> {
+        let mut known = self.known.lock();
+        if known.deleting.contains(key) {
+            return None;
+        }
+        *known.used.entry(key.clone()).or_default() += 1;
+        Some(InUse { uses: self.clone(), key: key.clone() })
+    }
+
+    /// None while somebody uses or deletes the thing.
+    pub fn begin_delete(&self, key: &K) -> Option<Deleting<K>> {
+        let mut known = self.known.lock();
+        if known.used.contains_key(key) || !known.deleting.insert(key.clone()) {
+            return None;
+        }
+        Some(Deleting { uses: self.clone(), key: key.clone() })
+    }
+}
+
+impl<K: Eq + Hash + Clone> Drop for InUse<K> {
+    fn drop(&mut self) {
+        let used = &mut self.uses.known.lock().used;
+        match used.get_mut(&self.key) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(used.remove(&self.key)),
+        }
+    }
+}
+
+impl<K: Eq + Hash + Clone> Drop for Deleting<K> {
+    fn drop(&mut self) {
+        self.uses.known.lock().deleting.remove(&self.key);
+    }
+}
+
+impl<K: Eq + Hash + Clone> std::fmt::Debug for InUse<K> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("InUse")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn use_and_delete_exclude_each_other_until_dropped() {
+        let uses = Uses::new();
+        let (first, second) = (uses.begin_use(&1), uses.begin_use(&1));
+        assert!(first.is_some() && second.is_some() && uses.begin_delete(&1).is_none());
+        drop(first);
+        assert!(uses.begin_delete(&1).is_none());
+        drop(second);
+        let deleting = uses.begin_delete(&1);
+        assert!(deleting.is_some() && uses.begin_delete(&1).is_none() && uses.begin_use(&1).is_none());
+        assert!(uses.begin_use(&2).is_some());
+        drop(deleting);
+        assert!(uses.begin_use(&1).is_some());
+    }
+}

@@ -9,7 +9,7 @@ use crate::config::MEM_MIB_MIN;
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use crate::locks::KeyGuard;
-use crate::store::VmRow;
+use crate::store::{Ticket, VmRow};
 use crate::vmm::{GuestNetwork, Identity, VmmSpec};
 
 /// A guest that reads its own programs at less than this does not come up.
@@ -76,14 +76,12 @@ impl Daemon {
     }
 
     fn take_back_adjusted(&self, before: &VmRow, undo: &dyn Fn(&mut VmRow)) {
-        let undone = self.change(true, |tx| {
-            tx.update_vm(&before.id, |row| {
-                if row.generation == before.generation {
-                    undo(row);
-                }
-            })
+        let undone = self.change_row(&before.id, true, |row| {
+            if row.generation == before.generation {
+                undo(row);
+            }
         });
-        if let Err(e) = undone.map(|((), ticket)| ticket.detach()) {
+        if let Err(e) = undone.map(Ticket::detach) {
             log::warn!("take back a change of vm {}: {e}", before.name);
         }
     }
@@ -154,7 +152,7 @@ impl Daemon {
             let row = self.row(guard.key())?;
             self.may_talk_locked(&guard, &row)?;
             check_balloon(&row, request.keep_mib)?;
-            let change = |keep_mib| self.change(false, |tx| tx.update_vm(guard.key(), |r| r.balloon_mib = Some(keep_mib)));
+            let change = |keep_mib| self.change(false, |tx| tx.update_vm(&guard, |r| r.balloon_mib = Some(keep_mib)));
             let ticket = request.keep_mib.map(change).transpose()?.map(|((), ticket)| ticket);
             (row, ticket)
         };

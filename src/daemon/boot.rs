@@ -9,7 +9,7 @@ use crate::error::{Error, Kind, Result};
 use crate::guest::{Script, Target, run_script};
 use crate::ids::VmId;
 use crate::image::ImageInfo;
-use crate::store::VmRow;
+use crate::store::{Ticket, VmRow};
 use crate::vmm::{DiskFormat, Running, VmmSpec};
 use crate::workspace::remote;
 use std::path::PathBuf;
@@ -187,11 +187,9 @@ impl Daemon {
         let reporter = claim.op().reporter();
         let told = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
         disk::make_root(commands, &wanted, &claim.cancel, told)?;
-        let ((), ticket) = self.store.change(|tx| {
-            tx.update_vm(&row.id, |r| {
-                r.disk_driver = Some(method.name().to_owned());
-                r.guest_version = image.guest_version;
-            })
+        let ticket = self.change_row(&row.id, false, |r| {
+            r.disk_driver = Some(method.name().to_owned());
+            r.guest_version = image.guest_version;
         })?;
         self.wait_durable(ticket)
     }
@@ -226,7 +224,7 @@ impl Daemon {
             crate::host::fs::write_durable(&spec.dir.join(name), key.private_openssh().as_bytes(), 0o600)?;
         }
         let blob = host.public_blob().to_vec();
-        let ((), ticket) = self.store.change(|tx| tx.update_vm(&row.id, |r| r.host_key = Some(blob)))?;
+        let ticket = self.change_row(&row.id, false, |r| r.host_key = Some(blob))?;
         self.wait_durable(ticket)?;
         Ok((host, user))
     }
@@ -237,14 +235,12 @@ impl Daemon {
             let identity = identity.clone();
             let driver = self.vmm.describe();
             let has_balloon = spec.has_balloon;
-            let fact = self.store.change(|tx| {
-                tx.update_vm(&claim.vm, |r| {
-                    r.has_balloon = has_balloon;
-                    r.identity = Some(identity);
-                    r.driver = Some(driver);
-                })
+            let fact = self.change_row(&claim.vm, false, |r| {
+                r.has_balloon = has_balloon;
+                r.identity = Some(identity);
+                r.driver = Some(driver);
             });
-            if let Err(e) = fact {
+            if let Err(e) = fact.map(Ticket::detach) {
                 log::warn!("record the vmm of {}: {e}", claim.vm);
             }
         })?;

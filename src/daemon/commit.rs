@@ -123,11 +123,12 @@ impl Daemon {
         let since = std::time::Instant::now();
         let mut row = self.row(vm.key())?;
         if matches!(ending.outcome, Outcome::Deleted) {
-            let written = self.write_gone(&row, ending)?;
+            let written = self.write_gone(vm, ending)?;
             self.note(&row, Some(written.ticket.seq()), Some(since), || ending.told(None, None));
             return Ok(written);
         }
-        let settled = settle(&mut row, ending);
+        let at = now_s();
+        let settled = settle(&mut row, ending, at);
         let (then, result) = self.choose(&mut row, ending, settled);
         row.op = None;
         if let Some((op, verb, to)) = ending.next(&then) {
@@ -144,7 +145,15 @@ impl Daemon {
             if row.state == VmState::Starting {
                 resources::intend(self, tx, &row);
             }
-            tx.put_vm(row.clone())
+            // The same again on the row as it is in this section.
+            tx.update_vm(vm, |row| {
+                // What it answers is known already.
+                drop(settle(row, ending, at));
+                (row.intent, row.op) = (None, None);
+                if let Some((op, verb, to)) = ending.next(&then) {
+                    enter(row, to, op, verb);
+                }
+            })
         })?;
         if let Some((op, verb, to)) = ending.next(&then) {
             self.arm_locked(vm, op, to, verb);
@@ -154,12 +163,12 @@ impl Daemon {
         Ok(Written { ticket, result, then })
     }
 
-    fn write_gone(&self, row: &VmRow, ending: &Ending) -> Result<Written> {
-        let result = to_value(&VmDeleteReply { deleted: Some(row.id.clone()) });
+    fn write_gone(&self, vm: &KeyGuard<'_, VmId>, ending: &Ending) -> Result<Written> {
+        let result = to_value(&VmDeleteReply { deleted: Some(vm.key().clone()) });
         let op = ended_row(ending.op.op(), &result);
         let ((), ticket) = self.change(true, |tx| {
             tx.put_op(op);
-            tx.remove_vm(&row.id);
+            tx.remove_vm(vm);
             Ok(())
         })?;
         Ok(Written { ticket, result, then: Then::Gone })
@@ -263,8 +272,8 @@ impl Ending {
     }
 }
 
-/// Puts the outcome into the row; what the operation answers.
-fn settle(row: &mut VmRow, ending: &Ending) -> Result<()> {
+/// Puts the outcome into the row; what the operation answers. `at`: seconds since the epoch.
+fn settle(row: &mut VmRow, ending: &Ending, at: u64) -> Result<()> {
     let rest = |row: &mut VmRow, state: VmState, reason: Option<String>| {
         row.state = state;
         row.reason = reason;
@@ -280,7 +289,7 @@ fn settle(row: &mut VmRow, ending: &Ending) -> Result<()> {
             row.state = VmState::Running;
             row.identity = Some(running.identity.clone());
             row.ssh_addr = Some(running.ssh_addr);
-            row.started_at = Some(now_s());
+            row.started_at = Some(at);
             Ok(())
         }
         (Outcome::BootFailed(e), died) => {

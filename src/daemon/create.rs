@@ -137,7 +137,7 @@ impl Daemon {
         require_free(tx, &row.ports)?;
         row.name = if name_given { free_name(tx, row.name)? } else { some_name(tx, &row.id)? };
         row.slot = tx.free_slot(self.slots_max())?;
-        tx.put_vm(row.clone())?;
+        tx.insert_vm(row.clone())?;
         Ok(row)
     }
 
@@ -216,8 +216,7 @@ impl Daemon {
             if is_live {
                 self.may_adjust_locked(&guard, &row, request)?;
             }
-            // On the row as it is then: a boot writes its facts without this lock.
-            let ((), ticket) = self.store.change(|tx| tx.update_vm(guard.key(), |row| apply(row, request, is_live)))?;
+            let ((), ticket) = self.store.change(|tx| tx.update_vm(&guard, |row| apply(row, request, is_live)))?;
             (row, is_live, ticket)
         };
         self.wait_durable(ticket)?;

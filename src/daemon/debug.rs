@@ -2,15 +2,14 @@
 
 use super::Daemon;
 use crate::api::daemon::{DebugLocksReply, LockParty, LockRecord};
-use crate::ids::VmId;
-use crate::locks::{LockSet, Party, check};
+use crate::locks::{Party, check};
 
 impl Daemon {
     pub fn debug_locks(&self) -> DebugLocksReply {
         let mut locks = Vec::new();
-        let keyed: [(&str, &LockSet<VmId>); 2] = [("vm_locks", &self.locks.vm), ("workspace_locks", &self.locks.workspace)];
-        for (name, set) in keyed {
-            locks.extend(set.records().into_iter().map(|(key, holder, waiters)| record(name, key, holder, waiters)));
+        let keyed = [("vm_locks", self.locks.vm.records()), ("workspace_locks", self.locks.workspace.records())];
+        for (name, records) in keyed {
+            locks.extend(records.into_iter().map(|(key, holder, waiters)| record(name, key, holder, waiters)));
         }
         for (name, set) in [("create_vm", &self.locks.create_vm), ("image_ops", &self.locks.image_ops)] {
             locks.extend(set.records().into_iter().map(|(_, holder, waiters)| record(name, String::new(), holder, waiters)));

@@ -1,6 +1,7 @@
 //! Claim and drive. A verb asks the transition table, claims under the VM's lock, and a thread of its own works
 //! with no lock held; `commit.rs` settles. No moment without an owner.
 
+use super::access::vm_not_found;
 use super::captures::Restore;
 use super::history::{Answer, What};
 use super::runtime::Successor;
@@ -11,7 +12,7 @@ use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use crate::locks::{Cancel, KeyGuard};
 use crate::ops::OpHandle;
-use crate::store::{Intent, Ticket, VmRow};
+use crate::store::{Intent, Ticket, Tx, VmRow};
 use std::time::Duration;
 
 /// What a caller asks of a VM.
@@ -77,7 +78,7 @@ impl Daemon {
         let mut replaced = None;
         let begun = match decide(row.state, row.intent == Some(Intent::Restart), ask.verb) {
             Decision::Claim(to) => {
-                let claim = self.claim_locked(&guard, row.clone(), ask, to, caller.uid);
+                let claim = self.claim_locked(&guard, &row, ask, to, caller.uid);
                 let seq = claim.as_ref().ok().and_then(|c| Some(c.ticket.as_ref()?.seq()));
                 self.note_asked(&row, ask.verb, seq, &claim.as_ref().map(|c| (Answer::Claimed, Some(c.op().id()))));
                 drop(guard);
@@ -143,24 +144,22 @@ impl Daemon {
     }
 
     /// Takes the VM: the row's state, its operation, the ends of whatever used the guest.
-    fn claim_locked(&self, vm: &KeyGuard<'_, VmId>, mut row: VmRow, ask: &Ask, to: VmState, uid: u32) -> Result<Claim> {
+    fn claim_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, ask: &Ask, to: VmState, uid: u32) -> Result<Claim> {
         let op = match to {
             VmState::Starting => self.begin_op(ask.method, Some(row.id.clone()), uid, true)?,
             _ => self.begin_end_op(ask.method, &row.id, uid)?,
         };
         let essential = matches!(ask.verb, Verb::StopForce | Verb::Kill | Verb::Delete | Verb::DeleteForce);
-        enter(&mut row, to, &op, ask.verb);
-        if let Some(restore) = &ask.restore {
-            restore.enter(&mut row);
-        }
         let op_row = op.op();
         let changed = self.change(essential, |tx| {
-            if to == VmState::Starting {
-                self.reserve_memory(tx, &row)?;
-                resources::intend(self, tx, &row);
-            }
+            tx.update_vm(vm, |row| {
+                enter(row, to, &op, ask.verb);
+                if let Some(restore) = &ask.restore {
+                    restore.enter(row);
+                }
+            })?;
             tx.put_op(op_row);
-            tx.put_vm(row.clone())
+            if to == VmState::Starting { self.intend_boot(vm, tx) } else { Ok(()) }
         });
         match changed {
             Ok(((), ticket)) => {
@@ -175,6 +174,14 @@ impl Daemon {
                 Err(e)
             }
         }
+    }
+
+    /// What a boot needs in its claim: memory, and the ledger's rows of all that it is about to take.
+    fn intend_boot(&self, vm: &KeyGuard<'_, VmId>, tx: &mut Tx) -> Result<()> {
+        let row = tx.vm(vm.key()).cloned().ok_or_else(|| vm_not_found(vm.key().as_str()))?;
+        self.reserve_memory(tx, &row)?;
+        resources::intend(self, tx, &row);
+        Ok(())
     }
 
     /// From here on whoever drives `op` owns the VM.

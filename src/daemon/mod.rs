@@ -309,6 +309,12 @@ impl Daemon {
         if essential { self.store.change_essential(change) } else { self.store.change(change) }
     }
 
+    /// Changes a VM's row under its lock. No lock may be held.
+    fn change_row(&self, vm: &VmId, essential: bool, change: impl FnOnce(&mut crate::store::VmRow)) -> Result<Ticket> {
+        let guard = self.locks.vm.lock(vm);
+        self.change(essential, |tx| tx.update_vm(&guard, change)).map(|((), ticket)| ticket)
+    }
+
     fn wait_durable(&self, ticket: Ticket) -> Result<()> {
         ticket.wait(Instant::now() + DURABLE_DEADLINE).map(drop)
     }

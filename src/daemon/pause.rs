@@ -8,7 +8,7 @@ use crate::disk::Method;
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use crate::locks::Cancel;
-use crate::store::VmRow;
+use crate::store::{Ticket, VmRow};
 
 impl Daemon {
     /// The guest's vCPUs stand still, and its memory stays. So already: ok.
@@ -31,7 +31,7 @@ impl Daemon {
                 return Err(Error::new(Kind::GuestUnavailable, format!("vm {}: its vmm does not answer", row.name))
                     .hint(format!("wait until it does (fcctl events), or end it: fcctl stop --force {}", row.name)));
             }
-            let ((), ticket) = self.change(false, |tx| tx.update_vm(guard.key(), |r| r.paused = is_paused))?;
+            let ((), ticket) = self.change(false, |tx| tx.update_vm(&guard, |r| r.paused = is_paused))?;
             (row, ticket)
         };
         self.wait_durable(ticket)?;
@@ -44,14 +44,12 @@ impl Daemon {
 
     /// The driver did not do it: the row says so again, unless somebody has said otherwise since.
     fn take_back(&self, before: &VmRow, wanted: bool) {
-        let undone = self.change(true, |tx| {
-            tx.update_vm(&before.id, |r| {
-                if r.generation == before.generation && r.paused == wanted {
-                    r.paused = before.paused;
-                }
-            })
+        let undone = self.change_row(&before.id, true, |r| {
+            if r.generation == before.generation && r.paused == wanted {
+                r.paused = before.paused;
+            }
         });
-        if let Err(e) = undone.map(|((), ticket)| ticket.detach()) {
+        if let Err(e) = undone.map(Ticket::detach) {
             log::warn!("take back that vm {} was to be paused: {e}", before.name);
         }
     }

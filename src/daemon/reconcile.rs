@@ -129,14 +129,14 @@ impl Daemon {
                     // Most often, and then a full disk does not matter.
                     return Ok(());
                 }
-                let ((), ticket) = self.store.change(|tx| tx.update_vm(&row.id, |r| (r.identity, r.ssh_addr) = adopted))?;
+                let ticket = self.change_row(&row.id, false, |r| (r.identity, r.ssh_addr) = adopted)?;
                 self.wait_durable(ticket)
             }
             // It lives, so it is not killed; the user sees that it cannot be reached.
             Err(e) => {
                 log::warn!("adopt the vmm of {}: {e}", row.name);
                 let reason = format!("{UNADOPTED}: {e}");
-                let ((), ticket) = self.store.change(|tx| tx.update_vm(&row.id, |r| r.reason = Some(reason)))?;
+                let ticket = self.change_row(&row.id, false, |r| r.reason = Some(reason))?;
                 self.wait_durable(ticket)?;
                 self.watch(row, &identity)
             }
@@ -154,12 +154,10 @@ impl Daemon {
         self.adopt_adjusted(row);
         self.adopt_pause(row);
         let adopted = (None, Some(running.ssh_addr));
-        let ((), ticket) = self.store.change(|tx| {
-            tx.update_vm(&row.id, |r| {
-                if r.generation == row.generation && r.state == VmState::Running {
-                    (r.reason, r.ssh_addr) = adopted;
-                }
-            })
+        let ticket = self.change_row(&row.id, false, |r| {
+            if r.generation == row.generation && r.state == VmState::Running {
+                (r.reason, r.ssh_addr) = adopted;
+            }
         })?;
         self.wait_durable(ticket)
     }
@@ -175,7 +173,7 @@ impl Daemon {
     fn put_at_rest(&self, row: &VmRow, state: VmState, reason: &str) -> Result<()> {
         let guard = self.locks.vm.lock(&row.id);
         let ((), ticket) = self.change(true, |tx| {
-            tx.update_vm(guard.key(), |r| {
+            tx.update_vm(&guard, |r| {
                 r.state = state;
                 r.reason = Some(reason.to_owned());
                 (r.op, r.intent, r.identity, r.ssh_addr) = (None, None, None, None);
@@ -192,7 +190,7 @@ impl Daemon {
         let (id, op_row) = (op.id().clone(), op.op());
         let ((), ticket) = self.change(true, |tx| {
             tx.put_op(op_row);
-            tx.update_vm(guard.key(), |r| r.op = Some(id))
+            tx.update_vm(&guard, |r| r.op = Some(id))
         })?;
         self.arm_locked(&guard, &op, row.state, verb);
         drop(guard);

@@ -10,7 +10,7 @@ use super::{Begun, Caller, Daemon, now_s, to_value};
 use crate::api::exec::Exit;
 use crate::api::op::OpState;
 use crate::api::snapshot::SnapshotRestoreRequest;
-use crate::api::vm::{Net, RateLimits, Vm, VmCreateRequest, VmForkRequest, VmReply};
+use crate::api::vm::{Net, RateLimits, Vm, VmCreateRequest, VmForkRequest, VmReply, VmState};
 use crate::disk::{Method, Wake, duplicate};
 use crate::error::{Error, Kind, Result};
 use crate::guest::{Script, Target, run_script};
@@ -124,7 +124,15 @@ impl Daemon {
     }
 
     fn keep(&self, vm: &VmId) -> Result<Vm> {
-        let ((), ticket) = self.store.change(|tx| tx.update_vm(vm, |row| row.rm = false))?;
+        let guard = self.locks.vm.lock(vm);
+        let row = self.row(vm)?;
+        if row.state == VmState::Deleting {
+            // It came to rest before it was to stay.
+            return Err(Error::new(Kind::Superseded, "a later request ended it, and it was deleted")
+                .hint(format!("try again: the VM that was to be {} is gone", row.name)));
+        }
+        let ((), ticket) = self.store.change(|tx| tx.update_vm(&guard, |row| row.rm = false))?;
+        drop(guard);
         self.wait_durable(ticket)?;
         self.view(vm)
     }
@@ -247,17 +255,19 @@ impl Daemon {
         let (Some(restore), Some(former)) = (&boot.claim.restore, boot.former_disks.take()) else { return Ok(()) };
         let (saved, row, tag) = (&restore.row, &boot.row, &boot.spec.tag);
         let workspace = saved.workspace.clone().map(|w| WorkspaceRow { vm: row.id.clone(), generation: row.generation, ..w });
+        let guard = self.locks.vm.lock(&row.id);
         let (replaced, ticket) = self.store.change(|tx| {
             match workspace {
                 Some(workspace) => tx.put_workspace(workspace)?,
                 None => tx.remove_workspace(&row.id),
             }
-            tx.update_vm(&row.id, |row| {
+            tx.update_vm(&guard, |row| {
                 (row.disk_bytes, row.guest_version) = (saved.disk_bytes, saved.guest_version);
                 row.disk_driver = Some(saved.disk_driver.clone());
             })?;
             Ok(former_disks::let_go(tx, former, row, tag))
         })?;
+        drop(guard);
         self.wait_durable(ticket)?;
         former_disks::remove(self, row, tag, replaced);
         Ok(())

@@ -7,7 +7,7 @@ use crate::config::{Config, DiskDriver};
 use crate::disk::snapshot::{self, Fill};
 use crate::disk::{Method, Probe};
 use crate::error::{Kind, Result};
-use crate::store::VmRow;
+use crate::store::{Ticket, VmRow};
 use crate::vmm::Driver;
 use std::collections::HashSet;
 use std::path::Path;
@@ -128,8 +128,8 @@ impl Daemon {
     fn note_lost(&self, row: &VmRow, why: &str) {
         let reason = format!("its disk is lost: the host had no room for the guest's changes ({why})");
         log::error!("vm {}: {reason}", row.name);
-        let noted = self.change(true, |tx| tx.update_vm(&row.id, |r| r.reason = Some(reason)));
-        if let Err(e) = noted.map(|((), ticket)| ticket.detach()) {
+        let noted = self.change_row(&row.id, true, |r| r.reason = Some(reason));
+        if let Err(e) = noted.map(Ticket::detach) {
             log::warn!("write that down: {e}");
         }
     }

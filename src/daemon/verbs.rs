@@ -141,7 +141,7 @@ impl Daemon {
         let guard = self.locks.vm.lock(vm);
         let successor = self.runtimes.end(guard.key()).1;
         let changed = self.change(true, |tx| {
-            tx.update_vm(vm, |r| {
+            tx.update_vm(&guard, |r| {
                 r.state = VmState::Failed;
                 r.reason = Some("the daemon failed in the middle: see its log".to_owned());
                 (r.op, r.intent, r.identity, r.ssh_addr) = (None, None, None, None);

@@ -59,7 +59,7 @@ impl Daemon {
         if is_saved || row.generation != generation || row.state != VmState::Running || row.unresponsive != answers {
             return Ok(());
         }
-        let ((), ticket) = self.change(true, |tx| tx.update_vm(vm, |r| r.unresponsive = !answers))?;
+        let ((), ticket) = self.change(true, |tx| tx.update_vm(&guard, |r| r.unresponsive = !answers))?;
         drop(guard);
         log::warn!("the VMM of VM {} {}", row.name, if answers { "answers again" } else { "does not answer" });
         self.wait_durable(ticket)?;
@@ -87,7 +87,7 @@ impl Daemon {
     /// Whether the VM is to be deleted now.
     fn record_death(&self, vm: &VmId, generation: u64, how: &str) -> Result<bool> {
         let guard = self.locks.vm.lock(vm);
-        let Some(mut row) = self.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else { return Ok(false) };
+        let Some(row) = self.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else { return Ok(false) };
         if row.generation != generation {
             return Ok(false);
         }
@@ -101,13 +101,16 @@ impl Daemon {
             _ => return Ok(false),
         }
         let clean = how == CLEAN_EXIT;
-        row.state = if clean { VmState::Stopped } else { VmState::Failed };
-        row.reason = Some(if clean { "the guest shut itself down".to_owned() } else { format!("the vmm died: {how}") });
-        row.identity = None;
-        row.ssh_addr = None;
+        let state = if clean { VmState::Stopped } else { VmState::Failed };
+        let reason = if clean { "the guest shut itself down".to_owned() } else { format!("the vmm died: {how}") };
         let (rm, cause) = (row.rm, if clean { "the guest shut itself down" } else { "the VM's vmm died" });
-        let ((), ticket) = self.change(true, |tx| tx.put_vm(row.clone()))?;
-        self.note(&row, Some(ticket.seq()), None, || super::history::What::Died { state: row.state });
+        let ((), ticket) = self.change(true, |tx| {
+            tx.update_vm(&guard, |row| {
+                (row.state, row.reason) = (state, Some(reason));
+                (row.identity, row.ssh_addr) = (None, None);
+            })
+        })?;
+        self.note(&row, Some(ticket.seq()), None, || super::history::What::Died { state });
         self.runtimes.cancel_users(guard.key(), cause);
         drop(guard);
         self.wait_durable(ticket)?;

@@ -1,6 +1,7 @@
 //! Imports and exports. The VM's lock is held for a moment, to check the state and join its cancel set; the
 //! workspace lock is held across the guest I/O, on the operation's own thread; a pool worker pumps (`transfer.rs`).
 
+use super::locks::WorkspaceOf;
 use super::runtime::{HOST_DISK_FULL, Use, User};
 use super::transfer::{Imported, Transfer};
 use super::{Begun, Caller, Daemon, Notes, now_s, to_value};
@@ -127,7 +128,7 @@ impl Daemon {
         #[cfg(feature = "one-lock")]
         let _negative_control = self.locks.vm.lock(&row.id);
         let guard = self.lock_workspace(op, row, no_wait)?;
-        let transfer = self.transfer(guard.key(), op, fifo, &request.guest_path)?;
+        let transfer = self.transfer(&guard.key().0, op, fifo, &request.guest_path)?;
         let began = self.mark_incomplete(&transfer.row, request)?;
         let wanted = request.clone();
         let job = place.submit(&format!("workspace.prepare {}", row.name), op.cancel(), move |cancel| {
@@ -152,14 +153,14 @@ impl Daemon {
         request: &ExportRequest,
     ) -> Result<Value> {
         let guard = self.lock_workspace(op, row, no_wait)?;
-        let workspace = self.store.read(|s| s.workspace(guard.key()).cloned()).ok_or_else(|| {
+        let workspace = self.store.read(|s| s.workspace(&guard.key().0).cloned()).ok_or_else(|| {
             Error::new(Kind::WorkspaceNotFound, "it has no workspace").hint(format!("fcctl workspace prepare {} PATH", row.name))
         })?;
         if workspace.state == WorkspaceState::Incomplete {
             return Err(Error::new(Kind::WorkspaceIncomplete, "its workspace is incomplete: an import was interrupted")
                 .hint(format!("bring it in again: fcctl workspace prepare {} PATH", row.name)));
         }
-        let transfer = self.transfer(guard.key(), op, fifo, &workspace.guest_path)?;
+        let transfer = self.transfer(&guard.key().0, op, fifo, &workspace.guest_path)?;
         let kind = request.kind;
         let job =
             place.submit(&format!("workspace.export {}", row.name), op.cancel(), move |cancel| transfer.export(cancel, kind));
@@ -169,8 +170,9 @@ impl Daemon {
     }
 
     /// First come, first served; a waiting one costs no worker and can be cancelled.
-    fn lock_workspace<'a>(&'a self, op: &OpHandle, row: &VmRow, no_wait: bool) -> Result<KeyGuard<'a, VmId>> {
-        if let Some(guard) = self.locks.workspace.try_lock(&row.id) {
+    fn lock_workspace<'a>(&'a self, op: &OpHandle, row: &VmRow, no_wait: bool) -> Result<KeyGuard<'a, WorkspaceOf>> {
+        let workspace = WorkspaceOf(row.id.clone());
+        if let Some(guard) = self.locks.workspace.try_lock(&workspace) {
             return Ok(guard);
         }
         if no_wait {
@@ -179,7 +181,7 @@ impl Daemon {
             );
         }
         op.progress("waits for another import or export of this VM");
-        self.locks.workspace.lock_cancellable(&row.id, op.cancel()).map_err(|_| {
+        self.locks.workspace.lock_cancellable(&workspace, op.cancel()).map_err(|_| {
             let cause = op.cancel().cause().unwrap_or_default();
             Error::new(Kind::Cancelled, format!("cancelled while waiting for another import or export: {cause}"))
         })

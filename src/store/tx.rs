@@ -4,6 +4,7 @@ use super::state::{Image, State};
 use super::{KeyRow, LedgerRow, OpRow, SnapshotRow, VmRow, WorkspaceRow};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{OpId, SnapshotId, VmId};
+use crate::locks::KeyGuard;
 use crate::uids::Retention;
 use std::ops::Deref;
 use std::sync::Arc;
@@ -60,11 +61,18 @@ impl<'a> Tx<'a> {
         }
     }
 
-    /// Adds or replaces.
+    /// Adds a VM. A row that is there changes by [`Tx::update_vm`] only.
     ///
     /// # Errors
-    /// `name_taken`, or `internal` when another VM has the slot.
-    pub fn put_vm(&mut self, row: VmRow) -> Result<()> {
+    /// `name_taken`, or `internal` when another VM has the id or the slot.
+    pub fn insert_vm(&mut self, row: VmRow) -> Result<()> {
+        if self.vm(&row.id).is_some() {
+            return Err(Error::internal(format!("VM {} is there already", row.id)));
+        }
+        self.write_vm(row)
+    }
+
+    fn write_vm(&mut self, row: VmRow) -> Result<()> {
         if self.vm_by_name(&row.name).is_some_and(|other| other.id != row.id) {
             return Err(Error::new(Kind::NameTaken, format!("the name {} is taken", row.name)).hint("choose another with --name"));
         }
@@ -75,11 +83,16 @@ impl<'a> Tx<'a> {
         Ok(())
     }
 
-    /// Changes some members of a row.
+    /// Changes some members of the row as it is now. The guard is evidence that the VM's lock is held, so what its holder
+    /// has read of the row still holds; no row is ever written as a whole, so nothing that was read earlier comes back.
     ///
     /// # Errors
-    /// `vm_not_found`, and those of [`Tx::put_vm`].
-    pub fn update_vm(&mut self, id: &VmId, change: impl FnOnce(&mut VmRow)) -> Result<()> {
+    /// `vm_not_found`, and those of [`Tx::insert_vm`].
+    pub fn update_vm(&mut self, vm: &KeyGuard<'_, VmId>, change: impl FnOnce(&mut VmRow)) -> Result<()> {
+        self.change_vm(vm.key(), change)
+    }
+
+    fn change_vm(&mut self, id: &VmId, change: impl FnOnce(&mut VmRow)) -> Result<()> {
         let Some(row) = self.vm(id) else {
             return Err(Error::new(Kind::VmNotFound, format!("no VM {id}")).hint("fcctl ps -a"));
         };
@@ -88,15 +101,37 @@ impl<'a> Tx<'a> {
         if row.id != *id {
             return Err(Error::internal(format!("a change of VM {id} gave it the id {}", row.id)));
         }
-        self.put_vm(row)
+        self.write_vm(row)
     }
 
-    /// With its workspace. What the ledger knows of it stays until it is struck.
-    pub fn remove_vm(&mut self, id: &VmId) -> Option<Arc<VmRow>> {
+    /// Removes the VM and its workspace. What the ledger knows of it stays until it is struck.
+    pub fn remove_vm(&mut self, vm: &KeyGuard<'_, VmId>) -> Option<Arc<VmRow>> {
+        self.take_vm(vm.key())
+    }
+
+    fn take_vm(&mut self, id: &VmId) -> Option<Arc<VmRow>> {
         let row = self.vm(id).cloned()?;
         self.remove_workspace(id);
         self.apply(Image::Vm(id.clone(), None));
         Some(row)
+    }
+
+    /// Adds or replaces, without a lock: for tests of the store.
+    #[cfg(test)]
+    pub fn put_vm(&mut self, row: VmRow) -> Result<()> {
+        self.write_vm(row)
+    }
+
+    /// [`Tx::update_vm`] without a lock: for tests, which play a daemon that died or have the store to themselves.
+    #[cfg(any(test, feature = "fakes"))]
+    pub fn update_vm_unlocked(&mut self, id: &VmId, change: impl FnOnce(&mut VmRow)) -> Result<()> {
+        self.change_vm(id, change)
+    }
+
+    /// [`Tx::remove_vm`] without a lock: for tests of the store.
+    #[cfg(test)]
+    pub fn remove_vm_unlocked(&mut self, id: &VmId) -> Option<Arc<VmRow>> {
+        self.take_vm(id)
     }
 
     /// # Errors

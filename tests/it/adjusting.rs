@@ -167,7 +167,7 @@ fn a_daemon_that_died_between_the_row_and_the_driver_is_made_up_for() {
     set(&world, |r| (r.disk_ops_per_s, r.now) = (Some(100), true)).unwrap();
     balloon(&world, Some(512)).unwrap();
     world.edit_rows(|tx| {
-        tx.update_vm(&vm.id, |r| {
+        tx.update_vm_unlocked(&vm.id, |r| {
             r.rates = disk(Some(M), None);
             r.balloon_mib = None;
         })

@@ -363,7 +363,7 @@ fn a_slow_reader_holds_up_nobody_and_loses_nothing() {
     let (mut fast, call) = watch_anew(&world);
     let id = world.show("web").unwrap().id;
     for n in 1..=CHANGES {
-        let change = world.daemon().store.change(|tx| tx.update_vm(&id, |r| r.mem_mib = u64::from(n)));
+        let change = world.daemon().store.change(|tx| tx.update_vm_unlocked(&id, |r| r.mem_mib = u64::from(n)));
         change.unwrap().1.detach();
         if n % 250 == 0 {
             // One reads nothing, and the other has all of it, while calls are answered.

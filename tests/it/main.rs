@@ -3,6 +3,7 @@
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
 mod adjusting;
+mod apart;
 mod api;
 mod bad_input;
 mod booting;
@@ -20,6 +21,8 @@ mod layers;
 // The checker counts the holds.
 #[cfg(any(debug_assertions, feature = "lock-check"))]
 mod lock_fuzz;
+#[cfg(any(debug_assertions, feature = "lock-check"))]
+mod lost_updates;
 mod panics;
 mod points;
 mod process;

@@ -106,7 +106,7 @@ fn a_paused_guest_is_used_by_nobody_and_stays_so_over_a_restart_of_the_daemon() 
     assert!(world.show("web").unwrap().paused && world.vmm.is_paused(&vm.id));
     assert!(!resume(&world).unwrap().paused && !resume(&world).unwrap().paused);
     assert!(!world.vmm.is_paused(&vm.id));
-    world.edit_rows(|tx| tx.update_vm(&vm.id, |r| r.paused = true).unwrap());
+    world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.paused = true).unwrap());
     world.reopen();
     world.daemon().reconcile();
     assert!(world.vmm.is_paused(&vm.id));
@@ -250,7 +250,7 @@ fn a_host_that_was_rebooted() {
     let (vm, _) = world.running("web");
     world.shut();
     assert!(world.vmm.die(&vm.id, "power failure"));
-    world.edit_rows(|tx| tx.update_vm(&vm.id, |r| r.identity.as_mut().unwrap().boot_id = "another".into()).unwrap());
+    world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.identity.as_mut().unwrap().boot_id = "another".into()).unwrap());
     world.reopen();
     world.daemon().reconcile();
     assert_eq!(world.state("web"), VmState::Stopped);
@@ -295,7 +295,7 @@ fn every_state() {
         let owned = matches!(state, Starting | Stopping | Deleting).then(|| op.id.clone());
         world.edit_rows(|tx| {
             tx.put_op(op.clone());
-            tx.update_vm(&vm.id, |r| (r.state, r.intent, r.op) = (state, intent, owned)).unwrap();
+            tx.update_vm_unlocked(&vm.id, |r| (r.state, r.intent, r.op) = (state, intent, owned)).unwrap();
         });
         world.reopen();
         world.daemon().reconcile();
@@ -319,7 +319,7 @@ fn every_state() {
 fn a_first_start_is_undone() {
     let mut world = World::new();
     let vm = world.create("web");
-    world.edit_rows(|tx| tx.update_vm(&vm.id, |r| r.state = VmState::Starting).unwrap());
+    world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Starting).unwrap());
     world.reopen();
     world.daemon().reconcile();
     let vm = world.show("web").unwrap();
@@ -397,7 +397,7 @@ fn a_start_ends_what_an_earlier_one_left() {
     let world = World::new();
     let (vm, _) = world.running("web");
     let store = &world.daemon().store;
-    store.change_durable(|tx| tx.update_vm(&vm.id, |r| r.state = VmState::Failed)).unwrap();
+    store.change_durable(|tx| tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Failed)).unwrap();
     let again = world.start("web").unwrap();
     assert_eq!(again.state, VmState::Running);
     assert_ne!(again.pid, vm.pid);

@@ -1,15 +1,12 @@
 //! The daemon's log leads to a pipe that nobody reads. Nothing else may wait for it.
 
+use crate::apart::run_apart;
 use crate::world::*;
 use fcd::api::vm::*;
 use fcd::error::Kind;
 use fcd::store::faults::Fault;
 use fcd::vmm::Told;
 use std::os::fd::OwnedFd;
-use std::process::{Command, Stdio};
-
-/// For the whole process whose log stalls; on a loaded machine it takes a second.
-const DEADLINE_S: &str = "60";
 
 /// A pipe that takes no byte more, and its other end.
 fn full_pipe() -> (OwnedFd, OwnedFd) {
@@ -24,15 +21,7 @@ fn full_pipe() -> (OwnedFd, OwnedFd) {
 #[test]
 fn nothing_waits_for_a_log_that_nobody_reads() {
     let (reader, writer) = full_pipe();
-    let out = Command::new("timeout")
-        .args(["-k", "5", DEADLINE_S])
-        .arg(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "stalled_log::in_a_process_whose_stderr_is_full"])
-        .stdin(Stdio::null())
-        .stderr(writer)
-        .output()
-        .unwrap();
-    assert!(out.status.success(), "{:?}: {}", out.status, String::from_utf8_lossy(&out.stdout));
+    run_apart("stalled_log::in_a_process_whose_stderr_is_full", writer);
     drop(reader);
 }
 

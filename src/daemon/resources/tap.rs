@@ -38,8 +38,7 @@ impl Resource for Tap {
             None => None,
         };
         // A fact, not an intent: the row of what follows is durable only with this one.
-        let ((), ticket) = daemon.store.change(|tx| tx.update_vm(&boot.row.id, |r| r.tap = fact))?;
-        ticket.detach();
+        daemon.change_row(&boot.row.id, false, |r| r.tap = fact)?.detach();
         boot.row = daemon.row(&boot.row.id)?;
         boot.spec = daemon.boot_spec(boot.claim, &boot.row, boot.image);
         Ok(())

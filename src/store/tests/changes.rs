@@ -8,7 +8,7 @@ fn a_change_that_fails_or_panics_leaves_nothing() {
     store.change_durable(|tx| tx.put_vm(row(1)).and_then(|()| tx.put_workspace(workspace(1)))).unwrap();
     let before = state(&store);
     let mess = |tx: &mut Tx| {
-        tx.remove_vm(&vm_id(1));
+        tx.remove_vm_unlocked(&vm_id(1));
         tx.put_vm(VmRow { id: vm_id(2), ..row(1) }).unwrap();
         tx.put_op(op(1, OpState::Ok));
         tx.intend(None, 0, "process", "x");
@@ -75,19 +75,19 @@ fn names_and_slots_are_unique_and_come_free() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     store.change_durable(|tx| tx.put_vm(row(0)).and_then(|()| tx.put_vm(row(1)))).unwrap();
-    let change = |f: &dyn Fn(&mut VmRow)| store.change(|tx| tx.update_vm(&vm_id(0), f)).map(|_| ()).unwrap_err().kind();
+    let change = |f: &dyn Fn(&mut VmRow)| store.change(|tx| tx.update_vm_unlocked(&vm_id(0), f)).map(|_| ()).unwrap_err().kind();
     assert_eq!(change(&|r| r.name = "vm-1".parse().unwrap()), Kind::NameTaken);
     assert_eq!(change(&|r| r.slot = 1), Kind::Internal);
     assert_eq!(change(&|r| r.id = vm_id(7)), Kind::Internal);
     assert_eq!(store.read(|s| s.free_slot(3)).unwrap(), 2);
     assert_eq!(store.read(|s| s.free_slot(2)).unwrap_err().kind(), Kind::VmLimit);
-    store.change_durable(|tx| Ok(tx.remove_vm(&vm_id(0)))).unwrap().unwrap();
+    store.change_durable(|tx| Ok(tx.remove_vm_unlocked(&vm_id(0)))).unwrap().unwrap();
     assert_eq!(store.read(|s| s.free_slot(2)).unwrap(), 0);
     let name = "vm-0".parse().unwrap();
     assert!(store.read(|s| s.vm_by_name(&name).is_none()));
     store.change_durable(|tx| tx.put_vm(VmRow { id: vm_id(9), ..row(0) })).unwrap();
     assert_eq!(store.read(|s| s.vm_by_name(&name).unwrap().id.clone()), vm_id(9));
-    let missing = store.change(|tx| tx.update_vm(&vm_id(77), |_| ())).map(|_| ()).unwrap_err();
+    let missing = store.change(|tx| tx.update_vm_unlocked(&vm_id(77), |_| ())).map(|_| ()).unwrap_err();
     assert_eq!(missing.kind(), Kind::VmNotFound);
     assert_eq!(store.change(|tx| tx.put_workspace(workspace(77))).map(|_| ()).unwrap_err().kind(), Kind::VmNotFound);
 }
@@ -121,7 +121,7 @@ fn a_removed_vm_takes_its_workspace_and_leaves_its_ledger() {
         })
         .unwrap();
     store.change_durable(|tx| tx.record_facts(id, serde_json::json!({"pid": 1}))).unwrap();
-    store.change_durable(|tx| Ok(tx.remove_vm(&vm_id(1)))).unwrap();
+    store.change_durable(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1)))).unwrap();
     let store = check_reopened(store, dir.path());
     store.read(|s| {
         assert!(s.workspace(&vm_id(1)).is_none());
@@ -278,7 +278,7 @@ fn perform(tx: &mut Tx, act: &Act) -> Result<()> {
             let name = format!("n{name}").parse().unwrap();
             tx.put_vm(VmRow { name, slot, owner_uid: owner, ..row(n) })?;
         }
-        Act::Remove(n) => drop(tx.remove_vm(&vm_id(n))),
+        Act::Remove(n) => drop(tx.remove_vm_unlocked(&vm_id(n))),
         Act::Workspace(n) => tx.put_workspace(workspace(n))?,
         Act::Op { n, ended } => tx.put_op(op(n, if ended { OpState::Cancelled } else { OpState::Running })),
         Act::Intend(n) => _ = tx.intend(Some(&vm_id(n)), 1, "disk", "d"),

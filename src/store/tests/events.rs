@@ -44,7 +44,7 @@ fn is_readable(listening: &Subscription) -> bool {
 }
 
 fn rename(store: &Store, n: u32, reason: u64) -> Ticket {
-    store.change(|tx| tx.update_vm(&vm_id(n), |r| r.reason = Some(reason.to_string()))).unwrap().1
+    store.change(|tx| tx.update_vm_unlocked(&vm_id(n), |r| r.reason = Some(reason.to_string()))).unwrap().1
 }
 
 #[test]
@@ -79,11 +79,11 @@ fn the_steps_of_a_change_are_told_as_one() {
     // To and fro is nothing, also beside something.
     store
         .change_durable(|tx| {
-            tx.update_vm(&vm_id(1), |r| r.vcpus = 9)?;
+            tx.update_vm_unlocked(&vm_id(1), |r| r.vcpus = 9)?;
             tx.put_vm(row(2))?;
-            tx.remove_vm(&vm_id(2));
+            tx.remove_vm_unlocked(&vm_id(2));
             tx.put_vm(row(3))?;
-            tx.update_vm(&vm_id(1), |r| r.vcpus = 1)
+            tx.update_vm_unlocked(&vm_id(1), |r| r.vcpus = 1)
         })
         .unwrap();
     let change = told(&mut listening);
@@ -92,7 +92,7 @@ fn the_steps_of_a_change_are_told_as_one() {
     store
         .change_durable(|tx| {
             tx.remove_workspace(&vm_id(1));
-            tx.update_vm(&vm_id(1), |r| r.state = VmState::Failed)
+            tx.update_vm_unlocked(&vm_id(1), |r| r.state = VmState::Failed)
         })
         .unwrap();
     let change = told(&mut listening);
@@ -103,7 +103,7 @@ fn the_steps_of_a_change_are_told_as_one() {
     store
         .change_durable(|tx| {
             tx.put_op(Op { vm: Some(vm_id(1)), ..op(7, OpState::Ok) });
-            Ok(tx.remove_vm(&vm_id(1)))
+            Ok(tx.remove_vm_unlocked(&vm_id(1)))
         })
         .unwrap();
     let change = told(&mut listening);

@@ -13,14 +13,14 @@ fn check_failed_batch(fault: Fault, kind: Kind) {
     store.faults().fail(fault, 3);
     // A name that goes from hand to hand: mending the disk must not find it taken.
     let steal = |tx: &mut Tx| {
-        tx.update_vm(&vm_id(1), |r| r.name = "other".parse().unwrap())?;
+        tx.update_vm_unlocked(&vm_id(1), |r| r.name = "other".parse().unwrap())?;
         tx.put_vm(VmRow { id: vm_id(2), slot: 2, ..row(1) })
     };
     let tickets = [store.change(steal).unwrap().1, {
         assert!(gate.wait_for_writer(soon()));
         store.change(|tx| tx.put_workspace(workspace(2))).unwrap().1
     }];
-    let behind = store.change(|tx| Ok(tx.remove_vm(&vm_id(1)))).unwrap().1;
+    let behind = store.change(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1)))).unwrap().1;
     drop(gate);
     for ticket in tickets.iter().chain([&behind]) {
         let e = ticket.wait(soon()).unwrap_err();
@@ -81,7 +81,7 @@ fn an_essential_change_has_the_reserve() {
     let reserve = dir.path().join("reserve");
     assert_eq!(std::os::unix::fs::MetadataExt::blocks(&reserve.metadata().unwrap()) * 512, RESERVE_BYTES);
     store.faults().fail(Fault::DiskFull, 1);
-    let (_, ticket) = store.change_essential(|tx| Ok(tx.remove_vm(&vm_id(1)))).unwrap();
+    let (_, ticket) = store.change_essential(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1)))).unwrap();
     ticket.wait(soon()).unwrap();
     // Taken again before the writer's next batch.
     put(&store, 1).unwrap().wait(soon()).unwrap();
@@ -187,7 +187,7 @@ fn a_disk_that_is_really_full() {
     assert_eq!(put(&store, 50).map(drop).unwrap_err().kind(), Kind::DiskFull);
     let name = store.read(|s| s.vms().map(|r| r.name.to_string()).collect::<Vec<_>>());
     // A delete is written nevertheless, and another daemon comes up on the full disk and can read.
-    let (_, ticket) = store.change_essential(|tx| Ok(tx.remove_vm(&vm_id(1)))).unwrap();
+    let (_, ticket) = store.change_essential(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1)))).unwrap();
     ticket.wait(soon()).unwrap();
     assert_eq!(store.read(|s| s.vms().count()), name.len() - 1);
     // What the reserve left; the writer may take it again first, then this fails.

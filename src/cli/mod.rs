@@ -3,6 +3,7 @@
 //! stdout is the result, stderr the rest; exit statuses are those of `Failure::exit_status`, and in `exec` and
 //! `run` the guest's own, with 125 for every failure of ours.
 
+mod apply;
 mod connect;
 mod context;
 mod debug;

@@ -10,7 +10,7 @@ use crate::api::vm::{Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteRequest, V
 use crate::client::{Client, Event, Failure, Result};
 use crate::error::{Error, Kind};
 use crate::ids::VmName;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
@@ -53,8 +53,8 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
 fn tell(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
     // Whatever can be known to be wrong is, before anything is made.
     let spec = args.how.spec(ctx, args.argv)?;
-    let export = args.export_patch.map(ExportTo::patch);
-    export.iter().try_for_each(ExportTo::check)?;
+    let to = args.export_patch.map(ExportTo::patch);
+    to.iter().try_for_each(ExportTo::check)?;
     let source = match &args.path {
         Some(path) => Some(Source::tree(path, &args.workspace, interrupts.cancel())?),
         None if args.workspace.is_said() => {
@@ -62,6 +62,7 @@ fn tell(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
         }
         None => None,
     };
+    let export = to.map(|to| Export { to, bound: args.bound, top: source.as_ref().and_then(Source::top).map(Path::to_owned) });
     let mut made = make(ctx, interrupts, args.name, args.shape, args.rm)?;
     ctx.note(&format!("vm {}", made.vm.name));
     for port in &made.vm.ports {
@@ -72,7 +73,15 @@ fn tell(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
         Ok(()) => exec::execute(ctx, interrupts, &mut made.client, &vm, spec),
         Err(e) => Err(e),
     };
-    finish(ctx, interrupts, made, ended, export.map(|to| (to, args.bound)))
+    finish(ctx, interrupts, made, ended, export)
+}
+
+/// What `--export-patch` asks for.
+struct Export {
+    to: ExportTo,
+    bound: Bound,
+    /// The tree that was sent, to which the patch is applied.
+    top: Option<PathBuf>,
 }
 
 /// A VM that this run made.
@@ -156,7 +165,7 @@ fn finish(
     interrupts: &Interrupts,
     mut made: Made,
     ended: Result<Ended>,
-    export: Option<(ExportTo, Bound)>,
+    export: Option<Export>,
 ) -> Result<u8> {
     let began = interrupts.command_began() || matches!(ended, Ok(Ended::Exit(_) | Ended::ReaderGone));
     let mut status = match &ended {
@@ -164,8 +173,8 @@ fn finish(
         Err(_) => interrupts.status().unwrap_or(OUR_FAILURE),
     };
     tell_end(ctx, interrupts, &ended);
-    if let (Some((to, bound)), true, None) = (&export, began, interrupts.cause())
-        && let Err(failed) = collect(ctx, interrupts, &made, to, *bound)
+    if let (Some(export), true, None) = (&export, began, interrupts.cause())
+        && let Err(failed) = collect(ctx, interrupts, &made, export)
     {
         status = failed;
         // Work that could not be brought back is not thrown away.
@@ -211,15 +220,15 @@ fn tell_end(ctx: &mut Context, interrupts: &Interrupts, ended: &Result<Ended>) {
 }
 
 /// On a connection of its own, since that of the command may be broken. Err: the status.
-fn collect(ctx: &mut Context, interrupts: &Interrupts, made: &Made, to: &ExportTo, bound: Bound) -> std::result::Result<(), u8> {
+fn collect(ctx: &mut Context, interrupts: &Interrupts, made: &Made, export: &Export) -> std::result::Result<(), u8> {
     let vm = made.vm.name.as_str();
     let result = interrupts.enter(Phase::Collecting).and_then(|()| {
         let mut client = Client::connect_again(&ctx.socket)?;
-        Transfer { ctx, interrupts, client: &mut client, vm }.export(to, bound, false)
+        Transfer { ctx, interrupts, client: &mut client, vm }.export(&export.to, export.bound, false)
     });
     match result {
         Ok(exported) => {
-            tell_exported(ctx, to, &exported);
+            tell_exported(ctx, interrupts, &export.to, &exported, export.top.as_deref());
             Ok(())
         }
         Err(_) if interrupts.cause().is_some() => {

@@ -1,5 +1,6 @@
 //! `workspace`: a tree goes into a VM, a patch or a tree comes back. Packed and unpacked here, with the caller's rights.
 
+use super::apply;
 use super::context::Context;
 use super::output::{count, size};
 use super::pipes::{self, End};
@@ -32,6 +33,8 @@ pub enum Verb {
     Prepare(PrepareArgs),
     /// Fetch what changed in a VM since its workspace was prepared
     Export(ExportArgs),
+    /// Bring what changed in a VM into this repository: all of it, or nothing where it does not fit
+    Apply(apply::Args),
 }
 
 #[derive(clap::Args, Debug)]
@@ -113,6 +116,7 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     let result = match verb {
         Verb::Prepare(args) => prepare_verb(ctx, &interrupts, args),
         Verb::Export(args) => export_verb(ctx, &interrupts, args),
+        Verb::Apply(args) => apply::run(ctx, &interrupts, args),
     };
     match (interrupts.told(result), interrupts.status()) {
         (Err(_), Some(status)) => {
@@ -165,6 +169,14 @@ impl Source {
             _ => e,
         })?;
         Ok(Source::Tree(Box::new(plan)))
+    }
+
+    /// Where a patch that comes back is applied.
+    pub fn top(&self) -> Option<&Path> {
+        match self {
+            Source::Tree(plan) => Some(plan.root()),
+            Source::Tar(_) => None,
+        }
     }
 
     fn request(&self, vm: &str, how: PrepareHow) -> Result<PrepareRequest> {
@@ -432,7 +444,7 @@ fn export_verb(ctx: &mut Context, interrupts: &Interrupts, args: ExportArgs) -> 
     for to in &targets {
         let exported = Transfer { ctx, interrupts, client: &mut client, vm: &args.vm }.export(to, args.bound, args.no_wait)?;
         if !ctx.json {
-            tell_exported(ctx, to, &exported);
+            tell_exported(ctx, interrupts, to, &exported, None);
         }
         all.push(exported);
     }
@@ -445,8 +457,8 @@ fn export_verb(ctx: &mut Context, interrupts: &Interrupts, args: ExportArgs) -> 
     Ok(0)
 }
 
-/// On stderr: stdout may be the patch.
-pub fn tell_exported(ctx: &mut Context, to: &ExportTo, exported: &Exported) {
+/// On stderr: stdout may be the patch. `top`: the tree that a patch is for; None is this directory's.
+pub fn tell_exported(ctx: &mut Context, interrupts: &Interrupts, to: &ExportTo, exported: &Exported, top: Option<&Path>) {
     let what = match exported {
         Exported::Patch { files_changed, bytes } => format!("{} changed, {}", count(*files_changed, "file"), size(*bytes)),
         Exported::Tree { entries: 1, .. } => "1 entry".to_owned(),
@@ -456,7 +468,12 @@ pub fn tell_exported(ctx: &mut Context, to: &ExportTo, exported: &Exported) {
         (ExportTo::Patch(path), Exported::Patch { bytes: 0, .. }) => {
             ctx.note(&format!("nothing has changed; {} is empty", path.display()));
         }
-        (ExportTo::Patch(path), _) => ctx.note(&format!("{what}: git apply {}", path.display())),
+        (ExportTo::Patch(path), _) => {
+            let here = || crate::workspace::apply::top_of(Path::new(".")).unwrap_or_else(|_| PathBuf::from("."));
+            let top = top.map_or_else(here, Path::to_owned);
+            let command = apply::command_for(&top, path, interrupts.cancel());
+            ctx.note(&format!("{what}: {command}"));
+        }
         (ExportTo::PatchToStdout, _) => ctx.note(&what),
         (ExportTo::Tree(path), _) => ctx.note(&format!("{} holds the tree, {what}", path.display())),
     }

@@ -183,7 +183,7 @@ fn a_patch_comes_whole() {
         &["workspace", "export", "web", "--patch", file.to_str().unwrap()],
         expect![[r#"
         > workspace.export {"kind":"patch","no_wait":false,"vm":"web"}
-        ! fcctl: 1 file changed, 26 B: git apply DIR/p.patch
+        ! fcctl: 1 file changed, 26 B: git --git-dir= apply DIR/p.patch
         status 0
     "#]],
     );

@@ -2,7 +2,8 @@
 //!
 //! Three parts that share nothing but formats:
 //! - the host side with the caller's rights, used by `fcctl`: [`plan`] says what a tree consists of and streams it,
-//!   [`raw_tar`] passes on a tar of the caller's, [`unpack`] and [`patch`] write what comes back;
+//!   [`raw_tar`] passes on a tar of the caller's, [`unpack`] and [`patch`] write what comes back, [`apply`] puts a patch
+//!   into the caller's tree;
 //! - [`remote`]: the command lines that the daemon runs in the guest, and the parsers of what they print;
 //! - [`encode`] and [`guest_path`]: paths in JSON, and where a workspace may lie in a guest.
 //!
@@ -11,6 +12,7 @@
 //! -> the daemon verifies the trailer -> `finish` (index, baseline, sync, complete mark). Cut off anywhere, the
 //! workspace stays marked dirty.
 
+pub mod apply;
 mod beneath;
 pub mod encode;
 mod git;

@@ -97,8 +97,17 @@ impl CallerEnv {
 
     /// Where git looks for ignore rules when nothing is configured.
     pub(super) fn default_excludes(&self) -> Option<PathBuf> {
+        self.default_file("git/ignore")
+    }
+
+    /// Where git looks for attributes when nothing is configured.
+    pub(super) fn default_attributes(&self) -> Option<PathBuf> {
+        self.default_file("git/attributes")
+    }
+
+    fn default_file(&self, name: &str) -> Option<PathBuf> {
         let base = self.config_home.clone().or_else(|| Some(self.home.as_ref()?.join(".config")))?;
-        Some(base.join("git/ignore")).filter(|p| p.is_file())
+        Some(base.join(name)).filter(|p| p.is_file())
     }
 }
 

@@ -78,9 +78,10 @@ fn there_and_back(site: &Site, has_git: bool, users: &[&str]) {
         assert!(!touched(&text).iter().any(|line| line.starts_with(name)), "{name}, which the user changed, is in {text}");
     }
     let host_index = has_git.then(|| site.git(&["ls-files", "-s"]));
-    site.git(&["apply", "--whitespace=nowarn", file]);
+    let out = site.fcctl(&["workspace", "apply", site.vm]);
+    assert!(out.status.success(), "{:?}", crate::host::text(&out));
     site.assert_same_tree();
-    assert_eq!(has_git.then(|| site.git(&["ls-files", "-s"])), host_index, "git apply is for the files only");
+    assert_eq!(has_git.then(|| site.git(&["ls-files", "-s"])), host_index, "apply is for the files only");
 
     refuses_what_is_there(site, file, &patch, tree.to_str().unwrap());
 }
@@ -105,6 +106,7 @@ fn work_in_a_guest_comes_back() {
     from_a_dirty_tree(&host);
     from_an_unborn_tree(&host);
     from_a_tree_without_git(&host);
+    from_a_tree_that_git_converts(&host);
     run_with_export_patch(&host);
 }
 
@@ -153,6 +155,33 @@ fn from_a_tree_without_git(host: &Host) {
     there_and_back(&site, false, &["x.o", "crlf"]);
 }
 
+/// UTF-16, `ident`, a filter, line endings: what the guest has is what comes back.
+fn from_a_tree_that_git_converts(host: &Host) {
+    let site = Site::unborn(host, "box", "converted");
+    site.git(&["config", "filter.shout.clean", "tr A-Z a-z"]);
+    site.git(&["config", "filter.shout.smudge", "tr a-z A-Z"]);
+    let attributes = "*.rc text working-tree-encoding=UTF-16LE\n*.id ident\n*.dos text eol=crlf\n*.loud filter=shout\n";
+    site.write(".gitattributes", attributes);
+    site.write("a.rc", "o\0n\0e\0\n\0");
+    site.write("a.id", "$Id$\none\n");
+    site.write("a.dos", "one\r\n");
+    site.write("a.loud", "ONE\n");
+    site.commit("all");
+    fs::remove_file(site.path("a.id")).unwrap();
+    site.git(&["checkout", "-q", "--", "a.id"]);
+    site.prepare();
+    site.in_guest(
+        r"printf 't\0w\0o\0\n\0' >> a.rc; cp a.rc new.rc; echo two >> a.id; cp a.id new.id; printf 'two\r\n' >> a.dos
+        printf 'lf\n' > new.dos; echo TWO >> a.loud; echo lower > new.loud",
+    );
+    let out = site.fcctl(&["workspace", "apply", site.vm, "--dry-run"]);
+    assert!(out.status.success() && text(&out).0.contains("8 files would change"), "{:?}", text(&out));
+    assert!(!site.path("new.rc").exists());
+    let out = site.fcctl(&["workspace", "apply", site.vm]);
+    assert!(out.status.success(), "{:?}", text(&out));
+    site.assert_same_tree();
+}
+
 /// `run PATH --export-patch FILE`: the patch is there before `--rm` takes the VM away.
 fn run_with_export_patch(host: &Host) {
     let site = Site::unborn(host, "box", "run");
@@ -162,7 +191,8 @@ fn run_with_export_patch(host: &Host) {
     let args = ["run", ".", "--rm", "--export-patch", file.to_str().unwrap(), "--", "sh", "-c", "echo from the guest >> a"];
     let out = site.fcctl(&args);
     assert!(out.status.success(), "{:?}", text(&out));
-    site.git(&["apply", file.to_str().unwrap()]);
+    assert!(text(&out).1.contains(&format!("git --git-dir= apply {}", file.display())), "{:?}", text(&out));
+    site.git(&["--git-dir=", "apply", file.to_str().unwrap()]);
     assert_eq!(fs::read_to_string(site.path("a")).unwrap(), "one\ntwo\nfrom the guest\n");
     assert_eq!(host.ok(&["ps", "-aq"]).lines().count(), 1, "its VM is gone");
 }

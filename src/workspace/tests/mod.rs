@@ -1,5 +1,6 @@
 //! Round trips with real repositories: the guest's scripts run here, under `sh`, in a directory of their own.
 
+mod applying;
 mod exporting;
 mod hostile;
 mod importing;
@@ -8,7 +9,7 @@ mod stealing;
 
 use super::plan::{CallerEnv, History, Options, Plan, Sent};
 use super::remote::{self, Finish, Finished, Place};
-use super::{patch, unpack};
+use super::{apply, patch, unpack};
 use crate::api::exec::Exit;
 use crate::error::{Error, Result};
 use crate::host::command::{Command, Output, run_any_status};
@@ -172,17 +173,25 @@ impl Site {
     fn assert_same_tree(&self) {
         assert_eq!(listing(&self.host()), listing(&self.guest()));
     }
+    /// A patch that was exported, as a file.
+    fn patch_file(&self) -> PathBuf {
+        let file = self.dir.path().join("p.patch");
+        std::fs::write(&file, self.export_patch().unwrap().0).unwrap();
+        file
+    }
+    fn caller(&self) -> CallerEnv {
+        self.options(History::default()).env
+    }
+    fn apply(&self, patch: &Path) -> Result<Vec<apply::Change>> {
+        apply::check(&self.host(), patch, &self.caller(), &cancel())?.apply_all()
+    }
     /// Takes a patch, applies it to the host's tree, compares the trees, and gives the patch.
     #[track_caller]
     fn apply_export(&self) -> String {
-        let (patch, _) = self.export_patch().unwrap();
-        let file = self.dir.path().join("p.patch");
-        std::fs::write(&file, &patch).unwrap();
-        if !patch.is_empty() {
-            self.git(&["apply", "--whitespace=nowarn", file.to_str().unwrap()]);
-        }
+        let file = self.patch_file();
+        self.apply(&file).unwrap();
         self.assert_same_tree();
-        String::from_utf8_lossy(&patch).into_owned()
+        String::from_utf8_lossy(&std::fs::read(file).unwrap()).into_owned()
     }
 }
 

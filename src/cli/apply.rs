@@ -1,0 +1,118 @@
+//! `workspace apply`: the changes of a guest go into the caller's tree, byte for byte, all of them or none.
+
+use super::context::Context;
+use super::output::count;
+use super::signals::Interrupts;
+use super::workspace::{Bound, ExportTo, Transfer};
+use crate::client::Result;
+use crate::error::{Error, Kind};
+use crate::host::shell::quote;
+use crate::locks::Cancel;
+use crate::workspace::apply::{self, Change};
+use crate::workspace::encode::encode;
+use crate::workspace::plan::CallerEnv;
+use std::path::{Path, PathBuf};
+
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Name, id, or the beginning of an id
+    #[arg(required_unless_present = "patch")]
+    vm: Option<String>,
+    /// Apply a patch that was exported earlier
+    #[arg(long, value_name = "FILE", conflicts_with = "vm")]
+    patch: Option<PathBuf>,
+    /// Say what would change, and whether it fits, without changing anything
+    #[arg(long)]
+    dry_run: bool,
+    /// The repository that the changes go to
+    #[arg(short = 'C', long, value_name = "DIR", default_value = ".")]
+    directory: PathBuf,
+    #[command(flatten)]
+    bound: Bound,
+    /// Fail when another import or export of this VM is under way
+    #[arg(long)]
+    no_wait: bool,
+}
+
+/// What `--json` prints.
+#[derive(serde::Serialize)]
+struct Document {
+    applied: bool,
+    directory: PathBuf,
+    files: Vec<ChangedFile>,
+}
+
+#[derive(serde::Serialize)]
+struct ChangedFile {
+    /// Percent-encoded where its bytes are not printable ASCII.
+    path: String,
+    lines_added: Option<u64>,
+    lines_removed: Option<u64>,
+}
+
+pub fn run(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
+    let top = apply::top_of(&args.directory)?;
+    let spool = tempfile::Builder::new().prefix("fcctl-apply-").tempdir().map_err(|e| Error::io("make a directory", e))?;
+    let patch = match (&args.vm, &args.patch) {
+        (Some(vm), _) => fetch(ctx, interrupts, vm, spool.path(), &args)?,
+        (None, Some(file)) => file.clone(),
+        (None, None) => return Err(Error::internal("neither a VM nor a patch was given").into()),
+    };
+    if !patch.is_file() {
+        return Err(Error::new(Kind::PathNotFound, format!("{} is not a file", patch.display()))
+            .hint("name a patch that fcctl workspace export has written")
+            .into());
+    }
+    let checked = apply::check(&top, &patch, &CallerEnv::from_process(), interrupts.cancel())?;
+    if let Some(vm) = args.vm.as_deref().filter(|_| checked.changes.is_empty()) {
+        ctx.note(&format!("nothing has changed in {vm}"));
+    }
+    let changes = if args.dry_run { checked.changes } else { checked.apply_all()? };
+    tell(ctx, top, &changes, !args.dry_run)?;
+    Ok(0)
+}
+
+/// Exports into a file of our own.
+fn fetch(ctx: &mut Context, interrupts: &Interrupts, vm: &str, spool: &Path, args: &Args) -> Result<PathBuf> {
+    let file = spool.join("patch");
+    let mut client = ctx.connect()?;
+    Transfer { ctx, interrupts, client: &mut client, vm }.export(&ExportTo::Patch(file.clone()), args.bound, args.no_wait)?;
+    Ok(file)
+}
+
+fn tell(ctx: &mut Context, directory: PathBuf, changes: &[Change], applied: bool) -> Result<()> {
+    if ctx.json {
+        let files = changes.iter().map(|c| ChangedFile { path: encode(&c.path), lines_added: c.added, lines_removed: c.removed });
+        return ctx.document(&Document { applied, directory, files: files.collect() });
+    }
+    if changes.is_empty() {
+        return Ok(());
+    }
+    let (files, place) = (count(changes.len() as u64, "file"), directory.display());
+    match applied {
+        true => ctx.line(&format!("changed {files} in {place}:"))?,
+        false => ctx.line(&format!("{files} would change in {place}:"))?,
+    }
+    for change in changes {
+        let how = match (change.added, change.removed) {
+            (Some(added), Some(removed)) => format!("+{added} -{removed}"),
+            _ => "binary".to_owned(),
+        };
+        ctx.line(&format!("  {} ({how})", encode(&change.path)))?;
+    }
+    Ok(())
+}
+
+/// What to type here so that a patch file is applied to the tree `top`.
+pub fn command_for(top: &Path, patch: &Path, cancel: &Cancel) -> String {
+    let by_hand =
+        std::env::current_dir().ok().and_then(|cwd| apply::by_hand(top, &cwd, patch, &CallerEnv::from_process(), cancel));
+    by_hand.unwrap_or_else(|| {
+        let (top, patch) = (quote(&top.display().to_string()), quote(&patch.display().to_string()));
+        format!("fcctl workspace apply -C {top} --patch {patch}")
+    })
+}
+
+#[cfg(test)]
+#[path = "apply_tests.rs"]
+mod tests;

@@ -46,6 +46,10 @@ macro_rules! text_newtype {
         impl $name {
             pub fn as_str(&self) -> &str { &self.0 }
         }
+        // Sound: the derived order, equality and hash are those of the text.
+        impl std::borrow::Borrow<str> for $name {
+            fn borrow(&self) -> &str { &self.0 }
+        }
         impl FromStr for $name {
             type Err = Error;
             fn from_str(s: &str) -> Result<Self> {

@@ -6,9 +6,12 @@ use crate::api::vm::{Vm, VmState};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{ID_LEN, VmId};
 use crate::store::{State, VmRow, WorkspaceRow};
+use std::sync::Arc;
 
 /// Shortest prefix of an id that is taken for one.
 pub(super) const PREFIX_LEN_MIN: usize = 2;
+/// How many VMs an error names when the beginning of an id fits several.
+const AMBIGUOUS_SHOWN_MAX: usize = 4;
 
 /// The peer of a connection, from its credentials.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,27 +33,29 @@ pub fn vm_not_found(text: &str) -> Error {
     Error::new(Kind::VmNotFound, format!("no VM {shown:?}")).hint("fcctl ps -a lists the VMs that are there")
 }
 
-/// By name, by id, or by a prefix of an id that fits one VM only.
-pub fn find<'s>(state: &'s State, caller: &Caller, text: &str) -> Result<&'s VmRow> {
-    let mut prefixed = Vec::new();
-    for row in state.vms().filter(|row| caller.may_see(row.owner_uid)) {
-        if row.name.as_str() == text || row.id.as_str() == text {
-            return Ok(row);
-        }
-        if text.len() >= PREFIX_LEN_MIN && text.len() < ID_LEN && row.id.as_str().starts_with(text) {
-            prefixed.push(row);
-        }
+/// Finds a VM by its name, its id, or the beginning of an id that fits one VM only. Uses the store's indexes: the cost
+/// does not grow with the number of VMs.
+pub fn find<'s>(state: &'s State, caller: &Caller, text: &'s str) -> Result<&'s VmRow> {
+    let visible = |row: &&'s Arc<VmRow>| caller.may_see(row.owner_uid);
+    if let Some(row) = state.vm_by_name_or_id(text).filter(visible) {
+        return Ok(row);
     }
-    match prefixed.as_slice() {
+    if !(PREFIX_LEN_MIN..ID_LEN).contains(&text.len()) {
+        return Err(vm_not_found(text));
+    }
+    let fits: Vec<_> = state.vms_by_id_prefix(text).filter(visible).take(AMBIGUOUS_SHOWN_MAX + 1).collect();
+    match fits.as_slice() {
         [] => Err(vm_not_found(text)),
         [row] => Ok(row),
-        many => {
-            let ids: Vec<_> = many.iter().take(4).map(|r| format!("{} ({})", r.id, r.name)).collect();
-            let more = if many.len() > 4 { " and more" } else { "" };
-            Err(Error::new(Kind::AmbiguousPrefix, format!("{text:?} fits several VMs: {}{more}", ids.join(", ")))
-                .hint("give the name or more of the id"))
-        }
+        many => Err(ambiguous(text, many)),
     }
+}
+
+fn ambiguous(text: &str, fits: &[&Arc<VmRow>]) -> Error {
+    let ids: Vec<_> = fits.iter().take(AMBIGUOUS_SHOWN_MAX).map(|r| format!("{} ({})", r.id, r.name)).collect();
+    let more = if fits.len() > AMBIGUOUS_SHOWN_MAX { " and more" } else { "" };
+    Error::new(Kind::AmbiguousPrefix, format!("{text:?} fits several VMs: {}{more}", ids.join(", ")))
+        .hint("give the name or more of the id")
 }
 
 impl Daemon {

@@ -79,8 +79,8 @@ impl Daemon {
     }
 
     pub fn show(&self, caller: &Caller, vm: &str) -> Result<VmReply> {
-        let id = self.resolve(caller, vm)?.id;
-        Ok(VmReply { vm: self.view(&id)? })
+        let vm = self.store.read(|s| access::find(s, caller, vm).map(|row| access::view_of(s, row)))?;
+        Ok(VmReply { vm: self.with_pause(vm) })
     }
 
     pub fn ssh_config(&self, caller: &Caller, vm: &str) -> Result<SshConfigReply> {

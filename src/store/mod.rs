@@ -42,7 +42,7 @@ pub use op::OpRow;
 pub use reserve::RESERVE_BYTES;
 pub use schema::INSTALL_ID_LEN;
 pub use snapshot::SnapshotRow;
-pub use state::State;
+pub use state::{Age, State};
 pub use tx::Tx;
 pub use vm::{Intent, TapFact, VmRow};
 pub use watch::Watch;

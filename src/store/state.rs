@@ -10,6 +10,7 @@ use crate::uids::Retention;
 use rusqlite::Connection;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Bound;
 use std::sync::Arc;
 
 /// One row as it is or is to be; `None` where there is none.
@@ -73,13 +74,22 @@ impl Image {
     }
 }
 
+/// A VM's place in the order of listings: when it was created, in seconds since the epoch, and its id.
+pub type Age = (u64, VmId);
+
+fn age(row: &VmRow) -> Age {
+    (row.created_at, row.id.clone())
+}
+
 /// All rows, and the ways to find them. Rows are shared: clone the `Arc` to take one out of [`super::Store::read`].
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct State {
     vms: BTreeMap<VmId, Arc<VmRow>>,
     names: HashMap<VmName, VmId>,
     slots: BTreeSet<u32>,
-    owners: BTreeMap<u32, BTreeSet<VmId>>,
+    /// Every VM by age, the oldest first; and the same per owner.
+    ages: BTreeSet<Age>,
+    owners: BTreeMap<u32, BTreeSet<Age>>,
     workspaces: BTreeMap<VmId, Arc<WorkspaceRow>>,
     ops: BTreeMap<OpId, Arc<OpRow>>,
     history: OpHistory,
@@ -110,13 +120,30 @@ impl State {
         self.names.get(name).and_then(|id| self.vms.get(id))
     }
 
-    /// All VMs whose id begins so; an empty prefix is a prefix of none.
-    pub fn vms_by_id_prefix(&self, prefix: &str) -> Vec<&Arc<VmRow>> {
-        by_prefix(&self.vms, prefix)
+    /// The VM with this name or, failing that, this id: `text` need be neither.
+    pub fn vm_by_name_or_id(&self, text: &str) -> Option<&Arc<VmRow>> {
+        self.names.get(text).and_then(|id| self.vms.get(id)).or_else(|| self.vms.get(text))
+    }
+
+    /// The VMs whose id begins with `prefix`, in the order of their ids. Costs what it yields.
+    pub fn vms_by_id_prefix<'s>(&'s self, prefix: &'s str) -> impl Iterator<Item = &'s Arc<VmRow>> {
+        let from = (Bound::Included(prefix), Bound::Unbounded);
+        self.vms.range::<str, _>(from).map(|(_, row)| row).take_while(move |row| row.id.as_str().starts_with(prefix))
+    }
+
+    /// The VMs of one owner, or of all, from the oldest to the newest. With `after`, only those behind that place, whether
+    /// or not a VM still has it.
+    pub fn vms_by_age(&self, owner_uid: Option<u32>, after: Option<&Age>) -> impl Iterator<Item = &Arc<VmRow>> {
+        let ages = match owner_uid {
+            None => Some(&self.ages),
+            Some(uid) => self.owners.get(&uid),
+        };
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        ages.into_iter().flat_map(move |ages| ages.range((from, Bound::Unbounded))).filter_map(|(_, id)| self.vms.get(id))
     }
 
     pub fn vms_of(&self, owner_uid: u32) -> impl Iterator<Item = &Arc<VmRow>> {
-        self.owners.get(&owner_uid).into_iter().flatten().filter_map(|id| self.vms.get(id))
+        self.vms_by_age(Some(owner_uid), None)
     }
 
     pub fn workspace(&self, vm: &VmId) -> Option<&Arc<WorkspaceRow>> {
@@ -233,8 +260,9 @@ impl State {
                 if let Some(b) = &before {
                     self.names.remove(&b.name);
                     self.slots.remove(&b.slot);
+                    self.ages.remove(&age(b));
                     if let Entry::Occupied(mut theirs) = self.owners.entry(b.owner_uid) {
-                        theirs.get_mut().remove(&id);
+                        theirs.get_mut().remove(&age(b));
                         if theirs.get().is_empty() {
                             theirs.remove();
                         }
@@ -243,7 +271,8 @@ impl State {
                 if let Some(r) = &row {
                     self.names.insert(r.name.clone(), id.clone());
                     self.slots.insert(r.slot);
-                    self.owners.entry(r.owner_uid).or_default().insert(id.clone());
+                    self.ages.insert(age(r));
+                    self.owners.entry(r.owner_uid).or_default().insert(age(r));
                 }
                 Image::Vm(id, before)
             }

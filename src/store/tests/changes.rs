@@ -99,14 +99,35 @@ fn look_ups() {
     let other = VmRow { owner_uid: 7, ..row(0xab1) };
     store.change_durable(|tx| [row(0xab2), other, row(3)].into_iter().try_for_each(|r| tx.put_vm(r))).unwrap();
     store.read(|s| {
-        let found = |prefix: &str| s.vms_by_id_prefix(prefix).iter().map(|r| r.slot).collect::<Vec<_>>();
+        let found = |prefix: &str| s.vms_by_id_prefix(prefix).map(|r| r.slot).collect::<Vec<_>>();
         assert_eq!(found("000000000ab"), [0xab1, 0xab2]);
         assert_eq!(found("000000000ab2"), [0xab2]);
-        assert_eq!((found("f").len(), found("").len()), (0, 0));
+        assert_eq!((found("f").len(), found("").len()), (0, 3));
         assert_eq!(s.vms_of(1000).map(|r| r.slot).collect::<Vec<_>>(), [3, 0xab2]);
         assert_eq!(s.vms_of(7).count(), 1);
         assert_eq!(s.vms_of(8).count(), 0);
+        let exact = |text: &str| s.vm_by_name_or_id(text).map(|r| r.slot);
+        assert_eq!(exact(row(3).name.as_str()), Some(3));
+        assert_eq!(exact("000000000ab2"), Some(0xab2));
+        assert_eq!((exact("000000000ab"), exact("")), (None, None));
     });
+}
+
+#[test]
+fn vms_by_age_are_in_order_and_resume_behind_a_removed_row() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let aged = |n: u32, created_at| VmRow { created_at, ..row(n) };
+    let rows = [aged(1, 30), aged(2, 10), aged(3, 20), VmRow { owner_uid: 7, ..aged(4, 10) }];
+    store.change_durable(|tx| rows.into_iter().try_for_each(|r| tx.put_vm(r))).unwrap();
+    let slots =
+        |owner, after: Option<Age>| store.read(|s| s.vms_by_age(owner, after.as_ref()).map(|r| r.slot).collect::<Vec<_>>());
+    assert_eq!(slots(None, None), [2, 4, 3, 1]);
+    assert_eq!(slots(Some(1000), None), [2, 3, 1]);
+    assert_eq!(slots(Some(7), None), [4]);
+    store.change_durable(|tx| Ok(tx.remove_vm(&vm_id(3)).map(drop))).unwrap();
+    assert_eq!(slots(None, Some((20, vm_id(3)))), [1]);
+    assert_eq!(slots(None, Some((30, vm_id(1)))), [0u32; 0]);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use super::fault::Fault;
 use crate::ids::OpId;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -83,11 +84,11 @@ pub enum Note {
 
 /// The final line.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Response {
+pub struct Response<R = Box<RawValue>> {
     pub jsonrpc: Version,
     pub id: Box<RawValue>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub result: Option<Box<RawValue>>,
+    pub result: Option<R>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<RpcError>,
 }
@@ -102,22 +103,36 @@ pub struct RpcError {
 
 /// Any line from the daemon, for the client to tell apart.
 #[derive(Debug)]
-pub enum Line {
+pub enum Line<R = Box<RawValue>> {
     Note(Note),
-    Response(Response),
+    Response(Response<R>),
 }
 
-impl Line {
+/// The members of either kind of line, so that a response is read in one pass: a list of a thousand VMs is half a MiB.
+#[derive(Deserialize)]
+#[serde(bound(deserialize = "R: Deserialize<'de>"))]
+struct AnyLine<'a, R> {
+    jsonrpc: Version,
+    #[serde(borrow, default)]
+    method: Option<std::borrow::Cow<'a, str>>,
+    #[serde(default)]
+    id: Option<Box<RawValue>>,
+    #[serde(default)]
+    result: Option<R>,
+    #[serde(default)]
+    error: Option<RpcError>,
+}
+
+impl<R: DeserializeOwned> Line<R> {
     /// Reads one line. Notes of a method that this side does not know are `None`.
-    pub fn parse(line: &[u8]) -> serde_json::Result<Option<Line>> {
-        #[derive(Deserialize)]
-        struct Probe<'a> {
-            #[serde(borrow, default)]
-            method: Option<std::borrow::Cow<'a, str>>,
-        }
+    pub fn parse(line: &[u8]) -> serde_json::Result<Option<Self>> {
         const KNOWN: &[&str] = &["op", "progress", "created", "session", "ready", "log", "snapshot", "events", "lagged"];
-        match serde_json::from_slice::<Probe<'_>>(line)?.method {
-            None => serde_json::from_slice(line).map(|r| Some(Line::Response(r))),
+        let any: AnyLine<'_, R> = serde_json::from_slice(line)?;
+        match any.method {
+            None => {
+                let id = any.id.unwrap_or_else(|| RawValue::NULL.to_owned());
+                Ok(Some(Line::Response(Response { jsonrpc: any.jsonrpc, id, result: any.result, error: any.error })))
+            }
             Some(m) if KNOWN.contains(&m.as_ref()) => {
                 serde_json::from_slice::<Notification>(line).map(|n| Some(Line::Note(n.note)))
             }

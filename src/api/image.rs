@@ -38,12 +38,18 @@ pub struct ImageReply {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ImageListReply {
-    pub images: Vec<Image>,
+pub struct ImageListReply<I = Image> {
+    /// In the order of their names.
+    pub images: Vec<I>,
+    /// There are more: ask again with `after` set to this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
 
 calls! {
     /// An operation; hang-up cancels it. An image of that name must not exist.
     ImageBuild = "image.build" (ImageBuildRequest) -> ImageReply;
-    ImageList = "image.list" (super::Empty) -> ImageListReply;
+    ImageList = "image.list" (super::page::ListRequest) -> ImageListReply;
 }
+
+super::page::list_calls! { ImageList: images of Image; }

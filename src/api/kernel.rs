@@ -46,8 +46,12 @@ pub struct KernelReply {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct KernelListReply {
-    pub kernels: Vec<Kernel>,
+pub struct KernelListReply<K = Kernel> {
+    /// In the order of their names.
+    pub kernels: Vec<K>,
+    /// There are more: ask again with `after` set to this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -58,8 +62,10 @@ pub struct KernelDeleteReply {
 calls! {
     /// An operation; hang-up cancels it. A kernel of that name must not exist.
     KernelImport = "kernel.import" (KernelImportRequest) -> KernelReply;
-    KernelList = "kernel.list" (super::Empty) -> KernelListReply;
+    KernelList = "kernel.list" (super::page::ListRequest) -> KernelListReply;
     KernelShow = "kernel.show" (KernelRequest) -> KernelReply;
     /// Refused while VMs boot it.
     KernelDelete = "kernel.delete" (KernelRequest) -> KernelDeleteReply;
 }
+
+super::page::list_calls! { KernelList: kernels of Kernel; }

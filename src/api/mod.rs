@@ -9,6 +9,7 @@ pub mod frame;
 pub mod image;
 pub mod kernel;
 pub mod op;
+pub mod page;
 pub mod port;
 pub mod snapshot;
 pub mod stream;

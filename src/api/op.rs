@@ -74,9 +74,15 @@ pub struct OpWaitRequest {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OpListRequest {
-    /// Ended ones too.
+    /// Also those that have ended.
     #[serde(default)]
     pub all: bool,
+    /// Continue behind this place: `next` of the page before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<String>,
+    /// At most so many items; fewer may come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -85,8 +91,12 @@ pub struct OpReply {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct OpListReply {
-    pub ops: Vec<Op>,
+pub struct OpListReply<O = Op> {
+    /// In the order in which they began.
+    pub ops: Vec<O>,
+    /// There are more: ask again with `after` set to this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
 
 /// The answer at once of an operation that was called without `more`.
@@ -103,3 +113,5 @@ calls! {
     /// Asks it to stop and answers at once.
     OpCancel = "op.cancel" (OpRequest) -> OpReply;
 }
+
+super::page::list_calls! { OpList: ops of Op; }

@@ -48,9 +48,15 @@ pub struct SnapshotRequest {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotListRequest {
-    /// Of this VM only.
+    /// Only the snapshots of this VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<String>,
+    /// Continue behind this place: `next` of the page before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<String>,
+    /// At most so many items; fewer may come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -68,8 +74,12 @@ pub struct SnapshotReply {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct SnapshotListReply {
-    pub snapshots: Vec<Snapshot>,
+pub struct SnapshotListReply<S = Snapshot> {
+    /// From the oldest to the newest.
+    pub snapshots: Vec<S>,
+    /// There are more: ask again with `after` set to this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -86,3 +96,5 @@ calls! {
     /// An operation; hang-up cancels it. The VM's disks are those of the snapshot from then on.
     SnapshotRestore = "snapshot.restore" (SnapshotRestoreRequest) -> VmReply;
 }
+
+super::page::list_calls! { SnapshotList: snapshots of Snapshot; }

@@ -137,8 +137,12 @@ pub struct Vm {
     /// Of a second disk, which the guest has at `/work`.
     #[serde(default)]
     pub work_disk_bytes: Option<u64>,
-    #[serde(flatten)]
-    pub rates: RateLimits,
+    // The members of `RateLimits`, spelt out: serde buffers every member of a struct that has a flattened one, which
+    // doubled the time that a client needs to read a list.
+    pub disk_bytes_per_s: Option<u64>,
+    pub disk_ops_per_s: Option<u64>,
+    pub net_rx_bytes_per_s: Option<u64>,
+    pub net_tx_bytes_per_s: Option<u64>,
     pub net: Net,
     /// Ports of the host that lead into the guest.
     #[serde(default)]
@@ -172,6 +176,17 @@ pub struct Vm {
     #[serde(default)]
     pub balloon_mib: Option<u64>,
     pub workspace: Option<WorkspaceInfo>,
+}
+
+impl Vm {
+    pub fn rates(&self) -> RateLimits {
+        RateLimits {
+            disk_bytes_per_s: self.disk_bytes_per_s,
+            disk_ops_per_s: self.disk_ops_per_s,
+            net_rx_bytes_per_s: self.net_rx_bytes_per_s,
+            net_tx_bytes_per_s: self.net_tx_bytes_per_s,
+        }
+    }
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -271,9 +286,15 @@ pub struct VmDeleteRequest {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmListRequest {
-    /// Those that do not run, too.
+    /// Also those that do not run.
     #[serde(default)]
     pub all: bool,
+    /// Continue behind this place: `next` of the page before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<String>,
+    /// At most so many items; fewer may come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -363,8 +384,12 @@ pub struct VmReply {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct VmListReply {
-    pub vms: Vec<Vm>,
+pub struct VmListReply<V = Vm> {
+    /// From the oldest to the newest.
+    pub vms: Vec<V>,
+    /// There are more: ask again with `after` set to this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -398,6 +423,12 @@ pub struct VmStatsRequest {
     /// All of the caller's that run when none is named.
     #[serde(default)]
     pub vms: Vec<String>,
+    /// Continue behind this place: `next` of the page before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<String>,
+    /// At most so many items; fewer may come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
 }
 
 /// What a VM has used of the host since its VMM began: counters only grow until its next start. None: nobody counts that here.
@@ -422,8 +453,11 @@ pub struct VmStats {
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct VmStatsReply {
-    pub stats: Vec<VmStats>,
+pub struct VmStatsReply<S = VmStats> {
+    pub stats: Vec<S>,
+    /// There are more: ask again with `after` set to this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
 
 /// What a VMM counts, in its own words.
@@ -492,4 +526,9 @@ calls! {
     /// Deletes the caller's VMs that are `created`, `stopped` or `failed`.
     VmPrune = "vm.prune" (super::Empty) -> VmPruneReply;
     VmSshConfig = "vm.ssh_config" (VmRequest) -> SshConfigReply;
+}
+
+super::page::list_calls! {
+    VmList: vms of Vm;
+    VmStatsCall: stats of VmStats;
 }

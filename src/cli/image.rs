@@ -3,9 +3,9 @@
 use super::context::Context;
 use super::output::{self, age, size};
 use super::signals::Interrupts;
-use crate::api::Empty;
 use crate::api::frame::Note;
 use crate::api::image::{Image, ImageBuild, ImageBuildRequest, ImageList};
+use crate::api::page::ListRequest;
 use crate::client::Result;
 use crate::ids::ImageRef;
 
@@ -68,7 +68,7 @@ fn build(ctx: &mut Context, request: ImageBuildRequest) -> Result<u8> {
 }
 
 fn list(ctx: &mut Context) -> Result<u8> {
-    let images = ctx.connect()?.call::<ImageList>(&Empty {})?.images;
+    let images = ctx.connect()?.list::<ImageList>(ListRequest::default())?;
     if ctx.json {
         ctx.document(&images)?;
         return Ok(0);

@@ -2,8 +2,8 @@
 
 use super::context::Context;
 use super::output::{self, age, size};
-use crate::api::Empty;
 use crate::api::kernel::{Kernel, KernelDelete, KernelImport, KernelImportRequest, KernelList, KernelRequest, KernelShow};
+use crate::api::page::ListRequest;
 use crate::client::Result;
 use crate::error::Error;
 use crate::ids::KernelName;
@@ -58,7 +58,7 @@ fn import(ctx: &mut Context, path: PathBuf, name: Option<KernelName>, modules: O
 }
 
 fn list(ctx: &mut Context) -> Result<u8> {
-    let kernels = ctx.connect()?.call::<KernelList>(&Empty {})?.kernels;
+    let kernels = ctx.connect()?.list::<KernelList>(ListRequest::default())?;
     if ctx.json {
         ctx.document(&kernels)?;
         return Ok(0);

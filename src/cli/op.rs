@@ -62,7 +62,7 @@ pub const fn name(state: OpState) -> &'static str {
 }
 
 fn list(ctx: &mut Context, all: bool, quiet: bool) -> Result<u8> {
-    let ops = ctx.connect()?.call::<OpList>(&OpListRequest { all })?.ops;
+    let ops = ctx.connect()?.list::<OpList>(OpListRequest { all, ..Default::default() })?;
     let ids: Vec<&str> = ops.iter().map(|op| op.id.as_str()).collect();
     match (quiet, ctx.json) {
         (true, true) => ctx.document(&ids)?,

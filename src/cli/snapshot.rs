@@ -52,7 +52,7 @@ pub struct Targets {
 pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     match verb {
         Verb::Create { vm, name } => create(ctx, SnapshotCreateRequest { vm, name }),
-        Verb::List { vm } => list(ctx, &SnapshotListRequest { vm }),
+        Verb::List { vm } => list(ctx, SnapshotListRequest { vm, ..Default::default() }),
         Verb::Show(args) => show(ctx, &args),
         Verb::Delete(args) => delete(ctx, &args),
         Verb::Restore { snapshot, new_vm } => restore(ctx, SnapshotRestoreRequest { snapshot, new_vm }),
@@ -71,8 +71,8 @@ fn create(ctx: &mut Context, request: SnapshotCreateRequest) -> Result<u8> {
     Ok(0)
 }
 
-fn list(ctx: &mut Context, request: &SnapshotListRequest) -> Result<u8> {
-    let snapshots = ctx.connect()?.call::<SnapshotList>(request)?.snapshots;
+fn list(ctx: &mut Context, request: SnapshotListRequest) -> Result<u8> {
+    let snapshots = ctx.connect()?.list::<SnapshotList>(request)?;
     if ctx.json {
         ctx.document(&snapshots)?;
         return Ok(0);

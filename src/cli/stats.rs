@@ -3,7 +3,7 @@
 use super::context::Context;
 use super::output::{size, table};
 use crate::api::vm::{VmStats, VmStatsCall, VmStatsRequest};
-use crate::client::{Client, Result};
+use crate::client::{Client, Failure, Result};
 use crate::error::Error;
 use std::time::{Duration, Instant};
 
@@ -27,8 +27,14 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         return Err(Error::invalid("--watch has no end, so it is no JSON document").hint("leave out --json or --watch").into());
     }
     let mut client = ctx.connect()?;
-    let request = VmStatsRequest { vms: args.vms };
-    let look = |client: &mut Client| client.call::<VmStatsCall>(&request).map(|reply| reply.stats);
+    let request = VmStatsRequest { vms: args.vms, ..Default::default() };
+    let look = |client: &mut Client| {
+        let mut stats = client.list::<VmStatsCall>(request.clone())?;
+        if request.vms.is_empty() {
+            stats.sort_by(|a, b| a.name.cmp(&b.name));
+        }
+        Ok::<_, Failure>(stats)
+    };
     let mut before = look(&mut client)?;
     if ctx.json {
         ctx.document(&before)?;

@@ -368,7 +368,7 @@ fn deleted(vm: &str, reply: &VmDeleteReply) -> String {
 }
 
 pub fn list(ctx: &mut Context, args: ListArgs) -> Result<u8> {
-    let vms = ctx.connect()?.call::<VmList>(&VmListRequest { all: args.all })?.vms;
+    let vms = ctx.connect()?.list::<VmList>(VmListRequest { all: args.all, ..Default::default() })?;
     let ids: Vec<&str> = vms.iter().map(|vm| vm.id.as_str()).collect();
     match (args.quiet, ctx.json) {
         (true, true) => ctx.document(&ids)?,
@@ -438,7 +438,7 @@ fn sheet(vm: &Vm, now_s: u64) -> String {
     add("memory", Some(size(vm.mem_mib << 20)));
     add("disk", Some(size(vm.disk_bytes) + &vm.disk_driver.as_ref().map(|d| format!(" ({d})")).unwrap_or_default()));
     add("work disk", vm.work_disk_bytes.map(size));
-    add("rates", Some(rates(&vm.rates)).filter(|text| !text.is_empty()));
+    add("rates", Some(rates(&vm.rates())).filter(|text| !text.is_empty()));
     add("balloon", vm.balloon_mib.map(|mib| format!("it is to keep {} of its memory", size(mib << 20))));
     add("next start", vm.pending.as_ref().map(settings));
     add("driver", vm.driver.clone());

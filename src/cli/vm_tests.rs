@@ -60,7 +60,10 @@ fn all_about_one() {
     let fake = Fake::start(|r| {
         let full = Vm {
             pending: Some(Pending { vcpus: Some(4), mem_mib: Some(2048), ..Pending::default() }),
-            rates: RateLimits::of([Some(50 << 20), Some(1000), Some(3 << 20), None]),
+            disk_bytes_per_s: Some(50 << 20),
+            disk_ops_per_s: Some(1000),
+            net_rx_bytes_per_s: Some(3 << 20),
+            net_tx_bytes_per_s: None,
             balloon_mib: Some(512),
             pid: Some(77),
             ssh_addr: Some("127.0.0.1:2222".parse().unwrap()),

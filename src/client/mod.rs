@@ -13,10 +13,12 @@ pub use failure::{ABSENT, DENIED, Failure, LOST, Result, UNREACHABLE_STATUS};
 
 use crate::api::daemon::ApiVersion;
 use crate::api::frame::{Line, Note, Response};
+use crate::api::page::ListCall;
 use crate::api::{Call, VERSION_MAJOR, VERSION_MINOR};
 use crate::error::{Error, Kind};
 use connection::Connection;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 use std::marker::PhantomData;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -107,6 +109,25 @@ impl Client {
         self.flight::<C::Reply>(C::METHOD).finish(&mut |_| Ok(()))
     }
 
+    /// All items of a list, page by page.
+    pub fn list<C: ListCall>(&mut self, mut request: C::Request) -> Result<Vec<C::Item>> {
+        let mut all = Vec::new();
+        loop {
+            let (items, next) = C::into_page(self.call::<C>(&request)?);
+            let is_empty = items.is_empty();
+            all.extend(items);
+            match next {
+                None => return Ok(all),
+                Some(_) if is_empty => {
+                    return Err(
+                        Error::internal(format!("{}: the daemon sent an empty page that is not the last", C::METHOD)).into()
+                    );
+                }
+                Some(next) => C::start_after(&mut request, next),
+            }
+        }
+    }
+
     /// The same for a call whose answer brings a descriptor.
     pub fn call_for_fd<C: Call>(&mut self, request: &C::Request) -> Result<(C::Reply, OwnedFd)> {
         let reply = self.call::<C>(request)?;
@@ -169,13 +190,23 @@ impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
     pub fn next_event(&mut self) -> Result<Event<R>> {
         loop {
             let line = self.client.connection.read_line(self.method)?;
-            let doing = || format!("read the answer to {}", self.method);
-            match Line::parse(&line).map_err(|e| protocol(&doing(), e))? {
-                None => {}
-                Some(Line::Note(note)) => return Ok(Event::Note(note)),
-                Some(Line::Response(response)) => return self.accept(response).map(Event::Reply),
+            match Line::<R>::parse(&line) {
+                Ok(None) => {}
+                Ok(Some(Line::Note(note))) => return Ok(Event::Note(note)),
+                Ok(Some(Line::Response(response))) => return self.accept(response).map(Event::Reply),
+                Err(e) => return Err(self.unreadable(&line, e)),
             }
         }
+    }
+
+    /// Why a line is not an answer to this call: it answers another one, or it has another form.
+    fn unreadable(&mut self, line: &[u8], e: serde_json::Error) -> Failure {
+        if let Ok(Some(Line::Response(response))) = Line::<IgnoredAny>::parse(line)
+            && let Err(other) = self.check_id(&response)
+        {
+            return other;
+        }
+        protocol(&format!("read the answer to {}", self.method), e)
     }
 
     /// Reads to the reply.
@@ -193,19 +224,23 @@ impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
         }
     }
 
-    fn accept(&mut self, response: Response) -> Result<R> {
+    fn check_id<T>(&mut self, response: &Response<T>) -> Result<()> {
         // An error without an id is about the connection: the line was not understood, or there are too many.
         let ours = response.id.get() == self.id.to_string() || (response.error.is_some() && response.id.get() == "null");
-        if !ours {
-            self.client.connection.hang_up();
-            let id = response.id.get().chars().take(40).collect::<String>();
-            return Err(Error::internal(format!("{}: the daemon answered another call ({id})", self.method)).into());
+        if ours {
+            return Ok(());
         }
+        self.client.connection.hang_up();
+        let id = response.id.get().chars().take(40).collect::<String>();
+        Err(Error::internal(format!("{}: the daemon answered another call ({id})", self.method)).into())
+    }
+
+    fn accept(&mut self, response: Response<R>) -> Result<R> {
+        self.check_id(&response)?;
         if let Some(error) = response.error {
             return Err(Failure::from_rpc(error));
         }
-        let result = response.result.ok_or_else(|| Error::internal(format!("{}: an answer without a result", self.method)))?;
-        serde_json::from_str(result.get()).map_err(|e| protocol(&format!("read the answer to {}", self.method), e))
+        response.result.ok_or_else(|| Error::internal(format!("{}: an answer without a result", self.method)).into())
     }
 }
 

@@ -3,10 +3,13 @@
 
 use super::{Begun, Caller, Daemon, to_value};
 use crate::api::image::{Image, ImageBuildRequest, ImageListReply, ImageReply};
+use crate::api::page::{self, ListRequest};
 use crate::error::{Error, Kind, Result};
 use crate::ids::ImageRef;
 use crate::image::{BuildSpec, DISK_BYTES_DEFAULT};
 use crate::ops::OpHandle;
+use serde_json::value::RawValue;
+use std::collections::HashMap;
 
 /// A name under which an image is being built; given back when dropped.
 struct Reserved {
@@ -63,11 +66,14 @@ impl Daemon {
         Ok(info.to_api(0))
     }
 
-    pub fn image_list(&self) -> Result<ImageListReply> {
-        let images = self.images.list()?.into_iter().map(|info| {
-            let vms = self.store.read(|s| s.vms().filter(|r| r.image == info.name).count() as u64);
-            info.to_api(vms)
-        });
-        Ok(ImageListReply { images: images.collect() })
+    pub fn image_list(&self, request: &ListRequest) -> Result<ImageListReply<Box<RawValue>>> {
+        let mut vms: HashMap<ImageRef, u64> = HashMap::new();
+        self.store.read(|s| s.vms().for_each(|row| *vms.entry(row.image.clone()).or_default() += 1));
+        let mut infos = self.images.list()?;
+        infos.sort_by(|a, b| a.name.cmp(&b.name));
+        let rest = infos.into_iter().filter(|info| request.after.as_deref().is_none_or(|after| info.name.as_str() > after));
+        let views = rest.map(|info| (info.name.to_string(), info.to_api(vms.get(&info.name).copied().unwrap_or(0))));
+        let (images, next) = page::fill(request.limit, views)?;
+        Ok(ImageListReply { images, next })
     }
 }

@@ -3,9 +3,11 @@
 use super::uses::InUse;
 use super::{Begun, Caller, Daemon, to_value};
 use crate::api::kernel::{Kernel, KernelDeleteReply, KernelImportRequest, KernelListReply, KernelReply};
+use crate::api::page::{self, ListRequest};
 use crate::error::{Error, Kind, Result};
 use crate::ids::KernelName;
 use crate::image::kernels::{ImportSpec, KernelInfo};
+use serde_json::value::RawValue;
 
 impl Daemon {
     /// An operation.
@@ -38,12 +40,16 @@ impl Daemon {
         Ok(Begun::Op(id))
     }
 
-    pub fn kernel_list(&self) -> Result<KernelListReply> {
-        let view = |info: KernelInfo| {
+    pub fn kernel_list(&self, request: &ListRequest) -> Result<KernelListReply<Box<RawValue>>> {
+        let mut infos = self.kernels.list()?;
+        infos.sort_by(|a, b| a.name.cmp(&b.name));
+        let rest = infos.into_iter().filter(|info| request.after.as_deref().is_none_or(|after| info.name.as_str() > after));
+        let views = rest.map(|info| {
             let vms = self.boots(&info.name);
-            view(info, vms)
-        };
-        Ok(KernelListReply { kernels: self.kernels.list()?.into_iter().map(view).collect() })
+            (info.name.to_string(), view(info, vms))
+        });
+        let (kernels, next) = page::fill(request.limit, views)?;
+        Ok(KernelListReply { kernels, next })
     }
 
     pub fn kernel_show(&self, name: &KernelName) -> Result<KernelReply> {

@@ -22,6 +22,7 @@ mod images;
 mod kernels;
 mod keys;
 mod lifecycle;
+mod listing;
 mod locks;
 mod names;
 mod network;

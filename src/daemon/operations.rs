@@ -1,21 +1,25 @@
 //! `op.*` over the registry, for those who may see the operation.
 
 use super::{Caller, Daemon};
-use crate::api::Fault;
 use crate::api::op::{Op, OpListReply, OpListRequest, OpReply, OpState};
+use crate::api::{Fault, page};
 use crate::error::{Kind, Result};
 use crate::ids::{OpId, VmId};
 use crate::ops::{Filter, Limits, OpHandle};
+use serde_json::value::RawValue;
 use std::time::{Duration, Instant};
 
 /// For a store that has refused the end of an operation to take it.
 const WRITABLE_DEADLINE: Duration = Duration::from_secs(1);
 
 impl Daemon {
-    pub fn op_list(&self, caller: &Caller, request: &OpListRequest) -> OpListReply {
-        let mut ops = self.ops.list(&Filter { owner: None, vm: None, all: request.all });
-        ops.retain(|op| self.sees(caller, op));
-        OpListReply { ops }
+    /// A place in this list is the operation's number, which holds while the daemon runs.
+    pub fn op_list(&self, caller: &Caller, request: &OpListRequest) -> Result<OpListReply<Box<RawValue>>> {
+        let after = request.after.as_deref().map(|text| text.parse::<u64>().map_err(|_| page::bad_cursor(text)));
+        let filter = Filter { owner: None, vm: None, all: request.all, after: after.transpose()? };
+        let seen = self.ops.list(&filter).into_iter().filter(|(_, op)| self.sees(caller, op));
+        let (ops, next) = page::fill(request.limit, seen)?;
+        Ok(OpListReply { ops, next })
     }
 
     /// By id or by a prefix of it that fits one operation only.

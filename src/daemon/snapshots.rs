@@ -5,9 +5,11 @@
 
 use super::access::PREFIX_LEN_MIN;
 use super::captures::{Capturing, Files, allocated_bytes, disk_bytes};
+use super::listing::Position;
 use super::runtime::Use;
 use super::{Begun, Caller, Daemon, now_s, resources, to_value};
 use crate::api::exec::Exit;
+use crate::api::page;
 use crate::api::snapshot::{
     Snapshot, SnapshotCreateRequest, SnapshotDeleteReply, SnapshotListReply, SnapshotListRequest, SnapshotReply,
 };
@@ -23,6 +25,7 @@ use crate::ops::OpHandle;
 use crate::store::{SnapshotRow, State, VmRow, WorkspaceRow};
 use crate::vmm::SaveTo;
 use crate::workspace::remote;
+use serde_json::value::RawValue;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -105,7 +108,8 @@ impl Daemon {
         Ok(Begun::Op(id))
     }
 
-    pub fn snapshot_list(&self, caller: &Caller, request: &SnapshotListRequest) -> Result<SnapshotListReply> {
+    pub fn snapshot_list(&self, caller: &Caller, request: &SnapshotListRequest) -> Result<SnapshotListReply<Box<RawValue>>> {
+        let after = request.after.as_deref().map(Position::parse).transpose()?;
         // A VM that is gone has snapshots still: its name or id as they were then.
         let of = |row: &SnapshotRow| request.vm.as_ref().is_none_or(|vm| row.vm_name.as_str() == vm || row.vm.as_str() == vm);
         let mut snapshots: Vec<Snapshot> = self.store.read(|s| {
@@ -115,8 +119,11 @@ impl Daemon {
         if let (Some(vm), true) = (&request.vm, snapshots.is_empty()) {
             self.resolve(caller, vm)?;
         }
-        snapshots.sort_by(|a, b| (a.created_at, &a.name).cmp(&(b.created_at, &b.name)));
-        Ok(SnapshotListReply { snapshots })
+        let place = |snapshot: &Snapshot| Position(snapshot.created_at, snapshot.name.clone());
+        snapshots.sort_by_key(place);
+        let rest = snapshots.into_iter().map(|s| (place(&s), s)).filter(|(at, _)| after.as_ref().is_none_or(|after| at > after));
+        let (snapshots, next) = page::fill(request.limit, rest)?;
+        Ok(SnapshotListReply { snapshots, next })
     }
 
     pub fn snapshot_show(&self, caller: &Caller, snapshot: &str) -> Result<SnapshotReply> {

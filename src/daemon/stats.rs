@@ -1,27 +1,39 @@
 //! What VMs use of the host. Nothing is kept: counters are read when somebody asks.
 
+use super::listing::{Position, VmScan};
 use super::{Caller, Daemon};
+use crate::api::page;
 use crate::api::vm::{VmMetricsReply, VmState, VmStats, VmStatsReply, VmStatsRequest};
 use crate::error::{Error, Kind, Result};
 use crate::host::usage;
 use crate::store::VmRow;
+use serde_json::value::RawValue;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 impl Daemon {
     /// Those that are named, or all of the caller's that run.
-    pub fn stats(&self, caller: &Caller, request: &VmStatsRequest) -> Result<VmStatsReply> {
+    pub fn stats(&self, caller: &Caller, request: &VmStatsRequest) -> Result<VmStatsReply<Box<RawValue>>> {
         let named = |vm: &String| -> Result<VmStats> {
             let row = self.resolve(caller, vm)?;
             self.stats_of(&row).map_err(|e| e.context(format!("stats of vm {}", row.name)))
         };
         if !request.vms.is_empty() {
-            return Ok(VmStatsReply { stats: request.vms.iter().map(named).collect::<Result<_>>()? });
+            // The places are those in the request.
+            let after = request.after.as_deref().map(|text| text.parse::<usize>().map_err(|_| page::bad_cursor(text)));
+            let from = after.transpose()?.map_or(0, |after| after.saturating_add(1)).min(request.vms.len());
+            let stats = request.vms[from..].iter().map(named).collect::<Result<Vec<_>>>()?;
+            let (stats, next) = page::fill(request.limit, (from..).zip(stats))?;
+            return Ok(VmStatsReply { stats, next });
         }
-        let mut rows: Vec<VmRow> =
-            self.store.read(|s| s.vms().filter(|r| caller.may_see(r.owner_uid)).map(|r| (**r).clone()).collect());
-        rows.sort_by(|a, b| a.name.cmp(&b.name));
-        // One that does not run, or is gone by now, is left out.
-        Ok(VmStatsReply { stats: rows.iter().filter_map(|row| self.stats_of(row).ok()).collect() })
+        let after = request.after.as_deref().map(Position::parse).transpose()?.map(|Position(at, id)| (at, id));
+        // A VM that does not run, or has been deleted meanwhile, is left out.
+        let rows = VmScan::new(&self.store, caller, after, |row| row.identity.is_some());
+        let all = rows.filter_map(|seen| {
+            let stats = self.stats_of(&seen.row).ok()?;
+            Some((Position(seen.row.created_at, seen.row.id.clone()), stats))
+        });
+        let (stats, next) = page::fill(request.limit, all)?;
+        Ok(VmStatsReply { stats, next })
     }
 
     /// What its VMM counts, in its own words.

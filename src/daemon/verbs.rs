@@ -1,16 +1,19 @@
 //! The lifecycle verbs as the wire calls them, and the claim that nobody settled.
 
 use super::lifecycle::Ask;
+use super::listing::{Position, VmScan};
 use super::transitions::Verb;
 use super::{Begun, Caller, Daemon, access, to_value};
+use crate::api::page;
 use crate::api::vm::{
-    SshConfigReply, Vm, VmDeleteReply, VmDeleteRequest, VmListReply, VmListRequest, VmPruneReply, VmReply, VmState, VmStopRequest,
+    SshConfigReply, VmDeleteReply, VmDeleteRequest, VmListReply, VmListRequest, VmPruneReply, VmReply, VmState, VmStopRequest,
 };
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use crate::ops::OpHandle;
 use crate::store::VmRow;
 use serde_json::Value;
+use serde_json::value::RawValue;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
@@ -68,14 +71,16 @@ impl Daemon {
         Ok((VmPruneReply { deleted }, begun))
     }
 
-    pub fn list(&self, caller: &Caller, request: &VmListRequest) -> VmListReply {
+    pub fn list(&self, caller: &Caller, request: &VmListRequest) -> Result<VmListReply<Box<RawValue>>> {
         let shown = |state: VmState| request.all || !matches!(state, VmState::Created | VmState::Stopped | VmState::Failed);
-        let mut vms: Vec<Vm> = self
-            .store
-            .read(|s| s.vms().filter(|r| caller.may_see(r.owner_uid) && shown(r.state)).map(|r| access::view_of(s, r)).collect());
-        vms = vms.into_iter().map(|vm| self.with_pause(vm)).collect();
-        vms.sort_by(|a, b| (a.created_at, &a.name).cmp(&(b.created_at, &b.name)));
-        VmListReply { vms }
+        let after = request.after.as_deref().map(Position::parse).transpose()?.map(|Position(at, id)| (at, id));
+        let rows = VmScan::new(&self.store, caller, after, move |row| shown(row.state));
+        let views = rows.map(|seen| {
+            let place = Position(seen.row.created_at, seen.row.id.clone());
+            (place, self.with_pause(access::view(&seen.row, seen.workspace.as_deref())))
+        });
+        let (vms, next) = page::fill(request.limit, views)?;
+        Ok(VmListReply { vms, next })
     }
 
     pub fn show(&self, caller: &Caller, vm: &str) -> Result<VmReply> {

@@ -69,8 +69,10 @@ pub struct Filter {
     pub owner: Option<u32>,
     /// Only those on this VM.
     pub vm: Option<VmId>,
-    /// Ended ones too.
+    /// Also those that have ended.
     pub all: bool,
+    /// Only those that began after the one with this number.
+    pub after: Option<u64>,
 }
 
 /// What is to be kept when an operation ends: its last state, and the ended ones that it pushed out.
@@ -266,18 +268,19 @@ impl Ops {
         self.shared.state.lock().entry(id).map(|e| e.snapshot())
     }
 
-    /// In the order in which they began.
-    pub fn list(&self, filter: &Filter) -> Vec<Op> {
+    /// The operations with their numbers, in the order in which they began.
+    pub fn list(&self, filter: &Filter) -> Vec<(u64, Op)> {
         let fits = |e: &&Entry| {
             filter.owner.is_none_or(|uid| uid == e.op.owner_uid)
                 && (filter.vm.is_none() || filter.vm == e.op.vm)
                 && (filter.all || !e.op.state.has_ended())
+                && filter.after.is_none_or(|after| e.number > after)
         };
         let state = self.shared.state.lock();
         let mut found: Vec<_> = state.entries.values().filter(fits).map(|e| (e.number, e.snapshot())).collect();
         drop(state);
         found.sort_by_key(|(number, _)| *number);
-        found.into_iter().map(|(_, op)| op).collect()
+        found
     }
 
     /// Operations under way.

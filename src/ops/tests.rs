@@ -161,7 +161,7 @@ fn list_and_find_show_what_is_visible() {
         (0..3).map(|i| ops.begin("vm.start", (i == 1).then(|| vm.clone()), i % 2, true, MANY).unwrap()).collect();
     let ids: Vec<_> = all.iter().map(|h| h.id().clone()).collect();
     all.remove(2).finish(Ok(json!(null)));
-    let list = |filter: Filter| ops.list(&filter).into_iter().map(|op| op.id).collect::<Vec<_>>();
+    let list = |filter: Filter| ops.list(&filter).into_iter().map(|(_, op)| op.id).collect::<Vec<_>>();
     assert_eq!(list(Filter { all: true, ..Filter::default() }), ids);
     assert_eq!(list(Filter::default()), ids[..2]);
     assert_eq!(list(Filter { owner: Some(1), ..Filter::default() }), ids[1..2]);

@@ -93,7 +93,7 @@ impl Visit<'_> {
                 let request = call.parse()?;
                 self.keyed(&call, OnHangup::GoOn, || d.delete(c, &request))
             }
-            VmList::METHOD => answer(&d.list(c, &call.parse()?)),
+            VmList::METHOD => answer(&d.list(c, &call.parse()?)?),
             VmShow::METHOD => {
                 let request: <VmShow as Call>::Request = call.parse()?;
                 answer(&d.show(c, &request.vm)?)
@@ -177,7 +177,7 @@ impl Visit<'_> {
                 let request: <SnapshotRestore as Call>::Request = call.parse()?;
                 self.keyed(&call, OnHangup::Cancel, || d.snapshot_restore(c, request))
             }
-            OpList::METHOD => answer(&d.op_list(c, &call.parse()?)),
+            OpList::METHOD => answer(&d.op_list(c, &call.parse()?)?),
             OpShow::METHOD => {
                 let request: <OpShow as Call>::Request = call.parse()?;
                 answer(&OpReply { op: d.op_find(c, &request.op)? })
@@ -192,18 +192,12 @@ impl Visit<'_> {
                 let request = call.parse()?;
                 self.keyed(&call, OnHangup::Cancel, || d.image_build(c, &request))
             }
-            ImageList::METHOD => {
-                let crate::api::Empty {} = call.parse()?;
-                answer(&d.image_list()?)
-            }
+            ImageList::METHOD => answer(&d.image_list(&call.parse()?)?),
             KernelImport::METHOD => {
                 let request: <KernelImport as Call>::Request = call.parse()?;
                 self.keyed(&call, OnHangup::Cancel, || d.kernel_import(c, request))
             }
-            KernelList::METHOD => {
-                let crate::api::Empty {} = call.parse()?;
-                answer(&d.kernel_list()?)
-            }
+            KernelList::METHOD => answer(&d.kernel_list(&call.parse()?)?),
             KernelShow::METHOD => {
                 let request: <KernelShow as Call>::Request = call.parse()?;
                 answer(&d.kernel_show(&request.kernel)?)

@@ -26,28 +26,28 @@ fn rates_hold_from_the_next_start_or_at_once() {
     let world = World::new();
     let request = VmCreateRequest { name: Some("web".parse().unwrap()), disk_bytes_per_s: Some(50 * M), ..Default::default() };
     let vm = world.call::<VmCreate>(&request).unwrap().vm;
-    assert_eq!(vm.rates, disk(Some(50 * M), None));
+    assert_eq!(vm.rates(), disk(Some(50 * M), None));
     // At rest at once, with or without being asked to.
     let now = set(&world, |r| (r.disk_ops_per_s, r.now) = (Some(100), true)).unwrap();
-    assert_eq!((now.rates, now.pending), (disk(Some(50 * M), Some(100)), None));
+    assert_eq!((now.rates(), now.pending.clone()), (disk(Some(50 * M), Some(100)), None));
     world.place(&vm.id);
     world.start("web").unwrap();
-    assert_eq!(world.vmm.last_spec(&vm.id).unwrap().rates, now.rates);
+    assert_eq!(world.vmm.last_spec(&vm.id).unwrap().rates, now.rates());
     // One that runs keeps what it has, and what is lifted is lifted later.
     let later = set(&world, |r| (r.disk_ops_per_s, r.disk_bytes_per_s) = (Some(0), Some(20 * M))).unwrap();
-    assert_eq!(later.rates, now.rates);
+    assert_eq!(later.rates(), now.rates());
     assert_eq!(later.pending.unwrap().rates, disk(Some(20 * M), Some(0)));
-    assert_eq!(world.vmm.adjusted(&vm.id).unwrap().0, now.rates);
+    assert_eq!(world.vmm.adjusted(&vm.id).unwrap().0, now.rates());
     // Now overtakes what was to come later, and leaves the rest of that.
     let now = set(&world, |r| (r.disk_bytes_per_s, r.now) = (Some(30 * M), true)).unwrap();
-    assert_eq!(now.rates, disk(Some(30 * M), Some(100)));
-    assert_eq!(now.pending.unwrap().rates, disk(None, Some(0)));
-    assert_eq!(world.vmm.adjusted(&vm.id).unwrap().0, now.rates);
+    assert_eq!(now.rates(), disk(Some(30 * M), Some(100)));
+    assert_eq!(now.pending.clone().unwrap().rates, disk(None, Some(0)));
+    assert_eq!(world.vmm.adjusted(&vm.id).unwrap().0, now.rates());
     let now = set(&world, |r| (r.disk_bytes_per_s, r.now) = (Some(0), true)).unwrap();
     assert_eq!(world.vmm.adjusted(&vm.id).unwrap().0, disk(None, Some(100)));
-    assert_eq!(now.rates, disk(None, Some(100)));
+    assert_eq!(now.rates(), disk(None, Some(100)));
     let now = world.run::<VmRestart>(stop("web")).unwrap().vm;
-    assert_eq!((now.rates, now.pending), (RateLimits::default(), None));
+    assert_eq!((now.rates(), now.pending), (RateLimits::default(), None));
     assert_eq!(world.vmm.last_spec(&vm.id).unwrap().rates, RateLimits::default());
 }
 
@@ -119,8 +119,8 @@ fn of_two_who_set_the_later_wins() {
             first.join().unwrap();
             second.join().unwrap()
         });
-        assert_eq!(after.rates, disk(Some(20 * M), None), "round {round}");
-        assert_eq!(world.vmm.adjusted(&vm.id).unwrap().0, after.rates, "round {round}");
+        assert_eq!(after.rates(), disk(Some(20 * M), None), "round {round}");
+        assert_eq!(world.vmm.adjusted(&vm.id).unwrap().0, after.rates(), "round {round}");
     }
 }
 
@@ -156,8 +156,8 @@ fn many_who_set_and_are_refused_leave_what_the_row_says() {
         }
     }
     let row = world.show("web").unwrap();
-    assert_eq!((row.rates.disk_ops_per_s, row.balloon_mib), (Some(77), Some(300)));
-    assert_eq!(world.vmm.adjusted(&vm.id).unwrap(), (row.rates, 300));
+    assert_eq!((row.rates().disk_ops_per_s, row.balloon_mib), (Some(77), Some(300)));
+    assert_eq!(world.vmm.adjusted(&vm.id).unwrap(), (row.rates(), 300));
 }
 
 #[test]

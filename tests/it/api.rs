@@ -51,7 +51,10 @@ pub fn vm() -> Vm {
         mem_mib: 1024,
         disk_bytes: 4096,
         work_disk_bytes: None,
-        rates: RateLimits { disk_bytes_per_s: Some(1 << 20), ..RateLimits::default() },
+        disk_bytes_per_s: Some(1 << 20),
+        disk_ops_per_s: None,
+        net_rx_bytes_per_s: None,
+        net_tx_bytes_per_s: None,
         net: fcd::api::vm::Net::Nat,
         ports: vec![fcd::api::port::Port {
             host_addr: [127, 0, 0, 1].into(),
@@ -202,8 +205,8 @@ fn vms() {
         net_sent_bytes: None,
     };
     call::<VmStatsCall>(
-        VmStatsRequest { vms: vec!["web".into()] },
-        VmStatsReply { stats: vec![stats] },
+        VmStatsRequest { vms: vec!["web".into()], ..Default::default() },
+        VmStatsReply { stats: vec![stats], next: None },
         expect![[r#"
         vm.stats
         {"vms":["web"]}
@@ -247,13 +250,13 @@ fn vms() {
         "#]],
     );
     call::<VmList>(
-        VmListRequest { all: true },
-        VmListReply { vms: vec![] },
+        VmListRequest { all: true, ..Default::default() },
+        VmListReply { vms: vec![], next: Some("1763800000-0123456789ab".into()) },
         expect![[r#"
-        vm.list
-        {"all":true}
-        {"vms":[]}
-    "#]],
+            vm.list
+            {"all":true}
+            {"vms":[],"next":"1763800000-0123456789ab"}
+        "#]],
     );
     call::<VmShow>(
         request(),
@@ -439,8 +442,8 @@ fn workspaces() {
 fn operations() {
     let one = || OpRequest { op: "0123".into() };
     call::<OpList>(
-        OpListRequest { all: true },
-        OpListReply { ops: vec![op()] },
+        OpListRequest { all: true, ..Default::default() },
+        OpListReply { ops: vec![op()], next: None },
         expect![[r#"
         op.list
         {"all":true}
@@ -490,8 +493,8 @@ fn images() {
     "#]],
     );
     call::<ImageList>(
-        Empty {},
-        ImageListReply { images: vec![image()] },
+        Default::default(),
+        ImageListReply { images: vec![image()], next: None },
         expect![[r#"
         image.list
         {}
@@ -576,8 +579,8 @@ fn kernels() {
         "#]],
     );
     call::<KernelList>(
-        Empty {},
-        KernelListReply { kernels: vec![kernel.clone()] },
+        Default::default(),
+        KernelListReply { kernels: vec![kernel.clone()], next: None },
         expect![[r#"
         kernel.list
         {}
@@ -633,8 +636,8 @@ fn snapshots() {
         "#]],
     );
     call::<SnapshotList>(
-        SnapshotListRequest { vm: Some("web".into()) },
-        SnapshotListReply { snapshots: vec![snapshot.clone()] },
+        SnapshotListRequest { vm: Some("web".into()), ..Default::default() },
+        SnapshotListReply { snapshots: vec![snapshot.clone()], next: None },
         expect![[r#"
             snapshot.list
             {"vm":"web"}
@@ -692,7 +695,7 @@ fn frames() {
     ];
     for note in notes {
         let text = line(&Notification { jsonrpc: Version::V2, note: note.clone() });
-        match Line::parse(text.as_bytes()).unwrap() {
+        match Line::<Box<serde_json::value::RawValue>>::parse(text.as_bytes()).unwrap() {
             Some(Line::Note(back)) => assert_eq!(back, note),
             other => panic!("{other:?}"),
         }
@@ -710,9 +713,12 @@ fn frames() {
     };
     writeln!(all, "{}", serde_json::to_string(&request).unwrap()).unwrap();
     let error = RpcError { code: rpc_code::DOMAIN, message: "the queue is full".into(), data: Some(fault()) };
-    writeln!(all, "{}", line(&Response { jsonrpc: Version::V2, id: id.clone(), result: None, error: Some(error) })).unwrap();
+    writeln!(all, "{}", line(&Response::<()> { jsonrpc: Version::V2, id: id.clone(), result: None, error: Some(error) }))
+        .unwrap();
     writeln!(all, "{}", line(&Response { jsonrpc: Version::V2, id, result: Some(params), error: None })).unwrap();
-    assert!(Line::parse(br#"{"jsonrpc":"2.0","method":"newer","params":{}}"#).unwrap().is_none());
+    assert!(
+        Line::<Box<serde_json::value::RawValue>>::parse(br#"{"jsonrpc":"2.0","method":"newer","params":{}}"#).unwrap().is_none()
+    );
     expect![[r#"
         {"jsonrpc":"2.0","method":"op","params":{"op":"0123456789ab"}}
         {"jsonrpc":"2.0","method":"progress","params":{"stage":"copy","done":1,"total":2,"unit":"bytes"}}

@@ -85,7 +85,7 @@ fn a_name_that_is_taken() {
     });
     assert_eq!(answers.iter().filter(|a| a.is_ok()).count(), 1);
     assert!(answers.iter().flat_map(|a| a.as_ref().err()).all(|e| e.is(Kind::NameTaken) && e.code() == Code::AlreadyExists));
-    assert_eq!(world.call::<VmList>(&VmListRequest { all: true }).unwrap().vms.len(), 2);
+    assert_eq!(world.call::<VmList>(&VmListRequest { all: true, ..Default::default() }).unwrap().vms.len(), 2);
     // The name of a deleted one is free again.
     world.delete("race").unwrap();
     world.create("race");
@@ -286,14 +286,21 @@ fn memory_of_all() {
     assert_eq!(world.run::<VmRestart>(stop("two")).unwrap().vm.state, VmState::Running);
 }
 
+fn ops_seen(world: &World, caller: &Caller) -> Vec<fcd::api::op::Op> {
+    let request = fcd::api::op::OpListRequest { all: true, ..Default::default() };
+    let page = world.daemon().op_list(caller, &request).unwrap();
+    assert_eq!(page.next, None);
+    page.ops.iter().map(|raw| serde_json::from_str(raw.get()).unwrap()).collect()
+}
+
 #[test]
 fn another_uid_sees_nothing() {
     let world = World::new();
     let (vm, _) = world.running("web");
     let (daemon, them) = (world.daemon(), user(1000));
-    assert!(daemon.list(&them, &VmListRequest { all: true }).vms.is_empty());
+    assert!(daemon.list(&them, &VmListRequest { all: true, ..Default::default() }).unwrap().vms.is_empty());
     let import = world.import("web");
-    let op = daemon.op_list(&root(), &Default::default()).ops[0].id.to_string();
+    let op = ops_seen(&world, &root())[0].id.to_string();
     for text in ["web", vm.id.as_str(), &vm.id.as_str()[..4]] {
         let kinds = [
             daemon.show(&them, text).unwrap_err().kind(),
@@ -312,13 +319,13 @@ fn another_uid_sees_nothing() {
         // The pipe's reader has gone: that is told before anything of the VM is.
         assert!(kinds.iter().all(|k| matches!(k, Kind::VmNotFound | Kind::Cancelled)), "{kinds:?}");
     }
-    assert!(daemon.op_list(&them, &fcd::api::op::OpListRequest { all: true }).ops.is_empty());
+    assert!(ops_seen(&world, &them).is_empty());
     assert_eq!(daemon.op_find(&them, &op).unwrap_err().kind(), Kind::OperationNotFound);
     assert_eq!(daemon.op_cancel(&them, &op).unwrap_err().kind(), Kind::OperationNotFound);
     // What another does to one's own VM is one's own to see.
     let mine = daemon.create(&them, &create(|r| r.name = Some("mine".parse().unwrap()))).unwrap();
     world.start("mine").unwrap();
-    let seen = daemon.op_list(&them, &fcd::api::op::OpListRequest { all: true }).ops;
+    let seen = ops_seen(&world, &them);
     assert_eq!(seen.iter().map(|op| (op.method.as_str(), &op.vm)).collect::<Vec<_>>(), [("vm.start", &Some(mine.id))]);
     assert_eq!(daemon.op_find(&them, seen[0].id.as_str()).unwrap().id, seen[0].id);
     let (pruned, _) = daemon.prune(&them).unwrap();

@@ -54,7 +54,7 @@ fn events_watch() {
     let mut all = String::new();
     for note in notes {
         let text = line(&Notification { jsonrpc: Version::V2, note: note.clone() });
-        match Line::parse(text.as_bytes()).unwrap() {
+        match Line::<Box<serde_json::value::RawValue>>::parse(text.as_bytes()).unwrap() {
             Some(Line::Note(back)) => assert_eq!(back, note),
             other => panic!("{other:?}"),
         }

@@ -115,7 +115,7 @@ impl Mirror {
     /// That what it has is what the daemon says.
     #[track_caller]
     fn check(&self, world: &World) {
-        let vms = world.call::<VmList>(&VmListRequest { all: true }).unwrap().vms;
+        let vms = world.call::<VmList>(&VmListRequest { all: true, ..Default::default() }).unwrap().vms;
         let truth: BTreeMap<_, _> = vms.iter().map(|vm| (vm.id.to_string(), members(vm))).collect();
         assert_eq!(self.vms, truth);
     }
@@ -349,7 +349,9 @@ impl Plain {
     fn next(&mut self) -> Line {
         let mut line = String::new();
         self.0.read_line(&mut line).unwrap();
-        Line::parse(line.as_bytes()).unwrap_or_else(|e| panic!("{line:?}: {e}")).expect("known")
+        Line::<Box<serde_json::value::RawValue>>::parse(line.as_bytes())
+            .unwrap_or_else(|e| panic!("{line:?}: {e}"))
+            .expect("known")
     }
 }
 

@@ -35,7 +35,7 @@ fn an_import_that_cannot_be_leaves_nothing() {
     }
     world.await_rest();
     assert_eq!(world.census(), empty);
-    assert_eq!(world.call::<KernelList>(&fcd::api::Empty {}).unwrap().kernels, []);
+    assert_eq!(world.call::<KernelList>(&Default::default()).unwrap().kernels, []);
 }
 
 /// As an import leaves it.

@@ -18,6 +18,7 @@ mod firecracker;
 mod kernels;
 mod keys;
 mod layers;
+mod lists;
 // The checker counts the holds.
 #[cfg(any(debug_assertions, feature = "lock-check"))]
 mod lock_fuzz;

@@ -70,7 +70,7 @@ fn show_and_list(stall: Stall) {
     for _ in 0..50 {
         let begun = Instant::now();
         assert_eq!(world.state("web"), VmState::Running);
-        assert_eq!(world.call::<VmList>(&VmListRequest { all: true }).unwrap().vms.len(), 1);
+        assert_eq!(world.call::<VmList>(&VmListRequest { all: true, ..Default::default() }).unwrap().vms.len(), 1);
         assert!(begun.elapsed() < PROMPT);
     }
     assert!(!import.call.has_ended());

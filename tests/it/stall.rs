@@ -129,7 +129,7 @@ impl Stage {
         let begun = Instant::now();
         match verb {
             Verb::Show => drop(self.client.call::<VmShow>(&request(name)).unwrap()),
-            Verb::List => drop(self.client.call::<VmList>(&VmListRequest { all: true }).unwrap()),
+            Verb::List => drop(self.client.call::<VmList>(&VmListRequest { all: true, ..Default::default() }).unwrap()),
             Verb::Exec => {
                 let (vm, argv) = (name.to_owned(), vec!["true".to_owned()]);
                 let request = ExecStartRequest { vm, argv, env: vec![], workdir: None, pty: None, streams: vec![] };
@@ -182,7 +182,7 @@ impl Stage {
         let mut second = self.world.queue_import("held");
         let op = second.call.op();
         second.call.stage("wait");
-        let ops = self.client.call::<OpList>(&OpListRequest { all: false }).unwrap().ops;
+        let ops = self.client.call::<OpList>(&OpListRequest { all: false, ..Default::default() }).unwrap().ops;
         let shown = ops.iter().find(|o| o.id == op).expect("the second import is listed");
         assert!(shown.progress.stage.contains("wait"), "{shown:?}");
         let begun = Instant::now();

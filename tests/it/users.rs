@@ -43,7 +43,7 @@ fn refused_calls_leave_others_history_and_keys_alone() {
     world.open_to_everybody();
     let bobs_call = || as_uid(BOB, || crate::keys::call(&world, "vm.create", r#"{"name":"of-bob"}"#, "k", false));
     let made = crate::keys::vm(&bobs_call());
-    let bobs_ops = || as_uid(BOB, || world.call::<OpList>(&OpListRequest { all: true }).unwrap().ops);
+    let bobs_ops = || as_uid(BOB, || world.call::<OpList>(&OpListRequest { all: true, ..Default::default() }).unwrap().ops);
     let before = bobs_ops();
     assert_eq!(before.len(), 1);
     refused_calls(&world, 1300);

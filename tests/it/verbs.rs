@@ -90,7 +90,7 @@ fn operations_are_listed_shown_waited_for_and_kept() {
     let mut world = World::new();
     world.running("web");
     let import = world.import("web");
-    let running = world.call::<OpList>(&OpListRequest { all: false }).unwrap().ops;
+    let running = world.call::<OpList>(&OpListRequest { all: false, ..Default::default() }).unwrap().ops;
     assert_eq!(running.len(), 1);
     let op = &running[0];
     assert_eq!((op.method.as_str(), op.state, op.may_cancel), ("workspace.prepare", OpState::Running, true));
@@ -107,7 +107,7 @@ fn operations_are_listed_shown_waited_for_and_kept() {
     assert!(e.is(Kind::WrongState) && e.fault.hint.is_some(), "{e:?}");
     drop(import);
     world.await_rest();
-    let all = |world: &World| world.call::<OpList>(&OpListRequest { all: true }).unwrap().ops;
+    let all = |world: &World| world.call::<OpList>(&OpListRequest { all: true, ..Default::default() }).unwrap().ops;
     let before = all(&world);
     assert_eq!(before.len(), 2, "the start and the import");
     world.reopen();
@@ -156,7 +156,7 @@ fn prune_deletes_what_does_not_run() {
     world.running("runs");
     let deleted = world.run::<VmPrune>(Empty {}).unwrap().deleted;
     assert_eq!(deleted.len(), 1);
-    let left: Vec<_> = world.call::<VmList>(&VmListRequest { all: true }).unwrap().vms;
+    let left: Vec<_> = world.call::<VmList>(&VmListRequest { all: true, ..Default::default() }).unwrap().vms;
     assert_eq!(left.iter().map(|vm| vm.name.as_str()).collect::<Vec<_>>(), ["runs"]);
 }
 
@@ -346,7 +346,7 @@ fn the_daemon_tells_of_itself() {
     world.running("web");
     let info = world.call::<Info>(&Empty {}).unwrap();
     assert_eq!((info.version.as_str(), info.pid), (env!("CARGO_PKG_VERSION"), std::process::id()));
-    let images = world.call::<ImageList>(&Empty {}).unwrap().images;
+    let images = world.call::<ImageList>(&Default::default()).unwrap().images;
     assert_eq!((images[0].name.as_str(), images[0].vms), ("default", 1));
     let checks = world.call::<Doctor>(&Empty {}).unwrap().checks;
     for id in ["store", "image", "root-disk"] {

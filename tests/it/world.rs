@@ -234,7 +234,7 @@ impl World {
         // A VMM that was ended last is told of on a thread that finds nothing to do.
         await_that("nothing is left", || daemon.leftovers() == Leftovers::default());
         let state = daemon.store.read(State::clone);
-        for op in daemon.ops.list(&fcd::ops::Filter { all: true, ..Default::default() }) {
+        for (_, op) in daemon.ops.list(&fcd::ops::Filter { all: true, ..Default::default() }) {
             if let Some(row) = state.op(&op.id) {
                 assert_eq!(row.state, op.state, "operation {} ({}) in the store and in memory", op.id, op.method);
             }

@@ -125,7 +125,7 @@ fn vms_by_age_are_in_order_and_resume_behind_a_removed_row() {
     assert_eq!(slots(None, None), [2, 4, 3, 1]);
     assert_eq!(slots(Some(1000), None), [2, 3, 1]);
     assert_eq!(slots(Some(7), None), [4]);
-    store.change_durable(|tx| Ok(tx.remove_vm(&vm_id(3)).map(drop))).unwrap();
+    store.change_durable(|tx| Ok(tx.remove_vm_unlocked(&vm_id(3)))).unwrap();
     assert_eq!(slots(None, Some((20, vm_id(3)))), [1]);
     assert_eq!(slots(None, Some((30, vm_id(1)))), [0u32; 0]);
 }

@@ -219,7 +219,7 @@ impl<'a> Actor<'a> {
     }
 
     fn cancel_something(&mut self) {
-        let ops = self.client.call::<OpList>(&OpListRequest { all: false }).unwrap().ops;
+        let ops = self.client.call::<OpList>(&OpListRequest { all: false, ..Default::default() }).unwrap().ops;
         if ops.is_empty() {
             return;
         }
@@ -229,7 +229,7 @@ impl<'a> Actor<'a> {
     }
 
     fn look(&mut self, vm: &str) {
-        assert!(self.client.call::<VmList>(&VmListRequest { all: true }).unwrap().vms.len() as u64 <= VMS);
+        assert!(self.client.call::<VmList>(&VmListRequest { all: true, ..Default::default() }).unwrap().vms.len() as u64 <= VMS);
         if let Err(e) = self.client.call::<VmShow>(&request(vm)) {
             assert!(e.is(Kind::VmNotFound), "{e:?}");
         }
@@ -251,7 +251,7 @@ impl<'a> Actor<'a> {
 
     fn images(&mut self) {
         if self.random.one_in(2) {
-            self.client.call::<ImageList>(&fcd::api::Empty {}).unwrap();
+            self.client.call::<ImageList>(&Default::default()).unwrap();
             return;
         }
         let request = ImageBuildRequest { name: Some("other".parse().unwrap()), ..Default::default() };

@@ -1,0 +1,96 @@
+//! Listings that leave the store's lock between pieces: however many VMs there are, nobody waits for a list.
+
+use super::Caller;
+use crate::api::page;
+use crate::error::Result;
+use crate::store::{Age, Seen, Store, VmRow};
+use std::collections::VecDeque;
+use std::fmt;
+use std::str::FromStr;
+
+/// VMs that are looked at in one hold of the store's lock.
+const SCAN_MAX: usize = 512;
+
+/// The place of a VM or a snapshot in a listing: when it was created, then what tells it apart.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Position<I>(pub u64, pub I);
+
+impl<I: fmt::Display> fmt::Display for Position<I> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.0, self.1)
+    }
+}
+
+impl<I: FromStr> Position<I> {
+    /// # Errors
+    /// `invalid_argument` for what is not a place.
+    pub fn parse(text: &str) -> Result<Self> {
+        let parts = || {
+            let (at, id) = text.split_once('-')?;
+            Some(Self(at.parse().ok()?, id.parse().ok()?))
+        };
+        parts().ok_or_else(|| page::bad_cursor(text))
+    }
+}
+
+/// The caller's VMs from the oldest to the newest, as far as `shown` lets them through.
+pub(super) struct VmScan<'a, F> {
+    store: &'a Store,
+    /// `None`: the VMs of all owners.
+    owner_uid: Option<u32>,
+    after: Option<Age>,
+    shown: F,
+    found: VecDeque<Seen>,
+    is_at_end: bool,
+}
+
+impl<'a, F: Fn(&VmRow) -> bool> VmScan<'a, F> {
+    pub fn new(store: &'a Store, caller: &Caller, after: Option<Age>, shown: F) -> Self {
+        let owner_uid = (caller.uid != 0).then_some(caller.uid);
+        Self { store, owner_uid, after, shown, found: VecDeque::new(), is_at_end: false }
+    }
+
+    fn look_at_more(&mut self) {
+        let (owner_uid, after, shown) = (self.owner_uid, self.after.take(), &self.shown);
+        let (found, last) = self.store.read(|s| {
+            let mut found = VecDeque::new();
+            let mut last = None;
+            for row in s.vms_by_age(owner_uid, after.as_ref()).take(SCAN_MAX) {
+                if shown(row) {
+                    found.push_back(Seen { row: row.clone(), workspace: s.workspace(&row.id).cloned() });
+                }
+                last = Some(row);
+            }
+            (found, last.map(|row| (row.created_at, row.id.clone())))
+        });
+        self.is_at_end = last.is_none();
+        (self.found, self.after) = (found, last);
+    }
+}
+
+impl<F: Fn(&VmRow) -> bool> Iterator for VmScan<'_, F> {
+    type Item = Seen;
+
+    fn next(&mut self) -> Option<Seen> {
+        while self.found.is_empty() && !self.is_at_end {
+            self.look_at_more();
+        }
+        self.found.pop_front()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+    use crate::ids::VmId;
+
+    #[test]
+    fn a_place_is_read_back_and_anything_else_is_refused() {
+        let place = Position(1764400000, "0123456789ab".parse::<VmId>().unwrap());
+        assert!(Position::parse(&place.to_string()).is_ok_and(|read: Position<VmId>| read == place));
+        for bad in ["", "-", "5", "5-", "5-web", "x-0123456789ab", "-1-0123456789ab", "5-0123456789ab-"] {
+            assert_eq!(Position::<VmId>::parse(bad).err().map(|e| e.kind()), Some(Kind::InvalidArgument), "{bad:?}");
+        }
+    }
+}

@@ -1,7 +1,8 @@
 //! What a VMM has on the host beside its process and its files: its root directory and its control group. The driver makes them at its
 //! start, and they go when it has exited.
 
-use super::{Resource, Span};
+use super::{HostView, Resource, Span};
+use crate::api::daemon::Check;
 use crate::daemon::boot::Boot;
 use crate::daemon::{Daemon, VMS_DIR};
 use crate::error::{Error, Result};
@@ -36,6 +37,17 @@ impl Resource for Jail {
             .and_then(|id| id.parse().ok())
             .ok_or_else(|| Error::internal(format!("remove the jail of {name:?}: it is no tag of a VM's")))?;
         daemon.vmm.clear(&daemon.vm_dir(&vm), name)
+    }
+
+    fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
+        let dir = super::existing(&host.config.state_dir);
+        if !host.vmm.leaves_remains() {
+            return Vec::new();
+        }
+        vec![match crate::vmm::firecracker::require_mount(dir) {
+            Ok(()) => Check::ok("jail-mount", format!("jails can be made below {}", dir.display())),
+            Err(e) => Check::fail("jail-mount", e.to_string(), e.hint_text().unwrap_or("another state_dir")),
+        }]
     }
 
     fn found(&self, daemon: &Daemon) -> Result<Vec<String>> {

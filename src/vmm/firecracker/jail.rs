@@ -6,7 +6,7 @@
 use crate::config::{Firecracker as Config, VmmLimits};
 use crate::error::{Error, Kind, Result};
 use crate::host::fs::open_dir;
-use crate::host::program;
+use crate::host::{mount, program};
 use crate::vmm::VmmSpec;
 use rustix::fs::{Mode, OFlags};
 use std::collections::BTreeMap;
@@ -252,9 +252,35 @@ pub fn root(dir: &Path, program: &Path, tag: &str) -> PathBuf {
     dir.join(JAIL_DIR).join(program.file_name().unwrap_or_default()).join(tag).join(ROOT_DIR)
 }
 
+/// The jailer copies Firecracker into the jail and makes device nodes there, so the file system must allow both.
+///
+/// # Errors
+/// `unsupported`, with the mount that forbids it.
+pub fn require_mount(dir: &Path) -> Result<()> {
+    let flags = mount::flags(dir).map_err(|e| Error::io(format!("look at the file system of {}", dir.display()), e))?;
+    require_flags(dir, flags)
+}
+
+fn require_flags(dir: &Path, flags: mount::Flags) -> Result<()> {
+    let forbids = flags.names();
+    if forbids.is_empty() {
+        return Ok(());
+    }
+    let (at, dir) = (mount::point(dir), dir.display());
+    let lifted: Vec<_> = forbids.iter().map(|name| name.trim_start_matches("no")).collect();
+    let message = format!(
+        "make a jail below {dir}: {} is mounted {}, and a jail needs device nodes and a program",
+        at.display(),
+        forbids.join(" and ")
+    );
+    let hint = format!("mount -o remount,{} {}, or another state_dir", lifted.join(","), at.display());
+    Err(Error::new(Kind::Unsupported, message).hint(hint))
+}
+
 /// Makes the jail with everything in it that the VMM opens. An earlier one is removed. Gives its root.
 pub fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
     let doing = || format!("make the jail of {}", spec.tag);
+    require_mount(&spec.dir)?;
     clear(&spec.dir, &spec.tag)?;
     let root = root(&spec.dir, &programs.firecracker, &spec.tag);
     std::fs::create_dir_all(&root).map_err(|e| Error::io(doing(), e))?;
@@ -408,6 +434,33 @@ mod tests {
         assert!(!spec.dir.join(JAIL_DIR).exists());
         assert_eq!(remains(vms, "fc-11223344-"), [""; 0]);
         assert!(outside.join("kept").exists() && spec.disk.exists() && spec.kernel.exists());
+    }
+
+    /// In a mount namespace of this thread's own.
+    #[test]
+    fn jail_on_a_file_system_that_forbids_devices_or_programs_is_refused() {
+        let dir = Path::new("/srv");
+        require_flags(dir, mount::Flags::default()).unwrap();
+        let e = require_flags(dir, mount::Flags { nodev: true, noexec: true }).unwrap_err();
+        assert_eq!(e.kind(), Kind::Unsupported);
+        assert!(e.to_string().contains("mounted nodev and noexec"), "{e}");
+        assert!(e.hint_text().is_some_and(|hint| hint.contains("remount,dev,exec ")), "{e}");
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let temp = tempfile::tempdir().unwrap();
+        let at = temp.path().to_owned();
+        let refused = crate::host::thread::spawn("mounts", move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+            let script = format!("mount --make-rprivate / && mount -t tmpfs -o nodev test '{}'", at.display());
+            let mounted = crate::host::Command::new("sh").args(["-c", &script]);
+            crate::host::command::run_any_status(&mounted, &crate::locks::Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+            let made = spec(&at);
+            let programs = Programs { jailer: "/j".into(), firecracker: "/opt/firecracker".into() };
+            make(&made, &programs).map(drop).map_err(|e| (e.kind(), e.to_string()))
+        });
+        let (kind, text) = refused.unwrap().join().unwrap().unwrap_err();
+        assert!(kind == Kind::Unsupported && text.contains(&format!("{} is mounted nodev", temp.path().display())), "{text}");
     }
 
     #[test]

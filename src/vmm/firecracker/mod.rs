@@ -12,6 +12,8 @@ mod metrics;
 mod refusal;
 mod vsock;
 
+pub use jail::require_mount;
+
 use super::console::{Attach, Consoles};
 use super::dial::{self, Patience};
 use super::processes::{self, Processes};

@@ -15,6 +15,7 @@ mod edges;
 mod event_wire;
 mod events;
 mod firecracker;
+mod install_firecracker;
 mod kernels;
 mod keys;
 mod layers;

@@ -15,7 +15,7 @@ use crate::api::snapshot::{
 };
 use crate::api::vm::VmState;
 use crate::disk::seed::UNIT_BYTES;
-use crate::disk::{Method, duplicate, snapshot as device};
+use crate::disk::{Method, duplicate, punch_zeroes, snapshot as device};
 use crate::error::{Error, Kind, Result};
 use crate::guest::{REJOIN, Script, run_script};
 use crate::host::fs::{create_dir, create_private_dir};
@@ -226,11 +226,23 @@ impl Daemon {
         self.set_clock(row, op);
         op.progress("sync what was saved");
         copied.into_iter().try_for_each(duplicate::Copied::publish)?;
+        self.free_zeroes(files, op);
         self.keep_saved(files, spec.credentials)?;
         if let Some(cause) = op.cancel().cause() {
             return Err(Error::new(Kind::Cancelled, format!("cancelled: {cause}")));
         }
         Ok(describe(row, id, files, method, workspace.map(|w| WorkspaceRow::clone(&w))))
+    }
+
+    /// A VMM may have written memory that the guest never used. The guest runs again by now, so this takes nobody's time.
+    fn free_zeroes(&self, files: &Files, op: &OpHandle) {
+        let file = OpenOptions::new().read(true).write(true).open(&files.memory);
+        let freed = file.map_err(|e| Error::io("open it", e)).and_then(|file| punch_zeroes(&file, op.cancel()));
+        match freed {
+            Ok(bytes) => log::debug!("{}: {} MiB were zeroes", files.memory.display(), bytes >> 20),
+            Err(e) if e.kind() == Kind::Cancelled => {}
+            Err(e) => log::warn!("{}: {e}; it takes more space than it needs", files.memory.display()),
+        }
     }
 
     /// It has stood still. One that cannot be told is late by so much.

@@ -2,12 +2,14 @@
 
 use crate::error::{Error, Result};
 use crate::locks::Cancel;
-use rustix::fs::{SeekFrom, copy_file_range, seek};
+use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate, seek};
 use rustix::io::Errno;
 use std::fs::File;
 
 /// Between two looks at the cancel token.
 const STEP_BYTES: u64 = 16 << 20;
+/// The smallest run of zeroes that becomes a hole: smaller ones would cost more in extents than they free.
+const PUNCH_BYTES: usize = 64 << 10;
 
 /// Copies what `from` has into `to`, which is empty; `progress` is told how far it is of the file's length.
 pub fn copy_sparse(from: &File, to: &File, cancel: &Cancel, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
@@ -63,6 +65,39 @@ fn copy_step(from: &File, to: &File, at: u64, bytes: u64) -> std::io::Result<u64
     }
 }
 
+/// Turns blocks of zeroes into holes, which take no space and read the same. Returns how many bytes were freed at most.
+pub fn punch_zeroes(file: &File, cancel: &Cancel) -> Result<u64> {
+    use std::os::unix::fs::FileExt;
+    let io = |e: std::io::Error| Error::io("free what a file has of zeroes", e);
+    let len = file.metadata().map_err(io)?.len();
+    let mut block = vec![0; PUNCH_BYTES];
+    let (mut at, mut freed) = (0, 0);
+    while let Some((start, end)) = next_data(file, at, len).map_err(|e| io(e.into()))? {
+        at = start;
+        while at < end {
+            if cancel.is_cancelled() {
+                return Err(crate::host::wait::cancelled("free what a file has of zeroes", cancel));
+            }
+            let wanted = usize::try_from(end - at).unwrap_or(usize::MAX).min(PUNCH_BYTES);
+            let read = file.read_at(&mut block[..wanted], at).map_err(io)?;
+            if read == 0 {
+                return Ok(freed);
+            }
+            if block[..read].iter().all(|byte| *byte == 0) {
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                match fallocate(file, flags, at, read as u64) {
+                    Ok(()) => freed += read as u64,
+                    // The file system has no holes: the file is right as it is.
+                    Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(freed),
+                    Err(e) => return Err(io(e.into())),
+                }
+            }
+            at += read as u64;
+        }
+    }
+    Ok(freed)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,6 +130,31 @@ mod tests {
         }
         assert_eq!(*told.last().unwrap(), (256 << 20, 256 << 20));
         assert!(told.is_sorted());
+    }
+
+    #[test]
+    fn zeroes_become_holes_and_the_rest_stays() {
+        let (_dir, file, _) = files();
+        let block = vec![0; 1 << 20];
+        for at in 0..8 {
+            file.write_all_at(&block, at << 20).unwrap();
+        }
+        for (at, byte) in [(0, 1), ((3 << 20) + 5, 2), ((8 << 20) - 1, 3)] {
+            file.write_all_at(&[byte], at).unwrap();
+        }
+        file.sync_all().unwrap();
+        let never = Cancel::try_new().unwrap();
+        assert_eq!(punch_zeroes(&file, &never).unwrap(), (8 << 20) - 3 * (64 << 10));
+        assert!(file.metadata().unwrap().blocks() * 512 < 1 << 20, "{}", file.metadata().unwrap().blocks());
+        assert_eq!(file.metadata().unwrap().len(), 8 << 20);
+        let mut byte = [0];
+        for (at, expected) in [(0, 1), (1, 0), ((3 << 20) + 5, 2), (5 << 20, 0), ((8 << 20) - 1, 3)] {
+            file.read_exact_at(&mut byte, at).unwrap();
+            assert_eq!(byte, [expected], "{at}");
+        }
+        assert_eq!(punch_zeroes(&file, &never).unwrap(), 0, "a second time there is nothing to free");
+        never.cancel("the VM was deleted");
+        assert_eq!(punch_zeroes(&file, &never).unwrap_err().kind(), Kind::Cancelled);
     }
 
     #[test]

@@ -12,6 +12,7 @@ pub mod seed;
 pub mod snapshot;
 pub mod work;
 
+pub use copy::punch_zeroes;
 pub use method::{Method, Probe, probe};
 pub use root::{RootSpec, grow, make_root, origin};
 pub use seed::{KeyPair, Network, Seed, SeedFile, Wake};

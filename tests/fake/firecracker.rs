@@ -97,6 +97,11 @@ impl Vmm {
                 let mib = self.balloon_mib.ok_or(NO_BALLOON)?;
                 Ok(Some(json!({"target_pages": mib * 256, "actual_pages": mib * 256, "target_mib": mib, "actual_mib": mib})))
             }
+            ["vm", "config"] => {
+                let kernel = self.kernel.as_ref().map(|path| path.display().to_string()).unwrap_or_default();
+                let source = json!({"kernel_image_path": kernel, "initrd_path": null, "boot_args": null});
+                Ok(Some(json!({"boot-source": source, "drives": []})))
+            }
             ["version"] => Ok(Some(json!({ "firecracker_version": self.version }))),
             [other, ..] => Err(format!("Invalid request method and/or path: GET {other}.")),
             [] => unreachable!("a split has a part"),

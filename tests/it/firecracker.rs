@@ -451,6 +451,15 @@ impl Bench {
         self.driver.save(&self.spec(), &running.identity, to, &Cancel::try_new().unwrap())
     }
 
+    /// Those that were asked for, in their order.
+    fn snapshot_types(&self) -> Vec<String> {
+        let requests = self.requests();
+        let bodies = requests.lines().filter_map(|line| line.strip_prefix("PUT /snapshot/create "));
+        let of =
+            |body: &str| serde_json::from_str::<serde_json::Value>(body).unwrap()["snapshot_type"].as_str().map(str::to_owned);
+        bodies.filter_map(of).collect()
+    }
+
     fn load(&self, files: &SavedFiles) -> fcd::error::Result<Running> {
         let saved = Saved { memory: files.memory.clone(), devices: files.devices.clone(), driver: self.driver.describe() };
         let spec = VmmSpec { tag: format!("{}0123456789ab-2", self.prefix), saved: Some(saved), ..self.spec() };
@@ -478,6 +487,7 @@ fn a_guest_is_saved_and_goes_on() {
     for path in [&files.memory, &files.devices] {
         assert!(std::fs::metadata(path).unwrap().len() > 0);
     }
+    assert_eq!(bench.snapshot_types(), ["Diff", "Diff"], "refused while it ran, then saved");
     assert!(!bench.dir.path().join("vm/run/memory").exists() && !bench.dir.path().join("vm/run/devices").exists());
     bench.driver.kill(&running.identity, soon()).unwrap();
     std::fs::remove_file(bench.dir.path().join("requests")).unwrap();
@@ -492,6 +502,16 @@ fn a_guest_is_saved_and_goes_on() {
         PATCH /network-interfaces/eth0 {"iface_id":"eth0","rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}},"tx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}}}
     "#]].assert_eq(&bench.requests());
     bench.await_console("the guest goes on");
+    // The rest of its memory is in the file that it was restored from, so what it has touched is not enough.
+    bench.pause(&again);
+    let spec = VmmSpec { tag: format!("{}0123456789ab-2", bench.prefix), ..bench.spec() };
+    let again_files = SavedFiles { memory: bench.dir.path().join("memory2"), devices: bench.dir.path().join("devices2") };
+    for path in [&again_files.memory, &again_files.devices] {
+        std::fs::write(path, "").unwrap();
+    }
+    let to = SaveTo { memory: &again_files.memory, devices: &again_files.devices };
+    bench.driver.save(&spec, &again.identity, to, &Cancel::try_new().unwrap()).unwrap();
+    assert_eq!(bench.snapshot_types(), ["Full"]);
     bench.driver.kill(&again.identity, soon()).unwrap();
 }
 

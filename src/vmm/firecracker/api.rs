@@ -215,9 +215,33 @@ impl<'a> LoadSnapshot<'a> {
     }
 }
 
+/// What a snapshot writes of the guest's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum SnapshotType {
+    /// All of it, while the guest is paused.
+    Full,
+    /// The pages that are in the host's memory, into a sparse file. Of a guest that has booted these are all pages that
+    /// were ever touched, so the file stands alone (docs/snapshotting/snapshot-support.md). A restored guest has the
+    /// others in the file that it came from, and pages in the host's swap are missing.
+    Diff,
+}
+
+/// The part of `GET /vm/config` that a driver needs.
+#[derive(Debug, Deserialize)]
+struct VmConfig {
+    #[serde(rename = "boot-source")]
+    boot_source: Option<BootedFrom>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct BootedFrom {
+    #[serde(default)]
+    kernel_image_path: String,
+}
+
 #[derive(Debug, Serialize)]
 struct CreateSnapshot<'a> {
-    snapshot_type: &'static str,
+    snapshot_type: SnapshotType,
     snapshot_path: &'a str,
     mem_file_path: &'a str,
 }
@@ -349,9 +373,15 @@ impl<'a> Booted<'a> {
         self.0.change(Method::Patch, "/vm", &VmState { state: "Paused" }, "pause the guest")
     }
 
-    /// The guest must stand still.
-    pub fn save(&mut self, devices: &str, memory: &str) -> Result<()> {
-        let create = CreateSnapshot { snapshot_type: "Full", snapshot_path: devices, mem_file_path: memory };
+    /// True for a guest that has booted, false for one that was restored from a snapshot: that one has no kernel.
+    pub fn has_booted(&mut self) -> Result<bool> {
+        let config: VmConfig = self.0.read("/vm/config")?;
+        Ok(config.boot_source.is_some_and(|source| !source.kernel_image_path.is_empty()))
+    }
+
+    /// The guest must be paused.
+    pub fn save(&mut self, snapshot_type: SnapshotType, devices: &str, memory: &str) -> Result<()> {
+        let create = CreateSnapshot { snapshot_type, snapshot_path: devices, mem_file_path: memory };
         self.0.change(Method::Put, "/snapshot/create", &create, "save the guest")
     }
 
@@ -403,7 +433,7 @@ impl<'a> Booted<'a> {
     /// ended; but it is told so by a save only (src/vmm/src/devices/virtio/vsock/device.rs, `kick` and `prepare_save`). So one is
     /// begun, which finds no place for its files.
     fn reset_vsock(&mut self) -> Result<()> {
-        let create = CreateSnapshot { snapshot_type: "Full", snapshot_path: NO_PLACE, mem_file_path: NO_PLACE };
+        let create = CreateSnapshot { snapshot_type: SnapshotType::Full, snapshot_path: NO_PLACE, mem_file_path: NO_PLACE };
         self.0.ask(Method::Put, "/snapshot/create", &create, "end the guest's vsock streams").map(drop)
     }
 }

@@ -10,6 +10,7 @@ mod http;
 mod jail;
 mod metrics;
 mod refusal;
+mod save;
 mod vsock;
 
 pub use jail::require_mount;
@@ -20,7 +21,7 @@ use super::processes::{self, Processes};
 use super::run_dir;
 use super::{DiskFormat, Driver, GuestNetwork, Identity, Running, SaveTo, Told, VmmSpec};
 use crate::api::daemon::Check;
-use crate::config::{Firecracker as Config, VmmLimits};
+use crate::config::Firecracker as Config;
 use crate::error::{Error, Kind, Result};
 use crate::host::fs::{open_at, open_dir};
 use crate::host::process::{self, Credentials, Process, Spawn};
@@ -155,7 +156,7 @@ impl Firecracker {
                     spec.credentials,
                 )?;
                 if let Some(saved) = &spec.saved {
-                    link(&place, SaveTo { memory: &saved.memory, devices: &saved.devices })?;
+                    save::link(&place, SaveTo { memory: &saved.memory, devices: &saved.devices })?;
                 }
                 let args = ["--id".into(), spec.tag.clone().into()].into_iter().chain(own_args).collect();
                 let cwd = spec.dir.join(run_dir::RUN_DIR);
@@ -355,26 +356,6 @@ fn make_pipe(run: &OwnedFd, name: &str, credentials: Option<(u32, u32)>) -> Resu
     Ok(())
 }
 
-/// Files of ours get a second name where the VMM can open them. It may have put something there.
-fn link(place: &OwnedFd, to: SaveTo<'_>) -> Result<()> {
-    unlink(place)?;
-    for (path, name) in [(to.memory, jail::MEMORY), (to.devices, jail::DEVICES)] {
-        let linked = rustix::fs::linkat(rustix::fs::CWD, path, place, name, rustix::fs::AtFlags::empty());
-        linked.map_err(|e| Error::io(format!("give the VMM {}", path.display()), std::io::Error::from(e)))?;
-    }
-    Ok(())
-}
-
-fn unlink(place: &OwnedFd) -> Result<()> {
-    for name in [jail::MEMORY, jail::DEVICES] {
-        match rustix::fs::unlinkat(place, name, rustix::fs::AtFlags::empty()) {
-            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
-            Err(e) => return Err(Error::io("take a file from the VMM", std::io::Error::from(e))),
-        }
-    }
-    Ok(())
-}
-
 /// The directory is the VMM's uid's by now: what is not a pipe is not read.
 fn open_pipe(run: &OwnedFd, name: &str) -> Result<File> {
     let doing = format!("open the pipe for the {name}");
@@ -504,26 +485,7 @@ impl Driver for Firecracker {
     }
 
     fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
-        let doing = "save the guest";
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
-        let process = Process::open(identity)?.ok_or_else(gone)?;
-        let _blocking = region(Rank::VmmApi);
-        let patience = Patience { deadline: Instant::now() + SAVE_DEADLINE, cancel };
-        // By the host's path: the jail's own root is another mount, into which nothing can be linked.
-        let place = match jail::find(&spec.dir, &spec.tag)? {
-            Some(root) => root,
-            None => run_dir::open(&spec.dir, doing)?,
-        };
-        // The file is on the disk whose rate is bounded.
-        let unlimited = VmmSpec { rates: crate::api::vm::RateLimits::default(), ..spec.clone() };
-        jail::limit_io(VmmLimits::BestEffort, &unlimited)?;
-        let saved = link(&place, to).and_then(|()| {
-            let mut vmm = self.booted(&process, patience, doing)?;
-            vmm.save(jail::DEVICES, jail::MEMORY)
-        });
-        jail::limit_io(self.config.limits, spec)?;
-        unlink(&place)?;
-        saved
+        self.save_guest(spec, identity, to, cancel)
     }
 
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {

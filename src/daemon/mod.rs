@@ -57,6 +57,7 @@ pub use effects::DieAt;
 pub use effects::Plan as EffectPlan;
 pub use keys::{HeldKey, Keyed};
 pub use notes::Notes;
+pub(crate) use resources::state_dir_check;
 pub use sessions::ExecIo;
 pub use transitions::{Decision, decide, markdown_table as transitions_table};
 pub use waiting::{Gone, Hangup};

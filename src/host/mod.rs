@@ -11,6 +11,7 @@ pub mod mount;
 pub mod piped;
 pub mod process;
 pub mod program;
+pub mod reach;
 pub mod shell;
 pub mod thread;
 pub mod usage;

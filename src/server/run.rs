@@ -55,6 +55,9 @@ pub fn run(config: Config) -> Result<()> {
         daemon.effects.follow(plan.clone());
         daemon.store.faults().ask(plan);
     }
+    if let Some(check) = crate::daemon::state_dir_check(&config) {
+        log::error!("{}; {}", check.found, check.fix.unwrap_or_default());
+    }
     let dispatch = Arc::new(Dispatch::new(daemon.clone()));
     let server = Server::bind(&config.socket, Limits::from(&config.limits), dispatch)?;
     let reconciler = daemon.clone();

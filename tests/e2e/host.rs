@@ -24,10 +24,20 @@ pub struct Host {
     unread_log: Option<std::os::fd::OwnedFd>,
 }
 
-/// `target/e2e`, on the file system of the checkout.
+/// `target/tmp/e2e`, on the file system of the checkout. VMMs and other callers have uids of their own when root runs the
+/// tests: if they may not enter the checkout, as below root's home, a directory of this checkout's in `/var/tmp`.
 fn base() -> PathBuf {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("e2e");
-    fs::create_dir_all(&dir).unwrap();
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let own = Path::new(env!("CARGO_TARGET_TMPDIR")).join("e2e");
+    if !nix::unistd::geteuid().is_root() || fcd::host::reach::closed_to_others(&own).is_none() {
+        fs::create_dir_all(&own).unwrap();
+        return own;
+    }
+    let mut hasher = DefaultHasher::new();
+    own.hash(&mut hasher);
+    let dir = Path::new("/var/tmp").join(format!("fcd-e2e-{:016x}", hasher.finish()));
+    // An error where it is a link or somebody else's.
+    fcd::host::fs::create_dir(&dir, 0o755).unwrap();
     dir
 }
 

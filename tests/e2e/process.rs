@@ -283,3 +283,29 @@ fn operations(host: &Host) {
     assert!(status == 130 && said.contains("cancelled"), "{status} {said}");
     assert_eq!(vmm_processes(&host.state()).len(), 1);
 }
+
+/// As below root's home: the daemon says so when it starts, doctor says so, and so does a VM's start, each with what helps.
+#[test]
+fn state_directory_below_a_closed_one_is_named_at_every_turn() {
+    assert!(nix::unistd::geteuid().is_root(), "as root only: run the tests as root");
+    let mut host = Host::start();
+    let set = |mode| fs::set_permissions(host.path(), fs::Permissions::from_mode(mode)).unwrap();
+    let place = host.path().display().to_string();
+    let (named, fix) = (format!("may not enter {place},"), format!("chmod o+x {place}"));
+    host.ok(&["vm", "create", "--name", "box"]);
+    assert!(!host.log().contains(&named), "{}", host.log());
+    set(0o700);
+    host.stop_daemon();
+    host.relaunch();
+    let log = host.log();
+    assert!(log.contains(&named) && log.contains(&fix), "{log}");
+    let doctor = host.fcctl(&["doctor"]);
+    let (said, _) = text(&doctor);
+    assert!(said.contains("FAIL  state-dir") && said.contains(&named) && said.contains(&fix), "{said}");
+    let start = host.fcctl(&["start", "box"]);
+    let (_, said) = text(&start);
+    assert!(!start.status.success() && said.contains(&named) && said.contains(&fix), "{said}");
+    // What helps, helps.
+    fs::set_permissions(&place, fs::Permissions::from_mode(0o711)).unwrap();
+    host.ok(&["start", "box"]);
+}

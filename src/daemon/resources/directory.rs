@@ -2,9 +2,11 @@
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
+use crate::config::{Config, VmmDriver};
 use crate::daemon::boot::Boot;
 use crate::daemon::{Daemon, VMS_DIR};
 use crate::error::{Error, Result};
+use crate::host::reach;
 use crate::ids::VmId;
 use crate::store::VmRow;
 use std::path::Path;
@@ -68,22 +70,23 @@ impl Resource for Directory {
 
     fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
         let mut all = vec![space_check(&host.config.state_dir)];
-        all.extend(reach_check(&host.config.state_dir));
+        all.extend(reach_check(host.config));
         all
     }
 }
 
-/// VMMs of a root's daemon have uids of their own, which must get to the disks. None: all is well.
-fn reach_check(state_dir: &Path) -> Option<Check> {
-    use std::os::unix::fs::PermissionsExt;
-    if !nix::unistd::geteuid().is_root() {
+/// QEMU runs under a uid of its own when the daemon is root, and opens its files by their paths. Firecracker's jailer
+/// takes it to its files as root. None: nothing is wrong.
+pub(super) fn reach_check(config: &Config) -> Option<Check> {
+    if !nix::unistd::geteuid().is_root() || config.vmm.driver == VmmDriver::Firecracker {
         return None;
     }
-    let closed = |dir: &&Path| std::fs::metadata(dir).is_ok_and(|m| m.permissions().mode() & 0o001 == 0);
     // The state directory itself is given its mode when the daemon starts.
-    let closed = state_dir.ancestors().skip(1).find(closed)?;
-    let found = format!("VMMs, which do not run as root, do not get into {}, where the state directory is", closed.display());
-    Some(Check::fail("state-dir", found, &format!("chmod o+x {}, or another state_dir", closed.display())))
+    let closed = reach::closed_to_others(&config.state_dir)?;
+    let (closed, state_dir) = (closed.display(), config.state_dir.display());
+    let found =
+        format!("no VM can start: VMMs do not run as root and may not enter {closed}, where the state directory {state_dir} is");
+    Some(Check::fail("state-dir", found, &reach::state_dir_fix(&closed)))
 }
 
 fn space_check(state_dir: &Path) -> Check {
@@ -104,21 +107,29 @@ fn space_check(state_dir: &Path) -> Check {
 mod tests {
     use super::*;
     use crate::api::daemon::Severity;
+    use crate::config::Flags;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn a_place_that_vmms_do_not_reach_is_named() {
+    fn state_directory_that_vmms_cannot_enter_is_named_with_what_helps() {
         if !nix::unistd::geteuid().is_root() {
-            eprintln!("SKIPPED, for it is not run by root: a_place_that_vmms_do_not_reach_is_named");
+            eprintln!("SKIPPED, because VMMs have uids of their own only if root runs this");
             return;
         }
         let dir = tempfile::tempdir().unwrap();
         let set = |mode| std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(mode)).unwrap();
+        let flags = Flags { state_dir: Some(dir.path().join("state")), ..Flags::default() };
+        let mut config = Config::load(&flags, 1000, &|_| None).unwrap();
         set(0o755);
-        assert_eq!(reach_check(&dir.path().join("state")).map(|c| c.found), None);
+        assert_eq!(reach_check(&config).map(|c| c.found), None);
         set(0o700);
-        let check = reach_check(&dir.path().join("state")).unwrap();
+        let check = reach_check(&config).unwrap();
         assert_eq!(check.severity, Severity::Fail);
-        assert!(check.found.contains(dir.path().to_str().unwrap()), "{}", check.found);
+        let place = dir.path().display().to_string();
+        assert!(check.found.contains(&format!("may not enter {place},")), "{}", check.found);
+        let fix = check.fix.unwrap();
+        assert!(fix.contains("--state-dir") && fix.ends_with(&format!("chmod o+x {place}")), "{fix}");
+        config.vmm.driver = VmmDriver::Firecracker;
+        assert_eq!(reach_check(&config).map(|c| c.found), None, "a jailed VMM has another root");
     }
 }

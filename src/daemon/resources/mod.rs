@@ -108,6 +108,11 @@ pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
     ALL.into_iter().flat_map(|resource| resource.checks(host)).collect()
 }
 
+/// Why no VM can start from this state directory, if that is so, and what helps.
+pub(crate) fn state_dir_check(config: &Config) -> Option<Check> {
+    directory::reach_check(config)
+}
+
 /// The nearest directory that is there: the state directory itself may not be made yet.
 fn existing(path: &Path) -> &Path {
     path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"))

@@ -7,6 +7,7 @@ use crate::config::{Accel, Machine, Qemu};
 use crate::error::Kind;
 use crate::host::command::{Command, run_any_status};
 use crate::host::program;
+use crate::host::reach;
 use crate::locks::Cancel;
 use crate::vmm::devices::{self, KVM};
 use std::time::Duration;
@@ -32,6 +33,11 @@ fn binary(config: &Qemu) -> Check {
             return check("qemu", Severity::Fail, e.to_string(), fix);
         }
     };
+    if let Some(closed) = reach::closed_to_others(&path).filter(|_| nix::unistd::geteuid().is_root()) {
+        let closed = closed.display();
+        let found = format!("VMMs do not run as root and may not enter {closed}, where {} is", path.display());
+        return check("qemu", Severity::Fail, found, Some(&binary_fix(&closed)));
+    }
     let run = || {
         let command = Command::new(&path).arg("--version").deadline(VERSION_DEADLINE);
         run_any_status(&command, &Cancel::try_new().ok()?, &mut |_| {}).ok()
@@ -48,6 +54,11 @@ fn binary(config: &Qemu) -> Check {
         }
         None => check("qemu", Severity::Fail, format!("{} does not run, or is no QEMU", path.display()), INSTALL),
     }
+}
+
+/// What to do about a closed directory that QEMU is in.
+pub(super) fn binary_fix(closed: &dyn std::fmt::Display) -> String {
+    format!("name another QEMU (binary under [qemu]), or let every user enter this directory: chmod o+x {closed}")
 }
 
 /// `QEMU emulator version 7.2.22 (Debian ...)`.

@@ -25,6 +25,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::fs::open_dir;
 use crate::host::process::{self, Credentials, Process, Spawn};
 use crate::host::program;
+use crate::host::reach;
 use crate::locks::{Cancel, Rank, region};
 use accel::{Picked, Picker};
 use qmp::Qmp;
@@ -65,6 +66,12 @@ impl Qemu {
     }
 
     fn spawn(&self, spec: &VmmSpec, picked: &Picked) -> Result<(Process, OwnedFd)> {
+        if let Some((uid, _)) = spec.credentials {
+            can_reach(uid, &spec.dir.join(RUN_DIR), "the state directory", reach::state_dir_fix)?;
+            if let Ok(program) = program::locate(&self.config.binary) {
+                can_reach(uid, &program, "QEMU", checks::binary_fix)?;
+            }
+        }
         let dir = open_dir(&spec.dir)?;
         let run = run_dir::make(&dir, &[argv::QMP_SOCKET, argv::CONTROL_SOCKET, argv::CONSOLE_SOCKET], spec.credentials)?;
         let output = run_dir::open_log(&dir, spec)?;
@@ -133,6 +140,14 @@ fn tap_groups(spec: &VmmSpec) -> Result<Vec<u32>> {
     }
     devices::access_as(devices::TUN, spec.credentials.is_some())
         .map_err(|why| Error::new(Kind::Unsupported, format!("start the VMM: {why}")).hint("run fcctl doctor"))
+}
+
+/// QEMU itself would only say that it may not open a file.
+fn can_reach(uid: u32, path: &Path, what: &str, fix: fn(&dyn std::fmt::Display) -> String) -> Result<()> {
+    let Some(closed) = reach::closed_to_others(path) else { return Ok(()) };
+    let closed = closed.display();
+    let message = format!("start the VMM: it runs as uid {uid}, which may not enter {closed}, where {what} is");
+    Err(Error::new(Kind::Host, message).hint(fix(&closed)))
 }
 
 /// Of a VMM that runs already.

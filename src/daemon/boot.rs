@@ -7,6 +7,7 @@ use crate::api::exec::Exit;
 use crate::disk::{self, KeyPair, Method, RootSpec, SeedFile, Wake};
 use crate::error::{Error, Kind, Result};
 use crate::guest::{Script, Target, run_script};
+use crate::host::confine::Owner;
 use crate::ids::VmId;
 use crate::image::ImageInfo;
 use crate::store::{Ticket, VmRow};
@@ -298,7 +299,8 @@ impl Daemon {
             return Err(Error::internal(format!("vm {} has no host key", row.name)));
         };
         let private_key = self.private_key(row)?;
-        Ok(Target { addr, user: GUEST_USER.to_owned(), private_key, host_key })
+        let owner = self.credentials(row).map(|(uid, gid)| Owner { uid, gid });
+        Ok(Target { addr, user: GUEST_USER.to_owned(), private_key, host_key, owner })
     }
 
     pub(super) fn private_key(&self, row: &VmRow) -> Result<String> {

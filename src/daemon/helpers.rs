@@ -11,6 +11,7 @@ const UNKNOWN: u8 = 64;
 pub fn run_if_asked() -> Option<ExitCode> {
     let asked = Asked::from_args()?;
     Some(match asked.name.as_str() {
+        crate::guest::helper::NAME => crate::guest::helper::serve::run(&asked),
         #[cfg(test)]
         crate::host::confine::PROBE => crate::host::confine::run_probe(&asked),
         _ => ExitCode::from(UNKNOWN),

@@ -294,6 +294,7 @@ impl Run<'_, '_, '_> {
                     self.fake.state.lock().signals.push(name.clone());
                     self.signalled = Some(name);
                 }
+                Control::HangUp => {}
             }
         }
         Ok(())
@@ -358,7 +359,7 @@ mod tests {
 
     fn target() -> Target {
         let addr = "127.0.0.1:1".parse().unwrap();
-        Target { addr, user: "root".into(), private_key: String::new(), host_key: Vec::new() }
+        Target { addr, user: "root".into(), private_key: String::new(), host_key: Vec::new(), owner: None }
     }
     fn cancel() -> Cancel {
         Cancel::try_new().unwrap()

@@ -1,21 +1,26 @@
 //! The guest at arm's length: dial, wait until it answers, run a command with pumped streams.
 
+mod connect;
 mod controls;
 #[cfg(feature = "fakes")]
 pub mod fake;
+pub mod helper;
 pub mod io;
 mod quote;
 mod script;
 pub mod ssh;
+#[cfg(test)]
+pub mod test_sshd;
 mod wait;
 
 pub use controls::{ControlReceiver, ControlSender, control_queue};
+pub use helper::SshTransport;
 pub use quote::{CANNOT_ENTER, CANNOT_ENTER_STATUS, command_line, quote};
 pub use script::{Script, run_script};
-pub use ssh::SshTransport;
 
 use crate::api::exec::{Exit, Pty, PtySize};
 use crate::error::Result;
+use crate::host::confine::Owner;
 use crate::locks::Cancel;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
@@ -33,17 +38,27 @@ pub struct Target {
     pub private_key: String,
     /// The only host key that is accepted: the raw public key blob (RFC 4253, 6.6; `ssh-ed25519`).
     pub host_key: Vec<u8>,
+    /// Whom its helper process runs as. None: as the daemon, where that has no privilege.
+    pub owner: Option<Owner>,
 }
 
 /// A non-blocking stream that can be polled. `None` for `fd` means always ready.
 pub trait Source: Send {
     fn fd(&self) -> Option<BorrowedFd<'_>>;
+    /// A pipe whose bytes are exactly this stream's and that somebody else may read in our place.
+    fn pipe(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
     /// 0 is the end; `WouldBlock` when there is nothing yet. Any other error ends the command with that error.
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize>;
 }
 
 pub trait Sink: Send {
     fn fd(&self) -> Option<BorrowedFd<'_>>;
+    /// A pipe that takes exactly this stream's bytes and that somebody else may write in our place.
+    fn pipe(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
     /// `BrokenPipe`: nobody reads; what follows is dropped and the command goes on.
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize>;
 }
@@ -54,6 +69,8 @@ pub enum Control {
     Resize(PtySize),
     /// Without `SIG`.
     Signal(String),
+    /// Nobody waits for the command any more: it gets a SIGHUP.
+    HangUp,
 }
 
 /// Where controls come from: `fd` is readable when `next` has one.

@@ -96,15 +96,20 @@ impl<'a> Wait<'a> {
             Err(e) => return Err(Error::io("wait for the guest", e)),
         }
         self.check()?;
-        let hung_up = |fd: &PollFd<'_>| fd.revents().is_some_and(|r| r.intersects(PollFlags::POLLHUP | PollFlags::POLLERR));
-        if self.hangup.is_some() && all.last().is_some_and(hung_up) {
-            return Err(Error::new(Kind::Cancelled, HUNG_UP));
+        let has_hung_up = |fd: &PollFd<'_>| fd.revents().is_some_and(|r| r.intersects(PollFlags::POLLHUP | PollFlags::POLLERR));
+        if self.hangup.is_some() && all.last().is_some_and(has_hung_up) {
+            return Err(hung_up());
         }
         Ok(all[..fds.len()].iter().map(|fd| fd.any().unwrap_or(true)).collect())
     }
 }
 
 const HUNG_UP: &str = "cancelled: the caller hung up";
+
+/// The error of a caller that has gone.
+pub fn hung_up() -> Error {
+    Error::new(Kind::Cancelled, HUNG_UP)
+}
 
 /// Whether an error of [`Wait::poll`] is the hang-up.
 pub fn is_hang_up(error: &Error) -> bool {

@@ -141,3 +141,30 @@ fn op_level_ranks_are_named_in_locks_and_daemon_only() {
         }
     }
 }
+
+/// Files below `src` whose code names `word`.
+fn named_by(word: &str) -> BTreeSet<String> {
+    let mut files = Vec::new();
+    rust_files(&root().join("src"), &mut files);
+    let names = |path: &PathBuf| {
+        let text = std::fs::read_to_string(path).unwrap();
+        text.lines().any(|l| l.split("//").next().unwrap_or("").contains(word))
+    };
+    let below = |path: PathBuf| path.strip_prefix(root()).unwrap().display().to_string();
+    files.into_iter().filter(names).map(below).collect()
+}
+
+#[test]
+fn ssh_is_spoken_by_the_helper_process_alone() {
+    for library in ["ssh2::", "libssh2_sys"] {
+        let outside: Vec<_> = named_by(library).into_iter().filter(|path| !path.starts_with("src/guest/ssh/")).collect();
+        assert!(outside.is_empty(), "{library} parses what a guest sends, and is named by {outside:?}");
+    }
+    // `mod.rs` declares the module and names nothing in it.
+    for way in ["guest::ssh", "super::ssh", "ssh::{"] {
+        let ways: Vec<_> = named_by(way).into_iter().filter(|path| !path.starts_with("src/guest/ssh/")).collect();
+        assert!(ways.iter().all(|path| path == "src/guest/helper/serve.rs"), "{way}: {ways:?}");
+    }
+    // And nothing but the list of helpers runs that.
+    assert_eq!(named_by("serve::run"), BTreeSet::from(["src/daemon/helpers.rs".to_owned()]));
+}

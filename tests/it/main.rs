@@ -15,6 +15,8 @@ mod edges;
 mod event_wire;
 mod events;
 mod firecracker;
+mod helper_cost;
+mod hostile_guest;
 mod install_firecracker;
 mod kernels;
 mod keys;

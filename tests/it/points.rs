@@ -215,9 +215,9 @@ impl Driver for PointDriver {
     }
 }
 
-pub struct PointTransport<T>(pub T, pub Arc<Points>);
+pub struct PointTransport(pub Arc<dyn Transport>, pub Arc<Points>);
 
-impl<T: Transport> Transport for PointTransport<T> {
+impl Transport for PointTransport {
     fn wait_ready(&self, target: &Target, deadline: Instant, cancel: &Cancel) -> Result<()> {
         self.0.wait_ready(target, deadline, cancel)
     }

@@ -12,6 +12,7 @@ use fcd::client::{Client, Failure};
 use fcd::config::{Config, Limits, Qemu, VmDefaults};
 use fcd::daemon::{Caller, Daemon, Leftovers, Seams};
 use fcd::error::{Error, Kind};
+use fcd::guest::Transport;
 use fcd::guest::fake::{Answer, FakeTransport};
 use fcd::host::{Command, Commands, command::Output};
 use fcd::ids::{OpId, VmId};
@@ -85,6 +86,8 @@ pub struct World {
     pub guest: FakeTransport,
     /// What the daemon takes for its driver: the fake, or something around it.
     pub driver: Arc<dyn Driver>,
+    /// What the daemon takes for its guests: the fakes, or something around them.
+    pub transport: Arc<dyn Transport>,
     /// Of the daemon that is open now.
     pub points: Arc<Points>,
     daemon: Option<Daemon>,
@@ -170,12 +173,14 @@ impl World {
         let (vmm, guest) = (Arc::new(Fake::new().unwrap()), FakeTransport::new());
         let guests: Arc<Mutex<HashMap<SocketAddr, VmId>>> = Arc::default();
         let driver = around(vmm.clone());
+        let transport = Arc::new(guest.clone());
         let mut world = Self {
             _dir: dir,
             config,
             vmm,
             guest,
             driver,
+            transport,
             points: Arc::default(),
             daemon: None,
             server: None,
@@ -210,7 +215,7 @@ impl World {
         let points = Arc::new(Points::default());
         let seams = Seams {
             vmm: Arc::new(PointDriver(self.driver.clone(), points.clone())),
-            transport: Arc::new(PointTransport(self.guest.clone(), points.clone())),
+            transport: Arc::new(PointTransport(self.transport.clone(), points.clone())),
             commands: Arc::new(PointCommands(FakeCommands, points.clone())),
         };
         let daemon = Daemon::open(self.config.clone(), seams).unwrap();

@@ -22,6 +22,9 @@ impl Source for FdSource {
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.0.as_fd())
     }
+    fn pipe(&self) -> Option<BorrowedFd<'_>> {
+        self.fd()
+    }
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         retry(|| rustix::io::read(&self.0, &mut *buffer))
     }
@@ -39,6 +42,9 @@ impl FdSink {
 impl Sink for FdSink {
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.0.as_fd())
+    }
+    fn pipe(&self) -> Option<BorrowedFd<'_>> {
+        self.fd()
     }
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         retry(|| rustix::io::write(&self.0, bytes))

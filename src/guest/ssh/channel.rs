@@ -13,7 +13,7 @@ pub(super) type Step<T> = Result<Option<T>, ssh2::Error>;
 
 /// What the guest may send before we have read it, of both streams together (RFC 4254, 5.2). libssh2 keeps to
 /// it, so it bounds a session's memory; and a sink that nobody reads holds the other stream up after so much.
-const WINDOW_BYTES: c_uint = 2 * 1024 * 1024;
+pub(super) const WINDOW_BYTES: c_uint = 2 * 1024 * 1024;
 const PACKET_BYTES: c_uint = 32 * 1024;
 /// What one write takes at most (`ssh2_channel_write`).
 pub(super) const WRITE_BYTES_MAX: usize = 32_700;
@@ -37,7 +37,7 @@ unsafe extern "C" {
     fn libssh2_channel_has_exit_status(channel: *mut raw::LIBSSH2_CHANNEL) -> c_int;
 }
 
-pub(super) struct Channel {
+pub(in crate::guest) struct Channel {
     raw: *mut raw::LIBSSH2_CHANNEL,
     shared: Rc<Shared>,
     /// How much the last write offered, when it has to be repeated: with as much (`write_bufwrite`).
@@ -104,7 +104,7 @@ impl Channel {
     }
 
     /// At most `COMMAND_BYTES_MAX`, which fits a packet of libssh2.
-    pub fn exec(&mut self, command: &str) -> Step<usize> {
+    pub fn exec(&mut self, command: &[u8]) -> Step<usize> {
         const REQUEST: &str = "exec";
         let rc = unsafe {
             raw::libssh2_channel_process_startup(

@@ -144,6 +144,7 @@ impl<'a> Outlet<'a> {
         while self.at < self.len {
             let Some(sink) = &mut self.sink else {
                 self.at = self.len;
+                *progress = true;
                 break;
             };
             match sink.write(&self.buffer[self.at..self.len]) {
@@ -163,7 +164,7 @@ impl<'a> Outlet<'a> {
         Ok(())
     }
 
-    /// Passes on what has come. `progress` is told of bytes that the sink took.
+    /// Passes on what has come. `progress` is set for bytes that left it.
     pub fn turn(&mut self, channel: &mut Channel, progress: &mut bool) -> Result<Turn, Trouble> {
         for _ in 0..PIECES_PER_ROUND {
             if !self.is_empty() && self.is_ready {

@@ -1,14 +1,13 @@
 //! One command: everything that can move is moved, then one poll waits for whatever may move next.
 
-use super::channel::{Channel, STDERR, STDOUT};
-use super::dial::{Stopped, drive};
+use super::channel::{Channel, STDERR, STDOUT, WINDOW_BYTES};
 use super::flow::{Inlet, Outlet, Trouble, Turn};
 use super::signal::Signaller;
 use super::wire::Shared;
 use crate::api::exec::{Exit, PtySize};
 use crate::error::{Error, Kind, Result};
-use crate::guest::wait::{Wait, is_hang_up};
-use crate::guest::{Control, Controls, ExecSpec, Streams, Target};
+use crate::guest::wait::{Wait, hung_up, is_hang_up};
+use crate::guest::{Control, Controls, Streams};
 use nix::poll::{PollFd, PollFlags};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -25,18 +24,7 @@ fn lost(what: impl std::fmt::Display) -> Error {
         .hint("see whether the VM still runs (fcctl ps) and what it says (fcctl logs {vm})")
 }
 
-/// Opens the channel and starts the command.
-pub(super) fn start(shared: &Rc<Shared>, target: &Target, spec: &ExecSpec, wait: &Wait<'_>) -> Result<Channel> {
-    let at = |doing: &'static str| move |e: Stopped| e.at_dial(doing, target);
-    let mut channel = drive(shared, wait, || Channel::open(shared)).map_err(at("open a channel"))?;
-    if let Some(pty) = &spec.pty {
-        drive(shared, wait, || channel.request_pty(pty)).map_err(at("ask for a terminal"))?;
-    }
-    drive(shared, wait, || channel.exec(&spec.command)).map_err(at("start the command"))?;
-    Ok(channel)
-}
-
-pub(super) struct Pump<'w, 'a> {
+pub(in crate::guest) struct Pump<'w, 'a> {
     // The channel drops before the session.
     channel: Channel,
     signaller: Signaller,
@@ -50,24 +38,25 @@ pub(super) struct Pump<'w, 'a> {
     /// A resize that could not be sent yet.
     resize: Option<PtySize>,
     keepalive: Keepalive,
+    flood: Flood,
 }
 
 impl<'w, 'a> Pump<'w, 'a> {
-    pub fn new(shared: Rc<Shared>, channel: Channel, spec: &ExecSpec, streams: Streams<'a>, mut wait: Wait<'w>) -> Self {
-        wait.progress();
+    pub fn new(shared: Rc<Shared>, channel: Channel, has_pty: bool, streams: Streams<'a>, wait: Wait<'w>) -> Self {
         let keepalive = Keepalive::new(&shared);
         Self {
             channel,
             signaller: Signaller::default(),
             shared,
             wait,
-            stdin: Inlet::new(streams.stdin, spec.pty.is_some()),
+            stdin: Inlet::new(streams.stdin, has_pty),
             stdout: Outlet::new(STDOUT, streams.stdout),
             stderr: Outlet::new(STDERR, streams.stderr),
             controls: streams.controls,
-            has_pty: spec.pty.is_some(),
+            has_pty,
             resize: None,
             keepalive,
+            flood: Flood::default(),
         }
     }
 
@@ -86,14 +75,17 @@ impl<'w, 'a> Pump<'w, 'a> {
     }
 
     fn round(&mut self) -> Result<Option<Exit>> {
-        self.shared.fill();
+        if !self.flood.is_held {
+            self.shared.fill();
+        }
         let turn = self.move_all().map_err(|trouble| match trouble {
-            Trouble::Ssh(e) => lost(e.message().escape_debug()),
+            Trouble::Ssh(e) => lost(e.message()),
             Trouble::Caller(e) => e,
         })?;
         self.shared.flush();
         let Some(turn) = turn else { return self.finish().map(Some) };
-        let next = self.keepalive.check(&self.shared)?;
+        // What is not read cannot answer.
+        let next = if self.flood.is_held { Instant::now() + KEEPALIVE_INTERVAL } else { self.keepalive.check(&self.shared)? };
         self.poll(if turn == Turn::More { Instant::now() } else { next })?;
         Ok(None)
     }
@@ -113,9 +105,8 @@ impl<'w, 'a> Pump<'w, 'a> {
         }
         self.control()?;
         let input = if closed { Turn::Waits } else { self.stdin.turn(&self.shared, &mut self.channel, &mut progress)? };
-        if progress {
-            self.wait.progress();
-        }
+        let waits_for_caller = !(self.stdout.is_empty() && self.stderr.is_empty());
+        self.flood.check(self.shared.received(), progress, waits_for_caller).map_err(Trouble::Caller)?;
         Ok(Some(if [out, err, input].contains(&Turn::More) { Turn::More } else { Turn::Waits }))
     }
 
@@ -124,6 +115,7 @@ impl<'w, 'a> Pump<'w, 'a> {
             match control {
                 Control::Resize(size) => self.resize = Some(size).filter(|_| self.has_pty),
                 Control::Signal(name) => self.signaller.push(name),
+                Control::HangUp => return Err(Trouble::Caller(hung_up())),
             }
         }
         if let Some(size) = self.resize
@@ -142,7 +134,8 @@ impl<'w, 'a> Pump<'w, 'a> {
     fn poll(&mut self, until: Instant) -> Result<()> {
         let places = [self.stdin.poll_fd(), self.stdout.poll_fd(), self.stderr.poll_fd()];
         let controls = self.controls.as_ref().map(|c| PollFd::new(c.fd(), PollFlags::POLLIN));
-        let mut fds: Vec<_> = self.shared.poll_fd().into_iter().chain(controls).collect();
+        let connection = self.shared.poll_fd().filter(|_| !self.flood.is_held);
+        let mut fds: Vec<_> = connection.into_iter().chain(controls).collect();
         let first = fds.len();
         fds.extend(places.iter().flatten().cloned());
         let ready = self.wait.poll(&fds, Some(until))?;
@@ -175,6 +168,44 @@ impl<'w, 'a> Pump<'w, 'a> {
                 return;
             }
         }
+    }
+}
+
+/// Sees that what a server sends is for the command. libssh2 queues every message that it does not expect, without limit, and
+/// answers requests that nobody wants; both grow with what has come since the last byte of a stream moved.
+#[derive(Default)]
+struct Flood {
+    /// What had come when a stream moved last.
+    at_progress: u64,
+    since: Option<Instant>,
+    /// Nothing more is read, until the caller takes what has come for it.
+    is_held: bool,
+}
+
+/// What a server may send that moves no stream. A command needs little of it: answers, wider windows, new keys.
+const FLOOD_BYTES_MAX: u64 = 1024 * 1024;
+/// With so much of it the rest is held back, where the caller has yet to take what came before. Well above a full window.
+const HELD_BYTES: u64 = 4 * WINDOW_BYTES as u64;
+/// What a quiet command's server may say on top, for days: it may ask for a sign of life, too.
+const QUIET_BYTES_PER_S: u64 = 4 * 1024;
+
+impl Flood {
+    /// `guest_lost` for a flood. While the caller is what everything waits for, the rest is held back instead: output in
+    /// small messages is a flood by its size, too.
+    fn check(&mut self, received: u64, progress: bool, waits_for_caller: bool) -> Result<()> {
+        let now = Instant::now();
+        if progress {
+            (self.at_progress, self.since, self.is_held) = (received, Some(now), false);
+            return Ok(());
+        }
+        let quiet = now.duration_since(*self.since.get_or_insert(now)).as_secs();
+        let allowed = FLOOD_BYTES_MAX + quiet.saturating_mul(QUIET_BYTES_PER_S);
+        let unused = received - self.at_progress;
+        self.is_held = waits_for_caller && unused > HELD_BYTES;
+        if unused > allowed && !waits_for_caller {
+            return Err(lost(format!("its SSH server sent {unused} bytes that belong to no stream of the command")));
+        }
+        Ok(())
     }
 }
 

@@ -35,7 +35,7 @@ struct Wire {
 }
 
 /// One session, its buffers and its socket. `Rc` and the raw pointers keep it on one thread.
-pub(super) struct Shared {
+pub(in crate::guest) struct Shared {
     // Fields drop in this order: the session needs the wire while it goes.
     pub session: RefCell<ssh2::Session>,
     raw: *mut raw::LIBSSH2_SESSION,

@@ -1,11 +1,11 @@
 //! Against a real sshd on the loopback.
 
-use super::SshTransport;
-use super::test_sshd::Sshd;
 use crate::api::exec::{Exit, Pty, PtySize};
 use crate::error::{Error, Kind, Result};
+use crate::guest::SshTransport;
 use crate::guest::io::fifo::{Direction, accept};
 use crate::guest::io::{BytesSource, ChunkSource, FdSink, FdSource, VecSink};
+use crate::guest::test_sshd::Sshd;
 use crate::guest::{Control, ExecSpec, Sink, Streams, Target, Transport, command_line, control_queue};
 use crate::host::thread::spawn;
 use crate::locks::Cancel;

@@ -60,6 +60,7 @@ impl Sshd {
             user,
             private_key: client.to_openssh(LineEnding::LF).expect("encode").to_string(),
             host_key: host.public_key().to_bytes().expect("encode"),
+            owner: None,
         };
         Self { child: None, dir, target }
     }

@@ -1,0 +1,354 @@
+//! What passes between the daemon and a helper: one message each, a tag and its fields, nothing optional.
+//!
+//! The daemon's messages come first, a [`Job`] and then [`Order`]s; the helper answers with [`Reply`]s. Both sides refuse a
+//! message that they do not know, that is cut short or too long, or that goes on after its end. The daemon's side is the
+//! one that matters: what the helper says may be what the guest wants it to say.
+
+use crate::api::exec::{Exit, Pty, PtySize};
+use std::os::fd::BorrowedFd;
+
+/// Longest message to a helper: a command of `COMMAND_BYTES_MAX`, two keys and some room.
+pub const TO_HELPER_BYTES_MAX: usize = 64 * 1024;
+/// Longest message from a helper.
+pub const FROM_HELPER_BYTES_MAX: usize = 1024;
+/// Longest text in a message from a helper.
+const TEXT_BYTES_MAX: usize = 512;
+/// Longest name of a signal.
+const SIGNAL_BYTES_MAX: usize = 16;
+
+/// One session: log in and run a command, or only log in.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Job {
+    pub user: String,
+    /// OpenSSH format.
+    pub private_key: String,
+    pub host_key: Vec<u8>,
+    /// None: only log in.
+    pub command: Option<Command>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Command {
+    /// A command line for the guest's shell.
+    pub line: Vec<u8>,
+    pub pty: Option<Pty>,
+    pub stdin: Input,
+    pub has_stdout: bool,
+    pub has_stderr: bool,
+}
+
+/// Where the input of a command comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Input {
+    Empty,
+    /// From the caller's own descriptor: its end is the end of the input.
+    Direct,
+    /// From a pipe of the daemon's: its end counts only after [`Order::InputEnded`]. Without that the daemon has died or
+    /// failed to read the rest, and the guest must not take what it has for the whole.
+    Pumped,
+}
+
+/// The descriptors that come with a job, in this order.
+pub struct Passed<'a> {
+    pub socket: BorrowedFd<'a>,
+    pub stdin: Option<BorrowedFd<'a>>,
+    pub stdout: Option<BorrowedFd<'a>>,
+    pub stderr: Option<BorrowedFd<'a>>,
+}
+
+impl<'a> Passed<'a> {
+    pub fn list(&self) -> Vec<BorrowedFd<'a>> {
+        [Some(self.socket), self.stdin, self.stdout, self.stderr].into_iter().flatten().collect()
+    }
+}
+
+/// What the daemon says to a helper that has its job.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Order {
+    Resize(PtySize),
+    /// Without `SIG`.
+    Signal(String),
+    InputEnded,
+    /// End the command with a SIGHUP, then exit.
+    HangUp,
+}
+
+/// What a helper says.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Reply {
+    /// The command runs, or the key was accepted where there is none.
+    Started,
+    /// The command's output has been delivered.
+    Exited(Exit),
+    Failed(Failure, String),
+}
+
+/// Why a session failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The helper cannot confine itself.
+    Confinement,
+    /// No session came about.
+    Unavailable,
+    /// The guest's SSH server does not accept our key.
+    KeyRefused,
+    HostKeyMismatch,
+    /// The session broke.
+    Lost,
+    /// A caller's descriptor could not be read or written.
+    Stream,
+}
+
+impl Failure {
+    const ALL: [Failure; 6] = [
+        Failure::Confinement,
+        Failure::Unavailable,
+        Failure::KeyRefused,
+        Failure::HostKeyMismatch,
+        Failure::Lost,
+        Failure::Stream,
+    ];
+}
+
+const JOB: u8 = 1;
+const RESIZE: u8 = 2;
+const SIGNAL: u8 = 3;
+const INPUT_ENDED: u8 = 4;
+const HANG_UP: u8 = 5;
+const STARTED: u8 = 1;
+const STATUS: u8 = 2;
+const BY_SIGNAL: u8 = 3;
+const FAILED: u8 = 4;
+
+/// Appends fields to a message.
+struct Writer(Vec<u8>);
+
+impl Writer {
+    fn new(tag: u8) -> Self {
+        Self(vec![tag])
+    }
+    fn byte(mut self, byte: u8) -> Self {
+        self.0.push(byte);
+        self
+    }
+    fn short(mut self, number: u16) -> Self {
+        self.0.extend(number.to_le_bytes());
+        self
+    }
+    fn bytes(mut self, bytes: &[u8]) -> Self {
+        // Longer ones are refused where they are made; what does not fit a message is refused by the channel.
+        let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+        self.0.extend(len.to_le_bytes());
+        self.0.extend(bytes);
+        self
+    }
+}
+
+/// Takes fields from a message. Every step is `None` where the message is not what it should be.
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, len: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(len)?;
+        self.0 = rest;
+        Some(taken)
+    }
+    fn byte(&mut self) -> Option<u8> {
+        Some(self.take(1)?[0])
+    }
+    fn flag(&mut self) -> Option<bool> {
+        match self.byte()? {
+            0 => Some(false),
+            1 => Some(true),
+            _ => None,
+        }
+    }
+    fn short(&mut self) -> Option<u16> {
+        Some(u16::from_le_bytes(self.take(2)?.try_into().ok()?))
+    }
+    fn bytes(&mut self) -> Option<&'a [u8]> {
+        let len = u32::from_le_bytes(self.take(4)?.try_into().ok()?);
+        self.take(usize::try_from(len).ok()?)
+    }
+    fn text(&mut self) -> Option<String> {
+        String::from_utf8(self.bytes()?.to_vec()).ok()
+    }
+    fn size(&mut self) -> Option<PtySize> {
+        Some(PtySize { rows: self.short()?, cols: self.short()? })
+    }
+    fn end(self) -> Option<()> {
+        self.0.is_empty().then_some(())
+    }
+}
+
+impl Job {
+    pub fn encode(&self) -> Vec<u8> {
+        let w = Writer::new(JOB).bytes(self.user.as_bytes()).bytes(self.private_key.as_bytes()).bytes(&self.host_key);
+        let Some(command) = &self.command else { return w.byte(0).0 };
+        let input = match command.stdin {
+            Input::Empty => 0,
+            Input::Direct => 1,
+            Input::Pumped => 2,
+        };
+        let w = w.byte(1).bytes(&command.line).byte(input);
+        let w = w.byte(command.has_stdout.into()).byte(command.has_stderr.into());
+        match &command.pty {
+            None => w.byte(0).0,
+            Some(pty) => w.byte(1).bytes(pty.term.as_bytes()).short(pty.size.rows).short(pty.size.cols).0,
+        }
+    }
+
+    pub fn decode(message: &[u8]) -> Option<Self> {
+        let mut r = Reader(message);
+        if r.byte()? != JOB {
+            return None;
+        }
+        let (user, private_key, host_key) = (r.text()?, r.text()?, r.bytes()?.to_vec());
+        let command = if r.flag()? { Some(Command::decode(&mut r)?) } else { None };
+        r.end()?;
+        Some(Self { user, private_key, host_key, command })
+    }
+}
+
+impl Command {
+    fn decode(r: &mut Reader<'_>) -> Option<Self> {
+        let line = r.bytes()?.to_vec();
+        let stdin = match r.byte()? {
+            0 => Input::Empty,
+            1 => Input::Direct,
+            2 => Input::Pumped,
+            _ => return None,
+        };
+        let (has_stdout, has_stderr) = (r.flag()?, r.flag()?);
+        let pty = if r.flag()? { Some(Pty { term: r.text()?, size: r.size()? }) } else { None };
+        Some(Self { line, pty, stdin, has_stdout, has_stderr })
+    }
+}
+
+impl Order {
+    pub fn encode(&self) -> Vec<u8> {
+        match self {
+            Order::Resize(size) => Writer::new(RESIZE).short(size.rows).short(size.cols).0,
+            Order::Signal(name) => Writer::new(SIGNAL).bytes(name.as_bytes()).0,
+            Order::InputEnded => Writer::new(INPUT_ENDED).0,
+            Order::HangUp => Writer::new(HANG_UP).0,
+        }
+    }
+
+    pub fn decode(message: &[u8]) -> Option<Self> {
+        let mut r = Reader(message);
+        let order = match r.byte()? {
+            RESIZE => Order::Resize(r.size()?),
+            SIGNAL => Order::Signal(signal_name(r.bytes()?)?),
+            INPUT_ENDED => Order::InputEnded,
+            HANG_UP => Order::HangUp,
+            _ => return None,
+        };
+        r.end()?;
+        Some(order)
+    }
+}
+
+impl Reply {
+    pub fn encode(&self) -> Vec<u8> {
+        match self {
+            Reply::Started => Writer::new(STARTED).0,
+            Reply::Exited(Exit::Status(status)) => Writer::new(STATUS).byte(*status).0,
+            Reply::Exited(Exit::Signal(name)) => Writer::new(BY_SIGNAL).bytes(name.as_bytes()).0,
+            Reply::Failed(failure, text) => {
+                let cut = text.floor_char_boundary(TEXT_BYTES_MAX);
+                Writer::new(FAILED).byte(*failure as u8).bytes(&text.as_bytes()[..cut]).0
+            }
+        }
+    }
+
+    /// Text comes out printable.
+    pub fn decode(message: &[u8]) -> Option<Self> {
+        if message.len() > FROM_HELPER_BYTES_MAX {
+            return None;
+        }
+        let mut r = Reader(message);
+        let reply = match r.byte()? {
+            STARTED => Reply::Started,
+            STATUS => Reply::Exited(Exit::Status(r.byte()?)),
+            BY_SIGNAL => Reply::Exited(Exit::Signal(signal_name(r.bytes()?)?)),
+            FAILED => {
+                let failure = *Failure::ALL.get(usize::from(r.byte()?))?;
+                Reply::Failed(failure, printable(r.bytes()?)?)
+            }
+            _ => return None,
+        };
+        r.end()?;
+        Some(reply)
+    }
+}
+
+fn signal_name(bytes: &[u8]) -> Option<String> {
+    let is_name = !bytes.is_empty() && bytes.len() <= SIGNAL_BYTES_MAX && bytes.iter().all(u8::is_ascii_alphanumeric);
+    is_name.then(|| String::from_utf8_lossy(bytes).into_owned())
+}
+
+/// A stranger's text for an error message: nothing in it can move a cursor or reverse the writing.
+fn printable(bytes: &[u8]) -> Option<String> {
+    if bytes.len() > TEXT_BYTES_MAX {
+        return None;
+    }
+    let show = |c: char| match c {
+        '"' | '\'' | '\\' => c.to_string(),
+        _ => c.escape_debug().to_string(),
+    };
+    Some(String::from_utf8_lossy(bytes).chars().map(show).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job(command: Option<Command>) -> Job {
+        Job { user: "root".into(), private_key: "a key".into(), host_key: vec![0, 1, 255], command }
+    }
+
+    fn command(pty: Option<Pty>) -> Command {
+        Command { line: b"exec \xff".to_vec(), pty, stdin: Input::Pumped, has_stdout: true, has_stderr: false }
+    }
+
+    #[test]
+    fn messages_are_read_back_and_no_prefix_or_longer_one_is_taken() {
+        let size = PtySize { rows: 24, cols: 500 };
+        let pty = Pty { size, term: "xterm".into() };
+        for job in [job(None), job(Some(command(None))), job(Some(command(Some(pty))))] {
+            check(&job.encode(), Job::decode, &job);
+        }
+        for order in [Order::Resize(size), Order::Signal("USR1".into()), Order::InputEnded, Order::HangUp] {
+            check(&order.encode(), Order::decode, &order);
+        }
+        let exits = [Exit::Status(0), Exit::Status(255), Exit::Signal("TERM".into())].map(Reply::Exited);
+        let failures = Failure::ALL.map(|f| Reply::Failed(f, "it's \"so\"".into()));
+        for reply in exits.into_iter().chain(failures).chain([Reply::Started]) {
+            check(&reply.encode(), Reply::decode, &reply);
+        }
+    }
+
+    #[track_caller]
+    fn check<T: PartialEq + std::fmt::Debug>(message: &[u8], decode: impl Fn(&[u8]) -> Option<T>, wanted: &T) {
+        assert_eq!(decode(message).as_ref(), Some(wanted));
+        for len in 0..message.len() {
+            assert_eq!(decode(&message[..len]), None, "the first {len} bytes");
+        }
+        assert_eq!(decode(&[message, &[0]].concat()), None, "one byte more");
+    }
+
+    #[test]
+    fn text_of_a_helper_is_bounded_and_printable() {
+        let text = "a\x1b[2J\u{202e}b".to_owned() + &"é".repeat(1000);
+        let Some(Reply::Failed(Failure::Lost, shown)) = Reply::decode(&Reply::Failed(Failure::Lost, text).encode()) else {
+            panic!("not read back");
+        };
+        assert!(shown.starts_with("a\\u{1b}[2J\\u{202e}bé") && shown.len() < 1024, "{shown}");
+        let long = [&[FAILED, 0][..], &600u32.to_le_bytes(), &[b'x'; 600]].concat();
+        assert_eq!(Reply::decode(&long), None);
+        for name in ["", "TERM\n", "A-NAME-OF-SEVENTEEN", "../x"] {
+            assert_eq!(Reply::decode(&Reply::Exited(Exit::Signal(name.into())).encode()), None, "{name:?}");
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! The daemon's side of a stream that is no plain pipe: its bytes go through a pipe to or from the helper.
+
+use crate::api::stream;
+use crate::error::{Error, Result};
+use crate::guest::{Sink, Source};
+use nix::poll::{PollFd, PollFlags};
+use rustix::pipe::{PipeFlags, pipe_with};
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, OwnedFd};
+
+/// What one read takes at most.
+const PIECE_BYTES: usize = 128 * 1024;
+/// Pieces of one stream before everything else is looked at again.
+const PIECES_PER_TURN: usize = 8;
+/// Of a pipe for a bulk stream. A user has at most 64 MiB in pipes above 64 KiB; then it stays smaller.
+const PIPE_BYTES: usize = 256 * 1024;
+
+/// How a turn ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Turn {
+    /// Bytes have moved.
+    pub progress: bool,
+    /// More could move at once.
+    pub has_more: bool,
+}
+
+impl Turn {
+    pub fn and(self, other: Turn) -> Turn {
+        Turn { progress: self.progress || other.progress, has_more: self.has_more || other.has_more }
+    }
+}
+
+/// A pipe whose ends do not block: the end to read, the end to write.
+fn pipe() -> Result<(OwnedFd, OwnedFd)> {
+    let failed = |e: rustix::io::Errno| Error::io("make a pipe for a stream of the guest", e);
+    let (r, w) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(failed)?;
+    // Only a matter of speed.
+    let _ = rustix::pipe::fcntl_setpipe_size(&w, PIPE_BYTES);
+    Ok((r, w))
+}
+
+pub(super) struct Inward<'a> {
+    source: &'a mut dyn Source,
+    /// None: the helper reads no more.
+    pipe: Option<OwnedFd>,
+    buffer: Vec<u8>,
+    at: usize,
+    has_ended: bool,
+    /// What the pipe held when it was looked at last.
+    in_pipe: u64,
+}
+
+impl<'a> Inward<'a> {
+    /// And the end that the helper reads.
+    pub fn new(source: &'a mut dyn Source) -> Result<(Self, OwnedFd)> {
+        let (r, w) = pipe()?;
+        Ok((Self { source, pipe: Some(w), buffer: Vec::new(), at: 0, has_ended: false, in_pipe: 0 }, r))
+    }
+
+    /// Whether the source has ended and all that it gave is in the pipe. The pipe stays open: its end means nothing before
+    /// the helper has been told.
+    pub fn is_finished(&self) -> bool {
+        self.has_ended && self.at == self.buffer.len()
+    }
+
+    pub fn poll_fd(&self) -> Option<PollFd<'_>> {
+        let pipe = self.pipe.as_ref()?;
+        if self.at < self.buffer.len() {
+            return Some(PollFd::new(pipe.as_fd(), PollFlags::POLLOUT));
+        }
+        let source = self.source.fd().filter(|_| !self.has_ended)?;
+        Some(PollFd::new(source, PollFlags::POLLIN))
+    }
+
+    /// Whether the helper has taken some of what is in the pipe since this was asked last.
+    pub fn has_drained(&mut self) -> bool {
+        let Some(pipe) = &self.pipe else { return false };
+        let now = rustix::io::ioctl_fionread(pipe).unwrap_or(0);
+        std::mem::replace(&mut self.in_pipe, now) > now
+    }
+
+    pub fn turn(&mut self) -> Result<Turn> {
+        let mut turn = Turn::default();
+        for _ in 0..PIECES_PER_TURN {
+            if self.at == self.buffer.len() {
+                if self.has_ended || self.pipe.is_none() || !self.read()? {
+                    return Ok(turn);
+                }
+                continue;
+            }
+            let Some(pipe) = &self.pipe else { return Ok(turn) };
+            match rustix::io::write(pipe, &self.buffer[self.at..]) {
+                Ok(n) => {
+                    self.at += n;
+                    turn.progress = true;
+                }
+                Err(rustix::io::Errno::AGAIN) => return Ok(turn),
+                Err(rustix::io::Errno::INTR) => {}
+                // The command takes no more input.
+                Err(_) => self.pipe = None,
+            }
+        }
+        turn.has_more = true;
+        Ok(turn)
+    }
+
+    /// Whether the source was worth asking.
+    fn read(&mut self) -> Result<bool> {
+        self.at = 0;
+        self.buffer.resize(PIECE_BYTES, 0);
+        let result = self.source.read(&mut self.buffer);
+        self.buffer.truncate(*result.as_ref().unwrap_or(&0));
+        match result {
+            Ok(0) => {
+                self.has_ended = true;
+                Ok(false)
+            }
+            Ok(_) => Ok(true),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(false),
+            Err(e) if e.kind() == ErrorKind::Interrupted => Ok(true),
+            Err(e) => Err(stream::error("read the command's input", e)),
+        }
+    }
+}
+
+pub(super) struct Outward<'a> {
+    /// None: nobody reads it, and what follows is dropped.
+    sink: Option<&'a mut dyn Sink>,
+    /// None: the helper writes no more.
+    pipe: Option<OwnedFd>,
+    buffer: Vec<u8>,
+    at: usize,
+}
+
+impl<'a> Outward<'a> {
+    /// And the end that the helper writes.
+    pub fn new(sink: &'a mut dyn Sink) -> Result<(Self, OwnedFd)> {
+        let (r, w) = pipe()?;
+        Ok((Self { sink: Some(sink), pipe: Some(r), buffer: Vec::new(), at: 0 }, w))
+    }
+
+    /// Whether all that the helper wrote has been delivered.
+    pub fn is_finished(&self) -> bool {
+        self.pipe.is_none() && self.at == self.buffer.len()
+    }
+
+    pub fn poll_fd(&self) -> Option<PollFd<'_>> {
+        if self.at < self.buffer.len() {
+            return Some(PollFd::new(self.sink.as_ref()?.fd()?, PollFlags::POLLOUT));
+        }
+        Some(PollFd::new(self.pipe.as_ref()?.as_fd(), PollFlags::POLLIN))
+    }
+
+    pub fn turn(&mut self) -> Result<Turn> {
+        let mut turn = Turn::default();
+        for _ in 0..PIECES_PER_TURN {
+            if self.at < self.buffer.len() {
+                if !self.write(&mut turn)? {
+                    return Ok(turn);
+                }
+                continue;
+            }
+            let Some(pipe) = &self.pipe else { return Ok(turn) };
+            self.at = 0;
+            self.buffer.resize(PIECE_BYTES, 0);
+            let result = rustix::io::read(pipe, &mut self.buffer);
+            self.buffer.truncate(result.unwrap_or(0));
+            match result {
+                Ok(0) => self.pipe = None,
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => return Ok(turn),
+                Err(e) => return Err(Error::io("read the command's output from its helper", e)),
+            }
+        }
+        turn.has_more = true;
+        Ok(turn)
+    }
+
+    /// Whether the sink takes more now.
+    fn write(&mut self, turn: &mut Turn) -> Result<bool> {
+        let Some(sink) = &mut self.sink else {
+            self.at = self.buffer.len();
+            return Ok(true);
+        };
+        match sink.write(&self.buffer[self.at..]) {
+            Ok(n) => {
+                self.at += n;
+                turn.progress |= n > 0;
+            }
+            Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(false),
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == ErrorKind::BrokenPipe => self.sink = None,
+            Err(e) => return Err(failed_sink(e)),
+        }
+        Ok(true)
+    }
+}
+
+fn failed_sink(e: io::Error) -> Error {
+    stream::error("write the command's output", e)
+}

@@ -1,0 +1,366 @@
+//! The daemon's side of one helper: start it, feed it, believe nothing that it says, end it.
+
+use super::NAME;
+use super::protocol::{Command, FROM_HELPER_BYTES_MAX, Failure, Input, Job, Order, Passed, Reply, TO_HELPER_BYTES_MAX};
+use super::pumps::{Inward, Outward, Turn};
+use crate::api::exec::Exit;
+use crate::error::{Error, Kind, Result};
+use crate::guest::connect::{DIAL_TIMEOUT, LogIn, connect, unavailable};
+use crate::guest::wait::{Wait, is_hang_up};
+use crate::guest::{Control, Controls, ExecSpec, Sink, Source, Streams, Target};
+use crate::host::confine::{self, Helper};
+use nix::poll::{PollFd, PollFlags};
+use std::collections::VecDeque;
+use std::net::TcpStream;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// How long a helper may take to end the command that was given up; it takes 2 s itself.
+const FAREWELL: Duration = Duration::from_millis(2500);
+/// How long to wait for the exit of a helper whose channel has ended, to say how it ended.
+const EXIT_PATIENCE: Duration = Duration::from_secs(1);
+
+/// One helper and what it was given.
+pub(super) struct Session<'w, 'a> {
+    helper: Helper,
+    target: &'w Target,
+    wait: Wait<'w>,
+    /// Until the command runs, this one counts.
+    dial: Wait<'w>,
+    idle: Option<Duration>,
+    stdin: Option<Inward<'a>>,
+    outputs: Vec<Outward<'a>>,
+    controls: Option<&'a mut dyn Controls>,
+    orders: VecDeque<Order>,
+    is_started: bool,
+    is_key_refused: bool,
+    result: Option<Result<Exit>>,
+}
+
+/// The ends of the streams that the helper gets; they are closed here once it has them.
+#[derive(Default)]
+struct Theirs {
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+}
+
+fn lost(what: impl std::fmt::Display) -> Error {
+    Error::new(Kind::GuestLost, format!("the connection to the guest broke: {what}"))
+        .hint("see whether the VM still runs (fcctl ps) and what it says (fcctl logs {vm})")
+}
+
+fn job(target: &Target, command: Option<Command>) -> Job {
+    let Target { user, private_key, host_key, .. } = target.clone();
+    Job { user, private_key, host_key, command }
+}
+
+impl<'w, 'a> Session<'w, 'a> {
+    fn new(target: &'w Target, wait: Wait<'w>) -> Result<Self> {
+        let dial = wait.tighten(Instant::now() + DIAL_TIMEOUT);
+        Ok(Self {
+            helper: confine::spawn(NAME, target.owner)?,
+            target,
+            wait,
+            dial,
+            idle: None,
+            stdin: None,
+            outputs: Vec::new(),
+            controls: None,
+            orders: VecDeque::new(),
+            is_started: false,
+            is_key_refused: false,
+            result: None,
+        })
+    }
+
+    /// Logs in over a connected socket, and no more.
+    pub fn log_in(target: &'w Target, socket: TcpStream, wait: &Wait<'w>) -> Result<LogIn> {
+        let mut session = Self::new(target, wait.clone())?;
+        let passed = Passed { socket: socket.as_fd(), stdin: None, stdout: None, stderr: None };
+        session.send_job(&job(target, None), &passed)?;
+        drop(socket);
+        let ended = loop {
+            session.receive();
+            if session.is_started {
+                return Ok(LogIn::Accepted);
+            }
+            if let Some(result) = session.result.take() {
+                break result;
+            }
+            if let Err(e) = session.poll(Turn::default()) {
+                break Err(e);
+            }
+        };
+        match ended {
+            Ok(_) => Ok(LogIn::Refused(lost("its helper process answered what was not asked"))),
+            Err(e) if e.kind() == Kind::GuestLost || session.is_key_refused => Ok(LogIn::Refused(e)),
+            Err(e) if matches!(e.kind(), Kind::GuestUnavailable | Kind::Timeout) => Ok(LogIn::NotYet(e)),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Connects and gives the helper its job.
+    pub fn start(target: &'w Target, spec: &ExecSpec, streams: Streams<'a>, wait: Wait<'w>) -> Result<Self> {
+        // The helper gets ready while the connection is made.
+        let mut session = Self::new(target, wait)?;
+        let socket = connect(target, &session.dial).map_err(|e| session.at_dial(e))?;
+        let mut theirs = Theirs::default();
+        let Streams { stdin, stdout, stderr, controls, hangup: _ } = streams;
+        session.controls = controls;
+        session.idle = spec.idle;
+        // An idle limit needs to see what moves.
+        let may_pass = spec.idle.is_none();
+        let input = session.take_stdin(stdin, may_pass, &mut theirs)?;
+        theirs.stdout = session.take_output(stdout, may_pass)?;
+        theirs.stderr = session.take_output(stderr, may_pass)?;
+        let command = Command {
+            line: spec.command.clone().into(),
+            pty: spec.pty.clone(),
+            stdin: input,
+            has_stdout: theirs.stdout.is_some(),
+            has_stderr: theirs.stderr.is_some(),
+        };
+        let passed = Passed {
+            socket: socket.as_fd(),
+            stdin: theirs.stdin.as_ref().map(AsFd::as_fd),
+            stdout: theirs.stdout.as_ref().map(AsFd::as_fd),
+            stderr: theirs.stderr.as_ref().map(AsFd::as_fd),
+        };
+        session.send_job(&job(target, Some(command)), &passed)?;
+        Ok(session)
+    }
+
+    fn take_stdin(&mut self, source: Option<&'a mut dyn Source>, may_pass: bool, theirs: &mut Theirs) -> Result<Input> {
+        let Some(source) = source else { return Ok(Input::Empty) };
+        if let Some(pipe) = source.pipe().filter(|_| may_pass) {
+            theirs.stdin = Some(clone(pipe)?);
+            return Ok(Input::Direct);
+        }
+        let (inward, end) = Inward::new(source)?;
+        self.stdin = Some(inward);
+        theirs.stdin = Some(end);
+        Ok(Input::Pumped)
+    }
+
+    fn take_output(&mut self, sink: Option<&'a mut dyn Sink>, may_pass: bool) -> Result<Option<OwnedFd>> {
+        let Some(sink) = sink else { return Ok(None) };
+        if let Some(pipe) = sink.pipe().filter(|_| may_pass) {
+            return Ok(Some(clone(pipe)?));
+        }
+        let (outward, end) = Outward::new(sink)?;
+        self.outputs.push(outward);
+        Ok(Some(end))
+    }
+
+    fn send_job(&mut self, job: &Job, passed: &Passed<'_>) -> Result<()> {
+        let message = job.encode();
+        if message.len() > TO_HELPER_BYTES_MAX {
+            let text = format!("a command of {} bytes with its environment is too long", message.len());
+            return Err(Error::invalid(text).hint("pass less on the command line"));
+        }
+        // The first message into an empty channel; it fails where the helper has died.
+        if self.helper.channel.send(&message, &passed.list()).is_err() {
+            return Err(self.died());
+        }
+        Ok(())
+    }
+
+    /// To the end of the command, or to whatever ends it before.
+    pub fn run(mut self) -> Result<Exit> {
+        let ended = self.supervise();
+        if let Err(e) = &ended {
+            self.farewell(e);
+        }
+        ended
+    }
+
+    fn supervise(&mut self) -> Result<Exit> {
+        loop {
+            self.receive();
+            let turn = self.move_streams()?;
+            if turn.progress {
+                self.wait.progress();
+            }
+            match &self.result {
+                Some(Ok(exit)) if self.outputs.iter().all(Outward::is_finished) => return Ok(exit.clone()),
+                Some(Err(e)) => {
+                    let e = e.clone();
+                    self.deliver_rest();
+                    return Err(e);
+                }
+                _ => {}
+            }
+            self.poll(turn)?;
+        }
+    }
+
+    /// Takes what the helper has said, up to its last word.
+    fn receive(&mut self) {
+        let mut buffer = [0; FROM_HELPER_BYTES_MAX];
+        while self.result.is_none() {
+            let reply = match self.helper.channel.receive(&mut buffer) {
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
+                Ok(0) => {
+                    self.result = Some(Err(self.died()));
+                    return;
+                }
+                Ok(len) => Reply::decode(&buffer[..len]),
+                Err(_) => None,
+            };
+            match reply {
+                Some(Reply::Started) if !self.is_started => {
+                    self.is_started = true;
+                    self.wait = self.wait.clone().idle(self.idle);
+                    self.wait.progress();
+                }
+                Some(Reply::Exited(exit)) if self.is_started => self.result = Some(Ok(exit)),
+                Some(Reply::Failed(failure, text)) => {
+                    self.is_key_refused = failure == Failure::KeyRefused;
+                    self.result = Some(Err(self.error(failure, &text)));
+                }
+                _ => self.result = Some(Err(lost("its helper process answered what no helper says"))),
+            }
+        }
+        // What it wrote before its last word is in the pipes. Without it they end.
+        self.helper.kill();
+    }
+
+    fn error(&self, failure: Failure, text: &str) -> Error {
+        match failure {
+            Failure::Confinement => {
+                Error::new(Kind::Host, format!("confine the helper process for the guest: {text}")).hint("run fcctl doctor")
+            }
+            Failure::Unavailable => unavailable(text, self.target),
+            Failure::KeyRefused => {
+                unavailable(format!("log in as {}: its SSH server refuses our key ({text})", self.target.user), self.target)
+            }
+            Failure::HostKeyMismatch => Error::new(
+                Kind::HostKeyMismatch,
+                format!("the guest at {} has another host key than its VM was given", self.target.addr),
+            )
+            .hint("the VM's identity changed: delete it and create it again (fcctl rm -f {vm})"),
+            Failure::Lost => lost(text.trim_start_matches("the connection to the guest broke: ")),
+            Failure::Stream => Error::new(Kind::Host, text),
+        }
+    }
+
+    /// Its channel has ended without a last word.
+    fn died(&mut self) -> Error {
+        let how = match self.helper.wait(Instant::now() + EXIT_PATIENCE) {
+            Some(exit) => exit.to_string(),
+            None => "it still runs".to_owned(),
+        };
+        lost(format!("the helper process that speaks SSH with it died ({how})"))
+    }
+
+    fn move_streams(&mut self) -> Result<Turn> {
+        let mut turn = Turn::default();
+        if let Some(stdin) = self.stdin.as_mut().filter(|_| self.is_started && self.result.is_none()) {
+            turn = stdin.turn()?;
+            if stdin.is_finished() && self.orders.is_empty() {
+                self.orders.push_back(Order::InputEnded);
+                self.send_orders();
+                // Only after the word that it is all; see `Input::Pumped`.
+                if self.orders.is_empty() {
+                    self.stdin = None;
+                }
+            }
+        }
+        for output in &mut self.outputs {
+            turn = turn.and(output.turn()?);
+        }
+        self.take_controls();
+        Ok(turn)
+    }
+
+    /// What the guest said before its session broke counts, as far as somebody takes it now.
+    fn deliver_rest(&mut self) {
+        for output in &mut self.outputs {
+            while output.turn().is_ok_and(|turn| turn.progress || turn.has_more) {}
+        }
+    }
+
+    fn take_controls(&mut self) {
+        self.send_orders();
+        while self.is_started && self.orders.is_empty() && self.result.is_none() {
+            let Some(control) = self.controls.as_mut().and_then(|c| c.next()) else { return };
+            self.orders.push_back(match control {
+                Control::Resize(size) => Order::Resize(size),
+                Control::Signal(name) => Order::Signal(name),
+                Control::HangUp => Order::HangUp,
+            });
+            self.send_orders();
+        }
+    }
+
+    /// As many as the helper takes. One that takes none keeps a few of them waiting, and the caller's queue is bounded.
+    fn send_orders(&mut self) {
+        while let Some(order) = self.orders.front() {
+            match self.helper.channel.send(&order.encode(), &[]) {
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
+                // One that is gone is seen by `receive`.
+                Ok(()) | Err(_) => drop(self.orders.pop_front()),
+            }
+        }
+    }
+
+    fn poll(&mut self, turn: Turn) -> Result<()> {
+        let mut fds = Vec::with_capacity(6);
+        if self.result.is_none() {
+            let mut events = PollFlags::POLLIN;
+            events.set(PollFlags::POLLOUT, !self.orders.is_empty());
+            fds.push(PollFd::new(self.helper.channel.fd(), events));
+        }
+        let takes_controls = self.is_started && self.orders.is_empty() && self.result.is_none();
+        let controls = self.controls.as_ref().filter(|_| takes_controls);
+        fds.extend(controls.map(|c| PollFd::new(c.fd(), PollFlags::POLLIN)));
+        let stdin = self.stdin.as_ref().filter(|_| self.is_started && self.result.is_none());
+        fds.extend(stdin.and_then(Inward::poll_fd));
+        fds.extend(self.outputs.iter().filter_map(Outward::poll_fd));
+        let until = turn.has_more.then(Instant::now);
+        let polled = if self.is_started { self.wait.poll(&fds, until) } else { self.dial.poll(&fds, until) };
+        match polled {
+            Ok(_) => Ok(()),
+            Err(e) if e.kind() == Kind::TransferIdle && self.stdin.as_mut().is_some_and(Inward::has_drained) => {
+                self.wait.progress();
+                Ok(())
+            }
+            Err(e) if self.is_started => Err(e),
+            Err(e) => Err(self.at_dial(e)),
+        }
+    }
+
+    fn at_dial(&self, e: Error) -> Error {
+        match e.kind() {
+            Kind::Timeout if self.dial.is_tightened() => {
+                unavailable(format!("no answer within {} s", DIAL_TIMEOUT.as_secs()), self.target)
+            }
+            _ => e,
+        }
+    }
+
+    /// The command gets a SIGHUP before its connection goes; see `ssh::Pump::farewell`. Not after a cancel: the VM goes too, or
+    /// somebody waits for the worker.
+    fn farewell(&mut self, why: &Error) {
+        let is_cancelled = why.kind() == Kind::Cancelled && !is_hang_up(why);
+        if !self.is_started || self.result.is_some() || is_cancelled {
+            return;
+        }
+        self.orders.push_back(Order::HangUp);
+        let wait = self.wait.without_ends(Instant::now() + FAREWELL);
+        loop {
+            self.send_orders();
+            let channel = (!self.orders.is_empty()).then(|| PollFd::new(self.helper.channel.fd(), PollFlags::POLLOUT));
+            let fds: Vec<_> = [PollFd::new(self.helper.exited(), PollFlags::POLLIN)].into_iter().chain(channel).collect();
+            match wait.poll(&fds, None) {
+                Ok(ready) if !ready[0] => {}
+                _ => return,
+            }
+        }
+    }
+}
+
+fn clone(fd: std::os::fd::BorrowedFd<'_>) -> Result<OwnedFd> {
+    fd.try_clone_to_owned().map_err(|e| Error::io("pass a stream to the helper process of a guest", e))
+}

@@ -230,7 +230,7 @@ impl Drop for Follower {
 }
 
 /// How many of the bytes make whole characters: all, but for one that was begun at the end.
-fn whole_characters(bytes: &[u8]) -> usize {
+pub(super) fn whole_characters(bytes: &[u8]) -> usize {
     let tail = bytes.len().saturating_sub(3);
     for i in (tail..bytes.len()).rev() {
         let need = match bytes[i] {

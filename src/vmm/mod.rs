@@ -7,6 +7,8 @@ pub mod drivers;
 #[cfg(feature = "fakes")]
 pub mod fake;
 pub mod firecracker;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 mod log_file;
 mod processes;
 pub mod qemu;

@@ -2,6 +2,8 @@
 //! line without a reason, no body and no length with 204. The other side is a process that a guest may have taken over: everything
 //! that is read has a bound and a deadline.
 
+pub use super::incoming::Answer;
+use super::incoming::Incoming;
 use crate::error::{Error, Kind, Result};
 use crate::host::wait::{Woken, cancelled, wait_any};
 use crate::vmm::dial::Patience;
@@ -12,10 +14,6 @@ use std::os::unix::net::UnixStream;
 
 /// What the server takes at most by default (`--http-api-max-payload-size`).
 pub const REQUEST_BODY_BYTES_MAX: usize = 51_200;
-/// The longest answer, a whole configuration, has some kilobytes.
-const ANSWER_BODY_BYTES_MAX: usize = 1 << 20;
-const HEAD_BYTES_MAX: usize = 16 << 10;
-const HEADERS_MAX: usize = 32;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
@@ -34,24 +32,16 @@ impl Method {
     }
 }
 
-#[derive(Debug, PartialEq, Eq)]
-pub struct Answer {
-    pub status: u16,
-    pub body: Vec<u8>,
-    /// A field of the request will be gone in a later version.
-    pub is_deprecated: bool,
-}
-
 /// One conversation. `stream` must be non-blocking.
 pub struct Connection<'a> {
     stream: UnixStream,
     patience: Patience<'a>,
-    buffer: Vec<u8>,
+    incoming: Incoming,
 }
 
 impl<'a> Connection<'a> {
     pub fn new(stream: UnixStream, patience: Patience<'a>) -> Self {
-        Self { stream, patience, buffer: Vec::new() }
+        Self { stream, patience, incoming: Incoming::default() }
     }
 
     /// Sends a request and reads its answer, whatever its status is.
@@ -70,30 +60,20 @@ impl<'a> Connection<'a> {
         message += "\r\n";
         let mut bytes = message.into_bytes();
         bytes.extend_from_slice(body);
+        if !self.incoming.is_empty() {
+            return Err(no_http(&doing, "something came that nobody asked for"));
+        }
         self.send(&bytes, &doing)?;
         self.answer(&doing)
     }
 
     fn answer(&mut self, doing: &str) -> Result<Answer> {
-        let head = loop {
-            if let Some(head) = parse_head(&self.buffer).map_err(|what| no_http(doing, &what))? {
-                break head;
-            }
-            if self.buffer.len() > HEAD_BYTES_MAX {
-                return Err(no_http(doing, "its headers do not end"));
+        loop {
+            if let Some(answer) = self.incoming.answer().map_err(|what| no_http(doing, &what))? {
+                return Ok(answer);
             }
             self.read_some(doing)?;
-        };
-        if head.body_len > ANSWER_BODY_BYTES_MAX {
-            return Err(no_http(doing, &format!("it announces {} bytes", head.body_len)));
         }
-        let end = head.len + head.body_len;
-        while self.buffer.len() < end {
-            self.read_some(doing)?;
-        }
-        let body = self.buffer[head.len..end].to_vec();
-        self.buffer.drain(..end);
-        Ok(Answer { status: head.status, body, is_deprecated: head.is_deprecated })
     }
 
     fn wait(&self, flags: PollFlags, doing: &str) -> Result<()> {
@@ -127,7 +107,7 @@ impl<'a> Connection<'a> {
             match self.stream.read(&mut piece) {
                 Ok(0) => return Err(hung_up(doing)),
                 Ok(n) => {
-                    self.buffer.extend_from_slice(&piece[..n]);
+                    self.incoming.push(&piece[..n]);
                     return Ok(());
                 }
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
@@ -143,41 +123,17 @@ fn hung_up(doing: &str) -> Error {
 }
 
 fn no_http(doing: &str, what: &str) -> Error {
-    Error::new(Kind::VmmFailed, format!("{doing}: the answer is no HTTP: {what}"))
-}
-
-struct Head {
-    status: u16,
-    /// Of the head itself.
-    len: usize,
-    body_len: usize,
-    is_deprecated: bool,
-}
-
-/// None: there is more to come.
-fn parse_head(bytes: &[u8]) -> std::result::Result<Option<Head>, String> {
-    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
-    let mut response = httparse::Response::new(&mut headers);
-    let httparse::Status::Complete(len) = response.parse(bytes).map_err(|e| e.to_string())? else { return Ok(None) };
-    let status = response.code.ok_or("it has no status")?;
-    let value = |name: &str| response.headers.iter().find(|h| h.name.eq_ignore_ascii_case(name)).map(|h| h.value);
-    let body_len = match value("content-length") {
-        None => 0,
-        Some(text) => {
-            let text = std::str::from_utf8(text).map_err(|e| e.to_string())?;
-            text.trim().parse().map_err(|_| format!("its length is {text:?}"))?
-        }
-    };
-    Ok(Some(Head { status, len, body_len, is_deprecated: value("deprecation").is_some() }))
+    Error::new(Kind::VmmFailed, format!("{doing}: the answer is not HTTP: {what}"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::locks::Cancel;
+    use crate::vmm::firecracker::incoming::{HEAD_BYTES_MAX, HEADERS_MAX};
     use std::time::{Duration, Instant};
 
-    /// What comes of a server that answers with this, piece by piece, and then hangs up.
+    /// What comes of a server that answers each request with a piece, and then hangs up.
     fn ask(pieces: &[&[u8]]) -> Result<Vec<Answer>> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
@@ -186,7 +142,12 @@ mod tests {
         let mut connection = Connection::new(ours, patience);
         std::thread::scope(|s| {
             s.spawn(move || {
+                let mut request_piece = [0; 1];
                 for piece in pieces {
+                    let mut request = Vec::new();
+                    while !request.ends_with(b"{}") && theirs.read(&mut request_piece).is_ok_and(|n| n > 0) {
+                        request.extend_from_slice(&request_piece);
+                    }
                     let _ = theirs.write_all(piece);
                 }
                 let _ = theirs.shutdown(std::net::Shutdown::Write);
@@ -210,27 +171,40 @@ mod tests {
         let answers = ask(&[NO_CONTENT, &[head, rest].concat()]).unwrap();
         assert_eq!(answers[0], Answer { status: 204, body: Vec::new(), is_deprecated: false });
         assert_eq!(answers[1], Answer { status: 400, body: b"hello".to_vec(), is_deprecated: true });
-        // Both in one piece, and cut anywhere.
+        // Cut anywhere.
         let all = [NO_CONTENT, head, rest].concat();
-        for cut in 1..all.len() {
-            assert_eq!(ask(&[&all[..cut], &all[cut..]]).unwrap(), answers, "{cut}");
+        for cut in 0..all.len() {
+            let (mut incoming, mut found) = (Incoming::default(), Vec::new());
+            for piece in [&all[..cut], &all[cut..]] {
+                incoming.push(piece);
+                while let Some(answer) = incoming.answer().unwrap() {
+                    found.push(answer);
+                }
+            }
+            assert_eq!(found, answers, "{cut}");
         }
     }
 
     #[test]
-    fn what_is_no_http_is_refused() {
+    fn answer_that_nobody_asked_for_is_refused() {
+        let e = ask(&[&[NO_CONTENT, NO_CONTENT].concat(), NO_CONTENT]).unwrap_err();
+        assert!(e.to_string().contains("something came that nobody asked for"), "{e}");
+    }
+
+    #[test]
+    fn what_is_not_http_is_refused() {
         let long = format!("HTTP/1.1 200 \r\nX: {}", "x".repeat(2 * HEAD_BYTES_MAX));
         let many = format!("HTTP/1.1 200 \r\n{}\r\n", "a: b\r\n".repeat(HEADERS_MAX + 1));
         let cases: [(&[u8], &str); 9] = [
             (b"", "hung up"),
             (b"HTTP/1.1 200 \r\nContent-Length: 9\r\n\r\nshort", "hung up"),
-            (b"SSH-2.0-OpenSSH\r\n\r\n", "no HTTP"),
-            (b"HTTP/1.1 200 \r\nContent-Length: -1\r\n\r\n", "no HTTP"),
-            (b"HTTP/1.1 200 \r\nContent-Length: 99999999999\r\n\r\n", "no HTTP"),
-            (b"HTTP/1.1 200 \r\nContent-Length: 18446744073709551616\r\n\r\n", "no HTTP"),
-            (b"HTTP/1.1 \xff\r\n\r\n", "no HTTP"),
-            (long.as_bytes(), "no HTTP"),
-            (many.as_bytes(), "no HTTP"),
+            (b"SSH-2.0-OpenSSH\r\n\r\n", "not HTTP"),
+            (b"HTTP/1.1 200 \r\nContent-Length: -1\r\n\r\n", "not HTTP"),
+            (b"HTTP/1.1 200 \r\nContent-Length: 99999999999\r\n\r\n", "not HTTP"),
+            (b"HTTP/1.1 200 \r\nContent-Length: 18446744073709551616\r\n\r\n", "not HTTP"),
+            (b"HTTP/1.1 \xff\r\n\r\n", "not HTTP"),
+            (long.as_bytes(), "not HTTP"),
+            (many.as_bytes(), "not HTTP"),
         ];
         for (bytes, said) in cases {
             let e = ask(&[bytes]).unwrap_err();

@@ -3,13 +3,14 @@
 //! Each VMM runs in the VM's `run/`, where its API socket is and the pipe that its guest's serial console writes to. Firecracker opens
 //! that pipe for reading, too, and drops what does not fit: a guest is never held up by a log that nobody reads.
 
-mod api;
+pub(in crate::vmm) mod api;
 mod attend;
 mod checks;
 mod http;
+pub(in crate::vmm) mod incoming;
 mod jail;
-mod metrics;
-mod refusal;
+pub(in crate::vmm) mod metrics;
+pub(in crate::vmm) mod refusal;
 mod save;
 mod vsock;
 

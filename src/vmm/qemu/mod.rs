@@ -5,9 +5,10 @@
 //! `isolated` in the configuration cuts the guest off from everything but its SSH port.
 
 mod accel;
-mod argv;
+pub(in crate::vmm) mod argv;
 mod attend;
 mod checks;
+pub(in crate::vmm) mod incoming;
 mod qmp;
 mod save;
 mod throttle;

@@ -1,51 +1,32 @@
-//! QMP, as much as a driver needs: greeting, capabilities, commands. Every answer has a deadline and a bound.
+//! QMP, as much as a driver needs: greeting, capabilities, commands. Every answer has a deadline and a bound, and so has
+//! the number of events ([`super::incoming`]).
 //!
 //! Source: docs/interop/qmp-spec.txt of QEMU 7.2. The other side is a process that a guest may have taken over.
 
+use super::incoming::{Budget, Incoming, LINE_BYTES_MAX, LINES_MAX, Message, Unusable};
 use crate::error::{Error, Kind, Result};
-use crate::host::command::printable;
 use crate::host::wait::{Woken, cancelled, wait_any};
 use crate::vmm::dial::Patience;
 use nix::poll::PollFlags;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use serde::Deserialize;
 use serde_json::{Value, json};
 use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-
-/// Longest line that is taken.
-const LINE_BYTES_MAX: usize = 1024 * 1024;
-/// Lines that may come before the answer to a command: events.
-const EVENTS_MAX: usize = 10_000;
+use std::time::Instant;
 
 /// One conversation.
 pub struct Qmp<'a> {
     stream: UnixStream,
     patience: Patience<'a>,
-    buffer: Vec<u8>,
-}
-
-#[derive(Deserialize)]
-struct Message {
-    #[serde(rename = "QMP")]
-    greeting: Option<Value>,
-    #[serde(rename = "return")]
-    answer: Option<Value>,
-    error: Option<Refusal>,
-    event: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct Refusal {
-    class: String,
-    desc: String,
+    incoming: Incoming,
+    budget: Budget,
 }
 
 impl<'a> Qmp<'a> {
     /// Reads the greeting and leaves the negotiation mode. `stream` must be non-blocking.
     pub fn open(stream: UnixStream, patience: Patience<'a>) -> Result<Self> {
-        let mut qmp = Self { stream, patience, buffer: Vec::new() };
+        let mut qmp = Self { stream, patience, incoming: Incoming::default(), budget: Budget::new(Instant::now()) };
         let greeting = qmp.message("greet the VMM")?;
         if greeting.greeting.is_none() {
             return Err(Error::new(Kind::VmmFailed, "greet the VMM: it does not speak QMP"));
@@ -94,18 +75,13 @@ impl<'a> Qmp<'a> {
     /// The answer to what was asked last. After a `timeout` it may be waited for again.
     pub fn answer(&mut self, command: &str) -> Result<Value> {
         let doing = format!("ask the VMM for {command}");
-        for _ in 0..EVENTS_MAX {
-            let message = self.message(&doing)?;
-            match message {
+        loop {
+            match self.message(&doing)? {
                 Message { answer: Some(answer), .. } => return Ok(answer),
-                Message { error: Some(e), .. } => {
-                    let text: String = e.desc.chars().take(512).collect();
-                    return Err(Error::new(Kind::VmmFailed, printable(&format!("{doing}: {}: {text}", e.class))));
-                }
+                Message { error: Some(refusal), .. } => return Err(Error::new(Kind::VmmFailed, refusal.text(&doing))),
                 Message { event, .. } => log::debug!("event of a VMM: {event:?}"),
             }
         }
-        Err(Error::new(Kind::VmmFailed, format!("{doing}: no answer among {EVENTS_MAX} events")))
     }
 
     /// A command of the human monitor; its text.
@@ -141,18 +117,13 @@ impl<'a> Qmp<'a> {
     fn message(&mut self, doing: &str) -> Result<Message> {
         let mut piece = [0; 4096];
         loop {
-            if let Some(end) = self.buffer.iter().position(|b| *b == b'\n') {
-                let line: Vec<u8> = self.buffer.drain(..=end).collect();
-                return serde_json::from_slice(&line)
-                    .map_err(|e| Error::new(Kind::VmmFailed, format!("{doing}: the answer is no QMP")).with_source(e));
-            }
-            if self.buffer.len() > LINE_BYTES_MAX {
-                return Err(Error::new(Kind::VmmFailed, format!("{doing}: the answer is longer than {LINE_BYTES_MAX} bytes")));
+            if let Some(message) = self.incoming.message().map_err(|e| unusable(doing, e))? {
+                return if self.budget.spend(Instant::now()) { Ok(message) } else { Err(flooded(doing)) };
             }
             self.wait(PollFlags::POLLIN, doing)?;
             match self.stream.read(&mut piece) {
                 Ok(0) => return Err(Error::new(Kind::VmmFailed, format!("{doing}: the VMM hung up"))),
-                Ok(n) => self.buffer.extend_from_slice(&piece[..n]),
+                Ok(n) => self.incoming.push(&piece[..n]),
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 Err(e) => return Err(Error::io(doing, e)),
             }
@@ -160,11 +131,22 @@ impl<'a> Qmp<'a> {
     }
 }
 
+fn unusable(doing: &str, why: Unusable) -> Error {
+    match why {
+        Unusable::TooLong => Error::new(Kind::VmmFailed, format!("{doing}: the answer is longer than {LINE_BYTES_MAX} bytes")),
+        Unusable::NotQmp(e) => Error::new(Kind::VmmFailed, format!("{doing}: the answer is not QMP")).with_source(e),
+    }
+}
+
+fn flooded(doing: &str) -> Error {
+    Error::new(Kind::VmmFailed, format!("{doing}: the VMM floods its monitor, more than {LINES_MAX} lines came"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::locks::Cancel;
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n";
 
@@ -216,6 +198,20 @@ mod tests {
         let patience = Patience { deadline: Instant::now() + Duration::from_secs(20), cancel: &cancel };
         assert_eq!(Qmp::open(ours, patience).err().unwrap().kind(), Kind::VmmFailed);
         flood.join().unwrap();
+    }
+
+    #[test]
+    fn flood_of_events_before_an_answer_is_refused() {
+        let event = "{\"event\": \"RTC_CHANGE\"}\n";
+        let script = format!("{GREETING}{}{{\"return\": {{}}}}\n", event.repeat(LINES_MAX as usize));
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let flood = crate::host::thread::spawn("flood", move || (theirs.write_all(script.as_bytes()), theirs)).unwrap();
+        let cancel = Cancel::try_new().unwrap();
+        let patience = Patience { deadline: Instant::now() + Duration::from_secs(20), cancel: &cancel };
+        let e = Qmp::open(ours, patience).err().unwrap();
+        assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("floods its monitor"), "{e}");
+        let _ = flood.join().unwrap();
     }
 
     #[test]

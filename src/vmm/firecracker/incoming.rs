@@ -1,0 +1,153 @@
+//! What comes from Firecracker's API server: HTTP/1.1 answers, found and parsed without any I/O, so that they can be
+//! fuzzed.
+//!
+//! The other side is a process that a guest may have taken over. Whatever it sends, this keeps at most one answer.
+
+/// The longest answer, a whole configuration, has some kilobytes.
+pub const BODY_BYTES_MAX: usize = 64 << 10;
+/// The server sends some 150 bytes.
+pub const HEAD_BYTES_MAX: usize = 8 << 10;
+pub const HEADERS_MAX: usize = 32;
+/// Final ones: nobody asks the server to announce that it will answer (`Expect: 100-continue`).
+pub const STATUSES: std::ops::Range<u16> = 200..600;
+
+#[derive(Debug, PartialEq, Eq)]
+pub struct Answer {
+    pub status: u16,
+    pub body: Vec<u8>,
+    /// A field of the request will be gone in a later version.
+    pub is_deprecated: bool,
+}
+
+/// Bytes of one answer that have come.
+#[derive(Debug, Default)]
+pub struct Incoming {
+    buffer: Vec<u8>,
+    head: Option<Head>,
+    /// The head is parsed only after a line feed, so that one that drips in costs no time.
+    is_worth_a_look: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Head {
+    status: u16,
+    len: usize,
+    body_len: usize,
+    is_deprecated: bool,
+}
+
+impl Incoming {
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.is_worth_a_look |= bytes.contains(&b'\n');
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// Nothing has come of an answer that nobody asked for.
+    pub fn is_empty(&self) -> bool {
+        self.buffer.is_empty()
+    }
+
+    /// The answer, once it is whole; None until more has come. An error says why it is not HTTP.
+    pub fn answer(&mut self) -> Result<Option<Answer>, String> {
+        let head = match self.head {
+            Some(head) => head,
+            None => match self.parse_head()? {
+                Some(head) => *self.head.insert(head),
+                None if self.buffer.len() > HEAD_BYTES_MAX => return Err("its headers do not end".to_owned()),
+                None => return Ok(None),
+            },
+        };
+        let end = head.len + head.body_len;
+        if self.buffer.len() < end {
+            return Ok(None);
+        }
+        self.head = None;
+        let body = self.buffer[head.len..end].to_vec();
+        self.buffer.drain(..end);
+        self.is_worth_a_look = self.buffer.contains(&b'\n');
+        Ok(Some(Answer { status: head.status, body, is_deprecated: head.is_deprecated }))
+    }
+
+    fn parse_head(&mut self) -> Result<Option<Head>, String> {
+        if !std::mem::take(&mut self.is_worth_a_look) {
+            return Ok(None);
+        }
+        // Up to the last whole line, so that the answer does not depend on how it is cut.
+        let lines = self.buffer.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
+        match parse_head(&self.buffer[..lines])? {
+            Some(head) if head.len > HEAD_BYTES_MAX => Err("its headers are too long".to_owned()),
+            Some(head) if head.body_len > BODY_BYTES_MAX => Err(format!("it announces {} bytes", head.body_len)),
+            head => Ok(head),
+        }
+    }
+
+    #[cfg(any(test, feature = "fuzz"))]
+    pub fn buffered(&self) -> usize {
+        self.buffer.len()
+    }
+}
+
+/// None: there is more to come.
+fn parse_head(bytes: &[u8]) -> Result<Option<Head>, String> {
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+    let mut response = httparse::Response::new(&mut headers);
+    let httparse::Status::Complete(len) = response.parse(bytes).map_err(|e| e.to_string())? else { return Ok(None) };
+    let status = response.code.filter(|code| STATUSES.contains(code)).ok_or("it has no status")?;
+    let all = |name: &'static str| response.headers.iter().filter(move |h| h.name.eq_ignore_ascii_case(name)).map(|h| h.value);
+    // The server never does that, and where the body ends would be a matter of opinion.
+    if all("transfer-encoding").next().is_some() {
+        return Err("its body comes in pieces".to_owned());
+    }
+    let mut lengths = all("content-length");
+    let body_len = lengths.next().map_or(Ok(0), parse_length)?;
+    if lengths.next().is_some() {
+        return Err("it has two lengths".to_owned());
+    }
+    Ok(Some(Head { status, len, body_len, is_deprecated: all("deprecation").next().is_some() }))
+}
+
+fn parse_length(text: &[u8]) -> Result<usize, String> {
+    let text = std::str::from_utf8(text).map_err(|e| e.to_string())?.trim();
+    let length = Some(text).filter(|t| t.bytes().all(|b| b.is_ascii_digit())).and_then(|t| t.parse().ok());
+    length.ok_or_else(|| format!("its length is {:?}", text.chars().take(32).collect::<String>()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(bytes: &[u8]) -> String {
+        let mut incoming = Incoming::default();
+        incoming.push(bytes);
+        incoming.answer().unwrap_err()
+    }
+
+    #[test]
+    fn answer_whose_length_is_a_matter_of_opinion_is_refused() {
+        let head = |fields: &str| format!("HTTP/1.1 200 \r\n{fields}\r\n\r\nhello").into_bytes();
+        assert_eq!(error(&head("Content-Length: 5\r\nContent-Length: 5")), "it has two lengths");
+        assert_eq!(error(b"HTTP/1.1 000 \r\n\r\n"), "it has no status");
+        assert_eq!(error(&head("Transfer-Encoding: chunked")), "its body comes in pieces");
+        assert_eq!(error(&head("Content-Length: +5")), "its length is \"+5\"");
+        assert_eq!(error(&head(&format!("Content-Length: {}", "9".repeat(1000)))).len(), "its length is \"\"".len() + 32);
+        assert_eq!(error(&head(&format!("Content-Length: {}", BODY_BYTES_MAX + 1))), "it announces 65537 bytes");
+    }
+
+    #[test]
+    fn head_above_the_bound_is_refused_also_when_it_comes_at_once() {
+        let long = format!("HTTP/1.1 200 \r\nX: {}\r\n\r\n", "x".repeat(HEAD_BYTES_MAX));
+        assert_eq!(error(long.as_bytes()), "its headers are too long");
+        assert_eq!(error(&long.as_bytes()[..HEAD_BYTES_MAX + 1]), "its headers do not end");
+        assert_eq!(error(&[b'x'; HEAD_BYTES_MAX + 1]), "its headers do not end");
+    }
+
+    /// Found by `scripts/fuzz firecracker-http`.
+    #[test]
+    fn half_a_header_is_judged_when_its_line_has_ended() {
+        let mut incoming = Incoming::default();
+        incoming.push(b"HTTP/1.1 400 \r\nno head");
+        assert_eq!(incoming.answer(), Ok(None));
+        incoming.push(b"er\r\n");
+        assert!(incoming.answer().is_err());
+    }
+}

@@ -1,0 +1,135 @@
+//! Fuzz targets: the readers of what a VMM sends, for `tests/fuzz`.
+//!
+//! The bytes of an input are what a VMM that a guest has taken over might send. A target panics when it finds a fault: a
+//! bound that does not hold, text that could reach a terminal unescaped, or a result that depends on how the bytes were
+//! cut into reads.
+
+use super::console::whole_characters;
+use super::firecracker::api::{BalloonStatistics, Instance};
+use super::firecracker::incoming::{self as http, Answer};
+use super::firecracker::{metrics, refusal};
+use super::qemu::argv::forwarded_port;
+use super::qemu::incoming::{self as qmp, Message};
+
+/// What one read of a driver's takes at most.
+const READ_BYTES_MAX: usize = 4096;
+/// Error texts are one line of a log and of a terminal.
+const TEXT_CHARS_MAX: usize = 4096;
+
+/// QEMU's monitor.
+pub fn qmp(input: &[u8]) {
+    let whole = read_qmp(input, READ_BYTES_MAX);
+    assert_eq!(whole, read_qmp(input, small_piece(input)), "the pieces make a difference");
+    for message in &whole.0 {
+        if let Some(refusal) = &message.error {
+            check_text(&refusal.text("ask the VMM"));
+        }
+        if let Some(text) = message.answer.as_ref().and_then(|answer| answer.as_str()) {
+            let _ = forwarded_port(text);
+        }
+    }
+}
+
+/// The messages, and whether all was QMP.
+fn read_qmp(input: &[u8], piece: usize) -> (Vec<Message>, bool) {
+    let (mut incoming, mut messages) = (qmp::Incoming::default(), Vec::new());
+    for bytes in input.chunks(piece) {
+        incoming.push(bytes);
+        loop {
+            match incoming.message() {
+                Ok(Some(message)) => messages.push(message),
+                Ok(None) => break,
+                Err(_) => return (messages, false),
+            }
+        }
+        assert!(incoming.buffered() <= qmp::LINE_BYTES_MAX, "{} bytes wait", incoming.buffered());
+    }
+    (messages, true)
+}
+
+/// Firecracker's API server.
+pub fn firecracker_http(input: &[u8]) {
+    let whole = read_http(input, READ_BYTES_MAX);
+    assert_eq!(whole, read_http(input, small_piece(input)), "the pieces make a difference");
+    for answer in &whole.0 {
+        assert!(answer.body.len() <= http::BODY_BYTES_MAX && http::STATUSES.contains(&answer.status), "{answer:?}");
+        let _ = serde_json::from_slice::<Instance>(&answer.body);
+        let _ = serde_json::from_slice::<BalloonStatistics>(&answer.body);
+        check_text(&refusal::refused("ask the VMM", answer.status, &answer.body).to_string());
+    }
+}
+
+/// The answers, and whether all was HTTP.
+fn read_http(input: &[u8], piece: usize) -> (Vec<Answer>, bool) {
+    let (mut incoming, mut answers) = (http::Incoming::default(), Vec::new());
+    for bytes in input.chunks(piece) {
+        incoming.push(bytes);
+        loop {
+            match incoming.answer() {
+                Ok(Some(answer)) => answers.push(answer),
+                Ok(None) => break,
+                Err(why) => {
+                    check_text(&why);
+                    return (answers, false);
+                }
+            }
+        }
+        let buffered = incoming.buffered();
+        assert!(buffered <= http::HEAD_BYTES_MAX + http::BODY_BYTES_MAX + READ_BYTES_MAX, "{buffered} bytes wait");
+    }
+    (answers, true)
+}
+
+/// Firecracker's metrics.
+pub fn firecracker_metrics(input: &[u8]) {
+    let lines = input.split(|b| *b == b'\n').count();
+    let all = metrics::parse(input).unwrap_or_default();
+    assert!(all.len() <= lines && all.iter().all(serde_json::Value::is_object));
+}
+
+/// A console, followed by somebody who gets text.
+pub fn console(input: &[u8]) {
+    let (mut text, mut partial) = (String::new(), Vec::new());
+    for bytes in input.chunks(small_piece(input)) {
+        let mut piece: Vec<u8> = std::mem::take(&mut partial);
+        piece.extend_from_slice(bytes);
+        partial = piece.split_off(whole_characters(&piece));
+        assert!(partial.len() < 4, "{} bytes wait", partial.len());
+        text.push_str(&String::from_utf8_lossy(&piece));
+    }
+    text.push_str(&String::from_utf8_lossy(&partial));
+    assert_eq!(text, String::from_utf8_lossy(input), "the pieces make a difference");
+}
+
+/// A few bytes, as the input says.
+fn small_piece(input: &[u8]) -> usize {
+    1 + input.iter().fold(input.len(), |sum, b| sum.wrapping_mul(31).wrapping_add(usize::from(*b))) % 61
+}
+
+#[track_caller]
+fn check_text(text: &str) {
+    assert!(text.chars().count() <= TEXT_CHARS_MAX, "{} characters", text.chars().count());
+    assert!(!text.chars().any(char::is_control), "{text:?}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn readers_take_every_byte_and_every_cut_of_a_conversation() {
+        let qmp_seed = include_bytes!("../../tests/fuzz/seeds/qmp/boot");
+        let http_seed = include_bytes!("../../tests/fuzz/seeds/firecracker-http/boot");
+        for (target, seed) in [(qmp as fn(&[u8]), &qmp_seed[..]), (firecracker_http, &http_seed[..])] {
+            for at in 0..seed.len() {
+                target(&seed[at..]);
+                let mut changed = seed.to_vec();
+                changed[at] ^= 0x80;
+                target(&changed);
+            }
+        }
+        console("h\u{e9}llo \u{1f600}".as_bytes());
+        console(b"\xf0\x9f\x98\xff\xc3");
+        firecracker_metrics(b"{}\n7\n{\"a\":1}\n\xff");
+    }
+}

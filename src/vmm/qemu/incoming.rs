@@ -1,0 +1,169 @@
+//! What comes from QEMU's monitor: lines of JSON, found and parsed without any I/O, so that they can be fuzzed.
+//!
+//! The other side is a process that a guest may have taken over. Whatever it sends, this keeps at most one line and
+//! parses at most [`LINE_BYTES_MAX`] bytes at once.
+
+use crate::host::command::printable;
+use serde::Deserialize;
+use serde_json::Value;
+use std::time::Instant;
+
+/// The longest line that is taken. QEMU's longest answer to what a driver asks, `query-blockstats`, has some kilobytes.
+/// `serde_json` refuses more than 128 levels of nesting.
+pub const LINE_BYTES_MAX: usize = 64 * 1024;
+/// How many lines a conversation may have at its beginning, beyond [`LINES_PER_S`]. A healthy QEMU tells of a few events
+/// in a minute.
+pub const LINES_MAX: u32 = 2000;
+/// How many more it may have with each second.
+pub const LINES_PER_S: u32 = 100;
+
+/// How much of a refusal goes into an error.
+const CLASS_CHARS_MAX: usize = 64;
+const DESC_CHARS_MAX: usize = 512;
+
+#[derive(Debug, Deserialize, PartialEq)]
+pub struct Message {
+    #[serde(rename = "QMP")]
+    pub greeting: Option<Value>,
+    #[serde(rename = "return")]
+    pub answer: Option<Value>,
+    pub error: Option<Refusal>,
+    pub event: Option<String>,
+    pub data: Option<Value>,
+}
+
+#[derive(Debug, Deserialize, PartialEq)]
+pub struct Refusal {
+    pub class: String,
+    pub desc: String,
+}
+
+impl Refusal {
+    /// One bounded line without control characters.
+    pub fn text(&self, doing: &str) -> String {
+        let bounded = |text: &str, max: usize| text.chars().take(max).collect::<String>();
+        let (class, desc) = (bounded(&self.class, CLASS_CHARS_MAX), bounded(&self.desc, DESC_CHARS_MAX));
+        printable(&format!("{doing}: {class}: {desc}"))
+    }
+}
+
+/// Why nothing more is taken.
+#[derive(Debug)]
+pub enum Unusable {
+    TooLong,
+    NotQmp(serde_json::Error),
+}
+
+/// Bytes that have come and are not yet a message.
+#[derive(Debug, Default)]
+pub struct Incoming {
+    buffer: Vec<u8>,
+    /// No line ends before here.
+    searched: usize,
+}
+
+impl Incoming {
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// The next message; None until more has come. Call it until there is none before the next [`Incoming::push`].
+    pub fn message(&mut self) -> Result<Option<Message>, Unusable> {
+        let end = self.buffer[self.searched..].iter().position(|b| *b == b'\n').map(|at| self.searched + at);
+        if end.unwrap_or(self.buffer.len()) > LINE_BYTES_MAX {
+            return Err(Unusable::TooLong);
+        }
+        let Some(end) = end else {
+            self.searched = self.buffer.len();
+            return Ok(None);
+        };
+        let parsed = serde_json::from_slice(&self.buffer[..end]);
+        self.buffer.drain(..=end);
+        self.searched = 0;
+        parsed.map(Some).map_err(Unusable::NotQmp)
+    }
+
+    #[cfg(any(test, feature = "fuzz"))]
+    pub fn buffered(&self) -> usize {
+        self.buffer.len()
+    }
+}
+
+/// How many lines a conversation may still have: a bucket that fills with time.
+#[derive(Debug)]
+pub struct Budget {
+    lines: u32,
+    since: Instant,
+}
+
+impl Budget {
+    pub fn new(now: Instant) -> Self {
+        Self { lines: LINES_MAX, since: now }
+    }
+
+    /// For one more line; false when there were too many.
+    pub fn spend(&mut self, now: Instant) -> bool {
+        let seconds = now.saturating_duration_since(self.since).as_secs();
+        if seconds > 0 {
+            let more = u32::try_from(seconds).unwrap_or(u32::MAX).saturating_mul(LINES_PER_S);
+            self.lines = self.lines.saturating_add(more).min(LINES_MAX);
+            self.since = now;
+        }
+        match self.lines.checked_sub(1) {
+            Some(left) => self.lines = left,
+            None => return false,
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn all(pieces: &[&[u8]]) -> Result<usize, Unusable> {
+        let (mut incoming, mut messages) = (Incoming::default(), 0);
+        for piece in pieces {
+            incoming.push(piece);
+            while incoming.message()?.is_some() {
+                messages += 1;
+            }
+        }
+        Ok(messages)
+    }
+
+    #[test]
+    fn messages_are_found_however_they_are_cut() {
+        let text = b"{\"return\": {}}\r\n{\"event\": \"RESUME\"}\n{\"return\": [1]}\n{\"ret";
+        for cut in 0..text.len() {
+            assert_eq!(all(&[&text[..cut], &text[cut..]]).unwrap(), 3, "{cut}");
+        }
+    }
+
+    #[test]
+    fn line_above_the_bound_is_refused_with_and_without_its_end() {
+        let long = [b"{\"return\": \"", vec![b'x'; LINE_BYTES_MAX].as_slice(), b"\"}\n"].concat();
+        assert!(matches!(all(&[&long]), Err(Unusable::TooLong)));
+        assert!(matches!(all(&[&long[..LINE_BYTES_MAX + 1]]), Err(Unusable::TooLong)));
+        let fits = [b"{\"return\": \"", vec![b'x'; LINE_BYTES_MAX - 14].as_slice(), b"\"}\n"].concat();
+        assert_eq!(all(&[&fits]).unwrap(), 1);
+    }
+
+    #[test]
+    fn nesting_without_end_is_refused() {
+        let deep = [b"{\"return\": ", vec![b'['; 10_000].as_slice(), b"\n"].concat();
+        assert!(matches!(all(&[&deep]), Err(Unusable::NotQmp(_))));
+    }
+
+    #[test]
+    fn budget_ends_a_flood_and_fills_with_time() {
+        let begun = Instant::now();
+        let mut budget = Budget::new(begun);
+        assert_eq!((0..2 * LINES_MAX).filter(|_| budget.spend(begun)).count() as u32, LINES_MAX);
+        let later = begun + Duration::from_secs(3);
+        assert_eq!((0..2 * LINES_MAX).filter(|_| budget.spend(later)).count() as u32, 3 * LINES_PER_S);
+        let much_later = later + Duration::from_secs(u64::from(u32::MAX) * 2);
+        assert_eq!((0..2 * LINES_MAX).filter(|_| budget.spend(much_later)).count() as u32, LINES_MAX);
+    }
+}

@@ -1,0 +1,237 @@
+//! Fuzzes the readers of hostile bytes. `scripts/fuzz` builds and runs it; ARCHITECTURE.md says how to add a target.
+//!
+//! The loop is our own because it must run on the stable toolchain: LLVM's `sancov-module` pass counts the edges
+//! (`coverage.rs`), an input that reaches a new one joins the corpus, and `mutate.rs` changes one of the corpus each time.
+//! Built without the pass it mutates the seeds blindly. A run is decided by its seed alone, so it can be repeated.
+//!
+//! A target fails when it panics, allocates more than its bound, or takes more than [`EXECUTION_MAX`]. The input is then
+//! made smaller as long as it still fails, and written to a file.
+
+mod allocations;
+mod coverage;
+mod mutate;
+
+use coverage::Coverage;
+use mutate::Mutator;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+#[global_allocator]
+static ALLOCATOR: allocations::Counting = allocations::Counting;
+
+/// Longest input, which is more than any reader keeps.
+const INPUT_BYTES_MAX: usize = 192 * 1024;
+/// No execution takes so long, on a busy machine either.
+const EXECUTION_MAX: Duration = Duration::from_secs(5);
+/// An execution that does not end is ended by SIGALRM.
+const ALARM_S: u32 = 60;
+/// Between two lines about the progress.
+const REPORT_PERIOD: Duration = Duration::from_secs(10);
+/// Tries to make a failing input smaller.
+const SHRINKS_MAX: usize = 20_000;
+
+struct Target {
+    name: &'static str,
+    run: fn(&[u8]),
+    /// Most memory that one execution may hold at once, beyond the input.
+    memory_max: usize,
+    /// What mutations put in: words that a random change does not find.
+    words: &'static [&'static str],
+}
+
+/// In order to add one: a line here, and valid inputs in `seeds/NAME/`.
+const TARGETS: [Target; 4] = [
+    Target {
+        name: "qmp",
+        run: fcd::vmm::fuzz::qmp,
+        memory_max: 64 << 20,
+        words: &[
+            "\r\n",
+            "{\"return\": ",
+            "{\"event\": \"",
+            "{\"error\": {\"class\": \"",
+            "\"desc\": \"",
+            "\"QMP\": ",
+            "[[[[[[[[",
+            "\\u0000",
+        ],
+    },
+    Target {
+        name: "firecracker-http",
+        run: fcd::vmm::fuzz::firecracker_http,
+        memory_max: 64 << 20,
+        words: &[
+            "\r\n\r\n",
+            "HTTP/1.1 200 \r\n",
+            "Content-Length: ",
+            "Transfer-Encoding: chunked\r\n",
+            "Deprecation: true\r\n",
+            "{\"fault_message\":\"",
+            "18446744073709551615",
+            "65536",
+        ],
+    },
+    Target {
+        name: "firecracker-metrics",
+        run: fcd::vmm::fuzz::firecracker_metrics,
+        memory_max: 64 << 20,
+        words: &["\n", "{\"utc_timestamp_ms\":", "[[[[[[[[", "{\"\":{\"\":"],
+    },
+    Target {
+        name: "console",
+        run: fcd::vmm::fuzz::console,
+        memory_max: 16 << 20,
+        words: &["\r\n", "\u{e9}", "\u{1f600}", "Kernel panic - not syncing: ", "--- fcd: "],
+    },
+];
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let (name, seconds, seed) = match args.as_slice() {
+        ["--list"] => {
+            TARGETS.iter().for_each(|target| println!("{}", target.name));
+            return ExitCode::SUCCESS;
+        }
+        [name, "--input", file] => return replay(name, Path::new(file)),
+        [name, seconds] => (*name, seconds.parse(), Ok(1)),
+        [name, seconds, seed] => (*name, seconds.parse(), seed.parse()),
+        _ => return usage(),
+    };
+    let (Some(target), Ok(seconds), Ok(seed)) = (find(name), seconds, seed) else { return usage() };
+    fuzz(target, Duration::from_secs(seconds), seed)
+}
+
+fn usage() -> ExitCode {
+    eprintln!("usage: fuzz TARGET SECONDS [SEED] | fuzz TARGET --input FILE | fuzz --list");
+    ExitCode::from(2)
+}
+
+fn find(name: &str) -> Option<&'static Target> {
+    TARGETS.iter().find(|target| target.name == name)
+}
+
+fn replay(name: &str, file: &Path) -> ExitCode {
+    let Some(target) = find(name) else { return usage() };
+    match std::fs::read(file).map(|input| execute(target, &input)) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(why)) => {
+            eprintln!("fuzz {name}: {why}");
+            ExitCode::FAILURE
+        }
+        Err(e) => {
+            eprintln!("read {}: {e}", file.display());
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn fuzz(target: &Target, time: Duration, seed: u64) -> ExitCode {
+    std::panic::set_hook(Box::new(|_| ()));
+    let begun = Instant::now();
+    let mut next_report = begun + REPORT_PERIOD;
+    let (mut corpus, mut seen) = (Vec::new(), Coverage::default());
+    let mut executions = 0u64;
+    for input in seeds(target.name) {
+        if let Err(why) = execute(target, &input) {
+            return failed(target, input, &why, executions, seed);
+        }
+        seen.add();
+        corpus.push(input);
+    }
+    let mut mutator = Mutator::new(seed, target.words, INPUT_BYTES_MAX);
+    while begun.elapsed() < time {
+        let input = mutator.next(&corpus);
+        executions += 1;
+        if executions.is_multiple_of(64) {
+            nix::unistd::alarm::set(ALARM_S);
+        }
+        if let Err(why) = execute(target, &input) {
+            return failed(target, input, &why, executions, seed);
+        }
+        if seen.add() {
+            corpus.push(input);
+        }
+        if Instant::now() >= next_report {
+            next_report += REPORT_PERIOD;
+            report(target, begun, (executions, seed), &corpus, &seen);
+        }
+    }
+    report(target, begun, (executions, seed), &corpus, &seen);
+    ExitCode::SUCCESS
+}
+
+fn report(target: &Target, begun: Instant, (executions, seed): (u64, u64), corpus: &[Vec<u8>], seen: &Coverage) {
+    let edges = seen.edges().map_or_else(|| "no coverage".to_owned(), |edges| format!("{edges} edges"));
+    let seconds = begun.elapsed().as_secs();
+    println!("{}: {executions} executions in {seconds} s, {edges}, {} inputs, seed {seed}", target.name, corpus.len());
+}
+
+fn seeds(name: &str) -> Vec<Vec<u8>> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/seeds").join(name);
+    let mut files: Vec<PathBuf> = std::fs::read_dir(&dir).into_iter().flatten().flatten().map(|item| item.path()).collect();
+    // In an order of our own, so that a run can be repeated.
+    files.sort();
+    let seeds: Vec<_> = files.iter().filter_map(|file| std::fs::read(file).ok()).collect();
+    assert!(!seeds.is_empty(), "no seeds in {}", dir.display());
+    seeds
+}
+
+/// Why it failed, if it did.
+fn execute(target: &Target, input: &[u8]) -> Result<(), String> {
+    coverage::reset();
+    let begun = Instant::now();
+    let before = allocations::mark();
+    let result = catch_unwind(AssertUnwindSafe(|| (target.run)(input)));
+    let held = allocations::peak_since(before);
+    if let Err(panic) = result {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default();
+        return Err(format!("panicked: {}", text.chars().take(400).collect::<String>()));
+    }
+    if held > target.memory_max {
+        return Err(format!("held {held} bytes, more than {}", target.memory_max));
+    }
+    let took = begun.elapsed();
+    if took > EXECUTION_MAX {
+        return Err(format!("took {took:?}"));
+    }
+    Ok(())
+}
+
+fn failed(target: &Target, input: Vec<u8>, why: &str, executions: u64, seed: u64) -> ExitCode {
+    let small = shrink(target, input);
+    let file = std::env::var_os("FCD_FUZZ_FOUND").map_or_else(std::env::temp_dir, PathBuf::from);
+    let file = file.join(format!("fuzz-{}-{seed}-{executions}", target.name));
+    let written = std::fs::write(&file, &small);
+    eprintln!("fuzz {}: FOUND after {executions} executions, seed {seed}: {why}", target.name);
+    eprintln!("input of {} bytes: {:?}", small.len(), String::from_utf8_lossy(&small[..small.len().min(200)]));
+    match written {
+        Ok(()) => eprintln!("repeat: scripts/fuzz {} --input {}", target.name, file.display()),
+        Err(e) => eprintln!("write {}: {e}", file.display()),
+    }
+    ExitCode::FAILURE
+}
+
+/// Leaves out what it can, in ever smaller pieces.
+fn shrink(target: &Target, mut input: Vec<u8>) -> Vec<u8> {
+    let mut tries = 0;
+    let mut piece = input.len().div_ceil(2);
+    while piece > 0 {
+        let mut at = 0;
+        while at < input.len() && tries < SHRINKS_MAX {
+            tries += 1;
+            let mut without = input.clone();
+            without.drain(at..(at + piece).min(input.len()));
+            if execute(target, &without).is_err() {
+                input = without;
+            } else {
+                at += piece;
+            }
+        }
+        piece /= 2;
+    }
+    input
+}

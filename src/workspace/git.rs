@@ -78,8 +78,8 @@ impl Git {
         git.check_claim(&allowed)?;
         git.layout.check(&allowed)?;
         let config = git.read_config()?;
-        for dir in &config.safe_directories {
-            git.set(b"safe.directory", dir);
+        for dir in git.safe_directories(&config)? {
+            git.set(b"safe.directory", &dir);
         }
         if let Some(file) = git.excludes_path(&config) {
             git.set(b"core.excludesFile", file.as_os_str().as_bytes());
@@ -259,6 +259,20 @@ impl Git {
         let Some(file) = origin.strip_prefix(b"file:") else { return false };
         let Ok(file) = layout::real(&self.top.join(OsStr::from_bytes(file))) else { return false };
         [&self.top, &self.layout.git_dir, &self.layout.common].into_iter().any(|dir| file.starts_with(dir))
+    }
+
+    /// As git reads them: `~/proj` is below the caller's home, not below the one that our git has.
+    fn safe_directories(&self, config: &Config) -> Result<Vec<Vec<u8>>> {
+        let given = &config.safe_directories;
+        if !given.iter().any(|dir| dir.starts_with(b"~") || dir.starts_with(b"%(")) {
+            return Ok(given.clone());
+        }
+        let args = ["--null", "--show-scope", "--type=path", "--get-all", "safe.directory"];
+        match self.ask_config(&args) {
+            Ok((_, answer)) => Ok(Config::values(&answer)),
+            Err(e) if e.kind() == Kind::CommandFailed => Ok(given.clone()),
+            Err(e) => Err(e),
+        }
     }
 
     /// The file of ignore rules that the caller's git uses beside the repository's own.

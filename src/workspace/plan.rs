@@ -59,7 +59,7 @@ pub struct CallerEnv {
     pub path: Option<OsString>,
     pub home: Option<PathBuf>,
     pub config_home: Option<PathBuf>,
-    /// `GIT_CONFIG_GLOBAL`, `GIT_CONFIG_SYSTEM`, `GIT_CONFIG_NOSYSTEM`, where they are set.
+    /// The variables that decide which settings git reads, and settings given as variables.
     pub git: Vec<(OsString, OsString)>,
     /// `SUDO_UID`: git lets root use a repository of the user who ran sudo.
     pub sudo_uid: Option<OsString>,
@@ -67,14 +67,27 @@ pub struct CallerEnv {
 
 impl CallerEnv {
     pub fn from_process() -> Self {
-        let named = |key: &str| std::env::var_os(key).map(|value| (OsString::from(key), value));
-        Self {
-            path: std::env::var_os("PATH"),
-            home: std::env::var_os("HOME").map(PathBuf::from),
-            config_home: std::env::var_os("XDG_CONFIG_HOME").filter(|v| !v.is_empty()).map(PathBuf::from),
-            git: ["GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM", "GIT_CONFIG_NOSYSTEM"].iter().filter_map(|k| named(k)).collect(),
-            sudo_uid: std::env::var_os("SUDO_UID"),
+        Self::from_vars(std::env::vars_os())
+    }
+
+    pub(super) fn from_vars(vars: impl IntoIterator<Item = (OsString, OsString)>) -> Self {
+        let mut env = Self::default();
+        for (key, value) in vars {
+            match key.as_bytes() {
+                b"PATH" => env.path = Some(value),
+                b"HOME" => env.home = Some(value.into()),
+                b"XDG_CONFIG_HOME" if !value.is_empty() => env.config_home = Some(value.into()),
+                b"SUDO_UID" => env.sudo_uid = Some(value),
+                b"GIT_CONFIG_GLOBAL" | b"GIT_CONFIG_SYSTEM" | b"GIT_CONFIG_NOSYSTEM" => env.git.push((key, value)),
+                // CI sets safe.directory so: GIT_CONFIG_COUNT, GIT_CONFIG_KEY_0, GIT_CONFIG_VALUE_0.
+                b"GIT_CONFIG_COUNT" => env.git.push((key, value)),
+                name if name.starts_with(b"GIT_CONFIG_KEY_") || name.starts_with(b"GIT_CONFIG_VALUE_") => {
+                    env.git.push((key, value));
+                }
+                _ => {}
+            }
         }
+        env
     }
 
     pub(super) fn for_config(&self) -> Vec<(OsString, OsString)> {

@@ -51,6 +51,13 @@ impl Config {
         config
     }
 
+    /// From `git config --null --show-scope --get-all`, without the repository's own.
+    pub(super) fn values(list: &[u8]) -> Vec<Vec<u8>> {
+        let fields: Vec<&[u8]> = list.split(|b| *b == 0).collect();
+        let pairs = fields.chunks_exact(2).filter(|pair| !is_of_repository(pair[0]));
+        pairs.map(|pair| pair[1].to_vec()).collect()
+    }
+
     fn take(&mut self, key: &str, value: &[u8], own: bool) {
         match key {
             "user.name" => self.user_name = Some(value.to_vec()),

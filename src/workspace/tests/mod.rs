@@ -1,5 +1,6 @@
 //! Round trips with real repositories: the guest's scripts run here, under `sh`, in a directory of their own.
 
+mod accepting;
 mod applying;
 mod exporting;
 mod hostile;
@@ -84,6 +85,10 @@ impl Site {
         self.git(&["add", "-A"]);
         self.git(&["commit", "-q", "-m", message]);
     }
+    /// A commit of nothing but a message.
+    fn commit_as(&self, message: &str) {
+        self.git(&["commit", "-q", "--allow-empty", "-m", message]);
+    }
     #[track_caller]
     fn git(&self, args: &[&str]) -> String {
         git(&self.host(), &self.dir.path().join("home"), args)
@@ -167,6 +172,13 @@ impl Site {
     fn assert_same_status(&self) {
         let args = ["status", "--porcelain", "--untracked-files=all"];
         assert_eq!(self.git(&args), self.git_guest(&args));
+    }
+    /// The same, but for a file that only the guest has.
+    #[track_caller]
+    fn assert_same_status_without(&self, only_in_guest: &str) {
+        let args = ["status", "--porcelain", "--untracked-files=all"];
+        let line = format!("?? {only_in_guest}\n");
+        assert_eq!(self.git(&args), self.git_guest(&args).replace(&line, ""));
     }
     /// What git lists on the host is what the guest has, byte for byte, and nothing else is there.
     #[track_caller]

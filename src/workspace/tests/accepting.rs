@@ -1,0 +1,58 @@
+//! Repositories that git accepts, and what is said of what is not carried.
+
+use super::*;
+use crate::error::Kind;
+use std::ffi::OsString;
+
+#[test]
+fn safe_directory_counts_wherever_git_reads_it() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("not run: only root can make files of another owner");
+        return;
+    }
+    let site = Site::committed();
+    run(Command::new("chown").args(["-R", "65534"]).arg(site.host()));
+    let mut options = site.options(History::default());
+    options.env.home = Some(site.dir.path().to_owned());
+    let inspect = |options: &Options| Plan::inspect(&site.host(), options, &cancel()).map(drop);
+    assert_eq!(inspect(&options).unwrap_err().kind(), Kind::InvalidTree);
+    let config = |text: &str| std::fs::write(site.dir.path().join(".gitconfig"), text).unwrap();
+    config("[safe]\n\tdirectory = ~/host/repo\n");
+    inspect(&options).unwrap();
+    config("[safe]\n\tdirectory = ~/host/*\n");
+    inspect(&options).unwrap();
+    // An empty one takes back what stands before it.
+    config("[safe]\n\tdirectory = ~/host/repo\n\tdirectory =\n");
+    assert_eq!(inspect(&options).unwrap_err().kind(), Kind::InvalidTree);
+    config("");
+    for value in ["*".to_owned(), site.host().display().to_string(), "~/host/repo".to_owned()] {
+        let vars = [("GIT_CONFIG_COUNT", "1"), ("GIT_CONFIG_KEY_0", "safe.directory"), ("GIT_CONFIG_VALUE_0", &value)];
+        let vars = vars.map(|(k, v)| (OsString::from(k), OsString::from(v)));
+        let env = CallerEnv { home: options.env.home.clone(), ..CallerEnv::from_vars(vars) };
+        let env = CallerEnv { path: options.env.path.clone(), ..env };
+        inspect(&Options { env, ..options.clone() }).unwrap();
+    }
+    // The repository cannot call itself safe.
+    run(Command::new("git").args(["config", "--file", ".git/config", "safe.directory", "*"]).cwd(site.host()));
+    assert_eq!(inspect(&options).unwrap_err().kind(), Kind::InvalidTree);
+}
+
+/// git's own variables lead to other repositories: none of them has a say in what is sent.
+#[test]
+fn variables_that_name_a_repository_do_not_count() {
+    let (private, site) = (Site::committed(), Site::committed());
+    private.commit_as("the secret");
+    let vars = ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR"];
+    let mut vars: Vec<_> = vars.map(|k| (OsString::from(k), private.path(".git").into_os_string())).into();
+    let objects = private.path(".git/objects").into_os_string();
+    vars.push(("GIT_ALTERNATE_OBJECT_DIRECTORIES".into(), objects));
+    vars.push(("GIT_NAMESPACE".into(), "x".into()));
+    let base = site.options(History::Full);
+    let env = CallerEnv { path: base.env.path.clone(), home: base.env.home.clone(), ..CallerEnv::from_vars(vars) };
+    let mut plan = Plan::inspect(&site.host(), &Options { env, ..base }, &cancel()).unwrap();
+    site.prepare_with(&mut plan, false).unwrap();
+    assert_eq!(site.git_guest(&["log", "--all", "--format=%s"]), "first\n");
+    let commit = private.git(&["rev-parse", "HEAD"]);
+    let c = Command::new("git").args(["cat-file", "-e", commit.trim()]).cwd(site.guest());
+    assert_ne!(run_any_status(&c, &cancel(), &mut |_| {}).unwrap().status, 0);
+}

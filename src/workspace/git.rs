@@ -77,7 +77,8 @@ impl Git {
         let allowed = options.allowed_alternates()?;
         git.check_claim(&allowed)?;
         git.layout.check(&allowed)?;
-        let config = git.read_config()?;
+        let mut config = git.read_config()?;
+        config.add_identity(&git.env);
         for dir in git.safe_directories(&config)? {
             git.set(b"safe.directory", &dir);
         }

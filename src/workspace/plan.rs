@@ -61,6 +61,8 @@ pub struct CallerEnv {
     pub config_home: Option<PathBuf>,
     /// The variables that decide which settings git reads, and settings given as variables.
     pub git: Vec<(OsString, OsString)>,
+    /// `GIT_AUTHOR_NAME`, `EMAIL` and the like, where they are set.
+    pub identity: HashMap<OsString, OsString>,
     /// `SUDO_UID`: git lets root use a repository of the user who ran sudo.
     pub sudo_uid: Option<OsString>,
 }
@@ -83,6 +85,9 @@ impl CallerEnv {
                 b"GIT_CONFIG_COUNT" => env.git.push((key, value)),
                 name if name.starts_with(b"GIT_CONFIG_KEY_") || name.starts_with(b"GIT_CONFIG_VALUE_") => {
                     env.git.push((key, value));
+                }
+                b"EMAIL" | b"GIT_AUTHOR_NAME" | b"GIT_AUTHOR_EMAIL" | b"GIT_COMMITTER_NAME" | b"GIT_COMMITTER_EMAIL" => {
+                    env.identity.insert(key, value);
                 }
                 _ => {}
             }

@@ -1,5 +1,10 @@
 //! What the caller's configuration says, and what of it the guest gets.
 
+use crate::workspace::plan::CallerEnv;
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
 /// Settings that decide what `git status` says and that hold no secret. Values are words.
 const CARRIED: &[&str] = &[
     "core.filemode",
@@ -14,11 +19,21 @@ const CARRIED: &[&str] = &[
     "diff.renames",
 ];
 
+/// Settings that say who commits, and the variables that stand for them.
+const IDENTITY: &[(&str, &str)] = &[
+    ("user.name", ""),
+    ("user.email", "EMAIL"),
+    ("author.name", "GIT_AUTHOR_NAME"),
+    ("author.email", "GIT_AUTHOR_EMAIL"),
+    ("committer.name", "GIT_COMMITTER_NAME"),
+    ("committer.email", "GIT_COMMITTER_EMAIL"),
+];
+
 /// What the caller's configuration says.
 #[derive(Debug, Default)]
 pub(in crate::workspace) struct Config {
-    pub user_name: Option<Vec<u8>>,
-    pub user_email: Option<Vec<u8>>,
+    /// `user.name`, `author.email` and so on: who commits in the guest.
+    identity: BTreeMap<String, Vec<u8>>,
     /// Of [`CARRIED`], in the order they were found.
     pub carried: Vec<(String, String)>,
     pub(super) safe_directories: Vec<Vec<u8>>,
@@ -28,6 +43,17 @@ pub(in crate::workspace) struct Config {
 }
 
 impl Config {
+    /// The caller's variables count more than settings; `EMAIL` is git's last resort.
+    pub fn add_identity(&mut self, env: &CallerEnv) {
+        for (key, variable) in IDENTITY {
+            let given = env.identity.get(OsStr::new(variable)).filter(|v| !v.is_empty());
+            let Some(value) = given else { continue };
+            if *key != "user.email" || !self.identity.contains_key(*key) {
+                self.identity.insert((*key).to_owned(), value.as_bytes().to_vec());
+            }
+        }
+    }
+
     /// From `git config --null --show-scope --show-origin --list`: scope NUL origin NUL key LF value NUL.
     /// `is_own` decides whether a setting of the repository's comes from a file of its own.
     pub(super) fn from_list(list: &[u8], is_own: &dyn Fn(&[u8]) -> bool) -> Self {
@@ -60,8 +86,9 @@ impl Config {
 
     fn take(&mut self, key: &str, value: &[u8], own: bool) {
         match key {
-            "user.name" => self.user_name = Some(value.to_vec()),
-            "user.email" => self.user_email = Some(value.to_vec()),
+            _ if IDENTITY.iter().any(|(name, _)| *name == key) => {
+                self.identity.insert(key.to_owned(), value.to_vec());
+            }
             "safe.directory" if !own => self.safe_directories.push(value.to_vec()),
             "core.excludesfile" => self.excludes_file = Some((value.to_vec(), own)),
             "extensions.partialclone" => self.partial_clone = true,
@@ -83,9 +110,9 @@ impl Config {
     /// Lines for the guest's `.git/config`.
     pub fn for_guest(&self) -> Vec<u8> {
         let mut out = Vec::new();
-        for (key, value) in [("name", &self.user_name), ("email", &self.user_email)] {
-            if let Some(value) = value {
-                out.extend_from_slice(format!("[user]\n\t{key} = ").as_bytes());
+        for (key, _) in IDENTITY {
+            if let (Some(value), Some((section, name))) = (self.identity.get(*key), key.split_once('.')) {
+                out.extend_from_slice(format!("[{section}]\n\t{name} = ").as_bytes());
                 out.extend(quoted(value));
                 out.push(b'\n');
             }

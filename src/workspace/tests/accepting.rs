@@ -56,3 +56,36 @@ fn variables_that_name_a_repository_do_not_count() {
     let c = Command::new("git").args(["cat-file", "-e", commit.trim()]).cwd(site.guest());
     assert_ne!(run_any_status(&c, &cancel(), &mut |_| {}).unwrap().status, 0);
 }
+
+#[test]
+fn identity_of_the_environment_is_the_guests() {
+    let site = Site::committed();
+    std::fs::write(site.dir.path().join("home/.gitconfig"), "").unwrap();
+    let vars = [
+        ("GIT_AUTHOR_NAME", "A \"U\" Thor"),
+        ("GIT_AUTHOR_EMAIL", "author@example.org"),
+        ("GIT_COMMITTER_NAME", "C Mitter"),
+        ("GIT_COMMITTER_EMAIL", "committer@example.org"),
+    ];
+    let vars = vars.map(|(k, v)| (OsString::from(k), OsString::from(v)));
+    let base = site.options(History::default());
+    let env = CallerEnv { path: base.env.path.clone(), home: base.env.home.clone(), ..CallerEnv::from_vars(vars) };
+    let mut plan = Plan::inspect(&site.host(), &Options { env, ..base.clone() }, &cancel()).unwrap();
+    site.prepare_with(&mut plan, false).unwrap();
+    site.git_guest(&["commit", "-q", "--allow-empty", "-m", "in the guest"]);
+    let said = site.git_guest(&["log", "-1", "--format=%an <%ae> %cn <%ce>"]);
+    assert_eq!(said, "A \"U\" Thor <author@example.org> C Mitter <committer@example.org>\n");
+
+    // Settings of git for the two, and EMAIL where nothing else is said.
+    let other = Site::committed();
+    let text = "[user]\n\tname = U Ser\n[author]\n\temail = a@example.org\n";
+    std::fs::write(other.dir.path().join("home/.gitconfig"), text).unwrap();
+    let base = other.options(History::default());
+    let vars = [(OsString::from("EMAIL"), OsString::from("e@example.org"))];
+    let env = CallerEnv { path: base.env.path.clone(), home: base.env.home.clone(), ..CallerEnv::from_vars(vars) };
+    let mut plan = Plan::inspect(&other.host(), &Options { env, ..base.clone() }, &cancel()).unwrap();
+    other.prepare_with(&mut plan, false).unwrap();
+    other.git_guest(&["commit", "-q", "--allow-empty", "-m", "in the guest"]);
+    let said = other.git_guest(&["log", "-1", "--format=%an <%ae> %cn <%ce>"]);
+    assert_eq!(said, "U Ser <a@example.org> U Ser <e@example.org>\n");
+}

@@ -6,7 +6,7 @@ mod layout;
 mod parse;
 
 pub(super) use config::Config;
-pub(super) use history::{History1, Pack, pack};
+pub(super) use history::{History1, Pack, Tag, pack};
 pub(super) use parse::{IndexEntry, Record};
 
 use super::beneath::Beneath;
@@ -43,8 +43,8 @@ pub(super) struct Git {
 /// Where HEAD is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Head {
-    /// `refs/heads/main`; None: detached.
-    pub branch: Option<String>,
+    /// `refs/heads/main`, in whatever encoding; None: detached.
+    pub branch: Option<Vec<u8>>,
     /// None: no commit yet.
     pub oid: Option<String>,
 }
@@ -287,7 +287,7 @@ impl Git {
 
     pub fn head(&self) -> Result<Head> {
         let (status, name) = self.ask_status(&self.command(&["symbolic-ref", "-q", "HEAD"]), &[0, 1])?;
-        let branch = (status == 0).then(|| String::from_utf8_lossy(name.trim_ascii_end()).into_owned());
+        let branch = (status == 0).then(|| name.trim_ascii_end().to_vec());
         let (status, _) = self.ask_status(&self.command(&["rev-parse", "-q", "--verify", "HEAD"]), &[0, 1])?;
         if status == 1 {
             if branch.is_none() {

@@ -23,8 +23,15 @@ pub(in crate::workspace) struct History1 {
     pub shallow: BTreeSet<String>,
     /// The commits that are sent; empty with a full history.
     pub commits: BTreeSet<String>,
-    /// Name and object.
-    pub tags: Vec<(String, String)>,
+    pub tags: Vec<Tag>,
+}
+
+/// A tag that goes along.
+#[derive(Debug)]
+pub(in crate::workspace) struct Tag {
+    /// `refs/tags/v1`, in whatever encoding.
+    pub name: Vec<u8>,
+    pub oid: String,
 }
 
 /// A pack and its index, unlinked already.
@@ -102,7 +109,7 @@ impl Git {
     }
 
     /// Tags that name a commit that is sent; with None, all that HEAD contains.
-    fn tags(&self, commits: Option<&BTreeSet<String>>) -> Result<Vec<(String, String)>> {
+    fn tags(&self, commits: Option<&BTreeSet<String>>) -> Result<Vec<Tag>> {
         let format = "--format=%(objecttype) %(*objecttype) %(objectname) %(*objectname) %(refname)";
         let mut args = vec!["for-each-ref", format];
         if commits.is_none() {
@@ -111,15 +118,16 @@ impl Git {
         args.push("refs/tags");
         // A tag whose object is missing is no reason to refuse the tree.
         let (status, text) = self.ask_status(&self.command(&args), &[0, 1, 128])?;
-        let text = if status == 0 { String::from_utf8_lossy(&text).into_owned() } else { String::new() };
+        let text = if status == 0 { text } else { Vec::new() };
         let mut out = Vec::new();
-        for line in text.lines().take(TAGS_MAX) {
-            let words: Vec<&str> = line.split(' ').collect();
+        for line in text.split(|b| *b == b'\n').take(TAGS_MAX) {
+            let words: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
             let [kind, inner, oid, peeled, name] = words[..] else { continue };
-            let target = if kind == "commit" { oid } else { peeled };
-            let is_commit = kind == "commit" || inner == "commit";
-            if is_commit && commits.is_none_or(|c| c.contains(target)) {
-                out.push((name.to_owned(), oid.to_owned()));
+            let target = if kind == b"commit" { oid } else { peeled };
+            let is_commit = kind == b"commit" || inner == b"commit";
+            let (oid, target) = (String::from_utf8_lossy(oid), String::from_utf8_lossy(target));
+            if is_commit && commits.is_none_or(|c| c.contains(&*target)) {
+                out.push(Tag { name: name.to_owned(), oid: oid.into_owned() });
             }
         }
         Ok(out)
@@ -139,7 +147,7 @@ pub(in crate::workspace) fn pack(
     for commit in &history.shallow {
         input.push_str(&format!("--shallow {commit}\n"));
     }
-    let wanted = head.into_iter().chain(history.tags.iter().map(|(_, oid)| oid.as_str())).chain(blobs.iter().map(String::as_str));
+    let wanted = head.into_iter().chain(history.tags.iter().map(|tag| tag.oid.as_str())).chain(blobs.iter().map(String::as_str));
     let before = input.len();
     wanted.for_each(|oid| {
         input.push_str(oid);

@@ -22,7 +22,7 @@ use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
 use crate::workspace::beneath::{Beneath, is_absent};
 use crate::workspace::encode::encode;
-use crate::workspace::git::IndexEntry;
+use crate::workspace::git::{IndexEntry, Tag};
 use crate::workspace::tar_writer::{BLOCK, Meta, Read1, TarWriter, write_all};
 use crate::workspace::walk::{Entry, EntryKind, inside_git_dir};
 use std::collections::HashSet;
@@ -236,13 +236,15 @@ impl Repo {
                 && sent.contains(e.path.as_slice())
                 && !inside_git_dir(&e.path)
         };
-        let or_dash = |o: &Option<String>| o.clone().unwrap_or("-".into());
+        let branch = self.head.branch.as_deref().unwrap_or(b"-");
+        let oid = self.head.oid.as_deref().unwrap_or("-");
+        let tag = |tag: &Tag| [tag.oid.as_bytes(), b" ", &tag.name, b"\n"].concat();
         files.extend([
-            ("head", format!("{}\n{}\n", or_dash(&self.head.branch), or_dash(&self.head.oid)).into_bytes()),
+            ("head", [branch, b"\n", oid.as_bytes(), b"\n"].concat()),
             ("name", self.pack.as_ref().map(|p| format!("{}\n", p.name).into_bytes()).unwrap_or_default()),
             ("shallow", lines(&mut self.history.shallow.iter())),
             ("commits", lines(&mut self.history.commits.iter())),
-            ("tags", self.history.tags.iter().flat_map(|(name, oid)| format!("{oid} {name}\n").into_bytes()).collect()),
+            ("tags", self.history.tags.iter().flat_map(tag).collect()),
             ("index", self.index.iter().filter(|e| !self.is_intent(e)).flat_map(IndexEntry::info).collect()),
             ("seed", self.index.iter().filter(|e| !self.is_intent(e)).filter(seeds).flat_map(IndexEntry::info).collect()),
             ("skip-worktree", flagged(&|e| e.skip_worktree)),

@@ -89,3 +89,23 @@ fn identity_of_the_environment_is_the_guests() {
     let said = other.git_guest(&["log", "-1", "--format=%an <%ae> %cn <%ce>"]);
     assert_eq!(said, "U Ser <a@example.org> U Ser <e@example.org>\n");
 }
+
+#[test]
+fn latin_1_names_of_branches_and_tags_arrive() {
+    let site = Site::committed();
+    let git_raw = |args: &[&[u8]]| {
+        let c = Command::new("git").args(args.iter().map(|a| OsStr::from_bytes(a))).cwd(site.host());
+        run(c.env("HOME", site.dir.path().join("home")));
+    };
+    git_raw(&[b"checkout", b"-q", b"-b", b"caf\xe9"]);
+    git_raw(&[b"tag", b"t\xe9"]);
+    git_raw(&[b"tag", b"-a", b"-m", b"x", b"v\xe9/1"]);
+    site.prepare();
+    let head = std::fs::read(site.guest().join(".git/HEAD")).unwrap();
+    assert_eq!(head, b"ref: refs/heads/caf\xe9\n");
+    let refs = run(Command::new("git").args(["for-each-ref", "--format=%(refname)"]).cwd(site.guest())).stdout;
+    assert_eq!(refs, b"refs/heads/caf\xe9\nrefs/tags/t\xe9\nrefs/tags/v\xe9/1\n");
+    site.git_guest(&["commit", "-q", "--allow-empty", "-m", "in the guest"]);
+    site.write("a", "changed\n");
+    assert_eq!(site.prepare(), [".git/HEAD"]);
+}

@@ -29,6 +29,16 @@ const ASK_DEADLINE: Duration = Duration::from_secs(120);
 const ANSWER_BYTES_MAX: usize = 1024 * 1024 * 1024;
 /// Most bytes of an exclude or attributes file that are passed on.
 const RULES_BYTES_MAX: u64 = 1024 * 1024;
+/// Files of a git directory that are there while something is under way.
+const UNDER_WAY: &[(&str, &str)] = &[
+    ("MERGE_HEAD", "a merge"),
+    ("CHERRY_PICK_HEAD", "a cherry-pick"),
+    ("REVERT_HEAD", "a revert"),
+    ("rebase-merge", "a rebase"),
+    ("rebase-apply", "a rebase"),
+    ("BISECT_LOG", "a bisection"),
+];
+
 /// A repository and how its caller's git is set up.
 pub(super) struct Git {
     /// The top of the work tree.
@@ -297,6 +307,12 @@ impl Git {
         }
         let oid = self.text(&["rev-parse", "-q", "--verify", "HEAD^{commit}"]).map_err(|e| self.refused(e))?;
         Ok(Head { branch, oid: Some(oid) })
+    }
+
+    /// What of several steps somebody has begun and not concluded. Its state is not sent.
+    pub fn under_way(&self) -> Vec<&'static str> {
+        let is_there = |name: &str| self.layout.git_dir.join(name).symlink_metadata().is_ok();
+        UNDER_WAY.iter().filter(|(file, _)| is_there(file)).map(|(_, what)| *what).collect()
     }
 
     /// `sha1` or `sha256`.

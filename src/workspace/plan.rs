@@ -238,6 +238,9 @@ impl Plan {
         walk.listed(&listed, &submodules)?;
         if options.history != History::None {
             repo.pack_up(&git, options.history, &blobs)?;
+            for what in git.under_way() {
+                warnings.push(format!("{what} is under way here: the guest's git does not know, so conclude it here"));
+            }
         }
         warnings.append(&mut walk.warnings);
         let subdir = match below.to_str() {

@@ -109,3 +109,43 @@ fn latin_1_names_of_branches_and_tags_arrive() {
     site.write("a", "changed\n");
     assert_eq!(site.prepare(), [".git/HEAD"]);
 }
+
+#[test]
+fn what_is_under_way_in_the_repository_is_said() {
+    let site = Site::committed();
+    let base = site.git(&["rev-parse", "HEAD"]).trim().to_owned();
+    site.write("a", "theirs\n");
+    site.commit("theirs");
+    site.git(&["branch", "theirs"]);
+    site.git(&["reset", "-q", "--hard", &base]);
+    site.write("a", "ours\n");
+    site.commit("ours");
+    site.git(&["branch", "ours"]);
+    let conflicts = |args: &[&str]| {
+        let c = Command::new("git").args(args).cwd(site.host()).env("HOME", site.dir.path().join("home"));
+        assert_ne!(run_any_status(&c, &cancel(), &mut |_| {}).unwrap().status, 0, "{args:?}");
+    };
+    let said = |word: &str| {
+        let warnings = site.plan().unwrap().warnings().join("\n");
+        assert!(warnings.contains(&format!("{word} is under way here")), "{word:?}: {warnings}");
+        site.git(&["reset", "-q", "--hard", "ours"]);
+    };
+    assert_eq!(site.plan().unwrap().warnings(), [""; 0]);
+    conflicts(&["merge", "theirs"]);
+    said("a merge");
+    conflicts(&["cherry-pick", "theirs"]);
+    said("a cherry-pick");
+    conflicts(&["revert", "--no-edit", &base]);
+    said("a revert");
+    conflicts(&["rebase", "theirs"]);
+    said("a rebase");
+    site.git(&["rebase", "--abort"]);
+    conflicts(&["rebase", "--apply", "theirs"]);
+    said("a rebase");
+    site.git(&["rebase", "--abort"]);
+    site.git(&["bisect", "start", "-q"]);
+    said("a bisection");
+    // Files alone have no history to conclude it in.
+    let options = site.options(History::None);
+    assert_eq!(Plan::inspect(&site.host(), &options, &cancel()).unwrap().warnings(), [""; 0]);
+}

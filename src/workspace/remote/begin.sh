@@ -4,6 +4,8 @@ for tool in git tar find xargs comm sort cut sed head; do
 done
 if [ -L "$W" ]; then die 65 "$W is a symbolic link"; fi
 if [ -e "$W" ] && [ ! -d "$W" ]; then die 65 "$W is no directory"; fi
+gone=0
+[ -d "$W" ] || gone=1
 mkdir -p "$W" "$S"
 alone
 : >"$S/dirty"
@@ -19,6 +21,14 @@ fi
 # Of a power cut: a repository that was being made here, and a baseline that cannot be read.
 if [ -e "$S/init" ]; then rm -rf .git "$S/init"; fi
 if [ -d "$P" ] && ! g rev-parse --git-dir >/dev/null 2>&1; then rm -rf "$P" "$S/index" "$S/baseline"; fi
+# The directory was removed in the guest, or a repository's with all that was in it: nothing of it is a change to keep,
+# and all of it comes again.
+if [ "$(kind_of)" = git ] && [ -z "$(ls -A)" ]; then gone=1; fi
+if [ "$gone" = 1 ]; then
+  for file in index baseline sent dirs pending head kind raw readonly tree.tar rules.exclude rules.attributes; do
+    rm -f "$S/$file"
+  done
+fi
 rm -rf "$S"/export.* "$S/current.index" "$S/work" "$S/recall" "$S/recall.index" "$S/tree.new" "$M"
 mkdir "$S/work"
 : >"$S/changed"

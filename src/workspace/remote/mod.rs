@@ -185,7 +185,7 @@ pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
         }
         Exit::Status(65) => error(Kind::InvalidGuestPath, "give another --guest-path"),
         Exit::Status(66) => error(Kind::WorkspaceIncomplete, "run fcctl workspace prepare again"),
-        Exit::Status(67) => error(Kind::WorkspaceNotFound, "run fcctl workspace prepare first"),
+        Exit::Status(67) => error(Kind::WorkspaceNotFound, "bring the tree in: fcctl workspace prepare {vm} PATH"),
         Exit::Status(68) => error(Kind::GuestCommandFailed, "use an image that has git, GNU tar and findutils"),
         Exit::Status(71) => error(Kind::Busy, "wait until it has ended, or fcctl vm restart {vm}"),
         Exit::Status(69 | 70) => error(Kind::StreamIncomplete, "run the command again"),

@@ -149,3 +149,41 @@ fn what_is_under_way_in_the_repository_is_said() {
     let options = site.options(History::None);
     assert_eq!(Plan::inspect(&site.host(), &options, &cancel()).unwrap().warnings(), [""; 0]);
 }
+
+#[test]
+fn workspace_that_was_removed_in_the_guest_comes_back() {
+    let git_tree = Site::committed();
+    let plain = Site::plain();
+    plain.write("a", "x");
+    plain.write("dir/b", "x");
+    for site in [&git_tree, &plain] {
+        site.prepare();
+        site.write_guest("a", "changed in the guest\n");
+        std::fs::remove_dir_all(site.guest()).unwrap();
+        let e = site.export_patch().unwrap_err();
+        assert_eq!(e.kind(), Kind::WorkspaceNotFound);
+        assert!(e.hint_text().unwrap().contains("fcctl workspace prepare {vm}"), "{e:?}");
+        assert_eq!(site.prepare(), [""; 0]);
+        site.assert_same_tree();
+        assert_eq!(export(site).1, 0);
+        site.write_guest("new", "x");
+        assert_eq!(export(site).1, 1);
+    }
+    git_tree.assert_same_status_without("new");
+    // A directory that was made again in its place, with nothing in it.
+    std::fs::remove_dir_all(git_tree.guest()).unwrap();
+    std::fs::create_dir(git_tree.guest()).unwrap();
+    assert_eq!(git_tree.prepare(), [""; 0]);
+    git_tree.assert_same_tree();
+    git_tree.assert_same_status();
+    // Files that were deleted one by one are a change of the guest's.
+    std::fs::remove_file(git_tree.guest().join("a")).unwrap();
+    assert_eq!(git_tree.prepare(), ["a"]);
+    assert!(!git_tree.guest().join("a").exists());
+}
+
+fn export(site: &Site) -> (String, usize) {
+    let patch = String::from_utf8_lossy(&site.export_patch().unwrap().0).into_owned();
+    let changed = patch.lines().filter(|l| l.starts_with("diff --git ")).count();
+    (patch, changed)
+}

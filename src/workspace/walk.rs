@@ -8,7 +8,7 @@ use crate::locks::Cancel;
 use rustix::fs::FileType;
 use std::collections::HashSet;
 
-/// Unreadable files that an error names.
+/// Unreadable files that an error names, and git directories that warnings name.
 const NAMED_MAX: usize = 5;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,6 +124,12 @@ impl<'a> Walk<'a> {
                 self.warnings.push(format!("left out {}: it is a repository of its own", encode(inner)));
                 continue;
             }
+            if let Some(like_git) = git_dir_of(path) {
+                if self.skipped.insert(like_git.to_vec()) {
+                    self.warnings.push(format!("left out {}: git allows no such name", encode(like_git)));
+                }
+                continue;
+            }
             let Some(entry) = self.look(path)? else { continue };
             match (entry.kind, submodules.contains(path.as_slice())) {
                 (EntryKind::Dir, true) => {
@@ -140,14 +146,14 @@ impl<'a> Walk<'a> {
 
     /// Everything below, directories too; other file systems as well.
     pub fn everything(&mut self) -> Result<()> {
-        let mut inner_repositories = 0;
+        let mut like_git = Vec::new();
         let mut pending = vec![Vec::new()];
         while let Some(dir) = pending.pop() {
             for name in self.names(&dir)? {
-                if name == b".git" {
-                    inner_repositories += 1;
-                }
                 let path = if dir.is_empty() { name } else { [&dir[..], b"/", &name[..]].concat() };
+                if git_dir_of(&path) == Some(&path) {
+                    like_git.push(path.clone());
+                }
                 let Some(entry) = self.look(&path)? else { continue };
                 if entry.kind == EntryKind::Dir {
                     pending.push(path);
@@ -156,10 +162,13 @@ impl<'a> Walk<'a> {
             }
         }
         self.entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-        if inner_repositories > 0 {
-            self.warnings.push(format!(
-                "{inner_repositories} git repositories inside are sent as plain files, and no patch brings them back"
-            ));
+        like_git.sort_unstable();
+        for path in like_git.iter().take(NAMED_MAX) {
+            self.warnings.push(format!("{} is sent, but no patch and no tree bring it back", encode(path)));
+        }
+        if like_git.len() > NAMED_MAX {
+            let more = like_git.len() - NAMED_MAX;
+            self.warnings.push(format!("{more} more git directories are sent, but do not come back"));
         }
         self.settle()
     }
@@ -209,8 +218,20 @@ fn name_of(kind: FileType) -> &'static str {
     }
 }
 
-/// Whether a component of the path is `.git` in any case: git refuses to record such a path, and a patch or a tree
-/// that comes back never has one.
+/// The path up to a component that is `.git` in any case: git refuses to record such a path, and a patch
+/// or a tree that comes back never has one.
+fn git_dir_of(path: &[u8]) -> Option<&[u8]> {
+    let mut from = 0;
+    for part in path.split(|b| *b == b'/') {
+        let end = from + part.len();
+        if part.eq_ignore_ascii_case(b".git") {
+            return Some(&path[..end]);
+        }
+        from = end + 1;
+    }
+    None
+}
+
 pub(super) fn inside_git_dir(path: &[u8]) -> bool {
-    path.split(|b| *b == b'/').any(|part| part.eq_ignore_ascii_case(b".git"))
+    git_dir_of(path).is_some()
 }

@@ -187,3 +187,27 @@ fn export(site: &Site) -> (String, usize) {
     let changed = patch.lines().filter(|l| l.starts_with("diff --git ")).count();
     (patch, changed)
 }
+
+#[test]
+fn names_like_git_directories_are_left_out_with_a_word() {
+    let site = Site::committed();
+    site.write(".GIT/x", "x");
+    site.write("sub/.Git/y", "y");
+    site.write("dir/.gIT", "z");
+    site.write("a.git/ok", "ok");
+    let warnings = site.plan().unwrap().warnings().join("\n");
+    for name in [".GIT", "sub/.Git", "dir/.gIT"] {
+        assert!(warnings.contains(&format!("left out {name}: git allows no such name")), "{name}: {warnings}");
+    }
+    site.prepare();
+    assert!(!site.guest().join(".GIT").exists() && !site.guest().join("sub").exists());
+    assert!(!site.guest().join("dir/.gIT").exists() && site.guest().join("a.git/ok").exists());
+
+    let plain = Site::plain();
+    plain.write("in/.Git/x", "x");
+    plain.write("x", "x");
+    let warnings = plain.plan().unwrap().warnings().join("\n");
+    assert!(warnings.contains("in/.Git is sent, but no patch and no tree bring it back"), "{warnings}");
+    plain.prepare();
+    assert!(plain.guest().join("in/.Git/x").exists());
+}

@@ -373,15 +373,23 @@ impl Git {
         self.own_file(&format!("info/{name}"), RULES_BYTES_MAX)
     }
 
+    /// The patterns of a sparse checkout: each work tree has its own.
+    pub fn sparse_patterns(&self) -> Result<Vec<u8>> {
+        read_own(&self.layout.git_dir, "info/sparse-checkout", RULES_BYTES_MAX)
+    }
+
     /// The start of a file of the repository, empty where there is none, or a link is on the way.
     pub fn own_file(&self, name: &str, bytes_max: u64) -> Result<Vec<u8>> {
-        let opened = Beneath::open(self.common_dir()).and_then(|mut dir| dir.open_file(name.as_bytes()));
-        match opened {
-            Ok(file) if file.metadata().is_ok_and(|m| m.is_file()) => {
-                crate::host::command::read_bounded(file, bytes_max).map_err(|e| Error::io(format!("read {name}"), e))
-            }
-            _ => Ok(Vec::new()),
+        read_own(self.common_dir(), name, bytes_max)
+    }
+}
+
+fn read_own(dir: &Path, name: &str, bytes_max: u64) -> Result<Vec<u8>> {
+    match Beneath::open(dir).and_then(|mut dir| dir.open_file(name.as_bytes())) {
+        Ok(file) if file.metadata().is_ok_and(|m| m.is_file()) => {
+            crate::host::command::read_bounded(file, bytes_max).map_err(|e| Error::io(format!("read {name}"), e))
         }
+        _ => Ok(Vec::new()),
     }
 }
 

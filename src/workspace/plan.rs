@@ -186,6 +186,8 @@ struct Repo {
     config: Vec<u8>,
     exclude: Vec<u8>,
     attributes: Vec<u8>,
+    /// Which part of the tree is checked out.
+    sparse: Vec<u8>,
     partial: bool,
 }
 
@@ -320,7 +322,7 @@ impl Repo {
         let (exclude, note) = git.exclude_rules(config)?;
         let mut warnings: Vec<String> = note.into_iter().collect();
         if config.partial_clone {
-            warnings.push("this is a partial clone: objects that it does not have are missing in the guest, too".into());
+            warnings.push("this is a partial clone: git in the guest has to fetch what is not here either".into());
         }
         let repo = Self {
             head,
@@ -332,6 +334,7 @@ impl Repo {
             config: config.for_guest(),
             exclude,
             attributes: git.info_file("attributes")?,
+            sparse: if config.is_sparse() { git.sparse_patterns()? } else { Vec::new() },
             partial: config.partial_clone,
         };
         Ok((repo, blobs, warnings))

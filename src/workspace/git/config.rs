@@ -17,7 +17,20 @@ const CARRIED: &[&str] = &[
     "status.renames",
     "status.showuntrackedfiles",
     "diff.renames",
+    "core.sparsecheckout",
+    "core.sparsecheckoutcone",
 ];
+
+/// Longest name of a remote, and longest filter, that is passed on.
+const WORD_BYTES_MAX: usize = 64;
+
+/// What of a remote is looked at.
+#[derive(Debug, Default)]
+struct Remote {
+    promisor: bool,
+    filter: Option<String>,
+    url: Option<String>,
+}
 
 /// Settings that say who commits, and the variables that stand for them.
 const IDENTITY: &[(&str, &str)] = &[
@@ -40,6 +53,10 @@ pub(in crate::workspace) struct Config {
     /// And whether the repository itself said so.
     pub(super) excludes_file: Option<(Vec<u8>, bool)>,
     pub partial_clone: bool,
+    /// Remotes by name; only promisors are passed on.
+    remotes: BTreeMap<String, Remote>,
+    /// `extensions.partialClone`: an older way to name a promisor.
+    promisor: Option<String>,
 }
 
 impl Config {
@@ -91,8 +108,11 @@ impl Config {
             }
             "safe.directory" if !own => self.safe_directories.push(value.to_vec()),
             "core.excludesfile" => self.excludes_file = Some((value.to_vec(), own)),
-            "extensions.partialclone" => self.partial_clone = true,
-            _ if key.starts_with("remote.") && key.ends_with(".promisor") => self.partial_clone = true,
+            "extensions.partialclone" => {
+                self.partial_clone = true;
+                self.promisor = Some(String::from_utf8_lossy(value).into_owned());
+            }
+            _ if key.starts_with("remote.") => self.take_remote(&key["remote.".len()..], value),
             _ if CARRIED.contains(&key) => {
                 if let Ok(word) = std::str::from_utf8(value)
                     && word.len() <= 16
@@ -107,6 +127,53 @@ impl Config {
         }
     }
 
+    /// What `remote.NAME.key` says.
+    fn take_remote(&mut self, key: &str, value: &[u8]) {
+        let Some((name, key)) = key.rsplit_once('.') else { return };
+        let remote = self.remotes.entry(name.to_owned()).or_default();
+        let text = || String::from_utf8_lossy(value).into_owned();
+        match key {
+            "promisor" => {
+                // As git reads a boolean, near enough: a promisor too many does no harm.
+                remote.promisor = !matches!(value, b"false" | b"no" | b"off" | b"0" | b"");
+                self.partial_clone |= remote.promisor;
+            }
+            "partialclonefilter" => remote.filter = Some(text()),
+            // Several are tried in order: the first one counts.
+            "url" if remote.url.is_none() => remote.url = Some(text()),
+            _ => {}
+        }
+    }
+
+    /// Who has the objects that a partial clone lacks. Without one, git in the guest takes them for lost and
+    /// refuses to commit.
+    fn promisor_for_guest(&self) -> String {
+        if !self.partial_clone {
+            return String::new();
+        }
+        let is_word = |text: &str| {
+            text.len() <= WORD_BYTES_MAX && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_:=.+".contains(&b))
+        };
+        let is_name = |name: &str| is_word(name) && !name.is_empty() && !name.starts_with('-');
+        let marked = self.remotes.iter().find(|(_, remote)| remote.promisor).map(|(name, _)| name.as_str());
+        let name = marked.or(self.promisor.as_deref()).filter(|name| is_name(name)).unwrap_or("origin");
+        let mut out = format!("[core]\n\trepositoryformatversion = 1\n[extensions]\n\tpartialClone = {name}\n");
+        out.push_str(&format!("[remote \"{name}\"]\n\tpromisor = true\n"));
+        let remote = self.remotes.get(name);
+        if let Some(filter) = remote.and_then(|r| r.filter.as_deref()).filter(|f| is_word(f)) {
+            out.push_str(&format!("\tpartialclonefilter = {filter}\n"));
+        }
+        if let Some(url) = remote.and_then(|r| r.url.as_deref()).and_then(public_url) {
+            out.push_str(&format!("\turl = \"{url}\"\n"));
+        }
+        out
+    }
+
+    /// Whether only a part of the tree is checked out.
+    pub fn is_sparse(&self) -> bool {
+        self.carried.iter().any(|(key, value)| key == "core.sparsecheckout" && value == "true")
+    }
+
     /// Lines for the guest's `.git/config`.
     pub fn for_guest(&self) -> Vec<u8> {
         let mut out = Vec::new();
@@ -117,6 +184,7 @@ impl Config {
                 out.push(b'\n');
             }
         }
+        out.extend(self.promisor_for_guest().into_bytes());
         for (key, value) in &self.carried {
             if let Some((section, name)) = key.split_once('.') {
                 out.extend_from_slice(format!("[{section}]\n\t{name} = {value}\n").as_bytes());
@@ -128,6 +196,17 @@ impl Config {
 
 fn is_of_repository(scope: &[u8]) -> bool {
     matches!(scope, b"local" | b"worktree")
+}
+
+/// An HTTPS address without the credentials that it may hold; None for any other.
+fn public_url(url: &str) -> Option<String> {
+    let rest = url.strip_prefix("https://")?;
+    let (host, path) = rest.split_at(rest.find('/')?);
+    let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
+    let harmless =
+        |text: &str, more: &[u8]| text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b) || more.contains(&b));
+    let fits = !host.is_empty() && harmless(host, b":[]") && harmless(path, b"/~+");
+    fits.then(|| format!("https://{host}{path}"))
 }
 
 /// A value as git's configuration files write it.

@@ -108,6 +108,15 @@ impl Git {
         Ok(())
     }
 
+    /// The objects that `wanted` needs and that are here: what a partial clone does not have is not fetched.
+    fn present_objects(&self, wanted: String, history: &History1) -> Result<Vec<u8>> {
+        let args = ["rev-list", "--objects", "--no-object-names", "--missing=allow-any", "--stdin"];
+        // All commits are named where the history is cut.
+        let walk = if history.commits.is_empty() { None } else { Some("--no-walk=unsorted") };
+        let command = self.command(&args).args(walk).stdin(wanted).deadline(PACK_DEADLINE);
+        Ok(self.ask_status(&command, &[0]).map_err(|e| self.refused(e))?.1)
+    }
+
     /// Tags that name a commit that is sent; with None, all that HEAD contains.
     fn tags(&self, commits: Option<&BTreeSet<String>>) -> Result<Vec<Tag>> {
         let format = "--format=%(objecttype) %(*objecttype) %(objectname) %(*objectname) %(refname)";
@@ -143,28 +152,28 @@ pub(in crate::workspace) fn pack(
     partial: bool,
     dir: &Path,
 ) -> Result<Option<Pack>> {
-    let mut input = String::new();
-    for commit in &history.shallow {
-        input.push_str(&format!("--shallow {commit}\n"));
-    }
-    let wanted = head.into_iter().chain(history.tags.iter().map(|tag| tag.oid.as_str())).chain(blobs.iter().map(String::as_str));
-    let before = input.len();
-    wanted.for_each(|oid| {
-        input.push_str(oid);
-        input.push('\n');
-    });
-    if input.len() == before {
+    let wanted: Vec<&str> =
+        head.into_iter().chain(history.tags.iter().map(|tag| tag.oid.as_str())).chain(blobs.iter().map(String::as_str)).collect();
+    if wanted.is_empty() {
         return Ok(None);
     }
+    let lines = |oids: &mut dyn Iterator<Item = &str>| oids.flat_map(|oid| [oid, "\n"]).collect::<String>();
+    // A walk of pack-objects ends at a tree that a partial clone does not have; rev-list passes it by.
+    let (walk, input) = if partial {
+        let commits = history.commits.iter().map(String::as_str);
+        (None, git.present_objects(lines(&mut wanted.into_iter().chain(commits)), history)?)
+    } else {
+        let cut: String = history.shallow.iter().map(|commit| format!("--shallow {commit}\n")).collect();
+        (Some("--revs"), (cut + &lines(&mut wanted.into_iter())).into_bytes())
+    };
     let objects = dir.join("objects");
     std::fs::create_dir_all(objects.join("pack")).map_err(|e| Error::io("make a directory for the pack", e))?;
     let args = ["-c", "pack.packSizeLimit=0", "-c", "pack.writeReverseIndex=false", "pack-objects"];
-    // Never to be fetched: what a partial clone does not have, it does not send.
-    let missing = if partial { "--missing=allow-any" } else { "--missing=error" };
-    let options = ["--revs", "--delta-base-offset", "-q", missing];
+    let options = ["--delta-base-offset", "-q"];
     let base = dir.join("pack");
     let command = git
         .command(&args)
+        .args(walk)
         .args(options)
         .arg(&base)
         // git writes its temporary file into the object directory: not into the caller's.

@@ -15,7 +15,8 @@
 //! | `index` | the index for `update-index -z --index-info` |
 //! | `seed` | of it, what is likely to be as it stands in the tree |
 //! | `skip-worktree`, `assume-unchanged`, `intent-to-add` | paths, NUL after each |
-//! | `config`, `exclude`, `attributes` | text for `.git/config`, `.git/info/exclude`, `.git/info/attributes` |
+//! | `config`, `exclude`, `attributes`, `sparse-checkout` | text for `.git/config` and for files of `.git/info` |
+//! | `partial` | there: other objects are where the repository was cloned from |
 
 use super::{Plan, Repo, TreeKind};
 use crate::error::{Error, Kind, Result};
@@ -252,6 +253,8 @@ impl Repo {
             ("intent-to-add", flagged(&|e| self.is_intent(e))),
             ("config", self.config.clone()),
             ("attributes", self.attributes.clone()),
+            ("sparse-checkout", self.sparse.clone()),
+            ("partial", if self.partial { b"1\n".to_vec() } else { Vec::new() }),
         ]);
         files
     }

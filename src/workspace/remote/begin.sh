@@ -25,7 +25,7 @@ if [ -d "$P" ] && ! g rev-parse --git-dir >/dev/null 2>&1; then rm -rf "$P" "$S/
 # and all of it comes again.
 if [ "$(kind_of)" = git ] && [ -z "$(ls -A)" ]; then gone=1; fi
 if [ "$gone" = 1 ]; then
-  for file in index baseline sent dirs pending head kind raw readonly tree.tar rules.exclude rules.attributes; do
+  for file in index baseline sent dirs pending head kind raw readonly tree.tar rules.exclude rules.attributes rules.sparse-checkout; do
     rm -f "$S/$file"
   done
 fi

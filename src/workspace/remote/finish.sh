@@ -95,7 +95,7 @@ set_index() {
 }
 set_rules() {
   mkdir -p .git/info
-  for file in exclude attributes; do
+  for file in exclude attributes sparse-checkout; do
     # What the guest wrote there itself stays.
     if cmp -s ".git/info/$file" "$S/rules.$file" || [ ! -e ".git/info/$file" ] || [ "$overwrite" = 1 ]; then
       if [ -f "$M/$file" ]; then cp "$M/$file" ".git/info/$file"; else rm -f ".git/info/$file"; fi
@@ -135,6 +135,8 @@ repository() {
       [ -e ".git/objects/pack/$file" ] || ln "$P/objects/pack/$file" ".git/objects/pack/$file" 2>/dev/null ||
         cp "$P/objects/pack/$file" ".git/objects/pack/$file"
     done
+    # Objects that it names and does not have are elsewhere, not lost.
+    if [ -f "$M/partial" ]; then : >".git/objects/pack/$name.promisor"; fi
   fi
   set_shallow
   if [ -f "$M/tags" ]; then sed 's/^\([^ ]*\) \(.*\)$/update \2 \1/' "$M/tags" | u update-ref --stdin 2>/dev/null || :; fi

@@ -211,3 +211,77 @@ fn names_like_git_directories_are_left_out_with_a_word() {
     plain.prepare();
     assert!(plain.guest().join("in/.Git/x").exists());
 }
+
+/// A clone of a repository with two commits, one of whose directories is not checked out.
+fn partial_clone(filter: &str, sparse: bool) -> (Site, Site) {
+    let origin = Site::committed();
+    origin.git(&["config", "uploadpack.allowFilter", "true"]);
+    origin.git(&["config", "uploadpack.allowAnySHA1InWant", "true"]);
+    origin.write("dir/b", "changed\n");
+    origin.write("a", "second\n");
+    origin.commit("second");
+    let site = Site::plain();
+    std::fs::copy(origin.dir.path().join("home/.gitconfig"), site.dir.path().join("home/.gitconfig")).unwrap();
+    std::fs::remove_dir(site.host()).unwrap();
+    let (url, into) = (format!("file://{}", origin.host().display()), site.host());
+    let mut args = vec!["clone", "-q", filter];
+    args.extend(sparse.then_some("--sparse"));
+    args.extend([url.as_str(), into.to_str().unwrap()]);
+    git(site.dir.path(), &site.dir.path().join("home"), &args);
+    (origin, site)
+}
+
+#[test]
+fn partial_clone_can_be_committed_in_the_guest() {
+    for (filter, sparse) in [("--filter=blob:none", true), ("--filter=blob:none", false), ("--filter=tree:0", true)] {
+        let (origin, site) = partial_clone(filter, sparse);
+        let canary = site.dir.path().join("canary");
+        let script = site.dir.path().join("upload");
+        std::fs::write(&script, format!("#!/bin/sh\ntouch {}\nexec git-upload-pack \"$@\"\n", canary.display())).unwrap();
+        std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+        site.git(&["config", "remote.origin.uploadpack", script.to_str().unwrap()]);
+        site.prepare();
+        assert!(!canary.exists(), "git fetched on the host");
+        // The guest cannot reach the other repository.
+        std::fs::rename(origin.host(), origin.dir.path().join("gone")).unwrap();
+        assert_eq!(site.git_guest(&["status", "--porcelain"]), "", "{filter}");
+        site.write_guest("a", "in the guest\n");
+        site.write_guest("new", "in the guest\n");
+        site.git_guest(&["add", "a", "new"]);
+        site.git_guest(&["commit", "-q", "-m", "in the guest"]);
+        assert_eq!(site.git_guest(&["log", "--format=%s"]), "in the guest\nsecond\nfirst\n");
+        assert_eq!(site.git_guest(&["status", "--porcelain"]), "");
+        if sparse {
+            assert_eq!(site.git_guest(&["sparse-checkout", "list"]), site.git(&["sparse-checkout", "list"]));
+            assert_eq!(site.git_guest(&["ls-files", "-t", "dir/b"]), "S dir/b\n");
+        }
+        site.git_guest(&["fsck"]);
+        site.git_guest(&["gc", "-q"]);
+        site.git_guest(&["commit", "-q", "--allow-empty", "-m", "after the gc"]);
+        let (patch, changed) = export(&site);
+        assert_eq!(changed, 2, "{patch}");
+        assert_eq!(site.prepare(), [".git/HEAD", "a", "new"]);
+    }
+}
+
+#[test]
+fn promisor_of_a_partial_clone_is_carried_without_its_secrets() {
+    let check = |url: &str, want: &str| {
+        let (_origin, site) = partial_clone("--filter=blob:none", true);
+        site.git(&["config", "remote.origin.url", url]);
+        site.prepare();
+        let got = |key: &str| site.git_guest(&["config", "--default", "", key]).trim().to_owned();
+        assert_eq!(got("remote.origin.url"), want, "{url}");
+        assert_eq!(got("remote.origin.promisor"), "true");
+        assert_eq!(got("remote.origin.partialclonefilter"), "blob:none");
+        let text = std::fs::read_to_string(site.guest().join(".git/config")).unwrap();
+        assert!(!text.contains("s3cret"), "{text}");
+    };
+    check("https://example.org/x.git", "https://example.org/x.git");
+    check("https://user:s3cret@example.org/x.git", "https://example.org/x.git");
+    check("https://s3cret@example.org:8443/x", "https://example.org:8443/x");
+    check("https://example.org/x?token=s3cret", "");
+    check("git@example.org:x", "");
+    check("ext::s3cret", "");
+    check("/srv/s3cret", "");
+}

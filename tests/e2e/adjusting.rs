@@ -1,6 +1,6 @@
 //! A real guest whose disks are limited, and that gives memory back and takes it again.
 
-use crate::host::{Host, wait_for, wait_for_or};
+use crate::host::{Host, vmm_processes, wait_for, wait_for_or};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -63,6 +63,13 @@ fn available_mib(host: &Host) -> u64 {
     host.sh("a", "sed -n 's/^MemAvailable: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo").trim().parse::<u64>().unwrap() >> 10
 }
 
+/// The host's memory that a process has.
+fn resident_mib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
+}
+
 #[test]
 fn disks_are_limited_and_memory_comes_back() {
     let mut host = Host::start();
@@ -116,6 +123,15 @@ fn disks_are_limited_and_memory_comes_back() {
     host.ok(&["vm", "balloon", "a", "1G"]);
     wait_for_or("it takes memory again", &mut String::new(), |said| {
         (kept(said) == 1024 && available_mib(&host) + 100 > before).then_some(())
+    });
+    // What the guest has used and freed goes back to the host by itself.
+    let vmm_mib = || vmm_processes(&host.state()).iter().map(|pid| resident_mib(*pid)).sum::<u64>();
+    host.sh("a", "head -c 400M /dev/zero > /dev/shm/used");
+    let used = vmm_mib();
+    host.sh("a", "rm /dev/shm/used");
+    wait_for_or("freed memory goes back to the host", &mut String::new(), |said| {
+        *said = format!("{used} MiB, now {}", vmm_mib());
+        (vmm_mib() + 300 < used).then_some(())
     });
     let (status, said) = host.fails(&["vm", "balloon", "a", "2G"]);
     assert!(status == 2 && said.contains("cannot keep 2048 MiB of its 1024"), "{status}: {said}");

@@ -477,7 +477,10 @@ fn bench_boot() {
         ),
         ("/entropy".into(), "{}".into()),
         ("/vsock".into(), format!(r#"{{"guest_cid":3,"uds_path":"{}"}}"#, dir.path().join("bare.vsock").display())),
-        ("/balloon".into(), r#"{"amount_mib":0,"deflate_on_oom":true,"stats_polling_interval_s":60}"#.into()),
+        (
+            "/balloon".into(),
+            r#"{"amount_mib":0,"deflate_on_oom":true,"stats_polling_interval_s":60,"free_page_reporting":true}"#.into(),
+        ),
         ("/serial".into(), format!(r#"{{"serial_out_path":"{}"}}"#, dir.path().join("serial").display())),
         ("/metrics".into(), format!(r#"{{"metrics_path":"{}"}}"#, dir.path().join("metrics").display())),
         ("/actions".into(), r#"{"action_type":"InstanceStart"}"#.into()),

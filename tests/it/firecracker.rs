@@ -152,7 +152,7 @@ fn a_start_configures_everything_and_runs_the_guest() {
         PUT /network-interfaces/eth0 {"iface_id":"eth0","host_dev_name":"fc0011aabb-1","guest_mac":"02:fc:0a:59:00:05"}
         PUT /entropy {}
         PUT /vsock {"guest_cid":3,"uds_path":"vsock"}
-        PUT /balloon {"amount_mib":0,"deflate_on_oom":true,"stats_polling_interval_s":60}
+        PUT /balloon {"amount_mib":0,"deflate_on_oom":true,"stats_polling_interval_s":60,"free_page_reporting":true}
         PUT /serial {"serial_out_path":"console"}
         PUT /metrics {"metrics_path":"metrics"}
         PUT /actions {"action_type":"InstanceStart"}
@@ -291,6 +291,20 @@ fn a_guest_stands_still_and_goes_on() {
     bench.driver.kill(&running.identity, soon()).unwrap();
     let e = bench.driver.set_paused(&dir, &running.identity, true, &never).unwrap_err();
     assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"), "{e}");
+}
+
+/// Only 1.16 needs the workaround: earlier versions do not hold anything back, and 1.17 fixed it.
+#[test]
+fn vsock_is_reset_at_resume_only_in_versions_that_need_it() {
+    for (version, resets) in [("1.15.1", 0), ("1.16.0", 1), ("1.16.1", 1), ("1.17.0", 0), ("2.0.0", 0)] {
+        let bench = Bench::new(&format!("VERSION {version}"));
+        let (running, never) = (bench.running(), Cancel::try_new().unwrap());
+        for is_paused in [true, false] {
+            bench.driver.set_paused(&bench.dir.path().join("vm"), &running.identity, is_paused, &never).unwrap();
+        }
+        assert_eq!(bench.requests().matches("PUT /snapshot/create").count(), resets, "{version}");
+        bench.driver.kill(&running.identity, soon()).unwrap();
+    }
 }
 
 #[test]

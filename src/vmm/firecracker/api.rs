@@ -13,8 +13,10 @@ use std::net::Ipv4Addr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-/// The version since which it does so.
+/// The first version that needs [`Booted::reset_vsock`] after a pause, and the first that no longer does: 1.17 fixed it
+/// (firecracker-microvm/firecracker#6100).
 const HOLDS_VSOCK_SINCE: (u32, u32) = (1, 16);
+const HOLDS_VSOCK_UNTIL: (u32, u32) = (1, 17);
 /// Where no file can be made, in a jail or out of it.
 const NO_PLACE: &str = "/proc/none/none";
 
@@ -128,6 +130,8 @@ struct Balloon {
     amount_mib: u64,
     deflate_on_oom: bool,
     stats_polling_interval_s: u32,
+    /// The guest reports pages that it no longer uses, and the VMM gives them back to the host (since 1.14).
+    free_page_reporting: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -329,7 +333,12 @@ impl<'a> PreBoot<'a> {
 
     /// One that takes nothing yet, and from which a guest that runs out of memory takes back what it needs.
     pub fn balloon(&mut self) -> Result<()> {
-        let balloon = Balloon { amount_mib: 0, deflate_on_oom: true, stats_polling_interval_s: STATISTICS_PERIOD_S };
+        let balloon = Balloon {
+            amount_mib: 0,
+            deflate_on_oom: true,
+            stats_polling_interval_s: STATISTICS_PERIOD_S,
+            free_page_reporting: true,
+        };
         self.0.change(Method::Put, "/balloon", &balloon, "add a balloon")
     }
 
@@ -423,13 +432,14 @@ impl<'a> Booted<'a> {
         if instance.state == State::Running {
             return Ok(());
         }
-        if checks::is_since(&instance.vmm_version, HOLDS_VSOCK_SINCE) {
+        let is_since = |since| checks::is_since(&instance.vmm_version, since);
+        if is_since(HOLDS_VSOCK_SINCE) && !is_since(HOLDS_VSOCK_UNTIL) {
             self.reset_vsock()?;
         }
         self.0.change(Method::Patch, "/vm", &VmState { state: "Resumed" }, "let the guest go on")
     }
 
-    /// From a resume on the VMM holds back what goes to the guest's vsock until the guest has taken note that its streams have
+    /// In these versions, from a resume on the VMM holds back what goes to the guest's vsock until the guest has taken note that its streams have
     /// ended; but it is told so by a save only (src/vmm/src/devices/virtio/vsock/device.rs, `kick` and `prepare_save`). So one is
     /// begun, which finds no place for its files.
     fn reset_vsock(&mut self) -> Result<()> {

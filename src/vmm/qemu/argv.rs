@@ -133,8 +133,8 @@ pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Ve
     option("-object", "rng-builtin,id=rng".into());
     option("-device", platform.device("rng", "rng=rng"));
     if spec.has_balloon {
-        // A guest that runs out of memory takes it back by itself.
-        option("-device", platform.device("balloon", "deflate-on-oom=on"));
+        // A guest that runs out of memory takes it back by itself, and one that frees some gives it back by itself.
+        option("-device", platform.device("balloon", "deflate-on-oom=on,free-page-reporting=on"));
     }
     option("-chardev", format!("socket,id=console,path={CONSOLE_SOCKET},server=on,wait=off"));
     option("-serial", "chardev:console".into());
@@ -294,7 +294,7 @@ mod tests {
                 -device virtio-net-device,netdev=net
                 -object rng-builtin,id=rng
                 -device virtio-rng-device,rng=rng
-                -device virtio-balloon-device,deflate-on-oom=on
+                -device virtio-balloon-device,deflate-on-oom=on,free-page-reporting=on
                 -chardev socket,id=console,path=console.sock,server=on,wait=off
                 -serial chardev:console
                 -qmp unix:qmp.sock,server=on,wait=off
@@ -335,7 +335,7 @@ mod tests {
                 -device virtio-net-pci,netdev=net,romfile=
                 -object rng-builtin,id=rng
                 -device virtio-rng-pci,rng=rng
-                -device virtio-balloon-pci,deflate-on-oom=on
+                -device virtio-balloon-pci,deflate-on-oom=on,free-page-reporting=on
                 -chardev socket,id=console,path=console.sock,server=on,wait=off
                 -serial chardev:console
                 -qmp unix:qmp.sock,server=on,wait=off

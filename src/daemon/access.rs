@@ -69,15 +69,6 @@ impl Daemon {
         self.store.read(|s| s.vm(id).map(|r| (**r).clone())).ok_or_else(|| vm_not_found(id.as_str()))
     }
 
-    /// A mutation must wait until reconcile has looked at the VM.
-    pub(super) fn refuse_unlooked(&self, row: &VmRow) -> Result<()> {
-        if self.unlooked.lock().contains(&row.id) {
-            return Err(Error::new(Kind::Busy, format!("vm {} is being looked at after a restart of the daemon", row.name))
-                .hint("try again in a moment"));
-        }
-        Ok(())
-    }
-
     /// The VM as its owner sees it.
     pub(super) fn view(&self, id: &VmId) -> Result<Vm> {
         let seen = self.store.read(|s| s.vm(id).map(|row| view_of(s, row)));

@@ -145,7 +145,7 @@ impl Daemon {
     /// Has the guest keep so much memory and give back the rest, if the request says how much, and looks what it keeps.
     pub fn balloon(&self, caller: &Caller, request: &VmBalloonRequest) -> Result<VmBalloonReply> {
         let row = self.resolve(caller, &request.vm)?;
-        self.refuse_unlooked(&row)?;
+        self.ensure_looked_at(&row, Verb::Set)?;
         let doing = format!("balloon of vm {}", row.name);
         let (row, ticket) = {
             let guard = self.locks.vm.lock(&row.id);

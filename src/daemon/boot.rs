@@ -90,10 +90,8 @@ impl Daemon {
 
     /// Every VMM of this VM's, whichever start it is of.
     fn kill_earlier(&self, row: &VmRow) -> Result<()> {
-        for tag in self.vmm.list(&format!("{}{}-", self.tag_prefix(), row.id))? {
-            self.vmm.find(&tag)?.map_or(Ok(()), |identity| self.kill_vmm(&identity))?;
-        }
-        Ok(())
+        let all = self.vmm.list(&format!("{}{}-", self.tag_prefix(), row.id))?;
+        all.iter().try_for_each(|vmm| self.kill_vmm(&vmm.identity))
     }
 
     fn await_guest(&self, boot: &mut Boot<'_>) -> Result<Running> {

@@ -197,7 +197,7 @@ impl Daemon {
     /// that is asked for.
     pub fn set(&self, caller: &Caller, request: &VmSetRequest) -> Result<Vm> {
         let row = self.resolve(caller, &request.vm)?;
-        self.refuse_unlooked(&row)?;
+        self.ensure_looked_at(&row, super::transitions::Verb::Set)?;
         let rates = request.rates();
         if !changes_size(request) && request.rm.is_none() && rates.says_nothing() {
             return Err(Error::invalid(format!("set vm {}: nothing to set", row.name))
@@ -233,7 +233,7 @@ fn size(bytes: u64) -> String {
     if bytes.is_multiple_of(MIB) { format!("{}M", bytes / MIB) } else { format!("{bytes} bytes") }
 }
 
-fn is_at_rest(state: VmState) -> bool {
+pub(super) fn is_at_rest(state: VmState) -> bool {
     matches!(state, VmState::Created | VmState::Stopped | VmState::Failed)
 }
 

@@ -100,7 +100,7 @@ impl Daemon {
         {
             return Some(identity);
         }
-        let found = self.vmm.find(&self.tag(row)).unwrap_or_else(|e| {
+        let found = self.find_vmm(&self.tag(row)).unwrap_or_else(|e| {
             log::warn!("look for the vmm of {}: {e}", row.name);
             None
         });

@@ -72,7 +72,7 @@ impl Daemon {
     /// Carries out what the transition table says. Returns at once: the work goes on in a thread of its own.
     pub(super) fn lifecycle(&self, caller: &Caller, vm: &str, ask: &Ask) -> Result<Begun> {
         let found = self.resolve(caller, vm)?;
-        self.refuse_unlooked(&found)?;
+        self.ensure_looked_at(&found, ask.verb)?;
         let guard = self.locks.vm.lock(&found.id);
         let row = self.row(&found.id)?;
         let mut replaced = None;
@@ -82,7 +82,9 @@ impl Daemon {
                 let seq = claim.as_ref().ok().and_then(|c| Some(c.ticket.as_ref()?.seq()));
                 self.note_asked(&row, ask.verb, seq, &claim.as_ref().map(|c| (Answer::Claimed, Some(c.op().id()))));
                 drop(guard);
-                return self.begin(claim?);
+                let claim = claim?;
+                self.looks.skip(&found.id);
+                return self.begin(claim);
             }
             Decision::Nothing | Decision::Allow => {
                 self.note_asked(&row, ask.verb, None, &Ok((Answer::Nothing, None)));

@@ -24,6 +24,7 @@ mod keys;
 mod lifecycle;
 mod listing;
 mod locks;
+mod looks;
 mod names;
 mod network;
 mod notes;
@@ -153,8 +154,9 @@ pub struct Inner {
     beginning: keys::Beginning,
     host_checks: doctor::HostChecks,
     captures: captures::Captures,
-    /// VMs that reconcile has not looked at yet.
-    unlooked: Mutex<HashSet<VmId>>,
+    looks: looks::Looks,
+    /// Until the reconciler has looked at every VM.
+    earlier_vmms: Mutex<Option<Arc<looks::EarlierVmms>>>,
     settled: reconcile::Settled,
     /// Fires when the daemon closes.
     closing: Cancel,
@@ -241,9 +243,7 @@ impl Daemon {
             0 => crate::host::limits::mem_total_mib()? * MEM_SHARE_PERCENT / 100,
             set => set,
         };
-        let (rows, unlooked) = store.read(|s| {
-            (s.ops().map(|o| (**o).clone()).collect::<Vec<_>>(), s.vms().map(|r| r.id.clone()).collect::<HashSet<_>>())
-        });
+        let (rows, to_look_at) = store.read(|s| (s.ops().map(|o| (**o).clone()).collect::<Vec<_>>(), reconcile::to_look_at(s)));
         let ops = open_ops(&store, config.limits.retention(), rows)?;
         let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let net = network::open(&config, &store, &seams.commands, &closing)?;
@@ -267,7 +267,8 @@ impl Daemon {
             beginning: keys::Beginning::new(),
             host_checks: doctor::host_checks_shared(),
             captures: captures::Captures::new(),
-            unlooked: Mutex::new(Rank::Runtimes, unlooked),
+            looks: looks::Looks::new(to_look_at.clone()),
+            earlier_vmms: Mutex::new(Rank::Runtimes, Some(Arc::new(looks::EarlierVmms::new(to_look_at)))),
             settled: reconcile::Settled::new(),
             closing,
             effects: effects::Effects::default(),

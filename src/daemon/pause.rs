@@ -22,7 +22,7 @@ impl Daemon {
 
     fn set_wanted(&self, caller: &Caller, vm: &str, is_paused: bool) -> Result<Vm> {
         let row = self.resolve(caller, vm)?;
-        self.refuse_unlooked(&row)?;
+        self.ensure_looked_at(&row, Verb::Guest)?;
         let (row, ticket) = {
             let guard = self.locks.vm.lock(&row.id);
             let row = self.row(guard.key())?;

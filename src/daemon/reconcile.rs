@@ -1,14 +1,20 @@
-//! After a start of the daemon: what an earlier one left is adopted, finished or taken back. Run twice it
-//! changes nothing. A live healthy VMM is never killed; what is not ours is never touched.
+//! After a start of the daemon, what an earlier one left is adopted, finished or undone. Running it twice changes
+//! nothing. A live healthy VMM is never killed, and what is not ours is never touched.
+//!
+//! The reconciler's thread looks at VMs one after the other, running VMs first; `looks.rs` knows which are left. VMs at
+//! rest with nothing of a boot in the ledger need no look and are usable at once. A call that changes a VM which is
+//! still due looks at it by itself ([`Daemon::ensure_looked_at`]).
 
-use super::Daemon;
 use super::lifecycle::Claim;
+use super::looks::Looking;
 use super::transitions::Verb;
+use super::{Daemon, resources};
 use crate::api::vm::VmState;
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use crate::locks::{Condvar, Mutex, Rank, Waited};
-use crate::store::VmRow;
+use crate::store::{State, Ticket, VmRow};
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 /// Between two comparisons of the ledger, the rows and the host.
@@ -26,6 +32,23 @@ pub(super) struct Settled {
     told: Condvar,
 }
 
+/// What a look leaves to do.
+enum Left {
+    AsItIs,
+    /// An `rm` VM without a holder.
+    ToDelete,
+}
+
+/// The VMs in which an earlier daemon left something under way or running, with the boot that each was in.
+pub(super) fn to_look_at(state: &State) -> HashMap<VmId, u64> {
+    let of_boots = state.ledger().filter(|l| resources::ends_with_its_boot(&l.kind));
+    let with_leftovers: HashSet<&VmId> = of_boots.filter_map(|l| l.vm.as_ref()).collect();
+    let needs_look = |row: &VmRow| {
+        row.rm || row.identity.is_some() || !super::create::is_at_rest(row.state) || with_leftovers.contains(&row.id)
+    };
+    state.vms().filter(|row| needs_look(row)).map(|row| (row.id.clone(), row.generation)).collect()
+}
+
 impl Settled {
     pub fn new() -> Self {
         Self { is_settled: Mutex::new(Rank::Runtimes, false), told: Condvar::new() }
@@ -33,20 +56,70 @@ impl Settled {
 }
 
 impl Daemon {
-    /// Looks at every VM; each may be changed again as soon as it was looked at.
+    /// Looks at every VM that an earlier daemon left in the middle of something.
     pub fn reconcile(&self) {
-        // Not those made since the daemon opened: they are this daemon's.
-        let ids: Vec<VmId> = self.unlooked.lock().iter().cloned().collect();
-        for id in ids {
-            if let Err(e) = self.reconcile_vm(&id) {
-                log::error!("reconcile vm {id}: {e}");
-            }
-            self.unlooked.lock().remove(&id);
+        for id in self.in_order_of_need() {
+            // Somebody else looks at it, or has.
+            let Some(looking) = self.looks.begin(&id) else { continue };
+            self.look(&id, looking);
         }
+        drop(self.earlier_vmms.lock().take());
         self.sweep(true);
         *self.settled.is_settled.lock() = true;
         self.settled.told.notify_all();
         self.mend_network();
+    }
+
+    /// Running VMs first: until they are adopted nobody sees their end.
+    fn in_order_of_need(&self) -> Vec<VmId> {
+        let mut due = self.looks.due();
+        let needs = |id: &VmId| -> u8 {
+            match self.store.read(|s| s.vm(id).map(|row| row.state)) {
+                Some(VmState::Running) => 0,
+                Some(VmState::Starting | VmState::Stopping | VmState::Deleting) => 1,
+                _ => 2,
+            }
+        };
+        due.sort_by_cached_key(|id| (needs(id), id.clone()));
+        due
+    }
+
+    /// Called before anything changes a VM. The caller's thread looks at a VM that is still due, and waits while
+    /// another one does. Ending a running guest needs no look: its VMM is in the row, and killing it must not wait for
+    /// a VMM that hangs and so cannot be adopted.
+    pub(super) fn ensure_looked_at(&self, row: &VmRow, verb: Verb) -> Result<()> {
+        if !self.looks.is_due(&row.id) {
+            return Ok(());
+        }
+        if row.state == VmState::Running && verb.ends_guest() {
+            return Ok(());
+        }
+        let looked = self.looks.begin_or_wait(&row.id, &self.closing);
+        if let Some(looking) = looked.map_err(|e| e.context(format!("{} VM {}", verb.name(), row.name)))? {
+            self.look(&row.id, looking);
+        }
+        Ok(())
+    }
+
+    fn look(&self, id: &VmId, looking: Looking<'_>) {
+        let looked = self.reconcile_vm(id, looking.generation);
+        // From here on calls do not wait for this look, which the deletion below is one of.
+        drop(looking);
+        match looked {
+            Ok(Left::ToDelete) => self.delete_unasked(id),
+            Ok(Left::AsItIs) => {}
+            Err(e) => log::error!("reconcile VM {id}: {e}"),
+        }
+    }
+
+    /// The VMM with this tag, if one is there. While the reconciler is at work this does not look at all processes for each
+    /// VMM that an earlier daemon had and that is gone.
+    pub(super) fn find_vmm(&self, tag: &str) -> Result<Option<crate::vmm::Identity>> {
+        let earlier = self.earlier_vmms.lock().clone();
+        if earlier.is_some_and(|earlier| earlier.is_gone(tag, || self.vmm.list(&self.tag_prefix()))) {
+            return Ok(None);
+        }
+        self.vmm.find(tag)
     }
 
     /// What an earlier daemon left is no leak before this one has cleared it away.
@@ -83,9 +156,15 @@ impl Daemon {
         }
     }
 
-    fn reconcile_vm(&self, id: &VmId) -> Result<()> {
+    /// `generation`: of the boot that an earlier daemon left.
+    fn reconcile_vm(&self, id: &VmId, generation: u64) -> Result<Left> {
         let _label = crate::locks::operation_scope(format!("reconcile {id}"));
         let row = self.row(id)?;
+        // Operations of earlier daemons have ended.
+        let is_owned = row.op.as_ref().is_some_and(|op| self.ops.get(op).is_ok_and(|op| !op.state.has_ended()));
+        if is_owned || row.generation != generation {
+            return Ok(Left::AsItIs);
+        }
         match row.state {
             VmState::Running => self.adopt_or_fail(&row)?,
             VmState::Starting => {
@@ -93,16 +172,12 @@ impl Daemon {
                 let before = if row.started_at.is_none() { VmState::Created } else { VmState::Stopped };
                 self.put_at_rest(&row, before, "the daemon was restarted while it booted")?;
             }
-            VmState::Stopping => return self.resume(&row, Verb::Stop),
-            VmState::Deleting => return self.resume(&row, Verb::DeleteForce),
+            VmState::Stopping => return self.resume(&row, Verb::Stop).map(|()| Left::AsItIs),
+            VmState::Deleting => return self.resume(&row, Verb::DeleteForce).map(|()| Left::AsItIs),
             VmState::Created | VmState::Stopped | VmState::Failed => self.end_leftover(&row)?,
         }
-        if row.rm {
-            // Its holder's connection died with the earlier daemon.
-            self.unlooked.lock().remove(id);
-            self.delete_unasked(id);
-        }
-        Ok(())
+        // Its holder's connection died with the earlier daemon.
+        Ok(if row.rm { Left::ToDelete } else { Left::AsItIs })
     }
 
     fn adopt_or_fail(&self, row: &VmRow) -> Result<()> {
@@ -129,14 +204,14 @@ impl Daemon {
                     // Most often, and then a full disk does not matter.
                     return Ok(());
                 }
-                let ticket = self.change_row(&row.id, false, |r| (r.identity, r.ssh_addr) = adopted)?;
+                let ticket = self.change_as_found(row, false, |r| (r.identity, r.ssh_addr) = adopted)?;
                 self.wait_durable(ticket)
             }
             // It lives, so it is not killed; the user sees that it cannot be reached.
             Err(e) => {
                 log::warn!("adopt the vmm of {}: {e}", row.name);
                 let reason = format!("{UNADOPTED}: {e}");
-                let ticket = self.change_row(&row.id, false, |r| r.reason = Some(reason))?;
+                let ticket = self.change_as_found(row, false, |r| r.reason = Some(reason))?;
                 self.wait_durable(ticket)?;
                 self.watch(row, &identity)
             }
@@ -154,11 +229,7 @@ impl Daemon {
         self.adopt_adjusted(row);
         self.adopt_pause(row);
         let adopted = (None, Some(running.ssh_addr));
-        let ticket = self.change_row(&row.id, false, |r| {
-            if r.generation == row.generation && r.state == VmState::Running {
-                (r.reason, r.ssh_addr) = adopted;
-            }
-        })?;
+        let ticket = self.change_as_found(row, false, |r| (r.reason, r.ssh_addr) = adopted)?;
         self.wait_durable(ticket)
     }
 
@@ -171,16 +242,21 @@ impl Daemon {
     }
 
     fn put_at_rest(&self, row: &VmRow, state: VmState, reason: &str) -> Result<()> {
-        let guard = self.locks.vm.lock(&row.id);
-        let ((), ticket) = self.change(true, |tx| {
-            tx.update_vm(&guard, |r| {
-                r.state = state;
-                r.reason = Some(reason.to_owned());
-                (r.op, r.intent, r.identity, r.ssh_addr) = (None, None, None, None);
-            })
+        let ticket = self.change_as_found(row, true, |r| {
+            r.state = state;
+            r.reason = Some(reason.to_owned());
+            (r.op, r.intent, r.identity, r.ssh_addr) = (None, None, None, None);
         })?;
-        drop(guard);
         self.wait_durable(ticket)
+    }
+
+    /// Changes the row, unless somebody has claimed the VM since the look at it began.
+    fn change_as_found(&self, found: &VmRow, essential: bool, change: impl FnOnce(&mut VmRow)) -> Result<Ticket> {
+        self.change_row(&found.id, essential, |row| {
+            if (row.generation, row.state, &row.op) == (found.generation, found.state, &found.op) {
+                change(row);
+            }
+        })
     }
 
     /// A stop or a delete that was under way is finished by an operation of the daemon's own.

@@ -80,7 +80,7 @@ impl Daemon {
 
     /// Checks that the guest can be used and joins the VM's cancel set, in one section.
     pub(super) fn join_guest(&self, found: &VmRow, kind: Use, cancel: &Cancel) -> Result<(VmRow, User)> {
-        self.refuse_unlooked(found)?;
+        self.ensure_looked_at(found, Verb::Guest)?;
         let guard = self.locks.vm.lock(&found.id);
         let row = self.row(guard.key())?;
         self.allow_locked(&guard, &row, Verb::Guest)?;

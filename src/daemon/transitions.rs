@@ -34,6 +34,11 @@ impl Verb {
         Verb::Guest,
     ];
 
+    /// Whether the guest of a VM that runs ends.
+    pub const fn ends_guest(self) -> bool {
+        matches!(self, Verb::Stop | Verb::StopForce | Verb::Kill | Verb::Restart | Verb::DeleteForce)
+    }
+
     pub const fn name(self) -> &'static str {
         match self {
             Verb::Start => "start",

@@ -259,30 +259,35 @@ fn detach(command: &mut std::process::Command, credentials: Option<Credentials>)
 
 /// The live processes that have `argument` as one whole argument: ours, or anybody's when we are root.
 pub fn find_by_argument(argument: &str) -> Result<Vec<Identity>> {
+    Ok(scan(|a| a == argument.as_bytes())?.into_iter().map(|(_, identity)| identity).collect())
+}
+
+/// The live processes that have an argument that begins with `prefix`, each with that argument: ours, or anybody's when
+/// we are root.
+pub fn find_by_prefix(prefix: &str) -> Result<Vec<(String, Identity)>> {
+    scan(|a| a.starts_with(prefix.as_bytes()))
+}
+
+/// One look at all processes, for the first argument of each that fits.
+fn scan(fits: impl Fn(&[u8]) -> bool) -> Result<Vec<(String, Identity)>> {
     let me = rustix::process::geteuid().as_raw();
     let mut found = Vec::new();
     let entries = std::fs::read_dir("/proc").map_err(|e| Error::io("read /proc", e))?;
     for entry in entries.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Some(argument) = arguments(pid).into_iter().find(|a| fits(a)).and_then(|a| String::from_utf8(a).ok()) else {
+            continue;
+        };
         if me != 0 && uid(pid) != Some(me) {
             continue;
         }
-        // The stat first: were the pid another's between the two, the identity would fit nobody.
-        let Some(stat) = read_stat(pid).filter(|stat| !stat.is_dead()) else { continue };
-        if arguments(pid).iter().any(|a| a == argument.as_bytes()) {
-            found.push(Identity { pid, start_time: stat.start_time, boot_id: boot_id()?.to_owned() });
+        let Some(before) = read_stat(pid).filter(|stat| !stat.is_dead()) else { continue };
+        // Once more after the stat: were the pid another's by now, the identity would be that one's.
+        if arguments(pid).iter().any(|a| *a == argument.as_bytes()) {
+            found.push((argument, Identity { pid, start_time: before.start_time, boot_id: boot_id()?.to_owned() }));
         }
     }
     Ok(found)
-}
-
-/// The arguments of live processes that begin with `prefix`, each once.
-pub fn arguments_beginning(prefix: &str) -> Result<Vec<String>> {
-    let entries = std::fs::read_dir("/proc").map_err(|e| Error::io("read /proc", e))?;
-    let pids = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
-    let begins = |argument: Vec<u8>| String::from_utf8(argument).ok().filter(|a| a.starts_with(prefix));
-    let found: std::collections::BTreeSet<String> = pids.flat_map(arguments).filter_map(begins).collect();
-    Ok(found.into_iter().collect())
 }
 
 /// The arguments of a process, itself first; none when it is gone or a zombie.

@@ -94,6 +94,7 @@ pub struct State {
     ops: BTreeMap<OpId, Arc<OpRow>>,
     history: OpHistory,
     ledger: BTreeMap<u64, Arc<LedgerRow>>,
+    ledger_by_vm: BTreeMap<VmId, BTreeSet<u64>>,
     keys: BTreeMap<(u32, String), Arc<KeyRow>>,
     meta: BTreeMap<String, Arc<str>>,
     snapshots: BTreeMap<SnapshotId, Arc<SnapshotRow>>,
@@ -177,7 +178,7 @@ impl State {
     }
 
     pub fn ledger_of(&self, vm: &VmId) -> impl DoubleEndedIterator<Item = &Arc<LedgerRow>> {
-        self.ledger.values().filter(move |row| row.vm.as_ref() == Some(vm))
+        self.ledger_by_vm.get(vm).into_iter().flatten().filter_map(|id| self.ledger.get(id))
     }
 
     pub fn key(&self, uid: u32, key: &str) -> Option<&Arc<KeyRow>> {
@@ -287,7 +288,21 @@ impl State {
                 Image::Op(id, before)
             }
             Image::Workspace(vm, row) => Image::Workspace(vm.clone(), set(&mut self.workspaces, vm, row)),
-            Image::Ledger(id, row) => Image::Ledger(id, set(&mut self.ledger, id, row)),
+            Image::Ledger(id, row) => {
+                let before = set(&mut self.ledger, id, row.clone());
+                if let Some(vm) = before.as_ref().and_then(|b| b.vm.clone())
+                    && let Entry::Occupied(mut rows) = self.ledger_by_vm.entry(vm)
+                {
+                    rows.get_mut().remove(&id);
+                    if rows.get().is_empty() {
+                        rows.remove();
+                    }
+                }
+                if let Some(vm) = row.and_then(|r| r.vm.clone()) {
+                    self.ledger_by_vm.entry(vm).or_default().insert(id);
+                }
+                Image::Ledger(id, before)
+            }
             Image::Key(key, row) => {
                 let before = set(&mut self.keys, key.clone(), row.clone());
                 // First added, then removed: what both stand for is not free in between.

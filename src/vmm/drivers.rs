@@ -1,7 +1,7 @@
 //! All drivers as one: VMs are started by the one that the configuration names, and each is looked after by the one that started it.
 
 use super::console::Consoles;
-use super::{Driver, Identity, Running, SaveTo, Told, VmmSpec};
+use super::{Driver, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
 use crate::api::daemon::Check;
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
@@ -66,14 +66,12 @@ impl Driver for Drivers {
         Ok(None)
     }
 
-    fn list(&self, tag_prefix: &str) -> Result<Vec<String>> {
-        let mut tags = Vec::new();
+    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
+        let mut all = Vec::new();
         for driver in &self.all {
-            tags.extend(driver.list(tag_prefix)?);
+            all.extend(driver.list(tag_prefix)?);
         }
-        tags.sort();
-        tags.dedup();
-        Ok(tags)
+        Ok(all)
     }
 
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {

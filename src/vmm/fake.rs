@@ -4,7 +4,7 @@
 //! The table belongs to the value, not to a daemon: a daemon that is opened anew over the same `Fake` finds its VMMs.
 
 use super::console::{Attach, Consoles};
-use super::{Driver, Identity, Running, SaveTo, Told, VmmSpec};
+use super::{Driver, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
 use crate::api::daemon::{Check, Severity};
 use crate::api::vm::RateLimits;
 use crate::error::{Error, Kind, Result};
@@ -36,8 +36,10 @@ pub enum Stage {
     BeforeSpawn,
     /// There is one, `spawned` was told, and it does not answer yet.
     AfterSpawn,
-    /// No start: where a guest is saved.
+    /// Not a start: where a guest is saved.
     Save,
+    /// Not a start: where a VMM of an earlier daemon is taken over.
+    Adopt,
 }
 
 /// What a guest does when Ctrl-Alt-Del is pressed.
@@ -87,6 +89,10 @@ struct State {
     checks: u64,
     kills: u64,
     clashes: u64,
+    /// Looks at all of the host's processes.
+    lists: u64,
+    finds: u64,
+    adoptions: Vec<VmId>,
 }
 
 pub struct Fake {
@@ -270,6 +276,17 @@ impl Fake {
         self.state.lock().kills
     }
 
+    /// How often all of the host's processes were looked at.
+    pub fn scans(&self) -> u64 {
+        let state = self.state.lock();
+        state.lists + state.finds
+    }
+
+    /// The VMs whose VMMs were taken over from an earlier daemon, in this order.
+    pub fn adoptions(&self) -> Vec<VmId> {
+        self.state.lock().adoptions.clone()
+    }
+
     /// Starts on a disk that another live VMM held: a defect of the caller's, always.
     pub fn clashes(&self) -> u64 {
         self.state.lock().clashes
@@ -426,21 +443,28 @@ impl Driver for Fake {
     }
 
     fn find(&self, tag: &str) -> Result<Option<Identity>> {
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        state.finds += 1;
         Ok(state.vmms.iter().find(|vmm| vmm.end.is_none() && vmm.spec.tag == tag).map(|vmm| vmm.identity.clone()))
     }
 
-    fn list(&self, tag_prefix: &str) -> Result<Vec<String>> {
-        Ok(self.live().into_iter().filter(|tag| tag.starts_with(tag_prefix)).collect())
+    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
+        let mut state = self.state.lock();
+        state.lists += 1;
+        let live = state.vmms.iter().filter(|vmm| vmm.end.is_none() && vmm.spec.tag.starts_with(tag_prefix));
+        Ok(live.map(|vmm| Tagged { tag: vmm.spec.tag.clone(), identity: vmm.identity.clone() }).collect())
     }
 
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
+        let never = Cancel::try_new().map_err(|e| Error::io("take up the VMM again", e))?;
+        self.pass_gate(Stage::Adopt, &never)?;
         if let Some(message) = self.state.lock().adopt_failures.pop() {
             return Err(Error::new(Kind::Timeout, message));
         }
         let ssh_addr = self.with(identity, |vmm| (vmm.end.is_none() && vmm.spec.tag == spec.tag).then_some(vmm.ssh_addr));
         let gone = || Error::new(Kind::VmmFailed, "take up the VMM again: it has exited");
         let ssh_addr = ssh_addr.flatten().ok_or_else(gone)?;
+        self.state.lock().adoptions.push(spec.vm.clone());
         self.open_console(spec, identity, "reconnected; what the guest said since fcd ended is lost".to_owned())?;
         Ok(Running { identity: identity.clone(), ssh_addr })
     }

@@ -115,6 +115,13 @@ impl VmmSpec {
     }
 }
 
+/// A live VMM that was found by its tag.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tagged {
+    pub tag: String,
+    pub identity: Identity,
+}
+
 /// A VMM that runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Running {
@@ -152,8 +159,8 @@ pub trait Driver: Send + Sync {
     /// The live process that carries this tag, whoever started it.
     fn find(&self, tag: &str) -> Result<Option<Identity>>;
 
-    /// The tags of all live processes whose tag begins so.
-    fn list(&self, tag_prefix: &str) -> Result<Vec<String>>;
+    /// All live processes whose tag begins so, from one look at the host.
+    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>>;
 
     /// Takes up a VMM that an earlier daemon started: checks identity, executable and tag, opens its console
     /// again (the gap is marked in the log), asks for its SSH address.

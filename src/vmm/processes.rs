@@ -1,8 +1,8 @@
 //! What every driver does the same way: its VMMs are processes that carry a tag among their arguments, run one of a few programs
 //! under one of our uids, and are watched and ended by pidfd.
 
-use super::Identity;
 use super::watch::{Watcher, tell};
+use super::{Identity, Tagged};
 use crate::error::{Error, Kind, Result};
 use crate::host::process::{self, Exit, Process};
 use crate::locks::{Cancel, Rank, region};
@@ -54,10 +54,10 @@ impl Processes {
         Ok(None)
     }
 
-    pub fn list(&self, tag_prefix: &str) -> Result<Vec<String>> {
-        let mut tags = process::arguments_beginning(tag_prefix)?;
-        tags.retain(|tag| self.find(tag).is_ok_and(|found| found.is_some()));
-        Ok(tags)
+    pub fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
+        let found = process::find_by_prefix(tag_prefix)?;
+        let all = found.into_iter().map(|(tag, identity)| Tagged { tag, identity });
+        Ok(all.filter(|vmm| self.verify(&vmm.identity, &vmm.tag).is_ok_and(|process| process.is_some())).collect())
     }
 
     pub fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {

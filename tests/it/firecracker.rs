@@ -93,7 +93,7 @@ impl Bench {
         if let Some(identity) = told {
             assert!(!self.driver.is_alive(&identity), "{e}");
         }
-        assert_eq!(self.driver.list(&self.prefix).unwrap(), [""; 0], "{e}");
+        assert_eq!(self.driver.list(&self.prefix).unwrap(), [], "{e}");
         e
     }
 
@@ -250,7 +250,7 @@ fn refusals_say_what_to_do() {
     for spec in [user_mode, qcow2] {
         let e = bench.driver.start(&spec, &never, &mut |_| {}).unwrap_err();
         assert!(e.kind() == Kind::Unsupported && e.hint_text().is_some(), "{e}");
-        assert_eq!(bench.driver.list(&bench.prefix).unwrap(), [""; 0]);
+        assert_eq!(bench.driver.list(&bench.prefix).unwrap(), []);
     }
 }
 
@@ -541,7 +541,7 @@ fn a_load_that_is_refused_says_why_and_leaves_nothing() {
     let e = bench.load(&files).unwrap_err();
     assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("Failed to get snapshot state from file"), "{e}");
     assert!(e.hint_text().is_some_and(|h| h.contains("snapshot")), "{e}");
-    assert_eq!(bench.driver.list(&bench.prefix).unwrap(), [""; 0]);
+    assert_eq!(bench.driver.list(&bench.prefix).unwrap(), []);
     // Nothing was there that could be loaded elsewhere, either.
     assert_eq!(bench.driver.can_load("qemu (tcg, microvm)", false).unwrap_err().kind(), Kind::Unsupported);
     bench.driver.can_load(&bench.driver.describe(), false).unwrap();

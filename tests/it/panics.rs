@@ -9,7 +9,7 @@ use fcd::error::{Kind, Result};
 use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::fake::Fake;
-use fcd::vmm::{Driver, Identity, Running, SaveTo, Told, VmmSpec};
+use fcd::vmm::{Driver, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
 use fcd::workspace::remote::{self, Place};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -55,7 +55,7 @@ impl Driver for Panics {
     fn find(&self, tag: &str) -> Result<Option<Identity>> {
         self.inner.find(tag)
     }
-    fn list(&self, tag_prefix: &str) -> Result<Vec<String>> {
+    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
         self.inner.list(tag_prefix)
     }
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {

@@ -10,7 +10,7 @@ use fcd::host::{Command, Commands, command::Output};
 use fcd::locks::Cancel;
 use fcd::store::faults::{CommitHook, Fault};
 use fcd::vmm::console::Consoles;
-use fcd::vmm::{Driver, Identity, Running, SaveTo, Told, VmmSpec};
+use fcd::vmm::{Driver, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -133,7 +133,7 @@ impl Driver for PointDriver {
     fn find(&self, tag: &str) -> Result<Option<Identity>> {
         self.0.find(tag)
     }
-    fn list(&self, tag_prefix: &str) -> Result<Vec<String>> {
+    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
         self.0.list(tag_prefix)
     }
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {

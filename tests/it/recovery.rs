@@ -10,6 +10,7 @@ use fcd::error::Kind;
 use fcd::ids::OpId;
 use fcd::store::Intent;
 use fcd::vmm::Told;
+use fcd::vmm::fake::Stage;
 
 fn rm(name: &str) -> VmCreateRequest {
     VmCreateRequest { name: Some(name.parse().unwrap()), rm: true, ..Default::default() }
@@ -203,8 +204,6 @@ fn a_running_vm_is_adopted() {
     world.import_all("web");
     world.reopen();
     assert_eq!(world.state("web"), VmState::Running, "reads are served before it was looked at");
-    let e = world.stop("web").unwrap_err();
-    assert!(e.is(Kind::Busy) && e.fault.retryable, "{e:?}");
     world.daemon().reconcile();
     let again = world.show("web").unwrap();
     assert_eq!((again.pid, again.ssh_addr, again.state), (vm.pid, vm.ssh_addr, VmState::Running));
@@ -213,6 +212,139 @@ fn a_running_vm_is_adopted() {
     // Its death is seen.
     assert!(world.vmm.die(&vm.id, "signal 9 (SIGKILL)"));
     world.await_state("web", VmState::Failed);
+}
+
+/// Nobody has looked at the VM since the daemon began, and the reconciler hangs at another one.
+#[test]
+fn stop_and_delete_of_a_running_vm_right_after_a_restart_do_not_wait_for_the_reconciler() {
+    for verb in ["stop", "stop --force", "kill", "restart", "rm -f"] {
+        let mut world = World::new();
+        world.running("first");
+        let (vm, _) = world.running("web");
+        world.reopen();
+        world.vmm.hold_starts(Stage::Adopt);
+        std::thread::scope(|scope| {
+            let daemon = world.daemon().clone();
+            let reconciler = scope.spawn(move || daemon.reconcile());
+            assert!(world.vmm.await_held(1, soon()));
+            // Whichever of the two hangs, the verb answers.
+            for name in ["first", "web"] {
+                let forced = VmStopRequest { force: verb == "stop --force", ..stop(name) };
+                match verb {
+                    "kill" => drop(world.begin::<VmKill>(request(name), vec![]).finish(PROMPT).unwrap()),
+                    "restart" => drop(world.begin::<VmRestart>(forced, vec![]).finish(PROMPT).unwrap()),
+                    "rm -f" => drop(world.begin::<VmDelete>(delete(name), vec![]).finish(PROMPT).unwrap()),
+                    _ => drop(world.begin::<VmStop>(forced, vec![]).finish(PROMPT).unwrap()),
+                }
+            }
+            world.vmm.release_starts();
+            reconciler.join().unwrap();
+        });
+        world.await_rest();
+        let state = world.show("web").ok().map(|vm| vm.state);
+        let wanted = match verb {
+            "restart" => Some(VmState::Running),
+            "rm -f" => None,
+            _ => Some(VmState::Stopped),
+        };
+        assert_eq!(state, wanted, "{verb}");
+        assert_eq!(world.vmm.live().len(), if verb == "restart" { 2 } else { 0 }, "{verb}");
+        if verb == "restart" {
+            assert!(!world.vmm.adoptions().iter().skip(1).any(|id| *id == vm.id), "adopted what this daemon has started");
+        }
+    }
+}
+
+#[test]
+fn verbs_that_need_the_guest_adopt_it_by_themselves() {
+    let mut world = World::new();
+    let (vm, _) = world.running("web");
+    world.reopen();
+    world.import_all("web");
+    assert_eq!(world.vmm.adoptions(), std::slice::from_ref(&vm.id));
+    world.reopen();
+    assert!(world.call::<VmPause>(&request("web")).unwrap().vm.paused && world.vmm.is_paused(&vm.id));
+    // The reconciler finds nothing left to do.
+    world.daemon().reconcile();
+    assert_eq!(world.vmm.adoptions().len(), 2);
+    assert!(world.vmm.die(&vm.id, "signal 9 (SIGKILL)"));
+    world.await_state("web", VmState::Failed);
+}
+
+#[test]
+fn stop_joins_what_an_earlier_daemon_left_of_one() {
+    let mut world = World::new();
+    let (vm, _) = world.running("web");
+    world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Stopping).unwrap());
+    world.reopen();
+    assert_eq!(world.stop("web").unwrap().state, VmState::Stopped);
+    world.daemon().reconcile();
+    assert_eq!((world.state("web"), world.vmm.kills()), (VmState::Stopped, 0));
+}
+
+#[test]
+fn vms_at_rest_are_usable_at_once_and_cost_no_look_at_the_host() {
+    const VMS: usize = 40;
+    let mut world = World::new();
+    for n in 0..VMS {
+        world.create(&format!("made-{n}"));
+    }
+    for n in 0..3 {
+        let name = format!("rests-{n}");
+        world.running(&name);
+        world.stop(&name).unwrap();
+    }
+    world.reopen();
+    let before = world.vmm.scans();
+    for name in ["made-0", "rests-0"] {
+        let set = VmSetRequest { vm: name.into(), vcpus: Some(2), ..Default::default() };
+        world.call::<VmSet>(&set).unwrap();
+    }
+    assert_eq!(world.vmm.scans(), before);
+    world.daemon().reconcile();
+    // The sweep's own.
+    assert_eq!(world.vmm.scans(), before + 1);
+}
+
+#[test]
+fn host_is_looked_at_once_for_all_vmms_that_are_gone() {
+    const VMS: usize = 10;
+    let mut world = World::new();
+    let vms: Vec<_> = (0..VMS).map(|n| world.running(&format!("vm-{n}")).0).collect();
+    world.shut();
+    for vm in &vms[1..] {
+        assert!(world.vmm.die(&vm.id, "power failure"));
+    }
+    world.reopen();
+    let before = world.vmm.scans();
+    world.daemon().reconcile();
+    assert_eq!(world.vmm.scans(), before + 2, "one for all VMs, and the sweep's");
+    assert_eq!(world.state("vm-0"), VmState::Running);
+    assert!((1..VMS).all(|n| world.state(&format!("vm-{n}")) == VmState::Failed));
+}
+
+#[test]
+fn running_vms_are_looked_at_first() {
+    let mut world = World::new();
+    // In the order of their ids, one that runs would come first by chance now and then.
+    let boots: Vec<_> = (0..8).map(|n| world.running(&format!("boots-{n}")).0).collect();
+    let (vm, _) = world.running("runs");
+    world.edit_rows(|tx| {
+        for vm in &boots {
+            tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Starting).unwrap();
+        }
+    });
+    world.reopen();
+    world.vmm.hold_starts(Stage::Adopt);
+    std::thread::scope(|scope| {
+        let daemon = world.daemon().clone();
+        let reconciler = scope.spawn(move || daemon.reconcile());
+        assert!(world.vmm.await_held(1, soon()));
+        assert!((0..8).all(|n| world.state(&format!("boots-{n}")) == VmState::Starting));
+        world.vmm.release_starts();
+        reconciler.join().unwrap();
+    });
+    assert_eq!(world.vmm.adoptions(), [vm.id]);
 }
 
 /// Its image is gone, but it runs, and its death is seen all the same.

@@ -26,6 +26,7 @@ use crate::ids::{SnapshotId, VmId};
 use crate::locks::Cancel;
 use crate::store::{LedgerRow, State, Tx, VmRow};
 use crate::vmm::Driver;
+use std::collections::HashSet;
 use std::path::Path;
 
 /// In the order in which a boot takes them; they are given back in the reverse order.
@@ -120,6 +121,11 @@ fn existing(path: &Path) -> &Path {
 
 fn of_kind(kind: &str) -> Option<&'static dyn Resource> {
     ALL.into_iter().find(|r| r.kind() == kind)
+}
+
+/// Whether a row of this kind in the ledger stands for something that no VM at rest should have.
+pub(super) fn ends_with_its_boot(kind: &str) -> bool {
+    of_kind(kind).is_some_and(|resource| resource.span() != Span::Life)
 }
 
 /// Writes down what the next boot of `row` is about to take.
@@ -231,16 +237,19 @@ impl Daemon {
                 log::warn!("look for what is left of kind {}: {e}", resource.kind());
                 Vec::new()
             });
-            let (known, leftover): (Vec<String>, Vec<LedgerRow>) = self.store.read(|s| {
+            let (known, leftover): (HashSet<String>, Vec<LedgerRow>) = self.store.read(|s| {
                 let of_kind = || s.ledger().filter(|l| l.kind == resource.kind());
                 (
                     of_kind().map(|l| l.name.clone()).collect(),
                     of_kind().filter(|l| is_leftover(s, l)).map(|l| (**l).clone()).collect(),
                 )
             });
-            let is_leaked =
-                |name: &String| !known.contains(name) && !self.is_of_a_vm(resource, name) && !resource.is_in_use(self, name);
-            for name in found.into_iter().filter(is_leaked) {
+            let mut unknown: Vec<String> = found.into_iter().filter(|name| !known.contains(name)).collect();
+            if !unknown.is_empty() {
+                let intended = self.intended_by_all(resource);
+                unknown.retain(|name| !intended.contains(name) && !resource.is_in_use(self, name));
+            }
+            for name in unknown {
                 let removed = if fix { Some(resource.release(self, &name)) } else { None };
                 leaks.push(leak(resource, &name, "it is in no ledger", removed));
             }
@@ -256,10 +265,10 @@ impl Daemon {
         leaks
     }
 
-    /// Of a VM that an earlier version started, which kept no ledger.
-    fn is_of_a_vm(&self, resource: &dyn Resource, name: &str) -> bool {
+    /// The names of what belongs to VMs that an earlier version started, which kept no ledger.
+    fn intended_by_all(&self, resource: &dyn Resource) -> HashSet<String> {
         let rows = self.store.read(|s| s.vms().cloned().collect::<Vec<_>>());
-        rows.iter().any(|row| resource.intent(self, row).is_some_and(|intent| intent == name))
+        rows.iter().filter_map(|row| resource.intent(self, row)).collect()
     }
 }
 

@@ -34,7 +34,7 @@ impl Resource for VmmProcess {
     fn release(&self, daemon: &Daemon, name: &str) -> Result<()> {
         // More than one only where a VMM was taken over and pretends to be another.
         for _ in 0..PRETENDERS_MAX {
-            let Some(identity) = daemon.vmm.find(name)? else { return Ok(()) };
+            let Some(identity) = daemon.find_vmm(name)? else { return Ok(()) };
             daemon.kill_vmm(&identity)?;
         }
         Err(Error::new(Kind::VmmFailed, format!("end the vmm of {name}: there is always another")).hint("ps ax | grep fc-"))
@@ -45,7 +45,7 @@ impl Resource for VmmProcess {
     }
 
     fn found(&self, daemon: &Daemon) -> Result<Vec<String>> {
-        daemon.vmm.list(&daemon.tag_prefix())
+        Ok(daemon.vmm.list(&daemon.tag_prefix())?.into_iter().map(|vmm| vmm.tag).collect())
     }
 
     fn checks(&self, host: &HostView<'_>) -> Vec<Check> {

@@ -20,7 +20,7 @@ use super::console::{Attach, Consoles};
 use super::dial::{self, Patience};
 use super::processes::{self, Processes};
 use super::run_dir;
-use super::{DiskFormat, Driver, GuestNetwork, Identity, Running, SaveTo, Told, VmmSpec};
+use super::{DiskFormat, Driver, GuestNetwork, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
 use crate::api::daemon::Check;
 use crate::config::Firecracker as Config;
 use crate::error::{Error, Kind, Result};
@@ -411,7 +411,7 @@ impl Driver for Firecracker {
         self.processes.find(tag)
     }
 
-    fn list(&self, tag_prefix: &str) -> Result<Vec<String>> {
+    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
         self.processes.list(tag_prefix)
     }
 

@@ -19,7 +19,7 @@ use super::devices;
 use super::dial::{self, Patience};
 use super::processes::{self, Processes};
 use super::run_dir::{self, RUN_DIR};
-use super::{Driver, GuestNetwork, Identity, Running, SaveTo, Told, VmmSpec};
+use super::{Driver, GuestNetwork, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
 use crate::api::daemon::Check;
 use crate::config::Qemu as Config;
 use crate::error::{Error, Kind, Result};
@@ -225,7 +225,7 @@ impl Driver for Qemu {
         self.processes.find(tag)
     }
 
-    fn list(&self, tag_prefix: &str) -> Result<Vec<String>> {
+    fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>> {
         self.processes.list(tag_prefix)
     }
 

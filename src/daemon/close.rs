@@ -60,6 +60,7 @@ impl Daemon {
         self.threads.wait_idle(deadline);
         self.pool.close(deadline);
         self.close_network();
+        self.end_all_attempts();
         self.store.close();
         let violations = check::violations();
         if violations > 0 {

@@ -6,7 +6,7 @@ use super::lifecycle::{Claim, Outcome, enter, superseded};
 use super::operations::ended_row;
 use super::runtime::{HOST_DISK_FULL, Successor};
 use super::transitions::Verb;
-use super::{Daemon, now_s, resources, to_value};
+use super::{Daemon, now_s, recovery, resources, to_value};
 use crate::api::vm::{VmDeleteReply, VmState};
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
@@ -30,6 +30,8 @@ struct Ending {
     successor: Option<Successor>,
     /// Lost to a later request that is heavier. Their operations end after the VM's lock is released.
     replaced: Vec<Successor>,
+    /// Why a guest was not asked to shut down: see `recovery.rs`.
+    note: Option<String>,
     /// What is to be logged after the VM's lock is released.
     warning: Option<String>,
 }
@@ -57,8 +59,8 @@ impl Daemon {
         let op = claim.op.take().expect("unsettled");
         let (vm, verb, state) = (claim.vm.clone(), claim.verb, claim.state);
         let generation = self.row(&vm).map_or(0, |row| row.generation);
-        let (replaced, warning) = (Vec::new(), None);
-        let mut ending = Ending { vm, verb, state, op, outcome, died: None, successor: None, replaced, warning };
+        let (replaced, warning, note) = (Vec::new(), None, self.recovery_note(&vm));
+        let mut ending = Ending { vm, verb, state, op, outcome, died: None, successor: None, replaced, note, warning };
         loop {
             let written = {
                 let guard = self.locks.vm.lock(&ending.vm);
@@ -142,7 +144,9 @@ impl Daemon {
             for op in ended.into_iter().chain(begun) {
                 tx.put_op(op);
             }
+            recovery::end(tx, vm.key());
             if row.state == VmState::Starting {
+                recovery::forget(tx, vm.key());
                 resources::intend(self, tx, &row);
             }
             // The same again on the row as it is in this section.
@@ -168,6 +172,7 @@ impl Daemon {
         let op = ended_row(ending.op.op(), &result);
         let ((), ticket) = self.change(true, |tx| {
             tx.put_op(op);
+            recovery::forget(tx, vm.key());
             tx.remove_vm(vm);
             Ok(())
         })?;
@@ -306,7 +311,7 @@ fn settle(row: &mut VmRow, ending: &Ending, at: u64) -> Result<()> {
             Err(e.clone().context(format!("start vm {}", row.name)).of_vm(&row.name))
         }
         (Outcome::Ended { synced }, _) => {
-            rest(row, VmState::Stopped, None);
+            rest(row, VmState::Stopped, ending.note.clone());
             row.synced = Some(*synced);
             Ok(())
         }

@@ -34,6 +34,7 @@ impl Daemon {
         let mut checks = looked.map_err(|e| e.context("check this host"))?;
         // These look at files and memory only: always as they are now.
         checks.push(self.image_check());
+        checks.push(self.recovery_check(caller));
         checks.push(match self.store.read_only() {
             None => Check::ok("store", format!("the store in {} takes changes", self.config.state_dir.display())),
             Some(e) => {

@@ -44,6 +44,10 @@ impl Daemon {
             log::info!("vm {} is not asked to shut down: its vmm does not answer", row.name);
             return Synced::No;
         }
+        if let Some(why) = self.recovery_note(&row.id) {
+            log::warn!("VM {}: {why}", row.name);
+            return Synced::No;
+        }
         self.wake_for_stop(row, identity);
         let timeout = claim.timeout.unwrap_or(Duration::from_secs(self.config.limits.stop_timeout_s));
         let now = Instant::now();

@@ -6,7 +6,7 @@ use super::captures::Restore;
 use super::history::{Answer, What};
 use super::runtime::Successor;
 use super::transitions::{Decision, Verb, decide};
-use super::{Begun, Caller, Daemon, create, resources};
+use super::{Begun, Caller, Daemon, create, recovery, resources};
 use crate::api::vm::{Synced, VmReply, VmState};
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
@@ -182,6 +182,7 @@ impl Daemon {
     fn intend_boot(&self, vm: &KeyGuard<'_, VmId>, tx: &mut Tx) -> Result<()> {
         let row = tx.vm(vm.key()).cloned().ok_or_else(|| vm_not_found(vm.key().as_str()))?;
         self.reserve_memory(tx, &row)?;
+        recovery::forget(tx, vm.key());
         resources::intend(self, tx, &row);
         Ok(())
     }

@@ -32,6 +32,7 @@ mod operations;
 mod pause;
 mod ports;
 mod reconcile;
+mod recovery;
 mod resources;
 mod restore;
 mod room;
@@ -158,6 +159,8 @@ pub struct Inner {
     /// Until the reconciler has looked at every VM.
     earlier_vmms: Mutex<Option<Arc<looks::EarlierVmms>>>,
     settled: reconcile::Settled,
+    /// VMs whose recovery this daemon has attempted.
+    recovering: Mutex<HashSet<VmId>>,
     /// Fires when the daemon closes.
     closing: Cancel,
     pub effects: effects::Effects,
@@ -270,6 +273,7 @@ impl Daemon {
             looks: looks::Looks::new(to_look_at.clone()),
             earlier_vmms: Mutex::new(Rank::Runtimes, Some(Arc::new(looks::EarlierVmms::new(to_look_at)))),
             settled: reconcile::Settled::new(),
+            recovering: Mutex::new(Rank::Runtimes, HashSet::new()),
             closing,
             effects: effects::Effects::default(),
             history: history::History::default(),

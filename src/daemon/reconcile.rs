@@ -8,7 +8,7 @@
 use super::lifecycle::Claim;
 use super::looks::Looking;
 use super::transitions::Verb;
-use super::{Daemon, resources};
+use super::{Daemon, recovery, resources};
 use crate::api::vm::VmState;
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
@@ -44,7 +44,11 @@ pub(super) fn to_look_at(state: &State) -> HashMap<VmId, u64> {
     let of_boots = state.ledger().filter(|l| resources::ends_with_its_boot(&l.kind));
     let with_leftovers: HashSet<&VmId> = of_boots.filter_map(|l| l.vm.as_ref()).collect();
     let needs_look = |row: &VmRow| {
-        row.rm || row.identity.is_some() || !super::create::is_at_rest(row.state) || with_leftovers.contains(&row.id)
+        row.rm
+            || recovery::deaths_at_start(state, &row.id) > 0
+            || row.identity.is_some()
+            || !super::create::is_at_rest(row.state)
+            || with_leftovers.contains(&row.id)
     };
     state.vms().filter(|row| needs_look(row)).map(|row| (row.id.clone(), row.generation)).collect()
 }
@@ -165,6 +169,9 @@ impl Daemon {
         if is_owned || row.generation != generation {
             return Ok(Left::AsItIs);
         }
+        if self.gave_up(&row)? {
+            return Ok(Left::AsItIs);
+        }
         match row.state {
             VmState::Running => self.adopt_or_fail(&row)?,
             VmState::Starting => {
@@ -234,7 +241,7 @@ impl Daemon {
     }
 
     /// A VMM that runs for a VM that should have none, and what it had.
-    fn end_leftover(&self, row: &VmRow) -> Result<()> {
+    pub(super) fn end_leftover(&self, row: &VmRow) -> Result<()> {
         if let Some(identity) = self.identity(row) {
             self.kill_vmm(&identity)?;
         }
@@ -261,12 +268,21 @@ impl Daemon {
 
     /// A stop or a delete that was under way is finished by an operation of the daemon's own.
     fn resume(&self, row: &VmRow, verb: Verb) -> Result<()> {
+        let deaths = self.store.read(|s| recovery::deaths_at_start(s, &row.id));
+        self.note_attempt(&row.id);
         let op = self.begin_own_op("reconcile", Some(row.id.clone()), row.owner_uid)?;
         let guard = self.locks.vm.lock(&row.id);
         let (id, op_row) = (op.id().clone(), op.op());
         let ((), ticket) = self.change(true, |tx| {
             tx.put_op(op_row);
-            tx.update_vm(&guard, |r| r.op = Some(id))
+            recovery::begin(tx, guard.key());
+            tx.update_vm(&guard, |r| {
+                r.op = Some(id);
+                if deaths > 0 {
+                    // Only the end of the guest is resumed, not its next start.
+                    r.intent = None;
+                }
+            })
         })?;
         self.arm_locked(&guard, &op, row.state, verb);
         drop(guard);

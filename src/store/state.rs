@@ -208,6 +208,11 @@ impl State {
         self.meta.get(name).map(|v| &**v)
     }
 
+    /// The names of all values of the daemon's own.
+    pub fn metas(&self) -> impl Iterator<Item = &str> {
+        self.meta.keys().map(String::as_str)
+    }
+
     pub fn snapshot(&self, id: &SnapshotId) -> Option<&Arc<SnapshotRow>> {
         self.snapshots.get(id)
     }

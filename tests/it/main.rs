@@ -32,6 +32,7 @@ mod points;
 mod process;
 mod promise;
 mod recovery;
+mod recovery_budget;
 mod running;
 mod setup;
 mod snapshots;

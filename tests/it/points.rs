@@ -32,6 +32,8 @@ pub struct Points {
     armed: Mutex<Option<(Mode, u64)>>,
     seen: AtomicU64,
     dead: AtomicBool,
+    /// The point, by a part of its name, that is the daemon's last.
+    last: Mutex<Option<&'static str>>,
     /// What happened at the point, for messages.
     hit: Mutex<Option<String>>,
 }
@@ -46,6 +48,14 @@ impl Points {
         self.seen.store(0, Ordering::SeqCst);
         *self.hit.lock().unwrap() = None;
         *self.armed.lock().unwrap() = Some((mode, n));
+    }
+    /// The daemon is dead from now on.
+    pub fn die(&self) {
+        self.dead.store(true, Ordering::SeqCst);
+    }
+    /// The daemon dies at the next point whose name contains this.
+    pub fn die_at(&self, what: &'static str) {
+        *self.last.lock().unwrap() = Some(what);
     }
     pub fn disarm(&self) {
         *self.armed.lock().unwrap() = None;
@@ -75,6 +85,9 @@ impl Points {
     }
 
     pub fn pass(&self, what: &str) -> Result<()> {
+        if self.last.lock().unwrap().is_some_and(|last| what.contains(last)) {
+            self.die();
+        }
         if self.is_dead() {
             return Err(dead());
         }

@@ -15,8 +15,8 @@ mod synced_files;
 mod tap;
 mod work_disk;
 
-use super::Daemon;
 use super::boot::Boot;
+use super::{Daemon, recovery};
 use crate::api::daemon::{Check, Leak};
 use crate::api::vm::VmState;
 use crate::config::Config;
@@ -141,6 +141,9 @@ pub(super) fn intend(daemon: &Daemon, tx: &mut Tx, row: &VmRow) {
 /// Whether what this row stands for should be gone.
 fn is_leftover(state: &State, row: &LedgerRow) -> bool {
     let Some(vm) = row.vm.as_ref().and_then(|id| state.vm(id)) else { return true };
+    if recovery::is_left_alone(state, &vm.id) {
+        return false;
+    }
     let at_rest = matches!(vm.state, VmState::Created | VmState::Stopped | VmState::Failed);
     match of_kind(&row.kind).map(Resource::span) {
         Some(Span::Start) => vm.state != VmState::Starting || row.generation < vm.generation,

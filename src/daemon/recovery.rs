@@ -1,0 +1,193 @@
+//! The crash budget of recovery. A stop or a delete that an earlier daemon left is resumed; but if a daemon dies while
+//! it does that, the guest may be the cause, and would kill every daemon at its start. So no attempt is repeated the
+//! same way.
+//!
+//! | what the last daemon died in | what the next one does |
+//! |---|---|
+//! | nothing that it resumed | resumes what was under way |
+//! | a stop that was resumed | resumes it, but ends the VMM without asking the guest |
+//! | that, or a delete that was resumed | writes the VM down as `failed`, then ends the VMM and cleans up |
+//! | that, too | leaves the VM, which is `failed`, to its owner |
+//!
+//! A record in the store's `meta` table is durable before each attempt and says that it is under way; a daemon that
+//! finds it so knows that its predecessor died there. Once one has died, also a stop that somebody asks for does not ask
+//! the guest. The record goes with the VM's next start or with the VM. An orderly end of the daemon is not a death.
+
+use super::create::is_at_rest;
+use super::{Caller, Daemon};
+use crate::api::daemon::Check;
+use crate::api::vm::VmState;
+use crate::error::Result;
+use crate::ids::VmId;
+use crate::store::{State, Tx, VmRow};
+use serde::{Deserialize, Serialize};
+
+const PREFIX: &str = "recovery/";
+
+/// What is known of the attempts to recover a VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Record {
+    /// Daemons that died in one.
+    deaths: u32,
+    is_under_way: bool,
+    /// Nothing is done on the daemon's own account.
+    is_left_alone: bool,
+}
+
+fn name(vm: &VmId) -> String {
+    format!("{PREFIX}{vm}")
+}
+
+fn read(state: &State, vm: &VmId) -> Record {
+    // Of another version: better one attempt too many than none.
+    state.meta(&name(vm)).and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
+}
+
+fn write(tx: &mut Tx, vm: &VmId, record: Record) {
+    if record == Record::default() {
+        tx.remove_meta(&name(vm));
+    } else {
+        let text = serde_json::to_string(&record).expect("a number and flags");
+        tx.put_meta(&name(vm), &text);
+    }
+}
+
+/// Daemons that died in attempts to recover the VM, not counting one that is under way.
+fn deaths(state: &State, vm: &VmId) -> u32 {
+    read(state, vm).deaths
+}
+
+/// The same at the start of a daemon: the attempt that is still under way ended with its daemon.
+pub(super) fn deaths_at_start(state: &State, vm: &VmId) -> u32 {
+    let record = read(state, vm);
+    record.deaths + u32::from(record.is_under_way)
+}
+
+/// The attempt that begins with this change.
+pub(super) fn begin(tx: &mut Tx, vm: &VmId) {
+    let deaths = deaths_at_start(tx, vm);
+    write(tx, vm, Record { deaths, is_under_way: true, is_left_alone: false });
+}
+
+/// The daemon survived the attempt.
+pub(super) fn end(tx: &mut Tx, vm: &VmId) {
+    let record = read(tx, vm);
+    write(tx, vm, Record { is_under_way: false, ..record });
+}
+
+/// The VM begins another life, or is gone.
+pub(super) fn forget(tx: &mut Tx, vm: &VmId) {
+    tx.remove_meta(&name(vm));
+}
+
+/// Whether nothing of the VM is to be touched on the daemon's own account.
+pub(super) fn is_left_alone(state: &State, vm: &VmId) -> bool {
+    read(state, vm).is_left_alone
+}
+
+impl Daemon {
+    /// How many daemons died in attempts to recover the VM.
+    pub(super) fn recovery_deaths(&self, vm: &VmId) -> u32 {
+        self.store.read(|s| deaths(s, vm))
+    }
+
+    /// Why a VM that comes to rest was not asked to shut down, if that is so because of its record.
+    pub(super) fn recovery_note(&self, vm: &VmId) -> Option<String> {
+        let deaths = self.recovery_deaths(vm);
+        (deaths > 0).then(|| format!("its VMM was ended without asking the guest, because {}", times(deaths)))
+    }
+
+    /// Whether what an earlier daemon left of the VM is not to be resumed. Then this has done what there is to do.
+    pub(super) fn gave_up(&self, row: &VmRow) -> Result<bool> {
+        let record = self.store.read(|s| read(s, &row.id));
+        let deaths = record.deaths + u32::from(record.is_under_way);
+        let gives_up = match row.state {
+            VmState::Stopping => deaths > 1,
+            // It has never asked the guest.
+            VmState::Deleting => deaths > 0,
+            VmState::Created | VmState::Stopped | VmState::Failed => record.is_under_way || record.is_left_alone,
+            VmState::Starting | VmState::Running => false,
+        };
+        if gives_up {
+            self.give_up(row, deaths, is_at_rest(row.state))?;
+        }
+        Ok(gives_up)
+    }
+
+    /// Notes that an attempt is this daemon's, for its orderly end.
+    pub(super) fn note_attempt(&self, vm: &VmId) {
+        self.recovering.lock().insert(vm.clone());
+    }
+
+    /// The state first: a daemon that dies of the rest must not find anything to resume.
+    fn give_up(&self, row: &VmRow, deaths: u32, leaves_alone: bool) -> Result<()> {
+        let reason = format!("{}, so it is not resumed again", times(deaths));
+        log::error!("VM {}: {reason}", row.name);
+        self.note_attempt(&row.id);
+        let record = Record { deaths, is_under_way: !leaves_alone, is_left_alone: leaves_alone };
+        let guard = self.locks.vm.lock(&row.id);
+        let ((), ticket) = self.change(true, |tx| {
+            write(tx, &row.id, record);
+            tx.update_vm(&guard, |r| {
+                // Its VMM stays known, for whoever ends it.
+                (r.state, r.reason) = (VmState::Failed, Some(reason));
+                (r.op, r.intent) = (None, None);
+            })
+        })?;
+        drop(guard);
+        self.wait_durable(ticket)?;
+        if leaves_alone {
+            return Ok(());
+        }
+        self.end_leftover(row)?;
+        let guard = self.locks.vm.lock(&row.id);
+        let ((), ticket) = self.change(true, |tx| {
+            end(tx, &row.id);
+            tx.update_vm(&guard, |r| (r.identity, r.ssh_addr) = (None, None))
+        })?;
+        drop(guard);
+        self.wait_durable(ticket)
+    }
+
+    /// At an orderly end of the daemon: what is still under way did not kill it.
+    pub(super) fn end_all_attempts(&self) {
+        let begun = std::mem::take(&mut *self.recovering.lock());
+        let under_way: Vec<VmId> = self.store.read(|s| begun.into_iter().filter(|vm| read(s, vm).is_under_way).collect());
+        if under_way.is_empty() {
+            return;
+        }
+        let ended = self.change(true, |tx| {
+            under_way.iter().for_each(|vm| end(tx, vm));
+            Ok(())
+        });
+        if let Err(e) = ended.map(|((), ticket)| ticket.detach()) {
+            log::warn!("write down that the daemon ends in good order: {e}");
+        }
+    }
+
+    /// Names the VMs that have cost daemons, as far as the caller may see them.
+    pub(super) fn recovery_check(&self, caller: &Caller) -> Check {
+        const ID: &str = "recovery";
+        let found: Vec<String> = self.store.read(|s| {
+            let of = |vm: VmId| s.vm(&vm).map(|row| (row.clone(), deaths(s, &vm)));
+            let seen = recorded(s).filter_map(of).filter(|(row, deaths)| *deaths > 0 && caller.may_see(row.owner_uid));
+            seen.map(|(row, deaths)| format!("VM {} ({deaths})", row.name)).collect()
+        });
+        if found.is_empty() {
+            return Check::ok(ID, "no daemon died while it resumed what an earlier one had left");
+        }
+        let text = format!("daemons died while they resumed a stop or a delete of {}", found.join(", "));
+        Check::warn(ID, text, "see why in the daemon's log; delete the VM (fcctl rm -f NAME), or start it again")
+    }
+}
+
+fn recorded(state: &State) -> impl Iterator<Item = VmId> {
+    state.metas().filter_map(|name| name.strip_prefix(PREFIX)?.parse().ok())
+}
+
+fn times(deaths: u32) -> String {
+    match deaths {
+        1 => "the daemon died while it resumed a stop or a delete of this VM".to_owned(),
+        n => format!("the daemon died {n} times while it resumed a stop or a delete of this VM"),
+    }
+}

@@ -1,0 +1,191 @@
+//! A guest, or anything else, that kills the daemon whenever a stop or a delete is resumed.
+
+use crate::world::*;
+use fcd::api::Empty;
+use fcd::api::daemon::{Doctor, Severity};
+use fcd::api::event::{EventsWatch, EventsWatchRequest, What};
+use fcd::api::frame::Note;
+use fcd::api::vm::*;
+use fcd::guest::fake::Answer;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// A VM whose guest kills the daemon that asks it to shut down.
+struct Hostile {
+    world: World,
+    asked: Arc<AtomicU32>,
+}
+
+impl Hostile {
+    fn in_state(state: VmState) -> Self {
+        let mut world = World::new();
+        let (vm, _) = world.running("evil");
+        world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.state = state).unwrap());
+        world.reopen();
+        Self { world, asked: Arc::default() }
+    }
+
+    /// The daemon that is open now dies when it asks the guest.
+    fn guest_kills_who_asks(&self) {
+        let (points, asked) = (self.world.points.clone(), self.asked.clone());
+        self.world.guest.on(fcd::image::SHUTDOWN_COMMAND, move |_| {
+            asked.fetch_add(1, Ordering::SeqCst);
+            points.die();
+            Answer::status(1)
+        });
+    }
+
+    fn asked(&self) -> u32 {
+        self.asked.load(Ordering::SeqCst)
+    }
+
+    /// Another daemon comes, and recovers what it may.
+    fn next_daemon(&mut self) {
+        if self.world.points.is_dead() {
+            self.world.crash();
+        }
+        self.world.reopen();
+        self.guest_kills_who_asks();
+    }
+
+    /// The daemon that is open dies of asking the guest.
+    fn dies_asking(&mut self) {
+        self.guest_kills_who_asks();
+        self.world.daemon().reconcile();
+        let points = self.world.points.clone();
+        await_that("the daemon dies of asking", || points.is_dead());
+    }
+
+    /// The daemon that is open dies when it ends the VMM.
+    fn dies_killing(&mut self) {
+        self.world.points.die_at("kill the vmm");
+        self.world.daemon().reconcile();
+        let points = self.world.points.clone();
+        await_that("the daemon dies of ending the VMM", || points.is_dead());
+    }
+
+    fn shown(&self) -> Vm {
+        self.world.show("evil").unwrap()
+    }
+
+    fn doctor_says(&self) -> (Severity, String) {
+        let checks = self.world.call::<Doctor>(&Empty {}).unwrap().checks;
+        let check = checks.into_iter().find(|c| c.id == "recovery").expect("doctor looks at recovery");
+        (check.severity, check.found)
+    }
+}
+
+#[test]
+fn stop_that_killed_the_daemon_is_resumed_without_asking_the_guest() {
+    let mut hostile = Hostile::in_state(VmState::Stopping);
+    assert_eq!(hostile.doctor_says().0, Severity::Ok);
+    hostile.dies_asking();
+    hostile.next_daemon();
+    hostile.world.daemon().reconcile();
+    hostile.world.await_rest();
+    let vm = hostile.shown();
+    assert_eq!((hostile.asked(), vm.state, vm.synced), (1, VmState::Stopped, Some(Synced::No)));
+    assert!(vm.reason.unwrap().contains("without asking the guest"));
+    assert!(hostile.world.vmm.live().is_empty());
+    let (severity, found) = hostile.doctor_says();
+    assert!(severity == Severity::Warn && found.contains("VM evil (1)"), "{found}");
+    // Another life, another record.
+    hostile.world.place(&vm.id);
+    hostile.world.start("evil").unwrap();
+    assert_eq!(hostile.doctor_says().0, Severity::Ok);
+}
+
+#[test]
+fn vm_is_left_alone_after_three_daemons_died_resuming_its_stop() {
+    let mut hostile = Hostile::in_state(VmState::Stopping);
+    hostile.dies_asking();
+    hostile.next_daemon();
+    hostile.dies_killing();
+    hostile.next_daemon();
+    let watch = EventsWatchRequest { since: None };
+    let events = hostile.world.begin::<EventsWatch>(watch, vec![]);
+    events.note(|note| matches!(note, Note::Snapshot(_)).then_some(()));
+    hostile.dies_killing();
+    let why = events.note(|note| match note {
+        Note::Events(told) => told.events.iter().find_map(|event| match &event.what {
+            What::State { to: VmState::Failed, reason, .. } => reason.clone(),
+            _ => None,
+        }),
+        _ => None,
+    });
+    assert!(why.contains("died 2 times"), "{why}");
+    events.hang_up();
+
+    hostile.next_daemon();
+    hostile.world.daemon().reconcile();
+    hostile.world.await_rest();
+    let vm = hostile.shown();
+    assert_eq!((hostile.asked(), vm.state), (1, VmState::Failed));
+    assert!(vm.reason.unwrap().contains("died 3 times"));
+    assert_eq!(hostile.world.vmm.live().len(), 1, "nobody touches it on the daemon's own account");
+    let (severity, found) = hostile.doctor_says();
+    assert!(severity == Severity::Warn && found.contains("VM evil (3)"), "{found}");
+    // Others are not affected, and the next daemon does not touch it either.
+    hostile.world.running("well");
+    hostile.next_daemon();
+    hostile.world.daemon().reconcile();
+    assert_eq!((hostile.world.state("well"), hostile.world.state("evil")), (VmState::Running, VmState::Failed));
+    // Its owner gets rid of it.
+    hostile.world.delete("evil").unwrap();
+    assert_eq!(hostile.world.vmm.live().len(), 1);
+    assert_eq!(hostile.doctor_says().0, Severity::Ok);
+}
+
+#[test]
+fn delete_that_killed_the_daemon_is_not_resumed_as_a_delete() {
+    let mut hostile = Hostile::in_state(VmState::Deleting);
+    hostile.dies_killing();
+    hostile.next_daemon();
+    hostile.dies_killing();
+    hostile.next_daemon();
+    hostile.world.daemon().reconcile();
+    let vm = hostile.shown();
+    assert!(vm.state == VmState::Failed && vm.reason.unwrap().contains("died 2 times"));
+    hostile.world.delete("evil").unwrap();
+    assert!(hostile.world.vmm.live().is_empty());
+}
+
+#[test]
+fn daemon_that_ends_before_it_came_to_the_vm_forgets_no_death() {
+    let mut hostile = Hostile::in_state(VmState::Stopping);
+    hostile.dies_asking();
+    hostile.next_daemon();
+    hostile.next_daemon();
+    hostile.world.daemon().reconcile();
+    hostile.world.await_rest();
+    assert_eq!((hostile.asked(), hostile.shown().state), (1, VmState::Stopped));
+}
+
+#[test]
+fn orderly_end_in_the_middle_of_a_resumed_stop_is_no_death() {
+    let mut hostile = Hostile::in_state(VmState::Stopping);
+    let gate = fcd::guest::fake::Gate::closed();
+    let held = gate.clone();
+    hostile.world.guest.on(fcd::image::SHUTDOWN_COMMAND, move |_| Answer::status(0).stdout("synced\n").hold(&held));
+    hostile.world.daemon().reconcile();
+    await_that("the stop is resumed", || hostile.world.daemon().leftovers().threads == 1);
+    // As the end of the drain, whose deadline this stop outlasts.
+    let daemon = hostile.world.daemon().clone();
+    let id = hostile.shown().id;
+    let record = format!("recovery/{id}");
+    daemon.close(std::time::Instant::now(), std::time::Instant::now());
+    assert_eq!(daemon.store.read(|s| s.meta(&record).map(str::to_owned)), None);
+    gate.open();
+    hostile.world.points.die();
+    hostile.world.crash();
+    hostile.world.reopen();
+    let vmm = hostile.world.vmm.clone();
+    hostile.world.guest.on(fcd::image::SHUTDOWN_COMMAND, move |_| {
+        vmm.die(&id, "the guest shut down");
+        Answer::status(0).stdout("synced\n")
+    });
+    hostile.world.daemon().reconcile();
+    hostile.world.await_rest();
+    let vm = hostile.shown();
+    assert_eq!((vm.state, vm.synced, hostile.doctor_says().0), (VmState::Stopped, Some(Synced::Yes), Severity::Ok));
+}

@@ -34,6 +34,7 @@ mod promise;
 mod recovery;
 mod recovery_budget;
 mod running;
+mod scale;
 mod setup;
 mod snapshots;
 mod stall;

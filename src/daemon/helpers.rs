@@ -13,6 +13,8 @@ pub fn run_if_asked() -> Option<ExitCode> {
     Some(match asked.name.as_str() {
         crate::guest::helper::NAME => crate::guest::helper::serve::run(&asked),
         #[cfg(test)]
+        crate::guest::helper::tests_hostile::NAME => crate::guest::helper::tests_hostile::run(),
+        #[cfg(test)]
         crate::host::confine::PROBE => crate::host::confine::run_probe(&asked),
         _ => ExitCode::from(UNKNOWN),
     })

@@ -20,6 +20,8 @@ pub mod serve;
 mod session;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub mod tests_hostile;
 
 use super::connect;
 use super::wait::Wait;

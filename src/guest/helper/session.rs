@@ -56,10 +56,10 @@ fn job(target: &Target, command: Option<Command>) -> Job {
 }
 
 impl<'w, 'a> Session<'w, 'a> {
-    fn new(target: &'w Target, wait: Wait<'w>) -> Result<Self> {
+    fn new(helper: Helper, target: &'w Target, wait: Wait<'w>) -> Self {
         let dial = wait.tighten(Instant::now() + DIAL_TIMEOUT);
-        Ok(Self {
-            helper: confine::spawn(NAME, target.owner)?,
+        Self {
+            helper,
             target,
             wait,
             dial,
@@ -71,12 +71,12 @@ impl<'w, 'a> Session<'w, 'a> {
             is_started: false,
             is_key_refused: false,
             result: None,
-        })
+        }
     }
 
     /// Logs in over a connected socket, and no more.
     pub fn log_in(target: &'w Target, socket: TcpStream, wait: &Wait<'w>) -> Result<LogIn> {
-        let mut session = Self::new(target, wait.clone())?;
+        let mut session = Self::new(confine::spawn(NAME, target.owner)?, target, wait.clone());
         let passed = Passed { socket: socket.as_fd(), stdin: None, stdout: None, stderr: None };
         session.send_job(&job(target, None), &passed)?;
         drop(socket);
@@ -102,8 +102,19 @@ impl<'w, 'a> Session<'w, 'a> {
 
     /// Connects and gives the helper its job.
     pub fn start(target: &'w Target, spec: &ExecSpec, streams: Streams<'a>, wait: Wait<'w>) -> Result<Self> {
-        // The helper gets ready while the connection is made.
-        let mut session = Self::new(target, wait)?;
+        // It gets ready while the connection is made.
+        let helper = confine::spawn(NAME, target.owner)?;
+        Self::start_with(helper, target, spec, streams, wait)
+    }
+
+    pub(super) fn start_with(
+        helper: Helper,
+        target: &'w Target,
+        spec: &ExecSpec,
+        streams: Streams<'a>,
+        wait: Wait<'w>,
+    ) -> Result<Self> {
+        let mut session = Self::new(helper, target, wait);
         let socket = connect(target, &session.dial).map_err(|e| session.at_dial(e))?;
         let mut theirs = Theirs::default();
         let Streams { stdin, stdout, stderr, controls, hangup: _ } = streams;

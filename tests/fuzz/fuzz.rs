@@ -42,7 +42,7 @@ struct Target {
 }
 
 /// In order to add one: a line here, and valid inputs in `seeds/NAME/`.
-const TARGETS: [Target; 4] = [
+const TARGETS: [Target; 6] = [
     Target {
         name: "qmp",
         run: fcd::vmm::fuzz::qmp,
@@ -84,6 +84,18 @@ const TARGETS: [Target; 4] = [
         run: fcd::vmm::fuzz::console,
         memory_max: 16 << 20,
         words: &["\r\n", "\u{e9}", "\u{1f600}", "Kernel panic - not syncing: ", "--- fcd: "],
+    },
+    Target {
+        name: "helper-replies",
+        run: fcd::guest::helper::fuzz::replies,
+        memory_max: 1 << 20,
+        words: &["\u{1}", "\u{2}", "\u{4}\u{4}", "\u{0}\u{0}\u{0}", "\u{1b}[2J", "\u{202e}", "TERM"],
+    },
+    Target {
+        name: "helper-orders",
+        run: fcd::guest::helper::fuzz::orders,
+        memory_max: 1 << 20,
+        words: &["\u{1}", "\u{2}", "\u{3}", "\u{4}\u{0}\u{0}\u{0}", "root", "xterm", "USR1"],
     },
 ];
 

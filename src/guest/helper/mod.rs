@@ -14,6 +14,8 @@
 //!   key to itself and the streams of the command that it runs anyway.
 //! - [`protocol`] is what passes between the two.
 
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 pub mod protocol;
 mod pumps;
 pub mod serve;

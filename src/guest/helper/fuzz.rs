@@ -1,0 +1,30 @@
+//! Targets of `scripts/fuzz`: each message of the helper's protocol, from either side. An input is one message.
+
+use super::protocol::{FROM_HELPER_BYTES_MAX, Job, Order, Reply};
+use crate::api::exec::Exit;
+
+/// Longest text of a reply, each of whose bytes may have become an escape.
+const TEXT_SHOWN_BYTES_MAX: usize = 10 * FROM_HELPER_BYTES_MAX;
+
+/// What the daemon reads, and a guest may have written.
+pub fn replies(message: &[u8]) {
+    match Reply::decode(message) {
+        Some(Reply::Failed(_, text)) => {
+            assert!(text.len() <= TEXT_SHOWN_BYTES_MAX, "a text of {} bytes", text.len());
+            assert!(text.chars().all(|c| !c.is_control() && c != '\u{202e}'), "a text that a terminal would obey");
+        }
+        Some(Reply::Exited(Exit::Signal(name))) => assert!(name.bytes().all(|b| b.is_ascii_alphanumeric()), "{name:?}"),
+        Some(other) => assert_eq!(Reply::decode(&other.encode()), Some(other)),
+        None => {}
+    }
+}
+
+/// What a helper reads. What it takes it could have been sent.
+pub fn orders(message: &[u8]) {
+    if let Some(job) = Job::decode(message) {
+        assert_eq!(job.encode(), message);
+    }
+    if let Some(order) = Order::decode(message) {
+        assert_eq!(order.encode(), message);
+    }
+}

@@ -132,7 +132,7 @@ impl Daemon {
         let max = self.config.limits.vms_per_uid_max;
         if owned >= max {
             return Err(Error::new(Kind::VmLimit, format!("uid {} has {owned} VMs, the most that it may have", row.owner_uid))
-                .hint("delete some (fcctl vm prune), or raise limits.vms_per_uid_max"));
+                .hint("delete those you do not need (fcctl ps -a, fcctl rm NAME), or raise limits.vms_per_uid_max"));
         }
         require_free(tx, &row.ports)?;
         row.name = if name_given { free_name(tx, row.name)? } else { some_name(tx, &row.id)? };

@@ -148,7 +148,7 @@ impl Images {
         let dir = self.path(name);
         let damaged = |what: String| {
             Error::new(Kind::Host, format!("image {name} is damaged: {what}"))
-                .hint(format!("remove {} and run: fcctl image build", dir.display()))
+                .hint(format!("build it again: move {} away, then fcctl image build", dir.display()))
         };
         let file = match File::open(dir.join(METADATA)) {
             Ok(file) => file,

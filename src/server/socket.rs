@@ -94,7 +94,7 @@ fn remove_stale(path: &Path) -> Result<()> {
     };
     if FileType::from_raw_mode(stat.st_mode) != FileType::Socket || stat.st_uid != rustix::process::geteuid().as_raw() {
         let text = format!("{shown} is there and is no socket of ours");
-        return Err(Error::new(Kind::TargetExists, text).hint(format!("stat {shown}; remove it, or use another --socket")));
+        return Err(Error::new(Kind::TargetExists, text).hint(format!("see what it is: stat {shown}; or use another --socket")));
     }
     if is_listened_on(path)? {
         let text = format!("another process listens on {shown}");

@@ -145,7 +145,7 @@ fn check_file(path: &Path) -> Result<()> {
         return Err(refused(format!("database {shown} belongs to uid {}", stat.st_uid)).hint(format!("stat {shown}")));
     }
     if stat.st_size == 0 {
-        let hint = format!("no version of fcd leaves it so: put a good copy back, or remove {shown} to begin anew");
+        let hint = format!("no version of fcd leaves it so: put a good copy back, or move {shown} away");
         return Err(refused(format!("database {shown} is empty")).hint(hint));
     }
     if stat.st_mode & 0o077 != 0 {
@@ -202,7 +202,7 @@ fn check_contents(c: &Connection, path: &Path, newest: usize) -> Result<()> {
 fn create(dir: &Path, path: &Path, migrations: &[String]) -> Result<()> {
     if path_exists(&wal_path(path))? {
         let text = format!("database {} is missing, but its write-ahead log is there", path.display());
-        return Err(refused(text).hint(format!("put the database back, or remove {FILE_NAME}-wal to begin anew")));
+        return Err(refused(text).hint(format!("put the database back; to start without it, move {FILE_NAME}-wal away")));
     }
     let fresh = dir.join("fcd.db.new");
     for suffix in ["", "-wal", "-shm", "-journal"] {

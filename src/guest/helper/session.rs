@@ -250,7 +250,7 @@ impl<'w, 'a> Session<'w, 'a> {
                 Kind::HostKeyMismatch,
                 format!("the guest at {} has another host key than its VM was given", self.target.addr),
             )
-            .hint("the VM's identity changed: delete it and create it again (fcctl rm -f {vm})"),
+            .hint("a start gives the guest its own key again: fcctl restart {vm}"),
             Failure::Lost => lost(text.trim_start_matches("the connection to the guest broke: ")),
             Failure::Stream => Error::new(Kind::Host, text),
         }

@@ -44,6 +44,8 @@ pub(super) struct Git {
     /// The top of the work tree.
     pub top: PathBuf,
     layout: Layout,
+    /// Paths outside the repository that it may take objects from.
+    allowed: Vec<PathBuf>,
     env: CallerEnv,
     cancel: Cancel,
     /// `-c` settings for every command.
@@ -83,10 +85,10 @@ impl Git {
     pub fn open(top: &Path, options: &Options, cancel: &Cancel) -> Result<(Self, Config)> {
         let env = options.env.clone();
         let layout = Layout::find(top)?;
-        let mut git = Self { top: top.to_owned(), layout, env, cancel: cancel.clone(), config: Vec::new() };
         let allowed = options.allowed_alternates()?;
-        git.check_claim(&allowed)?;
-        git.layout.check(&allowed)?;
+        let mut git = Self { top: top.to_owned(), layout, allowed, env, cancel: cancel.clone(), config: Vec::new() };
+        git.check_claim()?;
+        git.layout.check(&git.allowed)?;
         let mut config = git.read_config()?;
         config.add_identity(&git.env);
         for dir in git.safe_directories(&config)? {
@@ -142,11 +144,13 @@ impl Git {
     }
 
     /// A foreign tree could name any repository of the caller's: the repository has to point back.
-    fn check_claim(&self, allowed: &[PathBuf]) -> Result<()> {
+    fn check_claim(&self) -> Result<()> {
         let claim = self.layout.claim();
         let is_own = match claim {
             Claim::Inside | Claim::Worktree => true,
-            Claim::Setting => allowed.iter().any(|dir| self.layout.git_dir.starts_with(dir)) || self.is_named_by_setting()?,
+            Claim::Setting => {
+                self.allowed.iter().any(|dir| self.layout.git_dir.starts_with(dir)) || self.is_named_by_setting()?
+            }
             Claim::OtherWorktree(_) | Claim::None => false,
         };
         if is_own { Ok(()) } else { Err(self.layout.foreign(&claim)) }

@@ -2,12 +2,15 @@
 
 use super::{Git, parse};
 use crate::error::{Error, Kind, Result};
+use crate::workspace::beneath::Beneath;
 use crate::workspace::plan::History;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
 
+/// How often a pack is made again because the repository changed meanwhile.
+const PACK_TRIES: usize = 5;
 const PACK_DEADLINE: Duration = Duration::from_secs(1800);
 /// Commits beyond the asked depth that one look at the history brings, so that one is enough where it is linear.
 const LOOK_AHEAD: u32 = 200;
@@ -144,6 +147,10 @@ impl Git {
 }
 
 /// Makes the pack: the history and `blobs`. None where there is nothing to pack. It is written below `dir`.
+///
+/// Somebody may change the repository while git reads it, and change it back: objects of another repository
+/// could get into the pack. So the store is looked at before and after, and it is given to git by a
+/// descriptor, which no renaming above it reaches.
 pub(in crate::workspace) fn pack(
     git: &Git,
     head: Option<&str>,
@@ -151,6 +158,28 @@ pub(in crate::workspace) fn pack(
     blobs: &HashSet<String>,
     partial: bool,
     dir: &Path,
+) -> Result<Option<Pack>> {
+    let objects = git.common_dir().join("objects");
+    for _ in 0..PACK_TRIES {
+        let store = Beneath::open(&objects).map_err(|e| Error::io(format!("open {}", objects.display()), e))?;
+        let before = git.layout.check(&git.allowed)?;
+        let fresh = before.is_fresh();
+        let packed = pack_once(git, head, history, blobs, partial, (&store, dir));
+        if !fresh && store.is_at(&objects) && git.layout.check(&git.allowed)? == before {
+            return packed;
+        }
+    }
+    Err(Error::new(Kind::Conflict, "pack the history: the repository changed while it was read")
+        .hint("wait until nothing writes to it any more, then run the command again"))
+}
+
+fn pack_once(
+    git: &Git,
+    head: Option<&str>,
+    history: &History1,
+    blobs: &HashSet<String>,
+    partial: bool,
+    (store, dir): (&Beneath, &Path),
 ) -> Result<Option<Pack>> {
     let wanted: Vec<&str> =
         head.into_iter().chain(history.tags.iter().map(|tag| tag.oid.as_str())).chain(blobs.iter().map(String::as_str)).collect();
@@ -178,7 +207,7 @@ pub(in crate::workspace) fn pack(
         .arg(&base)
         // git writes its temporary file into the object directory: not into the caller's.
         .env("GIT_OBJECT_DIRECTORY", &objects)
-        .env("GIT_ALTERNATE_OBJECT_DIRECTORIES", alternate(&git.common_dir().join("objects")))
+        .env("GIT_ALTERNATE_OBJECT_DIRECTORIES", alternate(&store.by_descriptor()))
         .stdin(input)
         .deadline(PACK_DEADLINE);
     let (_, hash) = git.ask_status(&command, &[0]).map_err(|e| e.context("pack the history"))?;

@@ -7,14 +7,18 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::host::shell::quote;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Most bytes of a file that names a path. git reads no longer `.git` file.
 const POINTER_BYTES_MAX: u64 = 1024 * 1024;
+/// Coarsest clock that a kernel takes the time of a change from.
+const CLOCK_TICK: Duration = Duration::from_millis(10);
 /// Links that may follow each other, as in the kernel.
 const LINKS_MAX: usize = 40;
 /// Entries of a git directory that no git of ours reads: they may lead anywhere.
@@ -137,16 +141,50 @@ impl Layout {
         }
     }
 
-    /// Looks through all that git would read and refuses what leads out of the repository. Gives the
-    /// directories that git may read. `allowed` has no link in it.
-    pub fn check(&self, allowed: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    /// Looks through all that git would read and refuses what leads out of the repository. `allowed` has
+    /// no link in it. Two stores that look the same were not changed in between.
+    pub fn check(&self, allowed: &[PathBuf]) -> Result<Store> {
         let own = BTreeSet::from([self.top.clone(), self.git_dir.clone(), self.common.clone()]);
-        let mut check = Check { own, allowed, seen: BTreeSet::new(), pending: Vec::new() };
+        let mut check = Check { own, allowed, seen: BTreeMap::new(), pending: Vec::new() };
         for dir in BTreeSet::from([&self.git_dir, &self.common]) {
             check.first_level(dir)?;
         }
         check.alternates(&self.common.join("objects"), &mut BTreeSet::new())?;
-        Ok(check.own.into_iter().chain(allowed.iter().cloned()).collect())
+        Ok(Store { stamps: check.seen })
+    }
+}
+
+/// What the directories of objects and refs looked like.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Store {
+    stamps: BTreeMap<PathBuf, Stamp>,
+}
+
+/// A change of a directory cannot be undone without a trace in this: nobody sets a ctime.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Stamp {
+    dev: u64,
+    ino: u64,
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Result<Self> {
+        let meta = path.metadata().map_err(|e| unreadable(path, e))?;
+        Ok(Self { dev: meta.dev(), ino: meta.ino(), changed: (meta.ctime(), meta.ctime_nsec()) })
+    }
+}
+
+impl Store {
+    /// Whether a change within the last tick of the clock may look like none.
+    pub fn is_fresh(&self) -> bool {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let age = |stamp: &Stamp| {
+            let (s, ns) = stamp.changed;
+            let at = Duration::new(u64::try_from(s).unwrap_or(0), u32::try_from(ns).unwrap_or(0));
+            now.saturating_sub(at)
+        };
+        self.stamps.values().any(|stamp| age(stamp) < CLOCK_TICK)
     }
 }
 
@@ -154,7 +192,7 @@ struct Check<'a> {
     own: BTreeSet<PathBuf>,
     allowed: &'a [PathBuf],
     /// Directories that were looked through.
-    seen: BTreeSet<PathBuf>,
+    seen: BTreeMap<PathBuf, Stamp>,
     pending: Vec<PathBuf>,
 }
 
@@ -197,9 +235,11 @@ impl Check<'_> {
         self.pending.push(dir.to_owned());
         while let Some(dir) = self.pending.pop() {
             let Ok(dir) = real(&dir) else { continue };
-            if !dir.is_dir() || !self.seen.insert(dir.clone()) {
+            if !dir.is_dir() || self.seen.contains_key(&dir) {
                 continue;
             }
+            // Before it is read: what changes from here on shows.
+            self.seen.insert(dir.clone(), Stamp::of(&dir)?);
             let items = std::fs::read_dir(&dir).map_err(|e| unreadable(&dir, e))?;
             for item in items {
                 let item = item.map_err(|e| unreadable(&dir, e))?;
@@ -222,6 +262,10 @@ impl Check<'_> {
             return Ok(());
         }
         let list = objects.join("info/alternates");
+        if list.is_file() {
+            let real = real(&list).map_err(|e| refusal(format!("follow {}", list.display()), e))?;
+            self.seen.insert(real.clone(), Stamp::of(&real)?);
+        }
         let text = read_pointer(&list).map_err(|e| refusal(format!("read {}", list.display()), e))?;
         for named in alternate_entries(&text.unwrap_or_default()) {
             let named = objects.join(OsStr::from_bytes(&named));

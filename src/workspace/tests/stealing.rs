@@ -505,3 +505,39 @@ fn moved_worktree_is_mended_by_its_hint() {
     run(Command::new("sh").args(["-c", hint.split_once("it: ").unwrap().1]).env("HOME", &home));
     Plan::inspect(&new, &site.options(History::Full), &cancel()).unwrap();
 }
+
+/// Somebody swaps parts of the repository for links and back, as fast as possible, while it is read.
+#[test]
+fn parts_that_are_swapped_while_git_reads_do_not_arrive() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    for name in [".git", ".git/objects", ".git/objects/pack"] {
+        let heist = Heist::new();
+        heist.private.git(&["repack", "-adq"]);
+        heist.site.git(&["repack", "-adq"]);
+        // Its head is known to have the other repository's commit.
+        heist.site.write(".git/refs/heads/trunk", heist.private.git(&["rev-parse", "HEAD"]));
+        let (path, aside) = (heist.site.path(name), heist.site.dir.path().join("aside"));
+        let link = heist.site.dir.path().join("link");
+        symlink(heist.private(name), &link).unwrap();
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|s| {
+            s.spawn(|| {
+                while !ended.load(Ordering::Relaxed) {
+                    std::fs::rename(&path, &aside).unwrap();
+                    std::fs::rename(&link, &path).unwrap();
+                    std::thread::yield_now();
+                    std::fs::rename(&path, &link).unwrap();
+                    std::fs::rename(&aside, &path).unwrap();
+                }
+            });
+            let leaked = (0..20).any(|_| {
+                let Ok(mut plan) = Plan::inspect(&heist.site.host(), &heist.site.options(History::Full), &cancel()) else {
+                    return false;
+                };
+                heist.site.prepare_with(&mut plan, false).is_ok() && heist.shows_secret()
+            });
+            ended.store(true, Ordering::Relaxed);
+            assert!(!leaked, "{name}: the guest can git show the private repository");
+        });
+    }
+}

@@ -8,6 +8,12 @@
 //! # The payload of an import
 //! One line `fcd-import 1 <meta_bytes>\n`, then `meta_bytes` bytes of a tar archive for the guest-side script
 //! (git objects, index entries, the list of what is sent), then a tar archive of the tree itself.
+//!
+//! # The payload of an export
+//! One line `fcd-export 1 <count> <bytes>\n`, then so many bytes of records that name what could not be brought back:
+//! a letter (`r`: the `.git` of a repository made in the guest, `s`: files in a submodule or in a repository of the
+//! caller's that was not sent, `n`: a name that git refuses), a blank, the path, NUL. The list is cut where it is too
+//! long, `count` is of all. Then the patch, or a tar. The guest writes all of it.
 
 use super::calls;
 use super::vm::Vm;

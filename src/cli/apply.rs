@@ -3,13 +3,14 @@
 use super::context::Context;
 use super::output::count;
 use super::signals::Interrupts;
-use super::workspace::{Bound, ExportTo, Transfer};
+use super::workspace::{Bound, ExportTo, Transfer, tell_left};
 use crate::client::Result;
 use crate::error::{Error, Kind};
 use crate::host::shell::quote;
 use crate::locks::Cancel;
 use crate::workspace::apply::{self, Change};
 use crate::workspace::encode::encode;
+use crate::workspace::left::LeftBehind;
 use crate::workspace::plan::CallerEnv;
 use std::path::{Path, PathBuf};
 
@@ -40,6 +41,7 @@ struct Document {
     applied: bool,
     directory: PathBuf,
     files: Vec<ChangedFile>,
+    left_behind: LeftBehind,
 }
 
 #[derive(serde::Serialize)]
@@ -53,8 +55,13 @@ struct ChangedFile {
 pub fn run(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
     let top = apply::top_of(&args.directory)?;
     let spool = tempfile::Builder::new().prefix("fcctl-apply-").tempdir().map_err(|e| Error::io("make a directory", e))?;
+    let mut left = LeftBehind::default();
     let patch = match (&args.vm, &args.patch) {
-        (Some(vm), _) => fetch(ctx, interrupts, vm, spool.path(), &args)?,
+        (Some(vm), _) => {
+            let file = spool.path().join("patch");
+            left = fetch(ctx, interrupts, vm, &file, &args)?;
+            file
+        }
         (None, Some(file)) => file.clone(),
         (None, None) => return Err(Error::internal("neither a VM nor a patch was given").into()),
     };
@@ -64,26 +71,29 @@ pub fn run(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8>
             .into());
     }
     let checked = apply::check(&top, &patch, &CallerEnv::from_process(), interrupts.cancel())?;
-    if let Some(vm) = args.vm.as_deref().filter(|_| checked.changes.is_empty()) {
-        ctx.note(&format!("nothing has changed in {vm}"));
+    if let Some(vm) = &args.vm {
+        if checked.changes.is_empty() {
+            ctx.note(&format!("nothing has changed in {vm}"));
+        }
+        tell_left(ctx, vm, &left);
     }
     let changes = if args.dry_run { checked.changes } else { checked.apply_all()? };
-    tell(ctx, top, &changes, !args.dry_run)?;
+    tell(ctx, top, &changes, left, !args.dry_run)?;
     Ok(0)
 }
 
-/// Exports into a file of our own.
-fn fetch(ctx: &mut Context, interrupts: &Interrupts, vm: &str, spool: &Path, args: &Args) -> Result<PathBuf> {
-    let file = spool.join("patch");
+/// Exports into the file `spool`. What could not come.
+fn fetch(ctx: &mut Context, interrupts: &Interrupts, vm: &str, spool: &Path, args: &Args) -> Result<LeftBehind> {
     let mut client = ctx.connect()?;
-    Transfer { ctx, interrupts, client: &mut client, vm }.export(&ExportTo::Patch(file.clone()), args.bound, args.no_wait)?;
-    Ok(file)
+    let to = ExportTo::Patch(spool.to_owned());
+    let fetched = Transfer { ctx, interrupts, client: &mut client, vm }.export(&to, args.bound, args.no_wait)?;
+    Ok(fetched.left_behind)
 }
 
-fn tell(ctx: &mut Context, directory: PathBuf, changes: &[Change], applied: bool) -> Result<()> {
+fn tell(ctx: &mut Context, directory: PathBuf, changes: &[Change], left_behind: LeftBehind, applied: bool) -> Result<()> {
     if ctx.json {
         let files = changes.iter().map(|c| ChangedFile { path: encode(&c.path), lines_added: c.added, lines_removed: c.removed });
-        return ctx.document(&Document { applied, directory, files: files.collect() });
+        return ctx.document(&Document { applied, directory, files: files.collect(), left_behind });
     }
     if changes.is_empty() {
         return Ok(());

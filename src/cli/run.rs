@@ -4,7 +4,7 @@ use super::context::Context;
 use super::exec::{self, Ended, How, OUR_FAILURE};
 use super::signals::{Interrupts, Phase, interrupted};
 use super::vm::Shape;
-use super::workspace::{Bound, ExportTo, PrepareHow, Source, Transfer, tell_exported};
+use super::workspace::{Bound, ExportTo, PrepareHow, Source, Transfer, tell_exported, tell_left};
 use crate::api::frame::Note;
 use crate::api::vm::{Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteRequest, VmRequest, VmSet, VmSetRequest, VmStart};
 use crate::client::{Client, Event, Failure, Result};
@@ -227,9 +227,11 @@ fn collect(ctx: &mut Context, interrupts: &Interrupts, made: &Made, export: &Exp
         Transfer { ctx, interrupts, client: &mut client, vm }.export(&export.to, export.bound, false)
     });
     match result {
-        Ok(exported) => {
-            tell_exported(ctx, interrupts, &export.to, &exported, export.top.as_deref());
-            Ok(())
+        Ok(fetched) => {
+            tell_exported(ctx, interrupts, &export.to, &fetched.exported, export.top.as_deref());
+            tell_left(ctx, vm, &fetched.left_behind);
+            // The VM is the only place where this is.
+            if made.rm && fetched.left_behind.total > 0 { Err(OUR_FAILURE) } else { Ok(()) }
         }
         Err(_) if interrupts.cause().is_some() => {
             ctx.note("interrupted");

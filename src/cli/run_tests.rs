@@ -1,6 +1,6 @@
 use super::super::exec::tests::{begin, status};
 use super::super::tests::{Ran, Start, fcctl, fcctl_from, vm};
-use super::super::workspace::tests::{give_stream, take_stream, with_workspace};
+use super::super::workspace::tests::{give_stream, give_stream_without, take_stream, with_workspace};
 use crate::api::frame::Note;
 use crate::api::vm::VmState;
 use crate::client::fake::{Fake, Request};
@@ -222,4 +222,48 @@ fn stdin_reaches_the_command_only_when_asked() {
     let start = Start { stdin: File::from(std::os::fd::OwnedFd::from(reader)), ..Start::default() };
     let ran = fcctl_from(&fake, start, &["run", "-i", "--", "tr"]);
     assert_eq!((ran.status, ran.out.as_slice()), (0, &b"PIPED"[..]));
+}
+
+/// A daemon whose guest has made a repository that no patch can hold.
+fn with_a_repository_in_the_guest() -> Fake {
+    daemon(|mut r| {
+        if r.method == "vm.set" {
+            r.result(json!({"vm": vm("web", VmState::Running)}));
+            return None;
+        }
+        if r.method != "workspace.export" {
+            return Some(r);
+        }
+        give_stream_without(&mut r, b"r svc/.git\0", b"the patch");
+        r.result(json!({"bytes": 9}));
+        None
+    })
+}
+
+#[test]
+fn rm_keeps_the_vm_when_not_everything_came_back() {
+    let fake = with_a_repository_in_the_guest();
+    let (dir, patch) = (tree(), fake.dir().join("p"));
+    let path = dir.path().to_str().unwrap();
+    let ran = fcctl(&fake, &["run", "--rm", path, "--export-patch", patch.to_str().unwrap(), "--", "make"]);
+    assert_eq!(ran.status, 125, "{}", ran.err);
+    assert!(ran.err.contains("  svc/.git: ") && ran.err.contains("vm web is kept in spite of --rm"), "{}", ran.err);
+    assert!(ran.err.ends_with(LAST_LINE), "{}", ran.err);
+    let calls = fake.calls();
+    assert!(calls.iter().any(|c| c == r#"vm.set {"rm":false,"vm":"000000776562"}"#), "{calls:?}");
+    assert!(!calls.iter().any(|c| c.starts_with("vm.delete")), "{calls:?}");
+    assert_eq!(std::fs::read(patch).unwrap(), b"the patch");
+}
+
+#[test]
+fn without_rm_or_an_export_the_status_stays_the_commands() {
+    let fake = with_a_repository_in_the_guest();
+    let (dir, patch) = (tree(), fake.dir().join("p"));
+    let path = dir.path().to_str().unwrap();
+    let ran = fcctl(&fake, &["run", path, "--export-patch", patch.to_str().unwrap(), "--", "make"]);
+    assert_eq!(ran.status, 7, "{}", ran.err);
+    assert!(ran.err.contains("  svc/.git: ") && ran.err.ends_with(LAST_LINE), "{}", ran.err);
+    let ran = fcctl(&fake, &["run", "--rm", path, "--", "make"]);
+    assert_eq!(ran.status, 7, "{}", ran.err);
+    assert!(fake.calls().last().unwrap().starts_with("vm.delete"), "--rm alone always deletes");
 }

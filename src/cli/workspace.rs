@@ -12,8 +12,10 @@ use crate::api::stream::{self, ChunkReader, ChunkWriter};
 use crate::api::workspace::{ExportKind, ExportRequest, PrepareReply, PrepareRequest, WorkspaceExport, WorkspacePrepare};
 use crate::client::{Client, Result};
 use crate::error::{Error, Kind};
+use crate::host::shell::quote;
 use crate::host::thread;
 use crate::locks::Cancel;
+use crate::workspace::left::{self, Left, LeftBehind, Why};
 use crate::workspace::plan::{CallerEnv, History, Options, Plan, Sent};
 use crate::workspace::{encode, guest_path, patch, raw_tar, unpack};
 use serde::Serialize;
@@ -25,6 +27,8 @@ use std::thread::JoinHandle;
 
 /// Most kept paths that are named one by one.
 const KEPT_SHOWN_MAX: usize = 20;
+/// Most paths that could not be brought back and are named one by one.
+const LEFT_SHOWN_MAX: usize = 20;
 const PIECE_BYTES: usize = 256 * 1024;
 
 #[derive(clap::Subcommand, Debug)]
@@ -252,7 +256,7 @@ impl Transfer<'_> {
     }
 
     /// Fetches into `to`, which is whole or untouched afterwards.
-    pub fn export(&mut self, to: &ExportTo, bound: Bound, no_wait: bool) -> Result<Exported> {
+    pub fn export(&mut self, to: &ExportTo, bound: Bound, no_wait: bool) -> Result<Fetched> {
         to.check()?;
         let kind = if matches!(to, ExportTo::Tree(_)) { ExportKind::Tree } else { ExportKind::Patch };
         let request = ExportRequest { vm: self.vm.to_owned(), kind, no_wait };
@@ -266,16 +270,19 @@ impl Transfer<'_> {
         })?;
         let reply = self.call::<WorkspaceExport>(&format!("fetch from {}", self.vm), &request, theirs, &mut |_| Ok(()));
         let (reply, received) = conclude(reply, Some(receiver), &stop)?;
-        let bytes = reply.bytes;
-        match received {
-            Some(Received::Staged(staged)) => Ok(Exported::Tree { entries: staged.commit()?.entries, bytes }),
-            Some(Received::Spooled(spool, patch)) => {
+        let Some((received, left_behind)) = received else {
+            return Err(Error::internal("an export ended without its receiver").into());
+        };
+        let patch = |patch: patch::Patch| Exported::Patch { files_changed: patch.files, bytes: patch.bytes };
+        let exported = match received {
+            Received::Staged(staged) => Exported::Tree { entries: staged.commit()?.entries, bytes: reply.bytes },
+            Received::Spooled(spool, spooled) => {
                 self.print(spool)?;
-                Ok(Exported::Patch { files_changed: patch.files, bytes })
+                patch(spooled)
             }
-            Some(Received::Written(patch)) => Ok(Exported::Patch { files_changed: patch.files, bytes }),
-            None => Err(Error::internal("an export ended without its receiver").into()),
-        }
+            Received::Written(written) => patch(written),
+        };
+        Ok(Fetched { exported, left_behind })
     }
 
     /// Nothing is printed before all of it is known to be there.
@@ -383,6 +390,14 @@ pub enum Exported {
     Tree { entries: u64, bytes: u64 },
 }
 
+/// What an export brought, and what it could not bring.
+#[derive(Debug, Serialize)]
+pub struct Fetched {
+    #[serde(flatten)]
+    pub exported: Exported,
+    pub left_behind: LeftBehind,
+}
+
 enum Received {
     Written(patch::Patch),
     Spooled(File, patch::Patch),
@@ -412,21 +427,23 @@ fn copy_error(doing: &str, e: io::Error) -> Error {
     }
 }
 
-fn receive(from: &mut Incoming, to: &ExportTo, bound: Bound, stop: &Cancel) -> crate::error::Result<Received> {
-    match to {
-        ExportTo::Patch(path) => Ok(Received::Written(patch::receive(from, path, bound.max_bytes, stop)?)),
+fn receive(from: &mut Incoming, to: &ExportTo, bound: Bound, stop: &Cancel) -> crate::error::Result<(Received, LeftBehind)> {
+    let left_behind = left::read(from)?;
+    let received = match to {
+        ExportTo::Patch(path) => Received::Written(patch::receive(from, path, bound.max_bytes, stop)?),
         ExportTo::PatchToStdout => {
             let (spool, patch) = patch::spool(from, bound.max_bytes, stop)?;
-            Ok(Received::Spooled(spool, patch))
+            Received::Spooled(spool, patch)
         }
         ExportTo::Tree(path) => {
             let limits = unpack::Limits { bytes: bound.max_bytes, ..unpack::Limits::default() };
             let staged = unpack::stage(from, path, &limits, stop)?;
             // What follows the archive, up to a trailer that fits.
             io::copy(from, &mut io::sink()).map_err(|e| copy_error("receive the tree", e))?;
-            Ok(Received::Staged(staged))
+            Received::Staged(staged)
         }
-    }
+    };
+    Ok((received, left_behind))
 }
 
 fn export_verb(ctx: &mut Context, interrupts: &Interrupts, args: ExportArgs) -> Result<u8> {
@@ -442,11 +459,12 @@ fn export_verb(ctx: &mut Context, interrupts: &Interrupts, args: ExportArgs) -> 
     let mut client = ctx.connect()?;
     let mut all = vec![];
     for to in &targets {
-        let exported = Transfer { ctx, interrupts, client: &mut client, vm: &args.vm }.export(to, args.bound, args.no_wait)?;
+        let fetched = Transfer { ctx, interrupts, client: &mut client, vm: &args.vm }.export(to, args.bound, args.no_wait)?;
         if !ctx.json {
-            tell_exported(ctx, interrupts, to, &exported, None);
+            tell_exported(ctx, interrupts, to, &fetched.exported, None);
+            tell_left(ctx, &args.vm, &fetched.left_behind);
         }
-        all.push(exported);
+        all.push(fetched);
     }
     if ctx.json {
         match all.as_slice() {
@@ -476,6 +494,27 @@ pub fn tell_exported(ctx: &mut Context, interrupts: &Interrupts, to: &ExportTo, 
         }
         (ExportTo::PatchToStdout, _) => ctx.note(&what),
         (ExportTo::Tree(path), _) => ctx.note(&format!("{} holds the tree, {what}", path.display())),
+    }
+}
+
+/// Names what stays in the VM although it is part of its tree, and how to get at it.
+pub fn tell_left(ctx: &mut Context, vm: &str, left: &LeftBehind) {
+    let Some(first) = left.named.first() else { return };
+    ctx.note(&format!("warning: not everything could be brought back; what follows is only in vm {vm}:"));
+    for Left { path, why } in left.named.iter().take(LEFT_SHOWN_MAX) {
+        let why = match why {
+            Why::Repository => "the history of a repository in the guest (its files are brought back)",
+            Why::Submodule => "files in a submodule, or in a repository that was not sent",
+            Why::Name => "git does not take a file of this name",
+        };
+        ctx.note(&format!("  {}: {why}", encode::encode(path)));
+    }
+    let shown = left.named.len().min(LEFT_SHOWN_MAX) as u64;
+    if left.total > shown {
+        ctx.note(&format!("  and {} more", left.total - shown));
+    }
+    if let Ok(path) = std::str::from_utf8(&first.path) {
+        ctx.note(&format!("to fetch it: fcctl exec {vm} -- tar c {} > left.tar", quote(path)));
     }
 }
 

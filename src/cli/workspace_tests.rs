@@ -35,6 +35,17 @@ pub(crate) fn take_stream(r: &mut Request, keep: &[&str]) -> Option<(Vec<u8>, u6
 /// The daemon's side of an export.
 pub(crate) fn give_stream(r: &mut Request, payload: &[u8]) {
     let mut writer = ChunkWriter::new(File::from(r.fds.pop().expect("one descriptor")));
+    writer.write_all(b"fcd-export 1 0 0\n").unwrap();
+    writer.write_all(payload).unwrap();
+    writer.finish(1).unwrap();
+}
+
+/// The same with places that could not be brought back.
+pub(crate) fn give_stream_without(r: &mut Request, left: &[u8], payload: &[u8]) {
+    let mut writer = ChunkWriter::new(File::from(r.fds.pop().expect("one descriptor")));
+    let count = left.iter().filter(|b| **b == 0).count();
+    writer.write_all(format!("fcd-export 1 {count} {}\n", left.len()).as_bytes()).unwrap();
+    writer.write_all(left).unwrap();
     writer.write_all(payload).unwrap();
     writer.finish(1).unwrap();
 }
@@ -258,6 +269,7 @@ fn export_whose_guest_claims_no_change_is_counted_by_us() {
 fn export_that_sends_too_much_is_refused_and_leaves_nothing() {
     let fake = Fake::start(|mut r| {
         let mut writer = ChunkWriter::new(File::from(r.fds.pop().expect("one descriptor")));
+        writer.write_all(b"fcd-export 1 0 0\n").unwrap();
         while writer.write_all(&[b'x'; 1 << 16]).is_ok() {}
         r.fault(Error::new(Kind::Cancelled, "nobody takes the stream"));
     });
@@ -300,4 +312,33 @@ fn alternate_is_allowed_by_its_flag() {
     assert_eq!(ran.status, 0, "{}", ran.err);
     let ran = fcctl(&none, &["run", "--allow-alternate", main.to_str().unwrap(), "--", "true"]);
     assert!(ran.err.contains("need a PATH"), "{}", ran.err);
+}
+
+#[test]
+fn what_could_not_be_brought_back_is_named() {
+    let fake = Fake::start(|mut r| {
+        give_stream_without(&mut r, b"r svc it's/.git\0s sub\x1b[2J\0", b"");
+        r.result(json!({"bytes": 0}));
+    });
+    let file = fake.dir().join("p.patch");
+    check(
+        &fake,
+        &["workspace", "export", "web", "--patch", file.to_str().unwrap()],
+        expect![[r#"
+            > workspace.export {"kind":"patch","no_wait":false,"vm":"web"}
+            ! fcctl: nothing has changed; DIR/p.patch is empty
+            ! fcctl: warning: not everything could be brought back; what follows is only in vm web:
+            ! fcctl:   svc it's/.git: the history of a repository in the guest (its files are brought back)
+            ! fcctl:   sub%1B[2J: files in a submodule, or in a repository that was not sent
+            ! fcctl: to fetch it: fcctl exec web -- tar c 'svc it'\''s/.git' > left.tar
+            status 0
+        "#]],
+    );
+    let other = fake.dir().join("q.patch");
+    let ran = fcctl(&fake, &["workspace", "export", "web", "--json", "--patch", other.to_str().unwrap()]);
+    let left = &serde_json::from_slice::<Value>(&ran.out).unwrap()["left_behind"];
+    assert_eq!(
+        *left,
+        json!({"named": [{"path": "svc it's/.git", "why": "repository"}, {"path": "sub%1B[2J", "why": "submodule"}], "total": 2})
+    );
 }

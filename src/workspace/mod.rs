@@ -17,6 +17,7 @@ mod beneath;
 pub mod encode;
 mod git;
 pub mod guest_path;
+pub mod left;
 pub mod patch;
 pub mod plan;
 pub mod raw_tar;

@@ -7,7 +7,7 @@ pub use send::Sent;
 
 use super::beneath::Beneath;
 use super::git::{self, Config, Git, Head, History1, IndexEntry};
-use super::walk::{Entry, EntryKind, Walk};
+use super::walk::{Apart, Entry, EntryKind, Walk};
 use super::{encode, guest_path};
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
@@ -170,6 +170,8 @@ pub struct Plan {
     subdir: String,
     entries: Vec<Entry>,
     repo: Option<Repo>,
+    apart: Vec<Apart>,
+    repositories: Vec<Vec<u8>>,
     warnings: Vec<String>,
     bytes_expected: u64,
 }
@@ -219,6 +221,8 @@ impl Plan {
             subdir: String::new(),
             entries: walk.entries,
             repo: None,
+            apart: Vec::new(),
+            repositories: walk.repositories,
             warnings: walk.warnings,
             bytes_expected: 0,
         };
@@ -236,7 +240,8 @@ impl Plan {
         let (mut repo, blobs, mut warnings) = Repo::look(&git, &config)?;
         let listed = git.listed()?;
         let mut walk = Walk::new(open_root(top)?, cancel);
-        let submodules = repo.index.iter().filter(|e| e.mode == IndexEntry::GITLINK).map(|e| e.path.as_slice()).collect();
+        let submodules =
+            repo.index.iter().filter(|e| e.mode == IndexEntry::GITLINK).map(|e| (e.path.as_slice(), e.oid.as_str())).collect();
         walk.listed(&listed, &submodules)?;
         if options.history != History::None {
             repo.pack_up(&git, options.history, &blobs)?;
@@ -253,8 +258,17 @@ impl Plan {
             }
         };
         let kind = if options.history == History::None { TreeKind::GitFiles } else { TreeKind::Git };
-        let mut plan =
-            Self { kind, root: top.to_owned(), subdir, entries: walk.entries, repo: Some(repo), warnings, bytes_expected: 0 };
+        let mut plan = Self {
+            kind,
+            root: top.to_owned(),
+            subdir,
+            entries: walk.entries,
+            repo: Some(repo),
+            apart: walk.apart,
+            repositories: Vec::new(),
+            warnings,
+            bytes_expected: 0,
+        };
         plan.bytes_expected = plan.estimate();
         Ok(plan)
     }

@@ -6,7 +6,7 @@ use super::{ENTRIES_MAX, PATH_BYTES_MAX};
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
 use rustix::fs::FileType;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// Unreadable files that an error names, and git directories that warnings name.
 const NAMED_MAX: usize = 5;
@@ -30,11 +30,35 @@ pub(super) struct Entry {
     pub bytes: u64,
 }
 
+/// A place whose files are not sent: a submodule, or a repository that git does not know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Apart {
+    pub path: Vec<u8>,
+    /// The submodule's commit.
+    pub commit: Option<String>,
+    /// There are files here, which nothing from a guest may meet.
+    pub has_files: bool,
+}
+
+impl Apart {
+    /// A record of `submodules` in the payload.
+    pub fn record(&self) -> Vec<u8> {
+        let flag = if self.has_files { 'x' } else { '-' };
+        let mut out = format!("{flag} {} ", self.commit.as_deref().unwrap_or("-")).into_bytes();
+        out.extend_from_slice(&self.path);
+        out.push(0);
+        out
+    }
+}
+
 /// Collects entries.
 pub(super) struct Walk<'a> {
     pub beneath: Beneath,
     pub entries: Vec<Entry>,
     pub warnings: Vec<String>,
+    pub apart: Vec<Apart>,
+    /// The git directory of each repository that is sent as plain files.
+    pub repositories: Vec<Vec<u8>>,
     unreadable: Vec<String>,
     unreadable_count: usize,
     skipped: HashSet<Vec<u8>>,
@@ -47,6 +71,8 @@ impl<'a> Walk<'a> {
             beneath,
             entries: Vec::new(),
             warnings: Vec::new(),
+            apart: Vec::new(),
+            repositories: Vec::new(),
             unreadable: Vec::new(),
             unreadable_count: 0,
             skipped: HashSet::new(),
@@ -117,11 +143,12 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Of git's list: `submodules` are directories that git knows as commits.
-    pub fn listed(&mut self, paths: &[Vec<u8>], submodules: &HashSet<&[u8]>) -> Result<()> {
+    /// Looks at what git lists. `submodules`: directories that git knows as commits.
+    pub fn listed(&mut self, paths: &[Vec<u8>], submodules: &HashMap<&[u8], &str>) -> Result<()> {
         for path in paths {
             if let Some(inner) = path.strip_suffix(b"/") {
                 self.warnings.push(format!("left out {}: it is a repository of its own", encode(inner)));
+                self.apart.push(Apart { path: inner.to_vec(), commit: None, has_files: true });
                 continue;
             }
             if let Some(like_git) = git_dir_of(path) {
@@ -131,13 +158,15 @@ impl<'a> Walk<'a> {
                 continue;
             }
             let Some(entry) = self.look(path)? else { continue };
-            match (entry.kind, submodules.contains(path.as_slice())) {
-                (EntryKind::Dir, true) => {
+            match (entry.kind, submodules.get(path.as_slice())) {
+                (EntryKind::Dir, Some(commit)) => {
+                    let has_files = !self.names(path)?.is_empty();
+                    self.apart.push(Apart { path: path.clone(), commit: Some((*commit).to_owned()), has_files });
                     self.warnings.push(format!("submodule {}: its commit is recorded, its files are not sent", encode(path)));
                     self.add(entry)?;
                 }
                 // A tracked file that is a directory now: what is in it is listed by itself.
-                (EntryKind::Dir, false) => {}
+                (EntryKind::Dir, None) => {}
                 _ => self.add(entry)?,
             }
         }
@@ -146,13 +175,12 @@ impl<'a> Walk<'a> {
 
     /// Everything below, directories too; other file systems as well.
     pub fn everything(&mut self) -> Result<()> {
-        let mut like_git = Vec::new();
         let mut pending = vec![Vec::new()];
         while let Some(dir) = pending.pop() {
             for name in self.names(&dir)? {
                 let path = if dir.is_empty() { name } else { [&dir[..], b"/", &name[..]].concat() };
                 if git_dir_of(&path) == Some(&path) {
-                    like_git.push(path.clone());
+                    self.repositories.push(path.clone());
                 }
                 let Some(entry) = self.look(&path)? else { continue };
                 if entry.kind == EntryKind::Dir {
@@ -162,12 +190,12 @@ impl<'a> Walk<'a> {
             }
         }
         self.entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-        like_git.sort_unstable();
-        for path in like_git.iter().take(NAMED_MAX) {
+        self.repositories.sort_unstable();
+        for path in self.repositories.iter().take(NAMED_MAX) {
             self.warnings.push(format!("{} is sent, but no patch and no tree bring it back", encode(path)));
         }
-        if like_git.len() > NAMED_MAX {
-            let more = like_git.len() - NAMED_MAX;
+        if self.repositories.len() > NAMED_MAX {
+            let more = self.repositories.len() - NAMED_MAX;
             self.warnings.push(format!("{more} more git directories are sent, but do not come back"));
         }
         self.settle()

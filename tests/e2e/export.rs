@@ -108,6 +108,7 @@ fn work_in_a_guest_comes_back() {
     from_a_tree_without_git(&host);
     from_a_tree_that_git_converts(&host);
     run_with_export_patch(&host);
+    a_repository_made_in_the_guest(&host);
 }
 
 fn from_a_clean_tree(host: &Host) {
@@ -180,6 +181,42 @@ fn from_a_tree_that_git_converts(host: &Host) {
     let out = site.fcctl(&["workspace", "apply", site.vm]);
     assert!(out.status.success(), "{:?}", text(&out));
     site.assert_same_tree();
+}
+
+/// Its files come back and its history is named; the next import keeps it; `run --rm` keeps the VM for it.
+fn a_repository_made_in_the_guest(host: &Host) {
+    let site = Site::unborn(host, "box", "nested");
+    site.write("a", "one\n");
+    site.commit("all");
+    site.prepare();
+    site.in_guest("mkdir -p svc/deep; echo work > svc/deep/main.go; cd svc; git init -q; git add -A; git commit -qm inner");
+    let out = site.fcctl(&["workspace", "apply", site.vm]);
+    assert!(out.status.success() && text(&out).1.contains("  svc/.git: "), "{:?}", text(&out));
+    site.write("svc/deep/main.go", "changed here\n");
+    site.in_guest("echo 'changed there' > svc/deep/main.go; git init -q tool");
+    site.write("tool", "a file here\n");
+    let said = site.prepare();
+    assert!(said.contains("  svc/.git\n") && said.contains("  tool\n"), "{said}");
+    assert_eq!(
+        site.said_in_guest("cat svc/deep/main.go; git -C svc log --format=%s; ls -d tool/.git"),
+        "changed there\ninner\ntool/.git\n"
+    );
+
+    let site = Site::unborn(host, "kept", "kept");
+    site.write("a", "one\n");
+    site.commit("all");
+    let file = site.beside("kept.patch");
+    let script = "git init -q svc; echo work > svc/main.go";
+    let args = ["run", ".", "--rm", "--name", "kept", "--export-patch", file.to_str().unwrap(), "--", "sh", "-c", script];
+    let out = site.fcctl(&args);
+    assert_eq!(out.status.code(), Some(125), "{:?}", text(&out));
+    assert!(text(&out).1.contains("vm kept is kept in spite of --rm"), "{:?}", text(&out));
+    assert!(fs::read_to_string(&file).unwrap().contains("+work"));
+    assert_eq!(host.ok(&["exec", "kept", "--", "ls", "svc"]), "main.go\n");
+    let script = "git init -q svc";
+    let out = site.fcctl(&["run", ".", "--rm", "--name", "gone", "--", "sh", "-c", script]);
+    assert_eq!(out.status.code(), Some(0), "{:?}", text(&out));
+    assert!(!host.ok(&["ps", "-aq", "--json"]).contains("gone"));
 }
 
 /// `run PATH --export-patch FILE`: the patch is there before `--rm` takes the VM away.

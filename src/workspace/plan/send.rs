@@ -7,6 +7,8 @@
 //! | `dirs` | directories that are sent as such; sorted, NUL after each |
 //! | `kept` | `<mode> <oid> 0 TAB <path> NUL`: left out because the guest changed it, as it stands on the host |
 //! | `archive` | there: much of the content is in no pack, so that the guest keeps the second archive |
+//! | `submodules` | places whose files are not sent: `x` or `-` (whether the host has files there), the commit or `-`, the path, NUL |
+//! | `repositories` | of a plain tree: the `.git` directories that are sent; NUL after each |
 //! | `format` | `sha1` or `sha256` |
 //! | `head` | the branch or `-`, then the commit or `-`, a line each |
 //! | `name`, `pack`, `idx` | the pack's name and its two files |
@@ -25,7 +27,7 @@ use crate::workspace::beneath::{Beneath, is_absent};
 use crate::workspace::encode::encode;
 use crate::workspace::git::{IndexEntry, Tag};
 use crate::workspace::tar_writer::{BLOCK, Meta, Read1, TarWriter, write_all};
-use crate::workspace::walk::{Entry, EntryKind, inside_git_dir};
+use crate::workspace::walk::{Apart, Entry, EntryKind, inside_git_dir};
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
@@ -146,6 +148,8 @@ impl Plan {
             nul_list(chosen.map(|e| e.path.as_slice()))
         };
         let mut files = vec![("kind", kind.into()), ("sent", list(false)), ("dirs", list(true)), ("kept", kept)];
+        files.push(("submodules", self.apart.iter().flat_map(Apart::record).collect()));
+        files.push(("repositories", nul_list(self.repositories.iter().map(Vec::as_slice))));
         if self.is_loose() {
             files.push(("archive", b"1\n".to_vec()));
         }

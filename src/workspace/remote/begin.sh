@@ -1,5 +1,5 @@
 # Before an import: marks the workspace dirty, prints what the guest changed since the last complete one.
-for tool in git tar find xargs comm sort cut sed head; do
+for tool in git tar find xargs comm sort cut sed head cksum; do
   command -v "$tool" >/dev/null || die 68 "$tool is not installed in the guest"
 done
 if [ -L "$W" ]; then die 65 "$W is a symbolic link"; fi
@@ -48,7 +48,10 @@ if [ -n "${base-}" ]; then
     found -type f -o -type l | sort -zu - "$S/pending" >"$S/pending.new"
     mv "$S/pending.new" "$S/pending"
   fi
-  g diff-index --cached --name-only -z --no-renames "$base" | sort -z | comm -z -23 - "$S/pending" >"$S/changed"
+  {
+    g diff-index --cached --name-only -z --no-renames "$base"
+    sed -z 's/^..//' "$S/work/left"
+  } | sort -zu | comm -z -23 - "$S/pending" >"$S/changed"
 fi
 rm -rf "$S/work"
 printf 'fcd-begin 1\n'

@@ -41,16 +41,76 @@ make_private() {
 }
 # Everything in the tree that is no git directory, as find sees it.
 found() { find . -mindepth 1 -iname .git -prune -o \( "$@" \) -printf '%P\0'; }
-# What the baseline's index does not have and git does not ignore.
+# What the baseline's index does not have and git does not ignore; a repository inside ends with a slash. $1: a file with
+# paths below which nothing is listed.
 others() {
   case $(kind_of) in
   plain | raw) found -type f -o -type l ;;
   *)
+    apart=$1
     if [ -f .git/info/exclude ]; then set -- --exclude-from=.git/info/exclude; else set --; fi
-    g ls-files -z -o --exclude-standard "$@" | sed -z '/\/$/d'
+    if [ -s "$apart" ]; then
+      sed -z 's,^,:(top\,exclude\,literal),' "$apart" |
+        xargs -0 git --git-dir="$P" --work-tree="$W" ls-files -z -o --exclude-standard "$@" -- .
+    else
+      g ls-files -z -o --exclude-standard "$@"
+    fi
     ;;
   esac
 }
+# Places that are the host's: submodules and repositories there whose files were not sent. $S/submodules has for each
+# "x" where the host has files there, else "-", the commit or "-", and the path. Where only the guest has a checkout of a
+# submodule, that is not the tree's either.
+apart() {
+  [ -f "$S/submodules" ] || return 0
+  sed -z -n 's/^x [^ ]* //p' "$S/submodules"
+  sed -z -n 's/^- [^ ]* \(.*\)$/\1\/.git/p' "$S/submodules" |
+    find -files0-from - -maxdepth 0 -printf '%h\0' 2>/dev/null || :
+}
+# Of these places, the ones in which the guest has something of its own. A clean checkout of the commit is nothing.
+strayed() {
+  [ -f "$S/submodules" ] || return 0
+  apart | sort -z >"$1/apart.now"
+  # shellcheck disable=SC2016 # the inner shell expands it
+  sed -z 's/^[^ ]* //' "$S/submodules" | xargs -0 -r -n 1 sh -c '
+    oid=${0%% *} path=${0#* }
+    if [ ! -e "./$path" ] && [ ! -L "./$path" ]; then [ "$oid" = - ] || printf "%s\0" "$path"; exit 0; fi
+    if [ -L "./$path" ] || [ ! -d "./$path" ]; then printf "%s\0" "$path"; exit 0; fi
+    [ -n "$(ls -A "./$path" 2>/dev/null)" ] || exit 0
+    unset GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_ALTERNATE_OBJECT_DIRECTORIES
+    v() { git -c core.fsmonitor=false -c safe.directory="*" -C "./$path" "$@" 2>/dev/null; }
+    if [ -e "./$path/.git" ] && [ "$(v rev-parse HEAD)" = "$oid" ] && [ -z "$(v status --porcelain | head -c 1)" ] &&
+      [ -z "$(v rev-list -n 1 --all --not --remotes HEAD)" ]; then exit 0; fi
+    printf "%s\0" "$path"' | sort -z | comm -z -12 - "$1/apart.now"
+}
+# What tells one state of a repository from another: refs, as a checksum. Reads paths of .git, prints "sum size path".
+refs_of() {
+  # shellcheck disable=SC2016 # the inner shell expands it
+  xargs -0 -r -n 1 sh -c '
+    sum=$(cd "./$0" 2>/dev/null && { cat HEAD packed-refs 2>/dev/null; find refs -type f 2>/dev/null | sort | xargs -r cat; } | cksum)
+    printf "%s %s\0" "$sum" "$0"'
+}
+# The .git of every repository that the guest has made in the tree, or in whose history it has done something.
+repositories() {
+  {
+    case $(kind_of) in
+    plain | raw) find . -mindepth 1 -iname .git -prune -printf '%P\0' ;;
+    *)
+      if [ "$(kind_of)" = files ] && [ -e .git ]; then printf '.git\0'; fi
+      sed -z 's/$/.git/' "$1/inside"
+      g ls-files -z | sed -z -n ':a;s,/[^/]*$,,;tp;b;:p;p;ba' | sort -zu |
+        find -files0-from - -mindepth 1 -maxdepth 1 -name .git -printf '%p\0' 2>/dev/null || :
+      ;;
+    esac
+  } | sort -zu >"$1/repositories"
+  if [ -s "$S/repositories" ]; then
+    refs_of <"$1/repositories" | sort -z | comm -z -23 - "$S/repositories" | sed -z 's/^[^ ]* [^ ]* //' | sort -z
+  else
+    cat "$1/repositories"
+  fi
+}
+# Paths with a component that git takes for its own directory in another spelling.
+git_like='/\(^\|\/\)\.[gG][iI][tT]\(\/\|$\)/'
 # Tracked by the guest's repository although ignored: added by force.
 forced() {
   [ -e .git ] || return 0
@@ -58,6 +118,15 @@ forced() {
     unset GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_ALTERNATE_OBJECT_DIRECTORIES
     u ls-files -z -c -i --exclude-standard 2>/dev/null || :
   ) | find -files0-from - -maxdepth 0 \( -type f -o -type l \) -print0 2>/dev/null || :
+}
+# The same for repositories that the guest has made: reads their paths, each with a slash at its end.
+tracked_inside() {
+  # shellcheck disable=SC2016 # the inner shell expands it
+  xargs -0 -r -n 1 sh -c '
+    unset GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_ALTERNATE_OBJECT_DIRECTORIES
+    prefix=$(printf "%s." "$0" | sed -e "s/[\\\\&,]/\\\\&/g" -e "\$!s/\$/\\\\/")
+    git -c core.fsmonitor=false -c safe.directory="*" -C "./$0" ls-files -z -c 2>/dev/null | sed -z "s,^,${prefix%.},"' |
+    sed -z "${git_like}d" | find -files0-from - -maxdepth 0 \( -type f -o -type l \) -print0 2>/dev/null || :
 }
 # New blobs go into one pack for each process, not into a file each, and not deflated: that is what takes time.
 store='-c core.bigFileThreshold=1 -c core.compression=0'
@@ -81,15 +150,38 @@ recall() {
   rm -rf "$2" "$2.index"
 }
 # shellcheck disable=SC2086 # $store is several words
-# Brings the index $1, a copy of the baseline's, to what is there now. $2: a directory for lists.
+# Brings the index $1, a copy of the baseline's, to what is there now. $2: a directory for lists. Files of repositories
+# that the guest has made are files of the tree. What cannot be part of the tree is in $2/left: a letter, a blank and a
+# path; r: the .git of a repository, s: a place of the host's, n: a name that git refuses.
 snapshot() {
   GIT_INDEX_FILE=$1
   export GIT_INDEX_FILE
-  if [ -f "$1" ]; then g $store add -u; fi
-  others >"$2/others"
-  add <"$2/others"
-  forced >"$2/forced"
+  if [ -f "$1" ]; then
+    g $store add -u
+    # Where a repository has taken a file's place git records its commit.
+    g ls-files -s -z | sed -z -n 's/^160000 [^	]*	//p' | g update-index -z --force-remove --stdin
+  fi
+  apart >"$2/apart"
+  others "$2/apart" >"$2/others"
+  : >"$2/inside"
+  mark=.fcd-inside-$$
+  empty=$(g hash-object --stdin </dev/null)
+  depth=0
+  # git looks into a repository as into any directory once the index has a path below it.
+  while [ "$depth" -lt 32 ] && sed -z -n '/\/$/p' "$2/others" | sort -z | comm -z -23 - "$2/inside" >"$2/found" && [ -s "$2/found" ]; do
+    sed -z "s,^\(.*\)/\$,100644 $empty 0	\1/$mark," "$2/found" | g update-index -z --index-info
+    sort -z "$2/found" "$2/inside" >"$2/inside.new"
+    mv "$2/inside.new" "$2/inside"
+    others "$2/apart" >"$2/others"
+    depth=$((depth + 1))
+  done
+  sed -z "s,\$,$mark," "$2/inside" | g update-index -z --force-remove --stdin
+  sed -z -n "${git_like}p" "$2/others" | sed -z 's/^/n /' >"$2/left"
+  sed -z -e '/\/$/d' -e "${git_like}d" "$2/others" | add
+  { forced && tracked_inside <"$2/inside"; } >"$2/forced"
   if [ -s "$2/forced" ] && ! add <"$2/forced" 2>/dev/null; then
     xargs -0 -r -n 1 git --git-dir="$P" --work-tree="$W" update-index --add -- <"$2/forced" 2>/dev/null || :
   fi
+  repositories "$2" | sed -z -e '/\(^\|\/\)\.git$/{s/^/r /;b' -e '}' -e 's/^/n /' >>"$2/left"
+  strayed "$2" | sed -z 's/^/s /' >>"$2/left"
 }

@@ -15,6 +15,10 @@ export GIT_OBJECT_DIRECTORY="$tmp/objects" GIT_ALTERNATE_OBJECT_DIRECTORIES="$P/
 cp -p "$S/index" "$tmp/index"
 snapshot "$tmp/index" "$tmp"
 base=$(cat "$S/baseline")
+# What cannot come back goes first. A list that is too long is cut.
+head -c 262144 "$tmp/left" >"$tmp/left.cut"
+printf 'fcd-export 1 %s %s\n' "$(tr -cd '\0' <"$tmp/left" | wc -c)" "$(wc -c <"$tmp/left.cut")"
+cat "$tmp/left.cut"
 if [ "$what" = patch ]; then
   g diff-index --cached --name-only -z --no-renames --diff-filter=DMT "$base" >"$tmp/old"
   recall "$tmp/old" "$tmp/recall"

@@ -159,6 +159,13 @@ sync -f "$S"
 mv "$new" "$S/index"
 mv "$S/baseline.new" "$S/baseline"
 printf '%s\n' "$kind" >"$S/kind"
+# Repositories that the host has sent as files, except those that the guest keeps.
+if [ "$kind" = raw ]; then find . -mindepth 1 -iname .git -prune -printf '%P\0' >"$M/repositories"; fi
+for file in repositories submodules; do [ -e "$M/$file" ] || : >"$M/$file"; done
+sort -z "$M/repositories" >"$M/repositories.sent"
+if [ "$overwrite" = 0 ]; then cat "$S/changed"; fi | comm -z -23 "$M/repositories.sent" - | refs_of | sort -z >"$S/repositories.new"
+mv "$S/repositories.new" "$S/repositories"
+mv "$M/submodules" "$S/submodules"
 count=$(tr -cd '\0' <"$M/sent" | wc -c)
 mv "$M/sent" "$S/sent"
 mv "$M/dirs" "$S/dirs"

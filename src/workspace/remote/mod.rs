@@ -8,8 +8,8 @@
 //! | [`begin_command`] | - | [`parse_begin`] |
 //! | [`receive_command`] | the payload | - |
 //! | [`finish_command`] | - | [`parse_finish`] |
-//! | [`export_patch_command`] | - | the patch |
-//! | [`export_tree_command`] | - | a tar for [`super::unpack`] |
+//! | [`export_patch_command`] | - | [`super::left`], then the patch |
+//! | [`export_tree_command`] | - | [`super::left`], then a tar for [`super::unpack`] |
 //! | [`status_command`] | - | [`parse_status`] |
 
 use crate::api::exec::Exit;

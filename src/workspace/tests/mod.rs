@@ -5,12 +5,13 @@ mod applying;
 mod exporting;
 mod hostile;
 mod importing;
+mod leaving;
 mod repeating;
 mod stealing;
 
 use super::plan::{CallerEnv, History, Options, Plan, Sent};
 use super::remote::{self, Finish, Finished, Place};
-use super::{apply, patch, unpack};
+use super::{apply, left, patch, unpack};
 use crate::api::exec::Exit;
 use crate::error::{Error, Result};
 use crate::host::command::{Command, Output, run_any_status};
@@ -159,13 +160,31 @@ impl Site {
         assert_eq!(finished.kept, Vec::<Vec<u8>>::new());
     }
 
+    /// The payload without its beginning, and what that names.
+    fn export(&self, command: &str) -> Result<(Vec<u8>, Vec<left::Left>)> {
+        let (payload, _) = self.sh("export", command, Vec::new())?;
+        let mut rest = payload.as_slice();
+        let left = left::read(&mut rest)?;
+        assert_eq!(left.total, left.named.len() as u64);
+        Ok((rest.to_vec(), left.named))
+    }
+    /// What an export of a patch names, and the same of one of a tree.
+    #[track_caller]
+    fn left(&self) -> Vec<String> {
+        let named = [remote::export_patch_command(&self.place), remote::export_tree_command(&self.place)].map(|command| {
+            let named = self.export(&command).unwrap().1;
+            named.iter().map(|l| format!("{:?} {}", l.why, String::from_utf8_lossy(&l.path))).collect::<Vec<_>>()
+        });
+        assert_eq!(named[0], named[1]);
+        named[0].clone()
+    }
     fn export_patch(&self) -> Result<(Vec<u8>, u64)> {
-        let (patch, _) = self.sh("export", &remote::export_patch_command(&self.place), Vec::new())?;
+        let (patch, _) = self.export(&remote::export_patch_command(&self.place))?;
         let (_, counted) = patch::spool(&mut &patch[..], u64::MAX, &cancel())?;
         Ok((patch, counted.files))
     }
     fn export_tree(&self) -> Result<Vec<u8>> {
-        Ok(self.sh("export", &remote::export_tree_command(&self.place), Vec::new())?.0)
+        Ok(self.export(&remote::export_tree_command(&self.place))?.0)
     }
 
     #[track_caller]

@@ -18,6 +18,7 @@ pub mod encode;
 mod git;
 pub mod guest_path;
 pub mod left;
+mod mtime;
 pub mod patch;
 pub mod plan;
 pub mod raw_tar;

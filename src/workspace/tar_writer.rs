@@ -1,5 +1,6 @@
 //! Writes a GNU tar: any byte in a name, holes kept, ids and names of owners left out.
 
+use super::mtime::Mtime;
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
 use std::fs::File;
@@ -10,16 +11,15 @@ pub(super) const BLOCK: u64 = 512;
 const PIECE_BYTES: usize = 256 * 1024;
 /// More data segments than this and a sparse file is sent in full.
 const SEGMENTS_MAX: usize = 65_536;
-/// The largest mtime that eleven octal digits hold.
-const MTIME_MAX: u64 = 0o77777777777;
+/// The largest number that eleven octal digits hold.
+const OCTAL_MAX: u64 = 0o77777777777;
 
 /// What the header says of an entry.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Meta {
     /// Permission bits.
     pub mode: u32,
-    /// Seconds since the epoch; earlier ones become 0.
-    pub mtime: i64,
+    pub mtime: Mtime,
 }
 
 /// How reading a file ended.
@@ -58,6 +58,7 @@ impl<'a, W: Write> TarWriter<'a, W> {
     fn header(&mut self, kind: tar::EntryType, path: &[u8], link: &[u8], meta: Meta, size: u64) -> Result<()> {
         self.long(b'K', link)?;
         self.long(b'L', path)?;
+        self.exact_time(meta.mtime)?;
         let mut header = new_header(kind, meta, size);
         set_bytes(&mut gnu(&mut header).name, path);
         set_bytes(&mut gnu(&mut header).linkname, link);
@@ -69,13 +70,29 @@ impl<'a, W: Write> TarWriter<'a, W> {
         if value.len() < 100 {
             return Ok(());
         }
-        let mut header = new_header(tar::EntryType::new(kind), Meta { mode: 0o644, mtime: 0 }, value.len() as u64 + 1);
+        let mut header =
+            new_header(tar::EntryType::new(kind), Meta { mode: 0o644, mtime: Mtime::default() }, value.len() as u64 + 1);
         set_bytes(&mut gnu(&mut header).name, b"././@LongLink");
         header.set_cksum();
         self.put(header.as_bytes())?;
         self.put(value)?;
         self.put(&[0])?;
         self.pad(value.len() as u64 + 1)
+    }
+
+    /// Where the header of an entry cannot hold its time, an entry of POSIX's form goes ahead of it.
+    fn exact_time(&mut self, mtime: Mtime) -> Result<()> {
+        if mtime.is_octal() {
+            return Ok(());
+        }
+        let record = posix_record("mtime", &mtime.decimal());
+        let meta = Meta { mode: 0o644, mtime: Mtime::default() };
+        let mut header = new_header(tar::EntryType::XHeader, meta, record.len() as u64);
+        set_bytes(&mut gnu(&mut header).name, b"././@PaxHeader");
+        header.set_cksum();
+        self.put(header.as_bytes())?;
+        self.put(record.as_bytes())?;
+        self.pad(record.len() as u64)
     }
 
     pub fn dir(&mut self, path: &[u8], meta: Meta) -> Result<()> {
@@ -93,7 +110,7 @@ impl<'a, W: Write> TarWriter<'a, W> {
     /// A file that is in memory.
     pub fn data(&mut self, path: &[u8], data: &[u8]) -> Result<()> {
         self.entries += 1;
-        let meta = Meta { mode: 0o644, mtime: 0 };
+        let meta = Meta { mode: 0o644, mtime: Mtime::default() };
         self.header(tar::EntryType::Regular, path, b"", meta, data.len() as u64)?;
         self.put(data)?;
         self.pad(data.len() as u64)
@@ -102,10 +119,27 @@ impl<'a, W: Write> TarWriter<'a, W> {
     /// A file as it stands: so many bytes as it has now. One that has fewer when they are read is `conflict`.
     /// `progress` is told of every piece.
     pub fn file(&mut self, path: &[u8], file: &mut File, mode: u32, progress: &mut dyn FnMut(u64)) -> Result<Read1> {
+        self.file_with_time(path, file, mode, true, progress)
+    }
+
+    /// The same of a file whose time nobody needs: the size of its entry is known ahead.
+    pub fn plain_file(&mut self, path: &[u8], file: &mut File, mode: u32, progress: &mut dyn FnMut(u64)) -> Result<Read1> {
+        self.file_with_time(path, file, mode, false, progress)
+    }
+
+    fn file_with_time(
+        &mut self,
+        path: &[u8],
+        file: &mut File,
+        mode: u32,
+        timed: bool,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Read1> {
         let shown = super::encode::encode(path);
         let doing = || format!("read {shown}");
         let before = rustix::fs::fstat(&*file).map_err(|e| Error::io(doing(), e))?;
-        let (size, meta) = (before.st_size as u64, Meta { mode, mtime: before.st_mtime });
+        let mtime = if timed { Mtime::of(&before) } else { Mtime::default() };
+        let (size, meta) = (before.st_size as u64, Meta { mode, mtime });
         let holes = if (before.st_blocks as u64) * 512 < size { segments(file, size) } else { None };
         match holes {
             Some(segments) => self.sparse(path, file, &segments, size, meta, progress)?,
@@ -134,6 +168,7 @@ impl<'a, W: Write> TarWriter<'a, W> {
     ) -> Result<()> {
         self.entries += 1;
         self.long(b'L', path)?;
+        self.exact_time(meta.mtime)?;
         let data: u64 = segments.iter().map(|(_, len)| len).sum();
         let mut listed = segments.to_vec();
         listed.push((size, 0)); // Says where the file ends when it ends in a hole.
@@ -214,9 +249,19 @@ fn new_header(kind: tar::EntryType, meta: Meta, size: u64) -> tar::Header {
     header.set_mode(meta.mode);
     header.set_uid(0);
     header.set_gid(0);
-    header.set_mtime((meta.mtime.max(0) as u64).min(MTIME_MAX));
+    header.set_mtime(meta.mtime.octal());
     header.set_size(size);
     header
+}
+
+/// `<length> <key>=<value>LF`, where the length counts itself.
+fn posix_record(key: &str, value: &str) -> String {
+    let rest = format!(" {key}={value}\n");
+    let mut length = rest.len() + 1;
+    while rest.len() + length.to_string().len() != length {
+        length = rest.len() + length.to_string().len();
+    }
+    format!("{length}{rest}")
 }
 
 /// As much as fits; what is longer was sent in an entry of its own.
@@ -233,7 +278,7 @@ fn set_segment(slot: &mut tar::GnuSparseHeader, (offset, len): (u64, u64)) {
 
 /// Octal with a NUL, or base 256 where it is too large for that.
 fn set_octal(field: &mut [u8; 12], value: u64) {
-    if value <= MTIME_MAX {
+    if value <= OCTAL_MAX {
         field.copy_from_slice(format!("{value:011o}\0").as_bytes());
     } else {
         field.fill(0);

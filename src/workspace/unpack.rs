@@ -6,13 +6,14 @@ mod reader;
 
 use super::beneath::Beneath;
 use super::encode::encode;
+use super::mtime::Mtime;
 use super::room::{BYTES_MAX_DEFAULT, Room};
 use super::walk::inside_git_dir;
 use super::{ENTRIES_MAX, PATH_BYTES_MAX};
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
 use reader::{EntryData, Item, TarReader};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::Read;
@@ -105,6 +106,7 @@ pub fn stage(from: &mut dyn Read, target: &Path, limits: &Limits, cancel: &Cance
         room: Room::new(parent_of(target), limits.bytes),
         done: Unpacked::default(),
         buffer: vec![0; 256 * 1024],
+        dirs: Vec::new(),
     };
     let mut reader = TarReader::new(from);
     while let Some(item) = reader.next()? {
@@ -113,6 +115,7 @@ pub fn stage(from: &mut dyn Read, target: &Path, limits: &Limits, cancel: &Cance
         }
         writer.write(&item, &mut reader)?;
     }
+    writer.set_times_of_directories()?;
     Ok(Staged { staging, target: target.to_owned(), unpacked: writer.done })
 }
 
@@ -149,9 +152,19 @@ struct Writer {
     room: Room,
     done: Unpacked,
     buffer: Vec<u8>,
+    /// Directories and their times, which are set when nothing more comes into them.
+    dirs: Vec<(Vec<u8>, Mtime)>,
 }
 
 impl Writer {
+    fn set_times_of_directories(&mut self) -> Result<()> {
+        for (path, mtime) in std::mem::take(&mut self.dirs).into_iter().rev() {
+            let dir = self.beneath.open_dir(&path).map_err(|e| wrong(&path, e))?;
+            rustix::fs::futimens(&dir, &mtime.timestamps()).map_err(|e| wrong(&path, e.into()))?;
+        }
+        Ok(())
+    }
+
     fn write(&mut self, item: &Item, reader: &mut TarReader<'_>) -> Result<()> {
         check_path(&item.path)?;
         self.done.entries += 1;
@@ -191,7 +204,10 @@ impl Writer {
         let (dir, name) = self.beneath.parent(&item.path).map_err(|e| wrong(&item.path, e))?;
         // The owner can always get in and clear it away.
         match rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(item.mode | 0o700)) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.dirs.push((item.path.clone(), item.mtime));
+                Ok(())
+            }
             Err(Errno::EXIST) => self.beneath.open_dir(&item.path).map(drop).map_err(|_| refuse(&item.path, "it comes twice")),
             Err(e) => Err(wrong(&item.path, e.into())),
         }
@@ -202,7 +218,9 @@ impl Writer {
             return Err(refuse(&item.path, "its link has no target"));
         }
         let (dir, name) = self.beneath.parent(&item.path).map_err(|e| wrong(&item.path, e))?;
-        rustix::fs::symlinkat(target, dir, name).map_err(|e| wrong(&item.path, e.into()))
+        rustix::fs::symlinkat(target, dir, name).map_err(|e| wrong(&item.path, e.into()))?;
+        let times = item.mtime.timestamps();
+        rustix::fs::utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW).map_err(|e| wrong(&item.path, e.into()))
     }
 
     fn file(&mut self, item: &Item, size: u64, segments: Option<&[(u64, u64)]>, reader: &mut TarReader<'_>) -> Result<()> {
@@ -226,9 +244,7 @@ impl Writer {
         if segments.is_some() {
             file.set_len(size).map_err(|e| Error::io(doing(), e))?;
         }
-        let mtime = rustix::fs::Timespec { tv_sec: item.mtime as i64, tv_nsec: 0 };
-        let times = rustix::fs::Timestamps { last_access: mtime, last_modification: mtime };
-        rustix::fs::futimens(&file, &times).map_err(|e| Error::io(doing(), e))
+        rustix::fs::futimens(&file, &item.mtime.timestamps()).map_err(|e| Error::io(doing(), e))
     }
 
     fn copy(&mut self, file: &File, offset: u64, len: u64, reader: &mut TarReader<'_>, path: &[u8]) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use super::beneath::{Beneath, is_absent};
 use super::encode::encode;
+use super::mtime::Mtime;
 use super::{ENTRIES_MAX, PATH_BYTES_MAX};
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
@@ -25,7 +26,7 @@ pub(super) struct Entry {
     pub kind: EntryKind,
     /// Permission bits without set-id and sticky ones.
     pub mode: u32,
-    pub mtime: i64,
+    pub mtime: Mtime,
     /// Bytes that have to be sent: without holes.
     pub bytes: u64,
 }
@@ -114,7 +115,7 @@ impl<'a> Walk<'a> {
             EntryKind::File => (stat.st_size as u64).min(stat.st_blocks as u64 * 512 + 512),
             _ => 0,
         };
-        Ok(Some(Entry { path: path.to_vec(), kind, mode: stat.st_mode & 0o777, mtime: stat.st_mtime, bytes }))
+        Ok(Some(Entry { path: path.to_vec(), kind, mode: stat.st_mode & 0o777, mtime: Mtime::of(&stat), bytes }))
     }
 
     fn add(&mut self, entry: Entry) -> Result<()> {

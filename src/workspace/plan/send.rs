@@ -199,7 +199,7 @@ impl Plan {
             };
             for (name, file) in [(b"pack".as_slice(), &mut pack.pack), (b"idx", &mut pack.idx)] {
                 rewind(file)?;
-                tar.file(name, file, 0o444, &mut note)?;
+                tar.plain_file(name, file, 0o444, &mut note)?;
             }
         }
         let (_, bytes) = tar.finish()?;

@@ -30,6 +30,7 @@ else
   *) g ls-files -z >"$tmp/list" ;;
   esac
   # 1: a file changed while it was read.
-  tar -c -f - --format=gnu --sparse --hard-dereference --numeric-owner --owner=0 --group=0 --no-recursion --null \
+  # POSIX's form has the exact time of each file.
+  tar -c -f - --format=posix --pax-option=delete=atime,delete=ctime --sparse --sparse-version=1.0 --hard-dereference --numeric-owner --owner=0 --group=0 --no-recursion --null \
     --verbatim-files-from -T "$tmp/list" || [ $? -eq 1 ]
 fi

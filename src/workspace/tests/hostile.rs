@@ -178,9 +178,87 @@ fn nothing_is_written_through_links() {
 
 #[test]
 fn kinds_that_were_not_asked_for_are_refused() {
-    for kind in [b'1', b'3', b'4', b'6', b'7', b'x', b'g', b'D', b'M', b'V', 0xff] {
+    for kind in [b'1', b'3', b'4', b'6', b'7', b'g', b'D', b'M', b'V', 0xff] {
         check_refused(|t| entry(t, kind, b"x", b"good", b""), Kind::InvalidTree, "refuse");
     }
+}
+
+/// Records of POSIX's form ahead of a file.
+fn posix(t: &mut Vec<u8>, records: &[u8]) {
+    entry(t, b'x', b"././@PaxHeader", b"", records);
+}
+
+/// `<length> <key>=<value>LF`.
+fn record(text: &str) -> Vec<u8> {
+    let length = (1..200).find(|n| n.to_string().len() + text.len() + 2 == *n).unwrap();
+    format!("{length} {text}\n").into_bytes()
+}
+
+#[test]
+fn records_ahead_of_a_file_are_checked() {
+    let cases = [
+        (record("path=../victim"), "../victim"),
+        (record("path=/tmp/evil"), "absolute"),
+        (record("path=x/.git/abc"), "git's own"),
+        (record("mtime=abc"), "a time is none"),
+        (record("size=-1"), "a size is none"),
+        (record("evil=1"), "unknown kind"),
+        (record("GNU.sparse.major=2"), "unknown kind"),
+        (b"17 path=../victim\n".to_vec(), "damaged"),
+        (b"19 path=../victim\n".to_vec(), "damaged"),
+        (b"99999 path=x\n".to_vec(), "damaged"),
+        (b"path=x\n".to_vec(), "damaged"),
+        (b"8 mtime\n".to_vec(), "damaged"),
+        (b"x".to_vec(), "damaged"),
+    ];
+    for (records, word) in cases {
+        let hostile = |t: &mut Vec<u8>| {
+            posix(t, &records);
+            entry(t, b'0', b"x", b"", b"data");
+        };
+        check_refused(hostile, Kind::InvalidTree, word);
+    }
+    check_refused(|t| posix(t, &[b'1'; 20_000]), Kind::InvalidTree, "20000 bytes");
+    // Records without an entry, and twice.
+    check_refused(|t| posix(t, &record("mtime=1")), Kind::InvalidTree, "end mark");
+    let twice = |t: &mut Vec<u8>| {
+        posix(t, &record("mtime=1"));
+        posix(t, &record("mtime=1"));
+        entry(t, b'0', b"x", b"", b"");
+    };
+    check_refused(twice, Kind::InvalidTree, "refuse");
+}
+
+#[test]
+fn holes_listed_ahead_of_the_data_are_checked() {
+    let sparse = ["GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.realsize=1000"].map(record).concat();
+    let cases: [(&[u8], &str); 8] = [
+        (b"1\n0\n1001\n", "overlap"),
+        (b"2\n0\n10\n5\n10\n", "overlap"),
+        (b"1\n0\n10\n", "add up"),
+        (b"9999999\n", "too many holes"),
+        (b"x\n", "holes are damaged"),
+        (b"111111111111111111111\n", "holes are damaged"),
+        (b"99999999999999999999\n", "holes are damaged"),
+        (b"3\n0\n1", "holes are damaged"),
+    ];
+    for (map, word) in cases {
+        let hostile = |t: &mut Vec<u8>| {
+            posix(t, &sparse);
+            let mut data = map.to_vec();
+            if !word.ends_with("damaged") || !map.starts_with(b"3") {
+                data.resize(512, 0);
+                data.extend_from_slice(b"more");
+            }
+            entry(t, b'0', b"x", b"", &data);
+        };
+        check_refused(hostile, Kind::InvalidTree, word);
+    }
+    let of_a_link = |t: &mut Vec<u8>| {
+        posix(t, &sparse);
+        entry(t, b'2', b"x", b"good", b"");
+    };
+    check_refused(of_a_link, Kind::InvalidTree, "holes");
 }
 
 #[test]

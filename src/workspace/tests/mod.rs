@@ -8,6 +8,7 @@ mod importing;
 mod leaving;
 mod repeating;
 mod stealing;
+mod times;
 
 use super::plan::{CallerEnv, History, Options, Plan, Sent};
 use super::remote::{self, Finish, Finished, Place};

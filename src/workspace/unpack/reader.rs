@@ -1,9 +1,10 @@
-//! A reader for GNU tars that trusts nothing: regular files, sparse ones, links and directories; no owners, no
-//! extensions but long names, and those are bounded.
+//! A reader for the tars that GNU tar writes, of its own form and of POSIX's, that trusts nothing: regular files, sparse
+//! ones, links and directories; no owners; of the extensions long names, exact times and holes, and those are bounded.
 
 use super::{refuse, stream_error};
 use crate::error::{Error, Kind, Result};
 use crate::workspace::PATH_BYTES_MAX;
+use crate::workspace::mtime::Mtime;
 use std::io::Read;
 
 const BLOCK: usize = 512;
@@ -11,6 +12,10 @@ const BLOCK: usize = 512;
 const SEGMENTS_MAX: usize = 1_000_000;
 /// Most zeros after the end: tar fills its last record.
 const PADDING_BYTES_MAX: u64 = 1024 * 1024;
+/// Most bytes of the records ahead of one entry: a path, a link's target, a time.
+const RECORDS_BYTES_MAX: u64 = 4 * PATH_BYTES_MAX as u64;
+/// Most digits of a number in the list of holes.
+const DIGITS_MAX: usize = 20;
 const DOING: &str = "read the tree from the guest";
 
 #[derive(Debug)]
@@ -30,7 +35,7 @@ pub(super) struct Item {
     pub path: Vec<u8>,
     /// Permission bits alone.
     pub mode: u32,
-    pub mtime: u64,
+    pub mtime: Mtime,
     pub data: EntryData,
 }
 
@@ -62,11 +67,12 @@ impl<'a> TarReader<'a> {
 
     /// The next entry; its data has to be read before the one after. None: the end mark, and the stream's own end.
     pub fn next(&mut self) -> Result<Option<Item>> {
-        let (mut path, mut link) = (None, None);
+        let (mut path, mut link, mut records) = (None, None, None);
         loop {
             let block = self.block()?;
             if block.iter().all(|b| *b == 0) {
-                if self.block()?.iter().any(|b| *b != 0) || path.is_some() || link.is_some() {
+                let is_pending = path.is_some() || link.is_some() || records.is_some();
+                if self.block()?.iter().any(|b| *b != 0) || is_pending {
                     return Err(damaged("its end mark is none"));
                 }
                 return self.drain().map(|()| None);
@@ -79,7 +85,13 @@ impl<'a> TarReader<'a> {
             match header.entry_type().as_byte() {
                 b'L' if path.is_none() => path = Some(self.long(header)?),
                 b'K' if link.is_none() => link = Some(self.long(header)?),
-                _ => return self.item(header, path, link).map(Some),
+                b'x' if records.is_none() => records = Some(self.records(header)?),
+                _ => {
+                    let mut records = records.unwrap_or_default();
+                    records.path = path.or(records.path);
+                    records.link = link.or(records.link);
+                    return self.item(header, records).map(Some);
+                }
             }
         }
     }
@@ -97,20 +109,45 @@ impl<'a> TarReader<'a> {
         Ok(name)
     }
 
-    fn item(&mut self, header: &tar::Header, path: Option<Vec<u8>>, link: Option<Vec<u8>>) -> Result<Item> {
-        let gnu = header.as_gnu().ok_or_else(|| damaged("a header is not GNU tar's"))?;
-        let mut path = path.unwrap_or_else(|| until_nul(&gnu.name));
-        let size = header.entry_size().map_err(|_| refuse(&path, "it has no size"))?;
+    /// Records of POSIX's form: `<length> <key>=<value>LF`.
+    fn records(&mut self, header: &tar::Header) -> Result<Records> {
+        let size = header.entry_size().map_err(|_| damaged("records have no size"))?;
+        if size > RECORDS_BYTES_MAX {
+            return Err(damaged(&format!("records have {size} bytes")));
+        }
+        let mut bytes = vec![0; size as usize];
+        self.fill(&mut bytes)?;
+        let mut rest = [0; BLOCK];
+        self.fill(&mut rest[..(BLOCK - size as usize % BLOCK) % BLOCK])?;
+        let mut records = Records::default();
+        let mut left = bytes.as_slice();
+        while !left.is_empty() {
+            let (key, value, after) = record(left).ok_or_else(|| damaged("a record is damaged"))?;
+            records.take(key, value)?;
+            left = after;
+        }
+        Ok(records)
+    }
+
+    fn item(&mut self, header: &tar::Header, records: Records) -> Result<Item> {
+        let Records { path, link, mtime, size, real_size: real } = records;
+        let of_header = name_in(header).ok_or_else(|| damaged("a header is of an unknown form"))?;
+        let mut path = path.unwrap_or(of_header);
+        let size = match size {
+            Some(size) => size,
+            None => header.entry_size().map_err(|_| refuse(&path, "it has no size"))?,
+        };
         let mode = header.mode().map_err(|_| refuse(&path, "it has no mode"))? & 0o777;
-        let mtime = header.mtime().unwrap_or(0).min(i64::MAX as u64);
+        let mtime = mtime.unwrap_or_else(|| time_in(header));
         let data = match header.entry_type().as_byte() {
             b'5' => {
                 path.pop_if(|b| *b == b'/');
                 EntryData::Dir
             }
-            b'2' => EntryData::Symlink(link.unwrap_or_else(|| until_nul(&gnu.linkname))),
+            b'2' => EntryData::Symlink(link.unwrap_or_else(|| until_nul(&header.as_old().linkname))),
             b'0' | 0 => EntryData::File { size, segments: None },
             b'S' => {
+                let gnu = header.as_gnu().ok_or_else(|| damaged("a header is not GNU tar's"))?;
                 let real = gnu.real_size().map_err(|_| refuse(&path, "it has no size"))?;
                 EntryData::File { size: real, segments: Some(self.segments(gnu, size, real, &path)?) }
             }
@@ -125,7 +162,55 @@ impl<'a> TarReader<'a> {
         } else if size != 0 {
             return Err(refuse(&path, "it has data and is no file"));
         }
+        let data = match (data, real) {
+            (EntryData::File { .. }, Some(real)) => self.holes_ahead(real, &path)?,
+            (_, Some(_)) => return Err(refuse(&path, "it has holes and is not a file")),
+            (data, None) => data,
+        };
         Ok(Item { path, mode, mtime, data })
+    }
+
+    /// A sparse file of POSIX's form: its data begins with decimal numbers, one a line, how many segments there are and
+    /// the offset and length of each, filled with zeros up to a whole block.
+    fn holes_ahead(&mut self, real: u64, path: &[u8]) -> Result<EntryData> {
+        let mut used = 0;
+        let count = self.decimal(&mut used, path)?;
+        if count > SEGMENTS_MAX as u64 {
+            return Err(refuse(path, "it has too many holes"));
+        }
+        let mut segments = Vec::new();
+        for _ in 0..count {
+            segments.push((self.decimal(&mut used, path)?, self.decimal(&mut used, path)?));
+        }
+        let mut zeros = vec![0; (BLOCK - used % BLOCK) % BLOCK];
+        self.data_exact(&mut zeros, path)?;
+        check_segments(&segments, self.left, real, path)?;
+        Ok(EntryData::File { size: real, segments: Some(segments) })
+    }
+
+    fn decimal(&mut self, used: &mut usize, path: &[u8]) -> Result<u64> {
+        let mut digits = Vec::new();
+        loop {
+            let mut byte = [0];
+            self.data_exact(&mut byte, path)?;
+            *used += 1;
+            match byte[0] {
+                b'\n' => break,
+                b'0'..=b'9' if digits.len() < DIGITS_MAX => digits.push(byte[0]),
+                _ => return Err(refuse(path, "its holes are damaged")),
+            }
+        }
+        let digits = std::str::from_utf8(&digits).ok().and_then(|d| d.parse().ok());
+        digits.ok_or_else(|| refuse(path, "its holes are damaged"))
+    }
+
+    fn data_exact(&mut self, buffer: &mut [u8], path: &[u8]) -> Result<()> {
+        if buffer.len() as u64 > self.left {
+            return Err(refuse(path, "its holes are damaged"));
+        }
+        self.fill(buffer)?;
+        self.left -= buffer.len() as u64;
+        Ok(())
     }
 
     fn segments(&mut self, gnu: &tar::GnuHeader, size: u64, real: u64, path: &[u8]) -> Result<Vec<(u64, u64)>> {
@@ -147,16 +232,7 @@ impl<'a> TarReader<'a> {
             take(&ext.sparse)?;
             more = ext.is_extended();
         }
-        let mut end = 0u64;
-        let mut total = 0u64;
-        for (offset, len) in &out {
-            let next = offset.checked_add(*len).filter(|next| *offset >= end && *next <= real);
-            end = next.ok_or_else(|| refuse(path, "its holes overlap"))?;
-            total += len;
-        }
-        if total != size {
-            return Err(refuse(path, "its holes do not add up"));
-        }
+        check_segments(&out, size, real, path)?;
         Ok(out)
     }
 
@@ -202,6 +278,91 @@ impl<'a> TarReader<'a> {
             }
         }
     }
+}
+
+/// What comes ahead of a header and counts more than it.
+#[derive(Default)]
+struct Records {
+    path: Option<Vec<u8>>,
+    link: Option<Vec<u8>>,
+    mtime: Option<Mtime>,
+    /// Of the data, where it does not fit into the header.
+    size: Option<u64>,
+    /// Of a sparse file.
+    real_size: Option<u64>,
+}
+
+impl Records {
+    fn take(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
+        let number = || std::str::from_utf8(value).ok().and_then(|v| v.parse().ok()).ok_or_else(|| damaged("a size is none"));
+        match key {
+            b"path" | b"GNU.sparse.name" => self.path = Some(name(value)?),
+            b"linkpath" => self.link = Some(name(value)?),
+            b"mtime" => {
+                let time = std::str::from_utf8(value).ok().and_then(Mtime::parse);
+                self.mtime = Some(time.ok_or_else(|| damaged("a time is none"))?);
+            }
+            b"GNU.sparse.realsize" => self.real_size = Some(number()?),
+            b"GNU.sparse.major" if value == b"1" => {}
+            b"GNU.sparse.minor" if value == b"0" => {}
+            b"size" => self.size = Some(number()?),
+            b"uid" | b"gid" | b"uname" | b"gname" | b"atime" | b"ctime" => {}
+            other => {
+                let shown = crate::workspace::encode::encode(&other[..other.len().min(80)]);
+                return Err(damaged(&format!("a record is of an unknown kind, \"{shown}\"")));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn name(value: &[u8]) -> Result<Vec<u8>> {
+    if value.len() > PATH_BYTES_MAX + 100 {
+        return Err(damaged(&format!("a name has {} bytes", value.len())));
+    }
+    Ok(value.to_vec())
+}
+
+/// The first record: its key, its value, and what follows it.
+fn record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let blank = bytes.iter().position(|b| *b == b' ')?;
+    let length: usize = std::str::from_utf8(&bytes[..blank]).ok()?.parse().ok()?;
+    let (record, after) = bytes.split_at_checked(length)?;
+    let body = record.get(blank + 1..)?.strip_suffix(b"\n")?;
+    let equals = body.iter().position(|b| *b == b'=')?;
+    Some((&body[..equals], &body[equals + 1..], after))
+}
+
+/// The name in a header of either form; POSIX's may have its first part apart.
+fn name_in(header: &tar::Header) -> Option<Vec<u8>> {
+    if header.as_gnu().is_some() {
+        return Some(until_nul(&header.as_old().name));
+    }
+    let header = header.as_ustar()?;
+    let (prefix, name) = (until_nul(&header.prefix), until_nul(&header.name));
+    Some(if prefix.is_empty() { name } else { [&prefix[..], b"/", &name[..]].concat() })
+}
+
+/// The time in a header: octal, or base 256 with a sign where the first bit is set.
+fn time_in(header: &tar::Header) -> Mtime {
+    let field = header.as_old().mtime;
+    let seconds = match field[0] & 0x80 {
+        0 => header.mtime().unwrap_or(0).min(i64::MAX as u64) as i64,
+        // Eight bytes are all that a time can have; those before them only repeat the sign.
+        _ => i64::from_be_bytes([field[4], field[5], field[6], field[7], field[8], field[9], field[10], field[11]]),
+    };
+    Mtime { seconds, nanoseconds: 0 }
+}
+
+fn check_segments(segments: &[(u64, u64)], size: u64, real: u64, path: &[u8]) -> Result<()> {
+    let mut end = 0u64;
+    let mut total = 0u64;
+    for (offset, len) in segments {
+        let next = offset.checked_add(*len).filter(|next| *offset >= end && *next <= real);
+        end = next.ok_or_else(|| refuse(path, "its holes overlap"))?;
+        total += len;
+    }
+    if total == size { Ok(()) } else { Err(refuse(path, "its holes do not add up")) }
 }
 
 fn until_nul(field: &[u8]) -> Vec<u8> {

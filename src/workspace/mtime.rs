@@ -1,0 +1,98 @@
+//! When a file was changed last: any second of 64 bits, and nanoseconds, as the header of a POSIX tar writes it.
+
+/// Seconds since the epoch, earlier ones negative, and nanoseconds after that second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Mtime {
+    pub seconds: i64,
+    /// Below 1,000,000,000.
+    pub nanoseconds: u32,
+}
+
+const SECOND: u32 = 1_000_000_000;
+/// The largest time that eleven octal digits hold: in the year 2242.
+const OCTAL_MAX: i64 = 0o77777777777;
+
+impl Mtime {
+    pub fn of(stat: &rustix::fs::Stat) -> Self {
+        Self { seconds: stat.st_mtime, nanoseconds: stat.st_mtime_nsec as u32 }
+    }
+
+    /// What the octal field of a header can say of it.
+    pub fn octal(self) -> u64 {
+        self.seconds.clamp(0, OCTAL_MAX) as u64
+    }
+
+    /// Whether that is all of it.
+    pub fn is_octal(self) -> bool {
+        self.nanoseconds == 0 && (0..=OCTAL_MAX).contains(&self.seconds)
+    }
+
+    /// A decimal number, as in the record `mtime` of a POSIX tar.
+    pub fn decimal(self) -> String {
+        let (seconds, nanoseconds) = (i128::from(self.seconds), i128::from(self.nanoseconds));
+        let total = seconds * i128::from(SECOND) + nanoseconds;
+        let (sign, total) = if total < 0 { ("-", -total) } else { ("", total) };
+        let text = format!("{sign}{}.{:09}", total / i128::from(SECOND), total % i128::from(SECOND));
+        text.trim_end_matches('0').trim_end_matches('.').to_owned()
+    }
+
+    /// None where it is not such a number; digits after the ninth are dropped.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (is_negative, digits) = match text.strip_prefix('-') {
+            Some(rest) => (true, rest),
+            None => (false, text),
+        };
+        let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
+        let all_digits = |t: &str| t.bytes().all(|b| b.is_ascii_digit());
+        if whole.is_empty() || !all_digits(whole) || !all_digits(fraction) {
+            return None;
+        }
+        let nanoseconds: String = fraction.chars().chain("000000000".chars()).take(9).collect();
+        let total = i128::from(whole.parse::<u64>().ok()?) * i128::from(SECOND) + nanoseconds.parse::<i128>().ok()?;
+        let total = if is_negative { -total } else { total };
+        Some(Self {
+            seconds: i64::try_from(total.div_euclid(i128::from(SECOND))).ok()?,
+            nanoseconds: total.rem_euclid(i128::from(SECOND)) as u32,
+        })
+    }
+
+    /// For `futimens` and `utimensat`; the time of reading is the same.
+    pub fn timestamps(self) -> rustix::fs::Timestamps {
+        let time = rustix::fs::Timespec { tv_sec: self.seconds, tv_nsec: self.nanoseconds.into() };
+        rustix::fs::Timestamps { last_access: time, last_modification: time }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(seconds: i64, nanoseconds: u32, text: &str) {
+        let time = Mtime { seconds, nanoseconds };
+        assert_eq!(time.decimal(), text);
+        assert_eq!(Mtime::parse(text), Some(time));
+    }
+
+    #[test]
+    fn times_of_every_age_survive_as_text() {
+        check(0, 0, "0");
+        check(1, 5, "1.000000005");
+        check(1_700_000_000, 120_000_000, "1700000000.12");
+        check(-1, 500_000_000, "-0.5");
+        check(-2, 999_999_999, "-1.000000001");
+        check(-315_619_200, 0, "-315619200");
+        check(10_413_792_000, 999_999_999, "10413792000.999999999");
+        check(i64::MIN, 0, "-9223372036854775808");
+        check(i64::MAX, 999_999_999, "9223372036854775807.999999999");
+    }
+
+    #[test]
+    fn texts_that_are_not_times_are_refused() {
+        for bad in ["", "-", ".5", "1e3", " 1", "1 ", "+1", "--1", "1.2.3", "0x1", "99999999999999999999", "-9223372036854775809"]
+        {
+            assert_eq!(Mtime::parse(bad), None, "{bad:?}");
+        }
+        assert_eq!(Mtime::parse("1.0000000019"), Some(Mtime { seconds: 1, nanoseconds: 1 }));
+    }
+}

@@ -1,11 +1,13 @@
 //! What git knows of a tree, asked so that nothing of the repository runs: no hook, fsmonitor, filter, pager, fetch.
 
 mod config;
+mod filters;
 mod history;
 mod layout;
 mod parse;
 
 pub(super) use config::Config;
+pub(super) use filters::Filtered;
 pub(super) use history::{History1, Pack, Tag, pack};
 pub(super) use parse::{IndexEntry, Record};
 
@@ -96,6 +98,9 @@ impl Git {
         }
         if let Some(file) = git.excludes_path(&config) {
             git.set(b"core.excludesFile", file.as_os_str().as_bytes());
+        }
+        if let Some(file) = git.attributes_path(&config) {
+            git.set(b"core.attributesFile", file.as_os_str().as_bytes());
         }
         git.check_answers()?;
         Ok((git, config))
@@ -297,6 +302,22 @@ impl Git {
             Some((path, _)) => Some(self.env.expand(&self.top, path)),
             None => self.env.default_excludes(),
         }
+    }
+
+    /// The file of attributes that the caller's git uses for all repositories. Not one that the repository names: that
+    /// could be any file of the caller's.
+    fn attributes_path(&self, config: &Config) -> Option<PathBuf> {
+        match &config.attributes_file {
+            Some((path, own)) if *own || path.is_empty() => None,
+            Some((path, _)) => Some(self.env.expand(&self.top, path)),
+            None => self.env.default_attributes(),
+        }
+    }
+
+    /// Its text.
+    pub fn global_attributes(&self, config: &Config) -> Vec<u8> {
+        let file = self.attributes_path(config).and_then(|path| std::fs::File::open(path).ok());
+        file.and_then(|f| crate::host::command::read_bounded(f, RULES_BYTES_MAX).ok()).unwrap_or_default()
     }
 
     pub fn head(&self) -> Result<Head> {

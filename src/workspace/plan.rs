@@ -188,6 +188,8 @@ struct Repo {
     config: Vec<u8>,
     exclude: Vec<u8>,
     attributes: Vec<u8>,
+    global_attributes: Vec<u8>,
+    filtered: git::Filtered,
     /// Which part of the tree is checked out.
     sparse: Vec<u8>,
     partial: bool,
@@ -244,6 +246,10 @@ impl Plan {
             repo.index.iter().filter(|e| e.mode == IndexEntry::GITLINK).map(|e| (e.path.as_slice(), e.oid.as_str())).collect();
         walk.listed(&listed, &submodules)?;
         if options.history != History::None {
+            let files: Vec<&[u8]> =
+                walk.entries.iter().filter(|e| e.kind == EntryKind::File).map(|e| e.path.as_slice()).collect();
+            repo.filtered = git.filtered(&files, &config.filters, &mut walk.beneath)?;
+            warnings.extend(filter_warning(&repo.filtered));
             repo.pack_up(&git, options.history, &blobs)?;
             for what in git.under_way() {
                 warnings.push(format!("{what} is under way here: the guest's git does not know, so conclude it here"));
@@ -316,6 +322,22 @@ impl Plan {
     }
 }
 
+/// No filter runs on either side, which the caller has to know: what git would store of such files is not what they hold.
+fn filter_warning(filtered: &git::Filtered) -> Option<String> {
+    let of = |(name, count): (&Vec<u8>, &u64)| {
+        let files = if *count == 1 { "file" } else { "files" };
+        format!("{} ({count} {files})", encode::encode(name))
+    };
+    let list: Vec<String> = filtered.counts.iter().map(of).collect();
+    (!list.is_empty()).then(|| {
+        format!(
+            "git's filters do not run in the guest: {}; these files go as they are, git there shows no difference, and refuses to \
+             commit their content: bring it back and commit it here",
+            list.join(", ")
+        )
+    })
+}
+
 fn open_root(root: &Path) -> Result<Beneath> {
     Beneath::open(root).map_err(|e| match e.kind() {
         std::io::ErrorKind::PermissionDenied => git::unreadable(&encode::encode(root.as_os_str().as_bytes())),
@@ -348,6 +370,8 @@ impl Repo {
             config: config.for_guest(),
             exclude,
             attributes: git.info_file("attributes")?,
+            global_attributes: git.global_attributes(config),
+            filtered: git::Filtered::default(),
             sparse: if config.is_sparse() { git.sparse_patterns()? } else { Vec::new() },
             partial: config.partial_clone,
         };

@@ -109,6 +109,7 @@ fn work_in_a_guest_comes_back() {
     from_a_tree_that_git_converts(&host);
     run_with_export_patch(&host);
     a_repository_made_in_the_guest(&host);
+    files_under_a_filter(&host);
 }
 
 fn from_a_clean_tree(host: &Host) {
@@ -217,6 +218,27 @@ fn a_repository_made_in_the_guest(host: &Host) {
     let out = site.fcctl(&["run", ".", "--rm", "--name", "gone", "--", "sh", "-c", script]);
     assert_eq!(out.status.code(), Some(0), "{:?}", text(&out));
     assert!(!host.ok(&["ps", "-aq", "--json"]).contains("gone"));
+}
+
+/// No filter runs; the guest shows no difference and does not commit what the filter would have changed.
+fn files_under_a_filter(host: &Host) {
+    let site = Site::unborn(host, "box", "filtered");
+    site.git(&["config", "filter.crypt.clean", "rev"]);
+    site.git(&["config", "filter.crypt.smudge", "rev"]);
+    site.git(&["config", "filter.crypt.required", "true"]);
+    site.write(".gitattributes", "secret/* filter=crypt\n");
+    site.write("secret/key", "plaintext\n");
+    site.write("a", "one\n");
+    site.commit("all");
+    site.on_host("touch -d '1 hour ago' secret/key; git update-index --refresh");
+    let said = site.prepare();
+    assert!(said.contains("crypt (1 file)"), "{said}");
+    assert_eq!(site.said_in_guest("git status --porcelain"), "");
+    let out = site.in_guest_out("echo 'of the guest' > secret/key; git add secret/key");
+    assert!(!out.status.success() && text(&out).1.contains("its filter (crypt) does not run in this VM"), "{:?}", text(&out));
+    site.in_guest("echo two >> a; git add a; git commit -qm work");
+    assert!(site.fcctl(&["workspace", "apply", site.vm]).status.success());
+    site.assert_same_tree();
 }
 
 /// `run PATH --export-patch FILE`: the patch is there before `--rm` takes the VM away.

@@ -1,7 +1,7 @@
 //! What the caller's configuration says, and what of it the guest gets.
 
 use crate::workspace::plan::CallerEnv;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
@@ -52,6 +52,10 @@ pub(in crate::workspace) struct Config {
     pub(super) safe_directories: Vec<Vec<u8>>,
     /// And whether the repository itself said so.
     pub(super) excludes_file: Option<(Vec<u8>, bool)>,
+    /// And whether the repository itself said so.
+    pub(super) attributes_file: Option<(Vec<u8>, bool)>,
+    /// Names of filters that the caller's git would run.
+    pub filters: BTreeSet<Vec<u8>>,
     pub partial_clone: bool,
     /// Remotes by name; only promisors are passed on.
     remotes: BTreeMap<String, Remote>,
@@ -108,11 +112,17 @@ impl Config {
             }
             "safe.directory" if !own => self.safe_directories.push(value.to_vec()),
             "core.excludesfile" => self.excludes_file = Some((value.to_vec(), own)),
+            "core.attributesfile" => self.attributes_file = Some((value.to_vec(), own)),
             "extensions.partialclone" => {
                 self.partial_clone = true;
                 self.promisor = Some(String::from_utf8_lossy(value).into_owned());
             }
             _ if key.starts_with("remote.") => self.take_remote(&key["remote.".len()..], value),
+            _ if let Some(rest) = key.strip_prefix("filter.")
+                && let Some((name, "clean" | "smudge" | "process" | "required")) = rest.rsplit_once('.') =>
+            {
+                self.filters.insert(name.as_bytes().to_vec());
+            }
             _ if CARRIED.contains(&key) => {
                 if let Ok(word) = std::str::from_utf8(value)
                     && word.len() <= 16

@@ -17,6 +17,9 @@
 //! | `index` | the index for `update-index -z --index-info` |
 //! | `seed` | of it, what is likely to be as it stands in the tree |
 //! | `skip-worktree`, `assume-unchanged`, `intent-to-add` | paths, NUL after each |
+//! | `filters` | names of git filters that would run on the host; NUL after each |
+//! | `filtered` | files under them that are unchanged on the host; sorted, NUL after each |
+//! | `global-attributes` | the caller's attributes for all repositories |
 //! | `config`, `exclude`, `attributes`, `sparse-checkout` | text for `.git/config` and for files of `.git/info` |
 //! | `partial` | there: other objects are where the repository was cloned from |
 
@@ -257,6 +260,9 @@ impl Repo {
             ("intent-to-add", flagged(&|e| self.is_intent(e))),
             ("config", self.config.clone()),
             ("attributes", self.attributes.clone()),
+            ("global-attributes", self.global_attributes.clone()),
+            ("filters", nul_list(self.filtered.counts.keys().map(Vec::as_slice))),
+            ("filtered", nul_list(self.filtered.unchanged.iter().map(Vec::as_slice))),
             ("sparse-checkout", self.sparse.clone()),
             ("partial", if self.partial { b"1\n".to_vec() } else { Vec::new() }),
         ]);

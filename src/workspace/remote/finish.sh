@@ -86,6 +86,7 @@ set_index() {
   if [ -f "$M/intent-to-add" ]; then
     u --literal-pathspecs add -f -N --pathspec-from-file="$M/intent-to-add" --pathspec-file-nul 2>/dev/null || :
   fi
+  set_filters
   u update-index -q --refresh >/dev/null 2>&1 || :
   for flag in skip-worktree assume-unchanged; do
     if [ -f "$M/$flag" ]; then u update-index -z --$flag --stdin <"$M/$flag"; fi
@@ -142,6 +143,11 @@ repository() {
   if [ -f "$M/tags" ]; then sed 's/^\([^ ]*\) \(.*\)$/update \2 \1/' "$M/tags" | u update-ref --stdin 2>/dev/null || :; fi
   set_head
   set_rules
+  if [ -f "$M/global-attributes" ]; then
+    mkdir -p .git/fcd
+    cp "$M/global-attributes" .git/fcd/attributes
+    u config core.attributesFile "$W/.git/fcd/attributes"
+  fi
   set_index
   printf '%s\n' "$branch $oid" >"$S/head"
 }

@@ -19,6 +19,7 @@ use crate::host::shell::quote;
 const COMMON: &str = include_str!("common.sh");
 const BEGIN: &str = include_str!("begin.sh");
 const RECEIVE: &str = include_str!("receive.sh");
+const FILTERS: &str = include_str!("filters.sh");
 const FINISH: &str = include_str!("finish.sh");
 const EXPORT: &str = include_str!("export.sh");
 const STATUS: &str = include_str!("status.sh");
@@ -90,7 +91,7 @@ pub struct Finish<'a> {
 }
 
 pub fn finish_command(place: &Place, finish: &Finish<'_>) -> String {
-    command(FINISH, place, &[flag(finish.readonly), flag(finish.overwrite), finish.subdir])
+    command(&[FILTERS, FINISH].concat(), place, &[flag(finish.readonly), flag(finish.overwrite), finish.subdir])
 }
 
 /// Prints a binary git patch of the baseline against what is there now; empty where nothing differs.

@@ -3,6 +3,7 @@
 mod accepting;
 mod applying;
 mod exporting;
+mod filters;
 mod hostile;
 mod importing;
 mod leaving;

@@ -22,6 +22,8 @@ pub struct Limits {
     pub boots_max: usize,
     /// Workers for guest I/O.
     pub pool_workers: usize,
+    /// Of those, how many one uid has at most; 0 stands for three quarters of them, but at least one.
+    pub pool_workers_per_uid_max: usize,
     /// Jobs that wait for a worker.
     pub pool_queue: usize,
     pub connections_max: usize,
@@ -43,6 +45,9 @@ pub struct Limits {
     pub disk_bytes_max: u64,
     /// A transfer without a byte for so long ends.
     pub transfer_idle_s: u64,
+    /// What a transfer must move on average over each window of `transfer_rate_window_s`, else it ends; 0: anything.
+    pub transfer_bytes_per_s_min: u64,
+    pub transfer_rate_window_s: u64,
     /// From the VMM's start to the first answer of the guest's SSH server.
     pub boot_timeout_s: u64,
     /// How long a guest may take to shut down before it is forced.
@@ -56,6 +61,7 @@ impl Default for Limits {
         Self {
             boots_max: 0,
             pool_workers: 8,
+            pool_workers_per_uid_max: 0,
             pool_queue: 64,
             connections_max: 512,
             connections_per_uid_max: 128,
@@ -70,6 +76,8 @@ impl Default for Limits {
             vcpus_max: 32,
             disk_bytes_max: 1 << 40,
             transfer_idle_s: 60,
+            transfer_bytes_per_s_min: 1024,
+            transfer_rate_window_s: 180,
             boot_timeout_s: 120,
             stop_timeout_s: 20,
             console_bytes_max: 4 << 20,
@@ -78,6 +86,14 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// Jobs of one uid that run at once.
+    pub fn running_per_uid_max(&self) -> usize {
+        match self.pool_workers_per_uid_max {
+            0 => (self.pool_workers * 3 / 4).max(1),
+            set => set,
+        }
+    }
+
     /// Of ended operations.
     pub fn retention(&self) -> Retention {
         Retention { per_uid_max: self.operations_kept_per_uid, total_max: self.operations_kept_max }
@@ -292,6 +308,9 @@ impl Config {
         }
         if l.connections_root_reserved >= l.connections_max || l.connections_per_uid_max == 0 {
             return bad("limits.connections_max must be above connections_root_reserved, connections_per_uid_max above 0");
+        }
+        if l.transfer_rate_window_s == 0 {
+            return bad("limits.transfer_rate_window_s must be at least 1");
         }
         if l.transfer_idle_s == 0 || l.boot_timeout_s == 0 {
             return bad("limits.transfer_idle_s and boot_timeout_s must be at least 1");

@@ -31,6 +31,7 @@ mod notes;
 mod operations;
 mod pause;
 mod ports;
+mod rate_floor;
 mod reconcile;
 mod recovery;
 mod resources;
@@ -74,7 +75,7 @@ use crate::image::Images;
 use crate::image::kernels::Kernels;
 use crate::locks::{Cancel, Mutex, Rank};
 use crate::ops::Ops;
-use crate::pool::{Admission, Pool};
+use crate::pool::{self, Admission, Pool};
 use crate::store::{Store, Ticket, Tx};
 use crate::uids::Retention;
 use crate::vmm::Driver;
@@ -255,7 +256,12 @@ impl Daemon {
             net,
             disk_probe,
             name_server: Mutex::new(Rank::Runtimes, None),
-            pool: Pool::new(limits.pool_workers, limits.pool_queue, limits.queue_per_uid_max)?,
+            pool: Pool::new(pool::Bounds {
+                workers: limits.pool_workers,
+                running_per_uid_max: limits.running_per_uid_max(),
+                queue_max: limits.pool_queue,
+                queue_per_uid_max: limits.queue_per_uid_max,
+            })?,
             images: Images::open(&config.state_dir)?,
             kernels: Kernels::open(&config.state_dir)?,
             kernel_uses: uses::Uses::new(),

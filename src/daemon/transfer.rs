@@ -1,6 +1,7 @@
 //! The work of an import or an export on a pool worker: scripts and streams, with no lock of the daemon's held.
 
 use super::Notes;
+use super::rate_floor::Moved;
 use crate::api::exec::Exit;
 use crate::api::frame::Note;
 use crate::api::workspace::{ExportKind, PrepareRequest, Ready, Trailer};
@@ -31,7 +32,7 @@ pub(super) struct Transfer {
     pub reporter: Reporter,
     pub fifo: OwnedFd,
     /// Of the payload, so far.
-    pub bytes: Arc<AtomicU64>,
+    pub moved: Moved,
     pub place: remote::Place,
     pub idle: Duration,
 }
@@ -50,7 +51,7 @@ impl Transfer {
         let changed = remote::parse_begin(&self.script(&remote::begin_command(&self.place), "begin the import", cancel)?)?;
         let keep = if request.overwrite { Vec::new() } else { encode::encode_all(&changed)? };
         notes.send(Note::Ready(Ready { keep }));
-        let Self { fifo, bytes, .. } = &self;
+        let (fifo, bytes) = (&self.fifo, &self.moved.bytes);
         let fifo = fifo.try_clone().map_err(|e| Error::io("take the stream", e))?;
         let mut source = Counted {
             inner: ChunkSource::new(FdSource::new(fifo), bytes.clone()),
@@ -60,6 +61,7 @@ impl Transfer {
         };
         self.reporter.progress("copy the tree in");
         let trailer = self.receive(&mut source, request.overwrite, cancel)?;
+        self.moved.is_over.store(true, Ordering::Relaxed);
         self.reporter.progress("record what was sent");
         let finish = remote::Finish { overwrite: request.overwrite, readonly: request.readonly, subdir: &request.subdir };
         let said = self.script(&remote::finish_command(&self.place, &finish), "finish the import", cancel)?;
@@ -93,11 +95,11 @@ impl Transfer {
             ExportKind::Tree => remote::export_tree_command(&self.place),
         };
         let fifo = self.fifo.try_clone().map_err(|e| Error::io("take the stream", e))?;
-        let mut sink = ChunkSink::new(FdSink::new(fifo), self.bytes.clone());
+        let mut sink = ChunkSink::new(FdSink::new(fifo), self.moved.bytes.clone());
         let mut said = VecSink::new(COMPLAINT_BYTES_MAX);
         // The guest says nothing while it compares, however long that takes.
         let spec = ExecSpec { command, deadline: Some(Instant::now() + SCRIPT_DEADLINE), ..ExecSpec::default() };
-        let mut counting = Progressing { inner: &mut sink, reporter: &self.reporter, bytes: &self.bytes };
+        let mut counting = Progressing { inner: &mut sink, reporter: &self.reporter, bytes: &self.moved.bytes };
         let streams = Streams { stdout: Some(&mut counting), stderr: Some(&mut said), ..Streams::default() };
         let exit = self.transport.exec(&self.target, &spec, streams, cancel).map_err(|e| self.so_far(e))?;
         if exit != Exit::Status(0) {
@@ -119,7 +121,7 @@ impl Transfer {
 
     /// How far it got belongs to every error.
     fn so_far(&self, e: Error) -> Error {
-        e.context(format!("after {} bytes", self.bytes.load(Ordering::Relaxed)))
+        e.context(format!("after {} bytes", self.moved.bytes.load(Ordering::Relaxed)))
     }
 }
 

@@ -2,6 +2,7 @@
 //! workspace lock is held across the guest I/O, on the operation's own thread; a pool worker pumps (`transfer.rs`).
 
 use super::locks::WorkspaceOf;
+use super::rate_floor::{Moved, RateFloor};
 use super::runtime::{HOST_DISK_FULL, Use, User};
 use super::transfer::{Imported, Transfer};
 use super::{Begun, Caller, Daemon, Notes, now_s, to_value};
@@ -12,13 +13,11 @@ use crate::guest::io::fifo::{self, Direction};
 use crate::ids::VmId;
 use crate::locks::KeyGuard;
 use crate::ops::OpHandle;
-use crate::pool::{JobHandle, Place};
+use crate::pool::Place;
 use crate::store::{VmRow, WorkspaceRow};
 use crate::workspace::{encode, guest_path, remote};
 use serde_json::Value;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 /// No transfer goes on for longer; one that stands still ends after `transfer_idle_s`.
@@ -130,11 +129,11 @@ impl Daemon {
         let guard = self.lock_workspace(op, row, no_wait)?;
         let transfer = self.transfer(&guard.key().0, op, fifo, &request.guest_path)?;
         let began = self.mark_incomplete(&transfer.row, request)?;
-        let wanted = request.clone();
+        let (wanted, moved) = (request.clone(), transfer.moved.clone());
         let job = place.submit(&format!("workspace.prepare {}", row.name), op.cancel(), move |cancel| {
             transfer.import(cancel, &wanted, &notes)
         });
-        let imported = wait_job(&job)?;
+        let imported = self.rate_floor().wait(&job, &moved, op.cancel(), Instant::now() + TRANSFER_DEADLINE)?;
         // The workspace lock is still held: nobody else has touched the row.
         self.mark_complete(&began, &imported)?;
         drop(guard);
@@ -161,12 +160,17 @@ impl Daemon {
                 .hint(format!("bring it in again: fcctl workspace prepare {} PATH", row.name)));
         }
         let transfer = self.transfer(&guard.key().0, op, fifo, &workspace.guest_path)?;
-        let kind = request.kind;
+        let (kind, moved) = (request.kind, transfer.moved.clone());
         let job =
             place.submit(&format!("workspace.export {}", row.name), op.cancel(), move |cancel| transfer.export(cancel, kind));
-        let trailer = wait_job(&job)?;
+        let trailer = self.rate_floor().wait(&job, &moved, op.cancel(), Instant::now() + TRANSFER_DEADLINE)?;
         drop(guard);
         to_value(&ExportReply { bytes: trailer.bytes })
+    }
+
+    fn rate_floor(&self) -> RateFloor {
+        let limits = &self.config.limits;
+        RateFloor::new(Duration::from_secs(limits.transfer_rate_window_s), limits.transfer_bytes_per_s_min)
     }
 
     /// First come, first served; a waiting one costs no worker and can be cancelled.
@@ -203,7 +207,7 @@ impl Daemon {
             target: self.target(&row)?,
             reporter: op.reporter(),
             fifo,
-            bytes: Arc::new(AtomicU64::new(0)),
+            moved: Moved::default(),
             place: remote::Place::new(guest_path),
             idle: Duration::from_secs(self.config.limits.transfer_idle_s),
             row,
@@ -249,8 +253,4 @@ impl Daemon {
         })?;
         self.wait_durable(ticket)
     }
-}
-
-fn wait_job<T>(job: &JobHandle<T>) -> Result<T> {
-    job.wait(Instant::now() + TRANSFER_DEADLINE)
 }

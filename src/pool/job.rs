@@ -63,7 +63,7 @@ pub(super) fn new<T: Send + 'static>(
             Start::Run(shared) => {
                 let result = run(&label, &cancel, job);
                 // First free, then seen: who has the outcome finds the worker free.
-                shared.ended();
+                shared.ended(uid);
                 slot.set(result);
             }
             Start::Refuse(error) => {

@@ -1,5 +1,8 @@
 //! The bounded worker pool for guest I/O, and boot admission. Submitting never blocks: there is a place in the queue
 //! or the answer is busy.
+//!
+//! Workers are shared fairly between uids: the next job is one of the uid with the fewest running, and no uid ever has
+//! more than [`Bounds::running_per_uid_max`] running. So slow transfers of one user never hold up those of the others.
 
 mod admission;
 mod job;
@@ -11,8 +14,9 @@ pub use job::JobHandle;
 
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Condvar, Mutex, Rank, region};
+use crate::uids::UidCounts;
 use job::{Queued, Start};
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,6 +26,18 @@ const WORKER_LOOK: Duration = Duration::from_secs(60);
 /// A fixed number of workers and a bounded queue.
 pub struct Pool {
     shared: Arc<Shared>,
+}
+
+/// How much the pool takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    pub workers: usize,
+    /// Jobs of one uid that run at once.
+    pub running_per_uid_max: usize,
+    /// Places in the queue, running jobs not counted.
+    pub queue_max: usize,
+    /// Of those, for one uid.
+    pub queue_per_uid_max: usize,
 }
 
 /// What the pool does now.
@@ -40,39 +56,45 @@ struct Shared {
     work: Condvar,
     /// The pool has become idle.
     idle: Condvar,
-    queue_max: usize,
-    queue_per_uid_max: usize,
+    bounds: Bounds,
 }
 
 #[derive(Default)]
 struct State {
     queue: VecDeque<Queued>,
-    running: usize,
-    /// Reserved or queued, by uid and in all.
-    places: HashMap<u32, usize>,
-    places_total: usize,
+    running: UidCounts,
+    /// Reserved or queued.
+    places: UidCounts,
     is_closing: bool,
 }
 
 impl State {
-    fn free_place(&mut self, uid: u32) {
-        self.places_total -= 1;
-        if let Some(n) = self.places.get_mut(&uid) {
-            *n -= 1;
-            if *n == 0 {
-                self.places.remove(&uid);
-            }
-        }
+    /// Where the next job lies that may run: of the uid with the fewest running, the one that has waited longest. A cancelled
+    /// one may always leave the queue.
+    fn next(&self, running_per_uid_max: usize) -> Option<usize> {
+        let weight = |queued: &Queued| if queued.cancel.is_cancelled() { 0 } else { self.running.of(queued.uid) };
+        let may_run = |(_, weight): &(usize, usize)| *weight < running_per_uid_max;
+        let weights = self.queue.iter().map(weight).enumerate();
+        weights.filter(may_run).min_by_key(|(at, weight)| (*weight, *at)).map(|(at, _)| at)
+    }
+
+    fn take_next(&mut self, running_per_uid_max: usize) -> Option<Queued> {
+        let at = self.next(running_per_uid_max)?;
+        self.queue.remove(at)
+    }
+
+    /// A worker has nothing to do and is not to end.
+    fn must_wait(&self, running_per_uid_max: usize) -> bool {
+        self.next(running_per_uid_max).is_none() && !(self.is_closing && self.queue.is_empty())
     }
 }
 
 impl Pool {
-    /// Starts the workers. `queue_max` bounds the places in the queue, running jobs not counted; `queue_per_uid_max`
-    /// those of one uid. Fails with `exhausted` when no thread can be started.
-    pub fn new(workers: usize, queue_max: usize, queue_per_uid_max: usize) -> Result<Self> {
+    /// Starts the workers. Fails with `exhausted` when no thread can be started.
+    pub fn new(bounds: Bounds) -> Result<Self> {
         let (state, work, idle) = (Mutex::new(Rank::Pool, State::default()), Condvar::new(), Condvar::new());
-        let pool = Self { shared: Arc::new(Shared { state, work, idle, queue_max, queue_per_uid_max }) };
-        for i in 0..workers {
+        let pool = Self { shared: Arc::new(Shared { state, work, idle, bounds }) };
+        for i in 0..bounds.workers {
             let shared = pool.shared.clone();
             // Dropping the pool on failure ends those that have started.
             crate::host::thread::spawn(&format!("pool-{i}"), move || shared.work())?;
@@ -87,19 +109,18 @@ impl Pool {
         if state.is_closing {
             return Err(shutting_down());
         }
-        let mine = state.places.get(&uid).copied().unwrap_or(0);
+        let (mine, all) = (state.places.of(uid), state.places.total());
         let full = |whose: &str, n: usize| {
             Error::new(Kind::PoolFull, format!("{whose} queue for guest transfers is full ({n} waiting)"))
                 .hint("wait for one to finish (fcctl op list), then try again")
         };
-        if state.places_total >= self.shared.queue_max {
-            return Err(full("the", state.places_total));
+        if all >= self.shared.bounds.queue_max {
+            return Err(full("the", all));
         }
-        if mine >= self.shared.queue_per_uid_max {
+        if mine >= self.shared.bounds.queue_per_uid_max {
             return Err(full("your share of the", mine));
         }
-        state.places_total += 1;
-        *state.places.entry(uid).or_default() += 1;
+        state.places.add(uid);
         drop(state);
         Ok(Place { shared: Some(self.shared.clone()), uid })
     }
@@ -118,7 +139,7 @@ impl Pool {
     pub fn counts(&self) -> Counts {
         self.shared.purge();
         let state = self.shared.state.lock();
-        Counts { running: state.running, queued: state.queue.len(), places: state.places_total }
+        Counts { running: state.running.total(), queued: state.queue.len(), places: state.places.total() }
     }
 
     /// Takes no more jobs and waits for those it has; those still queued at the deadline are refused with
@@ -128,7 +149,7 @@ impl Pool {
         let mut state = self.shared.state.lock();
         state.is_closing = true;
         self.shared.work.notify_all();
-        let drained = self.shared.idle.wait_while(&mut state, deadline, |s| s.running > 0 || !s.queue.is_empty());
+        let drained = self.shared.idle.wait_while(&mut state, deadline, |s| s.running.total() > 0 || !s.queue.is_empty());
         drop(state);
         if !drained {
             self.shared.refuse_all();
@@ -180,7 +201,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         if let Some(shared) = self.shared.take() {
-            shared.state.lock().free_place(self.uid);
+            shared.state.lock().places.remove(self.uid);
         }
     }
 }
@@ -188,11 +209,12 @@ impl Drop for Place {
 impl Shared {
     /// A worker's life.
     fn work(self: Arc<Self>) {
+        let most = self.bounds.running_per_uid_max;
         loop {
             let mut state = self.state.lock();
-            self.work.wait_while(&mut state, Instant::now() + WORKER_LOOK, |s| s.queue.is_empty() && !s.is_closing);
-            let Some(queued) = state.queue.pop_front() else {
-                if state.is_closing {
+            self.work.wait_while(&mut state, Instant::now() + WORKER_LOOK, |s| s.must_wait(most));
+            let Some(queued) = state.take_next(most) else {
+                if state.is_closing && state.queue.is_empty() {
                     return;
                 }
                 continue;
@@ -202,18 +224,21 @@ impl Shared {
                 self.refuse(vec![queued], cancelled);
                 continue;
             }
-            state.free_place(queued.uid);
-            state.running += 1;
+            state.places.remove(queued.uid);
+            state.running.add(queued.uid);
             drop(state);
             (queued.run)(Start::Run(&self));
         }
     }
 
     /// The job of a worker is over; called before its outcome can be seen.
-    fn ended(&self) {
+    fn ended(&self, uid: u32) {
         let mut state = self.state.lock();
-        state.running -= 1;
+        state.running.remove(uid);
         self.notify_if_idle(&state);
+        drop(state);
+        // One of this uid's may run now.
+        self.work.notify_all();
     }
 
     /// Takes the jobs whose token has fired out of the queue, and tells those who wait for them.
@@ -238,7 +263,7 @@ impl Shared {
     fn refuse(&self, gone: Vec<Queued>, why: fn(&Queued) -> Error) {
         for queued in gone {
             let mut state = self.state.lock();
-            state.free_place(queued.uid);
+            state.places.remove(queued.uid);
             self.notify_if_idle(&state);
             drop(state);
             let why = why(&queued);
@@ -247,7 +272,7 @@ impl Shared {
     }
 
     fn notify_if_idle(&self, state: &State) {
-        if state.running == 0 && state.queue.is_empty() {
+        if state.running.total() == 0 && state.queue.is_empty() {
             self.idle.notify_all();
         }
     }

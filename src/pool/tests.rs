@@ -1,4 +1,4 @@
-use super::{Admission, Counts, Pool};
+use super::{Admission, Bounds, Counts, JobHandle, Pool};
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, check};
 #[cfg(any(debug_assertions, feature = "lock-check"))]
@@ -8,6 +8,11 @@ use std::time::{Duration, Instant};
 
 const LATE: Duration = Duration::from_secs(20);
 const SOON: Duration = Duration::from_millis(100);
+
+/// Without a bound on what one uid has running.
+fn pool(workers: usize, queue_max: usize, queue_per_uid_max: usize) -> Pool {
+    Pool::new(Bounds { workers, running_per_uid_max: workers, queue_max, queue_per_uid_max }).unwrap()
+}
 
 fn late() -> Instant {
     Instant::now() + LATE
@@ -30,7 +35,7 @@ fn gate() -> (impl FnOnce(&Cancel) -> Result<u32> + Send + 'static, mpsc::Receiv
 
 #[test]
 fn a_job_runs_on_a_worker_and_answers_once() {
-    let pool = Pool::new(2, 4, 4).unwrap();
+    let pool = pool(2, 4, 4);
     let handle =
         pool.try_submit(1, "name it", &token(), |_| Ok(std::thread::current().name().unwrap_or_default().to_owned())).unwrap();
     assert!(handle.wait(late()).unwrap().starts_with("pool-"));
@@ -43,7 +48,7 @@ fn a_job_runs_on_a_worker_and_answers_once() {
 
 #[test]
 fn a_full_queue_answers_at_once_and_frees_its_places() {
-    let pool = Pool::new(1, 3, 2).unwrap();
+    let pool = pool(1, 3, 2);
     let (job, is_running, end) = gate();
     let running = pool.try_submit(1, "run", &token(), job).unwrap();
     is_running.recv_timeout(LATE).unwrap();
@@ -73,7 +78,7 @@ fn a_full_queue_answers_at_once_and_frees_its_places() {
 
 #[test]
 fn a_waiter_of_a_queued_job_hears_of_the_cancel_at_once() {
-    let pool = Pool::new(1, 4, 4).unwrap();
+    let pool = pool(1, 4, 4);
     let (job, is_running, end) = gate();
     let running = pool.try_submit(1, "run", &token(), job).unwrap();
     is_running.recv_timeout(LATE).unwrap();
@@ -101,7 +106,7 @@ fn a_waiter_of_a_queued_job_hears_of_the_cancel_at_once() {
 
 #[test]
 fn a_running_job_is_waited_for_even_when_cancelled() {
-    let pool = Pool::new(1, 4, 4).unwrap();
+    let pool = pool(1, 4, 4);
     let (job, is_running, end) = gate();
     let cancel = token();
     let handle = pool.try_submit(1, "run", &cancel, job).unwrap();
@@ -117,7 +122,7 @@ fn a_running_job_is_waited_for_even_when_cancelled() {
 
 #[test]
 fn a_panic_ends_the_job_and_not_the_worker() {
-    let pool = Pool::new(1, 4, 4).unwrap();
+    let pool = pool(1, 4, 4);
     let panicking = pool.try_submit(1, "bad", &token(), |_| -> Result<()> { panic!("oh no") }).unwrap();
     let error = panicking.wait(late()).unwrap_err();
     assert_eq!((error.kind(), error.message()), (Kind::Internal, "bad: the job panicked"));
@@ -130,7 +135,7 @@ fn a_panic_ends_the_job_and_not_the_worker() {
 
 #[test]
 fn jobs_run_in_the_order_they_came() {
-    let pool = Pool::new(1, 64, 64).unwrap();
+    let pool = pool(1, 64, 64);
     let (job, is_running, end) = gate();
     let first = pool.try_submit(1, "first", &token(), job).unwrap();
     is_running.recv_timeout(LATE).unwrap();
@@ -149,7 +154,7 @@ fn jobs_run_in_the_order_they_came() {
 
 #[test]
 fn close_drains_and_refuses() {
-    let pool = Pool::new(1, 4, 4).unwrap();
+    let pool = pool(1, 4, 4);
     let (job, is_running, end) = gate();
     let running = pool.try_submit(1, "run", &token(), job).unwrap();
     is_running.recv_timeout(LATE).unwrap();
@@ -167,7 +172,7 @@ fn close_drains_and_refuses() {
 
 #[test]
 fn a_dropped_pool_refuses_what_waits() {
-    let pool = Pool::new(1, 4, 4).unwrap();
+    let pool = pool(1, 4, 4);
     let (job, is_running, end) = gate();
     let running = pool.try_submit(1, "run", &token(), job).unwrap();
     is_running.recv_timeout(LATE).unwrap();
@@ -180,7 +185,7 @@ fn a_dropped_pool_refuses_what_waits() {
 
 #[test]
 fn many_threads_and_random_cancels_lose_nothing() {
-    let pool = Pool::new(4, 16, 8).unwrap();
+    let pool = pool(4, 16, 8);
     let outcomes: Vec<[usize; 3]> = std::thread::scope(|s| {
         let submit = |uid: u32| {
             let pool = &pool;
@@ -225,7 +230,7 @@ fn many_threads_and_random_cancels_lose_nothing() {
 #[test]
 #[cfg(debug_assertions)]
 fn a_waiter_may_hold_a_workspace_lock_and_a_job_runs_in_its_region() {
-    let pool = Pool::new(1, 4, 4).unwrap();
+    let pool = pool(1, 4, 4);
     let workspaces = LockSet::new(Rank::Workspace);
     let held = workspaces.lock(&1);
     let ranks = pool.try_submit(1, "ranks", &token(), |_| Ok(check::dump())).unwrap().wait(late()).unwrap();
@@ -295,4 +300,95 @@ fn a_cancelled_boot_leaves_the_line_at_once() {
     assert_eq!(admission.counts(), (1, 0));
     assert_eq!(admission.enter(&cancel, |_| ()).map(drop).unwrap_err().kind(), Kind::Cancelled, "fired before");
     assert_eq!(admission.counts(), (1, 0));
+}
+
+/// A job that has said that it runs, and how it is ended.
+struct Held {
+    handle: JobHandle<u32>,
+    is_running: mpsc::Receiver<()>,
+    end: mpsc::Sender<u32>,
+}
+
+impl Held {
+    fn submit(pool: &Pool, uid: u32) -> Self {
+        let (job, is_running, end) = gate();
+        Self { handle: pool.try_submit(uid, "hold", &token(), job).unwrap(), is_running, end }
+    }
+    fn await_running(&self) {
+        self.is_running.recv_timeout(LATE).unwrap();
+    }
+    fn runs(&self) -> bool {
+        self.is_running.try_recv().is_ok()
+    }
+    fn end(self) {
+        self.end.send(0).unwrap();
+        self.handle.wait(late()).unwrap();
+    }
+}
+
+fn shared_pool(workers: usize, running_per_uid_max: usize) -> Pool {
+    Pool::new(Bounds { workers, running_per_uid_max, queue_max: 64, queue_per_uid_max: 32 }).unwrap()
+}
+
+#[test]
+fn one_uid_never_holds_every_worker() {
+    let pool = shared_pool(4, 3);
+    let mut theirs: Vec<_> = (0..10).map(|_| Held::submit(&pool, 1)).collect();
+    theirs[..3].iter().for_each(Held::await_running);
+    let other = Held::submit(&pool, 2);
+    other.await_running();
+    assert_eq!(pool.counts(), Counts { running: 4, queued: 7, places: 7 });
+    // A worker that comes free takes the same uid's next only below its bound.
+    other.end();
+    assert_eq!((pool.counts().running, theirs[3].runs()), (3, false));
+    theirs.remove(0).end();
+    theirs[2].await_running();
+    for held in theirs {
+        held.end();
+    }
+    assert!(pool.close(late()));
+}
+
+#[test]
+fn free_worker_takes_job_of_uid_with_fewest_running() {
+    let pool = shared_pool(3, 3);
+    let mut running: Vec<_> = (0..3).map(|_| Held::submit(&pool, 1)).collect();
+    running.iter().for_each(Held::await_running);
+    let mut queued: Vec<_> = [1, 1, 2, 0].into_iter().map(|uid| Held::submit(&pool, uid)).collect();
+    // Uid 1 still runs two; of the others uid 2 has waited longer than root.
+    running.remove(0).end();
+    queued[2].await_running();
+    running.remove(0).end();
+    queued[3].await_running();
+    assert!(!queued[0].runs() && !queued[1].runs());
+    running.extend(queued.drain(2..));
+    running.into_iter().for_each(Held::end);
+    queued.into_iter().for_each(Held::end);
+}
+
+#[test]
+fn close_runs_queued_jobs_of_uid_at_its_bound() {
+    let pool = shared_pool(4, 1);
+    let mut held: Vec<_> = (0..3).map(|_| Held::submit(&pool, 1)).collect();
+    held[0].await_running();
+    std::thread::scope(|s| {
+        let closed = s.spawn(|| pool.close(late()));
+        for held in held.drain(..) {
+            held.end();
+        }
+        assert!(closed.join().unwrap(), "all have ended");
+    });
+}
+
+#[test]
+fn cancelled_job_of_uid_at_its_bound_leaves_queue() {
+    let pool = shared_pool(2, 1);
+    let running = Held::submit(&pool, 1);
+    running.await_running();
+    let cancel = token();
+    let queued = pool.try_submit(1, "queued", &cancel, |_| Ok(())).unwrap();
+    cancel.cancel("the VM was stopped");
+    assert_eq!(queued.wait(late()).unwrap_err().kind(), Kind::Cancelled);
+    assert_eq!(pool.counts(), Counts { running: 1, queued: 0, places: 0 });
+    running.end();
 }

@@ -134,6 +134,49 @@ fn user_with_too_many_keys_is_refused_before_anything_begins() {
     assert!(world.show("one").is_err(), "nothing was made");
 }
 
+/// Alice's transfers stall; Bob's are done meanwhile.
+#[test]
+fn transfers_of_one_user_leave_workers_to_others() {
+    let world = World::with(|config| (config.limits.pool_workers, config.limits.pool_workers_per_uid_max) = (4, 0));
+    world.open_to_everybody();
+    let names: Vec<_> = (0..5).map(|n| format!("alice{n}")).collect();
+    let mut stalled = as_uid(ALICE, || {
+        let run = |name: &String| {
+            world.running(name);
+            world.queue_import(name)
+        };
+        names.iter().map(run).collect::<Vec<_>>()
+    });
+    // Three of four workers are what one uid gets.
+    stalled[..3].iter().for_each(|import| import.call.ready());
+    as_uid(BOB, || {
+        world.running("of-bob");
+        world.import_all("of-bob");
+    });
+    let counts = world.daemon().pool.counts();
+    assert_eq!((counts.running, counts.queued), (3, 2));
+    for Import { mut call, stream } in stalled.drain(..) {
+        write_payload(stream, b"some payload");
+        call.finish(SOON).unwrap_or_else(|e| panic!("import: {e}"));
+    }
+}
+
+/// The idle limit alone is satisfied by one byte a minute.
+#[test]
+fn transfer_below_minimum_rate_ends() {
+    let world = World::with(|config| {
+        (config.limits.transfer_bytes_per_s_min, config.limits.transfer_rate_window_s) = (1 << 40, 1);
+    });
+    world.running("web");
+    let Import { mut call, stream } = world.import("web");
+    let mut writer = fcd::api::stream::ChunkWriter::new(stream);
+    std::io::Write::write_all(&mut writer, &[7; 100_000]).unwrap();
+    std::io::Write::flush(&mut writer).unwrap();
+    let e = call.finish(SOON).unwrap_err();
+    assert!(e.is(Kind::TransferIdle) && e.fault.message.contains("bytes moved in the last 1 s"), "{e:?}");
+    assert!(e.fault.hint.is_some());
+}
+
 fn random_key() -> String {
     fcd::ids::OpId::random().to_string()
 }

@@ -124,7 +124,7 @@ fn temp_dir() -> tempfile::TempDir {
 }
 
 fn limits() -> Limits {
-    Limits { pool_workers: 2, mem_mib_max: 64 * 1024, boots_max: 8, ..Limits::default() }
+    Limits { pool_workers: 2, pool_workers_per_uid_max: usize::MAX, mem_mib_max: 64 * 1024, boots_max: 8, ..Limits::default() }
 }
 
 /// An image as the registry wants it, with nothing in it.

@@ -37,6 +37,12 @@ pub struct Limits {
     pub operations_kept_max: usize,
     pub queue_per_uid_max: usize,
     pub vms_per_uid_max: usize,
+    /// Image builds that run at once; the others wait in line.
+    pub builds_max: usize,
+    /// Image builds of one uid that run or wait.
+    pub builds_per_uid_max: usize,
+    /// Images that one uid has built. Root and the daemon's own user may have any number.
+    pub images_per_uid_max: usize,
     /// Memory of all started VMs of one uid; 0 stands for the host's limit.
     pub mem_mib_per_uid_max: u64,
     /// Memory of all started VMs; 0 stands for 80 percent of the host's.
@@ -71,6 +77,9 @@ impl Default for Limits {
             operations_kept_max: crate::uids::RETENTION.total_max,
             queue_per_uid_max: 32,
             vms_per_uid_max: 64,
+            builds_max: 1,
+            builds_per_uid_max: 1,
+            images_per_uid_max: 16,
             mem_mib_per_uid_max: 0,
             mem_mib_max: 0,
             vcpus_max: 32,
@@ -308,6 +317,9 @@ impl Config {
         }
         if l.connections_root_reserved >= l.connections_max || l.connections_per_uid_max == 0 {
             return bad("limits.connections_max must be above connections_root_reserved, connections_per_uid_max above 0");
+        }
+        if l.builds_max == 0 {
+            return bad("limits.builds_max must be at least 1");
         }
         if l.transfer_rate_window_s == 0 {
             return bad("limits.transfer_rate_window_s must be at least 1");

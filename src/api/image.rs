@@ -19,6 +19,8 @@ pub struct Image {
     pub built_at: u64,
     /// VMs made from it.
     pub vms: u64,
+    /// Who built it; null: it belongs to the host.
+    pub owner_uid: Option<u32>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -46,10 +48,23 @@ pub struct ImageListReply<I = Image> {
     pub next: Option<String>,
 }
 
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageRequest {
+    pub image: ImageRef,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ImageDeleteReply {
+    pub deleted: ImageRef,
+}
+
 calls! {
     /// An operation; hang-up cancels it. An image of that name must not exist.
     ImageBuild = "image.build" (ImageBuildRequest) -> ImageReply;
     ImageList = "image.list" (super::page::ListRequest) -> ImageListReply;
+    /// By root, the daemon's own user or whoever built it. `conflict` while a VM or a snapshot needs it.
+    ImageDelete = "image.delete" (ImageRequest) -> ImageDeleteReply;
 }
 
 super::page::list_calls! { ImageList: images of Image; }

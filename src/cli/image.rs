@@ -4,7 +4,7 @@ use super::context::Context;
 use super::output::{self, age, size};
 use super::signals::Interrupts;
 use crate::api::frame::Note;
-use crate::api::image::{Image, ImageBuild, ImageBuildRequest, ImageList};
+use crate::api::image::{Image, ImageBuild, ImageBuildRequest, ImageDelete, ImageList, ImageRequest};
 use crate::api::page::ListRequest;
 use crate::client::Result;
 use crate::ids::ImageRef;
@@ -22,12 +22,19 @@ pub enum Verb {
     /// List images
     #[command(visible_alias = "ls")]
     List,
+    /// Delete images that no VM and no snapshot needs
+    #[command(name = "rm", visible_alias = "delete")]
+    Delete {
+        #[arg(required = true, value_name = "NAME")]
+        images: Vec<ImageRef>,
+    },
 }
 
 pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     match verb {
         Verb::Build { name, include } => build(ctx, ImageBuildRequest { name, include }),
         Verb::List => list(ctx),
+        Verb::Delete { images } => delete(ctx, images),
     }
 }
 
@@ -67,6 +74,19 @@ fn build(ctx: &mut Context, request: ImageBuildRequest) -> Result<u8> {
     }
 }
 
+fn delete(ctx: &mut Context, images: Vec<ImageRef>) -> Result<u8> {
+    let mut client = ctx.connect()?;
+    for image in images {
+        let reply = client.call::<ImageDelete>(&ImageRequest { image })?;
+        if ctx.json {
+            ctx.document(&reply)?;
+        } else {
+            ctx.line(&format!("{}: deleted", reply.deleted))?;
+        }
+    }
+    Ok(0)
+}
+
 fn list(ctx: &mut Context) -> Result<u8> {
     let images = ctx.connect()?.list::<ImageList>(ListRequest::default())?;
     if ctx.json {
@@ -87,4 +107,33 @@ fn list(ctx: &mut Context) -> Result<u8> {
     let rows: Vec<_> = images.iter().map(row).collect();
     ctx.text(&output::table(&["NAME", "OS", "KERNEL", "DISK", "ON HOST", "BUILT", "VMS"], &rows))?;
     Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::check;
+    use crate::client::fake::Fake;
+    use expect_test::expect;
+    use serde_json::json;
+
+    #[test]
+    fn rm_deletes_each_image() {
+        let fake = Fake::start(|r| {
+            let image = r.params["image"].clone();
+            r.result(json!({ "deleted": image }));
+        });
+        for rm in ["rm", "delete"] {
+            check(
+                &fake,
+                &["image", rm, "one", "two"],
+                expect![[r#"
+                    > image.delete {"image":"one"}
+                    > image.delete {"image":"two"}
+                    one: deleted
+                    two: deleted
+                    status 0
+                "#]],
+            );
+        }
+    }
 }

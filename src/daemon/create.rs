@@ -28,7 +28,8 @@ impl Daemon {
     /// The same; the key comes with the row, so that it stands for this VM or for none.
     pub fn create_keyed(&self, caller: &Caller, request: &VmCreateRequest, key: Option<&HeldKey>) -> Result<Vm> {
         let image_name = request.image.clone().unwrap_or_else(|| self.config.vm.image.clone());
-        let image = self.images.get(&image_name)?;
+        // In use until the row names it.
+        let (image, _image) = self.use_image(&image_name)?;
         let row = VmRow {
             id: VmId::random(),
             // Replaced below where none was given.

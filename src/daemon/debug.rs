@@ -49,7 +49,7 @@ impl Daemon {
     pub fn leftovers(&self) -> Leftovers {
         let pool = self.pool.counts();
         // Let go of before the next one is taken.
-        let images_being_built = self.building.lock().len();
+        let images_being_built = self.builds.lock().len();
         Leftovers {
             locks: self.locks.entries(),
             runtimes: self.runtimes.len(),

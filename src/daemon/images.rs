@@ -1,34 +1,59 @@
-//! Image builds: the name is reserved under `image_ops`, the work runs with no lock; a build publishes itself by a
-//! rename that refuses to replace.
+//! Images: built, listed, deleted.
+//!
+//! A build is heavy: a root process and up to 6 GiB of memory. So one uid has only so many builds under way
+//! (`limits.builds_per_uid_max`), and of all that are under way only so many run (`limits.builds_max`); the others wait in
+//! line. Its name is reserved under `image_ops`, the work runs with no lock, and it publishes itself by a rename that
+//! refuses to replace.
+//!
+//! An image belongs to whoever built it: they and root may delete it, everybody may make VMs from it.
 
+use super::uses::InUse;
 use super::{Begun, Caller, Daemon, to_value};
-use crate::api::image::{Image, ImageBuildRequest, ImageListReply, ImageReply};
+use crate::api::image::{Image, ImageBuildRequest, ImageDeleteReply, ImageListReply, ImageReply};
 use crate::api::page::{self, ListRequest};
 use crate::error::{Error, Kind, Result};
 use crate::ids::ImageRef;
-use crate::image::{BuildSpec, DISK_BYTES_DEFAULT};
+use crate::image::{BuildSpec, DISK_BYTES_DEFAULT, ImageInfo};
 use crate::ops::OpHandle;
+use crate::uids::UidCounts;
 use serde_json::value::RawValue;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-/// A name under which an image is being built; given back when dropped.
+/// Builds under way, those that wait for their turn among them.
+#[derive(Default)]
+pub(super) struct Builds {
+    names: HashSet<ImageRef>,
+    by_uid: UidCounts,
+}
+
+impl Builds {
+    pub(super) fn len(&self) -> usize {
+        self.names.len()
+    }
+}
+
+/// A build under way; it is over when this is dropped.
 struct Reserved {
     daemon: Daemon,
     name: ImageRef,
+    uid: u32,
 }
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        self.daemon.building.lock().remove(&self.name);
+        let mut builds = self.daemon.builds.lock();
+        builds.names.remove(&self.name);
+        builds.by_uid.remove(self.uid);
     }
 }
 
 impl Daemon {
-    /// An operation. Any caller may build: an image belongs to the host.
+    /// An operation. Any caller may build.
     pub fn image_build(&self, caller: &Caller, request: &ImageBuildRequest) -> Result<Begun> {
         let name = request.name.clone().unwrap_or_else(|| self.config.vm.image.clone());
-        let spec = BuildSpec { name: name.clone(), include: request.include.clone(), disk_bytes: DISK_BYTES_DEFAULT };
-        let reserved = self.reserve_image(name)?;
+        let include = request.include.clone();
+        let spec = BuildSpec { name: name.clone(), include, disk_bytes: DISK_BYTES_DEFAULT, owner_uid: caller.uid };
+        let reserved = self.reserve_build(caller, name)?;
         let op = self.begin_op("image.build", None, caller.uid, true)?;
         if let Err(e) = self.persist_op(&op) {
             op.finish(Err(e.clone()));
@@ -44,20 +69,41 @@ impl Daemon {
         Ok(Begun::Op(id))
     }
 
-    fn reserve_image(&self, name: ImageRef) -> Result<Reserved> {
+    fn reserve_build(&self, caller: &Caller, name: ImageRef) -> Result<Reserved> {
         // A damaged one is in the way, too.
         if !self.images.get(&name).is_err_and(|e| e.kind() == Kind::ImageNotFound) {
             return Err(Error::new(Kind::NameTaken, format!("there is an image {name} already"))
                 .hint("images never change once they are made: build one under another name: fcctl image build NAME"));
         }
+        let stored = if self.is_privileged(caller) { 0 } else { self.stored_images(caller.uid)? };
+        let limits = &self.config.limits;
         let _images = self.locks.image_ops.lock(&());
-        if !self.building.lock().insert(name.clone()) {
+        let mut builds = self.builds.lock();
+        let running = builds.by_uid.of(caller.uid);
+        if running >= limits.builds_per_uid_max {
+            let text = format!("build image {name}: you have {running} builds under way, the most allowed");
+            return Err(Error::new(Kind::Busy, text).hint("wait for one to end or cancel one (fcctl op list, fcctl op cancel)"));
+        }
+        if stored + running >= limits.images_per_uid_max {
+            let text = format!("build image {name}: you have {stored} images, the most allowed");
+            return Err(Error::new(Kind::Exhausted, text).hint("delete one that you do not need: fcctl image rm NAME"));
+        }
+        if !builds.names.insert(name.clone()) {
             return Err(Error::new(Kind::Busy, format!("image {name} is being built")).hint("fcctl op list"));
         }
-        Ok(Reserved { daemon: self.clone(), name })
+        builds.by_uid.add(caller.uid);
+        Ok(Reserved { daemon: self.clone(), name, uid: caller.uid })
+    }
+
+    fn stored_images(&self, uid: u32) -> Result<usize> {
+        Ok(self.images.list()?.iter().filter(|info| info.owner_uid == Some(uid)).count())
     }
 
     fn build_image(&self, op: &OpHandle, spec: &BuildSpec) -> Result<Image> {
+        let _turn = self.build_admission.enter(op.cancel(), |ahead| match ahead {
+            0 => op.progress("wait for another build"),
+            ahead => op.progress(&format!("wait for {} other builds", ahead + 1)),
+        })?;
         let reporter = op.reporter();
         let info = crate::image::build(&self.images, self.commands.as_ref(), spec, op.cancel(), &mut |stage, done, total| {
             reporter.progress(stage);
@@ -75,5 +121,56 @@ impl Daemon {
         let views = rest.map(|info| (info.name.to_string(), info.to_api(vms.get(&info.name).copied().unwrap_or(0))));
         let (images, next) = page::fill(request.limit, views)?;
         Ok(ImageListReply { images, next })
+    }
+
+    /// By root, the daemon's own user, or whoever built it. VMs boot their image's kernel, so an image stays while a VM is
+    /// made from it or may be made again from a snapshot.
+    ///
+    /// # Errors
+    /// `denied`, `image_not_found`, `conflict`, `busy`.
+    pub fn image_delete(&self, caller: &Caller, name: &ImageRef) -> Result<ImageDeleteReply> {
+        self.check_owner(caller, name)?;
+        let doing = format!("delete image {name}");
+        let _deleting = self.image_uses.begin_delete(name).ok_or_else(|| {
+            Error::new(Kind::Busy, format!("{doing}: it is being deleted, or a VM is being made from it"))
+                .hint("see what is there in a moment: fcctl image list")
+        })?;
+        let snapshots = self.store.read(|s| s.snapshots().filter(|row| row.image == *name).count());
+        match (self.vms_of_image(name), snapshots) {
+            (0, 0) => self.images.delete(name).map(|()| ImageDeleteReply { deleted: name.clone() }),
+            (0, snapshots) => Err(Error::new(Kind::Conflict, format!("{doing}: {snapshots} snapshots need it"))
+                .hint("delete them first: fcctl snapshot list, fcctl snapshot delete")),
+            (vms, _) => Err(Error::new(Kind::Conflict, format!("{doing}: {vms} VMs are made from it"))
+                .hint("delete them first: fcctl ps -a, fcctl rm")),
+        }
+    }
+
+    fn check_owner(&self, caller: &Caller, name: &ImageRef) -> Result<()> {
+        if self.is_privileged(caller) {
+            return Ok(());
+        }
+        let denied = |whose: String| {
+            Err(Error::new(Kind::Denied, format!("delete image {name}: {whose}")).hint("let root or its owner do it"))
+        };
+        match self.images.get(name) {
+            Ok(info) if info.owner_uid == Some(caller.uid) => Ok(()),
+            Ok(ImageInfo { owner_uid: Some(uid), .. }) => denied(format!("uid {uid} built it")),
+            Ok(ImageInfo { owner_uid: None, .. }) => denied("it belongs to the host".to_owned()),
+            Err(e) if e.kind() == Kind::ImageNotFound => Err(e),
+            // Who built a damaged one cannot be told.
+            Err(e) => denied(e.to_string()),
+        }
+    }
+
+    fn vms_of_image(&self, name: &ImageRef) -> u64 {
+        self.store.read(|s| s.vms().filter(|row| row.image == *name).count() as u64)
+    }
+
+    /// The image, which stays until the token is dropped; from then on a row has to name it.
+    pub(super) fn use_image(&self, name: &ImageRef) -> Result<(ImageInfo, InUse<ImageRef>)> {
+        let in_use = self.image_uses.begin_use(name).ok_or_else(|| {
+            Error::new(Kind::ImageNotFound, format!("image {name} is being deleted")).hint("choose another: fcctl image list")
+        })?;
+        Ok((self.images.get(name)?, in_use))
     }
 }

@@ -85,6 +85,7 @@ pub struct BuildSpec {
     pub include: Vec<String>,
     /// Virtual size of the root disk, a multiple of 1 MiB; see [`super::DISK_BYTES_DEFAULT`].
     pub disk_bytes: u64,
+    pub owner_uid: u32,
 }
 
 /// Builds an image and publishes it. `progress` gets the stage, stages done, and their number.
@@ -114,6 +115,7 @@ pub fn build(
     let out = staging.path().join("out");
     let built_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let mut metadata = Metadata::new(&spec.name, &packages, built_at);
+    metadata.owner_uid = Some(spec.owner_uid);
     metadata.os = read_line(&out, "os")?;
     metadata.kernel_version = read_line(&out, "kernel-version")?;
     unpack_kernel(commands, &out, cancel).map_err(doing)?;

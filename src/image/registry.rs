@@ -21,8 +21,10 @@ const GUEST_VERSION: u32 = CTRL_ALT_DEL_SINCE;
 pub const BALLOON_SINCE: u32 = 2;
 /// Guests on disks of this version and later shut down when it is pressed; earlier ones would be reset.
 pub const CTRL_ALT_DEL_SINCE: u32 = 3;
-/// A build in progress is in a directory of this name's begin. No image name begins with a dot.
+/// A build in progress is in a directory whose name begins so. No image name begins with a dot.
 const STAGING_PREFIX: &str = ".building-";
+/// The same for an image that is being deleted.
+const DELETING_PREFIX: &str = ".deleting-";
 
 /// A complete image. Paths are absolute when the registry's is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +48,8 @@ pub struct ImageInfo {
     pub built_at: u64,
     /// What its init understands of a seed: see [`GUEST_VERSION`].
     pub guest_version: u32,
+    /// Who built it; none: it belongs to the host.
+    pub owner_uid: Option<u32>,
 }
 
 impl ImageInfo {
@@ -58,6 +62,7 @@ impl ImageInfo {
             os: self.os.clone(),
             built_at: self.built_at,
             vms,
+            owner_uid: self.owner_uid,
         }
     }
 }
@@ -75,6 +80,9 @@ pub(super) struct Metadata {
     /// Of the init in it. Images of earlier versions do not say.
     #[serde(default)]
     pub guest_version: u32,
+    /// Who built it. Images of earlier versions do not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner_uid: Option<u32>,
     pub files: Vec<FileRecord>,
 }
 
@@ -96,6 +104,7 @@ impl Metadata {
             packages: packages.to_vec(),
             built_at,
             guest_version: GUEST_VERSION,
+            owner_uid: None,
             files: Vec::new(),
         }
     }
@@ -118,8 +127,9 @@ impl Images {
         std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
         for entry in std::fs::read_dir(&dir).map_err(io)? {
             let entry = entry.map_err(io)?;
-            if entry.file_name().as_encoded_bytes().starts_with(STAGING_PREFIX.as_bytes()) {
-                log::info!("removing the unfinished image build {}", entry.path().display());
+            let is = |prefix: &str| entry.file_name().as_encoded_bytes().starts_with(prefix.as_bytes());
+            if is(STAGING_PREFIX) || is(DELETING_PREFIX) {
+                log::info!("removing what is left of an image: {}", entry.path().display());
                 std::fs::remove_dir_all(entry.path()).map_err(|e| Error::io(format!("remove {}", entry.path().display()), e))?;
             }
         }
@@ -185,12 +195,29 @@ impl Images {
             kernel_version: metadata.kernel_version,
             built_at: metadata.built_at,
             guest_version: metadata.guest_version,
+            owner_uid: metadata.owner_uid,
             dir,
         })
     }
 
     fn path(&self, name: &ImageRef) -> PathBuf {
         self.dir.join(name.as_str())
+    }
+
+    /// Deletes an image, also a damaged one. It is out of sight at once; its files go afterwards. The root file system's blocks
+    /// stay for as long as a VM's disk has a second name for them.
+    ///
+    /// # Errors
+    /// `image_not_found`, `host`.
+    pub fn delete(&self, name: &ImageRef) -> Result<()> {
+        crate::locks::require_memory_only("file access");
+        let io = |e: std::io::Error| Error::io(format!("delete image {name}"), e);
+        let gone = Staging::new(&self.dir, &format!("{DELETING_PREFIX}{name}-"))?;
+        match std::fs::rename(self.path(name), gone.path().join("gone")) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(not_found(name)),
+            renamed => renamed.map_err(io)?,
+        }
+        File::open(&self.dir).and_then(|d| d.sync_all()).map_err(io)
     }
 
     /// An empty directory for a build; removed when dropped.
@@ -309,11 +336,30 @@ mod tests {
     }
 
     #[test]
+    fn deleted_image_is_gone_and_its_disks_live_on() {
+        let state = tempfile::tempdir().unwrap();
+        let images = Images::open(state.path()).unwrap();
+        assert_eq!(images.delete(&name()).unwrap_err().kind(), Kind::ImageNotFound);
+        let info = publish(&images).unwrap();
+        let disk = state.path().join("disk");
+        std::fs::hard_link(&info.rootfs, &disk).unwrap();
+        images.delete(&name()).unwrap();
+        assert_eq!(images.get(&name()).unwrap_err().kind(), Kind::ImageNotFound);
+        assert_eq!(std::fs::read_dir(state.path().join("images")).unwrap().count(), 0);
+        assert_eq!(std::fs::read(disk).unwrap(), vec![1; 8192]);
+        // A damaged one is deleted, too.
+        std::fs::remove_file(publish(&images).unwrap().kernel).unwrap();
+        images.delete(&name()).unwrap();
+        publish(&images).unwrap();
+    }
+
+    #[test]
     fn unfinished_builds_are_removed_at_open() {
         let state = tempfile::tempdir().unwrap();
         let images = Images::open(state.path()).unwrap();
         std::mem::forget(images.stage(&name()).unwrap());
-        assert_eq!(std::fs::read_dir(state.path().join("images")).unwrap().count(), 1);
+        std::mem::forget(Staging::new(&state.path().join("images"), DELETING_PREFIX).unwrap());
+        assert_eq!(std::fs::read_dir(state.path().join("images")).unwrap().count(), 2);
         let images = Images::open(state.path()).unwrap();
         assert_eq!(std::fs::read_dir(state.path().join("images")).unwrap().count(), 0);
         assert!(images.list().unwrap().is_empty());

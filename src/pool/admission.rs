@@ -1,4 +1,4 @@
-//! Boot admission: so many at once, the rest wait in line, visibly and cancellably.
+//! Admission of boots and of image builds: so many at once, the rest wait in line, visibly and cancellably.
 
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Condvar, Mutex, Rank, Waited};
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Longest wait for a permit: far beyond any sane queue, so that nothing waits for ever.
-const WAIT_MAX: Duration = Duration::from_secs(3600);
+const WAIT_MAX: Duration = Duration::from_secs(6 * 3600);
 
 /// First come, first served.
 #[derive(Clone)]
@@ -16,6 +16,8 @@ pub struct Admission {
 }
 
 struct Shared {
+    /// What waits for what: `boots`.
+    what: &'static str,
     state: Mutex<State>,
     moved: Condvar,
 }
@@ -62,10 +64,10 @@ impl State {
 }
 
 impl Admission {
-    /// `max` permits, at least one.
-    pub fn new(max: usize) -> Self {
+    /// `max` permits, at least one. `what` names in messages what is admitted: `boots`.
+    pub fn new(what: &'static str, max: usize) -> Self {
         let state = State { free: max.max(1), last_ticket: 0, line: VecDeque::new() };
-        Self { shared: Arc::new(Shared { state: Mutex::new(Rank::Admission, state), moved: Condvar::new() }) }
+        Self { shared: Arc::new(Shared { what, state: Mutex::new(Rank::Admission, state), moved: Condvar::new() }) }
     }
 
     /// Waits for a permit. `on_wait` hears how many are ahead in line (0: the next), first when there is no permit
@@ -85,7 +87,7 @@ impl Admission {
             let mut state = shared.state.lock();
             // Before the permit, so that a cancelled operation never boots.
             if let Some(cause) = cancel.cause() {
-                return Err(Error::new(Kind::Cancelled, format!("wait for other boots: cancelled: {cause}")));
+                return Err(Error::new(Kind::Cancelled, format!("wait for other {}: cancelled: {cause}", shared.what)));
             }
             if state.may_enter(number) {
                 state.free -= 1;
@@ -102,7 +104,9 @@ impl Admission {
                 .moved
                 .wait_while_cancellable(&mut state, deadline, cancel, |s| !s.may_enter(number) && s.ahead_of(number) == ahead);
             if waited == Waited::TimedOut {
-                return Err(Error::new(Kind::Timeout, "wait for other boots: an hour has gone by"));
+                let hours = WAIT_MAX.as_secs() / 3600;
+                let text = format!("wait for other {}: none has ended for {hours} hours", shared.what);
+                return Err(Error::new(Kind::Timeout, text).hint("run fcctl op list"));
             }
         }
     }

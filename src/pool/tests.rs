@@ -241,7 +241,7 @@ fn a_waiter_may_hold_a_workspace_lock_and_a_job_runs_in_its_region() {
 
 #[test]
 fn admission_lets_in_so_many_in_their_order() {
-    let admission = Admission::new(2);
+    let admission = Admission::new("boots", 2);
     let cancel = token();
     let first = admission.enter(&cancel, |_| panic!("no wait")).unwrap();
     let second = admission.enter(&cancel, |_| panic!("no wait")).unwrap();
@@ -275,7 +275,7 @@ fn admission_lets_in_so_many_in_their_order() {
 
 #[test]
 fn a_cancelled_boot_leaves_the_line_at_once() {
-    let admission = Admission::new(1);
+    let admission = Admission::new("boots", 1);
     let permit = admission.enter(&token(), |_| ()).unwrap();
     let (cancel, others) = (token(), token());
     std::thread::scope(|s| {

@@ -5,7 +5,7 @@ use crate::api::daemon::{ApiVersion, Doctor, InfoReply};
 use crate::api::event::EventsWatch;
 use crate::api::exec::{ExecResize, ExecSignal, ExecStart};
 use crate::api::frame::Note;
-use crate::api::image::{ImageBuild, ImageList};
+use crate::api::image::{ImageBuild, ImageDelete, ImageList};
 use crate::api::kernel::{KernelDelete, KernelImport, KernelList, KernelShow};
 use crate::api::op::{Op, OpCancel, OpList, OpReply, OpShow, OpStarted, OpState, OpWait};
 use crate::api::snapshot::{SnapshotCreate, SnapshotDelete, SnapshotList, SnapshotRestore, SnapshotShow};
@@ -193,6 +193,10 @@ impl Visit<'_> {
                 self.keyed(&call, OnHangup::Cancel, || d.image_build(c, &request))
             }
             ImageList::METHOD => answer(&d.image_list(&call.parse()?)?),
+            ImageDelete::METHOD => {
+                let request: <ImageDelete as Call>::Request = call.parse()?;
+                self.keyed_value(&call, |_| value(&d.image_delete(c, &request.image)?), true)
+            }
             KernelImport::METHOD => {
                 let request: <KernelImport as Call>::Request = call.parse()?;
                 self.keyed(&call, OnHangup::Cancel, || d.kernel_import(c, request))

@@ -120,6 +120,7 @@ fn image() -> Image {
         os: "Debian".into(),
         built_at: 3,
         vms: 4,
+        owner_uid: Some(1000),
     }
 }
 
@@ -489,7 +490,7 @@ fn images() {
         expect![[r#"
         image.build
         {"name":"default","include":["make"]}
-        {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4}}
+        {"image":{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000}}
     "#]],
     );
     call::<ImageList>(
@@ -498,7 +499,16 @@ fn images() {
         expect![[r#"
         image.list
         {}
-        {"images":[{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4}]}
+        {"images":[{"name":"default","disk_bytes":1,"allocated_bytes":2,"kernel":"Linux 6.1","os":"Debian","built_at":3,"vms":4,"owner_uid":1000}]}
+    "#]],
+    );
+    call::<ImageDelete>(
+        ImageRequest { image: name("default") },
+        ImageDeleteReply { deleted: name("default") },
+        expect![[r#"
+        image.delete
+        {"image":"default"}
+        {"deleted":"default"}
     "#]],
     );
 }

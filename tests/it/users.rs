@@ -3,10 +3,12 @@
 use crate::world::*;
 use fcd::api::Empty;
 use fcd::api::daemon::Doctor;
+use fcd::api::image::*;
 use fcd::api::op::{OpList, OpListRequest};
-use fcd::api::snapshot::{SnapshotCreate, SnapshotCreateRequest};
+use fcd::api::snapshot::*;
 use fcd::api::vm::*;
 use fcd::error::Kind;
+use std::sync::atomic::Ordering;
 
 /// Users who are neither root nor the daemon's own.
 const ALICE: u32 = 3001;
@@ -175,6 +177,130 @@ fn transfer_below_minimum_rate_ends() {
     let e = call.finish(SOON).unwrap_err();
     assert!(e.is(Kind::TransferIdle) && e.fault.message.contains("bytes moved in the last 1 s"), "{e:?}");
     assert!(e.fault.hint.is_some());
+}
+
+fn build(world: &World, name: &str) -> Running<ImageReply> {
+    let request = ImageBuildRequest { name: Some(name.parse().unwrap()), include: vec![] };
+    world.begin::<ImageBuild>(request, vec![])
+}
+
+fn held_builds() -> World {
+    let world = World::new();
+    world.open_to_everybody();
+    world.builds.are_held.store(true, Ordering::SeqCst);
+    world
+}
+
+#[test]
+fn builds_of_one_user_are_limited_and_one_runs_at_a_time() {
+    let world = held_builds();
+    let first = as_uid(ALICE, || build(&world, "a"));
+    await_that("the build runs", || world.builds.running.load(Ordering::SeqCst) == 1);
+    let mut others: Vec<_> = as_uid(ALICE, || (1..64).map(|n| build(&world, &format!("a{n}"))).collect());
+    let refused = |call: &mut Running<ImageReply>| call.finish_unless(|| world.builds.running.load(Ordering::SeqCst) > 1);
+    for call in &mut others {
+        let e = refused(call).expect("more than one build runs").unwrap_err();
+        assert!(e.is(Kind::Busy) && e.fault.hint.is_some(), "{e:?}");
+    }
+    // Others wait in line, and say so; a hang-up takes them out of it.
+    let of_bob = as_uid(BOB, || build(&world, "b"));
+    of_bob.stage("wait for another build");
+    let mut of_root = build(&world, "r");
+    of_root.stage("wait for 2 other builds");
+    of_bob.hang_up();
+    of_root.stage("wait for another build");
+    assert_eq!(world.builds.running.load(Ordering::SeqCst), 1);
+    // Whoever hangs up in the middle of a build leaves room as well.
+    first.hang_up();
+    of_root.stage("check the host");
+    world.builds.are_held.store(false, Ordering::SeqCst);
+    assert!(of_root.finish(SOON).unwrap_err().is(Kind::CommandFailed));
+    assert_eq!(world.builds.peak.load(Ordering::SeqCst), 1);
+    // All of it is given back.
+    let mut again = as_uid(ALICE, || build(&world, "again"));
+    assert!(again.finish(SOON).unwrap_err().is(Kind::CommandFailed));
+}
+
+#[test]
+fn images_of_one_user_are_limited() {
+    let world = World::with(|config| config.limits.images_per_uid_max = 2);
+    world.open_to_everybody();
+    (0..2).for_each(|n| make_image_of(&world.config.state_dir, &format!("a{n}"), Some(ALICE)));
+    let mut refused = as_uid(ALICE, || build(&world, "more"));
+    let e = refused.finish(SOON).unwrap_err();
+    assert!(e.is(Kind::Exhausted) && e.fault.hint.as_deref().unwrap().contains("image rm"), "{e:?}");
+    let delete = |name: &str| world.call::<ImageDelete>(&ImageRequest { image: name.parse().unwrap() });
+    as_uid(ALICE, || delete("a0").unwrap());
+    for uid in [ALICE, BOB] {
+        let mut call = as_uid(uid, || build(&world, "more"));
+        assert!(call.finish(SOON).unwrap_err().is(Kind::CommandFailed), "it was begun");
+    }
+}
+
+#[test]
+fn image_is_deleted_by_its_builder_and_root_only() {
+    let world = World::new();
+    world.open_to_everybody();
+    let make = |name: &str, uid| make_image_of(&world.config.state_dir, name, uid);
+    let delete = |name: &str| world.call::<ImageDelete>(&ImageRequest { image: name.parse().unwrap() });
+    make("of-alice", Some(ALICE));
+    make("of-bob", Some(BOB));
+    make("of-host", None);
+    as_uid(ALICE, || {
+        for name in ["of-bob", "of-host", "default"] {
+            assert!(delete(name).unwrap_err().is(Kind::Denied), "{name}");
+        }
+        assert!(delete("none").unwrap_err().is(Kind::ImageNotFound));
+        delete("of-alice").unwrap();
+        assert!(delete("of-alice").unwrap_err().is(Kind::ImageNotFound));
+    });
+    for name in ["of-bob", "of-host"] {
+        delete(name).unwrap();
+    }
+    let left: Vec<_> =
+        world.call::<ImageList>(&Default::default()).unwrap().images.into_iter().map(|i| i.name.to_string()).collect();
+    assert_eq!(left, ["default"]);
+}
+
+#[test]
+fn image_in_use_stays_until_last_vm_and_snapshot_are_gone() {
+    let world = World::new();
+    let delete = || world.call::<ImageDelete>(&ImageRequest { image: "default".parse().unwrap() });
+    world.running("web");
+    let saved = world.run::<SnapshotCreate>(SnapshotCreateRequest { vm: "web".into(), name: None }).unwrap().snapshot;
+    let e = delete().unwrap_err();
+    assert!(e.is(Kind::Conflict) && e.fault.message.contains("1 VMs"), "{e:?}");
+    world.delete("web").unwrap();
+    let e = delete().unwrap_err();
+    assert!(e.is(Kind::Conflict) && e.fault.message.contains("1 snapshots"), "{e:?}");
+    world.call::<SnapshotDelete>(&SnapshotRequest { snapshot: saved.id.to_string() }).unwrap();
+    delete().unwrap();
+    let create = world.call::<VmCreate>(&VmCreateRequest::default());
+    assert!(create.unwrap_err().is(Kind::ImageNotFound));
+}
+
+/// Either the VM is made and its image stays, or the image goes and the VM is refused.
+#[test]
+fn create_and_image_rm_at_once_never_leave_vm_without_image() {
+    let world = World::new();
+    for n in 0..40 {
+        make_image(&world.config.state_dir, "raced");
+        let request = VmCreateRequest { image: Some("raced".parse().unwrap()), ..VmCreateRequest::default() };
+        let barrier = std::sync::Barrier::new(2);
+        let (made, deleted) = std::thread::scope(|scope| {
+            let made = scope.spawn(|| {
+                barrier.wait();
+                world.call::<VmCreate>(&request)
+            });
+            barrier.wait();
+            let deleted = world.call::<ImageDelete>(&ImageRequest { image: "raced".parse().unwrap() });
+            (made.join().unwrap(), deleted)
+        });
+        assert!(made.is_err() || deleted.is_err(), "run {n}: the VM has lost its image");
+        let Ok(made) = made else { continue };
+        assert!(world.config.state_dir.join("images/raced/vmlinux").exists(), "run {n}");
+        world.delete(made.vm.name.as_str()).unwrap();
+    }
 }
 
 fn random_key() -> String {

@@ -27,6 +27,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -49,8 +50,31 @@ pub fn soon() -> Instant {
 /// In a test host every world has its root disks on real snapshot devices: see `tests/e2e/another_host.rs`.
 pub const REAL_DISKS: &str = "FCD_TEST_DM_SNAPSHOT";
 
-/// Host commands: `qemu-img` that makes just a header, and `dmsetup` in a test host.
-pub struct FakeCommands;
+/// Image builds, as their host command sees them.
+#[derive(Default)]
+pub struct Builds {
+    /// The command of a build runs until this is false.
+    pub are_held: AtomicBool,
+    pub running: AtomicUsize,
+    /// The most that ever ran at once.
+    pub peak: AtomicUsize,
+}
+
+impl Builds {
+    fn run(&self, cancel: &Cancel) -> fcd::error::Result<Output> {
+        let running = self.running.fetch_add(1, Ordering::SeqCst) + 1;
+        self.peak.fetch_max(running, Ordering::SeqCst);
+        await_that("the build may end", || !self.are_held.load(Ordering::SeqCst) || cancel.is_cancelled());
+        self.running.fetch_sub(1, Ordering::SeqCst);
+        match cancel.cause() {
+            Some(cause) => Err(Error::new(Kind::Cancelled, format!("build: cancelled: {cause}"))),
+            None => Err(Error::new(Kind::CommandFailed, "there is no archive in a test")),
+        }
+    }
+}
+
+/// Host commands: `qemu-img` that makes just a header, `dmsetup` in a test host, and builds that fail in the end.
+pub struct FakeCommands(pub Arc<Builds>);
 
 impl Commands for FakeCommands {
     fn run(&self, command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> fcd::error::Result<Output> {
@@ -63,6 +87,12 @@ impl Commands for FakeCommands {
         let args: Vec<_> = command.args.iter().map(|a| a.to_string_lossy().into_owned()).collect();
         if command.program == "mkfs.ext4" {
             return Ok(Output::default());
+        }
+        if command.program == "apt-config" || (command.program == "setpriv" && args.iter().any(|a| a == "fcd-probe")) {
+            return Ok(Output::default());
+        }
+        if command.program == "setpriv" {
+            return self.0.run(cancel);
         }
         if command.program != "qemu-img" {
             return Err(Error::new(Kind::CommandMissing, format!("run {}: it is not there", command.program.to_string_lossy())));
@@ -84,6 +114,7 @@ pub struct World {
     pub config: Config,
     pub vmm: Arc<Fake>,
     pub guest: FakeTransport,
+    pub builds: Arc<Builds>,
     /// What the daemon takes for its driver: the fake, or something around it.
     pub driver: Arc<dyn Driver>,
     /// What the daemon takes for its guests: the fakes, or something around them.
@@ -129,6 +160,11 @@ fn limits() -> Limits {
 
 /// An image as the registry wants it, with nothing in it.
 pub fn make_image(state_dir: &Path, name: &str) {
+    make_image_of(state_dir, name, None);
+}
+
+/// The same, built by this user.
+pub fn make_image_of(state_dir: &Path, name: &str, owner_uid: Option<u32>) {
     let dir = state_dir.join("images").join(name);
     std::fs::create_dir_all(&dir).unwrap();
     let mut files = Vec::new();
@@ -137,7 +173,7 @@ pub fn make_image(state_dir: &Path, name: &str) {
         files.push(serde_json::json!({"name": file, "bytes": bytes, "sha256": ""}));
     }
     let image = serde_json::json!({"format": 1, "name": name, "os": "Fake OS", "kernel_version": "6.1",
-        "packages": [], "built_at": 7, "guest_version": 3, "files": files});
+        "packages": [], "built_at": 7, "guest_version": 3, "owner_uid": owner_uid, "files": files});
     std::fs::write(dir.join("image.json"), image.to_string()).unwrap();
 }
 
@@ -179,6 +215,7 @@ impl World {
             config,
             vmm,
             guest,
+            builds: Arc::default(),
             driver,
             transport,
             points: Arc::default(),
@@ -216,7 +253,7 @@ impl World {
         let seams = Seams {
             vmm: Arc::new(PointDriver(self.driver.clone(), points.clone())),
             transport: Arc::new(PointTransport(self.transport.clone(), points.clone())),
-            commands: Arc::new(PointCommands(FakeCommands, points.clone())),
+            commands: Arc::new(PointCommands(FakeCommands(self.builds.clone()), points.clone())),
         };
         let daemon = Daemon::open(self.config.clone(), seams).unwrap();
         daemon.effects.follow(points.clone());

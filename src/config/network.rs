@@ -86,6 +86,11 @@ pub struct Subnet {
 }
 
 impl Subnet {
+    /// The lowest address, which is no guest's.
+    pub fn base(self) -> Ipv4Addr {
+        self.base
+    }
+
     /// Length of the prefix, in bits.
     pub fn prefix(self) -> u8 {
         self.prefix

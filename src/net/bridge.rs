@@ -1,6 +1,6 @@
 //! The bridge: made when it is missing, mended when it is ours, never touched when it is not.
 
-use super::links::{Link, parse_addresses};
+use super::links::{Link, Route, parse_addresses};
 use super::names::Names;
 use super::tools::Tools;
 use crate::config::Network as Config;
@@ -14,6 +14,37 @@ pub fn is_ours(names: &Names, link: &Link) -> bool {
     let mac = names.bridge_mac().to_string();
     let is_new = link.alias().is_empty() && link.address.as_deref() == Some(&mac);
     link.is_kind("bridge") && (link.alias() == names.bridge() || is_new)
+}
+
+/// Checks that nobody else has the bridge's name or the guests' subnet, before anything is made. Once the bridge has the
+/// subnet, another route into it refuses no start: the VMs are there.
+///
+/// # Errors
+/// `conflict`, with the settings that help.
+pub fn require_free(names: &Names, config: &Config, links: &[Link], routes: &[Route]) -> Result<()> {
+    let (name, subnet) = (&config.bridge, config.subnet);
+    let found = links.iter().find(|l| l.name == *name);
+    let foreign = found.filter(|l| !is_ours(names, l));
+    let is_in_it = |r: &&Route| r.prefix >= subnet.prefix() && subnet.overlaps(r.base, r.prefix);
+    let is_ours = |r: &&Route| foreign.is_none() && r.dev == *name;
+    let has_it = routes.iter().filter(is_ours).any(|r| is_in_it(&r));
+    let taken = routes.iter().find(|r| is_in_it(r) && !is_ours(r)).filter(|_| !has_it);
+    if foreign.is_none() && taken.is_none() {
+        return Ok(());
+    }
+    let whose = foreign.map(|link| {
+        let what = link.linkinfo.info_kind.as_deref().unwrap_or("device");
+        format!("there is a {what} {name} of somebody else's (alias {:?})", link.alias())
+    });
+    let where_to = taken.map(|r| format!("{}/{} of the guests' subnet {subnet} is on {}", r.base, r.prefix, r.dev));
+    let why: Vec<_> = whose.into_iter().chain(where_to).collect();
+    let set = match (foreign.is_some(), taken.is_some()) {
+        (true, false) => "another name: bridge = ...",
+        (false, _) => "another subnet: subnet = ...",
+        (true, true) => "another name and another subnet: bridge = ... and subnet = ...",
+    };
+    let message = format!("make bridge {name}: {}", why.join(", and "));
+    Err(Error::new(Kind::Conflict, message).hint(format!("set {set} under [network]")))
 }
 
 /// Makes it what it should be. Says what was done to it.

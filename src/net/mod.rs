@@ -86,12 +86,15 @@ impl Net {
     /// run are left as they are.
     ///
     /// # Errors
-    /// `conflict` when an interface with the bridge's name is not ours; `command_missing`, `command_failed`, `host`.
+    /// `conflict` when an interface with the bridge's name is not ours or another one has the subnet, before anything was made;
+    /// `command_missing`, `command_failed`, `host`.
     pub fn open(config: &Config, install: &str, commands: Arc<dyn Commands>, cancel: &Cancel) -> Result<Self> {
         let names = Names::of(install)?;
         let tools = Tools::new(commands)?;
         let rules = Rules::new(&names, config);
         let links = all_links(&tools, cancel)?;
+        let routes = tools.ip_json(&["-4", "-details", "route", "show", "table", "all"], cancel)?;
+        bridge::require_free(&names, config, &links, &links::parse_routes(&routes)?)?;
         let last = links.iter().filter_map(|l| names.tap_number(&l.name)).max().unwrap_or(0);
         let pool = Pool::new(names.clone(), tools.clone(), config.taps_ahead, last)?;
         let guests = Mutex::new(Rank::Taps, HashMap::new());

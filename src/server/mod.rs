@@ -10,6 +10,7 @@
 //! after an error line without id, when the line is too long, late or cut off, or when there is no room.
 
 mod accept;
+mod claim;
 mod connection;
 mod dispatch;
 mod line;

@@ -1,5 +1,6 @@
 //! The life of the daemon's process: directories, the lock of the state directory, signals, drain.
 
+use super::claim;
 use super::dispatch::Dispatch;
 use super::{Limits, Server};
 use crate::config::Config;
@@ -36,7 +37,8 @@ const OPEN_FILES_RESERVE: u64 = 4096;
 pub fn exit_status(error: &Error) -> u8 {
     match error.kind() {
         Kind::Busy => EXIT_HELD,
-        Kind::InvalidConfig | Kind::StoreRefused => EXIT_REFUSED,
+        // A conflict with what else is on this host: only another configuration helps.
+        Kind::InvalidConfig | Kind::StoreRefused | Kind::Conflict => EXIT_REFUSED,
         _ => 1,
     }
 }
@@ -49,7 +51,11 @@ pub fn run(config: Config) -> Result<()> {
     // The path of a state directory says nothing; its mode lets VMMs reach what is theirs below it.
     drop(crate::host::fs::create_dir(&config.state_dir, 0o711)?);
     let _held = hold(&config.state_dir)?;
+    let mut claim = claim_host(&config)?;
     let daemon = Daemon::open(config.clone(), Seams::real(&config)?)?;
+    if let Some(claim) = &mut claim {
+        claim.set_install_id(daemon.store.install_id())?;
+    }
     #[cfg(feature = "fakes")]
     if let Some(plan) = crate::daemon::DieAt::told() {
         daemon.effects.follow(plan.clone());
@@ -89,6 +95,19 @@ pub fn run(config: Config) -> Result<()> {
     drop((reconciled, roomed));
     log::info!("done; VMs run on");
     Ok(())
+}
+
+/// Root's daemon gives VMs uids and addresses of the host; a user's daemon has none to give.
+fn claim_host(config: &Config) -> Result<Option<claim::Held>> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(None);
+    }
+    // Tests run many daemons at once, each on what would be a host of its own.
+    #[cfg(feature = "fakes")]
+    if let Some(dir) = std::env::var_os("FCD_TEST_CLAIMS") {
+        return claim::take(config, Path::new(&dir)).map(Some);
+    }
+    claim::take(config, Path::new(claim::DIR)).map(Some)
 }
 
 /// The signals that end the daemon. SIGHUP is one of them unless it is ignored, as under `nohup`.

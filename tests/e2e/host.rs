@@ -222,6 +222,8 @@ impl Host {
             // A breach of the lock order ends the daemon, whatever catches panics.
             .env("FCD_LOCK_ABORT", "1")
             .env("FCD_TEST_DIE_AT", self.die_at())
+            // Every test's daemon is alone with what would be its host.
+            .env("FCD_TEST_CLAIMS", self.dir.path().join("claims"))
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)

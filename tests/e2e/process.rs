@@ -16,7 +16,7 @@ use std::process::{Command, Output, Stdio};
 fn fcd(dir: &Path, args: &[&str]) -> Output {
     let mut command = Command::new("timeout");
     command.args(["-k", "5", "30", FCD, "--state-dir"]).arg(dir.join("state")).arg("--socket").arg(dir.join("other.sock"));
-    command.args(args).stdin(Stdio::null()).output().unwrap()
+    command.args(args).env("FCD_TEST_CLAIMS", dir.join("claims")).stdin(Stdio::null()).output().unwrap()
 }
 
 #[track_caller]

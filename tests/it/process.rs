@@ -26,6 +26,7 @@ impl Process {
         command.args(["--config".as_ref(), config.as_os_str()]);
         command.args(["--state-dir".as_ref(), dir.path().join("state").as_os_str()]);
         command.args(["--socket".as_ref(), dir.path().join("fcd.sock").as_os_str()]);
+        command.env("FCD_TEST_CLAIMS", dir.path().join("claims"));
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         before(&mut command);
         let mut process = Self { child: command.spawn().unwrap(), dir };
@@ -96,19 +97,24 @@ fn repeated_sighup_does_not_cut_drain_short() {
 /// `nohup fcd &` outlives its terminal.
 #[test]
 fn sighup_ignored_at_start_stays_ignored() {
-    let fcd = env!("CARGO_BIN_EXE_fcd");
     let mut process = Process::start(|command| {
-        let args: Vec<_> = command.get_args().map(|a| a.to_str().unwrap().to_owned()).collect();
-        let log = File::create(Path::new(&args[1]).with_file_name("log")).unwrap();
-        *command = Command::new("sh");
-        command.args(["-c", "trap '' HUP; exec \"$@\"", "sh", fcd]).args(args);
-        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        through_shell(command, "trap '' HUP; exec \"$@\"");
     });
     process.signal(nix::sys::signal::SIGHUP);
     UnixStream::connect(process.socket()).unwrap();
     process.signal(nix::sys::signal::SIGTERM);
     assert_eq!(process.end().code(), Some(0));
     assert!(process.log().contains("SIGTERM"), "{}", process.log());
+}
+
+/// The same daemon, started by a shell's script.
+fn through_shell(command: &mut Command, script: &str) {
+    let args: Vec<_> = command.get_args().map(|a| a.to_str().unwrap().to_owned()).collect();
+    let dir = Path::new(&args[1]).parent().unwrap();
+    let log = File::options().append(true).open(dir.join("log")).unwrap();
+    *command = Command::new("sh");
+    command.args(["-c", script, "sh", env!("CARGO_BIN_EXE_fcd")]).args(&args).env("FCD_TEST_CLAIMS", dir.join("claims"));
+    command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
 }
 
 /// Passes `file` on under the number `to`.
@@ -137,18 +143,12 @@ fn inherited_descriptors_are_closed_at_start() {
 #[test]
 fn descriptors_of_socket_activation_are_kept() {
     let file = tempfile::NamedTempFile::new().unwrap();
-    let fcd = env!("CARGO_BIN_EXE_fcd");
     // Numbers so high that neither this process nor the daemon uses them.
     let last = 904;
     let with = |pid: &str| {
         let pid = pid.to_owned();
         Process::start(|command| {
-            let args: Vec<_> = command.get_args().map(|a| a.to_str().unwrap().to_owned()).collect();
-            let log = File::create(Path::new(&args[1]).with_file_name("log")).unwrap();
-            *command = Command::new("sh");
-            let script = format!("export LISTEN_PID={pid} LISTEN_FDS={}; exec \"$@\"", last - 2);
-            command.args(["-c", &script, "sh", fcd]).args(args);
-            command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+            through_shell(command, &format!("export LISTEN_PID={pid} LISTEN_FDS={}; exec \"$@\"", last - 2));
             (last - 4..last + 5).for_each(|n| inherit(command, file.as_file(), n));
         })
     };

@@ -5,7 +5,7 @@ use crate::api::daemon::Severity;
 use crate::error::{Error, Kind, Result};
 use crate::host::{Command, Commands, HostCommands, Output};
 use crate::locks::Cancel;
-use crate::net::{Access, checks};
+use crate::net::{Access, Net, checks};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -124,6 +124,42 @@ fn what_is_not_ours_stays() {
     host.run(|| net.remove_all()).unwrap();
     assert_eq!(host.sh(of_others), before);
     assert!(!host.sh("nft list tables").contains(INSTALL));
+}
+
+#[test]
+fn second_installation_is_refused_before_anything_is_made() {
+    if !is_root() {
+        return;
+    }
+    let lab = Lab::new(&config());
+    lab.await_taps(2);
+    let all = "ip -o link show; ip -4 -o address show; ip -4 route show table all; nft list tables";
+    let before = lab.host.sh(all);
+    let second = |config: crate::config::Network| {
+        lab.host.run(|| Net::open(&config, "00000002", Arc::new(HostCommands), &cancel()).map(|net| net.remove_all().unwrap()))
+    };
+    let named = |bridge: &str, subnet: &str| {
+        let subnet = subnet.parse().unwrap();
+        crate::config::Network { bridge: bridge.into(), subnet, taps_ahead: 0, ..config() }
+    };
+    for (config, hints) in [
+        (named("fcbr0", "10.89.0.0/24"), ["bridge = ", "subnet = "]),
+        (named("fcbr0", "10.90.0.0/24"), ["another name", "bridge = "]),
+        (named("fcbr1", "10.89.0.0/24"), ["another subnet", "subnet = "]),
+        (named("fcbr1", "10.89.0.0/16"), ["another subnet", "subnet = "]),
+    ] {
+        let shown = format!("{} {}", config.bridge, config.subnet);
+        let e = second(config).unwrap_err();
+        assert_eq!(e.kind(), Kind::Conflict, "{shown}: {e}");
+        assert!(hints.iter().all(|hint| e.hint_text().unwrap().contains(hint)), "{shown}: {:?}", e.hint_text());
+        assert_eq!(lab.host.sh(all), before, "{shown}: something was made");
+    }
+    // A route to more than the subnet, such as a VPN's, is no conflict.
+    lab.host.sh("ip link add vpn type bridge; ip link set vpn up; ip route add 10.88.0.0/14 dev vpn");
+    second(named("fcbr1", "10.90.0.0/24")).unwrap();
+    // Ours is there: a route into it that somebody adds refuses no restart.
+    lab.host.sh("ip route add 10.89.0.128/25 dev vpn");
+    open(&lab.host, &config(), Arc::new(HostCommands)).unwrap();
 }
 
 /// Fails the `fail_at`-th command, or passes all.

@@ -157,3 +157,32 @@ fn descriptors_of_socket_activation_are_kept() {
     assert_eq!(process.descriptor(last + 1), None, "it is not among those");
     assert_eq!(with("1").descriptor(last), None, "they are another process's");
 }
+
+/// Two root daemons with two state directories would give their VMs the same uids.
+#[test]
+fn second_root_daemon_is_refused_before_it_makes_anything() {
+    let first = Process::start(|_| {});
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("config.toml");
+    let second = |text: &str| {
+        fs::write(&config, text).unwrap();
+        let mut command = Command::new("timeout");
+        command.args(["30", env!("CARGO_BIN_EXE_fcd"), "--config"]).arg(&config);
+        command.arg("--state-dir").arg(dir.path().join("state")).arg("--socket").arg(dir.path().join("fcd.sock"));
+        command.env("FCD_TEST_CLAIMS", first.dir.path().join("claims")).output().unwrap()
+    };
+    let refused = second("");
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(78), "{said}");
+    let state = first.dir.path().join("state");
+    assert!(said.contains(state.to_str().unwrap()) && said.contains("uid_base = ... and uid_count = ..."), "{said}");
+    assert!(!dir.path().join("state/fcd.db").exists() && !dir.path().join("fcd.sock").exists());
+    // With uids of its own it starts.
+    let mut other = Process::start(|command| {
+        let config = PathBuf::from(command.get_args().nth(1).unwrap());
+        fs::write(config, "[qemu]\nuid_base = 1900065536\n").unwrap();
+        command.env("FCD_TEST_CLAIMS", first.dir.path().join("claims"));
+    });
+    other.signal(nix::sys::signal::SIGTERM);
+    assert_eq!(other.end().code(), Some(0), "{}", other.log());
+}

@@ -8,13 +8,11 @@ use crate::api::vm::VmState;
 use crate::error::Result;
 use crate::ids::VmId;
 use crate::store::VmRow;
-use crate::vmm::{Identity, Told};
+use crate::vmm::{End, Identity, Told};
 use std::time::Duration;
 
 /// Between two tries to write it down.
 const RETRY_PERIOD: Duration = Duration::from_millis(250);
-/// How a guest that shut itself down looks from outside.
-const CLEAN_EXIT: &str = "the guest shut down";
 
 impl Daemon {
     /// From now on the death of this VMM is seen.
@@ -27,11 +25,12 @@ impl Daemon {
         self.vmm.watch_guest(&self.vm_dir(&row.id), identity, told)?;
         let (daemon, vm, generation) = (self.clone(), row.id.clone(), row.generation);
         self.vmm.watch(
+            &self.vm_dir(&row.id),
             identity,
-            Box::new(move |how| {
+            Box::new(move |end| {
                 // The driver's thread must not wait for a lock or a disk.
                 let inner = daemon.clone();
-                if let Err(e) = daemon.spawn(&format!("died-{vm}"), move || inner.vmm_died(&vm, generation, &how)) {
+                if let Err(e) = daemon.spawn(&format!("died-{vm}"), move || inner.vmm_died(&vm, generation, &end)) {
                     log::error!("a vmm died and nobody could look: {e}");
                 }
             }),
@@ -66,10 +65,10 @@ impl Daemon {
         if answers { self.adopt_late(&row) } else { Ok(()) }
     }
 
-    fn vmm_died(&self, vm: &VmId, generation: u64, how: &str) {
+    fn vmm_died(&self, vm: &VmId, generation: u64, end: &End) {
         let _label = crate::locks::operation_scope(format!("vmm died {vm}"));
         loop {
-            match self.record_death(vm, generation, how) {
+            match self.record_death(vm, generation, end) {
                 Ok(rm) => {
                     if rm {
                         self.delete_unasked(vm);
@@ -85,7 +84,7 @@ impl Daemon {
     }
 
     /// Whether the VM is to be deleted now.
-    fn record_death(&self, vm: &VmId, generation: u64, how: &str) -> Result<bool> {
+    fn record_death(&self, vm: &VmId, generation: u64, end: &End) -> Result<bool> {
         let guard = self.locks.vm.lock(vm);
         let Some(row) = self.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else { return Ok(false) };
         if row.generation != generation {
@@ -93,17 +92,15 @@ impl Daemon {
         }
         match row.state {
             VmState::Starting => {
-                self.runtimes.boot_died(guard.key(), &format!("the vmm died: {how}"));
+                self.runtimes.boot_died(guard.key(), &end.to_string());
                 return Ok(false);
             }
             VmState::Running => {}
             // A stop or a delete is under way and expects it.
             _ => return Ok(false),
         }
-        let clean = how == CLEAN_EXIT;
-        let state = if clean { VmState::Stopped } else { VmState::Failed };
-        let reason = if clean { "the guest shut itself down".to_owned() } else { format!("the vmm died: {how}") };
-        let (rm, cause) = (row.rm, if clean { "the guest shut itself down" } else { "the VM's vmm died" });
+        let state = if end.is_orderly() { VmState::Stopped } else { VmState::Failed };
+        let (rm, reason, cause) = (row.rm, end.to_string(), end.to_string());
         let ((), ticket) = self.change(true, |tx| {
             tx.update_vm(&guard, |row| {
                 (row.state, row.reason) = (state, Some(reason));
@@ -111,7 +108,7 @@ impl Daemon {
             })
         })?;
         self.note(&row, Some(ticket.seq()), None, || super::history::What::Died { state });
-        self.runtimes.cancel_users(guard.key(), cause);
+        self.runtimes.cancel_users(guard.key(), &cause);
         drop(guard);
         self.wait_durable(ticket)?;
         // The VMM has exited: what it had may be used again. What fails is tried again by the next sweep.

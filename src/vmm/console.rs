@@ -25,6 +25,8 @@ pub const CHUNK_BYTES_MAX: usize = 64 * 1024;
 pub const VMM_LOG: &str = "vmm.log";
 /// Bound of [`VMM_LOG`]; it is cut to nothing when it is found to be over.
 pub const VMM_LOG_BYTES_MAX: u64 = 256 * 1024;
+/// How a line of ours in a log begins.
+pub(super) const MARK: &str = "--- fcd: ";
 /// Between two looks at the sizes of the VMMs' own logs.
 const TICK: Duration = Duration::from_secs(10);
 
@@ -55,6 +57,8 @@ struct Event {
 struct State {
     incoming: Vec<Attach>,
     followers: HashMap<PathBuf, Vec<Arc<Event>>>,
+    /// How many consoles of each log are still read.
+    attached: HashMap<PathBuf, usize>,
     thread: Option<JoinHandle<()>>,
     is_closed: bool,
 }
@@ -65,6 +69,18 @@ struct Shared {
 }
 
 impl Shared {
+    fn detach(&self, dir: &Path) {
+        let mut state = self.state.lock();
+        if let Some(count) = state.attached.get_mut(dir) {
+            *count -= 1;
+            if *count == 0 {
+                state.attached.remove(dir);
+            }
+        }
+        drop(state);
+        self.notify(dir);
+    }
+
     fn notify(&self, dir: &Path) {
         for event in self.state.lock().followers.get(dir).into_iter().flatten() {
             // The counter at its top is readable, too.
@@ -93,6 +109,7 @@ impl Consoles {
             let shared = self.shared.clone();
             state.thread = Some(crate::host::thread::spawn("consoles", move || Reader::new(shared).run())?);
         }
+        *state.attached.entry(console.dir.clone()).or_default() += 1;
         state.incoming.push(console);
         drop(state);
         let _ = self.shared.wake.write(1);
@@ -114,6 +131,11 @@ impl Consoles {
             follower.reader = Some(LogReader::open(dir, tail).map_err(|e| Error::io(doing(), e))?);
         }
         Ok(follower)
+    }
+
+    /// Whether more may come to the log in this directory: its console has not ended, or its end was not read yet.
+    pub(super) fn is_attached(&self, dir: &Path) -> bool {
+        self.shared.state.lock().attached.contains_key(dir)
     }
 
     /// The VM is deleted: its followers come to their end.
@@ -279,6 +301,7 @@ impl Reader {
             for i in ready.into_iter().rev() {
                 if !self.read_one(i) {
                     let gone = self.consoles.swap_remove(i);
+                    self.shared.detach(&gone.dir);
                     if self.consoles.iter().all(|c| c.dir != gone.dir) {
                         self.logs.remove(&gone.dir);
                     }

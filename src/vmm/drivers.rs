@@ -1,7 +1,7 @@
 //! All drivers as one: VMs are started by the one that the configuration names, and each is looked after by the one that started it.
 
 use super::console::Consoles;
-use super::{Driver, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
+use super::{Died, Driver, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
 use crate::api::daemon::Check;
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
@@ -98,8 +98,8 @@ impl Driver for Drivers {
         self.starts.kill(identity, deadline)
     }
 
-    fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {
-        self.starts.watch(identity, died)
+    fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()> {
+        self.starts.watch(dir, identity, died)
     }
 
     fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {

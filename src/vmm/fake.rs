@@ -4,7 +4,7 @@
 //! The table belongs to the value, not to a daemon: a daemon that is opened anew over the same `Fake` finds its VMMs.
 
 use super::console::{Attach, Consoles};
-use super::{Driver, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
+use super::{Died, Driver, End, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
 use crate::api::daemon::{Check, Severity};
 use crate::api::vm::RateLimits;
 use crate::error::{Error, Kind, Result};
@@ -26,7 +26,6 @@ const PID_BASE: u32 = 2_000_000_000;
 /// A gate that nobody opens is a test that hangs.
 const GATE_DEADLINE: Duration = Duration::from_secs(120);
 
-type Died = Box<dyn FnOnce(String) + Send>;
 type Teller = Box<dyn Fn(Told) + Send>;
 
 /// Where a held start waits.
@@ -55,7 +54,7 @@ struct Vmm {
     identity: Identity,
     ssh_addr: SocketAddr,
     /// How it died.
-    end: Option<String>,
+    end: Option<End>,
     /// Fires when it dies: one-shot, for `poll`.
     gone: Cancel,
     watchers: Vec<Died>,
@@ -234,7 +233,7 @@ impl Fake {
     }
 
     /// The VMM of this VM dies as the real ones do: `signal 9 (SIGKILL)`, `the guest shut down`. False when none lives.
-    pub fn die(&self, vm: &VmId, how: &str) -> bool {
+    pub fn die(&self, vm: &VmId, how: &End) -> bool {
         self.end(|vmm| &vmm.spec.vm == vm, how)
     }
 
@@ -302,16 +301,16 @@ impl Fake {
         }
     }
 
-    fn end(&self, which: impl Fn(&Vmm) -> bool, how: &str) -> bool {
+    fn end(&self, which: impl Fn(&Vmm) -> bool, how: &End) -> bool {
         let mut state = self.state.lock();
         let Some(vmm) = state.vmms.iter_mut().find(|vmm| vmm.end.is_none() && which(vmm)) else { return false };
-        vmm.end = Some(how.to_owned());
+        vmm.end = Some(how.clone());
         vmm.console = None;
         let (gone, watchers, told) = (vmm.gone.clone(), std::mem::take(&mut vmm.watchers), vmm.told.take());
         drop(state);
         drop(told);
         gone.cancel("died");
-        watchers.into_iter().for_each(|died| tell(how.to_owned(), died));
+        watchers.into_iter().for_each(|died| tell(how.clone(), died));
         true
     }
 
@@ -412,7 +411,7 @@ fn check(cancel: &Cancel) -> Result<()> {
 }
 
 /// On a thread of its own, as the real watcher does.
-fn tell(how: String, died: Died) {
+fn tell(how: End, died: Died) {
     crate::host::thread::spawn("vmm-died", move || died(how)).expect("a thread");
 }
 
@@ -433,7 +432,7 @@ impl Driver for Fake {
         // From here on an error, a cancel and a panic leave no VMM; one that cannot be killed is not there to see.
         let mut undo = crate::undo::Undo::new();
         undo.push("kill the VMM", || {
-            self.end(|vmm| vmm.identity == identity, "signal 9 (SIGKILL)");
+            self.end(|vmm| vmm.identity == identity, &End::Vmm(process::Exit::Signal(9)));
             Ok(())
         });
         spawned(&identity);
@@ -499,7 +498,7 @@ impl Driver for Fake {
         };
         let _blocking = region(Rank::VmmApi);
         if !is_unkillable {
-            self.end(|vmm| vmm.identity == *identity, "signal 9 (SIGKILL)");
+            self.end(|vmm| vmm.identity == *identity, &End::Vmm(process::Exit::Signal(9)));
         }
         let Some(gone) = self.with(identity, |vmm| vmm.gone.clone()) else { return Ok(()) };
         let woken = wait_uncancelled(&[(gone.fd(), PollFlags::POLLIN)], deadline).map_err(|e| Error::io("kill a fake VMM", e))?;
@@ -538,7 +537,7 @@ impl Driver for Fake {
         Ok(())
     }
 
-    fn watch(&self, identity: &Identity, died: Died) -> Result<()> {
+    fn watch(&self, _dir: &Path, identity: &Identity, died: Died) -> Result<()> {
         let mut died = Some(died);
         let end = self.with(identity, |vmm| {
             if vmm.end.is_none() {
@@ -547,7 +546,7 @@ impl Driver for Fake {
             vmm.end.clone()
         });
         if let Some(died) = died {
-            tell(end.flatten().unwrap_or_else(|| process::Exit::Unknown.to_string()), died);
+            tell(end.flatten().unwrap_or(End::Vmm(process::Exit::Unknown)), died);
         }
         Ok(())
     }
@@ -593,7 +592,7 @@ impl Driver for Fake {
         let Some(keyboard) = self.state.lock().keyboard else { return Ok(false) };
         self.state.lock().presses += 1;
         if keyboard == Keyboard::Heard {
-            self.end(|vmm| vmm.identity == *identity, "the guest shut down");
+            self.end(|vmm| vmm.identity == *identity, &End::GuestShutDown);
         }
         Ok(true)
     }
@@ -696,12 +695,12 @@ mod tests {
         assert_eq!(f.fake.clashes(), 1);
         let (told, tellings) = channel();
         let again = told.clone();
-        f.fake.watch(id, Box::new(move |how| told.send(how).unwrap())).unwrap();
-        assert!(f.fake.die(&f.spec.vm, "signal 11 (SIGSEGV)"));
-        assert!(!f.fake.die(&f.spec.vm, "twice"));
-        f.fake.watch(id, Box::new(move |how| again.send(how).unwrap())).unwrap();
+        f.fake.watch(&f.spec.dir, id, Box::new(move |how| told.send(how).unwrap())).unwrap();
+        assert!(f.fake.die(&f.spec.vm, &End::GuestReset));
+        assert!(!f.fake.die(&f.spec.vm, &End::GuestReset));
+        f.fake.watch(&f.spec.dir, id, Box::new(move |how| again.send(how).unwrap())).unwrap();
         for _ in 0..2 {
-            assert_eq!(tellings.recv_timeout(Duration::from_secs(10)).unwrap(), "signal 11 (SIGSEGV)");
+            assert_eq!(tellings.recv_timeout(Duration::from_secs(10)).unwrap(), End::GuestReset);
         }
         assert!(f.fake.wait_exit(id, soon(), &f.cancel).unwrap());
         assert!(!f.fake.is_alive(id) && f.fake.live().is_empty());

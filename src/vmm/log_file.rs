@@ -1,5 +1,6 @@
 //! A bounded log in two files of half the bound each, and a reader that follows it across the change of files.
 
+use super::console::MARK;
 use crate::host::fs::{open_at, open_dir};
 use rustix::fs::{AtFlags, OFlags};
 use std::fs::File;
@@ -39,7 +40,7 @@ impl LogWriter {
     /// A line of ours, on a line of its own.
     pub fn append_mark(&mut self, mark: &str) -> io::Result<()> {
         let start = if self.is_at_line_start { "" } else { "\r\n" };
-        self.append(format!("{start}--- fcd: {mark} ---\r\n").as_bytes())
+        self.append(format!("{start}{MARK}{mark} ---\r\n").as_bytes())
     }
 
     /// On an error a part of it may have been written.

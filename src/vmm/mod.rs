@@ -4,6 +4,7 @@ pub mod console;
 pub mod devices;
 mod dial;
 pub mod drivers;
+mod end;
 #[cfg(feature = "fakes")]
 pub mod fake;
 pub mod firecracker;
@@ -28,7 +29,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-pub use crate::host::process::Identity;
+pub use crate::host::process::{Exit, Identity};
+pub use end::End;
+
+/// Who hears how a VMM ended.
+pub type Died = Box<dyn FnOnce(End) + Send>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -183,9 +188,9 @@ pub trait Driver: Send + Sync {
     /// when it has not exited by the deadline: what it holds must not be reused.
     fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()>;
 
-    /// Calls `died` once, from a thread of its own, when the process exits or if it has; with how, where it is
-    /// known. Never after the driver is dropped.
-    fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()>;
+    /// Calls `died` once, from a thread of its own, when the process exits or if it has. `dir` is the VM's directory, whose
+    /// console tells how its guest ended. Never after the driver is dropped.
+    fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()>;
 
     /// Calls `told` from a thread of the driver's at each change of what [`Told`] names, with `Paused(false)` at the end.
     fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()>;

@@ -1,14 +1,16 @@
 //! What every driver does the same way: its VMMs are processes that carry a tag among their arguments, run one of a few programs
 //! under one of our uids, and are watched and ended by pidfd.
 
+use super::console::Consoles;
 use super::watch::{Watcher, tell};
-use super::{Identity, Tagged};
+use super::{Died, Identity, Tagged, end};
 use crate::error::{Error, Kind, Result};
-use crate::host::process::{self, Exit, Process};
+use crate::host::process::{self, Process};
 use crate::locks::{Cancel, Rank, region};
 use rustix::process::Signal;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 pub struct Processes {
@@ -60,8 +62,10 @@ impl Processes {
         Ok(all.filter(|vmm| self.verify(&vmm.identity, &vmm.tag).is_ok_and(|process| process.is_some())).collect())
     }
 
-    pub fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {
-        let died = Box::new(move |exit| died(how(exit)));
+    pub fn watch(&self, dir: &Path, consoles: &Arc<Consoles>, identity: &Identity, died: Died) -> Result<()> {
+        let (dir, consoles) = (dir.to_owned(), consoles.clone());
+        // On a thread of its own, which may wait for the console.
+        let died = Box::new(move |exit| died(end::of(exit, &consoles, &dir)));
         match Process::open(identity)? {
             Some(process) => self.watcher.add(process, died),
             None => {
@@ -89,11 +93,4 @@ pub fn kill(identity: &Identity, deadline: Instant) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(Kind::Timeout, format!("kill the VMM: process {} has not exited in time", identity.pid)))
-}
-
-fn how(exit: Exit) -> String {
-    match exit {
-        Exit::Status(0) => "the guest shut down".to_owned(),
-        other => other.to_string(),
-    }
 }

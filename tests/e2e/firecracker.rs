@@ -365,7 +365,7 @@ fn the_control_plane_on_this_hosts_kvm() {
     let next = new_driver();
     assert_eq!(next.adopt(&spec, &running.identity).unwrap(), running);
     let (died, deaths) = std::sync::mpsc::channel();
-    next.watch(&running.identity, Box::new(move |how| died.send(how).unwrap())).unwrap();
+    next.watch(&spec.dir, &running.identity, Box::new(move |how| died.send(how).unwrap())).unwrap();
     next.kill(&running.identity, Instant::now() + Duration::from_secs(30)).unwrap();
     assert!(deaths.recv_timeout(Duration::from_secs(30)).is_ok());
     assert_eq!(next.find(&tag).unwrap(), None);

@@ -426,7 +426,7 @@ fn a_disk_that_breaks_in_the_middle() {
         let mut down = world.begin::<VmStop>(stop("web"), vec![]);
         down.stage("sync and shut down");
         world.daemon().store.faults().fail(fault, 3);
-        assert!(world.vmm.die(&vm.id, "the guest shut down"));
+        assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown));
         assert_eq!(down.finish(SOON).unwrap().vm.state, VmState::Stopped, "{fault:?}");
         world.await_rest();
     }

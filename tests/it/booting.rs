@@ -159,7 +159,7 @@ fn a_hang_up_does_not_cancel_a_stop() {
     let stop = world.begin::<VmStop>(stop("web"), vec![]);
     stop.stage("sync and shut down");
     stop.hang_up();
-    world.vmm.die(&vm.id, "the guest shut down");
+    world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown);
     assert_eq!(world.await_state("web", VmState::Stopped).synced, Some(Synced::Yes));
 }
 
@@ -186,7 +186,7 @@ fn the_successor_slot() {
     assert_eq!(b.world.begin::<VmDelete>(delete("web"), vec![]).op(), gone_op);
     // The process ends at last.
     b.world.vmm.set_unkillable(false);
-    assert!(b.world.vmm.die(&b.vm.id, "signal 9 (SIGKILL)"));
+    assert!(b.world.vmm.die(&b.vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
     gone.finish(SOON).unwrap();
     assert!(b.start.finish(SOON).is_err());
     b.end();
@@ -209,7 +209,7 @@ fn two_stops_are_one() {
     let e = world.start("web").unwrap_err();
     assert!(e.is(Kind::WrongState) && e.fault.hint.is_some(), "{e:?}");
     one.stage("sync and shut down");
-    assert!(world.vmm.die(&vm.id, "the guest shut down"));
+    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown));
     for stop in [&mut one, &mut two] {
         let vm = stop.finish(SOON).unwrap().vm;
         assert_eq!((vm.state, vm.synced), (VmState::Stopped, Some(Synced::Yes)));
@@ -244,7 +244,7 @@ fn delete_waits_for_a_stop_and_delete_by_force_does_not() {
         gone.op();
         if !force {
             assert!(!gone.has_ended());
-            assert!(world.vmm.die(&vm.id, "the guest shut down"));
+            assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown));
         }
         assert_eq!(gone.finish(PROMPT).unwrap().deleted, Some(vm.id));
         assert_eq!(graceful.finish(PROMPT).unwrap().vm.state, VmState::Deleting);
@@ -276,7 +276,7 @@ fn restart_goes_down_and_up_as_one_operation() {
         assert_eq!(joined.op(), op);
         assert!(!joined.has_ended());
     }
-    assert!(world.vmm.die(&vm.id, "the guest shut down"));
+    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown));
     let after = restart.finish(SOON).unwrap().vm;
     assert_eq!((after.state, after.synced), (VmState::Running, None));
     assert_eq!(world.vmm.starts(), 2);
@@ -293,7 +293,7 @@ fn stop_of_a_restart() {
         let mut end = world.begin::<VmStop>(VmStopRequest { force: kill, ..stop("web") }, vec![]);
         end.op();
         if !kill {
-            assert!(world.vmm.die(&vm.id, "the guest shut down"));
+            assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown));
         }
         let after = end.finish(PROMPT).unwrap().vm;
         assert_eq!((after.state, after.synced), (VmState::Stopped, Some(Synced::Yes)));
@@ -305,7 +305,7 @@ fn stop_of_a_restart() {
 #[test]
 fn a_vmm_that_dies_while_it_boots() {
     let mut b = booting(At::Guest);
-    assert!(b.world.vmm.die(&b.vm.id, "signal 11 (SIGSEGV)"));
+    assert!(b.world.vmm.die(&b.vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(11))));
     let e = b.start.finish(PROMPT).unwrap_err();
     assert!(e.is(Kind::VmmFailed) && e.fault.message.contains("SIGSEGV"), "{e:?}");
     assert!(e.fault.hint.is_some_and(|h| h.contains("logs")));
@@ -341,11 +341,13 @@ fn a_guest_that_does_not_answer_in_time() {
 
 #[test]
 fn a_vmm_that_dies_as_it_runs_ends_what_uses_the_guest() {
-    for (how, state) in [("signal 9 (SIGKILL)", VmState::Failed), ("the guest shut down", VmState::Stopped)] {
+    for (how, state) in
+        [(fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)), VmState::Failed), (fcd::vmm::End::GuestShutDown, VmState::Stopped)]
+    {
         let world = World::new();
         let (vm, _) = world.running("web");
         let mut import = world.import("web");
-        assert!(world.vmm.die(&vm.id, how));
+        assert!(world.vmm.die(&vm.id, &how));
         let e = import.call.finish(PROMPT).unwrap_err();
         assert!(e.is(Kind::Cancelled), "{e:?}");
         let vm = world.await_state("web", state);

@@ -137,7 +137,7 @@ fn a_life() {
     world.stop("web").unwrap();
     world.place(&vm.id);
     world.start("web").unwrap();
-    world.vmm.die(&vm.id, "signal 9");
+    world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
     world.await_state("web", VmState::Failed);
     world.delete("web").unwrap();
     world.create("end");
@@ -241,7 +241,7 @@ fn a_listener_goes_on_over_a_restart_of_the_daemon() {
     world.reopen();
     assert!(call.finish(SOON).unwrap_err().is(Kind::ShuttingDown));
     // The VMM died meanwhile: reconcile says so.
-    world.vmm.die(&vm.id, "signal 9");
+    world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
     world.daemon().reconcile();
     let again = watch(&world, Some(before));
     mirror.follow(&again, "web", "state", "failed");

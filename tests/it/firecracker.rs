@@ -431,7 +431,7 @@ fn its_death_and_its_silence_are_told() {
     let running = bench.running();
     let (told, tellings) = std::sync::mpsc::channel();
     let (died, deaths) = std::sync::mpsc::channel();
-    bench.driver.watch(&running.identity, Box::new(move |how| died.send(how).unwrap())).unwrap();
+    bench.driver.watch(&bench.spec().dir, &running.identity, Box::new(move |how| died.send(how).unwrap())).unwrap();
     let dir = bench.dir.path().join("vm");
     bench.driver.watch_guest(&dir, &running.identity, Box::new(move |what| told.send(what).unwrap_or_default())).unwrap();
     let process = Process::open(&running.identity).unwrap().unwrap();
@@ -443,7 +443,7 @@ fn its_death_and_its_silence_are_told() {
     let heard = || (tellings.recv_timeout(SOON).unwrap() == Told::Unresponsive(false)).then_some(());
     assert!((0..3).any(|_| heard().is_some()), "that it answers again");
     process.signal(rustix::process::Signal::KILL).unwrap();
-    assert_eq!(deaths.recv_timeout(SOON).unwrap(), "signal 9 (SIGKILL)");
+    assert_eq!(deaths.recv_timeout(SOON).unwrap(), fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
 }
 
 struct SavedFiles {

@@ -37,7 +37,7 @@ fn in_a_process_with_wide_windows() {
         a_fork_that_is_kept_stays_after_a_stop(&world, round);
     }
     assert_eq!(world.state("web"), VmState::Running);
-    world.vmm.die(&web.id, "signal 9 (SIGKILL)");
+    world.vmm.die(&web.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
     world.await_state("web", VmState::Failed);
 }
 

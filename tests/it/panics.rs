@@ -114,8 +114,8 @@ impl Driver for Panics {
         self.pass("kill");
         self.inner.kill(identity, deadline)
     }
-    fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {
-        self.inner.watch(identity, died)
+    fn watch(&self, dir: &Path, identity: &Identity, died: fcd::vmm::Died) -> Result<()> {
+        self.inner.watch(dir, identity, died)
     }
     fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
         self.inner.watch_guest(dir, identity, told)

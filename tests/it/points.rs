@@ -168,8 +168,8 @@ impl Driver for PointDriver {
         self.1.pass("kill the vmm")?;
         self.0.kill(identity, deadline)
     }
-    fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {
-        self.0.watch(identity, died)
+    fn watch(&self, dir: &Path, identity: &Identity, died: fcd::vmm::Died) -> Result<()> {
+        self.0.watch(dir, identity, died)
     }
     fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
         self.0.watch_guest(dir, identity, told)

@@ -54,8 +54,8 @@ fn an_rm_vm_goes_when_it_stops_or_dies() {
         }
         match how {
             "stop" => assert_eq!(world.stop("web").unwrap().synced, Some(Synced::Yes)),
-            "die" => assert!(world.vmm.die(&vm.id, "signal 9 (SIGKILL)")),
-            "shut down" => assert!(world.vmm.die(&vm.id, "the guest shut down")),
+            "die" => assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)))),
+            "shut down" => assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown)),
             _ => {}
         }
         assert_eq!(hold.finish(SOON).unwrap().vm.id, vm.id, "{how}");
@@ -210,7 +210,7 @@ fn a_running_vm_is_adopted() {
     assert_eq!(world.vmm.kills(), 0);
     world.import_all("web");
     // Its death is seen.
-    assert!(world.vmm.die(&vm.id, "signal 9 (SIGKILL)"));
+    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
     world.await_state("web", VmState::Failed);
 }
 
@@ -267,7 +267,7 @@ fn verbs_that_need_the_guest_adopt_it_by_themselves() {
     // The reconciler finds nothing left to do.
     world.daemon().reconcile();
     assert_eq!(world.vmm.adoptions().len(), 2);
-    assert!(world.vmm.die(&vm.id, "signal 9 (SIGKILL)"));
+    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
     world.await_state("web", VmState::Failed);
 }
 
@@ -313,7 +313,7 @@ fn host_is_looked_at_once_for_all_vmms_that_are_gone() {
     let vms: Vec<_> = (0..VMS).map(|n| world.running(&format!("vm-{n}")).0).collect();
     world.shut();
     for vm in &vms[1..] {
-        assert!(world.vmm.die(&vm.id, "power failure"));
+        assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(7))));
     }
     world.reopen();
     let before = world.vmm.scans();
@@ -358,7 +358,7 @@ fn a_running_vm_whose_image_is_gone() {
     let again = world.show("web").unwrap();
     assert_eq!((again.pid, again.state), (vm.pid, VmState::Running));
     assert!(again.reason.is_some_and(|r| r.contains("image")));
-    assert!(world.vmm.die(&vm.id, "signal 9 (SIGKILL)"));
+    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
     world.await_state("web", VmState::Failed);
 }
 
@@ -367,7 +367,7 @@ fn a_vmm_that_died_meanwhile() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     world.shut();
-    assert!(world.vmm.die(&vm.id, "signal 9 (SIGKILL)"));
+    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
     world.reopen();
     world.daemon().reconcile();
     let vm = world.show("web").unwrap();
@@ -381,7 +381,7 @@ fn a_host_that_was_rebooted() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     world.shut();
-    assert!(world.vmm.die(&vm.id, "power failure"));
+    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(7))));
     world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.identity.as_mut().unwrap().boot_id = "another".into()).unwrap());
     world.reopen();
     world.daemon().reconcile();
@@ -409,7 +409,7 @@ fn every_state() {
         let (vm, _) = world.running("web");
         world.shut();
         if !lives {
-            assert!(world.vmm.die(&vm.id, "signal 9 (SIGKILL)"));
+            assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
         }
         let op = fcd::api::op::Op {
             id: OpId::random(),

@@ -181,7 +181,7 @@ fn orderly_end_in_the_middle_of_a_resumed_stop_is_no_death() {
     hostile.world.reopen();
     let vmm = hostile.world.vmm.clone();
     hostile.world.guest.on(fcd::image::SHUTDOWN_COMMAND, move |_| {
-        vmm.die(&id, "the guest shut down");
+        vmm.die(&id, &fcd::vmm::End::GuestShutDown);
         Answer::status(0).stdout("synced\n")
     });
     hostile.world.daemon().reconcile();

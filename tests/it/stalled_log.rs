@@ -59,7 +59,7 @@ fn in_a_process_whose_stderr_is_full() {
     }
     let panicked = fcd::host::thread::spawn("panics", || panic!("nobody reads this")).unwrap();
     await_that("the thread that panics has ended", || panicked.is_finished());
-    assert!(world.vmm.die(&other.id, "signal 9 (SIGKILL)"));
+    assert!(world.vmm.die(&other.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
     await_that("the death is recorded", || world.state("other") == VmState::Failed);
     world.begin::<VmDelete>(delete("other"), vec![]).finish(PROMPT).unwrap();
     world.begin::<VmDelete>(delete("rests"), vec![]).finish(PROMPT).unwrap();

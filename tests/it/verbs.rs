@@ -78,7 +78,7 @@ fn wait_for_a_state() {
     assert_eq!(running.finish(SOON).unwrap().vm.state, VmState::Running);
     // A failed one fulfils a wait for the end.
     let mut end = world.begin::<VmWait>(wait(None, Some(u64::MAX)), vec![]);
-    assert!(world.vmm.die(&vm.id, "signal 9 (SIGKILL)"));
+    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
     assert_eq!(end.finish(SOON).unwrap().vm.state, VmState::Failed);
     let mut gone = world.begin::<VmWait>(wait(Some(VmState::Running), None), vec![]);
     world.delete("web").unwrap();
@@ -130,7 +130,7 @@ fn a_stop_is_not_cancelled() {
     let op = down.op();
     let e = world.call::<OpCancel>(&OpRequest { op: op.to_string() }).unwrap_err();
     assert!(e.is(Kind::WrongState), "{e:?}");
-    assert!(world.vmm.die(&vm.id, "the guest shut down"));
+    assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown));
     assert_eq!(down.finish(SOON).unwrap().vm.state, VmState::Stopped);
 }
 

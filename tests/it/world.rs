@@ -236,7 +236,7 @@ impl World {
         self.guest.on(fcd::image::SHUTDOWN_COMMAND, move |call| {
             let vm = guests.lock().unwrap().get(&call.addr).cloned();
             if let Some(vm) = vm {
-                vmm.die(&vm, "the guest shut down");
+                vmm.die(&vm, &fcd::vmm::End::GuestShutDown);
             }
             Answer::status(0).stdout("synced\n")
         });

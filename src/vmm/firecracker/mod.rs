@@ -20,7 +20,7 @@ use super::console::{Attach, Consoles};
 use super::dial::{self, Patience};
 use super::processes::{self, Processes};
 use super::run_dir;
-use super::{DiskFormat, Driver, GuestNetwork, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
+use super::{Died, DiskFormat, Driver, GuestNetwork, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
 use crate::api::daemon::Check;
 use crate::config::Firecracker as Config;
 use crate::error::{Error, Kind, Result};
@@ -451,8 +451,8 @@ impl Driver for Firecracker {
         processes::kill(identity, deadline)
     }
 
-    fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {
-        self.processes.watch(identity, died)
+    fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()> {
+        self.processes.watch(dir, &self.consoles, identity, died)
     }
 
     fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {

@@ -19,7 +19,7 @@ use super::devices;
 use super::dial::{self, Patience};
 use super::processes::{self, Processes};
 use super::run_dir::{self, RUN_DIR};
-use super::{Driver, GuestNetwork, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
+use super::{Died, Driver, GuestNetwork, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
 use crate::api::daemon::Check;
 use crate::config::Qemu as Config;
 use crate::error::{Error, Kind, Result};
@@ -271,8 +271,8 @@ impl Driver for Qemu {
         processes::kill(identity, deadline)
     }
 
-    fn watch(&self, identity: &Identity, died: Box<dyn FnOnce(String) + Send>) -> Result<()> {
-        self.processes.watch(identity, died)
+    fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()> {
+        self.processes.watch(dir, &self.consoles, identity, died)
     }
 
     fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
@@ -420,7 +420,7 @@ mod tests {
         assert!(driver.wait_exit(&identity, Instant::now(), &Cancel::try_new().unwrap()).unwrap());
         driver.kill(&identity, Instant::now()).unwrap();
         let (told, tellings) = std::sync::mpsc::channel();
-        driver.watch(&identity, Box::new(move |how| told.send(how).unwrap())).unwrap();
-        assert_eq!(tellings.recv_timeout(Duration::from_secs(10)).unwrap(), "exit status 2");
+        driver.watch(temp.path(), &identity, Box::new(move |how| told.send(how).unwrap())).unwrap();
+        assert_eq!(tellings.recv_timeout(Duration::from_secs(10)).unwrap().to_string(), "the vmm died: exit status 2");
     }
 }

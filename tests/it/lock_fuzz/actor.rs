@@ -264,8 +264,8 @@ impl<'a> Actor<'a> {
         let Ok(shown) = self.client.call::<VmShow>(&request(vm)) else { return };
         let Some(addr) = self.addr(&shown.vm.id) else { return };
         match self.random.below(6) {
-            0 => _ = self.world.vmm.die(&shown.vm.id, "signal 9 (SIGKILL)"),
-            1 => _ = self.world.vmm.die(&shown.vm.id, "the guest shut down"),
+            0 => _ = self.world.vmm.die(&shown.vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))),
+            1 => _ = self.world.vmm.die(&shown.vm.id, &fcd::vmm::End::GuestShutDown),
             2 => self.world.guest.lose(addr),
             3 => _ = self.world.guest.stall_reads(addr, self.random.below(3)),
             4 => self.world.guest.stall_reads(addr, 0).open(),

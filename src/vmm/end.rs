@@ -1,0 +1,171 @@
+//! How a VMM came to its end, and what says so.
+//!
+//! A VMM exits with status 0 whether its guest powered off, panicked or met a triple fault: all of them are a reset to it,
+//! and a reset ends it. A process that an earlier daemon started tells its status to nobody. So the guest's own last words
+//! decide: the kernel's, which it prints whatever its log level is (kernel/reboot.c, kernel/panic.c: `pr_emerg`), and those
+//! of our init. A guest can forge them, but they only say how it ended itself.
+
+use super::console::{self, Consoles, Followed};
+use crate::host::command::printable;
+use crate::host::process::Exit;
+use crate::locks::Cancel;
+use std::fmt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How long the rest of a console may take after its VMM has exited. All of it waits in a socket by then.
+const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(1);
+/// Lines that are looked at. What a kernel prints when it panics, with the registers of every CPU, is shorter.
+const LAST_LINES: u64 = 400;
+/// How much of a panic's message is kept.
+const PANIC_CHARS_MAX: usize = 160;
+
+/// Why a VMM that nobody stopped exited.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest shut down in order: its console says so.
+    GuestShutDown,
+    /// The guest rebooted in order, which ends a VM: its console says so.
+    GuestRebooted,
+    /// The guest's kernel panicked: its console says so, with this message.
+    GuestPanicked(String),
+    /// The VMM ended well, but its guest said nothing: a triple fault, or a reset by force.
+    GuestReset,
+    /// The VMM failed, or somebody killed it.
+    Vmm(Exit),
+}
+
+impl End {
+    /// Whether the guest came to its end in order.
+    pub fn is_orderly(&self) -> bool {
+        matches!(self, End::GuestShutDown | End::GuestRebooted)
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            End::GuestShutDown => f.write_str("the guest shut itself down"),
+            End::GuestRebooted => f.write_str("the guest rebooted, which ends its VM"),
+            End::GuestPanicked(message) => write!(f, "the guest's kernel panicked: {message}"),
+            End::GuestReset => f.write_str("the guest was reset without a shutdown: a triple fault, or a reset by force"),
+            End::Vmm(exit) => write!(f, "the vmm died: {exit}"),
+        }
+    }
+}
+
+/// What the exit of the VMM with this directory means. Waits for the rest of its console, a second at most.
+pub(super) fn of(exit: Exit, consoles: &Consoles, dir: &Path) -> End {
+    match exit {
+        Exit::Status(0) => last_words(consoles, dir).unwrap_or(End::GuestReset),
+        // Not our child: only the console is left to ask.
+        Exit::Unknown => last_words(consoles, dir).unwrap_or(End::Vmm(exit)),
+        Exit::Status(_) | Exit::Signal(_) => End::Vmm(exit),
+    }
+}
+
+fn last_words(consoles: &Consoles, dir: &Path) -> Option<End> {
+    let deadline = Instant::now() + LAST_WORDS_DEADLINE;
+    let cancel = Cancel::try_new().ok()?;
+    let mut follower = consoles.follow(dir, Some(0)).ok()?;
+    loop {
+        // Asked before the log is read, so that nothing falls between.
+        let is_complete = !consoles.is_attached(dir);
+        let found = console::read(dir, Some(LAST_LINES)).ok().and_then(|text| parse(&text));
+        if found.is_some() || is_complete {
+            return found;
+        }
+        while follower.next_chunk().ok()?.is_some() {}
+        match follower.wait(deadline, &cancel) {
+            Ok(Followed::More) => {}
+            Ok(Followed::Deadline | Followed::Ended) | Err(_) => return None,
+        }
+    }
+}
+
+/// The newest of the last words since the VM was started.
+fn parse(text: &str) -> Option<End> {
+    const PANIC: &str = "Kernel panic - not syncing: ";
+    let this_boot = text.lines().rev().take_while(|line| !line.starts_with(console::MARK));
+    this_boot.into_iter().find_map(|line| {
+        let says = |words: &str| line.contains(words);
+        if let Some((_, message)) = line.split_once(PANIC) {
+            let message = message.trim_end().trim_end_matches(" ]---");
+            return Some(End::GuestPanicked(printable(&message.chars().take(PANIC_CHARS_MAX).collect::<String>())));
+        }
+        if says("reboot: Power down") || says("reboot: System halted") || says("fcd-init: disk ") {
+            return Some(End::GuestShutDown);
+        }
+        says("reboot: Restarting system").then_some(End::GuestRebooted)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::console::Attach;
+    use std::fs::File;
+    use std::io::Write;
+    use std::os::fd::OwnedFd;
+    use std::sync::Arc;
+
+    const OFF: &str =
+        "fcd-init: shutting down\r\nfcd-init: disk is clean\r\n[    9.1] sysrq: Power Off\r\n[    9.2] reboot: Power down\r\n";
+    const PANIC: &str = "[    4.2] sysrq: Trigger a crash\r\n[    4.2] Kernel panic - not syncing: sysrq triggered crash\r\n\
+                         [    4.2] CPU: 0 PID: 1 Comm: sh\r\n[    4.3] ---[ end Kernel panic - not syncing: sysrq triggered crash ]---\r\n";
+
+    #[test]
+    fn last_words_say_how_a_guest_ended() {
+        let panicked = || Some(End::GuestPanicked("sysrq triggered crash".to_owned()));
+        for (text, end) in [
+            (OFF, Some(End::GuestShutDown)),
+            ("[ 1.0] reboot: Restarting system\r\n", Some(End::GuestRebooted)),
+            // Firecracker's guests end by a reset, which our init asks for.
+            ("fcd-init: disk is clean\r\n[ 2.0] sysrq: Resetting\r\n", Some(End::GuestShutDown)),
+            (PANIC, panicked()),
+            (&format!("{OFF}--- fcd: started ---\r\n{PANIC}"), panicked()),
+            (&format!("{PANIC}--- fcd: started ---\r\n{OFF}"), Some(End::GuestShutDown)),
+            (&format!("{OFF}--- fcd: started ---\r\n[ 0.0] Linux\r\n"), None),
+            ("[ 2.0] sysrq: Resetting\r\n", None),
+            ("", None),
+        ] {
+            assert_eq!(parse(text), end, "{text}");
+        }
+        let long = format!("Kernel panic - not syncing: \u{1b}[2J{}\r\n", "x".repeat(1000));
+        let Some(End::GuestPanicked(message)) = parse(&long) else { panic!("a panic") };
+        assert!(message.starts_with("\\u{1b}[2J") && message.len() < 2 * PANIC_CHARS_MAX);
+    }
+
+    /// What the VMM of `exit` ended with, whose console said `text` and was closed only then.
+    fn end(exit: Exit, text: &str) -> End {
+        let dir = tempfile::tempdir().unwrap();
+        let consoles = Arc::new(Consoles::try_new().unwrap());
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let from = File::from(OwnedFd::from(reader));
+        consoles.attach(Attach { dir: dir.path().into(), bytes_max: 1 << 16, from, mark: "started".into() }).unwrap();
+        let text = text.to_owned();
+        let guest = crate::host::thread::spawn("guest", move || writer.write_all(text.as_bytes())).unwrap();
+        let end = of(exit, &consoles, dir.path());
+        guest.join().unwrap().unwrap();
+        end
+    }
+
+    #[test]
+    fn vmm_that_exits_in_order_is_asked_for_what_its_guest_did() {
+        assert_eq!(end(Exit::Status(0), OFF), End::GuestShutDown);
+        assert!(matches!(end(Exit::Status(0), PANIC), End::GuestPanicked(_)));
+        assert_eq!(end(Exit::Status(0), "[ 0.1] Linux version\r\n"), End::GuestReset);
+    }
+
+    #[test]
+    fn vmm_that_is_not_our_child_is_judged_by_its_guest_and_else_unknown() {
+        assert_eq!(end(Exit::Unknown, OFF), End::GuestShutDown);
+        assert_eq!(end(Exit::Unknown, ""), End::Vmm(Exit::Unknown));
+    }
+
+    #[test]
+    fn vmm_that_was_killed_died_whatever_its_guest_said() {
+        assert_eq!(end(Exit::Signal(9), OFF), End::Vmm(Exit::Signal(9)));
+        assert_eq!(end(Exit::Status(1), OFF).to_string(), "the vmm died: exit status 1");
+    }
+}

@@ -12,6 +12,9 @@ pub enum VmmDriver {
     Qemu,
     /// Needs root, a bridge, and a KVM that runs stock kernels.
     Firecracker,
+    /// Firecracker where everything that it needs is available when the daemon starts, else QEMU. `fcctl doctor` names the
+    /// first thing that is missing.
+    Auto,
 }
 
 /// What VMs are started with. Those that run are looked after whatever this says.

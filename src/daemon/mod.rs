@@ -3,6 +3,7 @@
 
 mod access;
 mod adjust;
+mod auto;
 mod boot;
 mod captures;
 mod close;
@@ -125,6 +126,15 @@ fn drivers(config: &Config) -> Result<Drivers> {
     Ok(match config.vmm.driver {
         VmmDriver::Qemu => Drivers::new(qemu, vec![firecracker]),
         VmmDriver::Firecracker => Drivers::new(firecracker, vec![qemu]),
+        VmmDriver::Auto => {
+            let missing = auto::missing(config, firecracker.as_ref(), nix::unistd::geteuid().is_root());
+            let check = auto::check(missing.as_ref());
+            log::info!("{}", check.found);
+            match missing {
+                None => Drivers::new(firecracker, vec![qemu]).with_check(check),
+                Some(_) => Drivers::new(qemu, vec![firecracker]).with_check(check),
+            }
+        }
     })
 }
 

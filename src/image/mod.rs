@@ -18,7 +18,7 @@ mod sources;
 
 pub use build::{BuildSpec, build};
 pub use checks::checks;
-pub use registry::{BALLOON_SINCE, CTRL_ALT_DEL_SINCE, ImageInfo, Images};
+pub use registry::{BALLOON_SINCE, CTRL_ALT_DEL_SINCE, ImageInfo, Images, kernel_path};
 
 /// Kernel arguments for any VMM, beside the console's and those of its clock: no self-tests of the crypto modules
 /// (0.2 s under emulation), entropy from the processor, a panic ends the VM at once.

@@ -8,6 +8,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 pub const KERNEL: &str = "vmlinux";
+const IMAGES_DIR: &str = "images";
 pub const INITRD: &str = "initrd";
 pub const ROOTFS: &str = "rootfs.ext4";
 const METADATA: &str = "image.json";
@@ -116,11 +117,16 @@ pub struct Images {
     dir: PathBuf,
 }
 
+/// Where an image's kernel is, whether or not it is there.
+pub fn kernel_path(state_dir: &Path, name: &ImageRef) -> PathBuf {
+    state_dir.join(IMAGES_DIR).join(name.as_str()).join(KERNEL)
+}
+
 impl Images {
     /// Opens `<state_dir>/images`, makes it if need be, and removes what unfinished builds left: the caller holds
     /// the state directory's lock, so no build runs.
     pub fn open(state_dir: &Path) -> Result<Self> {
-        let dir = state_dir.join("images");
+        let dir = state_dir.join(IMAGES_DIR);
         let io = |e| Error::io(format!("open image registry {}", dir.display()), e);
         // The VMMs' own uids read images.
         std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir).map_err(io)?;

@@ -14,12 +14,18 @@ pub struct Drivers {
     starts: Arc<dyn Driver>,
     /// That one, too.
     all: Vec<Arc<dyn Driver>>,
+    /// Why this driver starts VMs, where the configuration left the choice open.
+    choice: Option<Check>,
 }
 
 impl Drivers {
     pub fn new(starts: Arc<dyn Driver>, others: Vec<Arc<dyn Driver>>) -> Self {
         let all = std::iter::once(starts.clone()).chain(others).collect();
-        Self { starts, all }
+        Self { starts, all, choice: None }
+    }
+
+    pub fn with_check(self, choice: Check) -> Self {
+        Self { choice: Some(choice), ..self }
     }
 
     /// Whose process this is.
@@ -164,6 +170,6 @@ impl Driver for Drivers {
     }
 
     fn checks(&self) -> Vec<Check> {
-        self.starts.checks()
+        self.choice.iter().cloned().chain(self.starts.checks()).collect()
     }
 }

@@ -115,7 +115,7 @@ pub(crate) fn state_dir_check(config: &Config) -> Option<Check> {
 }
 
 /// The nearest directory that is there: the state directory itself may not be made yet.
-fn existing(path: &Path) -> &Path {
+pub(super) fn existing(path: &Path) -> &Path {
     path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"))
 }
 

@@ -108,7 +108,7 @@ fn pick(config: &Qemu, kernel: &Path, cancel: &Cancel) -> Result<Picked> {
         Accel::Kvm => (Accelerator::Kvm, "the configuration says kvm".to_owned(), devices::access(KVM).unwrap_or_default()),
         Accel::Auto => match devices::access(KVM) {
             Err(why) => (Accelerator::Tcg, why, Vec::new()),
-            Ok(groups) => match probe(config, kernel, cancel)? {
+            Ok(groups) => match try_kvm(config, kernel, cancel)? {
                 None => (Accelerator::Kvm, "a stock kernel boots with it".to_owned(), groups),
                 Some(why) => (Accelerator::Tcg, format!("{KVM} runs no stock kernel: {why}"), Vec::new()),
             },
@@ -132,8 +132,9 @@ fn pick_board(machine: Machine, accelerator: Accelerator, cancel: &Cancel) -> Re
     })
 }
 
-/// None: it boots. Otherwise why it is not used. An error only where that could not be found out.
-fn probe(config: &Qemu, kernel: &Path, cancel: &Cancel) -> Result<Option<String>> {
+/// Boots a stock kernel with KVM and answers why it did not boot, or nothing if it did. An error only where that could not
+/// be found out.
+pub fn try_kvm(config: &Qemu, kernel: &Path, cancel: &Cancel) -> Result<Option<String>> {
     let platform = Platform { accelerator: Accelerator::Kvm, board: Board::Q35 };
     let command = Command::new(&config.binary).args(probe_argv(&platform, kernel)).deadline(PROBE_DEADLINE);
     match run_any_status(&command, cancel, &mut |_| {}) {

@@ -28,6 +28,7 @@ use crate::host::process::{self, Credentials, Process, Spawn};
 use crate::host::program;
 use crate::host::reach;
 use crate::locks::{Cancel, Rank, region};
+pub use accel::try_kvm;
 use accel::{Picked, Picker};
 use qmp::Qmp;
 use serde_json::json;

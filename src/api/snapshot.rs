@@ -25,6 +25,9 @@ pub struct Snapshot {
     pub net: Net,
     /// `qemu (tcg, microvm)`: it goes on only where this is to be had.
     pub driver: String,
+    /// The version of the VMM that saved the guest, if it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vmm_version: Option<String>,
     /// What it takes on the host.
     pub bytes: u64,
 }

@@ -107,7 +107,10 @@ fn sheet(snapshot: &Snapshot, now_s: u64) -> String {
         ("owner", format!("uid {}", snapshot.owner_uid)),
         ("created", age(now_s, snapshot.created_at)),
         ("image", snapshot.image.to_string()),
-        ("driver", snapshot.driver.clone()),
+        (
+            "driver",
+            snapshot.vmm_version.iter().fold(snapshot.driver.clone(), |driver, version| format!("{driver}, version {version}")),
+        ),
         ("vcpus", snapshot.vcpus.to_string()),
         ("memory", size(snapshot.mem_mib << 20)),
         ("disk", size(snapshot.disk_bytes)),
@@ -164,6 +167,7 @@ mod tests {
             work_disk_bytes: Some(64 << 20),
             net: Net::None,
             driver: "qemu (tcg, microvm)\u{1b}[2J".to_owned(),
+            vmm_version: Some("7.2.22".to_owned()),
             bytes: 150 << 20,
         }
     }
@@ -213,7 +217,7 @@ mod tests {
             owner       uid 1000
             created     1h ago
             image       default
-            driver      qemu (tcg, microvm)\u{1b}[2J
+            driver      qemu (tcg, microvm)\u{1b}[2J, version 7.2.22
             vcpus       1
             memory      1 GiB
             disk        8 GiB

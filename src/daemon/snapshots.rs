@@ -207,7 +207,7 @@ impl Daemon {
         let since = Instant::now();
         op.progress("prepare the guest");
         self.prepare_guest(row, op)?;
-        let (copied, workspace) = {
+        let (version, copied, workspace) = {
             op.progress("hold the guest");
             let _held = self.hold_guest(row)?;
             if since.elapsed() > HOLD_DEADLINE {
@@ -218,10 +218,10 @@ impl Daemon {
             op.progress("save the memory");
             self.effects.before("save the guest")?;
             let to = SaveTo { memory: &files.memory, devices: &files.devices };
-            self.vmm.save(&spec, &identity, to, op.cancel())?;
+            let version = self.vmm.save(&spec, &identity, to, op.cancel())?;
             op.progress("copy the disks");
             self.effects.before("copy the disks")?;
-            (self.copy_disks(row, op, files, method)?, self.store.read(|s| s.workspace(&row.id).cloned()))
+            (version, self.copy_disks(row, op, files, method)?, self.store.read(|s| s.workspace(&row.id).cloned()))
         };
         self.set_clock(row, op);
         op.progress("sync what was saved");
@@ -231,7 +231,8 @@ impl Daemon {
         if let Some(cause) = op.cancel().cause() {
             return Err(Error::new(Kind::Cancelled, format!("cancelled: {cause}")));
         }
-        Ok(describe(row, id, files, method, workspace.map(|w| WorkspaceRow::clone(&w))))
+        let saved = describe(row, id, files, method, workspace.map(|w| WorkspaceRow::clone(&w)));
+        Ok(SnapshotRow { vmm_version: Some(version), ..saved })
     }
 
     /// A VMM may have written memory that the guest never used. The guest runs again by now, so this takes nobody's time.
@@ -391,6 +392,7 @@ fn describe(row: &VmRow, id: &SnapshotId, files: &Files, method: Method, workspa
         balloon_mib: row.balloon_mib,
         on_bridge: row.tap.is_some(),
         driver: row.driver.clone().unwrap_or_default(),
+        vmm_version: None,
         workspace,
         bytes: allocated_bytes(&files.dir) + allocated_bytes(&files.private),
     }
@@ -411,6 +413,7 @@ fn view(row: &SnapshotRow) -> Snapshot {
         work_disk_bytes: row.work_disk_bytes,
         net: row.net,
         driver: row.driver.clone(),
+        vmm_version: row.vmm_version.clone(),
         bytes: row.bytes,
     }
 }

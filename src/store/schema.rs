@@ -23,7 +23,15 @@ pub const INSTALL_ID_LEN: usize = 8;
 pub(super) fn migrations() -> Vec<String> {
     let info = "CREATE TABLE store_info (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;";
     let first = [info, vm::CREATE, workspace::CREATE, op::CREATE, ledger::CREATE, key::CREATE, meta::CREATE].concat();
-    let later = [vm::ADD_NETWORK, vm::ADD_UNRESPONSIVE, vm::ADD_CAPABILITIES, snapshot::CREATE, vm::ADD_RATES, vm::ADD_KERNEL];
+    let later = [
+        vm::ADD_NETWORK,
+        vm::ADD_UNRESPONSIVE,
+        vm::ADD_CAPABILITIES,
+        snapshot::CREATE,
+        vm::ADD_RATES,
+        vm::ADD_KERNEL,
+        snapshot::ADD_VMM_VERSION,
+    ];
     std::iter::once(first).chain(later.map(str::to_owned)).collect()
 }
 

@@ -37,6 +37,8 @@ pub struct SnapshotRow {
     pub on_bridge: bool,
     /// The VMM that it ran on, as [`crate::vmm::Driver::describe`] has it.
     pub driver: String,
+    /// The VMM's version; none if an earlier fcd saved the guest.
+    pub vmm_version: Option<String>,
     pub workspace: Option<WorkspaceRow>,
     /// What its files take on the host.
     pub bytes: u64,
@@ -45,6 +47,9 @@ pub struct SnapshotRow {
 /// Version 5.
 pub(super) const CREATE: &str =
     "CREATE TABLE snapshots (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, body TEXT NOT NULL) STRICT;";
+
+/// A later version.
+pub(super) const ADD_VMM_VERSION: &str = "UPDATE snapshots SET body = json_set(body, '$.vmm_version', json('null'));";
 
 pub(super) fn save(c: &Connection, id: &SnapshotId, row: Option<&SnapshotRow>) -> rusqlite::Result<()> {
     let Some(row) = row else { return sql::delete(c, "DELETE FROM snapshots WHERE id = ?1", [id.as_str()]) };

@@ -55,7 +55,7 @@ impl Driver for Drivers {
         self.starts.start(spec, cancel, spawned)
     }
 
-    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
         self.of(identity)?.save(spec, identity, to, cancel)
     }
 

@@ -514,7 +514,7 @@ impl Driver for Fake {
         self.with(identity, |vmm| vmm.is_paused = is_paused).ok_or_else(gone)
     }
 
-    fn save(&self, _spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+    fn save(&self, _spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
         let doing = "save the guest";
         self.pass_gate(Stage::Save, cancel)?;
         let _blocking = region(Rank::VmmApi);
@@ -522,7 +522,8 @@ impl Driver for Fake {
         let saved = self.with(identity, |vmm| (vmm.end.is_none() && vmm.is_paused).then(|| vmm.spec.vm.to_string()));
         let saved = saved.ok_or_else(gone)?.ok_or_else(|| Error::new(Kind::VmmFailed, format!("{doing}: it runs")))?;
         let write = |path: &Path| std::fs::OpenOptions::new().write(true).open(path)?.write_all(saved.as_bytes());
-        write(to.memory).and_then(|()| write(to.devices)).map_err(|e| Error::io(doing, e))
+        write(to.memory).and_then(|()| write(to.devices)).map_err(|e| Error::io(doing, e))?;
+        Ok("1.0".to_owned())
     }
 
     fn can_load(&self, driver: &str, _elsewhere: bool) -> Result<()> {

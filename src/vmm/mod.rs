@@ -199,8 +199,8 @@ pub trait Driver: Send + Sync {
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()>;
 
     /// Saves the memory and the devices of a guest that stands still, and leaves it so. The VMM has brought all that the guest wrote to its
-    /// disks to their files when this returns.
-    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()>;
+    /// disks to their files when this returns. Returns the VMM's version.
+    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String>;
 
     /// Whether this driver, as it starts VMs now, lets a guest go on that was saved by `driver`, in another VM's directory if it must.
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()>;

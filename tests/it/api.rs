@@ -633,6 +633,7 @@ fn snapshots() {
         work_disk_bytes: Some(8192),
         net: Net::Nat,
         driver: "qemu (tcg, microvm)".into(),
+        vmm_version: Some("7.2.22".into()),
         bytes: 7,
     };
     let named = SnapshotRequest { snapshot: "one".into() };
@@ -642,7 +643,7 @@ fn snapshots() {
         expect![[r#"
             snapshot.create
             {"vm":"web","name":"one"}
-            {"snapshot":{"id":"0123456789ab","name":"one","owner_uid":1000,"vm":"0123456789ab","vm_name":"web","created_at":1,"image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":8192,"net":"nat","driver":"qemu (tcg, microvm)","bytes":7}}
+            {"snapshot":{"id":"0123456789ab","name":"one","owner_uid":1000,"vm":"0123456789ab","vm_name":"web","created_at":1,"image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":8192,"net":"nat","driver":"qemu (tcg, microvm)","vmm_version":"7.2.22","bytes":7}}
         "#]],
     );
     call::<SnapshotList>(
@@ -651,7 +652,7 @@ fn snapshots() {
         expect![[r#"
             snapshot.list
             {"vm":"web"}
-            {"snapshots":[{"id":"0123456789ab","name":"one","owner_uid":1000,"vm":"0123456789ab","vm_name":"web","created_at":1,"image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":8192,"net":"nat","driver":"qemu (tcg, microvm)","bytes":7}]}
+            {"snapshots":[{"id":"0123456789ab","name":"one","owner_uid":1000,"vm":"0123456789ab","vm_name":"web","created_at":1,"image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":8192,"net":"nat","driver":"qemu (tcg, microvm)","vmm_version":"7.2.22","bytes":7}]}
         "#]],
     );
     call::<SnapshotShow>(
@@ -660,7 +661,7 @@ fn snapshots() {
         expect![[r#"
         snapshot.show
         {"snapshot":"one"}
-        {"snapshot":{"id":"0123456789ab","name":"one","owner_uid":1000,"vm":"0123456789ab","vm_name":"web","created_at":1,"image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":8192,"net":"nat","driver":"qemu (tcg, microvm)","bytes":7}}
+        {"snapshot":{"id":"0123456789ab","name":"one","owner_uid":1000,"vm":"0123456789ab","vm_name":"web","created_at":1,"image":"default","vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":8192,"net":"nat","driver":"qemu (tcg, microvm)","vmm_version":"7.2.22","bytes":7}}
     "#]],
     );
     call::<SnapshotDelete>(

@@ -460,7 +460,7 @@ impl Bench {
         SavedFiles { memory, devices }
     }
 
-    fn save(&self, running: &Running, files: &SavedFiles) -> fcd::error::Result<()> {
+    fn save(&self, running: &Running, files: &SavedFiles) -> fcd::error::Result<String> {
         let to = SaveTo { memory: &files.memory, devices: &files.devices };
         self.driver.save(&self.spec(), &running.identity, to, &Cancel::try_new().unwrap())
     }
@@ -496,7 +496,7 @@ fn a_guest_is_saved_and_goes_on() {
     let decoy = bench.dir.path().join("decoy");
     std::fs::write(&decoy, "kept").unwrap();
     std::os::unix::fs::symlink(&decoy, bench.dir.path().join("vm/run/memory")).unwrap();
-    bench.save(&running, &files).unwrap();
+    assert_eq!(bench.save(&running, &files).unwrap(), "1.16.1");
     assert_eq!(std::fs::read_to_string(&decoy).unwrap(), "kept");
     for path in [&files.memory, &files.devices] {
         assert!(std::fs::metadata(path).unwrap().len() > 0);

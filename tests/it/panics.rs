@@ -120,7 +120,7 @@ impl Driver for Panics {
     fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
         self.inner.watch_guest(dir, identity, told)
     }
-    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
         self.pass("save");
         self.inner.save(spec, identity, to, cancel)
     }

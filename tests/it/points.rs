@@ -177,7 +177,7 @@ impl Driver for PointDriver {
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
         self.0.set_paused(dir, identity, is_paused, cancel)
     }
-    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
         self.0.save(spec, identity, to, cancel)
     }
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {

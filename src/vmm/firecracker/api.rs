@@ -261,12 +261,23 @@ pub struct PreBoot<'a>(Api<'a>);
 /// A guest that runs or stands still.
 pub struct Booted<'a>(Api<'a>);
 
-struct Api<'a>(Connection<'a>);
+struct Api<'a> {
+    connection: Connection<'a>,
+    /// The VMM's, as `GET /` has it.
+    version: String,
+}
 
-impl Api<'_> {
+impl<'a> Api<'a> {
+    fn open(stream: UnixStream, patience: Patience<'a>) -> Result<(Self, Instance)> {
+        let mut api = Self { connection: Connection::new(stream, patience), version: String::new() };
+        let instance: Instance = api.read("/")?;
+        api.version.clone_from(&instance.vmm_version);
+        Ok((api, instance))
+    }
+
     fn read<T: DeserializeOwned>(&mut self, path: &str) -> Result<T> {
         let doing = format!("ask the VMM: GET {path}");
-        let answer = check(&doing, self.0.request(Method::Get, path, b"")?)?;
+        let answer = check(&doing, self.connection.request(Method::Get, path, b"")?)?;
         serde_json::from_slice(&answer.body)
             .map_err(|e| Error::new(Kind::VmmFailed, format!("{doing}: the answer is not as documented")).with_source(e))
     }
@@ -282,7 +293,7 @@ impl Api<'_> {
     /// Whatever it answers.
     fn ask(&mut self, method: Method, path: &str, body: &impl Serialize, doing: &str) -> Result<Answer> {
         let body = serde_json::to_vec(body).map_err(|e| Error::internal(doing).with_source(e))?;
-        self.0.request(method, path, &body).map_err(|e| e.context(doing))
+        self.connection.request(method, path, &body).map_err(|e| e.context(doing))
     }
 }
 
@@ -297,8 +308,7 @@ impl<'a> PreBoot<'a> {
     /// # Errors
     /// `vmm_failed` when it runs a guest already.
     pub fn open(stream: UnixStream, patience: Patience<'a>) -> Result<(Self, Instance)> {
-        let mut api = Api(Connection::new(stream, patience));
-        let instance: Instance = api.read("/")?;
+        let (api, instance) = Api::open(stream, patience)?;
         match instance.state {
             State::NotStarted => Ok((Self(api), instance)),
             state => Err(Error::new(Kind::VmmFailed, format!("configure the VMM: its guest is {state:?} already"))),
@@ -369,8 +379,7 @@ impl<'a> Booted<'a> {
     /// # Errors
     /// `vmm_failed` when no guest was started.
     pub fn open(stream: UnixStream, patience: Patience<'a>) -> Result<(Self, Instance)> {
-        let mut api = Api(Connection::new(stream, patience));
-        let instance: Instance = api.read("/")?;
+        let (api, instance) = Api::open(stream, patience)?;
         match instance.state {
             State::NotStarted => Err(Error::new(Kind::VmmFailed, "talk to the guest's VMM: it has not started its guest")),
             State::Running | State::Paused => Ok((Self(api), instance)),
@@ -380,6 +389,10 @@ impl<'a> Booted<'a> {
     /// Standing still already is ok.
     pub fn pause(&mut self) -> Result<()> {
         self.0.change(Method::Patch, "/vm", &VmState { state: "Paused" }, "pause the guest")
+    }
+
+    pub fn version(&self) -> &str {
+        &self.0.version
     }
 
     /// True for a guest that has booted, false for one that was restored from a snapshot: that one has no kernel.

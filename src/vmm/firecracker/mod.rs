@@ -485,7 +485,7 @@ impl Driver for Firecracker {
         Ok(spec.mem_mib.saturating_sub(given_mib))
     }
 
-    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
         self.save_guest(spec, identity, to, cancel)
     }
 

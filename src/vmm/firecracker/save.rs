@@ -16,7 +16,7 @@ use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 impl Firecracker {
-    pub(super) fn save_guest(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+    pub(super) fn save_guest(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
         let doing = "save the guest";
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
         let process = Process::open(identity)?.ok_or_else(gone)?;
@@ -32,7 +32,7 @@ impl Firecracker {
         jail::limit_io(VmmLimits::BestEffort, &unlimited)?;
         let saved = link(&place, to).and_then(|()| {
             let mut vmm = self.booted(&process, patience, doing)?;
-            save(&mut vmm, &process)
+            save(&mut vmm, &process).map(|()| vmm.version().to_owned())
         });
         jail::limit_io(self.config.limits, spec)?;
         unlink(&place)?;

@@ -282,9 +282,12 @@ impl Driver for Qemu {
         crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || attended.run()).map(drop)
     }
 
-    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<()> {
+    fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
         let patience = Patience { deadline: Instant::now() + save::DEADLINE, cancel };
-        let saved = self.talk(&spec.dir, identity, "save the guest", patience, |qmp| save::save(qmp, to.memory));
+        let saved = self.talk(&spec.dir, identity, "save the guest", patience, |qmp| {
+            save::save(qmp, to.memory)?;
+            save::version(qmp)
+        });
         if saved.is_err() {
             // By another token: the first one may have fired.
             let never = Cancel::try_new().map_err(|e| Error::io("save the guest", e))?;

@@ -27,6 +27,16 @@ pub fn save(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
     until_migrated(qmp)
 }
 
+/// `7.2.22`.
+pub fn version(qmp: &mut Qmp<'_>) -> Result<String> {
+    let answer = qmp.execute("query-version", &json!({}))?;
+    let number = |name: &str| answer["qemu"][name].as_u64();
+    match (number("major"), number("minor"), number("micro")) {
+        (Some(major), Some(minor), Some(micro)) => Ok(format!("{major}.{minor}.{micro}")),
+        _ => Err(Error::new(Kind::VmmFailed, "ask the VMM for its version: the answer is not as documented")),
+    }
+}
+
 /// Ends what a cancelled save, or a daemon that died in one, left under way: it would stop the guest when it is done, however long after. Nothing
 /// under way is ok.
 pub fn give_up(qmp: &mut Qmp<'_>) -> Result<()> {

@@ -62,10 +62,11 @@ fn render(config: &SshConfigReply, dir: &Path, is_shell: bool) -> String {
         port = config.addr.port(),
         user = config.user,
     );
-    // A shell begins where the work is. `%` is ssh's own; a name with control characters has no place in a line.
+    // A shell begins where the work is. ssh takes it for a command, for which it makes no terminal unless it is told to; `yes`
+    // makes one where stdin is one. `%` is ssh's own; a name with control characters has no place in a line.
     if let Some(workdir) = config.workdir.as_ref().filter(|w| is_shell && !w.contains(char::is_control)) {
         let quoted = format!("'{}'", workdir.replace('\'', r"'\''")).replace('%', "%%");
-        text.push_str(&format!("  RequestTTY auto\n  RemoteCommand cd {quoted} 2>/dev/null; exec \"${{SHELL:-/bin/sh}}\" -l\n"));
+        text.push_str(&format!("  RequestTTY yes\n  RemoteCommand cd {quoted} 2>/dev/null; exec \"${{SHELL:-/bin/sh}}\" -l\n"));
     }
     text
 }
@@ -108,7 +109,7 @@ mod tests {
               ControlMaster no
               ControlPath none
               LogLevel ERROR
-              RequestTTY auto
+              RequestTTY yes
               RemoteCommand cd '/root/it'\''s 5%%' 2>/dev/null; exec "${SHELL:-/bin/sh}" -l
         "#]]
         .assert_eq(&render(&config("/root/it's 5%"), Path::new("/tmp/d"), true));
@@ -128,8 +129,13 @@ mod tests {
         let out = crate::host::command::run_any_status(&command, &cancel, &mut |_| {}).unwrap();
         let text = String::from_utf8(out.stdout).unwrap();
         assert_eq!(out.status, 0, "{}", String::from_utf8_lossy(&out.stderr));
-        for line in ["hostname 127.0.0.1", "port 2222", "stricthostkeychecking true", "remotecommand cd '/root/a b' 2>/dev/null"]
-        {
+        for line in [
+            "hostname 127.0.0.1",
+            "port 2222",
+            "stricthostkeychecking true",
+            "requesttty true",
+            "remotecommand cd '/root/a b' 2>/dev/null",
+        ] {
             assert!(text.contains(line), "{line}\n{text}");
         }
     }

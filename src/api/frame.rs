@@ -9,7 +9,7 @@ use serde_json::value::RawValue;
 /// Longest line in either direction, with its newline.
 pub const FRAME_BYTES_MAX: usize = 1024 * 1024;
 /// Most descriptors that come with one request.
-pub const FDS_MAX: usize = 3;
+pub const FDS_MAX: usize = 4;
 
 /// The JSON-RPC codes. Everything of the domain is [`rpc_code::DOMAIN`]; the stable part is in [`Fault`].
 pub mod rpc_code {

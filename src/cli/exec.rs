@@ -5,15 +5,19 @@ use super::relay::{Drained, Relay, Wanted};
 use super::signals::{Interrupts, Phase, send_controls};
 use super::terminal::{self, RawMode};
 use super::values;
-use crate::api::exec::{ExecStart, ExecStartRequest, Exit, Pty};
+use crate::api::exec::{CommandWords, ExecStart, ExecStartRequest, Exit, Pty};
 use crate::api::frame::Note;
 use crate::client::{Client, Failure, Result};
 use crate::error::{Error, Kind};
 use crate::host::thread;
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
 /// In `exec` and `run`: every failure of ours.
 pub const OUR_FAILURE: u8 = 125;
+/// A longer command goes through a pipe of its own: in JSON it may be six times as long, and a frame takes 1 MiB.
+const REQUEST_COMMAND_BYTES_MAX: usize = 128 * 1024;
 /// What a shell gives for a program whose reader has gone: 128 + SIGPIPE.
 const READER_GONE: u8 = 128 + 13;
 
@@ -25,7 +29,7 @@ pub struct Args {
     how: How,
     /// The command and its arguments; none for the login shell
     #[arg(last = true, value_name = "CMD")]
-    argv: Vec<String>,
+    argv: Vec<OsString>,
 }
 
 /// How a command runs; of `exec` and `run`.
@@ -39,37 +43,45 @@ pub struct How {
     pub tty: bool,
     /// Directory in the guest; the workspace's when there is one
     #[arg(short, long, value_name = "DIR")]
-    pub workdir: Option<String>,
+    pub workdir: Option<OsString>,
     /// A variable for the command: K=V, or K for your own value
     #[arg(short, long, value_name = "K[=V]")]
-    pub env: Vec<String>,
+    pub env: Vec<OsString>,
     /// A file of such variables, one a line, taken as they are: quotes stay
     #[arg(long, value_name = "FILE")]
     pub env_file: Vec<PathBuf>,
+    /// End when the command does, though programs that it left in the background still hold its output
+    #[arg(long)]
+    pub no_wait_children: bool,
 }
 
 /// What to run in which VM.
 #[derive(Debug)]
 pub struct Spec {
-    pub argv: Vec<String>,
-    pub env: Vec<(String, String)>,
-    pub workdir: Option<String>,
+    pub argv: Vec<OsString>,
+    pub env: Vec<(String, OsString)>,
+    pub workdir: Option<OsString>,
     pub stdin: bool,
     pub tty: bool,
+    pub no_wait_children: bool,
 }
 
 impl How {
     /// A shell on a terminal gets stdin and a pty without being asked; without a terminal it needs `-i`.
-    pub fn spec(self, ctx: &Context, argv: Vec<String>) -> Result<Spec> {
+    pub fn spec(self, ctx: &Context, argv: Vec<OsString>) -> Result<Spec> {
         let on_terminal = ctx.stdin_is_terminal() && ctx.stdout_is_terminal();
         let is_shell = argv.is_empty();
         if is_shell && !on_terminal && !self.interactive {
             let e = Error::invalid("no command is given, and stdin and stdout are no terminal for a shell");
             return Err(e.hint("give a command (-- CMD), or feed a shell through stdin (-i)").into());
         }
-        let env = values::environment(&self.env_file, &self.env, &*ctx.env)?;
+        // The value of a variable need not be text.
+        let raw = |name: &str| std::env::var_os(name).filter(|value| value.to_str().is_none());
+        let own = |name: &str| (ctx.env)(name).map(OsString::from).or_else(|| raw(name));
+        let env = values::environment(&self.env_file, &self.env, &own)?;
         let auto = is_shell && on_terminal;
-        Ok(Spec { argv, env, workdir: self.workdir, stdin: self.interactive || auto, tty: self.tty || auto })
+        let (stdin, tty) = (self.interactive || auto, self.tty || auto);
+        Ok(Spec { argv, env, workdir: self.workdir, stdin, tty, no_wait_children: self.no_wait_children })
     }
 }
 
@@ -118,7 +130,8 @@ pub fn execute(ctx: &mut Context, interrupts: &Interrupts, client: &mut Client, 
     }
     let wanted = Wanted { stdin: spec.stdin, stderr: !spec.tty };
     let mut relay = Relay::start(&ctx.stdio, wanted, interrupts.hang_up())?;
-    let result = converse(ctx, interrupts, client, request(ctx, vm, spec, &relay), &mut relay);
+    let request = request(ctx, vm, spec, &mut relay)?;
+    let result = converse(ctx, interrupts, client, request, &mut relay);
     if result.is_err() && interrupts.cause().is_some() {
         return Ok(Ended::Interrupted);
     }
@@ -127,17 +140,51 @@ pub fn execute(ctx: &mut Context, interrupts: &Interrupts, client: &mut Client, 
     conclude(result, drained)
 }
 
-fn request(ctx: &Context, vm: &str, spec: Spec, relay: &Relay) -> ExecStartRequest {
+fn request(ctx: &Context, vm: &str, spec: Spec, relay: &mut Relay) -> Result<ExecStartRequest> {
     let size =
         || terminal::size(&ctx.stdio.stdout).or_else(|| terminal::size(&ctx.stdio.stdin)).unwrap_or(terminal::DEFAULT_SIZE);
     let term = || (ctx.env)("TERM").filter(|t| !t.is_empty()).unwrap_or_else(|| "xterm".to_owned());
-    ExecStartRequest {
-        vm: vm.to_owned(),
-        argv: spec.argv,
-        env: spec.env,
-        workdir: spec.workdir,
-        pty: spec.tty.then(|| Pty { size: size(), term: term() }),
-        streams: relay.streams().to_vec(),
+    let pty = spec.tty.then(|| Pty { size: size(), term: term() });
+    let no_wait_children = spec.no_wait_children;
+    let text = match as_text(&spec) {
+        Some(text) => text,
+        None => {
+            relay.command(&words(spec).encode())?;
+            Text::default()
+        }
+    };
+    let Text { argv, env, workdir } = text;
+    Ok(ExecStartRequest { vm: vm.to_owned(), argv, env, workdir, pty, streams: relay.streams().to_vec(), no_wait_children })
+}
+
+#[derive(Default)]
+struct Text {
+    argv: Vec<String>,
+    env: Vec<(String, String)>,
+    workdir: Option<String>,
+}
+
+/// A command that goes in the request: one that is UTF-8 and not too long.
+fn as_text(spec: &Spec) -> Option<Text> {
+    let mut bytes = 0;
+    let mut text = |word: &OsString| {
+        bytes += word.len();
+        word.to_str().map(str::to_owned)
+    };
+    let argv = spec.argv.iter().map(&mut text).collect::<Option<_>>()?;
+    let env = spec.env.iter().map(|(name, value)| Some((name.clone(), text(value)?))).collect::<Option<_>>()?;
+    let workdir = match &spec.workdir {
+        Some(dir) => Some(text(dir)?),
+        None => None,
+    };
+    (bytes <= REQUEST_COMMAND_BYTES_MAX).then_some(Text { argv, env, workdir })
+}
+
+fn words(spec: Spec) -> CommandWords {
+    CommandWords {
+        argv: spec.argv.into_iter().map(OsString::into_vec).collect(),
+        env: spec.env.into_iter().map(|(name, value)| (name, value.into_vec())).collect(),
+        workdir: spec.workdir.map(OsString::into_vec),
     }
 }
 

@@ -35,7 +35,7 @@ pub struct Args {
     workspace: PrepareHow,
     /// The command and its arguments; none for a shell
     #[arg(last = true, value_name = "CMD")]
-    argv: Vec<String>,
+    argv: Vec<std::ffi::OsString>,
 }
 
 /// The story, from a tree that can be sent to a VM that runs on or is gone.

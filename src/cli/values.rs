@@ -3,6 +3,8 @@
 use crate::api::port::{Port, Protocol, loopback};
 use crate::api::vm::Net;
 use crate::error::{Error, Result};
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -93,11 +95,14 @@ pub fn timeout_ms(timeout: Option<Duration>) -> Option<u64> {
 }
 
 /// `K=V`, or `K` for the caller's own value. A variable that the caller does not have is left out.
-fn env_entry(entry: &str, caller: &dyn Fn(&str) -> Option<String>) -> Result<Option<(String, String)>> {
-    let (key, value) = match entry.split_once('=') {
-        Some((key, value)) => (key, Some(value.to_owned())),
-        None => (entry, caller(entry)),
+fn env_entry(entry: &OsStr, caller: &dyn Fn(&str) -> Option<OsString>) -> Result<Option<(String, OsString)>> {
+    let bytes = entry.as_bytes();
+    let (key, value) = match bytes.iter().position(|b| *b == b'=') {
+        Some(at) => (String::from_utf8_lossy(&bytes[..at]), Some(OsStr::from_bytes(&bytes[at + 1..]).to_owned())),
+        None => (String::from_utf8_lossy(bytes), None),
     };
+    let key = key.as_ref();
+    let value = value.or_else(|| if bytes.contains(&b'=') { None } else { caller(key) });
     let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
     if key.is_empty() || !key.bytes().all(plain) || key.as_bytes()[0].is_ascii_digit() {
         let e = Error::invalid(format!("environment variable {key:?}: not a name"));
@@ -109,25 +114,25 @@ fn env_entry(entry: &str, caller: &dyn Fn(&str) -> Option<String>) -> Result<Opt
 /// What `--env-file` and `-e` say together; `-e` wins, and of two the later.
 pub fn environment(
     files: &[std::path::PathBuf],
-    entries: &[String],
-    caller: &dyn Fn(&str) -> Option<String>,
-) -> Result<Vec<(String, String)>> {
+    entries: &[OsString],
+    caller: &dyn Fn(&str) -> Option<OsString>,
+) -> Result<Vec<(String, OsString)>> {
     let mut all = Vec::new();
     for path in files {
         let text = read_env_file(path)?;
-        for (number, line) in text.lines().enumerate() {
-            let line = line.trim_start();
-            if line.is_empty() || line.starts_with('#') {
+        for (number, line) in text.split(|b| *b == b'\n').enumerate() {
+            let line = line.strip_suffix(b"\r").unwrap_or(line).trim_ascii_start();
+            if line.is_empty() || line.starts_with(b"#") {
                 continue;
             }
             let at = || format!("{} line {}", path.display(), number + 1);
-            all.extend(env_entry(line, caller).map_err(|e| e.context(at()))?);
+            all.extend(env_entry(OsStr::from_bytes(line), caller).map_err(|e| e.context(at()))?);
         }
     }
     for entry in entries {
         all.extend(env_entry(entry, caller)?);
     }
-    let mut kept: Vec<(String, String)> = Vec::new();
+    let mut kept: Vec<(String, OsString)> = Vec::new();
     for (key, value) in all {
         match kept.iter_mut().find(|(k, _)| *k == key) {
             Some((_, v)) => *v = value,
@@ -137,14 +142,14 @@ pub fn environment(
     Ok(kept)
 }
 
-fn read_env_file(path: &Path) -> Result<String> {
+fn read_env_file(path: &Path) -> Result<Vec<u8>> {
     let doing = || format!("read the environment file {}", path.display());
     let file = std::fs::File::open(path).map_err(|e| path_error(doing(), e))?;
     let bytes = crate::host::command::read_bounded(file, ENV_FILE_BYTES_MAX + 1).map_err(|e| Error::io(doing(), e))?;
     if bytes.len() as u64 > ENV_FILE_BYTES_MAX {
         return Err(Error::invalid(format!("{}: it has more than {ENV_FILE_BYTES_MAX} bytes", doing())));
     }
-    String::from_utf8(bytes).map_err(|_| Error::invalid(format!("{}: it is not UTF-8", doing())))
+    Ok(bytes)
 }
 
 /// A file of the caller's that cannot be used: one that is not there has a kind of its own.
@@ -223,8 +228,8 @@ mod tests {
         for (path, text) in paths.iter().zip(files) {
             std::fs::write(path, text).unwrap();
         }
-        let caller = |k: &str| (k == "MINE").then(|| "from me".to_owned());
-        let entries: Vec<String> = entries.iter().map(|&e| e.to_owned()).collect();
+        let caller = |k: &str| (k == "MINE").then(|| "from me".into());
+        let entries: Vec<OsString> = entries.iter().map(OsString::from).collect();
         let text = match environment(&paths, &entries, &caller) {
             Ok(all) => all.iter().map(|(k, v)| format!("{k}={v:?}\n")).collect(),
             Err(e) => format!("{e}\n").replace(dir.path().to_str().unwrap(), "DIR"),

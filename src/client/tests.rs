@@ -229,6 +229,7 @@ fn descriptors_go_with_a_large_request() {
         workdir: None,
         pty: None,
         streams: vec![crate::api::exec::Stream::Stdout],
+        no_wait_children: false,
     };
     let reply = client.call_more::<ExecStart>(&request, &[writer.as_fd()], &mut |_| Ok(())).unwrap();
     drop(writer);

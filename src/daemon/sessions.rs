@@ -3,16 +3,20 @@
 use super::runtime::{HOST_DISK_FULL, Use, User};
 use super::transitions::Verb;
 use super::{Caller, Daemon};
-use crate::api::exec::{ExecReply, ExecResizeRequest, ExecSignalRequest, ExecStartRequest, Stream};
+use crate::api::exec::{
+    COMMAND_BYTES_MAX, COMMAND_STREAM_BYTES_MAX, CommandWords, ExecReply, ExecResizeRequest, ExecSignalRequest, ExecStartRequest,
+    Exit, Stream,
+};
 use crate::api::vm::WorkspaceState;
 use crate::error::{Error, Kind, Result};
 use crate::guest::io::fifo::{self, Direction};
-use crate::guest::io::{FdSink, FdSource};
-use crate::guest::{Control, ExecSpec, Sink, Source, Streams, command_line, control_queue};
+use crate::guest::io::{BytesSource, FdSink, FdSource, VecSink, read_to_end};
+use crate::guest::{Control, ExecSpec, Sink, Source, Streams, Target, command_bytes, control_queue};
 use crate::ids::SessionId;
 use crate::locks::Cancel;
 use crate::store::VmRow;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 /// The descriptors of one exec, checked and reopened.
 #[derive(Default)]
@@ -20,7 +24,13 @@ pub struct ExecIo {
     stdin: Option<FdSource>,
     stdout: Option<FdSink>,
     stderr: Option<FdSink>,
+    command: Option<FdSource>,
 }
+
+/// How long a caller may take to hand over a command.
+const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
+/// Of what a guest says when it cannot take one.
+const SAID_BYTES_MAX: usize = 1024;
 
 impl ExecIo {
     /// One FIFO for each stream that the request names, in its order.
@@ -34,14 +44,39 @@ impl ExecIo {
             let taken = match stream {
                 Stream::Stdin => io.stdin.replace(FdSource::new(fifo::accept(fd, Direction::Read)?)).is_some(),
                 Stream::Stdout => io.stdout.replace(FdSink::new(fifo::accept(fd, Direction::Write)?)).is_some(),
+                Stream::Command => io.command.replace(FdSource::new(fifo::accept(fd, Direction::Read)?)).is_some(),
                 Stream::Stderr => io.stderr.replace(FdSink::new(fifo::accept(fd, Direction::Write)?)).is_some(),
             };
             if taken {
-                return Err(Error::invalid(format!("{stream:?} is named twice").to_lowercase())
-                    .hint("name each of stdin, stdout and stderr at most once"));
+                return Err(
+                    Error::invalid(format!("{stream:?} is named twice").to_lowercase()).hint("name each stream at most once")
+                );
             }
         }
         Ok(io)
+    }
+
+    /// What to run: of the request, or from its FIFO.
+    fn command(&mut self, request: &ExecStartRequest, connection: BorrowedFd<'_>, cancel: &Cancel) -> Result<CommandWords> {
+        let Some(mut from) = self.command.take() else {
+            return Ok(CommandWords {
+                argv: request.argv.iter().map(|word| word.clone().into()).collect(),
+                env: request.env.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect(),
+                workdir: request.workdir.clone().map(String::into_bytes),
+            });
+        };
+        if !(request.argv.is_empty() && request.env.is_empty() && request.workdir.is_none()) {
+            return Err(Error::invalid("a command comes in the request or through a descriptor, not both")
+                .hint("leave argv, env and workdir out where streams has command"));
+        }
+        let deadline = Instant::now() + COMMAND_DEADLINE;
+        let bytes = read_to_end(&mut from, COMMAND_STREAM_BYTES_MAX, deadline, connection, cancel).map_err(|e| {
+            let e = e.context("read the command");
+            if e.kind() == Kind::InvalidArgument { e.hint("give long input through stdin (-i) or a file") } else { e }
+        })?;
+        CommandWords::decode(&bytes).ok_or_else(|| {
+            Error::invalid("the command that came through a descriptor is not one").hint("src/api/exec.rs says how it is written")
+        })
     }
 }
 
@@ -57,16 +92,23 @@ impl Daemon {
     ) -> Result<ExecReply> {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let found = self.resolve(caller, &request.vm)?;
+        let words = io.command(request, connection, &cancel).map_err(|e| e.context(format!("exec in vm {}", found.name)))?;
         let _label = crate::locks::operation_scope(format!("exec {}", found.id));
         let (row, _user) = self.join_guest(&found, Use::Session, &cancel)?;
         let doing = |e: Error| e.context(format!("exec in vm {}", row.name)).of_vm(&row.name);
-        let workdir = request.workdir.clone().or_else(|| self.workdir(&row));
-        let command = command_line(&request.argv, &request.env, workdir.as_deref()).map_err(doing)?;
+        let workdir = words.workdir.or_else(|| self.workdir(&row).map(String::into_bytes));
+        let line = command_bytes(&words.argv, &words.env, workdir.as_deref()).map_err(doing)?;
         let target = self.target(&row).map_err(doing)?;
+        let command = match String::from_utf8(line) {
+            Ok(line) if line.len() <= COMMAND_BYTES_MAX => line,
+            Ok(line) => self.bring_command(&target, line.into_bytes(), connection, &cancel).map_err(doing)?,
+            Err(e) => self.bring_command(&target, e.into_bytes(), connection, &cancel).map_err(doing)?,
+        };
         let (sender, mut controls) = control_queue()?;
         let session = self.sessions.begin(caller.uid, row.id.clone(), sender);
         session_made(&session.id);
-        let spec = ExecSpec { command, pty: request.pty.clone(), ..ExecSpec::default() };
+        let spec =
+            ExecSpec { command, pty: request.pty.clone(), no_wait_children: request.no_wait_children, ..ExecSpec::default() };
         let streams = Streams {
             stdin: io.stdin.as_mut().map(|s| s as &mut dyn Source),
             stdout: io.stdout.as_mut().map(|s| s as &mut dyn Sink),
@@ -76,6 +118,31 @@ impl Daemon {
         };
         let exit = self.transport.exec(&target, &spec, streams, &cancel).map_err(doing)?;
         Ok(ExecReply { exit })
+    }
+
+    /// Brings a command line that is too long for a packet, or not UTF-8, into a file in the guest, and gives the line that runs
+    /// it. The file is removed before the command begins.
+    fn bring_command(&self, target: &Target, line: Vec<u8>, connection: BorrowedFd<'_>, cancel: &Cancel) -> Result<String> {
+        let file = format!("/tmp/.fcd-exec-{}", SessionId::random());
+        let mut stdin = BytesSource::new([format!("rm -f {file}; ").as_bytes(), &line, b"\n"].concat());
+        let mut stderr = VecSink::new(SAID_BYTES_MAX);
+        let spec = ExecSpec {
+            // A file of our own, or an error.
+            command: format!("umask 077; set -C; cat >{file}"),
+            idle: Some(Duration::from_secs(self.config.limits.transfer_idle_s)),
+            ..ExecSpec::default()
+        };
+        let streams =
+            Streams { stdin: Some(&mut stdin), stderr: Some(&mut stderr), hangup: Some(connection), ..Streams::default() };
+        match self.transport.exec(target, &spec, streams, cancel)? {
+            Exit::Status(0) => Ok(format!(". {file}")),
+            _ => {
+                let said = crate::host::command::printable(String::from_utf8_lossy(&stderr.bytes).trim());
+                let e =
+                    Error::new(Kind::GuestCommandFailed, format!("write a command of {} bytes to {file}: {said}", line.len()));
+                Err(e.hint("see whether the guest's disk has room: fcctl exec VM -- df /tmp"))
+            }
+        }
     }
 
     /// Checks that the guest can be used and joins the VM's cancel set, in one section.

@@ -15,7 +15,9 @@ mod wait;
 
 pub use controls::{ControlReceiver, ControlSender, control_queue};
 pub use helper::SshTransport;
-pub use quote::{CANNOT_ENTER, CANNOT_ENTER_STATUS, command_line, quote};
+#[cfg(test)]
+pub use quote::command_line;
+pub use quote::{CANNOT_ENTER, CANNOT_ENTER_STATUS, command_bytes, quote};
 pub use script::{Script, run_script};
 
 use crate::api::exec::{Exit, Pty, PtySize};
@@ -99,6 +101,8 @@ pub struct ExecSpec {
     pub idle: Option<Duration>,
     /// The whole of it, dialling included.
     pub deadline: Option<Instant>,
+    /// End when the command does, though others still hold its output.
+    pub no_wait_children: bool,
 }
 
 /// The seam: ssh in earnest, a fake in tests.

@@ -1,6 +1,5 @@
-//! One command line for the guest's shell, from words that may hold anything but NUL.
+//! One command line for the guest's shell, from words that may hold any byte but NUL.
 
-use crate::api::exec::COMMAND_BYTES_MAX;
 use crate::error::{Error, Result};
 
 /// What a command line gives when its directory cannot be entered, with a line on stderr that begins with
@@ -8,54 +7,67 @@ use crate::error::{Error, Result};
 pub const CANNOT_ENTER_STATUS: u8 = 125;
 pub const CANNOT_ENTER: &str = "fcd: cannot enter the directory ";
 
+/// Begins the shell's wait for the command. sshd tells the names of few signals and no number of the others, so the shell
+/// stays and gives 128+n. It survives what is sent to its process group, and says nothing of its own (`Bus error`).
+const WAIT: &str = "exec 3>&2 2>/dev/null; trap : 1 2 3 4 5 6 7 8 10 11 12 13 14 15 16 24 25 26 27 29 30 31; (";
+const WAIT_END: &str = " 2>&3 3>&-); exit $?";
+
 /// A word that a POSIX shell reads back as `word`. NUL cannot be in one.
 pub fn quote(word: &str) -> String {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"_-./:@%+,".contains(&b);
-    if !word.is_empty() && word.bytes().all(plain) {
-        return word.to_owned();
-    }
-    format!("'{}'", word.replace('\'', r"'\''"))
+    // A word that was UTF-8 stays so: only ASCII is put into it.
+    String::from_utf8_lossy(&quote_bytes(word.as_bytes())).into_owned()
 }
 
-/// `cd` to `workdir`, then `exec` of `argv` in its environment; an empty `argv` is the login shell. 126 and 127
-/// come as the guest's shell gives them; a directory that cannot be entered as [`CANNOT_ENTER_STATUS`].
-/// `invalid_argument`: a NUL, a bad variable name, a line over `COMMAND_BYTES_MAX`.
-pub fn command_line(argv: &[String], env: &[(String, String)], workdir: Option<&str>) -> Result<String> {
-    let mut line = String::new();
+fn quote_bytes(word: &[u8]) -> Vec<u8> {
+    let plain = |b: &u8| b.is_ascii_alphanumeric() || b"_-./:@%+,".contains(b);
+    if !word.is_empty() && word.iter().all(plain) {
+        return word.to_vec();
+    }
+    let parts: Vec<&[u8]> = word.split(|b| *b == b'\'').collect();
+    [b"'".as_slice(), &parts.join(br"'\''".as_slice()), b"'"].concat()
+}
+
+/// `cd` to `workdir`, then `argv` in its environment; an empty `argv` is the login shell. The status is the command's, or
+/// 128+n for a signal; 126 and 127 come as the guest's shell gives them; a directory that cannot be entered as
+/// [`CANNOT_ENTER_STATUS`]. `invalid_argument`: a NUL, a bad variable name.
+pub fn command_bytes(argv: &[Vec<u8>], env: &[(String, Vec<u8>)], workdir: Option<&[u8]>) -> Result<Vec<u8>> {
+    let mut line = Vec::new();
     if let Some(dir) = workdir.filter(|d| !d.is_empty()) {
         // Neither an option, nor `-` for the last directory, nor a search through CDPATH.
-        let path = if dir.starts_with('/') { dir.to_owned() } else { format!("./{dir}") };
-        let complaint = quote(&format!("{CANNOT_ENTER}{dir}"));
-        line +=
-            &format!("cd {} 2>/dev/null || {{ printf '%s\\n' {complaint} >&2; exit {CANNOT_ENTER_STATUS}; }}; ", quote(&path));
+        let path = if dir.starts_with(b"/") { dir.to_vec() } else { [b"./", dir].concat() };
+        let complaint = quote_bytes(&[CANNOT_ENTER.as_bytes(), dir].concat());
+        line.extend([b"cd ".as_slice(), &quote_bytes(&path), b" 2>/dev/null || { printf '%s\\n' ", &complaint].concat());
+        line.extend(format!(" >&2; exit {CANNOT_ENTER_STATUS}; }}; ").into_bytes());
     }
-    line += "exec";
+    if !argv.is_empty() {
+        line.extend(WAIT.as_bytes());
+    }
+    line.extend(b"exec");
     if !env.is_empty() {
-        line += " env --";
+        line.extend(b" env --");
     }
     for (name, value) in env {
         check_name(name)?;
-        line += &format!(" {name}={}", quote(value));
+        line.extend([b" ".as_slice(), name.as_bytes(), b"=", &quote_bytes(value)].concat());
     }
-    line += &program(argv, !env.is_empty());
-    if line.contains('\0') {
+    line.extend(program(argv, !env.is_empty()));
+    if !argv.is_empty() {
+        line.extend(WAIT_END.as_bytes());
+    }
+    if line.contains(&0) {
         return Err(Error::invalid("a command, its environment and its directory cannot hold a NUL"));
-    }
-    if line.len() > COMMAND_BYTES_MAX {
-        return Err(Error::invalid(format!("the command is {} bytes long, the limit is {COMMAND_BYTES_MAX}", line.len()))
-            .hint("give long input through stdin (-i) or a file"));
     }
     Ok(line)
 }
 
-fn program(argv: &[String], after_env: bool) -> String {
+fn program(argv: &[Vec<u8>], after_env: bool) -> Vec<u8> {
     let Some(first) = argv.first() else {
-        return r#" sh -c '[ -x "$SHELL" ] || SHELL=/bin/sh; exec "$SHELL" -l'"#.to_owned();
+        return br#" sh -c '[ -x "$SHELL" ] || SHELL=/bin/sh; exec "$SHELL" -l'"#.to_vec();
     };
-    let words: String = argv.iter().map(|word| format!(" {}", quote(word))).collect();
+    let words: Vec<u8> = argv.iter().flat_map(|word| [b" ".to_vec(), quote_bytes(word)].concat()).collect();
     // `exec` of some shells takes `-x` for an option of its own, and env(1) takes `a=b` for a variable.
-    if first.starts_with('-') || (after_env && first.contains('=')) {
-        return format!(r#" sh -c '"$@"' sh{words}"#);
+    if first.starts_with(b"-") || (after_env && first.contains(&b'=')) {
+        return [br#" sh -c '"$@"' sh"#.as_slice(), &words].concat();
     }
     words
 }
@@ -67,8 +79,16 @@ fn check_name(name: &str) -> Result<()> {
         return Ok(());
     }
     let shown: String = name.chars().take(64).collect();
-    Err(Error::invalid(format!("{shown:?} is no name of an environment variable"))
+    Err(Error::invalid(format!("{shown:?} is not a name of an environment variable"))
         .hint("use A-Z, a-z, 0-9 and _, as in -e NAME=VALUE"))
+}
+
+/// The same from text.
+#[cfg(test)]
+pub fn command_line(argv: &[String], env: &[(String, String)], workdir: Option<&str>) -> Result<String> {
+    let argv: Vec<Vec<u8>> = argv.iter().map(|word| word.clone().into()).collect();
+    let env: Vec<(String, Vec<u8>)> = env.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect();
+    Ok(String::from_utf8(command_bytes(&argv, &env, workdir.map(str::as_bytes))?).expect("it is UTF-8"))
 }
 
 #[cfg(test)]
@@ -181,6 +201,36 @@ mod tests {
         }
         assert!(command_line(&strings(&["a\0b"]), &[], None).is_err());
         assert!(command_line(&[], &[], Some("\0")).is_err());
-        assert!(command_line(&["x".repeat(COMMAND_BYTES_MAX)], &[], None).unwrap_err().hint_text().is_some());
+    }
+
+    /// Also of those that sshd has no name for, and without a word of the shell's own.
+    #[test]
+    fn statuses_of_signals_are_those_of_a_shell() {
+        let all = [("BUS", 135), ("SYS", 159), ("TRAP", 133), ("XCPU", 152), ("STKFLT", 144), ("35", 163), ("64", 192)];
+        for (signal, status) in all.into_iter().chain([("TERM", 143), ("KILL", 137), ("SEGV", 139), ("INT", 130), ("HUP", 129)]) {
+            let line = command_line(&strings(&["bash", "-c", &format!("ulimit -c 0; kill -{signal} $$")]), &[], None).unwrap();
+            for shell in SHELLS {
+                let output = run(shell, &line);
+                assert_eq!((output.status, output.stderr), (status, vec![]), "{shell} {signal}");
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_come_through() {
+        let raw: Vec<u8> = (1..=255).collect();
+        let words = |argv: &[&[u8]]| argv.iter().map(|w| w.to_vec()).collect::<Vec<_>>();
+        let dir = tempfile::tempdir().unwrap();
+        let at = [dir.path().as_os_str().as_encoded_bytes(), b"/\xff'\xfe"].concat();
+        std::fs::create_dir(<std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(&at)).unwrap();
+        let script = b"pwd; printf '%s' \"$1$A\"";
+        let line = command_bytes(&words(&[b"sh", b"-c", script, b"x", &raw]), &[("A".into(), raw.clone())], Some(&at)).unwrap();
+        let wanted = [at.as_slice(), b"\n", &raw, &raw].concat();
+        let line = <std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(line);
+        for shell in SHELLS {
+            let command = Command::new(shell).arg("-c").arg(line.clone());
+            let output = run_any_status(&command, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+            assert_eq!((output.status, output.stdout == wanted), (0, true), "{shell}: {:?}", output.stdout);
+        }
     }
 }

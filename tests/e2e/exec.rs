@@ -3,8 +3,10 @@
 use crate::host::{FCCTL, Host, Spawned, text, wait_for};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 use sha2::{Digest, Sha256};
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::process::{Command, Stdio};
 
 const BLOB_BYTES: usize = 20 << 20;
@@ -27,6 +29,8 @@ fn commands_in_a_guest() {
     a_command_in_a_terminal_without_stdin(&host);
     the_systems_ssh(&host);
     many_at_once_and_long_ones(&host);
+    bytes_that_are_no_text(&host);
+    children_that_hold_the_output(&host);
     what_ends_a_command(&host);
 }
 
@@ -37,8 +41,73 @@ fn many_at_once_and_long_ones(host: &Host) {
     }
     let long = "x".repeat(16 << 10);
     assert_eq!(host.ok(&["exec", "box", "--", "printf", "%s", &long]), long);
-    let (status, said) = host.fails(&["exec", "box", "--", "true", &"x".repeat(100 << 10)]);
-    assert!(status == 125 && said.contains("hint: "), "{status} {said}");
+    long_commands(host);
+}
+
+/// Up to what Linux takes: 128 KiB for one string, 2 MiB in all.
+fn long_commands(host: &Host) {
+    let string = "x".repeat((128 << 10) - 32);
+    let script = "printf %s \"$@$BIG\" | wc -c";
+    let mut args = vec!["exec", "box", "-e"];
+    let big = format!("BIG={}", "y".repeat(100 << 10));
+    args.extend([big.as_str(), "--", "sh", "-c", script, "x"]);
+    args.extend(std::iter::repeat_n(string.as_str(), 13));
+    let wanted = format!("{}\n", 13 * string.len() + (100 << 10));
+    assert_eq!(host.ok(&args), wanted);
+    args.insert(2, "-t");
+    assert_eq!(host.ok(&args), wanted.replace('\n', "\r\n"), "with a terminal, which takes no such input");
+    let small = "x".repeat(100 << 10);
+    assert_eq!(host.ok(&["exec", "box", "--", "printf", "%s", &small]), small);
+    assert_eq!(
+        text(&host.feed(&["exec", "-i", "box", "--", "sh", "-c", "cat; echo ${#1}", "x", &small], b"in ")).0,
+        "in 102400\n"
+    );
+    assert_eq!(host.sh("box", "ls -A /tmp | grep -c fcd-exec || true"), "0\n", "nothing is left in the guest");
+    // What Linux does not take, its shell refuses.
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), format!("A={}\n", "x".repeat(200 << 10))).unwrap();
+    let (status, said) = host.fails(&["exec", "box", "--env-file", file.path().to_str().unwrap(), "--", "true"]);
+    assert!(status == 126 && said.contains("rgument list too long"), "{status} {said}");
+}
+
+/// Names on Linux are bytes.
+fn bytes_that_are_no_text(host: &Host) {
+    let raw: Vec<u8> = (1..=255).collect();
+    let word = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
+    let dir = word(b"/tmp/\xff'\xfe");
+    let run = |how: &[OsString], argv: &[&[u8]]| {
+        let argv: Vec<OsString> = argv.iter().map(|bytes| word(bytes)).collect();
+        let mut command = host.command(&["exec", "box"]);
+        command.args(how).arg("--").args(argv).env("OWN", word(b"\xfd")).output().unwrap()
+    };
+    assert!(run(&[], &[b"mkdir", dir.as_bytes()]).status.success());
+    let variable = word(&[b"A=".as_slice(), &raw].concat());
+    let how = ["-w".into(), dir.clone(), "-e".into(), variable, "-e".into(), "OWN".into()];
+    let out = run(&how, &[b"sh", b"-c", b"pwd; printf %s \"$1$A$OWN\"", b"x", &raw]);
+    assert_eq!(out.stdout, [dir.as_bytes(), b"\n", &raw, &raw, b"\xfd"].concat(), "{:?}", text(&out));
+    assert!(run(&[], &[b"rmdir", dir.as_bytes()]).status.success());
+    let out = run(&["-w".into(), dir], &[b"true"]);
+    assert!(out.status.code() == Some(125) && text(&out).1.contains("cannot enter"), "{:?}", text(&out));
+}
+
+/// A program that was left in the background holds the output, as with ssh. Who does not want to wait says so, or ends it.
+fn children_that_hold_the_output(host: &Host) {
+    let script = "sleep 4322 & echo last words $$; exit 3";
+    let out = host.fcctl(&["exec", "--no-wait-children", "box", "--", "sh", "-c", script]);
+    assert!(out.status.code() == Some(3) && text(&out).0.starts_with("last words"), "{:?}", text(&out));
+    // All of the command's own output, however much it is.
+    let much = format!("sleep 4322 & head -c {BLOB_BYTES} /dev/zero");
+    let out = host.fcctl(&["exec", "--no-wait-children", "box", "--", "sh", "-c", &much]);
+    assert_eq!((out.status.code(), out.stdout.len()), (Some(0), BLOB_BYTES));
+    for signal in ["TERM", "INT"] {
+        let mut one = host.spawn(&["exec", "box", "--", "sh", "-c", script]);
+        one.says("last words");
+        let pid = wait_for("its number", || one.stdout().trim().rsplit(' ').next().and_then(|pid| pid.parse::<u32>().ok()));
+        wait_for("its end", || (host.sh("box", &format!("test -e /proc/{pid} || echo gone")) == "gone\n").then_some(()));
+        one.signal(signal);
+        assert_eq!(one.end().0, Some(3), "one {signal} ends it: {}", one.stderr());
+    }
+    host.sh("box", "pkill -x sleep || kill $(pidof sleep)");
 }
 
 /// Whatever becomes of the client or of the VM: nothing runs on in the guest, and whoever waits hears why.
@@ -94,6 +163,13 @@ fn stdin_is_read_only_when_asked(host: &Host) {
 }
 
 fn statuses(host: &Host) {
+    // Also by signals that sshd has no name for.
+    for (signal, status) in
+        [("BUS", 135), ("SYS", 159), ("TRAP", 133), ("XCPU", 152), ("STKFLT", 144), ("35", 163), ("64", 192), ("SEGV", 139)]
+    {
+        let out = host.fcctl(&["exec", "box", "--", "bash", "-c", &format!("kill -{signal} $$")]);
+        assert_eq!((out.status.code(), text(&out).1.as_str()), (Some(status), ""), "{signal}");
+    }
     let cases: [(&[&str], i32); 9] = [
         (&["true"], 0),
         (&["false"], 1),
@@ -252,4 +328,20 @@ fn the_systems_ssh(host: &Host) {
     let out = host.fcctl(&["ssh", "box", "--", "echo out; echo err >&2; exit 5"]);
     assert_eq!((out.status.code(), text(&out)), (Some(5), ("out\n".to_owned(), "err\n".to_owned())));
     assert_eq!(host.fails(&["ssh", "nope", "--", "true"]).0, 3);
+    a_shell_in_the_workspace(host);
+}
+
+/// A shell has a terminal, also where it begins in a workspace; and where stdin is none it has none.
+fn a_shell_in_the_workspace(host: &Host) {
+    let repo = tempfile::tempdir().unwrap();
+    crate::first_light::repository(repo.path());
+    host.ok(&["workspace", "prepare", "box", repo.path().to_str().unwrap()]);
+    let mut person = Person::sit_down(33, 99);
+    let mut child = person.fcctl(host, &["ssh", "box"]);
+    person.type_in("stty size; tty; cat hello.txt; exit 6\n");
+    person.sees("33 99\r\n/dev/pts/");
+    let status = wait_for("the shell's end", || child.try_wait().unwrap());
+    assert_eq!(status.code(), Some(6));
+    let out = host.feed(&["ssh", "box"], b"tty; cat hello.txt; exit 7\n");
+    assert_eq!((out.status.code(), text(&out).0.as_str()), (Some(7), "not a tty\nhello\n"), "{:?}", text(&out));
 }

@@ -373,12 +373,13 @@ fn execs() {
             env: vec![("A".into(), "b".into())],
             workdir: Some("/".into()),
             pty: Some(Pty { size, term: "xterm".into() }),
-            streams: vec![Stream::Stdin, Stream::Stdout, Stream::Stderr],
+            streams: vec![Stream::Stdin, Stream::Stdout, Stream::Stderr, Stream::Command],
+            no_wait_children: true,
         },
         ExecReply { exit: Exit::Status(3) },
         expect![[r#"
             exec.start
-            {"vm":"web","argv":["ls"],"env":[["A","b"]],"workdir":"/","pty":{"size":{"rows":24,"cols":80},"term":"xterm"},"streams":["stdin","stdout","stderr"]}
+            {"vm":"web","argv":["ls"],"env":[["A","b"]],"workdir":"/","pty":{"size":{"rows":24,"cols":80},"term":"xterm"},"streams":["stdin","stdout","stderr","command"],"no_wait_children":true}
             {"exit":{"status":3}}
         "#]],
     );

@@ -172,7 +172,15 @@ fn verbs_in_the_wrong_state() {
 }
 
 fn exec(world: &World, vm: &str, streams: Vec<Stream>, fds: Vec<OwnedFd>) -> Result<fcd::api::exec::ExecReply, Failure> {
-    let request = ExecStartRequest { vm: vm.into(), argv: vec!["true".into()], env: vec![], workdir: None, pty: None, streams };
+    let request = ExecStartRequest {
+        vm: vm.into(),
+        argv: vec!["true".into()],
+        env: vec![],
+        workdir: None,
+        pty: None,
+        streams,
+        no_wait_children: false,
+    };
     world.begin::<ExecStart>(request, fds).finish(SOON)
 }
 

@@ -157,7 +157,7 @@ fn world(guest: &HostileGuest) -> World {
 
 fn exec_request(vm: &str) -> ExecStartRequest {
     let argv = vec!["true".to_owned()];
-    ExecStartRequest { vm: vm.into(), argv, env: vec![], workdir: None, pty: None, streams: vec![] }
+    ExecStartRequest { vm: vm.into(), argv, env: vec![], workdir: None, pty: None, streams: vec![], no_wait_children: false }
 }
 
 /// The verbs of a day, of VMs whose guests are well.

@@ -70,7 +70,8 @@ fn a_vmm_that_does_not_answer_is_used_by_nobody_and_stopped_at_once() {
     let (vm, _) = world.running("web");
     let exec = || {
         let (vm, argv) = ("web".to_owned(), vec!["true".to_owned()]);
-        let request = ExecStartRequest { vm, argv, env: vec![], workdir: None, pty: None, streams: vec![] };
+        let request =
+            ExecStartRequest { vm, argv, env: vec![], workdir: None, pty: None, streams: vec![], no_wait_children: false };
         world.begin::<ExecStart>(request, vec![]).finish(SOON)
     };
     assert!(world.vmm.tell(&vm.id, Told::Unresponsive(true)));
@@ -97,7 +98,8 @@ fn a_paused_guest_is_used_by_nobody_and_stays_so_over_a_restart_of_the_daemon() 
     assert!(pause(&world).unwrap().paused && pause(&world).unwrap().paused);
     assert!(world.vmm.is_paused(&vm.id));
     let (argv, name) = (vec!["true".to_owned()], "web".to_owned());
-    let exec = ExecStartRequest { vm: name, argv, env: vec![], workdir: None, pty: None, streams: vec![] };
+    let exec =
+        ExecStartRequest { vm: name, argv, env: vec![], workdir: None, pty: None, streams: vec![], no_wait_children: false };
     let refused = world.begin::<ExecStart>(exec, vec![]).finish(SOON).unwrap_err();
     assert!(refused.is(Kind::WrongState) && refused.to_string().contains("is paused"), "{refused}");
     // One that was killed between the row and the driver: the next one tells the driver.
@@ -502,8 +504,15 @@ fn close_in_the_middle() {
     assert!(world.vmm.await_held(1, soon()));
     let gate = fcd::guest::fake::Gate::closed();
     world.guest.on("", move |_| fcd::guest::fake::Answer::default().hold(&gate));
-    let exec =
-        ExecStartRequest { vm: "web".into(), argv: vec!["cat".into()], env: vec![], workdir: None, pty: None, streams: vec![] };
+    let exec = ExecStartRequest {
+        vm: "web".into(),
+        argv: vec!["cat".into()],
+        env: vec![],
+        workdir: None,
+        pty: None,
+        streams: vec![],
+        no_wait_children: false,
+    };
     let mut session = world.begin::<ExecStart>(exec, vec![]);
     session.note(|n| matches!(n, Note::Session { .. }).then_some(()));
     let mut wait = world.begin::<VmWait>(VmWaitRequest { vm: "web".into(), state: None, timeout_ms: None }, vec![]);

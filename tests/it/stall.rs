@@ -132,7 +132,15 @@ impl Stage {
             Verb::List => drop(self.client.call::<VmList>(&VmListRequest { all: true, ..Default::default() }).unwrap()),
             Verb::Exec => {
                 let (vm, argv) = (name.to_owned(), vec!["true".to_owned()]);
-                let request = ExecStartRequest { vm, argv, env: vec![], workdir: None, pty: None, streams: vec![] };
+                let request = ExecStartRequest {
+                    vm,
+                    argv,
+                    env: vec![],
+                    workdir: None,
+                    pty: None,
+                    streams: vec![],
+                    no_wait_children: false,
+                };
                 drop(self.client.call_more::<ExecStart>(&request, &[], &mut |_| Ok(())).unwrap());
             }
             Verb::Stop => {

@@ -178,7 +178,15 @@ fn logs_follow_until_the_vm_is_deleted() {
 }
 
 fn exec(vm: &str, streams: Vec<Stream>) -> ExecStartRequest {
-    ExecStartRequest { vm: vm.into(), argv: vec!["cat".into()], env: vec![], workdir: None, pty: None, streams }
+    ExecStartRequest {
+        vm: vm.into(),
+        argv: vec!["cat".into()],
+        env: vec![],
+        workdir: None,
+        pty: None,
+        streams,
+        no_wait_children: false,
+    }
 }
 
 #[test]

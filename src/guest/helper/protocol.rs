@@ -35,6 +35,8 @@ pub struct Command {
     pub stdin: Input,
     pub has_stdout: bool,
     pub has_stderr: bool,
+    /// Whether the end of the command is the end, though others still hold its output.
+    pub no_wait_children: bool,
 }
 
 /// Where the input of a command comes from.
@@ -191,7 +193,7 @@ impl Job {
             Input::Pumped => 2,
         };
         let w = w.byte(1).bytes(&command.line).byte(input);
-        let w = w.byte(command.has_stdout.into()).byte(command.has_stderr.into());
+        let w = w.byte(command.has_stdout.into()).byte(command.has_stderr.into()).byte(command.no_wait_children.into());
         match &command.pty {
             None => w.byte(0).0,
             Some(pty) => w.byte(1).bytes(pty.term.as_bytes()).short(pty.size.rows).short(pty.size.cols).0,
@@ -220,8 +222,9 @@ impl Command {
             _ => return None,
         };
         let (has_stdout, has_stderr) = (r.flag()?, r.flag()?);
+        let no_wait_children = r.flag()?;
         let pty = if r.flag()? { Some(Pty { term: r.text()?, size: r.size()? }) } else { None };
-        Some(Self { line, pty, stdin, has_stdout, has_stderr })
+        Some(Self { line, pty, stdin, has_stdout, has_stderr, no_wait_children })
     }
 }
 
@@ -309,7 +312,14 @@ mod tests {
     }
 
     fn command(pty: Option<Pty>) -> Command {
-        Command { line: b"exec \xff".to_vec(), pty, stdin: Input::Pumped, has_stdout: true, has_stderr: false }
+        Command {
+            line: b"exec \xff".to_vec(),
+            pty,
+            stdin: Input::Pumped,
+            has_stdout: true,
+            has_stderr: false,
+            no_wait_children: true,
+        }
     }
 
     #[test]

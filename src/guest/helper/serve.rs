@@ -81,7 +81,8 @@ fn serve(channel: &Arc<Channel>) -> Result<Reply, Gone> {
         controls: Some(&mut controls),
         hangup: None,
     };
-    match Pump::new(shared, channel_to_command, command.pty.is_some(), streams, wait).run() {
+    let pump = Pump::new(shared, channel_to_command, command.pty.is_some(), streams, wait);
+    match pump.no_wait_children(command.no_wait_children).run() {
         Ok(exit) => Ok(Reply::Exited(exit)),
         Err(e) => match e.kind() {
             Kind::GuestLost => Ok(Reply::Failed(Failure::Lost, e.message().to_owned())),

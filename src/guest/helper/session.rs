@@ -131,6 +131,7 @@ impl<'w, 'a> Session<'w, 'a> {
             stdin: input,
             has_stdout: theirs.stdout.is_some(),
             has_stderr: theirs.stderr.is_some(),
+            no_wait_children: spec.no_wait_children,
         };
         let passed = Passed {
             socket: socket.as_fd(),

@@ -5,9 +5,14 @@ pub mod fifo;
 
 pub use chunk::{ChunkSink, ChunkSource};
 
+use super::wait::Wait;
 use super::{Sink, Source};
+use crate::error::{Error, Result};
+use crate::locks::Cancel;
+use nix::poll::{PollFd, PollFlags};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
 
 /// Reads a descriptor that is non-blocking already: [`fifo::accept`].
 pub struct FdSource(OwnedFd);
@@ -48,6 +53,31 @@ impl Sink for FdSink {
     }
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         retry(|| rustix::io::write(&self.0, bytes))
+    }
+}
+
+/// All that comes from a source, at most `bytes_max`. Ends early with the token, the caller's hang-up, or the deadline.
+pub fn read_to_end(
+    source: &mut dyn Source,
+    bytes_max: usize,
+    deadline: Instant,
+    hangup: BorrowedFd<'_>,
+    cancel: &Cancel,
+) -> Result<Vec<u8>> {
+    const PIECE_BYTES: usize = 64 * 1024;
+    let wait = Wait::new(cancel).deadline(Some(deadline)).hangup(Some(hangup));
+    let (mut all, mut piece) = (Vec::new(), vec![0; PIECE_BYTES]);
+    loop {
+        match source.read(&mut piece) {
+            Ok(0) => return Ok(all),
+            Ok(n) if all.len() + n > bytes_max => return Err(Error::invalid(format!("it has more than {bytes_max} bytes"))),
+            Ok(n) => all.extend_from_slice(&piece[..n]),
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                let fd = source.fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+                wait.poll(fd.as_slice(), None)?;
+            }
+            Err(e) => return Err(Error::io("read a pipe", e)),
+        }
     }
 }
 

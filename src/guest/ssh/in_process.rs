@@ -23,6 +23,6 @@ impl Transport for InProcess {
         let failed = |e: LogInError| Error::new(Kind::GuestUnavailable, format!("{e:?}"));
         let shared = log_in(socket, &who, &wait).map_err(failed)?;
         let channel = start(&shared, spec.pty.as_ref(), spec.command.as_bytes(), &wait).map_err(failed)?;
-        Pump::new(shared, channel, spec.pty.is_some(), streams, wait).run()
+        Pump::new(shared, channel, spec.pty.is_some(), streams, wait).no_wait_children(spec.no_wait_children).run()
     }
 }

@@ -19,6 +19,11 @@ const KEEPALIVE_PATIENCE: Duration = Duration::from_secs(75);
 /// How long a command that is given up may take to get its SIGHUP.
 const FAREWELL: Duration = Duration::from_secs(2);
 
+/// A command's last output may come after its exit status: what comes after so long a silence, or after so long in all, is
+/// of programs that it has left in the background.
+const LAST_OUTPUT_QUIET: Duration = Duration::from_millis(100);
+const LAST_OUTPUT_MAX: Duration = Duration::from_secs(2);
+
 fn lost(what: impl std::fmt::Display) -> Error {
     Error::new(Kind::GuestLost, format!("the connection to the guest broke: {what}"))
         .hint("see whether the VM still runs (fcctl ps) and what it says (fcctl logs {vm})")
@@ -39,6 +44,22 @@ pub(in crate::guest) struct Pump<'w, 'a> {
     resize: Option<PtySize>,
     keepalive: Keepalive,
     flood: Flood,
+    /// The end of the command is the end, whoever else holds its output.
+    no_wait_children: bool,
+    leaving: Option<Leaving>,
+}
+
+/// The command has ended, and its output has not.
+#[derive(Clone, Copy)]
+struct Leaving {
+    since: Instant,
+    quiet_since: Instant,
+}
+
+impl Leaving {
+    fn until(self) -> Instant {
+        (self.quiet_since + LAST_OUTPUT_QUIET).min(self.since + LAST_OUTPUT_MAX)
+    }
 }
 
 impl<'w, 'a> Pump<'w, 'a> {
@@ -57,7 +78,14 @@ impl<'w, 'a> Pump<'w, 'a> {
             resize: None,
             keepalive,
             flood: Flood::default(),
+            no_wait_children: false,
+            leaving: None,
         }
+    }
+
+    /// The end of the command is the end, though others still hold its output.
+    pub fn no_wait_children(self, is_so: bool) -> Self {
+        Self { no_wait_children: is_so, ..self }
     }
 
     /// To the end of the command, or to whatever ends it before.
@@ -86,6 +114,7 @@ impl<'w, 'a> Pump<'w, 'a> {
         let Some(turn) = turn else { return self.finish().map(Some) };
         // What is not read cannot answer.
         let next = if self.flood.is_held { Instant::now() + KEEPALIVE_INTERVAL } else { self.keepalive.check(&self.shared)? };
+        let next = self.leaving.map(Leaving::until).filter(|end| *end > Instant::now()).map_or(next, |end| end.min(next));
         self.poll(if turn == Turn::More { Instant::now() } else { next })?;
         Ok(None)
     }
@@ -100,6 +129,9 @@ impl<'w, 'a> Pump<'w, 'a> {
         if closed && self.stdout.is_empty() && self.stderr.is_empty() && self.channel.is_drained() {
             return Ok(None);
         }
+        if self.leaves_children(progress) {
+            return Ok(None);
+        }
         if !closed && self.shared.ended() {
             return Err(Trouble::Caller(lost("the guest's side ended it")));
         }
@@ -110,10 +142,25 @@ impl<'w, 'a> Pump<'w, 'a> {
         Ok(Some(if [out, err, input].contains(&Turn::More) { Turn::More } else { Turn::Waits }))
     }
 
+    /// Whether the command has ended, nobody waits for what else holds its output, and its own output was delivered.
+    fn leaves_children(&mut self, progress: bool) -> bool {
+        if !self.no_wait_children || self.channel.exit().is_none() {
+            return false;
+        }
+        let now = Instant::now();
+        let leaving = self.leaving.get_or_insert(Leaving { since: now, quiet_since: now });
+        if progress {
+            leaving.quiet_since = now;
+        }
+        now >= leaving.until() && self.stdout.is_empty() && self.stderr.is_empty()
+    }
+
     fn control(&mut self) -> Result<(), Trouble> {
         while let Some(control) = self.controls.as_mut().and_then(|c| c.next()) {
             match control {
                 Control::Resize(size) => self.resize = Some(size).filter(|_| self.has_pty),
+                // There is nothing left to signal, so it is the wait for the output that ends.
+                Control::Signal(_) if self.channel.exit().is_some() => self.no_wait_children = true,
                 Control::Signal(name) => self.signaller.push(name),
                 Control::HangUp => return Err(Trouble::Caller(hung_up())),
             }

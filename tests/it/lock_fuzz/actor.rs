@@ -197,6 +197,7 @@ impl<'a> Actor<'a> {
             workdir: None,
             pty: None,
             streams: vec![],
+            no_wait_children: false,
         };
         let mut call = self.world.begin::<ExecStart>(request, vec![]);
         self.give_up(&mut call);

@@ -84,6 +84,9 @@ impl Channel {
             let message = match recvmsg::<UnixAddr>(self.0.as_raw_fd(), &mut parts, control, flags) {
                 Ok(message) => message,
                 Err(nix::errno::Errno::EINTR) => continue,
+                // The other side is gone and left a message of ours unread (unix(7) does not say so). The kernel reports
+                // that once, before what the other side had sent: its last message is still to come, then the end.
+                Err(nix::errno::Errno::ECONNRESET) => continue,
                 Err(e) => return Err(e.into()),
             };
             let mut fds = Vec::new();

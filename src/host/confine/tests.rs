@@ -237,3 +237,16 @@ fn messages_are_whole_and_bounded() {
     assert!(sent < 10_000, "a reader who does not read is a bounded number of messages");
     drop(theirs);
 }
+
+#[test]
+fn last_message_of_a_side_that_left_ours_unread_is_received() {
+    let (ours, theirs) = Channel::pair().unwrap();
+    theirs.send(b"the last word", &[]).unwrap();
+    ours.send(b"never read", &[]).unwrap();
+    drop(theirs);
+    let mut buffer = [0; 64];
+    assert_eq!(ours.receive(&mut buffer).unwrap(), 13);
+    assert_eq!(&buffer[..13], b"the last word");
+    assert_eq!(ours.receive(&mut buffer).unwrap(), 0);
+    assert_eq!(ours.send(b"to nobody", &[]).unwrap_err().kind(), std::io::ErrorKind::BrokenPipe);
+}

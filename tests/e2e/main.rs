@@ -23,6 +23,7 @@ mod process;
 mod promise;
 #[path = "../it/lock_fuzz/random.rs"]
 mod random;
+mod repositories;
 mod snapshots;
 mod soak;
 mod tree;

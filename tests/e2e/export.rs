@@ -190,7 +190,7 @@ fn a_repository_made_in_the_guest(host: &Host) {
     site.write("a", "one\n");
     site.commit("all");
     site.prepare();
-    site.in_guest("mkdir -p svc/deep; echo work > svc/deep/main.go; cd svc; git init -q; git add -A; git commit -qm inner");
+    site.in_guest("mkdir -p svc/deep; echo work > svc/deep/main.go; cd svc; git init -q; git add -A; git -c user.name=g -c user.email=g@g commit -qm inner");
     let out = site.fcctl(&["workspace", "apply", site.vm]);
     assert!(out.status.success() && text(&out).1.contains("  svc/.git: "), "{:?}", text(&out));
     site.write("svc/deep/main.go", "changed here\n");

@@ -72,6 +72,8 @@ set_filters() {
   [ -s "$M/filters" ] || return 0
   mkdir -p .git/fcd
   programs
+  # An empty list is not sent: there is none if each of these files was changed on the host.
+  : >>"$M/filtered"
   comm -z -12 "$M/filtered" "$M/put" >"$M/known"
   oids() { xargs -0 -r git "$@" --literal-pathspecs ls-files -s -z -- <"$M/known" | sed -z 's/^[0-9]* \([0-9a-f]*\) .*/\1/'; }
   (GIT_INDEX_FILE=$new && oids --git-dir="$P" --work-tree="$W") >"$M/known.raw"

@@ -295,7 +295,7 @@ fn a_changed_host_key_is_refused_before_our_key_is_shown() {
     for result in [run(&other, &sh("exit 0"), b"").map(drop), SshTransport.wait_ready(&other, later(), &cancel())] {
         let e = result.unwrap_err();
         assert_eq!(e.kind(), Kind::HostKeyMismatch);
-        assert!(e.hint_text().unwrap().contains("rm -f"));
+        assert!(e.hint_text().unwrap().contains("fcctl restart"));
     }
     assert_eq!(logins(), before);
 }

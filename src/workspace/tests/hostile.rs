@@ -48,7 +48,11 @@ fn nothing_of_a_hostile_repository_runs() {
     assert!(plan.warnings().iter().any(|w| w.contains("partial clone")));
     site.prepare_with(&mut plan, false).unwrap();
     assert!(!canary.exists(), "something of the repository ran");
-    assert!(!site.guest().join(".git/hooks").exists());
+    // The one hook in the guest is ours: it keeps raw content of filtered files from being committed.
+    let hooks: Vec<_> = std::fs::read_dir(site.guest().join(".git/hooks")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(hooks, ["pre-commit"]);
+    let hook = std::fs::read_to_string(site.guest().join(".git/hooks/pre-commit")).unwrap();
+    assert!(hook.contains("fcd/check") && !hook.contains("canary"), "{hook}");
     let config = std::fs::read_to_string(site.guest().join(".git/config")).unwrap();
     assert!(!config.contains("evil") && !config.contains("url"), "{config}");
     assert!(site.git_guest(&["log", "--format=%s"]).contains("first"));

@@ -33,7 +33,8 @@ impl<I: FromStr> Position<I> {
     }
 }
 
-/// The caller's VMs from the oldest to the newest, as far as `shown` lets them through.
+/// The caller's VMs from the oldest to the newest, as far as `shown` lets them through. Up to [`SCAN_MAX`] VMs are seen as
+/// they are at one moment.
 pub(super) struct VmScan<'a, F> {
     store: &'a Store,
     /// `None`: the VMs of all owners.
@@ -52,18 +53,18 @@ impl<'a, F: Fn(&VmRow) -> bool> VmScan<'a, F> {
 
     fn look_at_more(&mut self) {
         let (owner_uid, after, shown) = (self.owner_uid, self.after.take(), &self.shown);
-        let (found, last) = self.store.read(|s| {
-            let mut found = VecDeque::new();
-            let mut last = None;
+        let (found, last, seen) = self.store.read(|s| {
+            let (mut found, mut last, mut seen) = (VecDeque::new(), None, 0);
             for row in s.vms_by_age(owner_uid, after.as_ref()).take(SCAN_MAX) {
                 if shown(row) {
                     found.push_back(Seen { row: row.clone(), workspace: s.workspace(&row.id).cloned() });
                 }
-                last = Some(row);
+                (last, seen) = (Some(row), seen + 1);
             }
-            (found, last.map(|row| (row.created_at, row.id.clone())))
+            (found, last.map(|row| (row.created_at, row.id.clone())), seen)
         });
-        self.is_at_end = last.is_none();
+        // Not one look more than needed: VMs that fit one look are listed as they were at one moment.
+        self.is_at_end = seen < SCAN_MAX;
         (self.found, self.after) = (found, last);
     }
 }

@@ -251,7 +251,7 @@ fn nothing_of_a_hostile_repository_runs(host: &Host) {
     site.export(&["--patch", site.beside("p").to_str().unwrap()]);
     site.export(&["--tree", site.beside("t").to_str().unwrap()]);
     assert!(!canary.exists(), "ran: {:?}", fs::read_to_string(&canary));
-    assert_eq!(site.said_in_guest("ls .git/hooks 2>/dev/null || true; grep -c evil .git/config || true"), "0\n");
+    assert_eq!(site.said_in_guest("ls .git/hooks 2>/dev/null || true; grep -c evil .git/config || true"), "pre-commit\n0\n");
 }
 
 fn readonly(host: &Host) {

@@ -22,7 +22,7 @@ pub struct Limits {
     pub boots_max: usize,
     /// Workers for guest I/O.
     pub pool_workers: usize,
-    /// Of those, how many one uid has at most; 0 stands for three quarters of them, but at least one.
+    /// Workers that one uid may occupy; 0 means three quarters of them, and at least one.
     pub pool_workers_per_uid_max: usize,
     /// Jobs that wait for a worker.
     pub pool_queue: usize,
@@ -51,7 +51,7 @@ pub struct Limits {
     pub disk_bytes_max: u64,
     /// A transfer without a byte for so long ends.
     pub transfer_idle_s: u64,
-    /// What a transfer must move on average over each window of `transfer_rate_window_s`, else it ends; 0: anything.
+    /// Bytes per second that a transfer must average over each `transfer_rate_window_s`, or it ends; 0 disables this.
     pub transfer_bytes_per_s_min: u64,
     pub transfer_rate_window_s: u64,
     /// From the VMM's start to the first answer of the guest's SSH server.
@@ -103,7 +103,7 @@ impl Limits {
         }
     }
 
-    /// Of ended operations.
+    /// The bounds on ended operations that are kept.
     pub fn retention(&self) -> Retention {
         Retention { per_uid_max: self.operations_kept_per_uid, total_max: self.operations_kept_max }
     }

@@ -15,7 +15,7 @@ impl UidCounts {
         self.counts.get(&uid).copied().unwrap_or(0)
     }
 
-    /// Of all uids together.
+    /// The count over all uids.
     pub fn total(&self) -> usize {
         self.total
     }

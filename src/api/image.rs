@@ -63,7 +63,7 @@ calls! {
     /// An operation; hang-up cancels it. An image of that name must not exist.
     ImageBuild = "image.build" (ImageBuildRequest) -> ImageReply;
     ImageList = "image.list" (super::page::ListRequest) -> ImageListReply;
-    /// By root, the daemon's own user or whoever built it. `conflict` while a VM or a snapshot needs it.
+    /// Allowed for root, the daemon's own user and the user who built the image. `conflict` while a VM or a snapshot needs it.
     ImageDelete = "image.delete" (ImageRequest) -> ImageDeleteReply;
 }
 

@@ -41,7 +41,7 @@ pub fn fill<P: ToString, T: Serialize>(limit: Option<u32>, items: impl IntoItera
     Ok((page, None))
 }
 
-/// For `after` that no page of this list gave.
+/// The error for an `after` that no page of this list gave.
 pub fn bad_cursor(after: &str) -> Error {
     let shown: String = after.chars().take(64).collect();
     Error::invalid(format!("`after` is {shown:?}, which no page of this list gave as `next`"))
@@ -71,7 +71,7 @@ macro_rules! list_calls {
 }
 pub(crate) use list_calls;
 
-/// What the lists without a filter ask for.
+/// The request of a list that has no filter.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ListRequest {

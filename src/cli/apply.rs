@@ -113,7 +113,7 @@ fn tell(ctx: &mut Context, directory: PathBuf, changes: &[Change], left_behind: 
     Ok(())
 }
 
-/// What to type here so that a patch file is applied to the tree `top`.
+/// The command, for the current directory, that applies a patch file to the tree `top`.
 pub fn command_for(top: &Path, patch: &Path, cancel: &Cancel) -> String {
     let by_hand =
         std::env::current_dir().ok().and_then(|cwd| apply::by_hand(top, &cwd, patch, &CallerEnv::from_process(), cancel));

@@ -62,7 +62,7 @@ fn render(config: &SshConfigReply, dir: &Path, is_shell: bool) -> String {
         port = config.addr.port(),
         user = config.user,
     );
-    // A shell begins where the work is. ssh takes it for a command, for which it makes no terminal unless it is told to; `yes`
+    // A shell begins where the work is. To ssh that is a command, which gets no terminal unless one is asked for; `yes`
     // makes one where stdin is one. `%` is ssh's own; a name with control characters has no place in a line.
     if let Some(workdir) = config.workdir.as_ref().filter(|w| is_shell && !w.contains(char::is_control)) {
         let quoted = format!("'{}'", workdir.replace('\'', r"'\''")).replace('%', "%%");

@@ -382,7 +382,7 @@ impl ExportTo {
     }
 }
 
-/// What came back, counted by us.
+/// The size of an export, as counted on this side.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Exported {
@@ -390,7 +390,7 @@ pub enum Exported {
     Tree { entries: u64, bytes: u64 },
 }
 
-/// What an export brought, and what it could not bring.
+/// The result of an export: what came back and what could not.
 #[derive(Debug, Serialize)]
 pub struct Fetched {
     #[serde(flatten)]

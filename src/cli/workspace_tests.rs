@@ -40,7 +40,7 @@ pub(crate) fn give_stream(r: &mut Request, payload: &[u8]) {
     writer.finish(1).unwrap();
 }
 
-/// The same with places that could not be brought back.
+/// An export that names places which could not be brought back.
 pub(crate) fn give_stream_without(r: &mut Request, left: &[u8], payload: &[u8]) {
     let mut writer = ChunkWriter::new(File::from(r.fds.pop().expect("one descriptor")));
     let count = left.iter().filter(|b| **b == 0).count();

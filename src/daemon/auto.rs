@@ -33,7 +33,7 @@ impl Missing {
     }
 }
 
-/// What doctor says of the choice.
+/// The doctor check that explains the choice.
 pub(super) fn check(missing: Option<&Missing>) -> Check {
     match missing {
         None => Check::ok(ID, "auto: VMs are started by Firecracker, which has everything it needs here"),

@@ -32,7 +32,7 @@ struct Ending {
     replaced: Vec<Successor>,
     /// Why a guest was not asked to shut down: see `recovery.rs`.
     note: Option<String>,
-    /// What is to be logged after the VM's lock is released.
+    /// A log line for after the VM's lock is released.
     warning: Option<String>,
 }
 
@@ -149,9 +149,9 @@ impl Daemon {
                 recovery::forget(tx, vm.key());
                 resources::intend(self, tx, &row);
             }
-            // The same again on the row as it is in this section.
+            // Settle once more, on the row as this section sees it.
             tx.update_vm(vm, |row| {
-                // What it answers is known already.
+                // The answer is known already.
                 drop(settle(row, ending, at));
                 (row.intent, row.op) = (None, None);
                 if let Some((op, verb, to)) = ending.next(&then) {

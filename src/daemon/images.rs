@@ -123,8 +123,8 @@ impl Daemon {
         Ok(ImageListReply { images, next })
     }
 
-    /// By root, the daemon's own user, or whoever built it. VMs boot their image's kernel, so an image stays while a VM is
-    /// made from it or may be made again from a snapshot.
+    /// Allowed for root, the daemon's own user and the user who built the image. VMs boot their image's kernel, so an image
+    /// stays while a VM is made from it or may be made again from a snapshot.
     ///
     /// # Errors
     /// `denied`, `image_not_found`, `conflict`, `busy`.
@@ -157,7 +157,7 @@ impl Daemon {
             Ok(ImageInfo { owner_uid: Some(uid), .. }) => denied(format!("uid {uid} built it")),
             Ok(ImageInfo { owner_uid: None, .. }) => denied("it belongs to the host".to_owned()),
             Err(e) if e.kind() == Kind::ImageNotFound => Err(e),
-            // Who built a damaged one cannot be told.
+            // A damaged image does not say who built it.
             Err(e) => denied(e.to_string()),
         }
     }

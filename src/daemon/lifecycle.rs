@@ -178,7 +178,7 @@ impl Daemon {
         }
     }
 
-    /// What a boot needs in its claim: memory, and the ledger's rows of all that it is about to take.
+    /// Records what a boot needs in its claim: memory, and the ledger's rows of all that it is about to take.
     fn intend_boot(&self, vm: &KeyGuard<'_, VmId>, tx: &mut Tx) -> Result<()> {
         let row = tx.vm(vm.key()).cloned().ok_or_else(|| vm_not_found(vm.key().as_str()))?;
         self.reserve_memory(tx, &row)?;

@@ -21,7 +21,7 @@ enum Look {
 /// A VM that is not looked at yet.
 struct Due {
     look: Look,
-    /// Of the boot that it was in when the daemon began.
+    /// The generation of the boot that was under way when the daemon started.
     generation: u64,
 }
 
@@ -85,7 +85,7 @@ impl Looks {
         }
     }
 
-    /// The VM needs no look any more, because an operation of this daemon owns it. A look that is under way goes on, and
+    /// The VM needs no look any more, because an operation of this daemon owns it. A look that is under way continues, and
     /// sees that.
     pub fn skip(&self, vm: &VmId) {
         let mut left = self.left.lock();
@@ -98,7 +98,7 @@ impl Looks {
 /// The VMMs that ran when this daemon began, from one look at the host's processes. It knows all VMMs of boots that an
 /// earlier daemon began: from then on none of those can appear, so what it does not list is gone for good.
 pub(super) struct EarlierVmms {
-    /// Of the VMs that are to be looked at, the boot that they were in.
+    /// The VMs that are still to be looked at, each with the boot that it was in.
     generations: HashMap<VmId, u64>,
     /// None: the host could not be looked at.
     tags: OnceLock<Option<HashMap<String, u32>>>,
@@ -141,7 +141,7 @@ mod tests {
         let looking = looks.begin(&vm).unwrap();
         assert!(looks.begin(&vm).is_none() && looks.is_due(&vm));
         looks.skip(&vm);
-        assert!(looks.is_due(&vm), "a look under way goes on");
+        assert!(looks.is_due(&vm), "a look under way continues");
         std::thread::scope(|scope| {
             let waits = scope.spawn(|| looks.begin_or_wait(&vm, &closing).unwrap().is_none());
             drop(looking);

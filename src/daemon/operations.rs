@@ -88,7 +88,7 @@ impl Daemon {
         op.finish(result);
     }
 
-    /// The same without waiting until it is written down. It logs, so no lock may be held.
+    /// Like `end_op`, but does not wait until the end is durable. It logs, so no lock may be held.
     pub(super) fn end_op_soon(&self, op: OpHandle, result: Result<serde_json::Value>) {
         let row = ended_row(op.op(), &result);
         match self.change(true, |tx| {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 /// Why a transfer's token was fired.
 const TOO_SLOW: &str = "the transfer is too slow";
 
-/// What a transfer has moved, as its worker counts it.
+/// The bytes that a transfer has moved, as its worker counts them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Moved {
     pub bytes: Arc<AtomicU64>,

@@ -32,7 +32,7 @@ pub(super) struct Settled {
     told: Condvar,
 }
 
-/// What a look leaves to do.
+/// Work that remains after a look.
 enum Left {
     AsItIs,
     /// An `rm` VM without a holder.

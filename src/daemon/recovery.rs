@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 const PREFIX: &str = "recovery/";
 
-/// What is known of the attempts to recover a VM.
+/// The record of the attempts to recover a VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Record {
     /// Daemons that died in one.
@@ -39,7 +39,7 @@ fn name(vm: &VmId) -> String {
 }
 
 fn read(state: &State, vm: &VmId) -> Record {
-    // Of another version: better one attempt too many than none.
+    // Another version wrote it: one attempt too many is better than none.
     state.meta(&name(vm)).and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
 }
 
@@ -57,7 +57,7 @@ fn deaths(state: &State, vm: &VmId) -> u32 {
     read(state, vm).deaths
 }
 
-/// The same at the start of a daemon: the attempt that is still under way ended with its daemon.
+/// The record as a starting daemon reads it: the attempt that is still under way ended with its daemon.
 pub(super) fn deaths_at_start(state: &State, vm: &VmId) -> u32 {
     let record = read(state, vm);
     record.deaths + u32::from(record.is_under_way)

@@ -29,7 +29,7 @@ pub struct ExecIo {
 
 /// How long a caller may take to hand over a command.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
-/// Of what a guest says when it cannot take one.
+/// Bytes of the guest's message that are kept when it refuses a command.
 const SAID_BYTES_MAX: usize = 1024;
 
 impl ExecIo {
@@ -56,7 +56,7 @@ impl ExecIo {
         Ok(io)
     }
 
-    /// What to run: of the request, or from its FIFO.
+    /// Returns the command, from the request or from its FIFO.
     fn command(&mut self, request: &ExecStartRequest, connection: BorrowedFd<'_>, cancel: &Cancel) -> Result<CommandWords> {
         let Some(mut from) = self.command.take() else {
             return Ok(CommandWords {

@@ -83,7 +83,7 @@ fn check_name(name: &str) -> Result<()> {
         .hint("use A-Z, a-z, 0-9 and _, as in -e NAME=VALUE"))
 }
 
-/// The same from text.
+/// [`command_bytes`] for text.
 #[cfg(test)]
 pub fn command_line(argv: &[String], env: &[(String, String)], workdir: Option<&str>) -> Result<String> {
     let argv: Vec<Vec<u8>> = argv.iter().map(|word| word.clone().into()).collect();

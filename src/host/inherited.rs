@@ -1,4 +1,4 @@
-//! What a process inherits from whoever started it: descriptors, ignored signals.
+//! Things that a process inherits from the one that started it: descriptors, ignored signals.
 
 use crate::error::{Error, Result};
 use std::os::fd::RawFd;

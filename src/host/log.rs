@@ -24,7 +24,7 @@ const LINE_BYTES_MAX: usize = 8 * 1024;
 pub const FLUSH_MAX: Duration = Duration::from_secs(1);
 /// How long a thread that panics may wait for its message to be written: the process may be about to abort.
 const PANIC_FLUSH_MAX: Duration = Duration::from_millis(100);
-/// What is logged where `RUST_LOG` says nothing.
+/// The filter if `RUST_LOG` is not set.
 const DEFAULT_FILTER: &str = "info";
 
 static LOG: OnceLock<Queue> = OnceLock::new();
@@ -155,7 +155,7 @@ pub fn init() -> Result<()> {
     Ok(())
 }
 
-/// Writes a line that is no record, such as the error that ends the daemon, and waits for it at most [`FLUSH_MAX`].
+/// Writes a line that is not a log record, such as the error that ends the daemon, and waits for it at most [`FLUSH_MAX`].
 pub fn say(line: &str) {
     say_within(line, FLUSH_MAX);
 }

@@ -1,9 +1,9 @@
-//! What a mount forbids, and where it is mounted.
+//! Mount options that forbid devices or programs, and where they apply.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// What the file system with a path forbids (mount(8)).
+/// The restrictions of the file system that holds a path (mount(8)).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flags {
     /// Device nodes cannot be opened.

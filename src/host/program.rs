@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn program_that_cannot_run_is_told_apart_from_a_missing_one() {
+    fn program_that_cannot_run_differs_from_a_missing_one() {
         let dir = tempfile::tempdir().unwrap();
         let program = dir.path().join("program");
         assert_eq!(locate(&program).unwrap_err().kind(), Kind::CommandMissing);

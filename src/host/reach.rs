@@ -1,4 +1,4 @@
-//! Which directories on the way to a file keep other users out.
+//! Finds directories on the way to a file that keep other users out.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -44,7 +44,7 @@ pub fn closed_to_others(path: &Path) -> Option<PathBuf> {
     None
 }
 
-/// What to do about a closed directory that the state directory is in.
+/// The hint for a state directory below a closed directory.
 pub fn state_dir_fix(closed: &dyn std::fmt::Display) -> String {
     format!(
         "start fcd with a state directory that every user may enter (state_dir, --state-dir or FCD_STATE_DIR; /var/lib/fcd by \

@@ -24,7 +24,7 @@ pub const BALLOON_SINCE: u32 = 2;
 pub const CTRL_ALT_DEL_SINCE: u32 = 3;
 /// A build in progress is in a directory whose name begins so. No image name begins with a dot.
 const STAGING_PREFIX: &str = ".building-";
-/// The same for an image that is being deleted.
+/// Prefix of the directory of an image that is being deleted.
 const DELETING_PREFIX: &str = ".deleting-";
 
 /// A complete image. Paths are absolute when the registry's is.

@@ -38,7 +38,7 @@ pub fn check_wait(_region: Rank, _except: &Token) {}
 /// Panics where this thread holds a lock under which only memory may be touched.
 #[inline(always)]
 pub fn require_memory_only(_what: &str) {}
-/// The same for a log call.
+/// Panics where a log call happens under such a lock.
 #[inline(always)]
 pub fn log_call(_record: &log::Record<'_>) {}
 /// Panics where this thread holds a lock or is in a region.

@@ -90,7 +90,7 @@ impl OpHandle {
         self.end(result).expect("an operation under way is never pruned")
     }
 
-    /// For an operation that is refused before it did anything: it is forgotten, so that refused calls push nothing out of
+    /// Forgets an operation that was refused before it did anything, so that refused calls push nothing out of
     /// anybody's history. One that somebody looks at already ends with the error.
     pub fn refuse(mut self, error: &Error) {
         let shared = self.reporter.ops.shared.clone();

@@ -36,7 +36,7 @@ struct State {
     entries: HashMap<OpId, Entry>,
     last_number: u64,
     last_watcher: u64,
-    /// By uid, the oldest first.
+    /// Ended operations per uid, the oldest first.
     ended: HashMap<u32, VecDeque<OpId>>,
     ended_counts: UidCounts,
 }

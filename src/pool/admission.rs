@@ -16,7 +16,7 @@ pub struct Admission {
 }
 
 struct Shared {
-    /// What waits for what: `boots`.
+    /// Names what is limited, for messages: `boots`.
     what: &'static str,
     state: Mutex<State>,
     moved: Condvar,

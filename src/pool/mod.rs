@@ -36,7 +36,7 @@ pub struct Bounds {
     pub running_per_uid_max: usize,
     /// Places in the queue, running jobs not counted.
     pub queue_max: usize,
-    /// Of those, for one uid.
+    /// Most queued jobs of one uid.
     pub queue_per_uid_max: usize,
 }
 

@@ -1,4 +1,4 @@
-//! What a root's daemon claims of the host for its VMs: a range of uids and, with a bridge, a subnet. Two daemons with two
+//! Claims of a root daemon on the host for its VMs: a range of uids and, with a bridge, a subnet. Two daemons with two
 //! state directories would give their VMs the same ones, and each other's VMM could then reach the other's files. So each
 //! daemon claims its own before it makes anything.
 //!
@@ -34,7 +34,7 @@ struct Claim {
     /// With a bridge: in the network namespace `netns` only.
     subnet: Option<String>,
     netns: PathBuf,
-    /// Of the installation, in the tags of its VMs; none while nothing was made.
+    /// The installation's id, as in the tags of its VMs; none while nothing was made.
     install_id: Option<String>,
 }
 

@@ -1,4 +1,4 @@
-//! Which ended operations are kept: so many of each uid, so many in all, and every one that a key stands for.
+//! Decides which ended operations are kept: so many of each uid, so many in all, and every one that a key stands for.
 
 use super::OpRow;
 use crate::ids::OpId;
@@ -10,7 +10,7 @@ type EndedKey = (u64, OpId);
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct OpHistory {
-    /// By uid, the ended operations that no key stands for.
+    /// Ended operations that no key stands for, per uid.
     free: BTreeMap<u32, BTreeSet<EndedKey>>,
     free_total: usize,
     /// How many keys stand for an operation, ended or not.

@@ -149,7 +149,7 @@ impl Store {
         Self::open_keeping(dir, crate::uids::RETENTION)
     }
 
-    /// The same with another bound on the ended operations that are kept.
+    /// [`Store::open`] with other bounds on the ended operations that are kept.
     ///
     /// # Errors
     /// As [`Store::open`].

@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_device_and_plain_file_are_told_apart() {
+    fn missing_device_differs_from_a_plain_file() {
         exists("/dev/null").unwrap();
         assert_eq!(exists("/dev/no-such").unwrap_err(), "there is no /dev/no-such");
         assert_eq!(exists("/etc/passwd").unwrap_err(), "/etc/passwd is not a device");

@@ -54,7 +54,7 @@ impl fmt::Display for End {
     }
 }
 
-/// What the exit of the VMM with this directory means. Waits for the rest of its console, a second at most.
+/// Finds out why the VMM with this directory exited. Waits for the rest of its console, a second at most.
 pub(super) fn of(exit: Exit, consoles: &Consoles, dir: &Path) -> End {
     match exit {
         Exit::Status(0) => last_words(consoles, dir).unwrap_or(End::GuestReset),
@@ -136,7 +136,7 @@ mod tests {
         assert!(message.starts_with("\\u{1b}[2J") && message.len() < 2 * PANIC_CHARS_MAX);
     }
 
-    /// What the VMM of `exit` ended with, whose console said `text` and was closed only then.
+    /// The end of a VMM with `exit`, whose console said `text` and was then closed.
     fn end(exit: Exit, text: &str) -> End {
         let dir = tempfile::tempdir().unwrap();
         let consoles = Arc::new(Consoles::try_new().unwrap());

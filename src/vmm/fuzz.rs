@@ -11,7 +11,7 @@ use super::firecracker::{metrics, refusal};
 use super::qemu::argv::forwarded_port;
 use super::qemu::incoming::{self as qmp, Message};
 
-/// What one read of a driver's takes at most.
+/// Most bytes in one read of a driver.
 const READ_BYTES_MAX: usize = 4096;
 /// Error texts are one line of a log and of a terminal.
 const TEXT_CHARS_MAX: usize = 4096;

@@ -25,9 +25,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// For each of git's two looks at the patch.
+/// Deadline of each of git's two looks at the patch.
 const APPLY_DEADLINE: Duration = Duration::from_secs(1800);
-/// For questions about the caller's configuration.
+/// Deadline of questions about the caller's configuration.
 const ASK_DEADLINE: Duration = Duration::from_secs(30);
 /// Most bytes of git's list of files.
 const LIST_BYTES_MAX: usize = 1024 * 1024 * 1024;
@@ -36,7 +36,7 @@ const NAMED_MAX: usize = 5;
 const UNCHANGED: &str = "nothing was changed: move or commit what you have there, then run the command again";
 /// How far the patch is read to find the kind of its object names.
 const PROBE_BYTES_MAX: u64 = 64 * 1024 * 1024;
-/// The same as in the guest's private repository: no conversion, whatever the tree's own attributes say.
+/// Attributes as in the guest's private repository: no conversion, whatever the tree's own attributes say.
 const NO_CONVERSION: &str = "* -text !eol -filter -ident -working-tree-encoding !diff\n";
 
 /// A file of the patch.
@@ -173,7 +173,7 @@ impl Checked {
             }
             for (at, _) in change.path.iter().enumerate().filter(|(_, b)| **b == b'/') {
                 let above = &change.path[..at];
-                // What the patch changes and has files below is a file that it removes.
+                // A path that the patch changes and that has files below it is a file that it removes.
                 if looked_at.insert(above) && !touched.contains(above) && self.is(above, |m| !m.is_dir()) {
                     return Err(self.conflict(above, "is a file here and a directory in the patch"));
                 }

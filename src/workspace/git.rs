@@ -106,7 +106,7 @@ impl Git {
         Ok((git, config))
     }
 
-    /// What git itself takes for the repository is what was checked.
+    /// Checks that git finds the very repository that was checked.
     fn check_answers(&self) -> Result<()> {
         let shown = self.path(&["rev-parse", "--show-toplevel"]).map_err(|e| self.refused(e))?;
         if !layout::real(&shown).is_ok_and(|shown| shown == self.top) {
@@ -334,7 +334,7 @@ impl Git {
         Ok(Head { branch, oid: Some(oid) })
     }
 
-    /// What of several steps somebody has begun and not concluded. Its state is not sent.
+    /// Names operations of several steps that are under way, such as a merge. Their state is not sent.
     pub fn under_way(&self) -> Vec<&'static str> {
         let is_there = |name: &str| self.layout.git_dir.join(name).symlink_metadata().is_ok();
         UNDER_WAY.iter().filter(|(file, _)| is_there(file)).map(|(_, what)| *what).collect()

@@ -1,4 +1,4 @@
-//! What an export names because it cannot be part of a patch or a tree. The payload begins with it: a line
+//! The list of what an export could not put into a patch or a tree. The payload begins with it: a line
 //! `fcd-export 1 <count> <bytes>`, then so many bytes of records, each a letter, a blank, a path and NUL. The guest
 //! writes it, so it is read by `fcctl` with the caller's rights, and bounded.
 
@@ -18,7 +18,7 @@ const DOING: &str = "read what the guest could not send";
 pub enum Why {
     /// The `.git` of a repository that was made in the guest, or in which something was done there. Its files come.
     Repository,
-    /// A submodule, or a repository of the host's whose files were not sent: the guest has files of its own there.
+    /// A submodule, or a repository on the host whose files were not sent: the guest has files of its own there.
     Submodule,
     /// git refuses such a name.
     Name,

@@ -17,7 +17,7 @@ impl Mtime {
         Self { seconds: stat.st_mtime, nanoseconds: stat.st_mtime_nsec as u32 }
     }
 
-    /// What the octal field of a header can say of it.
+    /// The time as the octal field of a header can hold it.
     pub fn octal(self) -> u64 {
         self.seconds.clamp(0, OCTAL_MAX) as u64
     }

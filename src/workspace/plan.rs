@@ -190,7 +190,7 @@ struct Repo {
     attributes: Vec<u8>,
     global_attributes: Vec<u8>,
     filtered: git::Filtered,
-    /// Which part of the tree is checked out.
+    /// The sparse-checkout patterns.
     sparse: Vec<u8>,
     partial: bool,
 }

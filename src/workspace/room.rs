@@ -13,7 +13,7 @@ const FREE_FRACTION: u64 = 20;
 /// How much is written between two looks at the free space. An export smaller than this is always accepted: work is not
 /// lost because a disk is nearly full.
 const LOOK_BYTES: u64 = 16 << 20;
-/// What an empty file or a directory costs about.
+/// Rough cost of an empty file or a directory on disk.
 const ENTRY_BYTES: u64 = 4096;
 
 /// The account of one export.
@@ -26,7 +26,7 @@ pub struct Room {
 }
 
 impl Room {
-    /// For at most `bytes_max` bytes to be written to `dir`.
+    /// Allows at most `bytes_max` bytes to be written to `dir`.
     pub fn new(dir: &Path, bytes_max: u64) -> Self {
         let target = dir.to_owned();
         let free = Box::new(move || space(&target));

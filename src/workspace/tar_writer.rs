@@ -122,7 +122,7 @@ impl<'a, W: Write> TarWriter<'a, W> {
         self.file_with_time(path, file, mode, true, progress)
     }
 
-    /// The same of a file whose time nobody needs: the size of its entry is known ahead.
+    /// The entry of a file whose time nobody needs: the size of its entry is known ahead.
     pub fn plain_file(&mut self, path: &[u8], file: &mut File, mode: u32, progress: &mut dyn FnMut(u64)) -> Result<Read1> {
         self.file_with_time(path, file, mode, false, progress)
     }

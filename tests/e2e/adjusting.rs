@@ -124,7 +124,7 @@ fn disks_are_limited_and_memory_comes_back() {
     wait_for_or("it takes memory again", &mut String::new(), |said| {
         (kept(said) == 1024 && available_mib(&host) + 100 > before).then_some(())
     });
-    // What the guest has used and freed goes back to the host by itself.
+    // Memory that the guest has used and freed returns to the host by itself.
     let vmm_mib = || vmm_processes(&host.state()).iter().map(|pid| resident_mib(*pid)).sum::<u64>();
     host.sh("a", "head -c 400M /dev/zero > /dev/shm/used");
     let used = vmm_mib();

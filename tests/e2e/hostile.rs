@@ -8,7 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-/// For a verb that waits for nothing. A VMM's memory is freed within it.
+/// Deadline of a verb that waits for nothing. A VMM's memory is freed within it.
 const PROMPT: Duration = Duration::from_secs(5);
 
 /// Nobody's.
@@ -79,7 +79,7 @@ fn racing_creates(host: &Host) {
 /// `fcctl` as somebody else. The socket lets everybody in here; what a caller may do is by its uid.
 fn as_stranger(host: &Host, args: &[&str]) -> Output {
     fs::set_permissions(host.socket(), fs::Permissions::from_mode(0o666)).unwrap();
-    // By its descriptor: the stranger may not be able to enter the directories on the way to it.
+    // Run by descriptor, because the stranger may be unable to enter the directories above it.
     let fcctl = fs::File::open(FCCTL).unwrap();
     let mut command = Command::new(format!("/proc/self/fd/{}", fcctl.as_raw_fd()));
     command.uid(STRANGER).gid(STRANGER).arg("--socket").arg(host.socket());

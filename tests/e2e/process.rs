@@ -305,7 +305,7 @@ fn state_directory_below_a_closed_one_is_named_at_every_turn() {
     let start = host.fcctl(&["start", "box"]);
     let (_, said) = text(&start);
     assert!(!start.status.success() && said.contains(&named) && said.contains(&fix), "{said}");
-    // What helps, helps.
+    // The printed command helps.
     fs::set_permissions(&place, fs::Permissions::from_mode(0o711)).unwrap();
     host.ok(&["start", "box"]);
 }

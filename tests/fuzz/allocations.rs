@@ -34,7 +34,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// What is held now. The peak begins here.
+/// Returns the bytes that are allocated now, and restarts the peak from there.
 pub fn mark() -> usize {
     let held = HELD.load(Ordering::Relaxed);
     PEAK.store(held, Ordering::Relaxed);

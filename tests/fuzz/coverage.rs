@@ -1,4 +1,4 @@
-//! Which edges an execution took, and how often, where the program was built with LLVM's `sancov-module` pass and its
+//! Counts the edges that an execution took, if the program was built with LLVM's `sancov-module` pass and its
 //! `inline-8bit-counters`. That works with a stable compiler; `scripts/fuzz` has the flags.
 
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
@@ -30,7 +30,7 @@ pub fn reset() {
     counters().fill(0);
 }
 
-/// What was seen so far: of each edge, the orders of magnitude of its count, as bits.
+/// Coverage so far: for each edge, the orders of magnitude of its count, as bits.
 #[derive(Default)]
 pub struct Coverage {
     seen: Vec<u8>,

@@ -37,7 +37,7 @@ struct Target {
     run: fn(&[u8]),
     /// Most memory that one execution may hold at once, beyond the input.
     memory_max: usize,
-    /// What mutations put in: words that a random change does not find.
+    /// Words that mutations insert because random changes do not find them.
     words: &'static [&'static str],
 }
 

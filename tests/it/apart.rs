@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 
-/// For the whole process; on a loaded machine most take a second.
+/// Deadline of the whole process; on a loaded machine most take a second.
 const DEADLINE_S: &str = "60";
 
 /// Runs this ignored test by itself and shows what it printed if it fails.

@@ -1,4 +1,4 @@
-//! What a helper process per connection costs: `scripts/bench helper`.
+//! Measures the cost of a helper process per connection: `scripts/bench helper`.
 
 use fcd::error::Result;
 use fcd::guest::io::BytesSource;

@@ -26,7 +26,7 @@ impl Made {
         for (program, name) in [("firecracker", "Firecracker"), ("jailer", "Jailer")] {
             let path = top.join(format!("{program}-v{version}-x86_64"));
             std::fs::write(&path, format!("#!/bin/sh\necho '{name} {says}'\n")).unwrap();
-            // What an archive says of modes and owners does not count.
+            // Modes and owners in the archive do not count.
             std::fs::set_permissions(&path, PermissionsExt::from_mode(0o666)).unwrap();
         }
         let tarball = self.dir.path().join(format!("{version}.tgz"));

@@ -107,7 +107,7 @@ fn sighup_ignored_at_start_stays_ignored() {
     assert!(process.log().contains("SIGTERM"), "{}", process.log());
 }
 
-/// The same daemon, started by a shell's script.
+/// Makes the command start the daemon from a shell script.
 fn through_shell(command: &mut Command, script: &str) {
     let args: Vec<_> = command.get_args().map(|a| a.to_str().unwrap().to_owned()).collect();
     let dir = Path::new(&args[1]).parent().unwrap();

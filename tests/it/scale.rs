@@ -1,4 +1,4 @@
-//! What a restart of the daemon costs with many VMs: `scripts/bench scale`.
+//! Measures a restart of the daemon with many VMs: `scripts/bench scale`.
 
 use crate::world::*;
 use fcd::api::vm::*;
@@ -9,7 +9,7 @@ use nix::sys::resource::{UsageWho, getrusage};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// So many more processes are on the host, as on one that is used.
+/// Extra processes on the host, as on one that is used.
 const OTHER_PROCESSES: usize = 200;
 const ROUNDS: usize = 5;
 /// VMs that are changed after the restart, evenly spread.

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 const SETUP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/setup");
-/// What the script itself runs.
+/// Programs that the script itself runs.
 const TOOLS: &[&str] = &["apt-cache", "apt-get", "awk", "bash", "cut", "dirname", "dpkg", "env", "head", "sed", "sort", "wc"];
-/// What it looks for, beside the QEMU of the archive.
+/// Programs that it looks for, apart from the archive's QEMU.
 const PRESENT: &[&str] =
     &["cc", "git", "lz4", "make", "mkfs.ext4", "mmdebstrap", "perl", "pkg-config", "setpriv", "ssh", "unshare", "zstd"];
 const OLD: &str = "1:7.2-1";
@@ -106,7 +106,7 @@ impl Lab {
         format!("Size: {}\nSHA256: {}\n", fs::metadata(file).unwrap().len(), &sum[..64])
     }
 
-    /// What sources.list names from now on, with lists that are up to date.
+    /// Sets the contents of sources.list and updates the package lists.
     fn offer(&self, suites: &[&str]) {
         let mut sources = String::new();
         for suite in suites {

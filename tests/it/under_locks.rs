@@ -3,7 +3,7 @@
 
 use crate::layers::{is_test, root, rust_files};
 
-/// What may not be called where a guard is in scope. `log::` is any log macro.
+/// Calls that must not be made where a guard is in scope. `log::` is any log macro.
 const FORBIDDEN: [&str; 1] = ["log::"];
 
 /// A guard in scope: its name, if it has one, and the depth of braces at which its scope ends.

@@ -210,7 +210,7 @@ fn builds_of_one_user_are_limited_and_one_runs_at_a_time() {
     of_bob.hang_up();
     of_root.stage("wait for another build");
     assert_eq!(world.builds.running.load(Ordering::SeqCst), 1);
-    // Whoever hangs up in the middle of a build leaves room as well.
+    // A caller that hangs up in the middle of a build makes room, too.
     first.hang_up();
     of_root.stage("check the host");
     world.builds.are_held.store(false, Ordering::SeqCst);

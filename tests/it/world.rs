@@ -117,7 +117,7 @@ pub struct World {
     pub builds: Arc<Builds>,
     /// What the daemon takes for its driver: the fake, or something around it.
     pub driver: Arc<dyn Driver>,
-    /// What the daemon takes for its guests: the fakes, or something around them.
+    /// The transport that the daemon gets: the fake, or a wrapper around it.
     pub transport: Arc<dyn Transport>,
     /// Of the daemon that is open now.
     pub points: Arc<Points>,

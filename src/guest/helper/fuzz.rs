@@ -6,7 +6,7 @@ use crate::api::exec::Exit;
 /// Longest text of a reply, each of whose bytes may have become an escape.
 const TEXT_SHOWN_BYTES_MAX: usize = 10 * FROM_HELPER_BYTES_MAX;
 
-/// What the daemon reads, and a guest may have written.
+/// Replies: the daemon reads them, and a guest may have written them.
 pub fn replies(message: &[u8]) {
     match Reply::decode(message) {
         Some(Reply::Failed(_, text)) => {
@@ -19,7 +19,7 @@ pub fn replies(message: &[u8]) {
     }
 }
 
-/// What a helper reads. What it takes it could have been sent.
+/// Jobs and orders, as a helper reads them. Anything it accepts must be something that the daemon can send.
 pub fn orders(message: &[u8]) {
     if let Some(job) = Job::decode(message) {
         assert_eq!(job.encode(), message);

@@ -1,4 +1,4 @@
-//! What passes between the daemon and a helper: one message each, a tag and its fields, nothing optional.
+//! The protocol between the daemon and a helper. A message is a tag and its fields; no field is optional.
 //!
 //! The daemon's messages come first, a [`Job`] and then [`Order`]s; the helper answers with [`Reply`]s. Both sides refuse a
 //! message that they do not know, that is cut short or too long, or that goes on after its end. The daemon's side is the
@@ -64,7 +64,7 @@ impl<'a> Passed<'a> {
     }
 }
 
-/// What the daemon says to a helper that has its job.
+/// An order from the daemon to a helper that has its job.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Order {
     Resize(PtySize),
@@ -75,7 +75,7 @@ pub enum Order {
     HangUp,
 }
 
-/// What a helper says.
+/// A message from a helper to the daemon.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
     /// The command runs, or the key was accepted where there is none.

@@ -8,11 +8,11 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 
-/// What one read takes at most.
+/// Most bytes in one read.
 const PIECE_BYTES: usize = 128 * 1024;
 /// Pieces of one stream before everything else is looked at again.
 const PIECES_PER_TURN: usize = 8;
-/// Of a pipe for a bulk stream. A user has at most 64 MiB in pipes above 64 KiB; then it stays smaller.
+/// Size of a pipe for a bulk stream. A user has at most 64 MiB in pipes above 64 KiB; then it stays smaller.
 const PIPE_BYTES: usize = 256 * 1024;
 
 /// How a turn ended.
@@ -46,7 +46,7 @@ pub(super) struct Inward<'a> {
     buffer: Vec<u8>,
     at: usize,
     has_ended: bool,
-    /// What the pipe held when it was looked at last.
+    /// Bytes in the pipe at the last look.
     in_pipe: u64,
 }
 
@@ -58,7 +58,7 @@ impl<'a> Inward<'a> {
     }
 
     /// Whether the source has ended and all that it gave is in the pipe. The pipe stays open: its end means nothing before
-    /// the helper has been told.
+    /// the helper has received `Order::InputEnded`.
     pub fn is_finished(&self) -> bool {
         self.has_ended && self.at == self.buffer.len()
     }

@@ -286,7 +286,7 @@ impl<'w, 'a> Session<'w, 'a> {
         Ok(turn)
     }
 
-    /// What the guest said before its session broke counts, as far as somebody takes it now.
+    /// Delivers the output from before the session broke, as far as the caller takes it now.
     fn deliver_rest(&mut self) {
         for output in &mut self.outputs {
             while output.turn().is_ok_and(|turn| turn.progress || turn.has_more) {}

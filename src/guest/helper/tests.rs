@@ -85,7 +85,7 @@ fn exits_come_back_as_they_are_and_streams_stay_apart() {
 #[test]
 fn a_lost_connection_is_never_an_exit() {
     let (_sshd, target) = ready("");
-    // Of the login shell, whose parent is sshd.
+    // `$PPID` of the login shell is sshd.
     for script in ["kill -9 $PPID; sleep 5", "echo out; exec >&- 2>&-; kill -9 $PPID; exit 0"] {
         let e = run(&target, &spec(script), b"").unwrap_err();
         assert_eq!(e.kind(), Kind::GuestLost, "{e}");

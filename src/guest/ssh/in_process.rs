@@ -1,4 +1,5 @@
-//! What the helper does, in the caller's own process: for `scripts/bench helper`, which compares the two. Never for a guest.
+//! The helper's work done in the caller's own process, for `scripts/bench helper`, which compares the two. It must never
+//! talk to a guest.
 
 use super::{Identity, LogInError, Pump, log_in, start};
 use crate::api::exec::Exit;

@@ -12,7 +12,7 @@ const KEX: &str = "curve25519-sha256,curve25519-sha256@libssh.org,ecdh-sha2-nist
 const CIPHERS: &str = "chacha20-poly1305@openssh.com,aes128-gcm@openssh.com,aes256-gcm@openssh.com,aes128-ctr,aes256-ctr";
 /// Ours is of the first kind; the others only so that a changed key is seen as one.
 const HOST_KEYS: &str = "ssh-ed25519,ecdsa-sha2-nistp256,rsa-sha2-512,rsa-sha2-256";
-/// What a server may send until a command runs. It needs a few KiB; what is more is a flood, of which libssh2 keeps a part.
+/// Most bytes from a server until a command runs. It needs a few KiB; more is a flood, of which libssh2 keeps a part.
 const LOGIN_BYTES_MAX: u64 = 1024 * 1024;
 
 /// Who logs in, and to whom.

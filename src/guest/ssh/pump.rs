@@ -112,7 +112,7 @@ impl<'w, 'a> Pump<'w, 'a> {
         })?;
         self.shared.flush();
         let Some(turn) = turn else { return self.finish().map(Some) };
-        // What is not read cannot answer.
+        // While nothing is read from the server, no sign of life can arrive either.
         let next = if self.flood.is_held { Instant::now() + KEEPALIVE_INTERVAL } else { self.keepalive.check(&self.shared)? };
         let next = self.leaving.map(Leaving::until).filter(|end| *end > Instant::now()).map_or(next, |end| end.min(next));
         self.poll(if turn == Turn::More { Instant::now() } else { next })?;
@@ -222,18 +222,18 @@ impl<'w, 'a> Pump<'w, 'a> {
 /// answers requests that nobody wants; both grow with what has come since the last byte of a stream moved.
 #[derive(Default)]
 struct Flood {
-    /// What had come when a stream moved last.
+    /// Bytes received when a stream last moved.
     at_progress: u64,
     since: Option<Instant>,
     /// Nothing more is read, until the caller takes what has come for it.
     is_held: bool,
 }
 
-/// What a server may send that moves no stream. A command needs little of it: answers, wider windows, new keys.
+/// Most bytes from a server that move no stream. A command needs little of it: answers, wider windows, new keys.
 const FLOOD_BYTES_MAX: u64 = 1024 * 1024;
 /// With so much of it the rest is held back, where the caller has yet to take what came before. Well above a full window.
 const HELD_BYTES: u64 = 4 * WINDOW_BYTES as u64;
-/// What a quiet command's server may say on top, for days: it may ask for a sign of life, too.
+/// Allowance per second for a quiet command's server, which may ask for signs of life for days.
 const QUIET_BYTES_PER_S: u64 = 4 * 1024;
 
 impl Flood {

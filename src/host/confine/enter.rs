@@ -5,7 +5,7 @@ use super::{ARGUMENT, Owner};
 use std::ffi::OsString;
 use std::io;
 
-/// What a helper may use and do.
+/// The limits and rights of a helper.
 #[derive(Clone, Copy, Debug)]
 pub struct Profile {
     /// Address space beyond what the program has when it starts.
@@ -20,7 +20,7 @@ pub struct Profile {
     pub calls: &'static [Call],
 }
 
-/// What the parent asked of this process.
+/// The parent's request to this process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Asked {
     pub name: String,
@@ -161,7 +161,7 @@ struct Ruleset {
 }
 
 const LANDLOCK_CREATE_RULESET_VERSION: libc::c_uint = 1;
-/// What each version of the interface can deny (linux/landlock.h): the file accesses up to `make_sym`, then `refer`,
+/// The accesses that each version of the interface can deny (linux/landlock.h): the file accesses up to `make_sym`, then `refer`,
 /// `truncate`, TCP, `ioctl_dev`, and the scopes.
 const fn deniable(version: libc::c_long, has_network: bool) -> Ruleset {
     let fs_bits = match version {

@@ -31,7 +31,7 @@ const FCNTL: Allowed = ArgumentIn(
     &[libc::F_GETFD as u64, libc::F_SETFD as u64, libc::F_GETFL as u64, libc::F_SETFL as u64, libc::F_DUPFD_CLOEXEC as u64],
 );
 
-/// What every helper needs: memory, time, randomness, waiting, and its descriptors. It opens nothing and makes no socket.
+/// The calls that every helper needs: memory, time, randomness, waiting, and its descriptors. It opens nothing and makes no socket.
 pub const BASE: &[Call] = &[
     Call(libc::SYS_read, Always),
     Call(libc::SYS_readv, Always),

@@ -154,7 +154,7 @@ fn second_installation_is_refused_before_anything_is_made() {
         assert!(hints.iter().all(|hint| e.hint_text().unwrap().contains(hint)), "{shown}: {:?}", e.hint_text());
         assert_eq!(lab.host.sh(all), before, "{shown}: something was made");
     }
-    // A route to more than the subnet, such as a VPN's, is no conflict.
+    // A route to more than the subnet, such as a VPN's, is not a conflict.
     lab.host.sh("ip link add vpn type bridge; ip link set vpn up; ip route add 10.88.0.0/14 dev vpn");
     second(named("fcbr1", "10.90.0.0/24")).unwrap();
     // Ours is there: a route into it that somebody adds refuses no restart.

@@ -219,7 +219,7 @@ impl<'a> LoadSnapshot<'a> {
     }
 }
 
-/// What a snapshot writes of the guest's memory.
+/// The part of the guest's memory that a snapshot writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum SnapshotType {
     /// All of it, while the guest is paused.

@@ -16,7 +16,7 @@ const VERSION_TESTED: (u32, u32) = (1, 16);
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 /// How much of a version goes into a text.
 const VERSION_CHARS_MAX: usize = 20;
-/// What the two programs call themselves.
+/// The names by which the two programs report their version.
 const FIRECRACKER: &str = "Firecracker";
 const JAILER: &str = "Jailer";
 pub const INSTALL: &str =
@@ -122,7 +122,7 @@ pub fn is_since(version: &str, since: (u32, u32)) -> bool {
     parse_numbers(version).is_some_and(|v| v >= since)
 }
 
-/// Of a program that is not there, the hint says where to get it.
+/// Adds to the error of a missing program where to get it.
 pub fn install_if_missing(e: Error) -> Error {
     if e.kind() == Kind::CommandMissing { e.hint(INSTALL) } else { e }
 }

@@ -133,7 +133,7 @@ mod tests {
     use crate::vmm::firecracker::incoming::{HEAD_BYTES_MAX, HEADERS_MAX};
     use std::time::{Duration, Instant};
 
-    /// What comes of a server that answers each request with a piece, and then hangs up.
+    /// The result of talking to a server that answers each request with a piece, and then hangs up.
     fn ask(pieces: &[&[u8]]) -> Result<Vec<Answer>> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();

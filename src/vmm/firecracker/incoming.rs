@@ -1,5 +1,4 @@
-//! What comes from Firecracker's API server: HTTP/1.1 answers, found and parsed without any I/O, so that they can be
-//! fuzzed.
+//! Finds and parses the HTTP/1.1 answers of Firecracker's API server without any I/O, so that this can be fuzzed.
 //!
 //! The other side is a process that a guest may have taken over. Whatever it sends, this keeps at most one answer.
 

@@ -40,7 +40,7 @@ fn errno(said: &str) -> Option<i32> {
     rest[..rest.find(|c: char| !c.is_ascii_digit())?].parse().ok()
 }
 
-/// What a message is recognised by.
+/// The way a message is recognised.
 enum Sign {
     /// A part of Firecracker's own text.
     Text(&'static str),

@@ -56,7 +56,7 @@ fn binary(config: &Qemu) -> Check {
     }
 }
 
-/// What to do about a closed directory that QEMU is in.
+/// The hint for a QEMU below a closed directory.
 pub(super) fn binary_fix(closed: &dyn std::fmt::Display) -> String {
     format!("name another QEMU (binary under [qemu]), or let every user enter this directory: chmod o+x {closed}")
 }

@@ -1,4 +1,4 @@
-//! What comes from QEMU's monitor: lines of JSON, found and parsed without any I/O, so that they can be fuzzed.
+//! Finds and parses the JSON lines of QEMU's monitor without any I/O, so that this can be fuzzed.
 //!
 //! The other side is a process that a guest may have taken over. Whatever it sends, this keeps at most one line and
 //! parses at most [`LINE_BYTES_MAX`] bytes at once.
@@ -101,7 +101,7 @@ impl Budget {
         Self { lines: LINES_MAX, since: now }
     }
 
-    /// For one more line; false when there were too many.
+    /// Counts one more line; false when there were too many.
     pub fn spend(&mut self, now: Instant) -> bool {
         let seconds = now.saturating_duration_since(self.since).as_secs();
         if seconds > 0 {

@@ -1,4 +1,4 @@
-//! What the caller's configuration says, and what of it the guest gets.
+//! The caller's git configuration, and the part of it that the guest gets.
 
 use crate::workspace::plan::CallerEnv;
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,7 +24,7 @@ const CARRIED: &[&str] = &[
 /// Longest name of a remote, and longest filter, that is passed on.
 const WORD_BYTES_MAX: usize = 64;
 
-/// What of a remote is looked at.
+/// The settings of a remote that count.
 #[derive(Debug, Default)]
 struct Remote {
     promisor: bool,
@@ -42,7 +42,7 @@ const IDENTITY: &[(&str, &str)] = &[
     ("committer.email", "GIT_COMMITTER_EMAIL"),
 ];
 
-/// What the caller's configuration says.
+/// The caller's git configuration.
 #[derive(Debug, Default)]
 pub(in crate::workspace) struct Config {
     /// `user.name`, `author.email` and so on: who commits in the guest.

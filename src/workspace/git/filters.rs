@@ -1,6 +1,6 @@
 //! Files under a `filter` attribute: git-lfs, git-crypt, nbstripout and the like. What git stores of them is not what
 //! is in the tree, and only their filter can tell one from the other. No filter ever runs here, so whether such a file
-//! is unchanged is told from what the index recorded of it, and its content is never compared.
+//! is unchanged follows from what the index recorded of it, and its content is never compared.
 
 use super::Git;
 use crate::error::{Error, Kind, Result};
@@ -17,7 +17,7 @@ pub(in crate::workspace) struct Filtered {
     pub unchanged: Vec<Vec<u8>>,
 }
 
-/// What the index recorded of a file when it was last the same as its entry. 32 bits of each.
+/// The index's record of a file when it last equalled its entry, 32 bits of each field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Recorded {
     seconds: u32,

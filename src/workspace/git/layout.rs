@@ -1,4 +1,4 @@
-//! Which directories a repository consists of, and whether they belong to the tree.
+//! Finds the directories that a repository consists of and checks that they belong to the tree.
 //!
 //! A hostile tree can name any repository of the caller's as its own: by a link, by a `.git` or
 //! `commondir` file, or as an alternate. Everything that git would read has to lie below the top of the
@@ -32,7 +32,7 @@ pub(super) struct Layout {
     pub top: PathBuf,
     /// `top/.git`, or what it leads to.
     pub git_dir: PathBuf,
-    /// What the worktrees of a repository share: objects and refs.
+    /// The directory that the worktrees of a repository share: objects and refs.
     pub common: PathBuf,
 }
 
@@ -154,7 +154,7 @@ impl Layout {
     }
 }
 
-/// What the directories of objects and refs looked like.
+/// The state of the directories of objects and refs at one moment.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Store {
     stamps: BTreeMap<PathBuf, Stamp>,

@@ -37,7 +37,7 @@ enum Place {
     NewName,
 }
 
-/// What the current file's `diff --git` said.
+/// The current file's `diff --git` line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Section {
     /// A hash of the whole line.

@@ -2,7 +2,7 @@
 set -eu
 umask 022
 export LC_ALL=C GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_OPTIONAL_LOCKS=0 GIT_TERMINAL_PROMPT=0
-# What a partial clone lacks is not fetched for us.
+# Never fetch what a partial clone lacks.
 export GIT_NO_LAZY_FETCH=1 GIT_ALLOW_PROTOCOL=none
 unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_ALTERNATE_OBJECT_DIRECTORIES
 W=$1
@@ -67,7 +67,7 @@ apart() {
   sed -z -n 's/^- [^ ]* \(.*\)$/\1\/.git/p' "$S/submodules" |
     find -files0-from - -maxdepth 0 -printf '%h\0' 2>/dev/null || :
 }
-# Of these places, the ones in which the guest has something of its own. A clean checkout of the commit is nothing.
+# Keeps the places in which the guest has something of its own. A clean checkout of the commit is nothing.
 strayed() {
   [ -f "$S/submodules" ] || return 0
   apart | sort -z >"$1/apart.now"
@@ -119,7 +119,7 @@ forced() {
     u ls-files -z -c -i --exclude-standard 2>/dev/null || :
   ) | find -files0-from - -maxdepth 0 \( -type f -o -type l \) -print0 2>/dev/null || :
 }
-# The same for repositories that the guest has made: reads their paths, each with a slash at its end.
+# Lists tracked files of repositories that the guest has made: reads their paths, each with a slash at its end.
 tracked_inside() {
   # shellcheck disable=SC2016 # the inner shell expands it
   xargs -0 -r -n 1 sh -c '
@@ -152,7 +152,7 @@ recall() {
 # shellcheck disable=SC2086 # $store is several words
 # Brings the index $1, a copy of the baseline's, to what is there now. $2: a directory for lists. Files of repositories
 # that the guest has made are files of the tree. What cannot be part of the tree is in $2/left: a letter, a blank and a
-# path; r: the .git of a repository, s: a place of the host's, n: a name that git refuses.
+# path; r: the .git of a repository, s: a place that the host has, n: a name that git refuses.
 snapshot() {
   GIT_INDEX_FILE=$1
   export GIT_INDEX_FILE

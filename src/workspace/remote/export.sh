@@ -15,7 +15,7 @@ export GIT_OBJECT_DIRECTORY="$tmp/objects" GIT_ALTERNATE_OBJECT_DIRECTORIES="$P/
 cp -p "$S/index" "$tmp/index"
 snapshot "$tmp/index" "$tmp"
 base=$(cat "$S/baseline")
-# What cannot come back goes first. A list that is too long is cut.
+# The list of what cannot come back goes first. A list that is too long is cut.
 head -c 262144 "$tmp/left" >"$tmp/left.cut"
 printf 'fcd-export 1 %s %s\n' "$(tr -cd '\0' <"$tmp/left" | wc -c)" "$(wc -c <"$tmp/left.cut")"
 cat "$tmp/left.cut"

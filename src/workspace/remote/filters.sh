@@ -1,4 +1,4 @@
-# Filters do not run in the guest: they need programs and keys of the host's. In their place comes a program of ours,
+# Filters do not run in the guest: they need the host's programs and keys. In their place comes a program of ours,
 # which knows what git stores of each file that the host had unchanged; of anything else it lets git store nothing.
 programs() {
   cat >.git/fcd/clean <<'END'
@@ -56,7 +56,7 @@ END
     chmod 755 .git/hooks/pre-commit
   fi
 }
-# For each name in the file $1: the clean program $2, for all $3 a smudge program.
+# Sets, for each name in the file $1, the clean program $2, for all $3 a smudge program.
 configure() {
   # shellcheck disable=SC2016 # the inner shell expands it
   xargs -0 -r -n 1 env clean="$2" smudge="$3" sh -c '

@@ -50,7 +50,7 @@ fn assert_not_stored(site: &Site, content: &str) {
 }
 
 #[test]
-fn filtered_files_are_told_and_show_no_difference_in_the_guest() {
+fn filtered_files_are_reported_and_show_no_difference_in_the_guest() {
     let (site, canary) = filtered();
     let mut plan = site.plan().unwrap();
     let text = plan.warnings().join("\n");
@@ -118,7 +118,7 @@ fn other_work_can_be_committed_while_a_filtered_file_is_changed() {
     site.git_guest(&["commit", "-q", "-m", "work"]);
     assert_eq!(site.git_guest(&["show", "--stat", "--format=", "HEAD"]).lines().count(), 2);
     assert_not_stored(&site, "PLAINTEXT\n");
-    // What was sent comes back from another branch, not what git stores of it.
+    // A checkout of another branch restores the content that was sent, not what git stores of it.
     let sent = std::fs::read(site.path("secret/key")).unwrap();
     site.git_guest(&["checkout", "-q", "--", "secret/key"]);
     assert_eq!(std::fs::read(site.guest().join("secret/key")).unwrap(), sent);

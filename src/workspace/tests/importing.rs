@@ -424,7 +424,7 @@ fn a_repository_of_somebody_else_needs_the_callers_word() {
 fn unreadable_files_are_named_and_nothing_is_sent() {
     if nix::unistd::geteuid().is_root() {
         let name = "workspace::tests::importing::unreadable_files_are_named_and_nothing_is_sent";
-        // By its descriptor: nobody may not be able to enter the directories on the way to it, nor to TMPDIR.
+        // Run by descriptor, because `nobody` may be unable to enter the directories above it, or TMPDIR.
         let me = std::fs::File::open("/proc/self/exe").unwrap();
         let program = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&me));
         let mut c =

@@ -1,4 +1,4 @@
-//! What cannot be part of a patch or a tree is named; everything else comes back.
+//! Exports name what cannot be part of a patch or a tree; everything else comes back.
 
 use super::*;
 use std::os::unix::fs::symlink;
@@ -43,7 +43,7 @@ fn repository_made_in_the_guest_comes_back_and_its_history_is_named() {
         assert_eq!(site.left(), ["Repository svc/.git"]);
         assert!(site.export_patch().unwrap().1 == 2);
         assert_files_come_back(&site);
-        // By now the host has its files, and still not its history.
+        // The host has its files by now, but not its history.
         site.prepare();
         assert_eq!(site.left(), ["Repository svc/.git"]);
         site.write_guest("svc/main.go", "more work\n");

@@ -170,7 +170,7 @@ impl Site {
         assert_eq!(left.total, left.named.len() as u64);
         Ok((rest.to_vec(), left.named))
     }
-    /// What an export of a patch names, and the same of one of a tree.
+    /// The names that a patch export and a tree export report as left behind.
     #[track_caller]
     fn left(&self) -> Vec<String> {
         let named = [remote::export_patch_command(&self.place), remote::export_tree_command(&self.place)].map(|command| {

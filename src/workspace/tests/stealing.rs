@@ -99,7 +99,7 @@ fn commondir_of_another_repository_is_refused() {
     for absolute in [true, false] {
         let heist = Heist::bare();
         let main = heist.private(".git").display().to_string();
-        // So many steps up lead to the root from anywhere.
+        // This many steps up reach the root from anywhere.
         let up = if absolute { String::new() } else { "..".to_owned() + &"/..".repeat(30) };
         heist.site.write(".git/commondir", format!("{up}{main}\n"));
         heist.site.write(".git/HEAD", "ref: refs/heads/trunk\n");
@@ -156,7 +156,7 @@ fn links_deep_in_objects_and_refs_are_refused() {
     let heist = Heist::new();
     heist.link(".git/refs/heads/trunk", heist.private(".git/refs/heads/trunk"));
     heist.refused("refs/heads/trunk");
-    // By a link within the tree that leads on.
+    // Through a link within the tree that leads elsewhere.
     let heist = Heist::new();
     heist.link("store", heist.private(".git/objects"));
     heist.link(".git/objects", heist.site.path("store"));
@@ -185,7 +185,7 @@ fn alternate_of_another_repository_is_refused() {
     check(&|h| format!("..{}{}\n", "/..".repeat(30), objects(h)));
     check(&|h| format!("\"{}\"\n", objects(h)));
     check(&|h| format!("\"{}\"\n", objects(h).replacen('t', "\\164", 1)));
-    // What git makes of a quoted path with something behind it.
+    // A quoted path with something behind it, as git reads it.
     check(&|h| format!("\"/not/there\"x{}\n", objects(h)));
     check(&|h| format!("\"{}\"x\n", objects(h)));
 }
@@ -420,7 +420,7 @@ fn alternate_of_an_allowed_store_has_to_be_allowed_too() {
     let e = Plan::inspect(&heist.site.host(), &options(&[&objects]), &cancel()).err().unwrap();
     assert!(e.to_string().contains(&third.host().display().to_string()), "{e}");
     Plan::inspect(&heist.site.host(), &options(&[&objects, &third.host()]), &cancel()).unwrap();
-    // What is allowed is no way on to elsewhere.
+    // An allowed path does not open the way to others.
     std::fs::remove_file(&list).unwrap();
     std::fs::remove_dir_all(objects.join("pack")).unwrap();
     symlink(third.path(".git/objects/pack"), objects.join("pack")).unwrap();
@@ -444,7 +444,7 @@ fn alternate_of_another_owner_is_refused_without_the_flag() {
 
 #[test]
 fn worktree_of_a_nested_kind_is_sent() {
-    // Of a repository inside the tree, of a submodule, with relative paths, within the main work tree.
+    // Worktrees of a repository inside the tree, of a submodule, with relative paths, and within the main work tree.
     let site = Site::committed();
     site.git(&["worktree", "add", "-q", "-b", "inner", "inner/tree"]);
     let inner = site.path("inner/tree");

@@ -22,7 +22,7 @@ fn set(path: &Path, (seconds, nanoseconds): (i64, i64)) {
     rustix::fs::utimensat(rustix::fs::CWD, path, &times, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).unwrap();
 }
 
-/// Of every file, link and directory but git's own.
+/// The times of every file, link and directory except git's own.
 fn times(root: &Path, dirs: bool) -> BTreeMap<PathBuf, (i64, i64)> {
     let mut out = BTreeMap::new();
     let mut pending = vec![root.to_owned()];

@@ -280,15 +280,15 @@ impl<'a> TarReader<'a> {
     }
 }
 
-/// What comes ahead of a header and counts more than it.
+/// Records ahead of a header, which override it.
 #[derive(Default)]
 struct Records {
     path: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
     mtime: Option<Mtime>,
-    /// Of the data, where it does not fit into the header.
+    /// Size of the data if it does not fit into the header.
     size: Option<u64>,
-    /// Of a sparse file.
+    /// Real size of a sparse file.
     real_size: Option<u64>,
 }
 

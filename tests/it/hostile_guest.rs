@@ -5,7 +5,7 @@ use fcd::api::exec::{ExecStart, ExecStartRequest, Exit};
 use fcd::api::op::{OpList, OpListRequest};
 use fcd::error::{Kind, Result};
 use fcd::guest::fake::{Answer, FakeTransport};
-use fcd::guest::{ExecSpec, SshTransport, Streams, Target, Transport};
+use fcd::guest::{ExecSpec, SshTransport, Streams, Target, Transport, command_bytes};
 use fcd::host::confine;
 use fcd::locks::Cancel;
 use ssh_key::{Algorithm, LineEnding, PrivateKey, rand_core::OsRng};
@@ -146,9 +146,12 @@ impl Transport for OneHostile {
 fn world(guest: &HostileGuest) -> World {
     let mut world = World::with(|config| config.limits.stop_timeout_s = 2);
     let (_, addr) = world.running("evil");
-    world.guest.on("exec", |_| Answer::status(0));
+    // Exactly this command: a shutdown is an `exec`, too, and must end its guest.
+    let harmless = command_bytes(&[b"true".to_vec()], &[], None).unwrap();
+    world.guest.on(&String::from_utf8(harmless).unwrap(), |_| Answer::status(0));
     world.running("web");
-    world.create("db");
+    let db = world.create("db");
+    world.place(&db.id);
     world.transport = Arc::new(OneHostile { others: world.guest.clone(), addr, hostile: guest.target.clone() });
     world.reopen();
     world.daemon().reconcile();

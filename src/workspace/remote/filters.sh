@@ -76,8 +76,18 @@ set_filters() {
   : >>"$M/filtered"
   comm -z -12 "$M/filtered" "$M/put" >"$M/known"
   oids() { xargs -0 -r git "$@" --literal-pathspecs ls-files -s -z -- <"$M/known" | sed -z 's/^[0-9]* \([0-9a-f]*\) .*/\1/'; }
-  (GIT_INDEX_FILE=$new && oids --git-dir="$P" --work-tree="$W") >"$M/known.raw"
+  # What git stores of a file may be missing, as in a partial clone. Then there is nothing that the filter could give.
   oids -c safe.directory='*' >"$M/known.clean"
+  # Asked with the configuration of the private repository, which has no remote: git with a promisor stops at the first
+  # object that it cannot fetch.
+  tr '\0' '\n' <"$M/known.clean" | GIT_OBJECT_DIRECTORY=.git/objects g cat-file --batch-check='%(objectname)' |
+    sed -n 's/^\(.*\) missing$/^\1 /p' >"$M/known.missing"
+  if [ -s "$M/known.missing" ]; then
+    paste -z -d ' ' "$M/known.clean" "$M/known" | grep -z -v -f "$M/known.missing" | sed -z 's/^[^ ]* //' >"$M/known.new" || :
+    mv "$M/known.new" "$M/known"
+    oids -c safe.directory='*' >"$M/known.clean"
+  fi
+  (GIT_INDEX_FILE=$new && oids --git-dir="$P" --work-tree="$W") >"$M/known.raw"
   paste -z -d ' ' "$M/known.raw" "$M/known.clean" | tr '\0' '\n' | sort -u >.git/fcd/clean.table
   # These are known to be the same, so that their times can go into the index without a look at them.
   configure "$M/filters" 'git cat-file blob :0:%f' cat

@@ -4,8 +4,8 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 const RESOLVE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 /// The kernel answers EAGAIN when something was renamed meanwhile (openat2(2)); it has to be asked again.
@@ -26,18 +26,6 @@ impl Beneath {
 
     pub fn new(root: OwnedFd) -> Self {
         Self { root, cached: None }
-    }
-
-    /// A path that leads to the root from any process of the caller's, wherever it is renamed to.
-    pub fn by_descriptor(&self) -> PathBuf {
-        PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.root.as_raw_fd()))
-    }
-
-    /// Whether `path` leads to the root.
-    pub fn is_at(&self, path: &Path) -> bool {
-        let is_same =
-            |there: Stat| rustix::fs::fstat(&self.root).is_ok_and(|s| (s.st_dev, s.st_ino) == (there.st_dev, there.st_ino));
-        rustix::fs::stat(path).is_ok_and(is_same)
     }
 
     /// `path` is relative; empty is the root itself.

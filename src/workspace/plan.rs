@@ -217,6 +217,11 @@ impl Plan {
     fn of_plain(root: &Path, cancel: &Cancel) -> Result<Self> {
         let mut walk = Walk::new(open_root(root)?, cancel);
         walk.everything()?;
+        // There was none a moment ago. As a repository it would have been checked.
+        if walk.entries.iter().any(|entry| entry.path == b".git" || entry.path.starts_with(b".git/")) {
+            return Err(Error::new(Kind::Conflict, format!("{} became a repository while it was read", root.display()))
+                .hint("wait until nothing writes to it any more, then run the command again"));
+        }
         let mut plan = Self {
             kind: TreeKind::Plain,
             root: root.to_owned(),

@@ -1,12 +1,13 @@
 //! How much of the history goes along, and the pack that holds it.
 
+use super::layout::CheckedStores;
 use super::{Git, parse};
 use crate::error::{Error, Kind, Result};
-use crate::workspace::beneath::Beneath;
 use crate::workspace::plan::History;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
-use std::path::Path;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// How often a pack is made again because the repository changed meanwhile.
@@ -149,7 +150,7 @@ impl Git {
 /// Makes the pack: the history and `blobs`. None where there is nothing to pack. It is written below `dir`.
 ///
 /// Somebody may change the repository while git reads it, and change it back: objects of another repository
-/// could get into the pack. So the store is looked at before and after, and it is given to git by a
+/// could get into the pack. So each store is looked through by a descriptor before and after, and git reads by that same
 /// descriptor, which no renaming above it reaches.
 pub(in crate::workspace) fn pack(
     git: &Git,
@@ -159,13 +160,11 @@ pub(in crate::workspace) fn pack(
     partial: bool,
     dir: &Path,
 ) -> Result<Option<Pack>> {
-    let objects = git.common_dir().join("objects");
-    for _ in 0..PACK_TRIES {
-        let store = Beneath::open(&objects).map_err(|e| Error::io(format!("open {}", objects.display()), e))?;
+    for tried in 0..PACK_TRIES {
         let before = git.layout.check(&git.allowed)?;
         let fresh = before.is_fresh();
-        let packed = pack_once(git, head, history, blobs, partial, (&store, dir));
-        if !fresh && store.is_at(&objects) && git.layout.check(&git.allowed)? == before {
+        let packed = pack_once(git, head, history, blobs, partial, (&before, &dir.join(tried.to_string())));
+        if !fresh && git.layout.check(&git.allowed)?.is_as(&before) {
             return packed;
         }
     }
@@ -179,7 +178,7 @@ fn pack_once(
     history: &History1,
     blobs: &HashSet<String>,
     partial: bool,
-    (store, dir): (&Beneath, &Path),
+    (store, dir): (&CheckedStores, &Path),
 ) -> Result<Option<Pack>> {
     let wanted: Vec<&str> =
         head.into_iter().chain(history.tags.iter().map(|tag| tag.oid.as_str())).chain(blobs.iter().map(String::as_str)).collect();
@@ -200,6 +199,13 @@ fn pack_once(
     let args = ["-c", "pack.packSizeLimit=0", "-c", "pack.writeReverseIndex=false", "pack-objects"];
     let options = ["--delta-base-offset", "-q"];
     let base = dir.join("pack");
+    let mut alternates = std::ffi::OsString::new();
+    for (n, store) in store.stores().enumerate() {
+        let view = dir.join(format!("store-{n}"));
+        view_of(store, &view).map_err(|e| Error::io(format!("make {}", view.display()), e))?;
+        alternates.push(if n == 0 { "" } else { ":" });
+        alternates.push(alternate(&view));
+    }
     let command = git
         .command(&args)
         .args(walk)
@@ -207,7 +213,7 @@ fn pack_once(
         .arg(&base)
         // git writes its temporary file into the object directory: not into the caller's.
         .env("GIT_OBJECT_DIRECTORY", &objects)
-        .env("GIT_ALTERNATE_OBJECT_DIRECTORIES", alternate(&store.by_descriptor()))
+        .env("GIT_ALTERNATE_OBJECT_DIRECTORIES", alternates)
         .stdin(input)
         .deadline(PACK_DEADLINE);
     let (_, hash) = git.ask_status(&command, &[0]).map_err(|e| e.context("pack the history"))?;
@@ -221,6 +227,22 @@ fn pack_once(
         File::open(&path).map_err(|e| Error::io(format!("open {}", path.display()), e))
     };
     Ok(Some(Pack { pack: open("pack")?, idx: open("idx")?, name }))
+}
+
+/// Makes a directory through which git reads an object store by its descriptor. git resolves the path of a store to one
+/// without links (`link_alt_odb_entry` in its object-file.c), so `/proc/PID/fd/N` alone would become the path that
+/// somebody may swap; what lies in a store it opens as it is. `info` is left out: the alternates it names have views.
+fn view_of(store: &OwnedFd, at: &Path) -> std::io::Result<()> {
+    std::fs::create_dir(at)?;
+    let target = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), store.as_raw_fd()));
+    for item in std::fs::read_dir(&target)? {
+        let name = item?.file_name();
+        let bytes = std::os::unix::ffi::OsStrExt::as_bytes(name.as_os_str());
+        if bytes == b"pack" || (bytes.len() == 2 && bytes.iter().all(u8::is_ascii_hexdigit)) {
+            std::os::unix::fs::symlink(target.join(&name), at.join(&name))?;
+        }
+    }
+    Ok(())
 }
 
 /// A path as git reads it from a list that is separated by colons.

@@ -7,18 +7,23 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::host::shell::quote;
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
+use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Most bytes of a file that names a path. git reads no longer `.git` file.
 const POINTER_BYTES_MAX: u64 = 1024 * 1024;
 /// Coarsest clock that a kernel takes the time of a change from.
 const CLOCK_TICK: Duration = Duration::from_millis(10);
+/// The kernel answers EAGAIN when something was renamed meanwhile (openat2(2)); it has to be asked again.
+const OPEN_TRIES: usize = 64;
 /// Links that may follow each other, as in the kernel.
 const LINKS_MAX: usize = 40;
 /// Entries of a git directory that no git of ours reads: they may lead anywhere.
@@ -143,21 +148,33 @@ impl Layout {
 
     /// Looks through all that git would read and refuses what leads out of the repository. `allowed` has
     /// no link in it. Two stores that look the same were not changed in between.
-    pub fn check(&self, allowed: &[PathBuf]) -> Result<Store> {
+    pub fn check(&self, allowed: &[PathBuf]) -> Result<CheckedStores> {
         let own = BTreeSet::from([self.top.clone(), self.git_dir.clone(), self.common.clone()]);
-        let mut check = Check { own, allowed, seen: BTreeMap::new(), pending: Vec::new() };
+        let mut check = Check { own, allowed, seen: BTreeMap::new(), ways: BTreeMap::new() };
+        // First of all, so that it is this descriptor's tree that is looked through.
+        let path = check.link(&self.common.join("objects"), true)?;
+        let objects = Dir { fd: Rc::new(open_exactly(&path).map_err(|e| unreadable(&path, e))?), path };
+        check.walk(objects.clone(), true)?;
         for dir in BTreeSet::from([&self.git_dir, &self.common]) {
             check.first_level(dir)?;
         }
-        check.alternates(&self.common.join("objects"), &mut BTreeSet::new())?;
-        Ok(Store { stamps: check.seen })
+        let mut stores = BTreeMap::new();
+        check.alternates(&objects, &mut stores)?;
+        let own = stores.remove(&objects.path);
+        let stores = own.into_iter().chain(stores.into_values()).collect();
+        Ok(CheckedStores { stamps: check.seen, ways: check.ways, stores })
     }
 }
 
 /// The state of the directories of objects and refs at one moment.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Store {
+///
+/// Everything in it was looked at by descriptor, from each store on. A path could lead somewhere else at each look, since
+/// somebody may rename the directories above it.
+#[derive(Debug)]
+pub(super) struct CheckedStores {
     stamps: BTreeMap<PathBuf, Stamp>,
+    ways: BTreeMap<PathBuf, Stamp>,
+    stores: Vec<Rc<OwnedFd>>,
 }
 
 /// A change of a directory cannot be undone without a trace in this: nobody sets a ctime.
@@ -169,13 +186,23 @@ struct Stamp {
 }
 
 impl Stamp {
-    fn of(path: &Path) -> Result<Self> {
-        let meta = path.metadata().map_err(|e| unreadable(path, e))?;
-        Ok(Self { dev: meta.dev(), ino: meta.ino(), changed: (meta.ctime(), meta.ctime_nsec()) })
+    fn of(fd: impl AsFd, path: &Path) -> Result<Self> {
+        let stat = rustix::fs::fstat(fd).map_err(|e| unreadable(path, e.into()))?;
+        Ok(Self { dev: stat.st_dev, ino: stat.st_ino, changed: (stat.st_ctime, stat.st_ctime_nsec as i64) })
     }
 }
 
-impl Store {
+impl CheckedStores {
+    /// The directories of objects that were looked through: the repository's own, then its alternates'.
+    pub fn stores(&self) -> impl Iterator<Item = &OwnedFd> {
+        self.stores.iter().map(|fd| &**fd)
+    }
+
+    /// True if nothing changed between the two looks.
+    pub fn is_as(&self, other: &CheckedStores) -> bool {
+        self.stamps == other.stamps && self.ways == other.ways
+    }
+
     /// Whether a change within the last tick of the clock may look like none.
     pub fn is_fresh(&self) -> bool {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -184,16 +211,50 @@ impl Store {
             let at = Duration::new(u64::try_from(s).unwrap_or(0), u32::try_from(ns).unwrap_or(0));
             now.saturating_sub(at)
         };
-        self.stamps.values().any(|stamp| age(stamp) < CLOCK_TICK)
+        self.stamps.values().chain(self.ways.values()).any(|stamp| age(stamp) < CLOCK_TICK)
     }
+}
+
+/// An open directory and the path by which it was found.
+#[derive(Clone)]
+struct Dir {
+    path: PathBuf,
+    fd: Rc<OwnedFd>,
+}
+
+impl Dir {
+    fn entries(&self) -> std::io::Result<std::fs::ReadDir> {
+        std::fs::read_dir(format!("/proc/self/fd/{}", self.fd.as_raw_fd()))
+    }
+
+    fn open_dir(&self, name: &OsStr) -> std::io::Result<Dir> {
+        let flags = DIR_FLAGS.union(OFlags::NOFOLLOW);
+        let fd = rustix::fs::openat(&self.fd, name, flags, Mode::empty())?;
+        Ok(Dir { path: self.path.join(name), fd: Rc::new(fd) })
+    }
+}
+
+const DIR_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
+/// Opens a directory at a path that has no link in it: what a link leads to by now is not what was looked at.
+fn open_exactly(path: &Path) -> std::io::Result<OwnedFd> {
+    let resolve = ResolveFlags::NO_SYMLINKS.union(ResolveFlags::NO_MAGICLINKS);
+    for _ in 0..OPEN_TRIES {
+        match rustix::fs::openat2(rustix::fs::CWD, path, DIR_FLAGS, Mode::empty(), resolve) {
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            other => return Ok(other?),
+        }
+    }
+    Err(Errno::AGAIN.into())
 }
 
 struct Check<'a> {
     own: BTreeSet<PathBuf>,
     allowed: &'a [PathBuf],
-    /// Directories that were looked through.
+    /// Directories that were looked through, and lists of alternates.
     seen: BTreeMap<PathBuf, Stamp>,
-    pending: Vec<PathBuf>,
+    /// Directories on the way to what links and alternates name.
+    ways: BTreeMap<PathBuf, Stamp>,
 }
 
 impl Check<'_> {
@@ -217,63 +278,120 @@ impl Check<'_> {
     /// A link, which has to stay inside. Links of an object store may also lead to what is allowed.
     fn link(&self, path: &Path, of_objects: bool) -> Result<PathBuf> {
         let target = real(path).map_err(|e| refusal(format!("follow {}", path.display()), e))?;
+        self.require_known(path, &target, of_objects)?;
+        Ok(target)
+    }
+
+    /// Refuses `target`, where `path` leads, unless it belongs to the repository or is allowed.
+    fn require_known(&self, path: &Path, target: &Path, of_objects: bool) -> Result<()> {
         let allowed = if of_objects { self.allowed } else { &[] };
         if self.own.iter().chain(allowed).any(|dir| target.starts_with(dir)) {
-            return Ok(target);
+            return Ok(());
         }
         let text = format!("{} leads to {}, which does not belong to this tree", path.display(), target.display());
         let hint = if of_objects {
-            format!("if the repository may use it, say so: --allow-alternate {}", quoted(&target))
+            format!("if the repository may use it, say so: --allow-alternate {}", quoted(target))
         } else {
             format!("see what it is: ls -ld {}", quoted(path))
         };
         Err(Error::new(Kind::InvalidTree, text).hint(hint))
     }
 
-    /// Everything below `dir`, which may be a link that was looked at.
-    fn through(&mut self, dir: &Path, of_objects: bool) -> Result<()> {
-        self.pending.push(dir.to_owned());
-        while let Some(dir) = self.pending.pop() {
-            let Ok(dir) = real(&dir) else { continue };
-            if !dir.is_dir() || self.seen.contains_key(&dir) {
+    /// Everything below the directory at `path`, which may be a link.
+    fn through(&mut self, path: &Path, of_objects: bool) -> Result<()> {
+        let Ok(target) = real(path) else { return Ok(()) };
+        self.require_known(path, &target, of_objects)?;
+        match open_exactly(&target) {
+            Ok(fd) => self.walk(Dir { path: target, fd: Rc::new(fd) }, of_objects),
+            // A file, or nothing.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTDIR | libc::ENOENT)) => Ok(()),
+            Err(e) => Err(unreadable(&target, e)),
+        }
+    }
+
+    /// Everything below an open directory. Subdirectories are opened from it, so it is one tree that is looked at.
+    fn walk(&mut self, root: Dir, of_objects: bool) -> Result<()> {
+        let mut links = Vec::new();
+        // A directory is opened when it is its turn, from the one that it is in.
+        let mut pending: Vec<(Dir, Option<OsString>)> = vec![(root, None)];
+        while let Some((above, name)) = pending.pop() {
+            let dir = match &name {
+                None => above,
+                Some(name) => above.open_dir(name).map_err(|e| unreadable(&above.path.join(name), e))?,
+            };
+            if !self.is_new(&dir)? {
                 continue;
             }
-            // Before it is read: what changes from here on shows.
-            self.seen.insert(dir.clone(), Stamp::of(&dir)?);
-            let items = std::fs::read_dir(&dir).map_err(|e| unreadable(&dir, e))?;
-            for item in items {
-                let item = item.map_err(|e| unreadable(&dir, e))?;
-                let kind = item.file_type().map_err(|e| unreadable(&item.path(), e))?;
+            for item in dir.entries().map_err(|e| unreadable(&dir.path, e))? {
+                let item = item.map_err(|e| unreadable(&dir.path, e))?;
+                let name = item.file_name();
+                let path = dir.path.join(&name);
+                let kind = item.file_type().map_err(|e| unreadable(&path, e))?;
                 if kind.is_symlink() {
-                    let target = self.link(&item.path(), of_objects)?;
-                    self.pending.push(target);
+                    let to = rustix::fs::readlinkat(&dir.fd, &name, Vec::new()).map_err(|e| unreadable(&path, e.into()))?;
+                    let to = dir.path.join(OsStr::from_bytes(to.as_bytes()));
+                    let target = real(&to).map_err(|e| refusal(format!("follow {}", path.display()), e))?;
+                    self.require_known(&path, &target, of_objects)?;
+                    links.push(target);
                 } else if kind.is_dir() {
-                    self.pending.push(item.path());
+                    pending.push((dir.clone(), Some(name)));
                 }
             }
+        }
+        links.iter().try_for_each(|target| {
+            self.stamp_way(target)?;
+            self.through(target, of_objects)
+        })
+    }
+
+    /// Records a directory before it is read, so that whatever changes from here on shows. False if it is recorded already.
+    fn is_new(&mut self, dir: &Dir) -> Result<bool> {
+        let stamp = Stamp::of(&dir.fd, &dir.path)?;
+        match self.seen.insert(dir.path.clone(), stamp.clone()) {
+            None => Ok(true),
+            Some(known) if known == stamp => Ok(false),
+            Some(_) => Err(Error::new(Kind::Conflict, format!("{} changed while it was looked at", dir.path.display()))
+                .hint("wait until nothing writes to the repository any more, then run the command again")),
+        }
+    }
+
+    /// Records the directories of the repository that lead to `target`. git follows links and alternates by their paths,
+    /// so a rename above one of them has to show as well.
+    fn stamp_way(&mut self, target: &Path) -> Result<()> {
+        let way: Vec<PathBuf> = target.ancestors().skip(1).map(Path::to_owned).collect();
+        for dir in way.into_iter().filter(|dir| self.own.iter().any(|own| dir.starts_with(own))) {
+            let fd = open_exactly(&dir).map_err(|e| unreadable(&dir, e))?;
+            let stamp = Stamp::of(&fd, &dir)?;
+            self.ways.entry(dir).or_insert(stamp);
         }
         Ok(())
     }
 
     /// The stores that `objects` takes further objects from, and those that they do.
-    fn alternates(&mut self, objects: &Path, seen: &mut BTreeSet<PathBuf>) -> Result<()> {
-        let Ok(objects) = real(objects) else { return Ok(()) };
-        if !seen.insert(objects.clone()) {
+    fn alternates(&mut self, objects: &Dir, stores: &mut BTreeMap<PathBuf, Rc<OwnedFd>>) -> Result<()> {
+        if stores.insert(objects.path.clone(), objects.fd.clone()).is_some() {
             return Ok(());
         }
-        let list = objects.join("info/alternates");
-        if list.is_file() {
-            let real = real(&list).map_err(|e| refusal(format!("follow {}", list.display()), e))?;
-            self.seen.insert(real.clone(), Stamp::of(&real)?);
-        }
-        let text = read_pointer(&list).map_err(|e| refusal(format!("read {}", list.display()), e))?;
-        for named in alternate_entries(&text.unwrap_or_default()) {
-            let named = objects.join(OsStr::from_bytes(&named));
+        let list = objects.path.join("info/alternates");
+        // By the open directory: the path may lead elsewhere by now.
+        let by_fd = PathBuf::from(format!("/proc/self/fd/{}/info/alternates", objects.fd.as_raw_fd()));
+        let text = match open_pointer(&by_fd) {
+            Ok(None) => Vec::new(),
+            Ok(Some(file)) => {
+                self.seen.insert(list.clone(), Stamp::of(&file, &list)?);
+                read_open_pointer(file).map_err(|e| refusal(format!("read {}", list.display()), e))?
+            }
+            Err(e) => return Err(refusal(format!("read {}", list.display()), e)),
+        };
+        for named in alternate_entries(&text) {
+            let named = objects.path.join(OsStr::from_bytes(&named));
             // git goes without one that is not there.
             let Ok(target) = real(&named) else { continue };
-            if !target.is_dir() {
-                continue;
-            }
+            let fd = match open_exactly(&target) {
+                Ok(fd) => Rc::new(fd),
+                Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTDIR | libc::ENOENT)) => continue,
+                Err(e) => return Err(unreadable(&target, e)),
+            };
             let known = self.own.iter().chain(self.allowed);
             if !known.into_iter().any(|dir| target.starts_with(dir)) {
                 return Err(Error::new(
@@ -282,8 +400,10 @@ impl Check<'_> {
                 )
                 .hint(format!("if it may, say so: --allow-alternate {}", quoted(&target))));
             }
-            self.through(&target, true)?;
-            self.alternates(&target, seen)?;
+            self.stamp_way(&target)?;
+            let dir = Dir { path: target, fd };
+            self.walk(dir.clone(), true)?;
+            self.alternates(&dir, stores)?;
         }
         Ok(())
     }
@@ -380,23 +500,27 @@ pub(super) fn real(path: &Path) -> std::io::Result<PathBuf> {
     Ok(done)
 }
 
-/// A small file that names a path; None where there is nothing.
-fn read_pointer(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
+/// Opens a small file that names a path; None where there is nothing.
+fn open_pointer(path: &Path) -> std::io::Result<Option<std::fs::File>> {
     use std::os::unix::fs::OpenOptionsExt;
     let mut options = std::fs::OpenOptions::new();
     // A FIFO would have us wait for its writer.
     match options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path) {
-        Ok(file) => {
-            if !file.metadata()?.is_file() {
-                return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
-            }
-            let mut text = Vec::new();
-            file.take(POINTER_BYTES_MAX).read_to_end(&mut text)?;
-            Ok(Some(text))
-        }
+        Ok(file) if file.metadata()?.is_file() => Ok(Some(file)),
+        Ok(_) => Err(std::io::Error::from_raw_os_error(libc::EINVAL)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e),
     }
+}
+
+fn read_open_pointer(file: std::fs::File) -> std::io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    file.take(POINTER_BYTES_MAX).read_to_end(&mut text)?;
+    Ok(text)
+}
+
+fn read_pointer(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
+    open_pointer(path)?.map(read_open_pointer).transpose()
 }
 
 fn read_dir(dir: &Path) -> Result<Vec<PathBuf>> {

@@ -124,14 +124,16 @@ fn disks_are_limited_and_memory_comes_back() {
     wait_for_or("it takes memory again", &mut String::new(), |said| {
         (kept(said) == 1024 && available_mib(&host) + 100 > before).then_some(())
     });
-    // Memory that the guest has used and freed returns to the host by itself.
+    // Memory that the guest has used and freed returns to the host by itself. Not all of it: a guest reports free blocks of
+    // 2 MiB only, and one page still in use keeps its whole block back.
     let vmm_mib = || vmm_processes(&host.state()).iter().map(|pid| resident_mib(*pid)).sum::<u64>();
     host.sh("a", "head -c 400M /dev/zero > /dev/shm/used");
     let used = vmm_mib();
     host.sh("a", "rm /dev/shm/used");
     wait_for_or("freed memory goes back to the host", &mut String::new(), |said| {
-        *said = format!("{used} MiB, now {}", vmm_mib());
-        (vmm_mib() + 300 < used).then_some(())
+        let now = vmm_mib();
+        *said = format!("{used} MiB, now {now}");
+        (now + 150 < used).then_some(())
     });
     let (status, said) = host.fails(&["vm", "balloon", "a", "2G"]);
     assert!(status == 2 && said.contains("cannot keep 2048 MiB of its 1024"), "{status}: {said}");

@@ -251,6 +251,23 @@ fn signals_reach_the_command_by_name() {
     }
 }
 
+/// A program in the background keeps the output of a command that has ended. One signal ends the wait for it, and does not
+/// take until the next sign of life is due.
+#[test]
+fn signal_after_the_command_ended_ends_the_wait_for_its_output() {
+    let (_sshd, target) = ready("");
+    // sshd reports the exit status when it reaps the shell, so before it forwards what is written after that.
+    let script = "p=$$; (while kill -0 $p; do sleep 0.02; done 2> /dev/null; echo late; exec sleep 20) & exit 3";
+    let (sender, mut controls) = control_queue().unwrap();
+    let (_stdout, thread) = begin(move |mut stdout| {
+        let streams = Streams { stdout: Some(&mut stdout), controls: Some(&mut controls), ..Streams::default() };
+        let spec = ExecSpec { deadline: Some(Instant::now() + Duration::from_secs(10)), ..spec(script) };
+        SshTransport.exec(&target, &spec, streams, &cancel())
+    });
+    sender.send(Control::Signal("TERM".to_owned())).unwrap();
+    assert_eq!(thread.join().unwrap().unwrap(), Exit::Status(3));
+}
+
 #[test]
 fn a_cancel_ends_every_wait_at_once() {
     let (_sshd, target) = ready("");

@@ -129,13 +129,14 @@ impl<'w, 'a> Pump<'w, 'a> {
         if closed && self.stdout.is_empty() && self.stderr.is_empty() && self.channel.is_drained() {
             return Ok(None);
         }
+        // A control may end the wait for the output, so it comes before the decision whether to wait.
+        self.control()?;
         if self.leaves_children(progress) {
             return Ok(None);
         }
         if !closed && self.shared.ended() {
             return Err(Trouble::Caller(lost("the guest's side ended it")));
         }
-        self.control()?;
         let input = if closed { Turn::Waits } else { self.stdin.turn(&self.shared, &mut self.channel, &mut progress)? };
         let waits_for_caller = !(self.stdout.is_empty() && self.stderr.is_empty());
         self.flood.check(self.shared.received(), progress, waits_for_caller).map_err(Trouble::Caller)?;

@@ -18,7 +18,7 @@ use std::sync::OnceLock;
 use std::time::Instant;
 
 /// A process that cannot be mistaken for another: never a pid alone.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Identity {
     pub pid: u32,
     /// Field 22 of `/proc/<pid>/stat`, in clock ticks since boot.

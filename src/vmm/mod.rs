@@ -30,7 +30,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use crate::host::process::{Exit, Identity};
-pub use end::End;
+pub use end::{End, from_console as end_from_console};
 
 /// Who hears how a VMM ended.
 pub type Died = Box<dyn FnOnce(End) + Send>;

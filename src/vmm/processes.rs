@@ -15,6 +15,8 @@ use std::time::Instant;
 
 pub struct Processes {
     watcher: Watcher,
+    /// What those said of their ends that can.
+    pub notes: Arc<end::Notes>,
     /// Of VMs, when the daemon is root.
     uids: Range<u32>,
     /// Whether this executable is a VMM of the driver's.
@@ -24,7 +26,7 @@ pub struct Processes {
 impl Processes {
     /// Fails with the eventfd's error (EMFILE, ENFILE).
     pub fn try_new(uids: Range<u32>, is_program: Box<dyn Fn(&Path) -> bool + Send + Sync>) -> Result<Self> {
-        Ok(Self { watcher: Watcher::try_new()?, uids, is_program })
+        Ok(Self { watcher: Watcher::try_new()?, notes: Arc::new(end::Notes::new()), uids, is_program })
     }
 
     /// The process, if it lives and is a VMM of ours with this tag.
@@ -63,9 +65,9 @@ impl Processes {
     }
 
     pub fn watch(&self, dir: &Path, consoles: &Arc<Consoles>, identity: &Identity, died: Died) -> Result<()> {
-        let (dir, consoles) = (dir.to_owned(), consoles.clone());
+        let (dir, consoles, notes, whose) = (dir.to_owned(), consoles.clone(), self.notes.clone(), identity.clone());
         // On a thread of its own, which may wait for the console.
-        let died = Box::new(move |exit| died(end::of(exit, &consoles, &dir)));
+        let died = Box::new(move |exit| died(end::of(exit, notes.take(&whose), &consoles, &dir)));
         match Process::open(identity)? {
             Some(process) => self.watcher.add(process, died),
             None => {

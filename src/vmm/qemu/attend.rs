@@ -1,4 +1,5 @@
-//! One thread for each VMM, which owns its event monitor: it sees that the guest is paused, and that the VMM hangs.
+//! One thread for each VMM, which owns its event monitor: it sees that the guest is paused, that the VMM hangs, and why it
+//! ends.
 //!
 //! A guest whose write finds the host's disk full is paused by QEMU (`werror=enospc`, its default) and never sees an
 //! error. It goes on when somebody says `cont`: here, once there is room again.
@@ -9,9 +10,11 @@ use crate::error::{Kind, Result};
 use crate::host::process::Process;
 use crate::locks::{Cancel, Rank, region};
 use crate::vmm::dial::{self, Patience};
+use crate::vmm::end::Note;
 use crate::vmm::{Told, run_dir};
 use serde_json::json;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// For one answer of a VMM; a healthy one takes a millisecond, on a very busy host a second.
@@ -34,11 +37,15 @@ pub struct Attended {
     pub dir: PathBuf,
     pub closing: Cancel,
     pub told: Box<dyn Fn(Told) + Send>,
+    /// For what it says of its end.
+    pub note: Arc<Note>,
 }
 
 impl Attended {
     pub fn run(self) {
-        if let Err(e) = self.attend()
+        let attended = self.attend();
+        self.note.close();
+        if let Err(e) = attended
             && !self.closing.is_cancelled()
             && !run_dir::is_exiting(&self.process)
         {
@@ -49,9 +56,16 @@ impl Attended {
 
     fn attend(&self) -> Result<()> {
         let Some(mut qmp) = self.open()? else { return Ok(()) };
+        let attended = self.converse(&mut qmp);
+        self.note.record(qmp.shutdown_cause());
+        attended
+    }
+
+    /// Until the VMM hangs up, or the driver goes.
+    fn converse<'a>(&'a self, qmp: &mut Qmp<'a>) -> Result<()> {
         let mut was_paused = false;
         loop {
-            let is_paused = self.look(&mut qmp, was_paused)?;
+            let is_paused = self.look(qmp, was_paused)?;
             if is_paused != was_paused {
                 log::warn!(
                     "{}: the guest {}",
@@ -61,7 +75,7 @@ impl Attended {
                 (self.told)(Told::Paused(is_paused));
                 was_paused = is_paused;
             }
-            self.await_event(&mut qmp, if is_paused { LOOK_PERIOD } else { PING_PERIOD })?;
+            self.await_event(qmp, if is_paused { LOOK_PERIOD } else { PING_PERIOD })?;
         }
     }
 

@@ -4,6 +4,7 @@
 //! parses at most [`LINE_BYTES_MAX`] bytes at once.
 
 use crate::host::command::printable;
+use crate::vmm::end::Cause;
 use serde::Deserialize;
 use serde_json::Value;
 use std::time::Instant;
@@ -30,6 +31,14 @@ pub struct Message {
     pub error: Option<Refusal>,
     pub event: Option<String>,
     pub data: Option<Value>,
+}
+
+impl Message {
+    /// Why the VMM is about to end, where it says that.
+    pub fn shutdown_cause(&self) -> Option<Cause> {
+        let data = self.data.as_ref().filter(|_| self.event.as_deref() == Some("SHUTDOWN"))?;
+        Cause::parse(data.get("reason")?.as_str()?)
+    }
 }
 
 #[derive(Debug, Deserialize, PartialEq)]
@@ -139,6 +148,19 @@ mod tests {
         for cut in 0..text.len() {
             assert_eq!(all(&[&text[..cut], &text[cut..]]).unwrap(), 3, "{cut}");
         }
+    }
+
+    #[test]
+    fn shutdown_event_says_why() {
+        let cause = |line: &str| serde_json::from_str::<Message>(line).unwrap().shutdown_cause();
+        let event = |name: &str, data: &str| format!(r#"{{"event": "{name}", "data": {data}, "timestamp": {{}}}}"#);
+        assert_eq!(cause(&event("SHUTDOWN", r#"{"guest": true, "reason": "guest-reset"}"#)), Some(Cause::GuestReset));
+        assert_eq!(cause(&event("SHUTDOWN", r#"{"guest": false, "reason": "host-signal"}"#)), Some(Cause::Host("host-signal")));
+        for (name, data) in [("SHUTDOWN", "{}"), ("SHUTDOWN", "7"), ("SHUTDOWN", r#"{"reason": 7}"#)] {
+            assert_eq!(cause(&event(name, data)), None, "{data}");
+        }
+        assert_eq!(cause(&event("RESET", r#"{"reason": "guest-reset"}"#)), None);
+        assert_eq!(cause(r#"{"return": {"reason": "guest-reset"}}"#), None);
     }
 
     #[test]

@@ -278,7 +278,8 @@ impl Driver for Qemu {
 
     fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
         let Some(process) = Process::open(identity)? else { return Ok(()) };
-        let attended = attend::Attended { process, dir: dir.to_owned(), closing: self.closing.clone(), told };
+        let note = self.processes.notes.open(identity)?;
+        let attended = attend::Attended { process, dir: dir.to_owned(), closing: self.closing.clone(), told, note };
         crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || attended.run()).map(drop)
     }
 

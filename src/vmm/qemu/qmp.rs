@@ -7,6 +7,7 @@ use super::incoming::{Budget, Incoming, LINE_BYTES_MAX, LINES_MAX, Message, Unus
 use crate::error::{Error, Kind, Result};
 use crate::host::wait::{Woken, cancelled, wait_any};
 use crate::vmm::dial::Patience;
+use crate::vmm::end::Cause;
 use nix::poll::PollFlags;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
@@ -21,12 +22,14 @@ pub struct Qmp<'a> {
     patience: Patience<'a>,
     incoming: Incoming,
     budget: Budget,
+    shutdown_cause: Option<Cause>,
 }
 
 impl<'a> Qmp<'a> {
     /// Reads the greeting and leaves the negotiation mode. `stream` must be non-blocking.
     pub fn open(stream: UnixStream, patience: Patience<'a>) -> Result<Self> {
-        let mut qmp = Self { stream, patience, incoming: Incoming::default(), budget: Budget::new(Instant::now()) };
+        let budget = Budget::new(Instant::now());
+        let mut qmp = Self { stream, patience, incoming: Incoming::default(), budget, shutdown_cause: None };
         let greeting = qmp.message("greet the VMM")?;
         if greeting.greeting.is_none() {
             return Err(Error::new(Kind::VmmFailed, "greet the VMM: it does not speak QMP"));
@@ -38,6 +41,13 @@ impl<'a> Qmp<'a> {
     /// For what is asked from now on.
     pub fn be_patient(&mut self, patience: Patience<'a>) {
         self.patience = patience;
+    }
+
+    /// Why the VMM ends, once it has said so. Reads what has come and nobody has looked at yet.
+    pub fn shutdown_cause(&mut self) -> Option<Cause> {
+        self.patience.deadline = Instant::now();
+        while self.message("read what the VMM said last").is_ok() {}
+        self.shutdown_cause
     }
 
     /// Waits until the VMM tells something by itself.
@@ -118,7 +128,11 @@ impl<'a> Qmp<'a> {
         let mut piece = [0; 4096];
         loop {
             if let Some(message) = self.incoming.message().map_err(|e| unusable(doing, e))? {
-                return if self.budget.spend(Instant::now()) { Ok(message) } else { Err(flooded(doing)) };
+                if !self.budget.spend(Instant::now()) {
+                    return Err(flooded(doing));
+                }
+                self.shutdown_cause = message.shutdown_cause().or(self.shutdown_cause);
+                return Ok(message);
             }
             self.wait(PollFlags::POLLIN, doing)?;
             match self.stream.read(&mut piece) {
@@ -212,6 +226,26 @@ mod tests {
         let e = Qmp::open(ours, patience).err().unwrap();
         assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("floods its monitor"), "{e}");
         let _ = flood.join().unwrap();
+    }
+
+    /// QEMU says it and hangs up; who asked something else at that moment gets it all the same.
+    #[test]
+    fn why_a_vmm_ends_is_known_after_it_hung_up() {
+        let event = "{\"event\": \"SHUTDOWN\", \"data\": {\"guest\": true, \"reason\": \"guest-shutdown\"}}\n";
+        for asks in [false, true] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            ours.set_nonblocking(true).unwrap();
+            let cancel = Cancel::try_new().unwrap();
+            theirs.write_all(format!("{GREETING}{{\"return\": {{}}}}\n").as_bytes()).unwrap();
+            let patience = Patience { deadline: Instant::now() + Duration::from_secs(20), cancel: &cancel };
+            let mut qmp = Qmp::open(ours, patience).unwrap();
+            theirs.write_all(event.as_bytes()).unwrap();
+            drop(theirs);
+            if asks {
+                assert_eq!(qmp.execute("query-status", &json!({})).unwrap_err().kind(), Kind::Host);
+            }
+            assert_eq!(qmp.shutdown_cause(), Some(Cause::GuestShutdown));
+        }
     }
 
     #[test]

@@ -23,6 +23,9 @@ const SWEEP_PERIOD: Duration = Duration::from_secs(60);
 /// Begins the reason of a VM whose VMM did not answer the daemon that started.
 const UNADOPTED: &str = "its vmm runs but could not be adopted";
 
+/// The reason of a VM whose VMM was gone when the daemon started.
+const UNSEEN_DEATH: &str = "the vmm died while the daemon did not run";
+
 /// How long one who asks for leaks waits for the first look at what an earlier daemon left.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -196,7 +199,12 @@ impl Daemon {
             return self.release_boot(&row.id, row.generation);
         }
         let Some(identity) = self.identity(row) else {
-            self.put_at_rest(row, VmState::Failed, "the vmm died while the daemon did not run")?;
+            let (state, reason) = match self.unseen_end(row) {
+                Some(end) if end.is_orderly() => (VmState::Stopped, end.to_string()),
+                Some(end) => (VmState::Failed, format!("{UNSEEN_DEATH}: {end}")),
+                None => (VmState::Failed, UNSEEN_DEATH.to_owned()),
+            };
+            self.put_at_rest(row, state, &reason)?;
             return self.release_boot(&row.id, row.generation);
         };
         let adopted = self.images.get(&row.image).and_then(|image| self.vmm.adopt(&self.spec(row, &image), &identity));

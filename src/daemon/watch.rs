@@ -2,13 +2,15 @@
 
 use super::Daemon;
 use super::access::Caller;
+use super::boot::DISK_FILE;
 use super::lifecycle::Ask;
 use super::transitions::Verb;
 use crate::api::vm::VmState;
+use crate::disk::{self, Method};
 use crate::error::Result;
 use crate::ids::VmId;
 use crate::store::VmRow;
-use crate::vmm::{End, Identity, Told};
+use crate::vmm::{End, Identity, Told, end_from_console};
 use std::time::Duration;
 
 /// Between two tries to write it down.
@@ -65,8 +67,27 @@ impl Daemon {
         if answers { self.adopt_late(&row) } else { Ok(()) }
     }
 
+    /// How a guest ended that nobody saw end, where its console or its root disk says so.
+    pub(super) fn unseen_end(&self, row: &VmRow) -> Option<End> {
+        let dir = self.vm_dir(&row.id);
+        if let Some(end) = end_from_console(&dir) {
+            return Some(end);
+        }
+        let method = row.disk_driver.as_deref().and_then(Method::from_name)?;
+        match disk::is_unmounted(&dir.join(DISK_FILE), method) {
+            Ok(is_so) => is_so.then_some(End::GuestUnmounted),
+            Err(e) => {
+                log::warn!("find out how VM {} ended: {e}", row.name);
+                None
+            }
+        }
+    }
+
     fn vmm_died(&self, vm: &VmId, generation: u64, end: &End) {
         let _label = crate::locks::operation_scope(format!("vmm died {vm}"));
+        let row = self.row(vm).ok().filter(|row| end.is_unseen() && row.generation == generation);
+        let by_disk = row.and_then(|row| self.unseen_end(&row));
+        let end = by_disk.as_ref().unwrap_or(end);
         loop {
             match self.record_death(vm, generation, end) {
                 Ok(rm) => {

@@ -16,7 +16,7 @@ pub const SIZE_UNIT_BYTES: u64 = 4096;
 /// `qemu-img` writes some metadata, no data.
 const QEMU_IMG_DEADLINE: Duration = Duration::from_secs(60);
 /// "QFI\xfb": a qcow2 file begins with it (QEMU, docs/interop/qcow2.txt).
-const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
+pub(super) const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// What to make.
 #[derive(Clone, Copy, Debug)]

@@ -9,6 +9,7 @@ mod capabilities;
 mod copies;
 mod crash_points;
 mod disks;
+mod ends;
 mod exec;
 mod export;
 mod faults;

@@ -565,6 +565,31 @@ fn a_delete_meets_the_console() {
 }
 
 /// One that was only slow when the daemon started.
+/// An earlier daemon wrote the guest's last words to the log, and died before it saw the VMM exit.
+#[test]
+fn vmm_that_is_gone_is_judged_by_the_last_words_of_its_guest() {
+    for (words, state, reason) in [
+        ("[    9.2] reboot: Power down\r\n", VmState::Stopped, "the guest shut itself down"),
+        (
+            "[    4.2] Kernel panic - not syncing: sysrq triggered crash\r\n",
+            VmState::Failed,
+            "the vmm died while the daemon did not run: the guest's kernel panicked: sysrq triggered crash",
+        ),
+        ("", VmState::Failed, "the vmm died while the daemon did not run"),
+    ] {
+        let mut world = World::new();
+        let (vm, _) = world.running("web");
+        world.shut();
+        assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Unknown)));
+        let log = world.config.state_dir.join("vms").join(vm.id.as_str()).join("console.log");
+        std::fs::write(log, format!("--- fcd: started ---\r\n{words}")).unwrap();
+        world.reopen();
+        world.daemon().reconcile();
+        let vm = world.show("web").unwrap();
+        assert_eq!((vm.state, vm.reason.as_deref()), (state, Some(reason)), "{words}");
+    }
+}
+
 #[test]
 fn a_vmm_that_could_not_be_adopted_is_asked_again() {
     let mut world = World::new();

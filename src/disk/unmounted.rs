@@ -1,0 +1,168 @@
+//! Whether a guest has unmounted its root disk: what is left to ask when nobody saw how it ended.
+//!
+//! ext4 sets a flag in its superblock while it is mounted for writing and takes it away when it is unmounted or mounted
+//! read-only, as the last step of a shutdown does. A panic, a reset and a killed VMM leave it. These are three numbers at
+//! fixed places (Documentation/filesystems/ext4/super.rst); nothing else of the file system is looked at, because its
+//! content is the guest's. A guest that forges them only says of itself that it has shut down.
+
+use super::Method;
+use super::root::QCOW2_MAGIC;
+use crate::error::{Error, Result};
+use crate::host::fs::open_nofollow;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// Where the superblock is, from the disk's begin.
+const SUPERBLOCK_AT: u64 = 1024;
+/// As much of it as is read.
+const SUPERBLOCK_BYTES: usize = 0x64;
+/// Two bytes each, or four: the places in it.
+const MAGIC_AT: usize = 0x38;
+const STATE_AT: usize = 0x3a;
+const INCOMPAT_AT: usize = 0x60;
+const MAGIC: u16 = 0xef53;
+const STATE_VALID: u16 = 1;
+const INCOMPAT_RECOVER: u32 = 4;
+
+/// Of a qcow2 file (QEMU, docs/interop/qcow2.txt): the part of its header that version 3 has, too.
+const QCOW2_HEADER_BYTES: usize = 80;
+const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 12..=21;
+/// What an entry of either table has beside an offset.
+const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+const L2_COMPRESSED: u64 = 1 << 62;
+const L2_ZERO: u64 = 1;
+/// Features by which a file is read otherwise: all but "dirty" and "corrupt".
+const INCOMPATIBLE: u64 = !3;
+
+/// Whether the guest has unmounted its root disk at `path`, or mounted it read-only, since it last wrote to it. No VMM may run.
+/// What is not as the guest's ext4 should be counts as mounted.
+pub fn is_unmounted(path: &Path, method: Method) -> Result<bool> {
+    let file = open_nofollow(path)?;
+    let io = |e| Error::io(format!("look whether {} was unmounted", path.display()), e);
+    let begins_at = match method {
+        Method::Reflink | Method::Copy | Method::DmSnapshot => Some(0),
+        Method::Qcow2 => first_cluster(&file).map_err(io)?,
+    };
+    let Some(begins_at) = begins_at else { return Ok(false) };
+    let mut superblock = [0; SUPERBLOCK_BYTES];
+    read(&file, &mut superblock, begins_at.saturating_add(SUPERBLOCK_AT)).map_err(io)?;
+    Ok(says_unmounted(&superblock))
+}
+
+fn says_unmounted(superblock: &[u8; SUPERBLOCK_BYTES]) -> bool {
+    let u16_at = |at: usize| u16::from_le_bytes([superblock[at], superblock[at + 1]]);
+    let incompat = u32::from_le_bytes(superblock[INCOMPAT_AT..INCOMPAT_AT + 4].try_into().unwrap_or_default());
+    u16_at(MAGIC_AT) == MAGIC && u16_at(STATE_AT) & STATE_VALID != 0 && incompat & INCOMPAT_RECOVER == 0
+}
+
+/// Where in a qcow2 file the disk's begin is; none where the guest has not written it, which it does when it mounts the disk.
+fn first_cluster(file: &File) -> std::io::Result<Option<u64>> {
+    let mut header = [0; QCOW2_HEADER_BYTES];
+    read(file, &mut header, 0)?;
+    let u32_at = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().unwrap_or_default());
+    let u64_at = |at: usize| u64::from_be_bytes(header[at..at + 8].try_into().unwrap_or_default());
+    let (version, cluster_bits, l1_entries, l1_at) = (u32_at(4), u32_at(20), u32_at(36), u64_at(40));
+    let features = if version >= 3 { u64_at(72) } else { 0 };
+    if header[..4] != QCOW2_MAGIC || !CLUSTER_BITS.contains(&cluster_bits) || l1_entries == 0 || features & INCOMPATIBLE != 0 {
+        return Ok(None);
+    }
+    let entry = |at: u64| -> std::io::Result<u64> {
+        let mut entry = [0; 8];
+        read(file, &mut entry, at)?;
+        Ok(u64::from_be_bytes(entry))
+    };
+    let l2_at = entry(l1_at)? & OFFSET_MASK;
+    if l2_at == 0 {
+        return Ok(None);
+    }
+    let cluster = entry(l2_at)?;
+    let at = cluster & OFFSET_MASK;
+    Ok((at != 0 && cluster & (L2_COMPRESSED | L2_ZERO) == 0).then_some(at))
+}
+
+/// What is past the end of the file stays zero.
+fn read(file: &File, mut buffer: &mut [u8], mut at: u64) -> std::io::Result<()> {
+    while !buffer.is_empty() {
+        match file.read_at(buffer, at) {
+            Ok(0) => return Ok(()),
+            Ok(len) => {
+                buffer = &mut buffer[len..];
+                at = at.saturating_add(len as u64);
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            // Beyond what an offset of a file may be.
+            Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => return Ok(()),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::Command;
+    use crate::locks::Cancel;
+    use std::io::Write;
+
+    fn run(program: &str, args: &[&str]) {
+        let command = Command::new(program).args(args);
+        let out = crate::host::command::run_any_status(&command, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+        assert_eq!(out.status, 0, "{program} {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    }
+
+    /// An ext4, and whether its superblock is to say that it is mounted.
+    fn ext4(path: &Path, is_mounted: bool) {
+        File::create(path).unwrap().set_len(16 << 20).unwrap();
+        run("mke2fs", &["-q", "-F", "-t", "ext4", path.to_str().unwrap()]);
+        if is_mounted {
+            run("debugfs", &["-w", "-R", "feature needs_recovery", path.to_str().unwrap()]);
+        }
+    }
+
+    #[test]
+    fn ext4_says_whether_it_is_mounted_raw_and_in_qcow2() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for is_mounted in [false, true] {
+            let (raw, qcow2) = (path("raw"), path("qcow2"));
+            ext4(&raw, is_mounted);
+            assert_eq!(is_unmounted(&raw, Method::Copy).unwrap(), !is_mounted);
+            let [from, to] = [&raw, &qcow2].map(|p| p.to_str().unwrap());
+            run("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", from, to]);
+            assert_eq!(is_unmounted(&qcow2, Method::Qcow2).unwrap(), !is_mounted);
+            run("qemu-img", &["convert", "-c", "-f", "raw", "-O", "qcow2", from, to]);
+            assert!(!is_unmounted(&qcow2, Method::Qcow2).unwrap(), "no guest of ours compresses");
+        }
+        // The guest has written nothing yet.
+        let on_top = path("on-top");
+        run(
+            "qemu-img",
+            &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", path("raw").to_str().unwrap(), on_top.to_str().unwrap()],
+        );
+        assert!(!is_unmounted(&on_top, Method::Qcow2).unwrap());
+    }
+
+    #[test]
+    fn whatever_else_is_there_counts_as_mounted() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let mut header = vec![0; QCOW2_HEADER_BYTES];
+        header[..4].copy_from_slice(&QCOW2_MAGIC);
+        header[7] = 3;
+        header[23] = 16;
+        header[39] = 1;
+        let at_the_end = [&header[..40], &[0xff; 40]].concat();
+        for bytes in [&b""[..], b"QFI\xfb", &[0xff; 4096], &header, &at_the_end] {
+            File::create(&path).unwrap().write_all(bytes).unwrap();
+            for method in [Method::Copy, Method::Qcow2] {
+                assert!(!is_unmounted(&path, method).unwrap(), "{method:?}: {bytes:x?}");
+            }
+        }
+        std::fs::rename(&path, dir.path().join("other")).unwrap();
+        assert!(is_unmounted(&path, Method::Copy).is_err());
+        std::os::unix::fs::symlink("other", &path).unwrap();
+        assert!(is_unmounted(&path, Method::Copy).is_err());
+    }
+}

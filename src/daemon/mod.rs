@@ -3,6 +3,7 @@
 
 mod access;
 mod adjust;
+mod adoption;
 mod auto;
 mod boot;
 mod captures;
@@ -171,7 +172,8 @@ pub struct Inner {
     /// Until the reconciler has looked at every VM.
     earlier_vmms: Mutex<Option<Arc<looks::EarlierVmms>>>,
     settled: reconcile::Settled,
-    /// VMs whose recovery this daemon has attempted.
+    adoptions: adoption::Adoptions,
+    /// VMs whose recovery or adoption this daemon has attempted.
     recovering: Mutex<HashSet<VmId>>,
     /// Fires when the daemon closes.
     closing: Cancel,
@@ -292,6 +294,7 @@ impl Daemon {
             looks: looks::Looks::new(to_look_at.clone()),
             earlier_vmms: Mutex::new(Rank::Runtimes, Some(Arc::new(looks::EarlierVmms::new(to_look_at)))),
             settled: reconcile::Settled::new(),
+            adoptions: adoption::open(&store),
             recovering: Mutex::new(Rank::Runtimes, HashSet::new()),
             closing,
             effects: effects::Effects::default(),

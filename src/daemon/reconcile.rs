@@ -56,6 +56,16 @@ pub(super) fn to_look_at(state: &State) -> HashMap<VmId, u64> {
     state.vms().filter(|row| needs_look(row)).map(|row| (row.id.clone(), row.generation)).collect()
 }
 
+/// What a VM is looked at for, the most urgent first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Need {
+    Adopt,
+    /// Daemons have died of it.
+    AdoptLast,
+    Finish,
+    Clean,
+}
+
 impl Settled {
     pub fn new() -> Self {
         Self { is_settled: Mutex::new(Rank::Runtimes, false), told: Condvar::new() }
@@ -65,11 +75,18 @@ impl Settled {
 impl Daemon {
     /// Looks at every VM that an earlier daemon left in the middle of something.
     pub fn reconcile(&self) {
-        for id in self.in_order_of_need() {
-            // Somebody else looks at it, or has.
-            let Some(looking) = self.looks.begin(&id) else { continue };
-            self.look(&id, looking);
+        let mut due = self.in_order_of_need().into_iter().peekable();
+        while let Some((need, id)) = due.next() {
+            // None: somebody else has looked at it.
+            let looking = if need <= Need::AdoptLast { self.await_look(&id) } else { self.looks.begin(&id) };
+            if let Some(looking) = looking {
+                self.look(&id, looking);
+            }
+            if need <= Need::AdoptLast && due.peek().is_none_or(|(next, _)| *next > Need::AdoptLast) {
+                self.end_adoptions();
+            }
         }
+        self.end_adoptions();
         drop(self.earlier_vmms.lock().take());
         self.sweep(true);
         *self.settled.is_settled.lock() = true;
@@ -78,17 +95,24 @@ impl Daemon {
     }
 
     /// Running VMs first: until they are adopted nobody sees their end.
-    fn in_order_of_need(&self) -> Vec<VmId> {
-        let mut due = self.looks.due();
-        let needs = |id: &VmId| -> u8 {
-            match self.store.read(|s| s.vm(id).map(|row| row.state)) {
-                Some(VmState::Running) => 0,
-                Some(VmState::Starting | VmState::Stopping | VmState::Deleting) => 1,
-                _ => 2,
-            }
+    fn in_order_of_need(&self) -> Vec<(Need, VmId)> {
+        let needs = |id: &VmId| match self.store.read(|s| s.vm(id).map(|row| row.state)) {
+            Some(VmState::Running) if self.adoption_deaths(id) == 0 => Need::Adopt,
+            Some(VmState::Running) => Need::AdoptLast,
+            Some(VmState::Starting | VmState::Stopping | VmState::Deleting) => Need::Finish,
+            _ => Need::Clean,
         };
-        due.sort_by_cached_key(|id| (needs(id), id.clone()));
+        let mut due: Vec<_> = self.looks.due().into_iter().map(|id| (needs(&id), id)).collect();
+        due.sort();
         due
+    }
+
+    /// For an adoption, which counts as survived only when it has ended.
+    fn await_look(&self, id: &VmId) -> Option<Looking<'_>> {
+        self.looks.begin_or_wait(id, &self.closing).unwrap_or_else(|e| {
+            log::warn!("adopt VM {id}: {e}");
+            None
+        })
     }
 
     /// Called before anything changes a VM. The caller's thread looks at a VM that is still due, and waits while
@@ -207,7 +231,11 @@ impl Daemon {
             self.put_at_rest(row, state, &reason)?;
             return self.release_boot(&row.id, row.generation);
         };
+        if !self.begin_adoption(row, false) {
+            return self.leave_unadopted(row, &identity);
+        }
         let adopted = self.images.get(&row.image).and_then(|image| self.vmm.adopt(&self.spec(row, &image), &identity));
+        self.end_adoption(row, adopted.is_ok());
         match adopted {
             Ok(running) => {
                 self.adopt_guest(row);
@@ -239,7 +267,12 @@ impl Daemon {
             return Ok(());
         };
         let image = self.images.get(&row.image)?;
-        let running = self.vmm.adopt(&self.spec(row, &image), identity)?;
+        if !self.begin_adoption(row, true) {
+            return self.leave_unadopted(row, identity);
+        }
+        let adopted = self.vmm.adopt(&self.spec(row, &image), identity);
+        self.end_adoption(row, adopted.is_ok());
+        let running = adopted?;
         self.adopt_guest(row);
         self.adopt_adjusted(row);
         self.adopt_pause(row);

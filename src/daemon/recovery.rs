@@ -14,7 +14,7 @@
 //! the guest. The record goes with the VM's next start or with the VM. An orderly end of the daemon is not a death.
 
 use super::create::is_at_rest;
-use super::{Caller, Daemon};
+use super::{Caller, Daemon, adoption};
 use crate::api::daemon::Check;
 use crate::api::vm::VmState;
 use crate::error::Result;
@@ -24,65 +24,76 @@ use serde::{Deserialize, Serialize};
 
 const PREFIX: &str = "recovery/";
 
-/// The record of the attempts to recover a VM.
+/// The record of the attempts to recover a VM, or to adopt it (`adoption.rs`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Record {
+pub(super) struct Record {
     /// Daemons that died in one.
-    deaths: u32,
-    is_under_way: bool,
+    pub deaths: u32,
+    pub is_under_way: bool,
     /// Nothing is done on the daemon's own account.
-    is_left_alone: bool,
+    pub is_left_alone: bool,
+}
+
+impl Record {
+    /// As a starting daemon reads it: the attempt that is still under way ended with its daemon.
+    pub fn deaths_at_start(self) -> u32 {
+        self.deaths + u32::from(self.is_under_way)
+    }
 }
 
 fn name(vm: &VmId) -> String {
     format!("{PREFIX}{vm}")
 }
 
-fn read(state: &State, vm: &VmId) -> Record {
+/// The record of this name.
+pub(super) fn read(state: &State, name: &str) -> Record {
     // Another version wrote it: one attempt too many is better than none.
-    state.meta(&name(vm)).and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
+    state.meta(name).and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
 }
 
-fn write(tx: &mut Tx, vm: &VmId, record: Record) {
+pub(super) fn write(tx: &mut Tx, name: &str, record: Record) {
     if record == Record::default() {
-        tx.remove_meta(&name(vm));
+        tx.remove_meta(name);
     } else {
         let text = serde_json::to_string(&record).expect("a number and flags");
-        tx.put_meta(&name(vm), &text);
+        tx.put_meta(name, &text);
     }
 }
 
 /// Daemons that died in attempts to recover the VM, not counting one that is under way.
 fn deaths(state: &State, vm: &VmId) -> u32 {
-    read(state, vm).deaths
+    read(state, &name(vm)).deaths
 }
 
-/// The record as a starting daemon reads it: the attempt that is still under way ended with its daemon.
 pub(super) fn deaths_at_start(state: &State, vm: &VmId) -> u32 {
-    let record = read(state, vm);
-    record.deaths + u32::from(record.is_under_way)
+    read(state, &name(vm)).deaths_at_start()
 }
 
 /// The attempt that begins with this change.
 pub(super) fn begin(tx: &mut Tx, vm: &VmId) {
     let deaths = deaths_at_start(tx, vm);
-    write(tx, vm, Record { deaths, is_under_way: true, is_left_alone: false });
+    write(tx, &name(vm), Record { deaths, is_under_way: true, is_left_alone: false });
 }
 
 /// The daemon survived the attempt.
 pub(super) fn end(tx: &mut Tx, vm: &VmId) {
-    let record = read(tx, vm);
-    write(tx, vm, Record { is_under_way: false, ..record });
+    survive(tx, &name(vm));
 }
 
 /// The VM begins another life, or is gone.
 pub(super) fn forget(tx: &mut Tx, vm: &VmId) {
     tx.remove_meta(&name(vm));
+    adoption::forget(tx, vm);
+}
+
+fn survive(tx: &mut Tx, name: &str) {
+    let record = read(tx, name);
+    write(tx, name, Record { is_under_way: false, ..record });
 }
 
 /// Whether nothing of the VM is to be touched on the daemon's own account.
 pub(super) fn is_left_alone(state: &State, vm: &VmId) -> bool {
-    read(state, vm).is_left_alone
+    read(state, &name(vm)).is_left_alone
 }
 
 impl Daemon {
@@ -93,14 +104,18 @@ impl Daemon {
 
     /// Why a VM that comes to rest was not asked to shut down, if that is so because of its record.
     pub(super) fn recovery_note(&self, vm: &VmId) -> Option<String> {
-        let deaths = self.recovery_deaths(vm);
-        (deaths > 0).then(|| format!("its VMM was ended without asking the guest, because {}", times(deaths)))
+        let why = match (self.recovery_deaths(vm), self.store.read(|s| adoption::left_alone(s, vm))) {
+            (0, None) => return None,
+            (0, Some(deaths)) => adoption::times(deaths),
+            (deaths, _) => times(deaths),
+        };
+        Some(format!("its VMM was ended without asking the guest, because {why}"))
     }
 
     /// Whether what an earlier daemon left of the VM is not to be resumed. Then this has done what there is to do.
     pub(super) fn gave_up(&self, row: &VmRow) -> Result<bool> {
-        let record = self.store.read(|s| read(s, &row.id));
-        let deaths = record.deaths + u32::from(record.is_under_way);
+        let record = self.store.read(|s| read(s, &name(&row.id)));
+        let deaths = record.deaths_at_start();
         let gives_up = match row.state {
             VmState::Stopping => deaths > 1,
             // It has never asked the guest.
@@ -127,7 +142,7 @@ impl Daemon {
         let record = Record { deaths, is_under_way: !leaves_alone, is_left_alone: leaves_alone };
         let guard = self.locks.vm.lock(&row.id);
         let ((), ticket) = self.change(true, |tx| {
-            write(tx, &row.id, record);
+            write(tx, &name(&row.id), record);
             tx.update_vm(&guard, |r| {
                 // Its VMM stays known, for whoever ends it.
                 (r.state, r.reason) = (VmState::Failed, Some(reason));
@@ -151,13 +166,15 @@ impl Daemon {
 
     /// At an orderly end of the daemon: what is still under way did not kill it.
     pub(super) fn end_all_attempts(&self) {
+        self.end_adoptions();
         let begun = std::mem::take(&mut *self.recovering.lock());
-        let under_way: Vec<VmId> = self.store.read(|s| begun.into_iter().filter(|vm| read(s, vm).is_under_way).collect());
+        let names = begun.iter().flat_map(|vm| [name(vm), adoption::name(vm)]);
+        let under_way: Vec<String> = self.store.read(|s| names.filter(|name| read(s, name).is_under_way).collect());
         if under_way.is_empty() {
             return;
         }
         let ended = self.change(true, |tx| {
-            under_way.iter().for_each(|vm| end(tx, vm));
+            under_way.iter().for_each(|name| survive(tx, name));
             Ok(())
         });
         if let Err(e) = ended.map(|((), ticket)| ticket.detach()) {
@@ -168,15 +185,22 @@ impl Daemon {
     /// Names the VMs that have cost daemons, as far as the caller may see them.
     pub(super) fn recovery_check(&self, caller: &Caller) -> Check {
         const ID: &str = "recovery";
-        let found: Vec<String> = self.store.read(|s| {
-            let of = |vm: VmId| s.vm(&vm).map(|row| (row.clone(), deaths(s, &vm)));
-            let seen = recorded(s).filter_map(of).filter(|(row, deaths)| *deaths > 0 && caller.may_see(row.owner_uid));
-            seen.map(|(row, deaths)| format!("VM {} ({deaths})", row.name)).collect()
+        let (resumed, adopted) = self.store.read(|s| {
+            let shown = |vm: VmId, deaths: u32| {
+                let row = s.vm(&vm).filter(|row| deaths > 0 && caller.may_see(row.owner_uid))?;
+                Some(format!("VM {} ({deaths})", row.name))
+            };
+            let resumed = recorded(s).filter_map(|vm| shown(vm.clone(), deaths(s, &vm))).collect::<Vec<_>>();
+            let adopted = s.metas().filter_map(adoption::vm_of);
+            (resumed, adopted.filter_map(|vm| shown(vm.clone(), adoption::deaths(s, &vm))).collect::<Vec<_>>())
         });
+        let named = |doing: &str, vms: &[String]| (!vms.is_empty()).then(|| format!("{doing} {}", vms.join(", ")));
+        let found = [named("resumed a stop or a delete of", &resumed), named("adopted", &adopted)];
+        let found: Vec<_> = found.into_iter().flatten().collect();
         if found.is_empty() {
-            return Check::ok(ID, "no daemon died while it resumed what an earlier one had left");
+            return Check::ok(ID, "no daemon died while it resumed or adopted what an earlier one had left");
         }
-        let text = format!("daemons died while they resumed a stop or a delete of {}", found.join(", "));
+        let text = format!("daemons died while they {}", found.join(", and while they "));
         Check::warn(ID, text, "see why in the daemon's log; delete the VM (fcctl rm -f NAME), or start it again")
     }
 }

@@ -25,6 +25,11 @@ impl Daemon {
             Told::Unresponsive(is_so) => daemon.vmm_answers(&vm, generation, !is_so),
         });
         self.vmm.watch_guest(&self.vm_dir(&row.id), identity, told)?;
+        self.watch_end(row, identity)
+    }
+
+    /// The same without a word from the VMM or to it.
+    pub(super) fn watch_end(&self, row: &VmRow, identity: &Identity) -> Result<()> {
         let (daemon, vm, generation) = (self.clone(), row.id.clone(), row.generation);
         self.vmm.watch(
             &self.vm_dir(&row.id),

@@ -1,4 +1,4 @@
-//! A guest, or anything else, that kills the daemon whenever a stop or a delete is resumed.
+//! A guest or a VMM that kills the daemon whenever a stop or a delete is resumed, or the VMM is adopted.
 
 use crate::world::*;
 use fcd::api::Empty;
@@ -188,4 +188,109 @@ fn orderly_end_in_the_middle_of_a_resumed_stop_is_no_death() {
     hostile.world.await_rest();
     let vm = hostile.shown();
     assert_eq!((vm.state, vm.synced, hostile.doctor_says().0), (VmState::Stopped, Some(Synced::Yes), Severity::Ok));
+}
+
+/// A VM that runs, beside another one, and whose VMM kills the daemon that adopts it.
+struct HostileVmm {
+    world: World,
+    point: &'static str,
+}
+
+impl HostileVmm {
+    fn new() -> Self {
+        let world = World::new();
+        let (evil, _) = world.running("evil");
+        world.running("well");
+        let point = Box::leak(format!("adopt the vmm of {}", evil.id).into_boxed_str());
+        let mut hostile = Self { world, point };
+        hostile.world.reopen();
+        hostile
+    }
+
+    /// The daemon that is open dies of the adoption, and another one comes.
+    fn dies_adopting(&mut self) {
+        self.world.points.die_at(self.point);
+        self.world.daemon().reconcile();
+        assert!(self.world.points.is_dead(), "it has not adopted the VM");
+        self.world.crash();
+        self.world.reopen();
+    }
+}
+
+#[test]
+fn vm_whose_adoption_killed_three_daemons_is_left_alone_and_can_be_stopped() {
+    let mut hostile = HostileVmm::new();
+    for _ in 0..3 {
+        hostile.dies_adopting();
+    }
+    let adopted_before = hostile.world.vmm.adoptions().len();
+    for _ in 0..2 {
+        hostile.world.points.die_at(hostile.point);
+        hostile.world.daemon().reconcile();
+        assert!(!hostile.world.points.is_dead(), "it was adopted once more");
+        let evil = hostile.world.show("evil").unwrap();
+        let reason = evil.reason.clone().unwrap_or_default();
+        assert!(
+            evil.state == VmState::Running && evil.unresponsive && reason.contains("died 2 times while it adopted"),
+            "{evil:?}"
+        );
+        let well = hostile.world.show("well").unwrap();
+        assert_eq!((well.state, well.reason, well.unresponsive), (VmState::Running, None, false));
+        let checks = hostile.world.call::<Doctor>(&Empty {}).unwrap().checks;
+        let check = checks.into_iter().find(|c| c.id == "recovery").unwrap();
+        assert!(check.severity == Severity::Warn && check.found.contains("while they adopted VM evil (2)"), "{}", check.found);
+        // What comes every minute does not try again, and the next daemon does not either.
+        hostile.world.daemon().look_after();
+        assert!(!hostile.world.points.is_dead());
+        hostile.world.reopen();
+    }
+    assert_eq!(hostile.world.vmm.adoptions().len(), adopted_before + 2, "the other VM was adopted by each daemon");
+    hostile.world.daemon().reconcile();
+    let asked: Arc<AtomicU32> = Arc::default();
+    let asks = asked.clone();
+    hostile.world.guest.on(fcd::image::SHUTDOWN_COMMAND, move |_| {
+        asks.fetch_add(1, Ordering::SeqCst);
+        Answer::status(0).stdout("synced\n")
+    });
+    let stopped = hostile.world.stop("evil").unwrap();
+    assert_eq!((stopped.state, stopped.synced, asked.load(Ordering::SeqCst)), (VmState::Stopped, Some(Synced::No), 0));
+    assert_eq!(hostile.world.vmm.live().len(), 1);
+    // Another life, another record.
+    hostile.world.place(&stopped.id);
+    let started = hostile.world.start("evil").unwrap();
+    assert_eq!((started.state, started.unresponsive), (VmState::Running, false));
+    hostile.world.reopen();
+    hostile.world.daemon().reconcile();
+    let evil = hostile.world.show("evil").unwrap();
+    assert_eq!((evil.state, evil.reason, evil.unresponsive), (VmState::Running, None, false));
+}
+
+#[test]
+fn vm_that_killed_two_daemons_and_is_adopted_then_has_no_record() {
+    let mut hostile = HostileVmm::new();
+    for _ in 0..2 {
+        hostile.dies_adopting();
+    }
+    hostile.world.daemon().reconcile();
+    let evil = hostile.world.show("evil").unwrap();
+    assert_eq!((evil.state, evil.reason, evil.unresponsive), (VmState::Running, None, false));
+    hostile.world.reopen();
+    // As often as at first.
+    for _ in 0..3 {
+        hostile.dies_adopting();
+    }
+}
+
+#[test]
+fn daemon_that_ends_in_good_order_while_it_adopts_is_no_death() {
+    let mut hostile = HostileVmm::new();
+    for _ in 0..2 {
+        hostile.dies_adopting();
+    }
+    for _ in 0..3 {
+        hostile.world.reopen();
+    }
+    hostile.dies_adopting();
+    hostile.world.daemon().reconcile();
+    assert!(hostile.world.show("evil").unwrap().unresponsive);
 }

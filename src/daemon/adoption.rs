@@ -1,0 +1,157 @@
+//! The crash budget of adoption. A daemon that starts talks to every VMM that an earlier one left running, and a VMM that
+//! its guest has taken over says what it likes. If that ends the daemon, the next one must not die of the same VMM, nor the
+//! one after that: so no VMM is adopted again by whom it has cost [`DEATHS_MAX`] daemons.
+//!
+//! | what the last daemon did | what this one does |
+//! |---|---|
+//! | survived its adoptions | adopts all, and writes one mark before the first |
+//! | died among its adoptions | writes down before each adoption which VM it is |
+//! | died in the adoption of a VM | the same, that VM last |
+//! | that, for the second time | leaves the VM: `unresponsive`, so a stop or a delete ends its VMM without asking |
+//!
+//! Without a death this costs one durable change at the start, however many VMs run. A store that takes no change holds
+//! up no adoption. The record goes with the VM's next start, with the VM, or with an adoption that ends well.
+
+use super::recovery::{self, Record};
+use super::{DURABLE_DEADLINE, Daemon};
+use crate::api::vm::VmState;
+use crate::error::Result;
+use crate::ids::VmId;
+use crate::store::{State, Store, Tx, VmRow};
+use crate::vmm::Identity;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+const PREFIX: &str = "adoption/";
+/// In the store while a daemon may be adopting.
+const MARK: &str = "adopting";
+/// Daemons that a VM may cost before it is left alone, beside one whose death nobody can lay to a VM.
+const DEATHS_MAX: u32 = 2;
+
+/// What the daemon before did.
+pub(super) struct Adoptions {
+    /// It died while it adopted, so each attempt is written down.
+    is_careful: bool,
+    is_marked: AtomicBool,
+}
+
+pub(super) fn name(vm: &VmId) -> String {
+    format!("{PREFIX}{vm}")
+}
+
+/// The VM with this record.
+pub(super) fn vm_of(name: &str) -> Option<VmId> {
+    name.strip_prefix(PREFIX)?.parse().ok()
+}
+
+/// Daemons that died while they adopted the VM, not counting one that adopts it now.
+pub(super) fn deaths(state: &State, vm: &VmId) -> u32 {
+    recovery::read(state, &name(vm)).deaths
+}
+
+/// The same where nothing is asked of the VM's VMM any more.
+pub(super) fn left_alone(state: &State, vm: &VmId) -> Option<u32> {
+    let record = recovery::read(state, &name(vm));
+    record.is_left_alone.then_some(record.deaths)
+}
+
+pub(super) fn forget(tx: &mut Tx, vm: &VmId) {
+    tx.remove_meta(&name(vm));
+}
+
+/// Before anything is adopted.
+pub(super) fn open(store: &Store) -> Adoptions {
+    let (is_careful, has_running) =
+        store.read(|s| (s.meta(MARK).is_some(), s.vms().any(|row| row.state == VmState::Running && row.identity.is_some())));
+    if has_running && !is_careful {
+        let marked = store.change_essential(|tx| {
+            tx.put_meta(MARK, "1");
+            Ok(())
+        });
+        if let Err(e) = marked.and_then(|((), ticket)| ticket.wait(Instant::now() + DURABLE_DEADLINE).map(drop)) {
+            log::warn!("write down that VMs are adopted: {e}");
+        }
+    }
+    Adoptions { is_careful, is_marked: AtomicBool::new(is_careful || has_running) }
+}
+
+impl Daemon {
+    /// All that ran were adopted, or the daemon ends in good order.
+    pub(super) fn end_adoptions(&self) {
+        if !self.adoptions.is_marked.swap(false, Ordering::SeqCst) {
+            return;
+        }
+        let ended = self.change(true, |tx| {
+            tx.remove_meta(MARK);
+            Ok(())
+        });
+        if let Err(e) = ended.map(|((), ticket)| ticket.detach()) {
+            log::warn!("write down that all VMs are adopted: {e}");
+        }
+    }
+
+    /// How many daemons have died in the adoption of this VM, the one before included.
+    pub(super) fn adoption_deaths(&self, vm: &VmId) -> u32 {
+        self.store.read(|s| recovery::read(s, &name(vm)).deaths_at_start())
+    }
+
+    /// Called before every word with a VMM that an earlier daemon started. False: it is to be left alone.
+    pub(super) fn begin_adoption(&self, row: &VmRow, is_late: bool) -> bool {
+        let record = self.store.read(|s| recovery::read(s, &name(&row.id)));
+        let deaths = record.deaths_at_start();
+        if record.is_left_alone || deaths >= DEATHS_MAX {
+            return false;
+        }
+        if !(self.adoptions.is_careful || is_late || record != Record::default()) {
+            return true;
+        }
+        self.note_attempt(&row.id);
+        let begun = self.change(true, |tx| {
+            recovery::write(tx, &name(&row.id), Record { deaths, is_under_way: true, is_left_alone: false });
+            Ok(())
+        });
+        if let Err(e) = begun.and_then(|((), ticket)| self.wait_durable(ticket)) {
+            log::warn!("write down that VM {} is adopted: {e}", row.name);
+        }
+        true
+    }
+
+    /// The daemon survived it. An adoption that failed may be the one that kills the daemon when it is tried again.
+    pub(super) fn end_adoption(&self, row: &VmRow, is_adopted: bool) {
+        let record = self.store.read(|s| recovery::read(s, &name(&row.id)));
+        if record == Record::default() {
+            return;
+        }
+        let record = if is_adopted { Record::default() } else { Record { is_under_way: false, ..record } };
+        let ended = self.change(true, |tx| {
+            recovery::write(tx, &name(&row.id), record);
+            Ok(())
+        });
+        if let Err(e) = ended.map(|((), ticket)| ticket.detach()) {
+            log::warn!("write down that VM {} was adopted: {e}", row.name);
+        }
+    }
+
+    /// Its guest runs on; its end is seen, and nothing is asked of its VMM.
+    pub(super) fn leave_unadopted(&self, row: &VmRow, identity: &Identity) -> Result<()> {
+        let deaths = self.adoption_deaths(&row.id);
+        let reason = format!("{}, so its VMM is left alone; a stop or a delete ends it", times(deaths));
+        log::error!("VM {}: {reason}", row.name);
+        let guard = self.locks.vm.lock(&row.id);
+        let ((), ticket) = self.change(true, |tx| {
+            recovery::write(tx, &name(&row.id), Record { deaths, is_under_way: false, is_left_alone: true });
+            tx.update_vm(&guard, |r| {
+                if (r.generation, r.state) == (row.generation, VmState::Running) {
+                    (r.reason, r.unresponsive) = (Some(reason), true);
+                }
+            })
+        })?;
+        drop(guard);
+        self.wait_durable(ticket)?;
+        self.watch_end(row, identity)
+    }
+}
+
+pub(super) fn times(deaths: u32) -> String {
+    format!("the daemon died {deaths} times while it adopted this VM")
+}

@@ -226,6 +226,19 @@ pub fn spawn(spec: Spawn) -> Result<Process> {
     Ok(process)
 }
 
+/// The same as the first process of a PID namespace of its own: it sees no other process, and whatever it starts ends with it.
+/// It is our child all the same, so its end is known as any other child's. Its own number is 1, which the kernel protects: of
+/// signals that it has no handler for only SIGKILL and SIGSTOP reach it. As root only.
+pub fn spawn_in_own_pids(spec: Spawn) -> Result<Process> {
+    // Only for the children of this thread, which makes no other.
+    let spawned = super::thread::spawn("own-pids", move || {
+        let doing = || format!("make a PID namespace for {}", spec.program.display());
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWPID).map_err(|e| Error::io(doing(), std::io::Error::from(e)))?;
+        spawn(spec)
+    })?;
+    spawned.join().unwrap_or_else(|_| Err(Error::internal("start a process: its thread panicked")))
+}
+
 fn spawn_error(shown: &str, cwd: &Path, e: std::io::Error) -> Error {
     if e.kind() == std::io::ErrorKind::NotFound && cwd.is_dir() {
         return Error::new(Kind::CommandMissing, format!("{shown} is not installed")).hint("run fcctl doctor");
@@ -475,6 +488,35 @@ mod tests {
         assert_eq!(e.kind(), Kind::CommandMissing);
         let e = spawn(Spawn { cwd: "/nonexistent".into(), ..sleep("") }).unwrap_err();
         assert_eq!(e.kind(), Kind::Host);
+    }
+
+    #[test]
+    fn process_with_pids_of_its_own_is_our_child_and_cannot_see_us() {
+        let sleeper = spawn_in_own_pids(sleep("x"));
+        if !rustix::process::geteuid().is_root() {
+            assert!(sleeper.is_err());
+            return;
+        }
+        let sleeper = sleeper.unwrap();
+        let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/pid")).unwrap();
+        let pid = sleeper.identity().pid;
+        assert_ne!(namespace(&pid.to_string()), namespace("self"));
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let numbers = status.lines().find_map(|l| l.strip_prefix("NSpid:")).unwrap();
+        assert_eq!(numbers.split_whitespace().collect::<Vec<_>>(), [pid.to_string().as_str(), "1"]);
+        end(&sleeper);
+        assert_eq!(sleeper.exit(), Some(Exit::Signal(9)));
+        // What it started ends with it, and how it ended is known.
+        let args = ["-c", "sleep 1000 & exit 7"].map(OsString::from).to_vec();
+        let parent = spawn_in_own_pids(Spawn { args, ..sleep("") }).unwrap();
+        assert!(parent.wait(soon(), &Cancel::try_new().unwrap()).unwrap());
+        assert_eq!(parent.exit(), Some(Exit::Status(7)));
+        let e = spawn_in_own_pids(Spawn { program: "no-such-program".into(), ..sleep("") }).unwrap_err();
+        assert_eq!(e.kind(), Kind::CommandMissing);
+        // The next one has the host's again.
+        let other = spawn(sleep("x")).unwrap();
+        assert_eq!(namespace(&other.identity().pid.to_string()), namespace("self"));
+        end(&other);
     }
 
     #[test]

@@ -95,6 +95,51 @@ fn goes_without_ssh(host: &TestHost) {
     assert_eq!(host.sh("fcctl exec a -- cat /root/late"), "late\n");
 }
 
+/// Power-off, panic and reset: with the daemon running, after a restart of it, and while none runs.
+#[test]
+#[ignore = "needs a binary of Firecracker's: scripts/test"]
+fn real_guests_end() {
+    let host = boot();
+    host.sh("fcctl vm create --name a --memory 256M");
+    const OFF: &str = "the guest shut itself down";
+    const PANIC: &str = "the guest's kernel panicked: sysrq triggered crash";
+    const UNSEEN: &str = "the vmm died while the daemon did not run";
+    const RESET: &str = "the guest was reset without a shutdown";
+    let order = |script: &str| {
+        host.sh(&format!(
+            "fcctl start a > /dev/null; fcctl exec a -- setsid sh -c '(sleep 3; {script}) > /dev/null 2>&1 < /dev/null &'"
+        ));
+    };
+    let end_daemon = || host.sh("pkill -KILL -x fcd; until ! pgrep -x fcd > /dev/null; do sleep 0.1; done");
+    let ends = |state: &str, reason: &str| {
+        let shown = host.sh("until ! fcctl vm show a | grep -q '^state *running'; do sleep 0.2; done; fcctl vm show a");
+        let has = |fact: &str, value: &str| shown.lines().any(|l| l.starts_with(fact) && l.contains(value));
+        assert!(has("state", state) && shown.contains(reason), "not {state} because {reason}: {shown}");
+    };
+    let [off, panic, reset] = ["kill -TERM 1", "echo c > /proc/sysrq-trigger", "echo b > /proc/sysrq-trigger"];
+    for (script, state, reason) in [(off, "stopped", OFF), (panic, "failed", PANIC), (reset, "failed", RESET)] {
+        order(script);
+        ends(state, reason);
+    }
+    for (script, state, reason) in [(off, "stopped", OFF), (panic, "failed", PANIC)] {
+        host.sh("fcctl start a");
+        end_daemon();
+        host.start_daemon_with(CONFIG);
+        host.sh("until fcctl exec a -- true 2> /dev/null; do sleep 0.5; done");
+        order(script);
+        ends(state, reason);
+    }
+    for (script, state, reason) in [(off, "stopped", OFF), (panic, "failed", UNSEEN)] {
+        order(script);
+        end_daemon();
+        host.sh("until ! pgrep -x firecracker > /dev/null; do sleep 0.2; done");
+        host.start_daemon_with(CONFIG);
+        ends(state, reason);
+    }
+    host.sh("fcctl rm -f a");
+    assert_eq!(host.devices(), "");
+}
+
 /// Memory and disks of one moment, in the same VM and in two others at once; each jail has the disks at the same paths.
 fn goes_on_from_snapshots(host: &TestHost) {
     host.sh("fcctl vm create --name s --memory 256M --work-disk 32M && fcctl start s");
@@ -189,6 +234,8 @@ fn real_guests() {
     let limits =
         host.sh("cd /sys/fs/cgroup/fcd-*/fc-*-1; cat memory.max pids.max cpu.max; grep -cx $(pgrep -x firecracker) cgroup.procs");
     assert_eq!(limits, format!("{}\n17\n200000 100000\n1\n", (1024_u64 << 20) + (256 << 20)));
+    // It is the first process of its own PID namespace.
+    assert_eq!(host.sh("sed -n 's/^NSpid:.*\\t//p' /proc/$(pgrep -x firecracker)/status"), "1\n");
     adjusts(&host);
     let nobody = host.sh("fcctl vm connect a 1 2>&1 || true");
     assert!(nobody.contains("nothing in the guest listens on vsock port 1") || nobody.contains("does not answer"), "{nobody}");

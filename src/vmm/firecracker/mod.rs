@@ -170,7 +170,9 @@ impl Firecracker {
         for name in [CONSOLE_PIPE, METRICS_PIPE] {
             make_pipe(&place, name, spec.credentials)?;
         }
-        Ok((process::spawn(spawn)?, place, files))
+        // The jailer's --new-pid-ns would do the same by a process that is no child of ours, whose end nobody could read.
+        let process = if self.is_jailed(spec) { process::spawn_in_own_pids(spawn)? } else { process::spawn(spawn)? };
+        Ok((process, place, files))
     }
 
     /// Configures everything, and lets the guest run.

@@ -17,6 +17,7 @@ mod doctor;
 mod down;
 mod effects;
 mod events;
+pub mod gone;
 pub mod helpers;
 pub mod history;
 mod hold;
@@ -106,6 +107,8 @@ pub struct Seams {
     pub vmm: Arc<dyn Driver>,
     pub transport: Arc<dyn Transport>,
     pub commands: Arc<dyn Commands>,
+    /// None where the daemon is not root: it has nothing that others could leave behind.
+    pub installations: Option<Box<dyn gone::Installations>>,
 }
 
 impl Seams {
@@ -115,6 +118,7 @@ impl Seams {
             vmm: Arc::new(drivers(config)?),
             transport: Arc::new(crate::guest::SshTransport),
             commands: Arc::new(crate::host::HostCommands),
+            installations: None,
         })
     }
 }
@@ -173,6 +177,7 @@ pub struct Inner {
     earlier_vmms: Mutex<Option<Arc<looks::EarlierVmms>>>,
     settled: reconcile::Settled,
     adoptions: adoption::Adoptions,
+    installations: Option<Box<dyn gone::Installations>>,
     /// VMs whose recovery or adoption this daemon has attempted.
     recovering: Mutex<HashSet<VmId>>,
     /// Fires when the daemon closes.
@@ -263,6 +268,11 @@ impl Daemon {
         let (rows, to_look_at) = store.read(|s| (s.ops().map(|o| (**o).clone()).collect::<Vec<_>>(), reconcile::to_look_at(s)));
         let ops = open_ops(&store, config.limits.retention(), rows)?;
         let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+        if let Some(installations) = &seams.installations {
+            installations.set_own(store.install_id())?;
+            // Before the network: the bridge of one that is gone may have the name that ours is to have.
+            gone::sweep(installations.as_ref(), &seams.commands, true);
+        }
         let net = network::open(&config, &store, &seams.commands, &closing)?;
         let disk_probe = room::probe(&config, seams.vmm.as_ref(), &config.state_dir);
         let inner = Inner {
@@ -295,6 +305,7 @@ impl Daemon {
             earlier_vmms: Mutex::new(Rank::Runtimes, Some(Arc::new(looks::EarlierVmms::new(to_look_at)))),
             settled: reconcile::Settled::new(),
             adoptions: adoption::open(&store),
+            installations: seams.installations,
             recovering: Mutex::new(Rank::Runtimes, HashSet::new()),
             closing,
             effects: effects::Effects::default(),

@@ -18,6 +18,7 @@ mod checks;
 mod conntrack;
 pub mod dns;
 mod forward;
+pub mod gone;
 mod lease;
 mod links;
 mod names;

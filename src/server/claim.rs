@@ -3,9 +3,11 @@
 //! daemon claims its own before it makes anything.
 //!
 //! A claim is a file in [`DIR`], which a reboot empties. The daemon holds an flock(2) on its own. VMs outlive their daemon,
-//! so the claim of a daemon that is gone counts for as long as VMs of its installation run.
+//! so the claim of a daemon that is gone counts for as long as VMs of its installation run. Its file stays, because it says
+//! whose the things on the host are that carry its installation's id: [`Registry`] finds the installations that are gone.
 
 use crate::config::{Config, Subnet};
+use crate::daemon::gone::{GoneInstallation, Installations};
 use crate::error::{Error, Kind, Result};
 use crate::host::process::find_by_prefix;
 use rustix::fs::{FlockOperation, OFlags};
@@ -23,6 +25,8 @@ const LOCK_FILE: &str = "lock";
 const LOCK_DEADLINE: Duration = Duration::from_secs(10);
 const LOCK_PERIOD: Duration = Duration::from_millis(20);
 const CLAIM_BYTES_MAX: u64 = 64 * 1024;
+/// Of one state directory; the oldest is forgotten first.
+const FORMER_MAX: usize = 64;
 
 /// A claim, as its file has it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -36,11 +40,16 @@ struct Claim {
     netns: PathBuf,
     /// The installation's id, as in the tags of its VMs; none while nothing was made.
     install_id: Option<String>,
+    /// The ids of installations that had this state directory before, and of which something may be left.
+    #[serde(default)]
+    former: Vec<String>,
 }
 
 /// The daemon's own claim, which counts while this lives and as long as VMs run afterwards.
 pub(super) struct Held {
-    file: File,
+    dir: PathBuf,
+    /// Its lock.
+    _file: File,
     claim: Claim,
 }
 
@@ -56,7 +65,22 @@ impl Claim {
             subnet: config.network.is_bridge().then(|| config.network.subnet.to_string()),
             netns,
             install_id: None,
+            former: Vec::new(),
         })
+    }
+
+    /// Takes over what an earlier claim of the same state directory says of the past.
+    fn succeed(&mut self, earlier: Claim) {
+        self.former = earlier.former;
+        self.former.extend(earlier.install_id);
+    }
+
+    /// As the installation that has the state directory now.
+    fn become_installation(&mut self, id: &str) {
+        self.install_id = Some(id.to_owned());
+        self.former.retain(|former| former != id);
+        self.former.dedup();
+        self.former.drain(..self.former.len().saturating_sub(FORMER_MAX));
     }
 
     /// The name of its file: one for each state directory.
@@ -101,9 +125,8 @@ impl Claim {
 /// `conflict` when another installation has some of them, with the setting that helps; `host`.
 pub(super) fn take(config: &Config, dir: &Path) -> Result<Held> {
     drop(crate::host::fs::create_dir(dir, 0o700)?);
-    let claim = Claim::of(config)?;
-    let lock = open(&dir.join(LOCK_FILE))?;
-    flock(&lock, &dir.join(LOCK_FILE))?;
+    let mut claim = Claim::of(config)?;
+    let _lock = lock(dir)?;
     let own = claim.file_name();
     let entries = std::fs::read_dir(dir).map_err(|e| Error::io(format!("read {}", dir.display()), e))?;
     for entry in entries.flatten() {
@@ -116,27 +139,147 @@ pub(super) fn take(config: &Config, dir: &Path) -> Result<Held> {
     let file = open(&path)?;
     // A child of the daemon before may hold it until it has become another program.
     flock(&file, &path)?;
-    let mut held = Held { file, claim };
-    held.write()?;
-    Ok(held)
+    if let Some(earlier) = read(&file, &path)? {
+        claim.succeed(earlier);
+    }
+    write(&file, &claim)?;
+    Ok(Held { dir: dir.to_owned(), _file: file, claim })
 }
 
-/// Refuses what another claim has, and removes one that nobody needs any more.
+/// Refuses what another claim has.
 fn look_at(claim: &Claim, path: &Path) -> Result<()> {
-    let mut file = open(path)?;
-    let is_held = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err();
-    let mut text = String::new();
-    (&mut file).take(CLAIM_BYTES_MAX).read_to_string(&mut text).map_err(|e| Error::io(format!("read {}", path.display()), e))?;
+    let file = open(path)?;
+    let is_held = is_held(&file);
     // Cut off in the middle of being written, before anything was made: it claims nothing.
-    let Ok(other) = serde_json::from_str::<Claim>(&text) else { return Ok(()) };
-    let has_vms = || match &other.install_id {
-        Some(id) => find_by_prefix(&format!("fc-{id}-")).map(|found| !found.is_empty()),
-        None => Ok(false),
+    let Some(other) = read(&file, path)? else { return Ok(()) };
+    let ids = other.install_id.iter().chain(&other.former);
+    if is_held || has_vms(ids)? { claim.conflict(&other).map_or(Ok(()), Err) } else { Ok(()) }
+}
+
+/// Whether a daemon has this claim. If not, none gets it before `file` is closed.
+fn is_held(file: &File) -> bool {
+    rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).is_err()
+}
+
+fn read(mut file: &File, path: &Path) -> Result<Option<Claim>> {
+    let mut text = String::new();
+    let read = file.rewind().and_then(|()| file.take(CLAIM_BYTES_MAX).read_to_string(&mut text));
+    read.map_err(|e| Error::io(format!("read {}", path.display()), e))?;
+    Ok(serde_json::from_str(&text).ok())
+}
+
+fn write(mut file: &File, claim: &Claim) -> Result<()> {
+    let text = serde_json::to_vec(claim).map_err(|e| Error::internal("write a claim").with_source(e))?;
+    let mut write = || {
+        file.set_len(0)?;
+        file.rewind()?;
+        file.write_all(&text)
     };
-    if is_held || has_vms()? {
-        return claim.conflict(&other).map_or(Ok(()), Err);
+    write().map_err(|e| Error::io("write the claim of uids and subnet", e))
+}
+
+/// Whether VMs of one of these installations run.
+fn has_vms<'a>(ids: impl IntoIterator<Item = &'a String>) -> Result<bool> {
+    for id in ids {
+        if !find_by_prefix(&format!("fc-{id}-"))?.is_empty() {
+            return Ok(true);
+        }
     }
-    std::fs::remove_file(path).map_err(|e| Error::io(format!("remove {}", path.display()), e))
+    Ok(false)
+}
+
+/// For as long as claims are compared.
+fn lock(dir: &Path) -> Result<File> {
+    let path = dir.join(LOCK_FILE);
+    let lock = open(&path)?;
+    flock(&lock, &path)?;
+    Ok(lock)
+}
+
+/// The claims of this host, for a daemon that has one of them.
+pub(super) struct Registry {
+    dir: PathBuf,
+    own: String,
+    netns: PathBuf,
+}
+
+impl Registry {
+    fn visit_own(&self, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()> {
+        let path = self.dir.join(&self.own);
+        let file = open(&path)?;
+        let Some(mut claim) = read(&file, &path)? else { return Ok(()) };
+        // Which installation has the directory now is not known yet.
+        if claim.install_id.is_none() {
+            return Ok(());
+        }
+        let before = claim.former.len();
+        self.visit_former(&mut claim, visit)?;
+        if claim.former.len() == before { Ok(()) } else { write(&file, &claim) }
+    }
+
+    /// Forgets those of which nothing is left.
+    fn visit_former(&self, claim: &mut Claim, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()> {
+        for id in std::mem::take(&mut claim.former) {
+            if has_vms([&id])? || !visit(&self.gone(claim, &id)) {
+                claim.former.push(id);
+            }
+        }
+        Ok(())
+    }
+
+    fn gone(&self, claim: &Claim, id: &str) -> GoneInstallation {
+        // Without a bridge now, it may have had one before.
+        GoneInstallation { install_id: id.to_owned(), state_dir: claim.state_dir.clone(), has_network: claim.netns == self.netns }
+    }
+
+    fn visit_other(&self, path: &Path, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()> {
+        let file = open(path)?;
+        if is_held(&file) {
+            return Ok(());
+        }
+        let Some(mut claim) = read(&file, path)? else { return Ok(()) };
+        if !is_missing(&claim.state_dir) {
+            return Ok(());
+        }
+        let before = claim.clone();
+        claim.former.extend(claim.install_id.take());
+        self.visit_former(&mut claim, visit)?;
+        if claim.former.is_empty() && before.netns == self.netns {
+            return std::fs::remove_file(path).map_err(|e| Error::io(format!("remove {}", path.display()), e));
+        }
+        Ok(())
+    }
+}
+
+/// Certainly: a directory that cannot be looked at is one that may be there.
+fn is_missing(dir: &Path) -> bool {
+    use std::io::ErrorKind::{NotADirectory, NotFound};
+    std::fs::symlink_metadata(dir).is_err_and(|e| matches!(e.kind(), NotFound | NotADirectory))
+}
+
+impl Installations for Registry {
+    /// From now on VMs of this installation keep the claim.
+    fn set_own(&self, install_id: &str) -> Result<()> {
+        let _lock = lock(&self.dir)?;
+        let path = self.dir.join(&self.own);
+        let file = open(&path)?;
+        let mut claim = read(&file, &path)?.ok_or_else(|| Error::internal(format!("read {}: it is no claim", path.display())))?;
+        claim.become_installation(install_id);
+        write(&file, &claim)
+    }
+
+    /// No daemon can take a claim meanwhile, so none of these comes back.
+    fn visit_gone(&self, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()> {
+        let _lock = lock(&self.dir)?;
+        self.visit_own(visit)?;
+        let entries = std::fs::read_dir(&self.dir).map_err(|e| Error::io(format!("read {}", self.dir.display()), e))?;
+        for name in entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()) {
+            if name.ends_with(".json") && name != self.own {
+                self.visit_other(&self.dir.join(&name), visit)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 fn open(path: &Path) -> Result<File> {
@@ -158,20 +301,9 @@ fn flock(file: &File, path: &Path) -> Result<()> {
 }
 
 impl Held {
-    /// From now on VMs of this installation keep the claim.
-    pub(super) fn set_install_id(&mut self, id: &str) -> Result<()> {
-        self.claim.install_id = Some(id.to_owned());
-        self.write()
-    }
-
-    fn write(&mut self) -> Result<()> {
-        let text = serde_json::to_vec(&self.claim).map_err(|e| Error::internal("write a claim").with_source(e))?;
-        let mut write = || {
-            self.file.set_len(0)?;
-            self.file.rewind()?;
-            self.file.write_all(&text)
-        };
-        write().map_err(|e| Error::io("write the claim of uids and subnet", e))
+    /// For a daemon that is about to learn which installation it is.
+    pub(super) fn registry(&self) -> Registry {
+        Registry { dir: self.dir.clone(), own: self.claim.file_name(), netns: self.claim.netns.clone() }
     }
 }
 
@@ -222,8 +354,8 @@ mod tests {
     fn claim_of_dead_daemon_counts_while_its_vms_run() {
         let dir = tempfile::tempdir().unwrap();
         let install = format!("{:08x}", std::process::id());
-        let mut first = take(&config("/a", (5000, 100), None), dir.path()).unwrap();
-        first.set_install_id(&install).unwrap();
+        let first = take(&config("/a", (5000, 100), None), dir.path()).unwrap();
+        first.registry().set_own(&install).unwrap();
         drop(first);
         let vmm = crate::host::process::spawn(crate::host::process::Spawn {
             program: "sh".into(),
@@ -238,6 +370,73 @@ mod tests {
         vmm.signal(rustix::process::Signal::KILL).unwrap();
         assert!(vmm.wait_uncancelled(Instant::now() + Duration::from_secs(20)).unwrap());
         take(&config("/b", (5000, 100), None), dir.path()).unwrap();
+    }
+
+    fn gone(registry: &Registry, is_clean: bool) -> Vec<(String, PathBuf)> {
+        let mut all = Vec::new();
+        registry
+            .visit_gone(&mut |gone| {
+                assert!(gone.has_network);
+                all.push((gone.install_id.clone(), gone.state_dir.clone()));
+                is_clean
+            })
+            .unwrap();
+        all
+    }
+
+    #[test]
+    fn installation_is_gone_when_its_directory_is_and_nobody_has_its_claim() {
+        let (dir, states) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let state = |name: &str| states.path().join(name);
+        let claim = |name: &str, base, id: &str| {
+            let held = take(&config(state(name).to_str().unwrap(), (base, 100), None), dir.path()).unwrap();
+            held.registry().set_own(id).unwrap();
+            held
+        };
+        for name in ["own", "live", "stopped"] {
+            std::fs::create_dir(state(name)).unwrap();
+        }
+        let own = claim("own", 5000, "00000001");
+        // One runs although its directory is gone, one has its directory, of one neither is so.
+        let live = claim("live", 6000, "00000002");
+        std::fs::remove_dir(state("live")).unwrap();
+        drop(claim("stopped", 7000, "00000003"));
+        drop(claim("gone", 8000, "00000004"));
+        let registry = own.registry();
+        let files = || std::fs::read_dir(dir.path()).unwrap().count();
+        assert_eq!(files(), 5, "a lock and four claims");
+        for _ in 0..2 {
+            assert_eq!(gone(&registry, false), [("00000004".to_owned(), state("gone"))], "something is left of it");
+        }
+        assert_eq!(gone(&registry, true).len(), 1);
+        assert_eq!((gone(&registry, true).len(), files()), (0, 4), "it is forgotten");
+        // A disk that is not mounted, and is mounted again.
+        std::fs::remove_dir(state("stopped")).unwrap();
+        assert_eq!(gone(&registry, false), [("00000003".to_owned(), state("stopped"))]);
+        std::fs::create_dir(state("stopped")).unwrap();
+        assert_eq!(gone(&registry, false), []);
+        drop(live);
+        assert_eq!(gone(&registry, true), [("00000002".to_owned(), state("live"))]);
+    }
+
+    #[test]
+    fn installation_is_gone_when_another_one_has_its_directory() {
+        let (dir, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let config = config(state.path().to_str().unwrap(), (5000, 100), None);
+        let claim = |id: &str| {
+            let held = take(&config, dir.path()).unwrap();
+            assert_eq!(gone(&held.registry(), true), [], "which one has it now is not known yet");
+            held.registry().set_own(id).unwrap();
+            held
+        };
+        drop(claim("00000001"));
+        assert_eq!(gone(&claim("00000001").registry(), true), []);
+        drop(claim("00000002"));
+        let held = claim("00000003");
+        let former = |id: &str| (id.to_owned(), state.path().to_owned());
+        assert_eq!(gone(&held.registry(), false), [former("00000001"), former("00000002")]);
+        assert_eq!(gone(&held.registry(), true).len(), 2);
+        assert_eq!(gone(&held.registry(), true), []);
     }
 
     #[test]

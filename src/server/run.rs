@@ -51,11 +51,12 @@ pub fn run(config: Config) -> Result<()> {
     // The path of a state directory says nothing; its mode lets VMMs reach what is theirs below it.
     drop(crate::host::fs::create_dir(&config.state_dir, 0o711)?);
     let _held = hold(&config.state_dir)?;
-    let mut claim = claim_host(&config)?;
-    let daemon = Daemon::open(config.clone(), Seams::real(&config)?)?;
-    if let Some(claim) = &mut claim {
-        claim.set_install_id(daemon.store.install_id())?;
+    let claim = claim_host(&config)?;
+    let mut seams = Seams::real(&config)?;
+    if let Some(claim) = &claim {
+        seams.installations = Some(Box::new(claim.registry()));
     }
+    let daemon = Daemon::open(config.clone(), seams)?;
     #[cfg(feature = "fakes")]
     if let Some(plan) = crate::daemon::DieAt::told() {
         daemon.effects.follow(plan.clone());

@@ -231,3 +231,75 @@ fn a_boot_that_is_cut_off_leaves_no_tap() {
     host.ok(&["start", "b"]);
     assert_eq!(host.sh("b", "echo up").trim(), "up");
 }
+
+/// A second daemon on this host, with its state in `name` beside the first one's.
+fn start_beside(host: &Host, name: &str) -> std::process::Child {
+    let at = |file: &str| host.path().join(format!("{name}{file}"));
+    let config = "[network]\ndriver = \"bridge\"\nbridge = \"fcbr9\"\nsubnet = \"10.99.0.0/24\"\n[qemu]\nuid_base = 700000\nuid_count = 100\n";
+    std::fs::write(at(".toml"), config).unwrap();
+    let log = std::fs::File::create(at(".log")).unwrap();
+    let daemon = Command::new(host::FCD)
+        .args(["--config".as_ref(), at(".toml").as_os_str(), "--state-dir".as_ref(), at("").as_os_str()])
+        .args(["--socket".as_ref(), at(".sock").as_os_str()])
+        .env("FCD_TEST_CLAIMS", host.path().join("claims"))
+        .stdin(std::process::Stdio::null())
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    wait_for("the second daemon answers", || {
+        host::fcctl_at(&at(".sock"), &["rpc", "fcd.info"]).output().unwrap().status.success().then_some(())
+    });
+    daemon
+}
+
+#[test]
+fn what_a_gone_installation_has_left_is_named_and_removed_and_a_live_one_stays() {
+    enter_a_host_with_an_outside();
+    let mut host = Host::with_config("[network]\ndriver = \"bridge\"\n");
+    host.boot("a");
+    // It sweeps at its start, and then not for a minute.
+    host.kill_daemon();
+    host.relaunch();
+    let links = || sh("ip -o link show type bridge | cut -d: -f2; nft list tables");
+    let ours = links();
+    // Its status says whether there are some.
+    let leaks = |args: &[&str]| String::from_utf8(host.fcctl(&[&["doctor", "--leaks"], args].concat()).stdout).unwrap();
+    const NONE: &str = "nothing of the daemon's is left over on this host\n";
+    let mut second = start_beside(&host, "second");
+    let state = host.path().join("second");
+    let both = links();
+    assert!(both.contains("fcbr9") && both != ours, "{both}");
+    assert_eq!(leaks(&[]), NONE, "it runs");
+    // Its directory is gone under it.
+    std::fs::rename(&state, host.path().join("aside")).unwrap();
+    assert_eq!(leaks(&[]), NONE, "it still runs");
+    second.kill().unwrap();
+    second.wait().unwrap();
+    std::fs::rename(host.path().join("aside"), &state).unwrap();
+    assert_eq!(leaks(&[]), NONE, "it may be started again");
+    std::fs::remove_dir_all(&state).unwrap();
+    let found = leaks(&[]);
+    for part in ["fcbr9", "inet fcd_", "bridge fcd_", state.to_str().unwrap()] {
+        assert!(found.contains(part), "{part} is not in {found}");
+    }
+    assert!(!found.contains("fcbr0"), "{found}");
+    assert_eq!(links(), both, "naming it changes nothing");
+    leaks(&["--fix", "--yes"]);
+    assert_eq!((links(), leaks(&[]).as_str()), (ours.clone(), NONE));
+    // Another daemon's start does it by itself, also where the directory has become another installation's.
+    for _ in 0..2 {
+        let mut second = start_beside(&host, "second");
+        second.kill().unwrap();
+        second.wait().unwrap();
+        std::fs::remove_dir_all(&state).unwrap();
+    }
+    let mut third = start_beside(&host, "second");
+    // Its bridge has the name of the one that they had.
+    assert_eq!(sh("nft list tables | grep -c fcd_").trim(), "4", "two of each daemon that runs");
+    third.kill().unwrap();
+    third.wait().unwrap();
+    std::fs::remove_dir_all(&state).unwrap();
+    leaks(&["--fix", "--yes"]);
+    assert_eq!(links(), ours);
+    assert_eq!(host.sh("a", "echo on").trim(), "on");
+}

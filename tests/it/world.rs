@@ -254,6 +254,7 @@ impl World {
             vmm: Arc::new(PointDriver(self.driver.clone(), points.clone())),
             transport: Arc::new(PointTransport(self.transport.clone(), points.clone())),
             commands: Arc::new(PointCommands(FakeCommands(self.builds.clone()), points.clone())),
+            installations: None,
         };
         let daemon = Daemon::open(self.config.clone(), seams).unwrap();
         daemon.effects.follow(points.clone());

@@ -254,7 +254,7 @@ impl Daemon {
             }
             for name in unknown {
                 let removed = if fix { Some(resource.release(self, &name)) } else { None };
-                leaks.push(leak(resource, &name, "it is in no ledger", removed));
+                leaks.push(leak(resource.kind(), &name, "it is in no ledger", removed.as_ref()));
             }
             let is_free = |row: &LedgerRow| !stuck.contains(&row.vm) && !resource.is_in_use(self, &row.name);
             for row in leftover.into_iter().filter(is_free).collect::<Vec<_>>() {
@@ -262,8 +262,11 @@ impl Daemon {
                 if matches!(removed, Some(Err(_))) && resource.uses_the_others() {
                     stuck.push(row.vm.clone());
                 }
-                leaks.push(leak(resource, &row.name, "nothing uses it any more", removed));
+                leaks.push(leak(resource.kind(), &row.name, "nothing uses it any more", removed.as_ref()));
             }
+        }
+        if let Some(installations) = &self.installations {
+            leaks.extend(super::gone::sweep(installations.as_ref(), &self.commands, fix));
         }
         leaks
     }
@@ -275,18 +278,13 @@ impl Daemon {
     }
 }
 
-fn leak(resource: &dyn Resource, name: &str, why: &str, removed: Option<Result<()>>) -> Leak {
-    let error = removed.as_ref().and_then(|r| r.as_ref().err()).map(Error::to_string);
-    match (&removed, &error) {
-        (Some(_), None) => log::info!("removed a leftover: {} {name}: {why}", resource.kind()),
-        (Some(_), Some(e)) => log::warn!("a leftover could not be removed: {} {name}: {e}", resource.kind()),
+/// What was found, and what came of its removal, which is logged.
+pub(super) fn leak(kind: &str, name: &str, why: &str, removed: Option<&Result<()>>) -> Leak {
+    let error = removed.and_then(|r| r.as_ref().err()).map(Error::to_string);
+    match (removed, &error) {
+        (Some(_), None) => log::info!("removed a leftover: {kind} {name}: {why}"),
+        (Some(_), Some(e)) => log::warn!("a leftover could not be removed: {kind} {name}: {e}"),
         (None, _) => {}
     }
-    Leak {
-        kind: resource.kind().to_owned(),
-        name: name.to_owned(),
-        why: why.to_owned(),
-        removed: removed.is_some_and(|r| r.is_ok()),
-        error,
-    }
+    Leak { kind: kind.to_owned(), name: name.to_owned(), why: why.to_owned(), removed: removed.is_some_and(|r| r.is_ok()), error }
 }

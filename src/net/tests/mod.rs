@@ -1,5 +1,5 @@
 //! With real bridges, taps and rules, in network namespaces of the tests' own: root only.
 
 mod host;
-mod lab;
+pub(super) mod lab;
 mod packets;

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 const JAIL_DIR: &str = "jail";
 const ROOT_DIR: &str = "root";
 /// Where the control groups of version 2 are (cgroups(7)).
-const CGROUPS: &str = "/sys/fs/cgroup";
+pub const CGROUPS: &str = "/sys/fs/cgroup";
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 /// That of VMs whose disks have a rate.
 const IO: &str = "io";

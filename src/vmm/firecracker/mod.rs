@@ -6,6 +6,7 @@
 pub(in crate::vmm) mod api;
 mod attend;
 mod checks;
+mod gone;
 mod http;
 pub(in crate::vmm) mod incoming;
 mod jail;
@@ -14,6 +15,7 @@ pub(in crate::vmm) mod refusal;
 mod save;
 mod vsock;
 
+pub use gone::{empty_group, remove_group};
 pub use jail::require_mount;
 
 use super::console::{Attach, Consoles};

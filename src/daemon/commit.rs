@@ -4,7 +4,7 @@
 use super::history::{self, What};
 use super::lifecycle::{Claim, Outcome, enter, superseded};
 use super::operations::ended_row;
-use super::runtime::{HOST_DISK_FULL, Successor};
+use super::runtime::{BootEnd, Successor};
 use super::transitions::Verb;
 use super::{Daemon, now_s, recovery, resources, to_value};
 use crate::api::vm::{VmDeleteReply, VmState};
@@ -26,7 +26,7 @@ struct Ending {
     state: VmState,
     op: OpHandle,
     outcome: Outcome,
-    died: Option<String>,
+    died: Option<BootEnd>,
     successor: Option<Successor>,
     /// Lost to a later request that is heavier. Their operations end after the VM's lock is released.
     replaced: Vec<Successor>,
@@ -287,7 +287,7 @@ fn settle(row: &mut VmRow, ending: &Ending, at: u64) -> Result<()> {
     };
     match (&ending.outcome, &ending.died) {
         (Outcome::Booted(_), Some(how)) => {
-            rest(row, VmState::Failed, Some(how.clone()));
+            rest(row, VmState::Failed, Some(how.to_string()));
             Err(died_booting(row, how))
         }
         (Outcome::Booted(running), None) => {
@@ -301,7 +301,7 @@ fn settle(row: &mut VmRow, ending: &Ending, at: u64) -> Result<()> {
             let was_cancelled = e.kind() == Kind::Cancelled;
             let before = if row.started_at.is_none() { VmState::Created } else { VmState::Stopped };
             if let Some(how) = died {
-                rest(row, VmState::Failed, Some(how.clone()));
+                rest(row, VmState::Failed, Some(how.to_string()));
                 return Err(died_booting(row, how));
             }
             match was_cancelled {
@@ -324,8 +324,8 @@ fn settle(row: &mut VmRow, ending: &Ending, at: u64) -> Result<()> {
     }
 }
 
-fn died_booting(row: &VmRow, how: &str) -> Error {
-    if how == HOST_DISK_FULL {
+fn died_booting(row: &VmRow, how: &BootEnd) -> Error {
+    if *how == BootEnd::HostDiskFull {
         return Error::new(Kind::DiskFull, format!("start vm {}: {how}", row.name))
             .hint("free some space (df -h), then try again");
     }

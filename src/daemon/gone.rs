@@ -7,7 +7,7 @@
 //! reboot.
 
 use crate::api::daemon::Leak;
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::host::Commands;
 use crate::net;
 use crate::vmm::firecracker;
@@ -64,7 +64,11 @@ fn sweep_network(gone: &GoneInstallation, commands: &Arc<dyn Commands>, fix: boo
     if !gone.has_network {
         return Ok(true);
     }
-    let left = net::gone::look(&gone.install_id, commands)?;
+    let left = match net::gone::look(&gone.install_id, commands) {
+        // It had no bridge, which needs these tools, too.
+        Err(e) if e.kind() == Kind::CommandMissing => return Ok(true),
+        found => found?,
+    };
     let found = [("tap", &left.taps), ("bridge", &left.bridges), ("table", &left.tables)];
     let found: Vec<_> = found.into_iter().flat_map(|(kind, names)| names.iter().map(move |name| (kind, name))).collect();
     let removed = (fix && !found.is_empty()).then(|| net::gone::remove(&left, commands));

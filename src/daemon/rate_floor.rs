@@ -1,14 +1,11 @@
 //! The least that a transfer must move. The idle limit alone lets a sender hold a worker for a day with one byte a minute.
 
 use crate::error::{Error, Kind, Result};
-use crate::locks::Cancel;
+use crate::locks::{Cancel, KnownCause};
 use crate::pool::JobHandle;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-
-/// Why a transfer's token was fired.
-const TOO_SLOW: &str = "the transfer is too slow";
 
 /// The bytes that a transfer has moved, as its worker counts them.
 #[derive(Clone, Debug, Default)]
@@ -60,13 +57,16 @@ impl RateFloor {
                 && let Err(bytes) = self.check(moved.bytes.load(Ordering::Relaxed))
             {
                 slow = Some(bytes);
-                cancel.cancel(TOO_SLOW);
+                cancel.cancel_for(KnownCause::TooSlow);
             }
         }
     }
 
     fn blame(&self, e: Error, slow: Option<u64>, cancel: &Cancel) -> Error {
-        let Some(bytes) = slow.filter(|_| e.kind() == Kind::Cancelled && cancel.cause() == Some(TOO_SLOW)) else { return e };
+        let Some(bytes) = slow.filter(|_| e.kind() == Kind::Cancelled && cancel.known_cause() == Some(KnownCause::TooSlow))
+        else {
+            return e;
+        };
         let text =
             format!("{bytes} bytes moved in the last {} s, at least {} are required", self.window.as_secs(), self.bytes_min);
         Error::new(Kind::TransferIdle, text)

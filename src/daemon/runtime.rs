@@ -3,13 +3,32 @@
 use super::transitions::Verb;
 use crate::api::vm::VmState;
 use crate::ids::{OpId, VmId};
-use crate::locks::{Cancel, Mutex, Rank};
+use crate::locks::{Cancel, KnownCause, Mutex, Rank};
+use crate::vmm::End;
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Why a guest is paused, and what ends its boot and its transfers then: reads after "cancelled: ".
-pub const HOST_DISK_FULL: &str = "the host's disk is full";
+pub const HOST_DISK_FULL: &str = KnownCause::HostDiskFull.text();
+
+/// What ended a boot that nobody had cancelled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BootEnd {
+    /// The guest is paused, and a boot does not wait for room.
+    HostDiskFull,
+    VmmDied(End),
+}
+
+impl fmt::Display for BootEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            BootEnd::HostDiskFull => f.write_str(HOST_DISK_FULL),
+            BootEnd::VmmDied(end) => end.fmt(f),
+        }
+    }
+}
 
 /// What uses a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,8 +70,8 @@ struct Runtime {
     /// Shortens the graceful stop under way.
     grace: Option<Cancel>,
     successor: Option<Successor>,
-    /// How the VMM died while it booted.
-    died: Option<String>,
+    /// What ended the boot.
+    died: Option<BootEnd>,
     /// Transfers and sessions that a stop ends.
     users: BTreeMap<u64, (Use, Cancel)>,
     next_user: u64,
@@ -116,8 +135,8 @@ impl Runtimes {
         self.with(vm, |r| r.grace = Some(grace));
     }
 
-    /// Ends the boot or stop of the operation that lets go; gives how the VMM died meanwhile and who comes next.
-    pub fn end(&self, vm: &VmId) -> (Option<String>, Option<Successor>) {
+    /// Ends the boot or stop of the operation that lets go; gives what ended the boot and who comes next.
+    pub fn end(&self, vm: &VmId) -> (Option<BootEnd>, Option<Successor>) {
         self.with(vm, |r| {
             r.boot = None;
             r.grace = None;
@@ -133,14 +152,15 @@ impl Runtimes {
     }
 
     /// The VMM died while it booted: the boot ends and says so. One that was ended already is what killed it.
-    pub fn boot_died(&self, vm: &VmId, how: &str) {
+    pub fn boot_died(&self, vm: &VmId, how: BootEnd) {
+        let text = how.to_string();
         let token = self.with(vm, |r| {
             let token = r.boot.clone().filter(|boot| !boot.is_cancelled())?;
-            r.died = Some(how.to_owned());
+            r.died = Some(how);
             Some(token)
         });
         if let Some(token) = token {
-            token.cancel(how);
+            token.cancel(text);
         }
     }
 
@@ -150,12 +170,12 @@ impl Runtimes {
         if !is_paused {
             return;
         }
-        self.boot_died(vm, HOST_DISK_FULL);
+        self.boot_died(vm, BootEnd::HostDiskFull);
         let transfers = |r: &mut Runtime| -> Vec<Cancel> {
             r.users.values().rev().filter(|(kind, _)| *kind == Use::Transfer).map(|(_, token)| token.clone()).collect()
         };
         for token in self.with(vm, transfers) {
-            token.cancel(HOST_DISK_FULL);
+            token.cancel_for(KnownCause::HostDiskFull);
         }
     }
 
@@ -259,7 +279,8 @@ mod tests {
         runtimes.set_paused(&vm, true);
         assert!(runtimes.is_paused(&vm));
         assert_eq!((session.cause(), transfer.cause(), boot.cause()), (None, Some(HOST_DISK_FULL), Some(HOST_DISK_FULL)));
-        assert_eq!(runtimes.end(&vm).0.as_deref(), Some(HOST_DISK_FULL));
+        assert_eq!(transfer.known_cause(), Some(KnownCause::HostDiskFull));
+        assert_eq!(runtimes.end(&vm).0, Some(BootEnd::HostDiskFull));
         drop(users);
         runtimes.set_paused(&vm, false);
         assert_eq!(runtimes.len(), 0);

@@ -4,6 +4,7 @@ use super::Daemon;
 use super::access::Caller;
 use super::boot::DISK_FILE;
 use super::lifecycle::Ask;
+use super::runtime::BootEnd;
 use super::transitions::Verb;
 use crate::api::vm::VmState;
 use crate::disk::{self, Method};
@@ -118,7 +119,7 @@ impl Daemon {
         }
         match row.state {
             VmState::Starting => {
-                self.runtimes.boot_died(guard.key(), &end.to_string());
+                self.runtimes.boot_died(guard.key(), BootEnd::VmmDied(end.clone()));
                 return Ok(false);
             }
             VmState::Running => {}

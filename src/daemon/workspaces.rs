@@ -3,7 +3,7 @@
 
 use super::locks::WorkspaceOf;
 use super::rate_floor::{Moved, RateFloor};
-use super::runtime::{HOST_DISK_FULL, Use, User};
+use super::runtime::{Use, User};
 use super::transfer::{Imported, Transfer};
 use super::{Begun, Caller, Daemon, Notes, now_s, to_value};
 use crate::api::vm::WorkspaceState;
@@ -11,7 +11,7 @@ use crate::api::workspace::{ExportReply, ExportRequest, PrepareReply, PrepareReq
 use crate::error::{Error, Kind, Result};
 use crate::guest::io::fifo::{self, Direction};
 use crate::ids::VmId;
-use crate::locks::KeyGuard;
+use crate::locks::{KeyGuard, KnownCause};
 use crate::ops::OpHandle;
 use crate::pool::Place;
 use crate::store::{VmRow, WorkspaceRow};
@@ -111,7 +111,7 @@ impl Daemon {
 
     /// What was cancelled because the guest is paused has met a full disk.
     fn blame_disk(&self, op: &OpHandle, e: Error) -> Error {
-        let is_paused = e.kind() == Kind::Cancelled && op.cancel().cause() == Some(HOST_DISK_FULL);
+        let is_paused = e.kind() == Kind::Cancelled && op.cancel().known_cause() == Some(KnownCause::HostDiskFull);
         if is_paused { e.with_kind(Kind::DiskFull).hint(self.hint_of_full_disk()) } else { e }
     }
 

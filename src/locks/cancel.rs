@@ -7,8 +7,32 @@ use std::sync::{Arc, OnceLock};
 
 type Waker = Box<dyn FnOnce() + Send>;
 
+/// A cause by which somebody decides. All others are texts for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KnownCause {
+    /// A guest is paused for it.
+    HostDiskFull,
+    TooSlow,
+}
+
+impl KnownCause {
+    /// Reads after "cancelled: ".
+    pub const fn text(self) -> &'static str {
+        match self {
+            KnownCause::HostDiskFull => "the host's disk is full",
+            KnownCause::TooSlow => "the transfer is too slow",
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Cause {
+    Known(KnownCause),
+    Text(String),
+}
+
 struct Inner {
-    cause: OnceLock<String>,
+    cause: OnceLock<Cause>,
     event: EventFd,
     wakers: raw::Mutex<Wakers>,
     /// Signalled when a waker has returned.
@@ -40,8 +64,17 @@ impl Cancel {
     /// Fires, unless it has. `cause` reads after "cancelled: ": `the VM was stopped`. The wakers run in this call,
     /// with nothing of the token's held.
     pub fn cancel(&self, cause: impl Into<String>) {
+        self.fire(Cause::Text(cause.into()));
+    }
+
+    /// The same for a cause by which somebody decides.
+    pub fn cancel_for(&self, cause: KnownCause) {
+        self.fire(Cause::Known(cause));
+    }
+
+    fn fire(&self, cause: Cause) {
         // First the cause, then the wakers: whoever subscribes later sees the cause.
-        if self.inner.cause.set(cause.into()).is_err() {
+        if self.inner.cause.set(cause).is_err() {
             return;
         }
         // The counter cannot overflow: one write in its life.
@@ -63,7 +96,18 @@ impl Cancel {
     }
 
     pub fn cause(&self) -> Option<&str> {
-        self.inner.cause.get().map(String::as_str)
+        self.inner.cause.get().map(|cause| match cause {
+            Cause::Known(known) => known.text(),
+            Cause::Text(text) => text,
+        })
+    }
+
+    /// None where the cause is a text for people.
+    pub fn known_cause(&self) -> Option<KnownCause> {
+        match self.inner.cause.get()? {
+            Cause::Known(known) => Some(*known),
+            Cause::Text(_) => None,
+        }
     }
 
     /// Becomes readable when the token fires and stays so. Never read from it.

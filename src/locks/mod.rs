@@ -16,7 +16,7 @@ pub mod check;
 #[path = "check_off.rs"]
 pub mod check;
 
-pub use cancel::{Cancel, Subscription};
+pub use cancel::{Cancel, KnownCause, Subscription};
 pub use check::{assert_none_held, require_memory_only};
 pub use mutex::{Condvar, Mutex, MutexGuard, Region, Waited, region};
 pub use rank::Rank;

@@ -7,6 +7,8 @@
 
 mod copy;
 pub mod duplicate;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 mod method;
 pub mod root;
 pub mod seed;

@@ -35,18 +35,33 @@ const L2_ZERO: u64 = 1;
 /// Features by which a file is read otherwise: all but "dirty" and "corrupt".
 const INCOMPATIBLE: u64 = !3;
 
+/// A disk's file, or the bytes of one.
+pub(super) trait ReadAt {
+    fn read_at(&self, buffer: &mut [u8], at: u64) -> std::io::Result<usize>;
+}
+
+impl ReadAt for File {
+    fn read_at(&self, buffer: &mut [u8], at: u64) -> std::io::Result<usize> {
+        FileExt::read_at(self, buffer, at)
+    }
+}
+
 /// Whether the guest has unmounted its root disk at `path`, or mounted it read-only, since it last wrote to it. No VMM may run.
 /// What is not as the guest's ext4 should be counts as mounted.
 pub fn is_unmounted(path: &Path, method: Method) -> Result<bool> {
     let file = open_nofollow(path)?;
-    let io = |e| Error::io(format!("look whether {} was unmounted", path.display()), e);
+    look(&file, method).map_err(|e| Error::io(format!("look whether {} was unmounted", path.display()), e))
+}
+
+/// The same of a disk that is open. Its bytes may be anything.
+pub(super) fn look(disk: &impl ReadAt, method: Method) -> std::io::Result<bool> {
     let begins_at = match method {
         Method::Reflink | Method::Copy | Method::DmSnapshot => Some(0),
-        Method::Qcow2 => first_cluster(&file).map_err(io)?,
+        Method::Qcow2 => first_cluster(disk)?,
     };
     let Some(begins_at) = begins_at else { return Ok(false) };
     let mut superblock = [0; SUPERBLOCK_BYTES];
-    read(&file, &mut superblock, begins_at.saturating_add(SUPERBLOCK_AT)).map_err(io)?;
+    read(disk, &mut superblock, begins_at.saturating_add(SUPERBLOCK_AT))?;
     Ok(says_unmounted(&superblock))
 }
 
@@ -57,7 +72,7 @@ fn says_unmounted(superblock: &[u8; SUPERBLOCK_BYTES]) -> bool {
 }
 
 /// Where in a qcow2 file the disk's begin is; none where the guest has not written it, which it does when it mounts the disk.
-fn first_cluster(file: &File) -> std::io::Result<Option<u64>> {
+fn first_cluster(file: &impl ReadAt) -> std::io::Result<Option<u64>> {
     let mut header = [0; QCOW2_HEADER_BYTES];
     read(file, &mut header, 0)?;
     let u32_at = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().unwrap_or_default());
@@ -82,7 +97,7 @@ fn first_cluster(file: &File) -> std::io::Result<Option<u64>> {
 }
 
 /// What is past the end of the file stays zero.
-fn read(file: &File, mut buffer: &mut [u8], mut at: u64) -> std::io::Result<()> {
+fn read(file: &impl ReadAt, mut buffer: &mut [u8], mut at: u64) -> std::io::Result<()> {
     while !buffer.is_empty() {
         match file.read_at(buffer, at) {
             Ok(0) => return Ok(()),

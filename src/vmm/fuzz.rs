@@ -21,6 +21,7 @@ pub fn qmp(input: &[u8]) {
     let whole = read_qmp(input, READ_BYTES_MAX);
     assert_eq!(whole, read_qmp(input, small_piece(input)), "the pieces make a difference");
     for message in &whole.0 {
+        let _ = message.shutdown_cause();
         if let Some(refusal) = &message.error {
             check_text(&refusal.text("ask the VMM"));
         }

@@ -42,7 +42,7 @@ struct Target {
 }
 
 /// In order to add one: a line here, and valid inputs in `seeds/NAME/`.
-const TARGETS: [Target; 6] = [
+const TARGETS: [Target; 7] = [
     Target {
         name: "qmp",
         run: fcd::vmm::fuzz::qmp,
@@ -51,6 +51,7 @@ const TARGETS: [Target; 6] = [
             "\r\n",
             "{\"return\": ",
             "{\"event\": \"",
+            "{\"event\": \"SHUTDOWN\", \"data\": {\"reason\": \"",
             "{\"error\": {\"class\": \"",
             "\"desc\": \"",
             "\"QMP\": ",
@@ -58,6 +59,7 @@ const TARGETS: [Target; 6] = [
             "\\u0000",
         ],
     },
+    Target { name: "root-disk", run: fcd::disk::fuzz::root_disk, memory_max: 1 << 20, words: &["QFI", "\u{0}\u{0}\u{0}\u{10}"] },
     Target {
         name: "firecracker-http",
         run: fcd::vmm::fuzz::firecracker_http,

@@ -1,0 +1,20 @@
+//! Fuzz target: what the daemon reads of a root disk, for `tests/fuzz`.
+
+use super::Method;
+use super::unmounted::{ReadAt, look};
+
+impl ReadAt for &[u8] {
+    fn read_at(&self, buffer: &mut [u8], at: u64) -> std::io::Result<usize> {
+        let rest = usize::try_from(at).ok().and_then(|at| self.get(at..)).unwrap_or_default();
+        let len = rest.len().min(buffer.len());
+        buffer[..len].copy_from_slice(&rest[..len]);
+        Ok(len)
+    }
+}
+
+/// A disk whose VMM a guest has taken over.
+pub fn root_disk(input: &[u8]) {
+    for method in [Method::Copy, Method::Qcow2] {
+        look(&input, method).expect("whatever is there is mounted or not");
+    }
+}

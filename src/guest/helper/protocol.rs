@@ -5,6 +5,7 @@
 //! one that matters: what the helper says may be what the guest wants it to say.
 
 use crate::api::exec::{Exit, Pty, PtySize};
+use crate::host::confine::{Reader, Writer, printable};
 use std::os::fd::BorrowedFd;
 
 /// Longest message to a helper: a command of `COMMAND_BYTES_MAX`, two keys and some room.
@@ -122,71 +123,14 @@ const STATUS: u8 = 2;
 const BY_SIGNAL: u8 = 3;
 const FAILED: u8 = 4;
 
-/// Appends fields to a message.
-struct Writer(Vec<u8>);
-
-impl Writer {
-    fn new(tag: u8) -> Self {
-        Self(vec![tag])
-    }
-    fn byte(mut self, byte: u8) -> Self {
-        self.0.push(byte);
-        self
-    }
-    fn short(mut self, number: u16) -> Self {
-        self.0.extend(number.to_le_bytes());
-        self
-    }
-    fn bytes(mut self, bytes: &[u8]) -> Self {
-        // Longer ones are refused where they are made; what does not fit a message is refused by the channel.
-        let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
-        self.0.extend(len.to_le_bytes());
-        self.0.extend(bytes);
-        self
-    }
-}
-
-/// Takes fields from a message. Every step is `None` where the message is not what it should be.
-struct Reader<'a>(&'a [u8]);
-
-impl<'a> Reader<'a> {
-    fn take(&mut self, len: usize) -> Option<&'a [u8]> {
-        let (taken, rest) = self.0.split_at_checked(len)?;
-        self.0 = rest;
-        Some(taken)
-    }
-    fn byte(&mut self) -> Option<u8> {
-        Some(self.take(1)?[0])
-    }
-    fn flag(&mut self) -> Option<bool> {
-        match self.byte()? {
-            0 => Some(false),
-            1 => Some(true),
-            _ => None,
-        }
-    }
-    fn short(&mut self) -> Option<u16> {
-        Some(u16::from_le_bytes(self.take(2)?.try_into().ok()?))
-    }
-    fn bytes(&mut self) -> Option<&'a [u8]> {
-        let len = u32::from_le_bytes(self.take(4)?.try_into().ok()?);
-        self.take(usize::try_from(len).ok()?)
-    }
-    fn text(&mut self) -> Option<String> {
-        String::from_utf8(self.bytes()?.to_vec()).ok()
-    }
-    fn size(&mut self) -> Option<PtySize> {
-        Some(PtySize { rows: self.short()?, cols: self.short()? })
-    }
-    fn end(self) -> Option<()> {
-        self.0.is_empty().then_some(())
-    }
+fn size(r: &mut Reader<'_>) -> Option<PtySize> {
+    Some(PtySize { rows: r.short()?, cols: r.short()? })
 }
 
 impl Job {
     pub fn encode(&self) -> Vec<u8> {
         let w = Writer::new(JOB).bytes(self.user.as_bytes()).bytes(self.private_key.as_bytes()).bytes(&self.host_key);
-        let Some(command) = &self.command else { return w.byte(0).0 };
+        let Some(command) = &self.command else { return w.byte(0).finish() };
         let input = match command.stdin {
             Input::Empty => 0,
             Input::Direct => 1,
@@ -195,13 +139,13 @@ impl Job {
         let w = w.byte(1).bytes(&command.line).byte(input);
         let w = w.byte(command.has_stdout.into()).byte(command.has_stderr.into()).byte(command.no_wait_children.into());
         match &command.pty {
-            None => w.byte(0).0,
-            Some(pty) => w.byte(1).bytes(pty.term.as_bytes()).short(pty.size.rows).short(pty.size.cols).0,
+            None => w.byte(0).finish(),
+            Some(pty) => w.byte(1).bytes(pty.term.as_bytes()).short(pty.size.rows).short(pty.size.cols).finish(),
         }
     }
 
     pub fn decode(message: &[u8]) -> Option<Self> {
-        let mut r = Reader(message);
+        let mut r = Reader::new(message);
         if r.byte()? != JOB {
             return None;
         }
@@ -223,7 +167,7 @@ impl Command {
         };
         let (has_stdout, has_stderr) = (r.flag()?, r.flag()?);
         let no_wait_children = r.flag()?;
-        let pty = if r.flag()? { Some(Pty { term: r.text()?, size: r.size()? }) } else { None };
+        let pty = if r.flag()? { Some(Pty { term: r.text()?, size: size(r)? }) } else { None };
         Some(Self { line, pty, stdin, has_stdout, has_stderr, no_wait_children })
     }
 }
@@ -231,17 +175,17 @@ impl Command {
 impl Order {
     pub fn encode(&self) -> Vec<u8> {
         match self {
-            Order::Resize(size) => Writer::new(RESIZE).short(size.rows).short(size.cols).0,
-            Order::Signal(name) => Writer::new(SIGNAL).bytes(name.as_bytes()).0,
-            Order::InputEnded => Writer::new(INPUT_ENDED).0,
-            Order::HangUp => Writer::new(HANG_UP).0,
+            Order::Resize(size) => Writer::new(RESIZE).short(size.rows).short(size.cols).finish(),
+            Order::Signal(name) => Writer::new(SIGNAL).bytes(name.as_bytes()).finish(),
+            Order::InputEnded => Writer::new(INPUT_ENDED).finish(),
+            Order::HangUp => Writer::new(HANG_UP).finish(),
         }
     }
 
     pub fn decode(message: &[u8]) -> Option<Self> {
-        let mut r = Reader(message);
+        let mut r = Reader::new(message);
         let order = match r.byte()? {
-            RESIZE => Order::Resize(r.size()?),
+            RESIZE => Order::Resize(size(&mut r)?),
             SIGNAL => Order::Signal(signal_name(r.bytes()?)?),
             INPUT_ENDED => Order::InputEnded,
             HANG_UP => Order::HangUp,
@@ -255,12 +199,12 @@ impl Order {
 impl Reply {
     pub fn encode(&self) -> Vec<u8> {
         match self {
-            Reply::Started => Writer::new(STARTED).0,
-            Reply::Exited(Exit::Status(status)) => Writer::new(STATUS).byte(*status).0,
-            Reply::Exited(Exit::Signal(name)) => Writer::new(BY_SIGNAL).bytes(name.as_bytes()).0,
+            Reply::Started => Writer::new(STARTED).finish(),
+            Reply::Exited(Exit::Status(status)) => Writer::new(STATUS).byte(*status).finish(),
+            Reply::Exited(Exit::Signal(name)) => Writer::new(BY_SIGNAL).bytes(name.as_bytes()).finish(),
             Reply::Failed(failure, text) => {
                 let cut = text.floor_char_boundary(TEXT_BYTES_MAX);
-                Writer::new(FAILED).byte(*failure as u8).bytes(&text.as_bytes()[..cut]).0
+                Writer::new(FAILED).byte(*failure as u8).bytes(&text.as_bytes()[..cut]).finish()
             }
         }
     }
@@ -270,14 +214,15 @@ impl Reply {
         if message.len() > FROM_HELPER_BYTES_MAX {
             return None;
         }
-        let mut r = Reader(message);
+        let mut r = Reader::new(message);
         let reply = match r.byte()? {
             STARTED => Reply::Started,
             STATUS => Reply::Exited(Exit::Status(r.byte()?)),
             BY_SIGNAL => Reply::Exited(Exit::Signal(signal_name(r.bytes()?)?)),
             FAILED => {
                 let failure = *Failure::ALL.get(usize::from(r.byte()?))?;
-                Reply::Failed(failure, printable(r.bytes()?)?)
+                let text = r.bytes().filter(|text| text.len() <= TEXT_BYTES_MAX)?;
+                Reply::Failed(failure, printable(text))
             }
             _ => return None,
         };
@@ -289,18 +234,6 @@ impl Reply {
 fn signal_name(bytes: &[u8]) -> Option<String> {
     let is_name = !bytes.is_empty() && bytes.len() <= SIGNAL_BYTES_MAX && bytes.iter().all(u8::is_ascii_alphanumeric);
     is_name.then(|| String::from_utf8_lossy(bytes).into_owned())
-}
-
-/// A stranger's text for an error message: nothing in it can move a cursor or reverse the writing.
-fn printable(bytes: &[u8]) -> Option<String> {
-    if bytes.len() > TEXT_BYTES_MAX {
-        return None;
-    }
-    let show = |c: char| match c {
-        '"' | '\'' | '\\' => c.to_string(),
-        _ => c.escape_debug().to_string(),
-    };
-    Some(String::from_utf8_lossy(bytes).chars().map(show).collect())
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! Whole messages and descriptors between a helper and its parent, over a pair of sequential-packet sockets.
 
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, recvmsg, sendmsg, socketpair,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, recvmsg, send, sendmsg,
+    socketpair,
 };
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -46,14 +47,19 @@ impl Channel {
         self.0.as_fd()
     }
 
-    /// Sends one message, whole. `BrokenPipe` when the other side is gone.
+    /// Sends one message, whole; only the parent may send descriptors with it. `BrokenPipe` when the other side is gone.
     pub fn send(&self, message: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&raw)];
-        let rights = if raw.is_empty() { &[][..] } else { &rights[..] };
         let flags = MsgFlags::MSG_NOSIGNAL;
         loop {
-            match sendmsg::<UnixAddr>(self.0.as_raw_fd(), &[IoSlice::new(message)], rights, flags, None) {
+            // A helper may not use sendmsg(2).
+            let sent = if raw.is_empty() {
+                send(self.0.as_raw_fd(), message, flags)
+            } else {
+                sendmsg::<UnixAddr>(self.0.as_raw_fd(), &[IoSlice::new(message)], &rights, flags, None)
+            };
+            match sent {
                 Ok(_) => return Ok(()),
                 Err(nix::errno::Errno::EINTR) => {}
                 Err(e) => return Err(e.into()),

@@ -31,6 +31,10 @@ const FCNTL: Allowed = ArgumentIn(
     &[libc::F_GETFD as u64, libc::F_SETFD as u64, libc::F_GETFL as u64, libc::F_SETFL as u64, libc::F_DUPFD_CLOEXEC as u64],
 );
 
+/// Without an address: a helper talks to whom its sockets are connected to. sendmsg(2) is not allowed at all, because it could
+/// name another address, or pass descriptors.
+const TO_ITS_PEER: Allowed = ArgumentIn(4, &[0]);
+
 /// The calls that every helper needs: memory, time, randomness, waiting, and its descriptors. It opens nothing and makes no socket.
 pub const BASE: &[Call] = &[
     Call(libc::SYS_read, Always),
@@ -40,8 +44,7 @@ pub const BASE: &[Call] = &[
     Call(libc::SYS_close, Always),
     Call(libc::SYS_recvfrom, Always),
     Call(libc::SYS_recvmsg, Always),
-    Call(libc::SYS_sendto, Always),
-    Call(libc::SYS_sendmsg, Always),
+    Call(libc::SYS_sendto, TO_ITS_PEER),
     Call(libc::SYS_shutdown, Always),
     #[cfg(target_arch = "x86_64")]
     Call(libc::SYS_poll, Always),

@@ -14,12 +14,14 @@
 
 mod channel;
 mod enter;
+mod fields;
 mod filter;
 #[cfg(test)]
 mod tests;
 
 pub use channel::{Channel, Received};
 pub use enter::{Asked, Profile};
+pub use fields::{Reader, Writer, printable};
 pub use filter::{Allowed, BASE, Call};
 #[cfg(test)]
 pub use tests::{PROBE, run_probe};
@@ -62,6 +64,7 @@ pub struct Owner {
 #[derive(Debug)]
 pub struct Helper {
     pub channel: Channel,
+    pid: Pid,
     pidfd: OwnedFd,
     exit: Option<Exit>,
 }
@@ -88,10 +91,15 @@ pub fn spawn(name: &str, owner: Option<Owner>) -> Result<Helper> {
         let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
         failed(e.into())
     })?;
-    Ok(Helper { channel, pidfd, exit: None })
+    Ok(Helper { channel, pid, pidfd, exit: None })
 }
 
 impl Helper {
+    /// For people to read: whoever acts on the process uses its pidfd.
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().cast_unsigned()
+    }
+
     /// Readable once it has exited.
     pub fn exited(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()

@@ -64,6 +64,16 @@ fn attempt_by_name(attempt: &[u8]) -> i32 {
             b"signal its parent" => libc::kill(libc::getppid(), 0).into(),
             b"trace its parent" => libc::ptrace(libc::PTRACE_ATTACH, libc::getppid(), 0, 0),
             b"own its descriptor" => libc::fcntl(0, libc::F_SETOWN, 1).into(),
+            b"send elsewhere" => {
+                let address = libc::sockaddr_un { sun_family: libc::AF_UNIX as u16, sun_path: [0; 108] };
+                libc::sendto(0, c"x".as_ptr().cast(), 1, 0, (&raw const address).cast(), 2) as i64
+            }
+            b"pass a descriptor" => {
+                let mut part = libc::iovec { iov_base: c"x".as_ptr().cast_mut().cast(), iov_len: 1 };
+                let mut message: libc::msghdr = std::mem::zeroed();
+                (message.msg_iov, message.msg_iovlen) = (&raw mut part, 1);
+                libc::sendmsg(0, &raw const message, 0) as i64
+            }
             b"map code" => libc::mmap(anywhere, 4096, libc::PROT_READ | libc::PROT_EXEC, private, -1, 0) as i64,
             b"take much memory" => libc::mmap(anywhere, 40 << 20, libc::PROT_READ | libc::PROT_WRITE, private, -1, 0) as i64,
             b"take some memory" => (libc::mmap(anywhere, 1 << 20, libc::PROT_READ, private, -1, 0) as i64).min(0),
@@ -116,6 +126,8 @@ fn confined_process_is_refused_everything_but_its_work() {
         "signal its parent",
         "trace its parent",
         "own its descriptor",
+        "send elsewhere",
+        "pass a descriptor",
         "map code",
         "take much memory",
         "take some memory",
@@ -132,6 +144,8 @@ fn confined_process_is_refused_everything_but_its_work() {
         signal its parent: EPERM
         trace its parent: EPERM
         own its descriptor: EPERM
+        send elsewhere: EPERM
+        pass a descriptor: EPERM
         map code: EPERM
         take much memory: ENOMEM
         take some memory: none

@@ -150,7 +150,7 @@ pub struct Qemu {
     pub machine: Machine,
     /// First of the uids that VMs run under when the daemon is root; a VM's gid is the same number.
     pub uid_base: u32,
-    /// How many there are.
+    /// How many there are. With the bridge's name server the last one is its helper's.
     pub uid_count: u32,
     /// Cuts the guest off from everything but its SSH port.
     pub isolated: bool,
@@ -160,6 +160,11 @@ impl Qemu {
     /// Of VMs, when the daemon is root.
     pub fn uids(&self) -> std::ops::Range<u32> {
         self.uid_base..self.uid_base.saturating_add(self.uid_count)
+    }
+
+    /// Of the name server's helper process, when the daemon has a bridge: the last of the range, which no VM gets then.
+    pub fn name_server_uid(&self) -> u32 {
+        self.uid_base.saturating_add(self.uid_count.saturating_sub(1))
     }
 }
 
@@ -333,6 +338,9 @@ impl Config {
         if self.qemu.uid_base < 1000 || self.qemu.uid_count == 0 || self.qemu.uid_base.checked_add(self.qemu.uid_count).is_none()
         {
             return bad("qemu.uid_base must be at least 1000 and the range must fit 32 bits");
+        }
+        if self.network.is_bridge() && self.network.dns && self.qemu.uid_count < 2 {
+            return bad("qemu.uid_count must be at least 2 with a bridge: one uid is the name server's");
         }
         sync::validate(&self.sync)?;
         vmm::validate(&self.vmm, self.network.is_bridge())?;

@@ -35,6 +35,7 @@ impl Daemon {
         // These look at files and memory only: always as they are now.
         checks.push(self.image_check());
         checks.push(self.recovery_check(caller));
+        checks.extend(self.name_server_check());
         checks.push(match self.store.read_only() {
             None => Check::ok("store", format!("the store in {} takes changes", self.config.state_dir.display())),
             Some(e) => {

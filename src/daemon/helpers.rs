@@ -11,9 +11,12 @@ const UNKNOWN: u8 = 64;
 pub fn run_if_asked() -> Option<ExitCode> {
     let asked = Asked::from_args()?;
     Some(match asked.name.as_str() {
+        crate::net::dns::NAME => crate::net::dns::helper::run(&asked),
         crate::guest::helper::NAME => crate::guest::helper::serve::run(&asked),
         #[cfg(test)]
         crate::guest::helper::tests_hostile::NAME => crate::guest::helper::tests_hostile::run(),
+        #[cfg(test)]
+        crate::net::dns::tests::hostile::NAME => crate::net::dns::tests::hostile::run(),
         #[cfg(test)]
         crate::host::confine::PROBE => crate::host::confine::run_probe(&asked),
         _ => ExitCode::from(UNKNOWN),

@@ -9,6 +9,7 @@ use crate::config::Config;
 use crate::disk::Network as SeedNetwork;
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
+use crate::host::confine::Owner;
 use crate::locks::Cancel;
 use crate::net::{Access, Guest, Lease, Mac, Net, dns};
 use crate::store::{State, Store, VmRow};
@@ -62,7 +63,11 @@ impl Daemon {
     /// How many VMs have room.
     pub(super) fn slots_max(&self) -> u32 {
         let uids = self.config.qemu.uid_count;
-        if self.net.is_some() { uids.min(self.config.network.subnet.guests_max()) } else { uids }
+        if self.net.is_none() {
+            return uids;
+        }
+        let taken = u32::from(self.config.network.dns);
+        (uids - taken).min(self.config.network.subnet.guests_max())
     }
 
     /// A VM as the bridge sees it.
@@ -129,9 +134,20 @@ impl Daemon {
     pub(super) fn serve_names(&self) -> Result<()> {
         let Some(net) = self.net.as_ref().filter(|_| self.config.network.dns) else { return Ok(()) };
         let book = Book { daemon: Arc::downgrade(&self.0), gateway: self.config.network.subnet.gateway() };
-        let server = net.serve_names(Arc::new(book))?;
+        let uid = self.config.qemu.name_server_uid();
+        let server = net.serve_names(Arc::new(book), Owner { uid, gid: uid })?;
         *self.name_server.lock() = Some(server);
         Ok(())
+    }
+
+    /// How the name server's helper does; none without a name server.
+    pub(super) fn name_server_check(&self) -> Option<Check> {
+        const ID: &str = "name_server";
+        let trouble = self.name_server.lock().as_ref().map(dns::Server::trouble)?;
+        Some(match trouble {
+            None => Check::ok(ID, "the name server's helper process runs"),
+            Some(trouble) => Check::warn(ID, trouble, "see why in the daemon's log (name server: ...)"),
+        })
     }
 
     /// Bridge, rules and taps of VMs stay.

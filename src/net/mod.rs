@@ -36,6 +36,7 @@ pub use links::received_and_sent;
 
 use crate::config::Network as Config;
 use crate::error::{Error, Kind, Result};
+use crate::host::confine::Owner;
 use crate::host::{Command, Commands};
 use crate::locks::{Cancel, Mutex, Rank};
 use crate::undo::Undo;
@@ -339,7 +340,8 @@ impl Net {
     }
 
     /// Starts the name server on the bridge's address, and tells systemd-resolved, where it runs, to ask it for `.vm`.
-    pub fn serve_names(&self, names: Arc<dyn dns::Names>) -> Result<dns::Server> {
+    /// `owner` is whom its helper process runs as.
+    pub fn serve_names(&self, names: Arc<dyn dns::Names>, owner: Owner) -> Result<dns::Server> {
         let bridge = &self.config.bridge;
         let gateway = self.config.subnet.gateway();
         let server = dns::Server::start(dns::Setup {
@@ -348,6 +350,7 @@ impl Net {
             names,
             resolv_conf: RESOLV_CONF.into(),
             upstream_port: dns::PORT,
+            owner: Some(owner),
         })?;
         if checks::has_resolved() {
             for args in

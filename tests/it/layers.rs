@@ -168,3 +168,17 @@ fn ssh_is_spoken_by_the_helper_process_alone() {
     // And nothing but the list of helpers runs that.
     assert_eq!(named_by("serve::run"), BTreeSet::from(["src/daemon/helpers.rs".to_owned()]));
 }
+
+#[test]
+fn dns_is_parsed_by_the_helper_process_alone() {
+    let is_outside = |path: &String| !path.starts_with("src/net/dns/helper/") && !path.starts_with("src/net/dns/tests/");
+    // `fuzz.rs` is no part of the daemon.
+    for parser in ["packet::", "zone::", "Query::parse", "is_answer"] {
+        let parses = |path: &String| path.starts_with("src/net/") && is_outside(path) && path != "src/net/dns/fuzz.rs";
+        let outside: Vec<_> = named_by(parser).into_iter().filter(parses).collect();
+        assert!(outside.is_empty(), "{parser} parses what a guest sends, and is named by {outside:?}");
+    }
+    // Nothing but the list of helpers runs it.
+    let ways: Vec<_> = named_by("dns::helper::").into_iter().filter(is_outside).collect();
+    assert_eq!(ways, ["src/daemon/helpers.rs"]);
+}

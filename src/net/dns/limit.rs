@@ -1,4 +1,4 @@
-//! How much one asker may ask: a bucket of tokens each. Pure.
+//! Rates, as buckets of tokens: one for each asker, and single ones. Pure.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -7,33 +7,56 @@ use std::time::Instant;
 /// Buckets that are kept; a full one is as good as none.
 const ASKERS_MAX: usize = 4096;
 
-pub struct Limiter {
+/// Tokens that come back at a rate, up to a number.
+#[derive(Clone, Copy, Debug)]
+pub struct Bucket {
     per_s: f64,
     burst: f64,
-    buckets: HashMap<IpAddr, (f64, Instant)>,
+    tokens: f64,
+    since: Instant,
+}
+
+impl Bucket {
+    /// A full one.
+    pub fn new(per_s: u32, burst: u32, now: Instant) -> Self {
+        Self { per_s: per_s.into(), burst: burst.into(), tokens: burst.into(), since: now }
+    }
+
+    fn tokens_at(&self, now: Instant) -> f64 {
+        let elapsed = now.saturating_duration_since(self.since).as_secs_f64();
+        (self.tokens + elapsed * self.per_s).min(self.burst)
+    }
+
+    /// Takes a token if there is one.
+    pub fn take(&mut self, now: Instant) -> bool {
+        let has = self.tokens_at(now);
+        let taken = has >= 1.0;
+        (self.tokens, self.since) = (if taken { has - 1.0 } else { has }, now);
+        taken
+    }
+}
+
+pub struct Limiter {
+    per_s: u32,
+    burst: u32,
+    buckets: HashMap<IpAddr, Bucket>,
 }
 
 impl Limiter {
     pub fn new(per_s: u32, burst: u32) -> Self {
-        Self { per_s: per_s.into(), burst: burst.into(), buckets: HashMap::new() }
+        Self { per_s, burst, buckets: HashMap::new() }
     }
 
     /// Whether `asker` may ask one more thing now.
     pub fn admit(&mut self, asker: IpAddr, now: Instant) -> bool {
-        let (per_s, burst) = (self.per_s, self.burst);
-        let filled =
-            |tokens: f64, since: Instant| (tokens + now.saturating_duration_since(since).as_secs_f64() * per_s).min(burst);
         if !self.buckets.contains_key(&asker) && self.buckets.len() >= ASKERS_MAX {
-            self.buckets.retain(|_, (tokens, since)| filled(*tokens, *since) < burst);
+            self.buckets.retain(|_, bucket| bucket.tokens_at(now) < bucket.burst);
             if self.buckets.len() >= ASKERS_MAX {
                 return false;
             }
         }
-        let (tokens, since) = self.buckets.entry(asker).or_insert((burst, now));
-        let has = filled(*tokens, *since);
-        let admitted = has >= 1.0;
-        (*tokens, *since) = (if admitted { has - 1.0 } else { has }, now);
-        admitted
+        let (per_s, burst) = (self.per_s, self.burst);
+        self.buckets.entry(asker).or_insert_with(|| Bucket::new(per_s, burst, now)).take(now)
     }
 }
 

@@ -1,7 +1,10 @@
-//! The host's own resolvers.
+//! The host's own resolvers, and sockets to them.
 
+use super::desk::Kind;
 use crate::host::command::read_bounded;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -26,7 +29,20 @@ impl Upstreams {
         Self { file, own, port, known: None }
     }
 
-    pub fn get(&mut self, now: Instant) -> Vec<SocketAddr> {
+    /// A socket to the first resolver that one can be had to, from the one with the number `skip` on. It is connected, or about
+    /// to be, and does not block. Datagrams have one of their own for every try: its port is one more thing that a forger
+    /// would have to know.
+    pub fn open(&mut self, kind: Kind, skip: usize, now: Instant) -> Option<OwnedFd> {
+        let servers = self.get(now);
+        let count = servers.len();
+        let open = match kind {
+            Kind::Datagram => datagrams,
+            Kind::Connection => connection,
+        };
+        servers.into_iter().cycle().skip(skip).take(count).find_map(open)
+    }
+
+    fn get(&mut self, now: Instant) -> Vec<SocketAddr> {
         match &self.known {
             Some((servers, read)) if now.saturating_duration_since(*read) < FRESH => servers.clone(),
             _ => {
@@ -37,6 +53,24 @@ impl Upstreams {
                 servers
             }
         }
+    }
+}
+
+fn datagrams(server: SocketAddr) -> Option<OwnedFd> {
+    let any: IpAddr = if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = std::net::UdpSocket::bind((any, 0)).ok()?;
+    socket.set_nonblocking(true).ok()?;
+    socket.connect(server).ok()?;
+    Some(socket.into())
+}
+
+fn connection(server: SocketAddr) -> Option<OwnedFd> {
+    let family = if server.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None).ok()?;
+    match rustix::net::connect(&socket, &server) {
+        Ok(()) | Err(rustix::io::Errno::INPROGRESS) => Some(socket),
+        Err(_) => None,
     }
 }
 

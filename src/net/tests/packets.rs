@@ -3,6 +3,7 @@
 
 use super::lab::{GATEWAY, HOST, INSTALL, Lab, METADATA, Machine, Ns, OUTSIDE, Udp, config, is_root, tag};
 use crate::api::port::{Port, Protocol};
+use crate::host::confine::Owner;
 use crate::locks::Cancel;
 use crate::net::Access;
 use crate::net::dns::Names;
@@ -479,9 +480,10 @@ fn names_are_answered_to_guests_and_the_host() {
             None
         }
     }
+    const OWNER: Owner = Owner { uid: 1_900_065_535, gid: 1_900_065_535 };
     let lab = Lab::new(&config());
     let guest = lab.start(0, Access::Nat);
-    let server = lab.host.run(|| lab.net.serve_names(Arc::new(Web(guest.address())))).unwrap();
+    let server = lab.host.run(|| lab.net.serve_names(Arc::new(Web(guest.address())), OWNER)).unwrap();
     let question = b"\x12\x34\x01\0\0\x01\0\0\0\0\0\0\x03web\x02vm\0\0\x01\0\x01";
     for socket in [guest.udp(), lab.host.udp((ANY, 0))] {
         socket.0.send_to(question, (GATEWAY, 53)).unwrap();

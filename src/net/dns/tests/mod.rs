@@ -1,8 +1,14 @@
 //! What hostile packets do to the name server: nothing. `simple-dns` reads its answers as somebody else would.
 
-use super::packet::{Query, TYPE_A, TYPE_AAAA, TYPE_ANY, TYPE_PTR};
-use super::zone::{Verdict, judge};
+mod bench;
+pub(crate) mod hostile;
+mod process;
+
+use super::helper::packet::{Query, TYPE_A, TYPE_AAAA, TYPE_ANY, TYPE_PTR};
+use super::helper::zone::{Found, Lookup, Verdict, answer, judge};
+use super::supervisor::served;
 use super::{Names, Server, Setup};
+use crate::host::confine::Owner;
 use proptest::prelude::*;
 use simple_dns::rdata::RData;
 use simple_dns::{Packet, RCODE};
@@ -53,10 +59,18 @@ fn ask(name: &str, kind: u16) -> Vec<u8> {
 }
 
 fn reply(packet: &[u8], asker: IpAddr) -> Vec<u8> {
-    match judge(packet, asker, subnet(), &Web) {
-        Verdict::Reply(reply) => reply,
+    reply_for(judge(packet, subnet()), packet, asker)
+}
+
+/// With what the daemon would look up.
+fn reply_for(verdict: Verdict<'_>, packet: &[u8], asker: IpAddr) -> Vec<u8> {
+    let found = match verdict {
+        Verdict::Reply(reply) => return reply,
+        Verdict::LookUp(Lookup::Address(name)) => Found::Address(Web.address(name.as_str(), asker)),
+        Verdict::LookUp(Lookup::Name(address)) => Found::Name(Web.name(address, asker).map(|name| name.parse().unwrap())),
         other => panic!("{other:?}"),
-    }
+    };
+    answer(packet, subnet(), &found).unwrap()
 }
 
 #[test]
@@ -108,7 +122,7 @@ fn names_of_addresses() {
 
 #[test]
 fn the_rest_is_passed_on_or_refused() {
-    let forwards = |name: &str, kind: u16| matches!(judge(&ask(name, kind), guest(), subnet(), &Web), Verdict::Forward(_));
+    let forwards = |name: &str, kind: u16| matches!(judge(&ask(name, kind), subnet()), Verdict::Forward(_));
     // 65: HTTPS; 12345: nobody knows yet.
     for (name, kind) in
         [("example.com", TYPE_A), ("", 2), ("vm.example", 65), ("1.0.0.127.in-addr.arpa", TYPE_PTR), ("a.b", 12_345)]
@@ -132,15 +146,21 @@ fn the_rest_is_passed_on_or_refused() {
 
 #[test]
 fn what_is_no_question_has_no_answer() {
-    let drops = |packet: &[u8], asker: IpAddr| matches!(judge(packet, asker, subnet(), &Web), Verdict::Drop);
+    let drops = |packet: &[u8]| matches!(judge(packet, subnet()), Verdict::Drop);
     let packet = ask("web.vm", TYPE_A);
-    assert!((0..12).all(|len| drops(&packet[..len], guest())));
+    assert!((0..12).all(|len| drops(&packet[..len])));
     let mut answer = packet.clone();
     answer[2] |= 0x80;
-    assert!(drops(&answer, guest()), "two servers would talk for ever");
+    assert!(drops(&answer), "two servers would talk for ever");
+}
+
+#[test]
+fn outsiders_are_not_served() {
+    let is_served = |asker: &str| served(SocketAddr::new(asker.parse().unwrap(), 1000), subnet()).is_some();
     for outsider in ["192.0.2.1", "10.89.1.1", "::1", "0.0.0.0"] {
-        assert!(drops(&packet, outsider.parse().unwrap()), "{outsider}");
+        assert!(!is_served(outsider), "{outsider}");
     }
+    assert!(is_served("10.89.0.7") && is_served("127.0.0.1"));
 }
 
 #[test]
@@ -157,18 +177,19 @@ fn names_that_point_are_malformed() {
     let long = vec!["a".repeat(63); 4].join(".");
     assert_eq!(reply(&ask(&long, TYPE_A), guest())[3] & 15, 1, "257 bytes");
     let longest = [&long[..63 * 3 + 3], &"b".repeat(61)].concat();
-    assert!(matches!(judge(&ask(&longest, TYPE_A), guest(), subnet(), &Web), Verdict::Forward(_)), "255 bytes");
+    assert!(matches!(judge(&ask(&longest, TYPE_A), subnet()), Verdict::Forward(_)), "255 bytes");
 }
 
 /// Whatever comes in: an answer is an answer to it, and at most so large.
 fn check_any(packet: &[u8]) {
-    match judge(packet, guest(), subnet(), &Web) {
+    match judge(packet, subnet()) {
         Verdict::Drop => {}
-        Verdict::Reply(reply) => {
+        Verdict::Forward(query) => assert!(packet[12..].starts_with(query.question())),
+        verdict => {
+            let reply = reply_for(verdict, packet, guest());
             assert!(reply.len() >= 12 && reply.len() <= packet.len() + 128, "no amplification");
             assert_eq!((&reply[..2], reply[2] & 0x80), (&packet[..2], 0x80));
         }
-        Verdict::Forward(query) => assert!(packet[12..].starts_with(query.question())),
     }
 }
 
@@ -212,7 +233,7 @@ proptest! {
     }
 }
 
-/// A server on the loopback, and a resolver of the "host" that it forwards to.
+/// A server on the loopback, with a real helper process, and a resolver of the "host" that it forwards to.
 struct Lab {
     server: Option<Server>,
     at: SocketAddr,
@@ -222,10 +243,18 @@ struct Lab {
 
 impl Lab {
     fn new(names: Arc<dyn Names>) -> Self {
+        // The first is where nobody listens: the second is asked as well.
+        Self::with_resolvers(names, "nameserver 127.0.0.9\nnameserver 127.0.0.1\n")
+    }
+
+    fn with_resolvers(names: Arc<dyn Names>, resolvers: &str) -> Self {
+        Self::with_helper(super::NAME, names, resolvers)
+    }
+
+    fn with_helper(helper: &'static str, names: Arc<dyn Names>, resolvers: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let resolv_conf = dir.path().join("resolv.conf");
-        // The first is where nobody listens: the second is asked as well.
-        std::fs::write(&resolv_conf, "nameserver 127.0.0.9\nnameserver 127.0.0.1\n").unwrap();
+        std::fs::write(&resolv_conf, resolvers).unwrap();
         let upstream = UdpSocket::bind("127.0.0.1:0").unwrap();
         upstream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let upstream_port = upstream.local_addr().unwrap().port();
@@ -234,12 +263,17 @@ impl Lab {
             .find_map(|_| {
                 // Not where the resolver is: it does not ask itself.
                 let at = UdpSocket::bind("127.0.0.3:0").unwrap().local_addr().unwrap();
-                let setup =
-                    Setup { listen: at, subnet: subnet(), names: names.clone(), resolv_conf: resolv_conf.clone(), upstream_port };
-                Server::start(setup).ok().map(|server| (at, server))
+                let names = names.clone();
+                let resolv_conf = resolv_conf.clone();
+                let setup = Setup { listen: at, subnet: subnet(), names, resolv_conf, upstream_port, owner: owner() };
+                Server::start_with(helper, setup).ok().map(|server| (at, server))
             })
             .expect("a free port");
         Self { server: Some(server), at, upstream, _dir: dir }
+    }
+
+    fn server(&self) -> &Server {
+        self.server.as_ref().unwrap()
     }
 
     fn client(&self) -> UdpSocket {
@@ -257,6 +291,11 @@ impl Lab {
         buffer.truncate(len);
         buffer
     }
+}
+
+/// Whom the helper is to run as, where the tests may choose.
+fn owner() -> Option<Owner> {
+    rustix::process::geteuid().is_root().then_some(Owner { uid: 1_900_065_535, gid: 1_900_065_535 })
 }
 
 fn rcode_of(reply: &[u8]) -> u8 {
@@ -394,7 +433,14 @@ fn a_panic_of_the_daemons_costs_one_answer() {
 fn a_port_that_is_taken_is_a_conflict() {
     let taken = UdpSocket::bind("127.0.0.1:0").unwrap();
     let listen = taken.local_addr().unwrap();
-    let setup = Setup { listen, subnet: subnet(), names: Arc::new(Web), resolv_conf: "/nonexistent".into(), upstream_port: 53 };
+    let setup = Setup {
+        listen,
+        subnet: subnet(),
+        names: Arc::new(Web),
+        resolv_conf: "/nonexistent".into(),
+        upstream_port: 53,
+        owner: None,
+    };
     let e = Server::start(setup).err().expect("it is taken");
     assert_eq!(e.kind(), crate::error::Kind::Conflict);
 }

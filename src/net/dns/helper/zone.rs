@@ -1,0 +1,107 @@
+//! What is answered, what is looked up and what is passed on. Pure.
+
+use super::packet::{Bad, CLASS_ANY, CLASS_IN, Outcome, Query, Rcode, TYPE_A, TYPE_ANY, TYPE_PTR};
+use crate::config::Subnet;
+use crate::ids::VmName;
+use crate::net::dns::protocol::{Request, Ticket};
+use std::net::Ipv4Addr;
+
+/// Transfers of zones (RFC 5936) and the like (251 to 254): nobody's business.
+const TYPES_REFUSED: std::ops::RangeInclusive<u16> = 251..=254;
+/// Labels of our zones' names: `vm`, and of the subnet's reverse zone.
+const FORWARD_ZONE_LABELS: usize = 1;
+const REVERSE_ZONE_LABELS: usize = 5;
+
+/// What is done with a packet.
+#[derive(Debug)]
+pub enum Verdict<'a> {
+    Drop,
+    Reply(Vec<u8>),
+    /// [`answer`] says the rest.
+    LookUp(Lookup),
+    Forward(Query<'a>),
+}
+
+/// What only the daemon knows.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Lookup {
+    Address(VmName),
+    Name(Ipv4Addr),
+}
+
+/// What the daemon says to that.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Found {
+    Address(Option<Ipv4Addr>),
+    Name(Option<VmName>),
+}
+
+impl Lookup {
+    pub fn request(self, ticket: Ticket) -> Request<'static> {
+        match self {
+            Lookup::Address(name) => Request::Address { ticket, name },
+            Lookup::Name(address) => Request::Name { ticket, address },
+        }
+    }
+}
+
+/// Judges a packet.
+pub fn judge(packet: &[u8], subnet: Subnet) -> Verdict<'_> {
+    let query = match Query::parse(packet) {
+        Ok(query) => query,
+        Err(Bad::Drop) => return Verdict::Drop,
+        Err(Bad::Answer(reply)) => return Verdict::Reply(reply),
+    };
+    if !matches!(query.qclass, CLASS_IN | CLASS_ANY) || TYPES_REFUSED.contains(&query.qtype) {
+        return Verdict::Reply(query.refuse(Rcode::Refused));
+    }
+    match own(&query, subnet) {
+        Some(Own::Known(outcome)) => Verdict::Reply(query.answer(&outcome, FORWARD_ZONE_LABELS)),
+        Some(Own::LookUp(lookup)) => Verdict::LookUp(lookup),
+        None if query.recursion_desired => Verdict::Forward(query),
+        None => Verdict::Reply(query.refuse(Rcode::Refused)),
+    }
+}
+
+/// Answers a packet that [`judge`] had looked up. None: it is not one of those.
+pub fn answer(packet: &[u8], subnet: Subnet, found: &Found) -> Option<Vec<u8>> {
+    let query = Query::parse(packet).ok()?;
+    let Some(Own::LookUp(lookup)) = own(&query, subnet) else { return None };
+    let asks = |kind: u16| query.qtype == kind || query.qtype == TYPE_ANY;
+    let (outcome, zone_labels) = match (lookup, found) {
+        (Lookup::Address(_), Found::Address(Some(address))) if asks(TYPE_A) => (Outcome::Address(*address), FORWARD_ZONE_LABELS),
+        (Lookup::Address(_), Found::Address(Some(_))) => (Outcome::NoData, FORWARD_ZONE_LABELS),
+        (Lookup::Address(_), Found::Address(None)) => (Outcome::NoName, FORWARD_ZONE_LABELS),
+        (Lookup::Name(_), Found::Name(Some(name))) if asks(TYPE_PTR) => (Outcome::Name(name.to_string()), REVERSE_ZONE_LABELS),
+        (Lookup::Name(_), Found::Name(Some(_))) => (Outcome::NoData, REVERSE_ZONE_LABELS),
+        (Lookup::Name(_), Found::Name(None)) => (Outcome::NoName, REVERSE_ZONE_LABELS),
+        _ => return None,
+    };
+    Some(query.answer(&outcome, zone_labels))
+}
+
+/// A question for one of our zones.
+enum Own {
+    /// Of the zone `vm`.
+    Known(Outcome),
+    LookUp(Lookup),
+}
+
+/// None for what is not ours to say.
+fn own(query: &Query<'_>, subnet: Subnet) -> Option<Own> {
+    let labels: Vec<&[u8]> = query.labels.iter().map(Vec::as_slice).collect();
+    match labels.as_slice() {
+        [b"vm"] => Some(Own::Known(Outcome::NoData)),
+        [name, b"vm"] => {
+            let name: Option<VmName> = std::str::from_utf8(name).ok().and_then(|n| n.parse().ok());
+            Some(name.map_or(Own::Known(Outcome::NoName), |name| Own::LookUp(Lookup::Address(name))))
+        }
+        [.., b"vm"] => Some(Own::Known(Outcome::NoName)),
+        [d, c, b, a, b"in-addr", b"arpa"] => {
+            let octet = |label: &[u8]| std::str::from_utf8(label).ok()?.parse::<u8>().ok();
+            let address = Ipv4Addr::new(octet(a)?, octet(b)?, octet(c)?, octet(d)?);
+            subnet.contains(address).then_some(Own::LookUp(Lookup::Name(address)))
+        }
+        _ => None,
+    }
+}

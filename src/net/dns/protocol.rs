@@ -1,0 +1,220 @@
+//! The protocol between the daemon and the helper. A message is a tag and its fields, most of them with the ticket of the
+//! asker whom it is about; no field is optional.
+//!
+//! The daemon's messages are [`Order`]s, a [`Order::Serve`] first; the helper's are [`Request`]s. Both sides refuse a message
+//! that they do not know, that is cut short or too long, or that goes on after its end. The daemon's side is the one that
+//! matters: what the helper says may be what a guest wants it to say.
+
+use crate::config::Subnet;
+use crate::host::confine::{Reader, Writer, printable};
+use crate::ids::VmName;
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+/// Longest question that is passed on, far above what one needs.
+pub const QUESTION_BYTES_MAX: usize = 4096;
+/// Longest answer.
+pub const ANSWER_BYTES_MAX: usize = 65_535;
+/// A tag, a ticket, an address with its port, a length.
+const FIELDS_BYTES_MAX: usize = 32;
+pub const TO_HELPER_BYTES_MAX: usize = QUESTION_BYTES_MAX + FIELDS_BYTES_MAX;
+pub const FROM_HELPER_BYTES_MAX: usize = ANSWER_BYTES_MAX + FIELDS_BYTES_MAX;
+/// Longest text in a message from the helper.
+const TEXT_BYTES_MAX: usize = 512;
+
+/// The number of an asker: of one datagram, or of one connection.
+pub type Ticket = u32;
+
+/// A message from the daemon to the helper.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Order {
+    /// The guests' addresses, which the reverse zone is for.
+    Serve(Subnet),
+    /// A datagram.
+    Question { ticket: Ticket, asker: SocketAddrV4, packet: Vec<u8> },
+    /// A connection, which comes with the message.
+    Connection { ticket: Ticket },
+    /// The answer to [`Request::Address`].
+    Address { ticket: Ticket, address: Option<Ipv4Addr> },
+    /// The answer to [`Request::Name`].
+    Name { ticket: Ticket, name: Option<VmName> },
+    /// The answer to [`Request::Resolver`]. A socket comes with the message, unless there is none.
+    Resolver { ticket: Ticket },
+}
+
+/// A message from the helper to the daemon.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Request<'a> {
+    /// The address of this VM, if this asker may know it.
+    Address { ticket: Ticket, name: VmName },
+    /// The name of the VM with this address, if this asker may know it.
+    Name { ticket: Ticket, address: Ipv4Addr },
+    /// A connected socket to a resolver of the host: the first that can be had, from the one with this number on.
+    Resolver { ticket: Ticket, skip: u8 },
+    /// Sends this to the asker. The ticket ends.
+    Answer { ticket: Ticket, packet: &'a [u8] },
+    /// The ticket ends.
+    Done { ticket: Ticket },
+    /// The helper cannot confine itself.
+    Failed(String),
+}
+
+const SERVE: u8 = 1;
+const QUESTION: u8 = 2;
+const CONNECTION: u8 = 3;
+const ADDRESS: u8 = 4;
+const NAME: u8 = 5;
+const RESOLVER: u8 = 6;
+const ANSWER: u8 = 7;
+const DONE: u8 = 8;
+const FAILED: u8 = 9;
+
+fn address(r: &mut Reader<'_>) -> Option<Ipv4Addr> {
+    let octets: [u8; 4] = r.take(4)?.try_into().ok()?;
+    Some(octets.into())
+}
+
+impl Order {
+    pub fn encode(&self) -> Vec<u8> {
+        let of = |tag, ticket: &Ticket| Writer::new(tag).word(*ticket);
+        match self {
+            Order::Serve(subnet) => Writer::new(SERVE).word(subnet.base().into()).byte(subnet.prefix()),
+            Order::Question { ticket, asker, packet } => {
+                let asker_address = u32::from_le_bytes(asker.ip().octets());
+                of(QUESTION, ticket).word(asker_address).short(asker.port()).bytes(packet)
+            }
+            Order::Connection { ticket } => of(CONNECTION, ticket),
+            Order::Address { ticket, address: None } => of(ADDRESS, ticket).byte(0),
+            Order::Address { ticket, address: Some(address) } => {
+                of(ADDRESS, ticket).byte(1).word(u32::from_le_bytes(address.octets()))
+            }
+            Order::Name { ticket, name } => of(NAME, ticket).bytes(name.as_ref().map_or("", VmName::as_str).as_bytes()),
+            Order::Resolver { ticket } => of(RESOLVER, ticket),
+        }
+        .finish()
+    }
+
+    pub fn decode(message: &[u8]) -> Option<Self> {
+        let mut r = Reader::new(message);
+        let tag = r.byte()?;
+        let first = r.word()?;
+        let ticket = first;
+        let order = match tag {
+            SERVE => {
+                let prefix = r.byte()?;
+                Order::Serve(format!("{}/{prefix}", Ipv4Addr::from(first)).parse().ok()?)
+            }
+            QUESTION => {
+                let asker = SocketAddrV4::new(address(&mut r)?, r.short()?);
+                Order::Question { ticket, asker, packet: r.bytes()?.to_vec() }
+            }
+            CONNECTION => Order::Connection { ticket },
+            ADDRESS if r.flag()? => Order::Address { ticket, address: Some(address(&mut r)?) },
+            ADDRESS => Order::Address { ticket, address: None },
+            NAME => match r.text()? {
+                none if none.is_empty() => Order::Name { ticket, name: None },
+                name => Order::Name { ticket, name: Some(name.parse().ok()?) },
+            },
+            RESOLVER => Order::Resolver { ticket },
+            _ => return None,
+        };
+        r.end()?;
+        Some(order)
+    }
+}
+
+impl<'a> Request<'a> {
+    pub fn encode(&self) -> Vec<u8> {
+        let of = |tag, ticket: &Ticket| Writer::new(tag).word(*ticket);
+        match self {
+            Request::Address { ticket, name } => of(ADDRESS, ticket).bytes(name.as_str().as_bytes()),
+            Request::Name { ticket, address } => of(NAME, ticket).word(u32::from_le_bytes(address.octets())),
+            Request::Resolver { ticket, skip } => of(RESOLVER, ticket).byte(*skip),
+            Request::Answer { ticket, packet } => of(ANSWER, ticket).bytes(packet),
+            Request::Done { ticket } => of(DONE, ticket),
+            Request::Failed(text) => Writer::new(FAILED).bytes(&text.as_bytes()[..text.floor_char_boundary(TEXT_BYTES_MAX)]),
+        }
+        .finish()
+    }
+
+    /// A text comes out printable.
+    pub fn decode(message: &'a [u8]) -> Option<Self> {
+        if message.len() > FROM_HELPER_BYTES_MAX {
+            return None;
+        }
+        let mut r = Reader::new(message);
+        let tag = r.byte()?;
+        if tag == FAILED {
+            let text = r.bytes().filter(|text| text.len() <= TEXT_BYTES_MAX)?;
+            r.end()?;
+            return Some(Request::Failed(printable(text)));
+        }
+        let ticket = r.word()?;
+        let request = match tag {
+            ADDRESS => Request::Address { ticket, name: std::str::from_utf8(r.bytes()?).ok()?.parse().ok()? },
+            NAME => Request::Name { ticket, address: address(&mut r)? },
+            RESOLVER => Request::Resolver { ticket, skip: r.byte()? },
+            ANSWER => Request::Answer { ticket, packet: r.bytes()? },
+            DONE => Request::Done { ticket },
+            _ => return None,
+        };
+        r.end()?;
+        Some(request)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check<'a, T: PartialEq + std::fmt::Debug>(message: &'a [u8], decode: impl Fn(&'a [u8]) -> Option<T>, wanted: &T) {
+        assert_eq!(decode(message).as_ref(), Some(wanted));
+        for len in 0..message.len() {
+            assert_eq!(decode(&message[..len]), None, "the first {len} bytes");
+        }
+    }
+
+    #[test]
+    fn messages_are_read_back_and_no_prefix_or_longer_one_is_taken() {
+        let (ticket, web) = (0x0102_0304, Ipv4Addr::new(10, 89, 0, 5));
+        let name: VmName = "web".parse().unwrap();
+        for order in [
+            Order::Serve("10.89.0.0/24".parse().unwrap()),
+            Order::Question { ticket, asker: SocketAddrV4::new(web, 0x1234), packet: vec![0, 1, 255] },
+            Order::Connection { ticket },
+            Order::Address { ticket, address: Some(web) },
+            Order::Address { ticket, address: None },
+            Order::Name { ticket, name: Some(name.clone()) },
+            Order::Name { ticket, name: None },
+            Order::Resolver { ticket },
+        ] {
+            check(&order.encode(), Order::decode, &order);
+            assert_eq!(Order::decode(&[order.encode(), vec![0]].concat()), None, "one byte more");
+        }
+        for request in [
+            Request::Address { ticket, name },
+            Request::Name { ticket, address: web },
+            Request::Resolver { ticket, skip: 2 },
+            Request::Answer { ticket, packet: &[1, 2, 3] },
+            Request::Done { ticket },
+            Request::Failed("it's \"so\"".to_owned()),
+        ] {
+            check(&request.encode(), Request::decode, &request);
+            assert_eq!(Request::decode(&[request.encode(), vec![0]].concat()), None, "one byte more");
+        }
+    }
+
+    #[test]
+    fn names_and_texts_of_the_helper_are_bounded_and_plain() {
+        for name in ["", "../x", "web\n", "Web", "a.b", &"a".repeat(33)] {
+            let message = Writer::new(ADDRESS).word(7).bytes(name.as_bytes()).finish();
+            assert_eq!(Request::decode(&message), None, "{name:?}");
+        }
+        let failed = Request::Failed("a\x1b[2J\u{202e}b".to_owned()).encode();
+        assert_eq!(Request::decode(&failed), Some(Request::Failed("a\\u{1b}[2J\\u{202e}b".to_owned())));
+        let long = Writer::new(FAILED).bytes(&[b'x'; TEXT_BYTES_MAX + 1]).finish();
+        assert_eq!(Request::decode(&long), None);
+        let longest = Request::Answer { ticket: 7, packet: &[0; ANSWER_BYTES_MAX + 100] }.encode();
+        assert_eq!(Request::decode(&longest), None);
+    }
+}

@@ -42,7 +42,7 @@ struct Target {
 }
 
 /// In order to add one: a line here, and valid inputs in `seeds/NAME/`.
-const TARGETS: [Target; 7] = [
+const TARGETS: [Target; 9] = [
     Target {
         name: "qmp",
         run: fcd::vmm::fuzz::qmp,
@@ -98,6 +98,31 @@ const TARGETS: [Target; 7] = [
         run: fcd::guest::helper::fuzz::orders,
         memory_max: 1 << 20,
         words: &["\u{1}", "\u{2}", "\u{3}", "\u{4}\u{0}\u{0}\u{0}", "root", "xterm", "USR1"],
+    },
+    Target {
+        name: "dns-packets",
+        run: fcd::net::dns::fuzz::packets,
+        memory_max: 1 << 20,
+        words: &[
+            "\u{2}vm\u{0}",
+            "\u{3}web",
+            "\u{7}in-addr\u{4}arpa\u{0}",
+            "\u{0}\u{1}\u{0}\u{1}",
+            "\u{0}\u{0}\u{29}",
+            "\u{0}\u{c}",
+        ],
+    },
+    Target {
+        name: "dns-requests",
+        run: fcd::net::dns::fuzz::requests,
+        memory_max: 1 << 20,
+        words: &[
+            "\u{0}\u{5}\u{8}\u{0}\u{0}\u{0}\u{0}",
+            "\u{0}\u{6}\u{6}\u{1}\u{0}\u{0}\u{0}\u{1}",
+            "\u{0}\u{9}\u{5}\u{1}\u{0}\u{0}\u{0}\u{a}Y\u{0}\u{5}",
+            "\u{0}\u{c}\u{4}\u{1}\u{0}\u{0}\u{0}\u{3}\u{0}\u{0}\u{0}web",
+            "\u{1b}[2J",
+        ],
     },
 ];
 

@@ -25,6 +25,8 @@
 //! bounded, each asker has a rate, and each wait has a deadline and ends when the server does.
 
 mod desk;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 pub mod helper;
 mod limit;
 mod protocol;

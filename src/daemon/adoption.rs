@@ -4,23 +4,27 @@
 //!
 //! | what the last daemon did | what this one does |
 //! |---|---|
-//! | survived its adoptions | adopts all, and writes one mark before the first |
-//! | died among its adoptions | writes down before each adoption which VM it is |
+//! | survived its first minute | adopts all, and writes one mark before the first |
+//! | died in its first minute | writes down before each adoption which VM it is |
 //! | died in the adoption of a VM | the same, that VM last |
 //! | that, for the second time | leaves the VM: `unresponsive`, so a stop or a delete ends its VMM without asking |
 //!
-//! Without a death this costs one durable change at the start, however many VMs run. A store that takes no change holds
-//! up no adoption. The record goes with the VM's next start, with the VM, or with an adoption that ends well.
+//! An adoption that is written down lasts until the thread that listens to the VMM has had its first answer, for that thread
+//! reads what the VMM says by itself. Without a death all of this costs one durable change at the start, however many VMs
+//! run. A store that takes no change holds up no adoption. The record goes with the VM's next start, with the VM, or with
+//! an adoption that ends well.
 
 use super::recovery::{self, Record};
 use super::{DURABLE_DEADLINE, Daemon};
 use crate::api::vm::VmState;
 use crate::error::Result;
 use crate::ids::VmId;
+use crate::locks::{Cancel, Condvar, Mutex, Rank};
 use crate::store::{State, Store, Tx, VmRow};
 use crate::vmm::Identity;
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const PREFIX: &str = "adoption/";
 /// In the store while a daemon may be adopting.
@@ -28,11 +32,33 @@ const MARK: &str = "adopting";
 /// Daemons that a VM may cost before it is left alone, beside one whose death nobody can lay to a VM.
 const DEATHS_MAX: u32 = 2;
 
-/// What the daemon before did.
+/// How long an adoption that is written down waits for the VMM's first answer to who listens to it.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(4);
+
+/// What the daemon before did, and what this one is at.
 pub(super) struct Adoptions {
-    /// It died while it adopted, so each attempt is written down.
+    /// It died while it may have adopted, so each attempt is written down.
     is_careful: bool,
     is_marked: AtomicBool,
+    /// VMs whose adoption is written down, and whose VMM has not answered yet.
+    silent: Mutex<HashSet<VmId>>,
+    told: Condvar,
+}
+
+impl Adoptions {
+    /// The VMM has answered who listens to it.
+    pub fn note_answer(&self, vm: &VmId) {
+        if self.silent.lock().remove(vm) {
+            self.told.notify_all();
+        }
+    }
+
+    fn await_answer(&self, vm: &VmId, closing: &Cancel) {
+        let mut silent = self.silent.lock();
+        let is_silent = |silent: &mut HashSet<VmId>| silent.contains(vm);
+        self.told.wait_while_cancellable(&mut silent, Instant::now() + ANSWER_DEADLINE, closing, is_silent);
+        silent.remove(vm);
+    }
 }
 
 pub(super) fn name(vm: &VmId) -> String {
@@ -72,11 +98,16 @@ pub(super) fn open(store: &Store) -> Adoptions {
             log::warn!("write down that VMs are adopted: {e}");
         }
     }
-    Adoptions { is_careful, is_marked: AtomicBool::new(is_careful || has_running) }
+    Adoptions {
+        is_careful,
+        is_marked: AtomicBool::new(is_careful || has_running),
+        silent: Mutex::new(Rank::Runtimes, HashSet::new()),
+        told: Condvar::new(),
+    }
 }
 
 impl Daemon {
-    /// All that ran were adopted, or the daemon ends in good order.
+    /// All that ran were adopted some time ago, or the daemon ends in good order.
     pub(super) fn end_adoptions(&self) {
         if !self.adoptions.is_marked.swap(false, Ordering::SeqCst) {
             return;
@@ -106,6 +137,9 @@ impl Daemon {
             return true;
         }
         self.note_attempt(&row.id);
+        if !is_late {
+            self.adoptions.silent.lock().insert(row.id.clone());
+        }
         let begun = self.change(true, |tx| {
             recovery::write(tx, &name(&row.id), Record { deaths, is_under_way: true, is_left_alone: false });
             Ok(())
@@ -117,7 +151,7 @@ impl Daemon {
     }
 
     /// The daemon survived it. An adoption that failed may be the one that kills the daemon when it is tried again.
-    pub(super) fn end_adoption(&self, row: &VmRow, is_adopted: bool) {
+    pub(super) fn survive_adoption(&self, row: &VmRow, is_adopted: bool) {
         let record = self.store.read(|s| recovery::read(s, &name(&row.id)));
         if record == Record::default() {
             return;
@@ -130,6 +164,12 @@ impl Daemon {
         if let Err(e) = ended.map(|((), ticket)| ticket.detach()) {
             log::warn!("write down that VM {} was adopted: {e}", row.name);
         }
+    }
+
+    /// The same once the VMM has answered who listens to it, where the adoption is written down.
+    pub(super) fn end_adoption(&self, row: &VmRow, is_adopted: bool) {
+        self.adoptions.await_answer(&row.id, &self.closing);
+        self.survive_adoption(row, is_adopted);
     }
 
     /// Its guest runs on; its end is seen, and nothing is asked of its VMM.

@@ -75,18 +75,11 @@ impl Settled {
 impl Daemon {
     /// Looks at every VM that an earlier daemon left in the middle of something.
     pub fn reconcile(&self) {
-        let mut due = self.in_order_of_need().into_iter().peekable();
-        while let Some((need, id)) = due.next() {
-            // None: somebody else has looked at it.
-            let looking = if need <= Need::AdoptLast { self.await_look(&id) } else { self.looks.begin(&id) };
-            if let Some(looking) = looking {
-                self.look(&id, looking);
-            }
-            if need <= Need::AdoptLast && due.peek().is_none_or(|(next, _)| *next > Need::AdoptLast) {
-                self.end_adoptions();
-            }
+        for id in self.in_order_of_need() {
+            // Somebody else looks at it, or has.
+            let Some(looking) = self.looks.begin(&id) else { continue };
+            self.look(&id, looking);
         }
-        self.end_adoptions();
         drop(self.earlier_vmms.lock().take());
         self.sweep(true);
         *self.settled.is_settled.lock() = true;
@@ -95,7 +88,7 @@ impl Daemon {
     }
 
     /// Running VMs first: until they are adopted nobody sees their end.
-    fn in_order_of_need(&self) -> Vec<(Need, VmId)> {
+    fn in_order_of_need(&self) -> Vec<VmId> {
         let needs = |id: &VmId| match self.store.read(|s| s.vm(id).map(|row| row.state)) {
             Some(VmState::Running) if self.adoption_deaths(id) == 0 => Need::Adopt,
             Some(VmState::Running) => Need::AdoptLast,
@@ -104,15 +97,7 @@ impl Daemon {
         };
         let mut due: Vec<_> = self.looks.due().into_iter().map(|id| (needs(&id), id)).collect();
         due.sort();
-        due
-    }
-
-    /// For an adoption, which counts as survived only when it has ended.
-    fn await_look(&self, id: &VmId) -> Option<Looking<'_>> {
-        self.looks.begin_or_wait(id, &self.closing).unwrap_or_else(|e| {
-            log::warn!("adopt VM {id}: {e}");
-            None
-        })
+        due.into_iter().map(|(_, id)| id).collect()
     }
 
     /// Called before anything changes a VM. The caller's thread looks at a VM that is still due, and waits while
@@ -174,6 +159,7 @@ impl Daemon {
 
     /// Once.
     pub fn look_after(&self) {
+        self.end_adoptions();
         self.sweep(true);
         self.mend_network();
         let unadopted =
@@ -235,11 +221,11 @@ impl Daemon {
             return self.leave_unadopted(row, &identity);
         }
         let adopted = self.images.get(&row.image).and_then(|image| self.vmm.adopt(&self.spec(row, &image), &identity));
-        self.end_adoption(row, adopted.is_ok());
         match adopted {
             Ok(running) => {
                 self.adopt_guest(row);
                 self.watch(row, &running.identity)?;
+                self.end_adoption(row, true);
                 self.adopt_adjusted(row);
                 self.adopt_pause(row);
                 let adopted = (Some(running.identity), Some(running.ssh_addr));
@@ -256,7 +242,9 @@ impl Daemon {
                 let reason = format!("{UNADOPTED}: {e}");
                 let ticket = self.change_as_found(row, false, |r| r.reason = Some(reason))?;
                 self.wait_durable(ticket)?;
-                self.watch(row, &identity)
+                self.watch(row, &identity)?;
+                self.end_adoption(row, false);
+                Ok(())
             }
         }
     }
@@ -271,7 +259,7 @@ impl Daemon {
             return self.leave_unadopted(row, identity);
         }
         let adopted = self.vmm.adopt(&self.spec(row, &image), identity);
-        self.end_adoption(row, adopted.is_ok());
+        self.survive_adoption(row, adopted.is_ok());
         let running = adopted?;
         self.adopt_guest(row);
         self.adopt_adjusted(row);

@@ -23,6 +23,7 @@ impl Daemon {
         let (daemon, vm, generation) = (self.clone(), row.id.clone(), row.generation);
         let told = Box::new(move |told| match told {
             Told::Paused(is_paused) => daemon.runtimes.set_paused(&vm, is_paused),
+            Told::Answered => daemon.adoptions.note_answer(&vm),
             Told::Unresponsive(is_so) => daemon.vmm_answers(&vm, generation, !is_so),
         });
         self.vmm.watch_guest(&self.vm_dir(&row.id), identity, told)?;

@@ -138,6 +138,8 @@ pub struct Running {
 /// What a driver tells of a guest that runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Told {
+    /// The VMM has answered for the first time.
+    Answered,
     /// The guest stands still because the host's disk is full (true), or goes on by itself, with room again (false).
     Paused(bool),
     /// The VMM has not answered for so long that it is taken to hang (true), or answers again (false).

@@ -176,6 +176,7 @@ impl Driver for PointDriver {
         self.0.watch(dir, identity, died)
     }
     fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
+        self.1.reach(&format!("listen to the vmm in {}", dir.display()))?;
         self.0.watch_guest(dir, identity, told)
     }
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {

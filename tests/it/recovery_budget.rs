@@ -198,10 +198,16 @@ struct HostileVmm {
 
 impl HostileVmm {
     fn new() -> Self {
+        Self::that_kills_at("adopt the vmm of ")
+    }
+
+    /// Its VMM kills whoever does this, of which the VM's id is the end.
+    fn that_kills_at(what: &str) -> Self {
         let world = World::new();
         let (evil, _) = world.running("evil");
         world.running("well");
-        let point = Box::leak(format!("adopt the vmm of {}", evil.id).into_boxed_str());
+        let what = what.replace("DIR", world.config.state_dir.join("vms").to_str().unwrap());
+        let point = Box::leak(format!("{what}{}", evil.id).into_boxed_str());
         let mut hostile = Self { world, point };
         hostile.world.reopen();
         hostile
@@ -263,6 +269,21 @@ fn vm_whose_adoption_killed_three_daemons_is_left_alone_and_can_be_stopped() {
     hostile.world.daemon().reconcile();
     let evil = hostile.world.show("evil").unwrap();
     assert_eq!((evil.state, evil.reason, evil.unresponsive), (VmState::Running, None, false));
+}
+
+/// It answers the daemon that adopts it, and kills it when that listens to what it says by itself.
+#[test]
+fn vm_that_kills_who_listens_to_it_is_left_alone_as_well() {
+    let mut hostile = HostileVmm::that_kills_at("listen to the vmm in DIR/");
+    for _ in 0..3 {
+        hostile.dies_adopting();
+    }
+    hostile.world.points.die_at(hostile.point);
+    hostile.world.daemon().reconcile();
+    assert!(!hostile.world.points.is_dead(), "it was listened to once more");
+    assert!(hostile.world.show("evil").unwrap().unresponsive);
+    let well = hostile.world.show("well").unwrap();
+    assert_eq!((well.state, well.reason, well.unresponsive), (VmState::Running, None, false));
 }
 
 #[test]

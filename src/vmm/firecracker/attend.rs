@@ -32,10 +32,13 @@ pub struct Attended {
 
 impl Attended {
     pub fn run(self) {
-        let (mut misses, mut has_warned) = (0, false);
+        let (mut misses, mut has_warned, mut has_answered) = (0, false, false);
         loop {
             match self.look() {
                 Ok(()) => {
+                    if !std::mem::replace(&mut has_answered, true) {
+                        (self.told)(Told::Answered);
+                    }
                     if misses >= MISSES_MAX {
                         (self.told)(Told::Unresponsive(false));
                     }

@@ -63,9 +63,12 @@ impl Attended {
 
     /// Until the VMM hangs up, or the driver goes.
     fn converse<'a>(&'a self, qmp: &mut Qmp<'a>) -> Result<()> {
-        let mut was_paused = false;
+        let (mut was_paused, mut has_answered) = (false, false);
         loop {
             let is_paused = self.look(qmp, was_paused)?;
+            if !std::mem::replace(&mut has_answered, true) {
+                (self.told)(Told::Answered);
+            }
             if is_paused != was_paused {
                 log::warn!(
                     "{}: the guest {}",

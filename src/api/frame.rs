@@ -55,6 +55,15 @@ pub struct Notification {
     pub note: Note,
 }
 
+impl Notification {
+    /// The note as it goes over the connection, with its newline.
+    pub fn line(note: Note) -> serde_json::Result<Vec<u8>> {
+        let mut line = serde_json::to_vec(&Self { jsonrpc: Version::V2, note })?;
+        line.push(b'\n');
+        Ok(line)
+    }
+}
+
 /// What may be told on the way.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "method", content = "params", rename_all = "snake_case")]

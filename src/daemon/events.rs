@@ -1,6 +1,11 @@
 //! The stream of events: rows that changed, told in the words of the wire.
+//!
+//! A watch begins on its connection's own thread, which sends the snapshot or what was missed. Once the watcher has all
+//! there is, the feeder's one thread sends to it (`feeder.rs`). The connection's thread goes on where the feeder cannot:
+//! when the socket is full, and at the end of the watch.
 
 use super::access::view;
+use super::feeder::Outlet;
 use super::waiting::{Gone, Hangup};
 use super::{Caller, Daemon, now_s, to_value};
 use crate::api::event::{Event, Events, EventsWatchReply, EventsWatchRequest, Lagged, Members, Snapshot, What};
@@ -9,29 +14,48 @@ use crate::error::{Error, Kind, Result};
 use crate::store::{Happened, Next, OpEnd, Seen, Start, VmChange};
 use serde_json::Value;
 use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 /// So that a snapshot's note fits a line whatever the reasons in it say.
 const VMS_PER_NOTE_MAX: usize = 128;
 /// Members of a VM that its owner sets, beside its workspace. The others come and go with its state.
 const SETTINGS: [&str; 8] = ["name", "image", "vcpus", "mem_mib", "disk_bytes", "pending", "rm", "workspace"];
 
+/// The connection of a watch.
+pub trait WatchLine {
+    fn hangup(&self) -> Hangup<'_>;
+    /// Sends a note, and waits for a caller who reads slowly.
+    ///
+    /// # Errors
+    /// The caller has gone or does not read; `InvalidData` for a note that is too long.
+    fn send_note(&self, note: Note) -> io::Result<()>;
+    /// The same for bytes that are lines already.
+    fn send_bytes(&self, bytes: &[u8]) -> io::Result<()>;
+    /// Where the feeder sends to. Without it all is sent on the thread of the watch.
+    fn socket(&self) -> Option<Arc<UnixStream>>;
+}
+
 impl Daemon {
     /// Sends what happens until the caller goes, or reads too slowly: then it ends well, and says where to go on.
-    pub fn watch_events(
-        &self,
-        caller: &Caller,
-        request: &EventsWatchRequest,
-        reader: Hangup<'_>,
-        send: &mut dyn FnMut(Note) -> io::Result<()>,
-    ) -> Result<EventsWatchReply> {
+    pub fn watch_events(&self, caller: &Caller, request: &EventsWatchRequest, line: &dyn WatchLine) -> Result<EventsWatchReply> {
         let theirs = *caller;
         let (mut listening, start) = self.store.subscribe(request.since, move |uid| theirs.may_see(uid))?;
-        let mut send = |note| send(note).map_err(unsent);
+        let mut send = |note| line.send_note(note).map_err(unsent);
         match start {
             Start::Snapshot { seq, resync, vms } => tell_snapshot(seq, resync, &vms, &mut send)?,
             Start::Missed(missed) => missed.iter().try_for_each(|h| tell(caller, h, &mut send))?,
         }
+        let outlet = line.socket().map(|socket| Arc::new(Outlet::new(theirs, socket)));
+        let enter = |outlet: &Arc<Outlet>| self.feeder.enter(&self.store, &self.closing, listening.id(), outlet.clone());
+        let entered = outlet.as_ref().and_then(enter);
+        if entered.is_some() {
+            listening.lend();
+        }
         loop {
+            if let Some(rest) = outlet.as_ref().and_then(|outlet| outlet.take_unsent()) {
+                line.send_bytes(rest.bytes()).map_err(unsent)?;
+            }
             match listening.next() {
                 Some(Next::Happened(happened)) => tell(caller, &happened, &mut send)?,
                 Some(Next::Lagged { dropped, resume_seq }) => {
@@ -39,12 +63,17 @@ impl Daemon {
                     return Ok(EventsWatchReply { resume_seq });
                 }
                 None if self.closing.is_cancelled() => {
+                    // Two threads must never write to one connection.
+                    if listening.keep() {
+                        continue;
+                    }
                     return Err(Error::new(Kind::ShuttingDown, "the daemon is shutting down").hint("watch again when it is back"));
                 }
-                None => match reader.wait(&[listening.fd(), self.closing.fd()], None) {
-                    Ok(_) => {}
-                    Err(Gone) => return Err(gone()),
-                },
+                None => {
+                    let woken = line.hangup().wait(&[listening.fd(), self.closing.fd()], None);
+                    listening.take_back();
+                    woken.map_err(|Gone| gone())?;
+                }
             }
         }
     }
@@ -82,7 +111,7 @@ fn tell(caller: &Caller, happened: &Happened, send: &mut Send<'_>) -> Result<()>
 }
 
 /// What the caller may see of a change.
-fn events_for(caller: &Caller, happened: &Happened) -> Result<Vec<Event>> {
+pub(super) fn events_for(caller: &Caller, happened: &Happened) -> Result<Vec<Event>> {
     let mut events = Vec::new();
     for change in happened.vms.iter().filter(|c| c.owner_uid().is_some_and(|uid| caller.may_see(uid))) {
         let Some(seen) = change.after.as_ref().or(change.before.as_ref()) else { continue };

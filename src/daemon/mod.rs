@@ -17,6 +17,7 @@ mod doctor;
 mod down;
 mod effects;
 mod events;
+mod feeder;
 pub mod gone;
 pub mod helpers;
 pub mod history;
@@ -61,6 +62,7 @@ pub use doctor::host_checks;
 pub use effects::DieAt;
 #[cfg(any(test, feature = "fakes"))]
 pub use effects::Plan as EffectPlan;
+pub use events::WatchLine;
 pub use keys::{HeldKey, Keyed};
 pub use notes::Notes;
 pub(crate) use resources::state_dir_check;
@@ -178,6 +180,7 @@ pub struct Inner {
     settled: reconcile::Settled,
     adoptions: adoption::Adoptions,
     installations: Option<Box<dyn gone::Installations>>,
+    feeder: feeder::Feeder,
     /// VMs whose recovery or adoption this daemon has attempted.
     recovering: Mutex<HashSet<VmId>>,
     /// Fires when the daemon closes.
@@ -306,6 +309,7 @@ impl Daemon {
             settled: reconcile::Settled::new(),
             adoptions: adoption::open(&store),
             installations: seams.installations,
+            feeder: feeder::Feeder::new(),
             recovering: Mutex::new(Rank::Runtimes, HashSet::new()),
             closing,
             effects: effects::Effects::default(),

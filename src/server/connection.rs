@@ -4,7 +4,7 @@ use super::accept::Place;
 use super::line::{Descriptors, Incoming, LineReader};
 use super::request::{CallError, CallResult, IncomingCall, error_line, parse, response_line, shown};
 use super::{FDS_MAX, FRAME_BYTES_MAX, Handler, Limits};
-use crate::api::frame::{Note, Notification, Request, Version};
+use crate::api::frame::{Note, Notification, Request};
 use crate::error::{Error, Kind, Result};
 use crate::locks::check;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -35,7 +35,7 @@ impl Peer {
 
 /// What a handler may do with the connection of its call. Stays on the connection's thread.
 pub struct Connection<'a> {
-    socket: &'a UnixStream,
+    socket: &'a Arc<UnixStream>,
     peer: Peer,
     /// A write failed: nobody reads any more.
     broken: Cell<bool>,
@@ -54,6 +54,11 @@ impl Connection<'_> {
         self.socket.as_fd()
     }
 
+    /// For one who sends notes from another thread. Whoever has it must not keep it beyond the call.
+    pub(super) fn socket(&self) -> Arc<UnixStream> {
+        self.socket.clone()
+    }
+
     pub fn is_hung_up(&self) -> bool {
         let mut fds = [PollFd::new(self.fd(), PollFlags::empty())];
         self.broken.get() || poll(&mut fds, PollTimeout::ZERO).is_ok_and(|n| n > 0)
@@ -69,8 +74,7 @@ impl Connection<'_> {
     /// # Errors
     /// The caller has gone or does not read: treat it as a hang-up.
     pub fn notify(&self, note: Note) -> io::Result<()> {
-        let mut line = serde_json::to_vec(&Notification { jsonrpc: Version::V2, note })?;
-        line.push(b'\n');
+        let line = Notification::line(note)?;
         if line.len() > FRAME_BYTES_MAX {
             let text = format!("a note of {} bytes is longer than a line may be", line.len());
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));
@@ -79,7 +83,7 @@ impl Connection<'_> {
     }
 
     /// The descriptor goes with the first byte.
-    fn send(&self, mut bytes: &[u8], mut fd: Option<OwnedFd>) -> io::Result<()> {
+    pub(super) fn send(&self, mut bytes: &[u8], mut fd: Option<OwnedFd>) -> io::Result<()> {
         if self.broken.get() {
             return Err(io::ErrorKind::BrokenPipe.into());
         }

@@ -15,16 +15,34 @@ use crate::api::vm::{
 };
 use crate::api::workspace::{WorkspaceExport, WorkspacePrepare};
 use crate::api::{Call, VERSION_MAJOR, VERSION_MINOR};
-use crate::daemon::{Begun, Caller, Daemon, ExecIo, Gone, Hangup, HeldKey, Keyed, Notes};
+use crate::daemon::{Begun, Caller, Daemon, ExecIo, Gone, Hangup, HeldKey, Keyed, Notes, WatchLine};
 use crate::error::{Error, Kind};
 use crate::ids::OpId;
 use serde::Serialize;
 use serde_json::Value;
 use serde_json::value::{RawValue, to_raw_value};
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// What this daemon can beyond the first version of the protocol.
 const FEATURES: &[&str] = &["workspace", "exec", "image_build", "events", "snapshots", "kernels", "vsock"];
+
+impl WatchLine for Connection<'_> {
+    fn hangup(&self) -> Hangup<'_> {
+        Hangup(self.fd())
+    }
+    fn send_note(&self, note: Note) -> io::Result<()> {
+        self.notify(note)
+    }
+    fn send_bytes(&self, bytes: &[u8]) -> io::Result<()> {
+        self.send(bytes, None)
+    }
+    fn socket(&self) -> Option<Arc<UnixStream>> {
+        Some(Connection::socket(self))
+    }
+}
 
 /// Answers calls over a daemon.
 pub struct Dispatch {
@@ -352,8 +370,7 @@ impl Visit<'_> {
             let e = Error::invalid("events.watch stays on the line and was called without more");
             return Err(e.hint("call it with \"more\": true").into());
         }
-        let mut send = |note| self.connection.notify(note);
-        answer(&self.daemon.watch_events(&self.caller, &request, self.hangup(), &mut send)?)
+        answer(&self.daemon.watch_events(&self.caller, &request, self.connection)?)
     }
 
     fn op_wait(&self, call: &IncomingCall<'_>) -> CallResult {

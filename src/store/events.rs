@@ -6,7 +6,8 @@
 //! of pointers): a snapshot fits the changes after it exactly and shows nothing that may yet be undone.
 //!
 //! The publisher never waits: it puts a pointer into each listener's queue, and one whose queue is full hears of it and
-//! is forgotten.
+//! is forgotten. A listener takes from its queue on its own thread, or lends it to the feed, which is one thread for all
+//! of them: see `feed.rs`.
 
 use super::batch::Change;
 use super::state::{Image, State};
@@ -16,16 +17,19 @@ use crate::api::op::OpState;
 use crate::error::{Error, Kind, Result};
 use crate::ids::{OpId, VmId};
 use crate::locks::{Mutex, Rank};
+use nix::poll::PollFlags;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Changes that are kept for those who come back.
 pub const KEPT_MAX: usize = 4096;
 /// Changes that wait for one listener.
 pub const QUEUE_MAX: usize = 1024;
+/// A thread that waits for the feed looks again after so long, even if nobody wakes it.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// A VM's rows at one moment.
 #[derive(Clone, Debug, PartialEq)]
@@ -103,13 +107,24 @@ pub enum Next {
 
 type Sees = Box<dyn Fn(u32) -> bool + Send>;
 
-struct Listener {
-    id: u64,
+/// Who takes from a listener's queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Taker {
+    /// Its own thread, which waits for its descriptor.
+    Itself,
+    /// The feed.
+    Feed,
+    /// The feed, which is passing on what it took just now. `is_claimed`: the listener's own thread waits to be next.
+    FeedAtWork { is_claimed: bool },
+}
+
+pub(super) struct Listener {
     sees: Sees,
-    queue: VecDeque<Arc<Happened>>,
+    pub(super) queue: VecDeque<Arc<Happened>>,
     /// Set by the first change that found no room; none is queued from then on.
-    lag: Option<(u64, u64)>,
-    fd: Arc<EventFd>,
+    pub(super) lag: Option<(u64, u64)>,
+    pub(super) taker: Taker,
+    pub(super) fd: Arc<EventFd>,
 }
 
 impl Listener {
@@ -122,25 +137,29 @@ impl Listener {
             None if self.queue.len() < QUEUE_MAX => self.queue.push_back(happened.clone()),
             lag => *lag = Some((1, happened.seq - 1)),
         }
-        // Full only after 2^64 - 1 writes without a look, and then it is readable.
-        let _ = self.fd.write(1);
+    }
+
+    pub(super) fn has_more(&self) -> bool {
+        !self.queue.is_empty() || self.lag.is_some()
     }
 }
 
-struct Published {
+pub(super) struct Published {
     vms: BTreeMap<VmId, Seen>,
     /// Of the last durable change.
     seq: u64,
     /// All later ones that brought anything are in `kept`.
     floor: u64,
     kept: VecDeque<Arc<Happened>>,
-    listeners: Vec<Listener>,
+    pub(super) listeners: BTreeMap<u64, Listener>,
     last_listener: u64,
+    /// Readable when the feed is to look at the queues that are lent to it.
+    pub(super) feed: Option<Arc<EventFd>>,
 }
 
 pub(super) struct Bus {
     // The rank of the store, whose other locks are never held with it.
-    published: Mutex<Published>,
+    pub(super) published: Mutex<Published>,
 }
 
 impl Bus {
@@ -151,8 +170,9 @@ impl Bus {
             seq,
             floor: seq,
             kept: VecDeque::new(),
-            listeners: Vec::new(),
+            listeners: BTreeMap::new(),
             last_listener: 0,
+            feed: None,
         };
         Self { published: Mutex::new(Rank::Store, published) }
     }
@@ -173,6 +193,9 @@ impl Bus {
                 published.keep(Arc::new(happened));
             }
         }
+        let to_wake = published.to_wake();
+        drop(published);
+        wake(&to_wake);
     }
 }
 
@@ -220,13 +243,21 @@ impl Published {
     }
 
     fn keep(&mut self, happened: Arc<Happened>) {
-        self.listeners.iter_mut().for_each(|l| l.offer(&happened));
+        self.listeners.values_mut().for_each(|l| l.offer(&happened));
         self.kept.push_back(happened);
         if self.kept.len() > KEPT_MAX
             && let Some(oldest) = self.kept.pop_front()
         {
             self.floor = oldest.seq;
         }
+    }
+
+    /// The descriptors of all who have something to take: the feed's is one for all who lend their queue.
+    fn to_wake(&self) -> Vec<Arc<EventFd>> {
+        let (own, lent): (Vec<_>, Vec<_>) =
+            self.listeners.values().filter(|l| l.has_more()).partition(|l| l.taker == Taker::Itself);
+        let feed = self.feed.iter().filter(|_| !lent.is_empty());
+        own.iter().map(|l| &l.fd).chain(feed).cloned().collect()
     }
 
     fn start(&self, since: Option<u64>, sees: &dyn Fn(u32) -> bool) -> Start {
@@ -244,25 +275,38 @@ impl Published {
     }
 }
 
+/// Makes descriptors readable. Without a lock: a write to an eventfd wakes a thread, which would then wait for that lock.
+pub(super) fn wake(fds: &[Arc<EventFd>]) {
+    for fd in fds {
+        // Full only after 2^64 - 1 writes without a look, and then it is readable.
+        let _ = fd.write(1);
+    }
+}
+
 /// Poll [`Subscription::fd`] for reading, then call [`Subscription::next`] until it gives none.
 pub struct Subscription {
     inner: Arc<Inner>,
     id: u64,
+    lends: bool,
     fd: Arc<EventFd>,
 }
 
 impl Subscription {
     pub(super) fn new(inner: Arc<Inner>, since: Option<u64>, sees: Sees) -> Result<(Self, Start)> {
-        let fd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|e| Error::new(Kind::Exhausted, "listen to the store").with_source(e))?;
-        let fd = Arc::new(fd);
+        let fd = event_fd("listen to the store")?;
         let mut published = inner.events.published.lock();
         let start = published.start(since, &*sees);
         published.last_listener += 1;
         let id = published.last_listener;
-        published.listeners.push(Listener { id, sees, queue: VecDeque::new(), lag: None, fd: fd.clone() });
+        let listener = Listener { sees, queue: VecDeque::new(), lag: None, taker: Taker::Itself, fd: fd.clone() };
+        published.listeners.insert(id, listener);
         drop(published);
-        Ok((Self { inner, id, fd }, start))
+        Ok((Self { inner, id, lends: false, fd }, start))
+    }
+
+    /// Tells subscriptions apart.
+    pub fn id(&self) -> u64 {
+        self.id
     }
 
     /// Readable while there is something to take.
@@ -270,27 +314,73 @@ impl Subscription {
         self.fd.as_fd()
     }
 
+    /// From now on the feed, where there is one, passes on what comes after [`Subscription::next`] gave none. It stops once
+    /// it cannot, and with [`Subscription::take_back`]; then the descriptor is readable.
+    pub fn lend(&mut self) {
+        self.lends = true;
+    }
+
+    /// Ends what [`Subscription::lend`] began, and takes the subscription back. False when it was not lent at all.
+    pub fn keep(&mut self) -> bool {
+        let was_lent = std::mem::take(&mut self.lends);
+        self.take_back();
+        was_lent
+    }
+
     /// The oldest change that was not taken yet. None: there is none now, and after [`Next::Lagged`] none ever.
     #[allow(clippy::should_implement_trait)] // Not an iterator: none now, more later.
     pub fn next(&mut self) -> Option<Next> {
         let mut published = self.inner.events.published.lock();
-        let at = published.listeners.iter().position(|l| l.id == self.id)?;
-        let listener = &mut published.listeners[at];
+        let has_feed = published.feed.is_some();
+        let listener = published.listeners.get_mut(&self.id).filter(|l| l.taker == Taker::Itself)?;
         if let Some(happened) = listener.queue.pop_front() {
             return Some(Next::Happened(happened));
         }
         if let Some((dropped, resume_seq)) = listener.lag {
-            drop(published.listeners.swap_remove(at));
+            drop(published.listeners.remove(&self.id));
             return Some(Next::Lagged { dropped, resume_seq });
+        }
+        if self.lends && has_feed {
+            listener.taker = Taker::Feed;
         }
         // Under the lock, so that no change falls between. EAGAIN: nothing came since the last time.
         let _ = self.fd.read();
         None
     }
+
+    /// Waits until the feed does not pass on anything of this subscription, which takes it no longer than it needs for what
+    /// it holds: it never waits for a caller.
+    pub fn take_back(&mut self) {
+        loop {
+            let mut published = self.inner.events.published.lock();
+            let Some(listener) = published.listeners.get_mut(&self.id) else { return };
+            let Taker::FeedAtWork { is_claimed } = &mut listener.taker else {
+                listener.taker = Taker::Itself;
+                return;
+            };
+            *is_claimed = true;
+            let _ = self.fd.read();
+            drop(published);
+            wait_readable(self.fd.as_fd());
+        }
+    }
 }
 
 impl Drop for Subscription {
     fn drop(&mut self) {
-        self.inner.events.published.lock().listeners.retain(|l| l.id != self.id);
+        let removed = self.inner.events.published.lock().listeners.remove(&self.id);
+        // Not under the lock: it may hold the last pointer to many rows.
+        drop(removed);
     }
+}
+
+pub(super) fn event_fd(doing: &str) -> Result<Arc<EventFd>> {
+    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+        .map(Arc::new)
+        .map_err(|e| Error::new(Kind::Exhausted, doing).with_source(e))
+}
+
+fn wait_readable(fd: BorrowedFd<'_>) {
+    let deadline = Instant::now() + LOOK_AGAIN;
+    let _ = crate::host::wait::wait_uncancelled(&[(fd, PollFlags::POLLIN)], deadline);
 }

@@ -16,6 +16,7 @@ mod batch;
 mod events;
 #[cfg(any(test, feature = "fakes"))]
 pub mod faults;
+mod feed;
 mod history;
 mod key;
 mod ledger;
@@ -36,6 +37,7 @@ mod writer;
 
 pub use batch::Ticket;
 pub use events::{Happened, KEPT_MAX, Next, OpEnd, QUEUE_MAX, Seen, Start, Subscription, VmChange};
+pub use feed::{Due, Feed};
 pub use key::{KEYS_PER_UID_MAX, KeyRow};
 pub use ledger::LedgerRow;
 pub use op::OpRow;
@@ -265,6 +267,14 @@ impl Store {
     /// `exhausted` when there is no descriptor for it.
     pub fn subscribe(&self, since: Option<u64>, sees: impl Fn(u32) -> bool + Send + 'static) -> Result<(Subscription, Start)> {
         Subscription::new(self.0.inner.clone(), since, Box::new(sees))
+    }
+
+    /// What passes changes on for subscriptions that are lent. There is one at a time.
+    ///
+    /// # Errors
+    /// `exhausted` when there is no descriptor for it; `internal` when there is one already.
+    pub fn feed(&self) -> Result<Feed> {
+        Feed::new(self.0.inner.clone())
     }
 
     /// None while changes are taken, else why not.

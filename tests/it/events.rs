@@ -2,10 +2,10 @@
 
 use crate::world::*;
 use fcd::api::event::*;
-use fcd::api::frame::{Line, Note};
+use fcd::api::frame::{Line, Note, Notification};
 use fcd::api::op::OpState;
 use fcd::api::vm::*;
-use fcd::daemon::{Caller, Hangup};
+use fcd::daemon::{Caller, Hangup, WatchLine};
 use fcd::error::Kind;
 use fcd::store::QUEUE_MAX;
 use serde_json::Value;
@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
 fn watch(world: &World, since: Option<u64>) -> Running<EventsWatchReply> {
@@ -258,26 +259,59 @@ fn a_listener_goes_on_over_a_restart_of_the_daemon() {
     assert_eq!((mirror.snapshots, mirror.resyncs), (2, 1));
 }
 
-/// A caller of any uid, without a socket.
+/// A caller of any uid, at the other end of a socket of its own.
 struct Listener {
     mirror: Mirror,
     notes: Receiver<Note>,
-    /// Dropped, it has hung up.
+    /// Shut down, it has hung up.
     peer: UnixStream,
     ended: std::thread::JoinHandle<fcd::error::Result<EventsWatchReply>>,
+}
+
+struct Ours(Arc<UnixStream>);
+
+impl WatchLine for Ours {
+    fn hangup(&self) -> Hangup<'_> {
+        Hangup(self.0.as_fd())
+    }
+    fn send_note(&self, note: Note) -> std::io::Result<()> {
+        self.send_bytes(&Notification::line(note)?)
+    }
+    fn send_bytes(&self, bytes: &[u8]) -> std::io::Result<()> {
+        (&*self.0).write_all(bytes)
+    }
+    fn socket(&self) -> Option<Arc<UnixStream>> {
+        Some(self.0.clone())
+    }
 }
 
 fn listen(world: &World, uid: u32) -> Listener {
     let (daemon, (peer, theirs), (send, notes)) = (world.daemon().clone(), UnixStream::pair().unwrap(), channel());
     let body = move || {
         let caller = Caller { uid, gid: uid, pid: 0 };
-        let mut tell = |note| send.send(note).map_err(|_| std::io::ErrorKind::BrokenPipe.into());
-        daemon.watch_events(&caller, &EventsWatchRequest::default(), Hangup(theirs.as_fd()), &mut tell)
+        daemon.watch_events(&caller, &EventsWatchRequest::default(), &Ours(Arc::new(theirs)))
     };
     let ended = fcd::host::thread::spawn("listener", body).unwrap();
+    let mut lines = BufReader::new(peer.try_clone().unwrap());
+    let read = move || {
+        while let Some(Line::Note(note)) = read_line(&mut lines) {
+            if send.send(note).is_err() {
+                return;
+            }
+        }
+    };
+    fcd::host::thread::spawn("reader", read).unwrap();
     let mut mirror = Mirror::default();
     mirror.apply(&notes.recv_timeout(SOON).expect("a snapshot"));
     Listener { mirror, notes, peer, ended }
+}
+
+/// None at the end of the connection.
+fn read_line(from: &mut impl BufRead) -> Option<Line> {
+    let mut line = String::new();
+    from.read_line(&mut line).unwrap();
+    let parsed = || Line::<Box<serde_json::value::RawValue>>::parse(line.as_bytes());
+    (!line.is_empty()).then(|| parsed().unwrap_or_else(|e| panic!("{line:?}: {e}")).expect("known"))
 }
 
 impl Listener {
@@ -289,7 +323,7 @@ impl Listener {
             mirror.apply(&self.notes.recv_timeout(SOON).expect("more is told"));
         }
         assert!(mirror.vms.values().all(|m| m["name"] == vm || vm == "common"), "{mirror:?}");
-        drop(self.peer);
+        self.peer.shutdown(std::net::Shutdown::Both).unwrap();
         // That it went is noticed.
         await_that("it ends", || self.ended.is_finished());
         assert_eq!(self.ended.join().unwrap().unwrap_err().kind(), Kind::Cancelled);
@@ -347,11 +381,7 @@ impl Plain {
     }
 
     fn next(&mut self) -> Line {
-        let mut line = String::new();
-        self.0.read_line(&mut line).unwrap();
-        Line::<Box<serde_json::value::RawValue>>::parse(line.as_bytes())
-            .unwrap_or_else(|e| panic!("{line:?}: {e}"))
-            .expect("known")
+        read_line(&mut self.0).expect("the daemon is on the line")
     }
 }
 
@@ -416,4 +446,125 @@ fn it_stays_on_the_line_or_is_refused() {
         assert_eq!(response.error.unwrap().data.unwrap().kind, Kind::InvalidArgument.name());
         plain.ask("{}", false);
     }
+}
+
+/// A watcher of `uid` that reads a line for each permit, and any number once nobody gives permits any more.
+struct Tail {
+    daemon: fcd::daemon::Daemon,
+    uid: u32,
+    since: Option<u64>,
+    permits: Receiver<()>,
+}
+
+/// What it was told of, by number and memory, after the change that it began with.
+#[derive(Debug, PartialEq)]
+struct Tailed {
+    after: u64,
+    changes: Vec<(u64, u64)>,
+    lags: usize,
+}
+
+impl Tail {
+    /// Watches, again after every lag, until it is told of this change.
+    fn until(self, last: &[(u32, u64)]) -> Tailed {
+        let is_seen = |owner: u32| self.uid == 0 || self.uid == owner;
+        let last = last.iter().filter(|(owner, _)| is_seen(*owner)).map(|(_, mem)| *mem).max().unwrap();
+        let mut tailed = Tailed { after: self.since.unwrap_or_default(), changes: vec![], lags: 0 };
+        let (mut since, mut is_over) = (self.since, false);
+        loop {
+            let (peer, ours) = UnixStream::pair().unwrap();
+            peer.set_read_timeout(Some(SOON)).unwrap();
+            let (daemon, caller) = (self.daemon.clone(), Caller { uid: self.uid, gid: self.uid, pid: 0 });
+            let watch = fcd::host::thread::spawn("watch", move || {
+                let ours = Ours(Arc::new(ours));
+                daemon.watch_events(&caller, &EventsWatchRequest { since }, &ours)
+            });
+            let mut lines = BufReader::new(peer.try_clone().unwrap());
+            since = loop {
+                self.permit();
+                match read_line(&mut lines).expect("the daemon is on the line") {
+                    Line::Note(Note::Events(told)) => tailed.take(&told),
+                    Line::Note(Note::Snapshot(snapshot)) => {
+                        assert!(!snapshot.resync);
+                        tailed.after = snapshot.seq;
+                        is_over = snapshot.vms.iter().any(|vm| vm.mem_mib == last);
+                    }
+                    Line::Note(Note::Lagged(lagged)) => break Some(lagged.resume_seq),
+                    other => panic!("{other:?}"),
+                }
+                if is_over || tailed.changes.last().is_some_and(|(_, mem)| *mem == last) {
+                    peer.shutdown(std::net::Shutdown::Both).unwrap();
+                    assert_eq!(watch.unwrap().join().unwrap().unwrap_err().kind(), Kind::Cancelled);
+                    return tailed;
+                }
+            };
+            tailed.lags += 1;
+            assert_eq!(watch.unwrap().join().unwrap().unwrap().resume_seq, since.unwrap());
+        }
+    }
+
+    fn permit(&self) {
+        let _ = self.permits.recv();
+    }
+}
+
+impl Tailed {
+    #[track_caller]
+    fn take(&mut self, told: &Events) {
+        let [event] = told.events.as_slice() else { panic!("{told:?}") };
+        let What::Changed { set } = &event.what else { panic!("{event:?}") };
+        self.changes.push((told.seq, set["mem_mib"].as_u64().unwrap()));
+    }
+}
+
+#[test]
+fn watchers_that_join_and_lag_under_a_stream_are_told_what_the_store_has() {
+    // Fewer than the store keeps, so that nobody begins over.
+    const CHANGES: u64 = 3600;
+    const JOIN_EVERY: u64 = 900;
+    let world = World::new();
+    let vms = [1000, 2000].map(|uid| {
+        let request = VmCreateRequest { name: Some(format!("of-{uid}").parse().unwrap()), ..Default::default() };
+        (uid, world.daemon().create(&Caller { uid, gid: uid, pid: 0 }, &request).unwrap().id)
+    });
+    let last = vms.each_ref().map(|(uid, _)| (*uid, if *uid == 1000 { 10_000 + CHANGES } else { 9_999 + CHANGES }));
+    let (mut truth, mut tails, mut stutterers, mut sleepers) = (vec![], vec![], vec![], vec![]);
+    for n in 1..=CHANGES {
+        if n % JOIN_EVERY == 1 {
+            let now = world.daemon().store.barrier().unwrap().wait(soon()).unwrap();
+            for (uid, since) in [(0, None), (1000, None), (2000, None), (0, Some(now)), (2000, Some(now))] {
+                for kind in 0..3 {
+                    let (permit, permits) = channel();
+                    match kind {
+                        0 => drop(permit),
+                        1 => stutterers.push(permit),
+                        _ => sleepers.push(permit),
+                    }
+                    let tail = Tail { daemon: world.daemon().clone(), uid, since, permits };
+                    let body = move || (uid, tail.until(&last));
+                    tails.push(fcd::host::thread::spawn("tail", body).unwrap());
+                }
+            }
+        }
+        let (owner, id) = &vms[usize::from(n % 2 == 1)];
+        let mem = 10_000 + n;
+        let ((), ticket) = world.daemon().store.change(|tx| tx.update_vm_unlocked(id, |r| r.mem_mib = mem)).unwrap();
+        truth.push((*owner, ticket.seq(), mem));
+        if n % 50 == 0 {
+            ticket.wait(soon()).unwrap();
+            // Some read a little now and then.
+            for permit in &stutterers {
+                (0..n % 150 / 50 * 40).for_each(|_| permit.send(()).unwrap_or_default());
+            }
+        }
+    }
+    drop((stutterers, sleepers));
+    let mut lags = 0;
+    for tail in tails {
+        let (uid, tailed) = tail.join().unwrap();
+        let theirs = truth.iter().filter(|(owner, seq, _)| (uid == 0 || *owner == uid) && *seq > tailed.after);
+        assert_eq!(tailed.changes, theirs.map(|(_, seq, mem)| (*seq, *mem)).collect::<Vec<_>>(), "of uid {uid}");
+        lags += tailed.lags;
+    }
+    assert!(lags > 0, "nobody was slow enough");
 }

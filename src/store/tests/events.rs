@@ -259,3 +259,138 @@ fn a_listener_is_given_what_it_may_see_and_its_queue_holds_nothing_else() {
     drop(theirs);
     assert_eq!(store.0.inner.events.listeners(), 0);
 }
+
+/// What the feed has for its subscriptions now, taken and passed on.
+fn pass_on(feed: &mut Feed) -> Vec<(u64, Vec<u64>)> {
+    let mut due = feed.take();
+    let told = due.iter_mut().map(|due| (due.id, due.changes.drain(..).map(|h| h.seq).collect())).collect();
+    feed.finish(due);
+    told
+}
+
+#[test]
+fn a_lent_subscription_is_served_by_the_feed_alone_until_it_is_taken_back() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 1).unwrap().wait(soon()).unwrap();
+    let mut feed = store.feed().unwrap();
+    assert!(store.feed().is_err(), "one at a time");
+    let ((mut lent, _), (mut own, _)) = (all(&store, None), all(&store, None));
+    lent.lend();
+    // Not before it has taken all that there was.
+    let first = rename(&store, 1, 1).wait(soon()).unwrap();
+    assert!(feed.take().is_empty());
+    assert_eq!(seqs(&take(&mut lent)), [first]);
+    let second = rename(&store, 1, 2).wait(soon()).unwrap();
+    assert!(crate::host::wait::is_readable(feed.fd()) && !is_readable(&lent) && is_readable(&own));
+    assert_eq!(lent.next(), None, "the feed has it");
+    assert_eq!(pass_on(&mut feed), [(lent.id(), vec![second])]);
+    assert!(!crate::host::wait::is_readable(feed.fd()) || feed.take().is_empty());
+    // What came while nobody looked is the subscription's own again.
+    let third = rename(&store, 1, 3).wait(soon()).unwrap();
+    lent.take_back();
+    assert!(feed.take().is_empty());
+    assert_eq!(seqs(&take(&mut lent)), [third]);
+    assert!(lent.keep() && !lent.keep());
+    let fourth = rename(&store, 1, 4).wait(soon()).unwrap();
+    assert!(feed.take().is_empty() && is_readable(&lent));
+    assert_eq!(seqs(&take(&mut lent)), [fourth]);
+    assert_eq!(seqs(&take(&mut own)), [first, second, third, fourth]);
+}
+
+#[test]
+fn what_the_feed_cannot_pass_on_goes_back_in_order() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 1).unwrap().wait(soon()).unwrap();
+    let mut feed = store.feed().unwrap();
+    let (mut lent, _) = all(&store, None);
+    lent.lend();
+    assert_eq!(take(&mut lent), []);
+    let early: Vec<_> = (0..3).map(|n| rename(&store, 1, n).wait(soon()).unwrap()).collect();
+    let mut due = feed.take();
+    let passed = due[0].changes.pop_front().unwrap().seq;
+    // Comes while the feed is at work.
+    let late = rename(&store, 1, 3).wait(soon()).unwrap();
+    assert!(feed.take().is_empty() && lent.next().is_none() && !is_readable(&lent));
+    feed.finish(due);
+    assert!(is_readable(&lent));
+    assert_eq!([vec![passed], seqs(&take(&mut lent))].concat(), [early, vec![late]].concat());
+    // With nothing left it goes back where the feed says so.
+    let next = rename(&store, 1, 4).wait(soon()).unwrap();
+    let mut due = feed.take();
+    assert_eq!(due[0].changes.drain(..).map(|h| h.seq).collect::<Vec<_>>(), [next]);
+    due[0].is_given_back = true;
+    feed.finish(due);
+    assert!(is_readable(&lent));
+    assert_eq!(take(&mut lent), []);
+}
+
+#[test]
+fn a_subscription_is_taken_back_once_the_feed_is_done_with_it() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 1).unwrap().wait(soon()).unwrap();
+    let mut feed = store.feed().unwrap();
+    let (mut lent, _) = all(&store, None);
+    lent.lend();
+    assert_eq!(take(&mut lent), []);
+    rename(&store, 1, 0).wait(soon()).unwrap();
+    let due = feed.take();
+    let is_back = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let (told, id) = (is_back.clone(), lent.id());
+    let taker = thread::spawn("taker", move || {
+        lent.take_back();
+        told.store(true, std::sync::atomic::Ordering::SeqCst);
+        take(&mut lent).len()
+    })
+    .unwrap();
+    // It has said that it waits.
+    let claims = || {
+        let published = store.0.inner.events.published.lock();
+        published.listeners[&id].taker == super::super::events::Taker::FeedAtWork { is_claimed: true }
+    };
+    while !claims() {
+        std::thread::yield_now();
+    }
+    assert!(!is_back.load(std::sync::atomic::Ordering::SeqCst));
+    feed.finish(due);
+    assert_eq!(taker.join().unwrap(), 1);
+}
+
+#[test]
+fn a_lag_while_lent_is_told_by_the_subscription() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 1).unwrap().wait(soon()).unwrap();
+    let mut feed = store.feed().unwrap();
+    let (mut lent, _) = all(&store, None);
+    lent.lend();
+    assert_eq!(take(&mut lent), []);
+    let all_seqs: Vec<_> = (0..QUEUE_MAX as u64 + 7).map(|n| rename(&store, 1, n).seq()).collect();
+    store.barrier().unwrap().wait(soon()).unwrap();
+    assert_eq!(pass_on(&mut feed), [(lent.id(), all_seqs[..QUEUE_MAX].to_vec())]);
+    assert!(is_readable(&lent));
+    assert_eq!(lent.next(), Some(Next::Lagged { dropped: 7, resume_seq: all_seqs[QUEUE_MAX - 1] }));
+    assert!(lent.next().is_none() && feed.take().is_empty());
+}
+
+#[test]
+fn a_feed_that_ends_gives_everything_back() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    put(&store, 1).unwrap().wait(soon()).unwrap();
+    let mut feed = store.feed().unwrap();
+    let (mut lent, _) = all(&store, None);
+    lent.lend();
+    assert_eq!(take(&mut lent), []);
+    assert!(feed.take().is_empty());
+    let seq = rename(&store, 1, 0).wait(soon()).unwrap();
+    drop(feed);
+    assert!(is_readable(&lent));
+    assert_eq!(seqs(&take(&mut lent)), [seq]);
+    let seq = rename(&store, 1, 1).wait(soon()).unwrap();
+    assert!(is_readable(&lent), "nobody else is there to serve it");
+    assert_eq!(seqs(&take(&mut lent)), [seq]);
+    store.feed().unwrap();
+}

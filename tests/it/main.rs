@@ -35,6 +35,7 @@ mod recovery;
 mod recovery_budget;
 mod running;
 mod scale;
+mod scale_calls;
 mod setup;
 mod snapshots;
 mod stall;

@@ -407,11 +407,8 @@ mod tests {
         assert_eq!(Config::load(&flags, 0, &|_| None).unwrap_err().kind(), Kind::InvalidConfig);
     }
 
-    #[test]
-    fn senseless_limits_are_refused() {
-        let mut file = File::default();
-        file.limits.pool_workers = 0;
-        let c = Config {
+    fn config(file: File) -> Config {
+        Config {
             state_dir: "/s".into(),
             socket: "/k".into(),
             limits: file.limits,
@@ -422,7 +419,27 @@ mod tests {
             disk: file.disk,
             network: file.network,
             sync: file.sync,
+        }
+    }
+
+    #[test]
+    fn senseless_limits_are_refused() {
+        let mut file = File::default();
+        file.limits.pool_workers = 0;
+        assert!(config(file).validate().is_err());
+    }
+
+    #[test]
+    fn name_server_has_a_uid_of_its_own_with_a_bridge() {
+        let of = |driver, uid_count| {
+            let mut file = File::default();
+            (file.network.driver, file.qemu.uid_base, file.qemu.uid_count) = (driver, 5000, uid_count);
+            config(file)
         };
-        assert!(c.validate().is_err());
+        let ten = of(NetworkDriver::Bridge, 10);
+        assert_eq!((ten.qemu.uids().last(), ten.qemu.name_server_uid()), (Some(5009), 5009));
+        assert!(ten.validate().is_ok() && of(NetworkDriver::User, 1).validate().is_ok());
+        let e = of(NetworkDriver::Bridge, 1).validate().unwrap_err();
+        assert!(e.to_string().contains("qemu.uid_count must be at least 2"), "{e}");
     }
 }

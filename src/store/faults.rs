@@ -27,6 +27,7 @@ pub trait CommitHook: Send + Sync {
 struct Plan {
     hook: Option<Arc<dyn CommitHook>>,
     fault: Option<(Fault, u64)>,
+    failing_folds: u64,
     gates: usize,
     waiting: bool,
 }
@@ -52,6 +53,11 @@ impl Faults {
         self.plan.lock().fault = Some((fault, attempts));
     }
 
+    /// The next `attempts` to fold the log into the database fail with an I/O error.
+    pub fn fail_folds(&self, attempts: u64) {
+        self.plan.lock().failing_folds = attempts;
+    }
+
     /// Asks `hook` from now on.
     pub fn ask(&self, hook: Arc<dyn CommitHook>) {
         self.plan.lock().hook = Some(hook);
@@ -73,6 +79,15 @@ impl Faults {
         self.changed.notify_all();
         self.changed.wait_while(&mut plan, Instant::now() + GATE_MOST, |p| p.gates > 0);
         plan.waiting = false;
+    }
+
+    pub(super) fn fold(&self) -> rusqlite::Result<()> {
+        let mut plan = self.plan.lock();
+        if plan.failing_folds == 0 {
+            return Ok(());
+        }
+        plan.failing_folds -= 1;
+        Err(rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_IOERR), None))
     }
 
     pub(super) fn commit(&self, tx: Transaction<'_>) -> rusqlite::Result<()> {

@@ -4,6 +4,9 @@
 //! of effects. One thread writes: it commits all changes that wait as one transaction (WAL, `synchronous=FULL`).
 //! Reads come from memory, may show what is not yet durable, and never wait for the disk.
 //!
+//! The write-ahead log is made long enough beforehand (`schema::extend_log`), so that a commit only overwrites blocks and
+//! fdatasync(2) has no metadata to write. The writer folds the log into the database file after it has answered a batch.
+//!
 //! When a commit fails, everyone waiting for it or behind it gets the error, memory goes back to the last durable
 //! state, and the store is read-only until a probe, a real commit, succeeds. A caller that got the error of a failed
 //! commit knows that the change is undone in this daemon; if the daemon is killed before the next commit succeeds, the

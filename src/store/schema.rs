@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior, params};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
+use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,8 +15,11 @@ pub(super) const FILE_NAME: &str = "fcd.db";
 pub(super) const APPLICATION_ID: i32 = 0x6663_6431;
 /// How long somebody else's lock on the file is waited for at open.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
-/// The write-ahead log is cut back to this after a checkpoint.
-const WAL_BYTES_KEPT: i64 = 4 << 20;
+/// Frames in the write-ahead log after which it is folded into the database file and written from its start again.
+pub(super) const LOG_FRAMES: i64 = 250;
+/// The log is made this long beforehand and is cut back to this length when a large commit made it longer. It has room for
+/// [`LOG_FRAMES`] pages of 4 KiB with their headers.
+pub(super) const LOG_BYTES: u64 = 1 << 20;
 /// Hexadecimal digits of an install id.
 pub const INSTALL_ID_LEN: usize = 8;
 
@@ -88,6 +92,40 @@ pub(super) fn close(c: Connection) -> rusqlite::Result<()> {
     set_info(&c, "open", "0")?;
     c.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false)?;
     c.close().map_err(|(_, e)| e)
+}
+
+/// Makes the write-ahead log [`LOG_BYTES`] long, so that commits overwrite blocks which the file has already.
+///
+/// A commit that makes the file longer changes its size and its block map, so fdatasync(2) has to commit the file system's
+/// journal as well, which takes as long again. fallocate(2) does not help: the first write to each block that it reserved
+/// changes the block map, too. SQLite ignores what follows the last frame of a log.
+pub(super) fn extend_log(dir: &Path) -> std::io::Result<()> {
+    let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut file = std::fs::File::from(rustix::fs::open(wal_path(&dir.join(FILE_NAME)), flags, Mode::empty())?);
+    let len = file.seek(std::io::SeekFrom::End(0))?;
+    let zeros = vec![0; LOG_BYTES.saturating_sub(len) as usize];
+    if zeros.is_empty() {
+        return Ok(());
+    }
+    let written = file.write_all(&zeros).and_then(|()| file.sync_all());
+    if written.is_err() {
+        // The room for it may be what is missing.
+        let _ = file.set_len(len);
+    }
+    written
+}
+
+/// Copies the log's changes into the database file, once it has [`LOG_FRAMES`] frames. The next commit starts the log anew.
+pub(super) fn fold_log(c: &Connection) -> rusqlite::Result<()> {
+    let run = |mode: &str| {
+        c.prepare_cached(&format!("PRAGMA wal_checkpoint({mode})"))?
+            .query_row([], |r| Ok((r.get::<_, i64>(0)?, r.get::<_, i64>(1)?)))
+    };
+    let (_, frames) = run("NOOP")?;
+    if frames < LOG_FRAMES {
+        return Ok(());
+    }
+    run("PASSIVE").map(drop)
 }
 
 /// A database that cannot be used, with what to do about it.
@@ -173,7 +211,9 @@ fn connect(path: &Path) -> Result<Connection> {
         c.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
         c.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
         c.pragma_update(None, "synchronous", "FULL")?;
-        c.pragma_update_and_check(None, "journal_size_limit", WAL_BYTES_KEPT, |_| Ok(()))?;
+        c.pragma_update_and_check(None, "journal_size_limit", LOG_BYTES as i64, |_| Ok(()))?;
+        // The writer does it, after it has answered: see `fold_log`.
+        c.pragma_update_and_check(None, "wal_autocheckpoint", 0, |_| Ok(()))?;
         c.pragma_update(None, "trusted_schema", "OFF")?;
         // Only a clean close folds the log into the file and removes it: see `close`.
         c.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;

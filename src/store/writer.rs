@@ -100,6 +100,10 @@ impl Writer {
                 if spent && let Err(e) = self.reserve.take() {
                     self.turn_read_only(Failure::from_error(&e, &self.inner.dir));
                 }
+                // Nobody waits for this but the next batch. The changes are safe in the log, whatever becomes of it.
+                if let Err(failure) = self.fold_log() {
+                    self.turn_read_only(failure);
+                }
             }
             Err(failure) => self.fail(batch, failure),
         }
@@ -121,7 +125,7 @@ impl Writer {
     /// One transaction: what has to be mended, then the rows.
     fn write(&mut self, images: &[Image], seq: u64) -> std::result::Result<(), Failure> {
         let attempt = catch_unwind(AssertUnwindSafe(|| self.try_write(images, seq)));
-        let mut error = match attempt {
+        let error = match attempt {
             Ok(Ok(())) => {
                 self.repair.clear();
                 return Ok(());
@@ -129,6 +133,11 @@ impl Writer {
             Ok(Err(e)) => e,
             Err(_) => Error::internal("the store's writer panicked"),
         };
+        Err(self.failed(error))
+    }
+
+    /// Gives up the connection unless the disk was only full, and finds out whether it is full.
+    fn failed(&mut self, mut error: Error) -> Failure {
         if error.kind() != Kind::DiskFull {
             self.connection = None;
             if self.reserve.free_bytes().is_some_and(|free| free < PROBE_FREE_BYTES) {
@@ -136,7 +145,28 @@ impl Writer {
                 error = error.with_kind(Kind::DiskFull);
             }
         }
-        Err(Failure::from_error(&error, &self.inner.dir))
+        Failure::from_error(&error, &self.inner.dir)
+    }
+
+    /// Folds the log into the database file when it is due. After a failed sync of that file the log still has everything, and a
+    /// new connection copies all of it again.
+    fn fold_log(&mut self) -> std::result::Result<(), Failure> {
+        let Some(c) = &self.connection else { return Ok(()) };
+        #[cfg(any(test, feature = "fakes"))]
+        let folded = self.inner.faults.fold().and_then(|()| schema::fold_log(c));
+        #[cfg(not(any(test, feature = "fakes")))]
+        let folded = schema::fold_log(c);
+        folded.map_err(|e| self.failed(sqlite_error(&e).context("fold the write-ahead log into the database")))
+    }
+
+    /// The log is only made longer where there is room for more than that.
+    fn extend_log(&self) {
+        if self.reserve.free_bytes().is_some_and(|free| free < PROBE_FREE_BYTES + schema::LOG_BYTES) {
+            return;
+        }
+        if let Err(e) = schema::extend_log(&self.inner.dir) {
+            log::warn!("store: changes will take longer to write: extend the write-ahead log: {e}");
+        }
     }
 
     fn try_write(&mut self, images: &[Image], seq: u64) -> crate::error::Result<()> {
@@ -203,7 +233,9 @@ impl Writer {
             return Err(Failure::from_error(&full, &self.inner.dir));
         }
         let seq = self.inner.core.lock().seq;
-        self.write(&[], seq)
+        self.write(&[], seq)?;
+        self.extend_log();
+        self.fold_log()
     }
 
     fn probe_and_tell(&mut self) {

@@ -74,6 +74,30 @@ fn a_failed_batch_that_was_never_mended_leaves_a_database_that_opens() {
 }
 
 #[test]
+fn log_that_cannot_be_folded_loses_nothing_and_is_tried_again() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    store.faults().fail_folds(u64::MAX);
+    // The change itself is durable before the log is folded.
+    put(&store, 1).unwrap().wait(soon()).unwrap();
+    await_fault(&store);
+    store.faults().fail_folds(0);
+    assert!(store.wait_writable(soon()));
+    put(&store, 2).unwrap().wait(soon()).unwrap();
+    let store = check_reopened(store, dir.path());
+    assert_eq!(store.read(|s| s.vms().count()), 2);
+}
+
+/// Waits until the writer has met the fault, which comes after the answer.
+fn await_fault(store: &Store) {
+    let deadline = soon();
+    while store.read_only().is_none() {
+        assert!(Instant::now() < deadline, "the store never became read-only");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
 fn an_essential_change_has_the_reserve() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();

@@ -120,6 +120,26 @@ fn a_file_open_to_others_is_closed() {
 }
 
 #[test]
+fn commits_overwrite_a_log_that_was_made_long_enough() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let log_bytes = || dir.path().join("fcd.db-wal").metadata().unwrap().len();
+    assert_eq!(log_bytes(), schema::LOG_BYTES);
+    // More pages than the log has room for, so it is folded on the way.
+    for n in 0..schema::LOG_FRAMES as u32 {
+        put(&store, n).unwrap().wait(soon()).unwrap();
+    }
+    assert_eq!(log_bytes(), schema::LOG_BYTES);
+    check_reopened(store, dir.path());
+}
+
+/// `.cargo/config.toml` reaches the build, wherever it is started.
+#[test]
+fn sqlite_is_built_with_fdatasync() {
+    assert!(option_env!("LIBSQLITE3_FLAGS").is_some_and(|flags| flags.contains("-DHAVE_FDATASYNC=1")));
+}
+
+#[test]
 fn two_daemons_on_one_directory() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();

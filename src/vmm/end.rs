@@ -23,8 +23,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long the rest of a console may take after its VMM has exited. All of it waits in a socket by then.
-const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(1);
+/// How long the rest of a console, or of a monitor, may take after its VMM has exited. All of it waits in a socket by then,
+/// and the wait ends with the last byte, so only a host that is too busy to read it takes long.
+const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(10);
 /// Lines that are looked at. What a kernel prints when it panics, with the registers of every CPU, is shorter.
 const LAST_LINES: u64 = 400;
 /// How much of a panic's message is kept.
@@ -146,8 +147,7 @@ impl fmt::Display for End {
     }
 }
 
-/// Finds out why the VMM with this directory exited, which said that `cause` is why. Waits for the rest of its console, a
-/// second at most.
+/// Finds out why the VMM with this directory exited, which said that `cause` is why. Waits for the rest of its console.
 pub(super) fn of(exit: Exit, cause: Option<Cause>, consoles: &Consoles, dir: &Path) -> End {
     let (Exit::Status(0) | Exit::Unknown) = exit else { return End::Vmm(exit) };
     match cause {

@@ -115,6 +115,15 @@ impl Bench {
     }
 }
 
+/// A test may end, or fail, while its VMM runs.
+impl Drop for Bench {
+    fn drop(&mut self) {
+        for vmm in self.driver.list(&self.prefix).unwrap_or_default() {
+            let _ = self.driver.kill(&vmm.identity, soon());
+        }
+    }
+}
+
 fn driver(dir: &Path) -> Firecracker {
     let config = fcd::config::Firecracker { binary: dir.join("firecracker"), ..Default::default() };
     Firecracker::new(config, 0..0, Arc::new(Consoles::try_new().unwrap())).unwrap().without_kvm()

@@ -40,24 +40,30 @@ impl Out {
 
 /// Upper-case headers, columns two spaces apart; the last column is not padded.
 pub fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
-    let cell = |text: &str| harmless_line(text);
-    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|c| cell(c)).collect()).collect();
-    let width = |i: usize| rows.iter().map(|r| r[i].chars().count()).chain([headers[i].len()]).max().unwrap_or(0);
+    let rows: Vec<Vec<(String, usize)>> = rows.iter().map(|row| row.iter().map(|c| cell(c)).collect()).collect();
+    let width = |i: usize| rows.iter().map(|r| r[i].1).chain([headers[i].len()]).max().unwrap_or(0);
     let widths: Vec<usize> = (0..headers.len()).map(width).collect();
-    let mut text = String::new();
-    let header: Vec<String> = headers.iter().map(|h| (*h).to_owned()).collect();
+    let header = headers.iter().map(|h| ((*h).to_owned(), h.len())).collect();
+    let mut text = String::with_capacity((rows.len() + 1) * (widths.iter().sum::<usize>() + 2 * widths.len()));
     for row in [header].iter().chain(&rows) {
-        let mut line = String::new();
-        for (i, cell) in row.iter().enumerate() {
-            line.push_str(cell);
+        let begin = text.len();
+        for (i, (cell, width)) in row.iter().enumerate() {
+            text.push_str(cell);
             if i + 1 < row.len() {
-                line.extend(std::iter::repeat_n(' ', widths[i] + 2 - cell.chars().count()));
+                text.extend(std::iter::repeat_n(' ', widths[i] + 2 - width));
             }
         }
-        text.push_str(line.trim_end());
+        text.truncate(begin + text[begin..].trim_end().len());
         text.push('\n');
     }
     text
+}
+
+/// Harmless, and how many characters it has.
+fn cell(text: &str) -> (String, usize) {
+    let text = harmless_line(text);
+    let width = text.chars().count();
+    (text, width)
 }
 
 /// Seconds as `5s`, `3m`, `2h`, `4d`.
@@ -96,7 +102,11 @@ pub fn count(n: u64, one: &str) -> String {
 
 /// One line in which no control character reaches the terminal, nor one that turns the reading direction.
 pub fn harmless_line(text: &str) -> String {
-    text.chars().map(|c| if is_harmful(c) || c == '\n' || c == '\t' { escape(c) } else { c.to_string() }).collect()
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if is_harmful(c) || c == '\n' || c == '\t' { out.push_str(&escape(c)) } else { out.push(c) }
+    }
+    out
 }
 
 /// As [`harmless_line`], lines and tabs kept. For the text of a guest.

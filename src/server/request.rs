@@ -184,6 +184,9 @@ pub(super) fn error_line(error: &CallError) -> Vec<u8> {
     response_line(None, Err(error.clone()))
 }
 
+/// What a response has around its result, as a rule.
+const ENVELOPE_BYTES: usize = 256;
+
 fn encode(id: Option<&RawValue>, result: CallResult) -> Vec<u8> {
     let id = id.map_or_else(|| RawValue::NULL.to_owned(), RawValue::to_owned);
     let (result, error) = match result {
@@ -191,7 +194,9 @@ fn encode(id: Option<&RawValue>, result: CallResult) -> Vec<u8> {
         Err(e) => (None, Some(RpcError { code: e.code, message: e.fault.message.clone(), data: Some(e.fault) })),
     };
     let response = Response { jsonrpc: Version::V2, id, result, error };
-    let mut line = serde_json::to_vec(&response).expect("a response has no map with other keys than strings");
+    // Grown piece by piece, a page of a list would be copied ten times.
+    let mut line = Vec::with_capacity(response.result.as_ref().map_or(0, |r| r.get().len()) + ENVELOPE_BYTES);
+    serde_json::to_writer(&mut line, &response).expect("a response has no map with other keys than strings");
     line.push(b'\n');
     line
 }

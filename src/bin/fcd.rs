@@ -37,6 +37,7 @@ fn main() -> ExitCode {
     if let Some(code) = fcd::daemon::helpers::run_if_asked() {
         return code;
     }
+    fcd::host::memory::bound_allocator();
     let closed = fcd::host::inherited::close_descriptors(&|name| std::env::var(name).ok());
     let args = Args::parse();
     if let Err(e) = fcd::host::log::init() {

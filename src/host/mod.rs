@@ -7,6 +7,7 @@ pub mod inherited;
 pub mod interactive;
 pub mod limits;
 pub mod log;
+pub mod memory;
 pub mod mount;
 pub mod piped;
 pub mod process;

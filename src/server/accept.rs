@@ -5,7 +5,7 @@ use super::request::{CallError, error_line};
 use super::socket::Socket;
 use super::{Handler, Limits};
 use crate::error::{Error, Kind, Result};
-use crate::host::thread;
+use crate::host::{memory, thread};
 use crate::locks::{Cancel, Condvar, Mutex, Rank};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustix::net::SendFlags;
@@ -23,12 +23,31 @@ const BACK_OFF_MS: u16 = 50;
 /// Between a line in the log about refused connections and the next: whoever is refused can try fast.
 const WARN_EVERY: Duration = Duration::from_secs(10);
 
+/// So many connections at once are a peak, after which freed memory is given back to the system.
+const PEAK_MIN: usize = 32;
+/// A peak is over when no more than this part of its connections is left.
+const PEAK_PART_LEFT: usize = 8;
+
 #[derive(Default)]
 struct Connected {
+    /// The most connections since memory was given back.
+    peak: usize,
     last_id: u64,
     /// Not kept open by this: a place is given back after the descriptor.
     sockets: HashMap<u64, Weak<UnixStream>>,
     per_uid: HashMap<u32, usize>,
+}
+
+impl Connected {
+    /// True once for each peak, when it is over.
+    fn is_peak_over(&mut self) -> bool {
+        let left = self.sockets.len();
+        let over = self.peak >= PEAK_MIN && left <= self.peak / PEAK_PART_LEFT;
+        if over {
+            self.peak = left;
+        }
+        over
+    }
 }
 
 /// Everyone who is connected.
@@ -56,8 +75,12 @@ impl Drop for Place {
                 connected.per_uid.remove(&self.uid);
             }
         }
+        let is_peak_over = connected.is_peak_over();
         drop(connected);
         self.registry.left.notify_all();
+        if is_peak_over {
+            memory::give_back();
+        }
     }
 }
 
@@ -91,6 +114,7 @@ impl Registry {
         connected.last_id += 1;
         let id = connected.last_id;
         connected.sockets.insert(id, Arc::downgrade(socket));
+        connected.peak = connected.peak.max(connected.sockets.len());
         *connected.per_uid.entry(uid).or_insert(0) += 1;
         Ok(Place { registry: self.clone(), id, uid })
     }
@@ -222,4 +246,31 @@ impl Acceptor {
 
 fn spare() -> std::io::Result<File> {
     File::open("/dev/null")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Connects so many, then disconnects one after the other. Gives how many were left each time a peak was over.
+    fn peaks_over(connections: u64) -> Vec<usize> {
+        let socket = Arc::new(UnixStream::pair().unwrap().0);
+        let mut connected = Connected::default();
+        for id in 0..connections {
+            connected.sockets.insert(id, Arc::downgrade(&socket));
+            connected.peak = connected.peak.max(connected.sockets.len());
+        }
+        let leave = |id| {
+            connected.sockets.remove(&id);
+            connected.is_peak_over().then_some(connected.sockets.len())
+        };
+        (0..connections).filter_map(leave).collect()
+    }
+
+    #[test]
+    fn peak_of_connections_is_over_when_few_are_left() {
+        assert!(peaks_over(31).is_empty());
+        assert_eq!(peaks_over(32), [4]);
+        assert_eq!(peaks_over(1000), [125, 15]);
+    }
 }

@@ -15,6 +15,7 @@ mod edges;
 mod event_wire;
 mod events;
 mod firecracker;
+mod footprint;
 mod helper_cost;
 mod hostile_guest;
 mod install_firecracker;

@@ -10,14 +10,14 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Instant;
 
 /// A daemon without VMs on a directory of its own; killed when dropped.
-struct Process {
+pub struct Process {
     dir: tempfile::TempDir,
-    child: Child,
+    pub child: Child,
 }
 
 impl Process {
     /// `before` changes the command: what the process inherits.
-    fn start(before: impl FnOnce(&mut Command)) -> Self {
+    pub fn start(before: impl FnOnce(&mut Command)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let log = File::create(dir.path().join("log")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_fcd"));
@@ -38,7 +38,7 @@ impl Process {
         process
     }
 
-    fn socket(&self) -> PathBuf {
+    pub fn socket(&self) -> PathBuf {
         self.dir.path().join("fcd.sock")
     }
 

@@ -18,6 +18,9 @@ struct Args {
     /// The socket to serve [env: FCD_SOCKET] [default: /run/fcd/fcd.sock, for users in $XDG_RUNTIME_DIR]
     #[arg(long, value_name = "S")]
     socket: Option<PathBuf>,
+    /// Print a configuration file with every setting, its default and what it means, and exit
+    #[arg(long)]
+    print_config: bool,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -40,6 +43,9 @@ fn main() -> ExitCode {
     fcd::host::memory::bound_allocator();
     let closed = fcd::host::inherited::close_descriptors(&|name| std::env::var(name).ok());
     let args = Args::parse();
+    if args.print_config {
+        return print(&fcd::config::reference());
+    }
     if let Err(e) = fcd::host::log::init() {
         eprintln!("fcd: {e}");
         return ExitCode::FAILURE;
@@ -62,6 +68,19 @@ fn main() -> ExitCode {
             let hint = e.hint_text().map(|hint| format!("\nhint: {hint}")).unwrap_or_default();
             fcd::host::log::say(&format!("fcd: {e}{hint}"));
             ExitCode::from(fcd::server::exit_status(&e))
+        }
+    }
+}
+
+/// Prints to stdout. A reader that has gone (`| head`) is not an error.
+fn print(text: &str) -> ExitCode {
+    use std::io::{ErrorKind, Write};
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("fcd: write to stdout: {e}");
+            ExitCode::FAILURE
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The section `[network]`: how guests reach the world, and the world them.
 
+use super::section::{Value, choices, section};
 use crate::error::{Error, Kind, Result};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize, Serializer};
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::str::FromStr;
@@ -13,44 +14,33 @@ const PREFIX_MIN: u8 = 16;
 const PREFIX_MAX: u8 = 29;
 const TAPS_AHEAD_MAX: usize = 64;
 
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "lowercase")]
-pub enum NetworkDriver {
-    /// The same as `user`, root or not: a bridge is only made when it is asked for.
-    #[default]
-    Auto,
-    /// A bridge with a tap for each VM and NAT; the daemon must be root.
-    Bridge,
-    /// QEMU's user-mode network; needs no rights.
-    User,
+choices! {
+    /// What connects a guest to the world.
+    pub enum NetworkDriver {
+        /// The same as user, also for root: a bridge changes the host, so it is only made when asked for.
+        Auto = "auto",
+        /// A bridge with a tap device for each VM, and NAT. The daemon must be root.
+        Bridge = "bridge",
+        /// QEMU's user-mode network. It needs no privileges.
+        User = "user",
+    }
 }
 
-#[derive(Clone, Debug, Deserialize, PartialEq)]
-#[serde(deny_unknown_fields, default)]
-pub struct Network {
-    pub driver: NetworkDriver,
-    /// The bridge's name. Made when it is missing; one that is not ours is never touched.
-    pub bridge: String,
-    /// The guests' addresses; the first is the bridge's.
-    pub subnet: Subnet,
-    /// Lets guests reach each other.
-    pub allow_between_vms: bool,
-    /// Answers `NAME.vm` on the bridge's address and forwards what else is asked there.
-    pub dns: bool,
-    /// Tap devices that are kept ready.
-    pub taps_ahead: usize,
-}
-
-impl Default for Network {
-    fn default() -> Self {
-        Self {
-            driver: NetworkDriver::Auto,
-            bridge: "fcbr0".to_owned(),
-            subnet: Subnet { base: Ipv4Addr::new(10, 89, 0, 0), prefix: 24 },
-            allow_between_vms: false,
-            dns: true,
-            taps_ahead: 4,
-        }
+section! {
+    /// How guests reach the world and the world reaches them. See `fcctl help networking`.
+    pub struct Network {
+        /// The kind of network.
+        driver: NetworkDriver = NetworkDriver::Auto,
+        /// Name of the bridge. fcd creates it, and never touches one that it did not create.
+        bridge: String = "fcbr0".to_owned(),
+        /// Addresses of the guests. The first one is the bridge's.
+        subnet: Subnet = Subnet { base: Ipv4Addr::new(10, 89, 0, 0), prefix: 24 },
+        /// Lets guests reach each other.
+        allow_between_vms: bool = false,
+        /// Answers `NAME.vm` on the bridge's address and forwards other questions to the host's resolvers.
+        dns: bool = true,
+        /// Tap devices that are kept ready for the next VMs.
+        taps_ahead: usize = 4,
     }
 }
 
@@ -124,6 +114,14 @@ impl Subnet {
         let shorter = self.prefix.min(prefix.min(32));
         let mask = u32::MAX.checked_shl(32 - u32::from(shorter)).unwrap_or(0);
         u32::from(self.base) & mask == u32::from(base) & mask
+    }
+}
+
+impl Value for Subnet {}
+
+impl Serialize for Subnet {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 

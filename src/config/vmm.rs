@@ -1,53 +1,51 @@
 //! The sections `[vmm]` and `[firecracker]`.
 
+use super::section::{choices, section};
 use crate::error::{Error, Kind, Result};
-use serde::Deserialize;
 use std::path::PathBuf;
 
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "lowercase")]
-pub enum VmmDriver {
-    /// QEMU: it runs everywhere.
-    #[default]
-    Qemu,
-    /// Needs root, a bridge, and a KVM that runs stock kernels.
-    Firecracker,
-    /// Firecracker where everything that it needs is available when the daemon starts, else QEMU. `fcctl doctor` names the
-    /// first thing that is missing.
-    Auto,
+choices! {
+    /// The VMM that new VMs run on.
+    pub enum VmmDriver {
+        /// QEMU, which runs everywhere.
+        Qemu = "qemu",
+        /// Firecracker. It needs root, a bridge, and a KVM that boots ordinary kernels.
+        Firecracker = "firecracker",
+        /// Firecracker if everything it needs is available when the daemon starts, else QEMU. `fcctl doctor` names the first
+        /// thing that is missing.
+        Auto = "auto",
+    }
 }
 
-/// What VMs are started with. Those that run are looked after whatever this says.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
-#[serde(deny_unknown_fields, default)]
-pub struct Vmm {
-    pub driver: VmmDriver,
+section! {
+    /// The VMM. VMs that are running stay on the one they were started with.
+    pub struct Vmm {
+        /// The VMM that new VMs run on.
+        driver: VmmDriver = VmmDriver::Qemu,
+    }
 }
 
-#[derive(Clone, Debug, Deserialize, PartialEq)]
-#[serde(deny_unknown_fields, default)]
-pub struct Firecracker {
-    pub binary: PathBuf,
-    pub jailer: PathBuf,
-    /// Whether VMMs run under the jailer.
-    pub jail: bool,
-    /// What a VMM may take of the host, by its control group.
-    pub limits: VmmLimits,
+choices! {
+    /// Whether a VMM may run without the control groups that limit it.
+    pub enum VmmLimits {
+        /// A start fails if the host lacks a controller.
+        Required = "required",
+        /// Limits are set as far as the host has controllers.
+        BestEffort = "best-effort",
+    }
 }
 
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "kebab-case")]
-pub enum VmmLimits {
-    /// A start is refused where the host lacks a controller.
-    #[default]
-    Required,
-    /// As far as the host has controllers.
-    BestEffort,
-}
-
-impl Default for Firecracker {
-    fn default() -> Self {
-        Self { binary: "firecracker".into(), jailer: "jailer".into(), jail: true, limits: VmmLimits::Required }
+section! {
+    /// How VMs run on Firecracker. See `fcctl help firecracker`.
+    pub struct Firecracker {
+        /// The program. It must be static, and only root may write to it.
+        binary: PathBuf = "firecracker".into(),
+        /// Its jailer, of the same version.
+        jailer: PathBuf = "jailer".into(),
+        /// Runs VMMs under the jailer. Without it a VMM has the daemon's view of the host.
+        jail: bool = true,
+        /// What happens if the host cannot limit a VMM's CPU, memory, threads and disk rates.
+        limits: VmmLimits = VmmLimits::Required,
     }
 }
 

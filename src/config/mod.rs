@@ -1,205 +1,29 @@
-//! Configuration: flags over environment over a TOML file over defaults. Pure validation.
+//! The configuration: a flag takes precedence over an environment variable, that over the TOML file, and the file over the
+//! default. Each section of the file is declared once, with [`section::section`], together with its defaults and its part of
+//! the reference that `fcd --print-config` prints.
 
+mod disk;
+mod limits;
 mod network;
+mod qemu;
+mod reference;
+mod section;
 mod sync;
+mod vm;
 mod vmm;
 
+pub use disk::{Disk, DiskDriver};
+pub use limits::Limits;
+pub use network::{INTERFACE_NAME_LEN_MAX, Network, NetworkDriver, Subnet};
+pub use qemu::{Accel, Machine, Qemu};
+pub use reference::reference;
 pub use sync::SyncedFile;
+pub use vm::VmDefaults;
 pub use vmm::{Firecracker, Vmm, VmmDriver, VmmLimits};
 
-pub use network::{INTERFACE_NAME_LEN_MAX, Network, NetworkDriver, Subnet};
-
 use crate::error::{Error, Kind, Result};
-use crate::uids::Retention;
 use serde::Deserialize;
 use std::path::PathBuf;
-
-/// What the file may say. Unknown keys are refused with their line.
-#[derive(Clone, Debug, Deserialize, PartialEq)]
-#[serde(deny_unknown_fields, default)]
-pub struct Limits {
-    /// VMs that boot at once; 0 stands for the number of cores.
-    pub boots_max: usize,
-    /// Workers for guest I/O.
-    pub pool_workers: usize,
-    /// Workers that one uid may occupy; 0 means three quarters of them, and at least one.
-    pub pool_workers_per_uid_max: usize,
-    /// Jobs that wait for a worker.
-    pub pool_queue: usize,
-    pub connections_max: usize,
-    pub connections_per_uid_max: usize,
-    /// Connections kept back for root.
-    pub connections_root_reserved: usize,
-    pub operations_per_uid_max: usize,
-    /// Ended operations of one uid that are remembered, beside those that an idempotency key stands for.
-    pub operations_kept_per_uid: usize,
-    /// Ended operations of all uids that are remembered. Over it the uid with the most gives way, root last.
-    pub operations_kept_max: usize,
-    pub queue_per_uid_max: usize,
-    pub vms_per_uid_max: usize,
-    /// Image builds that run at once; the others wait in line.
-    pub builds_max: usize,
-    /// Image builds of one uid that run or wait.
-    pub builds_per_uid_max: usize,
-    /// Images that one uid has built. Root and the daemon's own user may have any number.
-    pub images_per_uid_max: usize,
-    /// Memory of all started VMs of one uid; 0 stands for the host's limit.
-    pub mem_mib_per_uid_max: u64,
-    /// Memory of all started VMs; 0 stands for 80 percent of the host's.
-    pub mem_mib_max: u64,
-    pub vcpus_max: u32,
-    pub disk_bytes_max: u64,
-    /// A transfer without a byte for so long ends.
-    pub transfer_idle_s: u64,
-    /// Bytes per second that a transfer must average over each `transfer_rate_window_s`, or it ends; 0 disables this.
-    pub transfer_bytes_per_s_min: u64,
-    pub transfer_rate_window_s: u64,
-    /// From the VMM's start to the first answer of the guest's SSH server.
-    pub boot_timeout_s: u64,
-    /// How long a guest may take to shut down before it is forced.
-    pub stop_timeout_s: u64,
-    /// Of one VM's console, in two files of half of it.
-    pub console_bytes_max: u64,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            boots_max: 0,
-            pool_workers: 8,
-            pool_workers_per_uid_max: 0,
-            pool_queue: 64,
-            connections_max: 512,
-            connections_per_uid_max: 128,
-            connections_root_reserved: 4,
-            operations_per_uid_max: 64,
-            operations_kept_per_uid: crate::uids::RETENTION.per_uid_max,
-            operations_kept_max: crate::uids::RETENTION.total_max,
-            queue_per_uid_max: 32,
-            vms_per_uid_max: 64,
-            builds_max: 1,
-            builds_per_uid_max: 1,
-            images_per_uid_max: 16,
-            mem_mib_per_uid_max: 0,
-            mem_mib_max: 0,
-            vcpus_max: 32,
-            disk_bytes_max: 1 << 40,
-            transfer_idle_s: 60,
-            transfer_bytes_per_s_min: 1024,
-            transfer_rate_window_s: 180,
-            boot_timeout_s: 120,
-            stop_timeout_s: 20,
-            console_bytes_max: 4 << 20,
-        }
-    }
-}
-
-impl Limits {
-    /// Jobs of one uid that run at once.
-    pub fn running_per_uid_max(&self) -> usize {
-        match self.pool_workers_per_uid_max {
-            0 => (self.pool_workers * 3 / 4).max(1),
-            set => set,
-        }
-    }
-
-    /// The bounds on ended operations that are kept.
-    pub fn retention(&self) -> Retention {
-        Retention { per_uid_max: self.operations_kept_per_uid, total_max: self.operations_kept_max }
-    }
-}
-
-/// What a VM gets when its creator does not say.
-#[derive(Clone, Debug, Deserialize, PartialEq)]
-#[serde(deny_unknown_fields, default)]
-pub struct VmDefaults {
-    pub image: crate::ids::ImageRef,
-    pub vcpus: u32,
-    pub mem_mib: u64,
-}
-
-impl Default for VmDefaults {
-    fn default() -> Self {
-        Self { image: "default".parse().expect("a valid name"), vcpus: 1, mem_mib: 1024 }
-    }
-}
-
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "lowercase")]
-pub enum Accel {
-    #[default]
-    Auto,
-    Kvm,
-    Tcg,
-}
-
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "lowercase")]
-pub enum Machine {
-    #[default]
-    Auto,
-    Microvm,
-    Q35,
-}
-
-#[derive(Clone, Debug, Deserialize, PartialEq)]
-#[serde(deny_unknown_fields, default)]
-pub struct Qemu {
-    pub binary: PathBuf,
-    pub accel: Accel,
-    pub machine: Machine,
-    /// First of the uids that VMs run under when the daemon is root; a VM's gid is the same number.
-    pub uid_base: u32,
-    /// How many there are. With the bridge's name server the last one is its helper's.
-    pub uid_count: u32,
-    /// Cuts the guest off from everything but its SSH port.
-    pub isolated: bool,
-}
-
-impl Qemu {
-    /// Of VMs, when the daemon is root.
-    pub fn uids(&self) -> std::ops::Range<u32> {
-        self.uid_base..self.uid_base.saturating_add(self.uid_count)
-    }
-
-    /// Of the name server's helper process, when the daemon has a bridge: the last of the range, which no VM gets then.
-    pub fn name_server_uid(&self) -> u32 {
-        self.uid_base.saturating_add(self.uid_count.saturating_sub(1))
-    }
-}
-
-impl Default for Qemu {
-    fn default() -> Self {
-        // Above systemd's container range, below its foreign range (systemd UIDS-GIDS).
-        Self {
-            binary: "qemu-system-x86_64".into(),
-            accel: Accel::Auto,
-            machine: Machine::Auto,
-            uid_base: 1_900_000_000,
-            uid_count: 65_536,
-            isolated: false,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "kebab-case")]
-pub enum DiskDriver {
-    /// The best that shares the image's blocks.
-    #[default]
-    Auto,
-    Reflink,
-    Qcow2,
-    DmSnapshot,
-    Copy,
-}
-
-/// Root disks. A VM keeps the way in which its disk was made.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
-#[serde(deny_unknown_fields, default)]
-pub struct Disk {
-    pub driver: DiskDriver,
-}
 
 /// The file as a whole.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]

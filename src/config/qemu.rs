@@ -1,0 +1,59 @@
+//! The section `[qemu]`.
+
+use super::section::{choices, section};
+use std::path::PathBuf;
+
+choices! {
+    /// How QEMU runs a guest's CPUs.
+    pub enum Accel {
+        /// KVM where it works, else emulation.
+        Auto = "auto",
+        /// KVM only. A start fails where it does not work.
+        Kvm = "kvm",
+        /// Emulation. It needs nothing of the host, and is much slower.
+        Tcg = "tcg",
+    }
+}
+
+choices! {
+    /// QEMU's machine type.
+    pub enum Machine {
+        /// microvm where the kernel boots on it, else q35.
+        Auto = "auto",
+        /// A small machine without PCI, which boots fastest.
+        Microvm = "microvm",
+        /// An ordinary PC with PCI Express.
+        Q35 = "q35",
+    }
+}
+
+section! {
+    /// How VMs run on QEMU, and under which uids.
+    pub struct Qemu {
+        /// The program.
+        binary: PathBuf = "qemu-system-x86_64".into(),
+        /// How the guests' CPUs run.
+        accel: Accel = Accel::Auto,
+        /// The machine type.
+        machine: Machine = Machine::Auto,
+        /// First of the uids that VMs run under when the daemon is root. A VM's gid is the same number. The default is above
+        /// systemd's range for containers and below its range for foreign images.
+        uid_base: u32 = 1_900_000_000,
+        /// Number of these uids. With a bridge, the last one is for the helper process of the name server.
+        uid_count: u32 = 65_536,
+        /// Cuts guests with user-mode networking off from everything but their SSH port.
+        isolated: bool = false,
+    }
+}
+
+impl Qemu {
+    /// The uids of VMs when the daemon is root.
+    pub fn uids(&self) -> std::ops::Range<u32> {
+        self.uid_base..self.uid_base.saturating_add(self.uid_count)
+    }
+
+    /// The uid of the name server's helper process if the daemon has a bridge: the last of the range, which no VM gets then.
+    pub fn name_server_uid(&self) -> u32 {
+        self.uid_base.saturating_add(self.uid_count.saturating_sub(1))
+    }
+}

@@ -1,0 +1,106 @@
+//! One declaration per section of the configuration file. It gives the struct that is parsed, its defaults, and the reference
+//! that `fcd --print-config` prints, so that none of the three can differ from the others.
+
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// What the reference says about one setting.
+pub(crate) struct Setting {
+    pub name: &'static str,
+    /// The lines of its doc comment.
+    pub doc: &'static [&'static str],
+    /// The default as a TOML value.
+    pub default: String,
+    /// The values that it takes, each with its doc comment, where it takes nothing else.
+    pub choices: &'static [Choice],
+}
+
+/// One value of a setting that takes a few only.
+pub(crate) struct Choice {
+    pub name: &'static str,
+    pub doc: &'static [&'static str],
+}
+
+/// A type that a setting may have.
+pub(crate) trait Value: Serialize {
+    const CHOICES: &'static [Choice] = &[];
+}
+
+impl Value for bool {}
+impl Value for u32 {}
+impl Value for u64 {}
+impl Value for usize {}
+impl Value for String {}
+impl Value for PathBuf {}
+impl Value for crate::ids::ImageRef {}
+
+/// A value as TOML. JSON writes strings, numbers and booleans in the same way.
+pub(crate) fn toml_value<T: Value>(value: &T) -> String {
+    serde_json::to_string(value).expect("settings are strings, numbers and booleans")
+}
+
+/// Declares a section: `/// doc` and `name: Type = default` for each setting.
+macro_rules! section {
+    (
+        $(#[doc = $section_doc:literal])+
+        pub struct $section:ident {
+            $($(#[doc = $doc:literal])+ $name:ident: $type:ty = $default:expr,)*
+        }
+    ) => {
+        $(#[doc = $section_doc])+
+        #[derive(Clone, Debug, ::serde::Deserialize, PartialEq)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct $section {
+            $($(#[doc = $doc])+ pub $name: $type,)*
+        }
+
+        impl Default for $section {
+            fn default() -> Self {
+                Self { $($name: $default,)* }
+            }
+        }
+
+        impl $section {
+            /// The lines of this section's doc comment.
+            pub(crate) const DOC: &'static [&'static str] = &[$($section_doc),+];
+
+            /// The settings of this section, in the order of their declaration.
+            pub(crate) fn settings() -> Vec<$crate::config::section::Setting> {
+                let defaults = Self::default();
+                vec![$($crate::config::section::Setting {
+                    name: stringify!($name),
+                    doc: &[$($doc),+],
+                    default: $crate::config::section::toml_value(&defaults.$name),
+                    choices: <$type as $crate::config::section::Value>::CHOICES,
+                },)*]
+            }
+        }
+    };
+}
+
+/// Declares a setting's type that takes a few values only: `/// doc` and `Variant = "name"` for each. The first is the default.
+macro_rules! choices {
+    (
+        $(#[$meta:meta])*
+        pub enum $type:ident {
+            $(#[doc = $first_doc:literal])+ $first:ident = $first_name:literal,
+            $($(#[doc = $doc:literal])+ $variant:ident = $name:literal,)*
+        }
+    ) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, Default, ::serde::Deserialize, ::serde::Serialize, PartialEq, Eq)]
+        pub enum $type {
+            $(#[doc = $first_doc])+ #[default] #[serde(rename = $first_name)] $first,
+            $($(#[doc = $doc])+ #[serde(rename = $name)] $variant,)*
+        }
+
+        impl $crate::config::section::Value for $type {
+            const CHOICES: &'static [$crate::config::section::Choice] = &[
+                $crate::config::section::Choice { name: $first_name, doc: &[$($first_doc),+] },
+                $($crate::config::section::Choice { name: $name, doc: &[$($doc),+] },)*
+            ];
+        }
+    };
+}
+
+pub(crate) use {choices, section};

@@ -10,6 +10,7 @@ mod debug;
 mod doctor;
 mod events;
 mod exec;
+mod help;
 mod image;
 mod kernel;
 mod leaks;
@@ -49,6 +50,7 @@ const USAGE: u8 = 2;
 /// Development sandboxes in microVMs: copies a tree into a fresh VM, runs something there, brings the result back
 #[derive(Parser, Debug)]
 #[command(name = "fcctl", version, max_term_width = 100, infer_long_args = false)]
+#[command(after_help = help::topics())]
 struct Cli {
     /// The daemon's socket
     #[arg(long, global = true, env = "FCD_SOCKET", value_name = "S", hide_env_values = true)]
@@ -129,6 +131,9 @@ pub fn main() -> u8 {
 
 /// One command line, from its words to its status.
 fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
+    if let Some(page) = help::page(args) {
+        return u8::from(ctx.text(page).is_err());
+    }
     let is_guests = runs_in_guest(args);
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,

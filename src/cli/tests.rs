@@ -435,15 +435,19 @@ fn commands(line: &str) -> Vec<Vec<String>> {
 }
 
 #[test]
-fn what_the_readme_shows_can_be_said() {
+fn commands_in_readme_and_help_pages_parse() {
     use clap::Parser;
-    let readme = include_str!("../../README.md");
-    let lines = readme.lines().filter(|l| l.starts_with("    ") && !l.contains(": "));
-    let shown: Vec<_> = lines.flat_map(commands).filter(|words| words.first().is_some_and(|w| w == "fcctl")).collect();
-    assert!(shown.len() > 15, "{shown:?}");
-    for words in shown {
-        if let Err(e) = super::Cli::try_parse_from(&words) {
-            panic!("{}: {e}", words.join(" "));
+    let pages = super::help::TOPICS.iter().map(|(name, _, page)| (*name, *page));
+    let (mut count, mut wrong) = (0, Vec::new());
+    for (place, text) in [("README.md", include_str!("../../README.md"))].into_iter().chain(pages) {
+        let lines = text.lines().filter(|l| l.starts_with("    ") && !l.contains(": "));
+        for words in lines.flat_map(commands).filter(|words| words.first().is_some_and(|w| w == "fcctl")) {
+            if let Err(e) = super::Cli::try_parse_from(&words) {
+                wrong.push(format!("{place}: {}: {e}", words.join(" ")));
+            }
+            count += 1;
         }
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(count > 40, "only {count} commands found");
 }

@@ -1,0 +1,71 @@
+//! `fcctl help TOPIC`: longer pages about one topic each.
+
+use std::ffi::OsString;
+
+/// The pages of `src/docs`: the topic, what it is about, the text.
+pub(super) const TOPICS: &[(&str, &str, &str)] = &[
+    ("workspaces", "what is sent to the guest, and how changes come back", include_str!("../docs/workspaces.md")),
+    ("networking", "user mode, the bridge, ports, names, vsock", include_str!("../docs/networking.md")),
+    ("limits", "disk and network rates, memory, quotas", include_str!("../docs/limits.md")),
+    ("snapshots", "pause, save, restore, clone", include_str!("../docs/snapshots.md")),
+    ("security", "what is isolated from what, and what is not", include_str!("../docs/security.md")),
+    ("firecracker", "how to run VMs on Firecracker", include_str!("../docs/firecracker.md")),
+    ("configuration", "the configuration file", include_str!("../docs/configuration.md")),
+    ("recovery", "what survives a crash, a reboot, a full disk", include_str!("../docs/recovery.md")),
+    ("event-stream", "following changes of VMs and operations", include_str!("../docs/event-stream.md")),
+    ("protocol", "the Unix socket, for scripts", include_str!("../docs/protocol.md")),
+    ("exit-statuses", "what fcctl's exit statuses mean", include_str!("../docs/exit-statuses.md")),
+];
+
+/// The list of topics for the end of `fcctl --help`.
+pub fn topics() -> String {
+    let width = TOPICS.iter().map(|(name, _, _)| name.len()).max().unwrap_or(0);
+    let lines: Vec<String> = TOPICS.iter().map(|(name, about, _)| format!("  {name:width$}  {about}")).collect();
+    format!("Topics (fcctl help TOPIC):\n{}", lines.join("\n"))
+}
+
+/// The page that `fcctl help TOPIC` asks for. clap, which answers `fcctl help COMMAND`, knows nothing of topics.
+pub fn page(args: &[OsString]) -> Option<&'static str> {
+    let [_, help, topic] = args else { return None };
+    let (_, _, page) = TOPICS.iter().find(|(name, _, _)| help == "help" && topic == name)?;
+    Some(page)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    #[test]
+    fn every_page_is_a_topic_and_in_the_readme() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
+        let file_name = |entry: std::io::Result<std::fs::DirEntry>| entry.unwrap().file_name().into_string().unwrap();
+        let files: BTreeSet<String> = std::fs::read_dir(root.join("src/docs")).unwrap().map(file_name).collect();
+        let topics: BTreeSet<String> = TOPICS.iter().map(|(name, _, _)| format!("{name}.md")).collect();
+        assert_eq!(files, topics);
+        for (name, _, page) in TOPICS {
+            assert!(page.starts_with("# ") && page.ends_with('\n'), "{name}");
+            assert!(readme.contains(&format!("`{name}`")), "the README does not list the topic {name}");
+        }
+    }
+
+    #[test]
+    fn a_topic_never_hides_the_help_of_a_command() {
+        let command = <super::super::Cli as clap::CommandFactory>::command();
+        for name in command.get_subcommands().map(clap::Command::get_name) {
+            assert!(TOPICS.iter().all(|(topic, _, _)| *topic != name), "{name}");
+        }
+    }
+
+    #[test]
+    fn pages_refer_to_topics_that_exist() {
+        for (name, _, page) in TOPICS {
+            for reference in page.split("fcctl help ").skip(1) {
+                let topic: String = reference.chars().take_while(|c| c.is_ascii_lowercase() || *c == '-').collect();
+                assert!(TOPICS.iter().any(|(known, _, _)| *known == topic), "{name} refers to the topic {topic:?}");
+            }
+        }
+    }
+}

@@ -5,17 +5,17 @@ use fcd::config::{Config, Flags};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// Development sandboxes in microVMs: the daemon.
+/// Development sandboxes in microVMs: the daemon
 #[derive(Parser)]
 #[command(name = "fcd", version)]
 struct Args {
-    /// Configuration file [env: FCD_CONFIG] [default: /etc/fcd/config.toml, for users below ~/.config]
+    /// Configuration file [env: FCD_CONFIG] [default: /etc/fcd/config.toml, users: ~/.config/fcd/config.toml]
     #[arg(long, value_name = "F")]
     config: Option<PathBuf>,
-    /// Where VMs, images and the database lie [env: FCD_STATE_DIR] [default: /var/lib/fcd, for users below ~/.local/state]
+    /// Directory for VMs, images and the database [env: FCD_STATE_DIR] [default: /var/lib/fcd, users: ~/.local/state/fcd]
     #[arg(long, value_name = "D")]
     state_dir: Option<PathBuf>,
-    /// The socket to serve [env: FCD_SOCKET] [default: /run/fcd/fcd.sock, for users in $XDG_RUNTIME_DIR]
+    /// Socket to listen on [env: FCD_SOCKET] [default: /run/fcd/fcd.sock, users: $XDG_RUNTIME_DIR/fcd/fcd.sock]
     #[arg(long, value_name = "S")]
     socket: Option<PathBuf>,
     /// Print a configuration file with every setting, its default and what it means, and exit
@@ -27,9 +27,9 @@ struct Args {
 
 #[derive(clap::Subcommand)]
 enum Command {
-    /// Looks at what this host offers and prints the checks as JSON, without serving
+    /// Check this host and print the results as JSON, without starting the daemon
     Doctor {
-        /// The only form there is; accepted so that scripts can say it
+        /// Accepted for scripts: the output is always JSON
         #[arg(long)]
         json: bool,
     },

@@ -16,21 +16,21 @@ use std::path::{Path, PathBuf};
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Name, id, or the beginning of an id
+    /// Name, ID, or start of an ID
     #[arg(required_unless_present = "patch")]
     vm: Option<String>,
-    /// Apply a patch that was exported earlier
+    /// Apply this patch file instead of fetching one from the VM
     #[arg(long, value_name = "FILE", conflicts_with = "vm")]
     patch: Option<PathBuf>,
-    /// Say what would change, and whether it fits, without changing anything
+    /// Show what would change, and whether it applies, without changing anything
     #[arg(long)]
     dry_run: bool,
-    /// The repository that the changes go to
+    /// Repository to change
     #[arg(short = 'C', long, value_name = "DIR", default_value = ".")]
     directory: PathBuf,
     #[command(flatten)]
     bound: Bound,
-    /// Fail when another import or export of this VM is under way
+    /// Fail instead of waiting for another transfer of this VM
     #[arg(long)]
     no_wait: bool,
 }

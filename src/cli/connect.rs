@@ -14,9 +14,9 @@ const PIECE_BYTES: usize = 64 * 1024;
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Name, id, or the beginning of an id
+    /// Name, ID, or start of an ID
     vm: String,
-    /// Port of the guest's vsock
+    /// vsock port of the guest
     port: u32,
 }
 

@@ -9,11 +9,11 @@ use crate::locks::rank;
 
 #[derive(clap::Subcommand, Debug)]
 pub enum Verb {
-    /// Who holds which lock since when for which operation, and who waits
+    /// Show held locks: since when, for which operation, who waits
     Locks,
-    /// Which locks may be held when another is taken: the table that the checker enforces
+    /// Show the lock order that the checker enforces
     LockOrder {
-        /// As a graph for Graphviz
+        /// Print it as a graph for Graphviz
         #[arg(long, conflicts_with = "json")]
         dot: bool,
     },

@@ -19,13 +19,13 @@ const PASSED: [&str; 8] =
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Instead: what is the daemon's on this host and belongs to nothing
+    /// List what fcd has left on this host that belongs to no VM
     #[arg(long)]
     leaks: bool,
-    /// Remove it, after asking
+    /// Remove what --leaks lists, after confirmation
     #[arg(long, requires = "leaks")]
     fix: bool,
-    /// Do not ask
+    /// Do not ask for confirmation
     #[arg(long, requires = "fix")]
     yes: bool,
 }

@@ -30,7 +30,7 @@ const LOOK: Duration = Duration::from_secs(3600);
 `event` and the number `seq` of the change that it belongs to. `set` holds what is new of a VM. The lines of one\n\
 change are written together; --since takes the seq of the last line read.")]
 pub struct Args {
-    /// Go on after the change of this number
+    /// Continue after the change with this number
     #[arg(long, value_name = "N")]
     since: Option<u64>,
 }

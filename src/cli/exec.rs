@@ -23,11 +23,11 @@ const READER_GONE: u8 = 128 + 13;
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Name, id, or the beginning of an id
+    /// Name, ID, or start of an ID
     vm: String,
     #[command(flatten)]
     how: How,
-    /// The command and its arguments; none for the login shell
+    /// Command and arguments [default: the login shell]
     #[arg(last = true, value_name = "CMD")]
     argv: Vec<OsString>,
 }
@@ -38,19 +38,19 @@ pub struct How {
     /// Pass stdin to the command
     #[arg(short, long)]
     pub interactive: bool,
-    /// Give the command a terminal
+    /// Allocate a terminal
     #[arg(short, long)]
     pub tty: bool,
-    /// Directory in the guest; the workspace's when there is one
+    /// Working directory in the guest [default: the workspace, if there is one]
     #[arg(short, long, value_name = "DIR")]
     pub workdir: Option<OsString>,
-    /// A variable for the command: K=V, or K for your own value
+    /// Set a variable: K=V, or K to pass your own value
     #[arg(short, long, value_name = "K[=V]")]
     pub env: Vec<OsString>,
-    /// A file of such variables, one a line, taken as they are: quotes stay
+    /// Read variables from a file, one per line. Quotes are not removed
     #[arg(long, value_name = "FILE")]
     pub env_file: Vec<PathBuf>,
-    /// End when the command does, though programs that it left in the background still hold its output
+    /// Exit when the command exits, even if its background processes still hold the output open
     #[arg(long)]
     pub no_wait_children: bool,
 }

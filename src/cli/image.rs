@@ -13,16 +13,16 @@ use crate::ids::ImageRef;
 pub enum Verb {
     /// Build an image from the distribution's packages
     Build {
-        /// `default` when not given
+        /// Name of the image [default: default]
         name: Option<ImageRef>,
-        /// One more package; may be given several times
+        /// Install this package too. Can be repeated
         #[arg(long, value_name = "PACKAGE", value_delimiter = ',')]
         include: Vec<String>,
     },
     /// List images
     #[command(visible_alias = "ls")]
     List,
-    /// Delete images that no VM and no snapshot needs
+    /// Delete images that no VM or snapshot needs
     #[command(name = "rm", visible_alias = "delete")]
     Delete {
         #[arg(required = true, value_name = "NAME")]

@@ -11,23 +11,23 @@ use std::path::PathBuf;
 
 #[derive(clap::Subcommand, Debug)]
 pub enum Verb {
-    /// Take in a kernel of this host's: a vmlinux, or a distribution's vmlinuz with its modules
+    /// Import a kernel from this host: a vmlinux, or a distribution's vmlinuz with its modules
     Import {
-        /// vmlinux or vmlinuz
+        /// Path of a vmlinux or vmlinuz
         path: PathBuf,
-        /// From its version when not given
+        /// Name of the kernel [default: its version]
         #[arg(short, long)]
         name: Option<KernelName>,
-        /// The directory of its modules.dep; /lib/modules/VERSION when not given
+        /// Directory with its modules.dep [default: /lib/modules/VERSION]
         #[arg(long, value_name = "DIR")]
         modules: Option<PathBuf>,
     },
     /// List kernels
     #[command(visible_alias = "ls")]
     List,
-    /// Show all about a kernel
+    /// Show details of a kernel
     Show { kernel: KernelName },
-    /// Delete a kernel that no VM boots
+    /// Delete a kernel that no VM needs
     #[command(visible_alias = "rm")]
     Delete { kernel: KernelName },
 }

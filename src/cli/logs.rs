@@ -9,12 +9,12 @@ use crate::error::{Error, Kind};
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Name, id, or the beginning of an id
+    /// Name, ID, or start of an ID
     vm: String,
-    /// Go on until the VM is deleted, or Ctrl-C
+    /// Keep printing until the VM is deleted
     #[arg(short, long)]
     follow: bool,
-    /// Only the last N lines
+    /// Print only the last N lines
     #[arg(short = 'n', long, value_name = "N")]
     tail: Option<u64>,
 }

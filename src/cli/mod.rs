@@ -47,15 +47,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// Usage that clap refuses, outside `exec` and `run`.
 const USAGE: u8 = 2;
 
-/// Development sandboxes in microVMs: copies a tree into a fresh VM, runs something there, brings the result back
+/// Development sandboxes in microVMs: run commands in a fresh VM with a copy of your files
 #[derive(Parser, Debug)]
 #[command(name = "fcctl", version, max_term_width = 100, infer_long_args = false)]
 #[command(after_help = help::topics())]
 struct Cli {
-    /// The daemon's socket
+    /// Socket of the daemon
     #[arg(long, global = true, env = "FCD_SOCKET", value_name = "S", hide_env_values = true)]
     socket: Option<PathBuf>,
-    /// Results as one JSON document on stdout, errors as JSON on stderr
+    /// Print results as one JSON document, errors as JSON on stderr
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
@@ -64,52 +64,52 @@ struct Cli {
 
 #[derive(clap::Subcommand, Debug)]
 enum Noun {
-    /// Run a command or a shell in a fresh VM, with a copy of a tree
+    /// Run a command or a shell in a new VM with a copy of a directory
     Run(Box<run::Args>),
-    /// Run a command or a shell in a VM
+    /// Run a command or a shell in a running VM
     Exec(exec::Args),
-    /// Enter a VM with the system's ssh
+    /// Open an SSH session in a VM
     Ssh(ssh::Args),
     /// List VMs
     Ps(vm::ListArgs),
     /// Start VMs
     Start(vm::Targets),
-    /// Shut VMs down: synced, then forced after a deadline
+    /// Stop VMs: shut down the guest, and force it after a timeout
     Stop(vm::StopArgs),
-    /// Delete VMs with their disks
+    /// Delete VMs and their disks
     Rm(vm::DeleteArgs),
-    /// Show a VM's console
+    /// Show a VM's console log
     Logs(logs::Args),
-    /// Follow what happens to VMs and operations
+    /// Follow changes of VMs and operations
     Events(events::Args),
-    /// VMs
+    /// Manage VMs
     #[command(subcommand)]
     Vm(vm::Verb),
-    /// Trees in VMs
+    /// Copy directories into VMs and bring changes back
     #[command(subcommand)]
     Workspace(workspace::Verb),
-    /// Guests that were saved, memory and disks
+    /// Save and restore running VMs, memory and disks
     #[command(subcommand)]
     Snapshot(snapshot::Verb),
-    /// Images
+    /// Build and list images
     #[command(subcommand)]
     Image(image::Verb),
-    /// Kernels that VMs boot instead of their image's
+    /// Manage kernels that VMs can boot instead of their image's
     #[command(subcommand)]
     Kernel(kernel::Verb),
-    /// Operations under way
+    /// List, await and cancel operations
     #[command(subcommand)]
     Op(op::Verb),
-    /// What is needed, found and picked on this host, and how to mend it
+    /// Check this host: what fcd uses, what is missing, how to fix it
     Doctor(doctor::Args),
-    /// Call a method of the daemon
+    /// Call a method of the daemon's API
     Rpc(rpc::Args),
-    /// What the daemon is at inside
+    /// Inspect the daemon's internal state
     #[command(subcommand)]
     Debug(debug::Verb),
-    /// Write a completion script for a shell
+    /// Print a completion script for a shell
     Completions { shell: clap_complete::Shell },
-    /// Versions of fcctl and fcd
+    /// Show the versions of fcctl and fcd
     Version,
 }
 

@@ -14,30 +14,30 @@ pub enum Verb {
     /// List operations
     #[command(visible_alias = "ls")]
     List {
-        /// Ended ones too
+        /// Also list finished operations
         #[arg(short, long)]
         all: bool,
-        /// Only ids, one a line
+        /// Print only IDs, one per line
         #[arg(short, long)]
         quiet: bool,
     },
     /// Show operations
     Show(Targets),
-    /// Wait until operations have ended; the status is 0 where all went well
+    /// Wait for operations. The exit status is 0 if all succeeded
     Wait {
         #[command(flatten)]
         targets: Targets,
-        /// Give up after so long, as in 30s
+        /// Give up after this time, such as 30s
         #[arg(short, long, value_name = "DURATION", value_parser = parse_duration)]
         timeout: Option<Duration>,
     },
-    /// Ask operations to stop
+    /// Cancel operations
     Cancel(Targets),
 }
 
 #[derive(clap::Args, Debug)]
 pub struct Targets {
-    /// Ids, or beginnings of ids
+    /// IDs, or starts of IDs
     #[arg(required = true, value_name = "OP")]
     ops: Vec<String>,
 }

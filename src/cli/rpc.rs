@@ -7,12 +7,12 @@ use serde_json::value::RawValue;
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// A method, as in vm.show
+    /// Method, such as vm.show
     method: String,
-    /// Its parameters, as in '{"vm":"web"}'
+    /// Parameters as JSON, such as '{"vm":"web"}'
     #[arg(value_name = "JSON", default_value = "{}")]
     params: String,
-    /// Stay on the line: notes on stderr, the result when the operation has ended
+    /// Wait for the operation: progress on stderr, the result when it has ended
     #[arg(short, long)]
     more: bool,
 }

@@ -14,17 +14,17 @@ use std::path::{Path, PathBuf};
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// A directory to copy into the VM; of a repository all of it goes, and the command starts in this directory
+    /// Directory to copy into the VM. In a git repository, the whole repository is copied, and the command starts in this directory
     path: Option<PathBuf>,
-    /// Delete the VM afterwards, whatever happens
+    /// Delete the VM afterwards, even if fcctl is killed
     #[arg(long)]
     rm: bool,
-    /// Adjective-noun when not given
+    /// Name of the VM [default: a random adjective-noun]
     #[arg(short, long)]
     name: Option<VmName>,
     #[command(flatten)]
     shape: Shape,
-    /// Afterwards write what changed to a new file, or to stdout with -
+    /// Write the guest's changes as a git patch to a new file afterwards, or to stdout with -
     #[arg(long, value_name = "FILE", requires = "path")]
     export_patch: Option<PathBuf>,
     #[command(flatten)]
@@ -33,7 +33,7 @@ pub struct Args {
     how: How,
     #[command(flatten)]
     workspace: PrepareHow,
-    /// The command and its arguments; none for a shell
+    /// Command and arguments [default: a shell]
     #[arg(last = true, value_name = "CMD")]
     argv: Vec<std::ffi::OsString>,
 }

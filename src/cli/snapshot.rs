@@ -12,31 +12,31 @@ use crate::ids::{SnapshotName, VmName};
 
 #[derive(clap::Subcommand, Debug)]
 pub enum Verb {
-    /// Save a running VM, memory and disks; its guest stands still meanwhile
+    /// Save a running VM, memory and disks. The guest is paused meanwhile
     Create {
-        /// Name, id, or the beginning of an id
+        /// Name, ID, or start of an ID
         vm: String,
-        /// Of the snapshot; the VM's and a number when not given
+        /// Name of the snapshot [default: the VM's name and a number]
         #[arg(short, long)]
         name: Option<SnapshotName>,
     },
     /// List snapshots
     #[command(visible_alias = "ls")]
     List {
-        /// Of this VM only, by name or id
+        /// List only snapshots of this VM
         #[arg(long)]
         vm: Option<String>,
     },
-    /// Show all about snapshots
+    /// Show details of snapshots
     Show(Targets),
-    /// Delete snapshots; what was started from them runs on
+    /// Delete snapshots. VMs started from them keep running
     #[command(visible_alias = "rm")]
     Delete(Targets),
-    /// Let the VM go on from there; its disks are those of the snapshot from then on, and what they had since is lost
+    /// Continue a stopped VM from a snapshot. Changes on its disks since then are lost
     Restore {
-        /// Name, id, or the beginning of an id
+        /// Name, ID, or start of an ID
         snapshot: String,
-        /// A new VM goes on from there, and the old one, if it is still there, stays as it is
+        /// Continue in a new VM with this name, and leave the old one alone
         #[arg(long = "as", value_name = "NAME")]
         new_vm: Option<VmName>,
     },
@@ -44,7 +44,7 @@ pub enum Verb {
 
 #[derive(clap::Args, Debug)]
 pub struct Targets {
-    /// Names, ids, or beginnings of ids
+    /// Names, IDs, or starts of IDs
     #[arg(required = true, value_name = "SNAPSHOT")]
     snapshots: Vec<String>,
 }

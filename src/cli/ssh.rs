@@ -12,9 +12,9 @@ use std::path::Path;
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Name, id, or the beginning of an id
+    /// Name, ID, or start of an ID
     vm: String,
-    /// A command, or options of ssh such as -L 8080:localhost:80
+    /// A command, or options for ssh such as -L 8080:localhost:80
     #[arg(last = true, value_name = "ARGS")]
     args: Vec<OsString>,
 }

@@ -14,10 +14,10 @@ const CLEAR: &str = "\u{1b}[H\u{1b}[2J";
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Names, ids, or beginnings of ids; all that run when none is given
+    /// Names, IDs, or starts of IDs [default: all running VMs]
     #[arg(value_name = "VM")]
     vms: Vec<String>,
-    /// Look again and again, until Ctrl-C
+    /// Refresh until interrupted
     #[arg(short, long)]
     watch: bool,
 }

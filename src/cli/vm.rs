@@ -17,58 +17,58 @@ use std::time::Duration;
 
 #[derive(clap::Subcommand, Debug)]
 pub enum Verb {
-    /// Make a VM; it does not start
+    /// Create a VM without starting it
     Create(CreateArgs),
     /// Start VMs
     Start(Targets),
-    /// Shut VMs down: synced, then forced after a deadline
+    /// Stop VMs: shut down the guest, and force it after a timeout
     Stop(StopArgs),
-    /// Stop and start VMs
+    /// Restart VMs
     Restart(StopArgs),
-    /// End VMs at once; what was not synced is lost
+    /// Kill VMs at once; unsynced data is lost
     Kill(Targets),
-    /// Let guests stand still: their memory stays, their CPUs do nothing
+    /// Pause VMs (memory is kept)
     Pause(Targets),
-    /// Let paused guests go on
+    /// Resume paused VMs
     Resume(Targets),
-    /// Make a new VM that goes on from where another is, memory and disks; the other runs on
+    /// Clone a running VM, memory and disks
     Fork(ForkArgs),
-    /// Delete VMs with their disks
+    /// Delete VMs and their disks
     #[command(visible_alias = "rm")]
     Delete(DeleteArgs),
     /// List VMs
     #[command(visible_alias = "ls")]
     List(ListArgs),
-    /// Show all about VMs
+    /// Show details of VMs
     Show(Targets),
-    /// List the ports of this host that lead to a VM's
+    /// List published ports of VMs
     Ports(Targets),
-    /// Change vCPUs, memory or disk from the next start, and rates of disks and network
+    /// Change vCPUs, memory, disk size and rate limits
     Set(SetArgs),
-    /// Have a guest give memory back, or show what it keeps
+    /// Ask a guest to return memory to the host, or show how much it keeps
     Balloon(BalloonArgs),
-    /// Show a VM's console
+    /// Show a VM's console log
     Logs(super::logs::Args),
-    /// Show what VMs use of the host: CPU, memory, disk, network
+    /// Show CPU, memory, disk and network usage of VMs
     Stats(super::stats::Args),
-    /// Connect stdin and stdout to a port of a guest's vsock, until the guest hangs up
+    /// Connect stdin and stdout to a vsock port of a guest
     Connect(super::connect::Args),
-    /// Show what a VM's VMM counts, in its own words: JSON
+    /// Show the counters of a VM's VMM as JSON
     Metrics(Target),
-    /// Wait until VMs have stopped, or for another state
+    /// Wait until VMs have stopped or reached another state
     Wait(WaitArgs),
-    /// Delete all VMs that do not run
+    /// Delete all stopped and failed VMs
     Prune,
 }
 
 #[derive(clap::Args, Debug)]
 pub struct CreateArgs {
-    /// Adjective-noun when not given
+    /// Name of the VM [default: a random adjective-noun]
     #[arg(short, long)]
     name: Option<VmName>,
     #[command(flatten)]
     shape: Shape,
-    /// Size of the root disk, as in 10G
+    /// Size of the root disk, such as 10G
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     disk: Option<u64>,
 }
@@ -76,16 +76,16 @@ pub struct CreateArgs {
 /// What a VM's devices may move in a second.
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
 pub struct Rates {
-    /// Bytes in a second of each of its disks, reads and writes together, as in 50M; none is no limit
+    /// Bytes per second for each disk, reads and writes together, such as 50M. `none` removes the limit
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub disk_bps: Option<u64>,
-    /// Operations in a second of each of its disks
+    /// I/O operations per second for each disk
     #[arg(long, value_name = "N", value_parser = parse_count_rate)]
     pub disk_iops: Option<u64>,
-    /// Bytes in a second that the guest may receive
+    /// Bytes per second that the guest may receive
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub net_rx_bps: Option<u64>,
-    /// Bytes in a second that the guest may send
+    /// Bytes per second that the guest may send
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub net_tx_bps: Option<u64>,
 }
@@ -99,41 +99,40 @@ impl Rates {
 /// What `create` and `run` may say of a VM.
 #[derive(clap::Args, Debug, Default)]
 pub struct Shape {
-    /// Image to make the root disk from
+    /// Image to create the root disk from
     #[arg(long)]
     pub image: Option<ImageRef>,
-    /// Kernel to boot instead of the image's: fcctl kernel list
+    /// Kernel to boot instead of the image's (see fcctl kernel list)
     #[arg(long)]
     pub kernel: Option<KernelName>,
-    /// Virtual CPUs
+    /// Number of virtual CPUs
     #[arg(long, value_name = "N", alias = "cpus")]
     pub vcpus: Option<u32>,
-    /// Memory, as in 512M or 2G
+    /// Memory, such as 512M or 2G
     #[arg(long, value_name = "SIZE", value_parser = parse_mem_mib)]
     pub memory: Option<u64>,
-    /// What the guest may reach: nat is out through this host, none is nothing
+    /// Network: `nat` to reach out through this host, or `none`
     #[arg(long, value_name = "nat|none", value_parser = parse_net)]
     pub net: Option<Net>,
-    /// Lead a port of this host to one of the guest's: [[ADDR:]HOST:]GUEST[/udp]; without ADDR for 127.0.0.1, without HOST for one
-    /// that is free
+    /// Publish a guest port: [[ADDR:]HOST:]GUEST[/udp]. ADDR defaults to 127.0.0.1, HOST to a free port
     #[arg(short = 'p', long = "publish", value_name = "PORT", value_parser = parse_port)]
     pub ports: Vec<Port>,
     #[command(flatten)]
     pub rates: Rates,
-    /// Size of a second, empty disk, which the guest has at /work, as in 20G
+    /// Size of a second, empty disk at /work in the guest, such as 20G
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub work_disk: Option<u64>,
 }
 
 #[derive(clap::Args, Debug)]
 pub struct Target {
-    /// Name, id, or the beginning of an id
+    /// Name, ID, or start of an ID
     vm: String,
 }
 
 #[derive(clap::Args, Debug)]
 pub struct Targets {
-    /// Names, ids, or beginnings of ids
+    /// Names, IDs, or starts of IDs
     #[arg(required = true, value_name = "VM")]
     vms: Vec<String>,
 }
@@ -142,42 +141,42 @@ pub struct Targets {
 pub struct StopArgs {
     #[command(flatten)]
     targets: Targets,
-    /// Do not wait for the guest
+    /// Do not give the guest time to shut down
     #[arg(short, long)]
     force: bool,
-    /// How long the guest may take before it is forced, as in 30s
+    /// How long the guest may take before it is forced, such as 30s
     #[arg(short, long, value_name = "DURATION", value_parser = parse_duration)]
     timeout: Option<Duration>,
 }
 
 #[derive(clap::Args, Debug)]
 pub struct ForkArgs {
-    /// Name, id, or the beginning of an id
+    /// Name, ID, or start of an ID
     vm: String,
-    /// Of the new VM; adjective-noun when not given
+    /// Name of the new VM [default: a random adjective-noun]
     new: Option<VmName>,
 }
 
 #[derive(clap::Args, Debug)]
 pub struct DeleteArgs {
     // Not required: `rm -f $(fcctl ps -aq)` with nothing to remove is fine.
-    /// Names, ids, or beginnings of ids
+    /// Names, IDs, or starts of IDs
     #[arg(required_unless_present = "force", value_name = "VM")]
     vms: Vec<String>,
-    /// Also VMs that run; one that is not there is no error
+    /// Also delete running VMs. A VM that does not exist is not an error
     #[arg(short, long)]
     force: bool,
-    /// One that is not there is no error
+    /// A VM that does not exist is not an error
     #[arg(long)]
     if_exists: bool,
 }
 
 #[derive(clap::Args, Debug)]
 pub struct ListArgs {
-    /// Those that do not run, too
+    /// Also list VMs that are not running
     #[arg(short, long)]
     all: bool,
-    /// Only ids, one a line
+    /// Print only IDs, one per line
     #[arg(short, long)]
     quiet: bool,
 }
@@ -185,29 +184,29 @@ pub struct ListArgs {
 #[derive(clap::Args, Debug)]
 #[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["vcpus", "memory", "disk", "disk_bps", "disk_iops", "net_rx_bps", "net_tx_bps"]))]
 pub struct SetArgs {
-    /// Name, id, or the beginning of an id
+    /// Name, ID, or start of an ID
     vm: String,
-    /// Virtual CPUs
+    /// Number of virtual CPUs
     #[arg(long, value_name = "N", alias = "cpus")]
     vcpus: Option<u32>,
-    /// Memory, as in 512M or 2G
+    /// Memory, such as 512M or 2G
     #[arg(long, value_name = "SIZE", value_parser = parse_mem_mib)]
     memory: Option<u64>,
-    /// Size of the root disk, as in 10G; it may only grow
+    /// Size of the root disk, such as 10G. It can only grow
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     disk: Option<u64>,
     #[command(flatten)]
     rates: Rates,
-    /// Give a guest that runs its rates at once
+    /// Apply new rates to the running VM at once
     #[arg(long)]
     now: bool,
 }
 
 #[derive(clap::Args, Debug)]
 pub struct BalloonArgs {
-    /// Name, id, or the beginning of an id
+    /// Name, ID, or start of an ID
     vm: String,
-    /// What the guest is to keep of its memory until its next start, as in 512M; it gives back the rest
+    /// Memory that the guest keeps until its next start, such as 512M. It returns the rest
     #[arg(value_name = "SIZE", value_parser = parse_mem_mib)]
     keep: Option<u64>,
 }
@@ -216,10 +215,10 @@ pub struct BalloonArgs {
 pub struct WaitArgs {
     #[command(flatten)]
     targets: Targets,
-    /// running, stopped, ... (default: stopped, which failed fulfils too)
+    /// State to wait for: running, stopped, ... [default: stopped or failed]
     #[arg(long, value_parser = parse_state)]
     state: Option<VmState>,
-    /// Give up after so long, as in 30s
+    /// Give up after this time, such as 30s
     #[arg(short, long, value_name = "DURATION", value_parser = parse_duration)]
     timeout: Option<Duration>,
 }

@@ -33,22 +33,22 @@ const PIECE_BYTES: usize = 256 * 1024;
 
 #[derive(clap::Subcommand, Debug)]
 pub enum Verb {
-    /// Copy a tree into a VM: what git tracks and does not ignore, and enough history to work with
+    /// Copy a directory into a VM, without files that git ignores
     Prepare(PrepareArgs),
-    /// Fetch what changed in a VM since its workspace was prepared
+    /// Write the guest's changes as a patch, or the whole tree to a directory
     Export(ExportArgs),
-    /// Bring what changed in a VM into this repository: all of it, or nothing where it does not fit
+    /// Apply the guest's changes to this repository, all or none
     Apply(apply::Args),
 }
 
 #[derive(clap::Args, Debug)]
 pub struct PrepareArgs {
-    /// Name, id, or the beginning of an id
+    /// Name, ID, or start of an ID
     vm: String,
-    /// A directory; of a repository all of it goes, and commands start in this directory
+    /// Directory to copy. In a git repository, the whole repository is copied, and commands start in this directory
     #[arg(required_unless_present = "tar")]
     path: Option<PathBuf>,
-    /// Send a tar instead of a tree: a file, or - for stdin
+    /// Send a tar archive instead: a file, or - for stdin
     #[arg(long, value_name = "FILE", conflicts_with_all = ["path", "history", "allow_alternate"])]
     tar: Option<PathBuf>,
     #[command(flatten)]
@@ -58,22 +58,22 @@ pub struct PrepareArgs {
 /// How a workspace is made.
 #[derive(clap::Args, Debug, Default)]
 pub struct PrepareHow {
-    /// Where it goes in the guest; /root/NAME when not given
+    /// Directory in the guest [default: /root/NAME]
     #[arg(long, value_name = "DIR")]
     pub guest_path: Option<String>,
-    /// Nobody may write to it in the guest
+    /// Make the copy read-only in the guest
     #[arg(long)]
     pub readonly: bool,
-    /// Commits that go along: a number, full or none
+    /// Commits to send: a number, `full` or `none`
     #[arg(long, value_name = "N|full|none")]
     pub history: Option<History>,
-    /// Also replace files that the guest changed since the last time
+    /// Also replace files that changed in the guest since the last copy
     #[arg(long)]
     pub overwrite: bool,
-    /// Let the repository take objects from PATH, outside the tree, as after git clone --shared
+    /// Allow the repository to use git objects in PATH, as after git clone --shared
     #[arg(long, value_name = "PATH")]
     pub allow_alternate: Vec<PathBuf>,
-    /// Fail when another import or export of this VM is under way
+    /// Fail instead of waiting for another transfer of this VM
     #[arg(long)]
     pub no_wait: bool,
 }
@@ -92,17 +92,17 @@ impl PrepareHow {
 
 #[derive(clap::Args, Debug)]
 pub struct ExportArgs {
-    /// Name, id, or the beginning of an id
+    /// Name, ID, or start of an ID
     vm: String,
-    /// Write a git patch to a new file, or to stdout with - (the default)
+    /// Write a git patch to a new file [default: -, which is stdout]
     #[arg(long, value_name = "FILE")]
     patch: Option<PathBuf>,
-    /// Write the tree as it stands in the guest to a new directory
+    /// Write the tree as it is in the guest to a new directory
     #[arg(long, value_name = "DIR")]
     tree: Option<PathBuf>,
     #[command(flatten)]
     bound: Bound,
-    /// Fail when another import or export of this VM is under way
+    /// Fail instead of waiting for another transfer of this VM
     #[arg(long)]
     no_wait: bool,
 }
@@ -110,7 +110,7 @@ pub struct ExportArgs {
 /// How much a guest may send back.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub struct Bound {
-    /// Fail when the guest sends back more than this, as in 512M or 16G
+    /// Fail if the guest sends more than this, such as 512M or 16G
     #[arg(long, value_name = "SIZE", value_parser = super::values::parse_size, default_value = "8G")]
     pub max_bytes: u64,
 }

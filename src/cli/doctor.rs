@@ -96,7 +96,7 @@ fn checks_of(program: &Path, ctx: &Context) -> crate::error::Result<Vec<Check>> 
     }
     let cancel = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
     let out = run_any_status(&command, &cancel, &mut |_| {}).map_err(|e| match e.kind() {
-        Kind::CommandMissing => Error::new(Kind::CommandMissing, "fcd is neither beside fcctl nor on the search path")
+        Kind::CommandMissing => Error::new(Kind::CommandMissing, "fcd is neither next to fcctl nor in PATH")
             .hint("install it: cargo install --locked --path ., or scripts/quickstart"),
         _ => e,
     })?;

@@ -22,13 +22,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Between two looks of the reader's watcher at nothing; it is woken for everything else.
+/// How long the thread that watches stdout waits at a time. It is woken by whatever it waits for.
 const LOOK: Duration = Duration::from_secs(3600);
 
 #[derive(clap::Args, Debug)]
-#[command(after_help = "Without --since it begins with the VMs as they stand. With --json: one document a line, each with its\n\
-`event` and the number `seq` of the change that it belongs to. `set` holds what is new of a VM. The lines of one\n\
-change are written together; --since takes the seq of the last line read.")]
+#[command(after_help = "\
+Without --since, the VMs as they are come first. With --json, every line is one document with its `event` and the number\n\
+`seq` of the change that it belongs to; `set` has the members of a VM that changed. The lines of one change are written\n\
+together, so --since can be the `seq` of the last line that was read.")]
 pub struct Args {
     /// Continue after the change with this number
     #[arg(long, value_name = "N")]
@@ -89,7 +90,10 @@ impl Screen {
             Note::Lagged(lagged) if ctx.json => ctx.text(&json(&lagged, Some("lagged"))?)?,
             Note::Lagged(lagged) => {
                 let dropped = lagged.dropped;
-                ctx.note(&format!("{dropped} changes came faster than they were read; going on after {}", lagged.resume_seq));
+                ctx.note(&format!(
+                    "{dropped} changes were dropped because they were not read in time; continuing after change {}",
+                    lagged.resume_seq
+                ));
             }
             _ => {}
         }
@@ -102,7 +106,7 @@ impl Screen {
         }
         if snapshot.resync && !self.in_snapshot {
             let since = self.last.unwrap_or_default();
-            ctx.note(&format!("what came after {since} is no longer kept; how it stands after {}:", snapshot.seq));
+            ctx.note(&format!("changes after {since} are no longer available; state after change {}:", snapshot.seq));
         }
         let line = |vm: &Vm| {
             let reason = vm.reason.as_ref().map(|r| format!(" ({r})")).unwrap_or_default();
@@ -141,7 +145,7 @@ impl Screen {
     fn how_to_go_on(&self, failure: Failure) -> Failure {
         match self.last {
             Some(last) if failure.unreachable || failure.is(Kind::ShuttingDown) => {
-                failure.hint(format!("when fcd is back: fcctl events --since {last}"))
+                failure.hint(format!("once fcd runs again: fcctl events --since {last}"))
             }
             _ => failure,
         }
@@ -165,16 +169,16 @@ fn changed(set: &Members) -> String {
         Some(p) => format!("at next start: {}", settings(&p)),
         None => String::new(),
     });
-    let rm = member(set, "rm").map(|rm| if rm { "removed when it stops" } else { "kept when it stops" }.to_owned());
+    let rm = member(set, "rm").map(|rm| if rm { "deleted when it stops" } else { "kept when it stops" }.to_owned());
     let workspace = member::<Option<WorkspaceInfo>>(set, "workspace").map(|w| match w {
         Some(w) => format!("workspace {}", workspace_line(&w)),
         None => "no workspace".to_owned(),
     });
-    let answers = member(set, "unresponsive")
-        .map(|hangs| if hangs { "its vmm does not answer" } else { "its vmm answers again" }.to_owned());
-    let paused = member(set, "paused").map(|is_paused| if is_paused { "paused" } else { "goes on" }.to_owned());
+    let answers =
+        member(set, "unresponsive").map(|hangs| if hangs { "VMM does not respond" } else { "VMM responds again" }.to_owned());
+    let paused = member(set, "paused").map(|is_paused| if is_paused { "paused" } else { "resumed" }.to_owned());
     let balloon =
-        member::<Option<u64>>(set, "balloon_mib").flatten().map(|mib| format!("is to keep {} of memory", size(mib << 20)));
+        member::<Option<u64>>(set, "balloon_mib").flatten().map(|mib| format!("asked to keep {} of memory", size(mib << 20)));
     let words =
         [Some(now), pending, rm, workspace, answers, paused, balloon].into_iter().flatten().filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join(", ")

@@ -86,14 +86,14 @@ fn a_line_for_each_event() {
             08:00:11  web  vm.start ok
             08:00:12  web  running -> failed: the vmm died: \u{1b}[2J
             08:00:13  web  at next start: 2 vCPUs, 2 GiB of memory
-            08:00:14  web  2 vCPUs, 2 GiB of memory, removed when it stops
+            08:00:14  web  2 vCPUs, 2 GiB of memory, deleted when it stops
             08:00:15  web  workspace /root/web (incomplete)
             08:00:16  web  no workspace
             08:00:17  web  deleted
             08:00:17  web  vm.start failed: late
             08:00:18  -  vm.start cancelled
             ! fcctl: the daemon is shutting down
-            ! hint: when fcd is back: fcctl events --since 19
+            ! hint: once fcd runs again: fcctl events --since 19
             status 4
         "#]],
     );
@@ -129,7 +129,7 @@ fn json_is_one_document_a_line() {
     expect![[r#"{"seq":9,"at":1800000009,"vm":"000000776562","name":"web","owner_uid":1000,"event":"vm.state","from":"created","to":"starting","reason":null,"op":"0123456789ab","set":{"state":"starting"}}"#]].assert_eq(text.lines().nth(3).unwrap());
     assert_eq!((lines[0]["more"].as_bool(), lines[1]["vms"][0]["name"].as_str()), (Some(true), Some("db")));
     let error: serde_json::Value = serde_json::from_str(&ran.err).unwrap();
-    assert_eq!((ran.status, error["error"]["hint"].as_str()), (4, Some("when fcd is back: fcctl events --since 19")));
+    assert_eq!((ran.status, error["error"]["hint"].as_str()), (4, Some("once fcd runs again: fcctl events --since 19")));
 }
 
 #[test]
@@ -152,15 +152,15 @@ fn a_lag_is_made_up_for() {
         &lagging(),
         &["events", "--since", "5"],
         expect![[r#"
-        > events.watch {"since":5}
-        > events.watch {"since":6}
-        08:00:06  web  created
-        ! fcctl: 9 changes came faster than they were read; going on after 6
-        ! fcctl: what came after 6 is no longer kept; how it stands after 90:
-        ! fcctl: events.watch: the daemon closed the connection without an answer
-        ! hint: when fcd is back: fcctl events --since 90
-        status 5
-    "#]],
+            > events.watch {"since":5}
+            > events.watch {"since":6}
+            08:00:06  web  created
+            ! fcctl: 9 changes were dropped because they were not read in time; continuing after change 6
+            ! fcctl: changes after 6 are no longer available; state after change 90:
+            ! fcctl: events.watch: the daemon closed the connection without an answer
+            ! hint: once fcd runs again: fcctl events --since 90
+            status 5
+        "#]],
     );
     let ran = fcctl(&lagging(), &["events", "--since", "5", "--json"]);
     expect![[r#"

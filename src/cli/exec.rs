@@ -72,8 +72,8 @@ impl How {
         let on_terminal = ctx.stdin_is_terminal() && ctx.stdout_is_terminal();
         let is_shell = argv.is_empty();
         if is_shell && !on_terminal && !self.interactive {
-            let e = Error::invalid("no command is given, and stdin and stdout are no terminal for a shell");
-            return Err(e.hint("give a command (-- CMD), or feed a shell through stdin (-i)").into());
+            let e = Error::invalid("no command was given, and a shell needs a terminal on stdin and stdout");
+            return Err(e.hint("give a command (-- CMD), or pass a script on stdin with -i").into());
         }
         // The value of a variable need not be text.
         let raw = |name: &str| std::env::var_os(name).filter(|value| value.to_str().is_none());
@@ -101,7 +101,7 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let mut client = ctx.connect()?;
     let ended = execute(ctx, &interrupts, &mut client, &args.vm, spec)?;
     if interrupts.detached() {
-        ctx.note(&format!("detached from the command; the vm runs on: fcctl exec {} | fcctl stop {0}", args.vm));
+        ctx.note(&format!("detached from the command; VM {0} keeps running (fcctl exec {0}, fcctl stop {0})", args.vm));
     } else if ended == Ended::Interrupted {
         ctx.note("interrupted");
     }
@@ -126,7 +126,7 @@ pub fn execute(ctx: &mut Context, interrupts: &Interrupts, client: &mut Client, 
     // A pty of ours that nobody types into stays as it is, so that Ctrl-C reaches us and goes on as a signal.
     let raw = if spec.tty && spec.stdin && ctx.stdin_is_terminal() { Some(RawMode::enter(&ctx.stdio.stdin)?) } else { None };
     if spec.tty && !spec.stdin && ctx.stdin_is_terminal() {
-        ctx.note("stdin is not passed to the command; to type into it, add -i");
+        ctx.note("stdin is not passed to the command; add -i to type into it");
     }
     let wanted = Wanted { stdin: spec.stdin, stderr: !spec.tty };
     let mut relay = Relay::start(&ctx.stdio, wanted, interrupts.hang_up())?;
@@ -224,7 +224,7 @@ fn conclude(result: Result<Exit>, drained: Vec<Drained>) -> Result<Ended> {
     }
     let exit = result?;
     if is_open {
-        let e = Error::new(Kind::StreamIncomplete, "the command has ended, but its output did not: some of it may be missing");
+        let e = Error::new(Kind::StreamIncomplete, "the command ended, but its output was cut off: some of it may be missing");
         return Err(Failure::from(e).hint("run it again; if it happens again, restart fcd"));
     }
     Ok(Ended::Exit(exit))

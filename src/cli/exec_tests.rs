@@ -273,7 +273,7 @@ fn signals_go_to_the_session_and_its_status_comes_back() {
 fn the_third_detaches() {
     let (status, err) = signalled(&[SIGINT, SIGINT, SIGINT], |mut r, _| r.wait_for_hangup());
     assert_eq!(status, 130);
-    assert_eq!(err, "fcctl: detached from the command; the vm runs on: fcctl exec web | fcctl stop web\n");
+    assert_eq!(err, "fcctl: detached from the command; VM web keeps running (fcctl exec web, fcctl stop web)\n");
 }
 
 #[test]

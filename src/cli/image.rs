@@ -52,7 +52,7 @@ fn build(ctx: &mut Context, request: ImageBuildRequest) -> Result<u8> {
     drop((progress, guard));
     match interrupts.told(result) {
         Err(_) if interrupts.cause().is_some() => {
-            ctx.note("interrupted; the daemon cancels the build");
+            ctx.note("interrupted; fcd cancels the build");
             Ok(interrupts.status().unwrap_or(1))
         }
         Err(e) => Err(e),

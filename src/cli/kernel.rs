@@ -42,7 +42,7 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
 }
 
 fn absolute(path: PathBuf) -> Result<PathBuf> {
-    std::path::absolute(&path).map_err(|e| Error::io(format!("look where {} is", path.display()), e).into())
+    std::path::absolute(&path).map_err(|e| Error::io(format!("find {}", path.display()), e).into())
 }
 
 fn import(ctx: &mut Context, path: PathBuf, name: Option<KernelName>, modules: Option<PathBuf>) -> Result<u8> {

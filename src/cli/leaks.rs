@@ -44,7 +44,7 @@ fn tell(ctx: &mut Context, leaks: &[Leak]) -> Result<()> {
         return ctx.document(&leaks);
     }
     if leaks.is_empty() {
-        return ctx.line("nothing of the daemon's is left over on this host");
+        return ctx.line("fcd has left nothing behind on this host");
     }
     let rows: Vec<_> = leaks.iter().map(|l| vec![l.kind.clone(), l.name.clone(), l.why.clone()]).collect();
     ctx.text(&output::table(&["KIND", "NAME", "WHY"], &rows))
@@ -53,8 +53,8 @@ fn tell(ctx: &mut Context, leaks: &[Leak]) -> Result<()> {
 /// Asked on the terminal; where there is none, only `--yes` says so.
 fn confirmed(ctx: &mut Context, number: usize) -> Result<bool> {
     if !ctx.stdin_is_terminal() {
-        let e = Error::invalid("remove what is left over: there is no terminal to ask on");
-        return Err(e.hint("look at it first (fcctl doctor --leaks), then add --yes").into());
+        let e = Error::invalid("remove leftovers: there is no terminal to ask for confirmation");
+        return Err(e.hint("review the list (fcctl doctor --leaks), then add --yes").into());
     }
     ctx.note(&format!("remove {}? [y/N]", count(number as u64, "leftover")));
     let mut answer = String::new();

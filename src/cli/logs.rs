@@ -21,7 +21,9 @@ pub struct Args {
 
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     if ctx.json && args.follow {
-        return Err(Error::invalid("--follow has no end, so it is no JSON document").hint("leave out --json or --follow").into());
+        return Err(Error::invalid("--follow never ends, so it cannot be one JSON document")
+            .hint("leave out --json or --follow")
+            .into());
     }
     // Off a terminal the bytes are the caller's business; on one a guest must not drive it.
     let is_terminal = ctx.stdout_is_terminal();

@@ -17,13 +17,13 @@ pub struct End {
 
 /// A pipe whose write end is ours, and the read end for the daemon.
 pub fn to_daemon(cancel: &Cancel) -> Result<(End, OwnedFd)> {
-    let (reader, writer) = io::pipe().map_err(|e| Error::io("make a pipe", e))?;
+    let (reader, writer) = io::pipe().map_err(|e| Error::io("create a pipe", e))?;
     Ok((End::new(writer.into(), cancel)?, reader.into()))
 }
 
 /// A pipe whose read end is ours, and the write end for the daemon.
 pub fn from_daemon(cancel: &Cancel) -> Result<(End, OwnedFd)> {
-    let (reader, writer) = io::pipe().map_err(|e| Error::io("make a pipe", e))?;
+    let (reader, writer) = io::pipe().map_err(|e| Error::io("create a pipe", e))?;
     Ok((End::new(reader.into(), cancel)?, writer.into()))
 }
 

@@ -58,13 +58,13 @@ fn tell(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
     let source = match &args.path {
         Some(path) => Some(Source::tree(path, &args.workspace, interrupts.cancel())?),
         None if args.workspace.is_said() => {
-            return Err(Error::invalid("the options of a workspace need a PATH").hint("as in fcctl run . -- CMD").into());
+            return Err(Error::invalid("workspace options need a PATH").hint("for example: fcctl run . -- CMD").into());
         }
         None => None,
     };
     let export = to.map(|to| Export { to, bound: args.bound, top: source.as_ref().and_then(Source::top).map(Path::to_owned) });
     let mut made = make(ctx, interrupts, args.name, args.shape, args.rm)?;
-    ctx.note(&format!("vm {}", made.vm.name));
+    ctx.note(&format!("VM {}", made.vm.name));
     for port in &made.vm.ports {
         ctx.note(&format!("port {}", super::vm::port_line(port)));
     }
@@ -123,9 +123,9 @@ fn make(ctx: &mut Context, interrupts: &Interrupts, name: Option<VmName>, shape:
     };
     let (vm, hold) = result.map_err(|e| match name {
         Some(name) if e.is(Kind::NameTaken) => e.hint(format!(
-            "run in it: fcctl exec {name} -- CMD (or fcctl start {name} first)\n\
+            "use it: fcctl exec {name} -- CMD (after fcctl start {name} if it is stopped)\n\
              delete it: fcctl rm -f {name}\n\
-             or take another name: fcctl run --name {name}-2"
+             use another name: fcctl run --name {name}-2"
         )),
         _ => e,
     })?;
@@ -141,7 +141,7 @@ fn create_held(interrupts: &Interrupts, hold: &mut Client, request: &VmCreateReq
             Event::Note(Note::Created(vm)) => return Ok(*vm),
             Event::Note(_) => {}
             Event::Reply(reply) => {
-                return Err(Error::internal(format!("vm {} was gone as soon as it was made", reply.vm.name)).into());
+                return Err(Error::internal(format!("VM {} was deleted right after it was created", reply.vm.name)).into());
             }
         }
     }
@@ -185,9 +185,7 @@ fn finish(
         return Ok(status);
     }
     let name = &made.vm.name;
-    ctx.note(&format!(
-        "vm {name} runs on; enter it: fcctl ssh {name}, stop it: fcctl stop {name}, delete it: fcctl rm -f {name}"
-    ));
+    ctx.note(&format!("VM {name} keeps running. Enter: fcctl ssh {name}, stop: fcctl stop {name}, delete: fcctl rm -f {name}"));
     Ok(status)
 }
 
@@ -200,7 +198,7 @@ fn keep(ctx: &mut Context, made: &mut Made) {
     match Client::connect_again(&ctx.socket).and_then(|mut client| client.call::<VmSet>(&request)) {
         Ok(_) => {
             made.rm = false;
-            ctx.note(&format!("vm {} is kept in spite of --rm, with its changes", made.vm.name));
+            ctx.note(&format!("VM {} is kept despite --rm, because it has changes that exist nowhere else", made.vm.name));
         }
         Err(e) => ctx.fail(&e.context("keep the VM with its changes"), OUR_FAILURE),
     }
@@ -211,7 +209,7 @@ fn tell_end(ctx: &mut Context, interrupts: &Interrupts, ended: &Result<Ended>) {
         _ if interrupts.detached() => ctx.note("detached from the command"),
         _ if interrupts.cause().is_some() => ctx.note("interrupted"),
         Err(e) if e.is(Kind::Cancelled) => {
-            let again = "somebody stopped or deleted the vm meanwhile: run it again".to_owned();
+            let again = "the VM was stopped or deleted meanwhile: run the command again".to_owned();
             ctx.fail(&e.clone().hint(again), OUR_FAILURE);
         }
         Err(e) => ctx.fail(e, OUR_FAILURE),
@@ -257,9 +255,9 @@ fn remove(ctx: &mut Context, interrupts: &Interrupts, made: &Made) {
         Ok(())
     });
     if let Err(e) = result {
-        let rest = if made.rm { "the daemon deletes it, at the latest when it starts again" } else { "it is still there" };
-        let failure: Failure = e.context(format!("delete vm {name} ({rest})"));
-        ctx.fail(&failure.hint(format!("look for it: fcctl ps -a, delete it: fcctl rm -f {name}")), OUR_FAILURE);
+        let rest = if made.rm { "fcd deletes it, at the latest when it starts again" } else { "it still exists" };
+        let failure: Failure = e.context(format!("delete VM {name} ({rest})"));
+        ctx.fail(&failure.hint(format!("check: fcctl ps -a, delete: fcctl rm -f {name}")), OUR_FAILURE);
     }
 }
 

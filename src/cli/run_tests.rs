@@ -11,7 +11,7 @@ use signal_hook::consts::signal::SIGINT;
 use std::fs::File;
 use std::io::Write;
 
-const LAST_LINE: &str = "vm web runs on; enter it: fcctl ssh web, stop it: fcctl stop web, delete it: fcctl rm -f web\n";
+const LAST_LINE: &str = "VM web keeps running. Enter: fcctl ssh web, stop: fcctl stop web, delete: fcctl rm -f web\n";
 
 /// A daemon for which all goes well; `special` may take a request for itself.
 fn daemon(special: impl Fn(Request) -> Option<Request> + Send + Sync + 'static) -> Fake {
@@ -83,7 +83,7 @@ fn the_whole_story() {
     assert_eq!((ran.status, ran.out.as_slice()), (7, &b"from the guest\n"[..]), "{}", ran.err);
     assert_eq!(fake.methods(), "vm.create vm.start workspace.prepare exec.start workspace.export");
     // The name first, how to go on last.
-    assert!(ran.err.starts_with("fcctl: vm web\n") && ran.err.ends_with(LAST_LINE), "{}", ran.err);
+    assert!(ran.err.starts_with("fcctl: VM web\n") && ran.err.ends_with(LAST_LINE), "{}", ran.err);
     assert_eq!(std::fs::read(patch).unwrap(), b"the patch");
 }
 
@@ -91,7 +91,7 @@ fn the_whole_story() {
 fn with_rm_the_vm_is_gone_afterwards() {
     let fake = daemon(Some);
     let ran = fcctl(&fake, &["run", "--rm", "--name", "web", "--", "make"]);
-    assert_eq!((ran.status, ran.err.as_str()), (7, "fcctl: vm web\n"));
+    assert_eq!((ran.status, ran.err.as_str()), (7, "fcctl: VM web\n"));
     let calls = fake.calls();
     assert_eq!(calls[0], r#"vm.create {"hold":true,"name":"web","rm":true}"#);
     assert_eq!(calls.last().unwrap(), r#"vm.delete {"force":true,"if_exists":true,"vm":"000000776562"}"#);
@@ -129,7 +129,11 @@ fn a_failure_before_the_command_leaves_no_vm() {
         let fake = fail_at(method);
         let ran = fcctl(&fake, &["run", dir.path().to_str().unwrap(), "--", "make"]);
         assert_eq!((ran.status, fake.methods().as_str()), (125, methods));
-        assert!(ran.err.contains(&format!("fcctl: {method} did not work\n")) && !ran.err.contains("runs on"), "{}", ran.err);
+        assert!(
+            ran.err.contains(&format!("fcctl: {method} did not work\n")) && !ran.err.contains("keeps running"),
+            "{}",
+            ran.err
+        );
     }
 }
 
@@ -192,7 +196,7 @@ fn a_name_that_is_taken_comes_with_three_commands() {
         if r.method != "vm.create" {
             return Some(r);
         }
-        r.fault(Error::new(Kind::NameTaken, "a vm web exists already").hint("the daemon's own"));
+        r.fault(Error::new(Kind::NameTaken, "a VM web exists already").hint("the daemon's own"));
         None
     });
     let ran = fcctl(&fake, &["run", "--name", "web", "--", "make"]);
@@ -247,7 +251,7 @@ fn rm_keeps_the_vm_when_not_everything_came_back() {
     let path = dir.path().to_str().unwrap();
     let ran = fcctl(&fake, &["run", "--rm", path, "--export-patch", patch.to_str().unwrap(), "--", "make"]);
     assert_eq!(ran.status, 125, "{}", ran.err);
-    assert!(ran.err.contains("  svc/.git: ") && ran.err.contains("vm web is kept in spite of --rm"), "{}", ran.err);
+    assert!(ran.err.contains("  svc/.git: ") && ran.err.contains("VM web is kept despite --rm"), "{}", ran.err);
     assert!(ran.err.ends_with(LAST_LINE), "{}", ran.err);
     let calls = fake.calls();
     assert!(calls.iter().any(|c| c == r#"vm.set {"rm":false,"vm":"000000776562"}"#), "{calls:?}");

@@ -287,7 +287,7 @@ fn act(state: &Mutex<State>, cancel: &Cancel, signal: i32, stderr: &File) {
         }
         Action::SayWait => {
             drop(state);
-            let _ = (&mut &*stderr).write_all(b"fcctl: cleaning up; once more to leave that to the daemon\n");
+            let _ = (&mut &*stderr).write_all(b"fcctl: cleaning up; interrupt again to leave that to fcd\n");
         }
     }
 }

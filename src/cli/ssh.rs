@@ -22,7 +22,7 @@ pub struct Args {
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let config = ctx.connect()?.call::<VmSshConfig>(&VmRequest { vm: args.vm })?;
     // Private by its mode (0700), gone when it is dropped.
-    let dir = tempfile::Builder::new().prefix("fcctl-ssh-").tempdir().map_err(|e| Error::io("make a directory for ssh", e))?;
+    let dir = tempfile::Builder::new().prefix("fcctl-ssh-").tempdir().map_err(|e| Error::io("create a directory for ssh", e))?;
     let io = |e| Error::io(format!("write ssh's configuration to {}", dir.path().display()), e);
     write_private(&dir.path().join("key"), &with_newline(&config.private_key)).map_err(io)?;
     write_private(&dir.path().join("known_hosts"), &format!("{} {}\n", config.name, config.host_key)).map_err(io)?;

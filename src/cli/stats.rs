@@ -24,7 +24,9 @@ pub struct Args {
 
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     if ctx.json && args.watch {
-        return Err(Error::invalid("--watch has no end, so it is no JSON document").hint("leave out --json or --watch").into());
+        return Err(Error::invalid("--watch never ends, so it cannot be one JSON document")
+            .hint("leave out --json or --watch")
+            .into());
     }
     let mut client = ctx.connect()?;
     let request = VmStatsRequest { vms: args.vms, ..Default::default() };

@@ -21,10 +21,10 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         "m" | "mb" | "mib" => 20,
         "g" | "gb" | "gib" => 30,
         "t" | "tb" | "tib" => 40,
-        _ => return Err("a size is a number with K, M, G or T, as in 512M or 2G".to_owned()),
+        _ => return Err("a size is a number with K, M, G or T, such as 512M or 2G".to_owned()),
     };
-    let number: u64 = number.parse().map_err(|_| "a size is a number with K, M, G or T, as in 512M or 2G".to_owned())?;
-    number.checked_mul(1 << shift).ok_or_else(|| "that is more than 64 bits of bytes".to_owned())
+    let number: u64 = number.parse().map_err(|_| "a size is a number with K, M, G or T, such as 512M or 2G".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| "that is too large".to_owned())
 }
 
 /// Bytes in a second, as a size; `none` is 0.
@@ -34,7 +34,7 @@ pub fn parse_rate(text: &str) -> Result<u64, String> {
 
 /// Operations in a second; `none` is 0.
 pub fn parse_count_rate(text: &str) -> Result<u64, String> {
-    if text == "none" { Ok(0) } else { text.parse().map_err(|_| "give a number, or none".to_owned()) }
+    if text == "none" { Ok(0) } else { text.parse().map_err(|_| "use a number or none".to_owned()) }
 }
 
 /// Memory in MiB, from a size of whole MiB: `512M`, `2G`.
@@ -43,13 +43,13 @@ pub fn parse_mem_mib(text: &str) -> Result<u64, String> {
     if bytes > 0 && bytes % (1 << 20) == 0 {
         return Ok(bytes >> 20);
     }
-    Err("memory goes by whole MiB, as in 512M or 2G".to_owned())
+    Err("memory is a whole number of MiB, such as 512M or 2G".to_owned())
 }
 
 /// `[[ADDR:]HOST:]GUEST[/tcp|udp]`, as docker has it, but for this host alone when no address is given. Without a port of the
 /// host's one is picked.
 pub fn parse_port(text: &str) -> Result<Port, String> {
-    let form = || "give [[ADDR:]HOST:]GUEST[/udp], as in 8080:80, 0.0.0.0:8080:80 or 80".to_owned();
+    let form = || "use [[ADDR:]HOST:]GUEST[/udp], such as 8080:80, 0.0.0.0:8080:80 or 80".to_owned();
     let (rest, protocol) = match text.rsplit_once('/') {
         None | Some((_, "tcp")) => (text.trim_end_matches("/tcp"), Protocol::Tcp),
         Some((rest, "udp")) => (rest, Protocol::Udp),
@@ -71,7 +71,7 @@ pub fn parse_net(text: &str) -> Result<Net, String> {
     match text {
         "nat" => Ok(Net::Nat),
         "none" => Ok(Net::None),
-        _ => Err("give nat or none".to_owned()),
+        _ => Err("use nat or none".to_owned()),
     }
 }
 
@@ -84,9 +84,9 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         "" | "s" => 1000,
         "m" => 60_000,
         "h" => 3_600_000,
-        _ => return Err("a duration is a number with ms, s, m or h, as in 30s".to_owned()),
+        _ => return Err("a duration is a number with ms, s, m or h, such as 30s".to_owned()),
     };
-    let number: u64 = number.parse().map_err(|_| "a duration is a number with ms, s, m or h, as in 30s".to_owned())?;
+    let number: u64 = number.parse().map_err(|_| "a duration is a number with ms, s, m or h, such as 30s".to_owned())?;
     number.checked_mul(ms).map(Duration::from_millis).ok_or_else(|| "that is too long".to_owned())
 }
 
@@ -106,7 +106,7 @@ fn env_entry(entry: &OsStr, caller: &dyn Fn(&str) -> Option<OsString>) -> Result
     let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
     if key.is_empty() || !key.bytes().all(plain) || key.as_bytes()[0].is_ascii_digit() {
         let e = Error::invalid(format!("environment variable {key:?}: not a name"));
-        return Err(e.hint("use letters, digits and _, as in -e NAME=value"));
+        return Err(e.hint("use letters, digits and _, such as -e NAME=value"));
     }
     Ok(value.map(|v| (key.to_owned(), v)))
 }
@@ -147,7 +147,7 @@ fn read_env_file(path: &Path) -> Result<Vec<u8>> {
     let file = std::fs::File::open(path).map_err(|e| path_error(doing(), e))?;
     let bytes = crate::host::command::read_bounded(file, ENV_FILE_BYTES_MAX + 1).map_err(|e| Error::io(doing(), e))?;
     if bytes.len() as u64 > ENV_FILE_BYTES_MAX {
-        return Err(Error::invalid(format!("{}: it has more than {ENV_FILE_BYTES_MAX} bytes", doing())));
+        return Err(Error::invalid(format!("{}: it is larger than {ENV_FILE_BYTES_MAX} bytes", doing())));
     }
     Ok(bytes)
 }

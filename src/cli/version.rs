@@ -20,7 +20,7 @@ pub fn run(ctx: &mut Context) -> Result<u8> {
     }
     let theirs = match daemon {
         Some(info) => format!("fcd   {} (protocol {}.{}, pid {})", info.version, info.api.major, info.api.minor, info.pid),
-        None => format!("fcd   does not run at {}", ctx.socket.display()),
+        None => format!("fcd   is not running at {}", ctx.socket.display()),
     };
     ctx.line(&format!("fcctl {ours} (protocol {VERSION_MAJOR}.{VERSION_MINOR})\n{theirs}"))?;
     Ok(0)

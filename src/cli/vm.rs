@@ -311,7 +311,7 @@ fn synced(synced: Option<Synced>) -> &'static str {
     match synced {
         Some(Synced::Yes) => ", the guest's data was synced",
         Some(Synced::No) => ", the guest's data was not synced",
-        Some(Synced::Timeout) => ", the guest did not sync its data in time: what it wrote last may be lost",
+        Some(Synced::Timeout) => ", but the guest did not sync its data in time, so its last writes may be lost",
         None => "",
     }
 }
@@ -362,7 +362,7 @@ pub fn delete(ctx: &mut Context, args: DeleteArgs) -> Result<u8> {
 }
 
 fn deleted(vm: &str, reply: &VmDeleteReply) -> String {
-    let what = if reply.deleted.is_some() { "deleted" } else { "was not there" };
+    let what = if reply.deleted.is_some() { "deleted" } else { "did not exist" };
     format!("{}: {what}", output::harmless_line(vm))
 }
 
@@ -438,7 +438,7 @@ fn sheet(vm: &Vm, now_s: u64) -> String {
     add("disk", Some(size(vm.disk_bytes) + &vm.disk_driver.as_ref().map(|d| format!(" ({d})")).unwrap_or_default()));
     add("work disk", vm.work_disk_bytes.map(size));
     add("rates", Some(rates(&vm.rates())).filter(|text| !text.is_empty()));
-    add("balloon", vm.balloon_mib.map(|mib| format!("it is to keep {} of its memory", size(mib << 20))));
+    add("balloon", vm.balloon_mib.map(|mib| format!("asked to keep {} of its memory", size(mib << 20))));
     add("next start", vm.pending.as_ref().map(settings));
     add("driver", vm.driver.clone());
     add("process", vm.pid.map(|pid| pid.to_string()));
@@ -447,13 +447,13 @@ fn sheet(vm: &Vm, now_s: u64) -> String {
     add("ssh", vm.ssh_addr.map(|a| a.to_string()));
     add("created", Some(age(now_s, vm.created_at)));
     add("started", vm.started_at.map(|at| age(now_s, at)));
-    add("removed", vm.rm.then(|| "when it stops or its holder goes".to_owned()));
+    add("removed", vm.rm.then(|| "when it stops or its creator disconnects".to_owned()));
     add(
         "synced",
         vm.synced.map(|s| match s {
             Synced::Yes => "yes, at the last stop".to_owned(),
-            Synced::No => "no: it was not asked at the last stop".to_owned(),
-            Synced::Timeout => "no: it did not answer in time at the last stop".to_owned(),
+            Synced::No => "no: the guest was not asked at the last stop".to_owned(),
+            Synced::Timeout => "no: the guest did not answer in time at the last stop".to_owned(),
         }),
     );
     if let Some(w) = &vm.workspace {
@@ -564,7 +564,7 @@ fn kept(reply: &VmBalloonReply) -> String {
     let mib = |mib: u64| size(mib << 20);
     let vm = &reply.vm;
     let goal = vm.balloon_mib.filter(|keep| *keep != reply.kept_mib);
-    let goal = goal.map(|keep| format!(", and is to keep {}", mib(keep))).unwrap_or_default();
+    let goal = goal.map(|keep| format!(", and is asked to keep {}", mib(keep))).unwrap_or_default();
     format!("{}: keeps {} of {}{goal}", vm.name, mib(reply.kept_mib), mib(vm.mem_mib))
 }
 

@@ -99,15 +99,15 @@ fn all_about_one() {
             memory      1 GiB
             disk        4 GiB (reflink)
             rates       disk 50 MiB/s, disk operations 1000/s, receives 3 MiB/s
-            balloon     it is to keep 512 MiB of its memory
+            balloon     asked to keep 512 MiB of its memory
             next start  4 vCPUs, 2 GiB of memory
             driver      qemu (tcg, microvm)
             process     77
             ssh         127.0.0.1:2222
             created     1h ago
             started     1m ago
-            removed     when it stops or its holder goes
-            synced      no: it did not answer in time at the last stop
+            removed     when it stops or its creator disconnects
+            synced      no: the guest did not answer in time at the last stop
             workspace   /root/app, read-only
             starts in   /root/app/src
             holds       12 entries, 3 MiB, 30s ago
@@ -212,10 +212,10 @@ fn a_balloon_is_told_by_what_the_guest_keeps() {
         &fake,
         &["vm", "balloon", "web", "512M"],
         expect![[r#"
-        > vm.balloon {"keep_mib":512,"vm":"web"}
-        web: keeps 1 GiB of 1 GiB, and is to keep 512 MiB
-        status 0
-    "#]],
+            > vm.balloon {"keep_mib":512,"vm":"web"}
+            web: keeps 1 GiB of 1 GiB, and is asked to keep 512 MiB
+            status 0
+        "#]],
     );
     assert_eq!(fcctl(&fake, &["vm", "balloon", "web", "1.5G"]).status, 2);
 }
@@ -246,10 +246,10 @@ fn remove() {
         &fake,
         &["vm", "delete", "--if-exists", "x"],
         expect![[r#"
-        > vm.delete {"force":false,"if_exists":true,"vm":"x"}
-        x: was not there
-        status 0
-    "#]],
+            > vm.delete {"force":false,"if_exists":true,"vm":"x"}
+            x: did not exist
+            status 0
+        "#]],
     );
 }
 

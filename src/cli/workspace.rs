@@ -169,7 +169,7 @@ impl Source {
             allow_alternates: how.allow_alternate.clone(),
         };
         let plan = Plan::inspect(path, &options, cancel).map_err(|e| match e.kind() {
-            Kind::PathNotFound if e.hint_text().is_none() => e.hint("name a directory that is there, or . for this one"),
+            Kind::PathNotFound if e.hint_text().is_none() => e.hint("name an existing directory, or . for the current one"),
             _ => e,
         })?;
         Ok(Source::Tree(Box::new(plan)))
@@ -248,7 +248,7 @@ impl Transfer<'_> {
             return;
         }
         let files = count(kept.len() as u64, "file");
-        self.ctx.note(&format!("kept {files} that the guest changed since the last time (replace with --overwrite):"));
+        self.ctx.note(&format!("kept {files} that changed in the guest since the last copy (--overwrite replaces them):"));
         kept.iter().take(KEPT_SHOWN_MAX).for_each(|path| self.ctx.note(&format!("  {path}")));
         if kept.len() > KEPT_SHOWN_MAX {
             self.ctx.note(&format!("  and {} more", kept.len() - KEPT_SHOWN_MAX));
@@ -334,7 +334,7 @@ fn conclude<R, T>(reply: Result<R>, thread: Option<Beside<T>>, stop: &Cancel) ->
         stop.cancel("the call has ended");
     }
     let Some(thread) = thread else { return Ok((reply?, None)) };
-    let (ours, gave_way) = thread.join().map_err(|_| Error::internal("the thread of a transfer panicked"))?;
+    let (ours, gave_way) = thread.join().map_err(|_| Error::internal("a transfer thread panicked"))?;
     match (reply, ours) {
         (Ok(reply), Ok(ours)) => Ok((reply, Some(ours))),
         (Err(theirs), Err(_)) if gave_way => Err(theirs),
@@ -453,7 +453,7 @@ fn export_verb(ctx: &mut Context, interrupts: &Interrupts, args: ExportArgs) -> 
         targets.push(ExportTo::PatchToStdout);
     }
     if ctx.json && targets.contains(&ExportTo::PatchToStdout) {
-        return Err(Error::invalid("a patch on stdout is no JSON document").hint("name a file: --patch FILE").into());
+        return Err(Error::invalid("a patch on stdout cannot be one JSON document").hint("name a file: --patch FILE").into());
     }
     targets.iter().try_for_each(ExportTo::check)?;
     let mut client = ctx.connect()?;
@@ -500,12 +500,12 @@ pub fn tell_exported(ctx: &mut Context, interrupts: &Interrupts, to: &ExportTo, 
 /// Names what stays in the VM although it is part of its tree, and how to get at it.
 pub fn tell_left(ctx: &mut Context, vm: &str, left: &LeftBehind) {
     let Some(first) = left.named.first() else { return };
-    ctx.note(&format!("warning: not everything could be brought back; what follows is only in vm {vm}:"));
+    ctx.note(&format!("warning: not everything could be brought back; these exist only in VM {vm}:"));
     for Left { path, why } in left.named.iter().take(LEFT_SHOWN_MAX) {
         let why = match why {
-            Why::Repository => "the history of a repository in the guest (its files are brought back)",
+            Why::Repository => "the history of a repository created in the guest (its files were brought back)",
             Why::Submodule => "files in a submodule, or in a repository that was not sent",
-            Why::Name => "git does not take a file of this name",
+            Why::Name => "git does not allow this file name",
         };
         ctx.note(&format!("  {}: {why}", encode::encode(path)));
     }
@@ -514,7 +514,7 @@ pub fn tell_left(ctx: &mut Context, vm: &str, left: &LeftBehind) {
         ctx.note(&format!("  and {} more", left.total - shown));
     }
     if let Ok(path) = std::str::from_utf8(&first.path) {
-        ctx.note(&format!("to fetch it: fcctl exec {vm} -- tar c {} > left.tar", quote(path)));
+        ctx.note(&format!("to fetch them: fcctl exec {vm} -- tar c {} > left.tar", quote(path)));
     }
 }
 

@@ -80,7 +80,7 @@ fn a_tree_goes_without_what_the_guest_keeps() {
     let ran = fcctl(&fake, &args);
     assert_eq!(ran.status, 0, "{}", ran.err);
     assert!(ran.out.starts_with(b"web: ") && ran.out.ends_with(b"2 KiB, in /root/app\n"));
-    assert!(ran.err.contains("kept 1 file that the guest changed") && ran.err.contains("  two.txt\n"), "{}", ran.err);
+    assert!(ran.err.contains("kept 1 file that changed in the guest") && ran.err.contains("  two.txt\n"), "{}", ran.err);
 }
 
 #[test]
@@ -327,10 +327,10 @@ fn what_could_not_be_brought_back_is_named() {
         expect![[r#"
             > workspace.export {"kind":"patch","no_wait":false,"vm":"web"}
             ! fcctl: nothing has changed; DIR/p.patch is empty
-            ! fcctl: warning: not everything could be brought back; what follows is only in vm web:
-            ! fcctl:   svc it's/.git: the history of a repository in the guest (its files are brought back)
+            ! fcctl: warning: not everything could be brought back; these exist only in VM web:
+            ! fcctl:   svc it's/.git: the history of a repository created in the guest (its files were brought back)
             ! fcctl:   sub%1B[2J: files in a submodule, or in a repository that was not sent
-            ! fcctl: to fetch it: fcctl exec web -- tar c 'svc it'\''s/.git' > left.tar
+            ! fcctl: to fetch them: fcctl exec web -- tar c 'svc it'\''s/.git' > left.tar
             status 0
         "#]],
     );

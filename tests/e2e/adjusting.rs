@@ -119,7 +119,7 @@ fn disks_are_limited_and_memory_comes_back() {
         (kept(said) == 512 && available_mib(&host) + 450 < before).then_some(())
     });
     assert_eq!(host.ok(&["vm", "balloon", "a"]), "a: keeps 512 MiB of 1 GiB\n");
-    assert!(host.ok(&["vm", "show", "a"]).contains("it is to keep 512 MiB of its memory\n"));
+    assert!(host.ok(&["vm", "show", "a"]).contains("asked to keep 512 MiB of its memory\n"));
     host.ok(&["vm", "balloon", "a", "1G"]);
     wait_for_or("it takes memory again", &mut String::new(), |said| {
         (kept(said) == 1024 && available_mib(&host) + 100 > before).then_some(())

@@ -121,7 +121,7 @@ fn root_disks_are_snapshots_in_a_test_host() {
     a_daemon_that_is_killed_finds_its_guest(&host);
     a_guest_stands_still_before_the_host_is_full(&host);
     a_device_in_use_is_waited_for(&host);
-    assert_eq!(host.sh("fcctl doctor --leaks"), "nothing of the daemon's is left over on this host\n");
+    assert_eq!(host.sh("fcctl doctor --leaks"), "fcd has left nothing behind on this host\n");
 }
 
 /// The integration test of this name, with root disks on real devices.

@@ -264,7 +264,7 @@ fn what_a_gone_installation_has_left_is_named_and_removed_and_a_live_one_stays()
     let ours = links();
     // Its status says whether there are some.
     let leaks = |args: &[&str]| String::from_utf8(host.fcctl(&[&["doctor", "--leaks"], args].concat()).stdout).unwrap();
-    const NONE: &str = "nothing of the daemon's is left over on this host\n";
+    const NONE: &str = "fcd has left nothing behind on this host\n";
     let mut second = start_beside(&host, "second");
     let state = host.path().join("second");
     let both = links();

@@ -18,7 +18,7 @@ fn commands_in_a_guest() {
     let out = host.feed(&["run", "--name", "box", "-i", "--", "sh", "-c", "cat; echo told >&2; exit 4"], b"piped\0in");
     let (stdout, stderr) = text(&out);
     assert_eq!((out.status.code(), stdout.as_str()), (Some(4), "piped\0in"), "{stderr}");
-    assert!(stderr.contains("told\n") && stderr.contains("runs on"), "{stderr}");
+    assert!(stderr.contains("told\n") && stderr.contains("keeps running"), "{stderr}");
     streams_are_apart_and_binary_safe(&host);
     stdin_is_read_only_when_asked(&host);
     statuses(&host);

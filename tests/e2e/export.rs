@@ -211,7 +211,7 @@ fn a_repository_made_in_the_guest(host: &Host) {
     let args = ["run", ".", "--rm", "--name", "kept", "--export-patch", file.to_str().unwrap(), "--", "sh", "-c", script];
     let out = site.fcctl(&args);
     assert_eq!(out.status.code(), Some(125), "{:?}", text(&out));
-    assert!(text(&out).1.contains("vm kept is kept in spite of --rm"), "{:?}", text(&out));
+    assert!(text(&out).1.contains("VM kept is kept despite --rm"), "{:?}", text(&out));
     assert!(fs::read_to_string(&file).unwrap().contains("+work"));
     assert_eq!(host.ok(&["exec", "kept", "--", "ls", "svc"]), "main.go\n");
     let script = "git init -q svc";

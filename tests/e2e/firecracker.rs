@@ -53,7 +53,7 @@ fn dies_at(host: &TestHost, n: u64) {
     host.start_daemon_with(CONFIG);
     host.sh("until fcctl vm show a | grep -qE '^state +(stopped|running)$'; do sleep 0.1; done");
     let (state, leaks) = (host.sh("fcctl vm show a | grep ^state"), host.sh("fcctl doctor --leaks"));
-    assert_eq!(leaks, "nothing of the daemon's is left over on this host\n", "killed at point {n}");
+    assert_eq!(leaks, "fcd has left nothing behind on this host\n", "killed at point {n}");
     let jails = host.sh("ls -d /sys/fs/cgroup/fcd-*/fc-* state/vms/*/jail/*/* 2> /dev/null | wc -l");
     assert_eq!(jails, if state.contains("running") { "2\n" } else { "0\n" }, "killed at point {n}: {state}");
     host.sh("fcctl start a");
@@ -274,7 +274,7 @@ fn real_guests() {
              fcctl rm -f b; wait $! || true");
     host.sh("fcctl rm -f a");
     assert_eq!(host.devices(), "");
-    assert_eq!(host.sh("fcctl ps -aq; fcctl doctor --leaks"), "nothing of the daemon's is left over on this host\n");
+    assert_eq!(host.sh("fcctl ps -aq; fcctl doctor --leaks"), "fcd has left nothing behind on this host\n");
 }
 
 /// Its rates are those of its control group, too, and it tells that it keeps them; it gives memory back and takes it again.

@@ -179,8 +179,8 @@ fn a_hung_vmm(host: &Host) {
     crate::host::signal(vmm, "CONT");
     wait_for("it answers again", || (!host.show("box", "unresponsive").as_bool().unwrap()).then_some(()));
     assert_eq!(host.sh("box", "echo well"), "well\n");
-    events.says("its vmm does not answer");
-    events.says("its vmm answers again");
+    events.says("VMM does not respond");
+    events.says("VMM responds again");
 
     crate::host::signal(vmm, "STOP");
     wait_for("it is unresponsive", || host.show("box", "unresponsive").as_bool().unwrap().then_some(()));
@@ -205,7 +205,7 @@ fn another_host_key(host: &Host) {
     assert_eq!(said["error"]["code"], "guest_unavailable", "{said}");
     assert!(said["error"]["hint"].is_string(), "{said}");
     let out = host.fcctl(&["stop", "box"]);
-    assert!(text(&out).0.contains("stopped, the guest did not sync"), "{:?}", text(&out));
+    assert!(text(&out).0.contains("stopped, but the guest did not sync"), "{:?}", text(&out));
     // The seed brings the right one back.
     host.ok(&["start", "box"]);
     assert_eq!(host.sh("box", "echo back"), "back\n");

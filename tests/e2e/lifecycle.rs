@@ -124,7 +124,7 @@ fn without_rm_a_vm_runs_on_and_signals_go_to_the_guests_command() {
     let (_, said) = text(&out);
     assert_eq!(out.status.code(), Some(3), "{said}");
     let name = host.json(&["ps"])[0]["name"].as_str().unwrap().to_owned();
-    assert!(said.starts_with(&format!("fcctl: vm {name}\n")), "{said}");
+    assert!(said.starts_with(&format!("fcctl: VM {name}\n")), "{said}");
     let last = said.lines().last().unwrap();
     for command in ["fcctl ssh", "fcctl stop", "fcctl rm -f"] {
         assert!(last.contains(&format!("{command} {name}")), "{said}");

@@ -25,10 +25,12 @@ pub fn topics() -> String {
 }
 
 /// The page that `fcctl help TOPIC` asks for. clap, which answers `fcctl help COMMAND`, knows nothing of topics.
-pub fn page(args: &[OsString]) -> Option<&'static str> {
+pub fn page(args: &[OsString]) -> Option<String> {
     let [_, help, topic] = args else { return None };
     let (_, _, page) = TOPICS.iter().find(|(name, _, _)| help == "help" && topic == name)?;
-    Some(page)
+    // Comments mark tables that are generated.
+    let lines = page.lines().filter(|line| !line.starts_with("<!--"));
+    Some(lines.map(|line| format!("{line}\n")).collect())
 }
 
 #[cfg(test)]

@@ -132,7 +132,7 @@ pub fn main() -> u8 {
 /// One command line, from its words to its status.
 fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
     if let Some(page) = help::page(args) {
-        return u8::from(ctx.text(page).is_err());
+        return u8::from(ctx.text(&page).is_err());
     }
     let is_guests = runs_in_guest(args);
     let cli = match Cli::try_parse_from(args) {

@@ -1,5 +1,99 @@
-//! The daemon: what its operations are made of. Each operation is a story in one file; `transitions.rs` says
-//! which may begin when, `lifecycle.rs` and `commit.rs` carry that out.
+//! The daemon: every operation on VMs, one story per file. This module holds [`Daemon`] and wires
+//! the mechanisms together.
+//!
+//! # The life of a VM
+//!
+//! ```text
+//! created ── start ──> starting ──> running ── stop ──> stopping ──> stopped
+//!                         │            │                   │            │
+//!                         └─ failed <──┴── the VMM died    │          start, restore, delete
+//!                              │                           │
+//!                              └── start, delete ──> deleting ──> (row removed)
+//! ```
+//!
+//! A VM is a row in the store. Its state says what may begin next ([`transitions`], a pure table),
+//! and the row exists for as long as the VM does. Pause, unresponsive and pending changes are
+//! members of the row, not states.
+//!
+//! Every operation that changes the state (start, stop, restart, kill, delete, restore) runs in
+//! three steps:
+//!
+//! 1. **Claim** (`lifecycle.rs`). Under the VM's lock, for microseconds: look up the table, write
+//!    the new state and the operation in one store transaction, cancel transfers and sessions if
+//!    the guest is about to end. The answer may also be "nothing to do", a refusal with a hint, or
+//!    "wait for the operation in progress".
+//! 2. **Work** (`boot.rs`, `down.rs`). In a thread of the operation's own and without a lock. It
+//!    first waits until the claim is durable. A boot takes resources from the host one by one; each
+//!    is in the ledger before it is taken (`resources/`).
+//! 3. **Commit** (`commit.rs`). Under the lock again: the VM is `running`, `stopped`, `failed` or
+//!    gone, or the next step begins. If the store refuses the write, the commit is retried until it
+//!    succeeds or the daemon ends.
+//!
+//! A claim that is dropped without a commit, because its thread panicked, ends the operation as
+//! `internal` and the VM as `failed`.
+//!
+//! ## The queued operation
+//!
+//! A stop must not wait for a boot, and a delete must not wait for a stop's grace period. Each VM
+//! therefore has one slot for a queued operation. A stop that arrives during a boot takes the slot
+//! and cancels the boot's token; every wait of a boot ends at that token. The boot undoes what it
+//! did, and its commit starts the stop in the same critical section, so no other caller gets in
+//! between. A delete replaces a stop in the slot, and a forced stop shortens the grace of the one
+//! in progress.
+//!
+//! ## Everything else that uses a guest
+//!
+//! Exec, copies, snapshots and connections are *uses*. They take no state. They check that the VM
+//! is `running` and join its cancel set in one section (`runtime.rs`), so a stop either finds them
+//! in the set and cancels them, or they are refused. They never hold the VM's lock while they talk
+//! to a guest.
+//!
+//! Pause, rates and the balloon are wishes in the row (`pause.rs`, `adjust.rs`). The driver is told
+//! afterwards, until it has done what the row says. Of two callers the later one wins, and adoption
+//! after a restart tells the driver again.
+//!
+//! ## When something dies
+//!
+//! - **The VMM.** A watcher reports its exit (`watch.rs`). `vmm::end` finds out why: a shutdown in
+//!   order is `stopped`, anything else is `failed` with the reason. Sessions and transfers end with
+//!   that reason. A VMM that does not answer for 12 s is `unresponsive`: nothing new begins in its
+//!   guest, and a stop skips the grace.
+//! - **The daemon.** VMs keep running. The next daemon reads the store and runs `reconcile.rs`: it
+//!   adopts live VMMs (identified by pid, start time, boot id, executable and tag), undoes boots
+//!   that were in progress, and finishes stops and deletes. It looks at the host's processes once
+//!   for all VMs, takes running VMs first, and skips VMs at rest with nothing in the ledger. A call
+//!   for a VM that has not been looked at does that itself; a stop or delete does not wait even for
+//!   that (`looks.rs`).
+//! - **The daemon again, while it recovers.** Recovery has a crash budget (`recovery.rs`): an
+//!   operation that was being resumed when the daemon died is not resumed in the same way. The next
+//!   daemon kills the VMM without asking the guest, the one after it marks the VM `failed`, and the
+//!   one after that leaves the VM to its owner. The same holds for adopting a VM.
+//!
+//! What a daemon leaves behind, whenever it dies, is in the ledger. `sweep` gives it back at start
+//! and every minute, and `fcctl doctor --leaks` lists what is on the host under fcd's names without
+//! a row.
+//!
+//! # Locks
+//!
+//! `vm_locks[id]` protects transitions and is held for microseconds. `workspace_locks[id]` is held
+//! for a whole import or export, by the operation's thread, and by nothing that a stop waits for.
+//! `create_vm` and `image_ops` are single locks for names and images. `src/locks/rank.rs` has the
+//! order. Under all of them but the workspace lock there is only memory access.
+//!
+//! # Sharing between users
+//!
+//! Every user who may connect shares one daemon. Whatever one user can pile up has a limit per uid
+//! in `[limits]`: connections, operations, VMs, memory, transfers, image builds, images, history,
+//! idempotency keys. Root has its own share. A call over a limit fails with `busy` or `exhausted`;
+//! it never waits for other users.
+//!
+//! - Transfers: a free worker takes the next job of the uid with the fewest running jobs, and one
+//!   uid never gets all workers. A stream below the minimum rate ends (`rate_floor.rs`).
+//! - Builds run one at a time, others wait in line (`images.rs`). An image belongs to whoever built
+//!   it.
+//! - Finished operations are kept per uid. The operation that a live idempotency key stands for is
+//!   kept as long as the key. A refused call leaves no record.
+//! - `doctor` runs once for all callers that wait for it (`single_flight.rs`).
 
 mod access;
 mod adjust;

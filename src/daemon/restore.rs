@@ -1,4 +1,22 @@
-//! Going on from a snapshot: in the VM that it is of, or in a new one. It is a start whose disks, memory and devices come from the snapshot.
+//! Continuing from a snapshot, in its own VM or in a new one.
+//!
+//! A restore is a start (`Verb::Restore`). Its resource `snapshot` puts the snapshot's disks in the
+//! place of the VM's, and its VMM loads instead of booting: QEMU as an incoming migration from a
+//! file, Firecracker with `/snapshot/load` and another tap. In a jail every VM's disks have the
+//! same paths, which is how a fork satisfies the paths that a snapshot fixes. Without a jail a fork
+//! on Firecracker is `unsupported`.
+//!
+//! The script in the saved memory finds the new seed within a quarter of a second and sets the
+//! clock, random numbers, name, address and keys. The start ends when it has done so. Until then
+//! the bridge's rules drop what the guest sends from its old address.
+//!
+//! The VM's own disks are kept in `former/`, in the ledger, until the guest runs. If the start ends
+//! in any other way (the VMM refuses to load, a stop, a daemon that dies) they are put back. vCPUs
+//! and memory stay those of the snapshot until `vm set`. A snapshot cannot be deleted while a start
+//! uses it.
+//!
+//! `vm fork` is a save and a restore. Until the new VM runs it is marked `rm`, so nothing of it
+//! stays if anything fails.
 
 use super::boot::Boot;
 use super::captures::Restore;

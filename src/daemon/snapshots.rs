@@ -1,7 +1,22 @@
-//! Snapshots: a guest's memory and disks at one moment. The guest stands still while both are copied, and no lock is held; a stop, a kill or a
-//! delete ends it like any other use of the guest.
+//! Saving a guest: memory and disks of one moment.
 //!
-//! Before that the guest is given a script that waits for another seed drive: it is in the memory that is saved, and finds one when it goes on.
+//! A snapshot is a directory, and a row once it is complete. `private/` holds `memory` and
+//! `devices`, which a VMM gets by descriptor or by hard link; beside it are `disk`, `work` and the
+//! kernel. Until the row exists, and while it is being removed, the directory is in the ledger. A
+//! snapshot outlives its VM.
+//!
+//! 1. The guest gets a script (`src/guest/rejoin.sh`) that waits for another seed drive. It is part
+//!    of the saved memory and goes on from there after a restore.
+//! 2. The guest is paused (`Runtimes::hold`; a resume by a user does not end that).
+//! 3. The driver saves memory and devices. The disks are copied: shared blocks where the file
+//!    system can, else everything but holes.
+//! 4. The guest resumes. Zeroes in the memory file become holes and the copies are synced.
+//!
+//! No lock is held. The operation is in the VM's cancel set, so a stop, a kill or a delete ends it,
+//! and a guard resumes the guest. If the daemon dies, the next one resumes the guest and removes
+//! the directory.
+//!
+//! A guest that is paused or does not respond cannot be saved.
 
 use super::access::PREFIX_LEN_MIN;
 use super::captures::{Capturing, Files, allocated_bytes, disk_bytes};

@@ -1,9 +1,29 @@
-//! Root disks of VMs, made from an image without copying it, and the seed drive that configures a guest.
+//! Root disks, work disks and the seed drive that configures a guest.
 //!
-//! A root disk shares the image's blocks where it can: a reflink, else a qcow2 file on top of the image, or a device-mapper
-//! snapshot; a full copy is made only where the configuration says so. The host never opens the file system on a disk: it
-//! only makes the disk larger, and the guest grows its own file system. It looks at one flag of it where nobody saw how the
-//! guest ended (`unmounted.rs`).
+//! A root disk is made once from its image, in one of four ways ([`Method`]) that the VM's row
+//! remembers:
+//!
+//! - `reflink`: a copy that shares blocks with the image. It stands alone.
+//! - `qcow2`: a file on top of the image. It needs no device and no root.
+//! - `dm-snapshot`: a device-mapper snapshot of the image. It needs root, and devices while the VM
+//!   runs.
+//! - `copy`: a full copy, only if the configuration asks for it.
+//!
+//! `auto` takes the first of the first three that the host and the VMM support. A disk that depends
+//! on its image keeps a hard link to the image's file in the VM's directory, so removing or
+//! rebuilding the image does not affect it.
+//!
+//! The devices of a snapshot exist while the VM runs and carry its tag (`snapshot/`). Their loop
+//! devices are set to clear themselves, so nothing is left if a process dies between two steps. A
+//! snapshot that finds no space for a change is lost, so its file is long enough for every block of
+//! the disk, and the next 256 MiB are always allocated. If the host has no space for that,
+//! `daemon/room.rs` pauses the guest.
+//!
+//! A work disk is a sparse raw file. The host makes an ext4 on it while it is empty, and never
+//! reads it again.
+//!
+//! The host never mounts a disk. It only enlarges the file, and the guest grows its own file
+//! system. If nobody saw how a guest ended, one flag in the superblock is read (`unmounted.rs`).
 
 mod copy;
 pub mod duplicate;

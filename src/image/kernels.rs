@@ -1,8 +1,16 @@
-//! Kernels beside those of images: a directory `<state>/kernels/<name>` each, with `vmlinux`, `initrd` and `kernel.json`. It appears whole,
-//! by one rename, and never changes.
+//! Kernels that VMs can boot instead of their image's.
 //!
-//! The initramfs has the modules without which there is no root disk and no network, where the kernel has them not built in. What the guest loads
-//! later comes from its own root file system, which has the modules of its image's kernel only.
+//! Each is a directory `<state>/kernels/<name>` with `vmlinux`, `initrd` and `kernel.json`. It
+//! appears complete, by one rename, and never changes.
+//!
+//! An import takes an ELF file as it is and unpacks a bzImage. Modules that a guest needs to reach
+//! its root disk and network, and that are not built in (`modules.builtin`), go into the initramfs
+//! together with what `modules.dep` says they need. They are read from below their directory only,
+//! because every guest can see what is in an initramfs. The initramfs takes its busybox from an
+//! image. Later modules come from the guest's own root file system, which has those of its image's
+//! kernel.
+//!
+//! The daemon reads the files, so only root and the daemon's own user may import.
 
 use super::build::{PART_BYTES_MAX, initrd, unpack};
 use super::kernel::{self, Compression, VMLINUX_BYTES_MAX};

@@ -1,17 +1,28 @@
-//! The network of VMs when the daemon is root: one bridge, a tap for each VM, rules in nftables tables of our own, and a
-//! name server on the bridge's address.
+//! The network of VMs when the daemon is root: one bridge, a tap for each VM, rules in nftables
+//! tables of fcd's own, and a name server on the bridge's address.
 //!
 //! ```text
 //! guest ── tap (its VMM's uid; isolated port) ── bridge fcbr0, first address of the subnet ── masquerade ── outside
-//!          │ table bridge fcd_<install>: only the      │ table inet fcd_<install>: nothing of the host's but names and
+//!          │ table bridge fcd_<install>: only the      │ table inet fcd_<install>: no service of the host but DNS and
 //!          │ lease's MAC and address, IPv4 and ARP     │ echo, nothing link-local, no other guest; `none`: no forwarding
 //! ```
 //!
-//! All that is ours on the host is found again by name: the bridge has the alias `fc-<install>`, a tap that waits
-//! `fc-<install>-tap`, a VM's tap the VM's own tag, and both tables the installation's id. What carries another name is
-//! never touched. Every function is idempotent.
+//! Everything is found again by name: the bridge has the alias `fc-<install>`, a spare tap
+//! `fc-<install>-tap`, a VM's tap the VM's tag, and both tables the installation's id. Anything
+//! with another name is never touched. Every function is idempotent.
 //!
-//! What a guest may do is decided before its tap is on the bridge, and a tap that no rule knows passes nothing.
+//! A VM's address follows from its slot, so a lease needs no row, and an address is not reused
+//! before its VM is deleted. A tap gets its alias first, so that it can be found from then on, then
+//! its owner and its elements in the sets, and joins the bridge last. There is no moment at which a
+//! guest is on the bridge without rules, and a tap that no rule knows passes nothing.
+//!
+//! Published ports are two maps in the inet table whose elements carry the VM's tag as a comment.
+//! They work while the daemon is down. While it runs it also binds them, so that no other program
+//! takes a port and receives nothing. Ports on 127.0.0.1 need `route_localnet` on the bridge; the
+//! rules drop whatever a guest sends to an address of the host.
+//!
+//! `mend` restores what somebody else deleted, at start and every minute. Other firewalls are never
+//! changed: `checks.rs` reports what blocks forwarding.
 
 mod bridge;
 mod checks;

@@ -1,13 +1,18 @@
-//! Durable changes, told in the order of their numbers to those who listen.
+//! Durable changes, published in the order of their numbers.
 //!
-//! The writer publishes a batch when it is on the disk and before anybody hears of that. A change is told as a whole,
-//! with its `seq`; one that failed is never told. The last [`KEPT_MAX`] changes are kept, so that a listener who comes
-//! back can go on where it was. Beside them stands a mirror of the durable rows (shared with the state, so it costs a map
-//! of pointers): a snapshot fits the changes after it exactly and shows nothing that may yet be undone.
+//! Every change of the store has a number, `seq`, which keeps growing over restarts. The number of
+//! a change that failed is not reused. The writer publishes a batch once it is on disk and before
+//! it answers anybody. A change is published as a whole; one that failed is never published.
 //!
-//! The publisher never waits: it puts a pointer into each listener's queue, and one whose queue is full hears of it and
-//! is forgotten. A listener takes from its queue on its own thread, or lends it to the feed, which is one thread for all
-//! of them: see `feed.rs`.
+//! The last [`KEPT_MAX`] changes are kept, so that a listener can continue where it was. A mirror
+//! of the durable rows is kept beside them. It shares its rows with the state, so it costs a map of
+//! pointers. A snapshot of it matches the changes that follow exactly and shows nothing that may
+//! still be undone.
+//!
+//! The publisher never waits. It puts a pointer into each listener's bounded queue. A listener
+//! whose queue is full gets one `lagged` note with the number to continue from, and is removed. A
+//! stream therefore never has a gap. A listener takes from its queue on its own thread, or lends it to
+//! the feed, where one thread serves all listeners that keep up (`feed.rs`).
 
 use super::batch::Change;
 use super::state::{Image, State};

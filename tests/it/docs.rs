@@ -1,13 +1,13 @@
-//! `ARCHITECTURE.md` holds tables that are generated from the code. `FCD_UPDATE_DOCS=1` writes them.
+//! Some tables in the documentation are generated from the code. `FCD_UPDATE_DOCS=1` writes them.
 
 use std::path::Path;
 
-fn check(name: &str, table: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("ARCHITECTURE.md");
+fn check(file: &str, name: &str, table: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
     let text = std::fs::read_to_string(&path).unwrap();
     let (begin, end) = (format!("<!-- {name}: begin -->\n"), format!("<!-- {name}: end -->"));
-    let from = text.find(&begin).unwrap_or_else(|| panic!("no {begin:?} in ARCHITECTURE.md")) + begin.len();
-    let to = from + text[from..].find(&end).unwrap_or_else(|| panic!("no {end:?} in ARCHITECTURE.md"));
+    let from = text.find(&begin).unwrap_or_else(|| panic!("no {begin:?} in {file}")) + begin.len();
+    let to = from + text[from..].find(&end).unwrap_or_else(|| panic!("no {end:?} in {file}"));
     if text[from..to] == *table {
         return;
     }
@@ -15,17 +15,15 @@ fn check(name: &str, table: &str) {
         std::fs::write(&path, format!("{}{table}{}", &text[..from], &text[to..])).unwrap();
         return;
     }
-    panic!(
-        "the table {name} of ARCHITECTURE.md is not that of the code: FCD_UPDATE_DOCS=1 cargo test --features fakes --test it docs"
-    );
+    panic!("the table {name} in {file} differs from the code: run FCD_UPDATE_DOCS=1 cargo test --features fakes --test it docs");
 }
 
 #[test]
-fn tables_are_those_of_the_code() {
-    // One after the other: both write the same file.
-    check("locks", &format!("{}\n", fcd::locks::rank::markdown_table().trim_end()));
-    check("transitions", &format!("{}\n", fcd::daemon::transitions_table().trim_end()));
-    check("kinds", &kinds());
+fn documented_tables_match_the_code() {
+    // One after the other, because two tables are in the same file.
+    check("ARCHITECTURE.md", "locks", &format!("{}\n", fcd::locks::rank::markdown_table().trim_end()));
+    check("ARCHITECTURE.md", "transitions", &format!("{}\n", fcd::daemon::transitions_table().trim_end()));
+    check("src/docs/exit-statuses.md", "kinds", &kinds());
 }
 
 fn kinds() -> String {

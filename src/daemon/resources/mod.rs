@@ -1,6 +1,12 @@
-//! What a VM has of the host: each kind in a file of its own, listed in [`ALL`]; adding one touches this list and its
-//! file. Every resource has a row in the ledger, durable before it is taken and struck once it is gone, so that a
-//! daemon killed at any instruction leaves nothing that the next one does not find.
+//! What a VM uses on the host: each kind of resource in a file of its own, listed in [`ALL`].
+//!
+//! A resource knows what a boot needs of it, how it is taken, given back and found again, and what
+//! `doctor` checks. A new kind is a new file and a line in [`ALL`].
+//!
+//! The claim of a start writes what the boot is about to take into the ledger, in its own
+//! transaction. The boot takes it in that order and gives it back in the reverse order, and each
+//! row is deleted once its resource is gone. So whenever a daemon is killed, the next one can read
+//! what to look for.
 
 mod directory;
 mod disk;

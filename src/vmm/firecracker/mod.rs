@@ -1,7 +1,68 @@
-//! Firecracker: KVM, a tap, an API on a Unix socket.
+//! Firecracker: KVM, a tap, an API on a Unix socket, under the jailer.
 //!
-//! Each VMM runs in the VM's `run/`, where its API socket is and the pipe that its guest's serial console writes to. Firecracker opens
-//! that pipe for reading, too, and drops what does not fit: a guest is never held up by a log that nobody reads.
+//! # Starting
+//!
+//! The client speaks HTTP over the API socket, one connection per conversation. What may be asked
+//! before the guest starts (`PreBoot`) and after (`Booted`) are two types, so a call in the wrong
+//! phase does not compile. `refusal.rs` turns each known refusal into a kind and a hint.
+//! Firecracker needs a raw disk and a tap, and therefore the bridge.
+//!
+//! Each VMM runs in the VM's `run/`, which holds its API socket and the pipe for the guest's serial
+//! console. Firecracker opens that pipe for reading too and drops what does not fit, so a log that
+//! nobody reads never blocks a guest. A conversation with a running VMM goes through
+//! `/proc/<pid>/cwd`, which works with and without a jail.
+//!
+//! # The jail
+//!
+//! The jail is `jail/<program>/<tag>/root` below the VM's directory. It is made for each start and
+//! contains hard links to what the VMM opens. The VMM runs under the VM's uid and gid and in the
+//! control group `fcd-<install>/<tag>`. Jail and control group are one resource in the ledger, and
+//! fcd removes both. If a controller is missing, the start fails, unless `limits = "best-effort"`.
+//!
+//! The jail has no network namespace of its own. Firecracker opens its tap by name, so the tap
+//! would have to be in that namespace and could not be on the bridge. It has a PID namespace of its
+//! own, in which the VMM is the first process. The daemon makes it with a thread that only starts
+//! the jailer (`host/process.rs`): with the jailer's `--new-pid-ns` the VMM would not be the
+//! daemon's child, and nobody could read its exit status. The first process of a PID namespace
+//! ignores every signal that it does not handle, except SIGKILL.
+//!
+//! # Limits
+//!
+//! Rates are token buckets per drive and interface, of one second's worth and at least 2 MiB. A
+//! guest that takes over its VMM escapes them, so the control group limits the disks too
+//! (`io.max`), at twice the rate: one thread serves all devices of a VMM, and the kernel would stop
+//! them all. The jailer accepts no value with a `=`, so fcd writes `io.max` itself, after the guest
+//! has started.
+//!
+//! # Memory
+//!
+//! Every VM whose image has the driver (`guest_version` 2) has a balloon. The guest reports freed
+//! pages, and the VMM returns them to the host. Firecracker's metrics are differences since the
+//! last report, so they cannot feed `vm stats`, whose counters survive a restart of the daemon.
+//! They go into a pipe that is read when somebody asks.
+//!
+//! A snapshot of a booted guest is a `Diff`, which contains the pages that the guest has touched.
+//! It is `Full` if some of its memory is in swap, which a `Diff` would miss, and for a restored
+//! guest, whose other pages are in another file.
+//!
+//! # vsock
+//!
+//! Every VM has a vsock. Its socket is in the VMM's working directory. `vm.connect` passes the
+//! connected descriptor to the caller, so no thread of the daemon copies data. Firecracker before
+//! 1.17 holds back data to the guest after a resume until the guest's driver has noticed that its
+//! old streams ended, which only a save tells it. A resume therefore begins a save that has no
+//! place for its files, and a guest that is already running is not told to resume.
+//!
+//! # Stopping
+//!
+//! A guest that has not synced after half of the grace, or cannot be reached over SSH, gets
+//! Ctrl-Alt-Del if its init understands it (`guest_version` 3). Older kernels would reset.
+//!
+//! # Tests
+//!
+//! `it` `firecracker::` runs against `tests/fake/firecracker.rs`, which answers, refuses, hangs and
+//! dies as a recorded one does. With `FCD_FIRECRACKER`, `e2e` `firecracker::` runs the state
+//! machine of a real one on this host's `/dev/kvm`, and real guests by nested KVM in a test host.
 
 pub(in crate::vmm) mod api;
 mod attend;

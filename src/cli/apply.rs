@@ -1,9 +1,10 @@
-//! `workspace apply`: the changes of a guest go into the caller's tree, byte for byte, all of them or none.
+//! `workspace apply`: applies the guest's changes to the caller's tree, byte for byte. Either all
+//! of them are applied or none.
 
 use super::context::Context;
 use super::output::count;
 use super::signals::Interrupts;
-use super::workspace::{Bound, ExportTo, Transfer, tell_left};
+use super::workspace::{Bound, ExportTo, Transfer, report_left_behind};
 use crate::client::Result;
 use crate::error::{Error, Kind};
 use crate::host::shell::quote;
@@ -75,14 +76,14 @@ pub fn run(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8>
         if checked.changes.is_empty() {
             ctx.note(&format!("nothing has changed in {vm}"));
         }
-        tell_left(ctx, vm, &left);
+        report_left_behind(ctx, vm, &left);
     }
     let changes = if args.dry_run { checked.changes } else { checked.apply_all()? };
-    tell(ctx, top, &changes, left, !args.dry_run)?;
+    report(ctx, top, &changes, left, !args.dry_run)?;
     Ok(0)
 }
 
-/// Exports into the file `spool`. What could not come.
+/// Exports the VM's changes into the file `spool` and returns what could not be exported.
 fn fetch(ctx: &mut Context, interrupts: &Interrupts, vm: &str, spool: &Path, args: &Args) -> Result<LeftBehind> {
     let mut client = ctx.connect()?;
     let to = ExportTo::Patch(spool.to_owned());
@@ -90,7 +91,7 @@ fn fetch(ctx: &mut Context, interrupts: &Interrupts, vm: &str, spool: &Path, arg
     Ok(fetched.left_behind)
 }
 
-fn tell(ctx: &mut Context, directory: PathBuf, changes: &[Change], left_behind: LeftBehind, applied: bool) -> Result<()> {
+fn report(ctx: &mut Context, directory: PathBuf, changes: &[Change], left_behind: LeftBehind, applied: bool) -> Result<()> {
     if ctx.json {
         let files = changes.iter().map(|c| ChangedFile { path: encode(&c.path), lines_added: c.added, lines_removed: c.removed });
         return ctx.document(&Document { applied, directory, files: files.collect(), left_behind });
@@ -113,7 +114,8 @@ fn tell(ctx: &mut Context, directory: PathBuf, changes: &[Change], left_behind: 
     Ok(())
 }
 
-/// The command, for the current directory, that applies a patch file to the tree `top`.
+/// Returns the command that applies a patch file to the tree `top` when it is run in the current
+/// directory.
 pub fn command_for(top: &Path, patch: &Path, cancel: &Cancel) -> String {
     let by_hand =
         std::env::current_dir().ok().and_then(|cwd| apply::by_hand(top, &cwd, patch, &CallerEnv::from_process(), cancel));

@@ -28,7 +28,7 @@ fn apply(fake: &Fake, dir: &Path, more: &[&str]) -> Ran {
 }
 
 #[test]
-fn apply_changes_the_tree_and_names_the_files() {
+fn apply_changes_tree_and_lists_files() {
     let (fake, dir) = (daemon(PATCH), tree("one\n"));
     let ran = apply(&fake, dir.path(), &["web", "--dry-run"]);
     let place = fs::canonicalize(dir.path()).unwrap();
@@ -47,7 +47,7 @@ fn apply_changes_the_tree_and_names_the_files() {
 }
 
 #[test]
-fn apply_refuses_the_whole_patch_where_a_file_differs_here() {
+fn apply_with_conflict_changes_nothing() {
     let (fake, dir) = (daemon(PATCH), tree("changed here\n"));
     for more in [&["web"][..], &["web", "--dry-run"][..]] {
         let ran = apply(&fake, dir.path(), more);
@@ -68,7 +68,7 @@ fn apply_prints_one_document_with_json() {
 }
 
 #[test]
-fn apply_takes_a_patch_file_and_asks_nobody() {
+fn apply_patch_file_needs_no_daemon() {
     let (fake, dir) = (Fake::start(|_| unreachable!()), tree("one\n"));
     let file = fake.dir().join("p.patch");
     fs::write(&file, PATCH).unwrap();

@@ -1,4 +1,4 @@
-//! `vm connect`: this process's stdin and stdout, and a stream to a port in the guest.
+//! `vm connect`: relays this process's stdin and stdout to a port in the guest.
 
 use super::context::Context;
 use super::relay::write_patiently;
@@ -20,15 +20,16 @@ pub struct Args {
     port: u32,
 }
 
-/// Until the guest's side has ended. The end of stdin is not passed on: Firecracker takes the end of either direction for that of both, and
-/// what the guest still had to say would be lost (v1.16, src/vmm/src/devices/virtio/vsock/csm/connection.rs).
+/// Relays until the guest closes its side. The end of stdin is not forwarded: Firecracker treats a
+/// half-closed connection as closed, so whatever the guest has not sent yet would be lost (v1.16,
+/// src/vmm/src/devices/virtio/vsock/csm/connection.rs).
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let request = VmConnectRequest { vm: args.vm, port: args.port };
     let (_, socket) = ctx.connect()?.call_for_fd::<VmConnect>(&request)?;
     let socket = UnixStream::from(socket);
     let dup = |file: &File| file.try_clone().map_err(|e| Error::io("duplicate a stream", e));
     let (stdin, to) = (dup(&ctx.stdio.stdin)?, socket.try_clone().map_err(|e| Error::io("duplicate a stream", e))?);
-    // Nobody waits for it: what has not been read of stdin when the guest's side has ended goes nowhere.
+    // Never joined: input that is still unread when the guest closes its side is dropped.
     thread::spawn("stdin", move || send(stdin, &to))?;
     receive(socket, dup(&ctx.stdio.stdout)?)?;
     Ok(0)
@@ -51,7 +52,7 @@ fn receive(mut from: UnixStream, mut to: File) -> Result<()> {
         match from.read(&mut piece) {
             Ok(0) => return Ok(()),
             Ok(n) => match write_patiently(&mut to, &piece[..n]) {
-                // Nobody reads any more: nothing to complain about.
+                // The reader of stdout has exited. That is not an error.
                 Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
                 other => other.map_err(|e| Error::io("write to stdout", e))?,
             },
@@ -72,7 +73,7 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
-    /// Its guest says so many bytes backwards, and hangs up.
+    /// A daemon whose guest reads `len` bytes, sends them back in reverse order and hangs up.
     fn backwards(len: usize) -> Fake {
         Fake::start(move |r| {
             let (ours, mut guests) = UnixStream::pair().unwrap();
@@ -85,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_go_both_ways_until_the_guest_hangs_up() {
+    fn connect_relays_both_ways_until_guest_hangs_up() {
         let fake = backwards(1 << 20);
         let sent: Vec<u8> = (0..1 << 20).map(|i: u32| (i % 251) as u8).collect();
         let ran = fcctl_from(&fake, Start { stdin: file_with(&sent), ..Start::default() }, &["vm", "connect", "web", "5000"]);
@@ -95,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_refused_says_why() {
+    fn connect_refusal_shows_cause() {
         let refuses = Fake::start(|r| r.fault(Error::new(Kind::GuestUnavailable, "connect to vm web: nothing").hint("start it")));
         check(
             &refuses,
@@ -107,7 +108,7 @@ mod tests {
                 status 1
             "#]],
         );
-        // An answer without a stream is no stream.
+        // The reply must carry a descriptor.
         check(
             &two_vms(),
             &["vm", "connect", "web", "1"],

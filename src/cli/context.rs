@@ -1,4 +1,5 @@
-//! What every command has: the socket, the streams, how to print, and how failures are told.
+//! What every command needs: the socket, the streams, and the ways to print results and report
+//! failures.
 
 use super::output::{Out, harmless_line};
 use super::progress::Progress;
@@ -12,7 +13,7 @@ use std::fs::File;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
-/// The caller's three streams; files of our own on the same descriptions.
+/// The caller's three streams, as duplicates that share their open file descriptions.
 pub struct Stdio {
     pub stdin: File,
     pub stdout: File,
@@ -20,7 +21,7 @@ pub struct Stdio {
 }
 
 impl Stdio {
-    /// Of this process.
+    /// Duplicates the streams of this process.
     pub fn of_process() -> std::io::Result<Self> {
         use std::os::fd::AsFd;
         Ok(Self {
@@ -53,7 +54,7 @@ impl Context {
         Ok(Self { socket: PathBuf::new(), json: false, stdio, out, err, signals, env, now_s, warned: false })
     }
 
-    /// Connects; a difference of versions is told once.
+    /// Connects. A version difference between fcctl and fcd is reported only the first time.
     pub fn connect(&mut self) -> Result<Client> {
         let client = Client::connect(&self.socket)?;
         if let Some(warning) = client.warning()
@@ -64,7 +65,8 @@ impl Context {
         Ok(client)
     }
 
-    /// An operation with its progress on stderr. `doing` leads the lines: `start web`.
+    /// Runs an operation and shows its progress on stderr. `doing` is the prefix of each line, such
+    /// as `start web`.
     pub fn operate<C: Call>(&mut self, client: &mut Client, doing: &str, request: &C::Request) -> Result<C::Reply> {
         let mut progress = self.progress(doing);
         client.call_more::<C>(request, &[], &mut |note| {
@@ -82,12 +84,12 @@ impl Context {
         Progress::new(doing, &self.stdio.stderr)
     }
 
-    /// One line of result.
+    /// Prints one line to stdout.
     pub fn line(&mut self, text: &str) -> Result<()> {
         self.text(&format!("{text}\n"))
     }
 
-    /// Results as they are.
+    /// Prints `text` to stdout as it is.
     pub fn text(&mut self, text: &str) -> Result<()> {
         self.bytes(text.as_bytes())
     }
@@ -96,26 +98,26 @@ impl Context {
         self.out.bytes(bytes).map_err(|e| Error::io("write to stdout", e).into())
     }
 
-    /// The one document of a command.
+    /// Prints the single JSON document of a command.
     pub fn document(&mut self, value: &impl Serialize) -> Result<()> {
         let text = serde_json::to_string_pretty(value).map_err(|e| Error::internal("write JSON").with_source(e))?;
         self.line(&text)
     }
 
-    /// Nobody reads the results any more.
+    /// True once the reader of stdout has exited.
     pub fn is_unread(&self) -> bool {
         self.out.is_broken()
     }
 
-    /// A remark for people, on stderr. Nothing with `--json`.
+    /// Prints a remark on stderr, except with `--json`.
     pub fn note(&mut self, text: &str) {
         if !self.json {
-            // Where stderr is gone there is nobody to tell.
+            // If stderr cannot be written either, there is nowhere left to report it.
             let _ = self.err.line(&format!("fcctl: {}", harmless_line(text)));
         }
     }
 
-    /// Tells a failure, as JSON where that was asked for.
+    /// Reports a failure on stderr, with `--json` as a JSON object.
     pub fn fail(&mut self, failure: &Failure, status: u8) {
         let fault = &failure.fault;
         if self.json {
@@ -130,13 +132,14 @@ impl Context {
         }
     }
 
-    /// What the parser of the command line says, as it says it.
+    /// Prints clap's own message about a command line that it rejected.
     pub fn usage(&mut self, text: &str) {
         let _ = self.err.bytes(text.replacen("error: ", "fcctl: ", 1).as_bytes());
     }
 
-    /// Does the same for each of `targets`, past failures. The status is that of the first failure, else 0.
-    /// With `--json`: what `each` gives, as an object for one target and as an array for several.
+    /// Runs `each` for every target, and continues after failures. The status is that of the first
+    /// failure, or 0. With `--json` it prints the results of `each`: one object for one target, an
+    /// array for several.
     pub fn for_each<T: Serialize>(
         &mut self,
         targets: &[String],
@@ -152,7 +155,7 @@ impl Context {
                     self.fail(&failure, this);
                     status = if status == 0 { this } else { status };
                     if failure.unreachable {
-                        // The daemon went in the middle; for the next one, see whether it is back.
+                        // The daemon went away. It may be back for the next target.
                         client = match self.connect() {
                             Ok(client) => client,
                             Err(_) => break,
@@ -177,7 +180,7 @@ impl Context {
     pub fn stdout_is_terminal(&self) -> bool {
         self.stdio.stdout.is_terminal()
     }
-    /// Whether results may have colour.
+    /// True if results may be coloured.
     pub fn may_colour(&self) -> bool {
         self.stdout_is_terminal()
             && (self.env)("NO_COLOR").is_none_or(|v| v.is_empty())
@@ -185,14 +188,16 @@ impl Context {
     }
 }
 
-/// The socket where none was named: root's, the user's own, or root's where the user has none and may use that.
+/// Picks the socket if none was named. Root uses the system's. A user's own daemon comes first;
+/// without one, the user gets the system's socket if it is accessible.
 pub fn default_socket(uid: u32, env: &dyn Fn(&str) -> Option<String>, usable: &dyn Fn(&Path) -> bool) -> PathBuf {
     let own = crate::config::Places::for_user(uid, env).socket;
     let system = crate::config::Places::for_user(0, env).socket;
     if uid != 0 && !usable(&own) && usable(&system) { system } else { own }
 }
 
-/// Whether a socket is there and this user may connect to it (unix(7): that takes write permission).
+/// True if the socket exists and this user may connect to it, which takes write permission
+/// (unix(7)).
 pub fn is_usable(socket: &Path) -> bool {
     rustix::fs::access(socket, rustix::fs::Access::WRITE_OK).is_ok()
 }
@@ -202,7 +207,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_user_falls_back_to_the_systems_socket() {
+    fn default_socket_without_own_daemon_is_the_systems() {
         let env = |name: &str| (name == "XDG_RUNTIME_DIR").then(|| "/run/user/1000".to_owned());
         let pick = |uid, there: &[&str]| {
             let there: Vec<String> = there.iter().map(|s| (*s).to_owned()).collect();

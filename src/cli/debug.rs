@@ -1,4 +1,4 @@
-//! `debug`: what the daemon is at inside.
+//! `debug`: the daemon's internal state.
 
 use super::context::Context;
 use super::output;
@@ -27,7 +27,7 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     }
 }
 
-/// What this program was built with: no daemon is asked.
+/// Prints the order compiled into this program, without asking a daemon.
 fn lock_order(ctx: &mut Context) -> Result<u8> {
     let order = rank::order();
     if ctx.json {

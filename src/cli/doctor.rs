@@ -1,4 +1,5 @@
-//! `doctor`: what is needed, found, picked, and how to mend it. Works without a daemon.
+//! `doctor`: checks what fcd needs on this host, what it found and picked, and how to fix the rest.
+//! Works without a daemon.
 
 use super::context::Context;
 use super::output::{count, harmless_line};
@@ -11,9 +12,9 @@ use crate::locks::Cancel;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// The daemon probes KVM and runs a few programs.
+/// The daemon probes KVM and runs a few programs, which takes a while on a busy host.
 const DEADLINE: Duration = Duration::from_secs(60);
-/// What `fcd` may need of our environment to find its own places.
+/// The variables by which `fcd` finds its directories.
 const PASSED: [&str; 8] =
     ["HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR", "FCD_CONFIG", "FCD_STATE_DIR", "FCD_SOCKET", "PATH"];
 
@@ -54,7 +55,8 @@ pub fn run(ctx: &mut Context, args: &Args) -> Result<u8> {
             }
         }
     }
-    // fcd has a look for a daemon of its own; ours, the first, was for the socket that was asked for.
+    // fcd's own checks include one for a daemon. Ours, the first, is about the socket that was
+    // asked for.
     let mut is_first = true;
     checks.retain(|c| c.id != "daemon" || std::mem::replace(&mut is_first, false));
     checks.extend(own_checks(ctx));
@@ -69,7 +71,8 @@ fn parse(json: &[u8]) -> Result<<Doctor as crate::api::Call>::Reply> {
     serde_json::from_slice(json).map_err(|e| Error::new(Kind::VersionMismatch, "read the daemon's checks").with_source(e).into())
 }
 
-/// A daemon that is not there can be started, so that alone is no failure; one that may not be used is.
+/// A missing daemon is only a warning, because it can be started. A daemon that refuses the caller
+/// is a failure.
 fn no_daemon(failure: &Failure) -> Check {
     let is_absent = failure.kind() == crate::client::ABSENT;
     Check {
@@ -80,10 +83,10 @@ fn no_daemon(failure: &Failure) -> Check {
     }
 }
 
-/// `fcd doctor --json`, of the fcd beside this program, else of the one on the search path.
+/// Runs `fcd doctor --json`. Prefers the fcd next to this program to the one in PATH.
 fn without_daemon(ctx: &Context) -> crate::error::Result<Vec<Check>> {
-    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("fcd")));
-    let program = beside.filter(|p| p.is_file()).unwrap_or_else(|| PathBuf::from("fcd"));
+    let neighbour = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("fcd")));
+    let program = neighbour.filter(|p| p.is_file()).unwrap_or_else(|| PathBuf::from("fcd"));
     checks_of(&program, ctx)
 }
 
@@ -100,16 +103,17 @@ fn checks_of(program: &Path, ctx: &Context) -> crate::error::Result<Vec<Check>> 
             .hint("install it: cargo install --locked --path ., or scripts/quickstart"),
         _ => e,
     })?;
-    // Its status says what the checks say; without checks it is what went wrong.
+    // The exit status repeats what the checks say. If no checks can be read, stderr says what went
+    // wrong.
     serde_json::from_slice::<DoctorReply>(&out.stdout).map(|r| r.checks).map_err(|e| {
-        let said = String::from_utf8_lossy(&out.stderr);
-        let said = said.lines().last().unwrap_or_default();
-        Error::new(Kind::CommandFailed, format!("{} doctor --json ended with status {}: {said}", program.display(), out.status))
+        let stderr = String::from_utf8_lossy(&out.stderr);
+        let reason = stderr.lines().last().unwrap_or_default();
+        Error::new(Kind::CommandFailed, format!("{} doctor --json ended with status {}: {reason}", program.display(), out.status))
             .with_source(e)
     })
 }
 
-/// What only this side can see.
+/// Checks that only the client can do.
 fn own_checks(ctx: &Context) -> Vec<Check> {
     let mut checks = vec![];
     for (program, why, fix) in
@@ -173,7 +177,7 @@ mod tests {
     use expect_test::expect;
 
     #[test]
-    fn lines_with_their_fix() {
+    fn report_line_shows_fix() {
         let check = |id: &str, severity, fix: Option<&str>| Check {
             id: id.to_owned(),
             severity,

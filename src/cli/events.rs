@@ -1,4 +1,4 @@
-//! `events`: what happens to VMs and operations, as it happens.
+//! `events`: prints changes of VMs and operations as they happen.
 
 use super::context::Context;
 use super::logs::{is_unread, unread};
@@ -22,14 +22,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long the thread that watches stdout waits at a time. It is woken by whatever it waits for.
-const LOOK: Duration = Duration::from_secs(3600);
+/// How long the thread that watches stdout waits in one call. Every event it waits for wakes it, so
+/// this only bounds the call.
+const POLL_TIMEOUT: Duration = Duration::from_secs(3600);
 
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
-Without --since, the VMs as they are come first. With --json, every line is one document with its `event` and the number\n\
-`seq` of the change that it belongs to; `set` has the members of a VM that changed. The lines of one change are written\n\
-together, so --since can be the `seq` of the last line that was read.")]
+Without --since, the current state of all VMs is printed first. With --json, every line is a\n\
+document with its `event` and the number `seq` of the change that it belongs to; `set` has the\n\
+members of a VM that changed. The lines of one change are written together, so --since can be\n\
+the `seq` of the last line that was read.")]
 pub struct Args {
     /// Continue after the change with this number
     #[arg(long, value_name = "N")]
@@ -38,24 +40,25 @@ pub struct Args {
 
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let mut client = ctx.connect()?;
-    let reader = Reader::watch(ctx, &client)?;
+    let stdout = StdoutWatcher::start(ctx, &client)?;
     let mut screen = Screen { zone: zone(ctx), last: args.since, in_snapshot: false };
     loop {
         let request = EventsWatchRequest { since: screen.last };
-        let ended = client.call_more::<EventsWatch>(&request, &[], &mut |note| {
+        let result = client.call_more::<EventsWatch>(&request, &[], &mut |note| {
             screen.show(ctx, note)?;
             if ctx.is_unread() { Err(unread()) } else { Ok(()) }
         });
-        match ended {
-            // It read too slowly, or we did: what was dropped may be kept still.
+        match result {
+            // Either side was too slow and notes were dropped. The daemon may still have them, so
+            // resume from there.
             Ok(reply) => screen.last = Some(reply.resume_seq),
-            Err(e) if is_unread(&e) || reader.has_gone() => return Ok(0),
-            Err(e) => return Err(screen.how_to_go_on(e)),
+            Err(e) if is_unread(&e) || stdout.reader_exited() => return Ok(0),
+            Err(e) => return Err(screen.with_resume_hint(e)),
         }
     }
 }
 
-/// As the caller's clock shows it.
+/// The time zone of the caller.
 fn zone(ctx: &Context) -> TimeZone {
     match (ctx.env)("TZ").as_deref() {
         Some("UTC") => TimeZone::UTC,
@@ -65,9 +68,9 @@ fn zone(ctx: &Context) -> TimeZone {
 
 struct Screen {
     zone: TimeZone,
-    /// All up to it was shown.
+    /// The sequence number of the last change that was printed.
     last: Option<u64>,
-    /// Another note goes on with the snapshot.
+    /// The next note continues the snapshot.
     in_snapshot: bool,
 }
 
@@ -77,15 +80,16 @@ impl Screen {
             Note::Snapshot(snapshot) => {
                 self.snapshot(ctx, &snapshot)?;
                 self.in_snapshot = snapshot.more;
-                // Half of one is none.
+                // A partial snapshot must not count: after a reconnect, it starts again.
                 self.last = if snapshot.more { self.last } else { Some(snapshot.seq) };
             }
-            Note::Events(told) => {
-                let known = told.events.iter().filter(|e| e.what != What::Unknown);
-                // In one write: a change is read as a whole or not at all.
+            Note::Events(batch) => {
+                let known = batch.events.iter().filter(|e| e.what != What::Unknown);
+                // All events of a change go out in one write, so that a reader gets a change whole
+                // or not at all.
                 let text: Result<String> = known.map(|e| if ctx.json { json(e, None) } else { Ok(self.line(e)) }).collect();
                 ctx.text(&text?)?;
-                self.last = Some(told.seq);
+                self.last = Some(batch.seq);
             }
             Note::Lagged(lagged) if ctx.json => ctx.text(&json(&lagged, Some("lagged"))?)?,
             Note::Lagged(lagged) => {
@@ -115,7 +119,7 @@ impl Screen {
         ctx.text(&snapshot.vms.iter().map(line).collect::<String>())
     }
 
-    /// None or one line.
+    /// Returns one line, or nothing for an event that this version does not know.
     fn line(&self, event: &Event) -> String {
         let text = match &event.what {
             What::Created { .. } => "created".to_owned(),
@@ -141,8 +145,8 @@ impl Screen {
         format!("{time}  {name}  {}\n", harmless_line(text))
     }
 
-    /// A daemon that comes back goes on where this one ended.
-    fn how_to_go_on(&self, failure: Failure) -> Failure {
+    /// Sequence numbers survive a restart of the daemon, so tell the user how to continue.
+    fn with_resume_hint(&self, failure: Failure) -> Failure {
         match self.last {
             Some(last) if failure.unreachable || failure.is(Kind::ShuttingDown) => {
                 failure.hint(format!("once fcd runs again: fcctl events --since {last}"))
@@ -152,12 +156,12 @@ impl Screen {
     }
 }
 
-/// What of a change people care for: process ids and addresses come and go.
+/// Describes the members that people care about. Process IDs and addresses are left out.
 fn changed(set: &Members) -> String {
     fn member<T: DeserializeOwned>(set: &Members, name: &str) -> Option<T> {
         set.get(name).and_then(|value| T::deserialize(value).ok())
     }
-    // A rate that is null is one that was lifted.
+    // A rate of null means that the limit was removed.
     let rate = |name| member::<Option<u64>>(set, name).map(Option::unwrap_or_default);
     let now = settings(&Pending {
         vcpus: member(set, "vcpus"),
@@ -184,7 +188,8 @@ fn changed(set: &Members) -> String {
     words.collect::<Vec<_>>().join(", ")
 }
 
-/// One line; `event` says what it is, where it does not say so itself.
+/// Formats one line of JSON. `event` is added as the event's name if the value does not contain
+/// one.
 fn json(value: &impl serde::Serialize, event: Option<&str>) -> Result<String> {
     let written = |e| Failure::from(Error::internal("write JSON").with_source(e));
     let Some(event) = event else { return serde_json::to_string(value).map(|text| text + "\n").map_err(written) };
@@ -195,42 +200,43 @@ fn json(value: &impl serde::Serialize, event: Option<&str>) -> Result<String> {
     serde_json::to_string(&members).map(|text| text + "\n").map_err(written)
 }
 
-/// Sees that nobody reads any more, also while nothing happens, and then hangs up.
-struct Reader {
-    has_gone: Arc<AtomicBool>,
+/// Watches whether the reader of stdout exits, even while no event arrives, and then hangs up.
+struct StdoutWatcher {
+    reader_exited: Arc<AtomicBool>,
     stop: Cancel,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Reader {
-    fn watch(ctx: &Context, client: &Client) -> Result<Self> {
+impl StdoutWatcher {
+    fn start(ctx: &Context, client: &Client) -> Result<Self> {
         let stop = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let stdout = ctx.stdio.stdout.try_clone().map_err(|e| Error::io("duplicate stdout", e))?;
-        let (hangup, has_gone): (Hangup, _) = (client.hangup()?, Arc::new(AtomicBool::new(false)));
-        let (told, stopped) = (has_gone.clone(), stop.clone());
+        let (hangup, reader_exited): (Hangup, _) = (client.hangup()?, Arc::new(AtomicBool::new(false)));
+        let (flag, stopped) = (reader_exited.clone(), stop.clone());
         let body = move || {
-            // Nothing is asked for: only an error or a hang-up ends it (poll(2): a pipe without a reader).
-            let look = || wait_any(&[(stdout.as_fd(), PollFlags::empty())], Instant::now() + LOOK, &stopped);
-            while let Ok(woken) = look() {
+            // No events are requested, so poll returns only for an error or a hang-up (poll(2): a
+            // pipe without a reader).
+            let poll = || wait_any(&[(stdout.as_fd(), PollFlags::empty())], Instant::now() + POLL_TIMEOUT, &stopped);
+            while let Ok(woken) = poll() {
                 match woken {
                     Woken::Deadline => {}
                     Woken::Cancelled => return,
                     Woken::Ready => {
-                        told.store(true, Ordering::Relaxed);
+                        flag.store(true, Ordering::Relaxed);
                         return hangup.hang_up();
                     }
                 }
             }
         };
-        Ok(Self { has_gone, stop, thread: Some(crate::host::thread::spawn("stdout", body)?) })
+        Ok(Self { reader_exited, stop, thread: Some(crate::host::thread::spawn("stdout", body)?) })
     }
 
-    fn has_gone(&self) -> bool {
-        self.has_gone.load(Ordering::Relaxed)
+    fn reader_exited(&self) -> bool {
+        self.reader_exited.load(Ordering::Relaxed)
     }
 }
 
-impl Drop for Reader {
+impl Drop for StdoutWatcher {
     fn drop(&mut self) {
         self.stop.cancel("the command ends");
         let _ = self.thread.take().map(JoinHandle::join);

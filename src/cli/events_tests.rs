@@ -29,29 +29,29 @@ fn set(members: &serde_json::Value) -> Members {
     members.as_object().unwrap().clone()
 }
 
-fn told(seq: u64, whats: Vec<What>) -> Note {
+fn events_note(seq: u64, whats: Vec<What>) -> Note {
     Note::Events(Events { seq, events: whats.into_iter().map(|what| event(seq, "web", what)).collect() })
 }
 
-fn ended(state: OpState, error: Option<Error>) -> What {
+fn op_ended(state: OpState, error: Option<Error>) -> What {
     OpEnded { op: op(), method: "vm.start".into(), state, error: error.map(Fault::from) }
 }
 
-/// One of everything, and then the daemon goes.
+/// Sends one event of each kind, and then the daemon shuts down.
 fn one_of_everything(mut r: Request) {
     assert!(r.method == "events.watch" && r.more);
     let part = |more, vms| Note::Snapshot(Snapshot { seq: 7, at: NOW_S, resync: false, more, vms });
     r.note(part(true, vec![vm("web", VmState::Running)]));
     r.note(part(false, vec![Vm { reason: Some("the vmm died".into()), ..vm("db", VmState::Failed) }]));
-    r.note(told(8, vec![Created { set: set(&json!({"state": "created"})) }]));
-    r.note(told(9, vec![state(VmState::Created, VmState::Starting, None)]));
-    // What people do not care for is no line of theirs.
-    r.note(told(10, vec![Changed { set: set(&json!({"pid": 7})) }]));
-    r.note(told(11, vec![state(VmState::Starting, VmState::Running, None), ended(OpState::Ok, None)]));
-    r.note(told(12, vec![state(VmState::Running, VmState::Failed, Some("the vmm died: \u{1b}[2J"))]));
+    r.note(events_note(8, vec![Created { set: set(&json!({"state": "created"})) }]));
+    r.note(events_note(9, vec![state(VmState::Created, VmState::Starting, None)]));
+    // Prints nothing: people do not care about process IDs.
+    r.note(events_note(10, vec![Changed { set: set(&json!({"pid": 7})) }]));
+    r.note(events_note(11, vec![state(VmState::Starting, VmState::Running, None), op_ended(OpState::Ok, None)]));
+    r.note(events_note(12, vec![state(VmState::Running, VmState::Failed, Some("the vmm died: \u{1b}[2J"))]));
     let pending = json!({"vcpus": 2, "mem_mib": 2048, "disk_bytes": null});
-    r.note(told(13, vec![Changed { set: set(&json!({"pending": pending})) }]));
-    r.note(told(14, vec![Changed { set: set(&json!({"pending": null, "vcpus": 2, "mem_mib": 2048, "rm": true})) }]));
+    r.note(events_note(13, vec![Changed { set: set(&json!({"pending": pending})) }]));
+    r.note(events_note(14, vec![Changed { set: set(&json!({"pending": null, "vcpus": 2, "mem_mib": 2048, "rm": true})) }]));
     let workspace = WorkspaceInfo {
         guest_path: "/root/web".into(),
         workdir: "/root/web".into(),
@@ -61,18 +61,21 @@ fn one_of_everything(mut r: Request) {
         bytes: 0,
         prepared_at: NOW_S,
     };
-    r.note(told(15, vec![Changed { set: set(&json!({"workspace": workspace})) }]));
-    r.note(told(16, vec![Changed { set: set(&json!({"workspace": null})) }]));
-    r.note(told(17, vec![Deleted { op: Some(op()) }, ended(OpState::Failed, Some(Error::new(Kind::BootTimeout, "late")))]));
-    let image = Event { vm: None, name: None, ..event(18, "web", ended(OpState::Cancelled, None)) };
+    r.note(events_note(15, vec![Changed { set: set(&json!({"workspace": workspace})) }]));
+    r.note(events_note(16, vec![Changed { set: set(&json!({"workspace": null})) }]));
+    r.note(events_note(
+        17,
+        vec![Deleted { op: Some(op()) }, op_ended(OpState::Failed, Some(Error::new(Kind::BootTimeout, "late")))],
+    ));
+    let image = Event { vm: None, name: None, ..event(18, "web", op_ended(OpState::Cancelled, None)) };
     r.note(Note::Events(Events { seq: 18, events: vec![image] }));
-    // From a newer daemon.
+    // An event from a newer daemon.
     r.raw(r#"{"jsonrpc":"2.0","method":"events","params":{"seq":19,"events":[{"seq":19,"at":1,"vm":null,"name":null,"owner_uid":0,"event":"disk.full","free":1}]}}"#);
     r.fault(Error::new(Kind::ShuttingDown, "the daemon is shutting down"));
 }
 
 #[test]
-fn a_line_for_each_event() {
+fn events_print_one_line_each() {
     check(
         &Fake::start(one_of_everything),
         &["events"],
@@ -100,7 +103,7 @@ fn a_line_for_each_event() {
 }
 
 #[test]
-fn json_is_one_document_a_line() {
+fn events_json_prints_one_document_per_line() {
     let ran = fcctl(&Fake::start(one_of_everything), &["events", "--json"]);
     let lines: Vec<serde_json::Value> =
         ran.out.split_inclusive(|b| *b == b'\n').map(|l| serde_json::from_slice(l).unwrap()).collect();
@@ -133,11 +136,11 @@ fn json_is_one_document_a_line() {
 }
 
 #[test]
-fn a_lag_is_made_up_for() {
+fn events_after_lag_resume_without_gap() {
     let lagging = || {
         Fake::start(|mut r: Request| match r.params["since"].as_u64() {
             Some(5) => {
-                r.note(told(6, vec![Created { set: Members::new() }]));
+                r.note(events_note(6, vec![Created { set: Members::new() }]));
                 r.note(Note::Lagged(Lagged { dropped: 9, resume_seq: 6 }));
                 r.result(json!({"resume_seq": 6}));
             }
@@ -171,10 +174,10 @@ fn a_lag_is_made_up_for() {
 }
 
 #[test]
-fn a_reader_that_goes_ends_it_quietly_also_while_nothing_happens() {
+fn events_reader_exits_while_idle_ends_quietly() {
     let fake = Fake::start(|mut r: Request| {
-        r.note(told(6, vec![Created { set: Members::new() }]));
-        // Nothing more ever comes.
+        r.note(events_note(6, vec![Created { set: Members::new() }]));
+        // No further event arrives.
         r.wait_for_hangup();
     });
     let (mut reader, writer) = std::io::pipe().unwrap();
@@ -190,11 +193,11 @@ fn a_reader_that_goes_ends_it_quietly_also_while_nothing_happens() {
 }
 
 #[test]
-fn a_full_disk_behind_it_is_a_failure() {
+fn events_full_disk_fails() {
     let start = Start { stdout: File::options().write(true).open("/dev/full").unwrap(), ..Start::default() };
     let ran = fcctl_from(&Fake::start(one_of_everything), start, &["events"]);
     assert_eq!(ran.status, 1, "{}", ran.err);
-    // A file is no pipe: nobody can go from it.
+    // A regular file has no reader that could exit.
     let mut file = file_with(b"");
     let start = Start { stdout: file.try_clone().unwrap(), ..Start::default() };
     assert_eq!(fcctl_from(&Fake::start(one_of_everything), start, &["events"]).status, 4);

@@ -1,4 +1,4 @@
-//! `exec`: a command in a guest, its streams, its signals, its status.
+//! `exec`: runs a command in a guest and relays its streams, signals and exit status.
 
 use super::context::Context;
 use super::relay::{Drained, Relay, Wanted};
@@ -14,11 +14,12 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 
-/// In `exec` and `run`: every failure of ours.
+/// The exit status of `exec` and `run` for every failure that is not the command's own.
 pub const OUR_FAILURE: u8 = 125;
-/// A longer command goes through a pipe of its own: in JSON it may be six times as long, and a frame takes 1 MiB.
+/// A longer command goes through its own pipe. JSON can escape it to six times its length, and a
+/// frame is limited to 1 MiB.
 const REQUEST_COMMAND_BYTES_MAX: usize = 128 * 1024;
-/// What a shell gives for a program whose reader has gone: 128 + SIGPIPE.
+/// The status that a shell reports for a program whose reader has exited: 128 + SIGPIPE.
 const READER_GONE: u8 = 128 + 13;
 
 #[derive(clap::Args, Debug)]
@@ -32,7 +33,7 @@ pub struct Args {
     argv: Vec<OsString>,
 }
 
-/// How a command runs; of `exec` and `run`.
+/// How to run a command. Shared by `exec` and `run`.
 #[derive(clap::Args, Debug, Default)]
 pub struct How {
     /// Pass stdin to the command
@@ -55,7 +56,7 @@ pub struct How {
     pub no_wait_children: bool,
 }
 
-/// What to run in which VM.
+/// The command to run and how.
 #[derive(Debug)]
 pub struct Spec {
     pub argv: Vec<OsString>,
@@ -67,7 +68,8 @@ pub struct Spec {
 }
 
 impl How {
-    /// A shell on a terminal gets stdin and a pty without being asked; without a terminal it needs `-i`.
+    /// Fills in the defaults. A shell on a terminal gets stdin and a pty without being asked;
+    /// without a terminal it needs `-i`.
     pub fn spec(self, ctx: &Context, argv: Vec<OsString>) -> Result<Spec> {
         let on_terminal = ctx.stdin_is_terminal() && ctx.stdout_is_terminal();
         let is_shell = argv.is_empty();
@@ -75,7 +77,7 @@ impl How {
             let e = Error::invalid("no command was given, and a shell needs a terminal on stdin and stdout");
             return Err(e.hint("give a command (-- CMD), or pass a script on stdin with -i").into());
         }
-        // The value of a variable need not be text.
+        // A variable's value need not be UTF-8.
         let raw = |name: &str| std::env::var_os(name).filter(|value| value.to_str().is_none());
         let own = |name: &str| (ctx.env)(name).map(OsString::from).or_else(|| raw(name));
         let env = values::environment(&self.env_file, &self.env, &own)?;
@@ -85,13 +87,13 @@ impl How {
     }
 }
 
-/// How a command ended, as far as we were there.
+/// How a command ended, as far as this process saw it.
 #[derive(Debug, PartialEq)]
-pub enum Ended {
+pub enum Outcome {
     Exit(Exit),
-    /// A signal ended it before it began, or left it.
+    /// A signal cancelled the command before it began, or detached from it.
     Interrupted,
-    /// The reader of our stdout has gone, and so have we.
+    /// The reader of our stdout has exited, so this process stopped, too.
     ReaderGone,
 }
 
@@ -99,31 +101,33 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let spec = args.how.spec(ctx, args.argv)?;
     let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
     let mut client = ctx.connect()?;
-    let ended = execute(ctx, &interrupts, &mut client, &args.vm, spec)?;
+    let outcome = execute(ctx, &interrupts, &mut client, &args.vm, spec)?;
     if interrupts.detached() {
         ctx.note(&format!("detached from the command; VM {0} keeps running (fcctl exec {0}, fcctl stop {0})", args.vm));
-    } else if ended == Ended::Interrupted {
+    } else if outcome == Outcome::Interrupted {
         ctx.note("interrupted");
     }
-    Ok(status_of(&ended, &interrupts))
+    Ok(status_of(&outcome, &interrupts))
 }
 
-/// The exit status for `ended`.
-pub fn status_of(ended: &Ended, interrupts: &Interrupts) -> u8 {
-    match ended {
-        Ended::Exit(exit) => exit.shell_status(),
-        Ended::Interrupted => interrupts.status().unwrap_or(OUR_FAILURE),
-        Ended::ReaderGone => READER_GONE,
+/// The exit status for `outcome`.
+pub fn status_of(outcome: &Outcome, interrupts: &Interrupts) -> u8 {
+    match outcome {
+        Outcome::Exit(exit) => exit.shell_status(),
+        Outcome::Interrupted => interrupts.status().unwrap_or(OUR_FAILURE),
+        Outcome::ReaderGone => READER_GONE,
     }
 }
 
-/// Runs a command to its end, all its output written. Errors: the daemon's, and streams of the caller's that fail.
-pub fn execute(ctx: &mut Context, interrupts: &Interrupts, client: &mut Client, vm: &str, spec: Spec) -> Result<Ended> {
+/// Runs a command until it has ended and all its output was written. Fails for the daemon's errors
+/// and for streams of the caller that fail.
+pub fn execute(ctx: &mut Context, interrupts: &Interrupts, client: &mut Client, vm: &str, spec: Spec) -> Result<Outcome> {
     let _guard = match interrupts.guard(client) {
         Ok(guard) => guard,
-        Err(_) => return Ok(Ended::Interrupted),
+        Err(_) => return Ok(Outcome::Interrupted),
     };
-    // A pty of ours that nobody types into stays as it is, so that Ctrl-C reaches us and goes on as a signal.
+    // If nobody types into the pty, the caller's terminal stays in cooked mode, so that Ctrl-C
+    // arrives here as a signal and is forwarded.
     let raw = if spec.tty && spec.stdin && ctx.stdin_is_terminal() { Some(RawMode::enter(&ctx.stdio.stdin)?) } else { None };
     if spec.tty && !spec.stdin && ctx.stdin_is_terminal() {
         ctx.note("stdin is not passed to the command; add -i to type into it");
@@ -133,7 +137,7 @@ pub fn execute(ctx: &mut Context, interrupts: &Interrupts, client: &mut Client, 
     let request = request(ctx, vm, spec, &mut relay)?;
     let result = converse(ctx, interrupts, client, request, &mut relay);
     if result.is_err() && interrupts.cause().is_some() {
-        return Ok(Ended::Interrupted);
+        return Ok(Outcome::Interrupted);
     }
     let drained = relay.finish();
     drop(raw);
@@ -164,7 +168,7 @@ struct Text {
     workdir: Option<String>,
 }
 
-/// A command that goes in the request: one that is UTF-8 and not too long.
+/// Returns the command as the request carries it, or None if it is not UTF-8 or is too long.
 fn as_text(spec: &Spec) -> Option<Text> {
     let mut bytes = 0;
     let mut text = |word: &OsString| {
@@ -204,7 +208,7 @@ fn converse(
             let tty = request.pty.as_ref().and_then(|_| ctx.stdio.stdout.try_clone().ok());
             let socket = ctx.socket.clone();
             thread::spawn("controls", move || send_controls(&socket, &session, tty.as_ref(), &controls))?;
-            // The window may have changed since the request.
+            // The window may have been resized since the request was sent.
             interrupts.resized();
         }
         Ok(())
@@ -212,12 +216,12 @@ fn converse(
     Ok(reply.exit)
 }
 
-fn conclude(result: Result<Exit>, drained: Vec<Drained>) -> Result<Ended> {
+fn conclude(result: Result<Exit>, drained: Vec<Drained>) -> Result<Outcome> {
     let mut is_open = false;
     for (stream, drained) in ["stdout", "stderr"].iter().zip(drained) {
         match drained {
             Drained::Failed(e) => return Err(Error::io(format!("write the command's {stream}"), e).into()),
-            Drained::ReaderGone if *stream == "stdout" && result.is_err() => return Ok(Ended::ReaderGone),
+            Drained::ReaderGone if *stream == "stdout" && result.is_err() => return Ok(Outcome::ReaderGone),
             Drained::ReaderGone | Drained::Whole => {}
             Drained::Open => is_open = true,
         }
@@ -227,7 +231,7 @@ fn conclude(result: Result<Exit>, drained: Vec<Drained>) -> Result<Ended> {
         let e = Error::new(Kind::StreamIncomplete, "the command ended, but its output was cut off: some of it may be missing");
         return Err(Failure::from(e).hint("run it again; if it happens again, restart fcd"));
     }
-    Ok(Ended::Exit(exit))
+    Ok(Outcome::Exit(exit))
 }
 
 #[cfg(test)]

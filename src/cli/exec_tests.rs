@@ -12,7 +12,7 @@ use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A guest's side of the streams that came with `exec.start`.
+/// The guest's ends of the streams that came with `exec.start`.
 pub(crate) struct Guest {
     pub(crate) stdin: Option<File>,
     pub(crate) stdout: Option<File>,
@@ -51,13 +51,13 @@ fn bytes(n: usize, seed: u32) -> Vec<u8> {
 }
 
 #[test]
-fn binary_streams_stay_apart_and_whole() {
+fn exec_binary_streams_stay_separate_and_complete() {
     let fake = Fake::start(|mut r| {
         let mut guest = begin(&mut r);
         let mut input = Vec::new();
         guest.stdin.take().unwrap().read_to_end(&mut input).unwrap();
         let (mut out, mut err) = (guest.stdout.take().unwrap(), guest.stderr.take().unwrap());
-        // More than any pipe holds: it takes a relay that reads.
+        // More than any pipe can buffer, so the relay must read.
         out.write_all(&bytes(3_000_000, 1)).unwrap();
         err.write_all(b"to stderr\n").unwrap();
         out.write_all(&input).unwrap();
@@ -72,7 +72,7 @@ fn binary_streams_stay_apart_and_whole() {
 }
 
 #[test]
-fn the_answer_may_come_before_the_last_bytes() {
+fn exec_reply_before_last_output_loses_nothing() {
     let fake = Fake::start(|mut r| {
         let mut guest = begin(&mut r);
         let (mut out, done) = (guest.stdout.take().unwrap(), bytes(200_000, 3));
@@ -84,7 +84,7 @@ fn the_answer_may_come_before_the_last_bytes() {
 }
 
 #[test]
-fn what_is_asked_of_the_daemon() {
+fn exec_options_map_to_request() {
     let fake = Fake::start(|mut r| {
         drop(begin(&mut r));
         r.result(status(0));
@@ -120,7 +120,7 @@ fn what_is_asked_of_the_daemon() {
 }
 
 #[test]
-fn statuses() {
+fn exec_exits_with_command_status() {
     for (exit, expected) in [
         (json!({"status": 0}), 0),
         (json!({"status": 1}), 1),
@@ -137,7 +137,7 @@ fn statuses() {
         let ran = fcctl(&fake, &["exec", "web", "--", "x"]);
         assert_eq!((ran.status, ran.err.as_str()), (expected, ""), "{exit}");
     }
-    // Nothing of ours is ever 0 or the guest's.
+    // fcctl's own failures never exit with 0 or a status of the guest's command.
     let fake = Fake::start(|mut r| {
         drop(begin(&mut r));
         r.hang_up();
@@ -148,7 +148,7 @@ fn statuses() {
 }
 
 #[test]
-fn stdin_is_not_touched_unless_asked() {
+fn exec_without_i_leaves_stdin_unread() {
     let fake = Fake::start(|mut r| {
         assert!(begin(&mut r).stdin.is_none());
         r.result(status(0));
@@ -163,7 +163,7 @@ fn stdin_is_not_touched_unless_asked() {
 }
 
 #[test]
-fn a_command_that_reads_nothing_ends_although_stdin_stays_open() {
+fn exec_open_stdin_does_not_delay_exit() {
     let fake = Fake::start(|mut r| {
         drop(begin(&mut r));
         r.result(status(3));
@@ -175,11 +175,11 @@ fn a_command_that_reads_nothing_ends_although_stdin_stays_open() {
 }
 
 #[test]
-fn a_gone_reader_ends_the_command_in_silence() {
+fn exec_reader_exits_ends_command_quietly() {
     let fake = Fake::start(|mut r| {
         let mut guest = begin(&mut r);
         let mut out = guest.stdout.take().unwrap();
-        // As yes(1): until nobody reads.
+        // Writes until nobody reads, as yes(1) does.
         while out.write_all(&[b'y'; 4096]).is_ok() {}
         r.wait_for_hangup();
     });
@@ -191,7 +191,7 @@ fn a_gone_reader_ends_the_command_in_silence() {
 }
 
 #[test]
-fn a_full_disk_is_our_failure() {
+fn exec_full_disk_exits_125() {
     let fake = Fake::start(|mut r| {
         let mut guest = begin(&mut r);
         guest.stdout.take().unwrap().write_all(b"x").unwrap();
@@ -203,7 +203,7 @@ fn a_full_disk_is_our_failure() {
     assert!(ran.err.starts_with("fcctl: write the command's stdout: No space left"), "{}", ran.err);
 }
 
-/// A pty pair: what is typed and read by a person, and the terminal that a program has.
+/// Returns a pty pair: the side of the person who types and reads, and the terminal of the program.
 fn terminal(rows: u16, cols: u16) -> (File, File) {
     let pty = nix::pty::openpty(None, None).unwrap();
     let terminal = File::from(pty.slave);
@@ -216,8 +216,9 @@ fn resize(terminal: &File, rows: u16, cols: u16) {
     rustix::termios::tcsetwinsize(terminal, size).unwrap();
 }
 
-/// A command on a terminal, so that the session's first resize tells when signals go to it. `after` decides how it
-/// ends; the signals that reach its session go to the channel.
+/// Runs a command on a terminal, and sends it `signals` once the first resize shows that the
+/// session exists. `after` decides how the command ends, and receives the signals that reached the
+/// session.
 fn signalled(signals: &'static [i32], after: impl Fn(Request, &Receiver<String>) + Send + Sync + 'static) -> (u8, String) {
     let (began_tx, began) = unbounded();
     let (control_tx, controls) = unbounded();
@@ -246,7 +247,7 @@ fn send_after(began: Receiver<()>, signals: &'static [i32]) -> Receiver<i32> {
     thread::spawn("sender", move || {
         began.recv_timeout(PATIENCE).unwrap();
         signals.iter().for_each(|s| sender.send(*s).unwrap());
-        // As long as the receiver.
+        // The receiver must not see the channel close.
         std::mem::forget(sender);
     })
     .unwrap();
@@ -254,7 +255,7 @@ fn send_after(began: Receiver<()>, signals: &'static [i32]) -> Receiver<i32> {
 }
 
 #[test]
-fn signals_go_to_the_session_and_its_status_comes_back() {
+fn exec_signals_are_forwarded_and_status_returned() {
     let (status, err) = signalled(&[SIGINT, SIGTERM], |r, controls| {
         let seen = [controls.recv_timeout(PATIENCE).unwrap(), controls.recv_timeout(PATIENCE).unwrap()];
         assert_eq!(
@@ -270,14 +271,14 @@ fn signals_go_to_the_session_and_its_status_comes_back() {
 }
 
 #[test]
-fn the_third_detaches() {
+fn exec_third_signal_detaches() {
     let (status, err) = signalled(&[SIGINT, SIGINT, SIGINT], |mut r, _| r.wait_for_hangup());
     assert_eq!(status, 130);
     assert_eq!(err, "fcctl: detached from the command; VM web keeps running (fcctl exec web, fcctl stop web)\n");
 }
 
 #[test]
-fn before_it_begins_a_signal_cancels() {
+fn exec_signal_before_start_cancels() {
     let (asked, began) = bounded(1);
     let fake = Fake::start(move |mut r| {
         asked.send(()).unwrap();
@@ -289,7 +290,7 @@ fn before_it_begins_a_signal_cancels() {
 }
 
 #[test]
-fn a_terminal_is_raw_while_the_command_runs_and_resizes_arrive() {
+fn exec_terminal_is_raw_and_forwards_resizes() {
     use rustix::termios::{LocalModes, tcgetattr};
     let is_raw = |t: &File| !tcgetattr(t).unwrap().local_modes.contains(LocalModes::ICANON);
     let (mut person, terminal) = terminal(50, 100);
@@ -305,7 +306,7 @@ fn a_terminal_is_raw_while_the_command_runs_and_resizes_arrive() {
         assert!(is_raw(&window));
         let mut guest = begin(&mut r);
         assert!(guest.stderr.is_none());
-        // Ctrl-C is a byte here.
+        // In raw mode Ctrl-C is an ordinary byte.
         (&typist).write_all(&[3]).unwrap();
         let mut typed = [0];
         guest.stdin.as_mut().unwrap().read_exact(&mut typed).unwrap();

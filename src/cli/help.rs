@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-/// The pages of `src/docs`: the topic, what it is about, the text.
+/// The pages of `src/docs`: topic, summary, text.
 pub(super) const TOPICS: &[(&str, &str, &str)] = &[
     ("workspaces", "what is sent to the guest, and how changes come back", include_str!("../docs/workspaces.md")),
     ("networking", "user mode, the bridge, ports, names, vsock", include_str!("../docs/networking.md")),
@@ -17,18 +17,19 @@ pub(super) const TOPICS: &[(&str, &str, &str)] = &[
     ("exit-statuses", "what fcctl's exit statuses mean", include_str!("../docs/exit-statuses.md")),
 ];
 
-/// The list of topics for the end of `fcctl --help`.
+/// The list of topics that ends `fcctl --help`.
 pub fn topics() -> String {
     let width = TOPICS.iter().map(|(name, _, _)| name.len()).max().unwrap_or(0);
     let lines: Vec<String> = TOPICS.iter().map(|(name, about, _)| format!("  {name:width$}  {about}")).collect();
     format!("Topics (fcctl help TOPIC):\n{}", lines.join("\n"))
 }
 
-/// The page that `fcctl help TOPIC` asks for. clap, which answers `fcctl help COMMAND`, knows nothing of topics.
+/// Returns the page that `fcctl help TOPIC` asks for. clap answers `fcctl help COMMAND` and knows
+/// nothing about topics.
 pub fn page(args: &[OsString]) -> Option<String> {
     let [_, help, topic] = args else { return None };
     let (_, _, page) = TOPICS.iter().find(|(name, _, _)| help == "help" && topic == name)?;
-    // Comments mark tables that are generated.
+    // HTML comments only mark generated tables.
     let lines = page.lines().filter(|line| !line.starts_with("<!--"));
     Some(lines.map(|line| format!("{line}\n")).collect())
 }
@@ -40,7 +41,7 @@ mod tests {
     use std::path::Path;
 
     #[test]
-    fn every_page_is_a_topic_and_in_the_readme() {
+    fn help_pages_are_topics_and_in_readme() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
         let file_name = |entry: std::io::Result<std::fs::DirEntry>| entry.unwrap().file_name().into_string().unwrap();
@@ -54,7 +55,7 @@ mod tests {
     }
 
     #[test]
-    fn a_topic_never_hides_the_help_of_a_command() {
+    fn help_topics_differ_from_commands() {
         let command = <super::super::Cli as clap::CommandFactory>::command();
         for name in command.get_subcommands().map(clap::Command::get_name) {
             assert!(TOPICS.iter().all(|(topic, _, _)| *topic != name), "{name}");
@@ -62,7 +63,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_refer_to_topics_that_exist() {
+    fn help_pages_refer_to_existing_topics() {
         for (name, _, page) in TOPICS {
             for reference in page.split("fcctl help ").skip(1) {
                 let topic: String = reference.chars().take_while(|c| c.is_ascii_lowercase() || *c == '-').collect();

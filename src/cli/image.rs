@@ -1,4 +1,4 @@
-//! `image`: what VMs are made from.
+//! `image`: base images that VMs are created from.
 
 use super::context::Context;
 use super::output::{self, age, size};
@@ -50,7 +50,7 @@ fn build(ctx: &mut Context, request: ImageBuildRequest) -> Result<u8> {
         Ok(())
     });
     drop((progress, guard));
-    match interrupts.told(result) {
+    match interrupts.or_interrupted(result) {
         Err(_) if interrupts.cause().is_some() => {
             ctx.note("interrupted; fcd cancels the build");
             Ok(interrupts.status().unwrap_or(1))
@@ -117,7 +117,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn rm_deletes_each_image() {
+    fn image_rm_deletes_each() {
         let fake = Fake::start(|r| {
             let image = r.params["image"].clone();
             r.result(json!({ "deleted": image }));

@@ -1,4 +1,4 @@
-//! `kernel`: what VMs boot instead of their image's kernel.
+//! `kernel`: kernels that VMs can boot instead of their image's.
 
 use super::context::Context;
 use super::output::{self, age, size};
@@ -115,7 +115,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn every_verb() {
+    fn kernel_verbs_call_the_daemon() {
         let fake = Fake::start(|r| {
             let kernel = |name: &str, modules: &[&str]| Kernel {
                 name: name.parse().unwrap(),

@@ -1,4 +1,5 @@
-//! `doctor --leaks`: what is the daemon's on the host and belongs to nothing; removed only when asked.
+//! `doctor --leaks`: lists what belongs to fcd on this host but to no VM, and removes it only when
+//! asked.
 
 use super::context::Context;
 use super::output::{self, count, harmless_line};
@@ -7,7 +8,7 @@ use crate::client::Result;
 use crate::error::Error;
 use std::io::{BufRead, BufReader};
 
-/// Status 0: there is nothing, or nothing any more.
+/// The status is 0 if there is nothing, or nothing left after removing it.
 pub fn run(ctx: &mut Context, fix: bool, yes: bool) -> Result<u8> {
     let found = look(ctx, false)?;
     if found.is_empty() || !fix {
@@ -50,7 +51,7 @@ fn tell(ctx: &mut Context, leaks: &[Leak]) -> Result<()> {
     ctx.text(&output::table(&["KIND", "NAME", "WHY"], &rows))
 }
 
-/// Asked on the terminal; where there is none, only `--yes` says so.
+/// Asks on the terminal. Without a terminal only `--yes` confirms.
 fn confirmed(ctx: &mut Context, number: usize) -> Result<bool> {
     if !ctx.stdin_is_terminal() {
         let e = Error::invalid("remove leftovers: there is no terminal to ask for confirmation");

@@ -1,4 +1,4 @@
-//! `logs`: what a VM wrote to its console.
+//! `logs`: prints what a VM wrote to its console.
 
 use super::context::Context;
 use super::output::harmless_text;
@@ -25,7 +25,7 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
             .hint("leave out --json or --follow")
             .into());
     }
-    // Off a terminal the bytes are the caller's business; on one a guest must not drive it.
+    // A guest must not control the user's terminal. Files and pipes get the bytes unchanged.
     let is_terminal = ctx.stdout_is_terminal();
     let request = VmLogsRequest { vm: args.vm.clone(), tail: args.tail, follow: args.follow };
     let mut client = ctx.connect()?;
@@ -41,7 +41,7 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
         } else {
             ctx.text(&chunk.text)?
         }
-        // With --follow nothing else would end it.
+        // With --follow, only this ends the call when the reader exits.
         if ctx.is_unread() { Err(unread()) } else { Ok(()) }
     });
     match result {
@@ -52,12 +52,12 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     }
 }
 
-/// Ends a call whose notes nobody reads any more.
+/// The failure that ends a call once nobody reads its output.
 pub fn unread() -> Failure {
     Error::new(Kind::Cancelled, "nobody reads").into()
 }
 
-/// [`unread`], and neither a full disk behind stdout nor an error of the daemon's.
+/// True for [`unread`], but not for a full disk behind stdout or an error of the daemon.
 pub fn is_unread(failure: &Failure) -> bool {
     *failure == unread()
 }

@@ -1,7 +1,9 @@
-//! The command line: what people and scripts type, and what they read back. One file per noun.
+//! The command line of `fcctl`: parses arguments, calls the daemon and prints results. One file per
+//! noun.
 //!
-//! stdout is the result, stderr the rest; exit statuses are those of `Failure::exit_status`, and in `exec` and
-//! `run` the guest's own, with 125 for every failure of ours.
+//! Results go to stdout and everything else to stderr. Exit statuses are those of
+//! `Failure::exit_status`. `exec` and `run` exit with the guest's status, and with 125 for every
+//! failure of fcctl or fcd.
 
 mod apply;
 mod connect;
@@ -44,7 +46,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Usage that clap refuses, outside `exec` and `run`.
+/// The exit status for usage errors, outside `exec` and `run`.
 const USAGE: u8 = 2;
 
 /// Development sandboxes in microVMs: run commands in a fresh VM with a copy of your files
@@ -113,7 +115,7 @@ enum Noun {
     Version,
 }
 
-/// `fcctl`: the exit status.
+/// Runs `fcctl` and returns its exit status.
 pub fn main() -> u8 {
     let args: Vec<OsString> = std::env::args_os().collect();
     let env: Env = Box::new(|name| std::env::var(name).ok());
@@ -121,7 +123,7 @@ pub fn main() -> u8 {
     let context = Stdio::of_process().and_then(|stdio| Context::new(stdio, SignalSource::Process, env, now_s));
     match context {
         Ok(mut ctx) => command(&mut ctx, &args),
-        // Without streams there is nobody to tell, but stderr may be there still.
+        // The streams could not be duplicated, but stderr may still work.
         Err(e) => {
             eprintln!("fcctl: duplicate the standard streams: {e}");
             1
@@ -129,7 +131,7 @@ pub fn main() -> u8 {
     }
 }
 
-/// One command line, from its words to its status.
+/// Runs one command line and returns its exit status.
 fn command(ctx: &mut Context, args: &[OsString]) -> u8 {
     if let Some(page) = help::page(args) {
         return u8::from(ctx.text(&page).is_err());
@@ -185,7 +187,8 @@ fn completions(ctx: &mut Context, shell: clap_complete::Shell) -> Result<u8> {
     Ok(0)
 }
 
-/// Whether the command is `exec` or `run`, whose own failures have a status apart, also where the rest cannot be read.
+/// True for `exec` and `run`, which report their own failures as 125, even if the rest of the
+/// command line cannot be parsed.
 fn runs_in_guest(args: &[OsString]) -> bool {
     let mut words = args.iter().skip(1);
     while let Some(word) = words.next() {
@@ -199,7 +202,7 @@ fn runs_in_guest(args: &[OsString]) -> bool {
     false
 }
 
-/// Help and version go to stdout; what cannot be read is told as every failure is.
+/// Prints help and version to stdout, and reports parse errors the way all failures are reported.
 fn usage(ctx: &mut Context, args: &[OsString], e: &clap::Error, is_guests: bool) -> u8 {
     if !e.use_stderr() {
         let text = if ctx.may_colour() { e.render().ansi().to_string() } else { e.render().to_string() };

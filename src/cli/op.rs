@@ -1,4 +1,4 @@
-//! `op`: operations under way, and how they ended.
+//! `op`: running and finished operations.
 
 use super::context::Context;
 use super::output::{self, age, harmless_line, size};
@@ -147,7 +147,7 @@ fn wait(ctx: &mut Context, ops: &[String], timeout: Option<Duration>) -> Result<
     Ok(if status == 0 { worst } else { status })
 }
 
-/// Why an operation that has ended did not end well.
+/// Why an operation failed, if it did.
 fn failure_of(op: &Op) -> Option<Failure> {
     let failure = match (&op.error, op.state) {
         (_, OpState::Ok) => return None,
@@ -173,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn progress_in_words() {
+    fn op_progress_is_readable() {
         let shown = |done, total, unit: &str| {
             progress(&Progress { stage: "copy".to_owned(), done, total, unit: Some(unit.to_owned()).filter(|u| !u.is_empty()) })
         };

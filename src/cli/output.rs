@@ -1,9 +1,10 @@
-//! What people and programs read: lines, tables, ages, sizes; text of a guest made harmless.
+//! Output for people and programs: lines, tables, ages, sizes, and guest text made safe for a
+//! terminal.
 
 use std::fs::File;
 use std::io::{self, Write};
 
-/// A stream that is written to for people or programs. A reader that has gone is no error: the rest is dropped.
+/// An output stream. Once its reader has exited, further output is dropped without an error.
 pub struct Out {
     file: File,
     is_broken: bool,
@@ -14,12 +15,12 @@ impl Out {
         Self { file, is_broken: false }
     }
 
-    /// Nobody reads any more, or it cannot be written.
+    /// True if the reader has exited or the stream cannot be written.
     pub fn is_broken(&self) -> bool {
         self.is_broken
     }
 
-    /// All of it. An error other than a gone reader (a full disk) is the caller's to report.
+    /// Writes all bytes. Errors other than an exited reader, such as a full disk, are returned.
     pub fn bytes(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.is_broken {
             return Ok(());
@@ -38,7 +39,8 @@ impl Out {
     }
 }
 
-/// Upper-case headers, columns two spaces apart; the last column is not padded.
+/// Formats rows under upper-case headers, with two spaces between columns. The last column is not
+/// padded.
 pub fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
     let rows: Vec<Vec<(String, usize)>> = rows.iter().map(|row| row.iter().map(|c| cell(c)).collect()).collect();
     let width = |i: usize| rows.iter().map(|r| r[i].1).chain([headers[i].len()]).max().unwrap_or(0);
@@ -59,14 +61,14 @@ pub fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Harmless, and how many characters it has.
+/// The text of one cell without harmful characters, and its width in characters.
 fn cell(text: &str) -> (String, usize) {
     let text = harmless_line(text);
     let width = text.chars().count();
     (text, width)
 }
 
-/// Seconds as `5s`, `3m`, `2h`, `4d`.
+/// Formats seconds as `5s`, `3m`, `2h` or `4d`.
 pub fn span(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds}s"),
@@ -76,12 +78,12 @@ pub fn span(seconds: u64) -> String {
     }
 }
 
-/// How long ago `then` was; both in seconds since the epoch.
+/// Formats how long ago `then` was. Both are seconds since the epoch.
 pub fn age(now: u64, then: u64) -> String {
     format!("{} ago", span(now.saturating_sub(then)))
 }
 
-/// `512 MiB`, `1.5 GiB`.
+/// Formats bytes as `512 MiB` or `1.5 GiB`.
 pub fn size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut unit = 0;
@@ -89,18 +91,19 @@ pub fn size(bytes: u64) -> String {
         unit += 1;
     }
     let whole = bytes >> (10 * unit);
-    // One digit after the point where there is one to show, rounded down.
+    // One digit after the point unless it is 0, rounded down.
     let rest = bytes - (whole << (10 * unit));
     let tenth = if unit == 0 { 0 } else { (u128::from(rest) * 10) >> (10 * unit) };
     if tenth == 0 || whole >= 100 { format!("{whole} {}", UNITS[unit]) } else { format!("{whole}.{tenth} {}", UNITS[unit]) }
 }
 
-/// `1 VM`, `3 VMs`.
+/// Formats a number with its noun: `1 VM`, `3 VMs`.
 pub fn count(n: u64, one: &str) -> String {
     if n == 1 { format!("1 {one}") } else { format!("{n} {one}s") }
 }
 
-/// One line in which no control character reaches the terminal, nor one that turns the reading direction.
+/// Returns one line without control characters and without characters that change the reading
+/// direction.
 pub fn harmless_line(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -109,14 +112,14 @@ pub fn harmless_line(text: &str) -> String {
     out
 }
 
-/// As [`harmless_line`], lines and tabs kept. For the text of a guest.
+/// Like [`harmless_line`], but keeps line breaks and tabs. For output of a guest.
 pub fn harmless_text(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut chars = text.chars().peekable();
     while let Some(c) = chars.next() {
         match c {
             '\n' | '\t' => out.push(c),
-            // Consoles end lines with both.
+            // Consoles end lines with \r\n.
             '\r' => {}
             '\u{1b}' => skip_escape(&mut chars),
             c if is_harmful(c) => out.push_str(&escape(c)),
@@ -126,8 +129,9 @@ pub fn harmless_text(text: &str) -> String {
     out
 }
 
-/// Takes a whole escape sequence, so that no rubbish like `[0;32m` stays: CSI up to its final byte, OSC and
-/// its like up to BEL or ST, else one character (ECMA-48, 5.4 and 5.6). Never past the end of the line.
+/// Skips a whole escape sequence, so that no remainder such as `[0;32m` is printed: CSI up to its
+/// final byte, OSC and similar up to BEL or ST, else one character (ECMA-48, 5.4 and 5.6). It never
+/// skips past the end of the line.
 fn skip_escape(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) {
     let Some(kind) = chars.next_if(|c| *c != '\n') else { return };
     match kind {
@@ -154,7 +158,7 @@ fn skip_escape(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) {
 }
 
 fn is_harmful(c: char) -> bool {
-    // Besides the control characters: bidirectional marks, embeddings and isolates (UAX 9).
+    // Control characters, and bidirectional marks, embeddings and isolates (UAX 9).
     (c.is_control() && c != '\n' && c != '\t')
         || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
@@ -170,7 +174,7 @@ mod tests {
     use std::io::Read;
 
     #[test]
-    fn tables_are_aligned_and_harmless() {
+    fn table_is_aligned_and_harmless() {
         let row = |a: &str, b: &str, c: &str| vec![a.to_owned(), b.to_owned(), c.to_owned()];
         let text = table(&["NAME", "STATE", "WHY"], &[row("web", "running", ""), row("brave-otter", "failed", "\u{1b}[31mx\ny")]);
         expect![[r"
@@ -183,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn spans_and_sizes() {
+    fn spans_and_sizes_are_readable() {
         let spans: Vec<_> = [0, 59, 60, 3_599, 3_600, 172_799, 172_800].map(span).into();
         assert_eq!(spans, ["0s", "59s", "1m", "59m", "1h", "47h", "2d"]);
         assert_eq!(age(10, 20), "0s ago");
@@ -192,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guests_text_cannot_drive_the_terminal() {
+    fn harmless_text_removes_terminal_control() {
         expect![[r#"
             "ok red title\n\\u{7}x\n\ty \\u{202e}z"
         "#]]
@@ -200,13 +204,13 @@ mod tests {
             "{:?}\n",
             harmless_text("ok \u{1b}[1;31mred\u{1b}[0m \u{1b}]0;pwned\u{7}title\r\n\u{7}x\n\ty \u{202e}z\u{1b}")
         ));
-        // An unfinished sequence ends with its line.
+        // An unfinished sequence ends at the end of its line.
         assert_eq!(harmless_text("\u{1b}]0;x\nnext\u{1b}[12"), "\nnext");
         assert!(!harmless_text("\u{9b}31m").contains('\u{9b}'));
     }
 
     #[test]
-    fn a_gone_reader_is_silent() {
+    fn out_reader_exits_drops_output_without_error() {
         let (mut reader, writer) = std::io::pipe().unwrap();
         let mut out = Out::new(File::from(std::os::fd::OwnedFd::from(writer)));
         out.line("one").unwrap();
@@ -220,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_disk_is_told() {
+    fn out_full_disk_is_an_error() {
         let mut out = Out::new(File::options().write(true).open("/dev/full").unwrap());
         assert!(out.line("x").is_err());
     }

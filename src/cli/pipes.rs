@@ -1,4 +1,5 @@
-//! Pipes to the daemon: our ends do not block, so that whoever waits on one can be told to stop.
+//! Pipes to the daemon. Our ends are non-blocking, so that a thread waiting on one can be
+//! cancelled.
 
 use crate::error::{Error, Result};
 use crate::locks::Cancel;
@@ -7,7 +8,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// Our end of a pipe. Reading and writing wait until `cancel` fires; then they fail with `Interrupted`'s kin,
+/// Our end of a pipe. Reads and writes wait for the other end. Once `cancel` fires they fail with
 /// `ErrorKind::ConnectionAborted`.
 pub struct End {
     fd: OwnedFd,
@@ -15,20 +16,20 @@ pub struct End {
     is_unread: bool,
 }
 
-/// A pipe whose write end is ours, and the read end for the daemon.
+/// Creates a pipe and returns our write end and the daemon's read end.
 pub fn to_daemon(cancel: &Cancel) -> Result<(End, OwnedFd)> {
     let (reader, writer) = io::pipe().map_err(|e| Error::io("create a pipe", e))?;
     Ok((End::new(writer.into(), cancel)?, reader.into()))
 }
 
-/// A pipe whose read end is ours, and the write end for the daemon.
+/// Creates a pipe and returns our read end and the daemon's write end.
 pub fn from_daemon(cancel: &Cancel) -> Result<(End, OwnedFd)> {
     let (reader, writer) = io::pipe().map_err(|e| Error::io("create a pipe", e))?;
     Ok((End::new(reader.into(), cancel)?, writer.into()))
 }
 
 impl End {
-    // The other end has a description of its own, so this flag is ours alone.
+    // The two ends have separate file descriptions, so O_NONBLOCK affects only ours.
     fn new(fd: OwnedFd, cancel: &Cancel) -> Result<Self> {
         let doing = "set up a pipe";
         let flags = rustix::fs::fcntl_getfl(&fd).map_err(|e| Error::io(doing, e))?;
@@ -36,7 +37,7 @@ impl End {
         Ok(Self { fd, cancel: cancel.clone(), is_unread: false })
     }
 
-    /// True once a write found that nobody reads.
+    /// True once a write has found that the daemon closed its end.
     pub fn is_unread(&self) -> bool {
         self.is_unread
     }
@@ -73,7 +74,7 @@ impl Write for End {
     }
 }
 
-/// A stream of the caller's (a terminal, a pipe, a file) whose reading can be told to stop.
+/// One of the caller's streams (a terminal, a pipe, a file) whose reads can be cancelled.
 pub struct Stoppable {
     file: std::fs::File,
     cancel: Cancel,
@@ -90,7 +91,7 @@ impl Read for Stoppable {
         loop {
             wait(self.file.as_fd(), PollFlags::POLLIN, &self.cancel, None)?;
             match self.file.read(buffer) {
-                // Somebody else made the description non-blocking, and read before us.
+                // Another process shares the description, made it non-blocking, and read first.
                 Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 other => return other,
             }
@@ -102,7 +103,8 @@ fn stopped(cancel: &Cancel) -> io::Error {
     io::Error::new(io::ErrorKind::ConnectionAborted, cancel.cause().unwrap_or("cancelled").to_owned())
 }
 
-/// Until `fd` is ready. Errors: `ConnectionAborted` when the token fires, `TimedOut` at the deadline.
+/// Waits until `fd` is ready. Fails with `ConnectionAborted` when the token fires and with
+/// `TimedOut` at the deadline.
 pub fn wait(fd: BorrowedFd<'_>, flags: PollFlags, cancel: &Cancel, deadline: Option<Instant>) -> io::Result<()> {
     loop {
         let timeout = match deadline {
@@ -129,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whoever_waits_on_a_pipe_can_be_stopped() {
+    fn pipe_wait_ends_when_cancelled() {
         let cancel = Cancel::try_new().unwrap();
         let (mut ours, _theirs) = from_daemon(&cancel).unwrap();
         let (mut full, _unread) = to_daemon(&cancel).unwrap();
@@ -142,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_and_the_end_come_through() {
+    fn pipe_passes_bytes_and_end() {
         let cancel = Cancel::try_new().unwrap();
         let (mut ours, theirs) = from_daemon(&cancel).unwrap();
         std::fs::File::from(theirs).write_all(b"a\0b").unwrap();

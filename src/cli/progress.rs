@@ -1,4 +1,4 @@
-//! Progress on stderr: a bar on a terminal, else one line for each stage.
+//! Progress on stderr: a bar on a terminal, otherwise one line per stage.
 
 use super::output::{harmless_line, size};
 use crate::api::op;
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 const TICK: Duration = Duration::from_millis(120);
 
-/// Of one operation. Dropping it takes the bar away.
+/// The progress of one operation. Dropping it clears the bar.
 pub struct Progress {
     doing: String,
     shown: Shown,
@@ -48,7 +48,7 @@ impl Progress {
             Shown::Nothing => {}
             Shown::Lines { to, stage: last } => {
                 if *last != stage {
-                    // Where stderr is gone there is nobody to tell.
+                    // If stderr cannot be written, there is nowhere left to report it.
                     let _ = to.write_all(format!("fcctl: {}: {stage}\n", self.doing).as_bytes());
                     *last = stage;
                 }
@@ -100,7 +100,7 @@ mod tests {
     use std::io::{Read, Seek};
 
     #[test]
-    fn off_a_terminal_one_line_for_each_stage() {
+    fn progress_without_terminal_prints_one_line_per_stage() {
         let mut file = tempfile::tempfile().unwrap();
         let mut progress = Progress::new("start web", &file);
         for (stage, done) in [("boot", 1), ("boot", 2), ("wait for ssh", 1), ("wait for ssh\u{7}", 2)] {
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn every_template_is_valid() {
+    fn progress_templates_are_valid() {
         let bar = ProgressBar::hidden();
         for (done, total, unit) in
             [(None, None, None), (Some(1), None, Some("files")), (Some(1), Some(2), Some("bytes")), (Some(3), Some(2), None)]

@@ -1,4 +1,4 @@
-//! The bytes of a command in a guest: between the caller's streams and the FIFOs that the daemon was given.
+//! Relays a command's bytes between the caller's streams and the pipes that the daemon was given.
 
 use super::pipes::{self, End, Stoppable};
 use crate::api::exec::Stream;
@@ -14,31 +14,33 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 const PIECE_BYTES: usize = 64 * 1024;
-/// When the command has ended: how long its pipes may stay open without a byte before the rest is given up.
+/// How long the command's pipes may stay open without data after the command has ended. After that
+/// the remaining output is given up.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 
-/// How the relay of one output stream ended.
+/// The outcome of relaying one output stream.
 #[derive(Debug)]
 pub enum Drained {
-    /// All of it was written.
+    /// All output was written.
     Whole,
-    /// The caller's reader has gone; nothing to complain about.
+    /// The caller's reader has exited. This is not an error.
     ReaderGone,
     /// The caller's stream cannot be written.
     Failed(io::Error),
-    /// The daemon kept its end open after the command's end.
+    /// The daemon kept its end open after the command had ended.
     Open,
 }
 
-/// Which of the caller's streams take part.
+/// Which of the caller's streams are relayed.
 #[derive(Clone, Copy)]
 pub struct Wanted {
     pub stdin: bool,
-    /// With a pty there is no separate stderr.
+    /// A pty has no separate stderr.
     pub stderr: bool,
 }
 
-/// The threads that relay. Dropping it leaves them to end by themselves, which they do when the daemon closes its ends.
+/// The relay threads of one command. They are not joined on drop: they end when the daemon closes
+/// its ends.
 pub struct Relay {
     outputs: Vec<JoinHandle<Drained>>,
     stdin_stop: Cancel,
@@ -49,7 +51,7 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// `lost`: called once when the caller's stdout cannot be written any more.
+    /// Starts the threads. `lost` is called for stdout if it can no longer be written.
     pub fn start(stdio: &super::context::Stdio, wanted: Wanted, lost: impl Fn() + Send + Sync + 'static) -> Result<Self> {
         let cancel = || Cancel::try_new().map_err(|e| Error::io("make a cancel token", e));
         let (stdin_stop, ended) = (cancel()?, cancel()?);
@@ -68,11 +70,11 @@ impl Relay {
         Ok(relay)
     }
 
-    /// Hands a command over, in place of one in the request.
+    /// Sends the command through its own pipe instead of in the request.
     pub fn command(&mut self, bytes: &[u8]) -> Result<()> {
         let (mut to, theirs) = pipes::to_daemon(&self.stdin_stop)?;
         let bytes = bytes.to_vec();
-        // One that the daemon does not want to read it says why.
+        // If the daemon stops reading, its reply says why.
         thread::spawn("command", move || drop(to.write_all(&bytes)))?;
         self.lend(Stream::Command, theirs);
         Ok(())
@@ -97,7 +99,7 @@ impl Relay {
         Ok(())
     }
 
-    /// What the daemon's descriptors are, in their order.
+    /// Names the descriptors of [`Self::fds`], in the same order.
     pub fn streams(&self) -> &[Stream] {
         &self.streams
     }
@@ -105,12 +107,14 @@ impl Relay {
         self.fds.iter().map(AsFd::as_fd).collect()
     }
 
-    /// The daemon has them: ours go, so that each pipe ends when the daemon's end does.
+    /// Closes our copies of the daemon's ends once the daemon has them. Each pipe then ends when
+    /// the daemon closes its end.
     pub fn close_lent(&mut self) {
         self.fds.clear();
     }
 
-    /// The command has ended: writes what is still to come and gives how stdout and stderr ended.
+    /// Call this when the command has ended: writes the remaining output and returns how stdout and
+    /// stderr ended.
     pub fn finish(mut self) -> Vec<Drained> {
         self.close_lent();
         self.stdin_stop.cancel("the command has ended");
@@ -127,7 +131,7 @@ impl Drop for Relay {
     }
 }
 
-/// Until the end of either side. Closing `to` tells the command that its input has ended.
+/// Forwards input until either side ends. Dropping `to` signals the end of input to the command.
 fn pump_input(mut from: Stoppable, mut to: End) {
     let mut piece = vec![0; PIECE_BYTES];
     while let Ok(n @ 1..) = from.read(&mut piece) {
@@ -158,7 +162,7 @@ fn pump_output(mut from: io::PipeReader, mut to: File, ended: &Cancel) -> Draine
     }
 }
 
-/// As long as the command runs, for ever; then [`DRAIN_DEADLINE`].
+/// Waits without a limit while the command runs, and up to [`DRAIN_DEADLINE`] after it has ended.
 fn wait_for_output(from: &io::PipeReader, ended: &Cancel) -> io::Result<()> {
     match pipes::wait(from.as_fd(), PollFlags::POLLIN, ended, None) {
         Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -176,7 +180,7 @@ fn wait_for_output(from: &io::PipeReader, ended: &Cancel) -> io::Result<()> {
     }
 }
 
-/// All of it, also where the caller's description was made non-blocking by somebody else who has it.
+/// Writes all bytes, even if another process has made the caller's stream non-blocking.
 pub(super) fn write_patiently(to: &mut File, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match to.write(bytes) {
@@ -197,7 +201,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_non_blocking_stdout_loses_nothing() {
+    fn write_to_non_blocking_stdout_is_complete() {
         let (mut reader, writer) = io::pipe().unwrap();
         let flags = rustix::fs::fcntl_getfl(&writer).unwrap();
         rustix::fs::fcntl_setfl(&writer, flags | rustix::fs::OFlags::NONBLOCK).unwrap();

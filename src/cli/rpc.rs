@@ -1,4 +1,4 @@
-//! `rpc`: any method, for scripts and for looking closely.
+//! `rpc`: calls any method of the API, for scripts and debugging.
 
 use super::context::Context;
 use crate::client::{CALL_DEADLINE, Result};
@@ -17,7 +17,7 @@ pub struct Args {
     more: bool,
 }
 
-/// The result goes to stdout as the daemon sent it, with a newline.
+/// Prints the result as the daemon sent it, followed by a newline.
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let params = RawValue::from_string(args.params)
         .map_err(|e| Error::invalid("the parameters are not JSON").with_source(e).hint(r#"quote them: '{"vm":"web"}'"#))?;

@@ -1,10 +1,10 @@
 //! `run`: a fresh VM, the tree, the command, its status and its changes.
 
 use super::context::Context;
-use super::exec::{self, Ended, How, OUR_FAILURE};
+use super::exec::{self, How, OUR_FAILURE, Outcome};
 use super::signals::{Interrupts, Phase, interrupted};
 use super::vm::Shape;
-use super::workspace::{Bound, ExportTo, PrepareHow, Source, Transfer, tell_exported, tell_left};
+use super::workspace::{Bound, ExportTo, PrepareHow, Source, Transfer, report_exported, report_left_behind};
 use crate::api::frame::Note;
 use crate::api::vm::{Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteRequest, VmRequest, VmSet, VmSetRequest, VmStart};
 use crate::client::{Client, Event, Failure, Result};
@@ -38,10 +38,10 @@ pub struct Args {
     argv: Vec<std::ffi::OsString>,
 }
 
-/// The story, from a tree that can be sent to a VM that runs on or is gone.
+/// Runs the whole sequence, from checking the tree to a VM that keeps running or has been deleted.
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
-    match tell(ctx, &interrupts, args) {
+    match run_in_new_vm(ctx, &interrupts, args) {
         Err(_) if interrupts.cause().is_some() => {
             ctx.note("interrupted");
             Ok(interrupts.status().unwrap_or(OUR_FAILURE))
@@ -50,51 +50,51 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     }
 }
 
-fn tell(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
-    // Whatever can be known to be wrong is, before anything is made.
+fn run_in_new_vm(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
+    // Check everything that can be checked before anything is created.
     let spec = args.how.spec(ctx, args.argv)?;
     let to = args.export_patch.map(ExportTo::patch);
     to.iter().try_for_each(ExportTo::check)?;
     let source = match &args.path {
         Some(path) => Some(Source::tree(path, &args.workspace, interrupts.cancel())?),
-        None if args.workspace.is_said() => {
+        None if args.workspace.is_given() => {
             return Err(Error::invalid("workspace options need a PATH").hint("for example: fcctl run . -- CMD").into());
         }
         None => None,
     };
     let export = to.map(|to| Export { to, bound: args.bound, top: source.as_ref().and_then(Source::top).map(Path::to_owned) });
-    let mut made = make(ctx, interrupts, args.name, args.shape, args.rm)?;
-    ctx.note(&format!("VM {}", made.vm.name));
-    for port in &made.vm.ports {
+    let mut new_vm = create(ctx, interrupts, args.name, args.shape, args.rm)?;
+    ctx.note(&format!("VM {}", new_vm.vm.name));
+    for port in &new_vm.vm.ports {
         ctx.note(&format!("port {}", super::vm::port_line(port)));
     }
-    let vm = made.vm.name.to_string();
-    let ended = match boot(ctx, interrupts, &mut made, source.map(|s| (s, args.workspace))) {
-        Ok(()) => exec::execute(ctx, interrupts, &mut made.client, &vm, spec),
+    let vm = new_vm.vm.name.to_string();
+    let outcome = match boot(ctx, interrupts, &mut new_vm, source.map(|s| (s, args.workspace))) {
+        Ok(()) => exec::execute(ctx, interrupts, &mut new_vm.client, &vm, spec),
         Err(e) => Err(e),
     };
-    finish(ctx, interrupts, made, ended, export)
+    finish(ctx, interrupts, new_vm, outcome, export)
 }
 
 /// What `--export-patch` asks for.
 struct Export {
     to: ExportTo,
     bound: Bound,
-    /// The tree that was sent, to which the patch is applied.
+    /// The tree that was sent, and to which the patch will be applied.
     top: Option<PathBuf>,
 }
 
-/// A VM that this run made.
-struct Made {
+/// The VM that this run created.
+struct NewVm {
     vm: Vm,
-    /// For what is done with it.
+    /// The connection for everything that is done with the VM.
     client: Client,
-    /// With `--rm`: while it is open, the VM lives. Nothing is read from it any more.
+    /// With `--rm`, the VM lives as long as this connection. Nothing more is read from it.
     _hold: Option<Client>,
     rm: bool,
 }
 
-fn make(ctx: &mut Context, interrupts: &Interrupts, name: Option<VmName>, shape: Shape, rm: bool) -> Result<Made> {
+fn create(ctx: &mut Context, interrupts: &Interrupts, name: Option<VmName>, shape: Shape, rm: bool) -> Result<NewVm> {
     let mut client = ctx.connect()?;
     let rates = shape.rates;
     let request = VmCreateRequest {
@@ -129,10 +129,11 @@ fn make(ctx: &mut Context, interrupts: &Interrupts, name: Option<VmName>, shape:
         )),
         _ => e,
     })?;
-    Ok(Made { vm, client, _hold: hold, rm })
+    Ok(NewVm { vm, client, _hold: hold, rm })
 }
 
-/// The call stays in flight: its end is the VM's.
+/// Creates a VM that is deleted when `hold` closes. The call stays in flight for as long as the VM
+/// exists.
 fn create_held(interrupts: &Interrupts, hold: &mut Client, request: &VmCreateRequest) -> Result<Vm> {
     let _guard = interrupts.guard(hold)?;
     let mut in_flight = hold.begin::<VmCreate>(request, &[])?;
@@ -147,65 +148,65 @@ fn create_held(interrupts: &Interrupts, hold: &mut Client, request: &VmCreateReq
     }
 }
 
-fn boot(ctx: &mut Context, interrupts: &Interrupts, made: &mut Made, source: Option<(Source, PrepareHow)>) -> Result<()> {
-    let vm = made.vm.name.to_string();
+fn boot(ctx: &mut Context, interrupts: &Interrupts, new_vm: &mut NewVm, source: Option<(Source, PrepareHow)>) -> Result<()> {
+    let vm = new_vm.vm.name.to_string();
     {
-        let _guard = interrupts.guard(&made.client)?;
-        ctx.operate::<VmStart>(&mut made.client, &format!("start {vm}"), &VmRequest { vm: vm.clone() })?;
+        let _guard = interrupts.guard(&new_vm.client)?;
+        ctx.operate::<VmStart>(&mut new_vm.client, &format!("start {vm}"), &VmRequest { vm: vm.clone() })?;
     }
     if let Some((source, how)) = source {
-        Transfer { ctx, interrupts, client: &mut made.client, vm: &vm }.prepare(source, how)?;
+        Transfer { ctx, interrupts, client: &mut new_vm.client, vm: &vm }.prepare(source, how)?;
     }
     if interrupts.cause().is_some() { Err(interrupted()) } else { Ok(()) }
 }
 
-/// Brings the changes back, then removes the VM or says that it runs on.
+/// Exports the changes, then deletes the VM or says that it keeps running.
 fn finish(
     ctx: &mut Context,
     interrupts: &Interrupts,
-    mut made: Made,
-    ended: Result<Ended>,
+    mut new_vm: NewVm,
+    outcome: Result<Outcome>,
     export: Option<Export>,
 ) -> Result<u8> {
-    let began = interrupts.command_began() || matches!(ended, Ok(Ended::Exit(_) | Ended::ReaderGone));
-    let mut status = match &ended {
-        Ok(ended) => exec::status_of(ended, interrupts),
+    let began = interrupts.command_began() || matches!(outcome, Ok(Outcome::Exit(_) | Outcome::ReaderGone));
+    let mut status = match &outcome {
+        Ok(outcome) => exec::status_of(outcome, interrupts),
         Err(_) => interrupts.status().unwrap_or(OUR_FAILURE),
     };
-    tell_end(ctx, interrupts, &ended);
+    report_outcome(ctx, interrupts, &outcome);
     if let (Some(export), true, None) = (&export, began, interrupts.cause())
-        && let Err(failed) = collect(ctx, interrupts, &made, export)
+        && let Err(failed) = collect(ctx, interrupts, &new_vm, export)
     {
         status = failed;
-        // Work that could not be brought back is not thrown away.
-        keep(ctx, &mut made);
+        // The VM has changes that could not be exported, so it must not be deleted.
+        keep(ctx, &mut new_vm);
     }
-    if made.rm || !began {
-        remove(ctx, interrupts, &made);
+    if new_vm.rm || !began {
+        remove(ctx, interrupts, &new_vm);
         return Ok(status);
     }
-    let name = &made.vm.name;
+    let name = &new_vm.vm.name;
     ctx.note(&format!("VM {name} keeps running. Enter: fcctl ssh {name}, stop: fcctl stop {name}, delete: fcctl rm -f {name}"));
     Ok(status)
 }
 
-/// Takes `--rm` back; the daemon would delete the VM as soon as our connection goes.
-fn keep(ctx: &mut Context, made: &mut Made) {
-    if !made.rm {
+/// Revokes `--rm`, because the daemon would delete the VM when our connection closes.
+fn keep(ctx: &mut Context, new_vm: &mut NewVm) {
+    if !new_vm.rm {
         return;
     }
-    let request = VmSetRequest { vm: made.vm.id.to_string(), rm: Some(false), ..VmSetRequest::default() };
+    let request = VmSetRequest { vm: new_vm.vm.id.to_string(), rm: Some(false), ..VmSetRequest::default() };
     match Client::connect_again(&ctx.socket).and_then(|mut client| client.call::<VmSet>(&request)) {
         Ok(_) => {
-            made.rm = false;
-            ctx.note(&format!("VM {} is kept despite --rm, because it has changes that exist nowhere else", made.vm.name));
+            new_vm.rm = false;
+            ctx.note(&format!("VM {} is kept despite --rm, because it has changes that exist nowhere else", new_vm.vm.name));
         }
         Err(e) => ctx.fail(&e.context("keep the VM with its changes"), OUR_FAILURE),
     }
 }
 
-fn tell_end(ctx: &mut Context, interrupts: &Interrupts, ended: &Result<Ended>) {
-    match ended {
+fn report_outcome(ctx: &mut Context, interrupts: &Interrupts, outcome: &Result<Outcome>) {
+    match outcome {
         _ if interrupts.detached() => ctx.note("detached from the command"),
         _ if interrupts.cause().is_some() => ctx.note("interrupted"),
         Err(e) if e.is(Kind::Cancelled) => {
@@ -217,19 +218,19 @@ fn tell_end(ctx: &mut Context, interrupts: &Interrupts, ended: &Result<Ended>) {
     }
 }
 
-/// On a connection of its own, since that of the command may be broken. Err: the status.
-fn collect(ctx: &mut Context, interrupts: &Interrupts, made: &Made, export: &Export) -> std::result::Result<(), u8> {
-    let vm = made.vm.name.as_str();
+/// Uses its own connection, because the command's may be broken. The error is the exit status.
+fn collect(ctx: &mut Context, interrupts: &Interrupts, new_vm: &NewVm, export: &Export) -> std::result::Result<(), u8> {
+    let vm = new_vm.vm.name.as_str();
     let result = interrupts.enter(Phase::Collecting).and_then(|()| {
         let mut client = Client::connect_again(&ctx.socket)?;
         Transfer { ctx, interrupts, client: &mut client, vm }.export(&export.to, export.bound, false)
     });
     match result {
         Ok(fetched) => {
-            tell_exported(ctx, interrupts, &export.to, &fetched.exported, export.top.as_deref());
-            tell_left(ctx, vm, &fetched.left_behind);
-            // The VM is the only place where this is.
-            if made.rm && fetched.left_behind.total > 0 { Err(OUR_FAILURE) } else { Ok(()) }
+            report_exported(ctx, interrupts, &export.to, &fetched.exported, export.top.as_deref());
+            report_left_behind(ctx, vm, &fetched.left_behind);
+            // These changes exist only in the VM.
+            if new_vm.rm && fetched.left_behind.total > 0 { Err(OUR_FAILURE) } else { Ok(()) }
         }
         Err(_) if interrupts.cause().is_some() => {
             ctx.note("interrupted");
@@ -242,20 +243,20 @@ fn collect(ctx: &mut Context, interrupts: &Interrupts, made: &Made, export: &Exp
     }
 }
 
-/// Whatever was cancelled before, this is done; the daemon does it for `--rm` even if we do not.
-fn remove(ctx: &mut Context, interrupts: &Interrupts, made: &Made) {
-    // Never fails for this phase.
+/// Deletes the VM even after a cancellation. With `--rm` the daemon does it if this fails.
+fn remove(ctx: &mut Context, interrupts: &Interrupts, new_vm: &NewVm) {
+    // Entering this phase never fails.
     let _ = interrupts.enter(Phase::CleaningUp { asked: false });
-    let name = made.vm.name.as_str();
-    // By its id: a name may have been taken by another since.
-    let request = VmDeleteRequest { vm: made.vm.id.to_string(), force: true, if_exists: true };
+    let name = new_vm.vm.name.as_str();
+    // By ID, because another VM may have taken the name since.
+    let request = VmDeleteRequest { vm: new_vm.vm.id.to_string(), force: true, if_exists: true };
     let result: Result<()> = Client::connect_again(&ctx.socket).and_then(|mut client| {
         let _guard = interrupts.guard(&client)?;
         ctx.operate::<VmDelete>(&mut client, &format!("delete {name}"), &request)?;
         Ok(())
     });
     if let Err(e) = result {
-        let rest = if made.rm { "fcd deletes it, at the latest when it starts again" } else { "it still exists" };
+        let rest = if new_vm.rm { "fcd deletes it, at the latest when it starts again" } else { "it still exists" };
         let failure: Failure = e.context(format!("delete VM {name} ({rest})"));
         ctx.fail(&failure.hint(format!("check: fcctl ps -a, delete: fcctl rm -f {name}")), OUR_FAILURE);
     }

@@ -13,7 +13,7 @@ use std::io::Write;
 
 const LAST_LINE: &str = "VM web keeps running. Enter: fcctl ssh web, stop: fcctl stop web, delete: fcctl rm -f web\n";
 
-/// A daemon for which all goes well; `special` may take a request for itself.
+/// A daemon on which everything succeeds. `special` may handle a request itself.
 fn daemon(special: impl Fn(Request) -> Option<Request> + Send + Sync + 'static) -> Fake {
     Fake::start(move |r| {
         let Some(mut r) = special(r) else { return };
@@ -53,7 +53,7 @@ fn fail_at(method: &'static str) -> Fake {
     })
 }
 
-/// Sends SIGINT as soon as `method` is called, and answers only with a hang-up.
+/// Sends SIGINT as soon as `method` is called, and hangs up without an answer.
 fn interrupted_at(method: &'static str, args: &[&str]) -> (Ran, String) {
     let (signal, signals) = unbounded();
     let fake = daemon(move |mut r| {
@@ -75,20 +75,20 @@ fn tree() -> tempfile::TempDir {
 }
 
 #[test]
-fn the_whole_story() {
+fn run_creates_copies_runs_and_keeps() {
     let fake = daemon(Some);
     let (dir, patch) = (tree(), fake.dir().join("p"));
     let args = ["run", dir.path().to_str().unwrap(), "--export-patch", patch.to_str().unwrap(), "--", "make"];
     let ran = fcctl(&fake, &args);
     assert_eq!((ran.status, ran.out.as_slice()), (7, &b"from the guest\n"[..]), "{}", ran.err);
     assert_eq!(fake.methods(), "vm.create vm.start workspace.prepare exec.start workspace.export");
-    // The name first, how to go on last.
+    // The name is printed first, and how to continue last.
     assert!(ran.err.starts_with("fcctl: VM web\n") && ran.err.ends_with(LAST_LINE), "{}", ran.err);
     assert_eq!(std::fs::read(patch).unwrap(), b"the patch");
 }
 
 #[test]
-fn with_rm_the_vm_is_gone_afterwards() {
+fn run_with_rm_deletes_vm() {
     let fake = daemon(Some);
     let ran = fcctl(&fake, &["run", "--rm", "--name", "web", "--", "make"]);
     assert_eq!((ran.status, ran.err.as_str()), (7, "fcctl: VM web\n"));
@@ -98,7 +98,7 @@ fn with_rm_the_vm_is_gone_afterwards() {
 }
 
 #[test]
-fn what_is_wrong_here_makes_nothing() {
+fn run_with_invalid_arguments_creates_nothing() {
     let fake = daemon(Some);
     let dir = tree();
     let path = dir.path().to_str().unwrap();
@@ -118,7 +118,7 @@ fn what_is_wrong_here_makes_nothing() {
 }
 
 #[test]
-fn a_failure_before_the_command_leaves_no_vm() {
+fn run_failure_before_command_deletes_vm() {
     let dir = tree();
     for (method, methods) in [
         ("vm.create", "vm.create"),
@@ -138,7 +138,7 @@ fn a_failure_before_the_command_leaves_no_vm() {
 }
 
 #[test]
-fn ctrl_c_before_the_command_leaves_no_vm() {
+fn run_interrupted_before_command_deletes_vm() {
     let dir = tree();
     for (method, methods) in [
         ("vm.start", "vm.create vm.start vm.delete"),
@@ -155,7 +155,7 @@ fn ctrl_c_before_the_command_leaves_no_vm() {
 }
 
 #[test]
-fn ctrl_c_while_changes_come_back_keeps_the_vm() {
+fn run_interrupted_during_export_keeps_vm() {
     let fake_dir = tempfile::tempdir().unwrap();
     let (dir, patch) = (tree(), fake_dir.path().join("p"));
     let args = ["run", dir.path().to_str().unwrap(), "--export-patch", patch.to_str().unwrap(), "--", "make"];
@@ -166,7 +166,7 @@ fn ctrl_c_while_changes_come_back_keeps_the_vm() {
 }
 
 #[test]
-fn a_lost_guest_keeps_the_vm_and_is_ours() {
+fn run_lost_guest_keeps_vm_and_exits_125() {
     let fake = daemon(|mut r| {
         if r.method != "exec.start" {
             return Some(r);
@@ -181,7 +181,7 @@ fn a_lost_guest_keeps_the_vm_and_is_ours() {
 }
 
 #[test]
-fn a_failed_export_is_ours_whatever_the_command_said() {
+fn run_failed_export_exits_125() {
     let fake = fail_at("workspace.export");
     let (dir, patch) = (tree(), fake.dir().join("p"));
     let args = ["run", dir.path().to_str().unwrap(), "--export-patch", patch.to_str().unwrap(), "--", "make"];
@@ -191,7 +191,7 @@ fn a_failed_export_is_ours_whatever_the_command_said() {
 }
 
 #[test]
-fn a_name_that_is_taken_comes_with_three_commands() {
+fn run_name_taken_suggests_three_commands() {
     let fake = daemon(|r| {
         if r.method != "vm.create" {
             return Some(r);
@@ -209,7 +209,7 @@ fn a_name_that_is_taken_comes_with_three_commands() {
 }
 
 #[test]
-fn stdin_reaches_the_command_only_when_asked() {
+fn run_without_i_does_not_pass_stdin() {
     let fake = daemon(|mut r| {
         if r.method != "exec.start" {
             return Some(r);
@@ -228,7 +228,7 @@ fn stdin_reaches_the_command_only_when_asked() {
     assert_eq!((ran.status, ran.out.as_slice()), (0, &b"PIPED"[..]));
 }
 
-/// A daemon whose guest has made a repository that no patch can hold.
+/// A daemon whose guest has created a repository that a patch cannot contain.
 fn with_a_repository_in_the_guest() -> Fake {
     daemon(|mut r| {
         if r.method == "vm.set" {
@@ -245,7 +245,7 @@ fn with_a_repository_in_the_guest() -> Fake {
 }
 
 #[test]
-fn rm_keeps_the_vm_when_not_everything_came_back() {
+fn run_with_rm_keeps_vm_with_unexported_changes() {
     let fake = with_a_repository_in_the_guest();
     let (dir, patch) = (tree(), fake.dir().join("p"));
     let path = dir.path().to_str().unwrap();
@@ -260,7 +260,7 @@ fn rm_keeps_the_vm_when_not_everything_came_back() {
 }
 
 #[test]
-fn without_rm_or_an_export_the_status_stays_the_commands() {
+fn run_without_rm_or_export_exits_with_command_status() {
     let fake = with_a_repository_in_the_guest();
     let (dir, patch) = (tree(), fake.dir().join("p"));
     let path = dir.path().to_str().unwrap();

@@ -1,4 +1,4 @@
-//! Signals: what each one means in each phase of a command, and the thread that acts on them.
+//! What each signal means in each phase of a command, and the thread that acts on signals.
 
 use super::terminal;
 use crate::client::{Client, Failure, Hangup, Result};
@@ -11,44 +11,44 @@ use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
 
-/// Signals that go to the guest's command before the next one detaches.
+/// How many signals are forwarded to the guest's command before the next one detaches.
 pub const FORWARDED_MAX: u8 = 2;
-/// Signals and resizes that wait for the daemon; more than so many are dropped.
+/// How many signals and resizes may wait for the daemon. Further ones are dropped.
 const CONTROLS_MAX: usize = 16;
 const CAUGHT: [i32; 5] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH];
 
-/// Where a command is, as far as signals care.
+/// The phase of a command, as far as signals are concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Before the guest's command, or a command without one: whatever is under way can be cancelled.
+    /// Before the guest's command, or a command without one. Whatever is running can be cancelled.
     Working,
-    /// The guest's command runs.
+    /// The guest's command is running.
     Command { forwarded: u8 },
-    /// It has ended; its results are being fetched.
+    /// The guest's command has ended and its results are being fetched.
     Collecting,
-    /// What was made is being removed.
+    /// The VM that was created is being deleted.
     CleaningUp { asked: bool },
 }
 
-/// What a signal leads to.
+/// What to do about a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     Nothing,
-    /// End the call under way, and with it the command.
+    /// End the current call and the command.
     Cancel,
-    /// To the guest's command, by this name.
+    /// Forward the signal to the guest's command under this name.
     Forward(&'static str),
-    /// Tell the guest the terminal's size.
+    /// Send the terminal's size to the guest.
     Resize,
-    /// Leave the guest's command.
+    /// Leave the guest's command running and exit.
     Detach,
-    /// Say that cleaning up takes a moment.
+    /// Print that cleaning up takes a moment.
     SayWait,
-    /// Leave the cleaning up to the daemon.
+    /// Exit and leave cleaning up to the daemon.
     Leave,
 }
 
-/// Pure: the next phase and what to do.
+/// Returns the next phase and what to do. Pure, so that tests can read it as a transcript.
 pub fn on_signal(phase: Phase, signal: i32) -> (Phase, Action) {
     if signal == SIGWINCH {
         let action = if matches!(phase, Phase::Command { .. }) { Action::Resize } else { Action::Nothing };
@@ -76,14 +76,14 @@ fn name(signal: i32) -> &'static str {
 
 /// Where signals come from.
 pub enum SignalSource {
-    /// This process.
+    /// The signals of this process.
     Process,
-    /// A test.
+    /// A channel, in tests.
     #[cfg(test)]
     Channel(Receiver<i32>),
 }
 
-/// Ends the thread that watches.
+/// Ends the watching thread when it is dropped.
 struct Watch(Option<signal_hook::iterator::Handle>, Sender<()>);
 
 impl Drop for Watch {
@@ -91,7 +91,7 @@ impl Drop for Watch {
         if let Some(handle) = &self.0 {
             handle.close();
         }
-        // Full or gone: it ends anyway.
+        // If the channel is full or closed, the thread is ending already.
         let _ = self.1.try_send(());
     }
 }
@@ -102,7 +102,7 @@ impl SignalSource {
         match self {
             SignalSource::Process => {
                 let ignored = ignored_mask();
-                // What the caller ignores (nohup, a job in the background) stays ignored.
+                // Signals that the caller ignores (nohup, a background job) stay ignored.
                 let wanted = CAUGHT.into_iter().filter(|s| ignored & (1 << (s - 1)) == 0);
                 let mut signals = signal_hook::iterator::Signals::new(wanted).map_err(|e| Error::io("catch signals", e))?;
                 let handle = signals.handle();
@@ -129,14 +129,14 @@ impl SignalSource {
     }
 }
 
-/// The signals that this process was started to ignore (proc(5), `SigIgn`).
+/// The signals that this process was started with as ignored (proc(5), `SigIgn`).
 fn ignored_mask() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let field = status.lines().find_map(|l| l.strip_prefix("SigIgn:"));
     field.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
 }
 
-/// What goes to the session on a second connection.
+/// What is sent to the session on a second connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Control {
     Signal(&'static str),
@@ -145,7 +145,7 @@ pub enum Control {
 
 struct State {
     phase: Phase,
-    /// Of the call under way.
+    /// Hangs up the current call.
     hangup: Option<Hangup>,
     controls: Option<Sender<Control>>,
     /// The signal that ended the command.
@@ -153,7 +153,8 @@ struct State {
     detached: bool,
 }
 
-/// The signals of one command, from when it is made until it is dropped. Without one they have their default effect.
+/// Handles signals for one command, from its creation until it is dropped. Without it, signals have
+/// their default effect.
 pub struct Interrupts {
     state: Arc<Mutex<State>>,
     cancel: Cancel,
@@ -171,12 +172,12 @@ impl Interrupts {
         Ok(Self { state, cancel, _watch: watch })
     }
 
-    /// Fires at the signal that ends the command. For whatever blocks outside a call.
+    /// Fires when a signal ends the command. For waits outside a call.
     pub fn cancel(&self) -> &Cancel {
         &self.cancel
     }
 
-    /// From here on signals mean something else. Fails when one has ended the command before this.
+    /// Changes what signals mean from now on. Fails if a signal has already ended the command.
     pub fn enter(&self, phase: Phase) -> Result<()> {
         let mut state = self.state.lock();
         if state.cause.is_some() && !matches!(phase, Phase::CleaningUp { .. }) {
@@ -186,7 +187,8 @@ impl Interrupts {
         Ok(())
     }
 
-    /// While the guard lives, a signal that ends the command hangs up `client`. Fails when one has ended it.
+    /// While the guard lives, a signal that ends the command hangs up `client`. Fails if a signal
+    /// has already ended it.
     pub fn guard(&self, client: &Client) -> Result<Guard<'_>> {
         let hangup = client.hangup()?;
         let mut state = self.state.lock();
@@ -197,19 +199,19 @@ impl Interrupts {
         Ok(Guard(self))
     }
 
-    /// Where signals and resizes go while the guest's command runs; a bounded channel.
+    /// Returns a bounded channel that receives signals and resizes while the guest's command runs.
     pub fn controls(&self) -> Receiver<Control> {
         let (sender, receiver) = bounded(CONTROLS_MAX);
         self.state.lock().controls = Some(sender);
         receiver
     }
 
-    /// Tells the guest the terminal's size.
+    /// Sends the terminal's size to the guest.
     pub fn resized(&self) {
         send(&self.state.lock(), Control::Resize);
     }
 
-    /// The guest's command has begun: the session's note came.
+    /// True once the guest's command has begun, which the session's note reports.
     pub fn command_began(&self) -> bool {
         !matches!(self.state.lock().phase, Phase::Working)
     }
@@ -219,29 +221,29 @@ impl Interrupts {
         self.state.lock().cause
     }
 
-    /// It left a guest's command behind.
+    /// True if the signal detached from a command that still runs in the guest.
     pub fn detached(&self) -> bool {
         self.state.lock().detached
     }
 
-    /// 128+n for the signal that ended the command.
+    /// The exit status 128+n for the signal that ended the command.
     pub fn status(&self) -> Option<u8> {
         self.cause().map(|signal| 128 + signal as u8)
     }
 
-    /// What a call gave, but `interrupted` where a signal cut it off.
-    pub fn told<T>(&self, result: Result<T>) -> Result<T> {
+    /// Replaces the error of a call that a signal cut off with `interrupted`.
+    pub fn or_interrupted<T>(&self, result: Result<T>) -> Result<T> {
         if result.is_err() && self.cause().is_some() { Err(interrupted()) } else { result }
     }
 
-    /// Calls `act` when a signal ends the command, or now if one has. It must not block.
+    /// Calls `act` when a signal ends the command, or now if one already has. `act` must not block.
     pub fn on_end(&self, act: impl Fn() + Send + Sync + 'static) {
         let subscription = self.cancel.on_cancel(act);
-        // As long as the command itself.
+        // The subscription lasts as long as the process.
         std::mem::forget(subscription);
     }
 
-    /// Cuts off the call under way, for a reason of our own.
+    /// Returns a function that hangs up the current call for a reason other than a signal.
     pub fn hang_up(&self) -> impl Fn() + Send + Sync + 'static {
         let state = self.state.clone();
         move || {
@@ -263,7 +265,7 @@ impl Drop for Guard<'_> {
     }
 }
 
-/// The failure of whatever a signal ended.
+/// The failure of anything that a signal ended.
 pub fn interrupted() -> Failure {
     Error::new(Kind::Cancelled, "interrupted").into()
 }
@@ -294,12 +296,12 @@ fn act(state: &Mutex<State>, cancel: &Cancel, signal: i32, stderr: &File) {
 
 fn send(state: &State, control: Control) {
     if let Some(controls) = &state.controls {
-        // Full: the daemon does not answer, and a third signal detaches.
+        // The channel is full if the daemon does not answer. A third signal then detaches.
         let _ = controls.try_send(control);
     }
 }
 
-/// Sends what comes to the session until the channel closes. On a connection of its own.
+/// Sends signals and resizes to the session on its own connection until the channel closes.
 pub fn send_controls(
     socket: &std::path::Path,
     session: &crate::ids::SessionId,
@@ -325,7 +327,7 @@ pub fn send_controls(
                 None => continue,
             },
         };
-        // The session may just have ended; that is no news. A broken connection is made anew.
+        // The session may just have ended, which is not an error. A broken connection is replaced.
         client = sent.is_ok().then_some(fresh);
     }
 }
@@ -348,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn before_the_command_a_signal_cancels() {
+    fn signal_before_command_cancels() {
         check(
             Phase::Working,
             &[SIGWINCH, SIGINT, SIGTERM],
@@ -361,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn two_go_to_the_guest_and_the_third_detaches() {
+    fn signals_third_detaches_after_two_forwarded() {
         check(
             Phase::Command { forwarded: 0 },
             &[SIGINT, SIGWINCH, SIGTERM, SIGINT],
@@ -375,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn cleaning_up_is_left_only_when_asked_twice() {
+    fn signal_during_cleanup_leaves_only_when_repeated() {
         check(
             Phase::CleaningUp { asked: false },
             &[SIGINT, SIGINT],
@@ -394,8 +396,8 @@ mod tests {
     }
 
     #[test]
-    fn what_the_caller_ignores_is_known() {
-        // Rust ignores SIGPIPE from the start.
+    fn ignored_mask_contains_callers_ignored_signals() {
+        // Rust's runtime ignores SIGPIPE at startup.
         assert_ne!(ignored_mask() & (1 << (libc::SIGPIPE - 1)), 0);
     }
 }

@@ -1,4 +1,4 @@
-//! `snapshot`: guests that were saved, and going on from there.
+//! `snapshot`: saved VMs, and continuing from them.
 
 use super::context::Context;
 use super::output::{self, age, size};
@@ -98,7 +98,7 @@ fn show(ctx: &mut Context, args: &Targets) -> Result<u8> {
     })
 }
 
-/// All about one, a fact a line.
+/// Formats all details of a snapshot, one per line.
 fn sheet(snapshot: &Snapshot, now_s: u64) -> String {
     let mut facts = vec![
         ("name", snapshot.name.to_string()),
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn every_verb() {
+    fn snapshot_verbs_call_the_daemon() {
         let fake = daemon();
         check(
             &fake,

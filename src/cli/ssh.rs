@@ -21,7 +21,7 @@ pub struct Args {
 
 pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     let config = ctx.connect()?.call::<VmSshConfig>(&VmRequest { vm: args.vm })?;
-    // Private by its mode (0700), gone when it is dropped.
+    // Mode 0700, so only this user can read the key in it. Removed when dropped.
     let dir = tempfile::Builder::new().prefix("fcctl-ssh-").tempdir().map_err(|e| Error::io("create a directory for ssh", e))?;
     let io = |e| Error::io(format!("write ssh's configuration to {}", dir.path().display()), e);
     write_private(&dir.path().join("key"), &with_newline(&config.private_key)).map_err(io)?;
@@ -30,7 +30,8 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     write_private(&file, &render(&config, dir.path(), args.args.is_empty())).map_err(io)?;
     let mut argv: Vec<OsString> = vec!["-F".into(), file.into(), config.name.as_str().into()];
     argv.extend(args.args);
-    // ssh has the terminal and handles its signals; ours must not end before it and leave the key behind.
+    // ssh owns the terminal and handles its signals. This process must not exit first and leave the
+    // key behind.
     let interrupts = Interrupts::start(&ctx.signals, &ctx.stdio.stderr)?;
     crate::host::interactive::run("ssh", &argv, interrupts.cancel()).map_err(|e| {
         let is_missing = e.kind() == Kind::CommandMissing;
@@ -39,7 +40,7 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     })
 }
 
-/// OpenSSH refuses a private key without its last newline.
+/// OpenSSH rejects a private key without its last newline.
 fn with_newline(key: &str) -> String {
     format!("{}\n", key.trim_end())
 }
@@ -48,7 +49,7 @@ fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
     std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?.write_all(text.as_bytes())
 }
 
-/// An `ssh_config(5)` in which the VM's own key and host key are the only ones.
+/// Renders an `ssh_config(5)` in which the VM's key and host key are the only ones.
 fn render(config: &SshConfigReply, dir: &Path, is_shell: bool) -> String {
     let dir = dir.display();
     let mut text = format!(
@@ -62,8 +63,9 @@ fn render(config: &SshConfigReply, dir: &Path, is_shell: bool) -> String {
         port = config.addr.port(),
         user = config.user,
     );
-    // A shell begins where the work is. To ssh that is a command, which gets no terminal unless one is asked for; `yes`
-    // makes one where stdin is one. `%` is ssh's own; a name with control characters has no place in a line.
+    // A login shell starts in the workspace. For ssh, changing the directory is a command, and a
+    // command gets no terminal unless one is requested; `yes` requests one if stdin is a terminal.
+    // ssh expands `%`. A name with control characters cannot be written on one line.
     if let Some(workdir) = config.workdir.as_ref().filter(|w| is_shell && !w.contains(char::is_control)) {
         let quoted = format!("'{}'", workdir.replace('\'', r"'\''")).replace('%', "%%");
         text.push_str(&format!("  RequestTTY yes\n  RemoteCommand cd {quoted} 2>/dev/null; exec \"${{SHELL:-/bin/sh}}\" -l\n"));
@@ -89,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn the_configuration() {
+    fn ssh_config_has_only_the_vms_keys() {
         expect![[r#"
             Host web
               HostName 127.0.0.1
@@ -118,9 +120,9 @@ mod tests {
         }
     }
 
-    /// ssh itself reads what we write: `ssh -G` prints the configuration it would use.
+    /// Checks the file with ssh itself: `ssh -G` prints the configuration that it would use.
     #[test]
-    fn ssh_reads_it() {
+    fn ssh_config_is_accepted_by_ssh() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("config");
         write_private(&file, &render(&config("/root/a b"), dir.path(), true)).unwrap();

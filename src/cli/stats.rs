@@ -1,4 +1,4 @@
-//! `vm stats`: what VMs use of the host.
+//! `vm stats`: how much of the host each VM uses.
 
 use super::context::Context;
 use super::output::{size, table};
@@ -7,9 +7,9 @@ use crate::client::{Client, Failure, Result};
 use crate::error::Error;
 use std::time::{Duration, Instant};
 
-/// Between the two looks that a share of the CPU takes.
+/// The time between the two samples that CPU usage is computed from.
 const PERIOD: Duration = Duration::from_secs(1);
-/// Clears a terminal and goes to its first line (ECMA-48: CUP, ED).
+/// Clears a terminal and moves to its first line (ECMA-48: CUP, ED).
 const CLEAR: &str = "\u{1b}[H\u{1b}[2J";
 
 #[derive(clap::Args, Debug)]
@@ -73,7 +73,8 @@ fn row(before: Option<&VmStats>, now: &VmStats) -> Vec<String> {
     ]
 }
 
-/// Of one CPU, in percent: two of them busy are 200. None when it is another process, or no time has passed.
+/// Returns the CPU usage in percent of one CPU, so two busy CPUs are 200. None if the VMM is
+/// another process or no time has passed.
 fn share(before: &VmStats, now: &VmStats) -> Option<u64> {
     let used_us = now.cpu_ns.checked_sub(before.cpu_ns)? / 1000;
     let passed_ms = now.at_ms.checked_sub(before.at_ms).filter(|ms| *ms > 0)?;
@@ -101,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn shares_are_of_one_cpu() {
+    fn stats_cpu_share_is_of_one_cpu() {
         assert_eq!(share(&stats(1000, 0), &stats(2000, 1500)), Some(150));
         assert_eq!(share(&stats(1000, 0), &stats(2000, 4)), Some(0));
         assert_eq!(share(&stats(1000, 0), &stats(2000, 6)), Some(1));
@@ -110,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table() {
+    fn stats_print_a_table() {
         let mut other = stats(2000, 0);
         other.vm = "ba9876543210".parse().unwrap();
         expect![[r"

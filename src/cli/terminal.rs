@@ -1,14 +1,14 @@
-//! The user's terminal: its size, and raw mode that is always undone.
+//! The user's terminal: its size, and a raw mode that is always undone.
 
 use crate::api::exec::PtySize;
 use crate::error::{Error, Result};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use std::fs::File;
 
-/// Of a terminal that does not know.
+/// The size of a terminal that does not report one.
 pub const DEFAULT_SIZE: PtySize = PtySize { rows: 24, cols: 80 };
 
-/// None where the file is no terminal.
+/// Returns None if the file is not a terminal.
 pub fn size(file: &File) -> Option<PtySize> {
     let size = tcgetwinsize(file).ok()?;
     if size.ws_row == 0 || size.ws_col == 0 {
@@ -17,7 +17,8 @@ pub fn size(file: &File) -> Option<PtySize> {
     Some(PtySize { rows: size.ws_row, cols: size.ws_col })
 }
 
-/// Raw mode until it is dropped, also by a panic. Nothing may call `process::exit` while one lives.
+/// Raw mode until this is dropped, even by a panic. Nothing may call `process::exit` while one
+/// exists.
 pub struct RawMode {
     file: File,
     before: Termios,
@@ -37,7 +38,7 @@ impl RawMode {
 
 impl Drop for RawMode {
     fn drop(&mut self) {
-        // Fails when the terminal has gone.
+        // Fails if the terminal no longer exists.
         let _ = tcsetattr(&self.file, OptionalActions::Now, &self.before);
     }
 }
@@ -48,7 +49,7 @@ mod tests {
     use rustix::termios::LocalModes;
 
     #[test]
-    fn raw_mode_is_undone_by_a_panic_too() {
+    fn raw_mode_is_undone_by_panic() {
         let pty = nix::pty::openpty(None, None).unwrap();
         let terminal = File::from(pty.slave);
         let is_raw = || !tcgetattr(&terminal).unwrap().local_modes.contains(LocalModes::ICANON);

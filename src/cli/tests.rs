@@ -1,4 +1,4 @@
-//! Whole command lines against a fake daemon: what is sent, what is printed, what the status is.
+//! Runs whole command lines against a fake daemon and checks requests, output and exit status.
 
 use super::context::{Context, Stdio};
 use super::signals::SignalSource;
@@ -12,7 +12,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 
-/// The time in every test, in seconds since the epoch.
+/// The current time in every test, in seconds since the epoch.
 pub(super) const NOW_S: u64 = 1_800_000_000;
 
 pub(super) struct Ran {
@@ -21,7 +21,7 @@ pub(super) struct Ran {
     pub(super) err: String,
 }
 
-/// What a command line starts with.
+/// The streams and signals that a command line starts with.
 pub(super) struct Start {
     pub(super) stdin: File,
     pub(super) stdout: File,
@@ -57,7 +57,7 @@ pub(super) fn fcctl_from(fake: &Fake, start: Start, args: &[&str]) -> Ran {
     let status = super::command(&mut ctx, &words);
     let [out, err] = read_back.each_mut().map(|file| {
         let mut bytes = Vec::new();
-        // What is no ordinary file is read by the test itself.
+        // The test itself reads anything that is not a regular file.
         if file.metadata().unwrap().is_file() {
             file.rewind().unwrap();
             file.read_to_end(&mut bytes).unwrap();
@@ -72,7 +72,7 @@ pub(super) fn fcctl(fake: &Fake, args: &[&str]) -> Ran {
     fcctl_from(fake, Start::default(), args)
 }
 
-/// Status, calls, stdout and stderr in one text.
+/// Compares status, calls, stdout and stderr as one text.
 #[track_caller]
 pub(super) fn check(fake: &Fake, args: &[&str], expected: Expect) {
     let ran = fcctl(fake, args);
@@ -118,7 +118,8 @@ pub(super) fn vm(name: &str, state: VmState) -> Vm {
     }
 }
 
-/// Knows `web` and `db`; anything else is not found. Whatever is asked of them succeeds and changes nothing.
+/// A daemon with the VMs `web` and `db`. Every call about them succeeds and changes nothing; other
+/// names are not found.
 pub(super) fn two_vms() -> Fake {
     Fake::start(|r: Request| {
         if r.method == "vm.list" {
@@ -133,7 +134,7 @@ pub(super) fn two_vms() -> Fake {
 }
 
 #[test]
-fn several_targets_go_on_past_a_failure() {
+fn for_each_continues_after_failure() {
     check(
         &two_vms(),
         &["stop", "web", "nope", "db"],
@@ -151,7 +152,7 @@ fn several_targets_go_on_past_a_failure() {
 }
 
 #[test]
-fn json_is_one_document_and_errors_are_json() {
+fn json_prints_one_document_and_json_errors() {
     let fake = two_vms();
     let ran = fcctl(&fake, &["--json", "stop", "web", "nope", "db"]);
     let document: serde_json::Value = serde_json::from_slice(&ran.out).unwrap();
@@ -160,7 +161,7 @@ fn json_is_one_document_and_errors_are_json() {
     let error: serde_json::Value = serde_json::from_str(&ran.err).unwrap();
     expect![[r#"{"error":{"code":"not_found","exit_status":3,"hint":"fcctl ps -a","kind":"vm_not_found","message":"no vm nope","retryable":false}}"#]]
         .assert_eq(&error.to_string());
-    // One target: an object.
+    // One target prints an object.
     let ran = fcctl(&fake, &["vm", "show", "web", "--json"]);
     assert_eq!(serde_json::from_slice::<Vm>(&ran.out).unwrap().name.as_str(), "web");
     let ran = fcctl(&fake, &["--json", "rm", "-f", "nope"]);
@@ -168,7 +169,7 @@ fn json_is_one_document_and_errors_are_json() {
 }
 
 #[test]
-fn usage_has_a_status_apart_in_exec_and_run() {
+fn usage_error_in_exec_and_run_exits_125() {
     let fake = two_vms();
     for (args, status) in [
         (&["stop"][..], 2),
@@ -196,7 +197,7 @@ fn usage_has_a_status_apart_in_exec_and_run() {
 }
 
 #[test]
-fn no_daemon() {
+fn absent_daemon_suggests_starting_it() {
     let fake = two_vms();
     for (args, status) in [(&["ps"][..], 5), (&["stop", "web"][..], 5), (&["exec", "web", "--", "true"][..], 125)] {
         let mut words = args.to_vec();
@@ -209,7 +210,7 @@ fn no_daemon() {
     drop(fake);
 }
 
-/// As [`fcctl`], with a socket of its own among the words.
+/// Like [`fcctl`], but with `--socket` among the words.
 fn fcctl_other_socket(words: &[&str]) -> Ran {
     let mut err = tempfile::tempfile().unwrap();
     let stdio = Stdio { stdin: file_with(b""), stdout: tempfile::tempfile().unwrap(), stderr: err.try_clone().unwrap() };
@@ -221,7 +222,7 @@ fn fcctl_other_socket(words: &[&str]) -> Ran {
 }
 
 #[test]
-fn every_code_has_its_status() {
+fn error_code_decides_exit_status() {
     for kind in Kind::ALL {
         let fake = Fake::start(move |r| r.fault(Error::new(*kind, "no")));
         assert_eq!(fcctl(&fake, &["vm", "show", "x"]).status, kind.code().exit_status(), "{}", kind.name());
@@ -230,18 +231,18 @@ fn every_code_has_its_status() {
 }
 
 #[test]
-fn a_reader_that_has_gone_is_silent() {
+fn stdout_reader_exits_without_error() {
     let fake = two_vms();
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let start = Start { stdout: File::from(std::os::fd::OwnedFd::from(writer)), ..Start::default() };
-    // The work is done all the same.
+    // The calls are made although nobody reads the output.
     let ran = fcctl_from(&fake, start, &["stop", "web", "db"]);
     assert_eq!((ran.status, ran.err.as_str(), fake.methods().as_str()), (0, "", "vm.stop vm.stop"));
 }
 
 #[test]
-fn a_full_disk_behind_stdout_is_a_failure() {
+fn stdout_full_disk_fails() {
     let start = Start { stdout: File::options().write(true).open("/dev/full").unwrap(), ..Start::default() };
     let ran = fcctl_from(&two_vms(), start, &["ps"]);
     assert_eq!(ran.status, 1);
@@ -249,7 +250,7 @@ fn a_full_disk_behind_stdout_is_a_failure() {
 }
 
 #[test]
-fn rpc_passes_both_ways() {
+fn rpc_passes_params_and_result() {
     let fake = Fake::start(|r| {
         let echo = json!({"got": r.params, "more": r.more});
         r.result(echo);
@@ -284,7 +285,7 @@ fn rpc_passes_both_ways() {
 }
 
 #[test]
-fn operations() {
+fn op_verbs_call_the_daemon() {
     let op = |state: &str| {
         json!({"op": {"id": "0123456789ab", "method": "vm.start", "vm": null, "owner_uid": 0, "state": state, "may_cancel": true,
             "progress": {"stage": "boot", "done": 1, "total": 4}, "started_at": NOW_S - 5, "ended_at": null,
@@ -326,7 +327,7 @@ fn operations() {
 }
 
 #[test]
-fn doctor_of_a_daemon() {
+fn doctor_includes_daemons_checks() {
     let fake = Fake::start(|r| {
         r.result(json!({"checks": [
             {"id": "kvm", "severity": "warn", "found": "no /dev/kvm: software emulation", "fix": "modprobe kvm_intel"},
@@ -343,7 +344,7 @@ fn doctor_of_a_daemon() {
 }
 
 #[test]
-fn locks() {
+fn debug_locks_lists_holders_and_waiters() {
     let fake = Fake::start(|r| {
         let party = |op: &str, us: u64| json!({"thread": "conn-1", "operation": op, "for_us": us});
         r.result(json!({"violations": 0, "checked": true, "locks": [
@@ -364,7 +365,7 @@ fn locks() {
 }
 
 #[test]
-fn leaks_are_told_and_removed_only_when_asked() {
+fn leaks_are_removed_only_when_asked() {
     let fake = Fake::start(|r| {
         let fix = r.params["fix"].as_bool().unwrap();
         let leak =
@@ -390,7 +391,7 @@ fn leaks_are_told_and_removed_only_when_asked() {
 }
 
 #[test]
-fn the_lock_order_is_told_without_a_daemon() {
+fn lock_order_needs_no_daemon() {
     let fake = Fake::start(|r| r.result(json!({})));
     let table = fcctl(&fake, &["debug", "lock-order"]);
     let text = String::from_utf8(table.out).unwrap();
@@ -403,7 +404,7 @@ fn the_lock_order_is_told_without_a_daemon() {
 }
 
 #[test]
-fn a_difference_of_versions_is_told_once() {
+fn version_difference_is_reported_once() {
     let fake = Fake::with_version(crate::api::VERSION_MAJOR, crate::api::VERSION_MINOR + 1, |r| {
         r.result(json!({"vms": []}));
     });
@@ -414,7 +415,8 @@ fn a_difference_of_versions_is_told_once() {
     assert_eq!(fcctl(&fake, &["exec", "x", "--", "true"]).status, 125);
 }
 
-/// The words of a line of the README: what comes after two spaces says what it does. Quotes group.
+/// Splits a line of the README into words. Two spaces start its explanation, and quotes group
+/// words.
 fn commands(line: &str) -> Vec<Vec<String>> {
     let (mut all, mut words, mut word, mut is_quoted) = (Vec::new(), Vec::new(), String::new(), false);
     let line = line.trim_start().trim_start_matches("$ ");

@@ -1,4 +1,4 @@
-//! Values on the command line: sizes, durations, environment variables.
+//! Parsers for command-line values: sizes, durations, ports, environment variables.
 
 use crate::api::port::{Port, Protocol, loopback};
 use crate::api::vm::Net;
@@ -11,7 +11,8 @@ use std::time::Duration;
 /// Longest `--env-file` that is read.
 const ENV_FILE_BYTES_MAX: u64 = 1024 * 1024;
 
-/// Bytes: `512M`, `2G`, `1T`, `64K`, in powers of 1024, with or without `B` or `iB`; a bare number is bytes.
+/// Parses a size in bytes: `512M`, `2G`, `1T`, `64K`, in powers of 1024, with or without `B` or
+/// `iB`. A bare number is bytes.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let (number, unit) = text.split_at(digits);
@@ -27,17 +28,17 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| "that is too large".to_owned())
 }
 
-/// Bytes in a second, as a size; `none` is 0.
+/// Parses bytes per second, written as a size. `none` is 0.
 pub fn parse_rate(text: &str) -> Result<u64, String> {
     if text == "none" { Ok(0) } else { parse_size(text.strip_suffix("/s").unwrap_or(text)) }
 }
 
-/// Operations in a second; `none` is 0.
+/// Parses operations per second. `none` is 0.
 pub fn parse_count_rate(text: &str) -> Result<u64, String> {
     if text == "none" { Ok(0) } else { text.parse().map_err(|_| "use a number or none".to_owned()) }
 }
 
-/// Memory in MiB, from a size of whole MiB: `512M`, `2G`.
+/// Parses memory as a whole number of MiB: `512M`, `2G`.
 pub fn parse_mem_mib(text: &str) -> Result<u64, String> {
     let bytes = parse_size(text)?;
     if bytes > 0 && bytes % (1 << 20) == 0 {
@@ -46,8 +47,8 @@ pub fn parse_mem_mib(text: &str) -> Result<u64, String> {
     Err("memory is a whole number of MiB, such as 512M or 2G".to_owned())
 }
 
-/// `[[ADDR:]HOST:]GUEST[/tcp|udp]`, as docker has it, but for this host alone when no address is given. Without a port of the
-/// host's one is picked.
+/// Parses `[[ADDR:]HOST:]GUEST[/tcp|udp]`, as docker does, except that ADDR defaults to this host
+/// alone. Without HOST, a free port is picked.
 pub fn parse_port(text: &str) -> Result<Port, String> {
     let form = || "use [[ADDR:]HOST:]GUEST[/udp], such as 8080:80, 0.0.0.0:8080:80 or 80".to_owned();
     let (rest, protocol) = match text.rsplit_once('/') {
@@ -75,7 +76,7 @@ pub fn parse_net(text: &str) -> Result<Net, String> {
     }
 }
 
-/// `30s`, `5m`, `2h`, `250ms`; a bare number is seconds.
+/// Parses `30s`, `5m`, `2h`, `250ms`. A bare number is seconds.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
     let (number, unit) = text.split_at(digits);
@@ -94,7 +95,8 @@ pub fn timeout_ms(timeout: Option<Duration>) -> Option<u64> {
     timeout.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// `K=V`, or `K` for the caller's own value. A variable that the caller does not have is left out.
+/// Parses `K=V`, or `K` for the caller's own value. A variable that the caller does not have is
+/// left out.
 fn env_entry(entry: &OsStr, caller: &dyn Fn(&str) -> Option<OsString>) -> Result<Option<(String, OsString)>> {
     let bytes = entry.as_bytes();
     let (key, value) = match bytes.iter().position(|b| *b == b'=') {
@@ -111,7 +113,7 @@ fn env_entry(entry: &OsStr, caller: &dyn Fn(&str) -> Option<OsString>) -> Result
     Ok(value.map(|v| (key.to_owned(), v)))
 }
 
-/// What `--env-file` and `-e` say together; `-e` wins, and of two the later.
+/// Merges `--env-file` and `-e`. `-e` wins, and so does the later of two.
 pub fn environment(
     files: &[std::path::PathBuf],
     entries: &[OsString],
@@ -152,7 +154,7 @@ fn read_env_file(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A file of the caller's that cannot be used: one that is not there has a kind of its own.
+/// The error for a file of the caller that cannot be used. A missing file has its own kind.
 pub fn path_error(doing: String, e: std::io::Error) -> Error {
     if e.kind() == std::io::ErrorKind::NotFound {
         return Error::new(crate::error::Kind::PathNotFound, doing).with_source(e).hint("see what is there with ls -l");
@@ -166,7 +168,7 @@ mod tests {
     use expect_test::{Expect, expect};
 
     #[test]
-    fn sizes() {
+    fn sizes_parse_with_units() {
         for (text, bytes) in [("0", 0), ("512M", 512 << 20), ("2G", 2 << 30), ("2gib", 2 << 30), ("7k", 7 << 10), ("1T", 1 << 40)]
         {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
@@ -181,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn rates() {
+    fn rates_parse_with_none() {
         for (text, rate) in [("none", 0), ("0", 0), ("50M", 50 << 20), ("2G/s", 2 << 30)] {
             assert_eq!(parse_rate(text), Ok(rate), "{text}");
         }
@@ -192,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn ports() {
+    fn ports_parse_like_docker() {
         let of = |text: &str| parse_port(text).map(|p| (p.to_string(), p.guest_port));
         for (text, host, guest) in [
             ("80", "127.0.0.1:0/tcp", 80),
@@ -212,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn durations() {
+    fn durations_parse_with_units() {
         for (text, ms) in [("250ms", 250), ("3", 3000), ("3s", 3000), ("2m", 120_000), ("1h", 3_600_000)] {
             assert_eq!(parse_duration(text), Ok(Duration::from_millis(ms)), "{text}");
         }
@@ -238,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn environments() {
+    fn environment_flag_overrides_file() {
         check(
             &["# c\n\nA=1\nB=two words = x\nMINE\n"],
             &["A=3", "NOT_MINE", "E="],

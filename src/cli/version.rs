@@ -1,11 +1,11 @@
-//! `version`: of both programs.
+//! `version`: the versions of fcctl and fcd.
 
 use super::context::Context;
 use crate::api::daemon::Info;
 use crate::api::{Empty, VERSION_MAJOR, VERSION_MINOR};
 use crate::client::{ABSENT, Result};
 
-/// A daemon that does not run is no failure here; one that cannot be talked to is.
+/// It is not a failure if no daemon runs, but it is one if the daemon cannot be talked to.
 pub fn run(ctx: &mut Context) -> Result<u8> {
     let ours = env!("CARGO_PKG_VERSION");
     let daemon = match ctx.connect() {

@@ -1,4 +1,4 @@
-//! `vm`: the verbs of one or several VMs, and the everyday ones at top level.
+//! `vm`: the commands for one or several VMs, also those that exist at top level.
 
 use super::context::Context;
 use super::output::{self, age, count, size};
@@ -73,7 +73,7 @@ pub struct CreateArgs {
     disk: Option<u64>,
 }
 
-/// What a VM's devices may move in a second.
+/// Rate limits of a VM's devices.
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
 pub struct Rates {
     /// Bytes per second for each disk, reads and writes together, such as 50M. `none` removes the limit
@@ -96,7 +96,7 @@ impl Rates {
     }
 }
 
-/// What `create` and `run` may say of a VM.
+/// The options of `create` and `run` that describe a VM.
 #[derive(clap::Args, Debug, Default)]
 pub struct Shape {
     /// Image to create the root disk from
@@ -159,7 +159,7 @@ pub struct ForkArgs {
 
 #[derive(clap::Args, Debug)]
 pub struct DeleteArgs {
-    // Not required: `rm -f $(fcctl ps -aq)` with nothing to remove is fine.
+    // Not required with -f: `rm -f $(fcctl ps -aq)` must succeed if there is nothing to remove.
     /// Names, IDs, or starts of IDs
     #[arg(required_unless_present = "force", value_name = "VM")]
     vms: Vec<String>,
@@ -253,7 +253,7 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
     }
 }
 
-/// Prints for people; the document for programs is made elsewhere.
+/// Prints a line unless `--json` is given. The caller prints the document.
 fn say(ctx: &mut Context, text: &str) -> Result<()> {
     if ctx.json { Ok(()) } else { ctx.line(text) }
 }
@@ -306,7 +306,7 @@ pub fn stop(ctx: &mut Context, args: StopArgs) -> Result<u8> {
     })
 }
 
-/// Whether the guest's data is on its disk.
+/// Says whether the guest's data reached its disk.
 fn synced(synced: Option<Synced>) -> &'static str {
     match synced {
         Some(Synced::Yes) => ", the guest's data was synced",
@@ -424,7 +424,7 @@ fn show(ctx: &mut Context, args: Targets) -> Result<u8> {
     })
 }
 
-/// All about one VM, a fact a line.
+/// Formats all details of a VM, one per line.
 fn sheet(vm: &Vm, now_s: u64) -> String {
     let mut facts: Vec<(&str, String)> = vec![("name", vm.name.to_string()), ("id", vm.id.to_string()), ("state", state(vm))];
     let mut add = |name, value: Option<String>| facts.extend(value.map(|v| (name, v)));
@@ -469,7 +469,7 @@ fn sheet(vm: &Vm, now_s: u64) -> String {
     facts.iter().map(line).collect()
 }
 
-/// As docker has it: `80/tcp -> 127.0.0.1:8080`.
+/// Formats a port as docker does: `80/tcp -> 127.0.0.1:8080`.
 pub fn port_line(port: &Port) -> String {
     format!("{}/{} -> {}:{}", port.guest_port, port.protocol.name(), port.host_addr, port.host_port)
 }
@@ -494,7 +494,7 @@ pub fn settings(of: &Pending) -> String {
     [vcpus, memory, disk, rates].into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
-/// Those that are said; 0 is none.
+/// Lists the rates that are set. 0 means no limit.
 pub fn rates(rates: &RateLimits) -> String {
     let bytes = |n: u64| format!("{}/s", size(n));
     let [disk, ops, rx, tx] = rates.all();

@@ -8,7 +8,7 @@ use expect_test::expect;
 use serde_json::json;
 
 #[test]
-fn lists() {
+fn list_prints_running_or_all() {
     let fake = two_vms();
     check(
         &fake,
@@ -46,7 +46,7 @@ fn lists() {
 }
 
 #[test]
-fn a_failed_vm_says_why_without_driving_the_terminal() {
+fn list_failed_vm_shows_harmless_reason() {
     let fake = Fake::start(|r| {
         let failed = Vm { reason: Some("the VMM died:\u{1b}[2J signal 9".to_owned()), ..vm("web", VmState::Failed) };
         r.result(json!({"vms": [failed]}));
@@ -56,7 +56,7 @@ fn a_failed_vm_says_why_without_driving_the_terminal() {
 }
 
 #[test]
-fn all_about_one() {
+fn show_prints_all_details() {
     let fake = Fake::start(|r| {
         let full = Vm {
             pending: Some(Pending { vcpus: Some(4), mem_mib: Some(2048), ..Pending::default() }),
@@ -194,7 +194,7 @@ fn set_says_when_it_applies() {
 }
 
 #[test]
-fn a_balloon_is_told_by_what_the_guest_keeps() {
+fn balloon_takes_what_the_guest_keeps() {
     let fake = Fake::start(|r| {
         let balloon_mib = r.params["keep_mib"].as_u64();
         r.result(json!({"vm": Vm { balloon_mib, ..vm("web", VmState::Running) }, "kept_mib": 1024}));
@@ -221,7 +221,7 @@ fn a_balloon_is_told_by_what_the_guest_keeps() {
 }
 
 #[test]
-fn remove() {
+fn rm_deletes_with_and_without_force() {
     let fake = two_vms();
     check(
         &fake,
@@ -232,7 +232,7 @@ fn remove() {
         status 0
     "#]],
     );
-    // `rm -f $(fcctl ps -aq)` where there are none.
+    // This is `rm -f $(fcctl ps -aq)` without VMs.
     check(
         &fake,
         &["rm", "-f"],
@@ -254,7 +254,7 @@ fn remove() {
 }
 
 #[test]
-fn wait_and_prune() {
+fn wait_and_prune_call_the_daemon() {
     let fake = Fake::start(|r| {
         r.result(json!({"vm": vm("web", VmState::Running), "deleted": ["000000776562"]}));
     });
@@ -281,7 +281,7 @@ fn wait_and_prune() {
 }
 
 #[test]
-fn logs_come_as_they_are_off_a_terminal() {
+fn logs_without_terminal_are_unchanged() {
     let fake = Fake::start(|mut r| {
         r.note(Note::Log(LogChunk { text: "one \u{1b}[31mred\n".to_owned() }));
         r.note(Note::Log(LogChunk { text: "two".to_owned() }));
@@ -296,7 +296,7 @@ fn logs_come_as_they_are_off_a_terminal() {
 }
 
 #[test]
-fn a_full_disk_behind_the_logs_is_a_failure() {
+fn logs_full_disk_fails() {
     let fake = Fake::start(|mut r| {
         r.note(Note::Log(LogChunk { text: "hello\n".into() }));
         r.result(json!({"bytes": 6}));

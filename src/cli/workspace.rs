@@ -1,4 +1,5 @@
-//! `workspace`: a tree goes into a VM, a patch or a tree comes back. Packed and unpacked here, with the caller's rights.
+//! `workspace`: copies a tree into a VM and brings a patch or a tree back. Packing and unpacking
+//! happen here, with the caller's rights.
 
 use super::apply;
 use super::context::Context;
@@ -25,9 +26,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
-/// Most kept paths that are named one by one.
+/// How many kept paths are listed.
 const KEPT_SHOWN_MAX: usize = 20;
-/// Most paths that could not be brought back and are named one by one.
+/// How many paths that could not be brought back are listed.
 const LEFT_SHOWN_MAX: usize = 20;
 const PIECE_BYTES: usize = 256 * 1024;
 
@@ -55,7 +56,7 @@ pub struct PrepareArgs {
     how: PrepareHow,
 }
 
-/// How a workspace is made.
+/// How to create a workspace.
 #[derive(clap::Args, Debug, Default)]
 pub struct PrepareHow {
     /// Directory in the guest [default: /root/NAME]
@@ -79,8 +80,8 @@ pub struct PrepareHow {
 }
 
 impl PrepareHow {
-    /// Whether any of it was given.
-    pub fn is_said(&self) -> bool {
+    /// True if any of these options was given.
+    pub fn is_given(&self) -> bool {
         self.guest_path.is_some()
             || self.readonly
             || self.history.is_some()
@@ -122,7 +123,7 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::Export(args) => export_verb(ctx, &interrupts, args),
         Verb::Apply(args) => apply::run(ctx, &interrupts, args),
     };
-    match (interrupts.told(result), interrupts.status()) {
+    match (interrupts.or_interrupted(result), interrupts.status()) {
         (Err(_), Some(status)) => {
             ctx.note("interrupted");
             Ok(status)
@@ -154,14 +155,14 @@ fn open_tar(ctx: &Context, tar: &Path) -> Result<File> {
     File::open(tar).map_err(|e| path_error(format!("open {}", tar.display()), e).into())
 }
 
-/// What goes into a workspace.
+/// What is copied into a workspace.
 pub enum Source {
     Tree(Box<Plan>),
     Tar(File),
 }
 
 impl Source {
-    /// Looks at a tree; nothing is asked of the daemon yet.
+    /// Inspects a tree without calling the daemon.
     pub fn tree(path: &Path, how: &PrepareHow, cancel: &Cancel) -> Result<Self> {
         let options = Options {
             history: how.history.unwrap_or_default(),
@@ -175,7 +176,7 @@ impl Source {
         Ok(Source::Tree(Box::new(plan)))
     }
 
-    /// Where a patch that comes back is applied.
+    /// The tree to which an exported patch will be applied.
     pub fn top(&self) -> Option<&Path> {
         match self {
             Source::Tree(plan) => Some(plan.root()),
@@ -201,7 +202,7 @@ impl Source {
     }
 }
 
-/// One transfer from or to a VM.
+/// One transfer to or from a VM.
 pub struct Transfer<'a> {
     pub ctx: &'a mut Context,
     pub interrupts: &'a Interrupts,
@@ -209,11 +210,12 @@ pub struct Transfer<'a> {
     pub vm: &'a str,
 }
 
-/// What the thread beside the call did, and whether it only gave way: it was told to stop, or the other end went.
-type Beside<T> = JoinHandle<(crate::error::Result<T>, bool)>;
+/// The thread that packs or unpacks during the call. The flag says that its error, if any, is only
+/// a consequence: it was cancelled, or the other end closed.
+type TransferThread<T> = JoinHandle<(crate::error::Result<T>, bool)>;
 
 impl Transfer<'_> {
-    /// Sends `source`. Kept files and what was left out are told on stderr.
+    /// Sends `source`. Kept and omitted files are listed on stderr.
     pub fn prepare(&mut self, source: Source, how: PrepareHow) -> Result<PrepareReply> {
         let request = source.request(self.vm, how)?;
         if let Source::Tree(plan) = &source {
@@ -224,10 +226,11 @@ impl Transfer<'_> {
         let (token, mut ours, vm) = (stop.clone(), ours, self.vm.to_owned());
         let mut begin = Some(move |keep: Vec<Vec<u8>>| {
             let result = pack(source, &mut ours, &keep, &token);
-            // Our end is still open, so nothing that follows from our failure can have happened yet.
+            // Our end is still open here, so `is_unread` cannot be a consequence of our own
+            // failure.
             (result.map_err(|e| e.of_vm(&vm)), token.is_cancelled() || ours.is_unread())
         });
-        let mut packer: Option<Beside<Sent>> = None;
+        let mut packer: Option<TransferThread<Sent>> = None;
         let reply = self.call::<WorkspacePrepare>(&format!("copy to {}", self.vm), &request, theirs, &mut |note| {
             if let Note::Ready(ready) = note
                 && let Some(begin) = begin.take()
@@ -239,11 +242,11 @@ impl Transfer<'_> {
         });
         let (reply, sent) = conclude(reply, packer, &stop)?;
         sent.into_iter().flat_map(|s| s.warnings).for_each(|w| self.ctx.note(&format!("warning: {w}")));
-        self.tell_kept(&reply.kept);
+        self.report_kept(&reply.kept);
         Ok(reply)
     }
 
-    fn tell_kept(&mut self, kept: &[String]) {
+    fn report_kept(&mut self, kept: &[String]) {
         if kept.is_empty() {
             return;
         }
@@ -255,7 +258,7 @@ impl Transfer<'_> {
         }
     }
 
-    /// Fetches into `to`, which is whole or untouched afterwards.
+    /// Exports into `to`, which is afterwards either complete or untouched.
     pub fn export(&mut self, to: &ExportTo, bound: Bound, no_wait: bool) -> Result<Fetched> {
         to.check()?;
         let kind = if matches!(to, ExportTo::Tree(_)) { ExportKind::Tree } else { ExportKind::Patch };
@@ -285,7 +288,7 @@ impl Transfer<'_> {
         Ok(Fetched { exported, left_behind })
     }
 
-    /// Nothing is printed before all of it is known to be there.
+    /// Called only once the whole patch has arrived, so that a partial one is never printed.
     fn print(&mut self, mut spool: File) -> Result<()> {
         let doing = "read the patch back";
         let mut piece = vec![0; PIECE_BYTES];
@@ -298,7 +301,7 @@ impl Transfer<'_> {
         }
     }
 
-    /// A token that a signal fires too.
+    /// Returns a token that also fires at a signal.
     fn stop(&self) -> Result<Cancel> {
         let stop = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
         let fired = stop.clone();
@@ -306,7 +309,8 @@ impl Transfer<'_> {
         Ok(stop)
     }
 
-    /// The call with one end of a pipe, which is closed here as soon as the daemon has it. Shows progress.
+    /// Makes the call with one end of a pipe, which is closed here once the daemon has it. Shows
+    /// progress.
     fn call<C: Call>(
         &mut self,
         doing: &str,
@@ -328,22 +332,23 @@ impl Transfer<'_> {
     }
 }
 
-/// Both sides' ends made one: the side that failed first says why. The other only saw the pipe break.
-fn conclude<R, T>(reply: Result<R>, thread: Option<Beside<T>>, stop: &Cancel) -> Result<(R, Option<T>)> {
+/// Combines the results of both sides. The error is that of the side that failed first: the other
+/// saw only a broken pipe.
+fn conclude<R, T>(reply: Result<R>, thread: Option<TransferThread<T>>, stop: &Cancel) -> Result<(R, Option<T>)> {
     if reply.is_err() {
         stop.cancel("the call has ended");
     }
     let Some(thread) = thread else { return Ok((reply?, None)) };
-    let (ours, gave_way) = thread.join().map_err(|_| Error::internal("a transfer thread panicked"))?;
+    let (ours, is_consequence) = thread.join().map_err(|_| Error::internal("a transfer thread panicked"))?;
     match (reply, ours) {
         (Ok(reply), Ok(ours)) => Ok((reply, Some(ours))),
-        (Err(theirs), Err(_)) if gave_way => Err(theirs),
+        (Err(theirs), Err(_)) if is_consequence => Err(theirs),
         (_, Err(e)) => Err(e.into()),
         (Err(theirs), Ok(_)) => Err(theirs),
     }
 }
 
-/// The stream of an import: the payload and its trailer, only when all went well.
+/// Writes the stream of an import. The trailer follows only if the whole payload was sent.
 fn pack(source: Source, to: &mut End, keep: &[Vec<u8>], stop: &Cancel) -> crate::error::Result<Sent> {
     let mut writer = ChunkWriter::new(to);
     let sent = match source {
@@ -357,13 +362,13 @@ fn pack(source: Source, to: &mut End, keep: &[Vec<u8>], stop: &Cancel) -> crate:
     Ok(sent)
 }
 
-/// Where an export goes.
+/// Where an export is written.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ExportTo {
-    /// A file that is not there yet.
+    /// A file that does not exist yet.
     Patch(PathBuf),
     PatchToStdout,
-    /// A directory that is not there yet.
+    /// A directory that does not exist yet.
     Tree(PathBuf),
 }
 
@@ -372,7 +377,8 @@ impl ExportTo {
         if arg == Path::new("-") { ExportTo::PatchToStdout } else { ExportTo::Patch(arg) }
     }
 
-    /// Before anything is asked of the daemon: `target_exists`, `path_not_found`.
+    /// Checks the target before the daemon is called. Fails with `target_exists` or
+    /// `path_not_found`.
     pub fn check(&self) -> crate::error::Result<()> {
         match self {
             ExportTo::Patch(path) => patch::check_target(path),
@@ -382,7 +388,7 @@ impl ExportTo {
     }
 }
 
-/// The size of an export, as counted on this side.
+/// The size of an export, counted by this process.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Exported {
@@ -404,7 +410,7 @@ enum Received {
     Staged(unpack::Staged),
 }
 
-/// The payload of an export, and whether reading it failed.
+/// The payload of an export, and whether reading it has failed.
 struct Incoming {
     chunks: ChunkReader<End>,
     is_broken: bool,
@@ -414,12 +420,12 @@ impl Read for Incoming {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let result = self.chunks.read(buffer);
         self.is_broken |= result.is_err();
-        // As `workspace` takes it: one of our errors inside.
+        // `workspace` expects one of our errors inside the I/O error.
         result.map_err(|e| io::Error::other(stream::error("read the stream", e)))
     }
 }
 
-/// What [`Incoming`] carried, or an error of writing.
+/// Unwraps the error of [`Incoming`]; any other is an error of writing.
 fn copy_error(doing: &str, e: io::Error) -> Error {
     match e.downcast::<Error>() {
         Ok(inner) => inner.context(doing),
@@ -438,7 +444,7 @@ fn receive(from: &mut Incoming, to: &ExportTo, bound: Bound, stop: &Cancel) -> c
         ExportTo::Tree(path) => {
             let limits = unpack::Limits { bytes: bound.max_bytes, ..unpack::Limits::default() };
             let staged = unpack::stage(from, path, &limits, stop)?;
-            // What follows the archive, up to a trailer that fits.
+            // Reads the rest after the archive, which ends with a valid trailer.
             io::copy(from, &mut io::sink()).map_err(|e| copy_error("receive the tree", e))?;
             Received::Staged(staged)
         }
@@ -461,8 +467,8 @@ fn export_verb(ctx: &mut Context, interrupts: &Interrupts, args: ExportArgs) -> 
     for to in &targets {
         let fetched = Transfer { ctx, interrupts, client: &mut client, vm: &args.vm }.export(to, args.bound, args.no_wait)?;
         if !ctx.json {
-            tell_exported(ctx, interrupts, to, &fetched.exported, None);
-            tell_left(ctx, &args.vm, &fetched.left_behind);
+            report_exported(ctx, interrupts, to, &fetched.exported, None);
+            report_left_behind(ctx, &args.vm, &fetched.left_behind);
         }
         all.push(fetched);
     }
@@ -475,8 +481,9 @@ fn export_verb(ctx: &mut Context, interrupts: &Interrupts, args: ExportArgs) -> 
     Ok(0)
 }
 
-/// On stderr: stdout may be the patch. `top`: the tree that a patch is for; None is this directory's.
-pub fn tell_exported(ctx: &mut Context, interrupts: &Interrupts, to: &ExportTo, exported: &Exported, top: Option<&Path>) {
+/// Reports on stderr, because stdout may be the patch. `top` is the tree that the patch is for;
+/// None is the tree of the current directory.
+pub fn report_exported(ctx: &mut Context, interrupts: &Interrupts, to: &ExportTo, exported: &Exported, top: Option<&Path>) {
     let what = match exported {
         Exported::Patch { files_changed, bytes } => format!("{} changed, {}", count(*files_changed, "file"), size(*bytes)),
         Exported::Tree { entries: 1, .. } => "1 entry".to_owned(),
@@ -497,8 +504,8 @@ pub fn tell_exported(ctx: &mut Context, interrupts: &Interrupts, to: &ExportTo, 
     }
 }
 
-/// Names what stays in the VM although it is part of its tree, and how to get at it.
-pub fn tell_left(ctx: &mut Context, vm: &str, left: &LeftBehind) {
+/// Lists what belongs to the tree but exists only in the VM, and how to fetch it.
+pub fn report_left_behind(ctx: &mut Context, vm: &str, left: &LeftBehind) {
     let Some(first) = left.named.first() else { return };
     ctx.note(&format!("warning: not everything could be brought back; these exist only in VM {vm}:"));
     for Left { path, why } in left.named.iter().take(LEFT_SHOWN_MAX) {

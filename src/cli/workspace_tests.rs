@@ -20,9 +20,9 @@ pub(crate) fn with_workspace(name: &str) -> Vm {
     Vm { workspace: Some(workspace), ..vm(name, VmState::Running) }
 }
 
-/// The daemon's side of a prepare: takes the stream to its end. None where it was cut off.
+/// The daemon's side of a prepare: reads the stream to its end. Returns None if it was cut off.
 pub(crate) fn take_stream(r: &mut Request, keep: &[&str]) -> Option<(Vec<u8>, u64)> {
-    // Other notes come first.
+    // Notes of other kinds arrive first.
     r.note(Note::Op { op: "0123456789ab".parse().unwrap() });
     r.note(Note::Progress(crate::api::op::Progress::default()));
     r.note(Note::Ready(Ready { keep: keep.iter().map(|k| (*k).to_owned()).collect() }));
@@ -40,7 +40,7 @@ pub(crate) fn give_stream(r: &mut Request, payload: &[u8]) {
     writer.finish(1).unwrap();
 }
 
-/// An export that names places which could not be brought back.
+/// An export that lists paths which could not be brought back.
 pub(crate) fn give_stream_without(r: &mut Request, left: &[u8], payload: &[u8]) {
     let mut writer = ChunkWriter::new(File::from(r.fds.pop().expect("one descriptor")));
     let count = left.iter().filter(|b| **b == 0).count();
@@ -58,7 +58,7 @@ fn contains(haystack: &[u8], needle: &[u8]) -> bool {
     haystack.windows(needle.len()).any(|w| w == needle)
 }
 
-/// A plain tree, away from any repository.
+/// A plain tree outside any repository.
 fn tree() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("one.txt"), "the first file").unwrap();
@@ -67,7 +67,7 @@ fn tree() -> tempfile::TempDir {
 }
 
 #[test]
-fn a_tree_goes_without_what_the_guest_keeps() {
+fn prepare_skips_files_kept_by_guest() {
     let fake = Fake::start(|mut r| {
         assert_eq!((r.params["guest_path"].as_str(), r.params["readonly"].as_bool()), (Some("/root/app"), Some(true)));
         let (payload, entries) = take_stream(&mut r, &["two.txt"]).unwrap();
@@ -84,7 +84,7 @@ fn a_tree_goes_without_what_the_guest_keeps() {
 }
 
 #[test]
-fn what_is_wrong_here_asks_nothing_of_the_daemon() {
+fn workspace_invalid_arguments_make_no_call() {
     let fake = Fake::start(|_| unreachable!());
     let dir = tree();
     let path = dir.path().to_str().unwrap();
@@ -109,7 +109,7 @@ fn what_is_wrong_here_asks_nothing_of_the_daemon() {
 }
 
 #[test]
-fn the_daemons_reason_wins_over_a_broken_pipe() {
+fn prepare_reports_daemons_error_not_broken_pipe() {
     let fake = Fake::start(|mut r| {
         r.note(Note::Ready(Ready::default()));
         r.fds.clear();
@@ -122,12 +122,12 @@ fn the_daemons_reason_wins_over_a_broken_pipe() {
 }
 
 #[test]
-fn our_reason_wins_over_the_daemons_broken_stream() {
+fn prepare_reports_own_error_not_broken_stream() {
     let fake = Fake::start(|mut r| {
         assert!(take_stream(&mut r, &[]).is_none());
         r.fault(Error::new(Kind::StreamIncomplete, "the stream broke off"));
     });
-    // A tar that ends in the middle of a file.
+    // A tar archive that ends in the middle of a file.
     let mut tar = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_gnu();
     header.set_size(2000);
@@ -141,7 +141,7 @@ fn our_reason_wins_over_the_daemons_broken_stream() {
 }
 
 #[test]
-fn a_tar_from_stdin_goes_as_it_is() {
+fn prepare_tar_from_stdin_is_sent_unchanged() {
     let fake = Fake::start(|mut r| {
         assert_eq!((r.params["raw_tar"].as_bool(), r.params["guest_path"].as_str()), (Some(true), Some("/root/workspace")));
         let (payload, entries) = take_stream(&mut r, &[]).unwrap();
@@ -160,10 +160,10 @@ fn a_tar_from_stdin_goes_as_it_is() {
 }
 
 #[test]
-fn a_signal_ends_a_stalled_import() {
+fn prepare_stalled_ends_at_signal() {
     let (signal, signals) = crossbeam_channel::unbounded();
     let fake = Fake::start(move |mut r| {
-        // The descriptor is kept and never read.
+        // Keeps the descriptor without reading from it.
         r.note(Note::Ready(Ready::default()));
         signal.send(signal_hook::consts::SIGINT).unwrap();
         r.wait_for_hangup();
@@ -176,7 +176,7 @@ fn a_signal_ends_a_stalled_import() {
 }
 
 #[test]
-fn a_patch_comes_whole() {
+fn export_patch_is_complete() {
     let fake = Fake::start(|mut r| {
         assert_eq!(r.params["kind"], "patch");
         give_stream(&mut r, b"diff --git a/x b/x\n\0binary");
@@ -202,7 +202,7 @@ fn a_patch_comes_whole() {
 }
 
 #[test]
-fn half_a_patch_is_none() {
+fn export_truncated_patch_writes_nothing() {
     let fake = Fake::start(|mut r| {
         let mut half = File::from(r.fds.pop().unwrap());
         half.write_all(&[0, 0, 0, 4, b'd', b'i']).unwrap();
@@ -213,12 +213,12 @@ fn half_a_patch_is_none() {
     let ran = fcctl(&fake, &["workspace", "export", "web", "--patch", file.to_str().unwrap()]);
     assert_eq!((ran.status, ran.err.as_str()), (1, "fcctl: the guest went away\n"));
     assert_eq!(fcctl(&fake, &["workspace", "export", "web"]).out, b"");
-    // The socket is all there is.
+    // Nothing but the socket is left.
     assert_eq!(std::fs::read_dir(fake.dir()).unwrap().count(), 1);
 }
 
 #[test]
-fn an_answer_without_a_whole_stream_is_not_believed() {
+fn export_reply_without_complete_stream_fails() {
     let fake = Fake::start(|mut r| {
         drop(r.fds.pop());
         r.result(json!({"bytes": 26}));
@@ -233,7 +233,7 @@ fn an_answer_without_a_whole_stream_is_not_believed() {
 }
 
 #[test]
-fn a_tree_comes_into_a_new_directory() {
+fn export_tree_creates_directory() {
     let fake = Fake::start(|mut r| {
         let mut tar = tar::Builder::new(Vec::new());
         let mut header = tar::Header::new_gnu();
@@ -253,7 +253,7 @@ fn a_tree_comes_into_a_new_directory() {
 const NEW_FILE: &[u8] = b"diff --git a/x b/x\nnew file mode 100644\n--- /dev/null\n+++ b/x\n@@ -0,0 +1 @@\n+x\n";
 
 #[test]
-fn export_whose_guest_claims_no_change_is_counted_by_us() {
+fn export_counts_files_itself() {
     let fake = Fake::start(|mut r| {
         give_stream(&mut r, NEW_FILE);
         r.result(json!({"bytes": NEW_FILE.len()}));
@@ -266,7 +266,7 @@ fn export_whose_guest_claims_no_change_is_counted_by_us() {
 }
 
 #[test]
-fn export_that_sends_too_much_is_refused_and_leaves_nothing() {
+fn export_over_limit_fails_and_leaves_nothing() {
     let fake = Fake::start(|mut r| {
         let mut writer = ChunkWriter::new(File::from(r.fds.pop().expect("one descriptor")));
         writer.write_all(b"fcd-export 1 0 0\n").unwrap();
@@ -283,9 +283,9 @@ fn export_that_sends_too_much_is_refused_and_leaves_nothing() {
     assert_eq!(std::fs::read_dir(fake.dir()).unwrap().count(), 1);
 }
 
-/// The flag reaches the plan, with `prepare` and with `run`.
+/// The flag reaches the plan, both with `prepare` and with `run`.
 #[test]
-fn alternate_is_allowed_by_its_flag() {
+fn allow_alternate_reaches_the_plan() {
     let dir = tempfile::tempdir().unwrap();
     let git = |at: &Path, args: &[&str]| {
         let c = crate::host::command::Command::new("git").args(args).cwd(at).env("HOME", dir.path());
@@ -315,7 +315,7 @@ fn alternate_is_allowed_by_its_flag() {
 }
 
 #[test]
-fn what_could_not_be_brought_back_is_named() {
+fn export_lists_what_stayed_behind() {
     let fake = Fake::start(|mut r| {
         give_stream_without(&mut r, b"r svc it's/.git\0s sub\x1b[2J\0", b"");
         r.result(json!({"bytes": 0}));

@@ -1,4 +1,4 @@
-//! The command line of fcd; everything is in [`fcd::cli`].
+//! The `fcctl` program. Everything is in [`fcd::cli`].
 
 fn main() -> std::process::ExitCode {
     std::process::ExitCode::from(fcd::cli::main())

@@ -1,4 +1,4 @@
-//! The daemon's program: flags and logging; the rest is the library's.
+//! The `fcd` program: parses flags, sets up logging, and runs the daemon from the library.
 
 use clap::Parser;
 use fcd::config::{Config, Flags};
@@ -36,7 +36,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    // First of all: a helper must have one thread and no file when it gives up its rights.
+    // This comes first because a helper process must have one thread and no open files when it
+    // drops its privileges.
     if let Some(code) = fcd::daemon::helpers::run_if_asked() {
         return code;
     }
@@ -72,7 +73,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Prints to stdout. A reader that has gone (`| head`) is not an error.
+/// Prints to stdout. It is not an error if the reader has exited (`| head`).
 fn print(text: &str) -> ExitCode {
     use std::io::{ErrorKind, Write};
     match std::io::stdout().write_all(text.as_bytes()) {

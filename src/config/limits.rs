@@ -1,4 +1,4 @@
-//! The section `[limits]`: what one user and all users together may use, and how long things may take.
+//! The section `[limits]`: quotas per user and for all users, and how long things may take.
 
 use super::section::section;
 use crate::uids::{RETENTION, Retention};
@@ -36,7 +36,7 @@ section! {
         builds_per_uid_max: usize = 1,
         /// Images that one user may have built. Root and the daemon's own user have no limit.
         images_per_uid_max: usize = 16,
-        /// Memory of one user's started VMs. 0 means no limit besides `mem_mib_max`.
+        /// Memory of one user's started VMs. 0 means that only `mem_mib_max` applies.
         mem_mib_per_uid_max: u64 = 0,
         /// Memory of all started VMs. 0 means 80 percent of the host's memory.
         mem_mib_max: u64 = 0,
@@ -60,7 +60,7 @@ section! {
 }
 
 impl Limits {
-    /// Transfers of one user that run at the same time.
+    /// How many transfers of one user may run at the same time.
     pub fn running_per_uid_max(&self) -> usize {
         match self.pool_workers_per_uid_max {
             0 => (self.pool_workers * 3 / 4).max(1),
@@ -68,7 +68,7 @@ impl Limits {
         }
     }
 
-    /// The bounds on finished operations that are kept.
+    /// How many finished operations are kept.
     pub fn retention(&self) -> Retention {
         Retention { per_uid_max: self.operations_kept_per_uid, total_max: self.operations_kept_max }
     }

@@ -1,6 +1,8 @@
-//! The configuration: a flag takes precedence over an environment variable, that over the TOML file, and the file over the
-//! default. Each section of the file is declared once, with [`section::section`], together with its defaults and its part of
-//! the reference that `fcd --print-config` prints.
+//! The daemon's configuration, from four sources. A flag overrides an environment variable, which
+//! overrides the TOML file, which overrides the default.
+//!
+//! Each section of the file is declared once, with [`section::section`]. The declaration gives the
+//! defaults and the section's part of the reference that `fcd --print-config` prints.
 
 mod disk;
 mod limits;
@@ -25,7 +27,7 @@ use crate::error::{Error, Kind, Result};
 use serde::Deserialize;
 use std::path::PathBuf;
 
-/// The file as a whole.
+/// The configuration file.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct File {
@@ -41,7 +43,7 @@ pub struct File {
     pub sync: Vec<SyncedFile>,
 }
 
-/// What the flags said.
+/// The command-line flags that belong to the configuration.
 #[derive(Clone, Debug, Default)]
 pub struct Flags {
     pub config: Option<PathBuf>,
@@ -49,7 +51,7 @@ pub struct Flags {
     pub socket: Option<PathBuf>,
 }
 
-/// Where things are by default, for this user.
+/// The default paths for one user.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Places {
     pub config: PathBuf,
@@ -58,7 +60,8 @@ pub struct Places {
 }
 
 impl Places {
-    /// Root: `/etc/fcd`, `/var/lib/fcd`, `/run/fcd`; a user: the XDG base directories.
+    /// Root gets `/etc/fcd`, `/var/lib/fcd` and `/run/fcd`. Other users get the XDG base
+    /// directories.
     pub fn for_user(uid: u32, env: &dyn Fn(&str) -> Option<String>) -> Self {
         let dir = |name: &str| env(name).filter(|v| v.starts_with('/')).map(PathBuf::from);
         if uid == 0 {
@@ -71,13 +74,13 @@ impl Places {
         let home = dir("HOME").unwrap_or_else(|| "/".into());
         let config = dir("XDG_CONFIG_HOME").unwrap_or_else(|| home.join(".config"));
         let state_dir = dir("XDG_STATE_HOME").unwrap_or_else(|| home.join(".local/state")).join("fcd");
-        // Without a runtime directory of the session, the state directory is as private.
+        // The state directory is as private as a runtime directory would be.
         let socket = dir("XDG_RUNTIME_DIR").map_or_else(|| state_dir.join("fcd.sock"), |d| d.join("fcd/fcd.sock"));
         Self { config: config.join("fcd/config.toml"), state_dir, socket }
     }
 }
 
-/// The configuration that holds.
+/// The effective configuration, after all sources were merged.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
     pub state_dir: PathBuf,
@@ -93,7 +96,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads the file that flags, `FCD_CONFIG` or the default name. Only the default may be missing.
+    /// Reads the file that the flags, `FCD_CONFIG` or the default names. Only the default file may
+    /// be missing.
     pub fn load(flags: &Flags, uid: u32, env: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
         let places = Places::for_user(uid, env);
         let named = flags.config.clone().or_else(|| env("FCD_CONFIG").map(PathBuf::from));
@@ -111,7 +115,7 @@ impl Config {
         let pick = |flag: &Option<PathBuf>, name: &str, file: Option<PathBuf>, default: PathBuf| {
             flag.clone().or_else(|| env(name).filter(|v| !v.is_empty()).map(PathBuf::from)).or(file).unwrap_or(default)
         };
-        // VMMs work in directories of their own.
+        // VMMs run in directories of their own, so a relative path would mean something else there.
         let absolute = |path: PathBuf| {
             let e = |e| Error::new(Kind::InvalidConfig, format!("find out where {} is", path.display())).with_source(e);
             std::path::absolute(&path).map_err(e)
@@ -172,7 +176,7 @@ impl Config {
     }
 }
 
-/// Less does not boot a Debian kernel.
+/// A Debian kernel does not boot with less memory.
 pub const MEM_MIB_MIN: u64 = 128;
 
 fn parse(text: &str) -> Result<File> {
@@ -187,13 +191,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unknown_keys_are_refused_with_their_line() {
+    fn config_unknown_key_is_rejected_with_its_line() {
         let e = parse("[limits]\nboots_max = 2\nbots_max = 3\n").unwrap_err().to_string();
         assert!(e.starts_with("line 3: unknown field `bots_max`"), "{e}");
     }
 
     #[test]
-    fn flags_win_over_environment_over_file_over_default() {
+    fn config_precedence_is_flag_environment_file_default() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("c.toml");
         std::fs::write(&path, "state_dir = \"/file\"\nsocket = \"/file.sock\"\n").unwrap();
@@ -209,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn relative_paths_are_of_the_working_directory() {
+    fn config_relative_path_is_resolved_from_working_directory() {
         let flags = Flags { state_dir: Some("state".into()), socket: Some("./fcd.sock".into()), ..Flags::default() };
         let c = Config::load(&flags, 1000, &|name| (name == "HOME").then(|| "/nonexistent".to_owned())).unwrap();
         let here = std::env::current_dir().unwrap();
@@ -217,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn places_for_a_user_follow_xdg() {
+    fn places_of_user_follow_xdg() {
         let env = |name: &str| (name == "HOME").then(|| "/home/u".to_owned());
         let p = Places::for_user(1000, &env);
         assert_eq!(p.state_dir.to_str(), Some("/home/u/.local/state/fcd"));
@@ -226,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_file_must_exist() {
+    fn config_named_file_must_exist() {
         let flags = Flags { config: Some("/nonexistent/x.toml".into()), ..Flags::default() };
         assert_eq!(Config::load(&flags, 0, &|_| None).unwrap_err().kind(), Kind::InvalidConfig);
     }
@@ -247,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn senseless_limits_are_refused() {
+    fn config_invalid_limits_are_rejected() {
         let mut file = File::default();
         file.limits.pool_workers = 0;
         assert!(config(file).validate().is_err());

@@ -1,4 +1,4 @@
-//! The section `[network]`: how guests reach the world, and the world them.
+//! The section `[network]`: how guests reach the network, and how they are reached.
 
 use super::section::{Value, choices, section};
 use crate::error::{Error, Kind, Result};
@@ -7,17 +7,17 @@ use std::fmt;
 use std::net::Ipv4Addr;
 use std::str::FromStr;
 
-/// Longest name of an interface, without the final zero (IFNAMSIZ, netdevice(7)).
+/// Longest name of an interface, without the terminating NUL (IFNAMSIZ, netdevice(7)).
 pub const INTERFACE_NAME_LEN_MAX: usize = 15;
-/// Largest and smallest networks: at most 65,533 guests, at least 5.
+/// The largest network has 65,533 guests, the smallest 5.
 const PREFIX_MIN: u8 = 16;
 const PREFIX_MAX: u8 = 29;
 const TAPS_AHEAD_MAX: usize = 64;
 
 choices! {
-    /// What connects a guest to the world.
+    /// How a guest is connected to the network.
     pub enum NetworkDriver {
-        /// The same as user, also for root: a bridge changes the host, so it is only made when asked for.
+        /// The same as `user`, also for root: a bridge changes the host, so fcd creates one only on request.
         Auto = "auto",
         /// A bridge with a tap device for each VM, and NAT. The daemon must be root.
         Bridge = "bridge",
@@ -27,7 +27,7 @@ choices! {
 }
 
 section! {
-    /// How guests reach the world and the world reaches them. See `fcctl help networking`.
+    /// How guests reach the network and how they are reached. See `fcctl help networking`.
     pub struct Network {
         /// The kind of network.
         driver: NetworkDriver = NetworkDriver::Auto,
@@ -45,7 +45,7 @@ section! {
 }
 
 impl Network {
-    /// Whether VMs are to have taps on a bridge.
+    /// True if VMs are to get taps on a bridge.
     pub fn is_bridge(&self) -> bool {
         self.driver == NetworkDriver::Bridge
     }
@@ -67,7 +67,7 @@ impl Network {
     }
 }
 
-/// A network of IPv4 addresses, written `10.89.0.0/24`.
+/// An IPv4 network, written `10.89.0.0/24`.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(try_from = "String")]
 pub struct Subnet {
@@ -76,17 +76,17 @@ pub struct Subnet {
 }
 
 impl Subnet {
-    /// The lowest address, which is no guest's.
+    /// The network address, which no guest gets.
     pub fn base(self) -> Ipv4Addr {
         self.base
     }
 
-    /// Length of the prefix, in bits.
+    /// Length of the prefix in bits.
     pub fn prefix(self) -> u8 {
         self.prefix
     }
 
-    /// The bridge's own address: the first.
+    /// The bridge's own address, which is the first one.
     pub fn gateway(self) -> Ipv4Addr {
         Ipv4Addr::from(u32::from(self.base) + 1)
     }
@@ -95,12 +95,13 @@ impl Subnet {
         1 << (32 - self.prefix)
     }
 
-    /// How many guests have room: all but the network, the gateway and the broadcast address.
+    /// How many guests fit: every address except the network's, the gateway's and the broadcast
+    /// address.
     pub fn guests_max(self) -> u32 {
         self.size() - 3
     }
 
-    /// The address of the guest with this number, from 0 on; none when the network is too small for it.
+    /// The address of the guest in slot `slot`, counted from 0. None if the network is too small.
     pub fn guest(self, slot: u32) -> Option<Ipv4Addr> {
         (slot < self.guests_max()).then(|| Ipv4Addr::from(u32::from(self.base) + 2 + slot))
     }
@@ -109,7 +110,7 @@ impl Subnet {
         u32::from(address) & !(self.size() - 1) == u32::from(self.base)
     }
 
-    /// Whether the two share an address; `prefix` may be anything up to 32.
+    /// True if the two networks share an address. `prefix` may be anything up to 32.
     pub fn overlaps(self, base: Ipv4Addr, prefix: u8) -> bool {
         let shorter = self.prefix.min(prefix.min(32));
         let mask = u32::MAX.checked_shl(32 - u32::from(shorter)).unwrap_or(0);
@@ -170,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_of_a_subnet() {
+    fn subnet_assigns_addresses() {
         let subnet: Subnet = "10.89.0.0/24".parse().unwrap();
         assert_eq!(subnet.to_string(), "10.89.0.0/24");
         assert_eq!(subnet.gateway(), Ipv4Addr::new(10, 89, 0, 1));
@@ -184,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn senseless_subnets_are_refused() {
+    fn subnet_invalid_is_rejected() {
         for bad in [
             "",
             "10.0.0.0",
@@ -206,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn overlap_is_seen_both_ways() {
+    fn subnet_overlap_is_symmetric() {
         let subnet: Subnet = "10.89.0.0/24".parse().unwrap();
         let overlaps = |text: &str| {
             let (base, prefix) = text.split_once('/').unwrap();
@@ -217,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_bridges() {
+    fn bridge_name_is_validated() {
         let with = |name: &str| Network { bridge: name.to_owned(), ..Network::default() }.validate();
         for good in ["fcbr0", "b", "a-b", &"b".repeat(15)] {
             with(good).unwrap();

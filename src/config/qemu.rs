@@ -6,11 +6,11 @@ use std::path::PathBuf;
 choices! {
     /// How QEMU runs a guest's CPUs.
     pub enum Accel {
-        /// KVM where it works, else emulation.
+        /// KVM if it works, else emulation.
         Auto = "auto",
-        /// KVM only. A start fails where it does not work.
+        /// KVM only. Starting a VM fails if it does not work.
         Kvm = "kvm",
-        /// Emulation. It needs nothing of the host, and is much slower.
+        /// Emulation. It works on every host, and is much slower.
         Tcg = "tcg",
     }
 }
@@ -18,7 +18,7 @@ choices! {
 choices! {
     /// QEMU's machine type.
     pub enum Machine {
-        /// microvm where the kernel boots on it, else q35.
+        /// microvm if the kernel boots on it, else q35.
         Auto = "auto",
         /// A small machine without PCI, which boots fastest.
         Microvm = "microvm",
@@ -47,7 +47,7 @@ section! {
 }
 
 impl Qemu {
-    /// The uids of VMs when the daemon is root.
+    /// The UIDs that VMs run under when the daemon is root.
     pub fn uids(&self) -> std::ops::Range<u32> {
         self.uid_base..self.uid_base.saturating_add(self.uid_count)
     }

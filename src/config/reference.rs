@@ -1,9 +1,9 @@
-//! The configuration file as a reference: every setting with its default and what it means.
+//! Prints the configuration file as a reference: every setting with its default and its meaning.
 
 use super::section::{Choice, Setting};
 use super::{Disk, Firecracker, Limits, Network, Qemu, VmDefaults, Vmm};
 
-/// Longest line of a comment.
+/// Longest comment line.
 const LINE_WIDTH: usize = 100;
 
 /// The introduction, the settings outside any section, and the sections that may repeat.
@@ -32,7 +32,7 @@ const TAIL: &str = "
 #mode = \"0644\"
 ";
 
-/// A configuration file in which every setting is commented out and explained.
+/// Returns a configuration file in which every setting is commented out and explained.
 pub fn reference() -> String {
     let sections = [
         section("limits", Limits::DOC, &Limits::settings()),
@@ -60,7 +60,7 @@ fn choice(choice: &Choice) -> String {
     comment(&format!("#   {}: ", choice.name), "#     ", choice.doc)
 }
 
-/// A doc comment as comment lines of at most [`LINE_WIDTH`] characters.
+/// Wraps a doc comment into comment lines of at most [`LINE_WIDTH`] characters.
 fn comment(first: &str, next: &str, doc: &[&str]) -> String {
     let (mut lines, mut line) = (String::new(), first.trim_end().to_owned());
     for word in doc.iter().flat_map(|line| line.split_whitespace()) {
@@ -99,7 +99,7 @@ mod tests {
         assert_eq!(rest, File::default());
     }
 
-    /// The macros print every field of a section; this compares the sections themselves with what the file may have.
+    /// The macros print every field of a section. This test checks that no section is missing.
     #[test]
     fn reference_has_every_section() {
         let refusal = parse("[no_such_section]\n").unwrap_err().to_string();
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn every_choice_is_a_value_and_explained() {
+    fn reference_choices_parse() {
         for (section, settings) in [("vmm", Vmm::settings()), ("network", Network::settings()), ("disk", Disk::settings())] {
             let driver = settings.iter().find(|s| s.name == "driver").unwrap();
             assert!(driver.choices.len() > 2, "{section}");
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn comments_are_wrapped() {
+    fn reference_comments_are_wrapped() {
         for line in reference().lines() {
             assert!(line.len() <= LINE_WIDTH + 20, "{line}");
         }

@@ -1,27 +1,28 @@
-//! One declaration per section of the configuration file. It gives the struct that is parsed, its defaults, and the reference
-//! that `fcd --print-config` prints, so that none of the three can differ from the others.
+//! Macros that declare a section of the configuration file once. The declaration gives the struct
+//! that is parsed, its defaults, and its part of the reference that `fcd --print-config` prints, so
+//! the three cannot differ.
 
 use serde::Serialize;
 use std::path::PathBuf;
 
-/// What the reference says about one setting.
+/// One setting, as the reference describes it.
 pub(crate) struct Setting {
     pub name: &'static str,
     /// The lines of its doc comment.
     pub doc: &'static [&'static str],
     /// The default as a TOML value.
     pub default: String,
-    /// The values that it takes, each with its doc comment, where it takes nothing else.
+    /// The possible values with their doc comments. Empty if the setting takes any value.
     pub choices: &'static [Choice],
 }
 
-/// One value of a setting that takes a few only.
+/// One value of a setting with a fixed list of values.
 pub(crate) struct Choice {
     pub name: &'static str,
     pub doc: &'static [&'static str],
 }
 
-/// A type that a setting may have.
+/// A type that a setting can have.
 pub(crate) trait Value: Serialize {
     const CHOICES: &'static [Choice] = &[];
 }
@@ -34,7 +35,7 @@ impl Value for String {}
 impl Value for PathBuf {}
 impl Value for crate::ids::ImageRef {}
 
-/// A value as TOML. JSON writes strings, numbers and booleans in the same way.
+/// Formats a value as TOML. Strings, numbers and booleans are written as in JSON.
 pub(crate) fn toml_value<T: Value>(value: &T) -> String {
     serde_json::to_string(value).expect("settings are strings, numbers and booleans")
 }
@@ -78,7 +79,8 @@ macro_rules! section {
     };
 }
 
-/// Declares a setting's type that takes a few values only: `/// doc` and `Variant = "name"` for each. The first is the default.
+/// Declares the type of a setting with a fixed list of values: `/// doc` and `Variant = "name"` for
+/// each. The first one is the default.
 macro_rules! choices {
     (
         $(#[$meta:meta])*

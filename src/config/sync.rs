@@ -1,4 +1,4 @@
-//! The sections `[[sync]]`: files of the host's that every guest gets at each of its starts.
+//! The sections `[[sync]]`: host files that every guest gets at each start.
 
 use crate::error::{Error, Kind, Result};
 use serde::Deserialize;
@@ -6,18 +6,19 @@ use std::path::{Component, Path, PathBuf};
 
 const FILES_MAX: usize = 64;
 const MODE_DEFAULT: u32 = 0o644;
-/// What the guest's init makes anew at each boot, or never keeps.
+/// Directories that a guest recreates at each boot, or that are not on its disk.
 const NOT_FILES: [&str; 4] = ["/dev", "/proc", "/sys", "/run"];
 
-/// One file, whatever user the VM belongs to.
+/// A file that is copied into every guest, whichever user owns the VM.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct SyncedFile {
-    /// On the host.
+    /// The path on the host.
     pub from: PathBuf,
-    /// In the guest. What is there is replaced; directories that are missing are made.
+    /// The path in the guest. An existing file is replaced, and missing directories are created.
     pub to: PathBuf,
-    /// Permissions in octal, as in `"0600"`; 0644 when not given. Its owner is the guest's root.
+    /// The permissions in octal, such as `"0600"`. The default is 0644. The guest's root owns the
+    /// file.
     #[serde(default)]
     mode: Option<Mode>,
 }
@@ -65,7 +66,7 @@ pub fn validate(files: &[SyncedFile]) -> Result<()> {
     Ok(())
 }
 
-/// As text it is what its parts say: no trailing slash, no `//`, no `.`.
+/// True if the text of the path equals its components: no trailing slash, no `//`, no `.`.
 fn is_a_files_path(path: &Path) -> bool {
     let Some(text) = path.to_str() else { return false };
     let parts: Vec<&str> = path.components().skip(1).filter_map(|c| c.as_os_str().to_str()).collect();
@@ -83,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_synced() {
+    fn sync_paths_are_validated() {
         validate(&[]).unwrap();
         validate(&files(&[("/etc/ca.crt", "/usr/local/share/ca-certificates/ca.crt"), ("/x", "/root/.npmrc")])).unwrap();
         for (from, to) in [
@@ -107,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn permissions_are_octal() {
+    fn sync_permissions_are_octal() {
         let parse = |mode: &str| toml::from_str::<SyncedFile>(&format!("from = '/x'\nto = '/y'\n{mode}"));
         assert_eq!(parse("").unwrap().mode(), 0o644);
         assert_eq!(parse("mode = '0600'").unwrap().mode(), 0o600);

@@ -4,7 +4,7 @@ use super::section::section;
 use crate::ids::ImageRef;
 
 section! {
-    /// What a VM gets where its creator does not say.
+    /// What a new VM gets unless its creator says otherwise.
     pub struct VmDefaults {
         /// The image.
         image: ImageRef = "default".parse().expect("a valid name"),

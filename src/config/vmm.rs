@@ -28,7 +28,7 @@ section! {
 choices! {
     /// Whether a VMM may run without the control groups that limit it.
     pub enum VmmLimits {
-        /// A start fails if the host lacks a controller.
+        /// Starting a VM fails if the host lacks a controller.
         Required = "required",
         /// Limits are set as far as the host has controllers.
         BestEffort = "best-effort",
@@ -40,7 +40,7 @@ section! {
     pub struct Firecracker {
         /// The program. It must be static, and only root may write to it.
         binary: PathBuf = "firecracker".into(),
-        /// Its jailer, of the same version.
+        /// Firecracker's jailer, of the same version.
         jailer: PathBuf = "jailer".into(),
         /// Runs VMMs under the jailer. Without it a VMM has the daemon's view of the host.
         jail: bool = true,

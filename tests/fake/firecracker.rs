@@ -1,9 +1,11 @@
-//! Pretends to be Firecracker v1.16.1 as far as its API goes: the answers, the phases and the quirks are those of the recorded transcripts
-//! of the real program. No guest: one that "runs" prints a line on its serial console.
+//! A fake Firecracker v1.16.1. Replies, phases and quirks of the API follow recorded transcripts of
+//! the real program. There is no guest: a guest that "runs" prints one line on its serial console.
 //!
-//! Beside its executable it reads `script`, lines `METHOD PATH FAULT [ARGUMENT]` that say what happens to which request, and it writes
-//! `requests`, what it was asked for. Faults: `hang`, `die`, `garbage`, `hangup`, `slow` with milliseconds, `refuse` with a message.
-//! `KEYBOARD` has its guest shut down at Ctrl-Alt-Del. `VERSION` with a number is its version, `EXIT` with a text is what it says before it ends at once.
+//! The fake reads `script` next to its executable. Each line `METHOD PATH FAULT [ARGUMENT]` says
+//! what happens to which request. It writes the requests that it received to `requests`. Faults are
+//! `hang`, `die`, `garbage`, `hangup`, `slow` with milliseconds, and `refuse` with a message.
+//! `KEYBOARD` makes the guest shut down at Ctrl-Alt-Del. `VERSION` with a number sets the version.
+//! `EXIT` with a text makes it print the text and exit at once.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
@@ -37,19 +39,19 @@ struct Vmm {
     drives: Vec<(String, bool)>,
     networks: Vec<(String, String)>,
     serial: Option<PathBuf>,
-    /// Of the disks.
+    /// The disks' files.
     paths: Vec<String>,
     is_ending: bool,
     is_shut_down_by_key: bool,
-    /// MiB that the guest is to give back: one that "runs" has done so at once.
+    /// How many MiB the guest is to return. A guest that "runs" returns them immediately.
     balloon_mib: Option<u64>,
     metrics: Option<File>,
     flushes: u64,
-    /// Its socket.
+    /// The vsock device's socket.
     vsock: Option<String>,
 }
 
-/// A body, or a fault's message.
+/// A response body, or the message of a fault.
 type Outcome = Result<Option<Value>, String>;
 
 impl Vmm {
@@ -231,7 +233,7 @@ impl Vmm {
         Ok(None)
     }
 
-    /// In the two files: which disks it has. The real one's are its memory and its devices.
+    /// Writes which disks the VM has to both files. The real ones hold its memory and its devices.
     fn save(&mut self, body: &Value) -> Outcome {
         match self.state {
             State::NotStarted => return Err(BEFORE.to_owned()),
@@ -253,7 +255,7 @@ impl Vmm {
         Ok(None)
     }
 
-    /// A failure ends the process, when it has been answered.
+    /// Loads a snapshot. A failure ends the process after it was answered.
     fn load(&mut self, body: &Value) -> Outcome {
         let failed = |why: String| Err(format!("Load snapshot error: Failed to restore from snapshot: {why}"));
         if self.state != State::NotStarted {
@@ -301,7 +303,7 @@ impl Vmm {
     fn say(&self, text: &str) {
         if let Some(mut serial) = self.serial.as_ref().and_then(|path| open_serial(path).ok()) {
             let _ = serial.write_all(text.as_bytes());
-            // As the real one, which has it open as long as it lives.
+            // The real program keeps it open for as long as it lives.
             std::mem::forget(serial);
         }
     }
@@ -312,14 +314,14 @@ impl Vmm {
             (Some("InstanceStart"), _) => Err(AFTER.to_owned()),
             (Some("SendCtrlAltDel" | "FlushMetrics"), State::NotStarted) => Err(BEFORE.to_owned()),
             (Some("SendCtrlAltDel"), _) => {
-                // The guest's reset ends it, with status 0.
+                // A reset by the guest ends the real program with status 0.
                 self.is_ending = self.is_shut_down_by_key;
                 Ok(None)
             }
             (Some("FlushMetrics"), _) => {
                 self.flushes += 1;
                 let line = format!("{}\n", json!({"utc_timestamp_ms": 7, "flushes": self.flushes}));
-                // What does not fit is lost.
+                // The real program also drops metrics that do not fit.
                 let _ = self.metrics.as_mut().map(|metrics| metrics.write_all(line.as_bytes()));
                 Ok(None)
             }
@@ -378,7 +380,8 @@ fn open_serial(path: &Path) -> std::io::Result<File> {
     File::options().custom_flags(libc::O_NONBLOCK).create(true).truncate(false).read(true).write(true).open(path)
 }
 
-/// Its guest has an echo on port 7, and one that says nothing on port 8; on others nothing listens.
+/// Serves vsock connections. The guest echoes on port 7 and stays silent on port 8. Nothing listens
+/// on other ports.
 fn listen_for_vsock(path: &str) -> std::io::Result<()> {
     let listener = UnixListener::bind(path)?;
     std::thread::spawn(move || {
@@ -415,7 +418,8 @@ struct Request {
     body: Vec<u8>,
 }
 
-/// None at the end of the connection; a length alone when the body is more than is taken.
+/// Reads one request. Returns None at the end of the connection, and the length alone if the body
+/// is too long.
 fn read_request(stream: &mut UnixStream, buffer: &mut Vec<u8>) -> Option<Result<Request, usize>> {
     loop {
         let mut headers = [httparse::EMPTY_HEADER; 32];
@@ -455,9 +459,9 @@ fn respond(stream: &mut UnixStream, outcome: &Outcome) {
     let _ = stream.write_all(text.as_bytes());
 }
 
-/// Of the script: what happens to this request, and its argument.
-fn fault(beside: &Path, method: &str, path: &str) -> Option<(String, String)> {
-    let script = std::fs::read_to_string(beside.join("script")).unwrap_or_default();
+/// Looks up in the script what happens to this request, and the argument.
+fn fault(program_dir: &Path, method: &str, path: &str) -> Option<(String, String)> {
+    let script = std::fs::read_to_string(program_dir.join("script")).unwrap_or_default();
     script.lines().find_map(|line| {
         let mut words = line.splitn(4, ' ');
         let is_it = words.next() == Some(method) && words.next() == Some(path);
@@ -465,7 +469,7 @@ fn fault(beside: &Path, method: &str, path: &str) -> Option<(String, String)> {
     })
 }
 
-fn serve(mut stream: UnixStream, vmm: &Mutex<Vmm>, beside: &Path) {
+fn serve(mut stream: UnixStream, vmm: &Mutex<Vmm>, program_dir: &Path) {
     let mut buffer = Vec::new();
     while let Some(request) = read_request(&mut stream, &mut buffer) {
         let request = match request {
@@ -479,9 +483,9 @@ fn serve(mut stream: UnixStream, vmm: &Mutex<Vmm>, beside: &Path) {
         };
         let mut vmm = vmm.lock().unwrap();
         let line = format!("{} {} {}\n", request.method, request.path, String::from_utf8_lossy(&request.body));
-        let log = File::options().create(true).append(true).open(beside.join("requests"));
+        let log = File::options().create(true).append(true).open(program_dir.join("requests"));
         log.and_then(|mut log| log.write_all(line.as_bytes())).unwrap();
-        let outcome = match fault(beside, &request.method, &request.path) {
+        let outcome = match fault(program_dir, &request.method, &request.path) {
             Some((what, argument)) => match what.as_str() {
                 "hang" => loop {
                     std::thread::park();
@@ -513,8 +517,8 @@ fn serve(mut stream: UnixStream, vmm: &Mutex<Vmm>, beside: &Path) {
 }
 
 fn main() {
-    let beside = std::env::current_exe().unwrap().parent().unwrap().to_owned();
-    let script = std::fs::read_to_string(beside.join("script")).unwrap_or_default();
+    let program_dir = std::env::current_exe().unwrap().parent().unwrap().to_owned();
+    let script = std::fs::read_to_string(program_dir.join("script")).unwrap_or_default();
     let said = |word: &str| script.lines().find_map(|line| line.strip_prefix(word).map(|rest| rest.trim().to_owned()));
     let version = said("VERSION").unwrap_or_else(|| "1.16.1".to_owned());
     let args: Vec<String> = std::env::args().collect();
@@ -550,7 +554,7 @@ fn main() {
     };
     let vmm = Arc::new(Mutex::new(vmm));
     for stream in listener.incoming().flatten() {
-        let (vmm, beside) = (vmm.clone(), beside.clone());
-        std::thread::spawn(move || serve(stream, &vmm, &beside));
+        let (vmm, program_dir) = (vmm.clone(), program_dir.clone());
+        std::thread::spawn(move || serve(stream, &vmm, &program_dir));
     }
 }

@@ -1,9 +1,10 @@
-//! Counts the edges that an execution took, if the program was built with LLVM's `sancov-module` pass and its
-//! `inline-8bit-counters`. That works with a stable compiler; `scripts/fuzz` has the flags.
+//! Counts the edges that an execution takes, if the program was built with LLVM's `sancov-module`
+//! pass and its `inline-8bit-counters`. This works with a stable compiler; `scripts/fuzz` has the
+//! flags.
 
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
-/// The counters of the whole program, which lie in one section. Null without the pass.
+/// The counters of the whole program, which are in one section. Null without the pass.
 static START: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
 static LEN: AtomicUsize = AtomicUsize::new(0);
 
@@ -21,8 +22,8 @@ fn counters() -> &'static mut [u8] {
     if start.is_null() {
         return &mut [];
     }
-    // SAFETY: the section lives as long as the program. The targets run on this thread, and no slice outlives a function
-    // of this file, none of which runs a target.
+    // SAFETY: the section exists as long as the program. Targets run on this thread, and no slice
+    // outlives a function of this file, none of which runs a target.
     unsafe { std::slice::from_raw_parts_mut(start, LEN.load(Ordering::Relaxed)) }
 }
 
@@ -30,14 +31,15 @@ pub fn reset() {
     counters().fill(0);
 }
 
-/// Coverage so far: for each edge, the orders of magnitude of its count, as bits.
+/// The coverage so far: for each edge, a bit set of the orders of magnitude of its counts.
 #[derive(Default)]
 pub struct Coverage {
     seen: Vec<u8>,
 }
 
 impl Coverage {
-    /// Whether the execution since [`reset`] did anything that none before did.
+    /// Returns true if the execution since [`reset`] reached an edge, or an order of magnitude, for
+    /// the first time.
     pub fn add(&mut self) -> bool {
         let counters = counters();
         self.seen.resize(counters.len(), 0);
@@ -60,7 +62,7 @@ impl Coverage {
         is_new
     }
 
-    /// How many edges were ever taken; None without the pass.
+    /// The number of edges taken so far. None without the pass.
     pub fn edges(&self) -> Option<usize> {
         (!self.seen.is_empty()).then(|| self.seen.iter().filter(|seen| **seen > 0).count())
     }

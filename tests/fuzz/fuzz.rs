@@ -1,8 +1,9 @@
 //! Fuzzes the readers of hostile bytes. `scripts/fuzz` builds and runs it; ARCHITECTURE.md says how to add a target.
 //!
-//! The loop is our own because it must run on the stable toolchain: LLVM's `sancov-module` pass counts the edges
-//! (`coverage.rs`), an input that reaches a new one joins the corpus, and `mutate.rs` changes one of the corpus each time.
-//! Built without the pass it mutates the seeds blindly. A run is decided by its seed alone, so it can be repeated.
+//! The loop is our own because it must run on the stable toolchain. LLVM's `sancov-module` pass
+//! counts the edges (`coverage.rs`), an input that reaches a new edge is added to the corpus, and
+//! `mutate.rs` changes a corpus entry for each execution. Without the pass the fuzzer mutates the
+//! seeds blindly. The seed alone decides a run, so it can be repeated.
 //!
 //! A target fails when it panics, allocates more than its bound, or takes more than [`EXECUTION_MAX`]. The input is then
 //! made smaller as long as it still fails, and written to a file.
@@ -21,27 +22,27 @@ use std::time::{Duration, Instant};
 #[global_allocator]
 static ALLOCATOR: allocations::Counting = allocations::Counting;
 
-/// Longest input, which is more than any reader keeps.
+/// Longest input. No reader keeps more.
 const INPUT_BYTES_MAX: usize = 192 * 1024;
-/// No execution takes so long, on a busy machine either.
+/// An execution that takes longer is a failure. Generous enough for a busy machine.
 const EXECUTION_MAX: Duration = Duration::from_secs(5);
-/// An execution that does not end is ended by SIGALRM.
+/// SIGALRM ends an execution that hangs.
 const ALARM_S: u32 = 60;
-/// Between two lines about the progress.
+/// The time between two progress lines.
 const REPORT_PERIOD: Duration = Duration::from_secs(10);
-/// Tries to make a failing input smaller.
+/// How many attempts are made to shrink a failing input.
 const SHRINKS_MAX: usize = 20_000;
 
 struct Target {
     name: &'static str,
     run: fn(&[u8]),
-    /// Most memory that one execution may hold at once, beyond the input.
+    /// The most memory that one execution may hold at once, in addition to the input.
     memory_max: usize,
     /// Words that mutations insert because random changes do not find them.
     words: &'static [&'static str],
 }
 
-/// In order to add one: a line here, and valid inputs in `seeds/NAME/`.
+/// To add a target, add a line here and valid inputs in `seeds/NAME/`.
 const TARGETS: [Target; 9] = [
     Target {
         name: "qmp",
@@ -211,14 +212,14 @@ fn report(target: &Target, begun: Instant, (executions, seed): (u64, u64), corpu
 fn seeds(name: &str) -> Vec<Vec<u8>> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/seeds").join(name);
     let mut files: Vec<PathBuf> = std::fs::read_dir(&dir).into_iter().flatten().flatten().map(|item| item.path()).collect();
-    // In an order of our own, so that a run can be repeated.
+    // Sorted, so that a run can be repeated.
     files.sort();
     let seeds: Vec<_> = files.iter().filter_map(|file| std::fs::read(file).ok()).collect();
     assert!(!seeds.is_empty(), "no seeds in {}", dir.display());
     seeds
 }
 
-/// Why it failed, if it did.
+/// Runs the target once. The error says why it failed.
 fn execute(target: &Target, input: &[u8]) -> Result<(), String> {
     coverage::reset();
     let begun = Instant::now();
@@ -254,7 +255,7 @@ fn failed(target: &Target, input: Vec<u8>, why: &str, executions: u64, seed: u64
     ExitCode::FAILURE
 }
 
-/// Leaves out what it can, in ever smaller pieces.
+/// Shrinks a failing input by removing ever smaller pieces.
 fn shrink(target: &Target, mut input: Vec<u8>) -> Vec<u8> {
     let mut tries = 0;
     let mut piece = input.len().div_ceil(2);

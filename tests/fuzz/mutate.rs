@@ -1,4 +1,4 @@
-//! Changes inputs: bits, bytes, numbers, pieces, and the target's words.
+//! Mutates inputs: bits, bytes, numbers, pieces, and the target's words.
 
 pub struct Mutator {
     random: u64,
@@ -6,11 +6,11 @@ pub struct Mutator {
     bytes_max: usize,
 }
 
-/// Numbers at which arithmetic goes wrong.
+/// Numbers at which arithmetic often fails.
 const NUMBERS: [&str; 10] = ["0", "-1", "1", "127", "255", "65535", "65537", "2147483648", "4294967296", "18446744073709551616"];
-/// Changes of one input, at most.
+/// The most changes made to one input.
 const CHANGES_MAX: usize = 8;
-/// How often a piece is repeated, at most: this is how inputs get long.
+/// How often a piece may be repeated. Repetition is how inputs become long.
 const REPEATS_MAX: usize = 2000;
 
 impl Mutator {
@@ -18,7 +18,7 @@ impl Mutator {
         Self { random: seed, words, bytes_max }
     }
 
-    /// A changed copy of one of the corpus.
+    /// Returns a mutated copy of a corpus entry.
     pub fn next(&mut self, corpus: &[Vec<u8>]) -> Vec<u8> {
         let mut input = corpus[self.below(corpus.len())].clone();
         for _ in 0..=self.below(CHANGES_MAX) {
@@ -41,7 +41,7 @@ impl Mutator {
         (self.random() % n.max(1) as u64) as usize
     }
 
-    /// A piece of `len` bytes; short ones are likelier.
+    /// Picks a piece of an input of `len` bytes. Short pieces are more likely.
     fn piece(&mut self, len: usize) -> std::ops::Range<usize> {
         let start = self.below(len);
         let most = if self.below(4) == 0 { len - start } else { (len - start).min(16) };
@@ -82,7 +82,7 @@ impl Mutator {
         }
     }
 
-    /// Another number in the place of one.
+    /// Replaces a number with another one.
     fn number(&mut self, input: &mut Vec<u8>) {
         let digits: Vec<usize> = (0..input.len()).filter(|at| input[*at].is_ascii_digit()).collect();
         if digits.is_empty() {

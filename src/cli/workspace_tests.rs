@@ -277,7 +277,7 @@ fn export_over_limit_fails_and_leaves_nothing() {
     for args in [&["--patch", "-"][..], &["--patch", &target]] {
         let ran = fcctl(&fake, &[&["workspace", "export", "web", "--max-bytes", "3M"], args].concat());
         let said = "fcctl: receive the patch: the guest sends more than 3145728 bytes\n\
-                    hint: take more with --max-bytes SIZE, if you trust the guest\n";
+                    hint: if you trust the guest, allow more with --max-bytes SIZE\n";
         assert_eq!((ran.status, ran.out.as_slice(), ran.err.as_str()), (1, &b""[..], said), "{args:?}");
     }
     assert_eq!(std::fs::read_dir(fake.dir()).unwrap().count(), 1);

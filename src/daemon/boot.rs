@@ -274,7 +274,7 @@ impl Daemon {
     fn restore_workspace(&self, claim: &Claim, running: &Running) -> Result<()> {
         let Some(workspace) = self.store.read(|s| s.workspace(&claim.vm).filter(|w| w.readonly).cloned()) else { return Ok(()) };
         let target = self.target_at(&self.row(&claim.vm)?, running.ssh_addr)?;
-        let command = remote::status_command(&remote::Place::new(&workspace.guest_path));
+        let command = remote::status_command(&remote::GuestWorkspace::new(&workspace.guest_path));
         let deadline = Instant::now() + WORKSPACE_DEADLINE;
         let script = Script { command: &command, stdin: &[], deadline, output_bytes_max: remote::ANSWER_BYTES_MAX };
         let (exit, _, stderr) = run_script(self.transport.as_ref(), &target, &script, &claim.cancel)?;

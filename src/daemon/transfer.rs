@@ -33,7 +33,7 @@ pub(super) struct Transfer {
     pub fifo: OwnedFd,
     /// Of the payload, so far.
     pub moved: Moved,
-    pub place: remote::Place,
+    pub place: remote::GuestWorkspace,
     pub idle: Duration,
 }
 

@@ -208,7 +208,7 @@ impl Daemon {
             reporter: op.reporter(),
             fifo,
             moved: Moved::default(),
-            place: remote::Place::new(guest_path),
+            place: remote::GuestWorkspace::new(guest_path),
             idle: Duration::from_secs(self.config.limits.transfer_idle_s),
             row,
         })

@@ -1,13 +1,14 @@
 //! Applies a patch from a guest to a tree on this host, byte for byte.
 //!
-//! The patch holds bytes as they are in a work tree. `git apply` inside a repository takes them for what git stores
-//! and converts them once more: `working-tree-encoding` encodes twice, a filter smudges, `ident` and line endings no
-//! longer match. So git gets a scratch repository of ours, whose attributes switch every conversion off, and the
-//! caller's tree as its work tree. Nothing of the caller's repository is read, and no filter or hook can run.
+//! The patch holds the bytes of a work tree. Inside a repository, `git apply` would take them for
+//! stored content and convert them again: `working-tree-encoding` encodes twice, a filter smudges,
+//! `ident` and line endings no longer match. So git gets a scratch repository whose attributes
+//! disable every conversion, with the caller's tree as its work tree. It reads nothing of the
+//! caller's repository, so no filter or hook can run.
 //!
-//! git itself refuses what a hostile patch could try: paths that lead out of the tree, through a symbolic link, or
-//! into a `.git`. It looks at the whole patch before it changes the first file, but not at everything that can stop it
-//! while it writes; [`Checked`] looks at the rest.
+//! git itself rejects paths that lead out of the tree, through a symbolic link or into a `.git`. It
+//! checks the whole patch before it changes the first file, but it does not check everything that
+//! can fail while it writes. [`Checked`] covers the rest.
 
 use super::encode::encode;
 use super::git::find_top;
@@ -25,30 +26,31 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Deadline of each of git's two looks at the patch.
+/// Deadline of each of git's two passes over the patch.
 const APPLY_DEADLINE: Duration = Duration::from_secs(1800);
-/// Deadline of questions about the caller's configuration.
+/// Deadline of queries about the caller's configuration.
 const ASK_DEADLINE: Duration = Duration::from_secs(30);
-/// Most bytes of git's list of files.
+/// Maximum size of git's list of files.
 const LIST_BYTES_MAX: usize = 1024 * 1024 * 1024;
-/// Most files that an error names.
+/// Maximum number of reasons that an error quotes.
 const NAMED_MAX: usize = 5;
-const UNCHANGED: &str = "nothing was changed: move or commit what you have there, then run the command again";
-/// How far the patch is read to find the kind of its object names.
+const UNCHANGED: &str = "nothing was changed; move or commit your files, then run the command again";
+/// How much of the patch is searched for the first object name.
 const PROBE_BYTES_MAX: u64 = 64 * 1024 * 1024;
-/// Attributes as in the guest's private repository: no conversion, whatever the tree's own attributes say.
+/// Disables every conversion, whatever the tree's own attributes say. The guest's private
+/// repository has the same attributes.
 const NO_CONVERSION: &str = "* -text !eol -filter -ident -working-tree-encoding !diff\n";
 
-/// A file of the patch.
+/// A file that the patch changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Change {
     pub path: Vec<u8>,
-    /// Lines; None for a binary file.
+    /// Number of lines; `None` for a binary file.
     pub added: Option<u64>,
     pub removed: Option<u64>,
 }
 
-/// A patch that fits the tree: git has looked at all of it and changed nothing yet.
+/// A patch that fits the tree. git has checked all of it and changed nothing yet.
 #[derive(Debug)]
 pub struct Checked {
     scratch: tempfile::TempDir,
@@ -58,30 +60,32 @@ pub struct Checked {
     pub changes: Vec<Change>,
 }
 
-/// The tree that a patch goes to from `dir`: the repository that it belongs to, else the directory itself.
+/// Returns the tree to which a patch in `dir` applies: its repository, or the directory itself if
+/// there is none.
 pub fn top_of(dir: &Path) -> Result<PathBuf> {
     let real = std::fs::canonicalize(dir).map_err(|e| match e.kind() {
-        std::io::ErrorKind::NotFound => {
-            Error::new(Kind::PathNotFound, format!("{} is not there", dir.display())).hint("name the directory of the repository")
-        }
+        std::io::ErrorKind::NotFound => Error::new(Kind::PathNotFound, format!("{} does not exist", dir.display()))
+            .hint("pass the directory of the repository"),
         _ => Error::io(format!("look at {}", dir.display()), e),
     })?;
     if !real.is_dir() {
         return Err(Error::new(Kind::PathNotFound, format!("{} is not a directory", dir.display()))
-            .hint("name the directory of the repository"));
+            .hint("pass the directory of the repository"));
     }
     Ok(find_top(&real)?.unwrap_or(real))
 }
 
-/// Looks whether all of the patch fits `top`. Errors: `conflict` (the tree has other content there, or the patch has
-/// a path that may not be written), `command_missing` (git), `cancelled`, `host`. Nothing is changed.
+/// Checks that the whole patch fits `top` and changes nothing. Errors: `conflict` (the tree has
+/// other content there, or the patch has a path that may not be written), `command_missing` (git),
+/// `cancelled`, `host`.
 pub fn check(top: &Path, patch: &Path, env: &CallerEnv, cancel: &Cancel) -> Result<Checked> {
     let doing = || format!("look at {}", patch.display());
     let patch = std::fs::canonicalize(patch).map_err(|e| Error::io(doing(), e))?;
     let file = File::open(&patch).map_err(|e| Error::io(doing(), e))?;
     let is_empty = file.metadata().map_err(|e| Error::io(doing(), e))?.len() == 0;
     let format = if is_sha256(file).map_err(|e| Error::io(doing(), e))? { "sha256" } else { "sha1" };
-    let scratch = tempfile::Builder::new().prefix("fcctl-apply-").tempdir().map_err(|e| Error::io("make a directory", e))?;
+    let scratch =
+        tempfile::Builder::new().prefix("fcctl-apply-").tempdir().map_err(|e| Error::io("create a temporary directory", e))?;
     let mut checked = Checked { scratch, top: top.to_owned(), patch, env: env.clone(), changes: Vec::new() };
     if !is_empty {
         checked.make_repository(format, cancel)?;
@@ -96,7 +100,8 @@ pub fn check(top: &Path, patch: &Path, env: &CallerEnv, cancel: &Cancel) -> Resu
 }
 
 impl Checked {
-    /// Writes it. Not cancelled once begun, so that an interruption leaves all of it or nothing.
+    /// Applies the patch. It cannot be cancelled once started, so that an interruption leaves all
+    /// of it or nothing.
     pub fn apply_all(self) -> Result<Vec<Change>> {
         if self.changes.is_empty() {
             return Ok(self.changes);
@@ -105,7 +110,9 @@ impl Checked {
         let (output, _) = self.apply(&[], &cancel)?;
         if output.status != 0 {
             let e = self.refusal(&output);
-            return Err(e.hint(format!("it fitted a moment ago; look at the tree: git -C {} status", shown(&self.top))));
+            return Err(
+                e.hint(format!("the tree has changed since the check; inspect it with: git -C {} status", shown(&self.top)))
+            );
         }
         Ok(self.changes)
     }
@@ -137,7 +144,7 @@ impl Checked {
         let info = scratch.join("info");
         std::fs::create_dir_all(&info)
             .and_then(|()| std::fs::write(info.join("attributes"), NO_CONVERSION))
-            .map_err(|e| Error::io("make a scratch repository", e))
+            .map_err(|e| Error::io("create a scratch repository", e))
     }
 
     fn apply(&self, options: &[&str], cancel: &Cancel) -> Result<(Output, Vec<u8>)> {
@@ -162,8 +169,9 @@ impl Checked {
         Ok((output, list))
     }
 
-    /// Three things that git meets only when it writes, with half of the patch applied: a directory with files of the
-    /// user's where a file goes, a file of the user's where a directory goes, a directory that may not be written to.
+    /// Checks for three obstacles that git would meet only after it has applied half of the patch:
+    /// a directory with the user's files in place of a file, a file of the user's in place of a
+    /// directory, and a directory that is not writable.
     fn look_for_obstacles(&self, cancel: &Cancel) -> Result<()> {
         let touched: HashSet<&[u8]> = self.changes.iter().map(|c| c.path.as_slice()).collect();
         let mut looked_at = HashSet::new();
@@ -173,7 +181,8 @@ impl Checked {
             }
             for (at, _) in change.path.iter().enumerate().filter(|(_, b)| **b == b'/') {
                 let above = &change.path[..at];
-                // A path that the patch changes and that has files below it is a file that it removes.
+                // If the patch changes a path and also has files below it, the patch removes the
+                // file at that path.
                 if looked_at.insert(above) && !touched.contains(above) && self.is(above, |m| !m.is_dir()) {
                     return Err(self.conflict(above, "is a file here and a directory in the patch"));
                 }
@@ -190,7 +199,8 @@ impl Checked {
         self.top.join(OsStr::from_bytes(path)).symlink_metadata().is_ok_and(|m| what(&m))
     }
 
-    /// Whether a directory stays once the `touched` files in it are gone; git removes those that become empty.
+    /// True if a directory remains after the `touched` files in it are gone. git removes
+    /// directories that become empty.
     fn stays(&self, dir: &[u8], touched: &HashSet<&[u8]>) -> Result<bool> {
         let mut pending = vec![dir.to_vec()];
         while let Some(at) = pending.pop() {
@@ -214,7 +224,8 @@ impl Checked {
         Ok(false)
     }
 
-    /// git makes every file anew, so that the closest directory that is there has to be writable.
+    /// Checks that the closest existing directory is writable, because git creates every file
+    /// again.
     fn look_at_rights(&self, path: &[u8]) -> Result<()> {
         use rustix::fs::{Access, AtFlags, CWD, accessat};
         let full = self.top.join(OsStr::from_bytes(path));
@@ -230,16 +241,17 @@ impl Checked {
         Error::new(Kind::Conflict, format!("apply the patch to {}: {} {why}", self.top.display(), encode(path))).hint(UNCHANGED)
     }
 
-    /// git's reasons, a few of them, on one line.
+    /// Builds the error from git's first few reasons, on one line.
     fn refusal(&self, output: &Output) -> Error {
         let stderr = String::from_utf8_lossy(&output.stderr);
         let said = stderr.lines().filter_map(|l| l.strip_prefix("error: ").or_else(|| l.strip_prefix("fatal: ")));
-        // git says each of these twice: first where the first hunk fails, then that the file does not take it.
+        // git reports each failure twice: first where the first hunk fails, then that the file does
+        // not apply. Skip the first.
         let said: Vec<String> = said.filter(|l| !l.starts_with("patch failed: ")).map(|l| l.escape_debug().to_string()).collect();
         let doing = format!("apply the patch to {}", self.top.display());
         if stderr.contains("No space left on device") {
             return Error::new(Kind::DiskFull, format!("{doing}: the disk is full"))
-                .hint(format!("look at what was written: git -C {} status", shown(&self.top)));
+                .hint(format!("inspect what was written with: git -C {} status", shown(&self.top)));
         }
         let more = match said.len().saturating_sub(NAMED_MAX) {
             0 => String::new(),
@@ -257,9 +269,9 @@ fn shown(path: &Path) -> String {
     quote(&path.display().to_string())
 }
 
-/// `<added> TAB <removed> TAB <path> NUL`; a dash twice for a binary file.
+/// Parses records `<added> TAB <removed> TAB <path> NUL`. A binary file has two dashes.
 fn parse_changes(list: &[u8]) -> Result<Vec<Change>> {
-    let bad = || Error::new(Kind::CommandFailed, "git: its list of a patch's files has an unknown form");
+    let bad = || Error::new(Kind::CommandFailed, "git: unexpected form of its list of changed files");
     let mut out = Vec::new();
     for record in list.split(|b| *b == 0).filter(|r| !r.is_empty()) {
         let mut fields = record.splitn(3, |b| *b == b'\t');
@@ -276,7 +288,8 @@ fn parse_changes(list: &[u8]) -> Result<Vec<Change>> {
     Ok(out)
 }
 
-/// Whether the first object name of a patch has 64 digits: git takes a binary patch only in a repository of that kind.
+/// True if the first object name in a patch has 64 digits. git applies a binary patch only in a
+/// repository with the same object format.
 fn is_sha256(patch: impl Read) -> std::io::Result<bool> {
     let mut lines = BufReader::new(patch.take(PROBE_BYTES_MAX));
     let mut line = Vec::new();
@@ -291,8 +304,9 @@ fn is_sha256(patch: impl Read) -> std::io::Result<bool> {
     }
 }
 
-/// What to type in `cwd` so that a patch file is applied to `top` without git: conversions that the caller has
-/// configured for all repositories are switched off one by one. None where only fcctl can do it.
+/// Builds the shell command that applies a patch file to `top` from `cwd` without a repository. It
+/// disables each conversion that the caller has configured for all repositories. Returns `None` if
+/// only fcctl can apply the patch.
 pub fn by_hand(top: &Path, cwd: &Path, patch: &Path, env: &CallerEnv, cancel: &Cancel) -> Option<String> {
     if File::open(patch).and_then(is_sha256).ok()? {
         return None;
@@ -329,7 +343,7 @@ pub fn by_hand(top: &Path, cwd: &Path, patch: &Path, env: &CallerEnv, cancel: &C
     Some(words.join(" "))
 }
 
-/// Those of the caller's settings for all repositories that change what `git apply` writes.
+/// Lists the caller's settings for all repositories that change what `git apply` writes.
 fn settings(env: &CallerEnv, cancel: &Cancel) -> Option<Vec<String>> {
     let keys = r"^(core\.(autocrlf|attributesfile)|apply\.(whitespace|ignorewhitespace))$";
     let mut c = Command::new("git").deadline(ASK_DEADLINE).cwd("/");
@@ -342,7 +356,7 @@ fn settings(env: &CallerEnv, cancel: &Cancel) -> Option<Vec<String>> {
         list.extend_from_slice(piece);
         Ok(())
     });
-    // 1: none of them is set.
+    // Status 1 means that none of them is set.
     if !matches!(output.ok()?.status, 0 | 1) {
         return None;
     }

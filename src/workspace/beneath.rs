@@ -1,4 +1,5 @@
-//! Access to a directory tree that cannot leave it: every look-up is relative to one descriptor and follows no link.
+//! Confines file access to a directory tree: every lookup is relative to one descriptor and follows
+//! no link.
 
 use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
@@ -8,13 +9,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 const RESOLVE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
-/// The kernel answers EAGAIN when something was renamed meanwhile (openat2(2)); it has to be asked again.
+/// How often to retry openat2(2), which fails with EAGAIN if something is renamed during the
+/// lookup.
 const TRIES: usize = 64;
 
-/// A directory and what lies below it.
+/// A directory and everything below it.
 pub(super) struct Beneath {
     root: OwnedFd,
-    /// The directory that was used last: paths come sorted.
+    /// The directory that was used last. Paths are sorted, so it is likely to be used again.
     cached: Option<(Vec<u8>, OwnedFd)>,
 }
 
@@ -28,7 +30,7 @@ impl Beneath {
         Self { root, cached: None }
     }
 
-    /// `path` is relative; empty is the root itself.
+    /// Opens the directory at the relative `path`. An empty path is the root itself.
     pub fn open_dir(&self, path: &[u8]) -> io::Result<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let path = if path.is_empty() { b".".as_slice() } else { path };
@@ -45,7 +47,7 @@ impl Beneath {
         Err(Errno::AGAIN.into())
     }
 
-    /// The directory that holds `path`, open, and the last component.
+    /// Returns the open directory that contains `path`, and the last component.
     pub fn parent<'p>(&mut self, path: &'p [u8]) -> io::Result<(BorrowedFd<'_>, &'p [u8])> {
         let Some(slash) = path.iter().rposition(|b| *b == b'/') else { return Ok((self.root.as_fd(), path)) };
         let (dir, name) = (&path[..slash], &path[slash + 1..]);
@@ -56,13 +58,14 @@ impl Beneath {
         Ok((fd.as_fd(), name))
     }
 
-    /// Of the thing itself, never of what a link points to.
+    /// Returns the metadata of `path` itself, never of a link's target.
     pub fn stat(&mut self, path: &[u8]) -> io::Result<Stat> {
         let (dir, name) = self.parent(path)?;
         Ok(rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?)
     }
 
-    /// For reading. Does not wait for a FIFO's writer and does not follow a link: look at the descriptor's type.
+    /// Opens a file for reading. It follows no link and does not wait for a FIFO's writer, so the
+    /// caller must check the type of what was opened.
     pub fn open_file(&mut self, path: &[u8]) -> io::Result<File> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let (dir, name) = self.parent(path)?;
@@ -74,7 +77,7 @@ impl Beneath {
         Ok(rustix::fs::readlinkat(dir, name, Vec::new())?.into_bytes())
     }
 
-    /// Whether the caller may read the file: nothing is opened.
+    /// True if the caller may read the file. Does not open it.
     pub fn readable(&mut self, path: &[u8]) -> io::Result<bool> {
         let (dir, name) = self.parent(path)?;
         match rustix::fs::accessat(dir, name, rustix::fs::Access::READ_OK, AtFlags::EACCESS) {
@@ -85,7 +88,7 @@ impl Beneath {
     }
 }
 
-/// There is nothing at this path, or only beyond a link or a file.
+/// True if nothing exists at the path, or only beyond a link or a file.
 pub(super) fn is_absent(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP))
 }

@@ -1,11 +1,11 @@
-//! Paths as text: percent-encoded where a byte is no printable ASCII, and `%` itself.
+//! Percent-encodes paths as text: every byte that is not printable ASCII, and `%` itself.
 
 use crate::error::{Error, Kind, Result};
 
-/// Most bytes that all kept paths of one `ready` note may take, encoded; the frame's limit is 1 MiB.
+/// Maximum size of all kept paths in one `ready` note, encoded. A frame is limited to 1 MiB.
 pub const KEEP_BYTES_MAX: usize = 768 * 1024;
 
-/// `a%b\n` becomes `a%25b%0A`.
+/// Encodes a path: `a%b\n` becomes `a%25b%0A`.
 pub fn encode(path: &[u8]) -> String {
     let mut out = String::with_capacity(path.len());
     for &b in path {
@@ -18,7 +18,7 @@ pub fn encode(path: &[u8]) -> String {
     out
 }
 
-/// The bytes that [`encode`] was given. Anything that it does not write is `invalid_argument`.
+/// Reverses [`encode`]. Text that `encode` cannot produce is `invalid_argument`.
 pub fn decode(text: &str) -> Result<Vec<u8>> {
     let bad = || Error::invalid(format!("decode path {text:?}: not percent-encoded"));
     let mut out = Vec::with_capacity(text.len());
@@ -40,18 +40,18 @@ pub fn decode(text: &str) -> Result<Vec<u8>> {
     Ok(out)
 }
 
-/// All of them, or `exhausted` where they would not fit into one `ready` note.
+/// Encodes all paths, or returns `exhausted` if they do not fit into one `ready` note.
 pub fn encode_all<'a>(paths: impl IntoIterator<Item = &'a Vec<u8>>) -> Result<Vec<String>> {
     let encoded: Vec<String> = paths.into_iter().map(|p| encode(p)).collect();
     let bytes: usize = encoded.iter().map(|p| p.len() + 3).sum();
     if bytes > KEEP_BYTES_MAX {
         return Err(Error::new(Kind::Exhausted, format!("the guest changed {} files since the last import", encoded.len()))
-            .hint("take them with fcctl workspace export, or replace them with fcctl workspace prepare --overwrite"));
+            .hint("export them with fcctl workspace export, or replace them with fcctl workspace prepare --overwrite"));
     }
     Ok(encoded)
 }
 
-/// As many as fit into one reply, then one line `... and N more`.
+/// Encodes as many paths as fit into one reply, followed by `... and N more` if some do not.
 pub fn encode_some<'a>(paths: impl ExactSizeIterator<Item = &'a Vec<u8>>) -> Vec<String> {
     let (count, mut bytes, mut out) = (paths.len(), 0, Vec::new());
     for path in paths {
@@ -66,7 +66,7 @@ pub fn encode_some<'a>(paths: impl ExactSizeIterator<Item = &'a Vec<u8>>) -> Vec
     out
 }
 
-/// All of them back.
+/// Decodes all paths.
 pub fn decode_all<S: AsRef<str>>(paths: &[S]) -> Result<Vec<Vec<u8>>> {
     paths.iter().map(|p| decode(p.as_ref())).collect()
 }
@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_byte_survives() {
+    fn encode_any_byte_decodes_to_the_same() {
         let all: Vec<u8> = (0..=255).collect();
         let text = encode(&all);
         assert!(text.bytes().all(|b| (b' '..=b'~').contains(&b)));
@@ -85,14 +85,14 @@ mod tests {
     }
 
     #[test]
-    fn what_encode_never_writes_is_refused() {
+    fn decode_text_that_encode_never_writes_is_rejected() {
         for bad in ["%", "%4", "%zz", "%+1", "\n", "é"] {
             assert!(decode(bad).is_err(), "{bad:?}");
         }
     }
 
     #[test]
-    fn too_many_are_told() {
+    fn encode_too_many_paths_is_reported() {
         let many = vec![vec![b'\n'; 300]; 2000];
         assert_eq!(encode_all(&many).unwrap_err().kind(), Kind::Exhausted);
         let some = encode_some(many.iter());

@@ -1,4 +1,5 @@
-//! What git knows of a tree, asked so that nothing of the repository runs: no hook, fsmonitor, filter, pager, fetch.
+//! Queries git about a tree without running anything that the repository configures: no hook,
+//! fsmonitor, filter, pager or fetch.
 
 mod config;
 mod filters;
@@ -8,7 +9,7 @@ mod parse;
 
 pub(super) use config::Config;
 pub(super) use filters::Filtered;
-pub(super) use history::{History1, Pack, Tag, pack};
+pub(super) use history::{HistorySelection, Pack, Tag, pack};
 pub(super) use parse::{IndexEntry, Record};
 
 use super::beneath::Beneath;
@@ -25,14 +26,14 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// For anything but making the pack.
+/// Deadline of every git command except the one that makes the pack.
 const ASK_DEADLINE: Duration = Duration::from_secs(120);
-/// Most bytes that one answer of git may have: some ten million paths.
+/// Maximum size of one answer from git. It is enough for some ten million paths.
 const ANSWER_BYTES_MAX: usize = 1024 * 1024 * 1024;
-/// Most bytes of an exclude or attributes file that are passed on.
+/// Maximum size of an exclude or attributes file that is sent to the guest.
 const RULES_BYTES_MAX: u64 = 1024 * 1024;
-/// Files of a git directory that are there while something is under way.
-const UNDER_WAY: &[(&str, &str)] = &[
+/// Files in a git directory that exist while an operation is in progress.
+const IN_PROGRESS: &[(&str, &str)] = &[
     ("MERGE_HEAD", "a merge"),
     ("CHERRY_PICK_HEAD", "a cherry-pick"),
     ("REVERT_HEAD", "a revert"),
@@ -41,7 +42,7 @@ const UNDER_WAY: &[(&str, &str)] = &[
     ("BISECT_LOG", "a bisection"),
 ];
 
-/// A repository and how its caller's git is set up.
+/// A repository, and the configuration of its caller's git.
 pub(super) struct Git {
     /// The top of the work tree.
     pub top: PathBuf,
@@ -54,17 +55,17 @@ pub(super) struct Git {
     config: Vec<OsString>,
 }
 
-/// Where HEAD is.
+/// What HEAD points to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Head {
-    /// `refs/heads/main`, in whatever encoding; None: detached.
+    /// A full ref name such as `refs/heads/main`, in any encoding. `None` if HEAD is detached.
     pub branch: Option<Vec<u8>>,
-    /// None: no commit yet.
+    /// `None` if there is no commit yet.
     pub oid: Option<String>,
 }
 
-/// The top of the repository that `path` belongs to: the closest directory upwards that has a `.git`, on the same
-/// file system.
+/// Finds the top of the repository that contains `path`: the closest ancestor with a `.git`, on the
+/// same file system.
 pub(super) fn find_top(path: &Path) -> Result<Option<PathBuf>> {
     let device = |p: &Path| std::fs::metadata(p).map(|m| m.dev()).map_err(|e| Error::io(format!("look at {}", p.display()), e));
     let first = device(path)?;
@@ -82,8 +83,8 @@ pub(super) fn find_top(path: &Path) -> Result<Option<PathBuf>> {
 }
 
 impl Git {
-    /// Checks that the repository is the tree's own and that git accepts `top` as the top of its work
-    /// tree. `invalid_tree` with git's reason where it does not.
+    /// Checks that the repository belongs to the tree and that git accepts `top` as the top of its
+    /// work tree. Returns `invalid_tree` with git's reason otherwise.
     pub fn open(top: &Path, options: &Options, cancel: &Cancel) -> Result<(Self, Config)> {
         let env = options.env.clone();
         let layout = Layout::find(top)?;
@@ -106,7 +107,7 @@ impl Git {
         Ok((git, config))
     }
 
-    /// Checks that git finds the very repository that was checked.
+    /// Checks that git finds the same repository that was checked.
     fn check_answers(&self) -> Result<()> {
         let shown = self.path(&["rev-parse", "--show-toplevel"]).map_err(|e| self.refused(e))?;
         if !layout::real(&shown).is_ok_and(|shown| shown == self.top) {
@@ -122,7 +123,7 @@ impl Git {
     }
 
     fn unused(&self) -> Error {
-        Error::new(Kind::InvalidTree, format!("{} has a .git that git does not use for it", self.top.display()))
+        Error::new(Kind::InvalidTree, format!("{} has a .git that git does not use for this directory", self.top.display()))
             .hint(format!("look with: git -C {} status", self.quoted_top()))
     }
 
@@ -148,7 +149,8 @@ impl Git {
         e.with_kind(Kind::InvalidTree).context(format!("{} has a .git that git refuses", self.top.display())).hint(hint)
     }
 
-    /// A foreign tree could name any repository of the caller's: the repository has to point back.
+    /// Checks that a repository outside the tree points back at the tree. A hostile tree could name
+    /// any repository that the caller can read.
     fn check_claim(&self) -> Result<()> {
         let claim = self.layout.claim();
         let is_own = match claim {
@@ -161,14 +163,14 @@ impl Git {
         if is_own { Ok(()) } else { Err(self.layout.foreign(&claim)) }
     }
 
-    /// Whether `core.worktree` of the repository is the tree, as it is for a submodule.
+    /// True if the repository's `core.worktree` names the tree, as it does for a submodule.
     fn is_named_by_setting(&self) -> Result<bool> {
         for name in ["config", "config.worktree"] {
             let file = self.layout.git_dir.join(name);
             if !file.is_file() {
                 continue;
             }
-            // Not in the tree: nothing there may have a say in this.
+            // Runs outside the tree, so that nothing in the tree can influence the answer.
             let c = self.command(&["config", "--null", "--no-includes", "--file"]);
             let c = c.arg(&file).args(["--get-all", "core.worktree"]).cwd("/");
             let (_, values) = self.ask_status(&c, &[0, 1])?;
@@ -191,9 +193,9 @@ impl Git {
             ("GIT_TERMINAL_PROMPT", "0"),
             ("GIT_NO_LAZY_FETCH", "1"),
             ("GIT_NO_REPLACE_OBJECTS", "1"),
-            // A repository that git does not accept is not looked for in a directory above.
+            // If git rejects a repository, it must not search the directories above it.
             ("GIT_CEILING_DIRECTORIES", &self.top.parent().unwrap_or(&self.top).to_string_lossy()),
-            // Settles the question whatever protocol.*.allow says in the repository.
+            // Overrides every protocol.*.allow setting in the repository.
             ("GIT_ALLOW_PROTOCOL", "none"),
         ] {
             c = c.env(key, value);
@@ -205,13 +207,14 @@ impl Git {
             c = c.env("SUDO_UID", uid);
         }
         c.args(["-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "-c", "core.pager=cat"])
-            // Its names of packs may lead out of the repository: git does not look at them.
+            // A multi-pack index can name packs outside the repository, and git does not check the
+            // names.
             .args(["-c", "core.multiPackIndex=false"])
             .args(&self.config)
             .args(args)
     }
 
-    /// Runs git; `accepted` are the statuses that are an answer. Gives status and stdout.
+    /// Runs git and returns its status and stdout. Statuses not listed in `accepted` are errors.
     pub fn ask_status(&self, command: &Command, accepted: &[i32]) -> Result<(i32, Vec<u8>)> {
         let mut answer = Vec::new();
         let output = run_piped(command, &self.cancel, &mut |piece| {
@@ -242,7 +245,7 @@ impl Git {
         Ok(self.ask_status(&self.command(args), &[0])?.1)
     }
 
-    /// One line, without its newline: a path may have some of its own.
+    /// Runs git and returns one line without its final newline. A path may contain newlines.
     fn line(&self, args: &[&str]) -> Result<Vec<u8>> {
         let mut out = self.ask(args)?;
         out.pop_if(|b| *b == b'\n');
@@ -257,7 +260,8 @@ impl Git {
         Ok(String::from_utf8_lossy(&self.line(args)?).into_owned())
     }
 
-    /// With the caller's own surroundings: only this command looks at the global configuration.
+    /// Runs git with the caller's own environment. No other command reads the caller's global
+    /// configuration.
     fn ask_config(&self, args: &[&str]) -> Result<(i32, Vec<u8>)> {
         let mut c = Command::new("git").deadline(ASK_DEADLINE).cwd(&self.top).env("GIT_TERMINAL_PROMPT", "0");
         for (key, value) in self.env.for_config() {
@@ -274,14 +278,16 @@ impl Git {
         Ok(Config::from_list(&answer, &|origin| self.is_own_file(origin)))
     }
 
-    /// A file of settings that belongs to the repository. It may include others, which could be anybody's.
+    /// True if the configuration file belongs to the repository. A repository's configuration can
+    /// include files that belong to anybody.
     fn is_own_file(&self, origin: &[u8]) -> bool {
         let Some(file) = origin.strip_prefix(b"file:") else { return false };
         let Ok(file) = layout::real(&self.top.join(OsStr::from_bytes(file))) else { return false };
         [&self.top, &self.layout.git_dir, &self.layout.common].into_iter().any(|dir| file.starts_with(dir))
     }
 
-    /// As git reads them: `~/proj` is below the caller's home, not below the one that our git has.
+    /// Resolves the values as git does: `~/proj` is relative to the caller's home, not to the home
+    /// that our git commands get.
     fn safe_directories(&self, config: &Config) -> Result<Vec<Vec<u8>>> {
         let given = &config.safe_directories;
         if !given.iter().any(|dir| dir.starts_with(b"~") || dir.starts_with(b"%(")) {
@@ -295,7 +301,7 @@ impl Git {
         }
     }
 
-    /// The file of ignore rules that the caller's git uses beside the repository's own.
+    /// The ignore file that the caller's git reads in addition to the repository's own.
     fn excludes_path(&self, config: &Config) -> Option<PathBuf> {
         match &config.excludes_file {
             Some((path, _)) if path.is_empty() => None,
@@ -304,8 +310,8 @@ impl Git {
         }
     }
 
-    /// The file of attributes that the caller's git uses for all repositories. Not one that the repository names: that
-    /// could be any file of the caller's.
+    /// The attributes file that the caller's git uses for all repositories. A file that the
+    /// repository names is ignored, because that could be any of the caller's files.
     fn attributes_path(&self, config: &Config) -> Option<PathBuf> {
         match &config.attributes_file {
             Some((path, own)) if *own || path.is_empty() => None,
@@ -314,7 +320,7 @@ impl Git {
         }
     }
 
-    /// Its text.
+    /// The text of the caller's attributes file.
     pub fn global_attributes(&self, config: &Config) -> Vec<u8> {
         let file = self.attributes_path(config).and_then(|path| std::fs::File::open(path).ok());
         file.and_then(|f| crate::host::command::read_bounded(f, RULES_BYTES_MAX).ok()).unwrap_or_default()
@@ -326,7 +332,7 @@ impl Git {
         let (status, _) = self.ask_status(&self.command(&["rev-parse", "-q", "--verify", "HEAD"]), &[0, 1])?;
         if status == 1 {
             if branch.is_none() {
-                return Err(self.refused(Error::new(Kind::InvalidTree, "its HEAD names no commit")));
+                return Err(self.refused(Error::new(Kind::InvalidTree, "its HEAD does not name a commit")));
             }
             return Ok(Head { branch, oid: None });
         }
@@ -334,18 +340,18 @@ impl Git {
         Ok(Head { branch, oid: Some(oid) })
     }
 
-    /// Names operations of several steps that are under way, such as a merge. Their state is not sent.
-    pub fn under_way(&self) -> Vec<&'static str> {
+    /// Names the operations in progress, such as a merge. Their state is not sent.
+    pub fn operations_in_progress(&self) -> Vec<&'static str> {
         let is_there = |name: &str| self.layout.git_dir.join(name).symlink_metadata().is_ok();
-        UNDER_WAY.iter().filter(|(file, _)| is_there(file)).map(|(_, what)| *what).collect()
+        IN_PROGRESS.iter().filter(|(file, _)| is_there(file)).map(|(_, what)| *what).collect()
     }
 
-    /// `sha1` or `sha256`.
+    /// Returns `sha1` or `sha256`.
     pub fn object_format(&self) -> Result<String> {
         self.text(&["rev-parse", "--show-object-format"])
     }
 
-    /// Where objects and refs are.
+    /// The directory that holds objects and refs.
     pub fn common_dir(&self) -> &Path {
         &self.layout.common
     }
@@ -354,8 +360,8 @@ impl Git {
         parse::index(&self.ask(&["ls-files", "-s", "-v", "-z"])?)
     }
 
-    /// Tracked paths (also those that are gone) and untracked ones that are not ignored; a repository inside ends
-    /// with a slash. Sorted, each once.
+    /// Lists tracked paths, including deleted ones, and untracked paths that are not ignored. A
+    /// nested repository ends with a slash. Sorted, without duplicates.
     pub fn listed(&self) -> Result<Vec<Vec<u8>>> {
         let mut paths = parse::paths(&self.ask(&["ls-files", "-z", "-co", "--exclude-standard"])?);
         paths.sort_unstable();
@@ -363,7 +369,8 @@ impl Git {
         Ok(paths)
     }
 
-    /// How the index differs from HEAD. `visible`: entries that are only intended to be added count.
+    /// Lists how the index differs from HEAD. With `visible`, entries from `git add
+    /// --intent-to-add` are included.
     pub fn staged(&self, head: &Head, format: &str, visible: bool) -> Result<Vec<Record>> {
         let empty = match format {
             "sha256" => "6ef19b41225c5369f1c104d45d8d85efa9b057b53b14b4b9b939dd74decc5321",
@@ -375,12 +382,14 @@ impl Git {
         parse::raw_diff(&self.ask(&args).map_err(|e| self.refused(e))?)
     }
 
-    /// Ignore rules beside those in the tree, the caller's own first: later rules win. And what was left out.
+    /// Returns the ignore rules that are not in the tree, and a warning if some are not sent. The
+    /// caller's own rules come first, because later rules win.
     pub fn exclude_rules(&self, config: &Config) -> Result<(Vec<u8>, Option<String>)> {
         let mut rules = Vec::new();
         let mut note = None;
         if let Some(file) = self.excludes_path(config) {
-            // Where the repository names the file, it could be any file of the caller's: its text stays here.
+            // If the repository names the file, it could be any of the caller's files, so its text
+            // is not sent.
             let foreign = matches!(&config.excludes_file, Some((_, true)));
             if foreign {
                 note = Some(format!("ignore rules of {} were applied here but are not sent", file.display()));
@@ -393,17 +402,18 @@ impl Git {
         Ok((rules, note))
     }
 
-    /// A file of `.git/info`, empty where there is none or it is a link.
+    /// Reads a file in `.git/info`. Returns nothing if it is missing or a link.
     pub fn info_file(&self, name: &str) -> Result<Vec<u8>> {
         self.own_file(&format!("info/{name}"), RULES_BYTES_MAX)
     }
 
-    /// The patterns of a sparse checkout: each work tree has its own.
+    /// Reads the sparse-checkout patterns. Each work tree has its own.
     pub fn sparse_patterns(&self) -> Result<Vec<u8>> {
         read_own(&self.layout.git_dir, "info/sparse-checkout", RULES_BYTES_MAX)
     }
 
-    /// The start of a file of the repository, empty where there is none, or a link is on the way.
+    /// Reads up to `bytes_max` bytes of a file in the repository. Returns nothing if it is missing
+    /// or a link is on the way.
     pub fn own_file(&self, name: &str, bytes_max: u64) -> Result<Vec<u8>> {
         read_own(self.common_dir(), name, bytes_max)
     }
@@ -419,6 +429,5 @@ fn read_own(dir: &Path, name: &str, bytes_max: u64) -> Result<Vec<u8>> {
 }
 
 pub(super) fn unreadable(what: &str) -> Error {
-    Error::new(Kind::InvalidTree, format!("cannot read {what}"))
-        .hint("make it readable, or have git ignore it (.gitignore), then try again")
+    Error::new(Kind::InvalidTree, format!("cannot read {what}")).hint("make it readable or add it to .gitignore, then try again")
 }

@@ -1,12 +1,13 @@
-//! Where a workspace may lie in a guest.
+//! Checks where a workspace may be in a guest.
 
 use crate::error::{Error, Kind, Result};
 
-/// A workspace lies below one of these; `/workspace` may be one itself.
+/// A workspace must be below one of these directories. `/workspace` itself is also allowed.
 pub const ROOTS: &[&str] = &["/home", "/root", "/srv", "/workspace"];
-/// Longest guest path, in bytes.
+/// Maximum length of a guest path, in bytes.
 pub const GUEST_PATH_BYTES_MAX: usize = 200;
-/// Names that no component may have: they decide who gets in, or what git is.
+/// Names that no component may have. `.ssh` decides who can log in, and `.git` holds a repository's
+/// own files.
 const RESERVED: &[&str] = &[".git", ".ssh"];
 const NAME_BYTES_MAX: usize = 64;
 
@@ -15,8 +16,8 @@ fn refuse(path: &str, why: &str) -> Error {
         .hint(format!("give an absolute path below one of {}, such as /root/project", ROOTS.join(", ")))
 }
 
-/// Checks a path as the caller gave it; a trailing slash is dropped. `invalid_guest_path` where it is not absolute,
-/// not normal, outside [`ROOTS`], too long, or has control characters.
+/// Checks a path from the caller and removes a trailing slash. Returns `invalid_guest_path` if it
+/// is not absolute, not normalized, outside [`ROOTS`], too long, or has control characters.
 pub fn validate(path: &str) -> Result<String> {
     let trimmed = path.trim_end_matches('/');
     if path.len() > GUEST_PATH_BYTES_MAX {
@@ -28,12 +29,13 @@ pub fn validate(path: &str) -> Result<String> {
     check_components(&trimmed[1..]).map_err(|why| refuse(path, &why))?;
     let inside = |root: &&str| trimmed.strip_prefix(*root).is_some_and(|rest| rest.starts_with('/'));
     if !ROOTS.iter().any(inside) && trimmed != "/workspace" {
-        return Err(refuse(path, "is outside what a workspace may occupy"));
+        return Err(refuse(path, "is not where a workspace may be"));
     }
     Ok(trimmed.to_owned())
 }
 
-/// Checks the directory below the guest path where commands start: relative and normal, or empty.
+/// Checks the directory below the guest path in which commands start. It must be relative and
+/// normalized, or empty.
 pub fn validate_subdir(subdir: &str) -> Result<()> {
     if subdir.is_empty() {
         return Ok(());
@@ -60,12 +62,13 @@ fn check_components(path: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// `/root/<name>`, for a tree whose directory is called `name`.
+/// Returns `/root/<name>` for a tree whose directory is called `name`.
 pub fn default_for(name: &str) -> String {
     format!("/root/{}", sanitise(name.as_bytes()))
 }
 
-/// A name that [`validate`] accepts as a component: ASCII letters, digits, `.`, `_`, `-`; at most 64 bytes.
+/// Turns a name into a component that [`validate`] accepts: ASCII letters, digits, `.`, `_` and
+/// `-`, at most 64 bytes.
 pub fn sanitise(name: &[u8]) -> String {
     let plain = |b: &u8| if b.is_ascii_alphanumeric() || b"._-".contains(b) { *b as char } else { '-' };
     let text: String = name.iter().map(plain).collect();
@@ -79,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn good_ones_pass_and_lose_their_slash() {
+    fn validate_good_path_passes_without_trailing_slash() {
         for (given, want) in [
             ("/root/x", "/root/x"),
             ("/home/u/a b/", "/home/u/a b"),
@@ -92,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_ones_are_refused_with_a_hint() {
+    fn validate_bad_path_is_rejected_with_a_hint() {
         let long = format!("/root/{}", "x".repeat(300));
         for bad in [
             "",
@@ -124,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn default_paths_are_valid() {
+    fn default_path_of_any_name_is_valid() {
         for name in ["fcd", "", ".git", "-rf", "a b\n", "...", "é", &"y".repeat(300), ".ssh"] {
             validate(&default_for(name)).unwrap();
         }
@@ -132,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn subdirectories() {
+    fn validate_subdir_accepts_only_relative_normalized_paths() {
         for good in ["", "a", "a/b c"] {
             validate_subdir(good).unwrap();
         }

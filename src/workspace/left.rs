@@ -1,26 +1,30 @@
-//! The list of what an export could not put into a patch or a tree. The payload begins with it: a line
-//! `fcd-export 1 <count> <bytes>`, then so many bytes of records, each a letter, a blank, a path and NUL. The guest
-//! writes it, so it is read by `fcctl` with the caller's rights, and bounded.
+//! The list of what an export could not put into a patch or a tree.
+//!
+//! An export's payload begins with it: a line `fcd-export 1 <count> <bytes>`, then that number of
+//! bytes of records, each a letter, a space, a path and NUL. The guest writes the list, so `fcctl`
+//! reads it with the caller's rights and bounds its size.
 
 use super::PATH_BYTES_MAX;
 use super::unpack::stream_error;
 use crate::error::{Error, Kind, Result};
 use std::io::Read;
 
-/// Most bytes of records; the guest's script cuts its list there.
+/// Maximum size of the records. The guest's script truncates its list to this size.
 pub const LIST_BYTES_MAX: u64 = 256 * 1024;
 const LINE_BYTES_MAX: usize = 64;
 const DOING: &str = "read what the guest could not send";
 
-/// Why something is not part of what comes back.
+/// Why a path is not part of the patch or tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Why {
-    /// The `.git` of a repository that was made in the guest, or in which something was done there. Its files come.
+    /// The `.git` of a repository that was created in the guest, or whose history was changed
+    /// there. The repository's files are included.
     Repository,
-    /// A submodule, or a repository on the host whose files were not sent: the guest has files of its own there.
+    /// A submodule, or a repository on the host whose files were not sent. The guest has files of
+    /// its own there.
     Submodule,
-    /// git refuses such a name.
+    /// git rejects the name.
     Name,
 }
 
@@ -33,7 +37,7 @@ pub struct Left {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct LeftBehind {
-    /// The first of them.
+    /// The first entries; the list may be truncated.
     pub named: Vec<Left>,
     pub total: u64,
 }
@@ -43,11 +47,11 @@ fn encoded<S: serde::Serializer>(path: &[u8], to: S) -> Result<S::Ok, S::Error> 
 }
 
 fn unknown() -> Error {
-    Error::new(Kind::GuestCommandFailed, format!("{DOING}: the guest answered in an unknown form"))
-        .hint("something in the guest may print at login: look with fcctl exec {vm} -- true")
+    Error::new(Kind::GuestCommandFailed, format!("{DOING}: the guest's answer has an unknown form"))
+        .hint("a login script in the guest may print text; check with: fcctl exec {vm} -- true")
 }
 
-/// Reads the beginning of an export's payload. What follows it is the patch or the tree.
+/// Reads the list at the beginning of an export's payload. The patch or the tree follows it.
 pub fn read(from: &mut dyn Read) -> Result<LeftBehind> {
     let mut line = Vec::new();
     loop {
@@ -68,7 +72,7 @@ pub fn read(from: &mut dyn Read) -> Result<LeftBehind> {
     }
     let mut list = vec![0; bytes as usize];
     from.read_exact(&mut list).map_err(|e| stream_error(DOING, e))?;
-    // The last record may have been cut.
+    // The guest may have truncated the last record.
     list.truncate(list.iter().rposition(|b| *b == 0).map_or(0, |at| at + 1));
     let named = list.split(|b| *b == 0).filter(|r| !r.is_empty()).map(record).collect::<Result<Vec<_>>>()?;
     let total = total.max(named.len() as u64);
@@ -94,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn list_is_read_and_the_payload_stays() {
+    fn read_list_leaves_the_payload_unread() {
         let mut payload = &b"fcd-export 1 3 20\nr a\nb/.git\0s sub\0n xdiff --git"[..];
         let left = read(&mut payload).unwrap();
         let named: Vec<_> = left.named.iter().map(|l| (l.path.as_slice(), l.why)).collect();
@@ -104,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn list_of_an_unknown_form_is_refused() {
+    fn read_list_in_an_unknown_form_is_rejected() {
         let long = [&b"fcd-export 1 "[..], &[b'9'; 100], b"\n"].concat();
         let name = [&b"fcd-export 1 1 5000\nr "[..], &[b'x'; 4997], b"\0"].concat();
         for bad in [

@@ -1,16 +1,25 @@
-//! Workspaces: a tree goes into a guest, a patch or a tree comes back.
+//! Workspaces: sends a tree into a guest and brings a patch or a tree back.
 //!
-//! Three parts that share nothing but formats:
-//! - the host side with the caller's rights, used by `fcctl`: [`plan`] says what a tree consists of and streams it,
-//!   [`raw_tar`] passes on a tar of the caller's, [`unpack`] and [`patch`] write what comes back, [`apply`] puts a patch
-//!   into the caller's tree;
-//! - [`remote`]: the command lines that the daemon runs in the guest, and the parsers of what they print;
-//! - [`encode`] and [`guest_path`]: paths in JSON, and where a workspace may lie in a guest.
+//! The module has three parts, which share only data formats:
+//! - The host side runs with the caller's rights, in `fcctl`. [`plan`] decides what a tree consists
+//!   of and streams it, [`raw_tar`] forwards a tar that the caller made, [`unpack`] and [`patch`]
+//!   write what comes back, and [`apply`] applies a patch to the caller's tree.
+//! - [`remote`] builds the command lines that the daemon runs in the guest and parses what they
+//!   print.
+//! - [`encode`] and [`guest_path`] encode paths for JSON and check where a workspace may be in a
+//!   guest.
 //!
-//! # One prepare
-//! `begin` (dirty mark, what the guest changed) -> the caller packs, leaving that out -> `receive` (stdin: the payload)
-//! -> the daemon verifies the trailer -> `finish` (index, baseline, sync, complete mark). Cut off anywhere, the
-//! workspace stays marked dirty.
+//! Nothing here holds a lock or starts a thread. The daemon never reads the caller's tree, and
+//! nothing in the tree or the guest is trusted: names, archives and patches are all checked.
+//!
+//! # One import
+//! - `begin` marks the workspace dirty and lists what the guest changed.
+//! - The caller packs the tree without those paths.
+//! - `receive` reads the payload on stdin.
+//! - The daemon verifies the stream's trailer.
+//! - `finish` writes the index and the baseline, syncs, and marks the workspace complete.
+//!
+//! If an import is interrupted at any point, the workspace stays marked dirty.
 
 pub mod apply;
 mod beneath;
@@ -31,7 +40,8 @@ mod walk;
 #[cfg(test)]
 mod tests;
 
-/// Longest path inside a tree, in bytes. The guest's tar and git open paths whole, and `PATH_MAX` is 4096.
+/// Maximum length of a path inside a tree, in bytes. The guest's tar and git open whole paths, and
+/// `PATH_MAX` is 4096.
 pub const PATH_BYTES_MAX: usize = 4000;
-/// Most entries of a tree in either direction.
+/// Maximum number of entries in a tree, in either direction.
 pub const ENTRIES_MAX: u64 = 5_000_000;

@@ -1,6 +1,7 @@
-//! When a file was changed last: any second of 64 bits, and nanoseconds, as the header of a POSIX tar writes it.
+//! Modification times as POSIX tar headers store them: 64-bit seconds and nanoseconds.
 
-/// Seconds since the epoch, earlier ones negative, and nanoseconds after that second.
+/// A modification time. Seconds count from the epoch and may be negative; the nanoseconds are added
+/// to them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Mtime {
     pub seconds: i64,
@@ -9,7 +10,7 @@ pub(super) struct Mtime {
 }
 
 const SECOND: u32 = 1_000_000_000;
-/// The largest time that eleven octal digits hold: in the year 2242.
+/// The largest time that fits in eleven octal digits, in the year 2242.
 const OCTAL_MAX: i64 = 0o77777777777;
 
 impl Mtime {
@@ -17,17 +18,17 @@ impl Mtime {
         Self { seconds: stat.st_mtime, nanoseconds: stat.st_mtime_nsec as u32 }
     }
 
-    /// The time as the octal field of a header can hold it.
+    /// The seconds, clamped to what a header's octal field can hold.
     pub fn octal(self) -> u64 {
         self.seconds.clamp(0, OCTAL_MAX) as u64
     }
 
-    /// Whether that is all of it.
+    /// True if the octal field holds the time exactly.
     pub fn is_octal(self) -> bool {
         self.nanoseconds == 0 && (0..=OCTAL_MAX).contains(&self.seconds)
     }
 
-    /// A decimal number, as in the record `mtime` of a POSIX tar.
+    /// Formats the time as a decimal number, as in the `mtime` record of a POSIX tar.
     pub fn decimal(self) -> String {
         let (seconds, nanoseconds) = (i128::from(self.seconds), i128::from(self.nanoseconds));
         let total = seconds * i128::from(SECOND) + nanoseconds;
@@ -36,7 +37,7 @@ impl Mtime {
         text.trim_end_matches('0').trim_end_matches('.').to_owned()
     }
 
-    /// None where it is not such a number; digits after the ninth are dropped.
+    /// Parses a decimal number of seconds. Digits after the ninth decimal are dropped.
     pub fn parse(text: &str) -> Option<Self> {
         let (is_negative, digits) = match text.strip_prefix('-') {
             Some(rest) => (true, rest),
@@ -56,7 +57,7 @@ impl Mtime {
         })
     }
 
-    /// For `futimens` and `utimensat`; the time of reading is the same.
+    /// Returns the time for `futimens` and `utimensat`, as both access and modification time.
     pub fn timestamps(self) -> rustix::fs::Timestamps {
         let time = rustix::fs::Timespec { tv_sec: self.seconds, tv_nsec: self.nanoseconds.into() };
         rustix::fs::Timestamps { last_access: time, last_modification: time }
@@ -75,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn times_of_every_age_survive_as_text() {
+    fn mtime_of_any_age_survives_as_text() {
         check(0, 0, "0");
         check(1, 5, "1.000000005");
         check(1_700_000_000, 120_000_000, "1700000000.12");
@@ -88,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_that_are_not_times_are_refused() {
+    fn parse_text_that_is_not_a_time_is_rejected() {
         for bad in ["", "-", ".5", "1e3", " 1", "1 ", "+1", "--1", "1.2.3", "0x1", "99999999999999999999", "-9223372036854775809"]
         {
             assert_eq!(Mtime::parse(bad), None, "{bad:?}");

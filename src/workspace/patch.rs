@@ -1,4 +1,4 @@
-//! Writes a patch that comes back: whole or not at all. Counts the files that it changes on the way.
+//! Writes a patch from a guest, completely or not at all, and counts the files that it changes.
 
 mod count;
 
@@ -10,15 +10,17 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
 
-/// The size of a patch that was received.
+/// The size of a received patch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Patch {
     pub bytes: u64,
-    /// Files that it creates, deletes or changes, counted here: the guest could say anything.
+    /// The number of files that the patch creates, deletes or changes. Counted here, because the
+    /// guest's own number cannot be trusted.
     pub files: u64,
 }
 
-/// Whether a patch may go to `path`. Errors: `target_exists`, `path_not_found` (its directory).
+/// Checks that a patch may be written to `path`. Errors: `target_exists`, `path_not_found` (its
+/// directory).
 pub fn check_target(path: &Path) -> Result<()> {
     if path.symlink_metadata().is_ok() {
         return Err(exists(path));
@@ -31,16 +33,16 @@ pub fn check_target(path: &Path) -> Result<()> {
 }
 
 fn exists(path: &Path) -> Error {
-    Error::new(Kind::TargetExists, format!("{} exists already", path.display()))
-        .hint("give another name, or move it away: nothing is ever overwritten")
+    Error::new(Kind::TargetExists, format!("{} already exists", path.display()))
+        .hint("choose another name or move the existing one away: nothing is overwritten")
 }
 
 fn dir_of(path: &Path) -> &Path {
     path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Copies all of `from` to a new file at `path`. `from` must answer an error where the stream has no trailer that fits
-/// (`api::stream` does), so that the file appears only when it is whole.
+/// Copies all of `from` to a new file at `path`. `from` must return an error if the stream lacks a
+/// matching trailer (`api::stream` does), so that the file appears only when it is complete.
 pub fn receive(from: &mut dyn Read, path: &Path, bytes_max: u64, cancel: &Cancel) -> Result<Patch> {
     check_target(path)?;
     let doing = || format!("write {}", path.display());
@@ -58,7 +60,7 @@ pub fn receive(from: &mut dyn Read, path: &Path, bytes_max: u64, cancel: &Cancel
     Ok(patch)
 }
 
-/// As [`receive`], into a file without a name: for stdout, which gets nothing of half a patch.
+/// Like [`receive`], but into an unnamed file. Used for stdout, which must not get half a patch.
 pub fn spool(from: &mut dyn Read, bytes_max: u64, cancel: &Cancel) -> Result<(File, Patch)> {
     let dir = std::env::temp_dir();
     let mut file = tempfile::tempfile_in(&dir).map_err(|e| Error::io(format!("make a file in {}", dir.display()), e))?;
@@ -99,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn patch_appears_whole_or_not_at_all_and_overwrites_nothing() {
+    fn patch_appears_complete_or_not_at_all_and_never_overwrites() {
         let dir = tempfile::tempdir().unwrap();
         let cancel = Cancel::try_new().unwrap();
         let target = dir.path().join("p");
@@ -115,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn endless_patch_ends_at_the_bound_and_leaves_nothing() {
+    fn patch_without_end_stops_at_the_limit_and_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let cancel = Cancel::try_new().unwrap();
         let target = dir.path().join("p");

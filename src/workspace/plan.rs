@@ -1,12 +1,13 @@
-//! What of a tree is sent. [`Plan::inspect`] looks, [`Plan::send`] streams the payload of an import
-//! (`api::workspace` gives its format; `plan/send.rs` the files of its first part).
+//! Decides which parts of a tree are sent. [`Plan::inspect`] examines the tree, and [`Plan::send`]
+//! streams the payload of an import. `api::workspace` documents the payload, and `plan/send.rs` the
+//! files of its first archive.
 
 mod send;
 
 pub use send::Sent;
 
 use super::beneath::Beneath;
-use super::git::{self, Config, Git, Head, History1, IndexEntry};
+use super::git::{self, Config, Git, Head, HistorySelection, IndexEntry};
 use super::walk::{Apart, Entry, EntryKind, Walk};
 use super::{encode, guest_path};
 use crate::error::{Error, Kind, Result};
@@ -17,18 +18,18 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-/// Commits that go along when nothing is said.
+/// Number of commits that are sent by default.
 pub const HISTORY_DEFAULT: u32 = 50;
-/// Most commits back; more is `full`.
+/// Maximum number of commits. Use `full` for more.
 pub const HISTORY_MAX: u32 = 1_000_000;
 
-/// How much history goes along.
+/// How much history is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum History {
-    /// So many commits deep, a shallow repository.
+    /// This many commits deep, as a shallow repository.
     Depth(u32),
     Full,
-    /// Only the files: there is no repository in the guest.
+    /// Only the files. The guest has no repository.
     None,
 }
 
@@ -46,24 +47,24 @@ impl FromStr for History {
             "none" => Ok(History::None),
             _ => match text.parse() {
                 Ok(depth @ 1..=HISTORY_MAX) => Ok(History::Depth(depth)),
-                _ => Err(Error::invalid(format!("history {text:?} is no number of commits, nor full, nor none"))
-                    .hint("say --history 50, --history full or --history none")),
+                _ => Err(Error::invalid(format!("history {text:?} is not a number of commits, full or none"))
+                    .hint("use --history 50, --history full or --history none")),
             },
         }
     }
 }
 
-/// What the caller's git depends on.
+/// The environment variables that the caller's git depends on.
 #[derive(Clone, Debug, Default)]
 pub struct CallerEnv {
     pub path: Option<OsString>,
     pub home: Option<PathBuf>,
     pub config_home: Option<PathBuf>,
-    /// The variables that decide which settings git reads, and settings given as variables.
+    /// Variables that decide which settings git reads, and settings given as variables.
     pub git: Vec<(OsString, OsString)>,
-    /// `GIT_AUTHOR_NAME`, `EMAIL` and the like, where they are set.
+    /// `GIT_AUTHOR_NAME`, `EMAIL` and the like, if they are set.
     pub identity: HashMap<OsString, OsString>,
-    /// `SUDO_UID`: git lets root use a repository of the user who ran sudo.
+    /// `SUDO_UID`, with which git lets root use a repository of the user who ran sudo.
     pub sudo_uid: Option<OsString>,
 }
 
@@ -81,7 +82,8 @@ impl CallerEnv {
                 b"XDG_CONFIG_HOME" if !value.is_empty() => env.config_home = Some(value.into()),
                 b"SUDO_UID" => env.sudo_uid = Some(value),
                 b"GIT_CONFIG_GLOBAL" | b"GIT_CONFIG_SYSTEM" | b"GIT_CONFIG_NOSYSTEM" => env.git.push((key, value)),
-                // CI sets safe.directory so: GIT_CONFIG_COUNT, GIT_CONFIG_KEY_0, GIT_CONFIG_VALUE_0.
+                // CI systems set safe.directory with GIT_CONFIG_COUNT, GIT_CONFIG_KEY_0 and
+                // GIT_CONFIG_VALUE_0.
                 b"GIT_CONFIG_COUNT" => env.git.push((key, value)),
                 name if name.starts_with(b"GIT_CONFIG_KEY_") || name.starts_with(b"GIT_CONFIG_VALUE_") => {
                     env.git.push((key, value));
@@ -105,7 +107,8 @@ impl CallerEnv {
         out
     }
 
-    /// `~/x` is the caller's, anything else relative to `base`.
+    /// Resolves a configured path: `~/x` is below the caller's home, anything else is relative to
+    /// `base`.
     pub(super) fn expand(&self, base: &Path, path: &[u8]) -> PathBuf {
         match (path.strip_prefix(b"~/"), &self.home) {
             (Some(rest), Some(home)) => home.join(std::ffi::OsStr::from_bytes(rest)),
@@ -113,12 +116,12 @@ impl CallerEnv {
         }
     }
 
-    /// Where git looks for ignore rules when nothing is configured.
+    /// The file in which git looks for ignore rules by default.
     pub(super) fn default_excludes(&self) -> Option<PathBuf> {
         self.default_file("git/ignore")
     }
 
-    /// Where git looks for attributes when nothing is configured.
+    /// The file in which git looks for attributes by default.
     pub(super) fn default_attributes(&self) -> Option<PathBuf> {
         self.default_file("git/attributes")
     }
@@ -133,18 +136,18 @@ impl CallerEnv {
 pub struct Options {
     pub history: History,
     pub env: CallerEnv,
-    /// Directories outside the tree that the caller lets the repository take objects from.
+    /// Directories outside the tree from which the repository may take objects.
     pub allow_alternates: Vec<PathBuf>,
 }
 
 impl Options {
-    /// Without links, so that they can be compared.
+    /// Resolves all links, so that the paths can be compared.
     pub(super) fn allowed_alternates(&self) -> Result<Vec<PathBuf>> {
         let real = |path: &PathBuf| {
             std::fs::canonicalize(path).map_err(|e| match e.kind() {
                 std::io::ErrorKind::NotFound => {
-                    Error::new(Kind::PathNotFound, format!("--allow-alternate {} is not there", path.display()))
-                        .hint("name the directory of objects, or leave it out")
+                    Error::new(Kind::PathNotFound, format!("--allow-alternate {} does not exist", path.display()))
+                        .hint("pass the directory of objects, or leave the option out")
                 }
                 _ => Error::io(format!("look at {}", path.display()), e),
             })
@@ -155,15 +158,15 @@ impl Options {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TreeKind {
-    /// A git repository: it is one in the guest.
+    /// A git repository, which will be a git repository in the guest.
     Git,
     /// A git repository of which only the files are sent (`--history none`).
     GitFiles,
-    /// No repository up to the mount boundary: everything is sent as files.
+    /// Not in a repository on this file system. Everything is sent as files.
     Plain,
 }
 
-/// What is sent, and from where. Nothing has been read yet but git's own files.
+/// What is sent, and from where. Only git's own files have been read so far.
 pub struct Plan {
     kind: TreeKind,
     root: PathBuf,
@@ -176,15 +179,15 @@ pub struct Plan {
     bytes_expected: u64,
 }
 
-/// What the guest's repository is made of.
+/// The parts of the guest's repository.
 struct Repo {
     head: Head,
     format: String,
     index: Vec<IndexEntry>,
     intent_to_add: HashSet<Vec<u8>>,
-    history: History1,
+    history: HistorySelection,
     pack: Option<git::Pack>,
-    /// For the guest's `.git/config`.
+    /// Text for the guest's `.git/config`.
     config: Vec<u8>,
     exclude: Vec<u8>,
     attributes: Vec<u8>,
@@ -196,17 +199,18 @@ struct Repo {
 }
 
 impl Plan {
-    /// Looks at the tree that `path` belongs to. Errors: `path_not_found`, `invalid_tree` (git refuses the repository,
-    /// a file cannot be read, a path is too long), `command_missing` (git), `cancelled`, `host`.
+    /// Examines the tree that `path` belongs to. Errors: `path_not_found`, `invalid_tree` (git
+    /// refuses the repository, a file cannot be read, a path is too long), `command_missing` (git),
+    /// `cancelled`, `host`.
     pub fn inspect(path: &Path, options: &Options, cancel: &Cancel) -> Result<Self> {
         let real = std::fs::canonicalize(path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => Error::new(Kind::PathNotFound, format!("{} is not there", path.display()))
-                .hint("name a directory that is there, as in fcctl run . -- CMD"),
+            std::io::ErrorKind::NotFound => Error::new(Kind::PathNotFound, format!("{} does not exist", path.display()))
+                .hint("pass an existing directory, as in fcctl run . -- CMD"),
             _ => Error::io(format!("look at {}", path.display()), e),
         })?;
         if !real.is_dir() {
-            let e = Error::new(Kind::InvalidTree, format!("{} is no directory", path.display()));
-            return Err(e.hint("give the directory of the project; for a tar use --tar -"));
+            let e = Error::new(Kind::InvalidTree, format!("{} is not a directory", path.display()));
+            return Err(e.hint("pass the directory of the project; for a tar use --tar -"));
         }
         match git::find_top(&real)? {
             Some(top) => Self::of_repository(&top, &real, options, cancel),
@@ -217,10 +221,11 @@ impl Plan {
     fn of_plain(root: &Path, cancel: &Cancel) -> Result<Self> {
         let mut walk = Walk::new(open_root(root)?, cancel);
         walk.everything()?;
-        // There was none a moment ago. As a repository it would have been checked.
+        // There was no repository a moment ago. Sending it as files would skip the checks for
+        // repositories.
         if walk.entries.iter().any(|entry| entry.path == b".git" || entry.path.starts_with(b".git/")) {
             return Err(Error::new(Kind::Conflict, format!("{} became a repository while it was read", root.display()))
-                .hint("wait until nothing writes to it any more, then run the command again"));
+                .hint("wait until nothing writes to it, then run the command again"));
         }
         let mut plan = Self {
             kind: TreeKind::Plain,
@@ -241,7 +246,7 @@ impl Plan {
         let below = path.strip_prefix(top).unwrap_or(Path::new(""));
         if below.starts_with(".git") {
             return Err(Error::new(Kind::InvalidTree, format!("{} is inside git's own directory", path.display()))
-                .hint(format!("give the repository: {}", top.display())));
+                .hint(format!("pass the repository: {}", top.display())));
         }
         let (git, config) = Git::open(top, options, cancel)?;
         let (mut repo, blobs, mut warnings) = Repo::look(&git, &config)?;
@@ -256,15 +261,15 @@ impl Plan {
             repo.filtered = git.filtered(&files, &config.filters, &mut walk.beneath)?;
             warnings.extend(filter_warning(&repo.filtered));
             repo.pack_up(&git, options.history, &blobs)?;
-            for what in git.under_way() {
-                warnings.push(format!("{what} is under way here: the guest's git does not know, so conclude it here"));
+            for what in git.operations_in_progress() {
+                warnings.push(format!("{what} is in progress here: its state is not sent, so finish it here"));
             }
         }
         warnings.append(&mut walk.warnings);
         let subdir = match below.to_str() {
             Some(text) if guest_path::validate_subdir(text).is_ok() => text.to_owned(),
             _ => {
-                warnings.push("the subdirectory's name cannot be passed on: commands start at the top".into());
+                warnings.push("the subdirectory's name cannot be used in the guest: commands start at the top".into());
                 String::new()
             }
         };
@@ -291,19 +296,20 @@ impl Plan {
     pub fn root(&self) -> &Path {
         &self.root
     }
-    /// Where commands start, below the workspace's directory: `PrepareRequest::subdir`.
+    /// The directory in which commands start, below the workspace's directory:
+    /// `PrepareRequest::subdir`.
     pub fn subdir(&self) -> &str {
         &self.subdir
     }
-    /// The name of the tree's directory, fit for a guest path.
+    /// The name of the tree's directory, made fit for a guest path.
     pub fn guest_name(&self) -> String {
         guest_path::sanitise(self.root.file_name().unwrap_or_default().as_bytes())
     }
-    /// Where the tree goes when nothing else is said: `/root/<name>`.
+    /// The default guest path, `/root/<name>`.
     pub fn guest_path(&self) -> String {
         guest_path::default_for(&self.guest_name())
     }
-    /// About how many bytes the payload will have.
+    /// Approximate size of the payload.
     pub fn bytes_expected(&self) -> u64 {
         self.bytes_expected
     }
@@ -327,7 +333,8 @@ impl Plan {
     }
 }
 
-/// No filter runs on either side, which the caller has to know: what git would store of such files is not what they hold.
+/// Returns the warning that no filter runs on either side. The caller must know it, because what
+/// git would store for these files is not their content.
 fn filter_warning(filtered: &git::Filtered) -> Option<String> {
     let of = |(name, count): (&Vec<u8>, &u64)| {
         let files = if *count == 1 { "file" } else { "files" };
@@ -351,7 +358,8 @@ fn open_root(root: &Path) -> Result<Beneath> {
 }
 
 impl Repo {
-    /// Everything but the pack; and the blobs that only the index has.
+    /// Collects everything except the pack. Also returns the blobs that only the index has, and
+    /// warnings.
     fn look(git: &Git, config: &Config) -> Result<(Self, HashSet<String>, Vec<String>)> {
         let (head, format, index) = (git.head()?, git.object_format()?, git.index()?);
         let staged = git.staged(&head, &format, false)?;
@@ -363,14 +371,14 @@ impl Repo {
         let (exclude, note) = git.exclude_rules(config)?;
         let mut warnings: Vec<String> = note.into_iter().collect();
         if config.partial_clone {
-            warnings.push("this is a partial clone: git in the guest has to fetch what is not here either".into());
+            warnings.push("this is a partial clone: git in the guest must fetch the objects that are missing here".into());
         }
         let repo = Self {
             head,
             format,
             index,
             intent_to_add,
-            history: History1::default(),
+            history: HistorySelection::default(),
             pack: None,
             config: config.for_guest(),
             exclude,
@@ -383,7 +391,8 @@ impl Repo {
         Ok((repo, blobs, warnings))
     }
 
-    /// Paths of `git add --intent-to-add`: in the index they look like empty files, in a diff only on request.
+    /// Finds paths from `git add --intent-to-add`. They look like empty files in the index, and a
+    /// diff shows them only on request.
     fn intents(git: &Git, head: &Head, format: &str, index: &[IndexEntry], staged: &[git::Record]) -> Result<HashSet<Vec<u8>>> {
         const EMPTY: [&str; 2] =
             ["e69de29bb2d1d6434b8b29ae775ad8c2e48c5391", "473a0f4c3be8a93681a267e3b1e9a7dcda1185436fe141f7749120a303721813"];
@@ -395,7 +404,8 @@ impl Repo {
         let known: HashMap<&[u8], u32> = staged.iter().map(|r| (r.path.as_slice(), r.new_mode)).collect();
         let visible = git.staged(head, format, true)?;
         let only_visible = visible.iter().filter(|r| r.new_mode != 0 && known.get(r.path.as_slice()).is_none_or(|m| *m == 0));
-        // Taken out of the index and intended again: a deletion of a path that the index has.
+        // A path that was removed from the index and added again with intent shows as a deletion of
+        // a path that the index has.
         let again = staged.iter().filter(|r| r.new_mode == 0);
         Ok(only_visible.chain(again).filter(|r| empty.contains(r.path.as_slice())).map(|r| r.path.clone()).collect())
     }
@@ -405,14 +415,14 @@ impl Repo {
             self.history = git.history(head, depth)?;
         }
         let dir =
-            tempfile::Builder::new().prefix("fcctl-pack-").tempdir().map_err(|e| Error::io("make a temporary directory", e))?;
+            tempfile::Builder::new().prefix("fcctl-pack-").tempdir().map_err(|e| Error::io("create a temporary directory", e))?;
         self.pack = git::pack(git, self.head.oid.as_deref(), &self.history, blobs, self.partial, dir.path())?;
         Ok(())
     }
 }
 
 impl Entry {
-    /// As git records it.
+    /// The mode as git records it.
     fn git_mode(&self) -> &'static str {
         match self.kind {
             EntryKind::Symlink => "120000",

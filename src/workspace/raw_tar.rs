@@ -1,4 +1,5 @@
-//! A tar that the caller made: passed on as it is, and looked at so that one that is cut off is not taken for whole.
+//! Forwards a tar that the caller made. It is checked on the way, so that a truncated tar is not
+//! taken for a complete one.
 
 use super::tar_writer::{TarWriter, write_all};
 use crate::error::{Error, Kind, Result};
@@ -8,13 +9,14 @@ use std::io::{Read, Write};
 const BLOCK: usize = 512;
 const PIECE_BYTES: usize = 64 * 1024;
 
-/// Follows a tar as its bytes go by, whatever their pieces. Only headers are looked at.
+/// Follows the structure of a tar whose bytes arrive in pieces of any size. It parses only the
+/// headers.
 #[derive(Debug, Default)]
 pub struct Watch {
     block: Vec<u8>,
-    /// Bytes of data and padding still to come before the next header.
+    /// Bytes of data and padding before the next header.
     skip: u64,
-    /// Extension blocks of a sparse header follow.
+    /// True if the next block extends a sparse header.
     extended: bool,
     zeros: u8,
     entries: u64,
@@ -30,7 +32,7 @@ impl Watch {
         Self::default()
     }
 
-    /// `invalid_tree` where a header is none.
+    /// Processes the next bytes. An invalid header is `invalid_tree`.
     pub fn feed(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() && !self.has_ended() {
             if self.skip > 0 {
@@ -60,18 +62,19 @@ impl Watch {
             return Ok(());
         }
         if self.zeros > 0 {
-            return Err(bad("one block of zeros, then more"));
+            return Err(bad("one block of zeros, then more data"));
         }
         let header = tar::Header::from_byte_slice(block);
         let sum: u32 = block.iter().enumerate().map(|(i, b)| if (148..156).contains(&i) { 32 } else { u32::from(*b) }).sum();
         if header.cksum().ok() != Some(sum) {
-            return Err(bad(if self.entries == 0 { "this is no tar" } else { "a header is damaged" }));
+            return Err(bad(if self.entries == 0 { "this is not a tar" } else { "a header is damaged" }));
         }
         let kind = header.entry_type();
-        // Links and the like have a size in some archives and never data.
+        // In some archives these types have a size, but they never have data.
         let bodyless = kind.is_dir() || kind.is_symlink() || kind.is_hard_link() || kind.is_fifo();
         let size = if bodyless { 0 } else { header.entry_size().map_err(|_| bad("a header has no size"))? };
-        self.skip = size.div_ceil(BLOCK as u64).checked_mul(BLOCK as u64).ok_or_else(|| bad("a header has a senseless size"))?;
+        self.skip =
+            size.div_ceil(BLOCK as u64).checked_mul(BLOCK as u64).ok_or_else(|| bad("a header has an impossible size"))?;
         self.extended = kind.is_gnu_sparse() && block[482] != 0;
         if !(kind.is_gnu_longname()
             || kind.is_gnu_longlink()
@@ -83,7 +86,7 @@ impl Watch {
         Ok(())
     }
 
-    /// Both blocks of zeros have gone by.
+    /// True once both end-of-archive blocks have been seen.
     pub fn has_ended(&self) -> bool {
         self.zeros >= 2
     }
@@ -93,9 +96,12 @@ impl Watch {
     }
 }
 
-/// Passes a tar on as the payload of an import. `keep`: what the guest changed; where it is not empty this is
-/// `conflict`, since nobody can leave anything out of this tar (with `--overwrite` the caller passes none).
-/// `stream_incomplete` where the tar ends before its end-of-archive blocks. `progress` gets entries and bytes.
+/// Sends a tar as the payload of an import.
+///
+/// `keep` lists what the guest changed. If it is not empty this is `conflict`, because nothing can
+/// be left out of this tar; with `--overwrite` the caller passes an empty list. `stream_incomplete`
+/// means that the tar ends before its end-of-archive blocks. `progress` gets the number of entries
+/// and bytes so far.
 pub fn send(
     input: &mut dyn Read,
     out: &mut dyn Write,
@@ -105,8 +111,8 @@ pub fn send(
 ) -> Result<super::plan::Sent> {
     if let Some(first) = keep.first() {
         let shown = super::encode::encode(first);
-        return Err(Error::new(Kind::Conflict, format!("the guest changed {} files since, {shown} among them", keep.len()))
-            .hint("take them with fcctl workspace export, or replace them with --overwrite"));
+        return Err(Error::new(Kind::Conflict, format!("the guest has changed {} files, including {shown}", keep.len()))
+            .hint("export them with fcctl workspace export, or replace them with --overwrite"));
     }
     let mut meta = TarWriter::new(Vec::new(), cancel);
     meta.data(b"kind", b"raw\n")?;
@@ -133,9 +139,9 @@ pub fn send(
     if !watch.has_ended() {
         return Err(Error::new(
             Kind::StreamIncomplete,
-            format!("the tar ends after {} entries without its end mark", watch.entries()),
+            format!("the tar ends after {} entries without an end-of-archive mark", watch.entries()),
         )
-        .hint("it was cut off: make it again"));
+        .hint("the tar is truncated; create it again"));
     }
     out.flush().map_err(|e| Error::io("send the tree", e))?;
     Ok(super::plan::Sent { entries: watch.entries(), bytes, warnings: Vec::new() })
@@ -158,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_tar_passes_in_any_pieces() {
+    fn tar_in_pieces_of_any_size_is_accepted() {
         let tar = sample();
         assert_eq!(run(&tar).unwrap().entries, 2);
         for piece in [1, 511, 512, 513] {
@@ -169,21 +175,22 @@ mod tests {
     }
 
     #[test]
-    fn every_cut_is_seen() {
+    fn tar_truncated_anywhere_is_incomplete() {
         let tar = sample();
-        // Two blocks of zeros end it: every cut before the end of the second is one.
+        // Two blocks of zeros end a tar, so it is truncated at every point before the end of the
+        // second block.
         for cut in (0..tar.len()).step_by(64).chain([tar.len() - 512, tar.len() - 1]) {
             assert_eq!(run(&tar[..cut]).unwrap_err().kind(), Kind::StreamIncomplete, "{cut} of {}", tar.len());
         }
     }
 
     #[test]
-    fn what_is_no_tar_is_refused() {
+    fn file_that_is_not_a_tar_is_rejected() {
         assert_eq!(run(&[0x1f; 2048]).unwrap_err().kind(), Kind::InvalidTree);
     }
 
     #[test]
-    fn guest_changes_stop_it() {
+    fn tar_conflicts_with_guest_changes() {
         let e = send(&mut &sample()[..], &mut Vec::new(), &[b"x".to_vec()], &mut |_, _| {}, &Cancel::try_new().unwrap());
         assert_eq!(e.unwrap_err().kind(), Kind::Conflict);
     }

@@ -1,22 +1,23 @@
-//! Bounds what an export may write to the host: `--max-bytes`, and free space that is left to everybody else.
+//! Limits what an export may write to the host: at most `--max-bytes`, and never the last free
+//! space of the disk.
 
 use crate::error::{Error, Kind, Result};
 use crate::host::fs::{Space, space};
 use std::path::{Path, PathBuf};
 
-/// What `fcctl` takes from a guest if `--max-bytes` is not given.
+/// Default of `--max-bytes`.
 pub const BYTES_MAX_DEFAULT: u64 = 8 << 30;
 /// An export never leaves less free space than this on the host.
 const FREE_BYTES_MIN: u64 = 512 << 20;
-/// On a small file system the floor is this part of it instead.
+/// On a small file system the limit is this fraction of it instead.
 const FREE_FRACTION: u64 = 20;
-/// How much is written between two looks at the free space. An export smaller than this is always accepted: work is not
-/// lost because a disk is nearly full.
+/// How much is written between two checks of the free space. A smaller export is always accepted,
+/// so that work is not lost because a disk is nearly full.
 const LOOK_BYTES: u64 = 16 << 20;
-/// Rough cost of an empty file or a directory on disk.
+/// Approximate disk usage of an empty file or a directory.
 const ENTRY_BYTES: u64 = 4096;
 
-/// The account of one export.
+/// Keeps track of what one export has written.
 pub struct Room {
     target: PathBuf,
     free: Box<dyn Fn() -> Result<Space> + Send>,
@@ -33,17 +34,17 @@ impl Room {
         Self { target: dir.to_owned(), free, bytes_max, bytes: 0, until_look: LOOK_BYTES }
     }
 
-    /// Before so many bytes are written.
+    /// Accounts for `bytes` that are about to be written.
     ///
     /// # Errors
-    /// `exhausted` above `bytes_max`, `disk_full` below the floor.
+    /// `exhausted` above `bytes_max`, `disk_full` if too little space would remain.
     pub fn take(&mut self, bytes: u64) -> Result<()> {
         self.check_bound(bytes)?;
         self.bytes += bytes;
         self.spend(bytes)
     }
 
-    /// Whether so many more bytes may come, before any of them does.
+    /// Checks that `bytes` more may be written, without accounting for them.
     ///
     /// # Errors
     /// `exhausted`.
@@ -52,13 +53,13 @@ impl Room {
             return Ok(());
         }
         let what = format!("the guest sends more than {} bytes", self.bytes_max);
-        Err(Error::new(Kind::Exhausted, what).hint("take more with --max-bytes SIZE, if you trust the guest"))
+        Err(Error::new(Kind::Exhausted, what).hint("if you trust the guest, allow more with --max-bytes SIZE"))
     }
 
-    /// Before a file, a link or a directory is made.
+    /// Accounts for a file, a link or a directory that is about to be created.
     ///
     /// # Errors
-    /// As [`Room::take`].
+    /// The same as [`Room::take`].
     pub fn take_entry(&mut self) -> Result<()> {
         self.spend(ENTRY_BYTES)
     }
@@ -75,8 +76,8 @@ impl Room {
             return Ok(());
         }
         let target = self.target.display();
-        let what = format!("an export leaves {floor} bytes free at {target}, and only {} are left", space.free_bytes);
-        Err(Error::new(Kind::DiskFull, what).hint(format!("make room: df -h {target}, or write to another file system")))
+        let what = format!("an export must leave {floor} bytes free at {target}, but only {} are left", space.free_bytes);
+        Err(Error::new(Kind::DiskFull, what).hint(format!("free some space (df -h {target}), or write to another file system")))
     }
 }
 
@@ -93,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn room_above_the_bound_is_refused() {
+    fn room_above_max_bytes_is_refused() {
         let mut room = room(&Arc::new(AtomicU64::new(u64::MAX)), u64::MAX, 10);
         room.take(4).unwrap();
         room.take(6).unwrap();
@@ -104,11 +105,11 @@ mod tests {
     }
 
     #[test]
-    fn room_below_the_floor_is_refused_as_a_full_disk() {
+    fn room_below_minimum_free_space_is_a_full_disk() {
         let free = Arc::new(AtomicU64::new(FREE_BYTES_MIN + LOOK_BYTES));
         let mut room = room(&free, 1 << 40, u64::MAX);
         (0..16).for_each(|_| room.take(1 << 20).unwrap());
-        // Somebody else fills the disk, too.
+        // Another process fills the disk as well.
         free.store(FREE_BYTES_MIN, Ordering::Relaxed);
         let e = room.take(1).unwrap_err();
         assert_eq!(e.kind(), Kind::DiskFull);
@@ -116,14 +117,14 @@ mod tests {
     }
 
     #[test]
-    fn room_is_looked_for_while_empty_files_are_made() {
+    fn room_is_checked_while_empty_files_are_created() {
         let mut room = room(&Arc::new(AtomicU64::new(0)), 1 << 40, u64::MAX);
         let made = (0..1_000_000).take_while(|_| room.take_entry().is_ok()).count() as u64;
         assert_eq!(made, LOOK_BYTES / ENTRY_BYTES);
     }
 
     #[test]
-    fn room_for_little_is_found_on_a_full_disk_and_a_small_one_has_a_low_floor() {
+    fn room_allows_a_small_export_on_a_full_disk_and_scales_to_a_small_one() {
         let mut full = room(&Arc::new(AtomicU64::new(0)), 1 << 40, u64::MAX);
         full.take(LOOK_BYTES).unwrap();
         let mut small = room(&Arc::new(AtomicU64::new(60 << 20)), 100 << 20, u64::MAX);

@@ -1,4 +1,4 @@
-//! Writes a GNU tar: any byte in a name, holes kept, ids and names of owners left out.
+//! Writes a GNU tar. Names may hold any byte, holes are preserved, and owners are left out.
 
 use super::mtime::Mtime;
 use crate::error::{Error, Kind, Result};
@@ -7,14 +7,14 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 
 pub(super) const BLOCK: u64 = 512;
-/// What is read of a file at a time.
+/// Size of one read from a file.
 const PIECE_BYTES: usize = 256 * 1024;
-/// More data segments than this and a sparse file is sent in full.
+/// A sparse file with more data segments than this is sent in full.
 const SEGMENTS_MAX: usize = 65_536;
-/// The largest number that eleven octal digits hold.
+/// The largest number that fits in eleven octal digits.
 const OCTAL_MAX: u64 = 0o77777777777;
 
-/// What the header says of an entry.
+/// The metadata in an entry's header.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Meta {
     /// Permission bits.
@@ -22,11 +22,12 @@ pub(super) struct Meta {
     pub mtime: Mtime,
 }
 
-/// How reading a file ended.
+/// The outcome of reading a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Read1 {
+pub(super) enum ReadOutcome {
     Same,
-    /// It was changed while it was read: what was sent may be neither the old nor the new content.
+    /// The file changed while it was read, so what was sent may be neither the old nor the new
+    /// content.
     Changed,
 }
 
@@ -54,7 +55,8 @@ impl<'a, W: Write> TarWriter<'a, W> {
         self.put(&[0u8; BLOCK as usize][..rest as usize])
     }
 
-    /// Long names and link targets go first, in entries of their own (GNU `L` and `K`).
+    /// Writes a header. Long names and link targets precede it in entries of their own (GNU `L` and
+    /// `K`).
     fn header(&mut self, kind: tar::EntryType, path: &[u8], link: &[u8], meta: Meta, size: u64) -> Result<()> {
         self.long(b'K', link)?;
         self.long(b'L', path)?;
@@ -80,7 +82,7 @@ impl<'a, W: Write> TarWriter<'a, W> {
         self.pad(value.len() as u64 + 1)
     }
 
-    /// Where the header of an entry cannot hold its time, an entry of POSIX's form goes ahead of it.
+    /// Writes a POSIX extended header for a time that does not fit into the entry's own header.
     fn exact_time(&mut self, mtime: Mtime) -> Result<()> {
         if mtime.is_octal() {
             return Ok(());
@@ -107,7 +109,7 @@ impl<'a, W: Write> TarWriter<'a, W> {
         self.header(tar::EntryType::Symlink, path, target, meta, 0)
     }
 
-    /// A file that is in memory.
+    /// Writes a file whose content is in memory.
     pub fn data(&mut self, path: &[u8], data: &[u8]) -> Result<()> {
         self.entries += 1;
         let meta = Meta { mode: 0o644, mtime: Mtime::default() };
@@ -116,14 +118,15 @@ impl<'a, W: Write> TarWriter<'a, W> {
         self.pad(data.len() as u64)
     }
 
-    /// A file as it stands: so many bytes as it has now. One that has fewer when they are read is `conflict`.
-    /// `progress` is told of every piece.
-    pub fn file(&mut self, path: &[u8], file: &mut File, mode: u32, progress: &mut dyn FnMut(u64)) -> Result<Read1> {
+    /// Writes a file with the size that it has now. A file that becomes shorter while it is read is
+    /// `conflict`. `progress` gets the size of every piece.
+    pub fn file(&mut self, path: &[u8], file: &mut File, mode: u32, progress: &mut dyn FnMut(u64)) -> Result<ReadOutcome> {
         self.file_with_time(path, file, mode, true, progress)
     }
 
-    /// The entry of a file whose time nobody needs: the size of its entry is known ahead.
-    pub fn plain_file(&mut self, path: &[u8], file: &mut File, mode: u32, progress: &mut dyn FnMut(u64)) -> Result<Read1> {
+    /// Writes a file without its modification time, so that the size of the entry is known in
+    /// advance.
+    pub fn plain_file(&mut self, path: &[u8], file: &mut File, mode: u32, progress: &mut dyn FnMut(u64)) -> Result<ReadOutcome> {
         self.file_with_time(path, file, mode, false, progress)
     }
 
@@ -134,7 +137,7 @@ impl<'a, W: Write> TarWriter<'a, W> {
         mode: u32,
         timed: bool,
         progress: &mut dyn FnMut(u64),
-    ) -> Result<Read1> {
+    ) -> Result<ReadOutcome> {
         let shown = super::encode::encode(path);
         let doing = || format!("read {shown}");
         let before = rustix::fs::fstat(&*file).map_err(|e| Error::io(doing(), e))?;
@@ -153,10 +156,11 @@ impl<'a, W: Write> TarWriter<'a, W> {
         let after = rustix::fs::fstat(&*file).map_err(|e| Error::io(doing(), e))?;
         let same =
             (before.st_size, before.st_mtime, before.st_mtime_nsec) == (after.st_size, after.st_mtime, after.st_mtime_nsec);
-        Ok(if same { Read1::Same } else { Read1::Changed })
+        Ok(if same { ReadOutcome::Same } else { ReadOutcome::Changed })
     }
 
-    /// GNU's old sparse format: four segments in the header, 21 in each extension, then the data of all.
+    /// Writes GNU's old sparse format: four segments in the header, 21 in each extension, then the
+    /// data of all segments.
     fn sparse(
         &mut self,
         path: &[u8],
@@ -171,7 +175,7 @@ impl<'a, W: Write> TarWriter<'a, W> {
         self.exact_time(meta.mtime)?;
         let data: u64 = segments.iter().map(|(_, len)| len).sum();
         let mut listed = segments.to_vec();
-        listed.push((size, 0)); // Says where the file ends when it ends in a hole.
+        listed.push((size, 0)); // Marks the end of a file that ends in a hole.
         let mut header = new_header(tar::EntryType::GNUSparse, meta, data);
         set_bytes(&mut gnu(&mut header).name, path);
         let (first, rest) = listed.split_at(listed.len().min(4));
@@ -209,7 +213,7 @@ impl<'a, W: Write> TarWriter<'a, W> {
                 };
                 if n == 0 {
                     return Err(Error::new(Kind::Conflict, format!("read {shown}: it became shorter while it was read"))
-                        .hint("stop what writes there, then run the command again"));
+                        .hint("stop the program that writes to it, then run the command again"));
                 }
                 self.put(&buffer[..n])?;
                 progress(n as u64);
@@ -221,14 +225,14 @@ impl<'a, W: Write> TarWriter<'a, W> {
         result
     }
 
-    /// The two blocks of zeros. Gives the writer back.
+    /// Writes the two end-of-archive blocks. Returns the writer and the number of bytes.
     pub fn finish(mut self) -> Result<(W, u64)> {
         self.put(&[0u8; 2 * BLOCK as usize])?;
         Ok((self.out, self.bytes))
     }
 }
 
-/// Writes all of it, looking at the token before. A reader that has gone is `stream_incomplete`.
+/// Writes all of `bytes`, unless the token is cancelled. A broken pipe is `stream_incomplete`.
 pub(super) fn write_all(out: &mut impl Write, bytes: &[u8], cancel: &Cancel) -> Result<()> {
     if let Some(cause) = cancel.cause() {
         return Err(Error::new(Kind::Cancelled, format!("send the tree: cancelled: {cause}")));
@@ -240,7 +244,7 @@ pub(super) fn write_all(out: &mut impl Write, bytes: &[u8], cancel: &Cancel) -> 
 }
 
 fn gnu(header: &mut tar::Header) -> &mut tar::GnuHeader {
-    header.as_gnu_mut().expect("made as GNU")
+    header.as_gnu_mut().expect("created as a GNU header")
 }
 
 fn new_header(kind: tar::EntryType, meta: Meta, size: u64) -> tar::Header {
@@ -254,7 +258,7 @@ fn new_header(kind: tar::EntryType, meta: Meta, size: u64) -> tar::Header {
     header
 }
 
-/// `<length> <key>=<value>LF`, where the length counts itself.
+/// Formats `<length> <key>=<value>LF`. The length includes its own digits.
 fn posix_record(key: &str, value: &str) -> String {
     let rest = format!(" {key}={value}\n");
     let mut length = rest.len() + 1;
@@ -264,7 +268,7 @@ fn posix_record(key: &str, value: &str) -> String {
     format!("{length}{rest}")
 }
 
-/// As much as fits; what is longer was sent in an entry of its own.
+/// Copies as much of `value` as fits. A longer one was sent in an entry of its own.
 fn set_bytes(field: &mut [u8], value: &[u8]) {
     let n = value.len().min(field.len());
     field.fill(0);
@@ -276,7 +280,7 @@ fn set_segment(slot: &mut tar::GnuSparseHeader, (offset, len): (u64, u64)) {
     set_octal(&mut slot.numbytes, len);
 }
 
-/// Octal with a NUL, or base 256 where it is too large for that.
+/// Writes octal digits and a NUL, or base 256 if the value is too large.
 fn set_octal(field: &mut [u8; 12], value: u64) {
     if value <= OCTAL_MAX {
         field.copy_from_slice(format!("{value:011o}\0").as_bytes());
@@ -287,7 +291,8 @@ fn set_octal(field: &mut [u8; 12], value: u64) {
     }
 }
 
-/// Where a file has data: offset and length. None where the file system does not say, or there are too many.
+/// Finds the offset and length of each data segment. Returns `None` if the file system does not
+/// support it, or if there are too many.
 fn segments(file: &File, size: u64) -> Option<Vec<(u64, u64)>> {
     use rustix::fs::{SeekFrom as At, seek};
     let mut out = Vec::new();
@@ -295,7 +300,7 @@ fn segments(file: &File, size: u64) -> Option<Vec<(u64, u64)>> {
     while at < size {
         let start = match seek(file, At::Data(at)) {
             Ok(start) => start,
-            Err(rustix::io::Errno::NXIO) => break, // A hole up to the end.
+            Err(rustix::io::Errno::NXIO) => break, // The rest of the file is a hole.
             Err(_) => return None,
         };
         let end = seek(file, At::Hole(start)).ok()?.min(size);
@@ -308,7 +313,7 @@ fn segments(file: &File, size: u64) -> Option<Vec<(u64, u64)>> {
         }
         at = end;
     }
-    // A seek has moved the position, which both ways of reading set or need at the start.
+    // Seeking moved the file position; both callers expect it at the start.
     seek(file, At::Start(0)).ok()?;
     Some(out)
 }

@@ -1,6 +1,9 @@
-//! Writes a tree that comes from a guest. The archive is hostile: it is read by a parser of our own that knows just
-//! what [`super::remote::export_tree_command`] writes, into a staging directory that no name can leave, and the
-//! whole is refused for one bad entry. Nothing is in its place before all of it is.
+//! Unpacks a tree that comes from a guest.
+//!
+//! The archive is hostile. A parser of our own accepts only what
+//! [`super::remote::export_tree_command`] writes, and unpacks into a staging directory that no name
+//! can escape. One bad entry rejects the whole archive. The tree is moved to its target only after
+//! all of it has arrived.
 
 mod reader;
 
@@ -20,17 +23,17 @@ use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// Longest component of a path, in bytes.
+/// Maximum length of a path component, in bytes.
 const NAME_BYTES_MAX: usize = 255;
-/// The largest size that a file with holes may pretend to.
+/// Maximum size that a file with holes may claim.
 const SPARSE_BYTES_MAX: u64 = 1 << 44;
 const TREE: &str = "tree";
 
-/// How much is taken from a guest.
+/// Limits on what a guest may send.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     pub entries: u64,
-    /// Of file content, without holes.
+    /// Bytes of file content, without holes.
     pub bytes: u64,
 }
 
@@ -43,12 +46,13 @@ impl Default for Limits {
 /// What was unpacked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unpacked {
-    /// Files, links and directories.
+    /// Number of files, links and directories.
     pub entries: u64,
     pub bytes: u64,
 }
 
-/// A tree beside its place. Dropped without [`commit`](Staged::commit) it is removed.
+/// A tree in a staging directory beside its target. Dropping it without [`commit`](Staged::commit)
+/// removes it.
 #[derive(Debug)]
 pub struct Staged {
     staging: tempfile::TempDir,
@@ -56,7 +60,8 @@ pub struct Staged {
     unpacked: Unpacked,
 }
 
-/// Whether a tree may go to `target`: it is not there, or an empty directory. `target_exists`, `path_not_found`.
+/// Checks that `target` does not exist or is an empty directory. Errors: `target_exists`,
+/// `path_not_found`.
 pub fn check_target(target: &Path) -> Result<()> {
     match std::fs::symlink_metadata(target) {
         Ok(m) if m.is_dir() => {
@@ -70,29 +75,30 @@ pub fn check_target(target: &Path) -> Result<()> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             let parent = parent_of(target);
             if !parent.is_dir() {
-                return Err(Error::new(Kind::PathNotFound, format!("{} is no directory", parent.display())));
+                return Err(Error::new(Kind::PathNotFound, format!("{} is not a directory", parent.display())));
             }
         }
         Err(e) => return Err(Error::io(format!("look at {}", target.display()), e)),
     }
     if target.file_name().is_none() {
-        return Err(Error::invalid(format!("{} has no name to unpack to", target.display())));
+        return Err(Error::invalid(format!("{} has no final component to unpack to", target.display())));
     }
     Ok(())
 }
 
 fn taken(target: &Path) -> Error {
-    Error::new(Kind::TargetExists, format!("{} exists and is no empty directory", target.display()))
-        .hint("give a directory that is not there yet: nothing is ever overwritten")
+    Error::new(Kind::TargetExists, format!("{} exists and is not an empty directory", target.display()))
+        .hint("choose a directory that does not exist yet: nothing is overwritten")
 }
 
 fn parent_of(target: &Path) -> &Path {
     target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Unpacks all of `from` beside `target`. `from` must answer an error where its stream has no trailer that fits.
-/// Errors: `invalid_tree` (the offending entry is named), `stream_incomplete`, `target_exists`, `exhausted` (over
-/// `limits`), `cancelled`, `host`. Nothing is left behind.
+/// Unpacks all of `from` into a staging directory beside `target`. `from` must return an error if
+/// its stream lacks a matching trailer. Errors: `invalid_tree` (names the offending entry),
+/// `stream_incomplete`, `target_exists`, `exhausted` (over `limits`), `cancelled`, `host`. An error
+/// leaves nothing behind.
 pub fn stage(from: &mut dyn Read, target: &Path, limits: &Limits, cancel: &Cancel) -> Result<Staged> {
     check_target(target)?;
     let doing = || format!("make a staging directory beside {}", target.display());
@@ -120,7 +126,8 @@ pub fn stage(from: &mut dyn Read, target: &Path, limits: &Limits, cancel: &Cance
 }
 
 impl Staged {
-    /// Puts the tree in its place in one step. `target_exists` where something came there meanwhile.
+    /// Moves the tree to its target in one step. Returns `target_exists` if something else appeared
+    /// there.
     pub fn commit(self) -> Result<Unpacked> {
         let tree = self.staging.path().join(TREE);
         match rustix::fs::rename(&tree, &self.target) {
@@ -131,7 +138,8 @@ impl Staged {
     }
 }
 
-/// An error of the stream as the error that it carries; its end before its time is `stream_incomplete`.
+/// Returns the error that the stream's I/O error carries. A premature end of the stream is
+/// `stream_incomplete`.
 pub(super) fn stream_error(doing: &str, e: std::io::Error) -> Error {
     let kind = e.kind();
     match e.downcast::<Error>() {
@@ -142,8 +150,8 @@ pub(super) fn stream_error(doing: &str, e: std::io::Error) -> Error {
 }
 
 fn refuse(path: &[u8], why: &str) -> Error {
-    Error::new(Kind::InvalidTree, format!("refuse the guest's tree for \"{}\": {why}", encode(path)))
-        .hint("nothing was written; look at it in the guest, or take a patch with fcctl workspace export --patch FILE")
+    Error::new(Kind::InvalidTree, format!("reject the guest's tree because of \"{}\": {why}", encode(path)))
+        .hint("nothing was written; inspect it in the guest, or get a patch with fcctl workspace export --patch FILE")
 }
 
 struct Writer {
@@ -152,7 +160,8 @@ struct Writer {
     room: Room,
     done: Unpacked,
     buffer: Vec<u8>,
-    /// Directories and their times, which are set when nothing more comes into them.
+    /// Directories and their times. The times are set last, because creating a file in a directory
+    /// changes its time.
     dirs: Vec<(Vec<u8>, Mtime)>,
 }
 
@@ -202,13 +211,13 @@ impl Writer {
 
     fn dir(&mut self, item: &Item) -> Result<()> {
         let (dir, name) = self.beneath.parent(&item.path).map_err(|e| wrong(&item.path, e))?;
-        // The owner can always get in and clear it away.
+        // Add owner permissions, so that we can write into the directory and remove it again.
         match rustix::fs::mkdirat(dir, name, Mode::from_raw_mode(item.mode | 0o700)) {
             Ok(()) => {
                 self.dirs.push((item.path.clone(), item.mtime));
                 Ok(())
             }
-            Err(Errno::EXIST) => self.beneath.open_dir(&item.path).map(drop).map_err(|_| refuse(&item.path, "it comes twice")),
+            Err(Errno::EXIST) => self.beneath.open_dir(&item.path).map(drop).map_err(|_| refuse(&item.path, "it occurs twice")),
             Err(e) => Err(wrong(&item.path, e.into())),
         }
     }
@@ -229,7 +238,7 @@ impl Writer {
         self.room.check_bound(content)?;
         self.done.bytes = self.done.bytes.saturating_add(content);
         if size > SPARSE_BYTES_MAX {
-            return Err(refuse(path, "its size is senseless"));
+            return Err(refuse(path, "its size is impossible"));
         }
         let (dir, name) = self.beneath.parent(path).map_err(|e| wrong(path, e))?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -260,12 +269,13 @@ impl Writer {
     }
 }
 
-/// A name that is taken, or that leads through a link or a file, is the archive's doing; anything else is the host's.
+/// Maps an error of creating `path`. A name that exists already or that leads through a link or a
+/// file is the archive's fault; anything else is a host error.
 fn wrong(path: &[u8], e: std::io::Error) -> Error {
     match e.raw_os_error() {
-        Some(libc::EEXIST) => refuse(path, "it comes twice"),
-        Some(libc::ELOOP | libc::ENOTDIR | libc::EXDEV) => refuse(path, "it leads through something that is no directory"),
-        Some(libc::ENAMETOOLONG | libc::EINVAL | libc::EILSEQ) => refuse(path, "this host cannot have such a name"),
+        Some(libc::EEXIST) => refuse(path, "it occurs twice"),
+        Some(libc::ELOOP | libc::ENOTDIR | libc::EXDEV) => refuse(path, "it leads through something that is not a directory"),
+        Some(libc::ENAMETOOLONG | libc::EINVAL | libc::EILSEQ) => refuse(path, "this host does not support such a name"),
         _ => Error::io(format!("write {}", encode(path)), e),
     }
 }
@@ -279,11 +289,11 @@ fn check_path(path: &[u8]) -> Result<()> {
     }
     for part in path.split(|b| *b == b'/') {
         if part.is_empty() || part == b"." || part == b".." || part.len() > NAME_BYTES_MAX || part.contains(&0) {
-            return Err(refuse(path, "a component of it is none"));
+            return Err(refuse(path, "it has an invalid component"));
         }
     }
     if inside_git_dir(path) {
-        return Err(refuse(path, "git's own files never come back"));
+        return Err(refuse(path, "git's own files are never accepted"));
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What a tree consists of: every path looked at, nothing opened for reading.
+//! Lists the entries of a tree. It examines every path but opens no file for reading.
 
 use super::beneath::{Beneath, is_absent};
 use super::encode::encode;
@@ -9,7 +9,8 @@ use crate::locks::Cancel;
 use rustix::fs::FileType;
 use std::collections::{HashMap, HashSet};
 
-/// Unreadable files that an error names, and git directories that warnings name.
+/// Maximum number of unreadable files that an error names, and of git directories that warnings
+/// name.
 const NAMED_MAX: usize = 5;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,30 +20,30 @@ pub(super) enum EntryKind {
     Dir,
 }
 
-/// One path of a tree, as it was when it was looked at.
+/// One path of a tree and its metadata at the time of the walk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
     pub path: Vec<u8>,
     pub kind: EntryKind,
-    /// Permission bits without set-id and sticky ones.
+    /// Permission bits without set-id and sticky bits.
     pub mode: u32,
     pub mtime: Mtime,
-    /// Bytes that have to be sent: without holes.
+    /// Number of bytes to send, without holes.
     pub bytes: u64,
 }
 
-/// A place whose files are not sent: a submodule, or a repository that git does not know.
+/// A directory whose files are not sent: a submodule, or a repository that git does not track.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Apart {
     pub path: Vec<u8>,
     /// The submodule's commit.
     pub commit: Option<String>,
-    /// There are files here, which nothing from a guest may meet.
+    /// True if the host has files there. Nothing from a guest may overwrite them.
     pub has_files: bool,
 }
 
 impl Apart {
-    /// A record of `submodules` in the payload.
+    /// Formats a record of the payload's `submodules` file.
     pub fn record(&self) -> Vec<u8> {
         let flag = if self.has_files { 'x' } else { '-' };
         let mut out = format!("{flag} {} ", self.commit.as_deref().unwrap_or("-")).into_bytes();
@@ -52,13 +53,13 @@ impl Apart {
     }
 }
 
-/// Collects entries.
+/// Collects the entries of a tree.
 pub(super) struct Walk<'a> {
     pub beneath: Beneath,
     pub entries: Vec<Entry>,
     pub warnings: Vec<String>,
     pub apart: Vec<Apart>,
-    /// The git directory of each repository that is sent as plain files.
+    /// The git directories of repositories that are sent as plain files.
     pub repositories: Vec<Vec<u8>>,
     unreadable: Vec<String>,
     unreadable_count: usize,
@@ -81,7 +82,8 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Looks at one path. Nothing there: nothing is sent, the file was deleted. None for what is no entry.
+    /// Examines one path. Returns `None` if it does not exist, cannot be read, or is not a file, a
+    /// link or a directory.
     fn look(&mut self, path: &[u8]) -> Result<Option<Entry>> {
         if let Some(cause) = self.cancel.cause() {
             return Err(Error::new(Kind::Cancelled, format!("look at the tree: cancelled: {cause}")));
@@ -89,7 +91,7 @@ impl<'a> Walk<'a> {
         if path.len() > PATH_BYTES_MAX {
             let start = encode(&path[..80]);
             return Err(Error::new(Kind::InvalidTree, format!("{start}... is longer than {PATH_BYTES_MAX} bytes"))
-                .hint("such a path cannot be made in the guest: shorten it or have git ignore it"));
+                .hint("such a path cannot be created in the guest: shorten it or add it to .gitignore"));
         }
         let stat = match self.beneath.stat(path) {
             Ok(stat) => stat,
@@ -144,7 +146,8 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Looks at what git lists. `submodules`: directories that git knows as commits.
+    /// Examines the paths that git lists. `submodules` maps directories that git records as commits
+    /// to those commits.
     pub fn listed(&mut self, paths: &[Vec<u8>], submodules: &HashMap<&[u8], &str>) -> Result<()> {
         for path in paths {
             if let Some(inner) = path.strip_suffix(b"/") {
@@ -154,7 +157,7 @@ impl<'a> Walk<'a> {
             }
             if let Some(like_git) = git_dir_of(path) {
                 if self.skipped.insert(like_git.to_vec()) {
-                    self.warnings.push(format!("left out {}: git allows no such name", encode(like_git)));
+                    self.warnings.push(format!("left out {}: git does not allow such a name", encode(like_git)));
                 }
                 continue;
             }
@@ -166,7 +169,7 @@ impl<'a> Walk<'a> {
                     self.warnings.push(format!("submodule {}: its commit is recorded, its files are not sent", encode(path)));
                     self.add(entry)?;
                 }
-                // A tracked file that is a directory now: what is in it is listed by itself.
+                // A directory has replaced a tracked file. Git lists its content separately.
                 (EntryKind::Dir, None) => {}
                 _ => self.add(entry)?,
             }
@@ -174,7 +177,7 @@ impl<'a> Walk<'a> {
         self.settle()
     }
 
-    /// Everything below, directories too; other file systems as well.
+    /// Examines everything below the root, including directories and other file systems.
     pub fn everything(&mut self) -> Result<()> {
         let mut pending = vec![Vec::new()];
         while let Some(dir) = pending.pop() {
@@ -193,11 +196,11 @@ impl<'a> Walk<'a> {
         self.entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
         self.repositories.sort_unstable();
         for path in self.repositories.iter().take(NAMED_MAX) {
-            self.warnings.push(format!("{} is sent, but no patch and no tree bring it back", encode(path)));
+            self.warnings.push(format!("{} is sent, but is never part of an exported patch or tree", encode(path)));
         }
         if self.repositories.len() > NAMED_MAX {
             let more = self.repositories.len() - NAMED_MAX;
-            self.warnings.push(format!("{more} more git directories are sent, but do not come back"));
+            self.warnings.push(format!("{more} more git directories are sent, but are never exported"));
         }
         self.settle()
     }
@@ -247,8 +250,8 @@ fn name_of(kind: FileType) -> &'static str {
     }
 }
 
-/// The path up to a component that is `.git` in any case: git refuses to record such a path, and a patch
-/// or a tree that comes back never has one.
+/// Returns the path up to a component that is `.git` in any case. git refuses to record such a
+/// path, and an exported patch or tree never has one.
 fn git_dir_of(path: &[u8]) -> Option<&[u8]> {
     let mut from = 0;
     for part in path.split(|b| *b == b'/') {

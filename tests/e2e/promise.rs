@@ -166,7 +166,7 @@ fn cut_off(host: &Host) {
     stdin.write_all(&[0; 512]).unwrap();
     drop(stdin);
     let status = import.end().0;
-    assert!(status == Some(4) && import.stderr().contains("without its end mark"), "{status:?} {}", import.stderr());
+    assert!(status == Some(4) && import.stderr().contains("without an end-of-archive mark"), "{status:?} {}", import.stderr());
     assert_eq!(host.show("box", "workspace")["state"], "incomplete");
 }
 

@@ -10,7 +10,7 @@ use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::fake::Fake;
 use fcd::vmm::{Driver, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
-use fcd::workspace::remote::{self, Place};
+use fcd::workspace::remote::{self, GuestWorkspace};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -224,7 +224,9 @@ fn of_a_vm_that_is_to_be_removed() {
 fn in_a_job() {
     let (world, _) = world();
     world.running("web");
-    world.guest.on(&remote::receive_command(&Place::new(GUEST_PATH), false), |_| panic!("a panic of the test's in a job"));
+    world
+        .guest
+        .on(&remote::receive_command(&GuestWorkspace::new(GUEST_PATH), false), |_| panic!("a panic of the test's in a job"));
     for _ in 0..4 {
         let Import { mut call, stream } = world.import("web");
         write_payload(stream, b"x");

@@ -21,7 +21,7 @@ use fcd::server::{Dispatch, Server};
 use fcd::store::{State, Store};
 use fcd::vmm::Driver;
 use fcd::vmm::fake::Fake;
-use fcd::workspace::remote::{self, Place};
+use fcd::workspace::remote::{self, GuestWorkspace};
 use std::collections::{BTreeSet, HashMap};
 use std::io::Write;
 use std::net::SocketAddr;
@@ -241,7 +241,7 @@ impl World {
             Answer::status(0).stdout("synced\n")
         });
         self.guest.on("/usr/lib/fcd/busybox sh -c", |_| Answer::status(0).stdout("ready\n"));
-        let place = Place::new(GUEST_PATH);
+        let place = GuestWorkspace::new(GUEST_PATH);
         self.guest.on(&remote::begin_command(&place), |_| Answer::status(0).stdout("fcd-begin 1\n"));
         let finish = remote::Finish::default();
         self.guest.on(&remote::finish_command(&place, &finish), |_| Answer::status(0).stdout("fcd-finish 1 3\n"));

@@ -1,11 +1,11 @@
-//! The caller's git configuration, and the part of it that the guest gets.
+//! Reads the caller's git configuration and selects the part that the guest gets.
 
 use crate::workspace::plan::CallerEnv;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
-/// Settings that decide what `git status` says and that hold no secret. Values are words.
+/// Settings that affect `git status` and hold no secret. Their values are single words.
 const CARRIED: &[&str] = &[
     "core.filemode",
     "core.symlinks",
@@ -21,10 +21,10 @@ const CARRIED: &[&str] = &[
     "core.sparsecheckoutcone",
 ];
 
-/// Longest name of a remote, and longest filter, that is passed on.
+/// Maximum length of a remote's name, and of a filter, that is sent to the guest.
 const WORD_BYTES_MAX: usize = 64;
 
-/// The settings of a remote that count.
+/// The settings of a remote that matter here.
 #[derive(Debug, Default)]
 struct Remote {
     promisor: bool,
@@ -32,7 +32,7 @@ struct Remote {
     url: Option<String>,
 }
 
-/// Settings that say who commits, and the variables that stand for them.
+/// Settings that name the author and committer, and the environment variables that override them.
 const IDENTITY: &[(&str, &str)] = &[
     ("user.name", ""),
     ("user.email", "EMAIL"),
@@ -45,26 +45,27 @@ const IDENTITY: &[(&str, &str)] = &[
 /// The caller's git configuration.
 #[derive(Debug, Default)]
 pub(in crate::workspace) struct Config {
-    /// `user.name`, `author.email` and so on: who commits in the guest.
+    /// `user.name`, `author.email` and so on, for commits in the guest.
     identity: BTreeMap<String, Vec<u8>>,
-    /// Of [`CARRIED`], in the order they were found.
+    /// Settings listed in [`CARRIED`], in the order in which they were found.
     pub carried: Vec<(String, String)>,
     pub(super) safe_directories: Vec<Vec<u8>>,
-    /// And whether the repository itself said so.
+    /// The value, and whether the repository itself set it.
     pub(super) excludes_file: Option<(Vec<u8>, bool)>,
-    /// And whether the repository itself said so.
+    /// The value, and whether the repository itself set it.
     pub(super) attributes_file: Option<(Vec<u8>, bool)>,
     /// Names of filters that the caller's git would run.
     pub filters: BTreeSet<Vec<u8>>,
     pub partial_clone: bool,
-    /// Remotes by name; only promisors are passed on.
+    /// Remotes by name. Only promisors are sent to the guest.
     remotes: BTreeMap<String, Remote>,
-    /// `extensions.partialClone`: an older way to name a promisor.
+    /// `extensions.partialClone`, an older way to name a promisor.
     promisor: Option<String>,
 }
 
 impl Config {
-    /// The caller's variables count more than settings; `EMAIL` is git's last resort.
+    /// Adds the identity from the caller's environment. It overrides settings, except that `EMAIL`
+    /// is git's last resort.
     pub fn add_identity(&mut self, env: &CallerEnv) {
         for (key, variable) in IDENTITY {
             let given = env.identity.get(OsStr::new(variable)).filter(|v| !v.is_empty());
@@ -75,8 +76,9 @@ impl Config {
         }
     }
 
-    /// From `git config --null --show-scope --show-origin --list`: scope NUL origin NUL key LF value NUL.
-    /// `is_own` decides whether a setting of the repository's comes from a file of its own.
+    /// Parses `git config --null --show-scope --show-origin --list`: scope NUL origin NUL key LF
+    /// value NUL. `is_own` decides whether the file that a repository's setting comes from belongs
+    /// to the repository.
     pub(super) fn from_list(list: &[u8], is_own: &dyn Fn(&[u8]) -> bool) -> Self {
         let mut config = Config::default();
         let mut fields = list.split(|b| *b == 0);
@@ -98,7 +100,7 @@ impl Config {
         config
     }
 
-    /// From `git config --null --show-scope --get-all`, without the repository's own.
+    /// Parses `git config --null --show-scope --get-all`, without the settings of the repository.
     pub(super) fn values(list: &[u8]) -> Vec<Vec<u8>> {
         let fields: Vec<&[u8]> = list.split(|b| *b == 0).collect();
         let pairs = fields.chunks_exact(2).filter(|pair| !is_of_repository(pair[0]));
@@ -137,26 +139,26 @@ impl Config {
         }
     }
 
-    /// What `remote.NAME.key` says.
+    /// Records one `remote.NAME.key` setting.
     fn take_remote(&mut self, key: &str, value: &[u8]) {
         let Some((name, key)) = key.rsplit_once('.') else { return };
         let remote = self.remotes.entry(name.to_owned()).or_default();
         let text = || String::from_utf8_lossy(value).into_owned();
         match key {
             "promisor" => {
-                // As git reads a boolean, near enough: a promisor too many does no harm.
+                // Approximates git's boolean syntax. An extra promisor does no harm.
                 remote.promisor = !matches!(value, b"false" | b"no" | b"off" | b"0" | b"");
                 self.partial_clone |= remote.promisor;
             }
             "partialclonefilter" => remote.filter = Some(text()),
-            // Several are tried in order: the first one counts.
+            // git tries several URLs in order, so the first one is used.
             "url" if remote.url.is_none() => remote.url = Some(text()),
             _ => {}
         }
     }
 
-    /// Who has the objects that a partial clone lacks. Without one, git in the guest takes them for lost and
-    /// refuses to commit.
+    /// Configures the remote that has the objects a partial clone lacks. Without it, git in the
+    /// guest considers them lost and refuses to commit.
     fn promisor_for_guest(&self) -> String {
         if !self.partial_clone {
             return String::new();
@@ -179,12 +181,12 @@ impl Config {
         out
     }
 
-    /// Whether only a part of the tree is checked out.
+    /// True if only a part of the tree is checked out.
     pub fn is_sparse(&self) -> bool {
         self.carried.iter().any(|(key, value)| key == "core.sparsecheckout" && value == "true")
     }
 
-    /// Lines for the guest's `.git/config`.
+    /// Builds the lines for the guest's `.git/config`.
     pub fn for_guest(&self) -> Vec<u8> {
         let mut out = Vec::new();
         for (key, _) in IDENTITY {
@@ -208,7 +210,7 @@ fn is_of_repository(scope: &[u8]) -> bool {
     matches!(scope, b"local" | b"worktree")
 }
 
-/// An HTTPS address without the credentials that it may hold; None for any other.
+/// Returns an HTTPS URL without its credentials, and `None` for any other URL.
 fn public_url(url: &str) -> Option<String> {
     let rest = url.strip_prefix("https://")?;
     let (host, path) = rest.split_at(rest.find('/')?);
@@ -219,7 +221,7 @@ fn public_url(url: &str) -> Option<String> {
     fits.then(|| format!("https://{host}{path}"))
 }
 
-/// A value as git's configuration files write it.
+/// Quotes a value for a git configuration file.
 fn quoted(value: &[u8]) -> Vec<u8> {
     let mut out = vec![b'"'];
     for &b in value {
@@ -240,7 +242,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_harmless_settings_are_carried() {
+    fn config_for_guest_carries_only_harmless_settings() {
         let own = [
             "user.email\na@b",
             "core.autocrlf\ninput",

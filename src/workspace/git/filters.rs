@@ -1,6 +1,8 @@
-//! Files under a `filter` attribute: git-lfs, git-crypt, nbstripout and the like. What git stores of them is not what
-//! is in the tree, and only their filter can tell one from the other. No filter ever runs here, so whether such a file
-//! is unchanged follows from what the index recorded of it, and its content is never compared.
+//! Files with a `filter` attribute, as git-lfs, git-crypt or nbstripout use it.
+//!
+//! What git stores for such a file differs from what is in the tree, and only the filter can
+//! convert one to the other. No filter ever runs here. So a file counts as unchanged if it still
+//! matches what the index recorded, and its content is never compared.
 
 use super::Git;
 use crate::error::{Error, Kind, Result};
@@ -8,16 +10,16 @@ use crate::workspace::beneath::Beneath;
 use rustix::fs::Stat;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-/// Files under filters that the caller has configured.
+/// Files covered by filters that the caller has configured.
 #[derive(Debug, Default)]
 pub(in crate::workspace) struct Filtered {
     /// How many files each filter covers.
     pub counts: BTreeMap<Vec<u8>, u64>,
-    /// Tracked ones that are as git checked them out or added them; sorted.
+    /// Tracked files that are as git checked them out or added them. Sorted.
     pub unchanged: Vec<Vec<u8>>,
 }
 
-/// The index's record of a file when it last equalled its entry, 32 bits of each field.
+/// What the index recorded when the file last matched its entry, 32 bits of each field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Recorded {
     seconds: u32,
@@ -33,7 +35,8 @@ impl Recorded {
 }
 
 impl Git {
-    /// `paths`: files of the tree. `configured`: names of filters that the caller's git would run.
+    /// Finds the files with a filter. `paths` are the files of the tree; `configured` names the
+    /// filters that the caller's git would run.
     pub fn filtered(&self, paths: &[&[u8]], configured: &BTreeSet<Vec<u8>>, beneath: &mut Beneath) -> Result<Filtered> {
         if configured.is_empty() || paths.is_empty() {
             return Ok(Filtered::default());
@@ -44,7 +47,7 @@ impl Git {
         let (_, answer) = self.ask_status(&command, &[0])?;
         let mut out = Filtered::default();
         let mut covered = Vec::new();
-        // Path, attribute and value, NUL after each.
+        // NUL-terminated triples of path, attribute and value.
         let fields: Vec<&[u8]> = answer.split(|b| *b == 0).collect();
         for record in fields.chunks_exact(3) {
             if configured.contains(record[2]) {
@@ -63,9 +66,9 @@ impl Git {
     }
 }
 
-/// From `ls-files --debug -z`: the path, NUL, then five lines of numbers.
+/// Parses `ls-files --debug -z`: a path, NUL, then five lines of numbers.
 fn parse_recorded(list: &[u8]) -> Result<HashMap<Vec<u8>, Recorded>> {
-    let bad = || Error::new(Kind::CommandFailed, "git: what its index recorded has an unknown form");
+    let bad = || Error::new(Kind::CommandFailed, "git: unexpected output of ls-files --debug");
     let mut out = HashMap::new();
     let mut left = list;
     while !left.is_empty() {
@@ -91,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn recorded_times_and_sizes_are_read() {
+    fn parse_recorded_reads_times_and_sizes() {
         let text = b"a\nb\0  ctime: 1:2\n  mtime: 30:40\n  dev: 5\tino: 6\n  uid: 7\tgid: 8\n  size: 90\tflags: 0\n\
             c\0  ctime: 0:0\n  mtime: 0:0\n  dev: 0\tino: 0\n  uid: 0\tgid: 0\n  size: 0\tflags: 200000\n";
         let seen = parse_recorded(text).unwrap();

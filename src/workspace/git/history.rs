@@ -1,4 +1,4 @@
-//! How much of the history goes along, and the pack that holds it.
+//! Selects how much of the history is sent, and makes the pack that holds it.
 
 use super::layout::CheckedStores;
 use super::{Git, parse};
@@ -10,35 +10,36 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How often a pack is made again because the repository changed meanwhile.
+/// How often to retry the pack if the repository changes meanwhile.
 const PACK_TRIES: usize = 5;
 const PACK_DEADLINE: Duration = Duration::from_secs(1800);
-/// Commits beyond the asked depth that one look at the history brings, so that one is enough where it is linear.
+/// How many commits beyond the requested depth the first query asks for, so that one query is
+/// enough for a linear history.
 const LOOK_AHEAD: u32 = 200;
-/// Most bytes of the list of commits where a shallow repository ends.
+/// Maximum size of the list of commits at which a shallow repository ends.
 const SHALLOW_BYTES_MAX: u64 = 64 * 1024 * 1024;
-/// Most tags that go along.
+/// Maximum number of tags that are sent.
 const TAGS_MAX: usize = 10_000;
 
-/// What of the history is sent.
+/// The part of the history that is sent.
 #[derive(Debug, Default)]
-pub(in crate::workspace) struct History1 {
+pub(in crate::workspace) struct HistorySelection {
     /// Commits whose parents are left out.
     pub shallow: BTreeSet<String>,
-    /// The commits that are sent; empty with a full history.
+    /// The commits that are sent. Empty if the whole history is sent.
     pub commits: BTreeSet<String>,
     pub tags: Vec<Tag>,
 }
 
-/// A tag that goes along.
+/// A tag that is sent.
 #[derive(Debug)]
 pub(in crate::workspace) struct Tag {
-    /// `refs/tags/v1`, in whatever encoding.
+    /// A full ref name such as `refs/tags/v1`, in any encoding.
     pub name: Vec<u8>,
     pub oid: String,
 }
 
-/// A pack and its index, unlinked already.
+/// A pack and its index. Both files are unlinked already.
 #[derive(Debug)]
 pub(in crate::workspace) struct Pack {
     /// `pack-<hash>`.
@@ -48,26 +49,27 @@ pub(in crate::workspace) struct Pack {
 }
 
 impl Git {
-    /// Which commits go, and where they are cut.
-    pub fn history(&self, head: &str, depth: History) -> Result<History1> {
+    /// Selects the commits to send and where the history is cut.
+    pub fn history(&self, head: &str, depth: History) -> Result<HistorySelection> {
         let own = self.own_shallow()?;
         let History::Depth(depth) = depth else {
             let tags = self.tags(None)?;
-            return Ok(History1 { shallow: own, commits: BTreeSet::new(), tags });
+            return Ok(HistorySelection { shallow: own, commits: BTreeSet::new(), tags });
         };
         let (commits, mut shallow) = self.within(head, depth)?;
         shallow.extend(own.into_iter().filter(|c| commits.contains(c)));
         let tags = self.tags(Some(&commits))?;
-        Ok(History1 { shallow, commits, tags })
+        Ok(HistorySelection { shallow, commits, tags })
     }
 
-    /// Where this repository is cut itself.
+    /// The commits at which this repository itself is shallow.
     fn own_shallow(&self) -> Result<BTreeSet<String>> {
         let text = self.own_file("shallow", SHALLOW_BYTES_MAX)?;
         Ok(String::from_utf8_lossy(&text).lines().filter(|l| parse::is_oid(l)).map(str::to_owned).collect())
     }
 
-    /// The commits at most `depth - 1` steps from `head`, and those of them whose parents are not all among them.
+    /// Returns the commits at most `depth - 1` steps from `head`, and those among them that have a
+    /// parent outside the set.
     fn within(&self, head: &str, depth: u32) -> Result<(BTreeSet<String>, BTreeSet<String>)> {
         let mut parents = HashMap::new();
         let count = format!("--max-count={}", depth.saturating_mul(2).saturating_add(LOOK_AHEAD));
@@ -112,16 +114,17 @@ impl Git {
         Ok(())
     }
 
-    /// The objects that `wanted` needs and that are here: what a partial clone does not have is not fetched.
-    fn present_objects(&self, wanted: String, history: &History1) -> Result<Vec<u8>> {
+    /// Lists the objects that `wanted` needs and that exist locally. Objects that a partial clone
+    /// lacks are not fetched.
+    fn present_objects(&self, wanted: String, history: &HistorySelection) -> Result<Vec<u8>> {
         let args = ["rev-list", "--objects", "--no-object-names", "--missing=allow-any", "--stdin"];
-        // All commits are named where the history is cut.
+        // If the history is cut, the input names every commit.
         let walk = if history.commits.is_empty() { None } else { Some("--no-walk=unsorted") };
         let command = self.command(&args).args(walk).stdin(wanted).deadline(PACK_DEADLINE);
         Ok(self.ask_status(&command, &[0]).map_err(|e| self.refused(e))?.1)
     }
 
-    /// Tags that name a commit that is sent; with None, all that HEAD contains.
+    /// Lists the tags that name one of `commits`, or with `None` every tag that HEAD contains.
     fn tags(&self, commits: Option<&BTreeSet<String>>) -> Result<Vec<Tag>> {
         let format = "--format=%(objecttype) %(*objecttype) %(objectname) %(*objectname) %(refname)";
         let mut args = vec!["for-each-ref", format];
@@ -129,7 +132,7 @@ impl Git {
             args.push("--merged=HEAD");
         }
         args.push("refs/tags");
-        // A tag whose object is missing is no reason to refuse the tree.
+        // A tag with a missing object must not fail the import.
         let (status, text) = self.ask_status(&self.command(&args), &[0, 1, 128])?;
         let text = if status == 0 { text } else { Vec::new() };
         let mut out = Vec::new();
@@ -147,15 +150,16 @@ impl Git {
     }
 }
 
-/// Makes the pack: the history and `blobs`. None where there is nothing to pack. It is written below `dir`.
+/// Makes a pack of the history and `blobs` below `dir`. Returns `None` if there is nothing to pack.
 ///
-/// Somebody may change the repository while git reads it, and change it back: objects of another repository
-/// could get into the pack. So each store is looked through by a descriptor before and after, and git reads by that same
-/// descriptor, which no renaming above it reaches.
+/// Another user may change the repository while git reads it and change it back, and so get objects
+/// of another repository into the pack. To prevent that, each object store is checked through a
+/// descriptor before and after, and git reads through the same descriptor, which no rename above it
+/// can affect.
 pub(in crate::workspace) fn pack(
     git: &Git,
     head: Option<&str>,
-    history: &History1,
+    history: &HistorySelection,
     blobs: &HashSet<String>,
     partial: bool,
     dir: &Path,
@@ -169,13 +173,13 @@ pub(in crate::workspace) fn pack(
         }
     }
     Err(Error::new(Kind::Conflict, "pack the history: the repository changed while it was read")
-        .hint("wait until nothing writes to it any more, then run the command again"))
+        .hint("wait until nothing writes to it, then run the command again"))
 }
 
 fn pack_once(
     git: &Git,
     head: Option<&str>,
-    history: &History1,
+    history: &HistorySelection,
     blobs: &HashSet<String>,
     partial: bool,
     (store, dir): (&CheckedStores, &Path),
@@ -186,7 +190,7 @@ fn pack_once(
         return Ok(None);
     }
     let lines = |oids: &mut dyn Iterator<Item = &str>| oids.flat_map(|oid| [oid, "\n"]).collect::<String>();
-    // A walk of pack-objects ends at a tree that a partial clone does not have; rev-list passes it by.
+    // pack-objects fails at a tree that a partial clone lacks; rev-list skips it.
     let (walk, input) = if partial {
         let commits = history.commits.iter().map(String::as_str);
         (None, git.present_objects(lines(&mut wanted.into_iter().chain(commits)), history)?)
@@ -195,14 +199,14 @@ fn pack_once(
         (Some("--revs"), (cut + &lines(&mut wanted.into_iter())).into_bytes())
     };
     let objects = dir.join("objects");
-    std::fs::create_dir_all(objects.join("pack")).map_err(|e| Error::io("make a directory for the pack", e))?;
+    std::fs::create_dir_all(objects.join("pack")).map_err(|e| Error::io("create a directory for the pack", e))?;
     let args = ["-c", "pack.packSizeLimit=0", "-c", "pack.writeReverseIndex=false", "pack-objects"];
     let options = ["--delta-base-offset", "-q"];
     let base = dir.join("pack");
     let mut alternates = std::ffi::OsString::new();
     for (n, store) in store.stores().enumerate() {
         let view = dir.join(format!("store-{n}"));
-        view_of(store, &view).map_err(|e| Error::io(format!("make {}", view.display()), e))?;
+        view_of(store, &view).map_err(|e| Error::io(format!("create {}", view.display()), e))?;
         alternates.push(if n == 0 { "" } else { ":" });
         alternates.push(alternate(&view));
     }
@@ -211,7 +215,7 @@ fn pack_once(
         .args(walk)
         .args(options)
         .arg(&base)
-        // git writes its temporary file into the object directory: not into the caller's.
+        // git writes its temporary file into the object directory, which must not be the caller's.
         .env("GIT_OBJECT_DIRECTORY", &objects)
         .env("GIT_ALTERNATE_OBJECT_DIRECTORIES", alternates)
         .stdin(input)
@@ -219,7 +223,7 @@ fn pack_once(
     let (_, hash) = git.ask_status(&command, &[0]).map_err(|e| e.context("pack the history"))?;
     let hash = String::from_utf8_lossy(hash.trim_ascii()).into_owned();
     if !parse::is_oid(&hash) {
-        return Err(Error::new(Kind::CommandFailed, "pack the history: git named no pack"));
+        return Err(Error::new(Kind::CommandFailed, "pack the history: git did not name a pack"));
     }
     let name = format!("pack-{hash}");
     let open = |ext: &str| {
@@ -229,9 +233,13 @@ fn pack_once(
     Ok(Some(Pack { pack: open("pack")?, idx: open("idx")?, name }))
 }
 
-/// Makes a directory through which git reads an object store by its descriptor. git resolves the path of a store to one
-/// without links (`link_alt_odb_entry` in its object-file.c), so `/proc/PID/fd/N` alone would become the path that
-/// somebody may swap; what lies in a store it opens as it is. `info` is left out: the alternates it names have views.
+/// Creates a directory through which git reads an object store by its descriptor.
+///
+/// git resolves the path of a store to one without links (`link_alt_odb_entry` in its
+/// object-file.c). A bare `/proc/PID/fd/N` would become the original path, which another user may
+/// swap. The entries inside a store are opened as they are, so this directory links to `pack` and
+/// to the loose object directories. `info` is left out, because the alternates that it names have
+/// views of their own.
 fn view_of(store: &OwnedFd, at: &Path) -> std::io::Result<()> {
     std::fs::create_dir(at)?;
     let target = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), store.as_raw_fd()));
@@ -245,7 +253,7 @@ fn view_of(store: &OwnedFd, at: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// A path as git reads it from a list that is separated by colons.
+/// Quotes a path for git's colon-separated list of alternates.
 fn alternate(path: &Path) -> std::ffi::OsString {
     use std::os::unix::ffi::{OsStrExt, OsStringExt};
     let mut out = vec![b'"'];

@@ -1,9 +1,9 @@
-//! Finds the directories that a repository consists of and checks that they belong to the tree.
+//! Finds the directories of a repository and checks that they belong to the tree.
 //!
-//! A hostile tree can name any repository of the caller's as its own: by a link, by a `.git` or
-//! `commondir` file, or as an alternate. Everything that git would read has to lie below the top of the
-//! tree, or below a repository that points back at it, or below a path that the caller allowed. This is
-//! checked before any git runs there, with no help of git's.
+//! A hostile tree can claim any repository that the caller can read: with a link, a `.git` or
+//! `commondir` file, or an alternate. Everything that git would read must be below the top of the
+//! tree, below a repository that points back at it, or below a path that the caller allowed. This
+//! is checked without git, before any git command runs there.
 
 use crate::error::{Error, Kind, Result};
 use crate::host::shell::quote;
@@ -18,46 +18,47 @@ use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Most bytes of a file that names a path. git reads no longer `.git` file.
+/// Maximum size of a file that names a path. git does not read a longer `.git` file either.
 const POINTER_BYTES_MAX: u64 = 1024 * 1024;
-/// Coarsest clock that a kernel takes the time of a change from.
+/// The coarsest clock from which a kernel takes the time of a change.
 const CLOCK_TICK: Duration = Duration::from_millis(10);
-/// The kernel answers EAGAIN when something was renamed meanwhile (openat2(2)); it has to be asked again.
+/// How often to retry openat2(2), which fails with EAGAIN if something is renamed during the
+/// lookup.
 const OPEN_TRIES: usize = 64;
-/// Links that may follow each other, as in the kernel.
+/// Maximum number of links to follow in one path, as in the kernel.
 const LINKS_MAX: usize = 40;
-/// Entries of a git directory that no git of ours reads: they may lead anywhere.
+/// Entries of a git directory that our git commands never read, so they may lead anywhere.
 const NOT_READ: &[&[u8]] = &[b"branches", b"description", b"hooks", b"lfs", b"logs", b"rr-cache", b"svn", b"worktrees"];
-/// Directories of a git directory that are looked through to the last file.
+/// Subdirectories of a git directory that are checked recursively.
 const DEEP: &[&[u8]] = &[b"info", b"objects", b"refs", b"reftable"];
 
-/// Where a repository is.
+/// The location of a repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Layout {
     pub top: PathBuf,
     /// `top/.git`, or what it leads to.
     pub git_dir: PathBuf,
-    /// The directory that the worktrees of a repository share: objects and refs.
+    /// The directory that all worktrees of a repository share, with its objects and refs.
     pub common: PathBuf,
 }
 
-/// How a repository outside the tree says that the tree is its own.
+/// How a repository outside the tree declares that the tree belongs to it.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Claim {
-    /// It is not outside.
+    /// The repository is inside the tree.
     Inside,
-    /// It has the tree among its worktrees.
+    /// The repository lists the tree among its worktrees.
     Worktree,
-    /// It has this worktree somewhere else: the `.git` file that it names.
+    /// The repository has this worktree at another place. Holds the `.git` file that it names.
     OtherWorktree(PathBuf),
-    /// Only its `core.worktree` can tell.
+    /// Only the repository's `core.worktree` can show it.
     Setting,
-    /// Nothing can tell: its common directory is not its own.
+    /// Nothing can show it, because the repository's common directory is not its own.
     None,
 }
 
 impl Layout {
-    /// Follows `.git` and `commondir` as git does. `top` has no link in it.
+    /// Follows `.git` and `commondir` as git does. `top` must not contain links.
     pub fn find(top: &Path) -> Result<Self> {
         let dot_git = top.join(".git");
         let target = real(&dot_git).map_err(|e| refusal(format!("follow {}", dot_git.display()), e))?;
@@ -78,7 +79,9 @@ impl Layout {
         let shown = dot_git.display();
         let text = read_pointer(dot_git).map_err(|e| refusal(format!("read {shown}"), e))?.unwrap_or_default();
         let Some(named) = text.strip_prefix(b"gitdir: ") else {
-            return Err(Error::new(Kind::InvalidTree, format!("{shown} is neither a directory nor names one")).hint(look(top)));
+            return Err(
+                Error::new(Kind::InvalidTree, format!("{shown} is not a directory and does not name one")).hint(look(top))
+            );
         };
         let named = top.join(OsStr::from_bytes(trim(named)));
         let dir = real(&named).map_err(|e| refusal(format!("follow {shown}"), e))?;
@@ -89,13 +92,13 @@ impl Layout {
             ("not a directory", look(top))
         } else {
             let top = quoted(top);
-            ("not there", format!("if the main repository was moved, tell it: git -C MAIN worktree repair {top}"))
+            ("missing", format!("if the main repository was moved, run: git -C MAIN worktree repair {top}"))
         };
         Err(Error::new(Kind::InvalidTree, format!("{shown} leads to {}, which is {what}", dir.display())).hint(hint))
     }
 
-    /// Whether the repository is the tree's own. What lies in the tree proves nothing about what lies
-    /// outside: for a worktree the main repository has to name the tree.
+    /// Determines whether the repository belongs to the tree. Files inside the tree prove nothing
+    /// about a repository outside it, so the main repository of a worktree must name the tree.
     pub fn claim(&self) -> Claim {
         let inside = |p: &Path| p.starts_with(&self.top);
         if inside(&self.git_dir) && inside(&self.common) {
@@ -114,7 +117,7 @@ impl Layout {
         if ours { Claim::Worktree } else { Claim::OtherWorktree(back) }
     }
 
-    /// The error for a repository that is not the tree's own.
+    /// Builds the error for a repository that does not belong to the tree.
     pub fn foreign(&self, claim: &Claim) -> Error {
         let dot_git = self.top.join(".git");
         let error = |text: String| Error::new(Kind::InvalidTree, text);
@@ -127,11 +130,12 @@ impl Layout {
                     self.git_dir.display(),
                     there.display()
                 ));
-                // A copy must not take the worktree away from where it is.
+                // If the worktree still exists at its old place, this tree is a copy of it, and a
+                // repair would detach the original.
                 if back.symlink_metadata().is_ok() {
-                    e.hint(format!("that one can be sent: {}", quoted(there)))
+                    e.hint(format!("send that worktree instead: {}", quoted(there)))
                 } else {
-                    e.hint(format!("if you moved the worktree here, tell git: git -C {} worktree repair", quoted(&self.top)))
+                    e.hint(format!("if you moved the worktree here, run: git -C {} worktree repair", quoted(&self.top)))
                 }
             }
             Claim::None => error(format!(
@@ -142,16 +146,16 @@ impl Layout {
             ))
             .hint(look(&self.top)),
             _ => error(format!("{} leads to {}, which does not belong to this tree", dot_git.display(), self.git_dir.display()))
-                .hint(format!("if it is this tree's own, say so: --allow-alternate {}", quoted(&self.git_dir))),
+                .hint(format!("if it does belong to this tree, pass --allow-alternate {}", quoted(&self.git_dir))),
         }
     }
 
-    /// Looks through all that git would read and refuses what leads out of the repository. `allowed` has
-    /// no link in it. Two stores that look the same were not changed in between.
+    /// Checks everything that git would read and rejects what leads out of the repository.
+    /// `allowed` must not contain links. If two results are equal, nothing changed in between.
     pub fn check(&self, allowed: &[PathBuf]) -> Result<CheckedStores> {
         let own = BTreeSet::from([self.top.clone(), self.git_dir.clone(), self.common.clone()]);
         let mut check = Check { own, allowed, seen: BTreeMap::new(), ways: BTreeMap::new() };
-        // First of all, so that it is this descriptor's tree that is looked through.
+        // This comes first, so that the tree behind this descriptor is the one that is checked.
         let path = check.link(&self.common.join("objects"), true)?;
         let objects = Dir { fd: Rc::new(open_exactly(&path).map_err(|e| unreadable(&path, e))?), path };
         check.walk(objects.clone(), true)?;
@@ -166,10 +170,10 @@ impl Layout {
     }
 }
 
-/// The state of the directories of objects and refs at one moment.
+/// The state of the object and ref directories at one moment.
 ///
-/// Everything in it was looked at by descriptor, from each store on. A path could lead somewhere else at each look, since
-/// somebody may rename the directories above it.
+/// Everything in it was read through descriptors, starting at each store. A path could lead
+/// somewhere else at each lookup, because another user may rename the directories above it.
 #[derive(Debug)]
 pub(super) struct CheckedStores {
     stamps: BTreeMap<PathBuf, Stamp>,
@@ -177,7 +181,8 @@ pub(super) struct CheckedStores {
     stores: Vec<Rc<OwnedFd>>,
 }
 
-/// A change of a directory cannot be undone without a trace in this: nobody sets a ctime.
+/// Identifies the state of a directory. Every change leaves a trace in it, because nobody can set a
+/// ctime.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Stamp {
     dev: u64,
@@ -193,17 +198,17 @@ impl Stamp {
 }
 
 impl CheckedStores {
-    /// The directories of objects that were looked through: the repository's own, then its alternates'.
+    /// The object directories that were checked: first the repository's own, then its alternates'.
     pub fn stores(&self) -> impl Iterator<Item = &OwnedFd> {
         self.stores.iter().map(|fd| &**fd)
     }
 
-    /// True if nothing changed between the two looks.
+    /// True if nothing changed between the two checks.
     pub fn is_as(&self, other: &CheckedStores) -> bool {
         self.stamps == other.stamps && self.ways == other.ways
     }
 
-    /// Whether a change within the last tick of the clock may look like none.
+    /// True if a change within the last clock tick might go unnoticed.
     pub fn is_fresh(&self) -> bool {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let age = |stamp: &Stamp| {
@@ -215,7 +220,7 @@ impl CheckedStores {
     }
 }
 
-/// An open directory and the path by which it was found.
+/// An open directory and the path at which it was found.
 #[derive(Clone)]
 struct Dir {
     path: PathBuf,
@@ -236,7 +241,8 @@ impl Dir {
 
 const DIR_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 
-/// Opens a directory at a path that has no link in it: what a link leads to by now is not what was looked at.
+/// Opens a directory at a path without links. If a component has become a link, it no longer leads
+/// to what was checked.
 fn open_exactly(path: &Path) -> std::io::Result<OwnedFd> {
     let resolve = ResolveFlags::NO_SYMLINKS.union(ResolveFlags::NO_MAGICLINKS);
     for _ in 0..OPEN_TRIES {
@@ -251,9 +257,9 @@ fn open_exactly(path: &Path) -> std::io::Result<OwnedFd> {
 struct Check<'a> {
     own: BTreeSet<PathBuf>,
     allowed: &'a [PathBuf],
-    /// Directories that were looked through, and lists of alternates.
+    /// Directories that were checked, and lists of alternates.
     seen: BTreeMap<PathBuf, Stamp>,
-    /// Directories on the way to what links and alternates name.
+    /// Directories on the way to the targets of links and alternates.
     ways: BTreeMap<PathBuf, Stamp>,
 }
 
@@ -275,14 +281,14 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// A link, which has to stay inside. Links of an object store may also lead to what is allowed.
+    /// Checks that a link stays inside. Links in an object store may also lead to an allowed path.
     fn link(&self, path: &Path, of_objects: bool) -> Result<PathBuf> {
         let target = real(path).map_err(|e| refusal(format!("follow {}", path.display()), e))?;
         self.require_known(path, &target, of_objects)?;
         Ok(target)
     }
 
-    /// Refuses `target`, where `path` leads, unless it belongs to the repository or is allowed.
+    /// Rejects `target`, which `path` leads to, unless it belongs to the repository or is allowed.
     fn require_known(&self, path: &Path, target: &Path, of_objects: bool) -> Result<()> {
         let allowed = if of_objects { self.allowed } else { &[] };
         if self.own.iter().chain(allowed).any(|dir| target.starts_with(dir)) {
@@ -290,29 +296,30 @@ impl Check<'_> {
         }
         let text = format!("{} leads to {}, which does not belong to this tree", path.display(), target.display());
         let hint = if of_objects {
-            format!("if the repository may use it, say so: --allow-alternate {}", quoted(target))
+            format!("if the repository may use it, pass --allow-alternate {}", quoted(target))
         } else {
-            format!("see what it is: ls -ld {}", quoted(path))
+            format!("inspect it with: ls -ld {}", quoted(path))
         };
         Err(Error::new(Kind::InvalidTree, text).hint(hint))
     }
 
-    /// Everything below the directory at `path`, which may be a link.
+    /// Checks everything below the directory at `path`, which may be a link.
     fn through(&mut self, path: &Path, of_objects: bool) -> Result<()> {
         let Ok(target) = real(path) else { return Ok(()) };
         self.require_known(path, &target, of_objects)?;
         match open_exactly(&target) {
             Ok(fd) => self.walk(Dir { path: target, fd: Rc::new(fd) }, of_objects),
-            // A file, or nothing.
+            // The path is a file or does not exist.
             Err(e) if matches!(e.raw_os_error(), Some(libc::ENOTDIR | libc::ENOENT)) => Ok(()),
             Err(e) => Err(unreadable(&target, e)),
         }
     }
 
-    /// Everything below an open directory. Subdirectories are opened from it, so it is one tree that is looked at.
+    /// Checks everything below an open directory. Subdirectories are opened from it, so that all of
+    /// them belong to the same tree.
     fn walk(&mut self, root: Dir, of_objects: bool) -> Result<()> {
         let mut links = Vec::new();
-        // A directory is opened when it is its turn, from the one that it is in.
+        // A directory is opened only when its turn comes, relative to its parent.
         let mut pending: Vec<(Dir, Option<OsString>)> = vec![(root, None)];
         while let Some((above, name)) = pending.pop() {
             let dir = match &name {
@@ -344,19 +351,20 @@ impl Check<'_> {
         })
     }
 
-    /// Records a directory before it is read, so that whatever changes from here on shows. False if it is recorded already.
+    /// Records a directory before it is read, so that any later change is noticed. Returns false if
+    /// it is already recorded.
     fn is_new(&mut self, dir: &Dir) -> Result<bool> {
         let stamp = Stamp::of(&dir.fd, &dir.path)?;
         match self.seen.insert(dir.path.clone(), stamp.clone()) {
             None => Ok(true),
             Some(known) if known == stamp => Ok(false),
-            Some(_) => Err(Error::new(Kind::Conflict, format!("{} changed while it was looked at", dir.path.display()))
-                .hint("wait until nothing writes to the repository any more, then run the command again")),
+            Some(_) => Err(Error::new(Kind::Conflict, format!("{} changed while it was checked", dir.path.display()))
+                .hint("wait until nothing writes to the repository, then run the command again")),
         }
     }
 
-    /// Records the directories of the repository that lead to `target`. git follows links and alternates by their paths,
-    /// so a rename above one of them has to show as well.
+    /// Records the directories of the repository that lead to `target`. git follows links and
+    /// alternates by path, so a rename above one of them must be noticed too.
     fn stamp_way(&mut self, target: &Path) -> Result<()> {
         let way: Vec<PathBuf> = target.ancestors().skip(1).map(Path::to_owned).collect();
         for dir in way.into_iter().filter(|dir| self.own.iter().any(|own| dir.starts_with(own))) {
@@ -367,13 +375,14 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// The stores that `objects` takes further objects from, and those that they do.
+    /// Finds the stores from which `objects` takes further objects, recursively.
     fn alternates(&mut self, objects: &Dir, stores: &mut BTreeMap<PathBuf, Rc<OwnedFd>>) -> Result<()> {
         if stores.insert(objects.path.clone(), objects.fd.clone()).is_some() {
             return Ok(());
         }
         let list = objects.path.join("info/alternates");
-        // By the open directory: the path may lead elsewhere by now.
+        // Opens the list through the directory's descriptor, because the path may lead elsewhere by
+        // now.
         let by_fd = PathBuf::from(format!("/proc/self/fd/{}/info/alternates", objects.fd.as_raw_fd()));
         let text = match open_pointer(&by_fd) {
             Ok(None) => Vec::new(),
@@ -385,7 +394,7 @@ impl Check<'_> {
         };
         for named in alternate_entries(&text) {
             let named = objects.path.join(OsStr::from_bytes(&named));
-            // git goes without one that is not there.
+            // git ignores an alternate that does not exist.
             let Ok(target) = real(&named) else { continue };
             let fd = match open_exactly(&target) {
                 Ok(fd) => Rc::new(fd),
@@ -398,7 +407,7 @@ impl Check<'_> {
                     Kind::InvalidTree,
                     format!("the repository takes objects from {}, named in {}", target.display(), list.display()),
                 )
-                .hint(format!("if it may, say so: --allow-alternate {}", quoted(&target))));
+                .hint(format!("if it may, pass --allow-alternate {}", quoted(&target))));
             }
             self.stamp_way(&target)?;
             let dir = Dir { path: target, fd };
@@ -409,8 +418,8 @@ impl Check<'_> {
     }
 }
 
-/// The paths in an alternates file, taken apart as git does it: a line each, comments after `#`, C-style
-/// quotes. Behind a quoted path git leaves out one byte, whatever it is, and reads on.
+/// Parses an alternates file as git does: one path per line, comments after `#`, C-style quotes.
+/// After a quoted path git skips one byte, whatever it is, and continues.
 fn alternate_entries(text: &[u8]) -> Vec<Vec<u8>> {
     let mut rest = text.split(|b| *b == 0).next().unwrap_or_default();
     let mut out = Vec::new();
@@ -429,7 +438,7 @@ fn alternate_entries(text: &[u8]) -> Vec<Vec<u8>> {
     out
 }
 
-/// A quoted path at the start of `text`, and where it ends.
+/// Parses a quoted path at the start of `text`. Returns it with the offset of its end.
 fn unquote(text: &[u8]) -> Option<(Vec<u8>, usize)> {
     let mut out = Vec::new();
     let mut at = 1;
@@ -465,7 +474,8 @@ fn unquote(text: &[u8]) -> Option<(Vec<u8>, usize)> {
     }
 }
 
-/// As realpath(3), also of what is not there: a link that leads to nothing now may lead somewhere later.
+/// Like realpath(3), but also resolves paths that do not exist, because a dangling link may have a
+/// target later.
 pub(super) fn real(path: &Path) -> std::io::Result<PathBuf> {
     let mut links = 0;
     let mut done = PathBuf::from("/");
@@ -492,7 +502,7 @@ pub(super) fn real(path: &Path) -> std::io::Result<PathBuf> {
                 done.pop();
                 todo.extend(target.components().rev().map(|c| PathBuf::from(c.as_os_str())));
             }
-            // Not a link, or not there.
+            // The component is not a link, or does not exist.
             Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOENT | libc::ENOTDIR)) => {}
             Err(e) => return Err(e),
         }
@@ -500,11 +510,11 @@ pub(super) fn real(path: &Path) -> std::io::Result<PathBuf> {
     Ok(done)
 }
 
-/// Opens a small file that names a path; None where there is nothing.
+/// Opens a small file that names a path. Returns `None` if it does not exist.
 fn open_pointer(path: &Path) -> std::io::Result<Option<std::fs::File>> {
     use std::os::unix::fs::OpenOptionsExt;
     let mut options = std::fs::OpenOptions::new();
-    // A FIFO would have us wait for its writer.
+    // Without O_NONBLOCK, opening a FIFO would wait for its writer.
     match options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path) {
         Ok(file) if file.metadata()?.is_file() => Ok(Some(file)),
         Ok(_) => Err(std::io::Error::from_raw_os_error(libc::EINVAL)),
@@ -546,7 +556,7 @@ fn refusal(doing: String, e: std::io::Error) -> Error {
 }
 
 fn unreadable(path: &Path, e: std::io::Error) -> Error {
-    refusal(format!("read {}", path.display()), e).hint(format!("see what it is: ls -ld {}", quoted(path)))
+    refusal(format!("read {}", path.display()), e).hint(format!("inspect it with: ls -ld {}", quoted(path)))
 }
 
 #[cfg(test)]
@@ -561,7 +571,7 @@ mod tests {
     }
 
     #[test]
-    fn alternates_file_is_taken_apart_as_git_does() {
+    fn alternates_file_is_parsed_as_git_parses_it() {
         check_entries("", &[]);
         check_entries("/a\n/b", &["/a", "/b"]);
         check_entries("\n#/c\n../d e\n", &["../d e"]);
@@ -573,7 +583,7 @@ mod tests {
     }
 
     #[test]
-    fn path_is_resolved_also_where_nothing_is() {
+    fn real_path_resolves_missing_components() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().canonicalize().unwrap();
         std::fs::create_dir(dir.join("d")).unwrap();

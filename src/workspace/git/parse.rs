@@ -1,4 +1,4 @@
-//! What git's plumbing prints, taken apart.
+//! Parses the output of git's plumbing commands.
 
 use crate::error::{Error, Kind, Result};
 
@@ -7,7 +7,7 @@ use crate::error::{Error, Kind, Result};
 pub(in crate::workspace) struct IndexEntry {
     pub mode: u32,
     pub oid: String,
-    /// 0, or 1 to 3 while a conflict stands.
+    /// 0, or 1 to 3 during a conflict.
     pub stage: u8,
     pub path: Vec<u8>,
     pub skip_worktree: bool,
@@ -18,7 +18,7 @@ impl IndexEntry {
     /// The mode of a submodule's commit.
     pub const GITLINK: u32 = 0o160000;
 
-    /// As `update-index -z --index-info` reads it.
+    /// Formats the entry for `update-index -z --index-info`.
     pub fn info(&self) -> Vec<u8> {
         let mut line = format!("{:06o} {} {}\t", self.mode, self.oid, self.stage).into_bytes();
         line.extend_from_slice(&self.path);
@@ -36,14 +36,15 @@ pub(in crate::workspace) struct Record {
 }
 
 fn bad(what: &str) -> Error {
-    Error::new(Kind::CommandFailed, format!("git: its {what} has an unknown form"))
+    Error::new(Kind::CommandFailed, format!("git: unexpected form of its {what}"))
 }
 
 pub(super) fn paths(list: &[u8]) -> Vec<Vec<u8>> {
     list.split(|b| *b == 0).filter(|p| !p.is_empty()).map(<[u8]>::to_vec).collect()
 }
 
-/// `H 100644 <oid> 0\t<path>\0`. A lower-case letter: assumed unchanged; `S`: left out of the work tree.
+/// Parses lines `H 100644 <oid> 0\t<path>\0`. A lower-case letter means assume-unchanged; `S` means
+/// that the file is not in the work tree.
 pub(super) fn index(list: &[u8]) -> Result<Vec<IndexEntry>> {
     list.split(|b| *b == 0).filter(|l| !l.is_empty()).map(|l| index_entry(l).ok_or_else(|| bad("index listing"))).collect()
 }
@@ -65,7 +66,7 @@ fn index_entry(line: &[u8]) -> Option<IndexEntry> {
     })
 }
 
-/// `:<old mode> <new mode> <old oid> <new oid> <letter>\0<path>\0`.
+/// Parses records `:<old mode> <new mode> <old oid> <new oid> <letter>\0<path>\0`.
 pub(super) fn raw_diff(list: &[u8]) -> Result<Vec<Record>> {
     let mut fields = list.split(|b| *b == 0).filter(|f| !f.is_empty());
     let mut out = Vec::new();
@@ -91,7 +92,7 @@ mod tests {
     const OID: &str = "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391";
 
     #[test]
-    fn index_lines() {
+    fn index_lines_are_parsed() {
         let text = format!("H 100644 {OID} 0\ta b\0s 100755 {OID} 0\tt\tab\nnl\0h 160000 {OID} 0\tsub\0M 120000 {OID} 2\tc\0");
         let entries = index(text.as_bytes()).unwrap();
         let seen: Vec<_> =
@@ -109,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_forms_are_refused() {
+    fn index_and_diff_in_an_unknown_form_are_rejected() {
         for bad in ["x", "H 100644 zz 0\ta", "H 100644 e69de29bb2d1d6434b8b29ae775ad8c2e48c5391 9\ta"] {
             assert!(index(bad.as_bytes()).is_err(), "{bad}");
         }
@@ -117,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn raw_diffs() {
+    fn raw_diff_records_are_parsed() {
         let text = format!(":000000 100644 {} {OID} A\0n\0", "0".repeat(40));
         assert_eq!(raw_diff(text.as_bytes()).unwrap(), [Record { new_mode: 0o100644, new_oid: OID.into(), path: b"n".to_vec() }]);
     }

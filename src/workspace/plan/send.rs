@@ -1,27 +1,28 @@
-//! The payload. The files of its first archive, all but `kind` optional:
+//! Writes the payload of an import. Its first archive has these files, of which only `kind` is
+//! required:
 //!
 //! | name | what |
 //! |---|---|
-//! | `kind` | `git`, `files` (a repository without its history), `plain`, `raw` (nothing else comes with it) |
-//! | `sent` | paths of the tree that a patch may bring back, left-out ones too; sorted, NUL after each |
-//! | `dirs` | directories that are sent as such; sorted, NUL after each |
-//! | `kept` | `<mode> <oid> 0 TAB <path> NUL`: left out because the guest changed it, as it stands on the host |
-//! | `archive` | there: much of the content is in no pack, so that the guest keeps the second archive |
+//! | `kind` | `git`, `files` (a repository without its history), `plain`, `raw` (no other file follows) |
+//! | `sent` | paths of the tree that a patch may bring back, including left-out ones; sorted, NUL-terminated |
+//! | `dirs` | directories that are sent as entries; sorted, NUL-terminated |
+//! | `kept` | `<mode> <oid> 0 TAB <path> NUL`: the host's version of a file left out because the guest changed it |
+//! | `archive` | present if much of the content is in no pack: the guest then keeps the second archive |
 //! | `submodules` | places whose files are not sent: `x` or `-` (whether the host has files there), the commit or `-`, the path, NUL |
-//! | `repositories` | of a plain tree: the `.git` directories that are sent; NUL after each |
+//! | `repositories` | the `.git` directories that are sent with a plain tree; NUL-terminated |
 //! | `format` | `sha1` or `sha256` |
-//! | `head` | the branch or `-`, then the commit or `-`, a line each |
+//! | `head` | the branch or `-`, then the commit or `-`, one per line |
 //! | `name`, `pack`, `idx` | the pack's name and its two files |
-//! | `shallow`, `commits` | commits that are cut, commits that are sent; sorted lines |
+//! | `shallow`, `commits` | commits at which the history is cut, commits that are sent; sorted lines |
 //! | `tags` | `<oid> <ref>` lines |
 //! | `index` | the index for `update-index -z --index-info` |
-//! | `seed` | of it, what is likely to be as it stands in the tree |
-//! | `skip-worktree`, `assume-unchanged`, `intent-to-add` | paths, NUL after each |
-//! | `filters` | names of git filters that would run on the host; NUL after each |
-//! | `filtered` | files under them that are unchanged on the host; sorted, NUL after each |
+//! | `seed` | the part of `index` whose files probably match the tree |
+//! | `skip-worktree`, `assume-unchanged`, `intent-to-add` | paths, NUL-terminated |
+//! | `filters` | names of git filters that would run on the host; NUL-terminated |
+//! | `filtered` | files covered by those filters that are unchanged on the host; sorted, NUL-terminated |
 //! | `global-attributes` | the caller's attributes for all repositories |
-//! | `config`, `exclude`, `attributes`, `sparse-checkout` | text for `.git/config` and for files of `.git/info` |
-//! | `partial` | there: other objects are where the repository was cloned from |
+//! | `config`, `exclude`, `attributes`, `sparse-checkout` | text for `.git/config` and for files in `.git/info` |
+//! | `partial` | present if the repository is a partial clone, whose missing objects are at its origin |
 
 use super::{Plan, Repo, TreeKind};
 use crate::error::{Error, Kind, Result};
@@ -29,29 +30,30 @@ use crate::locks::Cancel;
 use crate::workspace::beneath::{Beneath, is_absent};
 use crate::workspace::encode::encode;
 use crate::workspace::git::{IndexEntry, Tag};
-use crate::workspace::tar_writer::{BLOCK, Meta, Read1, TarWriter, write_all};
+use crate::workspace::tar_writer::{BLOCK, Meta, ReadOutcome, TarWriter, write_all};
 use crate::workspace::walk::{Apart, Entry, EntryKind, inside_git_dir};
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 
 const BUFFER_BYTES: usize = 256 * 1024;
-/// More bytes or files than this in no pack, and the guest keeps the archive: storing them as blobs takes it longer.
+/// If more bytes or files than this are in no pack, the guest keeps the archive, because storing
+/// them as blobs would take longer.
 const LOOSE_BYTES_MAX: u64 = 8 * 1024 * 1024;
 const LOOSE_FILES_MAX: usize = 2000;
 
-/// What went.
+/// What was sent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sent {
-    /// Entries of the tree.
+    /// Number of entries in the tree.
     pub entries: u64,
-    /// Bytes of the payload.
+    /// Size of the payload.
     pub bytes: u64,
-    /// Files that vanished or changed meanwhile, one sentence each.
+    /// Files that vanished or changed while the tree was packed, one sentence each.
     pub warnings: Vec<String>,
 }
 
-/// Paths that the guest keeps, and what gets in their way.
+/// Paths where the guest keeps its own version, and the directories above them.
 struct Keep<'a> {
     paths: HashSet<&'a [u8]>,
     ancestors: HashSet<&'a [u8]>,
@@ -77,10 +79,13 @@ impl<'a> Keep<'a> {
 }
 
 impl Plan {
-    /// Writes the payload. `keep`: decoded paths of the daemon's `ready` note, which are left out. `progress` gets entries
-    /// and bytes so far. Errors: `invalid_tree` (a file cannot be read), `conflict` (a file became shorter while it
-    /// was read), `stream_incomplete` (nobody reads any more), `cancelled`, `host`. After an error the caller must not
-    /// write a trailer.
+    /// Writes the payload.
+    ///
+    /// `keep` holds the decoded paths from the daemon's `ready` note, which are left out.
+    /// `progress` gets the number of entries and bytes so far. Errors: `invalid_tree` (a file
+    /// cannot be read), `conflict` (a file became shorter while it was read), `stream_incomplete`
+    /// (the reader is gone), `cancelled`, `host`. After an error the caller must not write a
+    /// trailer.
     pub fn send(
         &mut self,
         out: &mut dyn Write,
@@ -119,7 +124,7 @@ impl Plan {
         Ok(sent)
     }
 
-    /// `kept` of the payload.
+    /// Builds the `kept` file of the payload.
     fn kept(&self, keep: &Keep<'_>, beneath: &mut Beneath, cancel: &Cancel) -> Result<Vec<u8>> {
         let mut out = Vec::new();
         let sha256 = self.repo.as_ref().is_some_and(|r| r.format == "sha256");
@@ -165,7 +170,8 @@ impl Plan {
         files
     }
 
-    /// Tracked files that were changed do not count: they are few, and to tell them all have to be read.
+    /// True if much of the content is in no pack. Modified tracked files are not counted: there are
+    /// few of them, and finding them would mean reading every file.
     fn is_loose(&self) -> bool {
         let indexed = self.repo.as_ref().filter(|_| self.kind == TreeKind::Git);
         let indexed: HashSet<&[u8]> = indexed.iter().flat_map(|r| &r.index).map(|e| e.path.as_slice()).collect();
@@ -236,7 +242,7 @@ impl Repo {
         let lines = |items: &mut dyn Iterator<Item = &String>| items.flat_map(|l| [l.as_bytes(), b"\n"].concat()).collect();
         let flagged =
             |flag: &dyn Fn(&IndexEntry) -> bool| nul_list(self.index.iter().filter(|e| flag(e)).map(|e| e.path.as_slice()));
-        // A partial clone may not have the blob, so the guest makes it from the file.
+        // A partial clone may lack the blob, so the guest hashes the file instead.
         let seeds = |e: &&IndexEntry| {
             !self.partial
                 && e.stage == 0
@@ -274,7 +280,7 @@ impl Repo {
     }
 }
 
-/// Sends one entry; a sentence where it was not there any more or changed meanwhile.
+/// Sends one entry. Returns a warning if the file vanished or changed while it was packed.
 fn send_entry<W: Write>(
     tar: &mut TarWriter<'_, W>,
     beneath: &mut Beneath,
@@ -283,7 +289,7 @@ fn send_entry<W: Write>(
 ) -> Result<Option<String>> {
     let shown = || encode(&entry.path);
     let meta = Meta { mode: entry.mode, mtime: entry.mtime };
-    let gone = || Ok(Some(format!("{} vanished while the tree was packed and was not sent", shown())));
+    let gone = || Ok(Some(format!("{} vanished while the tree was packed, so it was not sent", shown())));
     match entry.kind {
         EntryKind::Dir => tar.dir(&entry.path, meta).map(|()| None),
         EntryKind::Symlink => match beneath.read_link(&entry.path) {
@@ -298,19 +304,19 @@ fn send_entry<W: Write>(
                 Err(Some(e)) => return Err(e),
             };
             Ok(match tar.file(&entry.path, &mut file, entry.mode, progress)? {
-                Read1::Same => None,
-                Read1::Changed => Some(format!("{} was changed while it was packed", shown())),
+                ReadOutcome::Same => None,
+                ReadOutcome::Changed => Some(format!("{} changed while it was packed", shown())),
             })
         }
     }
 }
 
-/// `Err(None)`: it is not there any more, or is no regular file now.
+/// Returns `Err(None)` if the file no longer exists or is no longer a regular file.
 fn open_regular(beneath: &mut Beneath, entry: &Entry) -> Result<File, Option<Error>> {
     match beneath.open_file(&entry.path) {
         Ok(file) if file.metadata().is_ok_and(|m| m.is_file()) => Ok(file),
         Ok(_) => Err(None),
-        // A socket that took its place cannot be opened.
+        // ENXIO: a socket has replaced the file.
         Err(e) if is_absent(&e) || e.raw_os_error() == Some(libc::ENXIO) => Err(None),
         Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
             Err(Some(crate::workspace::git::unreadable(&encode(&entry.path))))
@@ -319,7 +325,7 @@ fn open_regular(beneath: &mut Beneath, entry: &Entry) -> Result<File, Option<Err
     }
 }
 
-/// What git calls the content: the hash of `blob <size> NUL <bytes>`.
+/// Computes git's object name of the content: the hash of `blob <size> NUL <bytes>`.
 fn blob_id(beneath: &mut Beneath, entry: &Entry, sha256: bool, cancel: &Cancel) -> Result<String, Option<Error>> {
     let io = |e: std::io::Error| Some(Error::io(format!("read {}", encode(&entry.path)), e));
     if entry.kind == EntryKind::Symlink {

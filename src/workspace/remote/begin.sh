@@ -1,9 +1,10 @@
-# Before an import: marks the workspace dirty, prints what the guest changed since the last complete one.
+# Runs before an import: marks the workspace dirty and prints what the guest changed since the last
+# complete import.
 for tool in git tar find xargs comm sort cut sed head cksum; do
   command -v "$tool" >/dev/null || die 68 "$tool is not installed in the guest"
 done
 if [ -L "$W" ]; then die 65 "$W is a symbolic link"; fi
-if [ -e "$W" ] && [ ! -d "$W" ]; then die 65 "$W is no directory"; fi
+if [ -e "$W" ] && [ ! -d "$W" ]; then die 65 "$W is not a directory"; fi
 gone=0
 [ -d "$W" ] || gone=1
 mkdir -p "$W" "$S"
@@ -12,17 +13,18 @@ alone
 sync "$S/dirty" "$S"
 if [ -e "$S/readonly" ]; then mnt -o remount,rw,bind "$W" 2>/dev/null || :; fi
 cd "$W"
-# Of a git that was killed.
+# Remove the locks of a git process that was killed.
 rm -f "$S"/*.lock
 if [ -e "$S/repository" ]; then
   find .git -maxdepth 1 -name '*.lock' -type f -delete 2>/dev/null || :
   find .git/refs -name '*.lock' -type f -delete 2>/dev/null || :
 fi
-# Of a power cut: a repository that was being made here, and a baseline that cannot be read.
+# After a power cut, remove a repository that was only half created and a baseline that cannot be
+# read.
 if [ -e "$S/init" ]; then rm -rf .git "$S/init"; fi
 if [ -d "$P" ] && ! g rev-parse --git-dir >/dev/null 2>&1; then rm -rf "$P" "$S/index" "$S/baseline"; fi
-# The directory was removed in the guest, or a repository's with all that was in it: nothing of it is a change to keep,
-# and all of it comes again.
+# If the guest removed the directory, or emptied a repository's directory, that does not count as a
+# change to keep: the whole tree is sent again.
 if [ "$(kind_of)" = git ] && [ -z "$(ls -A)" ]; then gone=1; fi
 if [ "$gone" = 1 ]; then
   for file in index baseline sent dirs pending head kind raw readonly tree.tar rules.exclude rules.attributes rules.sparse-checkout; do
@@ -41,10 +43,11 @@ elif [ -n "$(ls -A)" ]; then
 fi
 if [ -n "${base-}" ]; then
   snapshot "$S/current.index" "$S/work"
-  # What an interrupted import has put there is ours, not the guest's.
+  # Files that an interrupted import wrote do not count as changes by the guest.
   touch "$S/pending"
   if [ -e "$S/raw" ]; then
-    # A tar's names were not known ahead; while the guest had changes of its own none was taken.
+    # The names in a raw tar were not known in advance, so every file counts as written by the
+    # import. No raw tar is accepted while the guest has changes of its own.
     found -type f -o -type l | sort -zu - "$S/pending" >"$S/pending.new"
     mv "$S/pending.new" "$S/pending"
   fi

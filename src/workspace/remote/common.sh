@@ -1,4 +1,5 @@
-# Comes before each script. $1: the workspace, $2: its state directory; both absolute, made by us.
+# Precedes each script. $1: the workspace, $2: its state directory. Both are absolute paths that fcd
+# chose.
 set -eu
 umask 022
 export LC_ALL=C GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_OPTIONAL_LOCKS=0 GIT_TERMINAL_PROMPT=0
@@ -16,13 +17,14 @@ die() {
   printf 'fcd: %s\n' "$*" >&2
   exit "$code"
 }
-# git on the baseline, the workspace as its work tree: nothing that the guest configured counts.
+# Runs git on the baseline with the workspace as its work tree. Nothing that the guest configured
+# applies.
 g() { git --git-dir="$P" --work-tree="$W" "$@"; }
-# git on the guest's own repository.
+# Runs git on the guest's own repository.
 u() { git -c core.fsmonitor=false -c core.hooksPath=/dev/null -c safe.directory='*' -C "$W" "$@"; }
 mnt() { if command -v mount >/dev/null; then mount "$@"; else busybox mount "$@"; fi; }
 kind_of() { if [ -f "$S/kind" ]; then cat "$S/kind"; elif [ -e "$W/.git" ]; then echo git; else echo plain; fi; }
-# What an earlier connection left behind ends first, with all that it started.
+# Waits until the processes of an earlier connection have ended.
 alone() {
   command -v flock >/dev/null || return 0
   exec 9>"$S/alone"
@@ -35,14 +37,14 @@ make_private() {
   printf '* -text !eol -filter -ident -working-tree-encoding !diff\n' >"$P.new/info/attributes"
   printf '%s\n' '[core]' 'bare = false' 'fileMode = true' 'symlinks = true' 'autocrlf = false' 'protectNTFS = false' \
     'protectHFS = false' 'compression = 1' 'looseCompression = 1' 'logAllRefUpdates = false' '[gc]' 'auto = 0' >>"$P.new/config"
-  # A power cut must not leave the name without what is in it.
+  # Sync before the rename, so that a power cut cannot leave the name without its content.
   sync -f "$P.new"
   mv "$P.new" "$P"
 }
-# Everything in the tree that is no git directory, as find sees it.
+# Lists everything in the tree that is not a git directory, with find's conditions.
 found() { find . -mindepth 1 -iname .git -prune -o \( "$@" \) -printf '%P\0'; }
-# What the baseline's index does not have and git does not ignore; a repository inside ends with a slash. $1: a file with
-# paths below which nothing is listed.
+# Lists files that the baseline's index does not have and git does not ignore. A nested repository
+# ends with a slash. $1: a file with paths below which nothing is listed.
 others() {
   case $(kind_of) in
   plain | raw) found -type f -o -type l ;;
@@ -58,16 +60,18 @@ others() {
     ;;
   esac
 }
-# Places that are the host's: submodules and repositories there whose files were not sent. $S/submodules has for each
-# "x" where the host has files there, else "-", the commit or "-", and the path. Where only the guest has a checkout of a
-# submodule, that is not the tree's either.
+# Lists the places that belong to the host: submodules and repositories whose files were not sent.
+# Each record of $S/submodules is "x" if the host has files there or "-" if not, then the commit or
+# "-", then the path. A submodule that only the guest has checked out does not belong to the tree
+# either.
 apart() {
   [ -f "$S/submodules" ] || return 0
   sed -z -n 's/^x [^ ]* //p' "$S/submodules"
   sed -z -n 's/^- [^ ]* \(.*\)$/\1\/.git/p' "$S/submodules" |
     find -files0-from - -maxdepth 0 -printf '%h\0' 2>/dev/null || :
 }
-# Keeps the places in which the guest has something of its own. A clean checkout of the commit is nothing.
+# Lists those places in which the guest has something of its own. A clean checkout of the recorded
+# commit does not count.
 strayed() {
   [ -f "$S/submodules" ] || return 0
   apart | sort -z >"$1/apart.now"
@@ -83,14 +87,16 @@ strayed() {
       [ -z "$(v rev-list -n 1 --all --not --remotes HEAD)" ]; then exit 0; fi
     printf "%s\0" "$path"' | sort -z | comm -z -12 - "$1/apart.now"
 }
-# What tells one state of a repository from another: refs, as a checksum. Reads paths of .git, prints "sum size path".
+# Prints "sum size path" for each .git path on stdin. The checksum covers the refs, so it changes
+# with the repository's history.
 refs_of() {
   # shellcheck disable=SC2016 # the inner shell expands it
   xargs -0 -r -n 1 sh -c '
     sum=$(cd "./$0" 2>/dev/null && { cat HEAD packed-refs 2>/dev/null; find refs -type f 2>/dev/null | sort | xargs -r cat; } | cksum)
     printf "%s %s\0" "$sum" "$0"'
 }
-# The .git of every repository that the guest has made in the tree, or in whose history it has done something.
+# Lists the .git of every repository that the guest created in the tree, or whose history it
+# changed.
 repositories() {
   {
     case $(kind_of) in
@@ -109,9 +115,10 @@ repositories() {
     cat "$1/repositories"
   fi
 }
-# Paths with a component that git takes for its own directory in another spelling.
+# Matches paths with a component that git takes for its own directory although it is spelled
+# differently.
 git_like='/\(^\|\/\)\.[gG][iI][tT]\(\/\|$\)/'
-# Tracked by the guest's repository although ignored: added by force.
+# Lists ignored files that the guest's repository tracks because they were added by force.
 forced() {
   [ -e .git ] || return 0
   (
@@ -119,7 +126,8 @@ forced() {
     u ls-files -z -c -i --exclude-standard 2>/dev/null || :
   ) | find -files0-from - -maxdepth 0 \( -type f -o -type l \) -print0 2>/dev/null || :
 }
-# Lists tracked files of repositories that the guest has made: reads their paths, each with a slash at its end.
+# Lists the tracked files of repositories that the guest created. Reads their paths, each with a
+# trailing slash.
 tracked_inside() {
   # shellcheck disable=SC2016 # the inner shell expands it
   xargs -0 -r -n 1 sh -c '
@@ -128,13 +136,14 @@ tracked_inside() {
     git -c core.fsmonitor=false -c safe.directory="*" -C "./$0" ls-files -z -c 2>/dev/null | sed -z "s,^,${prefix%.},"' |
     sed -z "${git_like}d" | find -files0-from - -maxdepth 0 \( -type f -o -type l \) -print0 2>/dev/null || :
 }
-# New blobs go into one pack for each process, not into a file each, and not deflated: that is what takes time.
+# New blobs go into one uncompressed pack per process, because writing and deflating one file per
+# blob is slow.
 store='-c core.bigFileThreshold=1 -c core.compression=0'
 # shellcheck disable=SC2086 # $store is several words
 add() { g $store update-index -z --add --remove --replace --stdin; }
 # shellcheck disable=SC2086 # $store is several words
-# Makes blobs of the baseline's content of the paths in the file $1, where only the archive that was sent has it.
-# $2: a directory to unpack to, which is removed again.
+# Creates blobs with the baseline's content of the paths in the file $1, if only the stored archive
+# has it. $2: a directory to unpack to, which is removed afterwards.
 recall() {
   if [ ! -f "$S/tree.tar" ] || [ ! -s "$1" ]; then return 0; fi
   mkdir "$2"
@@ -150,15 +159,16 @@ recall() {
   rm -rf "$2" "$2.index"
 }
 # shellcheck disable=SC2086 # $store is several words
-# Brings the index $1, a copy of the baseline's, to what is there now. $2: a directory for lists. Files of repositories
-# that the guest has made are files of the tree. What cannot be part of the tree is in $2/left: a letter, a blank and a
-# path; r: the .git of a repository, s: a place that the host has, n: a name that git refuses.
+# Updates the index $1, a copy of the baseline's index, to the present state of the tree. $2: a
+# directory for lists. Files in repositories that the guest created count as files of the tree.
+# $2/left gets what cannot be part of the tree: a letter, a space and a path. r: the .git of a
+# repository, s: a place that belongs to the host, n: a name that git rejects.
 snapshot() {
   GIT_INDEX_FILE=$1
   export GIT_INDEX_FILE
   if [ -f "$1" ]; then
     g $store add -u
-    # Where a repository has taken a file's place git records its commit.
+    # If a repository has replaced a file, git records the repository's commit. Remove that entry.
     g ls-files -s -z | sed -z -n 's/^160000 [^	]*	//p' | g update-index -z --force-remove --stdin
   fi
   apart >"$2/apart"
@@ -167,7 +177,8 @@ snapshot() {
   mark=.fcd-inside-$$
   empty=$(g hash-object --stdin </dev/null)
   depth=0
-  # git looks into a repository as into any directory once the index has a path below it.
+  # Once the index has a path below a repository, git treats the repository as an ordinary
+  # directory.
   while [ "$depth" -lt 32 ] && sed -z -n '/\/$/p' "$2/others" | sort -z | comm -z -23 - "$2/inside" >"$2/found" && [ -s "$2/found" ]; do
     sed -z "s,^\(.*\)/\$,100644 $empty 0	\1/$mark," "$2/found" | g update-index -z --index-info
     sort -z "$2/found" "$2/inside" >"$2/inside.new"

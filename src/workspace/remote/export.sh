@@ -11,11 +11,12 @@ trap 'rm -rf "$tmp"' EXIT
 trap 'exit 143' HUP INT TERM PIPE
 mkdir -p "$tmp/objects/pack"
 export GIT_OBJECT_DIRECTORY="$tmp/objects" GIT_ALTERNATE_OBJECT_DIRECTORIES="$P/objects"
-# With its time: git looks into files that are as young as their index (racy-git), and only at whole seconds.
+# Preserve the index's time. git rereads files that are as young as their index (racy-git),
+# comparing whole seconds only.
 cp -p "$S/index" "$tmp/index"
 snapshot "$tmp/index" "$tmp"
 base=$(cat "$S/baseline")
-# The list of what cannot come back goes first. A list that is too long is cut.
+# The list of what cannot be exported comes first. It is truncated if it is too long.
 head -c 262144 "$tmp/left" >"$tmp/left.cut"
 printf 'fcd-export 1 %s %s\n' "$(tr -cd '\0' <"$tmp/left" | wc -c)" "$(wc -c <"$tmp/left.cut")"
 cat "$tmp/left.cut"
@@ -29,8 +30,8 @@ else
   plain | raw) found -type f -o -type l -o -type d >"$tmp/list" ;;
   *) g ls-files -z >"$tmp/list" ;;
   esac
-  # 1: a file changed while it was read.
-  # POSIX's form has the exact time of each file.
+  # Status 1 means that a file changed while it was read.
+  # The POSIX format stores the exact time of each file.
   tar -c -f - --format=posix --pax-option=delete=atime,delete=ctime --sparse --sparse-version=1.0 --hard-dereference --numeric-owner --owner=0 --group=0 --no-recursion --null \
     --verbatim-files-from -T "$tmp/list" || [ $? -eq 1 ]
 fi

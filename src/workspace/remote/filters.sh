@@ -1,5 +1,6 @@
-# Filters do not run in the guest: they need the host's programs and keys. In their place comes a program of ours,
-# which knows what git stores of each file that the host had unchanged; of anything else it lets git store nothing.
+# Filters do not run in the guest, because they need the host's programs and keys. A program of ours
+# replaces them. It knows what git stores for each file that was unchanged on the host, and makes
+# git refuse to store anything else.
 programs() {
   cat >.git/fcd/clean <<'END'
 t=$(mktemp)
@@ -56,7 +57,8 @@ END
     chmod 755 .git/hooks/pre-commit
   fi
 }
-# Sets, for each name in the file $1, the clean program $2, for all $3 a smudge program.
+# Configures the clean program $2 for each filter name in the file $1, and the smudge program $3 for
+# all of them.
 configure() {
   # shellcheck disable=SC2016 # the inner shell expands it
   xargs -0 -r -n 1 env clean="$2" smudge="$3" sh -c '
@@ -72,14 +74,15 @@ set_filters() {
   [ -s "$M/filters" ] || return 0
   mkdir -p .git/fcd
   programs
-  # An empty list is not sent: there is none if each of these files was changed on the host.
+  # An empty list is not sent. The list is empty if every filtered file was changed on the host.
   : >>"$M/filtered"
   comm -z -12 "$M/filtered" "$M/put" >"$M/known"
   oids() { xargs -0 -r git "$@" --literal-pathspecs ls-files -s -z -- <"$M/known" | sed -z 's/^[0-9]* \([0-9a-f]*\) .*/\1/'; }
-  # What git stores of a file may be missing, as in a partial clone. Then there is nothing that the filter could give.
+  # The stored object may be missing, as in a partial clone. Then the clean program has nothing to
+  # return.
   oids -c safe.directory='*' >"$M/known.clean"
-  # Asked with the configuration of the private repository, which has no remote: git with a promisor stops at the first
-  # object that it cannot fetch.
+  # Use the configuration of the private repository, which has no remote. With a promisor, git stops
+  # at the first object that it cannot fetch.
   tr '\0' '\n' <"$M/known.clean" | GIT_OBJECT_DIRECTORY=.git/objects g cat-file --batch-check='%(objectname)' |
     sed -n 's/^\(.*\) missing$/^\1 /p' >"$M/known.missing"
   if [ -s "$M/known.missing" ]; then
@@ -89,7 +92,8 @@ set_filters() {
   fi
   (GIT_INDEX_FILE=$new && oids --git-dir="$P" --work-tree="$W") >"$M/known.raw"
   paste -z -d ' ' "$M/known.raw" "$M/known.clean" | tr '\0' '\n' | sort -u >.git/fcd/clean.table
-  # These are known to be the same, so that their times can go into the index without a look at them.
+  # These files are known to be unchanged. Record their times in the index with a filter that does
+  # not read them.
   configure "$M/filters" 'git cat-file blob :0:%f' cat
   u update-index -z --stdin <"$M/known"
   programs='sh "$(git rev-parse --git-common-dir)/fcd'

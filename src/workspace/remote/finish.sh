@@ -1,5 +1,6 @@
-# After the stream was verified: the guest's index and the baseline, then the complete mark. $1: 1 for read-only, $2: 1
-# to replace what the guest changed, $3: the directory where commands start. Prints what was kept.
+# Runs after the stream was verified: writes the guest's index and the baseline, then marks the
+# workspace complete. Prints what was kept. $1: 1 for read-only, $2: 1 to replace what the guest
+# changed, $3: the directory in which commands start.
 readonly_=$1
 overwrite=$2
 subdir=$3
@@ -22,10 +23,12 @@ if [ -f "$S/index" ] && [ "$kind" != raw ]; then
 else
   g read-tree --empty
 fi
-# Most files are as git knows them, or as they were: hashing shows it, and nothing is written.
+# Most files match git's index or the previous baseline. Refreshing the index finds them by hashing
+# and stores nothing.
 if [ -s "$M/seed" ]; then g update-index -z --index-info <"$M/seed"; fi
 g update-index -q --refresh >/dev/null || :
-# The content of few others is stored; for more the archive stays, and is looked into when somebody asks.
+# The content of the remaining files is stored if there is little of it. Otherwise the archive is
+# kept and searched on demand.
 archive=0
 if [ -f "$S/tree.new" ]; then
   g ls-files -z | comm -z -13 - "$M/put" >"$M/fresh"
@@ -36,7 +39,7 @@ if [ -f "$S/tree.new" ]; then
   fi
 fi
 if [ "$archive" = 1 ]; then
-  # Not with the setting for packs: it would deflate what is only hashed.
+  # Without $store: its pack setting would deflate files that only need hashing.
   g update-index -z --add --remove --replace --info-only --stdin <"$M/put"
 else
   add <"$M/put"
@@ -44,14 +47,14 @@ fi
 if [ -s "$M/kept" ]; then
   GIT_INDEX_FILE="$S/current.index" g ls-files -s -z | sort -z >"$M/now"
   sort -z "$M/kept" >"$M/host"
-  # Changed in the guest to what the host has now.
+  # Record files that the guest changed to what the host has now.
   comm -z -12 "$M/now" "$M/host" | g update-index -z --index-info
   comm -z -13 "$M/now" "$M/host" | cut -z -f2- >>"$M/differ"
   recall "$M/differ" "$S/recall"
   g update-index -q --refresh >/dev/null || :
 fi
 if [ "$overwrite" = 0 ]; then
-  # Changed or made in the guest, not on the host.
+  # Report files that the guest changed or created and that the host does not have.
   comm -z -23 "$S/changed" "$M/sent" |
     find -files0-from - -maxdepth 0 -print0 2>/dev/null >>"$M/differ" || :
 fi
@@ -97,14 +100,14 @@ set_index() {
 set_rules() {
   mkdir -p .git/info
   for file in exclude attributes sparse-checkout; do
-    # What the guest wrote there itself stays.
+    # Keep what the guest wrote there itself.
     if cmp -s ".git/info/$file" "$S/rules.$file" || [ ! -e ".git/info/$file" ] || [ "$overwrite" = 1 ]; then
       if [ -f "$M/$file" ]; then cp "$M/$file" ".git/info/$file"; else rm -f ".git/info/$file"; fi
     fi
     if [ -f "$M/$file" ]; then cp "$M/$file" "$S/rules.$file"; else rm -f "$S/rules.$file"; fi
   done
 }
-# The guest's repository, unless the guest has moved its HEAD.
+# Updates the guest's repository, unless the guest has moved its HEAD.
 repository() {
   { IFS= read -r branch && IFS= read -r oid; } <"$M/head"
   format=$(cat "$M/format")
@@ -136,7 +139,8 @@ repository() {
       [ -e ".git/objects/pack/$file" ] || ln "$P/objects/pack/$file" ".git/objects/pack/$file" 2>/dev/null ||
         cp "$P/objects/pack/$file" ".git/objects/pack/$file"
     done
-    # Objects that it names and does not have are elsewhere, not lost.
+    # Mark the pack as a promisor's, so that git does not consider the objects that it lacks
+    # corrupt.
     if [ -f "$M/partial" ]; then : >".git/objects/pack/$name.promisor"; fi
   fi
   set_shallow
@@ -160,12 +164,13 @@ fi
 if [ -n "$subdir" ]; then mkdir -p "./$subdir" 2>/dev/null || :; fi
 if [ "$archive" = 1 ]; then mv "$S/tree.new" "$S/tree.tar"; else rm -f "$S/tree.new" "$S/tree.tar"; fi
 printf '%s\n' "$tree" >"$S/baseline.new"
-# The index and the baseline name what is on the disk, and are there whole.
+# Sync before the renames, so that the index and the baseline describe files that are completely on
+# disk.
 sync -f "$S"
 mv "$new" "$S/index"
 mv "$S/baseline.new" "$S/baseline"
 printf '%s\n' "$kind" >"$S/kind"
-# Repositories that the host has sent as files, except those that the guest keeps.
+# Record repositories that the host sent as files, except those that the guest keeps.
 if [ "$kind" = raw ]; then find . -mindepth 1 -iname .git -prune -printf '%P\0' >"$M/repositories"; fi
 for file in repositories submodules; do [ -e "$M/$file" ] || : >"$M/$file"; done
 sort -z "$M/repositories" >"$M/repositories.sent"

@@ -1,7 +1,7 @@
-//! What the daemon runs in the guest: command lines for its shell, and the parsers of what they print.
+//! Builds the command lines that the daemon runs in the guest, and parses what they print.
 //!
-//! The scripts need POSIX sh, git (2.31 or later), GNU tar, coreutils, findutils 4.9 and sed. No name from a tree is
-//! ever part of a command line: names come in files, NUL after each.
+//! The scripts need POSIX sh, git (2.31 or later), GNU tar, coreutils, findutils 4.9 and sed. No
+//! name from a tree is ever part of a command line: names are passed in files, NUL-terminated.
 //!
 //! | step | stdin | stdout |
 //! |---|---|---|
@@ -24,27 +24,27 @@ const FINISH: &str = include_str!("finish.sh");
 const EXPORT: &str = include_str!("export.sh");
 const STATUS: &str = include_str!("status.sh");
 
-/// Below it each workspace has a directory of its own in the guest.
+/// Directory in the guest that holds a state directory for each workspace.
 pub const STATE_ROOT: &str = "/var/lib/fcd/workspaces";
-/// Longest command line; libssh2 refuses an exec request of some 34 KiB.
+/// Maximum length of a command line. libssh2 refuses an exec request of about 34 KiB.
 pub const COMMAND_BYTES_MAX: usize = 24 * 1024;
-/// Most bytes of stdout that `begin` or `finish` may print and that the daemon has to keep.
+/// Maximum size of the output of `begin` or `finish`, which the daemon keeps in memory.
 pub const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
-/// Where a workspace and its state are in the guest.
+/// The paths of a workspace and of its state in the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct GuestWorkspace {
     pub guest_path: String,
     pub state_dir: String,
 }
 
-impl Place {
-    /// `guest_path` has passed [`super::guest_path::validate`].
+impl GuestWorkspace {
+    /// `guest_path` must have passed [`super::guest_path::validate`].
     pub fn new(guest_path: &str) -> Self {
         Self::with_root(guest_path, STATE_ROOT)
     }
 
-    /// With another directory for states.
+    /// Like [`GuestWorkspace::new`], with another directory for states.
     pub fn with_root(guest_path: &str, state_root: &str) -> Self {
         use sha2::Digest;
         let hash = sha2::Sha256::digest(guest_path.as_bytes());
@@ -53,15 +53,15 @@ impl Place {
     }
 }
 
-/// Without comments and indentation: a command line has a bound.
+/// Removes comments and indentation, because the length of a command line is limited.
 fn compact(script: &str) -> String {
     let lines = script.lines().map(str::trim_start).filter(|l| !l.is_empty() && !l.starts_with('#'));
     lines.flat_map(|l| [l, "\n"]).collect()
 }
 
-fn command(script: &str, place: &Place, args: &[&str]) -> String {
+fn command(script: &str, workspace: &GuestWorkspace, args: &[&str]) -> String {
     let script = compact(COMMON) + &compact(script);
-    let words = ["sh", "-c", &script, "fcd", &place.guest_path, &place.state_dir];
+    let words = ["sh", "-c", &script, "fcd", &workspace.guest_path, &workspace.state_dir];
     let words: Vec<String> = words.iter().chain(args).map(|w| quote(w)).collect();
     words.join(" ")
 }
@@ -70,46 +70,49 @@ fn flag(on: bool) -> &'static str {
     if on { "1" } else { "0" }
 }
 
-/// Makes the directory, marks the workspace dirty, prints what the guest changed since the last complete import.
-pub fn begin_command(place: &Place) -> String {
-    command(BEGIN, place, &[])
+/// Creates the directory, marks the workspace dirty, and prints what the guest changed since the
+/// last complete import.
+pub fn begin_command(workspace: &GuestWorkspace) -> String {
+    command(BEGIN, workspace, &[])
 }
 
-/// Takes the payload on stdin and puts the tree in its place. The workspace stays dirty.
-pub fn receive_command(place: &Place, overwrite: bool) -> String {
-    command(RECEIVE, place, &[flag(overwrite)])
+/// Reads the payload on stdin and writes the tree. The workspace stays dirty.
+pub fn receive_command(workspace: &GuestWorkspace, overwrite: bool) -> String {
+    command(RECEIVE, workspace, &[flag(overwrite)])
 }
 
-/// After the trailer was verified: makes the guest's index, records the baseline, syncs, marks complete.
+/// Options of [`finish_command`], which runs after the trailer was verified: it writes the guest's
+/// index, records the baseline, syncs, and marks the workspace complete.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Finish<'a> {
     pub overwrite: bool,
-    /// A read-only bind mount over itself; [`status_command`] renews it after a boot.
+    /// Makes the workspace read-only with a bind mount over itself. [`status_command`] mounts it
+    /// again after a boot.
     pub readonly: bool,
-    /// `PrepareRequest::subdir`; made where it is not there.
+    /// `PrepareRequest::subdir`. Created if it does not exist.
     pub subdir: &'a str,
 }
 
-pub fn finish_command(place: &Place, finish: &Finish<'_>) -> String {
-    command(&[FILTERS, FINISH].concat(), place, &[flag(finish.readonly), flag(finish.overwrite), finish.subdir])
+pub fn finish_command(workspace: &GuestWorkspace, finish: &Finish<'_>) -> String {
+    command(&[FILTERS, FINISH].concat(), workspace, &[flag(finish.readonly), flag(finish.overwrite), finish.subdir])
 }
 
-/// Prints a binary git patch of the baseline against what is there now; empty where nothing differs.
-pub fn export_patch_command(place: &Place) -> String {
-    command(EXPORT, place, &["patch"])
+/// Prints a binary git patch from the baseline to the present state. Empty if nothing differs.
+pub fn export_patch_command(workspace: &GuestWorkspace) -> String {
+    command(EXPORT, workspace, &["patch"])
 }
 
-/// Prints a GNU tar of what is there now: what was sent and what git does not ignore.
-pub fn export_tree_command(place: &Place) -> String {
-    command(EXPORT, place, &["tree"])
+/// Prints a GNU tar of the present state: what was sent and what git does not ignore.
+pub fn export_tree_command(workspace: &GuestWorkspace) -> String {
+    command(EXPORT, workspace, &["tree"])
 }
 
-/// Prints the state; renews a read-only mount after a boot.
-pub fn status_command(place: &Place) -> String {
-    command(STATUS, place, &[])
+/// Prints the state, and renews a read-only mount after a boot.
+pub fn status_command(workspace: &GuestWorkspace) -> String {
+    command(STATUS, workspace, &[])
 }
 
-/// What the guest says of a workspace.
+/// The state of a workspace, as the guest reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
     None,
@@ -117,19 +120,19 @@ pub enum Status {
     Complete,
 }
 
-/// What `finish` says.
+/// What `finish` reports.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Finished {
     /// Files and links that the host has.
     pub entries: u64,
-    /// Paths that the guest changed and that differ from the host's; `.git/HEAD` where the guest's commits or branch
-    /// were kept.
+    /// Paths that the guest changed and that differ from the host's. Includes `.git/HEAD` if the
+    /// guest's commits or branch were kept.
     pub kept: Vec<Vec<u8>>,
 }
 
 fn unknown(step: &str) -> Error {
-    Error::new(Kind::GuestCommandFailed, format!("{step}: the guest answered in an unknown form"))
-        .hint("something in the guest may print at login: look with fcctl exec {vm} -- true")
+    Error::new(Kind::GuestCommandFailed, format!("{step}: the guest's answer has an unknown form"))
+        .hint("a login script in the guest may print text; check with: fcctl exec {vm} -- true")
 }
 
 fn header<'a>(stdout: &'a [u8], start: &str, step: &str) -> Result<(&'a str, &'a [u8])> {
@@ -146,7 +149,7 @@ fn nul_list(bytes: &[u8], step: &str) -> Result<Vec<Vec<u8>>> {
     }
 }
 
-/// Paths that the guest changed since the last complete import, sorted.
+/// Parses the sorted paths that the guest changed since the last complete import.
 pub fn parse_begin(stdout: &[u8]) -> Result<Vec<Vec<u8>>> {
     let (_, list) = header(stdout, "fcd-begin 1", "begin the import")?;
     nul_list(list, "begin the import")
@@ -167,20 +170,22 @@ pub fn parse_status(stdout: &[u8]) -> Result<Status> {
     }
 }
 
-/// The error of a step that did not end with status 0. `doing` reads `receive the tree`.
+/// Builds the error of a step that did not end with status 0. `doing` names the step, as in
+/// `receive the tree`.
 pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
     let text = String::from_utf8_lossy(stderr);
     let lines: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
     let said = lines.iter().find_map(|l| l.strip_prefix("fcd: ")).or_else(|| lines.last().copied());
     let said = said.map_or_else(|| format!("it ended with {exit:?}"), |s| s.escape_debug().to_string());
     let error = |kind, hint: &str| Error::new(kind, format!("{doing}: {said}")).hint(hint);
-    // The latter is git's word for it, of its packs.
+    // The second text is what git reports for its packs.
     if text.contains("No space left on device") || text.contains("Out of diskspace") {
         let full = Error::new(Kind::GuestCommandFailed, format!("{doing}: the guest's disk is full: {said}"));
-        return full.hint("give it more: fcctl vm set {vm} --disk SIZE, then fcctl restart {vm}");
+        return full.hint("enlarge it: fcctl vm set {vm} --disk SIZE, then fcctl restart {vm}");
     }
     match exit {
-        // The guest's kernel kills what takes too much: a patch of a large binary holds both versions in memory.
+        // Status 137 is usually the guest's OOM killer: a patch of a large binary file holds both
+        // versions in memory.
         _ if exit.shell_status() == 137 => {
             error(Kind::GuestCommandFailed, "the guest may be out of memory: fcctl vm set {vm} --memory SIZE")
         }
@@ -188,9 +193,9 @@ pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
         Exit::Status(66) => error(Kind::WorkspaceIncomplete, "run fcctl workspace prepare again"),
         Exit::Status(67) => error(Kind::WorkspaceNotFound, "bring the tree in: fcctl workspace prepare {vm} PATH"),
         Exit::Status(68) => error(Kind::GuestCommandFailed, "use an image that has git, GNU tar and findutils"),
-        Exit::Status(71) => error(Kind::Busy, "wait until it has ended, or fcctl vm restart {vm}"),
+        Exit::Status(71) => error(Kind::Busy, "wait until it has ended, or run fcctl vm restart {vm}"),
         Exit::Status(69 | 70) => error(Kind::StreamIncomplete, "run the command again"),
-        _ => error(Kind::GuestCommandFailed, "look at the guest: fcctl exec {vm} -- df -h, fcctl logs {vm}"),
+        _ => error(Kind::GuestCommandFailed, "inspect the guest: fcctl exec {vm} -- df -h, fcctl logs {vm}"),
     }
 }
 
@@ -198,13 +203,13 @@ pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
 mod tests {
     use super::*;
 
-    fn place() -> Place {
-        Place::new("/root/it's here")
+    fn workspace() -> GuestWorkspace {
+        GuestWorkspace::new("/root/it's here")
     }
 
     #[test]
-    fn every_command_line_is_short_enough() {
-        let long = Place::new(&format!("/root/{}", "x".repeat(194)));
+    fn command_lines_fit_the_limit() {
+        let long = GuestWorkspace::new(&format!("/root/{}", "x".repeat(194)));
         let finish = Finish { subdir: &"é".repeat(2000), ..Finish::default() };
         for line in [
             begin_command(&long),
@@ -219,13 +224,13 @@ mod tests {
     }
 
     #[test]
-    fn states_of_different_paths_lie_apart() {
-        assert_ne!(Place::new("/root/a").state_dir, Place::new("/root/b").state_dir);
-        assert!(place().state_dir.starts_with("/var/lib/fcd/workspaces/"));
+    fn state_dirs_of_different_paths_differ() {
+        assert_ne!(GuestWorkspace::new("/root/a").state_dir, GuestWorkspace::new("/root/b").state_dir);
+        assert!(workspace().state_dir.starts_with("/var/lib/fcd/workspaces/"));
     }
 
     #[test]
-    fn answers() {
+    fn answers_are_parsed_and_unknown_forms_rejected() {
         assert_eq!(parse_begin(b"fcd-begin 1\n").unwrap(), Vec::<Vec<u8>>::new());
         assert_eq!(parse_begin(b"fcd-begin 1\na\nb\0c\0").unwrap(), [b"a\nb".to_vec(), b"c".to_vec()]);
         for bad in [&b""[..], b"motd\nfcd-begin 1\n", b"fcd-begin 1\nhalf"] {
@@ -237,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_say_what_and_what_to_do() {
+    fn failure_names_the_step_and_hints_at_a_remedy() {
         let e = failure("export", &Exit::Status(66), b"fcd: an import was interrupted\n");
         assert_eq!((e.kind(), e.to_string().as_str()), (Kind::WorkspaceIncomplete, "export: an import was interrupted"));
         let e = failure("receive the tree", &Exit::Status(2), b"tar: x: Cannot write: No space left on device\ntar: Exiting\n");

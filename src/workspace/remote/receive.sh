@@ -1,6 +1,6 @@
-# The payload comes on stdin. $1: 1 to replace what the guest changed.
+# Reads the payload on stdin. $1: 1 to replace what the guest changed.
 overwrite=$1
-[ -e "$S/dirty" ] || die 66 "no import was begun"
+[ -e "$S/dirty" ] || die 66 "no import was started"
 alone
 IFS= read -r line || die 69 "the stream ends before its first line"
 bytes=${line#fcd-import 1 }
@@ -30,7 +30,8 @@ if [ "$kind" = raw ]; then
 else
   sort -zu "$S/sent" "$S/pending" | comm -z -23 - "$M/sent" >"$M/gone"
   if [ "$overwrite" = 1 ]; then
-    # After a complete import nothing but the host's stays; before one, what lies there is none of ours.
+    # After a complete import, remove everything that the host does not have. Before the first one,
+    # files that were already there do not belong to us.
     if [ -f "$S/index" ]; then cat "$S/changed" >>"$M/gone"; fi
   else
     comm -z -23 "$M/gone" "$S/changed" >"$M/gone.ours"
@@ -38,7 +39,8 @@ else
   fi
   sort -zu "$S/pending" "$M/gone" "$M/put" >"$S/pending.new"
   mv "$S/pending.new" "$S/pending"
-  # What is put from here on is known to be ours, whatever cuts this short.
+  # From here on, every file that the import writes is recorded as ours, even if the import is
+  # interrupted.
   sync -f "$S"
   sort -zu "$M/gone" >"$M/gone.sorted"
   if [ "$overwrite" = 1 ]; then
@@ -49,11 +51,11 @@ else
   xargs -0 -r dirname -z -- <"$M/gone.sorted" | sort -zu | sed -z '/^\.$/d' |
     xargs -0 -r rmdir -p --ignore-fail-on-non-empty -- 2>/dev/null || :
   comm -z -23 "$S/dirs" "$M/dirs" | sort -zr | xargs -0 -r rmdir --ignore-fail-on-non-empty -- 2>/dev/null || :
-  # A directory with nothing but ignored files where the host has a file now.
+  # The host has a file here. Remove a directory in its place that holds only ignored files.
   comm -z -13 "$S/sent" "$M/put" | find -files0-from - -maxdepth 0 -type d -print0 2>/dev/null | xargs -0 -r rm -rf --
 fi
 if [ "$kind" != raw ] && { [ -f "$M/archive" ] || [ -f "$S/tree.tar" ]; }; then
-  # The archive is kept: what the baseline needs of it is decided when it has been verified.
+  # Keep the archive. finish decides what the baseline needs of it, after the stream was verified.
   { tee "$S/tree.new" || : >"$M/cut"; } | tar -x -p --no-same-owner --warning=no-timestamp -f -
   if [ -e "$M/cut" ]; then die 1 "No space left on device"; fi
 else

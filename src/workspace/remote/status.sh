@@ -1,4 +1,5 @@
-# Prints none, incomplete or complete; a read-only workspace is made so again: mounts do not survive a boot.
+# Prints none, incomplete or complete. Mounts a read-only workspace read-only again, because mounts
+# do not survive a boot.
 if [ -e "$S/dirty" ]; then
   echo incomplete
 elif [ -f "$S/baseline" ] && [ -d "$W" ]; then

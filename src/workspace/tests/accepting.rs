@@ -1,11 +1,11 @@
-//! Repositories that git accepts, and what is said of what is not carried.
+//! Repositories that git accepts, and the warnings about what is not sent.
 
 use super::*;
 use crate::error::Kind;
 use std::ffi::OsString;
 
 #[test]
-fn safe_directory_counts_wherever_git_reads_it() {
+fn safe_directory_is_honored_wherever_git_reads_it() {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("not run: only root can make files of another owner");
         return;
@@ -21,7 +21,7 @@ fn safe_directory_counts_wherever_git_reads_it() {
     inspect(&options).unwrap();
     config("[safe]\n\tdirectory = ~/host/*\n");
     inspect(&options).unwrap();
-    // An empty one takes back what stands before it.
+    // An empty value resets the list.
     config("[safe]\n\tdirectory = ~/host/repo\n\tdirectory =\n");
     assert_eq!(inspect(&options).unwrap_err().kind(), Kind::InvalidTree);
     config("");
@@ -32,14 +32,14 @@ fn safe_directory_counts_wherever_git_reads_it() {
         let env = CallerEnv { path: options.env.path.clone(), ..env };
         inspect(&Options { env, ..options.clone() }).unwrap();
     }
-    // The repository cannot call itself safe.
+    // The repository must not be able to declare itself safe.
     run(Command::new("git").args(["config", "--file", ".git/config", "safe.directory", "*"]).cwd(site.host()));
     assert_eq!(inspect(&options).unwrap_err().kind(), Kind::InvalidTree);
 }
 
-/// git's own variables lead to other repositories: none of them has a say in what is sent.
+/// git's own variables can name other repositories. None of them may affect what is sent.
 #[test]
-fn variables_that_name_a_repository_do_not_count() {
+fn git_variables_that_name_a_repository_are_ignored() {
     let (private, site) = (Site::committed(), Site::committed());
     private.commit_as("the secret");
     let vars = ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR"];
@@ -58,7 +58,7 @@ fn variables_that_name_a_repository_do_not_count() {
 }
 
 #[test]
-fn identity_of_the_environment_is_the_guests() {
+fn identity_from_the_environment_is_used_in_the_guest() {
     let site = Site::committed();
     std::fs::write(site.dir.path().join("home/.gitconfig"), "").unwrap();
     let vars = [
@@ -76,7 +76,7 @@ fn identity_of_the_environment_is_the_guests() {
     let said = site.git_guest(&["log", "-1", "--format=%an <%ae> %cn <%ce>"]);
     assert_eq!(said, "A \"U\" Thor <author@example.org> C Mitter <committer@example.org>\n");
 
-    // Settings of git for the two, and EMAIL where nothing else is said.
+    // Settings give the author and committer here, and EMAIL fills the gap.
     let other = Site::committed();
     let text = "[user]\n\tname = U Ser\n[author]\n\temail = a@example.org\n";
     std::fs::write(other.dir.path().join("home/.gitconfig"), text).unwrap();
@@ -91,7 +91,7 @@ fn identity_of_the_environment_is_the_guests() {
 }
 
 #[test]
-fn latin_1_names_of_branches_and_tags_arrive() {
+fn branch_and_tag_names_in_latin_1_arrive() {
     let site = Site::committed();
     let git_raw = |args: &[&[u8]]| {
         let c = Command::new("git").args(args.iter().map(|a| OsStr::from_bytes(a))).cwd(site.host());
@@ -111,7 +111,7 @@ fn latin_1_names_of_branches_and_tags_arrive() {
 }
 
 #[test]
-fn what_is_under_way_in_the_repository_is_said() {
+fn operations_in_progress_are_reported() {
     let site = Site::committed();
     let base = site.git(&["rev-parse", "HEAD"]).trim().to_owned();
     site.write("a", "theirs\n");
@@ -127,7 +127,7 @@ fn what_is_under_way_in_the_repository_is_said() {
     };
     let said = |word: &str| {
         let warnings = site.plan().unwrap().warnings().join("\n");
-        assert!(warnings.contains(&format!("{word} is under way here")), "{word:?}: {warnings}");
+        assert!(warnings.contains(&format!("{word} is in progress here")), "{word:?}: {warnings}");
         site.git(&["reset", "-q", "--hard", "ours"]);
     };
     assert_eq!(site.plan().unwrap().warnings(), [""; 0]);
@@ -145,13 +145,13 @@ fn what_is_under_way_in_the_repository_is_said() {
     site.git(&["rebase", "--abort"]);
     site.git(&["bisect", "start", "-q"]);
     said("a bisection");
-    // Files alone have no history to conclude it in.
+    // Without history there is nothing to finish in the guest, so nothing is reported.
     let options = site.options(History::None);
     assert_eq!(Plan::inspect(&site.host(), &options, &cancel()).unwrap().warnings(), [""; 0]);
 }
 
 #[test]
-fn workspace_that_was_removed_in_the_guest_comes_back() {
+fn workspace_removed_in_the_guest_is_sent_again() {
     let git_tree = Site::committed();
     let plain = Site::plain();
     plain.write("a", "x");
@@ -170,13 +170,13 @@ fn workspace_that_was_removed_in_the_guest_comes_back() {
         assert_eq!(export(site).1, 1);
     }
     git_tree.assert_same_status_without("new");
-    // A directory that was made again in its place, with nothing in it.
+    // The guest created an empty directory in its workspace.
     std::fs::remove_dir_all(git_tree.guest()).unwrap();
     std::fs::create_dir(git_tree.guest()).unwrap();
     assert_eq!(git_tree.prepare(), [""; 0]);
     git_tree.assert_same_tree();
     git_tree.assert_same_status();
-    // Files that were deleted one by one are a change of the guest's.
+    // Files that were deleted one by one are a change by the guest.
     std::fs::remove_file(git_tree.guest().join("a")).unwrap();
     assert_eq!(git_tree.prepare(), ["a"]);
     assert!(!git_tree.guest().join("a").exists());
@@ -189,7 +189,7 @@ fn export(site: &Site) -> (String, usize) {
 }
 
 #[test]
-fn names_like_git_directories_are_left_out_with_a_word() {
+fn names_like_git_directories_are_left_out_with_a_warning() {
     let site = Site::committed();
     site.write(".GIT/x", "x");
     site.write("sub/.Git/y", "y");
@@ -197,7 +197,7 @@ fn names_like_git_directories_are_left_out_with_a_word() {
     site.write("a.git/ok", "ok");
     let warnings = site.plan().unwrap().warnings().join("\n");
     for name in [".GIT", "sub/.Git", "dir/.gIT"] {
-        assert!(warnings.contains(&format!("left out {name}: git allows no such name")), "{name}: {warnings}");
+        assert!(warnings.contains(&format!("left out {name}: git does not allow such a name")), "{name}: {warnings}");
     }
     site.prepare();
     assert!(!site.guest().join(".GIT").exists() && !site.guest().join("sub").exists());
@@ -207,12 +207,13 @@ fn names_like_git_directories_are_left_out_with_a_word() {
     plain.write("in/.Git/x", "x");
     plain.write("x", "x");
     let warnings = plain.plan().unwrap().warnings().join("\n");
-    assert!(warnings.contains("in/.Git is sent, but no patch and no tree bring it back"), "{warnings}");
+    assert!(warnings.contains("in/.Git is sent, but is never part of an exported patch or tree"), "{warnings}");
     plain.prepare();
     assert!(plain.guest().join("in/.Git/x").exists());
 }
 
-/// A clone of a repository with two commits, one of whose directories is not checked out.
+/// A partial clone of a repository with two commits, optionally with only one of its directories
+/// checked out.
 fn partial_clone(filter: &str, sparse: bool) -> (Site, Site) {
     let origin = Site::committed();
     origin.git(&["config", "uploadpack.allowFilter", "true"]);
@@ -232,7 +233,7 @@ fn partial_clone(filter: &str, sparse: bool) -> (Site, Site) {
 }
 
 #[test]
-fn partial_clone_can_be_committed_in_the_guest() {
+fn partial_clone_accepts_commits_in_the_guest() {
     for (filter, sparse) in [("--filter=blob:none", true), ("--filter=blob:none", false), ("--filter=tree:0", true)] {
         let (origin, site) = partial_clone(filter, sparse);
         let canary = site.dir.path().join("canary");
@@ -242,7 +243,7 @@ fn partial_clone_can_be_committed_in_the_guest() {
         site.git(&["config", "remote.origin.uploadpack", script.to_str().unwrap()]);
         site.prepare();
         assert!(!canary.exists(), "git fetched on the host");
-        // The guest cannot reach the other repository.
+        // The guest cannot reach the origin.
         std::fs::rename(origin.host(), origin.dir.path().join("gone")).unwrap();
         assert_eq!(site.git_guest(&["status", "--porcelain"]), "", "{filter}");
         site.write_guest("a", "in the guest\n");
@@ -265,7 +266,7 @@ fn partial_clone_can_be_committed_in_the_guest() {
 }
 
 #[test]
-fn promisor_of_a_partial_clone_is_carried_without_its_secrets() {
+fn promisor_of_a_partial_clone_is_sent_without_its_secrets() {
     let check = |url: &str, want: &str| {
         let (_origin, site) = partial_clone("--filter=blob:none", true);
         site.git(&["config", "remote.origin.url", url]);

@@ -2,17 +2,18 @@ use super::*;
 use crate::error::Kind;
 use std::os::unix::fs::symlink;
 
-/// UTF-16LE with its byte order mark.
+/// Encodes UTF-16LE with a byte order mark.
 fn utf16(text: &str) -> Vec<u8> {
     std::iter::once(0xfeff).chain(text.encode_utf16()).flat_map(u16::to_le_bytes).collect()
 }
 
-/// Little endian without a mark, as `working-tree-encoding=UTF-16LE` wants it.
+/// Encodes UTF-16LE without a byte order mark, as `working-tree-encoding=UTF-16LE` requires.
 fn utf16le(text: &str) -> Vec<u8> {
     utf16(text)[2..].to_vec()
 }
 
-/// A repository in which git converts nearly every file, one of each kind, and the user's own filter.
+/// A repository with one file for each kind of conversion that git knows, including a filter of the
+/// user's.
 fn converted() -> Site {
     let site = Site::unborn();
     site.git(&["config", "filter.shout.clean", "tr A-Z a-z"]);
@@ -34,7 +35,7 @@ fn converted() -> Site {
     site.write("nested/a.rc", "plain\r\n");
     site.write("plain", "one\ntwo\n");
     site.commit("all kinds");
-    // As a checkout leaves it: with the name of the blob in it.
+    // A checkout expands `$Id$` to the name of the blob.
     for name in ["a.id", "a.all"] {
         std::fs::remove_file(site.path(name)).unwrap();
         site.git(&["checkout", "-q", "--", name]);
@@ -43,7 +44,8 @@ fn converted() -> Site {
     site
 }
 
-/// Every kind is changed in its middle and at its end, and made once more under a new name.
+/// Changes a file of every kind in the middle and at the end, and adds another one of the same
+/// kind.
 fn edit_every_kind(site: &Site) {
     for name in ["a.rc", "a.bom", "a.id", "a.dos", "a.unix", "a.loud", "a.all", "nested/a.txt", "nested/a.rc", "plain"] {
         let mut bytes = std::fs::read(site.guest().join(name)).unwrap();
@@ -69,7 +71,7 @@ fn edit_every_kind(site: &Site) {
 }
 
 #[test]
-fn converted_files_come_back_byte_for_byte() {
+fn apply_converted_files_is_byte_exact() {
     let site = converted();
     site.prepare();
     edit_every_kind(&site);
@@ -79,7 +81,7 @@ fn converted_files_come_back_byte_for_byte() {
 }
 
 #[test]
-fn attributes_changed_in_the_guest_convert_nothing() {
+fn apply_ignores_attributes_changed_in_the_guest() {
     let site = converted();
     site.prepare();
     edit_every_kind(&site);
@@ -91,7 +93,7 @@ fn attributes_changed_in_the_guest_convert_nothing() {
 }
 
 #[test]
-fn settings_of_the_user_convert_nothing() {
+fn apply_ignores_the_users_conversion_settings() {
     for (key, value) in [("core.autocrlf", "true"), ("core.autocrlf", "input"), ("apply.whitespace", "fix"), ("core.eol", "crlf")]
     {
         let site = Site::committed();
@@ -112,9 +114,9 @@ fn settings_of_the_user_convert_nothing() {
     }
 }
 
-/// The command for a shell is one that somebody pastes.
+/// Runs the printed command the way a user would who pastes it into a shell.
 #[test]
-fn the_command_for_a_shell_does_the_same() {
+fn apply_by_hand_gives_the_same_result() {
     let site = converted();
     write(&site.dir.path().join("home"), ".config/git/attributes", "* text eol=crlf\n");
     for (key, value) in [("core.autocrlf", "true"), ("apply.whitespace", "fix"), ("apply.ignoreWhitespace", "change")] {
@@ -127,7 +129,7 @@ fn the_command_for_a_shell_does_the_same() {
     let want = "git --git-dir= -c core.autocrlf=false -c core.attributesFile=/dev/null apply --whitespace=nowarn \
                 --no-ignore-whitespace ";
     assert_eq!(line.strip_prefix("GIT_ATTR_NOSYSTEM=1 ").unwrap_or(&line), format!("{want}{}", patch.display()));
-    // From a directory below, and from one elsewhere.
+    // Run it from a subdirectory and from an unrelated directory.
     let line = apply::by_hand(&top, &site.path("nested"), &patch, &site.caller(), &cancel()).unwrap();
     assert!(line.contains(&format!("git -C {} --git-dir= ", top.display())), "{line}");
     let home = site.dir.path().join("home");
@@ -136,7 +138,7 @@ fn the_command_for_a_shell_does_the_same() {
 }
 
 #[test]
-fn a_command_for_a_shell_needs_no_option_where_nothing_is_configured() {
+fn apply_by_hand_needs_no_option_without_configuration() {
     let site = Site::committed();
     site.prepare();
     site.write_guest("a", "changed\n");
@@ -148,7 +150,7 @@ fn a_command_for_a_shell_needs_no_option_where_nothing_is_configured() {
 }
 
 #[test]
-fn a_sha256_repository_takes_binary_patches() {
+fn apply_binary_patch_in_a_sha256_repository() {
     let site = Site::plain();
     site.git(&["init", "-q", "--object-format=sha256"]);
     site.git(&["config", "user.email", "x@y"]);
@@ -164,7 +166,7 @@ fn a_sha256_repository_takes_binary_patches() {
 }
 
 #[test]
-fn changes_are_listed_and_an_empty_patch_is_none() {
+fn apply_lists_changes_and_an_empty_patch_has_none() {
     let site = Site::committed();
     site.prepare();
     assert_eq!(site.apply(&site.patch_file()).unwrap(), []);
@@ -183,7 +185,8 @@ fn changes_are_listed_and_an_empty_patch_is_none() {
     site.assert_same_tree();
 }
 
-/// The host's tree is as it was, and the error names `word`.
+/// Checks that the patch is refused with an error that contains `word`, and that the host's tree is
+/// unchanged.
 #[track_caller]
 fn check_refused(site: &Site, patch: &Path, word: &str) {
     let before = listing(&site.host());
@@ -195,7 +198,7 @@ fn check_refused(site: &Site, patch: &Path, word: &str) {
 }
 
 #[test]
-fn a_local_change_is_never_overwritten_and_nothing_else_applied() {
+fn apply_over_a_local_change_is_refused_and_changes_nothing() {
     let prepared = || {
         let site = Site::committed();
         site.write("bin", (0..=255u8).cycle().take(3000).collect::<Vec<_>>());
@@ -225,7 +228,8 @@ fn a_local_change_is_never_overwritten_and_nothing_else_applied() {
     site.write("new", "host\n");
     check_refused(&site, &site.patch_file(), "new is a file here");
 
-    // A directory that became a file there; here it has another file since, which git ignores.
+    // A directory became a file in the guest, and the host has since added an ignored file to that
+    // directory.
     let site = prepared();
     std::fs::remove_dir_all(site.guest().join("dir")).unwrap();
     site.write_guest("dir", "a file\n");
@@ -252,7 +256,7 @@ fn a_local_change_is_never_overwritten_and_nothing_else_applied() {
     site.write_guest("a", "one\nguest\n");
     std::fs::remove_file(site.path("a")).unwrap();
     check_refused(&site, &site.patch_file(), "a: No such file");
-    // The other way round: the same change on both sides of a file is no reason to refuse the rest of it.
+    // The reverse: the same change was made on both sides. The rest of the patch must still apply.
     let site = prepared();
     site.write("other", "mine\n");
     site.apply(&site.patch_file()).unwrap();
@@ -260,7 +264,7 @@ fn a_local_change_is_never_overwritten_and_nothing_else_applied() {
 }
 
 #[test]
-fn paths_that_lead_out_of_the_tree_are_refused() {
+fn apply_path_outside_the_tree_is_refused() {
     let site = Site::committed();
     let outside = site.dir.path().join("host");
     symlink(&outside, site.path("link")).unwrap();
@@ -290,7 +294,7 @@ fn paths_that_lead_out_of_the_tree_are_refused() {
         }
     }
     assert!(!Path::new("/tmp/fcd-evil").exists());
-    // A link that the patch makes itself, and a file beyond it.
+    // The patch creates a link and then a file beyond it.
     let text = "diff --git a/l b/l\nnew file mode 120000\n--- /dev/null\n+++ b/l\n@@ -0,0 +1 @@\n+..\n\\ No newline at end of file\n\
                 diff --git a/l/evil b/l/evil\nnew file mode 100644\n--- /dev/null\n+++ b/l/evil\n@@ -0,0 +1 @@\n+x\n";
     let file = site.dir.path().join("hostile.patch");
@@ -301,7 +305,7 @@ fn paths_that_lead_out_of_the_tree_are_refused() {
 }
 
 #[test]
-fn nothing_of_the_hosts_repository_runs() {
+fn apply_runs_nothing_of_the_hosts_repository() {
     let site = converted();
     let canary = site.dir.path().join("canary");
     for key in ["filter.shout.clean", "filter.shout.smudge", "core.fsmonitor"] {
@@ -317,7 +321,7 @@ fn nothing_of_the_hosts_repository_runs() {
 }
 
 #[test]
-fn odd_names_modes_links_and_kinds_come_back() {
+fn apply_odd_names_modes_links_and_types() {
     let site = Site::committed();
     site.write("to-link", "x\n");
     site.write("to-dir", "x\n");
@@ -340,7 +344,7 @@ fn odd_names_modes_links_and_kinds_come_back() {
 }
 
 #[test]
-fn a_patch_goes_to_the_top_of_the_repository() {
+fn apply_from_a_subdirectory_uses_the_top_of_the_repository() {
     let site = Site::committed();
     assert_eq!(apply::top_of(&site.path("dir")).unwrap(), std::fs::canonicalize(site.host()).unwrap());
     let plain = Site::plain();
@@ -349,7 +353,7 @@ fn a_patch_goes_to_the_top_of_the_repository() {
     for missing in [plain.path("nothing"), plain.path("dir/x")] {
         assert_eq!(apply::top_of(&missing).unwrap_err().kind(), Kind::PathNotFound);
     }
-    // A tree without git takes a patch, too.
+    // A tree without git also accepts a patch.
     plain.prepare();
     plain.write_guest("dir/x", "y");
     plain.write_guest("dir/z", "z");

@@ -3,7 +3,8 @@ use crate::error::Kind;
 use crate::workspace::remote::Status;
 use std::os::unix::fs::symlink;
 
-/// A commit, an edit, a deletion, a rename, a new file, a binary, a mode change, a link.
+/// Makes one change of every kind: a commit, an edit, a deletion, a rename, a new file, a binary
+/// file, a mode and a link.
 fn work_in_the_guest(site: &Site, has_git: bool) {
     let guest = site.guest();
     site.write_guest("a", "one\nchanged in the guest\n");
@@ -22,7 +23,7 @@ fn work_in_the_guest(site: &Site, has_git: bool) {
     symlink("/etc/passwd", guest.join("link-new")).unwrap();
     std::fs::remove_file(guest.join("link")).unwrap();
     symlink("elsewhere", guest.join("link")).unwrap();
-    // A file becomes a directory, a directory a file, a file a link.
+    // A file becomes a directory, a directory a file, and a file a link.
     std::fs::remove_file(guest.join("file-to-dir")).unwrap();
     site.write_guest("file-to-dir/inside", "x\n");
     std::fs::remove_dir_all(guest.join("dir-to-file")).unwrap();
@@ -53,7 +54,7 @@ fn fill(site: &Site) {
     std::fs::write(site.path(OsStr::from_bytes(b"raw\xfe")), b"\0\xff").unwrap();
 }
 
-/// Refs, count of objects, and every file of the guest's repository, its index among them.
+/// The refs, the number of objects, and every file of the guest's repository including its index.
 fn repository_state(site: &Site) -> (String, Listing) {
     let commands: [&[&str]; 3] = [&["for-each-ref"], &["rev-parse", "HEAD"], &["count-objects", "-v"]];
     (commands.map(|args| site.git_guest(args)).concat(), listing(&site.guest().join(".git")))
@@ -66,17 +67,17 @@ fn check(site: &Site, has_git: bool) -> String {
     assert_eq!(site.export_patch().unwrap(), (Vec::new(), 0), "nothing that the user had already");
     work_in_the_guest(site, has_git);
     let before = has_git.then(|| repository_state(site));
-    let state_before = listing(Path::new(&site.place.state_dir));
+    let state_before = listing(Path::new(&site.workspace.state_dir));
     site.export_tree().unwrap();
     let patch = site.apply_export();
     assert!(before.is_none_or(|b| b == repository_state(site)), "the guest's repository was changed");
-    assert!(state_before == listing(Path::new(&site.place.state_dir)), "the baseline was changed");
+    assert!(state_before == listing(Path::new(&site.workspace.state_dir)), "the baseline was changed");
     assert!(patch.contains("GIT binary patch") && patch.contains("new mode 100755"));
     patch
 }
 
 #[test]
-fn from_a_clean_tree() {
+fn export_from_a_clean_tree() {
     let site = Site::unborn();
     fill(&site);
     site.commit("all");
@@ -91,7 +92,7 @@ fn from_a_clean_tree() {
 }
 
 #[test]
-fn from_a_dirty_tree() {
+fn export_from_a_dirty_tree() {
     let site = Site::unborn();
     fill(&site);
     site.commit("all");
@@ -104,7 +105,7 @@ fn from_a_dirty_tree() {
 }
 
 #[test]
-fn from_an_unborn_tree() {
+fn export_from_an_unborn_tree() {
     let site = Site::unborn();
     fill(&site);
     site.git(&["add", "a", "dir"]);
@@ -112,7 +113,7 @@ fn from_an_unborn_tree() {
 }
 
 #[test]
-fn from_a_tree_without_git() {
+fn export_from_a_tree_without_git() {
     let site = Site::plain();
     fill(&site);
     site.write("x.o", "nothing is ignored here");
@@ -120,7 +121,7 @@ fn from_a_tree_without_git() {
 }
 
 #[test]
-fn export_of_every_kind_of_change_is_counted_file_by_file() {
+fn export_counts_every_kind_of_change_per_file() {
     let site = Site::unborn();
     fill(&site);
     site.prepare();
@@ -135,7 +136,7 @@ fn export_of_every_kind_of_change_is_counted_file_by_file() {
 }
 
 #[test]
-fn ignored_files_stay_and_forced_ones_come() {
+fn export_skips_ignored_files_but_includes_forced_ones() {
     let site = Site::committed();
     site.write(".gitignore", "*.o\n");
     site.write("tracked.o", "x\n");
@@ -146,7 +147,7 @@ fn ignored_files_stay_and_forced_ones_come() {
     site.write_guest("forced.o", "wanted\n");
     site.write_guest("tracked.o", "changed\n");
     site.git_guest(&["add", "-f", "forced.o"]);
-    // Only in the guest's index: it is not there any more.
+    // This file is only in the guest's index; it no longer exists on disk.
     site.write_guest("vanished.o", "x");
     site.git_guest(&["add", "-f", "vanished.o"]);
     std::fs::remove_file(site.guest().join("vanished.o")).unwrap();
@@ -157,7 +158,7 @@ fn ignored_files_stay_and_forced_ones_come() {
 }
 
 #[test]
-fn the_baseline_outlives_what_the_guest_does_to_its_repository() {
+fn baseline_survives_changes_to_the_guests_repository() {
     let site = Site::committed();
     site.prepare();
     site.write_guest("a", "changed\n");
@@ -168,7 +169,7 @@ fn the_baseline_outlives_what_the_guest_does_to_its_repository() {
 }
 
 #[test]
-fn filters_hooks_and_drivers_of_the_guest_do_not_touch_the_patch() {
+fn export_ignores_filters_hooks_and_drivers_of_the_guest() {
     let site = Site::committed();
     site.prepare();
     let canary = site.dir.path().join("canary");
@@ -186,7 +187,7 @@ fn filters_hooks_and_drivers_of_the_guest_do_not_touch_the_patch() {
 }
 
 #[test]
-fn a_tree_comes_back_as_it_is() {
+fn export_tree_is_identical() {
     for has_git in [true, false] {
         let site = if has_git { Site::unborn() } else { Site::plain() };
         fill(&site);
@@ -209,7 +210,7 @@ fn a_tree_comes_back_as_it_is() {
 }
 
 #[test]
-fn there_is_no_export_without_a_complete_workspace() {
+fn export_without_a_complete_workspace_fails() {
     let site = Site::committed();
     assert_eq!(site.status(), Status::None);
     assert_eq!(site.export_patch().unwrap_err().kind(), Kind::WorkspaceNotFound);

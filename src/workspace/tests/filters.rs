@@ -1,8 +1,9 @@
-//! Files under git's filters: none runs on the host, and none in the guest.
+//! Files with git filters. No filter runs on the host or in the guest.
 
 use super::*;
 
-/// Two filters of the user's, which leave a mark where they run, and files under them in a commit.
+/// A repository with two filters that leave a mark when they run, and committed files that they
+/// cover.
 fn filtered() -> (Site, PathBuf) {
     let site = Site::unborn();
     let canary = site.dir.path().join("canary");
@@ -25,14 +26,15 @@ fn filtered() -> (Site, PathBuf) {
     (site, canary)
 }
 
-/// Git looks again at what is as young as its index, and our plan takes such a file for changed.
+/// Ages the files. git rereads files as young as its index, and the plan would consider them
+/// changed.
 fn age(site: &Site) {
     let touch = [".", "-name", ".git", "-prune", "-o", "-type", "f", "-exec", "touch", "-d", "1 hour ago", "{}", "+"];
     run(Command::new("find").args(touch).cwd(site.host()));
     site.git(&["update-index", "--refresh"]);
 }
 
-/// Runs git in the guest; its status and what it said.
+/// Runs git in the guest and returns its status and output.
 fn try_guest(site: &Site, args: &[&str]) -> (i32, String) {
     let c = Command::new("git").args(args).cwd(site.guest()).env("HOME", site.dir.path().join("guest"));
     let c = c.env("GIT_CONFIG_NOSYSTEM", "1").env("GIT_AUTHOR_NAME", "g").env("GIT_AUTHOR_EMAIL", "g@g");
@@ -41,7 +43,7 @@ fn try_guest(site: &Site, args: &[&str]) -> (i32, String) {
     (output.status, String::from_utf8_lossy(&said).into_owned())
 }
 
-/// Nothing in the guest's repository holds this content.
+/// Checks that no object in the guest's repository has this content.
 #[track_caller]
 fn assert_not_stored(site: &Site, content: &str) {
     std::fs::write(site.dir.path().join("content"), content).unwrap();
@@ -50,7 +52,7 @@ fn assert_not_stored(site: &Site, content: &str) {
 }
 
 #[test]
-fn filtered_files_are_reported_and_show_no_difference_in_the_guest() {
+fn filtered_files_are_reported_and_look_unchanged_in_the_guest() {
     let (site, canary) = filtered();
     let mut plan = site.plan().unwrap();
     let text = plan.warnings().join("\n");
@@ -61,7 +63,7 @@ fn filtered_files_are_reported_and_show_no_difference_in_the_guest() {
     assert_eq!(site.git_guest(&["status", "--porcelain"]), "");
     assert_eq!(site.git_guest(&["diff", "HEAD"]), "");
     assert_eq!(site.git(&["ls-files", "-s"]), site.git_guest(&["ls-files", "-s"]));
-    // Also once git has to look at the content.
+    // They still look unchanged when git has to read their content.
     for name in ["a.loud", "secret/key"] {
         let bytes = std::fs::read(site.guest().join(name)).unwrap();
         std::fs::remove_file(site.guest().join(name)).unwrap();
@@ -75,7 +77,7 @@ fn filtered_files_are_reported_and_show_no_difference_in_the_guest() {
 }
 
 #[test]
-fn raw_content_is_not_committed_in_the_guest() {
+fn filtered_file_cannot_be_committed_in_the_guest() {
     let (site, canary) = filtered();
     site.prepare();
     let secret = "PLAINTEXT of the guest\n";
@@ -85,7 +87,7 @@ fn raw_content_is_not_committed_in_the_guest() {
         for args in [&["add", name][..], &["add", "-A"], &["commit", "-am", "x"], &["stash"], &["commit", "-m", "x", "--", name]]
         {
             let (status, said) = try_guest(&site, args);
-            // A new file is nothing to `commit` and `stash`.
+            // `commit` and `stash` ignore new files.
             let is_new = name.contains("new");
             if !is_new || args[0] == "add" {
                 assert_ne!(status, 0, "{name} {args:?}: {said}");
@@ -108,7 +110,7 @@ fn raw_content_is_not_committed_in_the_guest() {
 }
 
 #[test]
-fn other_work_can_be_committed_while_a_filtered_file_is_changed() {
+fn commit_of_other_files_succeeds_while_a_filtered_file_is_changed() {
     let (site, _) = filtered();
     site.prepare();
     site.write_guest("secret/key", "PLAINTEXT\n");
@@ -118,7 +120,8 @@ fn other_work_can_be_committed_while_a_filtered_file_is_changed() {
     site.git_guest(&["commit", "-q", "-m", "work"]);
     assert_eq!(site.git_guest(&["show", "--stat", "--format=", "HEAD"]).lines().count(), 2);
     assert_not_stored(&site, "PLAINTEXT\n");
-    // A checkout of another branch restores the content that was sent, not what git stores of it.
+    // Checking out another branch restores the content that was sent, not the content that git
+    // stores.
     let sent = std::fs::read(site.path("secret/key")).unwrap();
     site.git_guest(&["checkout", "-q", "--", "secret/key"]);
     assert_eq!(std::fs::read(site.guest().join("secret/key")).unwrap(), sent);
@@ -127,7 +130,7 @@ fn other_work_can_be_committed_while_a_filtered_file_is_changed() {
 }
 
 #[test]
-fn file_that_is_changed_on_the_host_is_changed_in_the_guest() {
+fn filtered_file_changed_on_the_host_is_changed_in_the_guest() {
     let (site, canary) = filtered();
     site.write("a.loud", "CHANGED and longer\n");
     site.write("untracked.loud", "NEW\n");
@@ -138,7 +141,7 @@ fn file_that_is_changed_on_the_host_is_changed_in_the_guest() {
 }
 
 #[test]
-fn filters_are_forgotten_when_the_host_has_none() {
+fn filters_are_removed_when_the_host_has_none() {
     let (site, canary) = filtered();
     site.prepare();
     site.write(".gitattributes", "");
@@ -156,7 +159,7 @@ fn filters_are_forgotten_when_the_host_has_none() {
 }
 
 #[test]
-fn filter_of_the_users_attributes_for_all_repositories_counts() {
+fn filter_from_the_users_global_attributes_is_honored() {
     let site = Site::committed();
     write(&site.dir.path().join("home"), ".config/git/attributes", "*.ipynb filter=strip\n");
     for (var, command) in [("clean", "tr A-Z a-z"), ("smudge", "cat")] {

@@ -3,7 +3,7 @@ use crate::error::Kind;
 use std::os::unix::fs::symlink;
 
 #[test]
-fn nothing_of_a_hostile_repository_runs() {
+fn hostile_repository_runs_nothing() {
     let site = Site::committed();
     let canary = site.dir.path().join("canary");
     let script = format!("#!/bin/sh\ntouch {}\n", canary.display());
@@ -40,7 +40,7 @@ fn nothing_of_a_hostile_repository_runs() {
     site.git(&["config", "extensions.partialClone", "origin"]);
     let _ = std::fs::remove_file(&canary);
     site.write("a", "touched, so that its filter would be asked\n");
-    // A missing blob, which a partial clone would fetch.
+    // The blob is missing. A partial clone would fetch it.
     let blob = site.git(&["-c", "core.fsmonitor=false", "rev-parse", "HEAD:dir/b"]);
     std::fs::remove_file(site.path(format!(".git/objects/{}/{}", &blob[..2], blob[2..].trim()))).unwrap();
     let _ = std::fs::remove_file(&canary);
@@ -48,7 +48,8 @@ fn nothing_of_a_hostile_repository_runs() {
     assert!(plan.warnings().iter().any(|w| w.contains("partial clone")));
     site.prepare_with(&mut plan, false).unwrap();
     assert!(!canary.exists(), "something of the repository ran");
-    // The one hook in the guest is ours: it keeps raw content of filtered files from being committed.
+    // The only hook in the guest is ours, which prevents commits with raw content of filtered
+    // files.
     let hooks: Vec<_> = std::fs::read_dir(site.guest().join(".git/hooks")).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(hooks, ["pre-commit"]);
     let hook = std::fs::read_to_string(site.guest().join(".git/hooks/pre-commit")).unwrap();
@@ -61,7 +62,7 @@ fn nothing_of_a_hostile_repository_runs() {
 }
 
 #[test]
-fn a_git_file_may_not_lead_to_another_repository() {
+fn git_file_that_leads_to_another_repository_is_refused() {
     let private = Site::committed();
     let site = Site::plain();
     site.write(".git", format!("gitdir: {}\n", private.path(".git").display()));
@@ -78,7 +79,7 @@ fn a_git_file_may_not_lead_to_another_repository() {
 }
 
 #[test]
-fn files_that_a_repository_names_as_ignore_rules_are_not_sent() {
+fn ignore_files_that_a_repository_names_are_not_sent() {
     let site = Site::committed();
     let secret = site.dir.path().join("secret");
     std::fs::write(&secret, "top secret\n*.o\n").unwrap();
@@ -100,7 +101,8 @@ fn files_that_a_repository_names_as_ignore_rules_are_not_sent() {
     }
 }
 
-/// One entry, and the error that it gives; nothing may be left of it.
+/// Checks that an archive with the given entries is rejected with the given error and leaves
+/// nothing behind.
 #[track_caller]
 fn check_refused(build: impl FnOnce(&mut Vec<u8>), want: Kind, word: &str) {
     let dir = tempfile::tempdir().unwrap();
@@ -137,30 +139,30 @@ fn raw_entry(out: &mut Vec<u8>, kind: u8, name: &[u8], link: &[u8], size: u64, d
 }
 
 #[test]
-fn names_that_lead_out_are_refused() {
+fn unpack_name_outside_the_tree_is_rejected() {
     for name in [&b"../victim"[..], b"/etc/x", b"a/../../victim", b"..", ".".as_bytes(), b"a//b", b"a/./b", b"", b"./x"] {
-        check_refused(|t| entry(t, b'0', name, b"", b"evil"), Kind::InvalidTree, "refuse");
+        check_refused(|t| entry(t, b'0', name, b"", b"evil"), Kind::InvalidTree, "reject");
     }
     check_refused(|t| entry(t, b'5', b"../x/", b"", b""), Kind::InvalidTree, "\"../x\"");
     check_refused(|t| entry(t, b'0', b"a\n\x1b[2J/..", b"", b""), Kind::InvalidTree, "a%0A%1B[2J/..");
 }
 
 #[test]
-fn gits_own_files_are_refused() {
+fn unpack_git_file_is_rejected() {
     for name in [&b".git/hooks/post-checkout"[..], b"x/.GIT/config", b".git"] {
         check_refused(|t| entry(t, b'0', name, b"", b"evil"), Kind::InvalidTree, "git's own");
     }
 }
 
 #[test]
-fn nothing_is_written_through_links() {
+fn unpack_writes_nothing_through_links() {
     for target in [&b".."[..], b"/", b"good"] {
         let through = |t: &mut Vec<u8>| {
             entry(t, b'2', b"l", target, b"");
             entry(t, b'0', b"l/victim", b"", b"evil");
         };
         check_refused(through, Kind::InvalidTree, "l/victim");
-        // Over the link itself, and a directory in its place.
+        // Overwrite the link itself, and replace a directory.
         let over = |t: &mut Vec<u8>| {
             entry(t, b'2', b"l", b"../../victim", b"");
             entry(t, b'0', b"l", b"", b"evil");
@@ -181,33 +183,33 @@ fn nothing_is_written_through_links() {
 }
 
 #[test]
-fn kinds_that_were_not_asked_for_are_refused() {
+fn unpack_unexpected_entry_type_is_rejected() {
     for kind in [b'1', b'3', b'4', b'6', b'7', b'g', b'D', b'M', b'V', 0xff] {
-        check_refused(|t| entry(t, kind, b"x", b"good", b""), Kind::InvalidTree, "refuse");
+        check_refused(|t| entry(t, kind, b"x", b"good", b""), Kind::InvalidTree, "reject");
     }
 }
 
-/// Records of POSIX's form ahead of a file.
+/// Writes POSIX extended header records.
 fn posix(t: &mut Vec<u8>, records: &[u8]) {
     entry(t, b'x', b"././@PaxHeader", b"", records);
 }
 
-/// `<length> <key>=<value>LF`.
+/// Formats `<length> <key>=<value>LF`.
 fn record(text: &str) -> Vec<u8> {
     let length = (1..200).find(|n| n.to_string().len() + text.len() + 2 == *n).unwrap();
     format!("{length} {text}\n").into_bytes()
 }
 
 #[test]
-fn records_ahead_of_a_file_are_checked() {
+fn unpack_bad_extended_header_is_rejected() {
     let cases = [
         (record("path=../victim"), "../victim"),
         (record("path=/tmp/evil"), "absolute"),
         (record("path=x/.git/abc"), "git's own"),
-        (record("mtime=abc"), "a time is none"),
-        (record("size=-1"), "a size is none"),
-        (record("evil=1"), "unknown kind"),
-        (record("GNU.sparse.major=2"), "unknown kind"),
+        (record("mtime=abc"), "a time is invalid"),
+        (record("size=-1"), "a size is invalid"),
+        (record("evil=1"), "unknown key"),
+        (record("GNU.sparse.major=2"), "unknown key"),
         (b"17 path=../victim\n".to_vec(), "damaged"),
         (b"19 path=../victim\n".to_vec(), "damaged"),
         (b"99999 path=x\n".to_vec(), "damaged"),
@@ -223,18 +225,18 @@ fn records_ahead_of_a_file_are_checked() {
         check_refused(hostile, Kind::InvalidTree, word);
     }
     check_refused(|t| posix(t, &[b'1'; 20_000]), Kind::InvalidTree, "20000 bytes");
-    // Records without an entry, and twice.
+    // Records without an entry, and two sets of records.
     check_refused(|t| posix(t, &record("mtime=1")), Kind::InvalidTree, "end mark");
     let twice = |t: &mut Vec<u8>| {
         posix(t, &record("mtime=1"));
         posix(t, &record("mtime=1"));
         entry(t, b'0', b"x", b"", b"");
     };
-    check_refused(twice, Kind::InvalidTree, "refuse");
+    check_refused(twice, Kind::InvalidTree, "reject");
 }
 
 #[test]
-fn holes_listed_ahead_of_the_data_are_checked() {
+fn unpack_bad_list_of_holes_is_rejected() {
     let sparse = ["GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.realsize=1000"].map(record).concat();
     let cases: [(&[u8], &str); 8] = [
         (b"1\n0\n1001\n", "overlap"),
@@ -266,14 +268,14 @@ fn holes_listed_ahead_of_the_data_are_checked() {
 }
 
 #[test]
-fn lies_about_sizes_are_seen() {
+fn unpack_wrong_size_is_rejected() {
     let truncated = |t: &mut Vec<u8>| {
         raw_entry(t, b'0', b"x", b"", 1 << 40, b"short");
     };
     check_refused(truncated, Kind::Exhausted, "bytes");
     check_refused(|t| raw_entry(t, b'0', b"x", b"", 1 << 20, b"short"), Kind::StreamIncomplete, "middle of a file");
     check_refused(|t| raw_entry(t, b'L', b"x", b"", 1 << 30, b""), Kind::InvalidTree, "a name has");
-    check_refused(|t| raw_entry(t, b'2', b"x", b"y", 512, b"data"), Kind::InvalidTree, "no file");
+    check_refused(|t| raw_entry(t, b'2', b"x", b"y", 512, b"data"), Kind::InvalidTree, "not a file");
     let overlapping = |t: &mut Vec<u8>| {
         let mut h = tar::Header::new_gnu();
         h.set_entry_type(tar::EntryType::GNUSparse);
@@ -295,7 +297,7 @@ fn lies_about_sizes_are_seen() {
 }
 
 #[test]
-fn a_cut_or_longer_archive_is_none() {
+fn unpack_truncated_or_longer_archive_is_rejected() {
     let mut tar = Vec::new();
     entry(&mut tar, b'0', b"x", b"", b"hello");
     let whole = [&tar[..], &[0; 1024]].concat();
@@ -313,7 +315,7 @@ fn a_cut_or_longer_archive_is_none() {
 }
 
 #[test]
-fn set_id_bits_do_not_come_back_and_empty_directories_are_taken() {
+fn unpack_drops_set_id_bits_and_keeps_empty_directories() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
     std::fs::create_dir(&out).unwrap();
@@ -327,7 +329,7 @@ fn set_id_bits_do_not_come_back_and_empty_directories_are_taken() {
 }
 
 #[test]
-fn limits_hold() {
+fn unpack_beyond_limits_is_rejected() {
     let mut tar = Vec::new();
     for i in 0..5 {
         entry(&mut tar, b'0', format!("{i}").as_bytes(), b"", b"0123456789");
@@ -342,7 +344,7 @@ fn limits_hold() {
 }
 
 #[test]
-fn cancelling_ends_it() {
+fn unpack_cancelled_returns_cancelled() {
     let site = Site::committed();
     let c = cancel();
     let mut plan = site.plan().unwrap();

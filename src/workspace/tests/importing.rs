@@ -5,7 +5,7 @@ use crate::workspace::remote::Status;
 use std::os::unix::fs::symlink;
 
 #[test]
-fn every_kind_of_name_and_file_arrives() {
+fn import_every_kind_of_name_and_file() {
     let site = Site::unborn();
     for name in ["a b", "new\nline", "-rf", "--", "tab\there", "$(x)", "quote'\"", "é", "back\\slash", "*", "%41", "trailing "] {
         site.write(name, name);
@@ -32,7 +32,7 @@ fn every_kind_of_name_and_file_arrives() {
 }
 
 #[test]
-fn holes_stay_holes() {
+fn import_keeps_holes() {
     use std::os::unix::fs::FileExt;
     let site = Site::unborn();
     let file = std::fs::File::create(site.path("sparse")).unwrap();
@@ -54,7 +54,7 @@ fn holes_stay_holes() {
 }
 
 #[test]
-fn status_is_the_same_with_everything_at_once() {
+fn import_keeps_git_status_with_all_changes_at_once() {
     let site = Site::committed();
     site.write(".gitignore", "*.o\nbuild/\n");
     site.write("gone", "x");
@@ -97,7 +97,7 @@ fn status_is_the_same_with_everything_at_once() {
 }
 
 #[test]
-fn conflicts_arrive_as_conflicts() {
+fn import_keeps_merge_conflicts() {
     let site = Site::committed();
     site.git(&["checkout", "-q", "-b", "other"]);
     site.write("a", "other\n");
@@ -114,7 +114,7 @@ fn conflicts_arrive_as_conflicts() {
 }
 
 #[test]
-fn no_commits_a_detached_head_and_an_odd_branch() {
+fn import_unborn_detached_and_oddly_named_heads() {
     let unborn = Site::unborn();
     unborn.write("staged", "x");
     unborn.git(&["add", "staged"]);
@@ -141,7 +141,7 @@ fn no_commits_a_detached_head_and_an_odd_branch() {
 }
 
 #[test]
-fn a_subdirectory_brings_the_whole_repository() {
+fn import_from_a_subdirectory_sends_the_whole_repository() {
     let site = Site::committed();
     site.write("untracked dir/x", "x");
     std::fs::create_dir(site.path("nothing in it")).unwrap();
@@ -157,7 +157,7 @@ fn a_subdirectory_brings_the_whole_repository() {
 }
 
 #[test]
-fn a_tree_without_a_repository_goes_as_it_is() {
+fn import_tree_without_a_repository_sends_all_files() {
     let site = Site::plain();
     site.write(".gitignore", "*.o\n");
     site.write("x.o", "not ignored: nothing is a repository here");
@@ -169,7 +169,7 @@ fn a_tree_without_a_repository_goes_as_it_is() {
     site.write("inner/file", "x");
     let plan = site.plan().unwrap();
     assert_eq!(plan.kind(), TreeKind::Plain);
-    assert!(plan.warnings()[0].contains("inner/.git is sent, but no patch and no tree bring it back"));
+    assert!(plan.warnings()[0].contains("inner/.git is sent, but is never part of an exported patch or tree"));
     site.prepare();
     site.assert_same_tree();
     assert!(site.guest().join("empty/in empty").is_dir());
@@ -178,7 +178,7 @@ fn a_tree_without_a_repository_goes_as_it_is() {
 }
 
 #[test]
-fn history_is_as_deep_as_was_asked() {
+fn import_sends_the_requested_depth_of_history() {
     let site = Site::committed();
     for i in 0..20 {
         site.git(&["commit", "-q", "--allow-empty", "-m", &format!("number {i}")]);
@@ -223,7 +223,7 @@ fn history_is_as_deep_as_was_asked() {
 }
 
 #[test]
-fn without_history_there_are_only_files() {
+fn import_without_history_sends_only_files() {
     let site = Site::committed();
     site.write(".gitignore", "*.o\n");
     site.write("x.o", "ignored");
@@ -238,7 +238,7 @@ fn without_history_there_are_only_files() {
 }
 
 #[test]
-fn a_clone_of_a_shallow_clone_stays_shallow() {
+fn import_of_a_shallow_clone_stays_shallow() {
     let site = Site::committed();
     for i in 0..5 {
         site.write("a", format!("{i}\n"));
@@ -255,7 +255,7 @@ fn a_clone_of_a_shallow_clone_stays_shallow() {
 }
 
 #[test]
-fn a_worktree_is_a_repository_and_a_submodule_a_commit() {
+fn import_worktree_as_repository_and_submodule_as_commit() {
     let site = Site::committed();
     let other = site.dir.path().join("host/tree");
     site.git(&["worktree", "add", "-q", "-b", "wt", other.to_str().unwrap()]);
@@ -279,15 +279,15 @@ fn a_worktree_is_a_repository_and_a_submodule_a_commit() {
     assert_eq!(site.git_guest(&["status", "--porcelain"]), "");
     assert!(site.guest().join("sub").is_dir() && !site.guest().join("sub/a").exists());
     assert_eq!(site.git(&["rev-parse", "HEAD:sub"]), site.git_guest(&["rev-parse", ":sub"]));
-    // The submodule itself as the tree.
+    // Send the submodule itself.
     let mut plan = Plan::inspect(&site.path("sub"), &site.options(History::default()), &cancel()).unwrap();
-    let fresh = Site { place: Site::plain().place, ..Site::plain() };
+    let fresh = Site { workspace: Site::plain().workspace, ..Site::plain() };
     fresh.prepare_with(&mut plan, false).unwrap();
     assert_eq!(fresh.git_guest(&["status", "--porcelain"]), "");
 }
 
 #[test]
-fn the_callers_own_ignore_rules_count_on_both_sides() {
+fn import_applies_the_callers_ignore_rules_on_both_sides() {
     let site = Site::committed();
     write(&site.dir.path().join("home"), ".config/git/ignore", "*.swp\n");
     site.write("a.swp", "x");
@@ -302,7 +302,7 @@ fn the_callers_own_ignore_rules_count_on_both_sides() {
 }
 
 #[test]
-fn line_endings_and_other_settings_do_not_show_as_changes() {
+fn import_carries_line_ending_and_other_settings() {
     let site = Site::committed();
     site.git(&["config", "core.autocrlf", "true"]);
     site.git(&["config", "core.fileMode", "false"]);
@@ -317,7 +317,7 @@ fn line_endings_and_other_settings_do_not_show_as_changes() {
 }
 
 #[test]
-fn sha256_repositories_work_too() {
+fn import_sha256_repository() {
     let site = Site::plain();
     site.git(&["init", "-q", "--object-format=sha256"]);
     site.git(&["config", "user.email", "x@y"]);
@@ -334,7 +334,7 @@ fn sha256_repositories_work_too() {
 }
 
 #[test]
-fn what_is_no_file_is_left_out_with_a_word() {
+fn import_leaves_out_special_files_with_a_warning() {
     let site = Site::committed();
     run(Command::new("mkfifo").arg(site.path("fifo")));
     let _socket = std::os::unix::net::UnixListener::bind(site.path("socket")).unwrap();
@@ -355,7 +355,7 @@ fn what_is_no_file_is_left_out_with_a_word() {
 }
 
 #[test]
-fn a_file_beyond_a_link_is_a_deleted_file() {
+fn import_file_beyond_a_link_counts_as_deleted() {
     let site = Site::committed();
     write(site.dir.path(), "outside/b", "secret");
     std::fs::remove_dir_all(site.path("dir")).unwrap();
@@ -366,7 +366,7 @@ fn a_file_beyond_a_link_is_a_deleted_file() {
 }
 
 #[test]
-fn bad_trees_are_refused_with_a_reason() {
+fn import_bad_tree_is_refused_with_a_reason() {
     let refused = |path: &Path, options: &Options| Plan::inspect(path, options, &cancel()).err().expect("refused");
     let site = Site::committed();
     let options = site.options(History::default());
@@ -391,7 +391,7 @@ fn bad_trees_are_refused_with_a_reason() {
 }
 
 #[test]
-fn a_missing_git_is_named() {
+fn import_without_git_names_the_missing_command() {
     let site = Site::committed();
     let env = CallerEnv { path: Some("/nonexistent".into()), ..CallerEnv::default() };
     let e = Plan::inspect(&site.host(), &Options { env, ..Options::default() }, &cancel()).err().unwrap();
@@ -399,7 +399,7 @@ fn a_missing_git_is_named() {
 }
 
 #[test]
-fn a_repository_of_somebody_else_needs_the_callers_word() {
+fn import_repository_of_another_user_needs_safe_directory() {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("not run: only root can make files of another owner");
         return;
@@ -419,12 +419,13 @@ fn a_repository_of_somebody_else_needs_the_callers_word() {
     site.git_guest(&["log"]);
 }
 
-/// Root reads everything, so that as root this test runs itself again as nobody.
+/// Root can read everything, so as root this test runs itself again as nobody.
 #[test]
-fn unreadable_files_are_named_and_nothing_is_sent() {
+fn import_unreadable_files_are_named_and_nothing_is_sent() {
     if nix::unistd::geteuid().is_root() {
-        let name = "workspace::tests::importing::unreadable_files_are_named_and_nothing_is_sent";
-        // Run by descriptor, because `nobody` may be unable to enter the directories above it, or TMPDIR.
+        let name = "workspace::tests::importing::import_unreadable_files_are_named_and_nothing_is_sent";
+        // Run by descriptor, because `nobody` may not be able to enter the directories above the
+        // binary or TMPDIR.
         let me = std::fs::File::open("/proc/self/exe").unwrap();
         let program = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&me));
         let mut c =
@@ -451,12 +452,12 @@ fn unreadable_files_are_named_and_nothing_is_sent() {
         site.chmod("closed", 0);
         assert!(site.plan().err().unwrap().to_string().contains("closed"));
         site.chmod("closed", 0o700);
-        // Between the look and the reading.
+        // The file becomes unreadable between the inspection and the read.
         let mut plan = site.plan().unwrap();
         site.chmod("secret 1", 0);
         let e = plan.send(&mut Vec::new(), &[], &mut |_, _| {}, &cancel()).unwrap_err();
         assert!(e.to_string().contains("secret 1"), "{e}");
-        // Gone since is no error.
+        // A file that vanished since the inspection is not an error.
         std::fs::remove_file(site.path("secret 1")).unwrap();
         let sent = plan.send(&mut Vec::new(), &[], &mut |_, _| {}, &cancel()).unwrap();
         assert!(sent.warnings[0].contains("secret 1 vanished"));

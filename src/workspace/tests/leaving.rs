@@ -1,9 +1,9 @@
-//! Exports name what cannot be part of a patch or a tree; everything else comes back.
+//! Exports report what cannot be part of a patch or a tree, and bring back everything else.
 
 use super::*;
 use std::os::unix::fs::symlink;
 
-/// A repository as somebody makes it in the guest.
+/// Creates a repository as a user would in the guest.
 fn guest_repository(site: &Site, at: &str, commit: bool) {
     let dir = site.guest().join(at);
     std::fs::create_dir_all(&dir).unwrap();
@@ -16,12 +16,12 @@ fn guest_repository(site: &Site, at: &str, commit: bool) {
     }
 }
 
-/// The patch leads to the guest's files without any `.git`.
+/// Checks that the patch brings back the guest's files without any `.git`.
 #[track_caller]
 fn assert_files_come_back(site: &Site) {
     site.apply(&site.patch_file()).unwrap();
     let in_git = |path: &[u8]| path.split(|b| *b == b'/').any(|part| part.eq_ignore_ascii_case(b".git"));
-    // A patch has of the mode only whether a file may be executed.
+    // A patch records only whether a file is executable, not its whole mode.
     let files = |root: &Path| -> Listing {
         let found = listing(root).into_iter().filter(|(path, _)| !in_git(path));
         found.map(|(path, (mode, bytes))| (path, (mode & 0o100, bytes))).collect()
@@ -33,7 +33,7 @@ fn assert_files_come_back(site: &Site) {
 }
 
 #[test]
-fn repository_made_in_the_guest_comes_back_and_its_history_is_named() {
+fn export_repository_made_in_the_guest_names_its_history() {
     for commit in [false, true] {
         let site = Site::committed();
         site.prepare();
@@ -43,7 +43,7 @@ fn repository_made_in_the_guest_comes_back_and_its_history_is_named() {
         assert_eq!(site.left(), ["Repository svc/.git"]);
         assert!(site.export_patch().unwrap().1 == 2);
         assert_files_come_back(&site);
-        // The host has its files by now, but not its history.
+        // Now the host has its files, but not its history.
         site.prepare();
         assert_eq!(site.left(), ["Repository svc/.git"]);
         site.write_guest("svc/main.go", "more work\n");
@@ -53,7 +53,7 @@ fn repository_made_in_the_guest_comes_back_and_its_history_is_named() {
 }
 
 #[test]
-fn repositories_in_repositories_and_with_odd_names_come_back() {
+fn export_nested_and_oddly_named_repositories() {
     let site = Site::committed();
     site.prepare();
     for dir in ["a b", "new\nline", "-rf", "(x) * [y] ?", "back\\slash & comma,", "é", "svc", "svc/inner", "svc/inner/most"] {
@@ -73,7 +73,7 @@ fn repositories_in_repositories_and_with_odd_names_come_back() {
 }
 
 #[test]
-fn repository_where_a_file_or_a_directory_was_sent_comes_back() {
+fn export_repository_that_replaced_a_sent_path() {
     for commit in [false, true] {
         let site = Site::committed();
         site.write("tool", "a file\n");
@@ -91,17 +91,17 @@ fn repository_where_a_file_or_a_directory_was_sent_comes_back() {
 }
 
 #[test]
-fn repository_that_the_guests_git_records_is_named_too() {
+fn export_repository_recorded_by_the_guests_git_is_named() {
     let site = Site::committed();
     site.prepare();
     site.write_guest("svc/main.go", "work\n");
     guest_repository(&site, "svc", true);
-    // As a commit in the index of the guest's repository, and in its history.
+    // As a commit in the index of the guest's repository, and then in its history.
     site.git_guest(&["-c", "advice.addEmbeddedRepo=false", "add", "svc"]);
     assert!(site.git_guest(&["ls-files", "-s", "svc"]).starts_with("160000"));
     assert_eq!(site.left(), ["Repository svc/.git"]);
     site.git_guest(&["-c", "user.name=g", "-c", "user.email=g@g", "commit", "-q", "-m", "svc"]);
-    // As a submodule, and a second work tree.
+    // As a submodule, and as a second work tree.
     let inner = Site::committed();
     let url = inner.host();
     site.git_guest(&["-c", "protocol.file.allow=always", "submodule", "--quiet", "add", url.to_str().unwrap(), "sub"]);
@@ -113,7 +113,7 @@ fn repository_that_the_guests_git_records_is_named_too() {
 }
 
 #[test]
-fn bare_repository_is_files() {
+fn export_bare_repository_as_files() {
     let site = Site::committed();
     site.prepare();
     run(Command::new("git").args(["init", "-q", "--bare", "store.git"]).cwd(site.guest()));
@@ -124,7 +124,7 @@ fn bare_repository_is_files() {
 }
 
 #[test]
-fn what_the_tree_ignores_stays_ignored_unless_a_repository_tracks_it() {
+fn export_skips_ignored_files_unless_a_repository_tracks_them() {
     let site = Site::committed();
     site.write(".gitignore", "*.o\nnode_modules/\n");
     site.commit("ignore");
@@ -140,7 +140,7 @@ fn what_the_tree_ignores_stays_ignored_unless_a_repository_tracks_it() {
 }
 
 #[test]
-fn repository_in_a_tree_without_git_is_named_when_the_guest_has_worked_in_it() {
+fn export_repository_in_a_plain_tree_is_named_if_the_guest_changed_it() {
     let site = Site::plain();
     site.write("x", "x\n");
     site.write("inner/file", "x\n");
@@ -159,7 +159,7 @@ fn repository_in_a_tree_without_git_is_named_when_the_guest_has_worked_in_it() {
     guest_repository(&site, "new", false);
     guest_repository(&site, ".", false);
     assert_eq!(site.left(), ["Repository .git", "Repository inner/.git", "Repository new/.git"]);
-    // A second import keeps what was done there, although it sends that directory, and names it.
+    // A second import keeps and names what was done there, although it also sends that directory.
     let head = git(&site.guest().join("inner"), &site.dir.path().join("guest"), &["rev-parse", "HEAD"]);
     assert_eq!(site.prepare(), [".git", "inner/.git", "inner/file", "new/.git", "new/file"]);
     assert_eq!(git(&site.guest().join("inner"), &site.dir.path().join("guest"), &["rev-parse", "HEAD"]), head);
@@ -169,7 +169,7 @@ fn repository_in_a_tree_without_git_is_named_when_the_guest_has_worked_in_it() {
 }
 
 #[test]
-fn repository_without_history_is_named_when_the_guest_makes_one() {
+fn export_repository_made_in_a_tree_without_history_is_named() {
     let site = Site::committed();
     let mut plan = Plan::inspect(&site.host(), &site.options(History::None), &cancel()).unwrap();
     site.prepare_with(&mut plan, false).unwrap();
@@ -188,7 +188,7 @@ fn second_import_keeps_and_names_a_repository_of_the_guest() {
     guest_repository(&site, "empty", false);
     site.write_guest("dir2/x", "guest\n");
     guest_repository(&site, "dir2", true);
-    // The host gets a file where each of them is, and a directory of the same name.
+    // The host adds a file in workspace of each repository, and a directory of the same name.
     site.write("tool", "host\n");
     site.write("empty", "host\n");
     site.write("dir2/x", "host\n");
@@ -200,7 +200,7 @@ fn second_import_keeps_and_names_a_repository_of_the_guest() {
     assert_eq!(there("dir2/x").unwrap(), "guest\n");
     assert_eq!(there("dir2/y").unwrap(), "host\n");
     assert!(there("tool/.git/HEAD").is_some() && there("empty/.git/HEAD").is_some() && there("dir2/.git/HEAD").is_some());
-    // A third time, and then in earnest.
+    // Import a third time, and then with overwrite.
     assert_eq!(site.prepare(), kept);
     site.overwrite();
     site.assert_same_tree();
@@ -208,7 +208,7 @@ fn second_import_keeps_and_names_a_repository_of_the_guest() {
 }
 
 #[test]
-fn files_in_a_submodule_of_the_host_are_named_and_the_rest_applies() {
+fn export_files_in_a_submodule_are_named_and_the_rest_applies() {
     let site = Site::committed();
     let inner = Site::committed();
     let url = inner.host();
@@ -221,7 +221,8 @@ fn files_in_a_submodule_of_the_host_are_named_and_the_rest_applies() {
     site.write("own repository/a", "x");
     site.prepare();
     assert_eq!(site.left(), Vec::<String>::new());
-    // The guest has the submodule's files: those that the host has, and others; one as a checkout without a change.
+    // The guest has the same files in the submodule as the host, and others. One workspace is a
+    // checkout without changes.
     for name in ["sub/a", "sub/new", "own repository/a", "plain/new"] {
         site.write_guest(name, "guest\n");
     }
@@ -243,7 +244,7 @@ fn files_in_a_submodule_of_the_host_are_named_and_the_rest_applies() {
 }
 
 #[test]
-fn submodule_that_the_guest_has_replaced_is_named() {
+fn export_replaced_submodule_is_named() {
     let changes: [fn(&Path); 3] = [
         |sub| std::fs::remove_dir_all(sub).unwrap(),
         |sub| {
@@ -269,7 +270,7 @@ fn submodule_that_the_guest_has_replaced_is_named() {
 }
 
 #[test]
-fn names_that_git_refuses_are_named_and_the_rest_comes_back() {
+fn export_names_that_git_rejects_are_listed_and_the_rest_applies() {
     let site = Site::committed();
     site.prepare();
     site.write_guest(".GIT/x", "x\n");
@@ -280,7 +281,7 @@ fn names_that_git_refuses_are_named_and_the_rest_comes_back() {
 }
 
 #[test]
-fn many_files_come_back() {
+fn export_many_files() {
     let site = Site::committed();
     site.prepare();
     for i in 0..3000 {

@@ -1,4 +1,5 @@
-//! Round trips with real repositories: the guest's scripts run here, under `sh`, in a directory of their own.
+//! Round trips with real repositories. The guest's scripts run on this host, under `sh`, in a
+//! directory of their own.
 
 mod accepting;
 mod applying;
@@ -12,7 +13,7 @@ mod stealing;
 mod times;
 
 use super::plan::{CallerEnv, History, Options, Plan, Sent};
-use super::remote::{self, Finish, Finished, Place};
+use super::remote::{self, Finish, Finished, GuestWorkspace};
 use super::{apply, left, patch, unpack};
 use crate::api::exec::Exit;
 use crate::error::{Error, Result};
@@ -30,24 +31,27 @@ fn cancel() -> Cancel {
     Cancel::try_new().unwrap()
 }
 
-/// A host directory with a tree, and a directory that stands for the guest.
+/// A host directory with a tree, and a directory that plays the guest.
 struct Site {
     dir: tempfile::TempDir,
-    place: Place,
+    workspace: GuestWorkspace,
 }
 
 impl Site {
-    /// An empty directory as the host's tree.
+    /// A site whose tree is an empty directory.
     fn plain() -> Self {
         let dir = tempfile::tempdir().unwrap();
         for name in ["host/repo", "home", "guest"] {
             std::fs::create_dir_all(dir.path().join(name)).unwrap();
         }
-        let place = Place::with_root(dir.path().join("guest/repo").to_str().unwrap(), dir.path().join("state").to_str().unwrap());
-        Self { dir, place }
+        let workspace = GuestWorkspace::with_root(
+            dir.path().join("guest/repo").to_str().unwrap(),
+            dir.path().join("state").to_str().unwrap(),
+        );
+        Self { dir, workspace }
     }
 
-    /// An unborn repository.
+    /// A site whose tree is a repository without commits.
     fn unborn() -> Self {
         let site = Self::plain();
         std::fs::write(site.dir.path().join("home/.gitconfig"), "[user]\n\tname = U Ser\n\temail = u@example.org\n").unwrap();
@@ -55,7 +59,7 @@ impl Site {
         site
     }
 
-    /// A repository with one commit of `a`, `dir/b` and `run`, which may be executed.
+    /// A site whose tree is a repository with one commit of `a`, `dir/b` and the executable `run`.
     fn committed() -> Self {
         let site = Self::unborn();
         site.write("a", "one\ntwo\n");
@@ -70,7 +74,7 @@ impl Site {
         self.dir.path().join("host/repo")
     }
     fn guest(&self) -> PathBuf {
-        PathBuf::from(&self.place.guest_path)
+        PathBuf::from(&self.workspace.guest_path)
     }
     fn path(&self, name: impl AsRef<OsStr>) -> PathBuf {
         self.host().join(Path::new(name.as_ref()))
@@ -88,7 +92,7 @@ impl Site {
         self.git(&["add", "-A"]);
         self.git(&["commit", "-q", "-m", message]);
     }
-    /// A commit of nothing but a message.
+    /// Makes an empty commit with a message.
     fn commit_as(&self, message: &str) {
         self.git(&["commit", "-q", "--allow-empty", "-m", message]);
     }
@@ -96,7 +100,7 @@ impl Site {
     fn git(&self, args: &[&str]) -> String {
         git(&self.host(), &self.dir.path().join("home"), args)
     }
-    /// git as somebody in the guest runs it: the distribution's, with a home of its own.
+    /// Runs git as a user in the guest would: the distribution's git, with its own home.
     #[track_caller]
     fn git_guest(&self, args: &[&str]) -> String {
         git(&self.guest(), &self.dir.path().join("guest"), args)
@@ -125,16 +129,16 @@ impl Site {
     }
 
     fn begin(&self) -> Result<Vec<Vec<u8>>> {
-        remote::parse_begin(&self.sh("begin the import", &remote::begin_command(&self.place), Vec::new())?.0)
+        remote::parse_begin(&self.sh("begin the import", &remote::begin_command(&self.workspace), Vec::new())?.0)
     }
     fn receive(&self, payload: Vec<u8>, overwrite: bool) -> Result<()> {
-        self.sh("receive the tree", &remote::receive_command(&self.place, overwrite), payload).map(drop)
+        self.sh("receive the tree", &remote::receive_command(&self.workspace, overwrite), payload).map(drop)
     }
     fn finish(&self, finish: &Finish<'_>) -> Result<Finished> {
-        remote::parse_finish(&self.sh("finish the import", &remote::finish_command(&self.place, finish), Vec::new())?.0)
+        remote::parse_finish(&self.sh("finish the import", &remote::finish_command(&self.workspace, finish), Vec::new())?.0)
     }
     fn status(&self) -> remote::Status {
-        let (out, _) = self.sh("look", &remote::status_command(&self.place), Vec::new()).unwrap();
+        let (out, _) = self.sh("look", &remote::status_command(&self.workspace), Vec::new()).unwrap();
         remote::parse_status(&out).unwrap()
     }
 
@@ -150,7 +154,7 @@ impl Site {
         let finish = Finish { overwrite, readonly: false, subdir: plan.subdir() };
         Ok((sent, self.finish(&finish)?))
     }
-    /// A whole import; the paths that were kept.
+    /// Runs a whole import. Returns the paths that were kept.
     #[track_caller]
     fn prepare(&self) -> Vec<String> {
         let (_, finished) = self.prepare_with(&mut self.plan().unwrap(), false).unwrap();
@@ -162,7 +166,7 @@ impl Site {
         assert_eq!(finished.kept, Vec::<Vec<u8>>::new());
     }
 
-    /// The payload without its beginning, and what that names.
+    /// Returns the payload without the list at its beginning, and that list.
     fn export(&self, command: &str) -> Result<(Vec<u8>, Vec<left::Left>)> {
         let (payload, _) = self.sh("export", command, Vec::new())?;
         let mut rest = payload.as_slice();
@@ -170,23 +174,24 @@ impl Site {
         assert_eq!(left.total, left.named.len() as u64);
         Ok((rest.to_vec(), left.named))
     }
-    /// The names that a patch export and a tree export report as left behind.
+    /// Returns the paths that a patch export and a tree export report as left behind.
     #[track_caller]
     fn left(&self) -> Vec<String> {
-        let named = [remote::export_patch_command(&self.place), remote::export_tree_command(&self.place)].map(|command| {
-            let named = self.export(&command).unwrap().1;
-            named.iter().map(|l| format!("{:?} {}", l.why, String::from_utf8_lossy(&l.path))).collect::<Vec<_>>()
-        });
+        let named =
+            [remote::export_patch_command(&self.workspace), remote::export_tree_command(&self.workspace)].map(|command| {
+                let named = self.export(&command).unwrap().1;
+                named.iter().map(|l| format!("{:?} {}", l.why, String::from_utf8_lossy(&l.path))).collect::<Vec<_>>()
+            });
         assert_eq!(named[0], named[1]);
         named[0].clone()
     }
     fn export_patch(&self) -> Result<(Vec<u8>, u64)> {
-        let (patch, _) = self.export(&remote::export_patch_command(&self.place))?;
+        let (patch, _) = self.export(&remote::export_patch_command(&self.workspace))?;
         let (_, counted) = patch::spool(&mut &patch[..], u64::MAX, &cancel())?;
         Ok((patch, counted.files))
     }
     fn export_tree(&self) -> Result<Vec<u8>> {
-        Ok(self.export(&remote::export_tree_command(&self.place))?.0)
+        Ok(self.export(&remote::export_tree_command(&self.workspace))?.0)
     }
 
     #[track_caller]
@@ -194,19 +199,19 @@ impl Site {
         let args = ["status", "--porcelain", "--untracked-files=all"];
         assert_eq!(self.git(&args), self.git_guest(&args));
     }
-    /// The same, but for a file that only the guest has.
+    /// Compares `git status` on both sides, ignoring a file that only the guest has.
     #[track_caller]
     fn assert_same_status_without(&self, only_in_guest: &str) {
         let args = ["status", "--porcelain", "--untracked-files=all"];
         let line = format!("?? {only_in_guest}\n");
         assert_eq!(self.git(&args), self.git_guest(&args).replace(&line, ""));
     }
-    /// What git lists on the host is what the guest has, byte for byte, and nothing else is there.
+    /// Checks that the guest has exactly the files that git lists on the host, byte for byte.
     #[track_caller]
     fn assert_same_tree(&self) {
         assert_eq!(listing(&self.host()), listing(&self.guest()));
     }
-    /// A patch that was exported, as a file.
+    /// Exports a patch into a file.
     fn patch_file(&self) -> PathBuf {
         let file = self.dir.path().join("p.patch");
         std::fs::write(&file, self.export_patch().unwrap().0).unwrap();
@@ -218,7 +223,7 @@ impl Site {
     fn apply(&self, patch: &Path) -> Result<Vec<apply::Change>> {
         apply::check(&self.host(), patch, &self.caller(), &cancel())?.apply_all()
     }
-    /// Takes a patch, applies it to the host's tree, compares the trees, and gives the patch.
+    /// Exports a patch, applies it to the host's tree and compares the trees. Returns the patch.
     #[track_caller]
     fn apply_export(&self) -> String {
         let file = self.patch_file();
@@ -248,10 +253,10 @@ fn git(dir: &Path, home: &Path, args: &[&str]) -> String {
     String::from_utf8_lossy(&run(c).stdout).into_owned()
 }
 
-/// Permission bits, then content or target, by path.
+/// Maps a path to its permission bits and its content or target.
 type Listing = BTreeMap<Vec<u8>, (u32, Vec<u8>)>;
 
-/// Every file and link below, without `.git` at the top.
+/// Lists every file and link below `root`, without the `.git` at the top.
 fn listing(root: &Path) -> Listing {
     let mut out = BTreeMap::new();
     let mut pending = vec![root.to_owned()];

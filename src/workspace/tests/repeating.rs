@@ -5,7 +5,7 @@ use crate::workspace::remote::Status;
 use std::os::unix::fs::symlink;
 
 #[test]
-fn a_second_import_brings_the_guest_to_the_host() {
+fn second_import_updates_the_guest() {
     let site = Site::committed();
     site.write(".gitignore", "*.o\n");
     site.write("file-to-dir", "x");
@@ -32,7 +32,7 @@ fn a_second_import_brings_the_guest_to_the_host() {
 }
 
 #[test]
-fn what_the_guest_changed_is_named_and_kept() {
+fn guest_changes_are_named_and_kept() {
     let site = Site::committed();
     for name in ["both", "deleted-there", "deleted-here", "same", "untouched", "left"] {
         site.write(name, "original\n");
@@ -58,7 +58,8 @@ fn what_the_guest_changed_is_named_and_kept() {
     assert_eq!(there("untouched").unwrap(), "host\n");
     assert_eq!(there("only-there").unwrap(), "guest\n");
     assert_eq!(there("deleted-there"), None);
-    // What the host has by now is in no patch; what was kept is, against what the host had when it was sent.
+    // The host's new content is not in the patch. What was kept is, compared with what the host had
+    // when it was sent.
     let (patch, changed) = site.export_patch().unwrap();
     let patch = String::from_utf8(patch).unwrap();
     assert_eq!(changed, 6, "{patch}");
@@ -71,7 +72,7 @@ fn what_the_guest_changed_is_named_and_kept() {
 }
 
 #[test]
-fn an_applied_export_is_no_change_any_more() {
+fn applied_export_is_not_a_change_any_more() {
     let site = Site::committed();
     site.prepare();
     site.write_guest("a", "one\nguest\n");
@@ -85,12 +86,12 @@ fn an_applied_export_is_no_change_any_more() {
 }
 
 #[test]
-fn kinds_that_clash_are_kept_too() {
+fn conflicting_file_types_are_kept() {
     let site = Site::committed();
     site.write("f", "x");
     site.write("d/x", "x");
     site.prepare();
-    // There a file became a directory, and a directory a link.
+    // In the guest a file became a directory, and a directory a link.
     std::fs::remove_file(site.guest().join("f")).unwrap();
     site.write_guest("f/inside", "guest");
     std::fs::remove_dir_all(site.guest().join("d")).unwrap();
@@ -109,7 +110,7 @@ fn kinds_that_clash_are_kept_too() {
 }
 
 #[test]
-fn commits_of_the_guest_are_kept_unless_overwritten() {
+fn guest_commits_are_kept_unless_overwritten() {
     let site = Site::committed();
     site.prepare();
     site.write_guest("a", "guest\n");
@@ -123,7 +124,7 @@ fn commits_of_the_guest_are_kept_unless_overwritten() {
     site.overwrite();
     assert_eq!(site.git(&["rev-parse", "HEAD"]), site.git_guest(&["rev-parse", "HEAD"]));
     site.assert_same_status();
-    // They are not lost.
+    // The overwritten commits are still reachable.
     assert_eq!(site.git_guest(&["for-each-ref", "--format=%(objectname)", "refs/fcd"]), theirs);
     site.write("dir/b", "host again\n");
     site.commit("host again");
@@ -132,7 +133,7 @@ fn commits_of_the_guest_are_kept_unless_overwritten() {
 }
 
 #[test]
-fn the_host_may_switch_branches_reset_and_rewrite() {
+fn host_may_switch_branches_reset_and_rewrite() {
     let site = Site::committed();
     site.write("a", "second\n");
     site.commit("second");
@@ -150,7 +151,7 @@ fn the_host_may_switch_branches_reset_and_rewrite() {
 }
 
 #[test]
-fn an_import_cut_off_anywhere_is_incomplete_and_can_be_done_again() {
+fn interrupted_import_is_incomplete_and_can_be_repeated() {
     let site = Site::committed();
     for i in 0..20 {
         site.write(&format!("files/{i}"), format!("{i}\n").repeat(300));
@@ -167,7 +168,8 @@ fn an_import_cut_off_anywhere_is_incomplete_and_can_be_done_again() {
     let cuts = [0, 5, 20, payload.len() / 4, payload.len() / 2, payload.len() - 3072, payload.len() - 1024];
     for cut in cuts {
         assert_eq!(site.begin().unwrap(), [b"dir/b".to_vec()], "what an import has put there is not the guest's");
-        // At a block's end tar does not see it: the trailer does, and then nobody calls finish.
+        // tar does not notice an interruption at the end of a block. The trailer shows it, and then
+        // finish is not called.
         let _ = site.receive(payload[..cut].to_vec(), false);
         assert_eq!(site.status(), Status::Incomplete, "{cut}");
         assert_eq!(site.export_patch().unwrap_err().kind(), Kind::WorkspaceIncomplete);
@@ -182,11 +184,11 @@ fn an_import_cut_off_anywhere_is_incomplete_and_can_be_done_again() {
     assert_eq!(changed, 1);
 }
 
-/// A guest that is killed has lost its power: what was written last is there by name, and empty.
+/// Killing a guest is like a power cut: files that were written last may exist but be empty.
 #[test]
-fn what_a_power_cut_leaves_of_the_first_import_is_made_anew() {
+fn first_import_interrupted_by_a_power_cut_is_repeated() {
     let site = Site::committed();
-    let state = PathBuf::from(&site.place.state_dir);
+    let state = PathBuf::from(&site.workspace.state_dir);
     let mut payload = Vec::new();
     site.begin().unwrap();
     site.plan().unwrap().send(&mut payload, &[], &mut |_, _| {}, &cancel()).unwrap();
@@ -203,9 +205,9 @@ fn what_a_power_cut_leaves_of_the_first_import_is_made_anew() {
 }
 
 #[test]
-fn a_repository_that_a_power_cut_met_while_it_was_made_is_made_anew() {
+fn repository_half_created_at_a_power_cut_is_created_again() {
     let site = Site::committed();
-    let state = PathBuf::from(&site.place.state_dir);
+    let state = PathBuf::from(&site.workspace.state_dir);
     site.begin().unwrap();
     let git = site.guest().join(".git");
     std::fs::create_dir_all(&git).unwrap();
@@ -214,17 +216,18 @@ fn a_repository_that_a_power_cut_met_while_it_was_made_is_made_anew() {
     assert_eq!(site.prepare(), Vec::<String>::new());
     site.assert_same_tree();
     site.assert_same_status();
-    // One that the guest broke itself is the guest's.
+    // A repository that the guest itself broke is left alone.
     std::fs::write(git.join("HEAD"), "").unwrap();
     assert_eq!(site.prepare(), [".git/HEAD"]);
 }
 
 #[test]
-fn a_git_that_was_killed_is_in_nobodys_way() {
+fn locks_of_a_killed_git_are_removed() {
     let site = Site::committed();
     site.prepare();
-    let state = PathBuf::from(&site.place.state_dir);
-    // As a kill leaves them: of the index that is compared, of the one that is made, and in the guest's repository.
+    let state = PathBuf::from(&site.workspace.state_dir);
+    // The locks that a killed git leaves: of the compared index, of the new index, and in the
+    // guest's repository.
     for lock in ["current.index.lock", "index.new.lock", "repo.index.lock", "recall.index.lock", "repository"] {
         std::fs::write(state.join(lock), "").unwrap();
     }
@@ -237,21 +240,21 @@ fn a_git_that_was_killed_is_in_nobodys_way() {
     assert_eq!(site.prepare(), Vec::<String>::new());
     site.assert_same_tree();
     site.assert_same_status();
-    // A lock of the guest's own is not ours to break.
+    // A lock that belongs to the guest must not be removed.
     std::fs::write(git.join("HEAD.lock"), "").unwrap();
     site.begin().unwrap();
     assert!(git.join("HEAD.lock").exists());
 }
 
 #[test]
-fn what_an_earlier_connection_left_behind_ends_first() {
+fn import_waits_for_an_earlier_connection_to_end() {
     let site = Site::committed();
     site.prepare();
-    let held = std::fs::File::create(PathBuf::from(&site.place.state_dir).join("alone")).unwrap();
+    let held = std::fs::File::create(PathBuf::from(&site.workspace.state_dir).join("alone")).unwrap();
     held.lock().unwrap();
     std::thread::scope(|s| {
         let begun = s.spawn(|| site.begin());
-        // proc_locks(5): an arrow for who waits, then device and inode.
+        // In proc_locks(5), an arrow marks a waiting process; device and inode follow.
         let inode = format!(":{} ", std::os::unix::fs::MetadataExt::ino(&held.metadata().unwrap()));
         let waits = || {
             let list = std::fs::read_to_string("/proc/locks").unwrap();
@@ -268,7 +271,7 @@ fn what_an_earlier_connection_left_behind_ends_first() {
 }
 
 #[test]
-fn a_first_import_cut_off_leaves_nothing_that_counts_as_the_guests() {
+fn interrupted_first_import_leaves_no_guest_changes() {
     let site = Site::committed();
     site.write("old", "x");
     let mut payload = Vec::new();
@@ -283,7 +286,7 @@ fn a_first_import_cut_off_leaves_nothing_that_counts_as_the_guests() {
 }
 
 #[test]
-fn what_lies_at_the_guest_path_already_is_kept() {
+fn files_already_at_the_guest_path_are_kept() {
     let site = Site::committed();
     site.write_guest("a", "somebody else's\n");
     site.write_guest("theirs", "x");
@@ -300,7 +303,7 @@ fn what_lies_at_the_guest_path_already_is_kept() {
 }
 
 #[test]
-fn a_plain_tree_can_be_sent_again_and_become_a_repository() {
+fn plain_tree_can_be_sent_again_and_become_a_repository() {
     let site = Site::plain();
     site.write("a", "1");
     site.write("sub/b", "1");
@@ -322,7 +325,7 @@ fn a_plain_tree_can_be_sent_again_and_become_a_repository() {
 }
 
 #[test]
-fn a_raw_tar_is_a_workspace_too() {
+fn raw_tar_makes_a_workspace() {
     let site = Site::plain();
     site.write("in/x", "1\n");
     site.write("y", "1\n");
@@ -341,7 +344,7 @@ fn a_raw_tar_is_a_workspace_too() {
         site.receive(payload, overwrite)?;
         site.finish(&Finish { overwrite, ..Finish::default() })
     };
-    // What an interrupted import left is nobody's change.
+    // The files that an interrupted import left do not count as changes.
     let mut payload = Vec::new();
     site.begin().unwrap();
     raw_tar::send(&mut &tar(&site)[..], &mut payload, &[], &mut |_, _| {}, &cancel()).unwrap();
@@ -355,12 +358,12 @@ fn a_raw_tar_is_a_workspace_too() {
     import(&site, true).unwrap();
     site.assert_same_tree();
     assert_eq!(site.export_patch().unwrap().1, 0);
-    // After an import whose content stayed in its archive.
+    // The same after an import whose content stayed in its archive.
     site.write("big", vec![7; 9_000_000]);
     site.prepare();
-    assert!(Path::new(&site.place.state_dir).join("tree.tar").exists());
+    assert!(Path::new(&site.workspace.state_dir).join("tree.tar").exists());
     import(&site, true).unwrap();
-    assert!(!Path::new(&site.place.state_dir).join("tree.tar").exists());
+    assert!(!Path::new(&site.workspace.state_dir).join("tree.tar").exists());
     site.write_guest("big", "small");
     site.write_guest("y", "guest\n");
     site.apply_export();
@@ -377,7 +380,7 @@ fn large_content_is_recalled_from_the_archive() {
         }
         symlink("small", site.path("link")).unwrap();
         site.prepare();
-        assert!(Path::new(&site.place.state_dir).join("tree.tar").exists());
+        assert!(Path::new(&site.workspace.state_dir).join("tree.tar").exists());
         assert_eq!(site.export_patch().unwrap(), (Vec::new(), 0));
         let change = |site: &Site| {
             let mut changed = big.clone();
@@ -389,17 +392,17 @@ fn large_content_is_recalled_from_the_archive() {
             site.write_guest("link", "a file now\n");
         };
         change(&site);
-        let before = listing(Path::new(&site.place.state_dir));
+        let before = listing(Path::new(&site.workspace.state_dir));
         let (patch, changed) = site.export_patch().unwrap();
         assert_eq!(changed, 4);
         assert!(patch.len() < 100_000);
-        assert!(before == listing(Path::new(&site.place.state_dir)));
+        assert!(before == listing(Path::new(&site.workspace.state_dir)));
         // What was kept keeps its baseline when the archive is replaced.
         site.write("small", "host\n");
         assert_eq!(site.prepare().len(), 4);
         assert_eq!(site.export_patch().unwrap().0, patch);
         site.apply_export();
-        // With what both have by now the archive is a new baseline.
+        // Both sides now have the same content, so the new archive becomes the baseline.
         assert_eq!(site.prepare(), Vec::<String>::new());
         assert_eq!(site.export_patch().unwrap().1, 0);
     }

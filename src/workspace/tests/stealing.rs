@@ -1,4 +1,4 @@
-//! A hostile repository wants another repository of the caller's to be sent.
+//! A hostile repository tries to get another repository of the caller's sent.
 
 use super::*;
 use crate::error::Kind;
@@ -43,8 +43,8 @@ impl Heist {
         symlink(target, path).unwrap();
     }
 
-    /// Sends what can be sent and looks for the private repository in it, as somebody in the guest
-    /// would. Gives the refusal.
+    /// Sends what can be sent and searches it for the private repository, as the guest could.
+    /// Returns the refusal.
     #[track_caller]
     fn run(&self) -> Option<Error> {
         self.run_with(&self.site.options(History::Full))
@@ -77,7 +77,7 @@ impl Heist {
         in_git || listed || listing(&guest).values().any(|(_, text)| text == SECRET.as_bytes())
     }
 
-    /// The private repository's index would tell names.
+    /// True if the guest's index has a name from the private repository.
     fn in_index(&self, guest: &Path) -> bool {
         let c = Command::new("git").args(["ls-files"]).cwd(guest);
         let output = run_any_status(&c, &cancel(), &mut |_| {}).unwrap();
@@ -99,7 +99,7 @@ fn commondir_of_another_repository_is_refused() {
     for absolute in [true, false] {
         let heist = Heist::bare();
         let main = heist.private(".git").display().to_string();
-        // This many steps up reach the root from anywhere.
+        // This number of `..` reaches the root from any directory.
         let up = if absolute { String::new() } else { "..".to_owned() + &"/..".repeat(30) };
         heist.site.write(".git/commondir", format!("{up}{main}\n"));
         heist.site.write(".git/HEAD", "ref: refs/heads/trunk\n");
@@ -156,7 +156,7 @@ fn links_deep_in_objects_and_refs_are_refused() {
     let heist = Heist::new();
     heist.link(".git/refs/heads/trunk", heist.private(".git/refs/heads/trunk"));
     heist.refused("refs/heads/trunk");
-    // Through a link within the tree that leads elsewhere.
+    // A link within the tree that leads to a link out of it.
     let heist = Heist::new();
     heist.link("store", heist.private(".git/objects"));
     heist.link(".git/objects", heist.site.path("store"));
@@ -185,14 +185,15 @@ fn alternate_of_another_repository_is_refused() {
     check(&|h| format!("..{}{}\n", "/..".repeat(30), objects(h)));
     check(&|h| format!("\"{}\"\n", objects(h)));
     check(&|h| format!("\"{}\"\n", objects(h).replacen('t', "\\164", 1)));
-    // A quoted path with something behind it, as git reads it.
+    // A quoted path followed by another byte, which git accepts.
     check(&|h| format!("\"/not/there\"x{}\n", objects(h)));
     check(&|h| format!("\"{}\"x\n", objects(h)));
 }
 
 #[test]
 fn nested_alternate_of_another_repository_is_refused() {
-    // A store inside the tree is the tree's own; where that one leads on, it is another's.
+    // A store inside the tree belongs to the tree, but its own alternate belongs to another
+    // repository.
     let heist = Heist::new();
     heist.site.write("store/info/alternates", format!("{}\n", heist.private(".git/objects").display()));
     heist.site.write(".git/objects/info/alternates", "../../store\n");
@@ -218,7 +219,7 @@ fn http_alternates_are_not_followed() {
 
 #[test]
 fn pack_named_by_multi_pack_index_outside_is_not_used() {
-    // An index of packs names its packs by file name; git does not look at what is in a name.
+    // A multi-pack index names packs by file name, and git does not check the names.
     let heist = Heist::new();
     heist.private.git(&["repack", "-adq"]);
     heist.private.git(&["multi-pack-index", "write"]);
@@ -228,7 +229,7 @@ fn pack_named_by_multi_pack_index_outside_is_not_used() {
     let at = midx.windows(5).position(|w| w == b"pack-").unwrap();
     let name = String::from_utf8(midx[at..at + 49].to_vec()).unwrap();
     assert!(name.ends_with(".idx"), "{name}");
-    // As many bytes, so that all offsets stay.
+    // The name has the same length, so that all offsets stay valid.
     let short = heist.site.dir.path().join("host/p");
     symlink(&packs, &short).unwrap();
     let way = format!("../../../../p/{name}");
@@ -236,12 +237,13 @@ fn pack_named_by_multi_pack_index_outside_is_not_used() {
     let forged = forge_midx(&midx, at, &name, &way, grow);
     heist.site.write(".git/objects/pack/multi-pack-index", forged);
     heist.site.write(".git/refs/heads/trunk", heist.private.git(&["rev-parse", "HEAD"]));
-    // git itself is taken in, or this test shows nothing.
+    // git itself must be deceived, or this test proves nothing.
     assert!(heist.site.git(&["show", "HEAD:secret"]).contains(SECRET.trim()));
     assert!(heist.run().is_some());
 }
 
-/// Replaces the one name in the chunk PNAM by a longer one; the file's checksum is not looked at.
+/// Replaces the only name in the PNAM chunk with a longer one. git does not verify the file's
+/// checksum.
 fn forge_midx(midx: &[u8], at: usize, name: &str, way: &str, grow: usize) -> Vec<u8> {
     let end = at + name.len() + 1;
     let padded = end.next_multiple_of(4).max(end);
@@ -249,7 +251,7 @@ fn forge_midx(midx: &[u8], at: usize, name: &str, way: &str, grow: usize) -> Vec
     let old_size = (padded - at).max(end - at);
     new.resize(old_size + grow, 0);
     let mut out = [&midx[..at], &new, &midx[at + old_size..]].concat();
-    // The table of chunks: id and offset.
+    // The table of chunks holds an id and an offset for each.
     let chunks = midx[6] as usize;
     for i in 0..=chunks {
         let entry = 12 + 12 * i + 4;
@@ -263,7 +265,8 @@ fn forge_midx(midx: &[u8], at: usize, name: &str, way: &str, grow: usize) -> Vec
 
 #[test]
 fn git_file_chains_are_refused() {
-    // To another repository, to a file that leads on, to a directory here whose parts lie there.
+    // The link leads to another repository, to a file that leads further, or to a directory here
+    // whose parts are there.
     let heist = Heist::bare();
     heist.site.write("fake/HEAD", "ref: refs/heads/trunk\n");
     heist.site.write("fake/commondir", format!("{}\n", heist.private(".git").display()));
@@ -283,7 +286,7 @@ fn git_file_chains_are_refused() {
     heist.link("next", heist.private(".git"));
     heist.site.write(".git", "gitdir: next\n");
     heist.refused(&heist.private(".git").display().to_string());
-    // A configuration that claims the tree, with all the rest another's.
+    // The configuration claims the tree, and everything else belongs to another repository.
     let heist = Heist::bare();
     let store = heist.site.dir.path().join("host/store");
     for name in ["HEAD", "objects", "refs"] {
@@ -304,7 +307,7 @@ fn worktree_of_another_tree_is_refused() {
     let gitfile = std::fs::read_to_string(tree.join(".git")).unwrap();
     heist.site.write(".git", &gitfile);
     heist.refused(&tree.display().to_string());
-    // A copy of the worktree's own directory that points back here.
+    // A copy of the worktree's own directory that points back to this tree.
     let heist_dir = heist.private(".git/worktrees/tree");
     heist.site.write("fake/HEAD", std::fs::read(heist_dir.join("HEAD")).unwrap());
     heist.site.write("fake/commondir", format!("{}\n", heist.private(".git").display()));
@@ -316,7 +319,7 @@ fn worktree_of_another_tree_is_refused() {
     heist.site.write("x/worktrees/y/commondir", format!("{}\n", heist.private(".git").display()));
     heist.site.write(".git", "gitdir: x/worktrees/y\n");
     heist.refused("commondir");
-    // Its common directory lies here, and its objects there.
+    // Its common directory is here, but its objects are there.
     heist.site.write("x/worktrees/y/commondir", "../..\n");
     heist.site.write("x/HEAD", "ref: refs/heads/trunk\n");
     for name in ["objects", "refs"] {
@@ -326,7 +329,7 @@ fn worktree_of_another_tree_is_refused() {
 }
 
 #[test]
-fn settings_of_an_included_file_do_not_arrive() {
+fn settings_from_an_included_file_are_not_sent() {
     let heist = Heist::new();
     heist.private.git(&["config", "user.name", "private name"]);
     heist.private.git(&["config", "core.eol", "crlf"]);
@@ -334,7 +337,7 @@ fn settings_of_an_included_file_do_not_arrive() {
     assert!(heist.run().is_none());
     let config = std::fs::read_to_string(heist.site.guest().join(".git/config")).unwrap();
     assert!(!config.contains("private name") && !config.contains("crlf"), "{config}");
-    // One in the tree itself is the tree's.
+    // An included file inside the tree belongs to the tree.
     let site = Site::committed();
     site.write(".gitconfig", "[user]\n\tname = T Ree\n");
     site.git(&["config", "include.path", "../.gitconfig"]);
@@ -343,7 +346,7 @@ fn settings_of_an_included_file_do_not_arrive() {
 }
 
 #[test]
-fn repository_above_is_not_used_for_a_broken_one() {
+fn broken_repository_does_not_fall_back_to_one_above() {
     let heist = Heist::new();
     let inner = heist.private("inner");
     std::fs::create_dir_all(inner.join(".git")).unwrap();
@@ -354,7 +357,7 @@ fn repository_above_is_not_used_for_a_broken_one() {
 }
 
 #[test]
-fn submodule_of_another_repository_does_not_arrive() {
+fn submodule_of_another_repository_is_not_sent() {
     let heist = Heist::new();
     heist.site.write("sub/.git", format!("gitdir: {}\n", heist.private(".git").display()));
     let commit = heist.private.git(&["rev-parse", "HEAD"]);
@@ -366,7 +369,7 @@ fn submodule_of_another_repository_does_not_arrive() {
     assert!(untracked.run().is_none());
 }
 
-/// A repository that has nothing but what another one has.
+/// A repository that has only what another one has.
 fn shared_clone(heist: &Heist) -> PathBuf {
     let main = heist.private.host();
     let site = &heist.site;
@@ -385,7 +388,7 @@ fn shared_clone_is_sent_when_its_alternate_is_allowed() {
     let hint = e.hint_text().unwrap();
     assert!(hint.contains(&format!("--allow-alternate {}", objects.display())), "{hint}");
     assert!(e.to_string().contains(".git/objects/info/alternates"), "{e}");
-    // The store, its repository, a link to it: whatever holds it.
+    // Allowing the store, its repository or a link to it all works.
     let link = heist.site.dir.path().join("link");
     symlink(heist.private.host(), &link).unwrap();
     for allowed in [objects.clone(), heist.private.host(), link] {
@@ -397,7 +400,7 @@ fn shared_clone_is_sent_when_its_alternate_is_allowed() {
         assert_eq!(site.git_guest(&["status", "--porcelain"]), "");
         site.git_guest(&["fsck"]);
     }
-    // Another directory does not help, nor one that is not there.
+    // Allowing another directory does not help, and neither does one that does not exist.
     let check = |allowed: PathBuf, kind: Kind| {
         let options = Options { allow_alternates: vec![allowed], ..heist.site.options(History::Full) };
         assert_eq!(heist.run_with(&options).unwrap().kind(), kind);
@@ -407,7 +410,7 @@ fn shared_clone_is_sent_when_its_alternate_is_allowed() {
 }
 
 #[test]
-fn alternate_of_an_allowed_store_has_to_be_allowed_too() {
+fn alternate_of_an_allowed_store_must_be_allowed_too() {
     let heist = Heist::bare();
     let objects = shared_clone(&heist);
     let third = Site::committed();
@@ -420,7 +423,7 @@ fn alternate_of_an_allowed_store_has_to_be_allowed_too() {
     let e = Plan::inspect(&heist.site.host(), &options(&[&objects]), &cancel()).err().unwrap();
     assert!(e.to_string().contains(&third.host().display().to_string()), "{e}");
     Plan::inspect(&heist.site.host(), &options(&[&objects, &third.host()]), &cancel()).unwrap();
-    // An allowed path does not open the way to others.
+    // An allowed path does not give access to others.
     std::fs::remove_file(&list).unwrap();
     std::fs::remove_dir_all(objects.join("pack")).unwrap();
     symlink(third.path(".git/objects/pack"), objects.join("pack")).unwrap();
@@ -443,8 +446,9 @@ fn alternate_of_another_owner_is_refused_without_the_flag() {
 }
 
 #[test]
-fn worktree_of_a_nested_kind_is_sent() {
-    // Worktrees of a repository inside the tree, of a submodule, with relative paths, and within the main work tree.
+fn worktree_of_every_nested_kind_is_sent() {
+    // Worktrees of a repository inside the tree, of a submodule, with relative paths, and within
+    // the main work tree.
     let site = Site::committed();
     site.git(&["worktree", "add", "-q", "-b", "inner", "inner/tree"]);
     let inner = site.path("inner/tree");
@@ -465,7 +469,7 @@ fn worktree_of_a_nested_kind_is_sent() {
 }
 
 #[test]
-fn repository_whose_directory_is_elsewhere_is_sent_when_allowed() {
+fn repository_with_a_separate_git_dir_is_sent_when_allowed() {
     let site = Site::plain();
     let store = site.dir.path().join("store.git");
     site.git(&["init", "-q", &format!("--separate-git-dir={}", store.display())]);
@@ -476,22 +480,22 @@ fn repository_whose_directory_is_elsewhere_is_sent_when_allowed() {
     Plan::inspect(&site.host(), &options, &cancel()).unwrap();
 }
 
-/// The hint is run as it is printed.
+/// Runs the hint exactly as it is printed.
 #[test]
-fn moved_worktree_is_mended_by_its_hint() {
+fn moved_worktree_is_repaired_by_the_hinted_command() {
     let site = Site::committed();
     let home = site.dir.path().join("home");
     let (old, new) = (site.dir.path().join("host/m2"), site.dir.path().join("host/it's moved"));
     site.git(&["worktree", "add", "-q", "-b", "wt", old.to_str().unwrap()]);
     let config = std::fs::read(site.path(".git/config")).unwrap();
     run(Command::new("cp").arg("-a").args([&old, &new]));
-    // A copy must not take the worktree from where it is.
+    // A copy must not detach the original worktree.
     let e = Plan::inspect(&new, &site.options(History::Full), &cancel()).err().unwrap();
     assert!(!e.hint_text().unwrap().contains("repair"), "{e:?}");
     std::fs::remove_dir_all(&old).unwrap();
     let e = Plan::inspect(&new, &site.options(History::Full), &cancel()).err().unwrap();
     let hint = e.hint_text().unwrap().to_owned();
-    let line = hint.split_once("git: ").unwrap().1;
+    let line = hint.split_once("run: ").unwrap().1;
     assert!(line.starts_with("git -C ") && line.ends_with(" worktree repair"), "{line}");
     run(Command::new("sh").args(["-c", line]).env("HOME", &home));
     Plan::inspect(&new, &site.options(History::Full), &cancel()).unwrap();
@@ -502,19 +506,20 @@ fn moved_worktree_is_mended_by_its_hint() {
     std::fs::rename(site.host(), &moved).unwrap();
     let e = Plan::inspect(&new, &site.options(History::Full), &cancel()).err().unwrap();
     let hint = e.hint_text().unwrap().replace("MAIN", &moved.display().to_string());
-    run(Command::new("sh").args(["-c", hint.split_once("it: ").unwrap().1]).env("HOME", &home));
+    run(Command::new("sh").args(["-c", hint.split_once("run: ").unwrap().1]).env("HOME", &home));
     Plan::inspect(&new, &site.options(History::Full), &cancel()).unwrap();
 }
 
-/// Somebody swaps parts of the repository for links and back, as fast as possible, while it is read.
+/// Another process swaps parts of the repository for links and back as fast as possible while it is
+/// read.
 #[test]
-fn parts_that_are_swapped_while_git_reads_do_not_arrive() {
+fn parts_swapped_while_git_reads_are_not_sent() {
     use std::sync::atomic::{AtomicBool, Ordering};
     for name in [".git", ".git/objects", ".git/objects/pack"] {
         let heist = Heist::new();
         heist.private.git(&["repack", "-adq"]);
         heist.site.git(&["repack", "-adq"]);
-        // Its head is known to have the other repository's commit.
+        // The hostile repository knows the name of the private commit and puts it into a ref.
         heist.site.write(".git/refs/heads/trunk", heist.private.git(&["rev-parse", "HEAD"]));
         let (path, aside) = (heist.site.path(name), heist.site.dir.path().join("aside"));
         let link = heist.site.dir.path().join("link");

@@ -1,10 +1,10 @@
-//! When a file was changed last survives the way there and back.
+//! Modification times survive the round trip.
 
 use super::*;
 use std::os::unix::fs::symlink;
 
-/// Seconds and nanoseconds: before 1970, at its first second, today, beyond 32 bits, beyond what 64 bits of nanoseconds
-/// hold (2262), and as late as ext4 can have it.
+/// Seconds and nanoseconds: before 1970, at the epoch, today, beyond 32 bits, beyond 64 bits of
+/// nanoseconds (2262), and the latest time that ext4 supports.
 const TIMES: [(i64, i64); 8] = [
     (-315_619_200, 0),
     (-1, 500_000_001),
@@ -45,7 +45,7 @@ fn times(root: &Path, dirs: bool) -> BTreeMap<PathBuf, (i64, i64)> {
     out
 }
 
-/// One file of each kind for each time, and those times again in the guest.
+/// Creates one file of each type for each time, and sets the times once more in the guest.
 fn fill(root: &Path) {
     for (i, time) in TIMES.iter().enumerate() {
         let long = format!("{}/{}", "d".repeat(150), "n".repeat(200));
@@ -73,7 +73,7 @@ fn write_at(path: &Path, offset: u64) {
 }
 
 #[test]
-fn times_of_every_age_survive_there_and_back() {
+fn times_of_every_age_survive_the_round_trip() {
     for has_git in [true, false] {
         let site = if has_git { Site::unborn() } else { Site::plain() };
         fill(&site.host());
@@ -94,7 +94,7 @@ fn times_of_every_age_survive_there_and_back() {
 }
 
 #[test]
-fn time_of_a_whole_second_costs_nothing() {
+fn time_of_a_whole_second_needs_no_extra_header() {
     let site = Site::plain();
     let send = |site: &Site| {
         let mut payload = Vec::new();

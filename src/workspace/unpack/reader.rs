@@ -1,5 +1,8 @@
-//! A reader for the tars that GNU tar writes, of its own form and of POSIX's, that trusts nothing: regular files, sparse
-//! ones, links and directories; no owners; of the extensions long names, exact times and holes, and those are bounded.
+//! A reader for the tars that GNU tar writes, in GNU and POSIX format, which trusts nothing in
+//! them.
+//!
+//! It accepts regular files, sparse files, links and directories, and ignores owners. The only
+//! extensions it accepts are long names, exact times and holes, and their sizes are bounded.
 
 use super::{refuse, stream_error};
 use crate::error::{Error, Kind, Result};
@@ -8,13 +11,13 @@ use crate::workspace::mtime::Mtime;
 use std::io::Read;
 
 const BLOCK: usize = 512;
-/// Most data segments of one sparse file.
+/// Maximum number of data segments in a sparse file.
 const SEGMENTS_MAX: usize = 1_000_000;
-/// Most zeros after the end: tar fills its last record.
+/// Maximum number of zeros after the end of the archive. tar pads its last record.
 const PADDING_BYTES_MAX: u64 = 1024 * 1024;
-/// Most bytes of the records ahead of one entry: a path, a link's target, a time.
+/// Maximum size of the extended header records of one entry: a path, a link target, a time.
 const RECORDS_BYTES_MAX: u64 = 4 * PATH_BYTES_MAX as u64;
-/// Most digits of a number in the list of holes.
+/// Maximum number of digits of a number in the list of holes.
 const DIGITS_MAX: usize = 20;
 const DOING: &str = "read the tree from the guest";
 
@@ -24,16 +27,16 @@ pub(super) enum EntryData {
     Symlink(Vec<u8>),
     File {
         size: u64,
-        /// Where the data of a sparse file goes: offset and length, ascending.
+        /// Offset and length of each data segment of a sparse file, in ascending order.
         segments: Option<Vec<(u64, u64)>>,
     },
 }
 
 #[derive(Debug)]
 pub(super) struct Item {
-    /// Without the slash that ends a directory's.
+    /// Without the trailing slash of a directory.
     pub path: Vec<u8>,
-    /// Permission bits alone.
+    /// Permission bits only.
     pub mode: u32,
     pub mtime: Mtime,
     pub data: EntryData,
@@ -41,7 +44,7 @@ pub(super) struct Item {
 
 pub(super) struct TarReader<'a> {
     from: &'a mut dyn Read,
-    /// Bytes of the current entry's data that were not read yet, and the padding after them.
+    /// Unread bytes of the current entry's data, and the padding after them.
     left: u64,
     padding: u64,
 }
@@ -65,7 +68,8 @@ impl<'a> TarReader<'a> {
         Ok(block)
     }
 
-    /// The next entry; its data has to be read before the one after. None: the end mark, and the stream's own end.
+    /// Returns the next entry, whose data must be read before the next call. `None` means that the
+    /// end mark and the end of the stream were read.
     pub fn next(&mut self) -> Result<Option<Item>> {
         let (mut path, mut link, mut records) = (None, None, None);
         loop {
@@ -73,7 +77,7 @@ impl<'a> TarReader<'a> {
             if block.iter().all(|b| *b == 0) {
                 let is_pending = path.is_some() || link.is_some() || records.is_some();
                 if self.block()?.iter().any(|b| *b != 0) || is_pending {
-                    return Err(damaged("its end mark is none"));
+                    return Err(damaged("its end mark is invalid"));
                 }
                 return self.drain().map(|()| None);
             }
@@ -109,7 +113,7 @@ impl<'a> TarReader<'a> {
         Ok(name)
     }
 
-    /// Records of POSIX's form: `<length> <key>=<value>LF`.
+    /// Reads POSIX extended header records: `<length> <key>=<value>LF`.
     fn records(&mut self, header: &tar::Header) -> Result<Records> {
         let size = header.entry_size().map_err(|_| damaged("records have no size"))?;
         if size > RECORDS_BYTES_MAX {
@@ -153,14 +157,14 @@ impl<'a> TarReader<'a> {
             }
             other => {
                 let kind = if other.is_ascii_graphic() { (other as char).to_string() } else { format!("{other:#04x}") };
-                return Err(refuse(&path, &format!("it is of type {kind}, neither file nor link nor directory")));
+                return Err(refuse(&path, &format!("it is of type {kind}, not a file, a link or a directory")));
             }
         };
         if matches!(data, EntryData::File { .. }) {
             self.left = size;
             self.padding = (BLOCK as u64 - size % BLOCK as u64) % BLOCK as u64;
         } else if size != 0 {
-            return Err(refuse(&path, "it has data and is no file"));
+            return Err(refuse(&path, "it has data and is not a file"));
         }
         let data = match (data, real) {
             (EntryData::File { .. }, Some(real)) => self.holes_ahead(real, &path)?,
@@ -170,8 +174,9 @@ impl<'a> TarReader<'a> {
         Ok(Item { path, mode, mtime, data })
     }
 
-    /// A sparse file of POSIX's form: its data begins with decimal numbers, one a line, how many segments there are and
-    /// the offset and length of each, filled with zeros up to a whole block.
+    /// Reads the map of a sparse file in POSIX format. The file's data begins with decimal numbers,
+    /// one per line: the number of segments, then the offset and length of each, padded with zeros
+    /// to a whole block.
     fn holes_ahead(&mut self, real: u64, path: &[u8]) -> Result<EntryData> {
         let mut used = 0;
         let count = self.decimal(&mut used, path)?;
@@ -236,7 +241,7 @@ impl<'a> TarReader<'a> {
         Ok(out)
     }
 
-    /// Some of the current entry's data; never 0 while there is some.
+    /// Reads some of the current entry's data. Returns 0 only at its end.
     pub fn data(&mut self, buffer: &mut [u8]) -> Result<usize> {
         let want = (buffer.len() as u64).min(self.left) as usize;
         loop {
@@ -252,7 +257,7 @@ impl<'a> TarReader<'a> {
         }
     }
 
-    /// After the last byte of data: skips the padding.
+    /// Skips the padding after the last byte of data.
     pub fn end_of_data(&mut self) -> Result<()> {
         debug_assert_eq!(self.left, 0);
         let mut rest = [0; BLOCK];
@@ -260,7 +265,8 @@ impl<'a> TarReader<'a> {
         self.fill(&mut rest[..padding])
     }
 
-    /// Nothing but zeros follows, up to the end of the stream, which is when its trailer is looked at.
+    /// Reads to the end of the stream, so that its trailer is verified. Only zeros may follow the
+    /// end mark.
     fn drain(&mut self) -> Result<()> {
         let mut buffer = [0; 4096];
         let mut total = 0;
@@ -270,7 +276,7 @@ impl<'a> TarReader<'a> {
                 Ok(n) => {
                     total += n as u64;
                     if buffer[..n].iter().any(|b| *b != 0) || total > PADDING_BYTES_MAX {
-                        return Err(damaged("something follows its end"));
+                        return Err(damaged("there is data after its end"));
                     }
                 }
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
@@ -280,7 +286,7 @@ impl<'a> TarReader<'a> {
     }
 }
 
-/// Records ahead of a header, which override it.
+/// Extended header records, which override fields of the next header.
 #[derive(Default)]
 struct Records {
     path: Option<Vec<u8>>,
@@ -294,13 +300,13 @@ struct Records {
 
 impl Records {
     fn take(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
-        let number = || std::str::from_utf8(value).ok().and_then(|v| v.parse().ok()).ok_or_else(|| damaged("a size is none"));
+        let number = || std::str::from_utf8(value).ok().and_then(|v| v.parse().ok()).ok_or_else(|| damaged("a size is invalid"));
         match key {
             b"path" | b"GNU.sparse.name" => self.path = Some(name(value)?),
             b"linkpath" => self.link = Some(name(value)?),
             b"mtime" => {
                 let time = std::str::from_utf8(value).ok().and_then(Mtime::parse);
-                self.mtime = Some(time.ok_or_else(|| damaged("a time is none"))?);
+                self.mtime = Some(time.ok_or_else(|| damaged("a time is invalid"))?);
             }
             b"GNU.sparse.realsize" => self.real_size = Some(number()?),
             b"GNU.sparse.major" if value == b"1" => {}
@@ -309,7 +315,7 @@ impl Records {
             b"uid" | b"gid" | b"uname" | b"gname" | b"atime" | b"ctime" => {}
             other => {
                 let shown = crate::workspace::encode::encode(&other[..other.len().min(80)]);
-                return Err(damaged(&format!("a record is of an unknown kind, \"{shown}\"")));
+                return Err(damaged(&format!("an extended header has the unknown key \"{shown}\"")));
             }
         }
         Ok(())
@@ -323,7 +329,7 @@ fn name(value: &[u8]) -> Result<Vec<u8>> {
     Ok(value.to_vec())
 }
 
-/// The first record: its key, its value, and what follows it.
+/// Splits off the first record. Returns its key, its value and the rest.
 fn record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let blank = bytes.iter().position(|b| *b == b' ')?;
     let length: usize = std::str::from_utf8(&bytes[..blank]).ok()?.parse().ok()?;
@@ -333,7 +339,8 @@ fn record(bytes: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     Some((&body[..equals], &body[equals + 1..], after))
 }
 
-/// The name in a header of either form; POSIX's may have its first part apart.
+/// Returns the name in a GNU or POSIX header. A POSIX header may hold the first part of the name in
+/// a separate field.
 fn name_in(header: &tar::Header) -> Option<Vec<u8>> {
     if header.as_gnu().is_some() {
         return Some(until_nul(&header.as_old().name));
@@ -343,12 +350,12 @@ fn name_in(header: &tar::Header) -> Option<Vec<u8>> {
     Some(if prefix.is_empty() { name } else { [&prefix[..], b"/", &name[..]].concat() })
 }
 
-/// The time in a header: octal, or base 256 with a sign where the first bit is set.
+/// Returns the time in a header: octal, or signed base 256 if the first bit is set.
 fn time_in(header: &tar::Header) -> Mtime {
     let field = header.as_old().mtime;
     let seconds = match field[0] & 0x80 {
         0 => header.mtime().unwrap_or(0).min(i64::MAX as u64) as i64,
-        // Eight bytes are all that a time can have; those before them only repeat the sign.
+        // A time fits in the last eight bytes; the bytes before them only repeat the sign.
         _ => i64::from_be_bytes([field[4], field[5], field[6], field[7], field[8], field[9], field[10], field[11]]),
     };
     Mtime { seconds, nanoseconds: 0 }

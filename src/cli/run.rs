@@ -14,7 +14,8 @@ use std::path::{Path, PathBuf};
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Directory to copy into the VM. In a git repository, the whole repository is copied, and the command starts in this directory
+    /// Directory to copy into the VM. In a git repository, the whole repository is copied, and
+    /// the command starts in this directory
     path: Option<PathBuf>,
     /// Delete the VM afterwards, even if fcctl is killed
     #[arg(long)]

@@ -1,7 +1,7 @@
-//! For `scripts/lock-code`, which compares the machine code of the two functions: with the checker off, our lock is
-//! parking_lot's to the instruction.
+//! Compiled for `scripts/lock-code`, which compares the machine code of both functions. With the
+//! checker off, our lock must equal parking_lot's to the instruction.
 
-#![allow(clippy::disallowed_types)] // It is the comparison.
+#![allow(clippy::disallowed_types)] // The comparison needs it.
 
 use std::hint::black_box;
 
@@ -19,8 +19,8 @@ pub fn through_parking_lot(counter: &parking_lot::Mutex<u64>) -> u64 {
     *guard
 }
 
-/// Names of what only the checker knows. Keyed sets are named by `fcctl debug locks` in every build, and one word
-/// alone proves nothing: it may be part of another text.
+/// Names that only the checker knows. Keyed sets are excluded because `fcctl debug locks` names
+/// them in every build, and so are single words, because they may be part of another text.
 fn ranks() -> impl Iterator<Item = &'static str> {
     fcd::locks::rank::order().into_iter().map(|rule| rule.taken).filter(|name| name.contains(' '))
 }

@@ -114,7 +114,7 @@ fn integration_tests() -> PathBuf {
 fn root_disks_are_snapshots_in_a_test_host() {
     let host = TestHost::boot();
     host.bring_programs();
-    fake_vmms(&host, "crash::a_daemon_killed_at_any_point_of_an_operation");
+    fake_vmms(&host, "crash::crash_at_any_point_of_operation_recovers");
     host.bring_image();
     host.start_daemon();
     data_is_kept_and_the_disk_grows(&host);
@@ -138,8 +138,8 @@ fn fake_vmms(host: &TestHost, test: &str) {
 fn every_crash_point_of_two_operations_in_a_test_host() {
     let host = TestHost::boot();
     host.bring_programs();
-    fake_vmms(&host, "crash::a_daemon_killed_at_any_point_of_the_second_operation");
-    fake_vmms(&host, "crash::any_effect_fails");
+    fake_vmms(&host, "crash::crash_at_any_point_of_second_operation_recovers");
+    fake_vmms(&host, "crash::failure_of_any_effect_is_undone");
 }
 
 fn data_is_kept_and_the_disk_grows(host: &TestHost) {

@@ -1,4 +1,4 @@
-//! What of a guest that runs can be changed: the rates of its devices, the memory that it keeps.
+//! Changes to a running guest: the rates of its devices and the memory that it keeps.
 
 use crate::world::*;
 use fcd::api::vm::*;
@@ -22,23 +22,23 @@ fn balloon(world: &World, keep_mib: Option<u64>) -> Result<VmBalloonReply, Failu
 const M: u64 = 1 << 20;
 
 #[test]
-fn rates_hold_from_the_next_start_or_at_once() {
+fn rates_apply_at_next_start_or_now() {
     let world = World::new();
     let request = VmCreateRequest { name: Some("web".parse().unwrap()), disk_bytes_per_s: Some(50 * M), ..Default::default() };
     let vm = world.call::<VmCreate>(&request).unwrap().vm;
     assert_eq!(vm.rates(), disk(Some(50 * M), None));
-    // At rest at once, with or without being asked to.
+    // A stopped VM changes immediately, with or without `now`.
     let now = set(&world, |r| (r.disk_ops_per_s, r.now) = (Some(100), true)).unwrap();
     assert_eq!((now.rates(), now.pending.clone()), (disk(Some(50 * M), Some(100)), None));
     world.place(&vm.id);
     world.start("web").unwrap();
     assert_eq!(world.vmm.last_spec(&vm.id).unwrap().rates, now.rates());
-    // One that runs keeps what it has, and what is lifted is lifted later.
+    // A running VM keeps its rates. A removed limit is removed at the next start.
     let later = set(&world, |r| (r.disk_ops_per_s, r.disk_bytes_per_s) = (Some(0), Some(20 * M))).unwrap();
     assert_eq!(later.rates(), now.rates());
     assert_eq!(later.pending.unwrap().rates, disk(Some(20 * M), Some(0)));
     assert_eq!(world.vmm.adjusted(&vm.id).unwrap().0, now.rates());
-    // Now overtakes what was to come later, and leaves the rest of that.
+    // `now` overrides the pending change of that rate and keeps the others pending.
     let now = set(&world, |r| (r.disk_bytes_per_s, r.now) = (Some(30 * M), true)).unwrap();
     assert_eq!(now.rates(), disk(Some(30 * M), Some(100)));
     assert_eq!(now.pending.clone().unwrap().rates, disk(None, Some(0)));
@@ -52,7 +52,7 @@ fn rates_hold_from_the_next_start_or_at_once() {
 }
 
 #[test]
-fn what_a_guest_cannot_have_changes_nothing() {
+fn invalid_settings_change_nothing() {
     let world = World::new();
     let (vm, _) = world.running("web");
     let before = world.census();
@@ -68,24 +68,24 @@ fn what_a_guest_cannot_have_changes_nothing() {
         assert_eq!(kind(&|r| (r.disk_bytes_per_s, r.now) = (Some(bytes), true)), name(Kind::InvalidArgument), "{bytes}");
         assert_eq!(kind(&|r| r.net_tx_bytes_per_s = Some(bytes)), name(Kind::InvalidArgument), "{bytes}");
     }
-    // As much as nft(8) takes, and no more.
+    // One more than the highest rate that nft(8) accepts.
     assert_eq!(kind(&|r| r.net_rx_bytes_per_s = Some((16 << 30) + 1)), name(Kind::InvalidArgument));
     for ops in [1, 9, u64::MAX] {
         assert_eq!(kind(&|r| r.disk_ops_per_s = Some(ops)), name(Kind::InvalidArgument), "{ops}");
     }
-    // In user mode nobody could limit the network.
+    // In user mode nothing can limit the network.
     assert_eq!(kind(&|r| (r.net_rx_bytes_per_s, r.now) = (Some(M), true)), name(Kind::Unsupported));
     assert_eq!(kind(&|r| r.net_tx_bytes_per_s = Some(M)), name(Kind::Unsupported));
     let request = VmCreateRequest { net_rx_bytes_per_s: Some(M), ..Default::default() };
     assert!(world.call::<VmCreate>(&request).unwrap_err().is(Kind::Unsupported));
-    // What changes at a start only, also beside what could be had now.
+    // Settings that only change at a start are refused with `now`, even together with rates.
     assert_eq!(kind(&|r| (r.vcpus, r.now) = (Some(2), true)), name(Kind::WrongState));
     assert_eq!(kind(&|r| (r.disk_bytes_per_s, r.mem_mib, r.now) = (Some(M), Some(2048), true)), name(Kind::WrongState));
     assert_eq!(kind(&|r| r.now = true), name(Kind::InvalidArgument));
 }
 
 #[test]
-fn a_refusal_of_the_driver_takes_it_back() {
+fn rates_refused_by_driver_are_rolled_back() {
     let world = World::new();
     let (vm, _) = world.running("web");
     set(&world, |r| (r.disk_bytes_per_s, r.now) = (Some(10 * M), true)).unwrap();
@@ -103,9 +103,10 @@ fn a_refusal_of_the_driver_takes_it_back() {
     assert_eq!(world.vmm.adjusted(&vm.id).unwrap().1, 1024);
 }
 
-/// Both are in the driver at once; whichever comes out of it last, the guest has what the row says.
+/// Both calls are in the driver at once. Whichever returns last, the guest must have what the row
+/// says.
 #[test]
-fn of_two_who_set_the_later_wins() {
+fn concurrent_sets_last_one_wins() {
     for round in 0..10 {
         let world = World::new();
         let (vm, _) = world.running("web");
@@ -125,7 +126,7 @@ fn of_two_who_set_the_later_wins() {
 }
 
 #[test]
-fn many_who_set_and_are_refused_leave_what_the_row_says() {
+fn concurrent_refused_sets_match_row() {
     let world = World::new();
     let (vm, _) = world.running("web");
     std::thread::scope(|s| {
@@ -149,7 +150,7 @@ fn many_who_set_and_are_refused_leave_what_the_row_says() {
             });
         }
     });
-    // Failures that nobody has met must not meet what follows.
+    // Drops failures that were injected but not hit, so that they do not affect later calls.
     for _ in 0..100 {
         if set(&world, |r| (r.disk_ops_per_s, r.now) = (Some(77), true)).is_ok() && balloon(&world, Some(300)).is_ok() {
             break;
@@ -161,7 +162,7 @@ fn many_who_set_and_are_refused_leave_what_the_row_says() {
 }
 
 #[test]
-fn a_daemon_that_died_between_the_row_and_the_driver_is_made_up_for() {
+fn rates_after_crash_before_driver_are_applied() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     set(&world, |r| (r.disk_ops_per_s, r.now) = (Some(100), true)).unwrap();
@@ -180,7 +181,7 @@ fn a_daemon_that_died_between_the_row_and_the_driver_is_made_up_for() {
 }
 
 #[test]
-fn a_balloon_is_the_running_guests() {
+fn balloon_lasts_until_next_start() {
     let world = World::new();
     let vm = world.create("web");
     for keep_mib in [None, Some(512)] {
@@ -198,13 +199,13 @@ fn a_balloon_is_the_running_guests() {
         assert!(e.is(Kind::InvalidArgument) && e.fault.hint.is_some(), "{e:?}");
     }
     assert_eq!(balloon(&world, None).unwrap().kept_mib, 512);
-    // The next start has all of it again.
+    // The next start has the full memory again.
     assert_eq!(world.run::<VmRestart>(stop("web")).unwrap().vm.balloon_mib, None);
     assert_eq!(balloon(&world, None).unwrap().kept_mib, 1024);
 }
 
 #[test]
-fn metrics_are_the_running_vmms() {
+fn metrics_are_of_running_vmm() {
     let world = World::new();
     let vm = world.create("web");
     let e = world.call::<VmMetrics>(&request("web")).unwrap_err();
@@ -217,14 +218,14 @@ fn metrics_are_the_running_vmms() {
 }
 
 #[test]
-fn an_image_without_the_driver_has_no_balloon() {
+fn balloon_without_guest_driver_is_refused() {
     let world = World::new();
     let path = world.config.state_dir.join("images/default/image.json");
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, text.replace("\"guest_version\":3", "\"guest_version\":1")).unwrap();
     let (vm, _) = world.running("web");
     assert!(!world.vmm.last_spec(&vm.id).unwrap().has_balloon);
-    // One that was built since is no help to the guest that runs.
+    // An image that was rebuilt since does not help the running guest.
     std::fs::write(&path, text).unwrap();
     let e = balloon(&world, Some(512)).unwrap_err();
     assert!(e.is(Kind::Unsupported) && e.fault.hint.as_deref().is_some_and(|h| h.contains("image build")), "{e:?}");

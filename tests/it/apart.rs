@@ -1,11 +1,12 @@
-//! Tests of what is the whole process's (its log, the hook of the lock checker) run in a process of their own.
+//! Runs tests in a process of their own if they change process-wide state: the log, or the lock
+//! checker's hook.
 
 use std::process::{Command, Stdio};
 
-/// Deadline of the whole process; on a loaded machine most take a second.
+/// Deadline for the whole process. Even on a busy machine most take one second.
 const DEADLINE_S: &str = "60";
 
-/// Runs this ignored test by itself and shows what it printed if it fails.
+/// Runs this ignored test in its own process. Shows its output if it fails.
 #[track_caller]
 pub fn run_apart(test: &str, stderr: impl Into<Stdio>) {
     let out = Command::new("timeout")

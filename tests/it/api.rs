@@ -1,4 +1,5 @@
-//! One golden per message of the wire, so that a change of it shows in review, and the table of kinds.
+//! One golden per message on the wire, so that a change shows in review, and the table of error
+//! kinds.
 
 use expect_test::{Expect, expect};
 use fcd::api::daemon::*;
@@ -17,7 +18,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-/// What it looks like, and that it is read back as it was.
+/// Serializes a message and checks that it parses back to the same value.
 pub fn line<T: Serialize + DeserializeOwned>(message: &T) -> String {
     let text = serde_json::to_string(message).unwrap();
     let back: T = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{text}: {e}"));
@@ -135,12 +136,12 @@ fn reply() -> VmReply {
 }
 
 #[test]
-fn vm_in_full() {
+fn vm_golden_with_every_member() {
     expect![[r#"{"id":"0123456789ab","name":"web","owner_uid":1000,"state":"running","reason":"why","image":"default","kernel":null,"vcpus":1,"mem_mib":1024,"disk_bytes":4096,"work_disk_bytes":null,"disk_bytes_per_s":1048576,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null,"net":"nat","ports":[{"host_addr":"127.0.0.1","host_port":8080,"guest_port":80,"protocol":"tcp"}],"pending":{"vcpus":2,"mem_mib":null,"disk_bytes":null,"disk_bytes_per_s":null,"disk_ops_per_s":null,"net_rx_bytes_per_s":null,"net_tx_bytes_per_s":null},"rm":false,"created_at":1,"started_at":2,"op":"0123456789ab","pid":3,"ssh_addr":"127.0.0.1:22","driver":"qemu (tcg, microvm)","disk_driver":"qcow2","synced":"timeout","unresponsive":false,"paused":false,"balloon_mib":512,"workspace":{"guest_path":"/root/x","workdir":"/root/x/y","state":"incomplete","readonly":true,"entries":4,"bytes":5,"prepared_at":6}}"#]].assert_eq(&line(&vm()));
 }
 
 #[test]
-fn vms() {
+fn vm_goldens() {
     call::<VmCreate>(
         VmCreateRequest {
             name: Some(name("web")),
@@ -364,7 +365,7 @@ fn vms() {
 }
 
 #[test]
-fn execs() {
+fn exec_goldens() {
     let size = PtySize { rows: 24, cols: 80 };
     call::<ExecStart>(
         ExecStartRequest {
@@ -405,7 +406,7 @@ fn execs() {
 }
 
 #[test]
-fn workspaces() {
+fn workspace_goldens() {
     call::<WorkspacePrepare>(
         PrepareRequest {
             vm: "web".into(),
@@ -441,7 +442,7 @@ fn workspaces() {
 }
 
 #[test]
-fn operations() {
+fn operation_goldens() {
     let one = || OpRequest { op: "0123".into() };
     call::<OpList>(
         OpListRequest { all: true, ..Default::default() },
@@ -483,7 +484,7 @@ fn operations() {
 }
 
 #[test]
-fn images() {
+fn image_goldens() {
     let build = ImageBuildRequest { name: Some(name("default")), include: vec!["make".into()] };
     call::<ImageBuild>(
         build,
@@ -515,7 +516,7 @@ fn images() {
 }
 
 #[test]
-fn the_daemon() {
+fn daemon_goldens() {
     let info = InfoReply {
         api: ApiVersion { major: 1, minor: 0 },
         version: "0.1.0".into(),
@@ -570,7 +571,7 @@ fn the_daemon() {
 }
 
 #[test]
-fn kernels() {
+fn kernel_goldens() {
     let kernel = Kernel {
         name: "linux".parse().unwrap(),
         version: "6.1".into(),
@@ -619,7 +620,7 @@ fn kernels() {
 }
 
 #[test]
-fn snapshots() {
+fn snapshot_goldens() {
     let snapshot = Snapshot {
         id: id(),
         name: "one".parse().unwrap(),
@@ -695,7 +696,7 @@ fn snapshots() {
 }
 
 #[test]
-fn frames() {
+fn frame_goldens() {
     let mut all = String::new();
     let notes = [
         Note::Op { op: id() },
@@ -744,7 +745,7 @@ fn frames() {
     "#]].assert_eq(&all);
 }
 
-/// No method without a golden above.
+/// Every method has a golden above.
 #[test]
 fn every_method_has_a_golden() {
     let nouns = [
@@ -765,9 +766,9 @@ fn every_method_has_a_golden() {
     assert!(missing.is_empty(), "{missing:?}");
 }
 
-/// The contract of faults: each kind with its code, the exit status of `fcctl` and whether to try again.
+/// The documented error kinds: code, exit status of `fcctl`, and whether a retry can help.
 #[test]
-fn kinds() {
+fn kind_table_golden() {
     let mut table = String::from("| kind | code | exit | try again |\n|---|---|---|---|\n");
     for kind in Kind::ALL {
         let code = kind.code();

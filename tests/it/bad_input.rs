@@ -1,4 +1,4 @@
-//! Bad input and bad luck: the right code, a sentence, a hint, and everything as it was before.
+//! Invalid input and failures: the right kind, a message, a hint, and nothing changed.
 
 use crate::world::*;
 use fcd::api::exec::{ExecStart, ExecStartRequest, Stream};
@@ -13,7 +13,7 @@ use fcd::store::faults::Fault;
 use fcd::vmm::fake::Stage;
 use std::os::fd::OwnedFd;
 
-/// The call fails with this kind, says what to do, and changes nothing.
+/// Checks that the call fails with this kind, gives a hint, and changes nothing.
 #[track_caller]
 fn refused<R: std::fmt::Debug>(world: &World, kind: Kind, call: impl FnOnce() -> Result<R, Failure>) -> String {
     let before = world.census();
@@ -21,7 +21,7 @@ fn refused<R: std::fmt::Debug>(world: &World, kind: Kind, call: impl FnOnce() ->
     assert_eq!((e.kind(), e.code()), (kind.name(), kind.code()), "{e:?}");
     assert!(e.fault.message.len() > 5 && !e.fault.message.ends_with('.'), "{e:?}");
     let hint = e.fault.hint.as_deref().unwrap_or_default();
-    // One that can be run: with the VM's name, not a place for it.
+    // The hint must be a command that can be run, with the VM's name instead of a placeholder.
     assert!(!hint.is_empty() && !hint.contains("{vm}") && !hint.split_whitespace().any(|w| w == "VM"), "{e:?}");
     world.await_rest();
     assert_eq!(world.census(), before);
@@ -39,7 +39,7 @@ fn user(uid: u32) -> Caller {
 }
 
 #[test]
-fn no_such_vm() {
+fn unknown_vm_is_not_found() {
     let world = World::new();
     refused(&world, Kind::VmNotFound, || world.show("nobody"));
     refused(&world, Kind::VmNotFound, || world.start("nobody"));
@@ -57,9 +57,9 @@ fn no_such_vm() {
 }
 
 #[test]
-fn an_ambiguous_prefix() {
+fn ambiguous_id_prefix_is_refused() {
     let world = World::new();
-    // So many that two ids begin alike.
+    // With so many VMs, two IDs start with the same character.
     let ids: Vec<String> = (0..30).map(|i| world.create(&format!("v{i}")).id.to_string()).collect();
     let shared = |n: usize, id: &str| ids.iter().filter(|i| i.starts_with(&id[..n])).count();
     if let Some(id) = ids.iter().find(|id| shared(2, id) > 1) {
@@ -72,12 +72,12 @@ fn an_ambiguous_prefix() {
 }
 
 #[test]
-fn a_name_that_is_taken() {
+fn taken_name_is_refused() {
     let world = World::new();
     world.create("web");
     let said = refused(&world, Kind::NameTaken, || world.call::<VmCreate>(&create(|r| r.name = Some("web".parse().unwrap()))));
     assert!(said.contains("web"));
-    // Twenty at once: one wins.
+    // Of twenty concurrent calls one succeeds.
     let answers: Vec<_> = std::thread::scope(|scope| {
         let one = || world.call::<VmCreate>(&create(|r| r.name = Some("race".parse().unwrap())));
         let threads: Vec<_> = (0..20).map(|_| scope.spawn(one)).collect();
@@ -86,13 +86,13 @@ fn a_name_that_is_taken() {
     assert_eq!(answers.iter().filter(|a| a.is_ok()).count(), 1);
     assert!(answers.iter().flat_map(|a| a.as_ref().err()).all(|e| e.is(Kind::NameTaken) && e.code() == Code::AlreadyExists));
     assert_eq!(world.call::<VmList>(&VmListRequest { all: true, ..Default::default() }).unwrap().vms.len(), 2);
-    // The name of a deleted one is free again.
+    // The name of a deleted VM is free again.
     world.delete("race").unwrap();
     world.create("race");
 }
 
 #[test]
-fn parameters_that_are_wrong() {
+fn invalid_parameters_are_refused() {
     let world = World::new();
     let raw = |method: &str, params: &str| {
         let params = serde_json::value::RawValue::from_string(params.to_owned()).unwrap();
@@ -123,7 +123,7 @@ fn parameters_that_are_wrong() {
 }
 
 #[test]
-fn an_image_that_is_damaged_or_gone() {
+fn damaged_or_missing_image_is_refused() {
     let world = World::new();
     world.create("web");
     let image = world.config.state_dir.join("images/default");
@@ -138,7 +138,7 @@ fn an_image_that_is_damaged_or_gone() {
 }
 
 #[test]
-fn guest_paths() {
+fn invalid_guest_paths_are_refused() {
     let world = World::new();
     world.running("web");
     for path in ["/etc", "../x", "", "/", "/root", "/root/../etc", "/root/.ssh", "/root//x", "/root/x\n", "root/x", "/rootx/y"] {
@@ -153,7 +153,7 @@ fn guest_paths() {
 }
 
 #[test]
-fn verbs_in_the_wrong_state() {
+fn calls_in_wrong_state_are_refused() {
     let world = World::new();
     world.create("web");
     refused(&world, Kind::WrongState, || world.run::<VmKill>(request("web")));
@@ -185,7 +185,7 @@ fn exec(world: &World, vm: &str, streams: Vec<Stream>, fds: Vec<OwnedFd>) -> Res
 }
 
 #[test]
-fn wrong_descriptors() {
+fn wrong_descriptors_are_refused() {
     let world = World::new();
     world.running("web");
     let others = || -> Vec<OwnedFd> {
@@ -222,7 +222,7 @@ fn wrong_descriptors() {
 }
 
 #[test]
-fn a_full_pool() {
+fn full_pool_refuses_transfers() {
     let world = World::with(|c| (c.limits.pool_workers, c.limits.pool_queue) = (1, 1));
     world.running("web");
     world.running("other");
@@ -234,7 +234,7 @@ fn a_full_pool() {
     let e = refused.call.finish(SOON).unwrap_err();
     assert!(e.is(Kind::PoolFull) && e.code() == Code::Busy && e.fault.retryable && e.fault.hint.is_some(), "{e:?}");
     assert_eq!(world.census(), before);
-    // Lifecycle goes on.
+    // Lifecycle calls still work.
     assert_eq!(world.stop("other").unwrap().state, VmState::Stopped);
     for mut import in [running, queued] {
         import.call.hang_up();
@@ -244,7 +244,7 @@ fn a_full_pool() {
 }
 
 #[test]
-fn limits_of_one_uid() {
+fn quota_of_one_uid_is_enforced() {
     let world = World::with(|c| {
         (c.limits.vms_per_uid_max, c.limits.operations_per_uid_max) = (2, 1);
         (c.limits.mem_mib_max, c.limits.mem_mib_per_uid_max) = (4096, 1024);
@@ -253,14 +253,14 @@ fn limits_of_one_uid() {
     world.create("two");
     world.place(&one.id);
     refused(&world, Kind::VmLimit, || world.call::<VmCreate>(&create(|_| {})));
-    // Another's share is its own.
+    // Another user has its own quota.
     world.daemon().create(&user(1000), &create(|_| {})).unwrap();
     world.vmm.hold_starts(Stage::AfterSpawn);
     let mut first = world.begin::<VmStart>(request("one"), vec![]);
     assert!(world.vmm.await_held(1, soon()));
     let e = world.start("two").unwrap_err();
     assert!(e.is(Kind::OperationLimit) && e.fault.hint.is_some(), "{e:?}");
-    // What ends something is never refused for a limit.
+    // Calls that end something are never refused because of a quota.
     let mut stop_ = world.begin::<VmStop>(stop("one"), vec![]);
     assert_eq!(stop_.finish(PROMPT).unwrap().vm.state, VmState::Stopped);
     assert!(first.finish(PROMPT).is_err());
@@ -273,7 +273,7 @@ fn limits_of_one_uid() {
 }
 
 #[test]
-fn memory_of_all() {
+fn memory_quota_counts_pending_changes() {
     let world = World::with(|c| c.limits.mem_mib_max = 1536);
     world.running("one");
     world.create("two");
@@ -285,7 +285,7 @@ fn memory_of_all() {
     let two = world.show("two").unwrap();
     world.place(&two.id);
     world.start("two").unwrap();
-    // What a restart would take counts too.
+    // A pending change counts, because a restart would apply it.
     set("two", 1024);
     let e = world.run::<VmRestart>(stop("two")).unwrap_err();
     assert!(e.is(Kind::MemoryLimit) && e.fault.message.contains("it was stopped"), "{e:?}");
@@ -302,7 +302,7 @@ fn ops_seen(world: &World, caller: &Caller) -> Vec<fcd::api::op::Op> {
 }
 
 #[test]
-fn another_uid_sees_nothing() {
+fn vm_of_another_uid_is_not_found() {
     let world = World::new();
     let (vm, _) = world.running("web");
     let (daemon, them) = (world.daemon(), user(1000));
@@ -324,13 +324,14 @@ fn another_uid_sees_nothing() {
                 .unwrap_err()
                 .kind(),
         ];
-        // The pipe's reader has gone: that is told before anything of the VM is.
+        // If the pipe's reader has exited, the call fails for that before it reveals anything about
+        // the VM.
         assert!(kinds.iter().all(|k| matches!(k, Kind::VmNotFound | Kind::Cancelled)), "{kinds:?}");
     }
     assert!(ops_seen(&world, &them).is_empty());
     assert_eq!(daemon.op_find(&them, &op).unwrap_err().kind(), Kind::OperationNotFound);
     assert_eq!(daemon.op_cancel(&them, &op).unwrap_err().kind(), Kind::OperationNotFound);
-    // What another does to one's own VM is one's own to see.
+    // An owner sees what root does to the owner's VM.
     let mine = daemon.create(&them, &create(|r| r.name = Some("mine".parse().unwrap()))).unwrap();
     world.start("mine").unwrap();
     let seen = ops_seen(&world, &them);
@@ -344,7 +345,7 @@ fn another_uid_sees_nothing() {
 }
 
 #[test]
-fn a_dead_guest_and_one_that_is_another() {
+fn dead_or_replaced_guest_is_reported() {
     let world = World::new();
     let (_, addr) = world.running("web");
     world.guest.set_unreachable(addr, true);
@@ -353,7 +354,7 @@ fn a_dead_guest_and_one_that_is_another() {
     let (read, _write) = pipe();
     let e = world.begin::<WorkspacePrepare>(prepare("web"), vec![read]).finish(SOON).unwrap_err();
     assert!(e.is(Kind::GuestUnavailable) && e.code() == Code::GuestUnavailable, "{e:?}");
-    // A stop cannot ask it and says so.
+    // A stop cannot ask this guest to shut down, and reports that.
     assert_eq!(world.stop("web").unwrap().synced, Some(Synced::Timeout));
     world.guest.set_unreachable(addr, false);
     world.guest.set_readiness(addr, Readiness::Fails(Kind::HostKeyMismatch, "another host key".into()));
@@ -364,9 +365,9 @@ fn a_dead_guest_and_one_that_is_another() {
     world.await_rest();
 }
 
-/// The reserve lets kill and delete through; the rest is refused and undone.
+/// The reserve lets kill and delete through. Everything else is refused and undone.
 #[test]
-fn a_full_disk() {
+fn full_disk_allows_kill_and_delete() {
     let world = World::new();
     world.running("web");
     world.running("other");
@@ -397,7 +398,7 @@ fn a_full_disk() {
     faults().fail(Fault::DiskFull, 1);
     world.delete("web").unwrap();
     refill();
-    // A start that is refused leaves the VM as it was.
+    // A refused start leaves the VM unchanged.
     world.stop("other").unwrap();
     faults().fail(Fault::DiskFull, 1);
     refused(&world, Kind::DiskFull, || world.start("other"));
@@ -405,9 +406,10 @@ fn a_full_disk() {
     world.start("other").unwrap();
 }
 
-/// A disk that takes nothing: kill still ends the VMM, and all is written down when the disk works again.
+/// The disk accepts no writes. Kill still ends the VMM, and the result is recorded once the disk
+/// works again.
 #[test]
-fn a_broken_disk() {
+fn broken_disk_allows_kill() {
     let world = World::new();
     world.running("web");
     world.daemon().store.faults().fail(Fault::Io, u64::MAX);
@@ -424,9 +426,10 @@ fn a_broken_disk() {
     world.start("web").unwrap();
 }
 
-/// The work of a stop is done, and then its commit fails: it is tried until the disk takes it.
+/// The work of a stop is done when its commit fails. The commit is retried until the disk accepts
+/// it.
 #[test]
-fn a_disk_that_breaks_in_the_middle() {
+fn stop_commit_is_retried_until_disk_works() {
     for fault in [Fault::DiskFull, Fault::Io, Fault::IoAfterCommit, Fault::Panic] {
         let world = World::new();
         let (vm, _) = world.running("web");

@@ -1,4 +1,5 @@
-//! Verbs that meet a boot or a stop under way: accepted at once, one sane state at the end, nothing left.
+//! Calls that meet a boot or a stop in progress. They are accepted at once, and the VM ends in one
+//! valid state with nothing left over.
 
 use crate::world::*;
 use fcd::api::op::{OpCancel, OpRequest, OpState};
@@ -9,10 +10,10 @@ use fcd::guest::fake::{Answer, Gate, Readiness};
 use fcd::vmm::fake::Stage;
 use std::time::{Duration, Instant};
 
-/// Where a boot stands.
+/// The step at which a boot is held.
 #[derive(Clone, Copy, Debug)]
 enum At {
-    /// In line, for other VMs boot.
+    /// Queued, because other VMs are booting.
     Admission,
     BeforeSpawn,
     AfterSpawn,
@@ -20,7 +21,8 @@ enum At {
 }
 const PLACES: [At; 4] = [At::Admission, At::BeforeSpawn, At::AfterSpawn, At::Guest];
 
-/// The promise's bounds. They hold for the median of the rounds: one may meet a busy machine.
+/// Promised bounds, which the median of the rounds must meet: a single round may run while the
+/// machine is busy.
 const ACCEPTED: Duration = Duration::from_millis(50);
 const DONE: Duration = Duration::from_secs(1);
 
@@ -35,11 +37,11 @@ struct Booting {
     world: World,
     start: Running<VmReply>,
     vm: Vm,
-    /// Keeps the boot going that stands in the way.
+    /// The boot that occupies the only slot.
     _first: Option<Running<VmReply>>,
 }
 
-/// A VM whose boot stands still.
+/// Creates a VM whose boot is held at this step.
 fn booting(at: At) -> Booting {
     let world = World::with(|c| c.limits.boots_max = if matches!(at, At::Admission) { 1 } else { 8 });
     let vm = world.create("web");
@@ -67,10 +69,10 @@ fn booting(at: At) -> Booting {
 }
 
 impl Booting {
-    fn lives(&self) -> bool {
+    fn has_vmm(&self) -> bool {
         self.world.vmm.live().iter().any(|tag| tag.contains(self.vm.id.as_str()))
     }
-    /// Lets go of what stood in the way of the VM itself only.
+    /// Releases whatever held the boot and waits until nothing is running.
     fn end(self) {
         self.world.vmm.release_starts();
         self.world.await_rest();
@@ -84,7 +86,7 @@ fn cancelled(result: Result<VmReply, Failure>, cause: &str) {
 }
 
 #[test]
-fn stop_of_a_booting_vm() {
+fn stop_of_booting_vm_is_prompt() {
     let (mut accepted, mut done) = (Vec::new(), Vec::new());
     for at in PLACES {
         for force in [false, true] {
@@ -96,7 +98,7 @@ fn stop_of_a_booting_vm() {
             assert_eq!(stop.finish(PROMPT).unwrap().vm.state, VmState::Stopped);
             done.push(begun.elapsed());
             cancelled(b.start.finish(PROMPT), "the VM was stopped");
-            assert!(!b.lives());
+            assert!(!b.has_vmm());
             assert_eq!(b.world.state("web"), VmState::Stopped);
             b.end();
         }
@@ -105,7 +107,7 @@ fn stop_of_a_booting_vm() {
 }
 
 #[test]
-fn delete_of_a_booting_vm() {
+fn delete_of_booting_vm_is_prompt() {
     let (mut accepted, mut done) = (Vec::new(), Vec::new());
     for at in PLACES {
         for force in [false, true] {
@@ -117,7 +119,7 @@ fn delete_of_a_booting_vm() {
             assert_eq!(gone.finish(PROMPT).unwrap().deleted, Some(b.vm.id.clone()));
             done.push(begun.elapsed());
             cancelled(b.start.finish(PROMPT), "the VM was deleted");
-            assert!(!b.lives());
+            assert!(!b.has_vmm());
             assert!(b.world.census().iter().all(|thing| !thing.contains(b.vm.id.as_str())), "{:#?}", b.world.census());
             b.end();
         }
@@ -126,7 +128,7 @@ fn delete_of_a_booting_vm() {
 }
 
 #[test]
-fn op_cancel_of_a_start_leaves_it_as_it_was() {
+fn start_cancelled_leaves_vm_unchanged() {
     for at in PLACES {
         let mut b = booting(at);
         let op = b.world.show("web").unwrap().op.unwrap();
@@ -134,13 +136,13 @@ fn op_cancel_of_a_start_leaves_it_as_it_was() {
         cancelled(b.start.finish(PROMPT), "op cancel was asked for");
         assert_eq!(b.world.op(&op).state, OpState::Cancelled);
         assert_eq!(b.world.state("web"), VmState::Created);
-        assert!(!b.lives());
+        assert!(!b.has_vmm());
         b.end();
     }
 }
 
 #[test]
-fn a_hang_up_cancels_a_start_and_not_one_that_was_joined() {
+fn start_hang_up_cancels_unless_joined() {
     let mut b = booting(At::AfterSpawn);
     let joined = b.world.begin::<VmStart>(request("web"), vec![]);
     assert_eq!(Some(joined.op()), b.world.show("web").unwrap().op);
@@ -154,7 +156,7 @@ fn a_hang_up_cancels_a_start_and_not_one_that_was_joined() {
 }
 
 #[test]
-fn a_hang_up_does_not_cancel_a_stop() {
+fn stop_hang_up_does_not_cancel() {
     let (world, vm) = lingering();
     let stop = world.begin::<VmStop>(stop("web"), vec![]);
     stop.stage("sync and shut down");
@@ -163,11 +165,11 @@ fn a_hang_up_does_not_cancel_a_stop() {
     assert_eq!(world.await_state("web", VmState::Stopped).synced, Some(Synced::Yes));
 }
 
-/// Delete replaces stop, force replaces grace, and what was replaced hears of it.
+/// A delete replaces a stop, force replaces a graceful stop, and the replaced call fails as superseded.
 #[test]
-fn the_successor_slot() {
+fn successor_replaces_weaker_successor() {
     let mut b = booting(At::Guest);
-    // An unkillable VMM keeps the boot's rollback going while the others come.
+    // A VMM that cannot be killed keeps the boot's rollback running while the other calls arrive.
     b.world.vmm.set_unkillable(true);
     let mut stop_ = b.world.begin::<VmStop>(stop("web"), vec![]);
     let stop_op = stop_.op();
@@ -184,7 +186,7 @@ fn the_successor_slot() {
     let e = b.world.start("web").unwrap_err();
     assert!(e.is(Kind::WrongState) && e.fault.hint.is_some(), "{e:?}");
     assert_eq!(b.world.begin::<VmDelete>(delete("web"), vec![]).op(), gone_op);
-    // The process ends at last.
+    // Now the process can end.
     b.world.vmm.set_unkillable(false);
     assert!(b.world.vmm.die(&b.vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
     gone.finish(SOON).unwrap();
@@ -192,7 +194,7 @@ fn the_successor_slot() {
     b.end();
 }
 
-/// A VM that runs and whose guest, asked to shut down, takes its time.
+/// Creates a running VM whose guest takes its time to shut down.
 fn lingering() -> (World, Vm) {
     let world = World::new();
     let (vm, _) = world.running("web");
@@ -201,7 +203,7 @@ fn lingering() -> (World, Vm) {
 }
 
 #[test]
-fn two_stops_are_one() {
+fn stop_joins_running_stop() {
     let (world, vm) = lingering();
     let mut one = world.begin::<VmStop>(stop("web"), vec![]);
     let mut two = world.begin::<VmStop>(stop("web"), vec![]);
@@ -218,7 +220,7 @@ fn two_stops_are_one() {
 }
 
 #[test]
-fn kill_shortens_a_stop() {
+fn kill_shortens_stop() {
     for by_stop in [false, true] {
         let (world, _) = lingering();
         let mut graceful = world.begin::<VmStop>(stop("web"), vec![]);
@@ -235,7 +237,7 @@ fn kill_shortens_a_stop() {
 }
 
 #[test]
-fn delete_waits_for_a_stop_and_delete_by_force_does_not() {
+fn delete_waits_for_stop_unless_forced() {
     for force in [false, true] {
         let (world, vm) = lingering();
         let mut graceful = world.begin::<VmStop>(stop("web"), vec![]);
@@ -252,9 +254,9 @@ fn delete_waits_for_a_stop_and_delete_by_force_does_not() {
     }
 }
 
-/// The second delete joins the first, and its force counts.
+/// The second delete joins the first, and its force applies to both.
 #[test]
-fn delete_by_force_shortens_the_stop_that_a_delete_waits_for() {
+fn forced_delete_shortens_stop_before_delete() {
     let (world, _) = lingering();
     let graceful = world.begin::<VmStop>(stop("web"), vec![]);
     graceful.stage("sync and shut down");
@@ -267,7 +269,7 @@ fn delete_by_force_shortens_the_stop_that_a_delete_waits_for() {
 }
 
 #[test]
-fn restart_goes_down_and_up_as_one_operation() {
+fn restart_is_one_operation() {
     let (world, vm) = lingering();
     let mut restart = world.begin::<VmRestart>(stop("web"), vec![]);
     let op = restart.op();
@@ -283,9 +285,9 @@ fn restart_goes_down_and_up_as_one_operation() {
     assert_ne!(after.pid, vm.pid);
 }
 
-/// Whoever stops a VM that restarts wants it stopped. Its guest was synced all the same.
+/// A stop during a restart leaves the VM stopped. The guest was synced nevertheless.
 #[test]
-fn stop_of_a_restart() {
+fn stop_during_restart_leaves_vm_stopped() {
     for kill in [false, true] {
         let (world, vm) = lingering();
         let mut restart = world.begin::<VmRestart>(stop("web"), vec![]);
@@ -303,7 +305,7 @@ fn stop_of_a_restart() {
 }
 
 #[test]
-fn a_vmm_that_dies_while_it_boots() {
+fn boot_with_dying_vmm_fails() {
     let mut b = booting(At::Guest);
     assert!(b.world.vmm.die(&b.vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(11))));
     let e = b.start.finish(PROMPT).unwrap_err();
@@ -316,7 +318,7 @@ fn a_vmm_that_dies_while_it_boots() {
 }
 
 #[test]
-fn a_start_that_fails_says_why_and_can_be_tried_again() {
+fn failed_start_reports_cause_and_can_be_retried() {
     let world = World::new();
     world.create("web");
     world.vmm.fail_next_start("no such machine");
@@ -330,7 +332,7 @@ fn a_start_that_fails_says_why_and_can_be_tried_again() {
 }
 
 #[test]
-fn a_guest_that_does_not_answer_in_time() {
+fn boot_of_silent_guest_times_out() {
     let world = World::with(|c| c.limits.boot_timeout_s = 1);
     let vm = world.create("web");
     world.guest.set_readiness(world.place(&vm.id), Readiness::Gated(Gate::closed()));
@@ -340,7 +342,7 @@ fn a_guest_that_does_not_answer_in_time() {
 }
 
 #[test]
-fn a_vmm_that_dies_as_it_runs_ends_what_uses_the_guest() {
+fn vmm_death_ends_calls_that_use_guest() {
     for (how, state) in
         [(fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)), VmState::Failed), (fcd::vmm::End::GuestShutDown, VmState::Stopped)]
     {
@@ -356,9 +358,9 @@ fn a_vmm_that_dies_as_it_runs_ends_what_uses_the_guest() {
     }
 }
 
-/// Verbs from many threads at once: each is answered, and at the end there is one sane state.
+/// Calls from many threads at once. Each is answered, and the VM ends in one valid state.
 #[test]
-fn verbs_race() {
+fn concurrent_calls_end_in_valid_state() {
     const THREADS: u64 = 6;
     const CALLS: u64 = 12;
     for seed in 0..4 {
@@ -415,7 +417,7 @@ fn check_answer(answer: Result<VmReply, Failure>) {
 }
 
 #[test]
-fn a_delete_and_a_start_race() {
+fn concurrent_delete_and_start_leave_no_vm() {
     for _ in 0..20 {
         let world = World::new();
         let vm = world.create("web");

@@ -1,4 +1,5 @@
-//! What a VM gets at its start beyond its disk and its network: ports, a work disk, files of the host's.
+//! What a VM can get at its start in addition to its disk and network: ports, a work disk, host
+//! files.
 
 use crate::world::*;
 use fcd::api::daemon::Severity;
@@ -22,7 +23,7 @@ fn create(world: &World, name: &str, ports: &[Port]) -> Result<Vm, Failure> {
     world.call::<VmCreate>(&with_ports(name, ports)).map(|r| r.vm)
 }
 
-/// One that nothing listens on and that no other test takes: it is listened on meanwhile.
+/// Listens on a port, so that no other test takes it, and returns both.
 fn listening() -> (TcpListener, u16) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let number = listener.local_addr().unwrap().port();
@@ -30,7 +31,7 @@ fn listening() -> (TcpListener, u16) {
 }
 
 #[test]
-fn a_port_of_the_host_is_one_vms_from_creation_to_deletion() {
+fn host_port_belongs_to_vm_until_deleted() {
     let world = World::new();
     let ports = [port(20080, 80), Port { protocol: Protocol::Udp, ..port(20080, 53) }];
     assert_eq!(create(&world, "a", &ports).unwrap().ports, ports);
@@ -45,7 +46,7 @@ fn a_port_of_the_host_is_one_vms_from_creation_to_deletion() {
 }
 
 #[test]
-fn a_port_that_is_picked_is_kept() {
+fn picked_port_is_kept() {
     let mut world = World::new();
     let picked = create(&world, "a", &[port(0, 80), port(20090, 81), port(0, 80)]).unwrap().ports;
     assert_eq!(picked.iter().map(|p| p.guest_port).collect::<Vec<_>>(), [80, 81, 80], "in the order of the request");
@@ -56,7 +57,7 @@ fn a_port_that_is_picked_is_kept() {
 }
 
 #[test]
-fn what_cannot_be_forwarded_is_refused() {
+fn invalid_ports_are_refused() {
     let world = World::new();
     let before = world.census();
     let user = Caller { uid: 1000, gid: 1000, pid: 1 };
@@ -80,7 +81,7 @@ fn what_cannot_be_forwarded_is_refused() {
 }
 
 #[test]
-fn ports_picked_by_many_creations_at_once_differ() {
+fn ports_picked_concurrently_differ() {
     let world = World::new();
     let all: Vec<u16> = std::thread::scope(|scope| {
         let create = |n: usize| create(&world, &format!("vm-{n}"), &[port(0, 80), port(0, 81)]).unwrap().ports;
@@ -94,7 +95,7 @@ fn ports_picked_by_many_creations_at_once_differ() {
 }
 
 #[test]
-fn a_port_that_a_program_has_fails_the_start_with_its_number() {
+fn start_with_occupied_port_names_it() {
     let world = World::new();
     let (listener, number) = listening();
     let vm = create(&world, "a", &[port(number, 80)]).unwrap();
@@ -111,7 +112,7 @@ fn work_file(world: &World, vm: &Vm) -> PathBuf {
 }
 
 #[test]
-fn a_work_disk_lives_as_long_as_its_vm() {
+fn work_disk_is_deleted_with_vm() {
     let world = World::new();
     let request = VmCreateRequest { work_disk_bytes: Some(32 << 20), ..with_ports("a", &[]) };
     let vm = world.call::<VmCreate>(&request).unwrap().vm;
@@ -134,7 +135,7 @@ fn a_work_disk_lives_as_long_as_its_vm() {
 }
 
 #[test]
-fn an_image_whose_init_does_not_know_of_it_is_refused() {
+fn image_with_old_init_refuses_capabilities() {
     let world = World::new();
     let path = world.config.state_dir.join("images/default/image.json");
     let text = std::fs::read_to_string(&path).unwrap();
@@ -145,12 +146,12 @@ fn an_image_whose_init_does_not_know_of_it_is_refused() {
     let e = world.start("a").unwrap_err();
     assert!(e.is(Kind::Unsupported) && e.fault.hint.as_deref().unwrap_or_default().contains("image build"), "{e:?}");
     assert!(!work_file(&world, &vm).exists());
-    // One that asks for nothing of the kind starts.
+    // A VM that requests none of these starts.
     world.running("b");
 }
 
 #[test]
-fn configured_files_are_read_at_each_start() {
+fn synced_files_are_read_at_each_start() {
     let dir = tempfile::tempdir().unwrap();
     let from = dir.path().join("ca.crt");
     let world = World::with(|config| {
@@ -183,7 +184,7 @@ fn configured_files_are_read_at_each_start() {
 }
 
 #[test]
-fn doctor_asks_each_of_them() {
+fn doctor_checks_each_capability() {
     let world = World::new();
     let ids: Vec<String> = world.daemon().doctor(&root()).unwrap().checks.into_iter().map(|c| c.id).collect();
     for id in ["disk-space", "root-disk", "work-disk", "guest_network", "ports", "fake"] {

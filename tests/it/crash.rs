@@ -1,6 +1,7 @@
-//! Every point at which a daemon can die or an effect can fail, for every sequence of operations on one VM. After a
-//! restart the invariants hold (numbers as in the list of faults: I1 rows and host agree, I2 nothing is left over, I3 no healthy
-//! VMM was killed, I5 what was acknowledged is there, I6 the next operation works, I7 a second recovery changes nothing).
+//! Kills the daemon, or makes an effect fail, at every point of every sequence of operations on one
+//! VM. After a restart the invariants must hold: rows and host agree (I1), nothing is left over
+//! (I2), no healthy VMM was killed (I3), acknowledged changes exist (I5), the next operation works
+//! (I6), and a second recovery changes nothing (I7).
 
 use crate::points::Mode;
 use crate::world::*;
@@ -12,7 +13,7 @@ use fcd::client::Failure;
 use fcd::error::Kind;
 use std::collections::BTreeSet;
 
-/// More points than any operation has: one that never ends is a bug.
+/// More points than any operation has. An operation that exceeds this never ends.
 const POINTS_MAX: u64 = 200;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,9 +30,9 @@ enum Verb {
     Balloon,
     Prepare,
     Snapshot,
-    /// In the same VM.
+    /// Restores the same VM.
     Restore,
-    /// In a new one.
+    /// Restores into a new VM.
     RestoreAs,
     Fork,
     Forget,
@@ -41,7 +42,7 @@ use Verb::{
 };
 const VERBS: [Verb; 9] = [Start, Stop, Kill, Restart, Delete, Set, Adjust, Balloon, Prepare];
 
-/// What can be done with snapshots, after what makes it possible.
+/// Operations on snapshots, each after the ones that make it possible.
 const SNAPSHOT_SEQUENCES: [&[Verb]; 9] = [
     &[Start, Snapshot],
     &[Snapshot],
@@ -54,7 +55,7 @@ const SNAPSHOT_SEQUENCES: [&[Verb]; 9] = [
     &[Start, Snapshot, Forget],
 ];
 
-/// A call of any kind under way.
+/// A call in progress, of any kind.
 enum Call {
     Vm(Running<VmReply>),
     Delete(Running<VmDeleteReply>),
@@ -83,7 +84,7 @@ fn begin(world: &World, verb: Verb) -> Call {
         Balloon => Call::Balloon(world.begin::<VmBalloon>(VmBalloonRequest { vm: "web".into(), keep_mib: Some(512) }, vec![])),
         Prepare => {
             let (read, write) = pipe();
-            // All of it fits the pipe.
+            // The payload fits into the pipe.
             write_payload(std::fs::File::from(write), b"some payload");
             Call::Prepare(world.begin::<WorkspacePrepare>(prepare("web"), vec![read]))
         }
@@ -103,7 +104,7 @@ fn begin(world: &World, verb: Verb) -> Call {
     }
 }
 
-/// Its end, or none when its daemon died first.
+/// Waits for the result. None if the daemon died first.
 fn end(world: &World, call: Call) -> Option<Result<(), Failure>> {
     let is_dead = || world.points.is_dead();
     match call {
@@ -124,7 +125,7 @@ fn now(world: &World) -> Option<VmState> {
     row_of(world, "web").map(|r| r.state)
 }
 
-/// The states in which a VM may be found again whose `verb` was cut off, by the one in which it was.
+/// The states in which a VM may be found after `verb` was cut off, given its state before.
 fn may_be(verb: Verb, before: Option<VmState>) -> Vec<Option<VmState>> {
     use VmState::{Created, Running, Stopped};
     let mut may = vec![before];
@@ -141,7 +142,7 @@ fn may_be(verb: Verb, before: Option<VmState>) -> Vec<Option<VmState>> {
     may
 }
 
-/// I1 and I2: the rows, the ledger and the host agree.
+/// I1 and I2: rows, ledger and host agree.
 #[track_caller]
 fn agrees(world: &World, at: &str) {
     let live: BTreeSet<String> = world.vmm.live().into_iter().collect();
@@ -167,7 +168,8 @@ fn agrees(world: &World, at: &str) {
         let devices: BTreeSet<String> = world.devices().into_iter().filter(|d| d.starts_with("fc-")).collect();
         assert_eq!(devices, running, "{at}: snapshot devices, rows that run");
     }
-    // A new VM is there and runs, or is not there. No guest stands still, and each snapshot is whole.
+    // A new VM either exists and runs, or does not exist. No guest stays paused, and every snapshot
+    // is complete.
     if let Some(twin) = row_of(world, "twin") {
         assert!(twin.state == VmState::Running && !twin.rm, "{at}: {twin:?}");
     }
@@ -187,7 +189,7 @@ fn agrees(world: &World, at: &str) {
     assert!(on_host.is_subset(&owned) && directories.is_subset(&owned), "{at}: {on_host:?} {directories:?} {owned:?}");
 }
 
-/// I6, and everything is as before the first operation.
+/// I6: the next operation works and leaves everything as it was before the first.
 #[track_caller]
 fn comes_to_nothing(world: &World, empty: &BTreeSet<String>, at: &str) {
     for vm in ["web", "twin"] {
@@ -203,8 +205,9 @@ fn comes_to_nothing(world: &World, empty: &BTreeSet<String>, at: &str) {
     assert_eq!(world.census(), *empty, "{at}");
 }
 
-/// Does what comes before the last operation. False: the sequence makes no sense (it deletes what is to be used).
-fn set_the_scene(world: &World, verbs: &[Verb]) {
+/// Runs the operations before the last one. Returns false if the sequence makes no sense, because
+/// it deletes what it needs later.
+fn run_all_but_last(world: &World, verbs: &[Verb]) {
     if !verbs.is_empty() && now(world).is_none() {
         let vm = world.create("web");
         world.place(&vm.id);
@@ -223,7 +226,7 @@ struct Figures {
 
 const MARK: &[u8] = b"mine";
 
-/// What a VM's disk has before it is restored, and no snapshot has.
+/// Writes a mark to the VM's disk before it is restored. No snapshot contains the mark.
 fn mark_disk(world: &World, verb: Verb) -> Option<(std::path::PathBuf, Vec<u8>)> {
     let row = row_of(world, "web").filter(|r| verb == Restore && r.state != VmState::Running)?;
     let path = world.config.state_dir.join("vms").join(row.id.as_str()).join("disk");
@@ -240,16 +243,16 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
     figures.sequences += 1;
     for n in 1..POINTS_MAX {
         if *last == Create {
-            set_the_scene(world, &[])
+            run_all_but_last(world, &[])
         } else {
-            set_the_scene(world, &[&[Set], scene].concat())
+            run_all_but_last(world, &[&[Set], scene].concat())
         }
         let (before, vmms) = (now(world), world.vmm.live());
         let mine = mark_disk(world, *last);
         world.points.arm(Mode::Crash, n);
         let ended = end(world, begin(world, *last));
         let Some(hit) = world.points.hit() else {
-            // It has fewer points than that.
+            // The operation has fewer points than `n`.
             world.points.disarm();
             return comes_to_nothing(world, &empty, &format!("{verbs:?}"));
         };
@@ -261,7 +264,7 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
         world.await_rest();
         let after = now(world);
         if matches!(ended, Some(Ok(()))) {
-            // I5: the answer went out before the daemon died.
+            // I5: the reply was sent before the daemon died.
             let done = may_be(*last, before).pop().unwrap();
             assert!(after == done || *last == Restart, "{at}: acknowledged, yet {after:?}");
         }
@@ -269,7 +272,8 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
         assert!(may_be(*last, before).contains(&after), "{at}: was {before:?}, is {after:?} ({reason:?})");
         agrees(world, &at);
         if let Some((path, mine)) = mine {
-            // All of the one or all of the other; of a guest that runs, the other.
+            // The disk is entirely the VM's or entirely the snapshot's. If the guest runs, it is
+            // the snapshot's.
             let mut saved = mine.clone();
             saved.truncate(mine.len() - MARK.len());
             let is = std::fs::read(&path).unwrap();
@@ -292,21 +296,21 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
     panic!("{verbs:?} has more than {POINTS_MAX} points");
 }
 
-/// Makes every effect of the last of `verbs` fail, one at a time, in a daemon that lives on.
+/// Makes every effect of the last of `verbs` fail, one at a time, without ending the daemon.
 fn fail_everywhere(world: &World, verbs: &[Verb], mode: Mode, figures: &mut Figures) {
     let empty = world.census();
     let (last, scene) = verbs.split_last().unwrap();
     figures.sequences += 1;
     for n in 1..POINTS_MAX {
         if *last == Create {
-            set_the_scene(world, &[])
+            run_all_but_last(world, &[])
         } else {
-            set_the_scene(world, &[&[Set], scene].concat())
+            run_all_but_last(world, &[&[Set], scene].concat())
         }
         world.points.arm(mode, n);
         let ended = end(world, begin(world, *last)).expect("nobody dies here");
         world.await_rest();
-        // Also what nobody waits for: it may be what fails.
+        // Also wait for commits that no call waits for, because they may be what fails.
         let _ = world.daemon().store.barrier().and_then(|ticket| ticket.wait(soon()));
         let hit = world.points.hit();
         world.points.disarm();
@@ -327,7 +331,7 @@ fn sequences(length: usize) -> Vec<Vec<Verb>> {
 }
 
 #[test]
-fn a_daemon_killed_at_any_point_of_an_operation() {
+fn crash_at_any_point_of_operation_recovers() {
     let (mut world, mut figures) = (World::new(), Figures::default());
     crash_everywhere(&mut world, &[Create], &mut figures);
     for verbs in sequences(1) {
@@ -337,14 +341,14 @@ fn a_daemon_killed_at_any_point_of_an_operation() {
 }
 
 #[test]
-fn a_daemon_killed_at_any_point_of_the_second_operation() {
+fn crash_at_any_point_of_second_operation_recovers() {
     let (mut world, mut figures) = (World::new(), Figures::default());
     sequences(2).iter().for_each(|verbs| crash_everywhere(&mut world, verbs, &mut figures));
     println!("{figures:?}");
 }
 
 #[test]
-fn a_daemon_killed_at_any_point_of_a_snapshot() {
+fn crash_at_any_point_of_snapshot_recovers() {
     let (mut world, mut figures) = (World::new(), Figures::default());
     SNAPSHOT_SEQUENCES.iter().for_each(|verbs| crash_everywhere(&mut world, verbs, &mut figures));
     println!("{figures:?}");
@@ -359,7 +363,7 @@ fn a_daemon_killed_at_any_point_of_the_third_operation() {
 }
 
 #[test]
-fn any_effect_fails() {
+fn failure_of_any_effect_is_undone() {
     let (world, mut figures) = (World::new(), Figures::default());
     fail_everywhere(&world, &[Create], Mode::FailCommits, &mut figures);
     for verbs in sequences(1) {

@@ -1,4 +1,4 @@
-//! Callers that misbehave, and callers that do nothing: whoever behaves does not notice.
+//! Misbehaving callers and idle callers must not affect callers that behave.
 
 use crate::world::*;
 use fcd::api::vm::*;
@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 const IDLE: usize = 1000;
 const CALLS: usize = 2000;
 const P99_MAX: Duration = Duration::from_millis(50);
-/// As B.2 of the protocol's rules: a frame of more is refused.
+/// The protocol's bound. Longer frames are refused.
 const FRAME_BYTES_MAX: usize = 1 << 20;
 
-/// One bad request; the connection's end, or an answer, ends it.
+/// One bad request. It ends when the connection closes or an answer arrives.
 type Misdeed = fn(&mut UnixStream) -> std::io::Result<()>;
 
 const MISDEEDS: [Misdeed; 5] = [
@@ -25,7 +25,7 @@ const MISDEEDS: [Misdeed; 5] = [
         (0..=FRAME_BYTES_MAX / 4096).try_for_each(|_| s.write_all(&[b'x'; 4096]))
     },
     |s| s.write_all(&[b"[".repeat(100_000), b"\n".to_vec()].concat()),
-    // Slow: byte by byte, each a packet of its own.
+    // Sends one byte per packet.
     |s| b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"fcd.info\",\"params\":{}}\n".iter().try_for_each(|b| s.write_all(&[*b])),
 ];
 
@@ -33,7 +33,7 @@ fn misbehave(world: &World, n: usize) {
     let Ok(mut stream) = UnixStream::connect(&world.config.socket) else { return };
     stream.set_read_timeout(Some(SOON)).unwrap();
     stream.set_write_timeout(Some(SOON)).unwrap();
-    // It is hung up on, or it gets an answer, or it hangs up in the middle.
+    // The daemon may hang up or answer, or this side hangs up in the middle.
     _ = MISDEEDS[n % MISDEEDS.len()](&mut stream);
     if n.is_multiple_of(2) {
         _ = stream.shutdown(Shutdown::Write);
@@ -84,7 +84,7 @@ fn a_thousand_idle_and_some_bad_callers_slow_nobody_down() {
         misdeeds.load(Ordering::SeqCst)
     );
     assert!(p99 < P99_MAX, "p50 {p50:?}, p99 {p99:?}");
-    // The idle ones are served still.
+    // The idle connections are still served.
     let mut last = idle.last().unwrap();
     last.set_read_timeout(Some(SOON)).unwrap();
     last.write_all(b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"fcd.info\",\"params\":{}}\n").unwrap();

@@ -1,4 +1,5 @@
-//! Every edge that the lock table declares really occurs: the last step of `scripts/test`, over what all its processes saw.
+//! Checks that every edge in the lock table was really observed. This is the last step of
+//! `scripts/test` and reads what all its processes recorded.
 
 use fcd::locks::rank;
 use std::collections::BTreeSet;

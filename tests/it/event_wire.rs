@@ -1,4 +1,4 @@
-//! The goldens of `events.watch` and its notes; as `api.rs`.
+//! Goldens of `events.watch` and its notes. See `api.rs`.
 
 use crate::api::{call, fault, id, line, name, vm};
 use expect_test::expect;
@@ -17,7 +17,7 @@ fn set(members: serde_json::Value) -> Members {
 }
 
 #[test]
-fn events_watch() {
+fn events_watch_goldens() {
     call::<EventsWatch>(
         EventsWatchRequest { since: Some(7) },
         EventsWatchReply { resume_seq: 8 },
@@ -73,7 +73,7 @@ fn events_watch() {
         {"seq":7,"at":1,"vm":null,"name":null,"owner_uid":1000,"event":"op.ended","op":"0123456789ab","method":"image.build","state":"ok"}]}}
         {"jsonrpc":"2.0","method":"lagged","params":{"dropped":3,"resume_seq":9}}
     "#]].assert_eq(&all);
-    // One that is newer than this side.
+    // An event that a newer daemon may send.
     let newer = r#"{"seq":7,"at":1,"vm":null,"name":null,"owner_uid":0,"event":"disk.full","free":1}"#;
     assert_eq!(serde_json::from_str::<Event>(newer).unwrap().what, What::Unknown);
 }

@@ -1,4 +1,4 @@
-//! `events.watch`: what listeners are told, in which order, and how they go on.
+//! `events.watch`: which events a listener gets, in which order, and how it resumes.
 
 use crate::world::*;
 use fcd::api::event::*;
@@ -20,23 +20,23 @@ fn watch(world: &World, since: Option<u64>) -> Running<EventsWatchReply> {
     world.begin::<EventsWatch>(EventsWatchRequest { since }, vec![])
 }
 
-/// From here on: its snapshot is there.
-fn watch_anew(world: &World) -> (Mirror, Running<EventsWatchReply>) {
+/// Starts watching and waits for the first snapshot.
+fn watch_from_snapshot(world: &World) -> (Mirror, Running<EventsWatchReply>) {
     let (mut mirror, call) = (Mirror::default(), watch(world, None));
     mirror.apply(&call.note(|note| Some(note.clone())));
     (mirror, call)
 }
 
-/// The VMs as a client has them that only listens.
+/// The VMs as a client knows them that only listens.
 #[derive(Debug, Default, PartialEq)]
 struct Mirror {
     vms: BTreeMap<String, Members>,
     seq: u64,
-    /// Beginnings over.
+    /// How many snapshots arrived.
     snapshots: usize,
     resyncs: usize,
     in_snapshot: bool,
-    /// `web vm.created`, `web starting -> running`.
+    /// Such as `web vm.created` and `web starting -> running`.
     lines: Vec<String>,
 }
 
@@ -46,7 +46,7 @@ fn members(vm: &Vm) -> Members {
 }
 
 impl Mirror {
-    /// What it was told, which must fit what it has.
+    /// Applies a note, which must fit the state so far.
     #[track_caller]
     fn apply(&mut self, note: &Note) {
         match note {
@@ -104,7 +104,7 @@ impl Mirror {
         self.lines.push(format!("{name} {text}"));
     }
 
-    /// Listens until the VM has this member.
+    /// Listens until this member of the VM has this value.
     #[track_caller]
     fn follow(&mut self, call: &Running<EventsWatchReply>, vm: &str, member: &str, value: impl Into<Value>) {
         let value = value.into();
@@ -113,7 +113,7 @@ impl Mirror {
         }
     }
 
-    /// That what it has is what the daemon says.
+    /// Checks that the mirror equals what the daemon reports.
     #[track_caller]
     fn check(&self, world: &World) {
         let vms = world.call::<VmList>(&VmListRequest { all: true, ..Default::default() }).unwrap().vms;
@@ -127,9 +127,9 @@ fn set_vcpus(world: &World, vm: &str, vcpus: u32) {
 }
 
 #[test]
-fn a_life() {
+fn watch_reports_whole_life_of_vm() {
     let world = World::new();
-    let (mut mirror, call) = watch_anew(&world);
+    let (mut mirror, call) = watch_from_snapshot(&world);
     let vm = world.create("web");
     world.place(&vm.id);
     set_vcpus(&world, "web", 2);
@@ -173,12 +173,12 @@ fn a_life() {
 }
 
 #[test]
-fn who_listens_through_a_thousand_changes_has_what_the_daemon_has() {
+fn watch_through_a_thousand_changes_matches_daemon() {
     const WORKERS: usize = 4;
     const ROUNDS: usize = 25;
     let world = World::new();
     world.create("before");
-    let (mut mirror, call) = watch_anew(&world);
+    let (mut mirror, call) = watch_from_snapshot(&world);
     let worker = |worker: usize| {
         for round in 0..ROUNDS {
             let vm = format!("w{worker}-{round}");
@@ -191,7 +191,7 @@ fn who_listens_through_a_thousand_changes_has_what_the_daemon_has() {
             }
         }
     };
-    // So that all boots have a guest to talk to.
+    // Gives every boot a guest that answers.
     world.place(&"0123456789ab".parse().unwrap());
     std::thread::scope(|scope| {
         (0..WORKERS).for_each(|n| drop(scope.spawn(move || worker(n))));
@@ -202,21 +202,21 @@ fn who_listens_through_a_thousand_changes_has_what_the_daemon_has() {
     mirror.check(&world);
     assert!(world.daemon().store.stats().changes >= 1000, "{:?}", world.daemon().store.stats());
     assert_eq!((mirror.vms.len(), mirror.snapshots), (2 + WORKERS * ROUNDS / 5, 1));
-    // One start and one kill of each has ended, and well.
+    // One start and one kill of each VM has succeeded.
     let count = |line: &str| mirror.lines.iter().filter(|l| l.ends_with(line)).count();
     let all = WORKERS * ROUNDS;
     assert_eq!((count(" vm.start Ok"), count(" vm.kill Ok"), count(" deleted")), (all, all, all * 4 / 5));
 }
 
 #[test]
-fn since() {
+fn watch_since_resumes_without_gap() {
     let world = World::new();
-    let (mut first, call) = watch_anew(&world);
+    let (mut first, call) = watch_from_snapshot(&world);
     world.create("a");
     first.follow(&call, "a", "state", "created");
     set_vcpus(&world, "a", 2);
     world.create("b");
-    // From there on, and nothing but that.
+    // Resuming delivers the rest and nothing else.
     let (mut second, again) =
         (Mirror { vms: first.vms.clone(), seq: first.seq, ..Mirror::default() }, watch(&world, Some(first.seq)));
     second.follow(&again, "b", "state", "created");
@@ -224,24 +224,24 @@ fn since() {
     first.follow(&call, "b", "state", "created");
     assert_eq!((&first.vms, first.seq), (&second.vms, second.seq));
     first.check(&world);
-    // A number that was never given out.
+    // A sequence number that was never assigned.
     let note = watch(&world, Some(u64::MAX)).note(|note| Some(note.clone()));
     let Note::Snapshot(snapshot) = note else { panic!("{note:?}") };
     assert!(snapshot.resync && snapshot.seq == first.seq && snapshot.vms.len() == 2, "{snapshot:?}");
 }
 
 #[test]
-fn a_listener_goes_on_over_a_restart_of_the_daemon() {
+fn watch_resumes_after_daemon_restart() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     world.await_rest();
-    let (mut mirror, mut call) = watch_anew(&world);
+    let (mut mirror, mut call) = watch_from_snapshot(&world);
     set_vcpus(&world, "web", 2);
     mirror.follow(&call, "web", "pending", serde_json::to_value(Pending { vcpus: Some(2), ..Default::default() }).unwrap());
     let before = mirror.seq;
     world.reopen();
     assert!(call.finish(SOON).unwrap_err().is(Kind::ShuttingDown));
-    // The VMM died meanwhile: reconcile says so.
+    // The VMM died while no daemon ran. Reconciling reports it.
     world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
     world.daemon().reconcile();
     let again = watch(&world, Some(before));
@@ -250,7 +250,7 @@ fn a_listener_goes_on_over_a_restart_of_the_daemon() {
     mirror.follow(&again, "web", "vcpus", 3);
     mirror.check(&world);
     assert_eq!((mirror.snapshots, mirror.resyncs), (1, 0), "it had all and missed nothing");
-    // Who had not heard of all before the restart begins anew.
+    // A listener that had not seen everything before the restart gets a new snapshot.
     let late = watch(&world, Some(before - 1));
     mirror.follow(&late, "web", "vcpus", 3);
     set_vcpus(&world, "web", 4);
@@ -259,11 +259,11 @@ fn a_listener_goes_on_over_a_restart_of_the_daemon() {
     assert_eq!((mirror.snapshots, mirror.resyncs), (2, 1));
 }
 
-/// A caller of any uid, at the other end of a socket of its own.
+/// A caller with any uid, at the other end of a socket of its own.
 struct Listener {
     mirror: Mirror,
     notes: Receiver<Note>,
-    /// Shut down, it has hung up.
+    /// Shutting it down hangs up.
     peer: UnixStream,
     ended: std::thread::JoinHandle<fcd::error::Result<EventsWatchReply>>,
 }
@@ -306,7 +306,7 @@ fn listen(world: &World, uid: u32) -> Listener {
     Listener { mirror, notes, peer, ended }
 }
 
-/// None at the end of the connection.
+/// Reads one line, or `None` at the end of the connection.
 fn read_line(from: &mut impl BufRead) -> Option<Line> {
     let mut line = String::new();
     from.read_line(&mut line).unwrap();
@@ -315,7 +315,7 @@ fn read_line(from: &mut impl BufRead) -> Option<Line> {
 }
 
 impl Listener {
-    /// Hears all up to the moment when this VM has so many vCPUs, and then hangs up.
+    /// Listens until this VM has this number of vCPUs, then hangs up.
     #[track_caller]
     fn lines_until(self, vm: &str, vcpus: u32) -> Vec<String> {
         let mut mirror = self.mirror;
@@ -324,7 +324,7 @@ impl Listener {
         }
         assert!(mirror.vms.values().all(|m| m["name"] == vm || vm == "common"), "{mirror:?}");
         self.peer.shutdown(std::net::Shutdown::Both).unwrap();
-        // That it went is noticed.
+        // The daemon must notice the hang-up.
         await_that("it ends", || self.ended.is_finished());
         assert_eq!(self.ended.join().unwrap().unwrap_err().kind(), Kind::Cancelled);
         mirror.lines
@@ -332,7 +332,7 @@ impl Listener {
 }
 
 #[test]
-fn owners_hear_of_their_own_vms_and_root_of_all() {
+fn watch_shows_owner_own_vms_and_root_all() {
     let world = World::new();
     let create = |name: &str, uid| {
         let request = VmCreateRequest { name: Some(name.parse().unwrap()), ..Default::default() };
@@ -342,7 +342,7 @@ fn owners_hear_of_their_own_vms_and_root_of_all() {
     let listeners = [1000, 2000, 0].map(|uid| listen(&world, uid));
     create("theirs", 2000);
     world.place(&mine.id);
-    // Root acts on a VM of another's: the owner hears how that ended.
+    // Root acts on another user's VM, and the owner sees the result.
     world.start("mine").unwrap();
     for name in ["mine", "theirs"] {
         set_vcpus(&world, name, 4);
@@ -363,7 +363,7 @@ fn owners_hear_of_their_own_vms_and_root_of_all() {
     assert!(theirs[..2].iter().all(|l| root.contains(l)) && root.contains(&"mine vm.kill Ok".to_owned()), "{root:?}");
 }
 
-/// A client at the level of lines, which reads when the test does.
+/// A client that works on lines and reads only when the test does.
 struct Plain(BufReader<UnixStream>);
 
 impl Plain {
@@ -386,19 +386,19 @@ impl Plain {
 }
 
 #[test]
-fn a_slow_reader_holds_up_nobody_and_loses_nothing() {
+fn watch_slow_reader_delays_nobody_and_loses_nothing() {
     const CHANGES: u32 = 3000;
     let world = World::new();
     world.create("web");
     let mut slow = Plain::watch(&world, "{}");
     let Line::Note(Note::Snapshot(_)) = slow.next() else { panic!("no snapshot") };
-    let (mut fast, call) = watch_anew(&world);
+    let (mut fast, call) = watch_from_snapshot(&world);
     let id = world.show("web").unwrap().id;
     for n in 1..=CHANGES {
         let change = world.daemon().store.change(|tx| tx.update_vm_unlocked(&id, |r| r.mem_mib = u64::from(n)));
         change.unwrap().1.detach();
         if n % 250 == 0 {
-            // One reads nothing, and the other has all of it, while calls are answered.
+            // One listener reads nothing and the other gets every event, while calls are answered.
             fast.follow(&call, "web", "mem_mib", n);
             assert_eq!(world.show("web").unwrap().mem_mib, u64::from(n));
         }
@@ -427,7 +427,7 @@ fn a_slow_reader_holds_up_nobody_and_loses_nothing() {
 }
 
 #[test]
-fn a_half_closed_connection_listens_on() {
+fn watch_on_half_closed_connection_continues() {
     let world = World::new();
     let mut plain = Plain::watch(&world, "{}");
     plain.0.get_mut().shutdown(std::net::Shutdown::Write).unwrap();
@@ -438,7 +438,7 @@ fn a_half_closed_connection_listens_on() {
 }
 
 #[test]
-fn it_stays_on_the_line_or_is_refused() {
+fn watch_with_invalid_parameters_keeps_connection_open() {
     let world = World::new();
     let mut plain = Plain::watch(&world, r#"{"sinse":1}"#);
     for _ in 0..2 {

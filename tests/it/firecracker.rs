@@ -1,5 +1,6 @@
-//! The driver `firecracker` against a program that answers as the real one does (`tests/fake/firecracker.rs`), and that is slow, hangs,
-//! dies or lies where a test says so. The real one: `e2e` `another_host::`.
+//! Tests the `firecracker` driver against a fake that answers like the real program
+//! (`tests/fake/firecracker.rs`), and that is slow, hangs, dies or lies where a test asks for it.
+//! `another_host::` in `e2e` runs the real one.
 
 use expect_test::expect;
 use fcd::api::vm::RateLimits;
@@ -24,7 +25,7 @@ fn soon() -> Instant {
 
 struct Bench {
     dir: tempfile::TempDir,
-    /// With which the tags of its VMMs begin, and no other test's.
+    /// The prefix of this test's VMM tags, which no other test uses.
     prefix: String,
     driver: Firecracker,
 }
@@ -32,7 +33,8 @@ struct Bench {
 impl Bench {
     fn new(script: &str) -> Self {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        // A name of its own, beside which the script is. No copy: what was open for writing when another test forked cannot be run.
+        // A hard link with its own name, next to which the script is. Not a copy: a file that was
+        // open for writing when another test forked cannot be executed.
         std::fs::hard_link(PROGRAM, dir.path().join("firecracker")).unwrap();
         std::fs::create_dir(dir.path().join("vm")).unwrap();
         for (name, bytes) in
@@ -74,23 +76,23 @@ impl Bench {
         }
     }
 
-    /// Also what it told of its process.
+    /// Returns the result and the process that the driver reported.
     fn start(&self, cancel: &Cancel) -> (fcd::error::Result<Running>, Option<Identity>) {
-        let mut told = None;
-        let started = self.driver.start(&self.spec(), cancel, &mut |identity| told = Some(identity.clone()));
-        (started, told)
+        let mut reported = None;
+        let started = self.driver.start(&self.spec(), cancel, &mut |identity| reported = Some(identity.clone()));
+        (started, reported)
     }
 
     fn running(&self) -> Running {
         self.start(&Cancel::try_new().unwrap()).0.unwrap_or_else(|e| panic!("{e}"))
     }
 
-    /// The start fails, and leaves no process.
+    /// Checks that the start fails and leaves no process.
     #[track_caller]
     fn fails(&self, cancel: &Cancel) -> Error {
-        let (started, told) = self.start(cancel);
+        let (started, reported) = self.start(cancel);
         let e = started.unwrap_err();
-        if let Some(identity) = told {
+        if let Some(identity) = reported {
             assert!(!self.driver.is_alive(&identity), "{e}");
         }
         assert_eq!(self.driver.list(&self.prefix).unwrap(), [], "{e}");
@@ -129,7 +131,7 @@ fn driver(dir: &Path) -> Firecracker {
     Firecracker::new(config, 0..0, Arc::new(Consoles::try_new().unwrap())).unwrap().without_kvm()
 }
 
-/// Those of a start, in their order.
+/// The requests of a start, in order.
 const REQUESTS: [(&str, &str); 13] = [
     ("GET", "/"),
     ("PUT", "/machine-config"),
@@ -147,7 +149,7 @@ const REQUESTS: [(&str, &str); 13] = [
 ];
 
 #[test]
-fn a_start_configures_everything_and_runs_the_guest() {
+fn start_configures_vm_and_runs_guest() {
     let bench = Bench::new("");
     let running = bench.running();
     assert_eq!(running.ssh_addr.to_string(), "10.89.0.5:22");
@@ -170,7 +172,7 @@ fn a_start_configures_everything_and_runs_the_guest() {
     bench.await_console("the guest runs");
     assert_eq!(bench.driver.find(&bench.tag()).unwrap().as_ref(), Some(&running.identity));
     assert!(bench.driver.is_ours(&running.identity, &bench.tag()) && !bench.driver.is_ours(&running.identity, "fc-other-x-1"));
-    // Its output, its socket, its console, its connections: nothing of ours.
+    // The VMM has its output, socket, console and connections open, and none of our descriptors.
     for fd in std::fs::read_dir(format!("/proc/{}/fd", running.identity.pid)).unwrap().flatten() {
         let Ok(target) = std::fs::read_link(fd.path()) else { continue };
         let (target, dir) = (target.display().to_string(), bench.dir.path().display().to_string());
@@ -178,12 +180,12 @@ fn a_start_configures_everything_and_runs_the_guest() {
     }
     bench.driver.kill(&running.identity, soon()).unwrap();
     assert_eq!(bench.driver.find(&bench.tag()).unwrap(), None);
-    // What the one before left is in nobody's way.
+    // Files of the previous run do not prevent a start.
     bench.driver.kill(&bench.running().identity, soon()).unwrap();
 }
 
 #[test]
-fn whatever_happens_at_whichever_request_nothing_is_left() {
+fn start_with_fault_at_any_request_leaves_nothing() {
     let never = Cancel::try_new().unwrap();
     let bench = Bench::new("");
     for (method, path) in REQUESTS {
@@ -206,7 +208,7 @@ fn whatever_happens_at_whichever_request_nothing_is_left() {
 }
 
 #[test]
-fn a_start_that_hangs_is_cancelled_at_once() {
+fn hanging_start_is_cancelled_at_once() {
     for (method, path) in REQUESTS {
         let bench = Bench::new(&format!("{method} {path} hang"));
         let cancel = Cancel::try_new().unwrap();
@@ -227,7 +229,7 @@ fn a_start_that_hangs_is_cancelled_at_once() {
 }
 
 #[test]
-fn refusals_say_what_to_do() {
+fn refusals_have_hints() {
     let never = Cancel::try_new().unwrap();
     let kind = |change: &dyn Fn(&Bench)| {
         let bench = Bench::new("");
@@ -252,7 +254,7 @@ fn refusals_say_what_to_do() {
         std::fs::write(&program, "x").unwrap();
     });
     assert!(not_executable == Kind::Unsupported && said.contains("mode 0644"), "{said}");
-    // The networks and disks that only QEMU has.
+    // Networks and disks that only QEMU supports.
     let bench = Bench::new("");
     let user_mode = VmmSpec { network: GuestNetwork::UserMode { isolated: false, ports: Vec::new() }, ..bench.spec() };
     let qcow2 = VmmSpec { disk_format: fcd::vmm::DiskFormat::Qcow2, ..bench.spec() };
@@ -264,14 +266,14 @@ fn refusals_say_what_to_do() {
 }
 
 #[test]
-fn another_daemon_takes_it_up() {
+fn adopt_by_next_daemon_continues() {
     let mut bench = Bench::new("");
     let running = bench.running();
     bench.await_console("the guest runs");
     bench.driver = driver(bench.dir.path());
     assert_eq!(bench.driver.adopt(&bench.spec(), &running.identity).unwrap(), running);
     bench.await_console("reconnected");
-    // What the guest says now is in the log again.
+    // New console output reaches the log again.
     std::fs::write(bench.dir.path().join("vm/run/console"), "and says more\n").unwrap();
     bench.await_console("and says more");
     let other = VmmSpec { tag: format!("{}0123456789ab-2", bench.prefix), ..bench.spec() };
@@ -281,7 +283,7 @@ fn another_daemon_takes_it_up() {
 }
 
 #[test]
-fn a_guest_stands_still_and_goes_on() {
+fn pause_and_resume_guest() {
     let bench = Bench::new("");
     let (running, dir, never) = (bench.running(), bench.dir.path().join("vm"), Cancel::try_new().unwrap());
     for is_paused in [true, true, false, false] {
@@ -289,20 +291,21 @@ fn a_guest_stands_still_and_goes_on() {
     }
     let asked = bench.requests();
     assert_eq!(asked.matches("PATCH /vm {\"state\":\"Paused\"}").count(), 2);
-    // Only one that stands still goes on, and its vsock takes streams again because it was told that those of before have ended.
-    let told: Vec<_> = asked.lines().skip_while(|l| !l.contains("Paused")).filter(|l| !l.starts_with("GET")).collect();
+    // Only a paused guest is resumed. Its vsock accepts new streams again because the guest was
+    // notified that the old ones have ended.
+    let requests: Vec<_> = asked.lines().skip_while(|l| !l.contains("Paused")).filter(|l| !l.starts_with("GET")).collect();
     expect![[r#"
         PATCH /vm {"state":"Paused"}
         PATCH /vm {"state":"Paused"}
         PUT /snapshot/create {"snapshot_type":"Full","snapshot_path":"/proc/none/none","mem_file_path":"/proc/none/none"}
         PATCH /vm {"state":"Resumed"}"#]]
-    .assert_eq(&told.join("\n"));
+    .assert_eq(&requests.join("\n"));
     bench.driver.kill(&running.identity, soon()).unwrap();
     let e = bench.driver.set_paused(&dir, &running.identity, true, &never).unwrap_err();
     assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("has exited"), "{e}");
 }
 
-/// Only 1.16 needs the workaround: earlier versions do not hold anything back, and 1.17 fixed it.
+/// Only 1.16 needs the workaround. Earlier versions do not hold data back, and 1.17 fixed it.
 #[test]
 fn vsock_is_reset_at_resume_only_in_versions_that_need_it() {
     for (version, resets) in [("1.15.1", 0), ("1.16.0", 1), ("1.16.1", 1), ("1.17.0", 0), ("2.0.0", 0)] {
@@ -317,7 +320,7 @@ fn vsock_is_reset_at_resume_only_in_versions_that_need_it() {
 }
 
 #[test]
-fn devices_are_limited_from_the_start_and_while_the_guest_runs() {
+fn rates_apply_at_start_and_while_running() {
     let bench = Bench::new("");
     let never = Cancel::try_new().unwrap();
     let spec = |rates| VmmSpec { rates: RateLimits::of(rates), ..bench.spec() };
@@ -336,7 +339,7 @@ fn devices_are_limited_from_the_start_and_while_the_guest_runs() {
         PATCH /drives/root {"drive_id":"root","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":0,"refill_time":0}}}
         PATCH /drives/work {"drive_id":"work","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":0,"refill_time":0}}}
         PATCH /network-interfaces/eth0 {"iface_id":"eth0","rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}},"tx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}}}"#]].assert_eq(&limits.join("\n"));
-    // A refusal has its text and what to do, and so has a VMM that is gone.
+    // A refusal carries its text and a hint, and so does a VMM that is gone.
     bench.script("PATCH /drives/work refuse The requested operation is not supported before starting the microVM.");
     let e = bench.driver.set_rates(&some, &running.identity, &never).unwrap_err();
     assert!(e.kind() == Kind::WrongState && e.to_string().contains("limit disk work") && e.hint_text().is_some(), "{e}");
@@ -346,12 +349,12 @@ fn devices_are_limited_from_the_start_and_while_the_guest_runs() {
 }
 
 #[test]
-fn a_stream_leads_to_what_listens_in_the_guest() {
+fn vsock_connects_to_listener_in_guest() {
     let bench = Bench::new("");
     let (running, never) = (bench.running(), Cancel::try_new().unwrap());
     let connect = |port| bench.driver.connect(&running.identity, port, &never);
     let mut stream = connect(7).unwrap();
-    // It waits where it has to, as a caller expects of a socket.
+    // It blocks where a socket is expected to.
     let sent = vec![7; 1 << 20];
     let mut writing = stream.try_clone().unwrap();
     let writer = std::thread::spawn(move || {
@@ -363,11 +366,11 @@ fn a_stream_leads_to_what_listens_in_the_guest() {
     assert_eq!(echo, vec![7; 1 << 20]);
     let e = connect(9).unwrap_err();
     assert!(e.kind() == Kind::GuestUnavailable && e.to_string().contains("port 9") && e.hint_text().is_some(), "{e}");
-    // Nobody answers: it is the caller who has enough.
+    // Nobody answers, so the caller gives up.
     let enough = Cancel::try_new().unwrap();
     enough.cancel("the VM was stopped");
     assert_eq!(bench.driver.connect(&running.identity, 8, &enough).unwrap_err().kind(), Kind::Cancelled);
-    // One that an earlier fcd started.
+    // A VM that an earlier fcd started, without this socket.
     std::fs::remove_file(bench.dir.path().join("vm/run/vsock")).unwrap();
     let e = connect(7).unwrap_err();
     assert!(e.kind() == Kind::Unsupported && e.hint_text().is_some(), "{e}");
@@ -376,7 +379,7 @@ fn a_stream_leads_to_what_listens_in_the_guest() {
 }
 
 #[test]
-fn a_guest_with_a_keyboard_goes_when_its_keys_are_pressed() {
+fn ctrl_alt_del_shuts_guest_down() {
     let bench = Bench::new("KEYBOARD");
     let (running, never) = (bench.running(), Cancel::try_new().unwrap());
     assert!(bench.driver.press_ctrl_alt_del(&running.identity, &never).unwrap());
@@ -386,7 +389,7 @@ fn a_guest_with_a_keyboard_goes_when_its_keys_are_pressed() {
 }
 
 #[test]
-fn a_balloon_takes_what_the_guest_is_not_to_keep() {
+fn balloon_takes_the_remaining_memory() {
     let bench = Bench::new("");
     let (running, spec, never) = (bench.running(), bench.spec(), Cancel::try_new().unwrap());
     let kept = || bench.driver.balloon_mib(&spec, &running.identity, &never).unwrap();
@@ -400,7 +403,7 @@ fn a_balloon_takes_what_the_guest_is_not_to_keep() {
     assert!(e.kind() == Kind::Busy && e.hint_text().is_some(), "{e}");
     bench.script("");
     bench.driver.kill(&running.identity, soon()).unwrap();
-    // One without: an image whose initramfs knows of none.
+    // An image whose initramfs has no balloon driver.
     let without = VmmSpec { has_balloon: false, ..bench.spec() };
     let running = bench.driver.start(&without, &never, &mut |_| {}).unwrap();
     let e = bench.driver.set_balloon(&without, &running.identity, 96, &never).unwrap_err();
@@ -408,26 +411,26 @@ fn a_balloon_takes_what_the_guest_is_not_to_keep() {
 }
 
 #[test]
-fn what_it_counts_is_told_line_by_line() {
+fn metrics_are_read_line_by_line() {
     let bench = Bench::new("");
     let (running, spec, never) = (bench.running(), bench.spec(), Cancel::try_new().unwrap());
-    let told = || -> Vec<u64> {
+    let flushes = || -> Vec<u64> {
         let all = bench.driver.metrics(&spec, &running.identity, &never).unwrap();
         all.iter().map(|line| line["flushes"].as_u64().unwrap()).collect()
     };
-    assert_eq!((told(), told()), (vec![1], vec![2]));
-    // One that it told by itself, and rubbish.
+    assert_eq!((flushes(), flushes()), (vec![1], vec![2]));
+    // A line that the VMM printed unasked, and garbage.
     let pipe = bench.dir.path().join("vm/run/metrics");
     std::fs::write(&pipe, "{\"flushes\":77}\n\u{1b}[2J\n").unwrap();
-    assert_eq!(told(), [77, 3]);
-    // Full: what is read makes room for what is asked for.
+    assert_eq!(flushes(), [77, 3]);
+    // The pipe is full. Reading makes room for the requested line.
     let line = format!("{{\"flushes\":78,\"x\":\"{}\"}}\n", "x".repeat(8000));
     let mut full = std::fs::File::options().custom_flags(nix::libc::O_NONBLOCK).write(true).open(&pipe).unwrap();
     while full.write_all(line.as_bytes()).is_ok() {}
-    let all = told();
+    let all = flushes();
     assert!(all.len() > 5 && all[..all.len() - 1].iter().all(|n| *n == 78), "{all:?}");
-    assert_eq!(told(), [5]);
-    // The next daemon reads on.
+    assert_eq!(flushes(), [5]);
+    // The next daemon continues to read.
     assert_eq!(driver(bench.dir.path()).metrics(&spec, &running.identity, &never).unwrap()[0]["flushes"], 6);
     bench.driver.kill(&running.identity, soon()).unwrap();
     let e = bench.driver.metrics(&spec, &running.identity, &never).unwrap_err();
@@ -435,18 +438,19 @@ fn what_it_counts_is_told_line_by_line() {
 }
 
 #[test]
-fn its_death_and_its_silence_are_told() {
+fn watch_reports_death_and_silence() {
     let bench = Bench::new("");
     let running = bench.running();
-    let (told, tellings) = std::sync::mpsc::channel();
+    let (sender, reports) = std::sync::mpsc::channel();
     let (died, deaths) = std::sync::mpsc::channel();
     bench.driver.watch(&bench.spec().dir, &running.identity, Box::new(move |how| died.send(how).unwrap())).unwrap();
     let dir = bench.dir.path().join("vm");
-    bench.driver.watch_guest(&dir, &running.identity, Box::new(move |what| told.send(what).unwrap_or_default())).unwrap();
+    bench.driver.watch_guest(&dir, &running.identity, Box::new(move |what| sender.send(what).unwrap_or_default())).unwrap();
     let process = Process::open(&running.identity).unwrap().unwrap();
     process.signal(rustix::process::Signal::STOP).unwrap();
-    // It may have answered once before it stood still.
-    let next = || std::iter::repeat_with(|| tellings.recv_timeout(SOON).unwrap()).find(|told| *told != Told::Answered).unwrap();
+    // It may have answered once before it was stopped.
+    let next =
+        || std::iter::repeat_with(|| reports.recv_timeout(SOON).unwrap()).find(|report| *report != Told::Answered).unwrap();
     for _ in 0..2 {
         assert_eq!(next(), Told::Unresponsive(true));
     }
@@ -476,7 +480,7 @@ impl Bench {
         self.driver.save(&self.spec(), &running.identity, to, &Cancel::try_new().unwrap())
     }
 
-    /// Those that were asked for, in their order.
+    /// The requested types, in order.
     fn snapshot_types(&self) -> Vec<String> {
         let requests = self.requests();
         let bodies = requests.lines().filter_map(|line| line.strip_prefix("PUT /snapshot/create "));
@@ -498,12 +502,12 @@ impl Bench {
 }
 
 #[test]
-fn a_guest_is_saved_and_goes_on() {
+fn save_and_restore_guest() {
     let bench = Bench::new("");
     let (running, files) = (bench.running(), bench.saved_files());
     assert_eq!(bench.save(&running, &files).unwrap_err().kind(), Kind::Internal, "it runs");
     bench.pause(&running);
-    // What the VMM has put where it is given the files is not followed.
+    // A link that the VMM has put in place of the file is not followed.
     let decoy = bench.dir.path().join("decoy");
     std::fs::write(&decoy, "kept").unwrap();
     std::os::unix::fs::symlink(&decoy, bench.dir.path().join("vm/run/memory")).unwrap();
@@ -527,7 +531,8 @@ fn a_guest_is_saved_and_goes_on() {
         PATCH /network-interfaces/eth0 {"iface_id":"eth0","rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}},"tx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}}}
     "#]].assert_eq(&bench.requests());
     bench.await_console("the guest goes on");
-    // The rest of its memory is in the file that it was restored from, so what it has touched is not enough.
+    // The rest of the memory is in the file that it was restored from, so saving only touched pages
+    // is not enough.
     bench.pause(&again);
     let spec = VmmSpec { tag: format!("{}0123456789ab-2", bench.prefix), ..bench.spec() };
     let again_files = SavedFiles { memory: bench.dir.path().join("memory2"), devices: bench.dir.path().join("devices2") };
@@ -540,9 +545,9 @@ fn a_guest_is_saved_and_goes_on() {
     bench.driver.kill(&again.identity, soon()).unwrap();
 }
 
-/// The real one exits after a refused load, too.
+/// The real program also exits after a refused load.
 #[test]
-fn a_load_that_is_refused_says_why_and_leaves_nothing() {
+fn refused_load_reports_cause_and_leaves_nothing() {
     let bench = Bench::new("");
     let (running, files) = (bench.running(), bench.saved_files());
     bench.pause(&running);
@@ -553,13 +558,13 @@ fn a_load_that_is_refused_says_why_and_leaves_nothing() {
     assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("Failed to get snapshot state from file"), "{e}");
     assert!(e.hint_text().is_some_and(|h| h.contains("snapshot")), "{e}");
     assert_eq!(bench.driver.list(&bench.prefix).unwrap(), []);
-    // Nothing was there that could be loaded elsewhere, either.
+    // There was nothing either that could be loaded elsewhere.
     assert_eq!(bench.driver.can_load("qemu (tcg, microvm)", false).unwrap_err().kind(), Kind::Unsupported);
     bench.driver.can_load(&bench.driver.describe(), false).unwrap();
 }
 
 #[test]
-fn a_save_that_dies_hangs_or_is_refused_ends() {
+fn failing_save_ends() {
     for (fault, kind) in [
         ("die", Kind::VmmFailed),
         ("hangup", Kind::VmmFailed),

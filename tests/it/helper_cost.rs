@@ -1,4 +1,4 @@
-//! Measures the cost of a helper process per connection: `scripts/bench helper`.
+//! Measures the cost of a helper process per connection. Run by `scripts/bench helper`.
 
 use fcd::error::Result;
 use fcd::guest::io::BytesSource;
@@ -83,7 +83,7 @@ impl Sink for Nothing {
     }
 }
 
-/// As an import's: its bytes are hashed on the way, here as there.
+/// Hashes the bytes as an import does, on both sides of the comparison.
 struct Hashed {
     left: usize,
     digest: sha2::Sha256,

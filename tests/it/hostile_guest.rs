@@ -1,4 +1,5 @@
-//! Guests whose SSH server attacks whoever talks to it: `tests/fake/hostile_sshd.py` speaks to the real transport.
+//! Guests whose SSH server attacks its clients: `tests/fake/hostile_sshd.py` speaks to the real
+//! transport.
 
 use crate::world::{SOON, World};
 use fcd::api::exec::{ExecStart, ExecStartRequest, Exit};
@@ -16,7 +17,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Modes that send without end what no command needs, with their environment.
+/// Modes that send data without end, with their environment. No command needs any of it.
 const FLOODS: &[(&str, &[(&str, &str)])] = &[
     ("success", &[]),
     ("unknown", &[]),
@@ -26,7 +27,7 @@ const FLOODS: &[(&str, &[(&str, &str)])] = &[
     ("exitsig", &[]),
     ("rekey", &[]),
     ("kexflood", &[]),
-    // This one ended the root daemon: NULL is read in libssh2, inside a key exchange.
+    // This mode crashed a daemon running as root: libssh2 dereferences NULL inside a key exchange.
     ("unknown", &[("REKEY", "2000000"), ("PAD", "2000")]),
 ];
 
@@ -38,7 +39,7 @@ struct HostileGuest {
 
 impl HostileGuest {
     fn start(mode: &str, env: &[(&str, &str)]) -> Self {
-        // A test's executable is not fcd.
+        // The helper is fcd itself, and the test's executable is not.
         confine::set_program(env!("CARGO_BIN_EXE_fcd"));
         let dir = tempfile::tempdir().unwrap();
         let [host, client] = [(); 2].map(|()| PrivateKey::random(&mut OsRng, Algorithm::Ed25519).unwrap());
@@ -68,7 +69,7 @@ impl HostileGuest {
         Self { server, target, _dir: dir }
     }
 
-    /// No deadline, as for a user's own command. The token is a test's patience.
+    /// Has no deadline, like a user's own command. The token is the test's timeout.
     fn exec(&self, deadline: Option<Instant>, cancel: &Cancel) -> Result<Exit> {
         let spec = ExecSpec { command: "true".into(), deadline, ..ExecSpec::default() };
         SshTransport.exec(&self.target, &spec, Streams::default(), cancel)
@@ -82,7 +83,7 @@ impl Drop for HostileGuest {
     }
 }
 
-/// Fires when the test has waited for long enough.
+/// Returns a token that fires when the test has waited long enough.
 fn patience() -> Cancel {
     let cancel = Cancel::try_new().unwrap();
     let token = cancel.clone();
@@ -100,7 +101,7 @@ fn memory_kib() -> u64 {
 }
 
 #[test]
-fn flood_of_a_guest_without_deadline_is_guest_lost() {
+fn flood_without_deadline_is_guest_lost() {
     for (mode, env) in FLOODS {
         let guest = HostileGuest::start(mode, env);
         let e = guest.exec(None, &patience()).unwrap_err();
@@ -111,13 +112,13 @@ fn flood_of_a_guest_without_deadline_is_guest_lost() {
 }
 
 #[test]
-fn guest_that_only_stays_awake_is_ended_by_the_caller() {
+fn guest_that_only_sends_keepalives_is_ended_by_caller() {
     let guest = HostileGuest::start("drip", &[]);
     let deadline = Some(Instant::now() + Duration::from_secs(3));
     assert_eq!(guest.exec(deadline, &patience()).unwrap_err().kind(), Kind::Timeout);
 }
 
-/// One VM's guest is hostile and real, the others' are fakes.
+/// One VM's guest is hostile and real. The others are fakes.
 struct OneHostile {
     others: FakeTransport,
     addr: SocketAddr,
@@ -142,11 +143,12 @@ impl Transport for OneHostile {
     }
 }
 
-/// A daemon whose VM `evil` has this guest, with other VMs beside it.
+/// A daemon whose VM `evil` has this guest, along with other VMs.
 fn world(guest: &HostileGuest) -> World {
     let mut world = World::with(|config| config.limits.stop_timeout_s = 2);
     let (_, addr) = world.running("evil");
-    // Exactly this command: a shutdown is an `exec`, too, and must end its guest.
+    // Exactly this command reaches the guest. A shutdown is an `exec` as well and must end its
+    // guest.
     let harmless = command_bytes(&[b"true".to_vec()], &[], None).unwrap();
     world.guest.on(&String::from_utf8(harmless).unwrap(), |_| Answer::status(0));
     world.running("web");
@@ -163,7 +165,7 @@ fn exec_request(vm: &str) -> ExecStartRequest {
     ExecStartRequest { vm: vm.into(), argv, env: vec![], workdir: None, pty: None, streams: vec![], no_wait_children: false }
 }
 
-/// The verbs of a day, of VMs whose guests are well.
+/// Everyday calls on VMs with healthy guests.
 fn verbs(world: &World) -> Vec<(&'static str, Duration)> {
     let timed = |verb: &'static str, run: &dyn Fn()| {
         let begun = Instant::now();
@@ -180,7 +182,7 @@ fn verbs(world: &World) -> Vec<(&'static str, Duration)> {
 }
 
 #[test]
-fn daemon_serves_other_vms_while_a_guest_attacks_and_stops_the_attacker() {
+fn daemon_serves_other_vms_during_attack_and_stops_attacker() {
     let guest = HostileGuest::start("unknown", &[("REKEY", "2000000"), ("PAD", "2000")]);
     let world = world(&guest);
     let mut attack = world.begin::<ExecStart>(exec_request("evil"), vec![]);
@@ -202,7 +204,7 @@ fn bench() {
         let world = world(&guest);
         let (before, until) = (memory_kib(), Instant::now() + Duration::from_secs(10));
         let mut took = Vec::new();
-        // A new attack as soon as the one before is over.
+        // A new attack starts as soon as the previous one has ended.
         let mut attack = world.begin::<ExecStart>(exec_request("evil"), vec![]);
         while Instant::now() < until {
             took.extend(verbs(&world).into_iter().map(|(_, t)| t));

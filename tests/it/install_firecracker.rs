@@ -1,4 +1,4 @@
-//! `scripts/install-firecracker` with release archives that were made for the test.
+//! Runs `scripts/install-firecracker` on release archives made for the test.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -19,14 +19,15 @@ impl Made {
         self.dir.path().join("lib")
     }
 
-    /// A release whose programs say what `says` adds to their names, with its sum.
+    /// Builds a release whose programs print their name and `says`. Returns the archive and its
+    /// checksum.
     fn release(&self, version: &str, says: &str) -> (PathBuf, String) {
         let top = self.dir.path().join(format!("release-v{version}-x86_64"));
         std::fs::create_dir_all(&top).unwrap();
         for (program, name) in [("firecracker", "Firecracker"), ("jailer", "Jailer")] {
             let path = top.join(format!("{program}-v{version}-x86_64"));
             std::fs::write(&path, format!("#!/bin/sh\necho '{name} {says}'\n")).unwrap();
-            // Modes and owners in the archive do not count.
+            // The modes and owners in the archive must not matter.
             std::fs::set_permissions(&path, PermissionsExt::from_mode(0o666)).unwrap();
         }
         let tarball = self.dir.path().join(format!("{version}.tgz"));
@@ -60,15 +61,15 @@ fn is_root() -> bool {
 }
 
 #[test]
-fn versions_are_installed_side_by_side_and_belong_to_root() {
+fn install_keeps_versions_side_by_side_owned_by_root() {
     if !is_root() {
-        eprintln!("NOT RUN, because it is not run by root: versions_are_installed_side_by_side_and_belong_to_root");
+        eprintln!("NOT RUN, because it is not run by root: install_keeps_versions_side_by_side_owned_by_root");
         return;
     }
     let made = Made::new();
     for version in ["1.16.0", "1.16.1"] {
         let (tarball, sum) = made.release(version, &format!("v{version}"));
-        // A second time is ok.
+        // A second run succeeds.
         for said in ["installed", "is there already"] {
             let out = made.install(version, &tarball, &sum.to_uppercase());
             let (stdout, stderr) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
@@ -90,9 +91,9 @@ fn versions_are_installed_side_by_side_and_belong_to_root() {
 }
 
 #[test]
-fn archive_that_is_not_what_was_asked_for_is_refused() {
+fn install_of_wrong_archive_is_refused() {
     if !is_root() {
-        eprintln!("NOT RUN, because it is not run by root: archive_that_is_not_what_was_asked_for_is_refused");
+        eprintln!("NOT RUN, because it is not run by root: install_of_wrong_archive_is_refused");
         return;
     }
     let made = Made::new();
@@ -104,7 +105,7 @@ fn archive_that_is_not_what_was_asked_for_is_refused() {
     made.refuses("1.16.1", &made.dir.path().join("none.tgz"), &sum, "there is no file");
     let (lying, sum) = made.release("1.15.0", "v1.14.0");
     made.refuses("1.15.0", &lying, &sum, "not version 1.15.0");
-    // Neither the archive nor its sum has a default.
+    // Neither the archive nor its checksum has a default.
     let out = Command::new(SCRIPT).arg("1.16.1").arg("--from").arg(&tarball).output().unwrap();
     assert_eq!(out.status.code(), Some(2));
 }

@@ -1,4 +1,5 @@
-//! Kernels over the socket: who may, and what is refused before anything is read. Imports that go well are end to end.
+//! Kernels over the socket: who may import them, and what is refused before anything is read.
+//! Successful imports are tested end to end.
 
 use crate::world::*;
 use fcd::api::kernel::*;
@@ -12,7 +13,7 @@ fn request(path: PathBuf) -> KernelImportRequest {
 }
 
 #[test]
-fn an_import_that_cannot_be_leaves_nothing() {
+fn kernel_import_of_invalid_file_leaves_nothing() {
     let world = World::new();
     let empty = world.census();
     let stranger = Caller { uid: 4_000_000, gid: 0, pid: 0 };
@@ -22,7 +23,8 @@ fn an_import_that_cannot_be_leaves_nothing() {
     assert!(import("vmlinuz".into()).is(Kind::InvalidArgument));
     assert!(import("/no/such/file".into()).is(Kind::PathNotFound));
     let file = tempfile::NamedTempFile::new().unwrap();
-    // Nothing, a directory, a device, a pipe that nobody writes to, no kernel, half a kernel.
+    // A missing file, a directory, a device, a pipe without a writer, a file that is not a kernel,
+    // half a kernel.
     assert!(import(file.path().to_owned()).is(Kind::Unsupported));
     assert!(import(std::env::temp_dir()).is(Kind::Unsupported));
     assert!(import("/dev/zero".into()).is(Kind::Unsupported));
@@ -38,7 +40,7 @@ fn an_import_that_cannot_be_leaves_nothing() {
     assert_eq!(world.call::<KernelList>(&Default::default()).unwrap().kernels, []);
 }
 
-/// As an import leaves it.
+/// Creates the files that an import leaves.
 fn make_kernel(world: &World) -> PathBuf {
     let dir = world.config.state_dir.join("kernels/mine");
     let draft = dir.with_file_name("draft");
@@ -53,7 +55,7 @@ fn make_kernel(world: &World) -> PathBuf {
 }
 
 #[test]
-fn a_kernel_is_never_deleted_under_a_vm_that_is_being_made() {
+fn kernel_in_use_by_create_is_not_deleted() {
     const ROUNDS: u32 = 40;
     let world = World::new();
     let kernel = || "mine".parse().unwrap();
@@ -80,7 +82,7 @@ fn a_kernel_is_never_deleted_under_a_vm_that_is_being_made() {
 }
 
 #[test]
-fn a_kernel_that_a_vm_boots_stays() {
+fn kernel_in_use_by_vm_is_not_deleted() {
     let world = World::new();
     let name = || Some("mine".parse().unwrap());
     let create =
@@ -97,7 +99,7 @@ fn a_kernel_that_a_vm_boots_stays() {
     assert!(world.call::<KernelDelete>(&named()).unwrap_err().is(Kind::Conflict));
     let stranger = Caller { uid: 4_000_000, gid: 0, pid: 0 };
     assert_eq!(world.daemon().kernel_delete(&stranger, &"mine".parse().unwrap()).unwrap_err().kind(), Kind::Denied);
-    // Somebody removed it: the VM that runs does, and does not start without it.
+    // The kernel's files were removed. The running VM is not affected, but it cannot start again.
     std::fs::remove_dir_all(&dir).unwrap();
     assert!(world.run::<VmRestart>(stop("web")).unwrap_err().is(Kind::KernelNotFound));
     world.delete("web").unwrap();

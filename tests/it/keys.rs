@@ -9,7 +9,7 @@ use serde_json::value::RawValue;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 
-/// One call with a key, as a shell would make it.
+/// Makes one call with a key, as a script would.
 pub fn call(world: &World, method: &str, params: &str, key: &str, more: bool) -> Response {
     let (id, params) = (RawValue::from_string("1".into()).unwrap(), RawValue::from_string(params.into()).unwrap());
     let request =
@@ -39,7 +39,7 @@ pub fn kind(response: &Response) -> String {
 }
 
 #[test]
-fn fifty_creates_with_one_key_make_one_vm() {
+fn key_shared_by_fifty_creates_makes_one_vm() {
     let mut world = World::new();
     let made: Vec<_> = std::thread::scope(|scope| {
         let one = || vm(&call(&world, "vm.create", r#"{"rm":false,"vcpus":1}"#, "k", false)).id;
@@ -48,12 +48,12 @@ fn fifty_creates_with_one_key_make_one_vm() {
     });
     assert!(made.iter().all(|id| *id == made[0]));
     assert_eq!(world.call::<VmList>(&VmListRequest { all: true, ..Default::default() }).unwrap().vms.len(), 1);
-    // The order of members is none of the parameters.
+    // The order of the members does not matter.
     assert_eq!(vm(&call(&world, "vm.create", r#"{"vcpus":1,"rm":false}"#, "k", false)).id, made[0]);
     world.reopen();
     world.daemon().reconcile();
     assert_eq!(vm(&call(&world, "vm.create", r#"{"vcpus":1,"rm":false}"#, "k", true)).id, made[0]);
-    // Another key is another VM, another method or another parameter a conflict.
+    // Another key creates another VM. Another method or parameter with the same key is a conflict.
     assert_ne!(vm(&call(&world, "vm.create", r#"{"vcpus":1,"rm":false}"#, "other", false)).id, made[0]);
     for (method, params) in [("vm.create", r#"{"vcpus":2}"#), ("vm.start", r#"{"vm":"x"}"#)] {
         assert_eq!(kind(&call(&world, method, params, "k", false)), Kind::IdempotencyConflict.name());
@@ -61,7 +61,7 @@ fn fifty_creates_with_one_key_make_one_vm() {
 }
 
 #[test]
-fn an_operation_is_begun_once() {
+fn key_begins_operation_once() {
     let world = World::new();
     let web = world.create("web");
     world.place(&web.id);
@@ -70,14 +70,14 @@ fn an_operation_is_begun_once() {
     world.await_state("web", VmState::Running);
     assert_eq!(started(&call(&world, "vm.start", r#"{"vm":"web"}"#, "up", false)), first);
     world.stop("web").unwrap();
-    // The same call again: what it began has ended, and so it is answered; nothing starts.
+    // Its operation has ended, so the same call is answered from it and starts nothing.
     assert_eq!(vm(&call(&world, "vm.start", r#"{"vm":"web"}"#, "up", true)).state, VmState::Running);
     assert_eq!(world.state("web"), VmState::Stopped);
     assert_eq!(world.vmm.starts(), 1);
 }
 
 #[test]
-fn what_was_refused_leaves_its_key_free() {
+fn key_of_refused_call_is_free() {
     let world = World::new();
     let params = r#"{"vm":"web","vcpus":2}"#;
     assert_eq!(kind(&call(&world, "vm.set", params, "k", false)), Kind::VmNotFound.name());
@@ -86,7 +86,7 @@ fn what_was_refused_leaves_its_key_free() {
     world.call::<VmSet>(&VmSetRequest { vm: "web".into(), vcpus: Some(3), ..Default::default() }).unwrap();
     assert_eq!(vm(&call(&world, "vm.set", params, "k", false)).vcpus, 2, "the answer of then");
     assert_eq!(world.show("web").unwrap().vcpus, 3);
-    // Stop of one that does not run is answered at once, and once.
+    // A stop of a VM that does not run is answered at once, and only once.
     assert_eq!(vm(&call(&world, "vm.stop", r#"{"vm":"web"}"#, "down", true)).state, VmState::Created);
     assert_eq!(vm(&call(&world, "vm.stop", r#"{"vm":"web"}"#, "down", true)).state, VmState::Created);
     world.daemon().store.faults().fail(fcd::store::faults::Fault::DiskFull, 1);
@@ -96,9 +96,9 @@ fn what_was_refused_leaves_its_key_free() {
     vm(&call(&world, "vm.create", "{}", "full", false));
 }
 
-/// A day later the key is free again.
+/// A key expires after a day.
 #[test]
-fn a_key_expires() {
+fn key_expires_after_a_day() {
     let mut world = World::new();
     let first = vm(&call(&world, "vm.create", "{}", "k", false)).id;
     world.edit_rows(|tx| {

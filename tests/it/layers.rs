@@ -1,4 +1,5 @@
-//! One package means that the compiler keeps no layers: this does. The table is the one in `ARCHITECTURE.md`.
+//! Checks the layers. The code is one package, so the compiler does not. The table is in
+//! `ARCHITECTURE.md`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -21,14 +22,14 @@ pub fn rust_files(dir: &Path, into: &mut Vec<PathBuf>) {
     }
 }
 
-/// `src/store/tx.rs` belongs to `store`, `src/ids.rs` to `ids`.
+/// Returns the module of a file: `src/store/tx.rs` belongs to `store`, `src/ids.rs` to `ids`.
 fn module_of(path: &Path) -> Option<String> {
     let below = path.strip_prefix(root().join("src")).unwrap();
     let first = below.components().next()?.as_os_str().to_str()?.trim_end_matches(".rs").to_owned();
     (first != "lib" && first != "bin").then_some(first)
 }
 
-/// Tests beside the code may use whatever sets them up.
+/// Tests next to the code may import whatever they need.
 pub fn is_test(path: &Path) -> bool {
     let below = path.strip_prefix(root().join("src")).unwrap();
     below.components().any(|c| {
@@ -37,7 +38,7 @@ pub fn is_test(path: &Path) -> bool {
     })
 }
 
-/// Every `crate::<module>` that the text names, comments apart.
+/// Every `crate::<module>` in the text, except in comments.
 fn imports(text: &str) -> BTreeSet<String> {
     let code: Vec<&str> = text.lines().map(|l| l.split("//").next().unwrap_or("")).collect();
     let code = code.join("\n");
@@ -68,7 +69,7 @@ fn imports(text: &str) -> BTreeSet<String> {
     found
 }
 
-/// `| modules | what they may import |` rows, each cell a list of names in backticks.
+/// Reads the rows `| modules | what they may import |`. Each cell is a list of names in backticks.
 fn table() -> BTreeMap<String, BTreeSet<String>> {
     let text = std::fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
     let section = text.split(BEGIN).nth(1).and_then(|t| t.split(END).next()).expect("the layer table");
@@ -102,7 +103,7 @@ fn modules_import_only_what_the_table_allows() {
         };
         let text = std::fs::read_to_string(&path).unwrap();
         for import in imports(&text) {
-            // A macro of the crate's own, or a path within the module itself.
+            // Other names are macros of this crate, or paths within the module.
             let is_module =
                 root().join("src").join(&import).is_dir() || root().join("src").join(format!("{import}.rs")).is_file();
             if is_module && import != module && !allowed.contains(&import) {
@@ -116,20 +117,20 @@ fn modules_import_only_what_the_table_allows() {
 }
 
 #[test]
-fn the_scan_sees_imports() {
+fn import_scan_finds_imports() {
     let text = "use crate::{api::vm::{Vm, X}, ids}; // crate::store\nlet x = crate::daemon::Daemon::new();";
     let found: Vec<_> = imports(text).into_iter().collect();
     assert_eq!(found, ["api", "daemon", "ids"]);
 }
 
-/// The op-level locks are named by `src/daemon` and by nobody else.
+/// Only `src/daemon` names the locks of operations.
 #[test]
 fn op_level_ranks_are_named_in_locks_and_daemon_only() {
     let mut files = Vec::new();
     rust_files(&root().join("src"), &mut files);
     for path in files {
         let module = module_of(&path);
-        // Tests of a mechanism take the part of the daemon.
+        // Tests of a mechanism act as the daemon.
         let is_test =
             path.strip_prefix(root()).unwrap().components().any(|c| c.as_os_str().to_string_lossy().starts_with("tests"));
         if is_test || matches!(module.as_deref(), Some("locks" | "daemon")) {
@@ -142,7 +143,7 @@ fn op_level_ranks_are_named_in_locks_and_daemon_only() {
     }
 }
 
-/// Files below `src` whose code names `word`.
+/// The files below `src` whose code names `word`.
 fn named_by(word: &str) -> BTreeSet<String> {
     let mut files = Vec::new();
     rust_files(&root().join("src"), &mut files);
@@ -155,17 +156,17 @@ fn named_by(word: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn ssh_is_spoken_by_the_helper_process_alone() {
+fn ssh_is_used_by_helper_process_only() {
     for library in ["ssh2::", "libssh2_sys"] {
         let outside: Vec<_> = named_by(library).into_iter().filter(|path| !path.starts_with("src/guest/ssh/")).collect();
         assert!(outside.is_empty(), "{library} parses what a guest sends, and is named by {outside:?}");
     }
-    // `mod.rs` declares the module and names nothing in it.
+    // `mod.rs` only declares the module.
     for way in ["guest::ssh", "super::ssh", "ssh::{"] {
         let ways: Vec<_> = named_by(way).into_iter().filter(|path| !path.starts_with("src/guest/ssh/")).collect();
         assert!(ways.iter().all(|path| path == "src/guest/helper/serve.rs"), "{way}: {ways:?}");
     }
-    // And nothing but the list of helpers runs that.
+    // Only the list of helpers runs that.
     assert_eq!(named_by("serve::run"), BTreeSet::from(["src/daemon/helpers.rs".to_owned()]));
 }
 

@@ -1,4 +1,4 @@
-//! Lists come in pages: each item once, in order, whatever the size of a page.
+//! Paged lists: each item appears once, in order, whatever the page size.
 
 use crate::world::*;
 use fcd::api::op::{OpList, OpListRequest};
@@ -6,7 +6,7 @@ use fcd::api::page::ListCall;
 use fcd::api::vm::{VmList, VmListRequest, VmStatsCall, VmStatsRequest};
 use fcd::error::Kind;
 
-/// All items, with the number of pages that they came in.
+/// Fetches all items and counts the pages.
 fn pages<C: ListCall<Request: Clone>>(world: &World, request: &C::Request) -> (Vec<C::Item>, usize) {
     let (mut all, mut pages, mut request) = (Vec::new(), 0, request.clone());
     loop {
@@ -45,14 +45,14 @@ fn vms_deleted_and_created_between_pages_cost_no_other_vm() {
     let request = VmListRequest { all: true, limit: Some(2), ..Default::default() };
     let first = world.call::<VmList>(&request).unwrap();
     let second = world.call::<VmList>(&VmListRequest { after: first.next.clone(), ..request.clone() }).unwrap();
-    // The very VM that the cursor names is deleted before the second page is read.
+    // Delete the VM that the cursor names before the second page is read.
     world.delete(first.vms[1].name.as_str()).unwrap();
     let again = world.call::<VmList>(&VmListRequest { after: first.next.clone(), ..request }).unwrap();
     assert_eq!(again.vms, second.vms);
 }
 
 #[test]
-fn only_running_vms_fill_a_page() {
+fn page_of_running_vms_is_full() {
     let world = World::new();
     ["v0", "v2", "v4"].into_iter().for_each(|name| drop(world.create(name)));
     ["v1", "v3"].into_iter().for_each(|name| drop(world.running(name)));
@@ -66,7 +66,7 @@ fn only_running_vms_fill_a_page() {
 }
 
 #[test]
-fn operations_come_in_pages_too() {
+fn operations_are_paged() {
     let world = World::new();
     (0..3).for_each(|n| drop(world.running(&format!("v{n}"))));
     let request = OpListRequest { all: true, ..Default::default() };
@@ -78,7 +78,7 @@ fn operations_come_in_pages_too() {
 }
 
 #[test]
-fn a_cursor_or_limit_that_is_not_one_is_refused() {
+fn invalid_cursor_or_limit_is_refused() {
     let world = World::new();
     for after in ["", "x", "5", "-1-0123456789ab", "5-web"] {
         let e = world.call::<VmList>(&VmListRequest { after: Some(after.into()), ..Default::default() }).unwrap_err();

@@ -1,5 +1,5 @@
-//! Several threads change one VM's row at the same time, and none undoes what another wrote. The windows are widened by
-//! the hook of the lock checker, so these run in a process of their own.
+//! Several threads change one VM's row at the same time, and no change is lost. The lock checker's
+//! hook widens the windows, so these tests run in their own process.
 
 use crate::apart::run_apart;
 use crate::world::*;
@@ -9,12 +9,13 @@ use std::process::Stdio;
 use std::time::Duration;
 
 const ROUNDS: u32 = 8;
-/// Between the look at a row and the change of it, where a verb takes the lock of the operation registry.
+/// The pause between reading and changing a row, at the point where a call locks the operation
+/// registry.
 const WINDOW: Duration = Duration::from_millis(30);
 
 fn widen_windows() {
     check::set_chaos(Some(|rank| {
-        // Only where the thread holds a lock of the daemon already: the VM's, most often.
+        // Only if the thread already holds a lock of the daemon, usually the VM's.
         if rank == Rank::Ops && check::held() > 0 {
             std::thread::park_timeout(WINDOW);
         }
@@ -22,13 +23,13 @@ fn widen_windows() {
 }
 
 #[test]
-fn no_change_of_a_row_undoes_another() {
-    run_apart("lost_updates::in_a_process_with_wide_windows", Stdio::piped());
+fn concurrent_row_changes_are_all_kept() {
+    run_apart("lost_updates::with_wide_windows_in_own_process", Stdio::piped());
 }
 
 #[test]
-#[ignore = "a part of no_change_of_a_row_undoes_another"]
-fn in_a_process_with_wide_windows() {
+#[ignore = "a part of concurrent_row_changes_are_all_kept"]
+fn with_wide_windows_in_own_process() {
     let world = World::new();
     widen_windows();
     let (web, _) = world.running("web");
@@ -41,13 +42,13 @@ fn in_a_process_with_wide_windows() {
     world.await_state("web", VmState::Failed);
 }
 
-/// The fork says that it is kept while somebody stops the new VM.
+/// A fork is marked as kept while another thread stops the new VM.
 fn a_fork_that_is_kept_stays_after_a_stop(world: &World, round: u32) {
     let name = format!("twin-{round}");
     let request = VmForkRequest { vm: "web".into(), name: Some(name.parse().unwrap()) };
     let mut fork = world.begin::<VmFork>(request, vec![]);
     world.await_change(|s| s.vms().any(|r| r.name.as_str() == name && r.state == VmState::Running));
-    // Its guest is not reached, so it is not waited for.
+    // The guest cannot be reached, so the stop must not wait for it.
     let stopped = world.run::<VmStop>(VmStopRequest { timeout_ms: Some(1), ..stop(&name) });
     let kept = fork.finish(SOON);
     if kept.is_ok() {

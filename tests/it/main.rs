@@ -1,4 +1,5 @@
-//! The one integration binary: a daemon in-process on a temporary directory, with fakes at the three true seams.
+//! The only integration test binary. It runs a daemon in-process in a temporary directory, with
+//! fakes at the three seams.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
@@ -23,7 +24,7 @@ mod kernels;
 mod keys;
 mod layers;
 mod lists;
-// The checker counts the holds.
+// The lock checker counts how long locks are held.
 #[cfg(any(debug_assertions, feature = "lock-check"))]
 mod lock_fuzz;
 #[cfg(any(debug_assertions, feature = "lock-check"))]

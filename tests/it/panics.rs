@@ -1,4 +1,5 @@
-//! Panics: in a request, in a job, in an operation's thread. No VM stays `starting`, no lock is held, the daemon serves.
+//! Panics in a request, a job and an operation's thread. No VM stays `starting`, no lock stays
+//! held, and the daemon keeps serving.
 
 use crate::world::*;
 use fcd::api::Empty;
@@ -16,7 +17,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-/// The fake, but for one method that panics once.
+/// The fake driver, except for one method that panics once.
 struct Panics {
     inner: Arc<Fake>,
     at: Mutex<Option<&'static str>>,
@@ -143,19 +144,19 @@ fn world() -> (World, Arc<Panics>) {
 }
 
 #[test]
-fn in_a_request() {
+fn panic_in_request_is_internal_error() {
     let (world, driver) = world();
     driver.at("checks");
     let mut client = world.client();
     let e = client.call::<Doctor>(&Empty {}).unwrap_err();
     assert!(e.is(Kind::Internal) && e.fault.hint.is_some(), "{e:?}");
-    // The same connection goes on.
+    // The same connection still works.
     client.call::<Info>(&Empty {}).unwrap();
     client.call::<Doctor>(&Empty {}).unwrap();
 }
 
 #[test]
-fn in_a_boot() {
+fn panic_in_boot_fails_vm() {
     for at in ["start", "started"] {
         let (world, driver) = world();
         world.create("web");
@@ -171,7 +172,7 @@ fn in_a_boot() {
 }
 
 #[test]
-fn in_a_stop_and_in_a_delete() {
+fn panic_in_stop_and_delete_fails_vm() {
     let (world, driver) = world();
     world.running("web");
     driver.at("kill");
@@ -189,9 +190,9 @@ fn in_a_stop_and_in_a_delete() {
     world.delete("web").unwrap();
 }
 
-/// The successor of an operation that panicked hears of it.
+/// The successor of an operation that panicked gets the error.
 #[test]
-fn with_a_successor() {
+fn panic_is_reported_to_successor() {
     let (world, driver) = world();
     let vm = world.create("web");
     world.vmm.hold_starts(fcd::vmm::fake::Stage::AfterSpawn);
@@ -210,7 +211,7 @@ fn with_a_successor() {
 }
 
 #[test]
-fn of_a_vm_that_is_to_be_removed() {
+fn panic_of_rm_vm_still_removes_it() {
     let (world, driver) = world();
     let request_ = VmCreateRequest { name: Some("web".parse().unwrap()), rm: true, ..Default::default() };
     world.call::<VmCreate>(&request_).unwrap();
@@ -221,7 +222,7 @@ fn of_a_vm_that_is_to_be_removed() {
 }
 
 #[test]
-fn in_a_job() {
+fn panic_in_job_frees_worker() {
     let (world, _) = world();
     world.running("web");
     world
@@ -238,9 +239,9 @@ fn in_a_job() {
     assert_eq!(world.stop("web").unwrap().state, VmState::Stopped);
 }
 
-/// The guest goes on, and what was saved of it goes.
+/// The guest is resumed, and the incomplete snapshot is deleted.
 #[test]
-fn in_a_snapshot() {
+fn panic_in_snapshot_resumes_guest() {
     let (world, driver) = world();
     let (vm, _) = world.running("web");
     driver.at("save");

@@ -1,5 +1,6 @@
-//! Points: every effect on the host and every commit of the store, counted. The n-th can be made to fail, or to be the
-//! last thing that its daemon does: from there on no effect and no commit of that daemon happens, as after `kill -9`.
+//! Counts the effects on the host and the commits of the store as points. The n-th point can be
+//! made to fail, or to be the last thing that its daemon does. After that no effect and no commit
+//! of that daemon happens, as after `kill -9`.
 
 use fcd::api::daemon::Check;
 use fcd::api::exec::Exit;
@@ -19,11 +20,11 @@ use std::time::Instant;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// The effect does not happen and says so.
+    /// The effect does not happen and returns an error.
     Fail,
-    /// The same, commits of the store included.
+    /// The same, including commits of the store.
     FailCommits,
-    /// The daemon is dead from there on.
+    /// The daemon is dead from this point on.
     Crash,
 }
 
@@ -32,9 +33,9 @@ pub struct Points {
     armed: Mutex<Option<(Mode, u64)>>,
     seen: AtomicU64,
     dead: AtomicBool,
-    /// The point, by a part of its name, that is the daemon's last.
+    /// Part of the name of the point that is to be the daemon's last.
     last: Mutex<Option<&'static str>>,
-    /// What happened at the point, for messages.
+    /// The armed point that was reached, for messages.
     hit: Mutex<Option<String>>,
 }
 
@@ -43,7 +44,7 @@ fn dead() -> Error {
 }
 
 impl Points {
-    /// The n-th point from now on, beginning with 1.
+    /// Arms the n-th point from now on, counted from 1.
     pub fn arm(&self, mode: Mode, n: u64) {
         self.seen.store(0, Ordering::SeqCst);
         *self.hit.lock().unwrap() = None;
@@ -53,7 +54,7 @@ impl Points {
     pub fn die(&self) {
         self.dead.store(true, Ordering::SeqCst);
     }
-    /// The daemon dies at the next point whose name contains this.
+    /// The daemon dies at the next point whose name contains `what`.
     pub fn die_at(&self, what: &'static str) {
         *self.last.lock().unwrap() = Some(what);
     }
@@ -63,12 +64,12 @@ impl Points {
     pub fn is_dead(&self) -> bool {
         self.dead.load(Ordering::SeqCst)
     }
-    /// What the armed point was, once it was passed.
+    /// The armed point, once it was reached.
     pub fn hit(&self) -> Option<String> {
         self.hit.lock().unwrap().clone()
     }
 
-    /// Whether this point is the one.
+    /// Returns the mode if this is the armed point.
     fn is_it(&self, what: &str) -> Option<Mode> {
         let (mode, n) = (*self.armed.lock().unwrap())?;
         let is_commit = what.contains("commit");
@@ -93,7 +94,8 @@ impl Points {
         }
     }
 
-    /// A point that changes nothing on the host, so that it is not counted: only [`Points::die_at`] knows it.
+    /// A point without an effect on the host, which is not counted. Only [`Points::die_at`] uses
+    /// it.
     pub fn reach(&self, what: &str) -> Result<()> {
         if self.last.lock().unwrap().is_some_and(|last| what.contains(last)) {
             self.die();
@@ -116,12 +118,13 @@ impl CommitHook for Points {
         if self.is_it("before a commit").is_some() {
             return Some(Fault::Io);
         }
-        // The commit lands, and nothing after it happens any more.
+        // The commit succeeds, and nothing happens after it.
         self.is_it("after a commit").map(|_| Fault::IoAfterCommit)
     }
 }
 
-/// A driver with a point before everything that it does to the host, and one when its process has been made.
+/// A driver with a point before each effect on the host, and one more when its process has been
+/// spawned.
 pub struct PointDriver(pub Arc<dyn Driver>, pub Arc<Points>);
 
 impl Driver for PointDriver {
@@ -138,7 +141,7 @@ impl Driver for PointDriver {
         self.1.pass("spawn the vmm")?;
         let mut is_dead = false;
         let running = self.0.start(spec, cancel, &mut |identity| {
-            // A daemon that dies here has a process that nothing was written down of.
+            // A daemon that dies here has a process that is recorded nowhere.
             is_dead = self.1.is_dead() || matches!(self.1.is_it("the vmm was spawned"), Some(Mode::Crash));
             if !is_dead {
                 spawned(identity);

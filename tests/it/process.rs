@@ -1,4 +1,4 @@
-//! The daemon as a process of its own: signals, and what it inherits from whoever started it.
+//! The daemon as a separate process: signals, and what it inherits from its parent.
 
 use crate::world::{SOON, await_that};
 use std::fs::{self, File};
@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Instant;
 
-/// A daemon without VMs on a directory of its own; killed when dropped.
+/// A daemon without VMs in its own directory. Killed when dropped.
 pub struct Process {
     dir: tempfile::TempDir,
     pub child: Child,
 }
 
 impl Process {
-    /// `before` changes the command: what the process inherits.
+    /// `before` changes the command, and with it what the process inherits.
     pub fn start(before: impl FnOnce(&mut Command)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let log = File::create(dir.path().join("log")).unwrap();
@@ -61,7 +61,7 @@ impl Process {
         }
     }
 
-    /// The daemon's descriptor with this number.
+    /// What the daemon's descriptor with this number refers to.
     fn descriptor(&self, fd: i32) -> Option<PathBuf> {
         fs::read_link(Path::new("/proc").join(self.child.id().to_string()).join("fd").join(fd.to_string())).ok()
     }
@@ -117,7 +117,7 @@ fn through_shell(command: &mut Command, script: &str) {
     command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
 }
 
-/// Passes `file` on under the number `to`.
+/// Passes `file` on as descriptor `to`.
 fn inherit(command: &mut Command, file: &File, to: i32) {
     let from = file.as_raw_fd();
     // SAFETY: dup2(2) may be called between fork and exec.
@@ -139,7 +139,7 @@ fn inherited_descriptors_are_closed_at_start() {
     assert!(process.descriptor(1).is_some() && process.descriptor(2).is_some());
 }
 
-/// Such as systemd's: `LISTEN_FDS` descriptors from 3 on, when `LISTEN_PID` is the process's own.
+/// systemd passes `LISTEN_FDS` descriptors from 3 on, if `LISTEN_PID` is the process's own.
 #[test]
 fn descriptors_of_socket_activation_are_kept() {
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -158,7 +158,7 @@ fn descriptors_of_socket_activation_are_kept() {
     assert_eq!(with("1").descriptor(last), None, "they are another process's");
 }
 
-/// Two root daemons with two state directories would give their VMs the same uids.
+/// Two daemons running as root with two state directories would give their VMs the same uids.
 #[test]
 fn second_root_daemon_is_refused_before_it_makes_anything() {
     let first = Process::start(|_| {});
@@ -177,7 +177,7 @@ fn second_root_daemon_is_refused_before_it_makes_anything() {
     let state = first.dir.path().join("state");
     assert!(said.contains(state.to_str().unwrap()) && said.contains("uid_base = ... and uid_count = ..."), "{said}");
     assert!(!dir.path().join("state/fcd.db").exists() && !dir.path().join("fcd.sock").exists());
-    // With uids of its own it starts.
+    // It starts if it has a range of uids of its own.
     let mut other = Process::start(|command| {
         let config = PathBuf::from(command.get_args().nth(1).unwrap());
         fs::write(config, "[qemu]\nuid_base = 1900065536\n").unwrap();

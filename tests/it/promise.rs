@@ -1,5 +1,6 @@
-//! No lifecycle operation ever waits for a slow one. `scripts/negative-control` runs the cases whose names begin with
-//! `stop_` and `delete_` on a build in which an import holds its VM's lock: there each of them must fail.
+//! No lifecycle operation ever waits for a slow one. `scripts/negative-control` runs the tests
+//! whose names begin with `stop_` and `delete_` on a build in which an import holds its VM's lock.
+//! Each of them must fail there.
 
 use crate::world::*;
 use fcd::api::op::{OpCancel, OpRequest, OpState};
@@ -9,22 +10,23 @@ use fcd::error::Kind;
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
-/// How an import stands still.
+/// The side that stalls an import.
 #[derive(Clone, Copy, Debug)]
 enum Stall {
-    /// After so many bytes the guest reads no more.
+    /// The guest stops reading after some bytes.
     Guest,
-    /// After so many bytes the client writes no more.
+    /// The client stops writing after some bytes.
     Client,
 }
 
 const BYTES: u64 = 4096;
-/// The promise's bounds hold for the median of so many rounds: one may meet a busy machine.
+/// The median of this many rounds must meet the promised bounds: a single round may run while the
+/// machine is busy.
 const ROUNDS: usize = 5;
-/// After a stop or a delete was sent, the import has ended.
+/// The import must end this soon after a stop or a delete was sent.
 const IMPORT_ENDS: Duration = Duration::from_millis(100);
 
-/// An import in mid-stream in which nothing moves any more.
+/// Starts an import and waits until it has stalled.
 fn stalled(world: &World, addr: std::net::SocketAddr, stall: Stall) -> Import {
     let written = match stall {
         Stall::Guest => {
@@ -41,7 +43,8 @@ fn stalled(world: &World, addr: std::net::SocketAddr, stall: Stall) -> Import {
     import
 }
 
-/// The import has ended with the cause and how far it got, and its worker is free. How long after `since`.
+/// Checks that the import ended with this cause and its progress, and that its worker is free.
+/// Returns how long after `since` it ended.
 #[track_caller]
 fn ended(world: &World, mut import: Import, cause: &str, since: Instant) -> Duration {
     let (result, at) = import.call.finish_at(PROMPT);
@@ -55,7 +58,7 @@ fn ended(world: &World, mut import: Import, cause: &str, since: Instant) -> Dura
     at.saturating_duration_since(since)
 }
 
-/// Runs the rounds, each of which says how long after its verb the import ended.
+/// Runs the rounds. Each returns how long after its call the import ended.
 #[track_caller]
 fn in_time(round: impl Fn() -> Duration) {
     let took = median((0..ROUNDS).map(|_| round()).collect());
@@ -132,9 +135,9 @@ fn delete_while_the_client_does_not_write() {
     in_time(|| deleted(Stall::Client));
 }
 
-/// Medians over some rounds: an import in mid-stream costs a stop nothing that can be seen.
+/// A running import must not make a stop measurably slower, by the medians of some rounds.
 #[test]
-fn an_import_does_not_slow_the_calls() {
+fn import_does_not_slow_calls() {
     let world = World::new();
     let (_, addr) = world.running("web");
     let measure = || {
@@ -170,11 +173,11 @@ fn prepares_on_one_vm_run_one_at_a_time_and_an_export_waits() {
     assert_eq!(world.guest.live_total(), 1, "only the first is in the guest");
     assert_eq!(world.daemon().pool.counts().running, 1, "who waits costs no worker");
     assert_eq!(world.daemon().locks.workspace.len(), 1);
-    // One that is told not to wait does not.
+    // A transfer with `no_wait` fails instead.
     let (_out, into) = pipe();
     let mut hasty = world.begin::<WorkspaceExport>(ExportRequest { no_wait: true, ..request }, vec![into]);
     assert!(hasty.finish(SOON).unwrap_err().is(Kind::Busy));
-    // A queued one is cancelled and leaves at once; the others stay.
+    // A queued transfer that is cancelled leaves the queue at once. The others stay.
     let queued = world.call::<fcd::api::op::OpList>(&Default::default()).unwrap().ops;
     let prepares: Vec<_> = queued.iter().filter(|op| op.method == "workspace.prepare").collect();
     assert_eq!(prepares.len(), 3, "{queued:?}");
@@ -182,7 +185,7 @@ fn prepares_on_one_vm_run_one_at_a_time_and_an_export_waits() {
     let e = second.call.finish(PROMPT).unwrap_err();
     assert!(e.is(Kind::Cancelled) && e.fault.message.contains("op cancel was asked for"), "{e}");
     assert_eq!(world.op(&prepares[1].id).state, OpState::Cancelled);
-    // Each goes on when the one before has ended.
+    // Each one continues when the one before it has ended.
     let Import { mut call, stream } = first;
     write_payload(stream, b"one");
     call.finish(SOON).unwrap();
@@ -201,7 +204,7 @@ fn prepares_on_one_vm_run_one_at_a_time_and_an_export_waits() {
 }
 
 #[test]
-fn an_import_whose_client_is_killed_is_marked_incomplete() {
+fn import_of_killed_client_is_incomplete() {
     let world = World::new();
     let (_, addr) = world.running("web");
     world.import_all("web");
@@ -211,7 +214,7 @@ fn an_import_whose_client_is_killed_is_marked_incomplete() {
     drop(import);
     world.await_rest();
     assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
-    // Nothing takes it for a finished one.
+    // The incomplete workspace is not taken for a complete one.
     let (_out, into) = pipe();
     let request = ExportRequest { vm: "web".into(), kind: ExportKind::Patch, no_wait: false };
     let e = world.begin::<WorkspaceExport>(request, vec![into]).finish(SOON).unwrap_err();
@@ -220,9 +223,9 @@ fn an_import_whose_client_is_killed_is_marked_incomplete() {
     assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Complete));
 }
 
-/// What arrived is a whole number of tar blocks: only the trailer tells that more was to come.
+/// A whole number of tar blocks has arrived. Only the missing trailer shows that more was to come.
 #[test]
-fn a_stream_cut_at_a_block_boundary_is_marked_incomplete() {
+fn import_cut_at_block_boundary_is_incomplete() {
     let world = World::new();
     world.running("web");
     let Import { mut call, mut stream } = world.import("web");
@@ -236,7 +239,7 @@ fn a_stream_cut_at_a_block_boundary_is_marked_incomplete() {
 }
 
 #[test]
-fn a_silent_client_owns_no_worker_for_ever() {
+fn import_of_silent_client_frees_worker() {
     let world = World::with(|c| c.limits.transfer_idle_s = 1);
     world.running("web");
     let mut import = world.import("web");

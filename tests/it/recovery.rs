@@ -1,4 +1,4 @@
-//! What a daemon finds of an earlier one, and VMs that are to be removed.
+//! What a daemon does about the state of an earlier one, and VMs that were created with `--rm`.
 
 use crate::world::*;
 use fcd::api::daemon::{Info, Leaks, LeaksRequest};
@@ -23,7 +23,7 @@ fn held(world: &World, name: &str) -> (Running<VmReply>, Vm) {
 }
 
 #[test]
-fn an_rm_vm_goes_with_its_holder() {
+fn rm_vm_is_deleted_with_its_holder() {
     let world = World::new();
     let empty = world.census();
     for running in [false, true] {
@@ -41,7 +41,7 @@ fn an_rm_vm_goes_with_its_holder() {
 }
 
 #[test]
-fn an_rm_vm_goes_when_it_stops_or_dies() {
+fn rm_vm_is_deleted_when_it_stops_or_dies() {
     let world = World::new();
     for how in ["stop", "die", "shut down", "fail"] {
         let (mut hold, vm) = held(&world, "web");
@@ -65,7 +65,7 @@ fn an_rm_vm_goes_when_it_stops_or_dies() {
 }
 
 #[test]
-fn a_vmm_that_does_not_answer_is_used_by_nobody_and_stopped_at_once() {
+fn unresponsive_vmm_is_not_used_and_stops_at_once() {
     let world = World::new();
     let (vm, _) = world.running("web");
     let exec = || {
@@ -90,7 +90,7 @@ fn a_vmm_that_does_not_answer_is_used_by_nobody_and_stopped_at_once() {
 }
 
 #[test]
-fn a_paused_guest_is_used_by_nobody_and_stays_so_over_a_restart_of_the_daemon() {
+fn paused_guest_stays_paused_after_daemon_restart() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     let pause = |world: &World| world.call::<VmPause>(&request("web")).map(|r| r.vm);
@@ -102,7 +102,8 @@ fn a_paused_guest_is_used_by_nobody_and_stays_so_over_a_restart_of_the_daemon() 
         ExecStartRequest { vm: name, argv, env: vec![], workdir: None, pty: None, streams: vec![], no_wait_children: false };
     let refused = world.begin::<ExecStart>(exec, vec![]).finish(SOON).unwrap_err();
     assert!(refused.is(Kind::WrongState) && refused.to_string().contains("is paused"), "{refused}");
-    // One that was killed between the row and the driver: the next one tells the driver.
+    // The daemon was killed after writing the row and before telling the driver. The next one tells
+    // the driver.
     world.reopen();
     assert!(world.vmm.is_paused(&vm.id));
     world.daemon().reconcile();
@@ -113,7 +114,7 @@ fn a_paused_guest_is_used_by_nobody_and_stays_so_over_a_restart_of_the_daemon() 
     world.reopen();
     world.daemon().reconcile();
     assert!(world.vmm.is_paused(&vm.id));
-    // A stop lets it go on, for it has to shut down; the next start is of a guest that runs.
+    // A stop resumes the guest so that it can shut down. After the next start it runs.
     assert_eq!(world.stop("web").unwrap().synced, Some(Synced::Yes));
     let refused = pause(&world).unwrap_err();
     assert!(refused.is(Kind::WrongState) && refused.fault.hint.is_some(), "{refused}");
@@ -122,7 +123,7 @@ fn a_paused_guest_is_used_by_nobody_and_stays_so_over_a_restart_of_the_daemon() 
 }
 
 #[test]
-fn many_who_pause_and_resume_leave_what_the_row_says() {
+fn concurrent_pauses_and_resumes_match_row() {
     let world = World::new();
     let (vm, _) = world.running("web");
     std::thread::scope(|s| {
@@ -144,7 +145,7 @@ fn many_who_pause_and_resume_leave_what_the_row_says() {
 }
 
 #[test]
-fn an_rm_vm_that_restarts_stays() {
+fn rm_vm_survives_restart() {
     let world = World::new();
     let (hold, vm) = held(&world, "web");
     world.place(&vm.id);
@@ -154,9 +155,9 @@ fn an_rm_vm_that_restarts_stays() {
     world.await_gone("web");
 }
 
-/// One whose files cannot be removed stays as `failed`, and the daemon does not try for ever.
+/// If its files cannot be removed, the VM stays as `failed`, and the daemon does not retry forever.
 #[test]
-fn an_rm_vm_that_cannot_be_deleted() {
+fn rm_vm_that_cannot_be_deleted_is_failed() {
     let world = World::new();
     let vm = world.call::<VmCreate>(&rm("web")).unwrap().vm;
     let dir = world.config.state_dir.join("vms").join(vm.id.as_str());
@@ -170,7 +171,7 @@ fn an_rm_vm_that_cannot_be_deleted() {
 }
 
 #[test]
-fn an_rm_vm_goes_when_the_daemon_is_opened_anew() {
+fn rm_vm_is_deleted_when_daemon_opens_again() {
     let mut world = World::new();
     world.call::<VmCreate>(&rm("still")).unwrap();
     let vm = world.call::<VmCreate>(&rm("web")).unwrap().vm;
@@ -184,9 +185,9 @@ fn an_rm_vm_goes_when_the_daemon_is_opened_anew() {
     assert!(world.vmm.live().is_empty());
 }
 
-/// What an earlier daemon left is no leak before this one had its chance.
+/// What an earlier daemon left counts as a leak only after this one had its chance to remove it.
 #[test]
-fn leaks_are_told_when_the_daemon_has_looked_at_what_was_left() {
+fn leaks_are_reported_after_reconcile() {
     let mut world = World::new();
     world.edit_rows(|tx| {
         tx.intend(None, 0, "snapshot", "0123456789ab");
@@ -198,9 +199,9 @@ fn leaks_are_told_when_the_daemon_has_looked_at_what_was_left() {
     assert_eq!(asked.finish(SOON).unwrap().leaks, []);
 }
 
-/// Running VMs outlive the daemon: the same process, and all that works on it works again.
+/// Running VMs outlive the daemon: the process is the same, and every call works on it again.
 #[test]
-fn a_running_vm_is_adopted() {
+fn running_vm_is_adopted() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     world.import_all("web");
@@ -211,14 +212,14 @@ fn a_running_vm_is_adopted() {
     assert_eq!((again.pid, again.ssh_addr, again.state), (vm.pid, vm.ssh_addr, VmState::Running));
     assert_eq!(world.vmm.kills(), 0);
     world.import_all("web");
-    // Its death is seen.
+    // The new daemon sees when it dies.
     assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
     world.await_state("web", VmState::Failed);
 }
 
-/// Nobody has looked at the VM since the daemon began, and the reconciler hangs at another one.
+/// The reconciler hangs at another VM and has not reached this one yet.
 #[test]
-fn stop_and_delete_of_a_running_vm_right_after_a_restart_do_not_wait_for_the_reconciler() {
+fn stop_and_delete_after_restart_do_not_wait_for_reconciler() {
     for verb in ["stop", "stop --force", "kill", "restart", "rm -f"] {
         let mut world = World::new();
         world.running("first");
@@ -229,7 +230,7 @@ fn stop_and_delete_of_a_running_vm_right_after_a_restart_do_not_wait_for_the_rec
             let daemon = world.daemon().clone();
             let reconciler = scope.spawn(move || daemon.reconcile());
             assert!(world.vmm.await_held(1, soon()));
-            // Whichever of the two hangs, the verb answers.
+            // Whichever VM the reconciler hangs at, the call is answered.
             for name in ["first", "web"] {
                 let forced = VmStopRequest { force: verb == "stop --force", ..stop(name) };
                 match verb {
@@ -258,7 +259,7 @@ fn stop_and_delete_of_a_running_vm_right_after_a_restart_do_not_wait_for_the_rec
 }
 
 #[test]
-fn verbs_that_need_the_guest_adopt_it_by_themselves() {
+fn calls_that_need_guest_adopt_it() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     world.reopen();
@@ -266,7 +267,7 @@ fn verbs_that_need_the_guest_adopt_it_by_themselves() {
     assert_eq!(world.vmm.adoptions(), std::slice::from_ref(&vm.id));
     world.reopen();
     assert!(world.call::<VmPause>(&request("web")).unwrap().vm.paused && world.vmm.is_paused(&vm.id));
-    // The reconciler finds nothing left to do.
+    // The reconciler has nothing left to do.
     world.daemon().reconcile();
     assert_eq!(world.vmm.adoptions().len(), 2);
     assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
@@ -274,7 +275,7 @@ fn verbs_that_need_the_guest_adopt_it_by_themselves() {
 }
 
 #[test]
-fn stop_joins_what_an_earlier_daemon_left_of_one() {
+fn stop_continues_stop_of_earlier_daemon() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Stopping).unwrap());
@@ -285,7 +286,7 @@ fn stop_joins_what_an_earlier_daemon_left_of_one() {
 }
 
 #[test]
-fn vms_at_rest_are_usable_at_once_and_cost_no_look_at_the_host() {
+fn stopped_vms_are_usable_at_once_without_host_scan() {
     const VMS: usize = 40;
     let mut world = World::new();
     for n in 0..VMS {
@@ -304,12 +305,12 @@ fn vms_at_rest_are_usable_at_once_and_cost_no_look_at_the_host() {
     }
     assert_eq!(world.vmm.scans(), before);
     world.daemon().reconcile();
-    // The sweep's own.
+    // The sweep itself scans once.
     assert_eq!(world.vmm.scans(), before + 1);
 }
 
 #[test]
-fn host_is_looked_at_once_for_all_vmms_that_are_gone() {
+fn host_is_scanned_once_for_all_missing_vmms() {
     const VMS: usize = 10;
     let mut world = World::new();
     let vms: Vec<_> = (0..VMS).map(|n| world.running(&format!("vm-{n}")).0).collect();
@@ -326,9 +327,9 @@ fn host_is_looked_at_once_for_all_vmms_that_are_gone() {
 }
 
 #[test]
-fn running_vms_are_looked_at_first() {
+fn running_vms_are_reconciled_first() {
     let mut world = World::new();
-    // In the order of their ids, one that runs would come first by chance now and then.
+    // In order of their IDs, a running VM would come first by chance now and then.
     let boots: Vec<_> = (0..8).map(|n| world.running(&format!("boots-{n}")).0).collect();
     let (vm, _) = world.running("runs");
     world.edit_rows(|tx| {
@@ -349,9 +350,9 @@ fn running_vms_are_looked_at_first() {
     assert_eq!(world.vmm.adoptions(), [vm.id]);
 }
 
-/// Its image is gone, but it runs, and its death is seen all the same.
+/// Its image was removed, but it runs and its death is still noticed.
 #[test]
-fn a_running_vm_whose_image_is_gone() {
+fn running_vm_without_image_is_adopted() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     std::fs::remove_dir_all(world.config.state_dir.join("images/default")).unwrap();
@@ -365,7 +366,7 @@ fn a_running_vm_whose_image_is_gone() {
 }
 
 #[test]
-fn a_vmm_that_died_meanwhile() {
+fn vmm_that_died_between_daemons_is_failed() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     world.shut();
@@ -379,7 +380,7 @@ fn a_vmm_that_died_meanwhile() {
 }
 
 #[test]
-fn a_host_that_was_rebooted() {
+fn vm_after_host_reboot_is_stopped() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     world.shut();
@@ -390,9 +391,10 @@ fn a_host_that_was_rebooted() {
     assert_eq!(world.state("web"), VmState::Stopped);
 }
 
-/// For each state that a daemon can die in: what the next makes of it. A second look changes nothing.
+/// What the next daemon makes of each state that a daemon can die in. A second recovery changes
+/// nothing.
 #[test]
-fn every_state() {
+fn every_state_is_reconciled() {
     use VmState::*;
     for (state, intent, lives, wanted) in [
         (Created, None, false, Some(Created)),
@@ -448,9 +450,9 @@ fn every_state() {
     }
 }
 
-/// A start that was under way in its first life is undone to `created`.
+/// A first start that was in progress is undone to `created`.
 #[test]
-fn a_first_start_is_undone() {
+fn interrupted_first_start_is_undone() {
     let mut world = World::new();
     let vm = world.create("web");
     world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Starting).unwrap());
@@ -461,9 +463,9 @@ fn a_first_start_is_undone() {
     assert!(vm.reason.is_some());
 }
 
-/// What was made after the daemon opened is none of reconcile's.
+/// Reconciling leaves VMs alone that were created after the daemon opened.
 #[test]
-fn a_vm_made_before_reconcile_ran_is_left_alone() {
+fn vm_created_before_reconcile_is_left_alone() {
     let mut world = World::new();
     world.reopen();
     world.running("web");
@@ -475,7 +477,7 @@ fn a_vm_made_before_reconcile_ran_is_left_alone() {
 }
 
 #[test]
-fn leftover_directories() {
+fn leftover_directories_are_removed() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     world.shut();
@@ -491,9 +493,10 @@ fn leftover_directories() {
     assert_eq!(left, wanted);
 }
 
-/// SIGTERM in the middle of everything: it ends in time, and the next daemon goes on from there.
+/// SIGTERM while every kind of operation runs. The daemon ends in time, and the next one continues
+/// from there.
 #[test]
-fn close_in_the_middle() {
+fn close_during_operations_ends_in_time() {
     let mut world = World::new();
     world.running("web");
     let vm = world.create("boots");
@@ -520,7 +523,7 @@ fn close_in_the_middle() {
     let e = import.call.finish(SOON).unwrap_err();
     assert!(e.fault.message.contains("shutting down"), "{e:?}");
     assert!(start.finish(SOON).is_err());
-    // Nothing tells when it has come: it may be too late.
+    // The call may arrive too late, and nothing shows when it arrived.
     let e = wait.finish(SOON).unwrap_err();
     assert!(e.is(Kind::ShuttingDown) || e.unreachable, "{e:?}");
     let e = session.finish(SOON).unwrap_err();
@@ -532,9 +535,9 @@ fn close_in_the_middle() {
     assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
 }
 
-/// A VMM that could not be ended is known until a later start has ended it.
+/// A VMM that could not be killed is remembered until a later start has killed it.
 #[test]
-fn a_start_ends_what_an_earlier_one_left() {
+fn start_kills_vmm_of_earlier_start() {
     let world = World::new();
     let (vm, _) = world.running("web");
     let store = &world.daemon().store;
@@ -545,9 +548,9 @@ fn a_start_ends_what_an_earlier_one_left() {
     assert_eq!(world.vmm.live().len(), 1);
 }
 
-/// What a guest said last is still on its way into its log when its files go.
+/// The guest's last output is still on its way to the log when its files are deleted.
 #[test]
-fn a_delete_meets_the_console() {
+fn delete_with_pending_console_output_succeeds() {
     let world = World::new();
     for _ in 0..10 {
         let (vm, _) = world.running("web");
@@ -564,10 +567,9 @@ fn a_delete_meets_the_console() {
     assert_eq!(std::fs::read_dir(world.config.state_dir.join("vms")).unwrap().count(), 0);
 }
 
-/// One that was only slow when the daemon started.
 /// An earlier daemon wrote the guest's last words to the log, and died before it saw the VMM exit.
 #[test]
-fn vmm_that_is_gone_is_judged_by_the_last_words_of_its_guest() {
+fn missing_vmm_is_judged_by_guests_last_words() {
     for (words, state, reason) in [
         ("[    9.2] reboot: Power down\r\n", VmState::Stopped, "the guest shut itself down"),
         (
@@ -591,7 +593,7 @@ fn vmm_that_is_gone_is_judged_by_the_last_words_of_its_guest() {
 }
 
 #[test]
-fn a_vmm_that_could_not_be_adopted_is_asked_again() {
+fn vmm_that_could_not_be_adopted_is_retried() {
     let mut world = World::new();
     let (vm, addr) = world.running("web");
     world.shut();

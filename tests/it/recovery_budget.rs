@@ -1,4 +1,5 @@
-//! A guest or a VMM that kills the daemon whenever a stop or a delete is resumed, or the VMM is adopted.
+//! A guest or a VMM that kills the daemon whenever its stop or delete is resumed, or the VMM is
+//! adopted.
 
 use crate::world::*;
 use fcd::api::Empty;
@@ -10,7 +11,7 @@ use fcd::guest::fake::Answer;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// A VM whose guest kills the daemon that asks it to shut down.
+/// A VM whose guest kills a daemon that asks it to shut down.
 struct Hostile {
     world: World,
     asked: Arc<AtomicU32>,
@@ -25,8 +26,8 @@ impl Hostile {
         Self { world, asked: Arc::default() }
     }
 
-    /// The daemon that is open now dies when it asks the guest.
-    fn guest_kills_who_asks(&self) {
+    /// Makes the current daemon die when it asks the guest.
+    fn guest_kills_asking_daemon(&self) {
         let (points, asked) = (self.world.points.clone(), self.asked.clone());
         self.world.guest.on(fcd::image::SHUTDOWN_COMMAND, move |_| {
             asked.fetch_add(1, Ordering::SeqCst);
@@ -39,24 +40,24 @@ impl Hostile {
         self.asked.load(Ordering::SeqCst)
     }
 
-    /// Another daemon comes, and recovers what it may.
+    /// Starts the next daemon, which recovers what it may.
     fn next_daemon(&mut self) {
         if self.world.points.is_dead() {
             self.world.crash();
         }
         self.world.reopen();
-        self.guest_kills_who_asks();
+        self.guest_kills_asking_daemon();
     }
 
-    /// The daemon that is open dies of asking the guest.
+    /// The current daemon dies while asking the guest.
     fn dies_asking(&mut self) {
-        self.guest_kills_who_asks();
+        self.guest_kills_asking_daemon();
         self.world.daemon().reconcile();
         let points = self.world.points.clone();
         await_that("the daemon dies of asking", || points.is_dead());
     }
 
-    /// The daemon that is open dies when it ends the VMM.
+    /// The current daemon dies while killing the VMM.
     fn dies_killing(&mut self) {
         self.world.points.die_at("kill the vmm");
         self.world.daemon().reconcile();
@@ -76,7 +77,7 @@ impl Hostile {
 }
 
 #[test]
-fn stop_that_killed_the_daemon_is_resumed_without_asking_the_guest() {
+fn stop_that_killed_daemon_is_resumed_without_asking_guest() {
     let mut hostile = Hostile::in_state(VmState::Stopping);
     assert_eq!(hostile.doctor_says().0, Severity::Ok);
     hostile.dies_asking();
@@ -89,14 +90,14 @@ fn stop_that_killed_the_daemon_is_resumed_without_asking_the_guest() {
     assert!(hostile.world.vmm.live().is_empty());
     let (severity, found) = hostile.doctor_says();
     assert!(severity == Severity::Warn && found.contains("VM evil (1)"), "{found}");
-    // Another life, another record.
+    // A new start begins with a new record.
     hostile.world.place(&vm.id);
     hostile.world.start("evil").unwrap();
     assert_eq!(hostile.doctor_says().0, Severity::Ok);
 }
 
 #[test]
-fn vm_is_left_alone_after_three_daemons_died_resuming_its_stop() {
+fn stop_that_killed_three_daemons_is_not_resumed() {
     let mut hostile = Hostile::in_state(VmState::Stopping);
     hostile.dies_asking();
     hostile.next_daemon();
@@ -125,19 +126,19 @@ fn vm_is_left_alone_after_three_daemons_died_resuming_its_stop() {
     assert_eq!(hostile.world.vmm.live().len(), 1, "nobody touches it on the daemon's own account");
     let (severity, found) = hostile.doctor_says();
     assert!(severity == Severity::Warn && found.contains("VM evil (3)"), "{found}");
-    // Others are not affected, and the next daemon does not touch it either.
+    // Other VMs are not affected, and the next daemon leaves this VM alone as well.
     hostile.world.running("well");
     hostile.next_daemon();
     hostile.world.daemon().reconcile();
     assert_eq!((hostile.world.state("well"), hostile.world.state("evil")), (VmState::Running, VmState::Failed));
-    // Its owner gets rid of it.
+    // Its owner can delete it.
     hostile.world.delete("evil").unwrap();
     assert_eq!(hostile.world.vmm.live().len(), 1);
     assert_eq!(hostile.doctor_says().0, Severity::Ok);
 }
 
 #[test]
-fn delete_that_killed_the_daemon_is_not_resumed_as_a_delete() {
+fn delete_that_killed_daemon_is_not_resumed_as_delete() {
     let mut hostile = Hostile::in_state(VmState::Deleting);
     hostile.dies_killing();
     hostile.next_daemon();
@@ -151,7 +152,7 @@ fn delete_that_killed_the_daemon_is_not_resumed_as_a_delete() {
 }
 
 #[test]
-fn daemon_that_ends_before_it_came_to_the_vm_forgets_no_death() {
+fn record_survives_daemon_that_never_reached_vm() {
     let mut hostile = Hostile::in_state(VmState::Stopping);
     hostile.dies_asking();
     hostile.next_daemon();
@@ -162,14 +163,14 @@ fn daemon_that_ends_before_it_came_to_the_vm_forgets_no_death() {
 }
 
 #[test]
-fn orderly_end_in_the_middle_of_a_resumed_stop_is_no_death() {
+fn orderly_exit_during_resumed_stop_is_not_counted() {
     let mut hostile = Hostile::in_state(VmState::Stopping);
     let gate = fcd::guest::fake::Gate::closed();
     let held = gate.clone();
     hostile.world.guest.on(fcd::image::SHUTDOWN_COMMAND, move |_| Answer::status(0).stdout("synced\n").hold(&held));
     hostile.world.daemon().reconcile();
     await_that("the stop is resumed", || hostile.world.daemon().leftovers().threads == 1);
-    // As the end of the drain, whose deadline this stop outlasts.
+    // This is the end of a drain whose deadline the stop exceeds.
     let daemon = hostile.world.daemon().clone();
     let id = hostile.shown().id;
     let record = format!("recovery/{id}");
@@ -190,7 +191,7 @@ fn orderly_end_in_the_middle_of_a_resumed_stop_is_no_death() {
     assert_eq!((vm.state, vm.synced, hostile.doctor_says().0), (VmState::Stopped, Some(Synced::Yes), Severity::Ok));
 }
 
-/// A VM that runs, beside another one, and whose VMM kills the daemon that adopts it.
+/// A running VM, along with another one, whose VMM kills a daemon that adopts it.
 struct HostileVmm {
     world: World,
     point: &'static str,
@@ -213,7 +214,7 @@ impl HostileVmm {
         hostile
     }
 
-    /// The daemon that is open dies of the adoption, and another one comes.
+    /// The current daemon dies during the adoption, and the next one starts.
     fn dies_adopting(&mut self) {
         self.world.points.die_at(self.point);
         self.world.daemon().reconcile();
@@ -224,7 +225,7 @@ impl HostileVmm {
 }
 
 #[test]
-fn vm_whose_adoption_killed_three_daemons_is_left_alone_and_can_be_stopped() {
+fn adoption_that_killed_three_daemons_is_not_retried() {
     let mut hostile = HostileVmm::new();
     for _ in 0..3 {
         hostile.dies_adopting();
@@ -245,7 +246,7 @@ fn vm_whose_adoption_killed_three_daemons_is_left_alone_and_can_be_stopped() {
         let checks = hostile.world.call::<Doctor>(&Empty {}).unwrap().checks;
         let check = checks.into_iter().find(|c| c.id == "recovery").unwrap();
         assert!(check.severity == Severity::Warn && check.found.contains("while they adopted VM evil (2)"), "{}", check.found);
-        // What comes every minute does not try again, and the next daemon does not either.
+        // The periodic check does not try again, and neither does the next daemon.
         hostile.world.daemon().look_after();
         assert!(!hostile.world.points.is_dead());
         hostile.world.reopen();
@@ -261,7 +262,7 @@ fn vm_whose_adoption_killed_three_daemons_is_left_alone_and_can_be_stopped() {
     let stopped = hostile.world.stop("evil").unwrap();
     assert_eq!((stopped.state, stopped.synced, asked.load(Ordering::SeqCst)), (VmState::Stopped, Some(Synced::No), 0));
     assert_eq!(hostile.world.vmm.live().len(), 1);
-    // Another life, another record.
+    // A new start begins with a new record.
     hostile.world.place(&stopped.id);
     let started = hostile.world.start("evil").unwrap();
     assert_eq!((started.state, started.unresponsive), (VmState::Running, false));
@@ -287,7 +288,7 @@ fn vm_that_kills_who_listens_to_it_is_left_alone_as_well() {
 }
 
 #[test]
-fn vm_that_killed_two_daemons_and_is_adopted_then_has_no_record() {
+fn record_is_cleared_by_successful_adoption() {
     let mut hostile = HostileVmm::new();
     for _ in 0..2 {
         hostile.dies_adopting();
@@ -296,14 +297,14 @@ fn vm_that_killed_two_daemons_and_is_adopted_then_has_no_record() {
     let evil = hostile.world.show("evil").unwrap();
     assert_eq!((evil.state, evil.reason, evil.unresponsive), (VmState::Running, None, false));
     hostile.world.reopen();
-    // As often as at first.
+    // It has as many attempts as at first.
     for _ in 0..3 {
         hostile.dies_adopting();
     }
 }
 
 #[test]
-fn daemon_that_ends_in_good_order_while_it_adopts_is_no_death() {
+fn orderly_exit_during_adoption_is_not_counted() {
     let mut hostile = HostileVmm::new();
     for _ in 0..2 {
         hostile.dies_adopting();

@@ -1,4 +1,4 @@
-//! A call under way: its notes and its end, read aside.
+//! A call in progress, whose notes and result are read on another thread.
 
 use crate::world::soon;
 use fcd::api::Call;
@@ -14,7 +14,7 @@ enum Told<R> {
     Ended(Result<R, Failure>, Instant),
 }
 
-/// A call under way.
+/// A call in progress.
 pub struct Running<R> {
     events: Receiver<Told<R>>,
     hangup: Hangup,
@@ -63,7 +63,7 @@ impl<R> Running<R> {
         }
     }
 
-    /// The first note that fits; panics when the call ends before it comes, or it does not come in time.
+    /// Waits for the first note that fits. Panics if the call ends first, or on a timeout.
     #[track_caller]
     pub fn note<T>(&self, wanted: impl Fn(&Note) -> Option<T>) -> T {
         let deadline = soon();
@@ -98,13 +98,13 @@ impl<R> Running<R> {
         self.note(|n| matches!(n, Note::Progress(p) if p.done == Some(done)).then_some(()));
     }
 
-    /// Waits for the end. Panics when it has not come within `patience`.
+    /// Waits for the result. Panics after `patience`.
     #[track_caller]
     pub fn finish(&mut self, patience: Duration) -> Result<R, Failure> {
         self.finish_at(patience).0
     }
 
-    /// Waits for the end; none when `is_over` comes first.
+    /// Waits for the result. None if `is_over` returns true first.
     #[track_caller]
     pub fn finish_unless(&mut self, is_over: impl Fn() -> bool) -> Option<Result<R, Failure>> {
         const LOOK: Duration = Duration::from_millis(1);
@@ -118,7 +118,7 @@ impl<R> Running<R> {
         }
     }
 
-    /// With the moment of its end.
+    /// Waits for the result and returns when it arrived.
     #[track_caller]
     pub fn finish_at(&mut self, patience: Duration) -> (Result<R, Failure>, Instant) {
         if let Some(ended) = self.ended.take() {
@@ -145,7 +145,7 @@ impl<R> Running<R> {
         true
     }
 
-    /// The client is killed.
+    /// Hangs up, as a killed client does.
     pub fn hang_up(&self) {
         self.hangup.hang_up();
     }

@@ -1,4 +1,4 @@
-//! Measures a restart of the daemon with many VMs: `scripts/bench scale`.
+//! Measures a restart of the daemon with many VMs. Run by `scripts/bench scale`.
 
 use crate::world::*;
 use fcd::api::vm::*;
@@ -9,13 +9,13 @@ use nix::sys::resource::{UsageWho, getrusage};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Extra processes on the host, as on one that is used.
+/// Additional processes, as on a host in use.
 const OTHER_PROCESSES: usize = 200;
 const ROUNDS: usize = 5;
-/// VMs that are changed after the restart, evenly spread.
+/// How many VMs are changed after the restart, evenly spread.
 const CHANGED: usize = 10;
 
-/// Processes that only have to be looked at.
+/// Processes that the daemon only has to look at.
 struct Others(Vec<Child>);
 
 impl Others {
@@ -47,7 +47,7 @@ fn many(config: &mut Config, vms: usize) {
     config.qemu.uid_count = vms as u32 + 1;
 }
 
-/// A state directory with so many VMs that have run and rest.
+/// Creates a state directory with `vms` VMs that have run and are stopped.
 fn at_rest(vms: usize) -> World {
     let mut world = World::with(|config| many(config, vms));
     for n in 0..vms {
@@ -66,7 +66,7 @@ fn at_rest(vms: usize) -> World {
     world
 }
 
-/// From the start of a daemon with the real drivers until the last of some VMs was changed, durably.
+/// The time from starting a daemon with the real drivers until the last of some changes is durable.
 fn usable_after(config: &Config, vms: usize) -> (Duration, Duration, Duration) {
     let (begun, used) = (Instant::now(), cpu());
     let daemon = Daemon::open(config.clone(), Seams::real(config).unwrap()).unwrap();
@@ -96,7 +96,7 @@ fn resting(vms: usize) {
     println!("{vms:>6} resting VMs: open {opened:?}, usable {usable:?} (least {least:?}), CPU until reconciled {used:?}");
 }
 
-/// The daemon's own part: the VMMs are pretended and answer at once.
+/// Only the daemon's own part: the VMMs are fakes that answer at once.
 fn running(vms: usize) {
     let mut world = World::with(|config| many(config, vms));
     for n in 0..vms {

@@ -1,5 +1,6 @@
-//! `scripts/setup` with a real apt and dpkg on an archive and a file system of its own: what it installs, when it refuses,
-//! and what it says. Programs that the host has are on PATH by links; those of the archive appear when they are installed.
+//! Runs `scripts/setup` with a real apt and dpkg on their own archive and file system, and checks
+//! what it installs, refuses and prints. The host's programs are on PATH as links; those of the
+//! archive appear when they are installed.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -9,7 +10,7 @@ use std::process::{Command, Output};
 const SETUP: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/setup");
 /// Programs that the script itself runs.
 const TOOLS: &[&str] = &["apt-cache", "apt-get", "awk", "bash", "cut", "dirname", "dpkg", "env", "head", "sed", "sort", "wc"];
-/// Programs that it looks for, apart from the archive's QEMU.
+/// Programs that it looks for, except the archive's QEMU.
 const PRESENT: &[&str] =
     &["cc", "git", "lz4", "make", "mkfs.ext4", "mmdebstrap", "perl", "pkg-config", "setpriv", "ssh", "unshare", "zstd"];
 const OLD: &str = "1:7.2-1";
@@ -18,7 +19,7 @@ const NEW: &str = "1:10.0-1~bpo1";
 struct Lab(tempfile::TempDir);
 
 impl Lab {
-    /// An archive with QEMU in an old version and nothing installed. `bpo` has the newer one.
+    /// An archive with an old QEMU, and nothing installed. `bpo` has the newer version.
     fn new() -> Self {
         assert!(nix::unistd::geteuid().is_root(), "dpkg installs as root only: run the tests as root");
         let lab = Self(tempfile::tempdir().unwrap());
@@ -76,7 +77,7 @@ impl Lab {
         self.path("bin").join(name)
     }
 
-    /// A package for the archive `suite`, with these programs.
+    /// Adds a package with these programs to the archive `suite`.
     fn add(&self, suite: &str, name: &str, version: &str, relations: &str, programs: &[&str]) {
         let tree = self.path(format!("tree/{suite}/{name}"));
         fs::create_dir_all(tree.join("DEBIAN")).unwrap();
@@ -85,7 +86,7 @@ impl Lab {
             fs::write(tree.join("usr/bin").join(program), "#!/bin/sh\n").unwrap();
             fs::set_permissions(tree.join("usr/bin").join(program), fs::Permissions::from_mode(0o755)).unwrap();
         }
-        // dpkg forgets a package without a file of its own.
+        // dpkg forgets a package that has no file of its own.
         let doc = tree.join("usr/share/doc").join(name);
         fs::create_dir_all(&doc).unwrap();
         fs::write(doc.join("copyright"), version).unwrap();
@@ -137,7 +138,7 @@ impl Lab {
         ok(self.command("apt-get").args(["-q", "-y", "install"]).args(packages));
     }
 
-    /// Its status and everything it said.
+    /// Runs the script. Returns its status and its output.
     fn setup(&self, args: &[&str]) -> (Option<i32>, String) {
         let out = self.command(SETUP).args(args).output().unwrap();
         (out.status.code(), text(&out))
@@ -166,7 +167,8 @@ fn ok(command: &mut Command) -> String {
     String::from_utf8(out.stdout).unwrap()
 }
 
-/// The machine on which the first command failed: QEMU's tools in a version that the archive does not have.
+/// The machine on which the first command failed: its version of QEMU's tools is not in the
+/// archive.
 #[test]
 fn setup_newer_needed_package_is_replaced_in_the_same_transaction() {
     let lab = Lab::new();
@@ -231,7 +233,7 @@ fn setup_held_package_is_not_changed() {
     assert_eq!(ok(query.args(["-W", "-f", "${Package} ${Version}\n"])), format!("qemu-utils {NEW}\n"));
 }
 
-/// Whatever apt-get said: what counts is what is there afterwards.
+/// What counts is which programs exist afterwards, whatever apt-get printed.
 #[test]
 fn setup_program_that_does_not_appear_is_an_error() {
     let lab = Lab::new();
@@ -268,7 +270,7 @@ fn setup_by_an_ordinary_user_lists_everything_at_once() {
     for thing in all {
         assert!(said.contains(thing), "{thing}: {said}");
     }
-    // There is no sudo: the list again, and the one command that root has to run.
+    // Without sudo it prints the same list and the one command that root has to run.
     let (status, said) = lab.setup(&[]);
     assert_eq!(status, Some(1), "{said}");
     for thing in all {

@@ -1,4 +1,5 @@
-//! Snapshots, restores and forks over the socket: who may when, and what a failure or a stop in the middle leaves.
+//! Snapshots, restores and forks over the socket: who may use them and when, and what a failure or
+//! a stop in the middle leaves.
 
 use crate::world::*;
 use fcd::api::op::{OpCancel, OpRequest};
@@ -33,7 +34,7 @@ fn list(world: &World) -> Vec<String> {
 }
 
 #[test]
-fn a_snapshot_is_made_found_restored_and_deleted() {
+fn snapshot_is_created_shown_restored_and_deleted() {
     let world = World::new();
     let (vm, _) = world.running("web");
     world.import_all("web");
@@ -50,13 +51,13 @@ fn a_snapshot_is_made_found_restored_and_deleted() {
     let of = |vm: &str| world.call::<SnapshotList>(&SnapshotListRequest { vm: Some(vm.into()), ..Default::default() });
     assert_eq!(of("web").unwrap().snapshots.len(), 2);
     assert!(of("other").unwrap_err().is(Kind::VmNotFound));
-    // Whom it does not belong to, to them it does not exist.
+    // For anyone but its owner and root it does not exist.
     let stranger = Caller { uid: 4_000_000, gid: 0, pid: 0 };
     assert_eq!(world.daemon().snapshot_show(&stranger, "one").unwrap_err().kind(), Kind::SnapshotNotFound);
     assert_eq!(world.daemon().snapshot_delete(&stranger, "one").unwrap_err().kind(), Kind::SnapshotNotFound);
     assert!(world.daemon().snapshot_list(&stranger, &SnapshotListRequest::default()).unwrap().snapshots.is_empty());
 
-    // What it was then is what it is again; more memory that it was to get at its next start it does not get.
+    // The settings of the snapshot are restored. A pending change of memory is dropped.
     world.call::<VmSet>(&VmSetRequest { vm: "web".into(), mem_mib: Some(2048), ..Default::default() }).unwrap();
     assert!(restore(&world, "one", None).unwrap_err().is(Kind::WrongState));
     world.stop("web").unwrap();
@@ -64,7 +65,7 @@ fn a_snapshot_is_made_found_restored_and_deleted() {
     assert_eq!((&back.id, back.state, back.mem_mib, &back.workspace), (&vm.id, VmState::Running, 1024, &Some(workspace)));
     let spec = world.vmm.last_spec(&vm.id).unwrap();
     assert_eq!(spec.saved.unwrap().driver, "fake");
-    // It boots at its next start.
+    // The next start boots it.
     world.stop("web").unwrap();
     world.start("web").unwrap();
     assert_eq!(world.vmm.last_spec(&vm.id).unwrap().saved, None);
@@ -83,7 +84,7 @@ fn a_snapshot_is_made_found_restored_and_deleted() {
 }
 
 #[test]
-fn they_are_there_after_a_restart_of_the_daemon() {
+fn snapshots_survive_daemon_restart() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     let made = create(&world, "web", "one").unwrap();
@@ -94,9 +95,9 @@ fn they_are_there_after_a_restart_of_the_daemon() {
     assert_eq!(restore(&world, "one", None).unwrap().id, vm.id);
 }
 
-/// While the guest stands still to be saved.
+/// The stop arrives while the guest is paused to be saved.
 #[test]
-fn a_guest_that_is_saved_is_stopped_at_once() {
+fn stop_during_save_ends_guest_immediately() {
     let world = World::new();
     let empty = world.census();
     for force in [false, true] {
@@ -105,7 +106,7 @@ fn a_guest_that_is_saved_is_stopped_at_once() {
         let mut saving = world.begin::<SnapshotCreate>(save("web", "one"), vec![]);
         assert!(world.vmm.await_held(1, soon()));
         assert!(world.vmm.is_paused(&vm.id));
-        // Whatever its owner says: what is saved must be of one moment.
+        // A resume must not be applied now, because the saved state must be of one moment.
         world.call::<VmResume>(&request("web")).unwrap();
         assert!(world.vmm.is_paused(&vm.id));
         assert!(create(&world, "web", "two").unwrap_err().is(Kind::Busy));
@@ -122,13 +123,13 @@ fn a_guest_that_is_saved_is_stopped_at_once() {
 }
 
 #[test]
-fn a_guest_goes_on_when_it_was_saved_or_was_not() {
+fn guest_is_resumed_after_save_or_failure() {
     let world = World::new();
     let (vm, _) = world.running("web");
     world.vmm.hold_starts(Stage::Save);
     let mut saving = world.begin::<SnapshotCreate>(save("web", "one"), vec![]);
     assert!(world.vmm.await_held(1, soon()));
-    // Paused meanwhile, it stays so.
+    // The owner paused it meanwhile, so it stays paused.
     world.call::<VmPause>(&request("web")).unwrap();
     world.vmm.release_starts();
     saving.finish(SOON).unwrap();
@@ -149,7 +150,7 @@ fn a_guest_goes_on_when_it_was_saved_or_was_not() {
 }
 
 #[test]
-fn a_guest_that_cannot_prepare_itself_is_not_held() {
+fn snapshot_of_unprepared_guest_does_not_pause_it() {
     let world = World::new();
     let (vm, _) = world.running("web");
     world.guest.on("/usr/lib/fcd/busybox sh -c", |_| Answer::status(1).stderr("no such thing"));
@@ -161,7 +162,7 @@ fn a_guest_that_cannot_prepare_itself_is_not_held() {
 }
 
 #[test]
-fn a_fork_is_made_whole_or_not_at_all() {
+fn fork_is_complete_or_absent() {
     let world = World::new();
     let (vm, _) = world.running("web");
     let before = world.census();
@@ -174,7 +175,7 @@ fn a_fork_is_made_whole_or_not_at_all() {
     world.await_rest();
     assert_eq!(world.census(), before);
 
-    // Cancelled at every stage.
+    // A cancellation at any stage leaves nothing.
     for stage in [Stage::Save, Stage::BeforeSpawn, Stage::AfterSpawn] {
         world.vmm.hold_starts(stage);
         let mut forking = world.begin::<VmFork>(VmForkRequest { vm: "web".into(), name: Some("twin".parse().unwrap()) }, vec![]);
@@ -192,19 +193,19 @@ fn a_fork_is_made_whole_or_not_at_all() {
     let twin = fork(&world, "web", "twin").unwrap();
     assert!(twin.state == VmState::Running && !twin.rm && twin.ports.is_empty(), "{twin:?}");
     assert_eq!(list(&world), [""; 0], "what it began with is gone");
-    // They are two from then on.
+    // Original and clone are independent.
     world.delete("web").unwrap();
     assert_eq!(world.state("twin"), VmState::Running);
 }
 
 #[test]
-fn a_restore_that_fails_leaves_a_vm_that_starts() {
+fn failed_restore_leaves_startable_vm() {
     let world = World::new();
     world.running("web");
     let made = create(&world, "web", "one").unwrap();
     world.stop("web").unwrap();
     let dir = world.config.state_dir.join("snapshots").join(made.id.as_str());
-    // Its memory was lost: that is seen before the VM's own disk is gone.
+    // The snapshot's memory is missing, which is noticed before the VM's own disk is touched.
     let disk = world.vmm.last_spec(&made.vm).unwrap().disk;
     let mut mine = std::fs::read(&disk).unwrap();
     mine.extend(b"what was written since");
@@ -220,7 +221,7 @@ fn a_restore_that_fails_leaves_a_vm_that_starts() {
     world.start("web").unwrap();
     world.stop("web").unwrap();
     world.stop("web").unwrap();
-    // What was lost is put back.
+    // Put the missing file back.
     std::fs::write(dir.join("private/memory"), &memory).unwrap();
     let aside = disk.with_file_name("former");
     world.vmm.fail_next_start("another version made it");
@@ -228,7 +229,7 @@ fn a_restore_that_fails_leaves_a_vm_that_starts() {
     assert!(e.is(Kind::VmmFailed) && e.fault.message.contains("another version"), "{e:?}");
     world.await_rest();
     assert_eq!((std::fs::read(&disk).unwrap(), aside.exists()), (mine.clone(), false));
-    // A stop in mid-restore.
+    // A stop in the middle of a restore.
     world.vmm.hold_starts(Stage::AfterSpawn);
     let mut restoring = world.begin::<SnapshotRestore>(SnapshotRestoreRequest { snapshot: "one".into(), new_vm: None }, vec![]);
     assert!(world.vmm.await_held(1, soon()));
@@ -240,12 +241,12 @@ fn a_restore_that_fails_leaves_a_vm_that_starts() {
     assert_eq!((std::fs::read(&disk).unwrap(), aside.exists()), (mine.clone(), false));
     world.start("web").unwrap();
     world.stop("web").unwrap();
-    // One that goes well leaves nothing aside.
+    // A successful restore leaves nothing behind.
     restore(&world, "one", None).unwrap();
     assert!(std::fs::read(&disk).unwrap() != mine && !aside.exists());
     world.stop("web").unwrap();
     std::fs::write(&disk, &mine).unwrap();
-    // Its disk was lost: the VM keeps its own.
+    // The snapshot's disk is missing, so the VM keeps its own.
     std::fs::remove_file(dir.join("disk")).unwrap();
     assert!(restore(&world, "one", None).is_err());
     assert_eq!(std::fs::read(&disk).unwrap(), mine);
@@ -253,7 +254,7 @@ fn a_restore_that_fails_leaves_a_vm_that_starts() {
 }
 
 #[test]
-fn what_a_vm_is_started_from_is_not_deleted() {
+fn snapshot_in_use_is_not_deleted() {
     let world = World::new();
     world.running("web");
     create(&world, "web", "one").unwrap();

@@ -1,5 +1,6 @@
-//! Stop, show, list, delete and exec of a VM whose import is stalled, against the same verbs on a VM under the same fault without
-//! an import, interleaved. `the_gate` is what `scripts/test` asks; `bench` (`scripts/bench stall`) measures at length.
+//! Compares calls on a VM whose import is stalled with the same calls on a VM under the same fault
+//! without an import, in turns. `scripts/test` runs `the_gate`; `bench` (`scripts/bench stall`)
+//! measures at length.
 
 use crate::world::*;
 use fcd::api::exec::{ExecStart, ExecStartRequest};
@@ -10,19 +11,19 @@ use fcd::error::Kind;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-/// How long a stalled import may stand still before it is ended: what a verb that waits for it would wait. In the negative
-/// control, where it does, not too long.
+/// How long a stalled import may last before it is ended, and so how long a call would wait for it.
+/// It is short in the negative control, where calls do wait.
 const STALL: Duration = Duration::from_secs(if cfg!(feature = "one-lock") { 4 } else { 30 });
-/// The guest cannot be asked to go where the network is cut: the same on both sides.
+/// If the network is cut, the guest cannot be asked to shut down. This is the same on both sides.
 const GRACE_MS: u64 = 50;
 const BYTES: u64 = 4096;
 
-/// Why an import stands still.
+/// Why an import is stalled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
-    /// The client writes no more.
+    /// The client stops writing.
     Silent,
-    /// The guest reads no more.
+    /// The guest stops reading.
     Unread,
     /// The guest's network is cut.
     Cut,
@@ -38,12 +39,12 @@ enum Verb {
     Delete,
 }
 
-/// A daemon with `others` imports stalled beside the VM that is measured.
+/// A daemon with `others` stalled imports in addition to the VM that is measured.
 struct Stage {
     world: World,
     client: Client,
     others: Vec<Import>,
-    /// What is timed first has colder caches, so the two sides take turns.
+    /// Whatever is timed first has colder caches, so the two sides take turns.
     is_held_first: bool,
 }
 
@@ -56,7 +57,7 @@ struct Load {
 }
 
 impl Load {
-    /// Each import has a worker of its own.
+    /// Each import has its own worker.
     const fn of(others: usize) -> Self {
         Self { others, workers: others + 2, queue: 2 * others + 64 }
     }
@@ -76,13 +77,13 @@ impl Stage {
             c.limits.mem_mib_max = many as u64 * c.vm.mem_mib;
             c.limits.transfer_idle_s = STALL.as_secs();
         });
-        let others = (0..load.others).map(|n| Self::stalled_beside(&world, load, n)).collect();
+        let others = (0..load.others).map(|n| Self::start_other_import(&world, load, n)).collect();
         let client = world.client();
         Self { world, client, others, is_held_first: false }
     }
 
-    /// One more VM with an import that stands still, or waits for a worker.
-    fn stalled_beside(world: &World, load: Load, n: usize) -> Import {
+    /// Starts another VM with an import that is stalled or waits for a worker.
+    fn start_other_import(world: &World, load: Load, n: usize) -> Import {
         let name = format!("other-{n}");
         world.running(&name);
         if n >= load.workers {
@@ -93,7 +94,7 @@ impl Stage {
         import
     }
 
-    /// A VM that runs under the fault.
+    /// Starts a VM under the fault.
     fn vm(&self, name: &str, fault: Fault) -> std::net::SocketAddr {
         let addr = match self.world.show(name) {
             Ok(vm) => {
@@ -109,7 +110,7 @@ impl Stage {
         addr
     }
 
-    /// Its import, in mid-stream; with the pool full it waits for a worker.
+    /// Starts its import. If the pool is full, the import waits for a worker.
     fn stall(&self, name: &str, fault: Fault) -> Import {
         let runs = self.world.daemon().pool.counts().running < self.world.config.limits.pool_workers;
         if !runs {
@@ -124,7 +125,7 @@ impl Stage {
         import
     }
 
-    /// How long one verb takes.
+    /// Times one call.
     fn time(&mut self, verb: Verb, name: &str) -> Duration {
         let begun = Instant::now();
         match verb {
@@ -152,7 +153,7 @@ impl Stage {
         begun.elapsed()
     }
 
-    /// Both sides of one round: without an import, and with one that is stalled.
+    /// Times both sides of a round: without an import, and with a stalled one.
     fn round(&mut self, verb: Verb, fault: Fault) -> (Duration, Duration) {
         let (idle_addr, addr) = (self.vm("idle", fault), self.vm("held", fault));
         let import = self.stall("held", fault);
@@ -160,7 +161,7 @@ impl Stage {
             self.world.guest.set_cut(idle_addr, true);
             self.world.guest.set_cut(addr, true);
         }
-        // Both begin warm.
+        // Both sides begin warm.
         for name in ["idle", "held"] {
             self.time(Verb::Show, name);
         }
@@ -175,7 +176,7 @@ impl Stage {
         drop(import.stream);
         import.call.hang_up();
         for name in ["idle", "held"] {
-            // Whatever the verb left of it.
+            // Removes whatever the call has left.
             if let Err(e) = self.world.delete(name) {
                 assert!(e.is(Kind::VmNotFound), "{e:?}");
             }
@@ -183,7 +184,8 @@ impl Stage {
         (idle, held)
     }
 
-    /// With a second import behind a stalled one: it is seen to wait, and ends when it is cancelled.
+    /// Queues a second import behind a stalled one. It reports that it waits, and ends when it is
+    /// cancelled.
     fn a_second_import_waits_visibly(&mut self) -> Duration {
         self.vm("held", Silent);
         let first = self.stall("held", Silent);
@@ -218,7 +220,7 @@ fn write_some(import: &mut Import) {
     import.stream.write_all(&chunk).unwrap();
 }
 
-/// Without an answer from the guest an exec never ends by itself.
+/// An exec never ends if the guest does not answer.
 fn verbs(fault: Fault) -> &'static [Verb] {
     match fault {
         Cut => &[Verb::Show, Verb::List, Verb::Stop, Verb::Delete],
@@ -237,10 +239,11 @@ fn percentile(took: &[Duration], percent: usize) -> Duration {
 fn the_gate() {
     const ROUNDS: usize = 9;
     const SLACK: Duration = Duration::from_millis(1);
-    /// What else runs on the machine slows one side or the other, now and then. A verb that waits is slower each time.
+    /// Other load on the machine slows one side or the other now and then. A call that waits is
+    /// slower every time.
     const SETS_MAX: usize = 3;
     let fits = |(idle, held): &(Duration, Duration)| *held <= idle.mul_f64(1.2) + SLACK;
-    // One import beside; and a pool whose workers and queue are full.
+    // One other import, and then a pool whose workers and queue are full.
     for load in [Load::of(1), Load { others: 4, workers: 2, queue: 4 }] {
         let mut stage = Stage::new(load);
         for (fault, verb) in [Silent, Unread, Cut].iter().flat_map(|f| verbs(*f).iter().map(|v| (*f, *v))) {
@@ -258,7 +261,8 @@ fn the_gate() {
     }
 }
 
-/// What a lock that is held throughout an import costs: without this the other figures would prove nothing.
+/// Shows the cost of a lock that is held throughout an import. Without this the other figures would
+/// prove nothing.
 #[test]
 #[cfg(feature = "one-lock")]
 fn with_one_lock_a_stop_waits() {

@@ -1,18 +1,18 @@
-//! Under a lock there is only memory. The lock checker sees what runs; this reads the source, because most log calls are
-//! on paths that no test takes.
+//! Under a lock there is only memory access. The lock checker sees what runs. This test reads the
+//! source, because most log calls are on paths that no test takes.
 
 use crate::layers::{is_test, root, rust_files};
 
-/// Calls that must not be made where a guard is in scope. `log::` is any log macro.
+/// What must not be written where a guard is in scope. `log::` is any log macro.
 const FORBIDDEN: [&str; 1] = ["log::"];
 
-/// A guard in scope: its name, if it has one, and the depth of braces at which its scope ends.
+/// A guard in scope: its name, if it has one, and the brace depth at which its scope ends.
 struct Guard {
     name: String,
     ends_below: i32,
 }
 
-/// The name of the guard that a statement binds: `let guard = self.locks.vm.lock(&id);`.
+/// Returns the name of the guard that a statement binds: `let guard = self.locks.vm.lock(&id);`.
 fn bound_guard(line: &str) -> Option<&str> {
     let (name, value) = line.trim().strip_prefix("let ")?.split_once(" = ")?;
     let value = value.trim_end().trim_end_matches(';').trim_end_matches('?');
@@ -22,8 +22,8 @@ fn bound_guard(line: &str) -> Option<&str> {
     is_guard.then(|| name.trim_start_matches("mut ").trim_start_matches('_'))
 }
 
-/// Whether the block that the line opens runs with a lock held: a store's section, or a guard that lives as long as the
-/// `match`, `if let`, `while let` or `for` whose head takes it.
+/// True if the block that the line opens runs with a lock held: a section of the store, or a guard
+/// that lives as long as the `match`, `if let`, `while let` or `for` whose head creates it.
 fn opens_section(line: &str) -> bool {
     let line = line.trim();
     if !line.ends_with('{') {
@@ -33,7 +33,7 @@ fn opens_section(line: &str) -> bool {
     line.ends_with("|tx| {") || line.ends_with(".read(|s| {") || (holds_temporary && line.contains(".lock()"))
 }
 
-/// The lines, beginning with 1, on which something forbidden stands where a guard is in scope.
+/// The lines, counted from 1, that use something forbidden while a guard is in scope.
 fn offences(text: &str) -> Vec<usize> {
     let (mut depth, mut guards, mut found) = (0i32, Vec::<Guard>::new(), Vec::new());
     let mut signature = String::new();
@@ -73,7 +73,7 @@ fn offences(text: &str) -> Vec<usize> {
 }
 
 #[test]
-fn no_log_call_is_written_where_a_guard_is_in_scope() {
+fn no_log_call_with_guard_in_scope() {
     let mut files = Vec::new();
     rust_files(&root().join("src"), &mut files);
     let mut wrong = Vec::new();
@@ -87,7 +87,7 @@ fn no_log_call_is_written_where_a_guard_is_in_scope() {
 }
 
 #[test]
-fn scan_sees_guards_sections_and_evidence() {
+fn scan_finds_guards_sections_and_evidence() {
     #[track_caller]
     fn check(body: &str, expected: &[usize]) {
         assert_eq!(offences(body), expected, "{body}");

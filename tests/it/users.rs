@@ -1,4 +1,4 @@
-//! Local users against each other: what one uid can take from the others.
+//! Local users against each other: what one uid can take away from the others.
 
 use crate::world::*;
 use fcd::api::Empty;
@@ -10,7 +10,7 @@ use fcd::api::vm::*;
 use fcd::error::Kind;
 use std::sync::atomic::Ordering;
 
-/// Users who are neither root nor the daemon's own.
+/// Users other than root and the daemon's own.
 const ALICE: u32 = 3001;
 const BOB: u32 = 3002;
 
@@ -22,12 +22,12 @@ fn doctor_of_other_user_is_run_once_for_many_calls() {
     as_uid(ALICE, || (0..CALLS).for_each(|_| assert!(!world.call::<Doctor>(&Empty {}).unwrap().checks.is_empty())));
     let runs = world.vmm.checks_run();
     assert!((1..CALLS / 4).contains(&runs), "{runs} runs for {CALLS} calls");
-    // Root sees the host as it is at its call.
+    // Root sees the host as it is at the time of the call.
     world.call::<Doctor>(&Empty {}).unwrap();
     assert_eq!(world.vmm.checks_run(), runs + 1);
 }
 
-/// Alice asks for what is refused, more often than operations are kept.
+/// Alice makes refused calls, more than the number of operations kept.
 fn refused_calls(world: &World, calls: usize) {
     as_uid(ALICE, || {
         world.create("of-alice");
@@ -69,7 +69,7 @@ fn operations_of_one_user_push_out_only_their_own() {
     let key = || crate::keys::call(&world, "vm.create", r#"{"name":"of-bob"}"#, "k", false);
     let made = as_uid(BOB, || crate::keys::vm(&key()));
     as_uid(BOB, || (0..3).for_each(|_| drop(crate::keys::call(&world, "vm.create", "{}", &random_key(), false))));
-    // Alice's own keys pin their answers; the operations that no key stands for are kept so many.
+    // Alice's own keys pin their answers. Operations without a key are kept up to the limit.
     as_uid(ALICE, || {
         world.create("of-alice");
         for _ in 0..50 {
@@ -90,7 +90,7 @@ fn operations_of_one_user_push_out_only_their_own() {
     assert_eq!(as_uid(BOB, || crate::keys::vm(&key())), made);
 }
 
-/// A key's answer lives as long as its key, however many operations of the same user follow.
+/// A key's answer lives as long as the key, however many operations of the same user follow.
 #[test]
 fn answer_of_key_outlives_retention() {
     let mut world = World::with(|config| config.limits.operations_kept_per_uid = 5);
@@ -104,7 +104,7 @@ fn answer_of_key_outlives_retention() {
     world.reopen();
     world.daemon().reconcile();
     assert_eq!(crate::keys::vm(&key(&world, true)), made);
-    // An operation that the caller waits for is answered, too.
+    // Operations that the caller waits for are answered from the key, too.
     let deleted = |world: &World| {
         let request = r#"{"vm":"first","force":true}"#;
         let response = crate::keys::call(world, "vm.delete", request, "gone", true);
@@ -136,7 +136,7 @@ fn user_with_too_many_keys_is_refused_before_anything_begins() {
     assert!(world.show("one").is_err(), "nothing was made");
 }
 
-/// Alice's transfers stall; Bob's are done meanwhile.
+/// Alice's transfers are stalled. Bob's complete meanwhile.
 #[test]
 fn transfers_of_one_user_leave_workers_to_others() {
     let world = World::with(|config| (config.limits.pool_workers, config.limits.pool_workers_per_uid_max) = (4, 0));
@@ -149,7 +149,7 @@ fn transfers_of_one_user_leave_workers_to_others() {
         };
         names.iter().map(run).collect::<Vec<_>>()
     });
-    // Three of four workers are what one uid gets.
+    // One uid gets three of four workers.
     stalled[..3].iter().for_each(|import| import.call.ready());
     as_uid(BOB, || {
         world.running("of-bob");
@@ -163,7 +163,7 @@ fn transfers_of_one_user_leave_workers_to_others() {
     }
 }
 
-/// The idle limit alone is satisfied by one byte a minute.
+/// One byte a minute satisfies the idle limit.
 #[test]
 fn transfer_below_minimum_rate_ends() {
     let world = World::with(|config| {
@@ -202,7 +202,7 @@ fn builds_of_one_user_are_limited_and_one_runs_at_a_time() {
         let e = refused(call).expect("more than one build runs").unwrap_err();
         assert!(e.is(Kind::Busy) && e.fault.hint.is_some(), "{e:?}");
     }
-    // Others wait in line, and say so; a hang-up takes them out of it.
+    // Other builds wait and report that they do. A hang-up removes them from the queue.
     let of_bob = as_uid(BOB, || build(&world, "b"));
     of_bob.stage("wait for another build");
     let mut of_root = build(&world, "r");
@@ -210,13 +210,13 @@ fn builds_of_one_user_are_limited_and_one_runs_at_a_time() {
     of_bob.hang_up();
     of_root.stage("wait for another build");
     assert_eq!(world.builds.running.load(Ordering::SeqCst), 1);
-    // A caller that hangs up in the middle of a build makes room, too.
+    // A caller that hangs up during a build makes room as well.
     first.hang_up();
     of_root.stage("check the host");
     world.builds.are_held.store(false, Ordering::SeqCst);
     assert!(of_root.finish(SOON).unwrap_err().is(Kind::CommandFailed));
     assert_eq!(world.builds.peak.load(Ordering::SeqCst), 1);
-    // All of it is given back.
+    // Every slot is free again.
     let mut again = as_uid(ALICE, || build(&world, "again"));
     assert!(again.finish(SOON).unwrap_err().is(Kind::CommandFailed));
 }
@@ -279,7 +279,7 @@ fn image_in_use_stays_until_last_vm_and_snapshot_are_gone() {
     assert!(create.unwrap_err().is(Kind::ImageNotFound));
 }
 
-/// Either the VM is made and its image stays, or the image goes and the VM is refused.
+/// Either the VM is created and its image stays, or the image is deleted and the VM is refused.
 #[test]
 fn create_and_image_rm_at_once_never_leave_vm_without_image() {
     let world = World::new();

@@ -18,13 +18,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
 #[test]
-fn set_waits_for_the_next_start() {
+fn set_applies_at_next_start() {
     let world = World::new();
     let vm = world.create("web");
     let set = |vcpus, mem_mib, disk_bytes| {
         world.call::<VmSet>(&VmSetRequest { vm: "web".into(), vcpus, mem_mib, disk_bytes, ..Default::default() }).unwrap().vm
     };
-    // At rest it changes at once.
+    // A stopped VM changes at once.
     let now = set(Some(2), None, None);
     assert_eq!((now.vcpus, now.pending), (2, None));
     world.place(&vm.id);
@@ -46,9 +46,9 @@ fn set_waits_for_the_next_start() {
     assert_eq!(disk, 2 * ROOTFS_BYTES);
 }
 
-/// A boot writes its facts into the row that is being set.
+/// A boot writes to the same row that is being set.
 #[test]
-fn set_while_it_boots_loses_nothing() {
+fn set_during_boot_loses_nothing() {
     let world = World::new();
     for round in 0..10 {
         let name = format!("v{round}");
@@ -67,7 +67,7 @@ fn set_while_it_boots_loses_nothing() {
 }
 
 #[test]
-fn wait_for_a_state() {
+fn wait_ends_at_state() {
     let world = World::new();
     let vm = world.create("web");
     world.place(&vm.id);
@@ -76,7 +76,7 @@ fn wait_for_a_state() {
     let mut running = world.begin::<VmWait>(wait(Some(VmState::Running), None), vec![]);
     world.start("web").unwrap();
     assert_eq!(running.finish(SOON).unwrap().vm.state, VmState::Running);
-    // A failed one fulfils a wait for the end.
+    // A failed VM satisfies a wait for its end.
     let mut end = world.begin::<VmWait>(wait(None, Some(u64::MAX)), vec![]);
     assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
     assert_eq!(end.finish(SOON).unwrap().vm.state, VmState::Failed);
@@ -86,7 +86,7 @@ fn wait_for_a_state() {
 }
 
 #[test]
-fn operations_are_listed_shown_waited_for_and_kept() {
+fn operations_are_listed_shown_awaited_and_kept() {
     let mut world = World::new();
     world.running("web");
     let import = world.import("web");
@@ -114,15 +114,15 @@ fn operations_are_listed_shown_waited_for_and_kept() {
     world.daemon().reconcile();
     let sorted = |mut ops: Vec<Op>| {
         ops.sort_by(|a, b| a.id.cmp(&b.id));
-        // Progress is of the moment.
+        // Progress is not compared, because it changes all the time.
         ops.into_iter().map(|op| (op.id, op.state, op.result, op.error)).collect::<Vec<_>>()
     };
     assert_eq!(sorted(all(&world)), sorted(before));
 }
 
-/// A stop cannot be taken back.
+/// A stop cannot be cancelled.
 #[test]
-fn a_stop_is_not_cancelled() {
+fn stop_cannot_be_cancelled() {
     let world = World::new();
     let (vm, _) = world.running("web");
     world.guest.on(fcd::image::SHUTDOWN_COMMAND, |_| Answer::status(0).stdout("synced\n"));
@@ -134,9 +134,9 @@ fn a_stop_is_not_cancelled() {
     assert_eq!(down.finish(SOON).unwrap().vm.state, VmState::Stopped);
 }
 
-/// Without `more` the answer comes at once: the operation's id.
+/// Without `more` the reply comes at once and carries the operation's ID.
 #[test]
-fn a_call_without_more_answers_with_its_operation() {
+fn call_without_more_returns_operation() {
     let world = World::new();
     let vm = world.create("web");
     world.place(&vm.id);
@@ -150,7 +150,7 @@ fn a_call_without_more_answers_with_its_operation() {
 }
 
 #[test]
-fn prune_deletes_what_does_not_run() {
+fn prune_deletes_vms_that_do_not_run() {
     let world = World::new();
     world.create("rests");
     world.running("runs");
@@ -238,17 +238,17 @@ fn exec_is_signalled_resized_and_ended() {
     await_that("its session is gone", || world.daemon().leftovers().sessions == 0);
     let e = world.call::<ExecSignal>(&ExecSignalRequest { session, signal: "INT".into() }).unwrap_err();
     assert!(e.is(Kind::SessionNotFound), "{e:?}");
-    // Its caller is killed.
+    // The caller is killed.
     let (call, _) = begin();
     await_that("it runs", || world.guest.live(addr) == 1);
     call.hang_up();
     await_that("it has ended", || world.guest.live(addr) == 0);
-    // Its connection to the guest breaks: never exit status 0.
+    // The connection to the guest breaks. The exit status must not be 0.
     let (mut call, _) = begin();
     await_that("it runs", || world.guest.live(addr) == 1);
     world.guest.lose(addr);
     assert!(call.finish(SOON).unwrap_err().is(Kind::GuestLost));
-    // Its VM is stopped.
+    // The VM is stopped.
     let (mut call, _) = begin();
     await_that("it runs", || world.guest.live(addr) == 1);
     world.stop("web").unwrap();
@@ -263,9 +263,9 @@ fn connect(world: &World, port: u32) -> Result<UnixStream, Failure> {
     Ok(fd.into())
 }
 
-/// The caller has it for good: it is not the daemon's any more.
+/// The daemon hands the stream to the caller and keeps no copy.
 #[test]
-fn a_stream_to_a_guest_is_the_callers() {
+fn vsock_stream_belongs_to_caller() {
     let mut world = World::new();
     let (vm, _) = world.running("web");
     let taken = world.vmm.listen(&vm.id, 5000);
@@ -282,7 +282,7 @@ fn a_stream_to_a_guest_is_the_callers() {
 }
 
 #[test]
-fn streams_that_lead_nowhere_are_refused() {
+fn vsock_without_listener_is_refused() {
     let world = World::new();
     let (vm, _) = world.running("web");
     let kind = |port| {
@@ -304,14 +304,14 @@ fn streams_that_lead_nowhere_are_refused() {
     assert_eq!(kind(1), "wrong_state");
 }
 
-/// A guest that nobody reaches over SSH.
+/// Makes the guest unreachable over SSH.
 fn out_of_reach(world: &World) {
     let (_, addr) = world.running("web");
     world.guest.set_unreachable(addr, true);
 }
 
 #[test]
-fn a_guest_out_of_reach_goes_at_the_press_of_keys() {
+fn stop_of_unreachable_guest_presses_keys() {
     let world = World::new();
     out_of_reach(&world);
     world.vmm.set_keyboard(Keyboard::Heard);
@@ -320,7 +320,7 @@ fn a_guest_out_of_reach_goes_at_the_press_of_keys() {
 }
 
 #[test]
-fn a_guest_that_hears_no_keys_is_ended_at_its_deadline_or_by_force() {
+fn stop_of_deaf_guest_kills_at_deadline_or_by_force() {
     let world = World::new();
     out_of_reach(&world);
     world.vmm.set_keyboard(Keyboard::Ignored);
@@ -335,9 +335,9 @@ fn a_guest_that_hears_no_keys_is_ended_at_its_deadline_or_by_force() {
     assert_eq!(down.finish(SOON).unwrap().vm.state, VmState::Stopped);
 }
 
-/// Its kernel would take them for a reset, before anything is written.
+/// An older kernel would reset at the keys, before anything is synced.
 #[test]
-fn no_keys_are_pressed_for_a_guest_of_an_earlier_image() {
+fn stop_presses_no_keys_for_old_image() {
     let world = World::new();
     let path = world.config.state_dir.join("images/default/image.json");
     let text = std::fs::read_to_string(&path).unwrap();
@@ -349,7 +349,7 @@ fn no_keys_are_pressed_for_a_guest_of_an_earlier_image() {
 }
 
 #[test]
-fn the_daemon_tells_of_itself() {
+fn info_describes_daemon() {
     let world = World::new();
     world.running("web");
     let info = world.call::<Info>(&Empty {}).unwrap();

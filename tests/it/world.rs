@@ -1,4 +1,5 @@
-//! A daemon with its server on a socket in a temporary directory, clients, FIFOs, and what must hold at the end.
+//! A daemon with its server on a socket in a temporary directory, clients and pipes, and what must
+//! hold at the end of every test.
 
 pub use crate::running::Running;
 
@@ -31,9 +32,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// What a healthy daemon does far faster, and an overloaded host still does.
+/// A healthy daemon is far faster than this, and an overloaded host still meets it.
 pub const SOON: Duration = Duration::from_secs(20);
-/// For what the negative control must see fail without waiting for long.
+/// A short deadline for tests that the negative control must see fail.
 pub const PROMPT: Duration = Duration::from_secs(4);
 pub const ROOTFS_BYTES: u64 = 64 * 1024;
 pub const GUEST_PATH: &str = "/root/project";
@@ -47,16 +48,17 @@ pub fn soon() -> Instant {
     Instant::now() + SOON
 }
 
-/// In a test host every world has its root disks on real snapshot devices: see `tests/e2e/another_host.rs`.
+/// On a test host every world has its root disks on real dm-snapshot devices: see
+/// `tests/e2e/another_host.rs`.
 pub const REAL_DISKS: &str = "FCD_TEST_DM_SNAPSHOT";
 
-/// Image builds, as their host command sees them.
+/// Image builds, as the fake host command sees them.
 #[derive(Default)]
 pub struct Builds {
-    /// The command of a build runs until this is false.
+    /// While this is true, a build's command keeps running.
     pub are_held: AtomicBool,
     pub running: AtomicUsize,
-    /// The most that ever ran at once.
+    /// The most builds that ever ran at once.
     pub peak: AtomicUsize,
 }
 
@@ -73,7 +75,8 @@ impl Builds {
     }
 }
 
-/// Host commands: `qemu-img` that makes just a header, `dmsetup` in a test host, and builds that fail in the end.
+/// Fake host commands: `qemu-img` that writes only a header, `dmsetup` on a test host, and builds
+/// that fail in the end.
 pub struct FakeCommands(pub Arc<Builds>);
 
 impl Commands for FakeCommands {
@@ -81,7 +84,7 @@ impl Commands for FakeCommands {
         if command.program == "dmsetup" && std::env::var_os(REAL_DISKS).is_some() {
             return fcd::host::HostCommands.run(command, cancel, on_line);
         }
-        // As the real one: it blocks, and what the command prints is told meanwhile.
+        // Blocks like the real one, and its output is passed on meanwhile.
         let _blocking = fcd::locks::region(fcd::locks::Rank::HostCmd);
         on_line("a line of the command's");
         let args: Vec<_> = command.args.iter().map(|a| a.to_string_lossy().into_owned()).collect();
@@ -115,24 +118,25 @@ pub struct World {
     pub vmm: Arc<Fake>,
     pub guest: FakeTransport,
     pub builds: Arc<Builds>,
-    /// What the daemon takes for its driver: the fake, or something around it.
+    /// The daemon's driver: the fake or a wrapper around it.
     pub driver: Arc<dyn Driver>,
-    /// The transport that the daemon gets: the fake, or a wrapper around it.
+    /// The daemon's transport: the fake or a wrapper around it.
     pub transport: Arc<dyn Transport>,
-    /// Of the daemon that is open now.
+    /// The points of the current daemon.
     pub points: Arc<Points>,
     daemon: Option<Daemon>,
     server: Option<Server>,
-    /// Whose guest answers where.
+    /// The address at which each guest answers.
     guests: Arc<Mutex<HashMap<SocketAddr, VmId>>>,
     last_port: Mutex<u16>,
 }
 
-/// Runs `body` on a thread of another uid: a client in it is that user to the daemon's socket (SO_PEERCRED). As root only.
+/// Runs `body` on a thread with another uid. The daemon's socket sees a client in it as that user
+/// (SO_PEERCRED). Needs root.
 pub fn as_uid<T: Send>(uid: u32, body: impl FnOnce() -> T + Send) -> T {
     assert!(nix::unistd::geteuid().is_root(), "as root only: run the tests as root");
     let alone = || {
-        // SAFETY: the bare system calls change this thread alone, unlike the C library's.
+        // SAFETY: the raw system calls change only this thread, unlike those of the C library.
         #[allow(unsafe_code)]
         let done = unsafe {
             libc::syscall(libc::SYS_setgroups, 0, 0)
@@ -145,10 +149,10 @@ pub fn as_uid<T: Send>(uid: u32, body: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| scope.spawn(alone).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-/// In memory where there is such a place: nothing here is about the disk's speed.
+/// In memory if possible, because no test depends on the disk's speed.
 fn temp_dir() -> tempfile::TempDir {
     if std::env::var_os(REAL_DISKS).is_some() {
-        // There are device nodes in it, which such a place does not take.
+        // This directory contains device nodes, which a tmpfs for tests may not allow.
         return tempfile::tempdir().unwrap();
     }
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
@@ -158,7 +162,7 @@ fn limits() -> Limits {
     Limits { pool_workers: 2, pool_workers_per_uid_max: usize::MAX, mem_mib_max: 64 * 1024, boots_max: 8, ..Limits::default() }
 }
 
-/// An image as the registry wants it, with nothing in it.
+/// Creates an empty image as the registry expects it.
 pub fn make_image(state_dir: &Path, name: &str) {
     make_image_of(state_dir, name, None);
 }
@@ -230,7 +234,7 @@ impl World {
         world
     }
 
-    /// How guests answer: a shutdown ends them, imports and exports go well.
+    /// Sets how guests answer: a shutdown ends them, and imports and exports succeed.
     fn behave(&self) {
         let (vmm, guests) = (self.vmm.clone(), self.guests.clone());
         self.guest.on(fcd::image::SHUTDOWN_COMMAND, move |call| {
@@ -269,12 +273,12 @@ impl World {
         self.daemon.as_ref().expect("open")
     }
 
-    /// Drains as SIGTERM does. Gives the state as memory had it.
+    /// Drains as SIGTERM does. Returns the state that was in memory.
     pub fn shut(&mut self) -> State {
         let (daemon, server) = (self.daemon.take().expect("open"), self.server.take().expect("open"));
         let left = fcd::server::drain(&server, &daemon, Instant::now() + Duration::from_millis(50), soon());
         assert_eq!(left, 0, "connections are left");
-        // A VMM that was ended last is told of on a thread that finds nothing to do.
+        // The end of the last VMM is reported on a thread that finds nothing to do.
         await_that("nothing is left", || daemon.leftovers() == Leftovers::default());
         let state = daemon.store.read(State::clone);
         for (_, op) in daemon.ops.list(&fcd::ops::Filter { all: true, ..Default::default() }) {
@@ -286,7 +290,7 @@ impl World {
         state
     }
 
-    /// Waits for the threads of a daemon that is dead to its world (see [`Points`]), and forgets it.
+    /// Waits for the threads of a daemon that is dead (see [`Points`]), and drops it.
     pub fn crash(&mut self) {
         assert!(self.points.is_dead());
         let (daemon, server) = (self.daemon.take().expect("open"), self.server.take().expect("open"));
@@ -298,7 +302,8 @@ impl World {
         self.vmm.forget_watchers();
     }
 
-    /// A new daemon on what the earlier one left; the VMMs live on. Reconcile is the caller's to call.
+    /// Opens a new daemon on the state of the previous one; the VMMs keep running. The caller
+    /// decides when to reconcile.
     pub fn reopen(&mut self) {
         if self.daemon.is_some() {
             self.shut();
@@ -306,7 +311,7 @@ impl World {
         self.open();
     }
 
-    /// Changes rows as if another daemon had died in the middle of something.
+    /// Changes rows as if another daemon had died in the middle of an operation.
     pub fn edit_rows(&mut self, change: impl FnOnce(&mut fcd::store::Tx)) {
         if self.daemon.is_some() {
             self.shut();
@@ -337,7 +342,7 @@ impl World {
         self.client().call::<C>(request)
     }
 
-    /// Begins a call on a connection of its own and reads its answers aside.
+    /// Begins a call on its own connection and reads its answers on another thread.
     pub fn begin<C: Call>(&self, request: C::Request, fds: Vec<OwnedFd>) -> Running<C::Reply>
     where
         C::Request: Send + 'static,
@@ -346,7 +351,7 @@ impl World {
         Running::begin::<C>(self.client(), request, fds)
     }
 
-    /// Begins it and waits for its end.
+    /// Makes a call and waits for its result.
     pub fn run<C: Call>(&self, request: C::Request) -> Result<C::Reply, Failure>
     where
         C::Request: Send + 'static,
@@ -359,7 +364,7 @@ impl World {
         self.call::<VmCreate>(&VmCreateRequest { name: Some(name.parse().unwrap()), ..Default::default() }).unwrap().vm
     }
 
-    /// Where the guest of this VM's next start answers: an address of its own.
+    /// Gives this VM's next guest an address of its own, and returns it.
     pub fn place(&self, vm: &VmId) -> SocketAddr {
         let mut port = self.last_port.lock().unwrap();
         *port += 1;
@@ -369,7 +374,7 @@ impl World {
         addr
     }
 
-    /// A VM that runs, and where its guest answers.
+    /// Starts a VM. Returns it and its guest's address.
     pub fn running(&self, name: &str) -> (Vm, SocketAddr) {
         let vm = self.create(name);
         let addr = self.place(&vm.id);
@@ -392,7 +397,7 @@ impl World {
         self.show(name).unwrap_or_else(|e| panic!("show {name}: {e}")).state
     }
 
-    /// Waits for a state.
+    /// Waits until the VM has this state.
     #[track_caller]
     pub fn await_state(&self, name: &str, state: VmState) -> Vm {
         let timeout_ms = Some(SOON.as_millis() as u64);
@@ -402,7 +407,7 @@ impl World {
         vm
     }
 
-    /// Waits until it is deleted.
+    /// Waits until the VM is deleted.
     #[track_caller]
     pub fn await_gone(&self, name: &str) {
         let request =
@@ -410,14 +415,14 @@ impl World {
         loop {
             match self.run::<VmWait>(request.clone()) {
                 Err(e) if e.is(Kind::VmNotFound) => return,
-                // It is on its way: the change to come is its end.
+                // The delete is in progress, so wait for the next change.
                 Ok(_) => self.await_change(|s| !s.vms().any(|r| r.name.as_str() == name)),
                 Err(e) => panic!("wait for {name} to be gone: {e}"),
             }
         }
     }
 
-    /// Waits until the store's state is so.
+    /// Waits until the store's state satisfies `is_so`.
     #[track_caller]
     pub fn await_change(&self, is_so: impl Fn(&State) -> bool) {
         let (watch, deadline) = (self.daemon().store.watch(None).unwrap(), soon());
@@ -432,7 +437,7 @@ impl World {
         }
     }
 
-    /// Waits until nothing is under way.
+    /// Waits until nothing is in progress.
     #[track_caller]
     pub fn await_rest(&self) {
         await_that("nothing is under way", || self.daemon().leftovers() == Leftovers::default());
@@ -442,7 +447,7 @@ impl World {
         self.call::<OpShow>(&OpRequest { op: id.to_string() }).unwrap().op
     }
 
-    /// Files, VMMs, rows: what a failed call must leave as it was.
+    /// The files, VMMs and rows that a failed call must leave unchanged.
     pub fn census(&self) -> BTreeSet<String> {
         let mut all: BTreeSet<String> = self.vmm.live().into_iter().map(|tag| format!("vmm {tag}")).collect();
         files(&self.config.state_dir, &mut all);
@@ -456,7 +461,7 @@ impl World {
         all
     }
 
-    /// Devices of the kernel's that are ours: of device-mapper by name, loop devices by their file.
+    /// Kernel devices of this world: device-mapper devices by name, loop devices by their file.
     pub fn devices(&self) -> BTreeSet<String> {
         let install = self.daemon().store.install_id().to_owned();
         let state = self.config.state_dir.display().to_string();
@@ -470,21 +475,21 @@ impl World {
         blocks.filter_map(|entry| ours(entry.path())).collect()
     }
 
-    /// An import whose stream the test writes. Returns once the stream may begin.
+    /// Begins an import whose stream the test writes. Returns when the stream may begin.
     pub fn import(&self, name: &str) -> Import {
         let import = self.queue_import(name);
         import.call.ready();
         import
     }
 
-    /// The same without waiting.
+    /// The same, without waiting.
     pub fn queue_import(&self, name: &str) -> Import {
         let (read, write) = pipe();
         let call = self.begin::<WorkspacePrepare>(prepare(name), vec![read]);
         Import { call, stream: std::fs::File::from(write) }
     }
 
-    /// A whole import.
+    /// Runs a complete import.
     #[track_caller]
     pub fn import_all(&self, name: &str) {
         let Import { mut call, stream } = self.import(name);
@@ -502,7 +507,7 @@ pub struct Import {
     pub stream: std::fs::File,
 }
 
-/// A whole stream, with its trailer.
+/// Writes a complete stream with its trailer.
 pub fn write_payload(stream: std::fs::File, payload: &[u8]) {
     let mut writer = ChunkWriter::new(stream);
     writer.write_all(payload).unwrap();
@@ -513,7 +518,7 @@ fn files(dir: &Path, into: &mut BTreeSet<String>) {
     for entry in std::fs::read_dir(dir).unwrap() {
         let path: PathBuf = entry.unwrap().path();
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        // The database's own, what a full disk costs it, and logs, which come in their own time.
+        // Ignores the database's files, the reserve, and logs, which are written at any time.
         if name.starts_with("fcd.db") || name == "reserve" || name == "console.log" {
             continue;
         }
@@ -530,7 +535,7 @@ fn poll(watch: &fcd::store::Watch, left: Duration) {
     poll(&mut [PollFd::new(watch.fd(), PollFlags::POLLIN)], timeout).unwrap();
 }
 
-/// For what gives no descriptor to wait on: looks again and again until the deadline.
+/// Polls until the deadline, for conditions that have no descriptor to wait on.
 #[track_caller]
 pub fn await_that(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = soon();
@@ -565,7 +570,7 @@ pub fn prepare(vm: &str) -> PrepareRequest {
     }
 }
 
-/// Read end, write end.
+/// Returns the read end and the write end.
 pub fn pipe() -> (OwnedFd, OwnedFd) {
     rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap()
 }

@@ -1,4 +1,4 @@
-//! One connection: draws requests, and writes down what it saw.
+//! One connection of the fuzzer: draws requests and records what it sees.
 
 use super::{GRACE_MS, Random, VMS};
 use crate::world::*;
@@ -20,29 +20,29 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// A command that runs until it is ended from outside.
+/// A command that runs until something else ends it.
 const HELD: &str = "hold";
-/// How long an actor looks at a call that may never end before it hangs up.
+/// How long an actor waits for a call that may never end before it hangs up.
 const PATIENCE: Duration = Duration::from_millis(20);
 
 /// How a call ended, as its caller saw it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
     Ok,
-    /// `wrong_state`, with its sentence.
+    /// `wrong_state`, with its message.
     Refused(String),
     NotFound,
     Failed(String),
 }
 
-/// A call that the transition table has a say in.
+/// A call that the transition table decides.
 #[derive(Clone, Debug)]
 pub struct Seen {
     pub name: String,
     pub verb: Verb,
     pub sent: Instant,
     pub received: Instant,
-    /// The operation that it began, joined or took over.
+    /// The operation that the call began, joined or superseded.
     pub op: Option<OpId>,
     pub reply: Reply,
 }
@@ -51,8 +51,8 @@ pub fn name(n: u64) -> String {
     format!("vm-{n}")
 }
 
-/// What commands do in every guest.
-pub fn set_the_stage(world: &World) {
+/// Defines what commands do in every guest.
+pub fn script_guests(world: &World) {
     let never = Gate::closed();
     world.guest.on(HELD, move |_| Answer::status(0).hold(&never));
 }
@@ -124,7 +124,7 @@ impl<'a> Actor<'a> {
         self.verb::<VmStop>(vm, verb, &VmStopRequest { force, timeout_ms: Some(GRACE_MS), ..stop(vm) });
     }
 
-    /// One call of a verb to its end.
+    /// Makes one call and waits for its end.
     fn verb<C: Call>(&mut self, vm: &str, verb: Verb, request: &C::Request) {
         let (sent, mut op) = (Instant::now(), None);
         let result = follow::<C>(&mut self.client, request, &mut op);
@@ -148,9 +148,9 @@ impl<'a> Actor<'a> {
         self.seen.push(Seen { name: vm.to_owned(), verb, sent, received, op, reply });
     }
 
-    /// Whoever began or joined an operation hears how it ended.
+    /// A caller that began or joined an operation must get the operation's result.
     fn is_what_the_operation_says(&mut self, op: &OpId, result: &Result<(), Failure>) {
-        // The registry keeps some ended ones only.
+        // The registry keeps only some finished operations.
         let Ok(reply) = self.client.call::<OpShow>(&OpRequest { op: op.to_string() }) else { return };
         let said = reply.op;
         match result {
@@ -164,7 +164,7 @@ impl<'a> Actor<'a> {
         let mut call = self.world.begin::<WorkspacePrepare>(prepare(vm), vec![read]);
         let mut stream = std::fs::File::from(write);
         match self.random.below(3) {
-            // Whole, cut off, silent in the middle of a chunk.
+            // A complete payload, a truncated one, or one that stalls in the middle of a chunk.
             0 => {
                 let mut writer = ChunkWriter::new(stream);
                 // A refused import reads nothing.
@@ -208,7 +208,7 @@ impl<'a> Actor<'a> {
         let until = Instant::now() + PATIENCE;
         if call.finish_unless(|| Instant::now() > until).is_none() {
             call.hang_up();
-            // The daemon has taken notice when the connection ends.
+            // The daemon closes the connection once it has noticed the hang-up.
             _ = call.finish(SOON);
         }
     }
@@ -225,7 +225,7 @@ impl<'a> Actor<'a> {
             return;
         }
         let op = ops[self.random.below(ops.len() as u64) as usize].id.to_string();
-        // It may have ended, or be one that cannot be cancelled.
+        // It may have ended, or cannot be cancelled.
         _ = self.client.call::<OpCancel>(&OpRequest { op });
     }
 
@@ -236,7 +236,7 @@ impl<'a> Actor<'a> {
         }
     }
 
-    /// Changes a guest that runs, or is refused.
+    /// Changes a running guest, or is refused.
     fn adjust(&mut self, vm: &str) {
         let (vm, some) = (vm.to_owned(), 128 + self.random.below(128));
         let done = if self.random.one_in(2) {
@@ -260,7 +260,7 @@ impl<'a> Actor<'a> {
         assert!(follow::<ImageBuild>(&mut self.client, &request, &mut None).is_err());
     }
 
-    /// What happens to guests and VMMs by themselves.
+    /// Events that guests and VMMs cause themselves.
     fn fate(&mut self, vm: &str) {
         let Ok(shown) = self.client.call::<VmShow>(&request(vm)) else { return };
         let Some(addr) = self.addr(&shown.vm.id) else { return };
@@ -271,7 +271,8 @@ impl<'a> Actor<'a> {
             3 => _ = self.world.guest.stall_reads(addr, self.random.below(3)),
             4 => self.world.guest.stall_reads(addr, 0).open(),
             _ => {
-                // A guest that does not come up until its boot is given up, or one that does at once.
+                // A guest that does not come up before its boot times out, or one that comes up at
+                // once.
                 let hangs = self.random.one_in(2);
                 let readiness = if hangs { Readiness::Gated(Gate::closed()) } else { Readiness::Instant };
                 self.world.guest.set_readiness(addr, readiness);
@@ -284,7 +285,7 @@ impl<'a> Actor<'a> {
     }
 }
 
-/// To the end, with the operation's id as soon as it is told.
+/// Follows a call to its end, and records the operation's ID as soon as it is known.
 fn follow<C: Call>(client: &mut Client, request: &C::Request, op: &mut Option<OpId>) -> Result<C::Reply, Failure> {
     let mut flight = client.begin::<C>(request, &[])?;
     loop {

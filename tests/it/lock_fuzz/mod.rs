@@ -1,10 +1,11 @@
-//! The whole daemon under random requests from several connections, with fakes at the true seams only and a hook that yields
-//! before acquisitions. No violation of the lock order, no deadlock, nothing left over, memory and disk agree, and each VM's
-//! history, played again through the transition table, explains every reply that was seen.
+//! Runs the whole daemon under random requests from several connections, with fakes at the three
+//! seams and a hook that yields before locks are taken. There must be no violation of the lock
+//! order, no deadlock and nothing left over. Memory and disk must agree, and replaying each VM's
+//! history through the transition table must explain every reply.
 //!
-//! `FCD_FUZZ_SEED=N` draws the same requests again (threads still differ), `FCD_FUZZ_SECONDS=N` goes on for so long: the round
-//! that is under way then is finished. It runs in a process of its own, so that all threads can be counted and a deadlock
-//! ends the process and not the suite.
+//! `FCD_FUZZ_SEED=N` draws the same requests again (threads still differ). `FCD_FUZZ_SECONDS=N`
+//! sets how long to run; the current round is then finished. It runs in its own process, so that
+//! all its threads can be counted, and a deadlock ends that process instead of the suite.
 
 mod actor;
 pub mod random;
@@ -21,25 +22,27 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Connections. No more calls than that are under way on one VM: what could explain a reply stays countable.
+/// The number of connections, and with it the most concurrent calls on one VM. More would leave too
+/// many possible explanations for a reply.
 const ACTORS: u64 = 8;
 pub const VMS: u64 = 4;
 const REQUESTS: u64 = 60;
 const SECONDS_DEFAULT: u64 = 40;
-/// Without a reply for so long, though calls are under way: a deadlock.
+/// Time without a reply, although calls are in progress, that counts as a deadlock.
 const STUCK: Duration = Duration::from_secs(60);
-/// The daemon's own limits keep each wait in a round below a second or two.
+/// The daemon's own limits keep each wait in a round below two seconds.
 const GRACE_MS: u64 = 50;
-/// The most of all holds of a VM's lock that may take more than a millisecond of CPU time. On a virtual machine the time that
-/// the host took away counts as the thread's own; a hold that computes or copies would show in every hold of its kind.
+/// How many holds of a VM's lock, per thousand, may take more than a millisecond of CPU time. On a
+/// virtual machine, time that the host takes away counts as the thread's own. A hold that computes
+/// or copies would show in every hold of its kind.
 const LONG_PER_MILLE_MAX: u64 = 1;
-/// A short run may meet one or two of either.
+/// A short run may have this many of either kind.
 const ODD_HOLDS_MAX: u64 = 5;
-/// The same for holds in which the thread slept for a reason that the checker does not see: none but a page that has to come
-/// from the disk.
+/// The same for holds in which the thread slept for a reason unknown to the checker. Only a page
+/// that must be read from disk is a legitimate one.
 const UNEXPLAINED_PER_MILLE_MAX: u64 = 1;
-/// glibc's allocator takes a lock per arena. With fewer arenas than threads those were the only unexplained sleeps in a hold:
-/// 3.4 % of the holds with one arena, 0.1 % with 16, none with 256.
+/// glibc's allocator takes a lock per arena. With fewer arenas than threads, only those caused
+/// unexplained sleeps in a hold: 3.4 % of the holds with one arena, 0.1 % with 16, none with 256.
 const ARENAS: &str = "1024";
 
 #[derive(Default)]
@@ -56,7 +59,7 @@ fn variable(name: &str) -> Option<u64> {
 }
 
 #[test]
-fn the_whole_daemon_under_random_requests() {
+fn random_requests_keep_invariants() {
     let exe = std::env::current_exe().unwrap();
     let mut child = Command::new(exe);
     child.args(["--exact", "lock_fuzz::child", "--ignored", "--nocapture", "--test-threads=1"]).env("FCD_LOCK_ABORT", "1");
@@ -68,7 +71,7 @@ fn the_whole_daemon_under_random_requests() {
 }
 
 #[test]
-#[ignore = "run by the_whole_daemon_under_random_requests, in a process of its own"]
+#[ignore = "run by random_requests_keep_invariants, in a process of its own"]
 fn child() {
     let seed = variable("FCD_FUZZ_SEED").unwrap_or_else(|| std::process::id() as u64 ^ unix_nanos());
     let seconds = variable("FCD_FUZZ_SECONDS").unwrap_or(SECONDS_DEFAULT);
@@ -130,7 +133,7 @@ std::thread_local! {
     static CHAOS: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
-/// Gives other threads a chance just before an acquisition.
+/// Gives other threads a chance just before a lock is taken.
 fn chaos(_: Rank) {
     const PAUSE: Duration = Duration::from_micros(50);
     let drawn = CHAOS.with(|c| {
@@ -142,7 +145,7 @@ fn chaos(_: Rank) {
         drawn
     });
     match drawn % 256 {
-        // Never where a VM's lock is held: that would be a hold of our own making.
+        // Never while a VM's lock is held, because this sleep would lengthen the hold.
         0 if check::held() == 0 => std::thread::sleep(PAUSE),
         1..16 if check::held() == 0 => std::thread::yield_now(),
         _ => {}
@@ -157,7 +160,7 @@ fn world() -> World {
         c.limits.boot_timeout_s = 1;
         c.limits.stop_timeout_s = 1;
         c.limits.transfer_idle_s = 1;
-        // Three VMs' worth for four VMs.
+        // Four VMs share the memory of three.
         c.limits.mem_mib_max = 3 * c.vm.mem_mib;
     })
 }
@@ -165,7 +168,7 @@ fn world() -> World {
 fn round(seed: u64, figures: &mut Figures) {
     let world = world();
     world.daemon().history.record();
-    actor::set_the_stage(&world);
+    actor::script_guests(&world);
     let replies = AtomicU64::new(0);
     let seen: Vec<Seen> = watched(&world, &replies, || {
         std::thread::scope(|scope| {
@@ -179,7 +182,7 @@ fn round(seed: u64, figures: &mut Figures) {
         })
     });
     figures.replies += replies.load(Ordering::SeqCst);
-    come_to_rest(&world);
+    await_all_ended(&world);
     let events = world.daemon().history.take();
     let told = replay::check(&events, &seen).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
     figures.explained += told.explained;
@@ -197,11 +200,11 @@ fn round(seed: u64, figures: &mut Figures) {
     world.await_rest();
     assert!(world.vmm.live().is_empty(), "seed {seed}: {:?}", world.vmm.live());
     world.daemon().store.read(|s| assert_eq!((s.vms().count(), s.ledger().count(), s.workspaces().count()), (0, 0, 0)));
-    // The world's drop compares memory with the disk.
+    // Dropping the world compares memory with the disk.
 }
 
-/// A VMM that was ended last is told of on a thread of the fake's own, which no count of the daemon's knows.
-fn come_to_rest(world: &World) {
+/// The fake reports the end of a VMM on its own thread, which the daemon does not count.
+fn await_all_ended(world: &World) {
     await_that("every death is written down", || {
         let live = world.vmm.live();
         world.daemon().store.read(|s| {
@@ -212,7 +215,7 @@ fn come_to_rest(world: &World) {
     world.await_rest();
 }
 
-/// Ends the process when no reply comes for too long, having said who holds and awaits what.
+/// Ends the process if no reply comes for too long, after printing who holds and awaits which lock.
 fn watched<T>(world: &World, replies: &AtomicU64, body: impl FnOnce() -> T) -> T {
     struct Done<'a>(&'a AtomicBool);
     impl Drop for Done<'_> {

@@ -1,6 +1,6 @@
-//! Numbers from a seed.
+//! Random numbers from a seed.
 
-/// Small, fast, and the same everywhere (Vigna's SplitMix64).
+/// A small and fast generator, the same everywhere (Vigna's SplitMix64).
 #[derive(Clone)]
 pub struct Random(pub u64);
 

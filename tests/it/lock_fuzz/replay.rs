@@ -1,4 +1,5 @@
-//! Plays each VM's history again through the transition table, and looks for what explains each reply.
+//! Replays each VM's history through the transition table, and looks for an explanation of each
+//! reply.
 
 use super::actor::{Reply, Seen};
 use fcd::api::vm::VmState;
@@ -13,7 +14,7 @@ pub struct Told {
     pub commits: u64,
 }
 
-/// What the history says a VM is like.
+/// The state of a VM according to its history.
 #[derive(Clone, Debug)]
 struct Model {
     state: Option<VmState>,
@@ -24,7 +25,8 @@ struct Model {
 }
 
 impl Default for Model {
-    /// A VM is known by its name before its creation has been written into the history, which takes no lock of the VM's.
+    /// A VM can be found by name before its creation is in the history, because writing that takes
+    /// no lock of the VM.
     fn default() -> Self {
         Self { state: Some(VmState::Created), restarting: false, op: None, successor: None, has_run: false }
     }
@@ -34,7 +36,7 @@ fn deletes(verb: Verb) -> bool {
     matches!(verb, Verb::Delete | Verb::DeleteForce)
 }
 
-/// Delete replaces stop, force replaces grace.
+/// A delete replaces a stop, and force replaces a graceful stop.
 fn weight(verb: Verb) -> u8 {
     match verb {
         _ if deletes(verb) => 2,
@@ -52,7 +54,7 @@ impl Model {
                     return Err("the row said otherwise".to_owned());
                 }
                 let (expected, with) = self.answer(*verb, *state, op.as_ref());
-                // A limit may stand in the way of what the table allows.
+                // A quota may prevent what the table allows.
                 let limited = *answer == Answer::Failed && !matches!(expected, Answer::Refused);
                 if *answer != expected && !limited {
                     return Err(format!("the table gives {expected:?}"));
@@ -74,7 +76,7 @@ impl Model {
         }
     }
 
-    /// What the table gives, and the operation that the answer is about.
+    /// The table's answer, and the operation that it is about.
     fn answer(&self, verb: Verb, state: VmState, new: Option<&OpId>) -> (Answer, Option<OpId>) {
         match decide(state, self.restarting, verb) {
             Decision::Claim(_) => (Answer::Claimed, new.cloned()),
@@ -124,7 +126,7 @@ impl Model {
         let (expected, by) = match &successor {
             Some((verb, by)) if deletes(*verb) => (Some(VmState::Deleting), Some(by)),
             Some((_, by)) => (Some(VmState::Stopping), Some(by)),
-            // Without room for its memory a restart ends after its first half.
+            // Without room for its memory, a restart ends after its first half.
             None if self.restarting && ending == Ending::Ended && next.is_some() => (Some(VmState::Starting), Some(op)),
             None => (rest, None),
         };
@@ -161,11 +163,13 @@ pub fn check(events: &[Event], seen: &[Seen]) -> Result<Told, String> {
     })
 }
 
-/// Finds for each reply an entry of its own that gives it, made between the call and the reply.
+/// Finds for each reply an entry that explains it, made between the call and the reply. No entry
+/// explains two replies.
 fn explain(events: &[Event], seen: &[Seen]) -> Result<(), String> {
     let mut used = vec![false; events.len()];
     let mut by_end: Vec<&Seen> = seen.iter().collect();
-    // The one that ends first takes the first that fits: of what several could take nothing is given away.
+    // Replies are matched in the order of their arrival, and each takes the first entry that fits.
+    // That order never takes away an entry that a later reply needs.
     by_end.sort_by_key(|s| s.received);
     for call in by_end {
         if call.reply == Reply::NotFound {
@@ -198,12 +202,12 @@ fn gives(event: &Event, call: &Seen) -> bool {
         (Answer::Refused, _) | (_, Reply::Refused(_)) => false,
         (Answer::Nothing, reply) => *reply == Reply::Ok,
         (Answer::Failed, reply) => *reply != Reply::Ok,
-        // How the operation ended was compared with the reply when it came.
+        // The operation's result was compared with the reply when it arrived.
         (Answer::Claimed | Answer::Joined | Answer::Superseded, _) => true,
     }
 }
 
-/// No VM of that name was there at some moment of the call.
+/// True if no VM with that name existed at some moment of the call.
 fn was_absent(events: &[Event], call: &Seen) -> Result<(), String> {
     let of_name = || events.iter().filter(|e| e.name.as_str() == call.name);
     for made in of_name().filter(|e| matches!(e.what, What::Created) && e.between.1 <= call.sent) {

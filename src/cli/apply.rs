@@ -55,7 +55,8 @@ struct ChangedFile {
 
 pub fn run(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Result<u8> {
     let top = apply::top_of(&args.directory)?;
-    let spool = tempfile::Builder::new().prefix("fcctl-apply-").tempdir().map_err(|e| Error::io("create a directory", e))?;
+    let spool =
+        tempfile::Builder::new().prefix("fcctl-apply-").tempdir().map_err(|e| Error::io("create a temporary directory", e))?;
     let mut left = LeftBehind::default();
     let patch = match (&args.vm, &args.patch) {
         (Some(vm), _) => {

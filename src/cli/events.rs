@@ -80,7 +80,8 @@ impl Screen {
             Note::Snapshot(snapshot) => {
                 self.snapshot(ctx, &snapshot)?;
                 self.in_snapshot = snapshot.more;
-                // A partial snapshot must not count: after a reconnect, it starts again.
+                // Only a complete snapshot counts. If the connection breaks within one, the next
+                // call must get a new snapshot.
                 self.last = if snapshot.more { self.last } else { Some(snapshot.seq) };
             }
             Note::Events(batch) => {

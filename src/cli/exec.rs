@@ -119,8 +119,8 @@ pub fn status_of(outcome: &Outcome, interrupts: &Interrupts) -> u8 {
     }
 }
 
-/// Runs a command until it has ended and all its output was written. Fails for the daemon's errors
-/// and for streams of the caller that fail.
+/// Runs a command until it has ended and all its output was written. Returns the daemon's errors,
+/// and errors of the caller's own streams.
 pub fn execute(ctx: &mut Context, interrupts: &Interrupts, client: &mut Client, vm: &str, spec: Spec) -> Result<Outcome> {
     let _guard = match interrupts.guard(client) {
         Ok(guard) => guard,

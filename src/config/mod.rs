@@ -103,9 +103,8 @@ impl Config {
         let named = flags.config.clone().or_else(|| env("FCD_CONFIG").map(PathBuf::from));
         let path = named.clone().unwrap_or(places.config.clone());
         let file = match std::fs::read_to_string(&path) {
-            Ok(text) => parse(&text).map_err(|e| {
-                e.context(format!("read configuration {}", path.display())).hint("correct that line, or take it out")
-            })?,
+            Ok(text) => parse(&text)
+                .map_err(|e| e.context(format!("read configuration {}", path.display())).hint("correct or remove that line"))?,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound && named.is_none() => File::default(),
             Err(e) => {
                 let e = Error::new(Kind::InvalidConfig, format!("read configuration {}", path.display())).with_source(e);
@@ -117,7 +116,7 @@ impl Config {
         };
         // VMMs run in directories of their own, so a relative path would mean something else there.
         let absolute = |path: PathBuf| {
-            let e = |e| Error::new(Kind::InvalidConfig, format!("find out where {} is", path.display())).with_source(e);
+            let e = |e| Error::new(Kind::InvalidConfig, format!("resolve path {}", path.display())).with_source(e);
             std::path::absolute(&path).map_err(e)
         };
         let config = Config {

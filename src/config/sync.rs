@@ -46,7 +46,7 @@ impl TryFrom<String> for Mode {
 pub fn validate(files: &[SyncedFile]) -> Result<()> {
     let bad = |what: String| Err(Error::new(Kind::InvalidConfig, what));
     if files.len() > FILES_MAX {
-        return bad(format!("there are {} [[sync]] sections, at most {FILES_MAX} may be", files.len()));
+        return bad(format!("there are {} [[sync]] sections, but at most {FILES_MAX} are allowed", files.len()));
     }
     for (i, file) in files.iter().enumerate() {
         let to = file.to.display();
@@ -54,13 +54,13 @@ pub fn validate(files: &[SyncedFile]) -> Result<()> {
             return bad(format!("sync.from must be an absolute path: {}", file.from.display()));
         }
         if !is_a_files_path(&file.to) {
-            return bad(format!("sync.to must be the absolute path of a file, without . and ..: {to}"));
+            return bad(format!("sync.to must be the absolute path of a file, without . or ..: {to}"));
         }
         if let Some(place) = NOT_FILES.iter().find(|place| file.to.starts_with(place)) {
-            return bad(format!("sync.to is {to}, but nothing is kept below {place} in a guest"));
+            return bad(format!("sync.to is {to}, but {place} is not on the guest's disk"));
         }
         if files[..i].iter().any(|other| other.to.starts_with(&file.to) || file.to.starts_with(&other.to)) {
-            return bad(format!("sync.to is {to}, which another [[sync]] section has too"));
+            return bad(format!("sync.to is {to}, which conflicts with another [[sync]] section"));
         }
     }
     Ok(())

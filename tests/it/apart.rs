@@ -8,7 +8,7 @@ const DEADLINE_S: &str = "60";
 
 /// Runs this ignored test in its own process. Shows its output if it fails.
 #[track_caller]
-pub fn run_apart(test: &str, stderr: impl Into<Stdio>) {
+pub fn run_in_own_process(test: &str, stderr: impl Into<Stdio>) {
     let out = Command::new("timeout")
         .args(["-k", "5", DEADLINE_S])
         .arg(std::env::current_exe().unwrap())

@@ -1,7 +1,7 @@
 //! Several threads change one VM's row at the same time, and no change is lost. The lock checker's
 //! hook widens the windows, so these tests run in their own process.
 
-use crate::apart::run_apart;
+use crate::apart::run_in_own_process;
 use crate::world::*;
 use fcd::api::vm::*;
 use fcd::locks::{Rank, check};
@@ -24,7 +24,7 @@ fn widen_windows() {
 
 #[test]
 fn concurrent_row_changes_are_all_kept() {
-    run_apart("lost_updates::with_wide_windows_in_own_process", Stdio::piped());
+    run_in_own_process("lost_updates::with_wide_windows_in_own_process", Stdio::piped());
 }
 
 #[test]

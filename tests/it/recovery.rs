@@ -185,7 +185,7 @@ fn rm_vm_is_deleted_when_daemon_opens_again() {
     assert!(world.vmm.live().is_empty());
 }
 
-/// What an earlier daemon left counts as a leak only after this one had its chance to remove it.
+/// Remains of an earlier daemon count as leaks only once the daemon has reconciled.
 #[test]
 fn leaks_are_reported_after_reconcile() {
     let mut world = World::new();

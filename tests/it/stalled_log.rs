@@ -1,6 +1,6 @@
 //! The daemon's log goes to a pipe that nobody reads. Nothing else may wait for it.
 
-use crate::apart::run_apart;
+use crate::apart::run_in_own_process;
 use crate::world::*;
 use fcd::api::vm::*;
 use fcd::error::Kind;
@@ -21,7 +21,7 @@ fn full_pipe() -> (OwnedFd, OwnedFd) {
 #[test]
 fn stalled_log_delays_nothing() {
     let (reader, writer) = full_pipe();
-    run_apart("stalled_log::with_full_stderr_in_own_process", writer);
+    run_in_own_process("stalled_log::with_full_stderr_in_own_process", writer);
     drop(reader);
 }
 

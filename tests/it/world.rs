@@ -167,7 +167,7 @@ pub fn make_image(state_dir: &Path, name: &str) {
     make_image_of(state_dir, name, None);
 }
 
-/// The same, built by this user.
+/// Like [`make_image`], but built by this user.
 pub fn make_image_of(state_dir: &Path, name: &str, owner_uid: Option<u32>) {
     let dir = state_dir.join("images").join(name);
     std::fs::create_dir_all(&dir).unwrap();

@@ -1,4 +1,5 @@
-//! Connecting to a guest, and the wait for one that boots. No byte that it sends is read here: whoever logs in does that.
+//! Connects to a guest and waits for a booting guest to answer. Nothing here reads a byte that the
+//! guest sends; whoever logs in does.
 
 use super::Target;
 use super::wait::Wait;
@@ -9,31 +10,31 @@ use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-/// Connecting, the key exchange, the authentication and the start of one command.
+/// Deadline for the connection, the key exchange, the authentication and the start of one command.
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
-/// Between two probes of a guest that boots. QEMU's user-mode network accepts at once and then loses what it sent
-/// to a guest without a network, so a probe that is not answered soon is not waited for (research, qemu-guests 2).
-/// Each costs a booting guest the start of a process, so the interval grows: an eighth of the time that the wait has
-/// taken so far, within these. About two probes are on their way at any time.
+/// Interval between two probes of a booting guest: an eighth of the time waited so far, within
+/// these limits. QEMU's user-mode network accepts a connection at once and loses what was sent if
+/// the guest has no network yet, so an unanswered probe is abandoned. Each probe makes the booting
+/// guest start a process, so the interval grows. About two probes are pending at any time.
 const PROBE_INTERVAL: Duration = Duration::from_millis(250);
 const PROBE_INTERVAL_MAX: Duration = Duration::from_secs(1);
-/// How long a probe waits for the banner: a quarter of that time, within these. A slow guest is so given time, and a
-/// fast one is found soon.
-const PROBE_PATIENCE_MIN: Duration = Duration::from_millis(250);
-const PROBE_PATIENCE_MAX: Duration = Duration::from_secs(3);
+/// How long a probe waits for the banner: a quarter of the time waited so far, within these limits.
+/// A slow guest gets enough time, and a fast one is found soon.
+const PROBE_TIMEOUT_MIN: Duration = Duration::from_millis(250);
+const PROBE_TIMEOUT_MAX: Duration = Duration::from_secs(3);
 const PROBES_MAX: usize = 8;
-/// After a refused connection.
+/// Pause after a refused connection.
 const REFUSED_PAUSE: Duration = Duration::from_millis(50);
-/// A server that answers and refuses our key, or breaks whoever talks to it, will not change its mind after so often.
+/// A server that refuses our key, or makes the helper fail, this many times will keep doing so.
 const REFUSALS_MAX: u32 = 5;
 
-/// No session with the guest came about.
+/// Builds the error of a session that could not be established.
 pub fn unavailable(what: impl std::fmt::Display, target: &Target) -> Error {
     Error::new(Kind::GuestUnavailable, format!("reach the guest at {}: {what}", target.addr))
-        .hint("see whether the VM still runs (fcctl ps) and what it says (fcctl logs {vm})")
+        .hint("check that the VM still runs (fcctl ps) and read its console (fcctl logs {vm})")
 }
 
-/// Begins to connect. Ready to write when it is connected or has failed.
+/// Starts to connect. The socket becomes writable when it is connected or has failed.
 fn begin_connect(addr: SocketAddr) -> std::io::Result<TcpStream> {
     let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let fd = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?;
@@ -46,10 +47,11 @@ fn begin_connect(addr: SocketAddr) -> std::io::Result<TcpStream> {
     Ok(socket)
 }
 
-/// A connected socket, which does not block.
+/// Returns a connected, non-blocking socket.
 pub fn connect(target: &Target, wait: &Wait<'_>) -> Result<TcpStream> {
     let socket = begin_connect(target.addr).map_err(|e| unavailable(e, target))?;
-    // The socket is made; a token that fired meanwhile is seen by this poll, which does not consume it.
+    // Waits for the connection. The poll also notices a token that fired earlier, and does not
+    // reset it.
     wait.poll(&[PollFd::new(socket.as_fd(), PollFlags::POLLOUT)], None)?;
     match socket.take_error() {
         Ok(None) => Ok(socket),
@@ -57,12 +59,12 @@ pub fn connect(target: &Target, wait: &Wait<'_>) -> Result<TcpStream> {
     }
 }
 
-/// How an attempt to log in ended.
+/// The outcome of an attempt to log in.
 pub enum LogIn {
     Accepted,
-    /// The guest does not want us, or broke the helper; it may be a matter of time, but not often.
+    /// The guest refuses our key, or made the helper fail. A booting guest may do so a few times.
     Refused(Error),
-    /// The guest is not there yet.
+    /// The guest does not answer yet.
     NotYet(Error),
 }
 
@@ -71,14 +73,14 @@ struct Probe {
     born: Instant,
 }
 
-/// Probes until `log_in` has been accepted by a guest that answers. `boot_timeout` at the deadline, with what stood in the
-/// way last.
+/// Probes the guest until it answers and `log_in` succeeds. At the deadline, returns `boot_timeout`
+/// with the last obstacle.
 pub fn wait_ready(target: &Target, wait: &Wait<'_>, log_in: &mut dyn FnMut(TcpStream) -> Result<LogIn>) -> Result<()> {
     let mut last = "it does not answer".to_owned();
     match probe_until_ready(target, wait, log_in, &mut last) {
         Err(e) if e.kind() == Kind::Timeout => {
             Err(Error::new(Kind::BootTimeout, format!("wait for the guest's SSH server at {}: {last}", target.addr))
-                .hint("see what the guest says: fcctl logs {vm}"))
+                .hint("read the guest's console: fcctl logs {vm}"))
         }
         other => other,
     }
@@ -98,8 +100,8 @@ fn probe_until_ready(
         wait.check()?;
         let now = Instant::now();
         let waited = now.duration_since(started);
-        let patience = (waited / 4).clamp(PROBE_PATIENCE_MIN, PROBE_PATIENCE_MAX);
-        probes.retain(|p| now.duration_since(p.born) < patience);
+        let timeout = (waited / 4).clamp(PROBE_TIMEOUT_MIN, PROBE_TIMEOUT_MAX);
+        probes.retain(|p| now.duration_since(p.born) < timeout);
         if now >= next && probes.len() < PROBES_MAX {
             next = match begin_connect(target.addr) {
                 Ok(socket) => {
@@ -112,7 +114,7 @@ fn probe_until_ready(
                 }
             };
         }
-        let until = probes.iter().map(|p| p.born + patience).chain([next]).min();
+        let until = probes.iter().map(|p| p.born + timeout).chain([next]).min();
         let answered = match poll_probes(&mut probes, wait, until)? {
             None => continue,
             Some(Ok(socket)) => log_in(socket)?,
@@ -138,16 +140,16 @@ fn probe_until_ready(
     }
 }
 
-/// The first probe that says something (taken out, ready to be greeted) or that failed (taken out, with why).
+/// Waits for a probe whose server has sent something, or that has failed. Removes it from `probes`.
 fn poll_probes(probes: &mut Vec<Probe>, wait: &Wait<'_>, until: Option<Instant>) -> Result<Option<Result<TcpStream, String>>> {
     let fds: Vec<_> = probes.iter().map(|p| PollFd::new(p.socket.as_fd(), PollFlags::POLLIN)).collect();
     let ready = wait.poll(&fds, until)?;
     let Some(at) = ready.iter().position(|ready| *ready) else { return Ok(None) };
     let probe = probes.remove(at);
-    // Whether there is a byte; which one is nobody's business here.
+    // Checks only that a byte has arrived and leaves it in the socket.
     let (peeked, _) = match rustix::net::recv(&probe.socket, &mut [0u8; 1][..], RecvFlags::PEEK) {
         Ok(peeked) => peeked,
         Err(e) => return Ok(Some(Err(std::io::Error::from(e).to_string()))),
     };
-    Ok(Some(if peeked > 0 { Ok(probe.socket) } else { Err("it hung up before its banner".to_owned()) }))
+    Ok(Some(if peeked > 0 { Ok(probe.socket) } else { Err("it hung up before sending its banner".to_owned()) }))
 }

@@ -1,4 +1,4 @@
-//! A bounded queue of controls from whoever holds the sender to the thread that runs the command.
+//! A bounded queue of controls, from the holder of the sender to the thread that runs the command.
 
 use super::{Control, Controls};
 use crate::api::exec::signal_number;
@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-/// Controls that wait for a command that does not take them.
+/// Maximum number of queued controls.
 pub const QUEUE_MAX: usize = 64;
 
 struct Queue {
@@ -23,24 +23,25 @@ struct Waiting {
     ended: bool,
 }
 
-/// Clones share one queue.
+/// The sending end. Clones share one queue.
 #[derive(Clone)]
 pub struct ControlSender(Arc<Queue>);
 
-/// Ends the queue when dropped.
+/// The receiving end. Dropping it closes the queue.
 pub struct ControlReceiver(Arc<Queue>);
 
-/// Fails with `host` where no eventfd is to be had.
+/// Creates a queue. Fails with `host` if no eventfd can be created.
 pub fn control_queue() -> Result<(ControlSender, ControlReceiver)> {
     let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-        .map_err(|e| Error::io("make an eventfd for a session's controls", e))?;
+        .map_err(|e| Error::io("create an eventfd for a session's controls", e))?;
     let queue = Arc::new(Queue { event, waiting: Mutex::new(Rank::Sessions, Waiting::default()) });
     Ok((ControlSender(queue.clone()), ControlReceiver(queue)))
 }
 
 impl ControlSender {
-    /// Never blocks. A resize takes the place of the one before it. Errors: `invalid_argument` for a signal that is
-    /// not known, `busy` when the queue is full, `session_not_found` when the command has ended.
+    /// Queues a control without blocking. A resize replaces a queued resize. Errors:
+    /// `invalid_argument` for an unknown signal, `busy` if the queue is full, `session_not_found`
+    /// if the command has ended.
     pub fn send(&self, control: Control) -> Result<()> {
         let mut waiting = self.0.waiting.lock();
         if waiting.ended {
@@ -49,17 +50,17 @@ impl ControlSender {
         if let Control::Signal(name) = &control
             && signal_number(name) == 0
         {
-            return Err(Error::invalid(format!("{:?} is no signal", name.chars().take(32).collect::<String>()))
+            return Err(Error::invalid(format!("{:?} is not a signal", name.chars().take(32).collect::<String>()))
                 .hint("use a name such as INT, TERM or USR1"));
         }
         if matches!((waiting.controls.back(), &control), (Some(Control::Resize(_)), Control::Resize(_))) {
             waiting.controls.pop_back();
         }
         if waiting.controls.len() >= QUEUE_MAX {
-            return Err(Error::new(Kind::Busy, format!("{QUEUE_MAX} signals wait for the session already")));
+            return Err(Error::new(Kind::Busy, format!("{QUEUE_MAX} signals are already queued for the session")));
         }
         waiting.controls.push_back(control);
-        // Cannot overflow: it is emptied whenever the queue is.
+        // The counter cannot overflow, because it is reset whenever the queue is emptied.
         let _ = self.0.event.write(1);
         Ok(())
     }
@@ -73,7 +74,7 @@ impl Controls for ControlReceiver {
         let mut waiting = self.0.waiting.lock();
         let next = waiting.controls.pop_front();
         if waiting.controls.is_empty() {
-            let _ = self.0.event.read(); // EAGAIN: it was empty.
+            let _ = self.0.event.read(); // EAGAIN means that the counter was zero.
         }
         next
     }
@@ -98,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn ready_exactly_while_something_waits() {
+    fn control_queue_is_readable_only_while_controls_are_queued() {
         let (sender, mut receiver) = control_queue().unwrap();
         assert!(!is_ready(&receiver));
         sender.send(Control::Signal("INT".into())).unwrap();
@@ -112,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn bounded_but_resizes_merge() {
+    fn control_queue_is_bounded_and_merges_resizes() {
         let (sender, mut receiver) = control_queue().unwrap();
         let size = |cols| Control::Resize(PtySize { rows: 24, cols });
         for cols in 0..1000 {

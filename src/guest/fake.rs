@@ -1,5 +1,6 @@
-//! A transport without guests, for tests of the daemon. Guests are told apart by their address. Every wait is the
-//! same poll as in earnest: over the caller's descriptors, cancel, hang-up, deadline and idle limit.
+//! A transport without guests, for tests of the daemon. Guests are identified by their address.
+//! Every wait is the same poll as in the real transport: over the caller's descriptors, the cancel
+//! token, the hang-up, the deadline and the idle limit.
 
 use super::wait::Wait;
 use super::{Control, ExecSpec, Sink, Source, Streams, Target, Transport};
@@ -15,10 +16,10 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// What is kept of a command's input.
+/// How much of a command's input is kept.
 const STDIN_KEPT_MAX: usize = 4 << 20;
 
-/// Closed until it is opened; then open for good. Clones are one gate.
+/// A gate that stays closed until it is opened, and then stays open. Clones share one gate.
 #[derive(Clone)]
 pub struct Gate(Cancel);
 
@@ -40,23 +41,23 @@ impl Gate {
     }
 }
 
-/// How `wait_ready` goes.
+/// What `wait_ready` does for a guest.
 #[derive(Clone, Default)]
 pub enum Readiness {
     #[default]
     Instant,
-    /// When the gate opens.
+    /// The guest is ready when the gate opens.
     Gated(Gate),
     Fails(Kind, String),
 }
 
-/// What a command leaves.
+/// What a command returns.
 #[derive(Clone)]
 pub struct Answer {
     pub exit: Exit,
     pub stdout: Vec<u8>,
     pub stderr: Vec<u8>,
-    /// It ends only when this opens, or at a signal.
+    /// The command ends only when this gate opens, or at a signal.
     pub hold: Option<Gate>,
 }
 
@@ -87,12 +88,12 @@ impl Answer {
     }
 }
 
-/// A command that began.
+/// A command that has started.
 #[derive(Clone, Debug)]
 pub struct Call {
     pub addr: SocketAddr,
     pub command: String,
-    /// The first 4 MiB of its input, once that has ended.
+    /// The first 4 MiB of its input, available once the input has ended.
     pub stdin: Vec<u8>,
     pub stdin_bytes: u64,
 }
@@ -103,11 +104,11 @@ type Respond = Arc<dyn Fn(&Call) -> Answer + Send + Sync>;
 struct Guest {
     readiness: Readiness,
     unreachable: bool,
-    /// Nothing comes through in either direction.
+    /// Nothing gets through in either direction.
     cut: bool,
-    /// After so many bytes no more input is read until the gate opens.
+    /// After this many bytes, input is read only once the gate opens.
     stall: Option<(u64, Gate)>,
-    /// Opens when the connection is to break.
+    /// Opening this gate breaks the connection.
     lost: Option<Gate>,
     live: usize,
 }
@@ -121,7 +122,7 @@ struct State {
     signals: Vec<String>,
 }
 
-/// Clones share one state.
+/// The fake transport. Clones share one state.
 #[derive(Clone)]
 pub struct FakeTransport {
     state: Arc<Mutex<State>>,
@@ -145,32 +146,34 @@ impl FakeTransport {
     pub fn set_readiness(&self, addr: SocketAddr, readiness: Readiness) {
         self.guest(addr, |g| g.readiness = readiness);
     }
-    /// From now on dialling fails with `guest_unavailable`.
+    /// Makes dialing fail with `guest_unavailable`.
     pub fn set_unreachable(&self, addr: SocketAddr, unreachable: bool) {
         self.guest(addr, |g| g.unreachable = unreachable);
     }
-    /// From now on a command that begins gets no answer and no end, as with a network that was cut: what ends it comes from
-    /// the caller's side.
+    /// Makes commands that start from now on neither answer nor end, as if the network were cut.
+    /// Only the caller's side can end them.
     pub fn set_cut(&self, addr: SocketAddr, cut: bool) {
         self.guest(addr, |g| g.cut = cut);
     }
-    /// Commands read so many bytes of their input and then no more, until the gate is opened.
+    /// Makes commands stop reading their input after this many bytes, until the returned gate
+    /// opens.
     pub fn stall_reads(&self, addr: SocketAddr, after_bytes: u64) -> Gate {
         let gate = Gate::closed();
         self.guest(addr, |g| g.stall = Some((after_bytes, gate.clone())));
         gate
     }
-    /// Breaks every connection that there is: `guest_lost`.
+    /// Breaks every present connection with `guest_lost`.
     pub fn lose(&self, addr: SocketAddr) {
         if let Some(gate) = self.guest(addr, |g| g.lost.take()) {
             gate.open();
         }
     }
-    /// How commands answer that begin with `prefix`; the latest that fits wins. Without one: status 0 and silence.
+    /// Sets the answer of commands that begin with `prefix`. The latest match wins. By default a
+    /// command prints nothing and exits with status 0.
     pub fn on(&self, prefix: &str, respond: impl Fn(&Call) -> Answer + Send + Sync + 'static) {
         self.state.lock().answers.push((prefix.to_owned(), Arc::new(respond)));
     }
-    /// Commands that run now, dialling included.
+    /// Number of commands that are running, including those that are still dialing.
     pub fn live(&self, addr: SocketAddr) -> usize {
         self.guest(addr, |g| g.live)
     }
@@ -271,14 +274,15 @@ impl Run<'_, '_, '_> {
         Ok(self.signalled.map_or(answer.exit, Exit::Signal))
     }
 
-    /// On a thread of its own, as the guest is: what it does is done under no region of the caller's.
+    /// Calls the responder on a thread of its own, as a real guest runs outside the caller's lock
+    /// regions.
     fn answer(&self, respond: Respond) -> Result<Answer> {
         let call = self.call.clone();
         let guest = crate::host::thread::spawn("fake-guest", move || respond(&call))?;
         guest.join().map_err(|panic| std::panic::resume_unwind(panic))
     }
 
-    /// One poll, over `fd` and everything that can come from elsewhere.
+    /// Polls once, over `fd` and everything that can end the wait.
     fn step(&mut self, fd: Option<PollFd<'_>>) -> Result<()> {
         let lost = self.guest.lost.as_ref().expect("made when the command began");
         let controls = self.streams.controls.as_ref().map(|c| PollFd::new(c.fd(), PollFlags::POLLIN));
@@ -373,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_by_prefix_with_the_input_at_hand() {
+    fn fake_answers_by_prefix_with_the_input() {
         let fake = FakeTransport::new();
         fake.on("cat", |call| Answer::status(3).stdout(call.stdin.clone()).stderr("e"));
         let script = crate::guest::Script {
@@ -390,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gated_guest_waits_for_its_gate_or_the_cancel() {
+    fn fake_gated_guest_waits_for_its_gate_or_a_cancel() {
         let (fake, gate, cancel) = (FakeTransport::new(), Gate::closed(), cancel());
         fake.set_readiness(target().addr, Readiness::Gated(gate.clone()));
         let soon = Instant::now() + Duration::from_millis(20);
@@ -404,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stall_is_a_wait_that_everything_can_end() {
+    fn fake_stalled_read_can_be_ended_by_every_limit() {
         let (fake, cancel) = (FakeTransport::new(), cancel());
         let gate = fake.stall_reads(target().addr, 3);
         let run = |spec: &ExecSpec, hangup: Option<BorrowedFd<'_>>, cancel: &Cancel| {
@@ -424,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn running_commands_are_counted_signalled_and_lost() {
+    fn fake_running_commands_are_counted_signalled_and_lost() {
         let fake = FakeTransport::new();
         let addr = target().addr;
         fake.on("sleep", |_| Answer::default().stdout("x").hold(&Gate::closed()));
@@ -452,7 +456,7 @@ mod tests {
     }
 
     #[test]
-    fn input_from_a_silent_pipe_ends_at_the_deadline() {
+    fn fake_input_from_a_silent_pipe_ends_at_the_deadline() {
         let fake = FakeTransport::new();
         let (r, _w) = pipe();
         let mut stdin = FdSource::new(accept(r, Direction::Read).unwrap());

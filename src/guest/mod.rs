@@ -1,4 +1,8 @@
-//! The guest at arm's length: dial, wait until it answers, run a command with pumped streams.
+//! Talks to guests: connects, waits until a guest answers, and runs a command while forwarding its
+//! streams.
+//!
+//! [`Transport`] is the interface. The real one ([`helper`]) runs SSH in a helper process per
+//! connection, so that the daemon never parses what a guest sends.
 
 mod connect;
 mod controls;
@@ -28,67 +32,71 @@ use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-/// What a guest runs that is about to be saved.
+/// The script that a guest runs while it is saved in a snapshot.
 pub const REJOIN: &str = include_str!("rejoin.sh");
 
-/// Where a guest is and how it proves who it is.
+/// The address of a guest, and the keys of both sides.
 #[derive(Clone)]
 pub struct Target {
     pub addr: SocketAddr,
     pub user: String,
-    /// Our private key, OpenSSH format.
+    /// Our private key in OpenSSH format.
     pub private_key: String,
-    /// The only host key that is accepted: the raw public key blob (RFC 4253, 6.6; `ssh-ed25519`).
+    /// The only accepted host key: the raw public key blob (RFC 4253, 6.6; `ssh-ed25519`).
     pub host_key: Vec<u8>,
-    /// Whom its helper process runs as. None: as the daemon, where that has no privilege.
+    /// The user that the helper process runs as. `None` if the daemon has no privileges, so that it
+    /// runs as the daemon's user.
     pub owner: Option<Owner>,
 }
 
-/// A non-blocking stream that can be polled. `None` for `fd` means always ready.
+/// A non-blocking stream that can be polled. If `fd` is `None`, it is always ready.
 pub trait Source: Send {
     fn fd(&self) -> Option<BorrowedFd<'_>>;
-    /// A pipe whose bytes are exactly this stream's and that somebody else may read in our place.
+    /// A pipe that carries exactly this stream's bytes, if another process may read it directly.
     fn pipe(&self) -> Option<BorrowedFd<'_>> {
         None
     }
-    /// 0 is the end; `WouldBlock` when there is nothing yet. Any other error ends the command with that error.
+    /// Reads some bytes. 0 is the end; `WouldBlock` means that nothing is available yet. Any other
+    /// error ends the command with that error.
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize>;
 }
 
 pub trait Sink: Send {
     fn fd(&self) -> Option<BorrowedFd<'_>>;
-    /// A pipe that takes exactly this stream's bytes and that somebody else may write in our place.
+    /// A pipe that takes exactly this stream's bytes, if another process may write it directly.
     fn pipe(&self) -> Option<BorrowedFd<'_>> {
         None
     }
-    /// `BrokenPipe`: nobody reads; what follows is dropped and the command goes on.
+    /// Writes some bytes. `BrokenPipe` means that nobody reads: later output is dropped, and the
+    /// command continues.
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize>;
 }
 
-/// What a caller may do to a command that runs.
+/// What a caller may do to a running command.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Control {
     Resize(PtySize),
-    /// Without `SIG`.
+    /// The name of a signal, without `SIG`.
     Signal(String),
-    /// Nobody waits for the command any more: it gets a SIGHUP.
+    /// The caller is gone, so the command gets a SIGHUP.
     HangUp,
 }
 
-/// Where controls come from: `fd` is readable when `next` has one.
+/// A source of controls. `fd` is readable when `next` has one.
 pub trait Controls: Send {
     fn fd(&self) -> BorrowedFd<'_>;
     fn next(&mut self) -> Option<Control>;
 }
 
-/// The streams of one command. A missing source is empty, a missing sink drops.
+/// The streams of one command. A missing source is empty; a missing sink discards the output.
 #[derive(Default)]
 pub struct Streams<'a> {
     pub stdin: Option<&'a mut dyn Source>,
     pub stdout: Option<&'a mut dyn Sink>,
     pub stderr: Option<&'a mut dyn Sink>,
     pub controls: Option<&'a mut dyn Controls>,
-    /// When this one hangs up (POLLHUP or POLLERR), the command is ended as by a cancel: the caller's connection.
+    /// The caller's connection. If it hangs up (POLLHUP or POLLERR), the command ends as it does
+    /// after a cancel.
     pub hangup: Option<BorrowedFd<'a>>,
 }
 
@@ -97,21 +105,23 @@ pub struct ExecSpec {
     /// A command line for the guest's shell. Build it with [`quote`].
     pub command: String,
     pub pty: Option<Pty>,
-    /// No byte in either direction for so long ends it with `transfer_idle`. None: no such limit.
+    /// If no byte moves in either direction for this long, the command ends with `transfer_idle`.
+    /// `None` means no limit.
     pub idle: Option<Duration>,
-    /// The whole of it, dialling included.
+    /// Deadline of the whole call, including dialing.
     pub deadline: Option<Instant>,
-    /// End when the command does, though others still hold its output.
+    /// End when the command ends, even if other processes still hold its output open.
     pub no_wait_children: bool,
 }
 
-/// The seam: ssh in earnest, a fake in tests.
+/// The interface to guests: SSH in production, a fake in tests.
 pub trait Transport: Send + Sync {
-    /// Until the guest's SSH server has accepted our key, or the deadline, or cancel. Opens `Rank::GuestIo`.
+    /// Waits until the guest's SSH server accepts our key. Ends at the deadline or at a cancel.
+    /// Opens `Rank::GuestIo`.
     fn wait_ready(&self, target: &Target, deadline: Instant, cancel: &Cancel) -> Result<()>;
 
-    /// Dials, runs one command to its end, hangs up. Errors: `guest_unavailable` (cannot dial),
-    /// `host_key_mismatch`, `guest_lost` (the connection broke: never an exit status), `cancelled` with the
-    /// token's cause, `transfer_idle`, `timeout`. Opens `Rank::GuestIo`.
+    /// Dials, runs one command to its end and hangs up. Errors: `guest_unavailable` (cannot dial),
+    /// `host_key_mismatch`, `guest_lost` (the connection broke; never reported as an exit status),
+    /// `cancelled` with the token's cause, `transfer_idle`, `timeout`. Opens `Rank::GuestIo`.
     fn exec(&self, target: &Target, spec: &ExecSpec, streams: Streams<'_>, cancel: &Cancel) -> Result<Exit>;
 }

@@ -1,20 +1,21 @@
-//! One command line for the guest's shell, from words that may hold any byte but NUL.
+//! Builds a command line for the guest's shell from words that may contain any byte except NUL.
 
 use crate::error::{Error, Result};
 
-/// What a command line gives when its directory cannot be entered, with a line on stderr that begins with
+/// Exit status if the working directory cannot be entered. A line on stderr then begins with
 /// [`CANNOT_ENTER`].
 pub const CANNOT_ENTER_STATUS: u8 = 125;
 pub const CANNOT_ENTER: &str = "fcd: cannot enter the directory ";
 
-/// Begins the shell's wait for the command. sshd tells the names of few signals and no number of the others, so the shell
-/// stays and gives 128+n. It survives what is sent to its process group, and says nothing of its own (`Bus error`).
+/// Starts a subshell for the command and waits for it. sshd reports few signals by name and none by
+/// number, so the shell stays and exits with 128+n. It ignores signals sent to its process group,
+/// and prints no messages of its own (`Bus error`).
 const WAIT: &str = "exec 3>&2 2>/dev/null; trap : 1 2 3 4 5 6 7 8 10 11 12 13 14 15 16 24 25 26 27 29 30 31; (";
 const WAIT_END: &str = " 2>&3 3>&-); exit $?";
 
-/// A word that a POSIX shell reads back as `word`. NUL cannot be in one.
+/// Quotes a word for a POSIX shell. It must not contain NUL.
 pub fn quote(word: &str) -> String {
-    // A word that was UTF-8 stays so: only ASCII is put into it.
+    // Quoting inserts only ASCII, so UTF-8 stays valid.
     String::from_utf8_lossy(&quote_bytes(word.as_bytes())).into_owned()
 }
 
@@ -27,13 +28,15 @@ fn quote_bytes(word: &[u8]) -> Vec<u8> {
     [b"'".as_slice(), &parts.join(br"'\''".as_slice()), b"'"].concat()
 }
 
-/// `cd` to `workdir`, then `argv` in its environment; an empty `argv` is the login shell. The status is the command's, or
-/// 128+n for a signal; 126 and 127 come as the guest's shell gives them; a directory that cannot be entered as
-/// [`CANNOT_ENTER_STATUS`]. `invalid_argument`: a NUL, a bad variable name.
+/// Builds a line that changes to `workdir` and runs `argv` with the environment `env`. An empty
+/// `argv` runs the login shell. The exit status is the command's, or 128+n after a signal. The
+/// guest's shell produces 126 and 127; [`CANNOT_ENTER_STATUS`] means that `workdir` cannot be
+/// entered. `invalid_argument`: a NUL, or a bad variable name.
 pub fn command_bytes(argv: &[Vec<u8>], env: &[(String, Vec<u8>)], workdir: Option<&[u8]>) -> Result<Vec<u8>> {
     let mut line = Vec::new();
     if let Some(dir) = workdir.filter(|d| !d.is_empty()) {
-        // Neither an option, nor `-` for the last directory, nor a search through CDPATH.
+        // The prefix keeps `cd` from taking the name as an option, as `-` for the previous
+        // directory, or as a search through CDPATH.
         let path = if dir.starts_with(b"/") { dir.to_vec() } else { [b"./", dir].concat() };
         let complaint = quote_bytes(&[CANNOT_ENTER.as_bytes(), dir].concat());
         line.extend([b"cd ".as_slice(), &quote_bytes(&path), b" 2>/dev/null || { printf '%s\\n' ", &complaint].concat());
@@ -65,7 +68,7 @@ fn program(argv: &[Vec<u8>], after_env: bool) -> Vec<u8> {
         return br#" sh -c '[ -x "$SHELL" ] || SHELL=/bin/sh; exec "$SHELL" -l'"#.to_vec();
     };
     let words: Vec<u8> = argv.iter().flat_map(|word| [b" ".to_vec(), quote_bytes(word)].concat()).collect();
-    // `exec` of some shells takes `-x` for an option of its own, and env(1) takes `a=b` for a variable.
+    // Some shells' `exec` takes `-x` as an option of its own, and env(1) takes `a=b` as a variable.
     if first.starts_with(b"-") || (after_env && first.contains(&b'=')) {
         return [br#" sh -c '"$@"' sh"#.as_slice(), &words].concat();
     }
@@ -79,11 +82,11 @@ fn check_name(name: &str) -> Result<()> {
         return Ok(());
     }
     let shown: String = name.chars().take(64).collect();
-    Err(Error::invalid(format!("{shown:?} is not a name of an environment variable"))
+    Err(Error::invalid(format!("{shown:?} is not a valid environment variable name"))
         .hint("use A-Z, a-z, 0-9 and _, as in -e NAME=VALUE"))
 }
 
-/// [`command_bytes`] for text.
+/// Like [`command_bytes`], but for text.
 #[cfg(test)]
 pub fn command_line(argv: &[String], env: &[(String, String)], workdir: Option<&str>) -> Result<String> {
     let argv: Vec<Vec<u8>> = argv.iter().map(|word| word.clone().into()).collect();
@@ -102,14 +105,14 @@ mod tests {
         words.iter().map(|w| (*w).to_owned()).collect()
     }
 
-    /// Runs a line as sshd does: the login shell's `-c`.
+    /// Runs a line as sshd does, with the login shell's `-c`.
     fn run(shell: &str, line: &str) -> Output {
         let command = Command::new(shell).args(["-c", line]).env("SHELL", shell).env("CDPATH", "/");
         run_any_status(&command, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap()
     }
 
     const SHELLS: [&str; 2] = ["/bin/dash", "/bin/bash"];
-    /// Prints its arguments, each with a NUL.
+    /// Prints each argument followed by a NUL.
     const PRINTER: &str = r#"for a in "$@"; do printf '%s\0' "$a"; done"#;
 
     fn check_round_trip(words: &[String], env: &[(String, String)], dir: Option<&str>) {
@@ -139,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn awkward_words() {
+    fn quote_awkward_words_survive() {
         let words = strings(&[
             "", "-n", "--", "a b", "it's", "''", "\\", "\\'", "\n", "a\nb", "$HOME", "`id`", "*", "~", "!!", "é", "a=b", "#",
         ]);
@@ -147,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn directories_of_any_name() {
+    fn command_line_enters_directories_of_any_name() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["plain", "-", "-x", "it's", "a\nb", " "] {
             let path = dir.path().join(name);
@@ -163,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn statuses() {
+    fn command_line_keeps_exit_statuses() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("not-executable");
         std::fs::write(&file, "#!/bin/sh\n").unwrap();
@@ -184,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn no_words_are_the_login_shell() {
+    fn command_line_without_words_runs_the_login_shell() {
         let line = command_line(&[], &[("A".into(), "b".into())], None).unwrap();
         for shell in SHELLS {
             let command = Command::new(shell).args(["-c", &line]).env("SHELL", shell).env("HOME", "/nonexistent");
@@ -195,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused() {
+    fn command_line_with_invalid_input_is_rejected() {
         for name in ["", "1A", "A B", "A=B", "A-B", "é", "A\0"] {
             assert!(command_line(&[], &[(name.into(), String::new())], None).is_err(), "{name:?}");
         }
@@ -203,9 +206,9 @@ mod tests {
         assert!(command_line(&[], &[], Some("\0")).is_err());
     }
 
-    /// Also of those that sshd has no name for, and without a word of the shell's own.
+    /// Covers signals that sshd has no name for. The shell must not print anything either.
     #[test]
-    fn statuses_of_signals_are_those_of_a_shell() {
+    fn command_line_maps_signals_to_shell_statuses() {
         let all = [("BUS", 135), ("SYS", 159), ("TRAP", 133), ("XCPU", 152), ("STKFLT", 144), ("35", 163), ("64", 192)];
         for (signal, status) in all.into_iter().chain([("TERM", 143), ("KILL", 137), ("SEGV", 139), ("INT", 130), ("HUP", 129)]) {
             let line = command_line(&strings(&["bash", "-c", &format!("ulimit -c 0; kill -{signal} $$")]), &[], None).unwrap();
@@ -217,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_text_come_through() {
+    fn command_line_passes_bytes_that_are_not_utf8() {
         let raw: Vec<u8> = (1..=255).collect();
         let words = |argv: &[&[u8]]| argv.iter().map(|w| w.to_vec()).collect::<Vec<_>>();
         let dir = tempfile::tempdir().unwrap();

@@ -1,12 +1,13 @@
-# Runs in a guest that is about to be saved: prints "ready" and watches its seed drive, which is another one when the guest wakes up from
-# what was saved. Then it takes up what that says: clock, random numbers, and, in another VM, name, address and keys. In the guest that
-# was saved and runs on it ends by itself.
+# Runs in a guest that is about to be saved. Prints "ready" and watches its seed drive. When the
+# guest resumes from the snapshot, the drive has other content, which this script applies: the
+# clock, random numbers and, in a new VM, the name, address and keys. In the original guest, which
+# continues to run, the script times out.
 bb=/usr/lib/fcd/busybox
 seed=/run/fcd/seed
 
 say() { echo "fcd-rejoin: $*" >/dev/console; }
 
-# Past the page cache, which knows the old drive.
+# Bypasses the page cache, which still holds the old drive.
 head_of_seed() { $bb dd if=/dev/vdb bs=4096 count=1 iflag=direct 2>/dev/null | $bb md5sum; }
 
 read_seed() {
@@ -28,14 +29,14 @@ read_seed() {
 		random) random=$value ;;
 		esac
 	done <"$seed.new/config"
-	# One that was taken up already is not taken up again.
+	# The seed that was last applied. It is not applied again.
 	seen=
 	[ -e /run/fcd/rejoined ] && read -r seen </run/fcd/rejoined
 	[ -n "$wake" ] && [ "$wake" != "$seen" ]
 }
 
-# Another guest may have begun with the same memory. The ioctl, RNDRESEEDCRNG of random(4), makes the kernel use what was written at once;
-# without perl it does so within a minute.
+# Another guest may have started from the same memory. The ioctl, RNDRESEEDCRNG of random(4), makes
+# the kernel use the new bytes at once; without perl it does so within a minute.
 set_random() {
 	echo "$random" >/dev/urandom
 	perl -e 'open(F, ">", "/dev/urandom") and ioctl(F, 0x5207, 0)' 2>/dev/null
@@ -71,7 +72,7 @@ set_network() {
 	done >/etc/resolv.conf
 }
 
-# The server that listens is init's child; those of connections are its own.
+# The listening server is a child of init; servers of connections are its own children.
 restart_sshd() {
 	for proc in /proc/[0-9]*; do
 		name= parent=
@@ -91,17 +92,18 @@ rejoin() {
 	set_network
 	same_key=
 	$bb cmp -s "$seed/host_key" "$seed.new/host_key" && same_key=yes
-	# One by one over the old ones: somebody may log in at any time.
+	# Replace the files one by one, because somebody may log in at any time.
 	for file in config authorized_keys host_key; do
 		$bb mv -f "$seed.new/$file" "$seed/$file"
 	done
 	$bb rm -rf "$seed.new"
 	[ -n "$same_key" ] || restart_sshd
 	echo "$wake" >/run/fcd/rejoined
-	say "goes on from a snapshot"
+	say "resumed from a snapshot"
 }
 
-# A minute, by this guest's own clock. Of several that were saved together the one that came last takes up what the seed says.
+# Watches for a minute by this guest's own clock. If several watchers were saved, only the latest
+# applies the seed.
 watch() {
 	trap '' HUP
 	tries=0
@@ -118,11 +120,12 @@ watch() {
 
 [ -x "$bb" ] || { echo "the guest has no $bb" >&2; exit 1; }
 before=$(head_of_seed)
-# When it cannot be read.
+# The checksum of a drive that cannot be read.
 nothing=$($bb md5sum </dev/null)
 read -r uptime </proc/uptime
 me="$$ $uptime"
 echo "$me" >/run/fcd/watcher
-# By exec: a redirection for one command keeps the old descriptors, and with them the connection.
+# With exec, because a redirection of a single command would keep the old descriptors open, and with
+# them the connection.
 (exec </dev/null >/dev/null 2>&1; watch) &
 echo ready

@@ -1,4 +1,4 @@
-//! Small commands of our own in a guest.
+//! Runs small commands of fcd's own in a guest.
 
 use super::io::{BytesSource, VecSink};
 use super::{ExecSpec, Streams, Target, Transport};
@@ -7,18 +7,19 @@ use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
 use std::time::Instant;
 
-/// What a small command is and may cost.
+/// A small command and its limits.
 pub struct Script<'a> {
     /// A command line for the guest's shell.
     pub command: &'a str,
     pub stdin: &'a [u8],
     pub deadline: Instant,
-    /// Most bytes of stdout, and of stderr.
+    /// Maximum size of stdout, and of stderr.
     pub output_bytes_max: usize,
 }
 
-/// Runs it to its end and gives its exit, its stdout and its stderr. More on stdout than allowed is
-/// `guest_command_failed`, since a cut answer would mislead; stderr is cut. Else as [`Transport::exec`].
+/// Runs the command to its end. Returns its exit, stdout and stderr. Too much stdout is
+/// `guest_command_failed`, because a truncated answer would mislead; stderr is truncated. Other
+/// errors are those of [`Transport::exec`].
 pub fn run_script(
     transport: &dyn Transport,
     target: &Target,

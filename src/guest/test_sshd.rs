@@ -1,4 +1,4 @@
-//! A real sshd on the loopback, for unit tests: `Sshd::start()`, then `sshd.target()`.
+//! A real sshd on the loopback interface for unit tests: `Sshd::start()`, then `sshd.target()`.
 
 use crate::guest::Target;
 use ssh_key::{Algorithm, LineEnding, PrivateKey, rand_core::OsRng};
@@ -17,19 +17,19 @@ fn key() -> PrivateKey {
 }
 
 impl Sshd {
-    /// Started; it may take a moment to listen.
+    /// Starts sshd. It may take a moment until it listens.
     pub fn start() -> Self {
         Self::start_with("")
     }
 
-    /// With more lines of sshd_config(5).
+    /// Starts sshd with additional lines for sshd_config(5).
     pub fn start_with(config: &str) -> Self {
         let mut sshd = Self::prepare(config);
         sshd.launch();
         sshd
     }
 
-    /// All but the process.
+    /// Prepares everything except the process.
     pub fn prepare(config: &str) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let (host, client) = (key(), key());
@@ -41,7 +41,7 @@ impl Sshd {
         };
         let host_key = file("host", &host.to_openssh(LineEnding::LF).expect("encode"));
         let authorized = file("authorized", &client.public_key().to_openssh().expect("encode"));
-        // Free now; nobody else on this machine takes ports in a hurry.
+        // The port is free now, and nothing else on this machine is likely to take it.
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|l| l.local_addr()).expect("a port").port();
         file(
             "config",
@@ -50,7 +50,8 @@ impl Sshd {
                  UsePAM no\nPidFile none\nPermitRootLogin yes\nMaxStartups 100\n{config}\n"
             ),
         );
-        // sshd wants its privilege separation directory (Debian: /run/sshd), which only root can make.
+        // sshd requires its privilege separation directory (Debian: /run/sshd), which only root can
+        // create.
         if nix::unistd::getuid().is_root() {
             std::fs::create_dir_all("/run/sshd").expect("make /run/sshd");
         }
@@ -65,7 +66,7 @@ impl Sshd {
         Self { child: None, dir, target }
     }
 
-    #[allow(clippy::disallowed_methods)] // A server that goes on; host::command runs commands to their end.
+    #[allow(clippy::disallowed_methods)] // host::command waits for the end of a command; this server keeps running.
     pub fn launch(&mut self) {
         let sshd = std::process::Command::new("/usr/sbin/sshd")
             .args(["-D", "-e", "-f"])

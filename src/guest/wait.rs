@@ -1,4 +1,4 @@
-//! The one wait: everything that can end it is in the same `poll`.
+//! Waits for a guest. Everything that can end a wait is part of the same `poll`.
 
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
@@ -7,8 +7,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-/// What ends a wait before it is over. Which of several that are true at once is told: cancel, hang-up,
-/// deadline, idle limit, in this order.
+/// What can end a wait early. If several apply at once, the first of these is reported: cancel,
+/// hang-up, deadline, idle limit.
 #[derive(Clone)]
 pub struct Wait<'a> {
     cancel: &'a Cancel,
@@ -39,7 +39,7 @@ impl<'a> Wait<'a> {
         self
     }
 
-    /// The same with a nearer deadline.
+    /// Returns the same wait with an earlier deadline.
     #[must_use]
     pub fn tighten(&self, deadline: Instant) -> Self {
         let is_nearer = self.deadline.is_none_or(|d| deadline < d);
@@ -50,23 +50,23 @@ impl<'a> Wait<'a> {
         }
     }
 
-    /// Only its cancel token, and this deadline.
+    /// Returns a wait with only the cancel token and this deadline.
     #[must_use]
     pub fn without_ends(&self, deadline: Instant) -> Self {
         Wait::new(self.cancel).deadline(Some(deadline))
     }
 
-    /// Whether the deadline is that of [`Wait::tighten`].
+    /// True if the deadline comes from [`Wait::tighten`].
     pub fn is_tightened(&self) -> bool {
         self.is_tightened
     }
 
-    /// A byte has moved: the idle limit begins anew.
+    /// Restarts the idle limit after a byte has moved.
     pub fn progress(&mut self) {
         self.progressed = Instant::now();
     }
 
-    /// Whether something ended it: `cancelled`, `timeout`, `transfer_idle`.
+    /// Returns `cancelled`, `timeout` or `transfer_idle` if the wait must end.
     pub fn check(&self) -> Result<()> {
         if let Some(cause) = self.cancel.cause() {
             return Err(Error::new(Kind::Cancelled, format!("cancelled: {cause}")));
@@ -77,17 +77,17 @@ impl<'a> Wait<'a> {
         }
         if let Some(idle) = self.idle.filter(|i| now.duration_since(self.progressed) >= *i) {
             return Err(Error::new(Kind::TransferIdle, format!("not a byte moved for {} s", idle.as_secs_f32()))
-                .hint("see that both the client and the guest still read and write, then try again"));
+                .hint("check that both the client and the guest still read and write, then try again"));
         }
         Ok(())
     }
 
-    /// Waits until one of `fds` is ready, `until` has come, or something ended it all. Which are ready, or have
-    /// failed.
+    /// Waits until one of `fds` is ready, `until` is reached, or something ends the wait. Returns
+    /// which of `fds` are ready or have failed.
     pub fn poll(&self, fds: &[PollFd<'_>], until: Option<Instant>) -> Result<Vec<bool>> {
         let mut all: Vec<PollFd<'_>> = fds.to_vec();
         all.push(PollFd::new(self.cancel.fd(), PollFlags::POLLIN));
-        // No events asked for: POLLHUP and POLLERR come unasked, a half-close (POLLRDHUP) does not.
+        // Requesting no events still reports POLLHUP and POLLERR, but not a half-close (POLLRDHUP).
         all.extend(self.hangup.map(|fd| PollFd::new(fd, PollFlags::empty())));
         let ends = [self.deadline, self.idle.map(|i| self.progressed + i), until];
         let timeout = ends.into_iter().flatten().min().map_or(PollTimeout::NONE, timeout_until);
@@ -106,17 +106,17 @@ impl<'a> Wait<'a> {
 
 const HUNG_UP: &str = "cancelled: the caller hung up";
 
-/// The error of a caller that has gone.
+/// The error after the caller has hung up.
 pub fn hung_up() -> Error {
     Error::new(Kind::Cancelled, HUNG_UP)
 }
 
-/// Whether an error of [`Wait::poll`] is the hang-up.
+/// True if an error of [`Wait::poll`] is the hang-up.
 pub fn is_hang_up(error: &Error) -> bool {
     error.message() == HUNG_UP
 }
 
-/// Rounded up, so that a wait never spins through its last millisecond.
+/// Rounds up, so that a wait does not spin through its last millisecond.
 fn timeout_until(end: Instant) -> PollTimeout {
     let left = end.saturating_duration_since(Instant::now());
     if left.is_zero() {
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_half_close_is_no_hang_up_and_does_not_spin() {
+    fn poll_half_close_is_not_a_hang_up_and_does_not_spin() {
         let cancel = Cancel::try_new().unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
         theirs.shutdown(Shutdown::Write).unwrap();
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn each_end_has_its_kind() {
+    fn poll_each_end_has_its_own_kind() {
         let cancel = Cancel::try_new().unwrap();
         let wait = Wait::new(&cancel).idle(Some(Duration::from_millis(20)));
         assert_eq!(wait.poll(&[], None).unwrap_err().kind(), Kind::TransferIdle);

@@ -1,4 +1,7 @@
-//! Exec sessions: who may reach the controls of which command while it runs.
+//! Exec sessions: which caller may control which running command.
+//!
+//! [`Registry`] maps session ids to handles. Its only lock is `Rank::Sessions`, and no handle is
+//! used or dropped while it is held.
 
 use crate::error::{Error, Kind, Result};
 use crate::ids::{SessionId, VmId};
@@ -6,7 +9,7 @@ use crate::locks::{Mutex, Rank};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// The sessions of one daemon. `H` is the handle that reaches a running command: a sender of controls.
+/// The sessions of one daemon. `H` is the handle that controls a running command.
 pub struct Registry<H> {
     sessions: Arc<Mutex<HashMap<SessionId, Entry<H>>>>,
 }
@@ -17,7 +20,7 @@ struct Entry<H> {
     handle: H,
 }
 
-/// One session. Its entry goes when this is dropped.
+/// A registered session. Dropping it removes its entry.
 pub struct Session<H> {
     pub id: SessionId,
     sessions: Arc<Mutex<HashMap<SessionId, Entry<H>>>>,
@@ -34,24 +37,25 @@ impl<H: Clone> Registry<H> {
         Self { sessions: Arc::new(Mutex::new(Rank::Sessions, HashMap::new())) }
     }
 
-    /// Keep the result for as long as the command runs.
+    /// Registers a session. The caller must keep the result for as long as the command runs.
     pub fn begin(&self, owner_uid: u32, vm: VmId, handle: H) -> Session<H> {
         let id = SessionId::random();
         self.sessions.lock().insert(id.clone(), Entry { owner_uid, vm, handle });
         Session { id, sessions: self.sessions.clone() }
     }
 
-    /// The handle of a session, for its owner and for root; to anybody else it does not exist
-    /// (`session_not_found`). Use it after this has returned: it may have a lock of its own.
+    /// Returns a session's handle to its owner and to root. For anyone else the session does not
+    /// exist (`session_not_found`). The handle is a clone, so it is used without this registry's
+    /// lock.
     pub fn find(&self, id: &SessionId, caller_uid: u32) -> Result<H> {
         let sessions = self.sessions.lock();
         match sessions.get(id).filter(|e| caller_uid == 0 || caller_uid == e.owner_uid) {
             Some(entry) => Ok(entry.handle.clone()),
-            None => Err(Error::new(Kind::SessionNotFound, format!("session {id} is not there, or its command has ended"))),
+            None => Err(Error::new(Kind::SessionNotFound, format!("session {id} does not exist or its command has ended"))),
         }
     }
 
-    /// Sessions that run on a VM.
+    /// Number of sessions in a VM.
     pub fn count(&self, vm: &VmId) -> usize {
         self.sessions.lock().values().filter(|e| e.vm == *vm).count()
     }
@@ -66,7 +70,7 @@ impl<H: Clone> Registry<H> {
 
 impl<H> Drop for Session<H> {
     fn drop(&mut self) {
-        // The handle is dropped after the lock.
+        // Drop the handle after the lock is released.
         let entry = self.sessions.lock().remove(&self.id);
         drop(entry);
     }
@@ -77,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_owner_and_root_find_a_session_and_only_while_it_lasts() {
+    fn find_succeeds_only_for_owner_and_root_while_the_session_lasts() {
         let registry = Registry::new();
         let vm = VmId::random();
         let session = registry.begin(1000, vm.clone(), "handle");
@@ -93,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_in_the_command_leaves_no_entry() {
+    fn session_of_a_panicking_command_is_removed() {
         let registry = Registry::new();
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             let _session = registry.begin(0, VmId::random(), ());

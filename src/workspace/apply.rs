@@ -66,7 +66,7 @@ pub fn top_of(dir: &Path) -> Result<PathBuf> {
     let real = std::fs::canonicalize(dir).map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => Error::new(Kind::PathNotFound, format!("{} does not exist", dir.display()))
             .hint("pass the directory of the repository"),
-        _ => Error::io(format!("look at {}", dir.display()), e),
+        _ => Error::io(format!("inspect {}", dir.display()), e),
     })?;
     if !real.is_dir() {
         return Err(Error::new(Kind::PathNotFound, format!("{} is not a directory", dir.display()))
@@ -79,7 +79,7 @@ pub fn top_of(dir: &Path) -> Result<PathBuf> {
 /// other content there, or the patch has a path that may not be written), `command_missing` (git),
 /// `cancelled`, `host`.
 pub fn check(top: &Path, patch: &Path, env: &CallerEnv, cancel: &Cancel) -> Result<Checked> {
-    let doing = || format!("look at {}", patch.display());
+    let doing = || format!("inspect {}", patch.display());
     let patch = std::fs::canonicalize(patch).map_err(|e| Error::io(doing(), e))?;
     let file = File::open(&patch).map_err(|e| Error::io(doing(), e))?;
     let is_empty = file.metadata().map_err(|e| Error::io(doing(), e))?.len() == 0;

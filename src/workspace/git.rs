@@ -67,7 +67,7 @@ pub(super) struct Head {
 /// Finds the top of the repository that contains `path`: the closest ancestor with a `.git`, on the
 /// same file system.
 pub(super) fn find_top(path: &Path) -> Result<Option<PathBuf>> {
-    let device = |p: &Path| std::fs::metadata(p).map(|m| m.dev()).map_err(|e| Error::io(format!("look at {}", p.display()), e));
+    let device = |p: &Path| std::fs::metadata(p).map(|m| m.dev()).map_err(|e| Error::io(format!("inspect {}", p.display()), e));
     let first = device(path)?;
     for dir in path.ancestors() {
         if device(dir)? != first {
@@ -76,7 +76,7 @@ pub(super) fn find_top(path: &Path) -> Result<Option<PathBuf>> {
         match std::fs::symlink_metadata(dir.join(".git")) {
             Ok(_) => return Ok(Some(dir.to_owned())),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) => return Err(Error::io(format!("look at {}", dir.join(".git").display()), e)),
+            Err(e) => return Err(Error::io(format!("inspect {}", dir.join(".git").display()), e)),
         }
     }
     Ok(None)

@@ -149,7 +149,7 @@ impl Options {
                     Error::new(Kind::PathNotFound, format!("--allow-alternate {} does not exist", path.display()))
                         .hint("pass the directory of objects, or leave the option out")
                 }
-                _ => Error::io(format!("look at {}", path.display()), e),
+                _ => Error::io(format!("inspect {}", path.display()), e),
             })
         };
         self.allow_alternates.iter().map(real).collect()
@@ -206,7 +206,7 @@ impl Plan {
         let real = std::fs::canonicalize(path).map_err(|e| match e.kind() {
             std::io::ErrorKind::NotFound => Error::new(Kind::PathNotFound, format!("{} does not exist", path.display()))
                 .hint("pass an existing directory, as in fcctl run . -- CMD"),
-            _ => Error::io(format!("look at {}", path.display()), e),
+            _ => Error::io(format!("inspect {}", path.display()), e),
         })?;
         if !real.is_dir() {
             let e = Error::new(Kind::InvalidTree, format!("{} is not a directory", path.display()));

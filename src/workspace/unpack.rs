@@ -78,7 +78,7 @@ pub fn check_target(target: &Path) -> Result<()> {
                 return Err(Error::new(Kind::PathNotFound, format!("{} is not a directory", parent.display())));
             }
         }
-        Err(e) => return Err(Error::io(format!("look at {}", target.display()), e)),
+        Err(e) => return Err(Error::io(format!("inspect {}", target.display()), e)),
     }
     if target.file_name().is_none() {
         return Err(Error::invalid(format!("{} has no final component to unpack to", target.display())));

@@ -100,7 +100,7 @@ impl<'a> Walk<'a> {
                 self.note_unreadable(path);
                 return Ok(None);
             }
-            Err(e) => return Err(Error::io(format!("look at {}", encode(path)), e)),
+            Err(e) => return Err(Error::io(format!("inspect {}", encode(path)), e)),
         };
         let kind = match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => EntryKind::File,
@@ -129,7 +129,7 @@ impl<'a> Walk<'a> {
                     return Ok(());
                 }
                 Err(e) if is_absent(&e) => return Ok(()),
-                Err(e) => return Err(Error::io(format!("look at {}", encode(&entry.path)), e)),
+                Err(e) => return Err(Error::io(format!("inspect {}", encode(&entry.path)), e)),
             }
         }
         if self.entries.len() as u64 >= ENTRIES_MAX {

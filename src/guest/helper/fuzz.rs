@@ -1,12 +1,13 @@
-//! Targets of `scripts/fuzz`: each message of the helper's protocol, from either side. An input is one message.
+//! Targets of `scripts/fuzz`: every message of the helper protocol, in both directions. An input is
+//! one message.
 
 use super::protocol::{FROM_HELPER_BYTES_MAX, Job, Order, Reply};
 use crate::api::exec::Exit;
 
-/// Longest text of a reply, each of whose bytes may have become an escape.
+/// Maximum length of a reply's text after escaping each of its bytes.
 const TEXT_SHOWN_BYTES_MAX: usize = 10 * FROM_HELPER_BYTES_MAX;
 
-/// Replies: the daemon reads them, and a guest may have written them.
+/// Replies that the daemon reads. A guest may have written them.
 pub fn replies(message: &[u8]) {
     match Reply::decode(message) {
         Some(Reply::Failed(_, text)) => {
@@ -19,7 +20,8 @@ pub fn replies(message: &[u8]) {
     }
 }
 
-/// Jobs and orders, as a helper reads them. Anything it accepts must be something that the daemon can send.
+/// Jobs and orders that a helper reads. Anything it accepts must be something that the daemon can
+/// send.
 pub fn orders(message: &[u8]) {
     if let Some(job) = Job::decode(message) {
         assert_eq!(job.encode(), message);

@@ -1,5 +1,5 @@
-//! The real transport. Each connection to a guest is a helper process of its own, which speaks SSH and runs one command, so no
-//! byte that a guest's SSH server sends is parsed in the daemon.
+//! The real transport. Each connection to a guest has a helper process of its own, which speaks SSH
+//! and runs one command. So the daemon never parses a byte that a guest's SSH server sends.
 //!
 //! ```text
 //! daemon: connect, deadlines, cancel, hang-up      helper (VM's uid, confined)           guest
@@ -7,12 +7,13 @@
 //!      └ sources and sinks: a pipe each, or the caller's own descriptor ──┘
 //! ```
 //!
-//! - [`session`] is the daemon's side: it starts the helper, passes the connected socket and the streams, moves the bytes of
-//!   streams that are not plain pipes, and alone decides when a session ends. It believes nothing: a reply that is not what the
-//!   protocol allows, and a helper that dies, are `guest_lost` for this session.
-//! - [`serve`] is the helper's side. The key that it logs in with is the VM's own, so a guest that takes its helper over gets a
-//!   key to itself and the streams of the command that it runs anyway.
-//! - [`protocol`] is what passes between the two.
+//! - [`session`] is the daemon's side. It starts the helper, passes it the connected socket and the
+//!   streams, and moves the bytes of streams that are not plain pipes. It alone decides when a
+//!   session ends, and it trusts nothing: if a reply violates the protocol or the helper dies, this
+//!   session fails with `guest_lost`.
+//! - [`serve`] is the helper's side. It logs in with the VM's own key. A guest that takes over its
+//!   helper gets only that key and the streams of the command that it runs anyway.
+//! - [`protocol`] defines the messages between the two.
 
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
@@ -34,7 +35,7 @@ use crate::locks::{Cancel, Rank, region};
 use session::Session;
 use std::time::Instant;
 
-/// What [`crate::host::confine::spawn`] knows this helper by.
+/// The name under which [`crate::host::confine::spawn`] starts this helper.
 pub const NAME: &str = "guest";
 
 #[derive(Clone, Copy, Debug, Default)]

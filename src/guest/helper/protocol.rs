@@ -1,30 +1,31 @@
-//! The protocol between the daemon and a helper. A message is a tag and its fields; no field is optional.
+//! The protocol between the daemon and a helper. A message is a tag and its fields; no field is
+//! optional.
 //!
-//! The daemon's messages come first, a [`Job`] and then [`Order`]s; the helper answers with [`Reply`]s. Both sides refuse a
-//! message that they do not know, that is cut short or too long, or that goes on after its end. The daemon's side is the
-//! one that matters: what the helper says may be what the guest wants it to say.
+//! The daemon first sends a [`Job`] and then [`Order`]s; the helper answers with [`Reply`]s. Both
+//! sides reject a message that is unknown, truncated, too long or followed by extra bytes. The
+//! daemon's checks matter most, because a guest may control what the helper sends.
 
 use crate::api::exec::{Exit, Pty, PtySize};
 use crate::host::confine::{Reader, Writer, printable};
 use std::os::fd::BorrowedFd;
 
-/// Longest message to a helper: a command of `COMMAND_BYTES_MAX`, two keys and some room.
+/// Maximum size of a message to a helper: a command of `COMMAND_BYTES_MAX`, two keys and some room.
 pub const TO_HELPER_BYTES_MAX: usize = 64 * 1024;
-/// Longest message from a helper.
+/// Maximum size of a message from a helper.
 pub const FROM_HELPER_BYTES_MAX: usize = 1024;
-/// Longest text in a message from a helper.
+/// Maximum length of a text in a message from a helper.
 const TEXT_BYTES_MAX: usize = 512;
-/// Longest name of a signal.
+/// Maximum length of a signal's name.
 const SIGNAL_BYTES_MAX: usize = 16;
 
 /// One session: log in and run a command, or only log in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Job {
     pub user: String,
-    /// OpenSSH format.
+    /// In OpenSSH format.
     pub private_key: String,
     pub host_key: Vec<u8>,
-    /// None: only log in.
+    /// `None` to only log in.
     pub command: Option<Command>,
 }
 
@@ -36,7 +37,7 @@ pub struct Command {
     pub stdin: Input,
     pub has_stdout: bool,
     pub has_stderr: bool,
-    /// Whether the end of the command is the end, though others still hold its output.
+    /// End when the command ends, even if other processes still hold its output open.
     pub no_wait_children: bool,
 }
 
@@ -44,14 +45,15 @@ pub struct Command {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Input {
     Empty,
-    /// From the caller's own descriptor: its end is the end of the input.
+    /// The caller's own descriptor. Its end is the end of the input.
     Direct,
-    /// From a pipe of the daemon's: its end counts only after [`Order::InputEnded`]. Without that the daemon has died or
-    /// failed to read the rest, and the guest must not take what it has for the whole.
+    /// A pipe from the daemon. Its end counts only after [`Order::InputEnded`]. Otherwise the
+    /// daemon has died or failed to read the rest, and the guest must not take a part for the
+    /// whole.
     Pumped,
 }
 
-/// The descriptors that come with a job, in this order.
+/// The descriptors that are passed with a job, in this order.
 pub struct Passed<'a> {
     pub socket: BorrowedFd<'a>,
     pub stdin: Option<BorrowedFd<'a>>,
@@ -69,19 +71,19 @@ impl<'a> Passed<'a> {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Order {
     Resize(PtySize),
-    /// Without `SIG`.
+    /// The name of a signal, without `SIG`.
     Signal(String),
     InputEnded,
-    /// End the command with a SIGHUP, then exit.
+    /// End the command with SIGHUP, then exit.
     HangUp,
 }
 
 /// A message from a helper to the daemon.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Reply {
-    /// The command runs, or the key was accepted where there is none.
+    /// The command runs. Without a command: the key was accepted.
     Started,
-    /// The command's output has been delivered.
+    /// The command has ended and its output has been delivered.
     Exited(Exit),
     Failed(Failure, String),
 }
@@ -91,14 +93,14 @@ pub enum Reply {
 pub enum Failure {
     /// The helper cannot confine itself.
     Confinement,
-    /// No session came about.
+    /// The session could not be established.
     Unavailable,
-    /// The guest's SSH server does not accept our key.
+    /// The guest's SSH server refuses our key.
     KeyRefused,
     HostKeyMismatch,
-    /// The session broke.
+    /// The connection broke.
     Lost,
-    /// A caller's descriptor could not be read or written.
+    /// A descriptor of the caller's could not be read or written.
     Stream,
 }
 
@@ -209,7 +211,7 @@ impl Reply {
         }
     }
 
-    /// Text comes out printable.
+    /// Decodes a message. Text is made printable.
     pub fn decode(message: &[u8]) -> Option<Self> {
         if message.len() > FROM_HELPER_BYTES_MAX {
             return None;
@@ -256,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_are_read_back_and_no_prefix_or_longer_one_is_taken() {
+    fn message_round_trips_and_wrong_lengths_are_rejected() {
         let size = PtySize { rows: 24, cols: 500 };
         let pty = Pty { size, term: "xterm".into() };
         for job in [job(None), job(Some(command(None))), job(Some(command(Some(pty))))] {
@@ -282,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn text_of_a_helper_is_bounded_and_printable() {
+    fn reply_text_is_bounded_and_printable() {
         let text = "a\x1b[2J\u{202e}b".to_owned() + &"é".repeat(1000);
         let Some(Reply::Failed(Failure::Lost, shown)) = Reply::decode(&Reply::Failed(Failure::Lost, text).encode()) else {
             panic!("not read back");

@@ -1,4 +1,5 @@
-//! The daemon's side of a stream that is no plain pipe: its bytes go through a pipe to or from the helper.
+//! The daemon's side of a stream that is not a plain pipe. Its bytes go through a pipe to or from
+//! the helper.
 
 use crate::api::stream;
 use crate::error::{Error, Result};
@@ -8,19 +9,20 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 
-/// Most bytes in one read.
+/// Maximum size of one read.
 const PIECE_BYTES: usize = 128 * 1024;
-/// Pieces of one stream before everything else is looked at again.
+/// How many pieces of one stream to move before everything else gets its turn.
 const PIECES_PER_TURN: usize = 8;
-/// Size of a pipe for a bulk stream. A user has at most 64 MiB in pipes above 64 KiB; then it stays smaller.
+/// Size of a pipe for a bulk stream. Pipes above 64 KiB may use 64 MiB per user in all; beyond that
+/// the pipe stays smaller.
 const PIPE_BYTES: usize = 256 * 1024;
 
-/// How a turn ended.
+/// The result of a turn.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Turn {
     /// Bytes have moved.
     pub progress: bool,
-    /// More could move at once.
+    /// More bytes can move at once.
     pub has_more: bool,
 }
 
@@ -30,35 +32,35 @@ impl Turn {
     }
 }
 
-/// A pipe whose ends do not block: the end to read, the end to write.
+/// Creates a non-blocking pipe. Returns the read end and the write end.
 fn pipe() -> Result<(OwnedFd, OwnedFd)> {
     let failed = |e: rustix::io::Errno| Error::io("make a pipe for a stream of the guest", e);
     let (r, w) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(failed)?;
-    // Only a matter of speed.
+    // The size only affects speed, so a failure is ignored.
     let _ = rustix::pipe::fcntl_setpipe_size(&w, PIPE_BYTES);
     Ok((r, w))
 }
 
 pub(super) struct Inward<'a> {
     source: &'a mut dyn Source,
-    /// None: the helper reads no more.
+    /// `None` once the helper reads no more.
     pipe: Option<OwnedFd>,
     buffer: Vec<u8>,
     at: usize,
     has_ended: bool,
-    /// Bytes in the pipe at the last look.
+    /// Bytes in the pipe at the last check.
     in_pipe: u64,
 }
 
 impl<'a> Inward<'a> {
-    /// And the end that the helper reads.
+    /// Creates a feed. Also returns the end that the helper reads.
     pub fn new(source: &'a mut dyn Source) -> Result<(Self, OwnedFd)> {
         let (r, w) = pipe()?;
         Ok((Self { source, pipe: Some(w), buffer: Vec::new(), at: 0, has_ended: false, in_pipe: 0 }, r))
     }
 
-    /// Whether the source has ended and all that it gave is in the pipe. The pipe stays open: its end means nothing before
-    /// the helper has received `Order::InputEnded`.
+    /// True if the source has ended and everything it gave is in the pipe. The pipe stays open,
+    /// because its end means nothing until the helper has received `Order::InputEnded`.
     pub fn is_finished(&self) -> bool {
         self.has_ended && self.at == self.buffer.len()
     }
@@ -72,7 +74,7 @@ impl<'a> Inward<'a> {
         Some(PollFd::new(source, PollFlags::POLLIN))
     }
 
-    /// Whether the helper has taken some of what is in the pipe since this was asked last.
+    /// True if the helper has read from the pipe since the last call.
     pub fn has_drained(&mut self) -> bool {
         let Some(pipe) = &self.pipe else { return false };
         let now = rustix::io::ioctl_fionread(pipe).unwrap_or(0);
@@ -96,7 +98,7 @@ impl<'a> Inward<'a> {
                 }
                 Err(rustix::io::Errno::AGAIN) => return Ok(turn),
                 Err(rustix::io::Errno::INTR) => {}
-                // The command takes no more input.
+                // The command accepts no more input.
                 Err(_) => self.pipe = None,
             }
         }
@@ -104,7 +106,7 @@ impl<'a> Inward<'a> {
         Ok(turn)
     }
 
-    /// Whether the source was worth asking.
+    /// Reads from the source. Returns false if it is not ready.
     fn read(&mut self) -> Result<bool> {
         self.at = 0;
         self.buffer.resize(PIECE_BYTES, 0);
@@ -124,22 +126,22 @@ impl<'a> Inward<'a> {
 }
 
 pub(super) struct Outward<'a> {
-    /// None: nobody reads it, and what follows is dropped.
+    /// `None` once nobody reads it. Further output is discarded.
     sink: Option<&'a mut dyn Sink>,
-    /// None: the helper writes no more.
+    /// `None` once the helper writes no more.
     pipe: Option<OwnedFd>,
     buffer: Vec<u8>,
     at: usize,
 }
 
 impl<'a> Outward<'a> {
-    /// And the end that the helper writes.
+    /// Creates a drain. Also returns the end that the helper writes.
     pub fn new(sink: &'a mut dyn Sink) -> Result<(Self, OwnedFd)> {
         let (r, w) = pipe()?;
         Ok((Self { sink: Some(sink), pipe: Some(r), buffer: Vec::new(), at: 0 }, w))
     }
 
-    /// Whether all that the helper wrote has been delivered.
+    /// True if everything that the helper wrote has been delivered.
     pub fn is_finished(&self) -> bool {
         self.pipe.is_none() && self.at == self.buffer.len()
     }
@@ -176,7 +178,7 @@ impl<'a> Outward<'a> {
         Ok(turn)
     }
 
-    /// Whether the sink takes more now.
+    /// Writes to the sink. Returns true if it accepts more now.
     fn write(&mut self, turn: &mut Turn) -> Result<bool> {
         let Some(sink) = &mut self.sink else {
             self.at = self.buffer.len();

@@ -1,4 +1,4 @@
-//! The helper's side: gives up its rights, takes one job, speaks SSH for it, exits.
+//! The helper's side: drops its privileges, takes one job, speaks SSH for it, and exits.
 
 use super::protocol::{FROM_HELPER_BYTES_MAX, Failure, Input, Job, Order, Reply, TO_HELPER_BYTES_MAX};
 use crate::error::Kind;
@@ -16,9 +16,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// A session's buffers and libssh2's window are 3 MiB; output in small messages costs libssh2 several times its size.
+/// A session's buffers and libssh2's window take 3 MiB. Output in small messages costs libssh2
+/// several times its size.
 const MEMORY_BYTES_MAX: u64 = 64 * 1024 * 1024;
-/// The standard ones, the socket, three streams, an eventfd, and what is received before one of them is closed.
+/// The standard streams, the socket, three passed streams, an eventfd, and descriptors that are
+/// received before one of them is closed.
 const OPEN_FILES_MAX: u64 = 16;
 
 const PROFILE: Profile = Profile {
@@ -38,25 +40,25 @@ pub fn run(asked: &Asked) -> ExitCode {
     }
     match serve(&channel) {
         Ok(reply) => say(&channel, &reply).map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS),
-        Err(Gone) => ExitCode::FAILURE,
+        Err(NoReply) => ExitCode::FAILURE,
     }
 }
 
-/// Nobody wants an answer any more, or what came is no job.
-struct Gone;
+/// The daemon no longer wants an answer, or sent something that is not a job.
+struct NoReply;
 
-impl From<io::Error> for Gone {
+impl From<io::Error> for NoReply {
     fn from(_: io::Error) -> Self {
-        Gone
+        NoReply
     }
 }
 
-fn serve(channel: &Arc<Channel>) -> Result<Reply, Gone> {
+fn serve(channel: &Arc<Channel>) -> Result<Reply, NoReply> {
     let (job, mut fds) = receive_job(channel)?;
     let cancel = Cancel::try_new()?;
-    // The daemon has the deadlines, and kills.
+    // The daemon enforces the deadlines by killing this process.
     let wait = Wait::new(&cancel);
-    let socket = TcpStream::from(fds.next().ok_or(Gone)?);
+    let socket = TcpStream::from(fds.next().ok_or(NoReply)?);
     let who = Identity { user: &job.user, private_key: &job.private_key, host_key: &job.host_key };
     let shared = match log_in(socket, &who, &wait) {
         Ok(shared) => shared,
@@ -64,7 +66,7 @@ fn serve(channel: &Arc<Channel>) -> Result<Reply, Gone> {
     };
     let Some(command) = &job.command else { return Ok(Reply::Started) };
     let ended = Arc::new(AtomicBool::new(command.stdin == Input::Direct));
-    let mut next = |is_there: bool| if is_there { fds.next().ok_or(Gone).map(Some) } else { Ok(None) };
+    let mut next = |is_there: bool| if is_there { fds.next().ok_or(NoReply).map(Some) } else { Ok(None) };
     let mut stdin = next(command.stdin != Input::Empty)?.map(|fd| PipeSource { inner: FdSource::new(fd), ended: ended.clone() });
     let mut stdout = next(command.has_stdout)?.map(FdSink::new);
     let mut stderr = next(command.has_stderr)?.map(FdSink::new);
@@ -86,30 +88,30 @@ fn serve(channel: &Arc<Channel>) -> Result<Reply, Gone> {
         Ok(exit) => Ok(Reply::Exited(exit)),
         Err(e) => match e.kind() {
             Kind::GuestLost => Ok(Reply::Failed(Failure::Lost, e.message().to_owned())),
-            Kind::Cancelled => Err(Gone),
+            Kind::Cancelled => Err(NoReply),
             _ => Ok(Reply::Failed(Failure::Stream, e.to_string())),
         },
     }
 }
 
-fn failed(e: LogInError) -> Result<Reply, Gone> {
+fn failed(e: LogInError) -> Result<Reply, NoReply> {
     Ok(match e {
         LogInError::HostKeyMismatch => Reply::Failed(Failure::HostKeyMismatch, String::new()),
         LogInError::KeyRefused(what) => Reply::Failed(Failure::KeyRefused, what),
         LogInError::Unavailable(what) => Reply::Failed(Failure::Unavailable, what),
-        LogInError::Ended => return Err(Gone),
+        LogInError::Ended => return Err(NoReply),
     })
 }
 
-fn receive_job(channel: &Channel) -> Result<(Job, impl Iterator<Item = OwnedFd> + use<>), Gone> {
+fn receive_job(channel: &Channel) -> Result<(Job, impl Iterator<Item = OwnedFd> + use<>), NoReply> {
     let mut buffer = vec![0; TO_HELPER_BYTES_MAX];
     wait_for(channel, PollFlags::POLLIN);
     let received = channel.receive_with_fds(&mut buffer)?;
-    let job = Job::decode(&buffer[..received.len]).ok_or(Gone)?;
+    let job = Job::decode(&buffer[..received.len]).ok_or(NoReply)?;
     Ok((job, received.fds.into_iter()))
 }
 
-/// As long as it takes: when the daemon dies this process is killed.
+/// Waits without a deadline. When the daemon dies, this process is killed.
 fn wait_for(channel: &Channel, events: PollFlags) {
     let _ = poll(&mut [PollFd::new(channel.fd(), events)], PollTimeout::NONE);
 }
@@ -123,7 +125,7 @@ fn say(channel: &Channel, reply: &Reply) -> io::Result<()> {
     }
 }
 
-/// Input whose end may need the daemon's word: see [`Input::Pumped`].
+/// Input whose end may need the daemon's confirmation; see [`Input::Pumped`].
 struct PipeSource {
     inner: FdSource,
     ended: Arc<AtomicBool>,
@@ -135,14 +137,15 @@ impl Source for PipeSource {
     }
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self.inner.read(buffer)? {
-            // The daemon's word is on its way, or the daemon is gone: the channel says which in the next round.
+            // Either the confirmation is on its way or the daemon is gone. The next round reads the
+            // channel and finds out.
             0 if !self.ended.load(Ordering::Relaxed) => Err(io::ErrorKind::WouldBlock.into()),
             n => Ok(n),
         }
     }
 }
 
-/// The daemon's orders, as they come.
+/// Receives the daemon's orders.
 struct Orders {
     channel: Arc<Channel>,
     ended: Arc<AtomicBool>,
@@ -165,7 +168,7 @@ impl Controls for Orders {
                 Some(Order::Signal(name)) => return Some(Control::Signal(name)),
                 Some(Order::InputEnded) => self.ended.store(true, Ordering::Relaxed),
                 Some(Order::HangUp) => return Some(Control::HangUp),
-                // The daemon is gone. What is left of its input must not look like all of it.
+                // The daemon is gone. The input so far must not be taken for the whole input.
                 None => std::process::exit(1),
             }
         }

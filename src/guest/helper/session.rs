@@ -1,4 +1,4 @@
-//! The daemon's side of one helper: start it, feed it, believe nothing that it says, end it.
+//! The daemon's side of one helper: starts it, feeds it, validates every reply, and ends it.
 
 use super::NAME;
 use super::protocol::{Command, FROM_HELPER_BYTES_MAX, Failure, Input, Job, Order, Passed, Reply, TO_HELPER_BYTES_MAX};
@@ -15,17 +15,17 @@ use std::net::TcpStream;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// How long a helper may take to end the command that was given up; it takes 2 s itself.
-const FAREWELL: Duration = Duration::from_millis(2500);
-/// How long to wait for the exit of a helper whose channel has ended, to say how it ended.
-const EXIT_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a helper may take to end an abandoned command. It allows 2 s for that itself.
+const HANGUP_TIMEOUT: Duration = Duration::from_millis(2500);
+/// How long to wait for the exit status of a helper whose channel has ended.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// One helper and what it was given.
 pub(super) struct Session<'w, 'a> {
     helper: Helper,
     target: &'w Target,
     wait: Wait<'w>,
-    /// Until the command runs, this one counts.
+    /// Applies until the command runs.
     dial: Wait<'w>,
     idle: Option<Duration>,
     stdin: Option<Inward<'a>>,
@@ -37,9 +37,9 @@ pub(super) struct Session<'w, 'a> {
     result: Option<Result<Exit>>,
 }
 
-/// The ends of the streams that the helper gets; they are closed here once it has them.
+/// The helper's ends of the streams. They are closed here once the helper has them.
 #[derive(Default)]
-struct Theirs {
+struct HelperEnds {
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
@@ -47,7 +47,7 @@ struct Theirs {
 
 fn lost(what: impl std::fmt::Display) -> Error {
     Error::new(Kind::GuestLost, format!("the connection to the guest broke: {what}"))
-        .hint("see whether the VM still runs (fcctl ps) and what it says (fcctl logs {vm})")
+        .hint("check that the VM still runs (fcctl ps) and read its console (fcctl logs {vm})")
 }
 
 fn job(target: &Target, command: Option<Command>) -> Job {
@@ -74,7 +74,7 @@ impl<'w, 'a> Session<'w, 'a> {
         }
     }
 
-    /// Logs in over a connected socket, and no more.
+    /// Logs in over a connected socket and does nothing else.
     pub fn log_in(target: &'w Target, socket: TcpStream, wait: &Wait<'w>) -> Result<LogIn> {
         let mut session = Self::new(confine::spawn(NAME, target.owner)?, target, wait.clone());
         let passed = Passed { socket: socket.as_fd(), stdin: None, stdout: None, stderr: None };
@@ -93,7 +93,7 @@ impl<'w, 'a> Session<'w, 'a> {
             }
         };
         match ended {
-            Ok(_) => Ok(LogIn::Refused(lost("its helper process answered what was not asked"))),
+            Ok(_) => Ok(LogIn::Refused(lost("its helper process sent an unexpected reply"))),
             Err(e) if e.kind() == Kind::GuestLost || session.is_key_refused => Ok(LogIn::Refused(e)),
             Err(e) if matches!(e.kind(), Kind::GuestUnavailable | Kind::Timeout) => Ok(LogIn::NotYet(e)),
             Err(e) => Err(e),
@@ -102,7 +102,7 @@ impl<'w, 'a> Session<'w, 'a> {
 
     /// Connects and gives the helper its job.
     pub fn start(target: &'w Target, spec: &ExecSpec, streams: Streams<'a>, wait: Wait<'w>) -> Result<Self> {
-        // It gets ready while the connection is made.
+        // The helper starts up while the connection is established.
         let helper = confine::spawn(NAME, target.owner)?;
         Self::start_with(helper, target, spec, streams, wait)
     }
@@ -116,42 +116,42 @@ impl<'w, 'a> Session<'w, 'a> {
     ) -> Result<Self> {
         let mut session = Self::new(helper, target, wait);
         let socket = connect(target, &session.dial).map_err(|e| session.at_dial(e))?;
-        let mut theirs = Theirs::default();
+        let mut helper_ends = HelperEnds::default();
         let Streams { stdin, stdout, stderr, controls, hangup: _ } = streams;
         session.controls = controls;
         session.idle = spec.idle;
-        // An idle limit needs to see what moves.
+        // With an idle limit the daemon must see every byte, so descriptors cannot be passed on.
         let may_pass = spec.idle.is_none();
-        let input = session.take_stdin(stdin, may_pass, &mut theirs)?;
-        theirs.stdout = session.take_output(stdout, may_pass)?;
-        theirs.stderr = session.take_output(stderr, may_pass)?;
+        let input = session.take_stdin(stdin, may_pass, &mut helper_ends)?;
+        helper_ends.stdout = session.take_output(stdout, may_pass)?;
+        helper_ends.stderr = session.take_output(stderr, may_pass)?;
         let command = Command {
             line: spec.command.clone().into(),
             pty: spec.pty.clone(),
             stdin: input,
-            has_stdout: theirs.stdout.is_some(),
-            has_stderr: theirs.stderr.is_some(),
+            has_stdout: helper_ends.stdout.is_some(),
+            has_stderr: helper_ends.stderr.is_some(),
             no_wait_children: spec.no_wait_children,
         };
         let passed = Passed {
             socket: socket.as_fd(),
-            stdin: theirs.stdin.as_ref().map(AsFd::as_fd),
-            stdout: theirs.stdout.as_ref().map(AsFd::as_fd),
-            stderr: theirs.stderr.as_ref().map(AsFd::as_fd),
+            stdin: helper_ends.stdin.as_ref().map(AsFd::as_fd),
+            stdout: helper_ends.stdout.as_ref().map(AsFd::as_fd),
+            stderr: helper_ends.stderr.as_ref().map(AsFd::as_fd),
         };
         session.send_job(&job(target, Some(command)), &passed)?;
         Ok(session)
     }
 
-    fn take_stdin(&mut self, source: Option<&'a mut dyn Source>, may_pass: bool, theirs: &mut Theirs) -> Result<Input> {
+    fn take_stdin(&mut self, source: Option<&'a mut dyn Source>, may_pass: bool, helper_ends: &mut HelperEnds) -> Result<Input> {
         let Some(source) = source else { return Ok(Input::Empty) };
         if let Some(pipe) = source.pipe().filter(|_| may_pass) {
-            theirs.stdin = Some(clone(pipe)?);
+            helper_ends.stdin = Some(clone(pipe)?);
             return Ok(Input::Direct);
         }
         let (inward, end) = Inward::new(source)?;
         self.stdin = Some(inward);
-        theirs.stdin = Some(end);
+        helper_ends.stdin = Some(end);
         Ok(Input::Pumped)
     }
 
@@ -171,18 +171,18 @@ impl<'w, 'a> Session<'w, 'a> {
             let text = format!("a command of {} bytes with its environment is too long", message.len());
             return Err(Error::invalid(text).hint("pass less on the command line"));
         }
-        // The first message into an empty channel; it fails where the helper has died.
+        // This is the first message in an empty channel, so it fails only if the helper has died.
         if self.helper.channel.send(&message, &passed.list()).is_err() {
             return Err(self.died());
         }
         Ok(())
     }
 
-    /// To the end of the command, or to whatever ends it before.
+    /// Runs until the command ends or something else ends the wait.
     pub fn run(mut self) -> Result<Exit> {
         let ended = self.supervise();
         if let Err(e) = &ended {
-            self.farewell(e);
+            self.send_hangup(e);
         }
         ended
     }
@@ -207,7 +207,7 @@ impl<'w, 'a> Session<'w, 'a> {
         }
     }
 
-    /// Takes what the helper has said, up to its last word.
+    /// Receives replies, up to the final one.
     fn receive(&mut self) {
         let mut buffer = [0; FROM_HELPER_BYTES_MAX];
         while self.result.is_none() {
@@ -231,10 +231,10 @@ impl<'w, 'a> Session<'w, 'a> {
                     self.is_key_refused = failure == Failure::KeyRefused;
                     self.result = Some(Err(self.error(failure, &text)));
                 }
-                _ => self.result = Some(Err(lost("its helper process answered what no helper says"))),
+                _ => self.result = Some(Err(lost("its helper process sent an invalid reply"))),
             }
         }
-        // What it wrote before its last word is in the pipes. Without it they end.
+        // Output from before the final reply is still in the pipes. Killing the helper closes them.
         self.helper.kill();
     }
 
@@ -249,17 +249,17 @@ impl<'w, 'a> Session<'w, 'a> {
             }
             Failure::HostKeyMismatch => Error::new(
                 Kind::HostKeyMismatch,
-                format!("the guest at {} has another host key than its VM was given", self.target.addr),
+                format!("the guest at {} has a different host key than its VM was given", self.target.addr),
             )
-            .hint("a start gives the guest its own key again: fcctl restart {vm}"),
+            .hint("restart the VM to give the guest its own key again: fcctl restart {vm}"),
             Failure::Lost => lost(text.trim_start_matches("the connection to the guest broke: ")),
             Failure::Stream => Error::new(Kind::Host, text),
         }
     }
 
-    /// Its channel has ended without a last word.
+    /// Builds the error of a helper whose channel ended without a final reply.
     fn died(&mut self) -> Error {
-        let how = match self.helper.wait(Instant::now() + EXIT_PATIENCE) {
+        let how = match self.helper.wait(Instant::now() + EXIT_TIMEOUT) {
             Some(exit) => exit.to_string(),
             None => "it still runs".to_owned(),
         };
@@ -273,7 +273,7 @@ impl<'w, 'a> Session<'w, 'a> {
             if stdin.is_finished() && self.orders.is_empty() {
                 self.orders.push_back(Order::InputEnded);
                 self.send_orders();
-                // Only after the word that it is all; see `Input::Pumped`.
+                // Close the pipe only after `Order::InputEnded` was sent; see `Input::Pumped`.
                 if self.orders.is_empty() {
                     self.stdin = None;
                 }
@@ -286,7 +286,7 @@ impl<'w, 'a> Session<'w, 'a> {
         Ok(turn)
     }
 
-    /// Delivers the output from before the session broke, as far as the caller takes it now.
+    /// Delivers output from before the session broke, as far as the caller accepts it now.
     fn deliver_rest(&mut self) {
         for output in &mut self.outputs {
             while output.turn().is_ok_and(|turn| turn.progress || turn.has_more) {}
@@ -306,12 +306,13 @@ impl<'w, 'a> Session<'w, 'a> {
         }
     }
 
-    /// As many as the helper takes. One that takes none keeps a few of them waiting, and the caller's queue is bounded.
+    /// Sends as many orders as the helper accepts. If it accepts none, a few stay queued, and the
+    /// caller's queue is bounded.
     fn send_orders(&mut self) {
         while let Some(order) = self.orders.front() {
             match self.helper.channel.send(&order.encode(), &[]) {
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
-                // One that is gone is seen by `receive`.
+                // If the helper is gone, `receive` notices it.
                 Ok(()) | Err(_) => drop(self.orders.pop_front()),
             }
         }
@@ -352,15 +353,16 @@ impl<'w, 'a> Session<'w, 'a> {
         }
     }
 
-    /// The command gets a SIGHUP before its connection goes; see `ssh::Pump::farewell`. Not after a cancel: the VM goes too, or
-    /// somebody waits for the worker.
-    fn farewell(&mut self, why: &Error) {
+    /// Lets the helper send SIGHUP to the command before the connection closes; see
+    /// `ssh::Pump::send_hangup`. Not after a cancel: either the VM stops too, or someone waits for
+    /// this worker.
+    fn send_hangup(&mut self, why: &Error) {
         let is_cancelled = why.kind() == Kind::Cancelled && !is_hang_up(why);
         if !self.is_started || self.result.is_some() || is_cancelled {
             return;
         }
         self.orders.push_back(Order::HangUp);
-        let wait = self.wait.without_ends(Instant::now() + FAREWELL);
+        let wait = self.wait.without_ends(Instant::now() + HANGUP_TIMEOUT);
         loop {
             self.send_orders();
             let channel = (!self.orders.is_empty()).then(|| PollFd::new(self.helper.channel.fd(), PollFlags::POLLOUT));

@@ -1,4 +1,4 @@
-//! Against a real sshd on the loopback.
+//! Tests against a real sshd on the loopback interface.
 
 use crate::api::exec::{Exit, Pty, PtySize};
 use crate::error::{Error, Kind, Result};
@@ -18,7 +18,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A start that has come, for whoever waits (the promise of the design, with some room for a loaded machine).
+/// How soon a ready guest must be noticed: the designed latency plus some room for a loaded
+/// machine.
 const SOON: Duration = Duration::from_millis(100);
 
 fn cancel() -> Cancel {
@@ -55,7 +56,8 @@ fn run(target: &Target, spec: &ExecSpec, stdin: &[u8]) -> Result<(Exit, Vec<u8>,
     Ok((exit, stdout.bytes, stderr.bytes))
 }
 
-/// Runs `body` on a thread. The command's first byte on stdout, of which the other end comes back, shows that it runs.
+/// Runs `body` on a thread and waits for the command's first byte on stdout, which shows that it
+/// runs. Returns the read end of its output.
 fn begin(body: impl FnOnce(FdSink) -> Result<Exit> + Send + 'static) -> (OwnedFd, std::thread::JoinHandle<Result<Exit>>) {
     let (r, w) = pipe();
     let thread = spawn("exec", move || body(sink(w))).unwrap();
@@ -64,14 +66,14 @@ fn begin(body: impl FnOnce(FdSink) -> Result<Exit> + Send + 'static) -> (OwnedFd
 }
 
 #[test]
-fn exits_come_back_as_they_are_and_streams_stay_apart() {
+fn exec_returns_exits_and_keeps_streams_separate() {
     let (_sshd, target) = ready("");
     let exit = |spec: &ExecSpec| run(&target, spec, b"").unwrap().0;
     for status in [0, 1, 7, 125, 255] {
         assert_eq!(exit(&sh(&format!("exit {status}"))), Exit::Status(status));
     }
     assert_eq!(exit(&sh("kill -TERM $$")), Exit::Status(143));
-    // One that sshd has no name for.
+    // sshd has no name for this signal.
     assert_eq!(exit(&sh("kill -BUS $$")), Exit::Status(135));
     assert_eq!(exit(&spec("kill -KILL $$")), Exit::Signal("KILL".into()));
     assert_eq!(exit(&spec(&command_line(&["no-such-command".into()], &[], None).unwrap())), Exit::Status(127));
@@ -83,7 +85,7 @@ fn exits_come_back_as_they_are_and_streams_stay_apart() {
 }
 
 #[test]
-fn a_lost_connection_is_never_an_exit() {
+fn exec_lost_connection_is_never_an_exit() {
     let (_sshd, target) = ready("");
     // `$PPID` of the login shell is sshd.
     for script in ["kill -9 $PPID; sleep 5", "echo out; exec >&- 2>&-; kill -9 $PPID; exit 0"] {
@@ -94,7 +96,7 @@ fn a_lost_connection_is_never_an_exit() {
 }
 
 #[test]
-fn a_flood_on_stderr_holds_nothing_up() {
+fn exec_flood_on_stderr_does_not_block_stdout() {
     let (_sshd, target) = ready("");
     let script = "head -c 10000000 /dev/zero >&2 & head -c 10000000 /dev/zero; wait; echo end; exit 5";
     struct Count(usize);
@@ -111,24 +113,24 @@ fn a_flood_on_stderr_holds_nothing_up() {
     let streams = Streams { stdout: Some(&mut stdout), stderr: Some(&mut stderr), ..Streams::default() };
     assert_eq!(SshTransport.exec(&target, &sh(script), streams, &cancel()).unwrap(), Exit::Status(5));
     assert_eq!((stdout.0, stderr.0), (10_000_004, 10_000_000));
-    // And where nobody takes either.
+    // The same if nobody takes either stream.
     assert_eq!(SshTransport.exec(&target, &sh(script), Streams::default(), &cancel()).unwrap(), Exit::Status(5));
 }
 
 #[test]
-fn what_has_come_is_not_waited_for() {
+fn exec_reads_available_data_without_waiting() {
     let (sshd, target) = ready("LogLevel DEBUG1");
     for _ in 0..3 {
         let flood = sh("head -c 10000000 /dev/zero >&2 & head -c 10000000 /dev/zero; wait; echo end; exit 5");
         assert_eq!(SshTransport.exec(&target, &flood, Streams::default(), &cancel()).unwrap(), Exit::Status(5));
     }
-    // Who waits is quiet, and is asked for a sign of life after a while.
+    // A reader that waited would be quiet and get a keepalive request after a while.
     let log = sshd.log();
     assert!(log.contains("Starting session") && !log.contains("keepalive@"), "{log}");
 }
 
 #[test]
-fn a_sink_that_nobody_reads_leaves_the_other_stream_alone() {
+fn exec_unread_sink_does_not_block_the_other_stream() {
     let (_sshd, target) = ready("");
     let ((_stuck, stdout), (stderr_read, stderr)) = (pipe(), pipe());
     let cancel = cancel();
@@ -144,7 +146,7 @@ fn a_sink_that_nobody_reads_leaves_the_other_stream_alone() {
     assert_eq!(thread.join().unwrap().unwrap_err().kind(), Kind::Cancelled);
 }
 
-/// Through FIFOs as in earnest, with the server renewing its keys on the way.
+/// Sends data through FIFOs both ways, as production does, while the server renews its keys.
 fn round_trip(config: &str, bytes: usize) -> Duration {
     let (_sshd, target) = ready(config);
     let (stdin, stdin_write) = pipe();
@@ -184,21 +186,21 @@ fn round_trip(config: &str, bytes: usize) -> Duration {
 }
 
 #[test]
-fn twenty_megabytes_both_ways() {
+fn exec_twenty_megabytes_both_ways() {
     round_trip("", 20_000_000);
 }
 
 #[test]
-fn the_servers_new_keys_do_not_disturb() {
-    // Where it goes wrong, it does so every other time.
+fn exec_survives_rekeying_by_the_server() {
+    // The fault that this test guards against appeared in about every second run.
     for _ in 0..3 {
         round_trip("RekeyLimit 1M", 20_000_000);
     }
 }
 
 #[test]
-fn a_terminal_has_its_size_and_takes_another() {
-    // Also where nobody types.
+fn exec_terminal_gets_its_size_and_resizes() {
+    // With and without input from the terminal.
     for has_stdin in [true, false] {
         resized(has_stdin);
     }
@@ -232,7 +234,7 @@ fn resized(has_stdin: bool) {
 }
 
 #[test]
-fn signals_reach_the_command_by_name() {
+fn exec_signals_reach_the_command_by_name() {
     let (_sshd, target) = ready("");
     let traps = "trap 'echo one' USR1; trap 'exit 9' INT; echo ready; while :; do sleep 0.05; done";
     for (script, signals, wanted) in
@@ -251,12 +253,13 @@ fn signals_reach_the_command_by_name() {
     }
 }
 
-/// A program in the background keeps the output of a command that has ended. One signal ends the wait for it, and does not
-/// take until the next sign of life is due.
+/// A background program keeps open the output of a command that has ended. One signal ends the wait
+/// for it, without delay until the next keepalive.
 #[test]
-fn signal_after_the_command_ended_ends_the_wait_for_its_output() {
+fn exec_signal_after_the_command_ended_ends_the_wait_for_output() {
     let (_sshd, target) = ready("");
-    // sshd reports the exit status when it reaps the shell, so before it forwards what is written after that.
+    // sshd reports the exit status when it reaps the shell, so before it forwards what is written
+    // after that.
     let script = "p=$$; (while kill -0 $p; do sleep 0.02; done 2> /dev/null; echo late; exec sleep 20) & exit 3";
     let (sender, mut controls) = control_queue().unwrap();
     let (_stdout, thread) = begin(move |mut stdout| {
@@ -269,9 +272,10 @@ fn signal_after_the_command_ended_ends_the_wait_for_its_output() {
 }
 
 #[test]
-fn a_cancel_ends_every_wait_at_once() {
+fn exec_cancel_ends_every_wait_at_once() {
     let (_sshd, target) = ready("");
-    // Nothing to do; a guest that does not read; a client that does not read; a client that does not write.
+    // An idle command, a guest that does not read, a client that does not read, a client that does
+    // not write.
     for (script, feeds) in [("sleep 60", false), ("sleep 60", true), ("yes", false), ("cat", false)] {
         let cancel = cancel();
         let (there, target) = (cancel.clone(), target.clone());
@@ -292,7 +296,7 @@ fn a_cancel_ends_every_wait_at_once() {
 }
 
 #[test]
-fn only_a_transfer_without_a_byte_is_idle() {
+fn exec_is_idle_only_if_no_byte_moves() {
     let (_sshd, target) = ready("");
     let idle = |script: &str, ms| ExecSpec { idle: Some(Duration::from_millis(ms)), ..sh(script) };
     let steps = idle("for i in 1 2 3 4 5 6 7 8; do echo; sleep 0.2; done", 1000);
@@ -304,7 +308,7 @@ fn only_a_transfer_without_a_byte_is_idle() {
 }
 
 #[test]
-fn a_changed_host_key_is_refused_before_our_key_is_shown() {
+fn exec_changed_host_key_is_refused_before_our_key_is_shown() {
     let (sshd, target) = ready("LogLevel DEBUG1");
     let logins = || sshd.log().matches("Accepted publickey").count();
     let before = logins();
@@ -318,7 +322,7 @@ fn a_changed_host_key_is_refused_before_our_key_is_shown() {
 }
 
 #[test]
-fn a_key_that_is_not_authorized_is_unavailable() {
+fn exec_unauthorized_key_is_unavailable() {
     let (_sshd, target) = ready("");
     let other = Target { private_key: Sshd::prepare("").target().private_key, ..target };
     let is_told = |e: Error| e.kind() == Kind::GuestUnavailable && e.to_string().contains("refuses our key");
@@ -326,17 +330,17 @@ fn a_key_that_is_not_authorized_is_unavailable() {
     assert!(is_told(SshTransport.wait_ready(&other, later(), &cancel()).unwrap_err()));
 }
 
-/// A server of our own that takes every connection and does `serve` with it.
+/// A server that accepts every connection and runs `serve` with it.
 fn listener(serve: impl Fn(std::net::TcpStream) + Send + 'static) -> Target {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap();
-    // Ends with the process.
+    // This thread ends with the process.
     spawn("listener", move || listener.incoming().for_each(|c| serve(c.unwrap()))).unwrap();
     Target { addr, ..Sshd::prepare("").target() }
 }
 
 #[test]
-fn a_server_that_says_nothing_or_too_much_costs_bounded_time() {
+fn exec_silent_or_flooding_server_costs_bounded_time() {
     let silent = listener(std::mem::forget);
     let flood = listener(|mut c| {
         let _ = spawn("flood", move || while c.write_all(&[b'x'; 65536]).is_ok() {});
@@ -360,13 +364,13 @@ fn a_server_that_says_nothing_or_too_much_costs_bounded_time() {
 }
 
 #[test]
-fn a_guest_that_comes_up_late_is_found() {
+fn wait_ready_finds_a_guest_that_comes_up_late() {
     let mut sshd = Sshd::prepare("");
     let target = sshd.target();
     let mute = TcpListener::bind(target.addr).unwrap();
     let there = target.clone();
     let thread = spawn("wait", move || SshTransport.wait_ready(&there, later(), &cancel())).unwrap();
-    // As user-mode networking does: accepted, and never answered.
+    // User-mode networking does the same: it accepts the connection and never answers.
     let kept = mute.accept().unwrap();
     drop(mute);
     sshd.launch();
@@ -375,7 +379,7 @@ fn a_guest_that_comes_up_late_is_found() {
 }
 
 #[test]
-fn a_hang_up_ends_the_call_and_the_command() {
+fn exec_hang_up_ends_the_call_and_the_command() {
     let (_sshd, target) = ready("");
     let dir = tempfile::tempdir().unwrap();
     let fifo = dir.path().join("fifo");
@@ -396,7 +400,7 @@ fn a_hang_up_ends_the_call_and_the_command() {
 }
 
 #[test]
-fn a_stream_that_breaks_off_never_looks_like_its_end() {
+fn exec_broken_stream_never_looks_like_its_end() {
     let (_sshd, target) = ready("");
     let dir = tempfile::tempdir().unwrap();
     let marker = dir.path().join("complete");
@@ -424,7 +428,7 @@ fn a_stream_that_breaks_off_never_looks_like_its_end() {
 }
 
 #[test]
-fn output_that_nobody_takes_is_dropped() {
+fn exec_output_that_nobody_takes_is_dropped() {
     let (_sshd, target) = ready("");
     let (r, w) = pipe();
     let mut stdout = sink(w);

@@ -1,4 +1,5 @@
-//! Helpers that a guest has taken over: whatever one says or does, it is an error of its own session, and soon.
+//! Helpers controlled by a guest. Whatever such a helper does must soon become an error of its own
+//! session.
 
 use super::protocol::{Failure, Reply, TO_HELPER_BYTES_MAX};
 use super::session::Session;
@@ -18,7 +19,8 @@ use std::time::{Duration, Instant};
 
 pub const NAME: &str = "hostile";
 
-/// The helper: does what the command says. It is not confined, which makes no difference to whom it talks to.
+/// A helper that does what the command says. It is not confined, which makes no difference to the
+/// daemon.
 pub fn run() -> ExitCode {
     let channel = Channel::inherited();
     let mut buffer = vec![0; TO_HELPER_BYTES_MAX];
@@ -43,7 +45,7 @@ pub fn run() -> ExitCode {
         b"never end" => say(Reply::Started),
         other => panic!("unknown command {:?}", String::from_utf8_lossy(other)),
     }
-    // With all that it was given still open.
+    // Keep running with every received descriptor open.
     loop {
         let _ = poll(&mut [], PollTimeout::NONE);
     }
@@ -88,7 +90,7 @@ fn check(command: &str, wanted: &str) {
 
 #[test]
 fn helper_that_breaks_the_protocol_is_guest_lost() {
-    let nonsense = "the connection to the guest broke: its helper process answered what no helper says";
+    let nonsense = "the connection to the guest broke: its helper process sent an invalid reply";
     for command in ["garbage", "too much", "exit before the start", "start twice"] {
         check(command, nonsense);
     }
@@ -96,7 +98,7 @@ fn helper_that_breaks_the_protocol_is_guest_lost() {
 }
 
 #[test]
-fn helper_that_dies_is_guest_lost_and_says_how() {
+fn helper_that_dies_is_guest_lost_with_the_cause() {
     let died = "the connection to the guest broke: the helper process that speaks SSH with it died (exit status 0)";
     check("die", died);
     check("die after the start", died);
@@ -110,7 +112,7 @@ fn helper_that_keeps_its_pipes_open_does_not_delay_the_end() {
 }
 
 #[test]
-fn helper_that_never_ends_is_ended_by_every_end_of_a_wait() {
+fn helper_that_never_ends_is_ended_by_every_limit() {
     for command in ["never end", "pass a descriptor"] {
         let soon = ExecSpec { deadline: Some(Instant::now() + Duration::from_millis(100)), ..spec(command) };
         assert_eq!(stage().exec(&soon, Streams::default()).unwrap_err().kind(), Kind::Timeout);
@@ -130,11 +132,11 @@ fn helper_that_never_ends_is_ended_by_every_end_of_a_wait() {
 }
 
 #[test]
-fn orders_to_a_helper_that_reads_none_are_bounded() {
+fn helper_that_reads_no_orders_has_a_bounded_queue() {
     let (sender, mut controls) = control_queue().unwrap();
     let feeder = crate::host::thread::spawn("feeder", move || {
         let mut sent = 0u32;
-        // Ends when the queue does, with its command.
+        // Ends when the command ends and closes the queue.
         loop {
             match sender.send(Control::Signal("USR1".into())) {
                 Ok(()) => sent += 1,
@@ -148,6 +150,6 @@ fn orders_to_a_helper_that_reads_none_are_bounded() {
     let streams = Streams { controls: Some(&mut controls), ..Streams::default() };
     assert_eq!(stage().exec(&spec, streams).unwrap_err().kind(), Kind::Timeout);
     drop(controls);
-    // A socket's buffer of them, and the queue.
+    // At most a full socket buffer of orders, plus the queue.
     assert!(feeder.join().unwrap() < 100_000);
 }

@@ -1,4 +1,4 @@
-//! The framed workspace streams, non-blocking: the daemon's side of [`crate::api::stream`].
+//! The framed workspace streams without blocking: the daemon's side of [`crate::api::stream`].
 
 use crate::api::stream::{Decoder, Encoder, read_payload};
 use crate::api::workspace::{CHUNK_BYTES_MAX, Trailer};
@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-/// The payload of a framed stream. Its end is 0 only after a trailer that fits; anything else is an error that
-/// [`crate::api::stream::error`] makes `stream_incomplete`.
+/// The payload of a framed stream. It returns 0 only after a matching trailer. Anything else is an
+/// error that [`crate::api::stream::error`] turns into `stream_incomplete`.
 pub struct ChunkSource<S: Source> {
     inner: S,
     decoder: Decoder,
@@ -22,12 +22,13 @@ pub struct ChunkSource<S: Source> {
 }
 
 impl<S: Source> ChunkSource<S> {
-    /// `bytes` counts the payload, for progress.
+    /// `bytes` counts the payload, for progress reports.
     pub fn new(inner: S, bytes: Arc<AtomicU64>) -> Self {
         Self { inner, decoder: Decoder::default(), bytes }
     }
 
-    /// The trailer, once it has come and fits the payload, and the end of file after it.
+    /// The trailer, once it has arrived, matches the payload, and is followed by the end of the
+    /// file.
     pub fn finished(&self) -> Option<&Trailer> {
         self.decoder.trailer()
     }
@@ -44,7 +45,7 @@ impl<S: Source> Source for ChunkSource<S> {
     }
 }
 
-/// Frames what is written. At most one chunk waits in memory.
+/// Writes framed chunks. At most one chunk is buffered in memory.
 pub struct ChunkSink<S: Sink> {
     inner: S,
     encoder: Encoder,
@@ -54,7 +55,7 @@ pub struct ChunkSink<S: Sink> {
 }
 
 impl<S: Sink> ChunkSink<S> {
-    /// `bytes` counts the payload, for progress.
+    /// `bytes` counts the payload, for progress reports.
     pub fn new(inner: S, bytes: Arc<AtomicU64>) -> Self {
         Self { inner, encoder: Encoder::default(), pending: Vec::new(), at: 0, bytes }
     }
@@ -71,8 +72,8 @@ impl<S: Sink> ChunkSink<S> {
         Ok(())
     }
 
-    /// Writes what waits and the trailer. Errors: `cancelled`, `timeout` at the deadline, `host` when nobody
-    /// reads any more.
+    /// Writes the buffered chunk and the trailer. Errors: `cancelled`, `timeout` at the deadline,
+    /// `host` if nobody reads.
     pub fn finish(mut self, entries: u64, deadline: Instant, cancel: &Cancel) -> Result<Trailer> {
         let (end, trailer) = std::mem::take(&mut self.encoder).end(entries);
         self.pending.extend(end);
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn the_source_counts_and_verifies_over_a_fifo() {
+    fn chunk_source_counts_and_verifies_over_a_fifo() {
         let (r, w) = pipe();
         let bytes = Arc::new(AtomicU64::new(0));
         let mut source = ChunkSource::new(FdSource::new(accept(r, Direction::Read).unwrap()), bytes.clone());
@@ -147,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_breaks_off_is_an_error_and_never_an_end() {
+    fn chunk_source_that_breaks_off_is_an_error_and_never_an_end() {
         let mut writer = ChunkWriter::new(Vec::new());
         writer.write_all(b"hello").unwrap();
         let (framed, _) = writer.finish(1).unwrap();
@@ -161,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sink_frames_with_back_pressure() {
+    fn chunk_sink_frames_with_back_pressure() {
         let (r, w) = pipe();
         let mut sink = ChunkSink::new(FdSink::new(accept(w, Direction::Write).unwrap()), Arc::default());
         let payload: Vec<u8> = (0..500_000u32).map(|i| i as u8).collect();
@@ -191,12 +192,12 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_a_sink_that_nobody_reads_has_a_deadline_and_a_cancel() {
+    fn chunk_sink_that_nobody_reads_finishes_at_deadline_or_cancel() {
         let (_r, w) = pipe();
         let make = || {
             let fd = rustix::io::dup(&w).unwrap();
             let mut sink = ChunkSink::new(FdSink::new(accept(fd, Direction::Write).unwrap()), Arc::default());
-            // Two at most: the pipe's room, and the one that waits.
+            // At most two writes succeed: one fills the pipe, the other is buffered.
             while sink.write(&[0; 200_000]).is_ok() {}
             sink
         };

@@ -1,4 +1,4 @@
-//! The caller's FIFOs: what is accepted, and how it becomes a description of our own.
+//! Checks the FIFOs that callers pass and reopens them for fcd's own use.
 
 use crate::error::{Error, Kind, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -29,36 +29,37 @@ impl Direction {
     }
 }
 
-/// Takes the end of a FIFO that the caller passed and gives a non-blocking description of our own of it, so that
-/// neither side's flags touch the other's.
+/// Accepts the end of a FIFO from the caller and reopens it non-blocking, so that neither side's
+/// flags affect the other's.
 ///
-/// `invalid_argument`: no FIFO, or not that end of it. `cancelled`: nobody reads the write end any more. The
-/// access mode must be exact: opening anew through `/proc/self/fd` is checked against the daemon's rights, so it
-/// must never give more than the caller's own descriptor did (an `O_PATH` one gives nothing).
+/// `invalid_argument`: not a FIFO, or not that end of it. `cancelled`: nobody reads the write end
+/// any more. The access mode must match exactly. Reopening through `/proc/self/fd` is checked
+/// against the daemon's rights, so it must never give more access than the caller's own descriptor
+/// did (an `O_PATH` descriptor gives none).
 pub fn accept(fd: OwnedFd, direction: Direction) -> Result<OwnedFd> {
     let wanted = direction.end();
     let refused = |what: &str| {
         Error::invalid(format!("the passed descriptor is {what}, wanted the {wanted} of a fifo"))
             .hint("pass one end of pipe(2); fcctl does")
     };
-    let stat = rustix::fs::fstat(&fd).map_err(|e| Error::io("look at the passed descriptor", e))?;
+    let stat = rustix::fs::fstat(&fd).map_err(|e| Error::io("inspect the passed descriptor", e))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::Fifo {
-        return Err(refused("no fifo"));
+        return Err(refused("not a fifo"));
     }
-    let flags = rustix::fs::fcntl_getfl(&fd).map_err(|e| Error::io("look at the passed descriptor", e))?;
+    let flags = rustix::fs::fcntl_getfl(&fd).map_err(|e| Error::io("inspect the passed descriptor", e))?;
     if flags.contains(OFlags::PATH) || flags & OFlags::ACCMODE != direction.access() {
-        return Err(refused("not open for that"));
+        return Err(refused("not open in that direction"));
     }
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let own =
         rustix::fs::open(path.as_str(), direction.access() | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty());
     let unread = || Error::new(Kind::Cancelled, "cancelled: nobody reads the passed fifo any more");
     let own = own.map_err(|e| match e {
-        // fifo(7): a write end cannot be opened without blocking when nobody has the read end.
+        // fifo(7): without a reader, a write end cannot be opened without blocking.
         Errno::NXIO => unread(),
         e => Error::io("open the passed fifo", e),
     })?;
-    // One of pipe(2) can: there poll(2) says it.
+    // A pipe from pipe(2) can be reopened without a reader. poll(2) reports it.
     let mut state = [PollFd::new(own.as_fd(), PollFlags::empty())];
     let polled = poll(&mut state, PollTimeout::ZERO);
     if direction == Direction::Write && polled.is_ok() && state[0].any() == Some(true) {
@@ -81,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn ends_of_pipes_are_accepted_and_ours_alone_is_non_blocking() {
+    fn fifo_ends_are_accepted_and_only_ours_is_non_blocking() {
         let (r, w) = pipe();
         let r_kept = r.try_clone().unwrap();
         let ours = accept(r, Direction::Read).unwrap();
@@ -96,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_refused() {
+    fn fifo_anything_else_is_refused() {
         let (r, w) = pipe();
         assert_eq!(kind(r, Direction::Write), Kind::InvalidArgument);
         assert_eq!(kind(w, Direction::Read), Kind::InvalidArgument);
@@ -109,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_that_gives_no_rights_gains_none() {
+    fn fifo_descriptor_without_access_gains_none() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("fifo");
         rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
@@ -118,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fifo_without_a_reader_is_told() {
+    fn fifo_without_a_reader_is_cancelled() {
         let (r, w) = pipe();
         drop(r);
         assert_eq!(kind(w, Direction::Write), Kind::Cancelled);

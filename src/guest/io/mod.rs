@@ -1,4 +1,4 @@
-//! Sources and sinks that never block: over descriptors, memory, and the framed workspace streams.
+//! Sources and sinks that never block: over descriptors, memory and the framed workspace streams.
 
 mod chunk;
 pub mod fifo;
@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
-/// Reads a descriptor that is non-blocking already: [`fifo::accept`].
+/// Reads a descriptor that is already non-blocking, such as one from [`fifo::accept`].
 pub struct FdSource(OwnedFd);
 
 impl FdSource {
@@ -35,7 +35,7 @@ impl Source for FdSource {
     }
 }
 
-/// Writes to a descriptor that is non-blocking already.
+/// Writes to a descriptor that is already non-blocking.
 pub struct FdSink(OwnedFd);
 
 impl FdSink {
@@ -56,7 +56,8 @@ impl Sink for FdSink {
     }
 }
 
-/// All that comes from a source, at most `bytes_max`. Ends early with the token, the caller's hang-up, or the deadline.
+/// Reads everything from a source, at most `bytes_max` bytes. Ends early at a cancel, the caller's
+/// hang-up or the deadline.
 pub fn read_to_end(
     source: &mut dyn Source,
     bytes_max: usize,

@@ -1,5 +1,5 @@
-//! A channel straight on libssh2. The crate ssh2 has one, but frees it without the session's lock, and can
-//! neither signal nor tell an exit status of 0 from none.
+//! An SSH channel directly on libssh2. The channel of the ssh2 crate is freed without the session's
+//! lock, cannot send signals, and cannot distinguish exit status 0 from no exit status.
 
 use super::wire::Shared;
 use crate::api::exec::{Exit, Pty, PtySize};
@@ -8,48 +8,52 @@ use std::os::raw::{c_char, c_int, c_uint};
 use std::ptr::null;
 use std::rc::Rc;
 
-/// `None`: more bytes have to come first.
+/// `Ok(None)` means that more bytes must arrive first.
 pub(super) type Step<T> = Result<Option<T>, ssh2::Error>;
 
-/// What the guest may send before we have read it, of both streams together (RFC 4254, 5.2). libssh2 keeps to
-/// it, so it bounds a session's memory; and a sink that nobody reads holds the other stream up after so much.
+/// How much the guest may send before we read it, for both streams together (RFC 4254, 5.2).
+/// libssh2 enforces it, so it bounds a session's memory. If nobody reads one sink, the other stream
+/// stalls after this many bytes.
 pub(super) const WINDOW_BYTES: c_uint = 2 * 1024 * 1024;
 const PACKET_BYTES: c_uint = 32 * 1024;
-/// What one write takes at most (`ssh2_channel_write`).
+/// Maximum number of bytes that one write accepts (`ssh2_channel_write`).
 pub(super) const WRITE_BYTES_MAX: usize = 32_700;
 
-/// What one read offers, always. A read begins by enlarging the window, by what depends on its buffer's length; when that
-/// cannot be sent at once, for the keys are being renewed, the next read sends the earlier number and counts its own
-/// (`ssh2_channel_receive_window_adjust`). Were they to differ, libssh2 would drop what the server sends in between.
+/// Buffer size of every read. A read first enlarges the window by an amount that depends on this
+/// size. If the adjustment cannot be sent at once because keys are being exchanged, the next read
+/// sends the earlier amount but accounts for its own (`ssh2_channel_receive_window_adjust`). If the
+/// two differed, libssh2 would drop data that the server sends in between.
 pub(super) const READ_BYTES: usize = 64 * 1024;
 
 pub(super) const STDOUT: c_int = 0;
 pub(super) const STDERR: c_int = 1;
-/// A stream that no server uses: reading it only takes in what has come.
+/// A stream that no server uses. Reading it only processes incoming packets.
 const NO_STREAM: c_int = 7;
 
-/// RFC 4254, 8 and RFC 8160: IUTF8 is on; TTY_OP_END. Everything else is as the guest's kernel has it.
+/// RFC 4254, 8 and RFC 8160: turns IUTF8 on, then TTY_OP_END. Everything else keeps the guest
+/// kernel's default.
 const PTY_MODES: [u8; 6] = [42, 0, 0, 0, 1, 0];
 
 #[allow(unsafe_code)]
 unsafe extern "C" {
-    // libssh2.h of the vendored libssh2; not bound by libssh2-sys 0.3.4.
+    // Declared in libssh2.h of the vendored libssh2; libssh2-sys 0.3.4 has no binding.
     fn libssh2_channel_has_exit_status(channel: *mut raw::LIBSSH2_CHANNEL) -> c_int;
 }
 
 pub(in crate::guest) struct Channel {
     raw: *mut raw::LIBSSH2_CHANNEL,
     shared: Rc<Shared>,
-    /// How much the last write offered, when it has to be repeated: with as much (`write_bufwrite`).
+    /// Size of the last write if it must be repeated. It must be repeated with the same size
+    /// (`write_bufwrite`).
     offered: Option<usize>,
 }
 
-// SAFETY of every call below: `raw` came from libssh2 for the session in `shared`, which is alive as long as
-// `self`; both are on one thread (`Rc`), and libssh2 keeps none of the pointers that it is given beyond the call,
-// but for a write, which is repeated with as many bytes.
+// SAFETY of every call below: `raw` came from libssh2 for the session in `shared`, which lives as
+// long as `self`. Both stay on one thread (`Rc`). libssh2 keeps no pointer that it gets beyond the
+// call, except for a write, which is repeated with the same number of bytes.
 #[allow(unsafe_code)]
 impl Channel {
-    /// Call again with nothing else opened meanwhile until it is there.
+    /// Opens a channel. Until it succeeds, repeat the call and open nothing else.
     pub fn open(shared: &Rc<Shared>) -> Step<Self> {
         const KIND: &str = "session";
         let raw = unsafe {
@@ -103,7 +107,7 @@ impl Channel {
         self.step(rc as isize)
     }
 
-    /// At most `COMMAND_BYTES_MAX`, which fits a packet of libssh2.
+    /// Starts a command of at most `COMMAND_BYTES_MAX` bytes, which fits into a packet of libssh2.
     pub fn exec(&mut self, command: &[u8]) -> Step<usize> {
         const REQUEST: &str = "exec";
         let rc = unsafe {
@@ -118,13 +122,13 @@ impl Channel {
         self.step(rc as isize)
     }
 
-    /// 0 is the end of both streams, as far as this one is concerned.
+    /// Reads a stream. 0 is the end of both streams from this one's point of view.
     pub fn read(&mut self, stream: c_int, buffer: &mut [u8; READ_BYTES]) -> Step<usize> {
         let rc = unsafe { raw::libssh2_channel_read_ex(self.raw, stream, buffer.as_mut_ptr().cast(), buffer.len()) };
         self.step(rc)
     }
 
-    /// Takes in everything that has come, without reading any stream.
+    /// Processes everything that has arrived, without reading a stream.
     pub fn take_in(&mut self) -> Step<usize> {
         let nothing = &mut [0; READ_BYTES];
         loop {
@@ -135,7 +139,8 @@ impl Channel {
         }
     }
 
-    /// Writes a piece of `bytes`. After a `None` call it again with the same bytes, more may follow them.
+    /// Writes a part of `bytes`. After `None`, repeat the call with the same bytes; more may follow
+    /// them.
     pub fn write(&mut self, bytes: &[u8]) -> Step<usize> {
         let n = self.offered.unwrap_or(bytes.len().min(WRITE_BYTES_MAX));
         let bytes = &bytes[..n];
@@ -150,21 +155,22 @@ impl Channel {
         self.step(rc as isize)
     }
 
-    /// Whether the server has closed the channel; some of its output may be unread.
+    /// True if the server has closed the channel. Some of its output may still be unread.
     pub fn remote_closed(&mut self) -> Result<bool, ssh2::Error> {
         match unsafe { raw::libssh2_channel_wait_closed(self.raw) } {
-            // Refused before the end of the output was announced.
+            // libssh2 refuses the call before the end of the output was announced.
             raw::LIBSSH2_ERROR_INVAL => Ok(false),
             rc => self.step(rc as isize).map(|done| done.is_some()),
         }
     }
 
-    /// Whether the end of the output was announced and all of it has been read.
+    /// True if the end of the output was announced and everything was read.
     pub fn is_drained(&self) -> bool {
         unsafe { raw::libssh2_channel_eof(self.raw) == 1 }
     }
 
-    /// How the command ended, if the server said so: `exit-signal` or `exit-status` (RFC 4254, 6.10).
+    /// How the command ended, if the server said so: `exit-signal` or `exit-status` (RFC 4254,
+    /// 6.10).
     pub fn exit(&self) -> Option<Exit> {
         if let Some(name) = self.exit_signal() {
             return Some(Exit::Signal(name));
@@ -173,7 +179,7 @@ impl Channel {
             return None;
         }
         let status = unsafe { raw::libssh2_channel_get_exit_status(self.raw) };
-        // A uint32 on the wire; exit(3) keeps 8 bits of it.
+        // The status is a uint32 on the wire; exit(3) keeps 8 bits of it.
         Some(Exit::Status((status & 0xff) as u8))
     }
 
@@ -196,7 +202,7 @@ impl Channel {
         }
         let bytes = unsafe { std::slice::from_raw_parts(name.cast::<u8>(), len) }.to_vec();
         unsafe { raw::libssh2_free(self.shared.raw(), name.cast()) };
-        // From the guest: only what can be a signal's name goes on.
+        // The name comes from the guest: accept only characters that signal names have.
         let good = |b: &u8| b.is_ascii_alphanumeric();
         Some(
             String::from_utf8(bytes)
@@ -208,7 +214,8 @@ impl Channel {
 }
 
 impl Drop for Channel {
-    /// Where the server has not closed it, libssh2 does not free it yet; the session does, when it goes.
+    /// If the server has not closed the channel, libssh2 defers freeing it until the session is
+    /// freed.
     #[allow(unsafe_code)]
     fn drop(&mut self) {
         // SAFETY: as above; `raw` is not used after this.

@@ -1,4 +1,4 @@
-//! The streams of a command, each with one buffer: from the caller into the channel, and out of it.
+//! The streams of a command, from the caller into the channel and back, each with one buffer.
 
 use super::channel::{Channel, READ_BYTES, Step, WRITE_BYTES_MAX};
 use super::wire::Shared;
@@ -10,27 +10,27 @@ use std::io::ErrorKind;
 use std::os::raw::c_int;
 
 const IN_BYTES: usize = 4 * WRITE_BYTES_MAX;
-/// Pieces of one stream before everything else is looked at again.
+/// How many pieces of one stream to move before everything else gets its turn.
 const PIECES_PER_ROUND: usize = 8;
 
-/// How a stream left its turn.
+/// The state of a stream after its turn.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Turn {
-    /// It waits for the peer, the caller or nothing any more.
+    /// It waits for the peer or the caller, or has ended.
     Waits,
-    /// It could go on at once.
+    /// It can continue at once.
     More,
 }
 
-/// What one turn of a stream can run into.
-pub(super) enum Trouble {
+/// What can end a stream's turn early.
+pub(super) enum TurnError {
     Ssh(ssh2::Error),
     Caller(crate::error::Error),
 }
 
-impl From<ssh2::Error> for Trouble {
+impl From<ssh2::Error> for TurnError {
     fn from(e: ssh2::Error) -> Self {
-        Trouble::Ssh(e)
+        TurnError::Ssh(e)
     }
 }
 
@@ -38,15 +38,15 @@ pub(super) struct Inlet<'a> {
     source: Option<&'a mut dyn Source>,
     buffer: Vec<u8>,
     at: usize,
-    /// Worth a read: nothing said `WouldBlock` since the last poll that named it.
+    /// True unless the source returned `WouldBlock` since the last poll that reported it ready.
     pub is_ready: bool,
     eof_read: bool,
     eof_sent: bool,
 }
 
 impl<'a> Inlet<'a> {
-    /// With a pty nothing is sent without a source, not even an end: sshd closes its side of the terminal at that,
-    /// and a new window size no longer reaches the command.
+    /// With a pty and no source, nothing is sent, not even an end. At an end of input sshd would
+    /// close its side of the terminal, and a new window size would no longer reach the command.
     pub fn new(source: Option<&'a mut dyn Source>, has_pty: bool) -> Self {
         let eof_read = source.is_none();
         let eof_sent = eof_read && has_pty;
@@ -57,7 +57,7 @@ impl<'a> Inlet<'a> {
         self.buffer.len() - self.at < IN_BYTES
     }
 
-    /// The source, where it is what this stream waits for.
+    /// The source's descriptor, if this stream waits for the source.
     pub fn poll_fd(&self) -> Option<PollFd<'_>> {
         let waits = !self.is_ready && !self.eof_read && self.has_room();
         let fd = self.source.as_ref().filter(|_| waits)?.fd()?;
@@ -87,15 +87,15 @@ impl<'a> Inlet<'a> {
         Ok(())
     }
 
-    /// Reads and sends. `progress` is told of bytes that the channel took.
-    pub fn turn(&mut self, shared: &Shared, channel: &mut Channel, progress: &mut bool) -> Result<Turn, Trouble> {
+    /// Reads and sends. Sets `progress` if the channel accepted bytes.
+    pub fn turn(&mut self, shared: &Shared, channel: &mut Channel, progress: &mut bool) -> Result<Turn, TurnError> {
         for _ in 0..PIECES_PER_ROUND {
             if self.eof_sent || shared.outbox_is_high() {
                 return Ok(Turn::Waits);
             }
-            // Small pieces are gathered only while the source has more at once.
+            // Gathers small pieces only while the source has more available.
             if self.buffer.len() - self.at < WRITE_BYTES_MAX {
-                self.read_some().map_err(Trouble::Caller)?;
+                self.read_some().map_err(TurnError::Caller)?;
             }
             let waiting = self.buffer.len() - self.at;
             if waiting == 0 && self.eof_read {
@@ -117,7 +117,7 @@ impl<'a> Inlet<'a> {
 
 pub(super) struct Outlet<'a> {
     stream: c_int,
-    /// Gone when nobody reads it: what follows is dropped.
+    /// `None` once nobody reads it. Further output is discarded.
     sink: Option<&'a mut dyn Sink>,
     buffer: Box<[u8; READ_BYTES]>,
     at: usize,
@@ -134,7 +134,7 @@ impl<'a> Outlet<'a> {
         self.at == self.len
     }
 
-    /// The sink, where it is what this stream waits for.
+    /// The sink's descriptor, if this stream waits for the sink.
     pub fn poll_fd(&self) -> Option<PollFd<'_>> {
         let fd = self.sink.as_ref().filter(|_| !self.is_empty() && !self.is_ready)?.fd()?;
         Some(PollFd::new(fd, PollFlags::POLLOUT))
@@ -164,11 +164,11 @@ impl<'a> Outlet<'a> {
         Ok(())
     }
 
-    /// Passes on what has come. `progress` is set for bytes that left it.
-    pub fn turn(&mut self, channel: &mut Channel, progress: &mut bool) -> Result<Turn, Trouble> {
+    /// Forwards what has arrived. Sets `progress` if the sink accepted bytes.
+    pub fn turn(&mut self, channel: &mut Channel, progress: &mut bool) -> Result<Turn, TurnError> {
         for _ in 0..PIECES_PER_ROUND {
             if !self.is_empty() && self.is_ready {
-                self.write_some(progress).map_err(Trouble::Caller)?;
+                self.write_some(progress).map_err(TurnError::Caller)?;
             }
             if !self.is_empty() {
                 return Ok(Turn::Waits);

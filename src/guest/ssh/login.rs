@@ -1,4 +1,4 @@
-//! From a connected socket to a session: see who answers, authenticate, start a command.
+//! Turns a connected socket into a session: checks the host key, authenticates, starts a command.
 
 use super::channel::{Channel, Step};
 use super::wire::Shared;
@@ -10,17 +10,19 @@ use std::rc::Rc;
 
 const KEX: &str = "curve25519-sha256,curve25519-sha256@libssh.org,ecdh-sha2-nistp256,ecdh-sha2-nistp384,ecdh-sha2-nistp521";
 const CIPHERS: &str = "chacha20-poly1305@openssh.com,aes128-gcm@openssh.com,aes256-gcm@openssh.com,aes128-ctr,aes256-ctr";
-/// Ours is of the first kind; the others only so that a changed key is seen as one.
+/// Our host keys are of the first type. The others are listed so that a changed key is recognized
+/// as such.
 const HOST_KEYS: &str = "ssh-ed25519,ecdsa-sha2-nistp256,rsa-sha2-512,rsa-sha2-256";
-/// Most bytes from a server until a command runs. It needs a few KiB; more is a flood, of which libssh2 keeps a part.
+/// Maximum number of bytes from a server before a command runs. A login needs a few KiB. libssh2
+/// buffers some of what arrives, so more is treated as a flood.
 const LOGIN_BYTES_MAX: u64 = 1024 * 1024;
 
-/// Who logs in, and to whom.
+/// The user, the key and the expected host key of a login.
 pub struct Identity<'a> {
     pub user: &'a str,
-    /// OpenSSH format.
+    /// In OpenSSH format.
     pub private_key: &'a str,
-    /// The only host key that is accepted.
+    /// The only accepted host key.
     pub host_key: &'a [u8],
 }
 
@@ -28,56 +30,56 @@ pub struct Identity<'a> {
 #[derive(Debug)]
 pub enum LogInError {
     HostKeyMismatch,
-    /// With the server's words.
+    /// Contains the server's message.
     KeyRefused(String),
     Unavailable(String),
-    /// [`Wait`] says that nobody wants one any more.
+    /// The [`Wait`] has ended.
     Ended,
 }
 
-/// Why a step did not come to its end.
-enum Stopped {
+/// Why a step failed.
+enum StepError {
     Ssh(ssh2::Error),
-    /// The peer ended the connection.
+    /// The peer closed the connection.
     Lost,
     Flood,
     Ended,
 }
 
-impl Stopped {
+impl StepError {
     fn at(self, doing: &str) -> LogInError {
         match self {
-            Stopped::Ssh(e) => LogInError::Unavailable(format!("{doing}: {}", e.message())),
-            Stopped::Lost => LogInError::Unavailable(format!("{doing}: the connection ended")),
-            Stopped::Flood => LogInError::Unavailable(format!("{doing}: it sent more than {LOGIN_BYTES_MAX} bytes")),
-            Stopped::Ended => LogInError::Ended,
+            StepError::Ssh(e) => LogInError::Unavailable(format!("{doing}: {}", e.message())),
+            StepError::Lost => LogInError::Unavailable(format!("{doing}: the connection ended")),
+            StepError::Flood => LogInError::Unavailable(format!("{doing}: it sent more than {LOGIN_BYTES_MAX} bytes")),
+            StepError::Ended => LogInError::Ended,
         }
     }
 }
 
-/// Repeats a step of libssh2, moving bytes, until it is done.
-fn drive<T>(shared: &Rc<Shared>, wait: &Wait<'_>, mut step: impl FnMut() -> Step<T>) -> Result<T, Stopped> {
+/// Repeats a libssh2 step and moves bytes until it is done.
+fn drive<T>(shared: &Rc<Shared>, wait: &Wait<'_>, mut step: impl FnMut() -> Step<T>) -> Result<T, StepError> {
     loop {
         let done = step();
         shared.flush();
-        if let Some(done) = done.map_err(Stopped::Ssh)? {
+        if let Some(done) = done.map_err(StepError::Ssh)? {
             return Ok(done);
         }
-        wait.check().map_err(|_| Stopped::Ended)?;
+        wait.check().map_err(|_| StepError::Ended)?;
         if shared.received() > LOGIN_BYTES_MAX {
-            return Err(Stopped::Flood);
+            return Err(StepError::Flood);
         }
         if shared.fill() || shared.has_more() {
             continue;
         }
         if shared.ended() {
-            return Err(Stopped::Lost);
+            return Err(StepError::Lost);
         }
-        wait.poll(shared.poll_fd().as_slice(), None).map_err(|_| Stopped::Ended)?;
+        wait.poll(shared.poll_fd().as_slice(), None).map_err(|_| StepError::Ended)?;
     }
 }
 
-/// A call of the crate as a step.
+/// Converts a result of the ssh2 crate to a step.
 fn as_step<T>(result: Result<T, ssh2::Error>) -> Step<T> {
     match result {
         Ok(v) => Ok(Some(v)),
@@ -86,7 +88,7 @@ fn as_step<T>(result: Result<T, ssh2::Error>) -> Step<T> {
     }
 }
 
-/// Banner, key exchange, the host's key compared, our key accepted. The socket does not block.
+/// Exchanges banners and keys, compares the host key and authenticates. The socket must not block.
 pub(in crate::guest) fn log_in(socket: TcpStream, who: &Identity<'_>, wait: &Wait<'_>) -> Result<Rc<Shared>, LogInError> {
     let unavailable = |e: Error| LogInError::Unavailable(e.to_string());
     let shared = Shared::new(socket).map_err(unavailable)?;
@@ -106,20 +108,20 @@ pub(in crate::guest) fn log_in(socket: TcpStream, who: &Identity<'_>, wait: &Wai
     }
     let log_in = || as_step(session.borrow().userauth_pubkey_memory(who.user, None, who.private_key, None));
     drive(&shared, wait, log_in).map_err(|e| match e {
-        Stopped::Ssh(e) => LogInError::KeyRefused(e.message().to_owned()),
+        StepError::Ssh(e) => LogInError::KeyRefused(e.message().to_owned()),
         other => other.at("log in"),
     })?;
     Ok(shared)
 }
 
-/// Opens a channel and starts a command there.
+/// Opens a channel and starts a command in it.
 pub(in crate::guest) fn start(
     shared: &Rc<Shared>,
     pty: Option<&Pty>,
     command: &[u8],
     wait: &Wait<'_>,
 ) -> Result<Channel, LogInError> {
-    let at = |doing: &'static str| move |e: Stopped| e.at(doing);
+    let at = |doing: &'static str| move |e: StepError| e.at(doing);
     let mut channel = drive(shared, wait, || Channel::open(shared)).map_err(at("open a channel"))?;
     if let Some(pty) = pty {
         drive(shared, wait, || channel.request_pty(pty)).map_err(at("ask for a terminal"))?;

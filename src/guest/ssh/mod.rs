@@ -1,7 +1,8 @@
-//! SSH by libssh2: one session, one connection and one thread per command, every wait in one poll.
+//! SSH with libssh2: one session, connection and thread per command. Every wait is part of one
+//! poll.
 //!
-//! **This parses what a guest sends, so it runs in a helper process only** ([`super::helper`]); the test `layers` sees that
-//! nothing else names it.
+//! **This code parses what a guest sends, so it must run only in a helper process**
+//! ([`super::helper`]). The test `layers` checks that nothing else names it.
 
 mod channel;
 mod flow;

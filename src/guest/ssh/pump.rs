@@ -1,7 +1,8 @@
-//! One command: everything that can move is moved, then one poll waits for whatever may move next.
+//! Runs one command: moves all data that can move, then waits in one poll for whatever may move
+//! next.
 
 use super::channel::{Channel, STDERR, STDOUT, WINDOW_BYTES};
-use super::flow::{Inlet, Outlet, Trouble, Turn};
+use super::flow::{Inlet, Outlet, Turn, TurnError};
 use super::signal::Signaller;
 use super::wire::Shared;
 use crate::api::exec::{Exit, PtySize};
@@ -12,25 +13,25 @@ use nix::poll::{PollFd, PollFlags};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-/// A connection that is quiet for so long is asked whether it lives, and again.
+/// How long a connection may be quiet before a keepalive is sent, and the interval of further ones.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
-/// Unanswered for so long, the connection is lost.
-const KEEPALIVE_PATIENCE: Duration = Duration::from_secs(75);
-/// How long a command that is given up may take to get its SIGHUP.
-const FAREWELL: Duration = Duration::from_secs(2);
+/// A connection without an answer for this long is lost.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(75);
+/// How long to try to send SIGHUP to an abandoned command.
+const HANGUP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A command's last output may come after its exit status: what comes after so long a silence, or after so long in all, is
-/// of programs that it has left in the background.
+/// A command's last output may arrive after its exit status. Output after this long a silence, or
+/// after this long in all, comes from programs that it left in the background.
 const LAST_OUTPUT_QUIET: Duration = Duration::from_millis(100);
 const LAST_OUTPUT_MAX: Duration = Duration::from_secs(2);
 
 fn lost(what: impl std::fmt::Display) -> Error {
     Error::new(Kind::GuestLost, format!("the connection to the guest broke: {what}"))
-        .hint("see whether the VM still runs (fcctl ps) and what it says (fcctl logs {vm})")
+        .hint("check that the VM still runs (fcctl ps) and read its console (fcctl logs {vm})")
 }
 
 pub(in crate::guest) struct Pump<'w, 'a> {
-    // The channel drops before the session.
+    // The channel must be dropped before the session.
     channel: Channel,
     signaller: Signaller,
     shared: Rc<Shared>,
@@ -44,19 +45,19 @@ pub(in crate::guest) struct Pump<'w, 'a> {
     resize: Option<PtySize>,
     keepalive: Keepalive,
     flood: Flood,
-    /// The end of the command is the end, whoever else holds its output.
+    /// End when the command ends, even if other processes still hold its output open.
     no_wait_children: bool,
-    leaving: Option<Leaving>,
+    last_output: Option<LastOutput>,
 }
 
-/// The command has ended, and its output has not.
+/// The command has ended, but its output is still open.
 #[derive(Clone, Copy)]
-struct Leaving {
+struct LastOutput {
     since: Instant,
     quiet_since: Instant,
 }
 
-impl Leaving {
+impl LastOutput {
     fn until(self) -> Instant {
         (self.quiet_since + LAST_OUTPUT_QUIET).min(self.since + LAST_OUTPUT_MAX)
     }
@@ -79,23 +80,23 @@ impl<'w, 'a> Pump<'w, 'a> {
             keepalive,
             flood: Flood::default(),
             no_wait_children: false,
-            leaving: None,
+            last_output: None,
         }
     }
 
-    /// The end of the command is the end, though others still hold its output.
+    /// Ends the run when the command ends, even if other processes still hold its output open.
     pub fn no_wait_children(self, is_so: bool) -> Self {
         Self { no_wait_children: is_so, ..self }
     }
 
-    /// To the end of the command, or to whatever ends it before.
+    /// Runs until the command ends or something else ends the wait.
     pub fn run(mut self) -> Result<Exit> {
         loop {
             match self.round() {
                 Ok(None) => {}
                 Ok(Some(exit)) => return Ok(exit),
                 Err(e) => {
-                    self.farewell(&e);
+                    self.send_hangup(&e);
                     return Err(e);
                 }
             }
@@ -107,20 +108,21 @@ impl<'w, 'a> Pump<'w, 'a> {
             self.shared.fill();
         }
         let turn = self.move_all().map_err(|trouble| match trouble {
-            Trouble::Ssh(e) => lost(e.message()),
-            Trouble::Caller(e) => e,
+            TurnError::Ssh(e) => lost(e.message()),
+            TurnError::Caller(e) => e,
         })?;
         self.shared.flush();
         let Some(turn) = turn else { return self.finish().map(Some) };
-        // While nothing is read from the server, no sign of life can arrive either.
+        // While reading from the server is held back, no keepalive answer can arrive either.
         let next = if self.flood.is_held { Instant::now() + KEEPALIVE_INTERVAL } else { self.keepalive.check(&self.shared)? };
-        let next = self.leaving.map(Leaving::until).filter(|end| *end > Instant::now()).map_or(next, |end| end.min(next));
+        let next = self.last_output.map(LastOutput::until).filter(|end| *end > Instant::now()).map_or(next, |end| end.min(next));
         self.poll(if turn == Turn::More { Instant::now() } else { next })?;
         Ok(None)
     }
 
-    /// Moves what can be moved. `None`: the command has ended and everything is delivered.
-    fn move_all(&mut self) -> Result<Option<Turn>, Trouble> {
+    /// Moves all data that can move. `None` means that the command has ended and everything is
+    /// delivered.
+    fn move_all(&mut self) -> Result<Option<Turn>, TurnError> {
         let mut progress = false;
         self.channel.take_in()?;
         let out = self.stdout.turn(&mut self.channel, &mut progress)?;
@@ -129,41 +131,43 @@ impl<'w, 'a> Pump<'w, 'a> {
         if closed && self.stdout.is_empty() && self.stderr.is_empty() && self.channel.is_drained() {
             return Ok(None);
         }
-        // A control may end the wait for the output, so it comes before the decision whether to wait.
+        // A control may end the wait for output, so it is handled before deciding whether to wait.
         self.control()?;
         if self.leaves_children(progress) {
             return Ok(None);
         }
         if !closed && self.shared.ended() {
-            return Err(Trouble::Caller(lost("the guest's side ended it")));
+            return Err(TurnError::Caller(lost("the guest closed it")));
         }
         let input = if closed { Turn::Waits } else { self.stdin.turn(&self.shared, &mut self.channel, &mut progress)? };
         let waits_for_caller = !(self.stdout.is_empty() && self.stderr.is_empty());
-        self.flood.check(self.shared.received(), progress, waits_for_caller).map_err(Trouble::Caller)?;
+        self.flood.check(self.shared.received(), progress, waits_for_caller).map_err(TurnError::Caller)?;
         Ok(Some(if [out, err, input].contains(&Turn::More) { Turn::More } else { Turn::Waits }))
     }
 
-    /// Whether the command has ended, nobody waits for what else holds its output, and its own output was delivered.
+    /// True if the command has ended, its own output was delivered, and remaining holders of its
+    /// output do not matter.
     fn leaves_children(&mut self, progress: bool) -> bool {
         if !self.no_wait_children || self.channel.exit().is_none() {
             return false;
         }
         let now = Instant::now();
-        let leaving = self.leaving.get_or_insert(Leaving { since: now, quiet_since: now });
+        let last_output = self.last_output.get_or_insert(LastOutput { since: now, quiet_since: now });
         if progress {
-            leaving.quiet_since = now;
+            last_output.quiet_since = now;
         }
-        now >= leaving.until() && self.stdout.is_empty() && self.stderr.is_empty()
+        now >= last_output.until() && self.stdout.is_empty() && self.stderr.is_empty()
     }
 
-    fn control(&mut self) -> Result<(), Trouble> {
+    fn control(&mut self) -> Result<(), TurnError> {
         while let Some(control) = self.controls.as_mut().and_then(|c| c.next()) {
             match control {
                 Control::Resize(size) => self.resize = Some(size).filter(|_| self.has_pty),
-                // There is nothing left to signal, so it is the wait for the output that ends.
+                // The command has ended and cannot be signalled, so the signal ends the wait for
+                // its output.
                 Control::Signal(_) if self.channel.exit().is_some() => self.no_wait_children = true,
                 Control::Signal(name) => self.signaller.push(name),
-                Control::HangUp => return Err(Trouble::Caller(hung_up())),
+                Control::HangUp => return Err(TurnError::Caller(hung_up())),
             }
         }
         if let Some(size) = self.resize
@@ -176,7 +180,7 @@ impl<'w, 'a> Pump<'w, 'a> {
     }
 
     fn finish(&self) -> Result<Exit> {
-        self.channel.exit().ok_or_else(|| lost("its SSH server closed the channel and told no exit status"))
+        self.channel.exit().ok_or_else(|| lost("its SSH server closed the channel without an exit status"))
     }
 
     fn poll(&mut self, until: Instant) -> Result<()> {
@@ -195,16 +199,16 @@ impl<'w, 'a> Pump<'w, 'a> {
         Ok(())
     }
 
-    /// A command without a terminal does not notice that its connection goes, and takes the end of its input for
-    /// an ordinary one; so it gets a SIGHUP first, as one with a terminal does. Not after a cancel: the VM goes too,
-    /// or somebody waits for the worker.
-    fn farewell(&mut self, why: &Error) {
+    /// Sends SIGHUP to an abandoned command. Without a terminal, a command does not notice a lost
+    /// connection and takes the end of its input for an ordinary one. After a cancel nothing is
+    /// sent: either the VM stops too, or someone waits for this worker.
+    fn send_hangup(&mut self, why: &Error) {
         let too_late = why.kind() == Kind::GuestLost || (why.kind() == Kind::Cancelled && !is_hang_up(why));
         if self.has_pty || too_late {
             return;
         }
         self.signaller.push("HUP".to_owned());
-        let wait = self.wait.without_ends(Instant::now() + FAREWELL);
+        let wait = self.wait.without_ends(Instant::now() + HANGUP_TIMEOUT);
         loop {
             self.shared.fill();
             if self.channel.take_in().is_err() || self.shared.ended() {
@@ -219,27 +223,30 @@ impl<'w, 'a> Pump<'w, 'a> {
     }
 }
 
-/// Sees that what a server sends is for the command. libssh2 queues every message that it does not expect, without limit, and
-/// answers requests that nobody wants; both grow with what has come since the last byte of a stream moved.
+/// Detects floods. libssh2 queues every unexpected message without limit and answers unwanted
+/// requests. Both grow with the bytes received since a stream last made progress.
 #[derive(Default)]
 struct Flood {
-    /// Bytes received when a stream last moved.
+    /// Bytes received when a stream last made progress.
     at_progress: u64,
     since: Option<Instant>,
-    /// Nothing more is read, until the caller takes what has come for it.
+    /// Reading from the server is suspended until the caller accepts output.
     is_held: bool,
 }
 
-/// Most bytes from a server that move no stream. A command needs little of it: answers, wider windows, new keys.
+/// Maximum number of bytes from a server without progress of a stream. A command needs few of them:
+/// answers, window adjustments, new keys.
 const FLOOD_BYTES_MAX: u64 = 1024 * 1024;
-/// With so much of it the rest is held back, where the caller has yet to take what came before. Well above a full window.
+/// If the caller must first accept earlier output, reading is suspended after this many bytes. Well
+/// above a full window.
 const HELD_BYTES: u64 = 4 * WINDOW_BYTES as u64;
-/// Allowance per second for a quiet command's server, which may ask for signs of life for days.
+/// Additional allowance per second, because the server of a quiet command may send keepalives for
+/// days.
 const QUIET_BYTES_PER_S: u64 = 4 * 1024;
 
 impl Flood {
-    /// `guest_lost` for a flood. While the caller is what everything waits for, the rest is held back instead: output in
-    /// small messages is a flood by its size, too.
+    /// Returns `guest_lost` for a flood. If everything waits for the caller, it suspends reading
+    /// instead, because output in small messages also has the size of a flood.
     fn check(&mut self, received: u64, progress: bool, waits_for_caller: bool) -> Result<()> {
         let now = Instant::now();
         if progress {
@@ -257,7 +264,7 @@ impl Flood {
     }
 }
 
-/// Asks a quiet peer for a sign of life.
+/// Sends keepalives to a quiet peer.
 struct Keepalive {
     received: u64,
     quiet_since: Instant,
@@ -267,19 +274,20 @@ struct Keepalive {
 
 impl Keepalive {
     fn new(shared: &Shared) -> Self {
-        // libssh2 sends none by itself in non-blocking mode; the shortest interval leaves the timing to us.
+        // libssh2 sends no keepalives on its own in non-blocking mode. With the shortest interval
+        // we control the timing.
         shared.session.borrow().set_keepalive(true, 2);
         Self { received: shared.received(), quiet_since: Instant::now(), asked_last: None, unanswered_since: None }
     }
 
-    /// When to look again. `guest_lost` when nothing came for too long.
+    /// Returns the time of the next check, or `guest_lost` if nothing arrived for too long.
     fn check(&mut self, shared: &Shared) -> Result<Instant> {
         let now = Instant::now();
         if shared.received() != self.received {
             self.received = shared.received();
             (self.quiet_since, self.asked_last, self.unanswered_since) = (now, None, None);
         }
-        if self.unanswered_since.is_some_and(|since| now.duration_since(since) >= KEEPALIVE_PATIENCE) {
+        if self.unanswered_since.is_some_and(|since| now.duration_since(since) >= KEEPALIVE_TIMEOUT) {
             return Err(lost(format!("no sign of life for {} s", now.duration_since(self.quiet_since).as_secs())));
         }
         let due = self.asked_last.unwrap_or(self.quiet_since) + KEEPALIVE_INTERVAL;
@@ -289,7 +297,8 @@ impl Keepalive {
         self.asked_last = Some(now);
         let before = shared.outbox_len();
         let asked = shared.session.borrow().keepalive_send();
-        // libssh2 goes by the wall clock and may not send after it was set back: then nothing is unanswered.
+        // libssh2 uses the wall clock and may not send after it was set back. Then no keepalive is
+        // outstanding.
         if asked.is_ok() && shared.outbox_len() > before {
             self.unanswered_since.get_or_insert(now);
             shared.flush();

@@ -1,10 +1,13 @@
-//! Signals for a running command, through a second, short-lived channel of the same session and thread.
+//! Sends signals to a running command through a second, short-lived channel of the same session and
+//! thread.
 //!
-//! Why not the `signal` request (RFC 4254, 6.9): OpenSSH 9.2 refuses it for root's sessions ("session signalling
-//! requires privilege separation", session.c), and other servers do not know it. On the second channel a shell asks
-//! the kernel for the other children of the process that serves this connection, its own parent: each is the leader
-//! of the process group of one command. Where the connection has ended before the shell looks, its parent is who adopts
-//! orphans, with everybody's children: nobody is signalled unless the parent is an SSH server.
+//! The `signal` request (RFC 4254, 6.9) is not enough: OpenSSH 9.2 refuses it for root's sessions
+//! ("session signalling requires privilege separation", session.c), and other servers do not
+//! implement it. Instead a shell on the second channel asks the kernel for the other children of
+//! its own parent, the process that serves this connection. Each child leads the process group of
+//! one command. If the connection ends before the shell looks, its parent is the process that
+//! adopts orphans, whose children belong to everybody. So it signals nobody unless the parent is an
+//! SSH server.
 
 use super::channel::{Channel, READ_BYTES, STDERR, STDOUT};
 use super::wire::Shared;
@@ -12,7 +15,7 @@ use crate::api::exec::signal_number;
 use std::collections::VecDeque;
 use std::rc::Rc;
 
-/// Signals that wait for the one under way; later ones are dropped.
+/// Maximum number of queued signals. Further ones are dropped.
 const QUEUE_MAX: usize = 64;
 
 #[derive(Default)]
@@ -31,7 +34,8 @@ enum State {
 }
 
 fn command(signal: &str) -> String {
-    // /proc/PID/task/TID/children needs CONFIG_PROC_CHILDREN; else the parent is in each stat, after the name.
+    // /proc/PID/task/TID/children requires CONFIG_PROC_CHILDREN. Otherwise read the parent from
+    // each stat file, after the name.
     let children = "cat /proc/$P/task/$P/children 2>/dev/null || for s in /proc/[0-9]*/stat; do \
         read -r pid rest 2>/dev/null <$s && set -- ${rest##*) } && [ \"$2\" = $P ] && echo $pid; done";
     let script = format!(
@@ -41,7 +45,8 @@ fn command(signal: &str) -> String {
 }
 
 impl Signaller {
-    /// `signal`: without `SIG`. One that is not known, and so cannot go into a script, is dropped.
+    /// Queues a signal, named without `SIG`. An unknown one is dropped, because it must not get
+    /// into a script.
     pub fn push(&mut self, signal: String) {
         if self.queue.len() < QUEUE_MAX && signal_number(&signal) != 0 {
             self.queue.push_back(signal);
@@ -52,8 +57,8 @@ impl Signaller {
         self.queue.is_empty() && matches!(self.state, State::Idle)
     }
 
-    /// Goes as far as it can with what has come. That the server has no room for a second channel costs the
-    /// signal, not the command.
+    /// Continues as far as possible. If the server has no room for a second channel, the signal is
+    /// lost but the command is not affected.
     pub fn step(&mut self, shared: &Rc<Shared>) {
         while let Some(signal) = self.queue.front() {
             let next = match &mut self.state {
@@ -65,7 +70,7 @@ impl Signaller {
             let was = match next {
                 Ok(None) => return,
                 Ok(Some(next)) => std::mem::replace(&mut self.state, next),
-                // Nobody hears a helper's log.
+                // A helper has nowhere to log.
                 Err(_) => {
                     self.state = State::Idle;
                     self.queue.pop_front();
@@ -81,7 +86,7 @@ impl Signaller {
     }
 }
 
-/// Drops what it prints. Whether it has ended.
+/// Discards the output. Returns true at the end of the channel.
 fn drain(channel: &mut Channel) -> Result<bool, ssh2::Error> {
     let mut scratch = [0; READ_BYTES];
     for stream in [STDOUT, STDERR] {
@@ -94,10 +99,11 @@ fn drain(channel: &mut Channel) -> Result<bool, ssh2::Error> {
 mod tests {
     use super::*;
 
-    /// The connection may be gone before the shell runs: its parent then is who adopts orphans, whose children are everybody's.
-    /// In a process namespace of its own, so that it is that one's init that adopts.
+    /// If the connection ends before the shell runs, its parent is the process that adopts orphans,
+    /// and that process's children belong to everybody. The test runs in a PID namespace, whose
+    /// init adopts the orphans.
     #[test]
-    fn a_signal_that_comes_too_late_hits_nobody() {
+    fn signal_that_comes_too_late_hits_nobody() {
         let is_orphan = "while read -r _ _ _ parent _ </proc/self/stat && [ $parent != 1 ]; do :; done";
         let late = command("USR1");
         let dir = tempfile::tempdir().unwrap();

@@ -1,8 +1,9 @@
-//! libssh2 without sockets: it reads from and writes to memory, and [`Shared`] moves the bytes.
+//! Runs libssh2 without sockets: it reads from and writes to memory, and [`Shared`] moves the
+//! bytes.
 //!
-//! Why: a libssh2 call that could send only part of a packet must be repeated before any other call that sends
-//! (`transport_send_existing`), and its reads go on for as long as the peer sends. With buffers between, a send
-//! never stops half-way, and a round of reading is bounded, whatever the peer does.
+//! A libssh2 call that sent only a part of a packet must be repeated before any other call that
+//! sends (`transport_send_existing`), and its reads continue for as long as the peer sends. With
+//! buffers in between, a send never stops half-way, and each round of reading is bounded.
 
 use crate::error::{Error, Result};
 use libssh2_sys as raw;
@@ -14,37 +15,38 @@ use std::os::fd::AsFd;
 use std::os::raw::{c_int, c_void};
 use std::rc::Rc;
 
-/// Most bytes taken from the socket before everything else is looked at again.
+/// Maximum number of bytes to take from the socket before everything else gets its turn.
 const ROUND_BYTES: usize = 256 * 1024;
-/// With so much unsent, no more of the command's input is encrypted.
+/// While this much is unsent, no more of the command's input is encrypted.
 const OUTBOX_BYTES_HIGH: usize = 256 * 1024;
 
-/// Bytes on their way. Behind a `RefCell`, since libssh2 calls back into it.
+/// Bytes in transit. In a `RefCell`, because libssh2 calls back into it.
 #[derive(Default)]
 struct Wire {
     inbox: Vec<u8>,
     inbox_at: usize,
     outbox: Vec<u8>,
     outbox_at: usize,
-    /// The peer will send no more. libssh2 is not told: it would give nothing of what it has taken in.
+    /// The peer will send no more. libssh2 is not informed, because it would then discard what it
+    /// has buffered.
     ended: bool,
-    /// Sending failed: what is to be sent goes nowhere.
+    /// Sending failed. Further output is discarded.
     unsendable: bool,
-    /// The session goes.
+    /// The session is being freed.
     shut: bool,
 }
 
 /// One session, its buffers and its socket. `Rc` and the raw pointers keep it on one thread.
 pub(in crate::guest) struct Shared {
-    // Fields drop in this order: the session needs the wire while it goes.
+    // Fields drop in this order: the session uses the wire while it is freed.
     pub session: RefCell<ssh2::Session>,
     raw: *mut raw::LIBSSH2_SESSION,
     wire: Box<RefCell<Wire>>,
     socket: Rc<TcpStream>,
     scratch: RefCell<Vec<u8>>,
-    /// Bytes that ever came.
+    /// Total number of bytes received.
     received: Cell<u64>,
-    /// Of these, what libssh2 had taken when [`Shared::has_more`] was asked last.
+    /// How many of them libssh2 had consumed at the last call of [`Shared::has_more`].
     taken: Cell<u64>,
 }
 
@@ -52,42 +54,42 @@ type Callback = unsafe extern "C" fn();
 
 #[allow(unsafe_code)]
 unsafe extern "C" {
-    // libssh2.h of the vendored libssh2; not bound by libssh2-sys 0.3.4.
+    // Declared in libssh2.h of the vendored libssh2; libssh2-sys 0.3.4 has no binding.
     fn libssh2_session_callback_set2(session: *mut raw::LIBSSH2_SESSION, kind: c_int, callback: Callback) -> Callback;
 }
-/// libssh2.h.
+/// Values from libssh2.h.
 const LIBSSH2_CALLBACK_SEND: c_int = 5;
 const LIBSSH2_CALLBACK_RECV: c_int = 6;
 
-/// `LIBSSH2_RECV_FUNC`: minus errno on failure, 0 at the end.
+/// `LIBSSH2_RECV_FUNC`: negative errno on failure, 0 at the end.
 #[allow(unsafe_code)]
 unsafe extern "C" fn receive(_fd: c_int, buffer: *mut c_void, len: usize, _flags: c_int, place: *mut *mut c_void) -> isize {
-    // SAFETY: `place` is the session's abstract pointer, set in `Shared::new` to the wire, which outlives the
-    // session; the RefCell is not borrowed while libssh2 runs.
+    // SAFETY: `place` is the session's abstract pointer, which `Shared::new` set to the wire. The
+    // wire outlives the session, and the RefCell is not borrowed while libssh2 runs.
     let mut wire = unsafe { &*(*place).cast::<RefCell<Wire>>() }.borrow_mut();
     let n = len.min(wire.inbox.len() - wire.inbox_at);
     if n == 0 {
         return if wire.shut { 0 } else { -(libc::EAGAIN as isize) };
     }
-    // SAFETY: libssh2 gives room for `len` bytes, and `n` is at most that.
+    // SAFETY: libssh2 provides space for `len` bytes, and `n` is at most that.
     unsafe { std::ptr::copy_nonoverlapping(wire.inbox[wire.inbox_at..].as_ptr(), buffer.cast::<u8>(), n) };
     wire.inbox_at += n;
     n as isize
 }
 
-/// `LIBSSH2_SEND_FUNC`: takes everything, always.
+/// `LIBSSH2_SEND_FUNC`: always accepts everything.
 #[allow(unsafe_code)]
 unsafe extern "C" fn send(_fd: c_int, bytes: *const c_void, len: usize, _flags: c_int, place: *mut *mut c_void) -> isize {
     // SAFETY: as in `receive`.
     let mut wire = unsafe { &*(*place).cast::<RefCell<Wire>>() }.borrow_mut();
-    // SAFETY: libssh2 gives `len` bytes.
+    // SAFETY: libssh2 provides `len` bytes.
     let bytes = unsafe { std::slice::from_raw_parts(bytes.cast::<u8>(), len) };
     wire.outbox.extend_from_slice(bytes);
     len as isize
 }
 
 impl Shared {
-    /// Around a socket that is connected and non-blocking.
+    /// Creates a session on a connected, non-blocking socket.
     #[allow(unsafe_code)]
     pub fn new(socket: TcpStream) -> Result<Rc<Self>> {
         let session = ssh2::Session::new().map_err(|e| Error::internal("make an ssh session").with_source(e))?;
@@ -98,8 +100,9 @@ impl Shared {
         };
         let wire = Box::new(RefCell::new(Wire::default()));
         let socket = Rc::new(socket);
-        // SAFETY: `raw` is this live session. The box is at a fixed address and outlives it (field order). The
-        // types of the two callbacks are those that libssh2 casts them back to (LIBSSH2_RECV_FUNC, _SEND_FUNC).
+        // SAFETY: `raw` is this live session. The box has a fixed address and outlives it (field
+        // order). libssh2 casts the two callbacks back to these types (LIBSSH2_RECV_FUNC,
+        // _SEND_FUNC).
         unsafe {
             *raw::libssh2_session_abstract(raw) = (&raw const *wire).cast_mut().cast();
             let receive: Callback = std::mem::transmute(receive as *const ());
@@ -113,12 +116,13 @@ impl Shared {
         Ok(Rc::new(Self { session, raw, wire, socket, scratch, received: Cell::new(0), taken: Cell::new(0) }))
     }
 
-    /// Valid as long as `self`.
+    /// The raw session. Valid as long as `self`.
     pub(super) fn raw(&self) -> *mut raw::LIBSSH2_SESSION {
         self.raw
     }
 
-    /// Takes what the socket has, up to a round's worth. Whether anything came. A broken connection is as ended.
+    /// Takes up to one round of bytes from the socket. Returns true if anything arrived. A broken
+    /// connection counts as ended.
     pub fn fill(&self) -> bool {
         let mut wire = self.wire.borrow_mut();
         if wire.inbox_at == wire.inbox.len() {
@@ -142,7 +146,7 @@ impl Shared {
         false
     }
 
-    /// Sends what is to be sent, as far as the socket takes it. A failure shows when the peer's end is read.
+    /// Sends as much as the socket accepts. A failure shows when the peer's end is read.
     pub fn flush(&self) {
         let mut wire = self.wire.borrow_mut();
         let Wire { outbox, outbox_at, unsendable, .. } = &mut *wire;
@@ -158,7 +162,8 @@ impl Shared {
         *outbox_at = 0;
     }
 
-    /// What the socket is to be polled for. Nothing once the peer has ended it: it would always be ready.
+    /// The events to poll the socket for. Nothing after the peer has ended it, because it would
+    /// always be ready.
     pub fn poll_fd(&self) -> Option<PollFd<'_>> {
         let wire = self.wire.borrow();
         let mut events = PollFlags::POLLIN;
@@ -170,18 +175,19 @@ impl Shared {
         let wire = self.wire.borrow();
         wire.outbox.len() - wire.outbox_at >= OUTBOX_BYTES_HIGH
     }
-    /// Grows when a call sends.
+    /// Number of bytes to be sent. Grows when a libssh2 call sends.
     pub fn outbox_len(&self) -> usize {
         self.wire.borrow().outbox.len()
     }
-    /// The peer will send no more, and everything that it sent has been taken in.
+    /// True if the peer will send no more and everything that it sent has been consumed.
     pub fn ended(&self) -> bool {
         let wire = self.wire.borrow();
         wire.ended && wire.inbox_at == wire.inbox.len()
     }
-    /// libssh2 left some of what has come, and took some since this was asked last: it is to be called again before anybody
-    /// waits for more. With a cipher that needs whole packets it stops where a packet goes beyond its buffer
-    /// (`ssh2_transport_read`), and trusts that the socket is still readable.
+    /// True if libssh2 left some bytes unread and consumed others since the last call of this
+    /// function. It must then be called again before waiting for more: with a cipher that needs
+    /// whole packets it stops at a packet that exceeds its buffer (`ssh2_transport_read`), and
+    /// assumes that the socket is still readable.
     pub fn has_more(&self) -> bool {
         let wire = self.wire.borrow();
         let left = wire.inbox.len() - wire.inbox_at;
@@ -194,14 +200,14 @@ impl Shared {
 }
 
 impl Drop for Shared {
-    /// From now on every wait inside libssh2 fails at once, so that freeing the session frees its channels too
-    /// and waits for nobody.
+    /// Makes every later wait inside libssh2 fail at once, so that freeing the session also frees
+    /// its channels and waits for nobody.
     fn drop(&mut self) {
         let mut wire = self.wire.borrow_mut();
         wire.inbox.clear();
         wire.inbox_at = 0;
         wire.shut = true;
         drop(wire);
-        let _ = self.socket.shutdown(Shutdown::Both); // Not connected any more: as good.
+        let _ = self.socket.shutdown(Shutdown::Both); // It may be disconnected already.
     }
 }

@@ -51,9 +51,9 @@ pub(super) enum Claim {
     Worktree,
     /// The repository has this worktree at another place. Holds the `.git` file that it names.
     OtherWorktree(PathBuf),
-    /// Only the repository's `core.worktree` can show it.
+    /// Only `core.worktree` can show that the tree belongs to the repository.
     Setting,
-    /// Nothing can show it, because the repository's common directory is not its own.
+    /// Nothing shows it, because the repository's common directory is not its own.
     None,
 }
 

@@ -1,10 +1,11 @@
-//! Counts the files that a patch changes, as `git apply` would see them, while the patch streams by.
+//! Counts the files that a patch changes, as `git apply` would see them, while the patch streams
+//! by.
 //!
-//! The patch comes from a guest, so the guest's own count proves nothing. The counter keeps the beginning of the current
-//! line and a few numbers, whatever the patch holds.
+//! The patch comes from a guest, so the guest's own count proves nothing. The counter keeps the
+//! beginning of the current line and a few numbers, whatever the patch holds.
 //!
-//! A file whose type changed is two entries in a patch, a deletion and a creation, and counts once. A forged patch can use
-//! that to look half as large as it is, never smaller.
+//! A file whose type changed is two entries in a patch, a deletion and a creation, and counts once.
+//! A forged patch can use that to look half as large as it is, never smaller.
 
 /// How much of a line decides what the line is. The numbers of a hunk's header are all within it.
 const LINE_BYTES_KEPT: usize = 128;
@@ -27,7 +28,7 @@ impl Hunk {
 /// Where in a patch the current line is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
-    /// Between files, or after a hunk: what is not a header is ignored by git.
+    /// Between files, or after a hunk. git ignores every line that is not a header.
     Outside,
     /// After `diff --git`, before its first hunk: a `---` belongs to that file.
     GitHeader,
@@ -54,7 +55,8 @@ pub struct Counter {
     /// A hash of the current line, if it is a `diff --git`.
     name: u64,
     section: Section,
-    /// The file before the current one was deleted under the same name. If this one is created, its type changed.
+    /// The file before the current one was deleted under the same name. If this one is created,
+    /// its type changed.
     follows_deletion: bool,
 }
 
@@ -221,7 +223,8 @@ mod tests {
         check(&format!("diff --git a/w b/w\n--- a/w\n+++ b/w\n@@ -1 +1 @@\n-a\n+b\n{old_style}"), 2);
         // Names without a hunk change nothing.
         check("--- a/x\n+++ b/x\n", 0);
-        // A hunk that claims to be endless hides nothing: git ends it at the first line that is none of its own.
+        // A hunk that claims to be endless hides nothing: git ends it at the first line that cannot
+        // belong to it.
         check("diff --git a/x b/x\n--- a/x\n+++ b/x\n@@ -1,99 +1,99 @@\n x\ndiff --git a/y b/y\nnew file mode 100644\n", 2);
     }
 

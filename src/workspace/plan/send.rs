@@ -187,7 +187,7 @@ impl Plan {
         cancel: &Cancel,
     ) -> Result<u64> {
         let lists = self.lists(kept);
-        let length = |f: &File| f.metadata().map(|m| m.len()).map_err(|e| Error::io("look at the pack", e));
+        let length = |f: &File| f.metadata().map(|m| m.len()).map_err(|e| Error::io("inspect the pack", e));
         let entry = |len: u64| BLOCK + len.next_multiple_of(BLOCK);
         let mut size = 2 * BLOCK + lists.iter().map(|(_, data)| entry(data.len() as u64)).sum::<u64>();
         let pack = self.repo.as_mut().and_then(|r| r.pack.as_mut());

@@ -76,7 +76,7 @@ fn identity_from_the_environment_is_used_in_the_guest() {
     let said = site.git_guest(&["log", "-1", "--format=%an <%ae> %cn <%ce>"]);
     assert_eq!(said, "A \"U\" Thor <author@example.org> C Mitter <committer@example.org>\n");
 
-    // Settings give the author and committer here, and EMAIL fills the gap.
+    // The author and committer come from settings, and the missing address from EMAIL.
     let other = Site::committed();
     let text = "[user]\n\tname = U Ser\n[author]\n\temail = a@example.org\n";
     std::fs::write(other.dir.path().join("home/.gitconfig"), text).unwrap();

@@ -1,4 +1,4 @@
-//! A cancel token: a flag with a cause, an eventfd for `poll`, and wakers for condition waits.
+//! The cancel token: a flag with a cause, an eventfd for `poll`, and wakers for condition waits.
 
 use super::raw;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -7,16 +7,16 @@ use std::sync::{Arc, OnceLock};
 
 type Waker = Box<dyn FnOnce() + Send>;
 
-/// A cause by which somebody decides. All others are texts for people.
+/// A cause that code branches on. All other causes are texts for people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KnownCause {
-    /// A guest is paused for it.
+    /// Running guests are paused when this happens.
     HostDiskFull,
     TooSlow,
 }
 
 impl KnownCause {
-    /// Reads after "cancelled: ".
+    /// The text that follows "cancelled: ".
     pub const fn text(self) -> &'static str {
         match self {
             KnownCause::HostDiskFull => "the host's disk is full",
@@ -35,7 +35,7 @@ struct Inner {
     cause: OnceLock<Cause>,
     event: EventFd,
     wakers: raw::Mutex<Wakers>,
-    /// Signalled when a waker has returned.
+    /// Notified when a waker has returned.
     returned: raw::Condvar,
 }
 
@@ -61,23 +61,23 @@ impl Cancel {
         Ok(Self { inner: Arc::new(Inner { cause, event, wakers, returned: raw::Condvar::new() }) })
     }
 
-    /// Fires, unless it has. `cause` reads after "cancelled: ": `the VM was stopped`. The wakers run in this call,
-    /// with nothing of the token's held.
+    /// Fires the token, unless it has already fired. Messages show `cause` after "cancelled: ", so write
+    /// it like `the VM was stopped`. The wakers run in this call, while no lock of the token is held.
     pub fn cancel(&self, cause: impl Into<String>) {
         self.fire(Cause::Text(cause.into()));
     }
 
-    /// The same for a cause by which somebody decides.
+    /// Like [`Cancel::cancel`], for a cause that code branches on.
     pub fn cancel_for(&self, cause: KnownCause) {
         self.fire(Cause::Known(cause));
     }
 
     fn fire(&self, cause: Cause) {
-        // First the cause, then the wakers: whoever subscribes later sees the cause.
+        // The cause is set before the wakers run, so that a later subscriber sees it.
         if self.inner.cause.set(cause).is_err() {
             return;
         }
-        // The counter cannot overflow: one write in its life.
+        // The counter cannot overflow because it is written only once.
         let _ = self.inner.event.write(1);
         loop {
             let mut wakers = self.inner.wakers.lock();
@@ -102,7 +102,7 @@ impl Cancel {
         })
     }
 
-    /// None where the cause is a text for people.
+    /// None if the token has not fired or the cause is a text for people.
     pub fn known_cause(&self) -> Option<KnownCause> {
         match self.inner.cause.get()? {
             Cause::Known(known) => Some(*known),
@@ -110,17 +110,19 @@ impl Cancel {
         }
     }
 
-    /// Becomes readable when the token fires and stays so. Never read from it.
+    /// A descriptor that becomes readable when the token fires, and stays readable. Never read from it.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.inner.event.as_fd()
     }
 
-    /// Calls `waker` once when the token fires, on the thread that fires it, or now if it has. Forgotten when the
-    /// result is dropped: after the drop it neither runs nor will. The waker must not block nor take a lock of a
-    /// rank, for the one who fires may hold any; it may use this token.
+    /// Calls `waker` once: when the token fires, on the thread that fires it, or now if it has already
+    /// fired. Dropping the result unsubscribes; after the drop the waker is not running and will not run.
+    /// The waker must not block or take a lock that has a rank, because the firing thread may hold any
+    /// lock. It may use this token.
     pub fn on_cancel(&self, waker: impl FnOnce() + Send + 'static) -> Subscription {
         let mut wakers = self.inner.wakers.lock();
-        // Looked at under the mutex: `cancel` takes it after setting the cause, so one of the two calls the waker.
+        // Checked under the mutex, which `cancel` takes after setting the cause, so that exactly one of the
+        // two calls the waker.
         if self.is_cancelled() {
             drop(wakers);
             waker();
@@ -141,21 +143,21 @@ impl std::fmt::Debug for Cancel {
 }
 
 /// Keeps a waker subscribed.
-#[must_use = "dropping it forgets the waker"]
+#[must_use = "dropping it unsubscribes the waker"]
 pub struct Subscription {
     cancel: Cancel,
     id: u64,
 }
 
 impl Drop for Subscription {
-    /// Waits for the waker where another thread is just calling it, so that what it names (a descriptor, say) may
-    /// be closed next. Wakers do not block, so this is short.
+    /// If another thread is just calling the waker, waits for it to return, so that the caller can then
+    /// close what the waker uses, such as a descriptor. Wakers do not block, so the wait is short.
     fn drop(&mut self) {
         let inner = &self.cancel.inner;
         let mut wakers = inner.wakers.lock();
         if let Some(i) = wakers.waiting.iter().position(|(id, _)| *id == self.id) {
             let waker = wakers.waiting.swap_remove(i);
-            drop(wakers); // What the closure owns may call back.
+            drop(wakers); // Values that the closure owns may use the token when they are dropped.
             drop(waker);
             return;
         }

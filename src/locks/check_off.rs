@@ -1,4 +1,4 @@
-//! The checker switched off: nothing is stored, nothing is done.
+//! The disabled checker: the same items as `check_on.rs`, which store and do nothing.
 
 use super::rank::{Edge, Rank};
 use std::fmt::Debug;
@@ -6,7 +6,7 @@ use std::fmt::Debug;
 /// Whether this build checks locks.
 pub const IS_ON: bool = false;
 
-/// The rank of a lock: not kept.
+/// Stands for the rank of a lock, which this build does not store.
 pub struct Tag;
 impl Tag {
     #[inline(always)]
@@ -15,8 +15,8 @@ impl Tag {
     }
 }
 
-/// How a lock is wanted.
-pub struct Want<'a> {
+/// A lock that a thread is about to take.
+pub struct Request<'a> {
     pub key: Option<&'a dyn Debug>,
     pub instance: *const (),
     pub sorted: bool,
@@ -30,21 +30,21 @@ impl Token {
 }
 
 #[inline(always)]
-pub fn acquire(_tag: &Tag, _want: Want<'_>) -> Token {
+pub fn acquire(_tag: &Tag, _want: Request<'_>) -> Token {
     Token
 }
 #[inline(always)]
 pub fn check_wait(_region: Rank, _except: &Token) {}
-/// Panics where this thread holds a lock under which only memory may be touched.
+/// Panics if this thread holds a lock under which only memory may be touched.
 #[inline(always)]
 pub fn require_memory_only(_what: &str) {}
-/// Panics where a log call happens under such a lock.
+/// Panics if a log call happens under such a lock.
 #[inline(always)]
 pub fn log_call(_record: &log::Record<'_>) {}
-/// Panics where this thread holds a lock or is in a region.
+/// Panics if this thread holds a lock or is in a region.
 #[inline(always)]
 pub fn assert_none_held(_at: &str) {}
-/// Locks and regions of this thread.
+/// The number of locks and regions of this thread.
 #[inline(always)]
 pub fn held() -> usize {
     0
@@ -53,23 +53,23 @@ pub fn held() -> usize {
 pub fn lock_beneath<T>(mutex: &parking_lot::Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
     mutex.lock()
 }
-/// Violations so far, also those that a panic handler swallowed.
+/// The number of violations so far, including those whose panic was caught.
 #[inline(always)]
 pub fn violations() -> u64 {
     0
 }
-/// Called before each acquisition, with nothing of the checker's borrowed.
+/// Sets a function that is called before each acquisition, outside all of the checker's own locks.
 #[inline(always)]
 pub fn set_chaos(_hook: Option<fn(Rank)>) {}
 /// The declared edges that occurred in this process.
 pub fn observed() -> Vec<Edge> {
     Vec::new()
 }
-/// The table as Graphviz.
+/// The table as a Graphviz graph.
 pub fn dot() -> String {
     super::rank::dot(None)
 }
-/// What every thread holds and wants.
+/// What every thread holds and awaits.
 pub fn dump() -> String {
     "the lock checker is off in this build\n".to_owned()
 }

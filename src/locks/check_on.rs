@@ -1,8 +1,10 @@
-//! The checker: a list per thread of what it holds, looked at before each acquisition.
+//! The checker. It keeps a list per thread of the locks that the thread holds, and compares it with the
+//! table before each acquisition.
 //!
-//! Environment, read once: `FCD_LOCK_ABORT=1` aborts on the first violation (test daemons, so that no
-//! `catch_unwind` hides one); `FCD_LOCK_EDGES=FILE` appends a line `From To` for every declared edge when this
-//! process first sees it (the suite fails on an edge that no process saw).
+//! Two environment variables are read once. `FCD_LOCK_ABORT=1` aborts on the first violation; the
+//! daemons of tests set it, so that no `catch_unwind` hides one. `FCD_LOCK_EDGES=FILE` appends a line
+//! `From To` for every declared edge when this process first sees it; the test suite fails if an edge
+//! was seen by no process.
 
 use super::rank::{Edge, Rank, Site, rule};
 use parking_lot::Mutex;
@@ -14,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-#[cfg(feature = "shuttle")] // Its tasks share one OS thread: with std's they would share one list.
+#[cfg(feature = "shuttle")] // Its tasks run on one OS thread, so with std's macro they would share one list.
 use shuttle::thread_local;
 
 /// Whether this build checks locks.
@@ -28,37 +30,39 @@ impl Tag {
     }
 }
 
-/// How a lock is wanted.
-pub struct Want<'a> {
+/// A lock that a thread is about to take.
+pub struct Request<'a> {
     pub key: Option<&'a dyn Debug>,
-    /// The lock's address, null for a region: tells "taken twice" from "two of one rank".
+    /// The lock's address, null for a region. It tells "taken twice" from "two of one rank".
     pub instance: *const (),
-    /// A later one of a sorted many: others of its rank may be held.
+    /// True for the second and later keys of [`LockSet::lock_many`](super::LockSet::lock_many): other keys of
+    /// the same set may be held.
     pub sorted: bool,
-    /// False for a try, which cannot hang.
+    /// False for `try_lock`, which cannot hang.
     pub blocks: bool,
 }
 
-/// A hold that is memory only takes microseconds; this is the bound of what is fine.
+/// A thread that only touches memory releases its lock within microseconds. More CPU time than this
+/// counts as a long hold.
 pub const HOLD_CPU_LONG: Duration = Duration::from_millis(1);
 
-/// How locks of one rank were held, over the process's life.
+/// Statistics about the holds of one rank's locks since the process started.
 #[derive(Clone, Debug, Default)]
 pub struct Holds {
     pub count: u64,
-    /// CPU time of the thread, the checker's own included, and where it took the lock.
+    /// The longest hold in CPU time of the thread, including the checker's own.
     pub longest: Duration,
     pub longest_at: String,
-    /// Those of more than [`HOLD_CPU_LONG`].
+    /// Holds of more than [`HOLD_CPU_LONG`].
     pub long: u64,
-    /// Voluntary context switches of holders in the middle of a hold.
+    /// Voluntary context switches of threads during a hold.
     pub switches: u64,
-    /// Those during whose hold no other lock was contended, so that something else blocked.
+    /// Switches in holds during which the thread waited for no other lock, so something else blocked it.
     pub unexplained: u64,
     pub unexplained_at: String,
 }
 
-/// What a thread has used so far.
+/// The resources that a thread has used so far.
 #[derive(Clone, Copy)]
 struct Usage {
     cpu: Duration,
@@ -77,7 +81,7 @@ impl Usage {
 }
 
 struct Held {
-    /// Of keyed locks whose holds are measured, since the lock was had.
+    /// The thread's usage when it got the lock, for keyed locks whose holds are measured.
     since: Option<Usage>,
     id: u64,
     rank: Rank,
@@ -93,7 +97,7 @@ struct HeldList {
     held: Vec<Held>,
 }
 
-/// This thread's list, shared with [`dump`]; its mutex is never held over anything else.
+/// This thread's list, shared with [`dump`]. No other lock is taken while its mutex is held.
 struct Local(Arc<Mutex<HeldList>>);
 
 impl Local {
@@ -107,7 +111,8 @@ impl Local {
     }
 }
 
-/// Tests have no log, but their log calls are checked, at every level. A log that is set up already stays.
+/// Checks log calls in tests, at every level, although tests write no log. Does nothing if a logger is
+/// already installed.
 #[cfg(any(test, feature = "fakes"))]
 fn check_log_calls() {
     struct Checks;
@@ -135,9 +140,9 @@ static THREADS: Mutex<Vec<Arc<Mutex<HeldList>>>> = Mutex::new(Vec::new());
 static EDGES: [AtomicU32; Rank::ALL.len()] = [const { AtomicU32::new(0) }; Rank::ALL.len()];
 static SITES: Mutex<BTreeMap<(Rank, Rank), (Site, Site)>> = Mutex::new(BTreeMap::new());
 static VIOLATIONS: AtomicU64 = AtomicU64::new(0);
-/// Those of the checker's own tests.
+/// Violations that the checker's own tests provoke.
 static EXPECTED: AtomicU64 = AtomicU64::new(0);
-/// Of `vm_locks`, which must be held for moments only.
+/// Holds of `vm_locks`, which must be short.
 static HOLDS: Mutex<Option<Holds>> = Mutex::new(None);
 static CHAOS_ON: AtomicBool = AtomicBool::new(false);
 static CHAOS: Mutex<Option<fn(Rank)>> = Mutex::new(None);
@@ -146,9 +151,9 @@ thread_local! {
     static LOCAL: Local = Local::register();
 }
 std::thread_local! {
-    /// False in the checker's own tests, which must pass neither for uses of an edge nor for violations.
+    /// False in the checker's own tests, whose edges and violations must not be counted as the daemon's.
     static RECORDING: Cell<bool> = const { Cell::new(true) };
-    /// Mutexes for which this thread had to wait.
+    /// How often this thread had to wait for a mutex.
     static CONTENDED: Cell<u64> = const { Cell::new(0) };
 }
 
@@ -157,7 +162,7 @@ pub struct Token {
 }
 
 impl Token {
-    /// The lock was had: [`dump`] no longer shows the thread waiting for it.
+    /// Records that the lock was acquired, so that [`dump`] no longer shows the thread as waiting.
     pub fn taken(&self) {
         self.edit(|held, i| {
             held[i].taken = true;
@@ -178,7 +183,7 @@ impl Token {
 }
 
 impl Drop for Token {
-    // Never panics: it runs during unwinding. Any drop order is fine.
+    // Must not panic, because it also runs during unwinding. Guards may be dropped in any order.
     fn drop(&mut self) {
         let mut ended = None;
         self.edit(|held, i| {
@@ -213,7 +218,7 @@ pub fn holds() -> Holds {
     HOLDS.lock().clone().unwrap_or_default()
 }
 
-/// Locks the mutex beneath, and counts when that had to wait.
+/// Locks the underlying mutex and counts if that had to wait.
 pub fn lock_beneath<T>(mutex: &Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
     mutex.try_lock().unwrap_or_else(|| {
         CONTENDED.with(|c| c.set(c.get() + 1));
@@ -221,9 +226,9 @@ pub fn lock_beneath<T>(mutex: &Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
     })
 }
 
-/// Panics, before anything blocks, where the table does not allow the lock under what this thread holds.
+/// Panics, before anything blocks, if the table does not allow the lock under what this thread holds.
 #[track_caller]
-pub fn acquire(tag: &Tag, want: Want<'_>) -> Token {
+pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
     let (rank, at) = (tag.0, Location::caller());
     if CHAOS_ON.load(Ordering::Relaxed) {
         let hook = *CHAOS.lock();
@@ -233,7 +238,7 @@ pub fn acquire(tag: &Tag, want: Want<'_>) -> Token {
     }
     let key = want.key.map(|k| format!("{k:?}"));
     let wanted = Held { since: None, id: 0, rank, key, instance: want.instance as usize, at, taken: want.instance.is_null() };
-    // Judged within the list's mutex, reported and recorded outside it: both may do anything.
+    // Judge under the list's mutex, but report and record outside it, because both may call other code.
     let judged = LOCAL.with(|local| {
         let list = &mut *local.0.lock();
         if let Some(bad) = list.held.iter().position(|h| !allowed(h, &wanted, want.sorted)) {
@@ -257,7 +262,7 @@ pub fn acquire(tag: &Tag, want: Want<'_>) -> Token {
     }
 }
 
-/// Checks a wait that is to happen with the lock of `except` held and given up meanwhile.
+/// Checks a condition wait. The lock of `except` is the one that the wait releases.
 #[track_caller]
 pub fn check_wait(region: Rank, except: &Token) {
     let at = Location::caller();
@@ -276,15 +281,15 @@ pub fn check_wait(region: Rank, except: &Token) {
     }
 }
 
-/// Panics where this thread holds a lock under which only memory may be touched. Call it before anything that the
-/// kernel or somebody else may hold up for a moment; waits have ranks of their own. A panic that passes a lock may
-/// drop values that do such things, so a thread that unwinds is not checked.
+/// Panics if this thread holds a lock under which only memory may be touched. Call it before anything
+/// that may take a moment in the kernel or in another process; longer waits have virtual ranks. A
+/// panic may drop values that do such things, so an unwinding thread is not checked.
 #[track_caller]
 pub fn require_memory_only(what: &str) {
     require_none(what, &Location::caller());
 }
 
-/// Checks a log call likewise, because a log line may block on the reader of the log.
+/// Checks a log call in the same way, because it may block on whoever reads the log.
 pub fn log_call(record: &log::Record<'_>) {
     require_none("log call", &format_args!("{}:{}", record.file().unwrap_or("?"), record.line().unwrap_or(0)));
 }
@@ -293,7 +298,7 @@ fn require_none(what: &str, at: &dyn std::fmt::Display) {
     if std::thread::panicking() {
         return;
     }
-    // A thread whose locals are gone holds nothing.
+    // A thread whose thread-locals have been destroyed holds nothing.
     let judged = LOCAL.try_with(|local| {
         let list = local.0.lock();
         let bad = list.held.iter().position(|h| h.rank.is_memory_only())?;
@@ -307,12 +312,12 @@ fn require_none(what: &str, at: &dyn std::fmt::Display) {
     }
 }
 
-/// Locks and regions of this thread.
+/// The number of locks and regions of this thread.
 pub fn held() -> usize {
     LOCAL.with(|local| local.0.lock().held.len())
 }
 
-/// Panics where this thread holds a lock or is in a region.
+/// Panics if this thread holds a lock or is in a region.
 pub fn assert_none_held(at: &str) {
     let report = LOCAL.with(|local| {
         let list = local.0.lock();
@@ -327,12 +332,12 @@ pub fn assert_none_held(at: &str) {
     }
 }
 
-/// Violations so far, also those that a panic handler swallowed.
+/// The number of violations so far, including those whose panic was caught.
 pub fn violations() -> u64 {
     VIOLATIONS.load(Ordering::SeqCst)
 }
 
-/// Called before each acquisition, with nothing of the checker's borrowed.
+/// Sets a function that is called before each acquisition, outside all of the checker's own locks.
 pub fn set_chaos(hook: Option<fn(Rank)>) {
     *CHAOS.lock() = hook;
     CHAOS_ON.store(hook.is_some(), Ordering::Relaxed);
@@ -343,12 +348,12 @@ pub fn observed() -> Vec<Edge> {
     SITES.lock().iter().map(|(&(from, to), &first)| Edge { from, to, first }).collect()
 }
 
-/// The table as Graphviz, with what was observed.
+/// The table as a Graphviz graph, with the edges observed so far.
 pub fn dot() -> String {
     super::rank::dot(Some(&observed()))
 }
 
-/// What every thread holds and wants, for a watchdog.
+/// What every thread holds and awaits, for a watchdog.
 pub fn dump() -> String {
     let threads = THREADS.lock().clone();
     let mut out = String::new();
@@ -362,7 +367,7 @@ pub fn dump() -> String {
     if out.is_empty() { "no thread holds a lock\n".to_owned() } else { out }
 }
 
-/// What this thread does from here on is no use of an edge, and its violations are expected: counted apart.
+/// From here on, this thread's edges are not recorded and its violations are counted as expected.
 #[cfg(all(test, not(feature = "shuttle")))]
 pub(super) fn stop_recording() {
     RECORDING.with(|r| r.set(false));
@@ -378,7 +383,7 @@ fn allowed(held: &Held, wanted: &Held, sorted: bool) -> bool {
     wanted.rank.under().contains(held.rank) || same_set
 }
 
-/// The very lock that this thread holds: blocking on it would never end.
+/// True if the wanted lock is the one that this thread holds, so that blocking on it would never end.
 fn hangs(held: &Held, wanted: &Held) -> bool {
     held.instance != 0 && held.instance == wanted.instance && held.key == wanted.key
 }
@@ -419,7 +424,8 @@ fn list_held(out: &mut String, held: &[Held], bad: usize) {
     }
 }
 
-/// `hangs`: to go on would block for ever, so while unwinding, where a panic cannot be raised, the process ends.
+/// Panics with the report. An unwinding thread cannot panic again: it prints the report and continues,
+/// unless that would block for ever (`hangs`); then the process aborts.
 fn fail(report: &str, hangs: bool) {
     static ABORT: OnceLock<bool> = OnceLock::new();
     let counted = RECORDING.with(Cell::get);
@@ -427,7 +433,7 @@ fn fail(report: &str, hangs: bool) {
     let aborts = counted && *ABORT.get_or_init(|| std::env::var_os("FCD_LOCK_ABORT").is_some_and(|v| v == "1"));
     let unwinding = std::thread::panicking();
     if aborts || (unwinding && hangs) {
-        eprintln!("{report}"); // Not the log, which may be off or held by this thread.
+        eprintln!("{report}"); // Not through the log, which may be off or locked by this thread.
         std::process::abort();
     }
     if unwinding { eprintln!("{report}") } else { panic!("{report}") }
@@ -454,7 +460,7 @@ fn append_edge(from: Rank, to: Rank) {
         std::fs::OpenOptions::new().create(true).append(true).open(path).ok()
     });
     if let Some(mut file) = file.as_ref() {
-        // One write of one line: processes that share the file do not mix.
+        // One write per line, so that lines of processes that share the file do not mix.
         let _ = std::io::Write::write_all(&mut file, format!("{from:?} {to:?}\n").as_bytes());
     }
 }

@@ -1,15 +1,17 @@
+//! A mutex and a condition variable whose uses are checked, and [`region`] for virtual ranks.
+
 use super::{Cancel, check, rank::Rank};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::time::Instant;
 
-/// A mutex with a rank. Never poisoned: a panic under it leaves what was written.
+/// A mutex with a rank. It is never poisoned: a panic leaves the data as it was at that moment.
 pub struct Mutex<T> {
     tag: check::Tag,
     inner: parking_lot::Mutex<T>,
 }
 
-/// Unlocks on drop. Stays on its thread, whatever features other crates switch on in parking_lot.
+/// Unlocks on drop. It is not `Send`, even if another crate enables parking_lot's `send_guard`.
 #[must_use = "dropping it unlocks"]
 pub struct MutexGuard<'a, T> {
     inner: parking_lot::MutexGuard<'a, T>,
@@ -25,7 +27,7 @@ impl<T> Mutex<T> {
     #[inline]
     pub fn lock(&self) -> MutexGuard<'_, T> {
         let instance = std::ptr::from_ref(self).cast();
-        let token = check::acquire(&self.tag, check::Want { key: None, instance, sorted: false, blocks: true });
+        let token = check::acquire(&self.tag, check::Request { key: None, instance, sorted: false, blocks: true });
         let inner = check::lock_beneath(&self.inner);
         token.taken();
         MutexGuard { inner, token, _not_send: PhantomData }
@@ -48,18 +50,18 @@ impl<T> DerefMut for MutexGuard<'_, T> {
 /// How a wait ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Waited {
-    /// The condition no longer holds, whatever else happened.
+    /// The condition no longer holds. Takes precedence over a cancel and the deadline.
     Done,
     Cancelled,
     TimedOut,
 }
 
-/// Always timed, always in a predicate loop.
+/// A condition variable. Every wait has a deadline and checks its condition in a loop.
 #[derive(Default)]
 pub struct Condvar {
     inner: parking_lot::Condvar,
-    /// Threads in a cancellable wait. They park, for a token's waker can unpark a thread without its mutex and still
-    /// not be missed.
+    /// Threads in a cancellable wait. They park instead of waiting on `inner`, because a token's waker
+    /// can unpark a thread without taking its mutex and the wake-up is still not lost.
     parked: parking_lot::Mutex<Vec<std::thread::Thread>>,
 }
 
@@ -68,7 +70,7 @@ impl Condvar {
         Self { inner: parking_lot::Condvar::new(), parked: parking_lot::Mutex::new(Vec::new()) }
     }
 
-    /// Waits while `condition` holds. False when the deadline came first.
+    /// Waits while `condition` holds. Returns false if it still holds at the deadline.
     #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
     pub fn wait_while<T>(
         &self,
@@ -85,7 +87,7 @@ impl Condvar {
         true
     }
 
-    /// As [`Condvar::wait_while`], and ends when `cancel` fires.
+    /// Like [`Condvar::wait_while`], but also ends when `cancel` fires.
     #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
     pub fn wait_while_cancellable<T>(
         &self,
@@ -123,7 +125,7 @@ impl Condvar {
     }
 }
 
-/// A virtual lock: this thread is about to block in the way that the rank names, or runs a job.
+/// States, until it is dropped, that this thread is doing what a virtual rank names.
 #[must_use = "dropping it ends the region"]
 pub struct Region {
     _token: check::Token,
@@ -133,11 +135,12 @@ pub struct Region {
 #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
 #[inline]
 pub fn region(rank: Rank) -> Region {
-    let want = check::Want { key: None, instance: std::ptr::null(), sorted: false, blocks: false };
+    let want = check::Request { key: None, instance: std::ptr::null(), sorted: false, blocks: false };
     Region { _token: check::acquire(&check::Tag::new(rank), want), _not_send: PhantomData }
 }
 
-// Off costs nothing: same sizes, and (scripts compare the machine code) same instructions.
+// The disabled checker costs nothing: the sizes are those of parking_lot, and `scripts/lock-code`
+// compares the machine code.
 #[cfg(not(any(debug_assertions, feature = "lock-check")))]
 const _: () = {
     assert!(size_of::<Mutex<u64>>() == size_of::<parking_lot::Mutex<u64>>());

@@ -1,5 +1,5 @@
-//! The lock order: which ranks may be held when another is taken. The only table; `ARCHITECTURE.md` shows what
-//! [`markdown_table`] prints.
+//! The lock order: which ranks may be held when another is taken. This is the only copy of the table;
+//! the one in `ARCHITECTURE.md` is the output of [`markdown_table`].
 
 use std::fmt::Write as _;
 use std::panic::Location;
@@ -66,7 +66,8 @@ impl RankSet {
     }
 }
 
-/// The negative control: there an import holds its VM's lock throughout, and must not panic for it.
+/// The feature `one-lock` is the benchmark's negative control: an import then holds its VM's lock
+/// throughout, so the table has to allow that.
 const ONE_LOCK: RankSet = if cfg!(feature = "one-lock") { RankSet::of(&[Vm]) } else { RankSet::EMPTY };
 
 impl Rank {
@@ -93,8 +94,8 @@ impl Rank {
         CondWait,
     ];
 
-    /// The ranks that may be held when this one is taken; any other held rank is a violation. Two ranks that do not
-    /// list each other are so never held together.
+    /// The ranks that may be held when this one is taken; any other held rank is a violation. Two ranks
+    /// that do not list each other are therefore never held together.
     pub const fn under(self) -> RankSet {
         match self {
             Job | Vm => RankSet::EMPTY,
@@ -113,13 +114,13 @@ impl Rank {
         }
     }
 
-    /// No lock but a statement: the thread is doing this.
+    /// A virtual rank is not a lock; it states what the thread is doing.
     pub const fn is_virtual(self) -> bool {
         matches!(self, Job | JobWait | GuestIo | VmmApi | HostCmd | DurableWait | CondWait)
     }
 
-    /// Under this lock there is only memory: no file, socket, process or log line. The workspace lock is the exception,
-    /// because an operation holds it across its guest I/O.
+    /// A thread that holds such a lock may touch memory only: no file, socket, process or log line. The
+    /// workspace lock is the exception, because an operation holds it across its guest I/O.
     pub const fn is_memory_only(self) -> bool {
         !self.is_virtual() && !matches!(self, Workspace) && !ONE_LOCK.contains(self)
     }
@@ -150,7 +151,7 @@ impl Rank {
     }
 }
 
-// Acyclic by construction: a rank may be taken only under ranks listed before it.
+// The order has no cycles because a rank may be taken only under ranks listed before it.
 const _: () = {
     let mut i = 0;
     while i < Rank::ALL.len() {
@@ -168,7 +169,7 @@ pub type Site = &'static Location<'static>;
 pub struct Edge {
     pub from: Rank,
     pub to: Rank,
-    /// Where it was first seen: where `from` was taken, where `to`.
+    /// Where `from` and `to` were taken when the edge was first seen.
     pub first: (Site, Site),
 }
 
@@ -182,12 +183,12 @@ fn names(ranks: impl Iterator<Item = Rank>) -> String {
     if names.is_empty() { "nothing".to_owned() } else { names.join(", ") }
 }
 
-/// The rule for one rank, as a report and the table say it.
+/// The rule for one rank, as violation reports and the table print it.
 pub(super) fn rule(rank: Rank) -> String {
     names(rank.under().iter())
 }
 
-/// The table for `ARCHITECTURE.md`. Ranks in a row with the same rule share a line.
+/// The table for `ARCHITECTURE.md`. Consecutive ranks with the same rule share a line.
 pub fn markdown_table() -> String {
     let mut out = String::from("| taken | kind | while holding only |\n|---|---|---|\n");
     let alike = |a: &Rank, b: &Rank| a.under() == b.under() && a.is_virtual() == b.is_virtual();
@@ -213,7 +214,8 @@ pub fn order() -> Vec<Rule> {
     Rank::ALL.into_iter().map(rule).collect()
 }
 
-/// The table for Graphviz. With what was observed, edges that were not are dotted, and the tooltip says where first.
+/// The table as a Graphviz graph. If `observed` is given, edges that never occurred are dotted, and the
+/// tooltip of the others says where they were first seen.
 pub fn dot(observed: Option<&[Edge]>) -> String {
     let mut out = String::from("digraph locks {\n");
     for rank in Rank::ALL {

@@ -1,5 +1,6 @@
-//! The primitives beneath: parking_lot and std, or under the feature `shuttle` its models of them, so that the
-//! scheduler sees every step of [`LockSet`](super::LockSet) and [`Cancel`](super::Cancel).
+//! The primitives that [`LockSet`](super::LockSet) and [`Cancel`](super::Cancel) are built on: those of
+//! parking_lot and std, or with the feature `shuttle` its models of them, so that its scheduler
+//! controls every step.
 
 #[cfg(not(feature = "shuttle"))]
 mod imp {
@@ -13,7 +14,7 @@ mod imp {
     pub use shuttle::sync::atomic::AtomicBool;
     pub use shuttle::thread::{Thread, ThreadId, current, park};
 
-    /// With parking_lot's signatures; a panic under the lock does not poison it.
+    /// Has parking_lot's signatures; a panic under the lock does not poison it.
     pub struct Mutex<T>(shuttle::sync::Mutex<T>);
     pub struct MutexGuard<'a, T>(Option<shuttle::sync::MutexGuard<'a, T>>);
     pub struct Condvar(shuttle::sync::Condvar);

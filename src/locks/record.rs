@@ -1,4 +1,5 @@
-//! Who holds or awaits a keyed lock, for which operation, since when. In release too: an `Arc` or two and a clock.
+//! Records which thread holds or awaits a keyed lock, for which operation and since when. Release
+//! builds keep these records too; a record is two `Arc`s and a time stamp.
 
 use super::raw;
 use std::cell::RefCell;
@@ -14,45 +15,46 @@ thread_local! {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Party {
     pub thread: String,
-    /// What [`operation_scope`] said.
+    /// The label that [`operation_scope`] set.
     pub operation: Option<Arc<str>>,
-    /// A holder: since it has the lock; a waiter: since it stands in the queue.
+    /// When a holder got the lock, or when a waiter joined the queue.
     pub since: Instant,
 }
 
-/// What a slot keeps.
-pub(super) struct Here {
+/// What a [`LockSet`](super::LockSet) keeps about a holder or waiter.
+pub(super) struct PartyRecord {
     pub(super) thread: raw::Thread,
     operation: Option<Arc<str>>,
     since: Instant,
 }
 
-impl Here {
+impl PartyRecord {
     pub(super) fn now() -> Self {
         let operation = OPERATION.try_with(|o| o.borrow().clone()).unwrap_or_default();
         Self { thread: raw::current(), operation, since: Instant::now() }
     }
 
-    /// The same party, from now on.
+    /// The same thread and operation, with the time set to now.
     pub(super) fn renewed(&self) -> Self {
         Self { thread: self.thread.clone(), operation: self.operation.clone(), since: Instant::now() }
     }
 }
 
-impl From<&Here> for Party {
-    fn from(here: &Here) -> Self {
+impl From<&PartyRecord> for Party {
+    fn from(here: &PartyRecord) -> Self {
         let thread = here.thread.name().unwrap_or("?").to_owned();
         Self { thread, operation: here.operation.clone(), since: here.since }
     }
 }
 
-/// Names what this thread does, for lock records, until the result is dropped: `vm.start 3f2a`. Nests.
+/// Labels the lock records of this thread, for example `vm.start 3f2a`, until the result is dropped.
+/// Scopes nest.
 pub fn operation_scope(label: impl Into<Arc<str>>) -> OperationScope {
     let outer = OPERATION.with(|o| o.borrow_mut().replace(label.into()));
     OperationScope { outer, _not_send: PhantomData }
 }
 
-/// Brings the outer label back on drop.
+/// Restores the outer label on drop.
 #[must_use = "dropping it ends the scope"]
 pub struct OperationScope {
     outer: Option<Arc<str>>,

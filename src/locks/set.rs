@@ -1,6 +1,6 @@
-//! One lock per key, handed over first come, first served.
+//! One lock per key, granted in the order of arrival.
 
-use super::record::{Here, Party};
+use super::record::{Party, PartyRecord};
 use super::{Cancel, check, rank::Rank, raw};
 use std::collections::{HashMap, VecDeque, hash_map::Entry};
 use std::fmt::Debug;
@@ -9,31 +9,32 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// An idle set gives back a map that grew beyond this many entries.
+/// An empty set frees a map that has room for more than this many entries.
 const IDLE_CAPACITY_MAX: usize = 1024;
 
-/// One lock per key; an entry exists only while somebody holds or waits for it.
+/// One lock per key. An entry exists only while a thread holds or awaits the key's lock.
 pub struct LockSet<K: Eq + Hash> {
     tag: check::Tag,
     slots: raw::Mutex<HashMap<K, Slot>>,
 }
 
-/// A slot always has a holder: a release hands it to the first waiter, or removes it, in one section.
+/// The lock of one key. A slot always has a holder: a release either hands it to the first waiter or
+/// removes it, without unlocking the map in between.
 struct Slot {
-    holder: Here,
+    holder: PartyRecord,
     waiters: VecDeque<Arc<Waiter>>,
 }
 
 struct Waiter {
     granted: raw::AtomicBool,
-    here: Here,
+    here: PartyRecord,
 }
 
-/// The token fired before the lock was had.
+/// The token fired before the lock was granted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WaitCancelled;
 
-/// Evidence that the lock of its key is held.
+/// Proof that the lock of its key is held.
 #[must_use = "dropping it unlocks"]
 pub struct KeyGuard<'a, K: Eq + Hash> {
     set: &'a LockSet<K>,
@@ -47,8 +48,8 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
         Self { tag: check::Tag::new(rank), slots: raw::Mutex::new(HashMap::new()) }
     }
 
-    /// First come, first served. For locks that are held for microseconds; where a holder may take long, use
-    /// [`LockSet::lock_cancellable`].
+    /// Waits for the lock, without a deadline. Use [`LockSet::lock_cancellable`] for locks that may be held
+    /// for longer than microseconds.
     #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
     pub fn lock(&self, key: &K) -> KeyGuard<'_, K> {
         let token = self.check(key, false, true);
@@ -60,7 +61,7 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
         self.guard(key.clone(), token)
     }
 
-    /// First come, first served; leaves within 100 ms when `cancel` fires.
+    /// Waits for the lock until `cancel` fires, and then returns within 100 ms.
     #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
     pub fn lock_cancellable(&self, key: &K, cancel: &Cancel) -> Result<KeyGuard<'_, K>, WaitCancelled> {
         let token = self.check(key, false, true);
@@ -69,7 +70,8 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
         }
         if let Some(waiter) = self.enter(key) {
             let thread = waiter.here.thread.clone();
-            // Parking keeps one wake-up: neither a grant nor a cancel between the look and the park is missed.
+            // An unpark before the park makes the park return at once, so a grant or a cancel between
+            // the check and the park is not missed.
             let _subscription = cancel.on_cancel(move || thread.unpark());
             while !waiter.granted.load(Ordering::Acquire) {
                 if cancel.is_cancelled() && self.leave_queue(key, &waiter) {
@@ -88,12 +90,12 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
         let token = self.check(key, false, false);
         match self.slots().entry(key.clone()) {
             Entry::Occupied(_) => return None,
-            Entry::Vacant(entry) => entry.insert(Slot { holder: Here::now(), waiters: VecDeque::new() }),
+            Entry::Vacant(entry) => entry.insert(Slot { holder: PartyRecord::now(), waiters: VecDeque::new() }),
         };
         Some(self.guard(key.clone(), token))
     }
 
-    /// Locks several keys, in their order and each once, whatever order they come in. Guards in that order.
+    /// Locks several keys, in sorted order and each once. Returns the guards in that order.
     #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
     pub fn lock_many(&self, keys: &[K]) -> Vec<KeyGuard<'_, K>> {
         let mut keys = keys.to_vec();
@@ -112,7 +114,8 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
         guards
     }
 
-    /// What is held or awaited now, by key: (key, holder, waiters in their order). `Debug` of the key.
+    /// The current holder and the waiters, in order, of every key that is held. Keys are formatted with
+    /// `Debug`.
     pub fn records(&self) -> Vec<(String, Option<Party>, Vec<Party>)> {
         let slots = self.slots();
         let mut all: Vec<_> = slots
@@ -131,7 +134,7 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
     #[inline]
     fn check(&self, key: &K, sorted: bool, blocks: bool) -> check::Token {
         let instance = std::ptr::from_ref(self).cast();
-        check::acquire(&self.tag, check::Want { key: Some(key), instance, sorted, blocks })
+        check::acquire(&self.tag, check::Request { key: Some(key), instance, sorted, blocks })
     }
 
     fn guard(&self, key: K, token: check::Token) -> KeyGuard<'_, K> {
@@ -139,9 +142,9 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
         KeyGuard { set: self, key, _token: token, _not_send: PhantomData }
     }
 
-    /// None: the lock is had. Otherwise the caller stands in the queue.
+    /// Takes the lock (None) or joins its queue.
     fn enter(&self, key: &K) -> Option<Arc<Waiter>> {
-        let here = Here::now();
+        let here = PartyRecord::now();
         match self.slots().entry(key.clone()) {
             Entry::Vacant(entry) => {
                 entry.insert(Slot { holder: here, waiters: VecDeque::new() });
@@ -155,7 +158,7 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
         }
     }
 
-    /// False when the lock was granted meanwhile: it is the caller's then, cancelled or not.
+    /// False if the lock was granted in the meantime; the caller then holds it, cancelled or not.
     fn leave_queue(&self, key: &K, waiter: &Arc<Waiter>) -> bool {
         let mut slots = self.slots();
         let Some(slot) = slots.get_mut(key) else { return false };
@@ -176,7 +179,7 @@ impl<K: Eq + Hash> LockSet<K> {
         self.slots.lock()
     }
 
-    /// Keys now held or waited for.
+    /// The number of keys that are held.
     pub fn len(&self) -> usize {
         self.slots().len()
     }

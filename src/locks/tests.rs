@@ -1,5 +1,5 @@
-#![cfg_attr(feature = "one-lock", allow(unused_imports, dead_code))] // There the reports differ.
-//! The checker: its table, its verdicts, its messages.
+#![cfg_attr(feature = "one-lock", allow(unused_imports, dead_code))] // Its reports differ.
+//! Tests of the checker: its table, its verdicts and its messages.
 
 use super::rank::{self, RankSet};
 use super::{Condvar, LockSet, Mutex, Rank, Region, assert_none_held, check, region};
@@ -13,7 +13,7 @@ std::thread_local! {
     static QUIET: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-/// Runs `f` where violations are expected: the report, or an empty text.
+/// Runs `f`, which is expected to cause a violation. Returns the report, or an empty text if there was none.
 fn report(f: impl FnOnce()) -> String {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -34,7 +34,7 @@ fn report(f: impl FnOnce()) -> String {
     }
 }
 
-/// Thread and lines taken out.
+/// Compares the report of `f` with `expected`, with the thread's name and source lines replaced.
 #[track_caller]
 fn check_report(f: impl FnOnce(), expected: Expect) {
     let lines: Vec<_> = report(f)
@@ -50,7 +50,7 @@ fn check_report(f: impl FnOnce(), expected: Expect) {
 
 #[test]
 #[cfg(not(feature = "one-lock"))]
-fn the_table_is_the_one_of_the_design() {
+fn table_is_no_wider_than_the_design() {
     use Rank::*;
     let leaves = [Store, Ops, Pool, Admission, Sessions, Runtimes, Consoles, Connections, Taps];
     let allowed = |to: Rank, from: &[Rank]| {
@@ -71,27 +71,27 @@ fn the_table_is_the_one_of_the_design() {
         let above: Vec<_> = Rank::ALL.into_iter().filter(|r| !leaves.contains(r) && *r != CondWait).collect();
         allowed(leaf, &above);
     }
-    // Its own guard is not in the table; a worker waits for work under nothing but that.
+    // The guard that the wait releases is not in the table.
     allowed(CondWait, &[Job, Workspace, JobWait, DurableWait]);
     assert_eq!(leaves.len() + 11, Rank::ALL.len());
 }
 
 #[test]
-fn the_negative_control_allows_what_it_must() {
+fn one_lock_feature_allows_vm_lock_during_import() {
     for rank in [Rank::Workspace, Rank::JobWait, Rank::DurableWait, Rank::CondWait, Rank::Pool] {
         assert_eq!(rank.under().contains(Rank::Vm), cfg!(feature = "one-lock"), "{rank:?}");
     }
 }
 
 #[test]
-fn every_pair_and_triple() {
+fn every_pair_and_triple_of_ranks_is_judged_by_the_table() {
     for a in Rank::ALL {
         for b in Rank::ALL {
             let said = report(|| drop((region(a), region(b))));
             assert_eq!(said.is_empty(), b.under().contains(a), "{a:?} then {b:?}: {said}");
             for c in Rank::ALL {
                 let may = b.under().contains(a) && c.under().contains(a) && c.under().contains(b);
-                // Dropped outermost first: any order must do.
+                // Dropped outermost first, because any order must be possible.
                 let said = report(|| drop((region(a), region(b), region(c))));
                 assert_eq!(said.is_empty(), may, "{a:?} then {b:?} then {c:?}: {said}");
                 assert_eq!(check::held(), 0);
@@ -101,7 +101,7 @@ fn every_pair_and_triple() {
 }
 
 proptest! {
-    /// Random takes and drops, in any order, against the model: a set of held ranks.
+    /// Takes and drops regions at random and compares the checker with a model: the set of held ranks.
     #[test]
     fn checker_agrees_with_model(steps in proptest::collection::vec((any::<bool>(), 0..Rank::ALL.len(), any::<prop::sample::Index>()), 0..60)) {
         let mut held: Vec<(Rank, Region)> = Vec::new();
@@ -123,7 +123,7 @@ proptest! {
 
 #[test]
 #[cfg(not(feature = "one-lock"))]
-fn reports_of_order() {
+fn order_violation_report_names_both_locks() {
     let vm = LockSet::new(Rank::Vm);
     let workspace = LockSet::new(Rank::Workspace);
     let (store, store2) = (Mutex::new(Rank::Store, ()), Mutex::new(Rank::Store, ()));
@@ -172,7 +172,7 @@ fn reports_of_order() {
 
 #[test]
 #[cfg(not(feature = "one-lock"))]
-fn reports_of_waits() {
+fn wait_with_lock_held_is_reported() {
     let vm = LockSet::new(Rank::Vm);
     let (store, condvar) = (Mutex::new(Rank::Store, 0), Condvar::new());
     check_report(
@@ -217,7 +217,7 @@ fn reports_of_waits() {
 
 #[test]
 #[cfg(not(feature = "one-lock"))]
-fn what_the_table_allows_passes() {
+fn allowed_nesting_passes() {
     check::stop_recording();
     let vm = LockSet::new(Rank::Vm);
     let workspace = LockSet::new(Rank::Workspace);
@@ -236,12 +236,12 @@ fn what_the_table_allows_passes() {
 }
 
 #[test]
-fn a_violation_is_checked_before_it_blocks_and_counts() {
+fn violation_is_counted_before_it_blocks() {
     let set = LockSet::new(Rank::Workspace);
     let before = check::violations_expected();
     let said = report(|| {
         let _mine = set.lock(&1);
-        // Were it checked after the acquisition, this would hang.
+        // This would hang if the check came after the acquisition.
         let _again = set.lock(&1);
     });
     assert!(said.starts_with("lock taken twice"), "{said}");
@@ -249,8 +249,8 @@ fn a_violation_is_checked_before_it_blocks_and_counts() {
     assert!(set.is_empty());
 }
 
-/// Runs one test of this file again, alone, in a process that is expected to abort. Its stderr.
-#[allow(clippy::disallowed_methods)] // `locks` knows nothing of `host`.
+/// Runs one test of this file in a child process that is expected to abort, and returns its stderr.
+#[allow(clippy::disallowed_methods)] // `locks` must not import `host`.
 fn aborts(test: &str, env: &[(&str, &str)]) -> String {
     use std::os::unix::process::ExitStatusExt;
     let mut command = std::process::Command::new(std::env::current_exe().unwrap());
@@ -274,7 +274,7 @@ impl Drop for LocksOnDrop<'_> {
 }
 
 #[test]
-fn while_unwinding_a_violation_is_logged_only() {
+fn violation_while_unwinding_is_only_printed() {
     let (vm, before) = (LockSet::new(Rank::Vm), check::violations_expected());
     let said = report(|| {
         let _held = vm.lock(&1);
@@ -287,9 +287,9 @@ fn while_unwinding_a_violation_is_logged_only() {
 }
 
 #[test]
-fn while_unwinding_a_lock_taken_twice_aborts() {
+fn lock_taken_twice_while_unwinding_aborts() {
     if !is_child() {
-        let stderr = aborts("while_unwinding_a_lock_taken_twice_aborts", &[]);
+        let stderr = aborts("lock_taken_twice_while_unwinding_aborts", &[]);
         assert!(stderr.contains("lock taken twice"), "{stderr}");
         return;
     }
@@ -302,9 +302,9 @@ fn while_unwinding_a_lock_taken_twice_aborts() {
 }
 
 #[test]
-fn the_environment_makes_the_first_violation_abort() {
+fn abort_variable_aborts_on_first_violation() {
     if !is_child() {
-        let stderr = aborts("the_environment_makes_the_first_violation_abort", &[("FCD_LOCK_ABORT", "1")]);
+        let stderr = aborts("abort_variable_aborts_on_first_violation", &[("FCD_LOCK_ABORT", "1")]);
         assert!(stderr.contains("two locks of one rank"), "{stderr}");
         return;
     }
@@ -313,7 +313,7 @@ fn the_environment_makes_the_first_violation_abort() {
 }
 
 #[test]
-fn dump_shows_who_holds_and_who_awaits() {
+fn dump_shows_holders_and_waiters() {
     check::stop_recording();
     let set = LockSet::new(Rank::Workspace);
     let held = set.lock(&"dumped");
@@ -330,8 +330,8 @@ fn dump_shows_who_holds_and_who_awaits() {
 }
 
 #[test]
-fn an_edge_is_observed_with_its_first_sites_and_drawn() {
-    // Recorded on purpose, on a thread of its own.
+fn observed_edge_has_its_first_sites_in_the_graph() {
+    // A new thread, because only its edges are recorded.
     std::thread::scope(|s| {
         s.spawn(|| drop((LockSet::new(Rank::ImageOps).lock(&1), Mutex::new(Rank::Runtimes, ()).lock())));
     });
@@ -345,7 +345,7 @@ fn an_edge_is_observed_with_its_first_sites_and_drawn() {
 }
 
 #[test]
-fn the_markdown_table_names_every_rank_once() {
+fn markdown_table_names_every_rank_once() {
     let table = rank::markdown_table();
     for rank in Rank::ALL {
         let lines = table.lines().filter(|l| l.split('|').nth(1).is_some_and(|c| c.split(',').any(|n| n.trim() == rank.name())));
@@ -355,7 +355,7 @@ fn the_markdown_table_names_every_rank_once() {
 }
 
 #[test]
-fn the_chaos_hook_runs_before_each_acquisition() {
+fn chaos_hook_runs_before_each_acquisition() {
     use std::sync::atomic::{AtomicUsize, Ordering};
     static CALLS: AtomicUsize = AtomicUsize::new(0);
     static MARKED: Mutex<()> = Mutex::new(Rank::Consoles, ());

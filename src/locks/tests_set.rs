@@ -1,4 +1,4 @@
-//! The keyed sets, with real threads. Under shuttle see `tests_shuttle.rs`.
+//! Tests of [`LockSet`] with real threads; `tests_shuttle.rs` tests it under shuttle.
 
 use super::{Cancel, KeyGuard, LockSet, MutexGuard, Rank, Region, WaitCancelled, operation_scope};
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// The latest that a cancelled waiter may leave.
 const LEAVE_MAX: Duration = Duration::from_millis(100);
 
-// Guards stay on their thread: for a type that is Send, `f` would be ambiguous and this would not compile.
+// Guards must not be Send. For a type that is, `f` would be ambiguous and this would not compile.
 trait NotSend<A> {
     fn f() {}
 }
@@ -22,7 +22,7 @@ const _: fn() = || {
     <super::OperationScope as NotSend<_>>::f();
 };
 
-/// Waits for a condition that another thread brings about.
+/// Waits until another thread has made `condition` true.
 #[track_caller]
 pub(super) fn wait_for(mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
@@ -37,13 +37,13 @@ fn waiters(set: &LockSet<u32>) -> usize {
 }
 
 #[test]
-fn eight_threads_and_few_keys() {
+fn contended_keys_have_one_owner_at_a_time() {
     const KEYS: u32 = 4;
     const ROUNDS: usize = 4000;
     let set = LockSet::new(Rank::Vm);
     let owners: Vec<AtomicUsize> = (0..KEYS).map(|_| AtomicUsize::new(0)).collect();
     let (had, cancelled) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    // Tokens of waits under way; one more thread fires them.
+    // The tokens of waits in progress, which another thread fires.
     let (tokens, to_fire) = mpsc::sync_channel::<Cancel>(64);
     std::thread::scope(|s| {
         s.spawn(move || to_fire.into_iter().for_each(|token: Cancel| token.cancel("chance")));
@@ -118,7 +118,7 @@ fn first_come_first_served_past_a_waiter_that_leaves() {
 }
 
 #[test]
-fn nobody_barges_in() {
+fn waiter_is_never_overtaken() {
     let set = LockSet::new(Rank::Vm);
     for _ in 0..300 {
         let had = AtomicBool::new(false);
@@ -130,7 +130,7 @@ fn nobody_barges_in() {
             });
             wait_for(|| waiters(&set) == 1);
             drop(held);
-            // Handed over in the release, though the waiter has not run yet.
+            // The release granted the lock to the waiter, even if that has not run yet.
             let tried = set.try_lock(&1);
             assert!(tried.is_none() || had.load(Ordering::SeqCst), "a try overtook a waiter");
             drop(tried);
@@ -141,7 +141,7 @@ fn nobody_barges_in() {
 }
 
 #[test]
-fn a_cancelled_waiter_leaves_at_once() {
+fn cancelled_waiter_leaves_immediately() {
     let set = LockSet::new(Rank::Workspace);
     for _ in 0..20 {
         let held = set.lock(&1);
@@ -167,7 +167,7 @@ fn a_cancelled_waiter_leaves_at_once() {
 }
 
 #[test]
-fn a_grant_and_a_cancel_at_once_lose_nothing() {
+fn concurrent_grant_and_cancel_lose_no_lock() {
     let set = LockSet::new(Rank::Workspace);
     let mut granted = 0;
     for round in 0..1000 {
@@ -190,7 +190,7 @@ fn a_grant_and_a_cancel_at_once_lose_nothing() {
 }
 
 #[test]
-fn records_name_operation_thread_and_time() {
+fn records_hold_operation_thread_and_time() {
     let set = LockSet::new(Rank::Vm);
     let before = Instant::now();
     assert!(set.records().is_empty());
@@ -224,7 +224,7 @@ fn records_name_operation_thread_and_time() {
 }
 
 #[test]
-fn many_keys_leave_nothing_behind() {
+fn released_keys_leave_no_entries() {
     let set = LockSet::new(Rank::Vm);
     for id in 0..100_000u32 {
         drop(set.lock(&id));

@@ -1,8 +1,8 @@
 //! [`LockSet`] under shuttle's schedulers: `cargo test --features shuttle --lib locks::`.
 //!
-//! Modelled: the map, the queue, the hand-over, parking, cancel wakers (`raw.rs`). Not modelled: time, so no deadline
-//! and no "within 100 ms" (`tests_set.rs`); `Mutex` and `Condvar` of the subsystems, which stay parking_lot's
-//! (`tests_wait.rs`); the eventfd.
+//! Shuttle controls everything that uses `raw.rs`: the map, the queue, the hand-over, parking and
+//! cancel wakers. It does not model time, so deadlines are tested in `tests_set.rs`. The eventfd and
+//! the subsystems' `Mutex` and `Condvar` are parking_lot's and the kernel's (`tests_wait.rs`).
 
 use super::{Cancel, LockSet, Rank, check};
 use shuttle::sync::atomic::{AtomicUsize, Ordering};
@@ -61,18 +61,18 @@ fn body() {
 }
 
 #[test]
-fn random_schedules() {
+fn lock_set_survives_random_schedules() {
     shuttle::check_random(body, SCHEDULES);
 }
 
 #[test]
-fn pct_schedules() {
+fn lock_set_survives_pct_schedules() {
     shuttle::check_pct(body, SCHEDULES, 3);
 }
 
-/// Subscribing, firing and dropping at once: the waker runs at most once, and never after the drop.
+/// Subscribes, fires and drops concurrently: the waker runs at most once, and never after the drop.
 #[test]
-fn subscriptions() {
+fn dropped_subscription_never_runs() {
     shuttle::check_random(
         || {
             let cancel = Cancel::try_new().unwrap();
@@ -96,10 +96,10 @@ fn subscriptions() {
     );
 }
 
-/// The checker's list is per task there too.
+/// The checker has one list per shuttle task.
 #[test]
 #[should_panic(expected = "lock order violation")]
-fn a_violation_is_found() {
+fn violation_of_one_task_is_found() {
     shuttle::check_random(
         || {
             let other = thread::spawn(|| drop((LockSet::new(Rank::CreateVm).lock(&()), LockSet::new(Rank::Vm).lock(&1))));

@@ -1,4 +1,4 @@
-//! Cancel tokens and condition waits, with real threads.
+//! Tests of cancel tokens and condition waits with real threads.
 
 use super::tests_set::wait_for;
 use super::{Cancel, Condvar, Mutex, Rank, Waited};
@@ -15,7 +15,7 @@ fn is_readable(cancel: &Cancel) -> bool {
 }
 
 #[test]
-fn fires_once_and_stays_fired() {
+fn token_fires_once_and_stays_fired() {
     let cancel = Cancel::try_new().unwrap();
     assert!(!cancel.is_cancelled() && cancel.cause().is_none() && !is_readable(&cancel));
     cancel.clone().cancel("the VM was stopped");
@@ -25,7 +25,7 @@ fn fires_once_and_stays_fired() {
 }
 
 #[test]
-fn a_waker_runs_exactly_once_however_the_race_ends() {
+fn waker_subscribed_during_cancel_runs_exactly_once() {
     for _ in 0..2000 {
         let (cancel, calls) = (Cancel::try_new().unwrap(), Arc::new(AtomicUsize::new(0)));
         let subscription = std::thread::scope(|s| {
@@ -39,7 +39,7 @@ fn a_waker_runs_exactly_once_however_the_race_ends() {
 }
 
 #[test]
-fn a_dropped_subscription_never_runs() {
+fn dropped_subscription_never_runs() {
     let (cancel, calls) = (Cancel::try_new().unwrap(), Arc::new(AtomicUsize::new(0)));
     let counter = calls.clone();
     drop(cancel.on_cancel(move || _ = counter.fetch_add(1, Ordering::SeqCst)));
@@ -49,14 +49,14 @@ fn a_dropped_subscription_never_runs() {
 }
 
 #[test]
-fn a_waker_may_use_the_token_and_may_panic() {
+fn waker_may_use_the_token_and_may_panic() {
     let cancel = Cancel::try_new().unwrap();
     let (said, heard) = mpsc::channel();
     let inner = cancel.clone();
     let first = cancel.on_cancel(move || {
         inner.cancel("again");
         let said2 = said.clone();
-        // Subscribing and dropping within a waker: called now, and no waiting for itself.
+        // Subscribing within a waker calls the new one immediately; dropping it does not wait for itself.
         drop(inner.on_cancel(move || said2.send("nested").unwrap()));
         said.send(if inner.is_cancelled() { "fired" } else { "not fired" }).unwrap();
     });
@@ -76,18 +76,18 @@ fn a_waker_may_use_the_token_and_may_panic() {
 fn dropping_a_subscription_waits_for_its_running_waker() {
     let cancel = Cancel::try_new().unwrap();
     let (running, is_running) = mpsc::channel();
-    let (go_on, may_go_on) = mpsc::channel();
+    let (resume, may_resume) = mpsc::channel();
     let is_over = Arc::new(AtomicBool::new(false));
     let over = is_over.clone();
     let subscription = cancel.on_cancel(move || {
         running.send(()).unwrap();
-        may_go_on.recv_timeout(LATE).unwrap();
+        may_resume.recv_timeout(LATE).unwrap();
         over.store(true, Ordering::SeqCst);
     });
     std::thread::scope(|s| {
         s.spawn(|| cancel.cancel("now"));
         is_running.recv_timeout(LATE).unwrap();
-        // Another one is free to subscribe and to go while that waker runs.
+        // Others can subscribe and unsubscribe while that waker runs.
         drop(cancel.on_cancel(|| {}));
         let dropping = s.spawn(|| {
             drop(subscription);
@@ -95,13 +95,13 @@ fn dropping_a_subscription_waits_for_its_running_waker() {
         });
         std::thread::yield_now();
         assert!(!dropping.is_finished());
-        go_on.send(()).unwrap();
+        resume.send(()).unwrap();
         dropping.join().unwrap();
     });
 }
 
 #[test]
-fn a_wait_ends_by_condition_deadline_or_cancel() {
+fn wait_ends_on_condition_deadline_or_cancel() {
     let (mutex, condvar) = (Mutex::new(Rank::Pool, 0), Condvar::new());
     let cancel = Cancel::try_new().unwrap();
     let soon = || Instant::now() + Duration::from_millis(5);
@@ -138,7 +138,7 @@ fn a_wait_ends_by_condition_deadline_or_cancel() {
 }
 
 #[test]
-fn no_wake_up_is_lost() {
+fn cancellable_wait_loses_no_wake_up() {
     let (mutex, condvar) = (Mutex::new(Rank::Pool, 0u32), Condvar::new());
     for round in 0..2000 {
         let cancel = Cancel::try_new().unwrap();

@@ -10,7 +10,7 @@ use crate::api::frame::Note;
 use crate::api::vm::{Pending, RateLimits, Vm, WorkspaceInfo};
 use crate::client::{Client, Failure, Hangup, Result};
 use crate::error::{Error, Kind};
-use crate::host::wait::{Woken, wait_any};
+use crate::host::wait::{WaitResult, wait_any};
 use crate::locks::Cancel;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -220,9 +220,9 @@ impl StdoutWatcher {
             let poll = || wait_any(&[(stdout.as_fd(), PollFlags::empty())], Instant::now() + POLL_TIMEOUT, &stopped);
             while let Ok(woken) = poll() {
                 match woken {
-                    Woken::Deadline => {}
-                    Woken::Cancelled => return,
-                    Woken::Ready => {
+                    WaitResult::Deadline => {}
+                    WaitResult::Cancelled => return,
+                    WaitResult::Ready => {
                         flag.store(true, Ordering::Relaxed);
                         return hangup.hang_up();
                     }

@@ -9,7 +9,7 @@ use super::Caller;
 use super::events::events_for;
 use crate::api::event::Events;
 use crate::api::frame::{FRAME_BYTES_MAX, Note, Notification};
-use crate::host::wait::{Woken, wait_any};
+use crate::host::wait::{WaitResult, wait_any};
 use crate::locks::{Cancel, Mutex, Rank};
 use crate::store::{Due, Feed, Happened, Store};
 use nix::poll::PollFlags;
@@ -108,8 +108,8 @@ fn run(mut feed: Feed, outlets: &Outlets, closing: &Cancel) {
         let mut due = feed.take();
         if due.is_empty() {
             match wait_any(&[(feed.fd(), PollFlags::POLLIN)], Instant::now() + IDLE, closing) {
-                Ok(Woken::Ready | Woken::Deadline) => continue,
-                Ok(Woken::Cancelled) => return,
+                Ok(WaitResult::Ready | WaitResult::Deadline) => continue,
+                Ok(WaitResult::Cancelled) => return,
                 Err(e) => return log::error!("wait for events: {e}"),
             }
         }

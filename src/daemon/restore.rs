@@ -331,7 +331,7 @@ impl Daemon {
         loop {
             match self.transport.wait_ready(target, deadline, &claim.cancel) {
                 Err(e) if e.kind() == Kind::HostKeyMismatch && Instant::now() < deadline => {
-                    crate::host::wait::pause(REJOIN_PERIOD, &claim.cancel).map_err(|e| Error::io("wait for the guest", e))?;
+                    crate::host::wait::sleep(REJOIN_PERIOD, &claim.cancel).map_err(|e| Error::io("wait for the guest", e))?;
                 }
                 other => return other,
             }

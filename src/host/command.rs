@@ -1,6 +1,7 @@
-//! Host commands: an argv, a cleared environment, a deadline, a cancel token, bounded output.
+//! Runs host commands to their end: a cleared environment, no shell, a deadline, a cancel token and
+//! bounded output. Tests replace [`Commands`] with a fake.
 
-use super::wait::{Woken, cancelled, is_readable, wait_any, wait_uncancelled};
+use super::wait::{WaitResult, cancelled, is_readable, wait_any, wait_uncancelled};
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Rank, region};
 use nix::poll::PollFlags;
@@ -14,33 +15,33 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-/// Most of a command's output that is kept, for each of the two streams; the rest is read and dropped.
+/// How much of each output stream is kept. The rest is read and dropped.
 pub const OUTPUT_BYTES_MAX: usize = 1024 * 1024;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(60);
-/// How long the pipes of a command that has ended may stay silent before its output is taken for whole: a
-/// child that it left behind may hold them open for ever.
+/// How long to wait for more output after a command has exited. A child that it left behind may keep
+/// the pipes open for ever.
 const PIPES_GRACE: Duration = Duration::from_millis(200);
 
-/// One host command. Arguments go as an array; no shell is between.
+/// One host command. The arguments are passed as an array, without a shell.
 #[derive(Debug, Clone)]
 pub struct Command {
     pub program: OsString,
     pub args: Vec<OsString>,
     pub env: Vec<(OsString, OsString)>,
     pub cwd: Option<PathBuf>,
-    /// uid and gid to drop to.
+    /// The uid and gid to run as.
     pub credentials: Option<(u32, u32)>,
-    /// How large a file it may write (setrlimit(2), `RLIMIT_FSIZE`); at one byte more it dies of SIGXFSZ.
+    /// The largest file that it may write (`RLIMIT_FSIZE`). The kernel ends it with SIGXFSZ if it writes more.
     pub file_bytes_max: Option<u64>,
     pub stdin: Vec<u8>,
     pub deadline: Duration,
-    /// At a cancel or the deadline: from SIGTERM to SIGKILL, for what has to clean up after itself. Zero: SIGKILL
-    /// at once.
+    /// The time between SIGTERM and SIGKILL on a cancel or at the deadline, for commands that have to
+    /// clean up. If zero, SIGKILL is sent immediately.
     pub term_grace: Duration,
 }
 
-/// What a command left.
+/// The exit status and the output of a command.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Output {
     pub status: i32,
@@ -112,10 +113,12 @@ impl Command {
     }
 }
 
-/// The seam: tests put a fake here.
+/// Runs host commands. Tests use a fake instead of [`HostCommands`].
 pub trait Commands: Send + Sync {
-    /// Runs to the end. An exit status other than 0 is an error that carries the end of stderr.
-    /// `on_line` sees each line of either stream as it comes.
+    /// Runs a command to its end and calls `on_line` for each line of either stream as it arrives.
+    ///
+    /// # Errors
+    /// `command_failed`, with the end of stderr, if the exit status is not 0.
     fn run(&self, command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<Output>;
 }
 
@@ -138,23 +141,23 @@ fn last_lines(bytes: &[u8]) -> String {
     printable(&lines[lines.len().saturating_sub(3)..].join("; "))
 }
 
-/// The text of a stranger, for an error or a log line: control characters are escaped.
+/// Escapes the control characters of an untrusted text, for an error or a log line.
 pub fn printable(text: &str) -> String {
     text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
-/// Runs to the end whatever the status: 128+n where signal n killed it. What it leaves running in its process
-/// group is killed.
+/// Runs a command to its end and returns its output whatever its status is (128+n if signal n killed
+/// it). Processes that it leaves behind in its process group are killed.
 pub fn run_any_status(command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<Output> {
     let _blocking = region(Rank::HostCmd);
     let mut child = start(command)?;
     let group = Pid::from_raw(child.id().cast_signed());
-    let result = attend(command, &mut child, cancel, on_line);
+    let result = collect_output(command, &mut child, cancel, on_line);
     if result.is_err() && !command.term_grace.is_zero() {
         let _ = killpg(group, Signal::SIGTERM);
         let _ = wait_exited(&child, command.term_grace);
     }
-    // The group's number stays taken while its leader is not reaped, and while a member lives.
+    // This cannot hit another group: the group's id is not reused while its leader is unreaped.
     let _ = killpg(group, Signal::SIGKILL);
     let status = child.wait().map_err(|e| Error::io(format!("run {}", command.shown()), e))?;
     let (stdout, stderr) = result?;
@@ -166,12 +169,12 @@ fn pidfd(child: &std::process::Child) -> std::io::Result<OwnedFd> {
     Ok(rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?)
 }
 
-fn wait_exited(child: &std::process::Child, patience: Duration) -> std::io::Result<Woken> {
+fn wait_exited(child: &std::process::Child, patience: Duration) -> std::io::Result<WaitResult> {
     let exited = pidfd(child)?;
     wait_uncancelled(&[(exited.as_fd(), PollFlags::POLLIN)], Instant::now() + patience)
 }
 
-#[allow(clippy::disallowed_methods)] // The one place.
+#[allow(clippy::disallowed_methods)] // One of the few places that may start processes.
 pub(super) fn start(command: &Command) -> Result<std::process::Child> {
     let mut c = std::process::Command::new(&command.program);
     c.args(&command.args).env_clear().envs(command.env.iter().cloned()).process_group(0);
@@ -193,11 +196,12 @@ pub(super) fn start(command: &Command) -> Result<std::process::Child> {
     })
 }
 
-/// A daemon that is killed leaves no mkfs behind. The thread that starts a command waits for it, so the thread
-/// whose end this is about outlives the command.
+/// Makes the command die with the daemon and limits the size of its files. The kernel sends the death
+/// signal when the starting thread ends; that thread waits for the command, so it lives long enough.
 #[allow(unsafe_code)]
 fn limit(command: &mut std::process::Command, file_bytes_max: Option<u64>) {
-    // SAFETY: between fork and exec, async-signal-safe calls without memory.
+    // SAFETY: the closure runs between fork and exec; it makes async-signal-safe calls only and does not
+    // allocate.
     unsafe {
         command.pre_exec(move || {
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -248,8 +252,8 @@ impl Stream {
     }
 }
 
-/// Until the command has exited and its output is read: stdout and stderr.
-fn attend(
+/// Reads stdout and stderr until the command has exited and both are complete.
+fn collect_output(
     command: &Command,
     child: &mut std::process::Child,
     cancel: &Cancel,
@@ -277,10 +281,10 @@ fn attend(
             fds.extend(input.as_ref().map(|(pipe, _)| (pipe.as_fd(), PollFlags::POLLOUT)));
         }
         match wait_any(&fds, until, cancel).map_err(io)? {
-            Woken::Ready => {}
-            Woken::Cancelled => return Err(cancelled(&doing(), cancel)),
-            Woken::Deadline if has_exited => break,
-            Woken::Deadline => {
+            WaitResult::Ready => {}
+            WaitResult::Cancelled => return Err(cancelled(&doing(), cancel)),
+            WaitResult::Deadline if has_exited => break,
+            WaitResult::Deadline => {
                 return Err(Error::new(
                     Kind::Timeout,
                     format!("{}: not finished after {} s", doing(), command.deadline.as_secs()),
@@ -303,7 +307,7 @@ pub(super) fn feed(input: &mut Option<(std::process::ChildStdin, usize)>, bytes:
     match pipe.write(&bytes[*sent..]) {
         Ok(n) => *sent += n,
         Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted) => return Ok(()),
-        // The command has read what it wants.
+        // The command has closed its stdin.
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => *sent = bytes.len(),
         Err(e) => return Err(e),
     }
@@ -319,7 +323,8 @@ pub(super) fn set_nonblocking(fd: impl AsFd) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Where a program is that a command would run: the name as it is when it holds a slash, else by our search path.
+/// The path of the program that a command of this name would run. A name without a slash is looked up
+/// in [`Command`]'s search path.
 pub fn find_program(name: &std::path::Path) -> Option<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
     let runs = |p: &PathBuf| std::fs::metadata(p).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
@@ -329,7 +334,7 @@ pub fn find_program(name: &std::path::Path) -> Option<PathBuf> {
     PATH.split(':').map(|dir| std::path::Path::new(dir).join(name)).find(runs)
 }
 
-/// Reads all of a small file, or as much as `max` bytes of it.
+/// Reads up to `max` bytes.
 pub fn read_bounded(mut from: impl Read, max: u64) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     from.by_ref().take(max).read_to_end(&mut bytes)?;
@@ -345,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn output_status_and_input() {
+    fn command_reads_input_and_returns_output_and_status() {
         let c = Command::new("sh").args(["-c", "cat; echo err >&2; exit 3"]).stdin("in\n");
         let mut lines = Vec::new();
         let out = run_any_status(&c, &cancel(), &mut |l| lines.push(l.to_owned())).unwrap();
@@ -355,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cancelled_command_is_killed_with_its_children() {
+    fn cancelled_command_is_killed_with_its_children() {
         let cancel = cancel();
         let c = Command::new("sh").args(["-c", "sleep 1000 & echo $!; wait"]);
         let seen = std::cell::RefCell::new(String::new());
@@ -368,7 +373,7 @@ mod tests {
         assert_gone(&seen.borrow());
     }
 
-    /// A killed process that is not our child is gone as soon as init has reaped it.
+    /// Waits until the process is gone. It is not our child, so that takes until init has reaped it.
     #[track_caller]
     fn assert_gone(pid: &str) {
         let gone = (0..500).any(|_| {
@@ -376,14 +381,14 @@ mod tests {
             if stat.is_empty() || stat.contains(") Z ") {
                 return true;
             }
-            super::super::wait::pause(Duration::from_millis(20), &cancel()).unwrap();
+            super::super::wait::sleep(Duration::from_millis(20), &cancel()).unwrap();
             false
         });
         assert!(gone, "{pid} lives");
     }
 
     #[test]
-    fn what_a_command_leaves_behind_neither_delays_nor_outlives_it() {
+    fn command_child_left_behind_is_killed_without_delay() {
         let c = Command::new("sh").args(["-c", "sleep 1000 & echo $!"]);
         let began = Instant::now();
         let out = run_any_status(&c, &cancel(), &mut |_| {}).unwrap();
@@ -393,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_with_a_grace_may_clean_up() {
+    fn cancelled_command_with_grace_can_clean_up() {
         let dir = tempfile::tempdir().unwrap();
         let script = "trap 'echo cleaned > done; exit' TERM; echo ready; sleep 1000 & wait";
         let c = Command::new("sh").args(["-c", script]).cwd(dir.path()).term_grace(Duration::from_secs(20));
@@ -404,13 +409,13 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_program_says_so() {
+    fn missing_program_is_command_missing() {
         let e = run_any_status(&Command::new("no-such-program"), &cancel(), &mut |_| {}).unwrap_err();
         assert_eq!(e.kind(), Kind::CommandMissing);
     }
 
     #[test]
-    fn a_deadline_ends_it() {
+    fn command_past_its_deadline_is_ended() {
         let c = Command::new("sleep").arg("1000").deadline(Duration::from_millis(50));
         assert_eq!(run_any_status(&c, &cancel(), &mut |_| {}).unwrap_err().kind(), Kind::Timeout);
     }

@@ -1,4 +1,5 @@
-//! Files: durable writes, opening without following links, private directories, free space.
+//! File access: durable writes, opens that do not follow links, private directories, removal of
+//! trees, and free space.
 
 use crate::error::{Error, Kind, Result};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawMode};
@@ -9,29 +10,29 @@ use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-/// Room on a file system.
+/// The space on a file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Space {
-    /// For those without privilege.
+    /// What unprivileged users may still allocate.
     pub free_bytes: u64,
     pub total_bytes: u64,
 }
 
-/// Opens a directory; the last component of `path` is not followed when it is a link.
+/// Opens a directory. Fails if the last component of `path` is a link.
 pub fn open_dir(path: &Path) -> Result<OwnedFd> {
     crate::locks::require_memory_only("file access");
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::open(path, flags, Mode::empty()).map_err(|e| Error::io(format!("open directory {}", path.display()), e))
 }
 
-/// Opens `name` in `dir`, never through a link; `flags` beside `O_NOFOLLOW` and `O_CLOEXEC`.
+/// Opens `name` in `dir`, never through a link. `O_NOFOLLOW` and `O_CLOEXEC` are added to `flags`.
 pub fn open_at(dir: impl AsFd, name: impl AsRef<OsStr>, flags: OFlags, mode: RawMode) -> std::io::Result<File> {
     crate::locks::require_memory_only("file access");
     let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(File::from(rustix::fs::openat(dir, name.as_ref(), flags, Mode::from_raw_mode(mode))?))
 }
 
-/// Opens a file for reading, never through a link in the last component.
+/// Opens a file for reading. Fails if the last component is a link.
 pub fn open_nofollow(path: &Path) -> Result<File> {
     crate::locks::require_memory_only("file access");
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -39,11 +40,13 @@ pub fn open_nofollow(path: &Path) -> Result<File> {
     Ok(File::from(fd))
 }
 
-/// Makes a directory and its parents, or takes it as it is, and gives it exactly `mode`. An error where the
-/// name is a link or no directory, or belongs to another user.
+/// Creates a directory and its parents if they do not exist, and sets its mode to exactly `mode`.
+///
+/// # Errors
+/// If the path is a link, is not a directory, or belongs to another user.
 pub fn create_dir(path: &Path, mode: RawMode) -> Result<OwnedFd> {
     crate::locks::require_memory_only("file access");
-    let doing = || format!("make directory {}", path.display());
+    let doing = || format!("create directory {}", path.display());
     if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
         std::fs::create_dir_all(parent).map_err(|e| Error::io(doing(), e))?;
     }
@@ -64,24 +67,24 @@ pub fn create_dir(path: &Path, mode: RawMode) -> Result<OwnedFd> {
     Ok(dir)
 }
 
-/// As [`create_dir`], for nobody but us.
+/// Like [`create_dir`], with mode 0700.
 pub fn create_private_dir(path: &Path) -> Result<OwnedFd> {
     create_dir(path, 0o700)
 }
 
-/// Replaces a file as a whole: after an answer of ok it survives a power cut, and no reader and no crash ever
-/// sees a part of it.
+/// Replaces a file atomically. Once this returns `Ok`, the content survives a power cut. Readers see
+/// either the old or the new content, also after a crash.
 pub fn write_durable(path: &Path, bytes: &[u8], mode: RawMode) -> Result<()> {
     crate::locks::require_memory_only("file access");
     let doing = || format!("write {}", path.display());
     let name = path.file_name().ok_or_else(|| Error::invalid(format!("{}: it has no file name", doing())))?;
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // The parent may well be reached through a link: only the last component is ours.
+    // Links in the parent's path may be followed: only the last component is ours.
     let dir = File::open(parent).map_err(|e| Error::io(doing(), e))?;
     let temporary = temporary_name(name);
     let written = (|| -> std::io::Result<()> {
         let mut file = open_at(&dir, &temporary, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL, mode)?;
-        // The umask had its say at the open.
+        // The umask applied to the mode of the open.
         rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))?;
         file.write_all(bytes)?;
         file.sync_all()?;
@@ -98,24 +101,27 @@ fn temporary_name(name: &OsStr) -> PathBuf {
     let mut temporary = std::ffi::OsString::from(".");
     temporary.push(name);
     let mut random = [0u8; 8];
-    // Fails only before the kernel's pool is seeded; O_EXCL catches what that would mean.
+    // Fails only before the kernel's random pool is seeded. O_EXCL then catches a duplicate name.
     let _ = rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty());
     temporary.push(format!(".{:016x}.tmp", u64::from_ne_bytes(random)));
     temporary.into()
 }
 
-/// Makes the names in a directory durable.
+/// Makes changes to a directory's entries durable.
 pub fn sync_dir(path: &Path) -> Result<()> {
     crate::locks::require_memory_only("file access");
     let synced = File::open(path).and_then(|dir| dir.sync_all());
     synced.map_err(|e| Error::io(format!("sync directory {}", path.display()), e))
 }
 
-/// Removes a directory with everything in it; no link is followed, and gone already is ok. However deep it is: what a stranger has
-/// nested is lifted to the top bit by bit, for a walk down would need a stack and a descriptor for each level.
+/// Removes a directory with everything in it, without following links. A missing directory is not an
+/// error.
+///
+/// Users may nest directories arbitrarily deep, and a recursive walk would need stack and a descriptor
+/// per level. Instead, nested directories are moved up to the top level until everything is flat.
 ///
 /// # Errors
-/// Those of the system calls; `DirectoryNotEmpty` where somebody else still makes files there.
+/// Errors of the system calls, and `DirectoryNotEmpty` if another process still creates files in it.
 pub fn remove_tree(path: &Path) -> std::io::Result<()> {
     crate::locks::require_memory_only("file access");
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -141,7 +147,7 @@ pub fn remove_tree(path: &Path) -> std::io::Result<()> {
     }
 }
 
-/// How many names of a directory are held at once.
+/// How many names of a directory are kept in memory at once.
 const NAMES_MAX: usize = 1024;
 
 fn some_names(dir: &OwnedFd) -> std::io::Result<Vec<std::ffi::CString>> {
@@ -151,11 +157,11 @@ fn some_names(dir: &OwnedFd) -> std::io::Result<Vec<std::ffi::CString>> {
     Ok(others.take(NAMES_MAX).collect::<Result<_, Errno>>()?)
 }
 
-/// False: it is a directory, and not an empty one.
+/// Removes a file or an empty directory. Returns false if it is a directory that is not empty.
 fn remove_one(dir: &OwnedFd, name: &std::ffi::CStr) -> std::io::Result<bool> {
     match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => return Ok(true),
-        // EPERM: POSIX has it for a directory (unlink(2)).
+        // POSIX specifies EPERM for a directory (unlink(2)).
         Err(Errno::ISDIR | Errno::PERM) => {}
         Err(e) => return Err(e.into()),
     }
@@ -166,7 +172,7 @@ fn remove_one(dir: &OwnedFd, name: &std::ffi::CStr) -> std::io::Result<bool> {
     }
 }
 
-/// Empties `name`: its directories go beside it.
+/// Empties the directory `name` by moving its subdirectories up into `top`.
 fn lift(top: &OwnedFd, name: &std::ffi::CStr, lifted: &mut u64) -> std::io::Result<()> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let dir = rustix::fs::openat(top, name, flags, Mode::empty())?;
@@ -175,7 +181,7 @@ fn lift(top: &OwnedFd, name: &std::ffi::CStr, lifted: &mut u64) -> std::io::Resu
             *lifted += 1;
             match rustix::fs::renameat(&dir, &inner, top, format!(".lifted-{lifted}")) {
                 Ok(()) => break,
-                // The name is taken.
+                // The target name exists, so try the next one.
                 Err(Errno::NOTEMPTY | Errno::EXIST | Errno::NOTDIR) => {}
                 Err(e) => return Err(e.into()),
             }
@@ -184,17 +190,17 @@ fn lift(top: &OwnedFd, name: &std::ffi::CStr, lifted: &mut u64) -> std::io::Resu
     Ok(())
 }
 
-/// Room on the file system of `path`.
+/// The space on the file system of `path`.
 pub fn space(path: &Path) -> Result<Space> {
     crate::locks::require_memory_only("file access");
-    let stat = rustix::fs::statvfs(path).map_err(|e| Error::io(format!("look for room at {}", path.display()), e))?;
+    let stat = rustix::fs::statvfs(path).map_err(|e| Error::io(format!("read the free space at {}", path.display()), e))?;
     Ok(Space {
         free_bytes: stat.f_bavail.saturating_mul(stat.f_frsize),
         total_bytes: stat.f_blocks.saturating_mul(stat.f_frsize),
     })
 }
 
-/// Whether the open file is a regular one.
+/// True if the open file is a regular file.
 pub fn is_regular(fd: impl AsFd) -> bool {
     rustix::fs::fstat(fd).is_ok_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::RegularFile)
 }
@@ -209,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_durable_write_replaces_the_file_and_leaves_nothing_else() {
+    fn durable_write_replaces_the_file_and_leaves_no_temporary() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
         write_durable(&path, b"one", 0o600).unwrap();
@@ -223,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_goes_however_deep_and_wide_it_is() {
+    fn deep_and_wide_tree_is_removed() {
         const DEEP: usize = 20_000;
         let temp = tempfile::tempdir().unwrap();
         let (tree, outside) = (temp.path().join("tree"), temp.path().join("outside"));
@@ -258,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn a_durable_write_replaces_a_link_and_does_not_follow_it() {
+    fn durable_write_replaces_a_link_without_following_it() {
         let dir = tempfile::tempdir().unwrap();
         let (target, link) = (dir.path().join("target"), dir.path().join("link"));
         std::fs::write(&target, "old").unwrap();
@@ -284,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_room_and_it_has_a_bound() {
+    fn free_space_is_at_most_the_total() {
         let s = space(Path::new("/")).unwrap();
         assert!(s.free_bytes > 0 && s.free_bytes <= s.total_bytes, "{s:?}");
     }

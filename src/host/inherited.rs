@@ -1,4 +1,4 @@
-//! Things that a process inherits from the one that started it: descriptors, ignored signals.
+//! What a process inherits from its parent: descriptors and ignored signals.
 
 use crate::error::{Error, Result};
 use std::os::fd::RawFd;
@@ -6,10 +6,10 @@ use std::os::fd::RawFd;
 /// The first descriptor after stdin, stdout and stderr (sd_listen_fds(3), SD_LISTEN_FDS_START).
 const FIRST: RawFd = 3;
 
-/// Closes every descriptor but stdin, stdout, stderr and those that systemd passes (`LISTEN_FDS`), which become
-/// close-on-exec.
+/// Closes every descriptor except stdin, stdout, stderr and those that systemd passes (`LISTEN_FDS`),
+/// which become close-on-exec.
 ///
-/// The program must call it before it opens anything of its own: it closes whatever is open.
+/// Call it before the program opens anything, because it closes every other open descriptor.
 pub fn close_descriptors(env: &dyn Fn(&str) -> Option<String>) -> Result<()> {
     let kept = listen_fds(env, std::process::id());
     let closed = close_range(FIRST + kept, RawFd::MAX, 0);
@@ -28,7 +28,7 @@ fn listen_fds(env: &dyn Fn(&str) -> Option<String>, pid: u32) -> RawFd {
 
 #[allow(unsafe_code)]
 fn close_range(first: RawFd, last: RawFd, flags: u32) -> std::io::Result<()> {
-    // SAFETY: no memory is passed. The caller has nothing open that this could close under it.
+    // SAFETY: the call takes no pointers, and the program has not yet opened a descriptor that it owns.
     let done = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
     if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }

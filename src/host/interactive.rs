@@ -1,4 +1,4 @@
-//! A host command that has the user's terminal: an `ssh` that `fcctl` starts for them.
+//! Runs a host command in the user's terminal, such as the `ssh` that `fcctl ssh` starts.
 
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
@@ -8,10 +8,13 @@ use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 
-/// Runs a program with our own streams and environment until it ends: its status, 128+n for signal n. It stays in
-/// our process group, so that the terminal's signals reach it; the caller catches its own meanwhile. When `cancel`
-/// fires it is sent SIGTERM and still waited for. Errors: `command_missing`, `host`.
-#[allow(clippy::disallowed_methods)] // Beside `command`, the other place.
+/// Runs a program with this process's streams and environment and returns its status (128+n if signal
+/// n killed it). It stays in this process group, so that the terminal's signals reach it; the caller
+/// has to catch them itself. When `cancel` fires, the program gets SIGTERM and is still waited for.
+///
+/// # Errors
+/// `command_missing` or `host`.
+#[allow(clippy::disallowed_methods)] // One of the few places that may start processes.
 pub fn run(program: &str, args: &[OsString], cancel: &Cancel) -> Result<u8> {
     let io = |e: std::io::Error| Error::io(format!("run {program}"), e);
     let mut child = std::process::Command::new(program).args(args).spawn().map_err(|e| {
@@ -31,7 +34,7 @@ pub fn run(program: &str, args: &[OsString], cancel: &Cancel) -> Result<u8> {
             Ok(_) => {}
         }
         if cancel.is_cancelled() {
-            // Fails when it has just exited.
+            // Fails if the program has just exited.
             let _ = pidfd_send_signal(&exited, Signal::TERM);
         }
         break;
@@ -46,11 +49,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn status_signal_absence_and_cancel() {
+    fn run_reports_status_signal_missing_program_and_cancel() {
         let cancel = Cancel::try_new().unwrap();
         let sh = |script: &str| run("sh", &["-c".into(), script.into()], &cancel);
         assert_eq!(sh("exit 3").unwrap(), 3);
-        // One that nobody above can have had ignored, as nohup(1) does SIGHUP.
+        // A signal that no parent can have set to be ignored, as nohup(1) does with SIGHUP.
         assert_eq!(sh("kill -KILL $$").unwrap(), 128 + 9);
         assert_eq!(run("no-such-program", &[], &cancel).unwrap_err().kind(), Kind::CommandMissing);
         cancel.cancel("enough");

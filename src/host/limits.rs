@@ -1,22 +1,24 @@
-//! What the host has: descriptors, memory, cores.
+//! The host's limits: open files, memory and cores.
 
 use crate::error::{Error, Kind, Result};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Raises the soft limit of open files to the hard one. Answers the limit that holds; an error (`exhausted`)
-/// when it is below `needed`.
+/// Raises the soft limit of open files to the hard one and returns the resulting limit.
+///
+/// # Errors
+/// `exhausted` if that is below `needed`.
 pub fn raise_open_files(needed: u64) -> Result<u64> {
     let doing = "raise the limit of open files";
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).map_err(|e| Error::io(doing, e))?;
     let limit = if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() { hard } else { soft };
     if limit < needed {
-        let message = format!("{doing}: at most {limit} are allowed, {needed} are needed");
+        let message = format!("{doing}: {needed} are needed but only {limit} are allowed");
         return Err(Error::new(Kind::Exhausted, message).hint(format!("run fcd with ulimit -n {needed} or LimitNOFILE={needed}")));
     }
     Ok(limit)
 }
 
-/// Memory of the host in MiB: `MemTotal` of proc(5) meminfo.
+/// The host's memory in MiB (`MemTotal` in `/proc/meminfo`).
 pub fn mem_total_mib() -> Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").map_err(|e| Error::io("read /proc/meminfo", e))?;
     parse_mem_total_mib(&text).ok_or_else(|| Error::new(Kind::Host, "read /proc/meminfo: no MemTotal in it"))
@@ -28,7 +30,7 @@ fn parse_mem_total_mib(meminfo: &str) -> Option<u64> {
     Some(kib / 1024)
 }
 
-/// Cores that this process may use.
+/// The number of cores that this process may use.
 pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }

@@ -1,10 +1,10 @@
-//! The daemon's log, which never makes anybody wait. Whoever logs puts a line into a bounded queue; one thread writes
-//! the queue to stderr. If nobody reads stderr, that thread blocks and nothing else does: lines that find the queue
-//! full are dropped and counted, and the count is written as soon as there is room again.
+//! The daemon's log. A log call never blocks: it puts a line into a bounded queue, and one thread
+//! writes the queue to stderr. If nothing reads stderr, only that thread blocks. Lines that do not fit
+//! into the queue are dropped and counted, and the count is logged as soon as there is room again.
 //!
-//! Filter and format are `env_logger`'s (`RUST_LOG`). Panics take the same way, because the default hook would write
-//! to stderr from a thread that may hold locks. In builds with the lock checker every log call is checked: none may
-//! happen under a lock.
+//! `env_logger` filters and formats (`RUST_LOG`). Panic messages use the same queue, because the default
+//! hook would write to stderr from a thread that may hold locks. Builds with the lock checker check
+//! every log call, because none may happen under a lock.
 
 use crate::error::{Error, Result};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
@@ -16,26 +16,26 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// Lines that wait to be written.
+/// The queue's capacity in lines.
 const LINES_MAX: usize = 4096;
-/// A longer line is cut.
+/// Longer lines are truncated.
 const LINE_BYTES_MAX: usize = 8 * 1024;
-/// How long the end of the daemon may wait for the last lines.
+/// How long the daemon waits for the last lines when it exits.
 pub const FLUSH_MAX: Duration = Duration::from_secs(1);
-/// How long a thread that panics may wait for its message to be written: the process may be about to abort.
+/// How long a panicking thread waits for its message to be written, because the process may abort next.
 const PANIC_FLUSH_MAX: Duration = Duration::from_millis(100);
-/// The filter if `RUST_LOG` is not set.
+/// The filter that applies if `RUST_LOG` is not set.
 const DEFAULT_FILTER: &str = "info";
 
 static LOG: OnceLock<Queue> = OnceLock::new();
 
 enum Item {
     Line(Vec<u8>),
-    /// Answered when all lines before it are written.
+    /// Requests an answer once all earlier lines are written.
     Flush(Sender<()>),
 }
 
-/// The way into the log; clones lead to one writer.
+/// The sending end of the log. Clones share one writer.
 #[derive(Clone)]
 struct Queue {
     sender: Sender<Item>,
@@ -59,7 +59,7 @@ impl Queue {
         }
     }
 
-    /// Until all lines that were put so far are written. False at the deadline.
+    /// Waits until all lines so far are written. Returns false at the deadline.
     fn flush(&self, deadline: Instant) -> bool {
         let (done, written) = bounded(1);
         self.sender.send_deadline(Item::Flush(done), deadline).is_ok() && written.recv_deadline(deadline).is_ok()
@@ -78,14 +78,14 @@ impl Write for Queue {
     }
 }
 
-/// The writer's thread. It ends with the last [`Queue`].
+/// Runs the writer's thread, which ends when the last [`Queue`] is dropped.
 fn write_all_of(receiver: &Receiver<Item>, dropped: &AtomicU64, mut out: impl Write + AsFd) {
     for item in receiver {
         match item {
             Item::Line(line) => write_line(&mut out, &line),
             Item::Flush(done) => drop(done.try_send(())),
         }
-        // After a line that could be written, so that the reader sees about where the gap is.
+        // Reported after the next line, so that the reader sees roughly where the gap is.
         let lost = dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
             write_line(&mut out, format!("fcd: {lost} lines of this log were dropped: nobody read it in time\n").as_bytes());
@@ -93,14 +93,14 @@ fn write_all_of(receiver: &Receiver<Item>, dropped: &AtomicU64, mut out: impl Wr
     }
 }
 
-/// Waits as long as it takes. A reader that is gone loses the line; there is nobody to tell.
+/// Writes a line, however long that takes. If the reader has gone, the line is lost.
 fn write_line(out: &mut (impl Write + AsFd), line: &[u8]) {
     let mut rest = line;
     while !rest.is_empty() {
         match out.write(rest) {
             Ok(n) if n > 0 => rest = &rest[n..],
             Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            // Somebody who shares the descriptor has made it non-blocking.
+            // Another process that shares the descriptor has made it non-blocking.
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => wait_writable(out.as_fd()),
             _ => return,
         }
@@ -111,7 +111,7 @@ fn wait_writable(fd: BorrowedFd<'_>) {
     let _ = poll(&mut [PollFd::new(fd, PollFlags::POLLOUT)], PollTimeout::NONE);
 }
 
-/// Filters and formats, after the lock checker has looked.
+/// Passes records to `env_logger` after the lock checker has checked the call.
 struct Logger(env_logger::Logger);
 
 impl log::Log for Logger {
@@ -129,7 +129,7 @@ impl log::Log for Logger {
     }
 }
 
-/// Sets the process's log up. Call it once, first of all.
+/// Sets up the log of this process. Call it once, before anything logs.
 pub fn init() -> Result<()> {
     let (queue, receiver) = Queue::new(LINES_MAX);
     let dropped = queue.dropped.clone();
@@ -137,7 +137,7 @@ pub fn init() -> Result<()> {
     let filter = env_logger::Env::default().default_filter_or(DEFAULT_FILTER);
     let pipe = env_logger::Target::Pipe(Box::new(queue.clone()));
     let inner = env_logger::Builder::from_env(filter).target(pipe).build();
-    // Where calls are checked, those that the filter leaves out are checked as well.
+    // With the lock checker, calls that the filter would skip are checked as well.
     let level = if crate::locks::check::IS_ON { log::LevelFilter::Trace } else { inner.filter() };
     let twice = || Error::internal("set up the log: there is one already");
     LOG.set(queue).map_err(|_| twice())?;
@@ -155,7 +155,8 @@ pub fn init() -> Result<()> {
     Ok(())
 }
 
-/// Writes a line that is not a log record, such as the error that ends the daemon, and waits for it at most [`FLUSH_MAX`].
+/// Writes a line that is not a log record, such as the error that ends the daemon, and waits up to
+/// [`FLUSH_MAX`] for it to be written.
 pub fn say(line: &str) {
     say_within(line, FLUSH_MAX);
 }
@@ -170,7 +171,7 @@ fn say_within(line: &str, most: Duration) {
     }
 }
 
-/// Waits, at most [`FLUSH_MAX`], until all lines so far are written.
+/// Waits up to [`FLUSH_MAX`] until all lines so far are written.
 pub fn flush() {
     if let Some(queue) = LOG.get() {
         queue.flush(Instant::now() + FLUSH_MAX);
@@ -206,7 +207,7 @@ mod tests {
         let (queue, receiver, reader, writer) = open();
         rustix::pipe::fcntl_setpipe_size(&writer, 4096).unwrap();
         let writer = begin(&queue, receiver, writer);
-        // More than the pipe takes, so the writer blocks in the middle of it.
+        // The line is longer than the pipe's buffer, so the writer blocks in the middle of it.
         queue.put(&[b'x'; LINE_BYTES_MAX]);
         while !queue.sender.is_empty() {
             std::thread::yield_now();
@@ -215,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_beyond_a_full_queue_are_dropped_counted_and_reported() {
+    fn full_queue_drops_counts_and_reports_lines() {
         let Stalled { queue, reader, writer } = stalled();
         for n in 0..LINES + 3 {
             queue.put(format!("line {n}\n").as_bytes());
@@ -234,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn flush_waits_for_lines_before_it_and_gives_up_at_its_deadline() {
+    fn flush_waits_for_earlier_lines_until_its_deadline() {
         let Stalled { queue, reader, writer } = stalled();
         queue.put(b"the last line\n");
         assert!(!queue.flush(Instant::now() + Duration::from_millis(10)));
@@ -246,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn writer_survives_a_reader_that_goes_and_cuts_long_lines() {
+    fn writer_truncates_long_lines_and_survives_a_closed_reader() {
         let (queue, receiver, reader, out) = open();
         let writer = begin(&queue, receiver, out);
         queue.put(&[b'y'; LINE_BYTES_MAX + 7]);

@@ -1,4 +1,4 @@
-//! A host command whose output is too large to keep: it goes to a closure, piece by piece.
+//! Runs host commands whose output is too large to keep in memory. A closure receives it in pieces.
 
 use super::command::{self, Command, Output};
 use crate::error::{Error, Kind, Result};
@@ -13,18 +13,20 @@ use std::process::{Child, ChildStderr, ChildStdout};
 use std::time::{Duration, Instant};
 
 const PIECE_BYTES: usize = 256 * 1024;
-/// Most of stderr that is kept.
+/// How much of stderr is kept.
 const STDERR_BYTES_MAX: usize = 64 * 1024;
 const TICK: Duration = Duration::from_millis(50);
 
-/// Runs to the end whatever the status; `on_stdout` sees all of stdout in order, and its error ends the command.
-/// `Output::stdout` stays empty, of `stderr` the first 64 KiB are kept. Errors: `command_missing`, `cancelled`,
-/// `timeout`, `host`, or the closure's.
+/// Runs a command to its end and passes all of its stdout to `on_stdout`, whose error ends the
+/// command. `Output::stdout` is empty and `Output::stderr` holds the first 64 KiB.
+///
+/// # Errors
+/// `command_missing`, `cancelled`, `timeout`, `host`, or the closure's error.
 pub fn run_piped(command: &Command, cancel: &Cancel, on_stdout: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<Output> {
     let _blocking = region(Rank::HostCmd);
     let mut child = command::start(command)?;
     let pid = Pid::from_raw(child.id() as i32);
-    let result = attend(command, &mut child, cancel, on_stdout);
+    let result = pump_output(command, &mut child, cancel, on_stdout);
     if result.is_err() {
         let _ = killpg(pid, Signal::SIGKILL);
         let _ = child.wait();
@@ -61,7 +63,7 @@ impl Streams {
     }
 }
 
-fn attend(
+fn pump_output(
     command: &Command,
     child: &mut Child,
     cancel: &Cancel,
@@ -94,7 +96,7 @@ fn attend(
         fds.extend(streams.out.as_ref().map(|p| PollFd::new(p.as_fd(), PollFlags::POLLIN)));
         fds.extend(streams.err.as_ref().map(|p| PollFd::new(p.as_fd(), PollFlags::POLLIN)));
         fds.extend(input.as_ref().map(|(p, _)| PollFd::new(p.as_fd(), PollFlags::POLLOUT)));
-        // Both closed: it is about to exit, and nothing here will say so.
+        // Both streams are closed, so the command is about to exit, but no descriptor here reports that.
         let tick = if fds.len() == 1 { Duration::from_millis(1) } else { TICK };
         match poll(&mut fds, PollTimeout::try_from(left.min(tick)).unwrap_or(PollTimeout::MAX)) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
@@ -115,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_of_a_large_output_arrives_in_order() {
+    fn large_output_arrives_completely_and_in_order() {
         let c = Command::new("sh").args(["-c", "seq 1 400000; echo oops >&2; exit 3"]);
         let mut seen = Vec::new();
         let out = run_piped(&c, &Cancel::try_new().unwrap(), &mut |b| {
@@ -130,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_of_the_closure_ends_the_command() {
+    fn closure_error_ends_the_command() {
         let c = Command::new("yes");
         let e = run_piped(&c, &Cancel::try_new().unwrap(), &mut |_| Err(Error::internal("enough"))).unwrap_err();
         assert_eq!(e.message(), "enough");

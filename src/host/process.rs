@@ -1,6 +1,7 @@
-//! Long-lived processes: started detached, known by more than a pid, signalled and awaited by pidfd only.
+//! Long-lived processes such as VMMs. They outlive the daemon and are identified by more than their
+//! pid ([`Identity`]). They are signalled and awaited through a pidfd only ([`Process`]).
 
-use super::wait::{Woken, is_readable, wait_any, wait_uncancelled};
+use super::wait::{WaitResult, is_readable, wait_any, wait_uncancelled};
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Mutex, Rank};
 use nix::poll::PollFlags;
@@ -17,7 +18,7 @@ use std::process::Stdio;
 use std::sync::OnceLock;
 use std::time::Instant;
 
-/// A process that cannot be mistaken for another: never a pid alone.
+/// Identifies a process even if its pid is reused later or the host reboots.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Identity {
     pub pid: u32,
@@ -27,26 +28,26 @@ pub struct Identity {
     pub boot_id: String,
 }
 
-/// Whom a process runs as.
+/// The user and groups that a process runs as.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Credentials {
     pub uid: u32,
     pub gid: u32,
-    /// Supplementary groups: these and no others.
+    /// The supplementary groups; all others are dropped.
     pub groups: Vec<u32>,
 }
 
-/// A process that outlives us: a session of its own, no descriptor of ours but its output, no core dump, a
-/// cleared environment.
+/// How to start a process that outlives the daemon. It gets its own session, a cleared environment, no
+/// core dumps and none of the daemon's descriptors except `output`.
 #[derive(Debug)]
 pub struct Spawn {
     pub program: PathBuf,
     pub args: Vec<OsString>,
     pub env: Vec<(OsString, OsString)>,
     pub cwd: PathBuf,
-    /// Its stdout and stderr; `/dev/null` when there is none.
+    /// Receives stdout and stderr; `/dev/null` if None.
     pub output: Option<File>,
-    /// None: ours.
+    /// The daemon's own if None.
     pub credentials: Option<Credentials>,
 }
 
@@ -55,7 +56,7 @@ pub struct Spawn {
 pub enum Exit {
     Status(i32),
     Signal(i32),
-    /// It was not our child, so nobody told us.
+    /// The process was not a child of this daemon, so its exit status is not available.
     Unknown,
 }
 
@@ -67,18 +68,18 @@ impl fmt::Display for Exit {
                 Ok(name) => write!(f, "signal {signal} ({name})"),
                 Err(_) => write!(f, "signal {signal}"),
             },
-            Exit::Unknown => f.write_str("it exited while it was not our child"),
+            Exit::Unknown => f.write_str("unknown exit status (it was started by an earlier fcd)"),
         }
     }
 }
 
-/// Children of ours by start time and pid: `None` while they are not reaped. Whoever sees one exit reaps it, and
-/// the others read its end here.
+/// Our children by start time and pid; `None` until they are reaped. The first thread that sees a child
+/// exit reaps it and records its exit here for the others.
 static CHILDREN: Mutex<BTreeMap<(u64, u32), Option<Exit>>> = Mutex::new(Rank::Consoles, BTreeMap::new());
-/// How many ends of children are remembered; the oldest is forgotten first.
+/// How many exits are remembered. The oldest is dropped first.
 const EXITS_MAX: usize = 4096;
 
-/// A process held by its pidfd: it may die, but its name never passes to another.
+/// A process held by its pidfd. It may exit, but the descriptor never refers to another process.
 #[derive(Debug)]
 pub struct Process {
     identity: Identity,
@@ -86,7 +87,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// None when it is gone: no such pid, or the pid is another's by now, or the host was booted since.
+    /// Opens a process. None if it has been reaped, its pid belongs to another process, or the host has
+    /// rebooted.
     pub fn open(identity: &Identity) -> Result<Option<Self>> {
         let doing = || format!("open process {}", identity.pid);
         if identity.boot_id != boot_id()? {
@@ -98,7 +100,7 @@ impl Process {
             Err(rustix::io::Errno::SRCH) => return Ok(None),
             Err(e) => return Err(Error::io(doing(), e)),
         };
-        // After the pidfd is held: were the pid another's by now, the start time would be another's too.
+        // Compare the start time after opening the pidfd: if the pid had been reused before, it would differ.
         match read_stat(identity.pid) {
             Some(stat) if stat.start_time == identity.start_time => Ok(Some(Self { identity: identity.clone(), fd })),
             _ => Ok(None),
@@ -109,17 +111,17 @@ impl Process {
         &self.identity
     }
 
-    /// Readable once it has exited.
+    /// The pidfd, which is readable once the process has exited.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
-    /// A zombie does not live.
+    /// False if the process has exited, even if it is not reaped yet.
     pub fn is_alive(&self) -> bool {
         !is_readable(&self.fd)
     }
 
-    /// False when it is gone already.
+    /// Sends a signal. Returns false if the process has already been reaped.
     pub fn signal(&self, signal: Signal) -> Result<bool> {
         match rustix::process::pidfd_send_signal(&self.fd, signal) {
             Ok(()) => Ok(true),
@@ -128,31 +130,33 @@ impl Process {
         }
     }
 
-    /// Until it has exited, and reaped if it is a child of ours; false at the deadline. An error (`cancelled`)
-    /// when the token fires first.
+    /// Waits until the process has exited and reaps it if it is our child. Returns false at the deadline.
+    ///
+    /// # Errors
+    /// `cancelled` if the token fires first.
     pub fn wait(&self, deadline: Instant, cancel: &Cancel) -> Result<bool> {
-        let doing = || format!("wait for the end of process {}", self.identity.pid);
+        let doing = || format!("wait for process {} to exit", self.identity.pid);
         match wait_any(&[(self.fd(), PollFlags::POLLIN)], deadline, cancel).map_err(|e| Error::io(doing(), e))? {
-            Woken::Ready => {
+            WaitResult::Ready => {
                 self.exit();
                 Ok(true)
             }
-            Woken::Deadline => Ok(false),
-            Woken::Cancelled => Err(super::wait::cancelled(&doing(), cancel)),
+            WaitResult::Deadline => Ok(false),
+            WaitResult::Cancelled => Err(super::wait::cancelled(&doing(), cancel)),
         }
     }
 
-    /// As [`Process::wait`] for clean-up, which ignores cancellation.
+    /// Like [`Process::wait`], but ignores cancellation. For cleaning up.
     pub fn wait_uncancelled(&self, deadline: Instant) -> Result<bool> {
         let woken = wait_uncancelled(&[(self.fd(), PollFlags::POLLIN)], deadline)
-            .map_err(|e| Error::io(format!("wait for the end of process {}", self.identity.pid), e))?;
-        if woken == Woken::Ready {
+            .map_err(|e| Error::io(format!("wait for process {} to exit", self.identity.pid), e))?;
+        if woken == WaitResult::Ready {
             self.exit();
         }
-        Ok(woken == Woken::Ready)
+        Ok(woken == WaitResult::Ready)
     }
 
-    /// How it ended; None while it lives. Reaps it if it is a child of ours.
+    /// How the process ended, or None while it runs. Reaps it if it is our child.
     pub fn exit(&self) -> Option<Exit> {
         let key = (self.identity.start_time, self.identity.pid);
         let mut children = CHILDREN.lock();
@@ -171,30 +175,33 @@ impl Process {
                 }
                 Some(exit)
             }
-            // No child of ours, or reaped already.
+            // It is not our child, or it has been reaped already.
             Err(_) if self.is_alive() => None,
             Err(_) => Some(children.get(&key).copied().flatten().unwrap_or(Exit::Unknown)),
         }
     }
 }
 
-/// How a process that is gone ended, where that is still known.
+/// How a process that no longer exists ended, if that is still remembered.
 pub fn exit_of_gone(identity: &Identity) -> Exit {
     CHILDREN.lock().get(&(identity.start_time, identity.pid)).copied().flatten().unwrap_or(Exit::Unknown)
 }
 
-/// Whether it lives still. A zombie does not, and is reaped if it is ours.
+/// True if the process is running. A zombie is not, and is reaped if it is our child.
 pub fn is_alive(identity: &Identity) -> bool {
     match Process::open(identity) {
         Ok(Some(process)) => process.exit().is_none() && process.is_alive(),
         Ok(None) => false,
-        // No descriptor to be had: /proc knows, too.
+        // Fall back to /proc, for example when no descriptor is left.
         Err(_) => read_stat(identity.pid).is_some_and(|s| s.start_time == identity.start_time && !s.is_dead()),
     }
 }
 
-/// Starts a process that outlives us. Errors: `command_missing`, `host`.
-#[allow(clippy::disallowed_methods)] // With host::command the only place.
+/// Starts a process that outlives the daemon.
+///
+/// # Errors
+/// `command_missing` or `host`.
+#[allow(clippy::disallowed_methods)] // One of the few places that may start processes.
 pub fn spawn(spec: Spawn) -> Result<Process> {
     let shown = spec.program.display().to_string();
     let mut command = std::process::Command::new(&spec.program);
@@ -210,14 +217,14 @@ pub fn spawn(spec: Spawn) -> Result<Process> {
     }
     detach(&mut command, spec.credentials);
     let child = command.spawn().map_err(|e| spawn_error(&shown, &spec.cwd, e))?;
-    // A child of ours keeps its pid until we reap it, which nothing does before it is known here.
+    // The child's pid cannot be reused before we reap it, and nothing does before it is in CHILDREN.
     let open = || -> Result<Process> {
         let stat = read_stat(child.id()).ok_or_else(|| Error::new(Kind::Host, format!("run {shown}: no /proc entry")))?;
         let identity = Identity { pid: child.id(), start_time: stat.start_time, boot_id: boot_id()?.to_owned() };
-        Process::open(&identity)?.ok_or_else(|| Error::new(Kind::Host, format!("run {shown}: it is not there")))
+        Process::open(&identity)?.ok_or_else(|| Error::new(Kind::Host, format!("run {shown}: the process has vanished")))
     };
     let process = open().inspect_err(|_| {
-        // No descriptor for a pidfd, for instance. It is ours and unreaped, so the pid is right.
+        // For example, no descriptor is left. The child is unreaped, so the pid still names it.
         let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         let _ = nix::sys::wait::waitpid(pid, None);
@@ -226,13 +233,13 @@ pub fn spawn(spec: Spawn) -> Result<Process> {
     Ok(process)
 }
 
-/// The same as the first process of a PID namespace of its own: it sees no other process, and whatever it starts ends with it.
-/// It is our child all the same, so its end is known as any other child's. Its own number is 1, which the kernel protects: of
-/// signals that it has no handler for only SIGKILL and SIGSTOP reach it. As root only.
+/// Like [`spawn`], but makes the process the init of a new PID namespace. It sees no other process, and
+/// everything it starts ends with it. It is still our child, so its exit status is known. As pid 1 of
+/// its namespace it receives only signals that it handles, and SIGKILL and SIGSTOP. Needs root.
 pub fn spawn_in_own_pids(spec: Spawn) -> Result<Process> {
-    // Only for the children of this thread, which makes no other.
+    // unshare(2) affects later children of the calling thread, so use a thread that starts only this one.
     let spawned = super::thread::spawn("own-pids", move || {
-        let doing = || format!("make a PID namespace for {}", spec.program.display());
+        let doing = || format!("create a PID namespace for {}", spec.program.display());
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWPID).map_err(|e| Error::io(doing(), std::io::Error::from(e)))?;
         spawn(spec)
     })?;
@@ -248,8 +255,8 @@ fn spawn_error(shown: &str, cwd: &Path, e: std::io::Error) -> Error {
 
 #[allow(unsafe_code)]
 fn detach(command: &mut std::process::Command, credentials: Option<Credentials>) {
-    // SAFETY: the closure runs between fork and exec, so it makes only system calls that are
-    // async-signal-safe, on memory that was allocated before the fork.
+    // SAFETY: the closure runs between fork and exec. It makes async-signal-safe system calls only, on
+    // memory that was allocated before the fork.
     unsafe {
         command.pre_exec(move || {
             let ok = |result: libc::c_int| if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) };
@@ -258,7 +265,7 @@ fn detach(command: &mut std::process::Command, credentials: Option<Credentials>)
             }
             let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
             ok(libc::setrlimit(libc::RLIMIT_CORE, &no_core))?;
-            // Everything of ours is close-on-exec already; this is for what a library may have forgotten.
+            // Our own descriptors are close-on-exec; this catches those of a library that forgot it.
             ok(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) as libc::c_int)?;
             if let Some(c) = &credentials {
                 ok(libc::setgroups(c.groups.len(), c.groups.as_ptr()))?;
@@ -270,18 +277,19 @@ fn detach(command: &mut std::process::Command, credentials: Option<Credentials>)
     }
 }
 
-/// The live processes that have `argument` as one whole argument: ours, or anybody's when we are root.
+/// Finds running processes that have exactly `argument` as an argument. Root finds processes of all
+/// users; others only their own.
 pub fn find_by_argument(argument: &str) -> Result<Vec<Identity>> {
     Ok(scan(|a| a == argument.as_bytes())?.into_iter().map(|(_, identity)| identity).collect())
 }
 
-/// The live processes that have an argument that begins with `prefix`, each with that argument: ours, or anybody's when
-/// we are root.
+/// Finds running processes with an argument that begins with `prefix`, and returns each with that
+/// argument. Root finds processes of all users; others only their own.
 pub fn find_by_prefix(prefix: &str) -> Result<Vec<(String, Identity)>> {
     scan(|a| a.starts_with(prefix.as_bytes()))
 }
 
-/// One look at all processes, for the first argument of each that fits.
+/// Scans `/proc` for processes and the first argument of each that `fits`.
 fn scan(fits: impl Fn(&[u8]) -> bool) -> Result<Vec<(String, Identity)>> {
     let me = rustix::process::geteuid().as_raw();
     let mut found = Vec::new();
@@ -295,7 +303,7 @@ fn scan(fits: impl Fn(&[u8]) -> bool) -> Result<Vec<(String, Identity)>> {
             continue;
         }
         let Some(before) = read_stat(pid).filter(|stat| !stat.is_dead()) else { continue };
-        // Once more after the stat: were the pid another's by now, the identity would be that one's.
+        // Read again after the stat: if the pid was reused in between, the identity is another process's.
         if arguments(pid).iter().any(|a| *a == argument.as_bytes()) {
             found.push((argument, Identity { pid, start_time: before.start_time, boot_id: boot_id()?.to_owned() }));
         }
@@ -303,7 +311,7 @@ fn scan(fits: impl Fn(&[u8]) -> bool) -> Result<Vec<(String, Identity)>> {
     Ok(found)
 }
 
-/// The arguments of a process, itself first; none when it is gone or a zombie.
+/// The argv of a process, empty if it has exited.
 pub fn arguments(pid: u32) -> Vec<Vec<u8>> {
     crate::locks::require_memory_only("look at a process");
     const CMDLINE_BYTES_MAX: u64 = 256 * 1024;
@@ -312,7 +320,7 @@ pub fn arguments(pid: u32) -> Vec<Vec<u8>> {
     bytes.split(|b| *b == 0).map(<[u8]>::to_vec).collect()
 }
 
-/// The executable's path; a replaced one has lost its ` (deleted)`.
+/// The path of the executable, without the ` (deleted)` that the kernel appends if it was replaced.
 pub fn executable(pid: u32) -> Option<PathBuf> {
     let path = std::fs::read_link(format!("/proc/{pid}/exe")).ok()?;
     Some(path.to_str().and_then(|p| p.strip_suffix(" (deleted)")).map_or(path.clone(), PathBuf::from))
@@ -324,7 +332,7 @@ pub fn uid(pid: u32) -> Option<u32> {
     status.lines().find_map(|l| l.strip_prefix("Uid:"))?.split_whitespace().next()?.parse().ok()
 }
 
-/// The kernel's name for this boot.
+/// The kernel's id of the current boot.
 pub fn boot_id() -> Result<&'static str> {
     static BOOT_ID: OnceLock<String> = OnceLock::new();
     if let Some(id) = BOOT_ID.get() {
@@ -351,7 +359,8 @@ fn read_stat(pid: u32) -> Option<Stat> {
     parse_stat(&std::fs::read(format!("/proc/{pid}/stat")).ok()?)
 }
 
-/// proc(5): the name stands in parentheses and may hold anything, `) ` too, so the last one ends it.
+/// Parses `/proc/<pid>/stat` (proc(5)). The name is in parentheses and may itself contain `) `, so the
+/// last parenthesis ends it.
 fn parse_stat(stat: &[u8]) -> Option<Stat> {
     let end = stat.iter().rposition(|b| *b == b')')?;
     let mut fields = stat[end + 1..].split(|b| b.is_ascii_whitespace()).filter(|f| !f.is_empty());
@@ -381,17 +390,17 @@ mod tests {
         Spawn { args: ["-c", "exec sleep 1000", tag].map(OsString::from).to_vec(), ..stopped(tag) }
     }
 
-    fn soon() -> Instant {
+    fn in_10_s() -> Instant {
         Instant::now() + Duration::from_secs(10)
     }
 
     fn end(process: &Process) {
         process.signal(Signal::KILL).unwrap();
-        assert!(process.wait(soon(), &Cancel::try_new().unwrap()).unwrap());
+        assert!(process.wait(in_10_s(), &Cancel::try_new().unwrap()).unwrap());
     }
 
     #[test]
-    fn a_name_with_parentheses_does_not_confuse_the_parser() {
+    fn stat_name_with_parentheses_is_parsed() {
         let line = b"42 (a) R 1 (b) ) S 1 42 42 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 987654 1000 2 0\n";
         assert_eq!(parse_stat(line), Some(Stat { state: b'S', start_time: 987_654 }));
         assert_eq!(parse_stat(b"42 (x) S 1 2"), None);
@@ -399,15 +408,15 @@ mod tests {
     }
 
     #[test]
-    fn it_is_detached_and_holds_nothing_of_ours() {
-        // A descriptor without close-on-exec must not get through either.
+    fn spawned_process_is_detached_and_inherits_only_its_output() {
+        // A descriptor without close-on-exec must not be inherited either.
         let leak = rustix::io::dup(std::fs::File::open("/proc/self/maps").unwrap()).unwrap();
         let (mut said, output) = std::io::pipe().unwrap();
         let script = "echo ready; kill -STOP $$";
         let args = ["-c", script].map(OsString::from).to_vec();
         let output = Some(File::from(OwnedFd::from(output)));
         let process = spawn(Spawn { args, output, ..sleep("") }).unwrap();
-        // Then its loader is done with the files that it opens.
+        // Once the shell prints this, the loader has closed the files that it opened.
         std::io::Read::read_exact(&mut said, &mut [0; 6]).unwrap();
         let pid = process.identity().pid;
         assert_eq!(nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(pid as i32))).unwrap().as_raw() as u32, pid);
@@ -426,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_child_is_reaped_and_its_end_is_known_to_all() {
+    fn exit_of_reaped_child_is_known_to_other_handles() {
         let process = spawn(sleep("x")).unwrap();
         let other = Process::open(process.identity()).unwrap().unwrap();
         assert!(is_alive(process.identity()) && process.is_alive());
@@ -440,16 +449,19 @@ mod tests {
     }
 
     #[test]
-    fn a_zombie_is_not_alive() {
+    fn zombie_is_not_alive() {
         let process = spawn(Spawn { program: "true".into(), args: vec![], ..sleep("") }).unwrap();
-        assert_eq!(wait_any(&[(process.fd(), PollFlags::POLLIN)], soon(), &Cancel::try_new().unwrap()).unwrap(), Woken::Ready);
+        assert_eq!(
+            wait_any(&[(process.fd(), PollFlags::POLLIN)], in_10_s(), &Cancel::try_new().unwrap()).unwrap(),
+            WaitResult::Ready
+        );
         assert!(read_stat(process.identity().pid).unwrap().is_dead());
         assert!(!process.is_alive() && !is_alive(process.identity()));
         assert_eq!(process.exit(), Some(Exit::Status(0)));
     }
 
     #[test]
-    fn a_pid_of_another_is_not_taken_for_ours() {
+    fn reused_pid_is_not_opened() {
         let process = spawn(sleep("x")).unwrap();
         let mut wrong = process.identity().clone();
         wrong.start_time += 1;
@@ -463,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_found_by_a_whole_argument() {
+    fn process_is_found_by_its_whole_argument() {
         let tag = format!("fc-test-{}-1", std::process::id());
         let process = spawn(stopped(&tag)).unwrap();
         assert_eq!(find_by_argument(&tag).unwrap(), std::slice::from_ref(process.identity()));
@@ -473,17 +485,17 @@ mod tests {
     }
 
     #[test]
-    fn waits_end_by_deadline_and_by_cancel() {
+    fn wait_ends_at_deadline_and_on_cancel() {
         let process = spawn(sleep("x")).unwrap();
         let cancel = Cancel::try_new().unwrap();
         assert!(!process.wait(Instant::now() + Duration::from_millis(5), &cancel).unwrap());
         cancel.cancel("enough");
-        assert_eq!(process.wait(soon(), &cancel).unwrap_err().kind(), Kind::Cancelled);
+        assert_eq!(process.wait(in_10_s(), &cancel).unwrap_err().kind(), Kind::Cancelled);
         end(&process);
     }
 
     #[test]
-    fn what_cannot_start_says_so() {
+    fn spawn_failure_has_its_kind() {
         let e = spawn(Spawn { program: "no-such-program".into(), ..sleep("") }).unwrap_err();
         assert_eq!(e.kind(), Kind::CommandMissing);
         let e = spawn(Spawn { cwd: "/nonexistent".into(), ..sleep("") }).unwrap_err();
@@ -491,7 +503,7 @@ mod tests {
     }
 
     #[test]
-    fn process_with_pids_of_its_own_is_our_child_and_cannot_see_us() {
+    fn process_in_own_pid_namespace_is_our_child() {
         let sleeper = spawn_in_own_pids(sleep("x"));
         if !rustix::process::geteuid().is_root() {
             assert!(sleeper.is_err());
@@ -506,23 +518,23 @@ mod tests {
         assert_eq!(numbers.split_whitespace().collect::<Vec<_>>(), [pid.to_string().as_str(), "1"]);
         end(&sleeper);
         assert_eq!(sleeper.exit(), Some(Exit::Signal(9)));
-        // What it started ends with it, and how it ended is known.
+        // Its children end with it, and its exit status is known.
         let args = ["-c", "sleep 1000 & exit 7"].map(OsString::from).to_vec();
         let parent = spawn_in_own_pids(Spawn { args, ..sleep("") }).unwrap();
-        assert!(parent.wait(soon(), &Cancel::try_new().unwrap()).unwrap());
+        assert!(parent.wait(in_10_s(), &Cancel::try_new().unwrap()).unwrap());
         assert_eq!(parent.exit(), Some(Exit::Status(7)));
         let e = spawn_in_own_pids(Spawn { program: "no-such-program".into(), ..sleep("") }).unwrap_err();
         assert_eq!(e.kind(), Kind::CommandMissing);
-        // The next one has the host's again.
+        // A process started later is in the host's namespace again.
         let other = spawn(sleep("x")).unwrap();
         assert_eq!(namespace(&other.identity().pid.to_string()), namespace("self"));
         end(&other);
     }
 
     #[test]
-    fn root_drops_to_the_given_uid() {
+    fn spawn_as_root_drops_to_the_given_credentials() {
         if !rustix::process::geteuid().is_root() {
-            // Without privilege the same call must fail, not run as somebody else.
+            // Without privilege the call must fail instead of running as another user.
             let credentials = Some(Credentials { uid: 1_900_000_001, gid: 1_900_000_001, groups: vec![] });
             assert!(spawn(Spawn { credentials, ..sleep("") }).is_err());
             return;

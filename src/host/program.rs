@@ -1,4 +1,4 @@
-//! Finding a program that the configuration names, and saying why it cannot be run.
+//! Locates programs that the configuration names, and explains why one cannot be run.
 
 use super::command::find_program;
 use super::mount;
@@ -7,10 +7,11 @@ use rustix::fs::Access;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// The program's path, if this process may execute it.
+/// The path of the program, which this process may execute.
 ///
 /// # Errors
-/// `command_missing` if it is not there, and `unsupported`, with the cause and what to do about it, if it cannot be executed.
+/// `command_missing` if it does not exist, and `unsupported`, with the cause and a hint, if it cannot be
+/// executed.
 pub fn locate(name: &Path) -> Result<PathBuf> {
     let Some(path) = find_program(name) else {
         return Err(why_not(name).unwrap_or_else(|| {
@@ -23,7 +24,7 @@ pub fn locate(name: &Path) -> Result<PathBuf> {
     }
 }
 
-/// The cause where something of this name is there.
+/// Why the program cannot be executed. None if it does not exist.
 fn why_not(path: &Path) -> Option<Error> {
     let meta = std::fs::metadata(path).ok()?;
     let shown = path.display();
@@ -59,7 +60,7 @@ mod tests {
         assert_eq!(locate(&program).unwrap(), program);
         let e = locate(dir.path()).unwrap_err();
         assert!(e.to_string().ends_with("it is not a file"), "{e}");
-        // Mounted noexec on every Linux that runs systemd; elsewhere the mode of this file says the same.
+        // systemd mounts /proc noexec. Without systemd, the mode of this file has the same effect.
         let e = locate(Path::new("/proc/self/status")).unwrap_err();
         assert!(e.kind() == Kind::Unsupported && e.hint_text().is_some(), "{e}");
     }

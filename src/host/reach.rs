@@ -1,17 +1,17 @@
-//! Finds directories on the way to a file that keep other users out.
+//! Finds directories on the path to a file that other users cannot enter.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 
-/// As many symbolic links as the kernel follows in one path (path_resolution(7)).
+/// The kernel follows this many symbolic links in one path (path_resolution(7)).
 const LINKS_MAX: usize = 40;
 
-/// The first directory in which something on the way to `path` is looked up and which users other than its owner and group
-/// may not enter. Links are followed as the kernel follows them; what is not there yet says nothing.
+/// The first directory on the path to `path` that users other than its owner and group cannot enter.
+/// Symbolic links are followed as the kernel does; components that do not exist yet are ignored.
 ///
-/// Only the mode counts: nobody lists the uids of VMMs, of which there are thousands, in an access control list.
+/// Access control lists are ignored: VMMs have thousands of uids, which no one lists in an ACL.
 pub fn closed_to_others(path: &Path) -> Option<PathBuf> {
     let mut todo: VecDeque<OsString> = components(path);
     let mut at = PathBuf::from("/");
@@ -44,7 +44,7 @@ pub fn closed_to_others(path: &Path) -> Option<PathBuf> {
     None
 }
 
-/// The hint for a state directory below a closed directory.
+/// The hint for a state directory inside a closed directory.
 pub fn state_dir_fix(closed: &dyn std::fmt::Display) -> String {
     format!(
         "start fcd with a state directory that every user may enter (state_dir, --state-dir or FCD_STATE_DIR; /var/lib/fcd by \
@@ -63,8 +63,8 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
 
-    /// The directory `shut`, mode 0700, holds `state`; `open/link` leads to it.
-    fn lab() -> tempfile::TempDir {
+    /// Creates the directory `shut` (mode 0700), which contains `state`, and a link to that, `open/link`.
+    fn directories() -> tempfile::TempDir {
         let temp = tempfile::tempdir().unwrap();
         fs::set_permissions(&temp, fs::Permissions::from_mode(0o755)).unwrap();
         for dir in ["shut/state", "open"] {
@@ -79,15 +79,15 @@ mod tests {
     }
 
     #[test]
-    fn closed_directory_is_named_however_the_path_leads_there() {
-        let temp = lab();
+    fn closed_directory_is_found_on_every_kind_of_path() {
+        let temp = directories();
         let check = |path: &str, expected: Option<&str>| {
             let found = closed_to_others(&temp.path().join(path));
             assert_eq!(found, expected.map(|dir| temp.path().join(dir)), "{path}");
         };
         check("open/new/deeper", None);
         check("open", None);
-        // Its own mode is not asked for: only what is below it needs that.
+        // The mode of the last component does not matter; it is only needed for entries below it.
         check("shut", None);
         for path in ["shut/state", "shut/not/yet", "open/link", "open/link/vms", "open/absolute/state", "open/../shut/state"] {
             check(path, Some("shut"));

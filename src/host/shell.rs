@@ -1,8 +1,9 @@
-//! Words for a POSIX shell.
+//! Quoting for a POSIX shell.
 
-/// One word that any POSIX shell reads back as exactly these bytes. NUL cannot be passed and is dropped.
+/// Quotes `word` so that any POSIX shell reads it back unchanged. NUL cannot be passed and is dropped.
 ///
-/// `a b` becomes `'a b'`, `it's` becomes `'it'\''s'`. A word of letters, digits and `%+,-./:=@_` stays as it is.
+/// `a b` becomes `'a b'`, `it's` becomes `'it'\''s'`. A word of letters, digits and `%+,-./:=@_` is
+/// returned unchanged.
 pub fn quote(word: &str) -> String {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"%+,-./:=@_".contains(&b);
     if !word.is_empty() && word.bytes().all(plain) {
@@ -24,7 +25,7 @@ mod tests {
     use crate::locks::Cancel;
 
     #[test]
-    fn a_shell_reads_words_back_as_they_were() {
+    fn quoted_words_are_read_back_unchanged_by_a_shell() {
         let words =
             ["", "a", "a b", "it's", "'", "''", "$(x) `y` \\ \" * ? ~ # ! & ; | < >", "-rf", "a\nb\tc", "\u{1b}[0m", "é", "%s"];
         let line: Vec<String> = words.iter().map(|w| quote(w)).collect();

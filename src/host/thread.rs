@@ -1,11 +1,11 @@
-//! The only thread spawn: every thread has a name and a small stack.
+//! The only place that starts threads. Every thread has a name and a small stack.
 
 use crate::error::{Error, Kind, Result};
 
 pub const STACK_BYTES: usize = 512 * 1024;
 
 /// Starts a named thread.
-#[allow(clippy::disallowed_methods)] // The one place.
+#[allow(clippy::disallowed_methods)] // The only place that may call it.
 pub fn spawn<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> Result<std::thread::JoinHandle<T>> {
     std::thread::Builder::new()
         .name(name.to_owned())

@@ -1,4 +1,4 @@
-//! What a process has used of the host (proc(5)): counters since its start, and its memory now.
+//! Resource usage of a process, from proc(5): counters since its start, and its current memory.
 
 use super::process::{Identity, Process};
 use crate::error::{Error, Kind, Result};
@@ -6,25 +6,28 @@ use nix::unistd::{SysconfVar, sysconf};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usage {
-    /// Of all its threads, in user and in kernel mode.
+    /// CPU time of all threads, in user and kernel mode.
     pub cpu_ns: u64,
-    /// Resident, shared pages included.
+    /// Resident memory, including shared pages.
     pub memory_bytes: u64,
-    /// From and to block devices; none where the kernel does not say.
+    /// Bytes read from block devices, if the kernel counts them.
     pub disk_read_bytes: Option<u64>,
+    /// Bytes written to block devices, if the kernel counts them.
     pub disk_written_bytes: Option<u64>,
 }
 
+/// The usage of a VMM's process.
+///
 /// # Errors
-/// `vmm_failed` when it has exited.
+/// `vmm_failed` if it has exited.
 pub fn of(identity: &Identity) -> Result<Usage> {
-    let gone = || Error::new(Kind::VmmFailed, format!("look at process {}: it has exited", identity.pid));
+    let gone = || Error::new(Kind::VmmFailed, format!("read the usage of process {}: it has exited", identity.pid));
     let process = Process::open(identity)?.ok_or_else(gone)?;
     let read = |name: &str| std::fs::read_to_string(format!("/proc/{}/{name}", identity.pid)).ok();
     let usage = read("stat").and_then(|stat| cpu_ns(&stat)).zip(read("statm").and_then(|statm| memory_bytes(&statm)));
     let io = read("io");
     let count = |name: &str| io.as_deref().and_then(|io| counter(io, name));
-    // What was read is its as long as it has not exited meanwhile.
+    // If the process still lives, its pid was not reused and the numbers are its own.
     match usage {
         Some((cpu_ns, memory_bytes)) if process.is_alive() => {
             Ok(Usage { cpu_ns, memory_bytes, disk_read_bytes: count("read_bytes"), disk_written_bytes: count("write_bytes") })
@@ -33,7 +36,8 @@ pub fn of(identity: &Identity) -> Result<Usage> {
     }
 }
 
-/// Of fields 14 and 15, in clock ticks. The name, which may hold anything, ends at the last parenthesis.
+/// The sum of fields 14 and 15, which are in clock ticks. The name may contain anything, so the
+/// fields are counted from the last parenthesis.
 fn cpu_ns(stat: &str) -> Option<u64> {
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
     let ticks = fields.get(11)?.parse::<u64>().ok()?.checked_add(fields.get(12)?.parse().ok()?)?;
@@ -41,7 +45,7 @@ fn cpu_ns(stat: &str) -> Option<u64> {
     ticks.checked_mul(1_000_000_000 / per_s)
 }
 
-/// Of the second field, in pages.
+/// The second field, which is in pages.
 fn memory_bytes(statm: &str) -> Option<u64> {
     let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;
     pages.checked_mul(u64::try_from(sysconf(SysconfVar::PAGE_SIZE).ok()??).ok()?)
@@ -59,7 +63,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     #[test]
-    fn fields_are_read() {
+    fn usage_fields_are_parsed() {
         let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 1 2 3 4 150 50 0 0 20 0 1 0 99 1 1";
         assert_eq!(cpu_ns(stat), Some(2_000_000_000), "at 100 ticks a second");
         for bad in ["", "7 (a", "7 (a) S 1", "7 (a) S 1 7 7 0 -1 4194560 1 2 3 4 x 50 0"] {
@@ -71,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_computes_uses_more_and_one_that_is_gone_is_told() {
+    fn busy_process_uses_cpu_and_exited_one_fails() {
         let args = ["-c", "while :; do :; done"].map(Into::into).to_vec();
         let spec = Spawn { program: "/bin/sh".into(), args, env: vec![], cwd: "/".into(), output: None, credentials: None };
         let process = spawn(spec).unwrap();

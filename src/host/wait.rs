@@ -1,4 +1,4 @@
-//! Waiting in `poll` on everything that can end the wait: descriptors, a cancel token, a deadline.
+//! Waits in `poll` for descriptors, a cancel token and a deadline at once.
 
 use crate::error::{Error, Kind};
 use crate::locks::Cancel;
@@ -9,31 +9,31 @@ use std::time::{Duration, Instant};
 
 /// What ended a wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Woken {
-    /// One of the descriptors has what was waited for, or an error or a hang-up.
+pub enum WaitResult {
+    /// A descriptor is ready, or has an error or a hang-up.
     Ready,
     Deadline,
     Cancelled,
 }
 
-/// `poll`'s milliseconds, rounded up so that the last one is not spent spinning.
+/// The time left in `poll`'s milliseconds, rounded up so that the last one is not spent spinning.
 pub fn timeout_until(deadline: Instant) -> PollTimeout {
     let left = deadline.saturating_duration_since(Instant::now());
     let ms = left.as_nanos().div_ceil(1_000_000);
     PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)
 }
 
-/// Waits until a descriptor is ready for what is asked of it. A token that has fired wins over a ready one.
-pub fn wait_any(fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant, cancel: &Cancel) -> io::Result<Woken> {
+/// Waits until one of the descriptors is ready. A fired token takes precedence over a ready descriptor.
+pub fn wait_any(fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant, cancel: &Cancel) -> io::Result<WaitResult> {
     wait(fds, deadline, Some(cancel))
 }
 
-/// As [`wait_any`] for clean-up, which ignores cancellation.
-pub fn wait_uncancelled(fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant) -> io::Result<Woken> {
+/// Like [`wait_any`], but ignores cancellation. For cleaning up.
+pub fn wait_uncancelled(fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant) -> io::Result<WaitResult> {
     wait(fds, deadline, None)
 }
 
-fn wait(fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant, cancel: Option<&Cancel>) -> io::Result<Woken> {
+fn wait(fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant, cancel: Option<&Cancel>) -> io::Result<WaitResult> {
     loop {
         let mut polled: Vec<_> = cancel.map(|c| PollFd::new(c.fd(), PollFlags::POLLIN)).into_iter().collect();
         polled.extend(fds.iter().map(|(fd, flags)| PollFd::new(*fd, *flags)));
@@ -43,29 +43,29 @@ fn wait(fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant, cancel: Option<&
             Err(e) => return Err(e.into()),
         };
         if cancel.is_some_and(Cancel::is_cancelled) {
-            return Ok(Woken::Cancelled);
+            return Ok(WaitResult::Cancelled);
         }
         if ready > 0 {
-            return Ok(Woken::Ready);
+            return Ok(WaitResult::Ready);
         }
         if Instant::now() >= deadline {
-            return Ok(Woken::Deadline);
+            return Ok(WaitResult::Deadline);
         }
     }
 }
 
-/// Whether reading would not block: bytes, the end, or an error.
+/// True if a read would not block because there are bytes, the end of the stream or an error.
 pub fn is_readable(fd: impl AsFd) -> bool {
     let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0)
 }
 
-/// Sleeps, unless the token fires: false then.
-pub fn pause(duration: Duration, cancel: &Cancel) -> io::Result<bool> {
-    Ok(wait_any(&[], Instant::now() + duration, cancel)? == Woken::Deadline)
+/// Sleeps for `duration`. Returns false if the token fired first.
+pub fn sleep(duration: Duration, cancel: &Cancel) -> io::Result<bool> {
+    Ok(wait_any(&[], Instant::now() + duration, cancel)? == WaitResult::Deadline)
 }
 
-/// The error of whoever was cancelled while `doing`.
+/// The error for work that was cancelled while `doing`.
 pub fn cancelled(doing: &str, cancel: &Cancel) -> Error {
     Error::new(Kind::Cancelled, format!("{doing}: cancelled: {}", cancel.cause().unwrap_or("no cause given")))
 }
@@ -75,18 +75,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_end_of_a_wait_is_told_apart() {
+    fn wait_reports_what_ended_it() {
         let cancel = Cancel::try_new().unwrap();
         let (reader, writer) = std::io::pipe().unwrap();
         let wait = |ms| wait_any(&[(reader.as_fd(), PollFlags::POLLIN)], Instant::now() + Duration::from_millis(ms), &cancel);
-        assert_eq!(wait(5).unwrap(), Woken::Deadline);
+        assert_eq!(wait(5).unwrap(), WaitResult::Deadline);
         assert!(!is_readable(&reader));
         drop(writer);
-        assert_eq!(wait(10_000).unwrap(), Woken::Ready);
+        assert_eq!(wait(10_000).unwrap(), WaitResult::Ready);
         assert!(is_readable(&reader));
         cancel.cancel("enough");
-        assert_eq!(wait(10_000).unwrap(), Woken::Cancelled);
-        assert!(!pause(Duration::from_secs(10), &cancel).unwrap());
+        assert_eq!(wait(10_000).unwrap(), WaitResult::Cancelled);
+        assert!(!sleep(Duration::from_secs(10), &cancel).unwrap());
         assert_eq!(cancelled("wait for x", &cancel).to_string(), "wait for x: cancelled: enough");
     }
 }

@@ -4,7 +4,7 @@
 use super::log_file::{LogReader, LogWriter};
 use crate::error::{Error, Result};
 use crate::host::fs::{open_at, open_dir};
-use crate::host::wait::{Woken, cancelled, wait_any};
+use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::locks::{Cancel, Mutex, Rank};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -231,10 +231,10 @@ impl Follower {
     pub fn wait(&self, deadline: Instant, cancel: &Cancel) -> Result<Followed> {
         let doing = "follow a console log";
         match wait_any(&[(self.fd(), PollFlags::POLLIN)], deadline, cancel).map_err(|e| Error::io(doing, e))? {
-            Woken::Cancelled => Err(cancelled(doing, cancel)),
-            Woken::Deadline => Ok(Followed::Deadline),
-            Woken::Ready if self.is_ended() => Ok(Followed::Ended),
-            Woken::Ready => Ok(Followed::More),
+            WaitResult::Cancelled => Err(cancelled(doing, cancel)),
+            WaitResult::Deadline => Ok(Followed::Deadline),
+            WaitResult::Ready if self.is_ended() => Ok(Followed::Ended),
+            WaitResult::Ready => Ok(Followed::More),
         }
     }
 }

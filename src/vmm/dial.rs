@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::host::process::Process;
-use crate::host::wait::{Woken, cancelled, wait_any};
+use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::locks::Cancel;
 use nix::poll::PollFlags;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -52,12 +52,12 @@ pub fn connect(dir: &OwnedFd, name: &str, process: &Process, patience: Patience<
         retry = retry.max(begun.elapsed() / 10).min(RETRY_MAX);
         let until = patience.deadline.min(Instant::now() + retry);
         match wait_any(&[(process.fd(), PollFlags::POLLIN)], until, patience.cancel).map_err(|e| Error::io(doing(), e))? {
-            Woken::Ready => return Ok(None),
-            Woken::Cancelled => return Err(cancelled(&doing(), patience.cancel)),
-            Woken::Deadline if until == patience.deadline => {
+            WaitResult::Ready => return Ok(None),
+            WaitResult::Cancelled => return Err(cancelled(&doing(), patience.cancel)),
+            WaitResult::Deadline if until == patience.deadline => {
                 return Err(Error::new(Kind::Timeout, format!("{}: not in time", doing())));
             }
-            Woken::Deadline => {}
+            WaitResult::Deadline => {}
         }
     }
 }

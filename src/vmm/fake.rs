@@ -9,7 +9,7 @@ use crate::api::daemon::{Check, Severity};
 use crate::api::vm::RateLimits;
 use crate::error::{Error, Kind, Result};
 use crate::host::process;
-use crate::host::wait::{Woken, cancelled, wait_any, wait_uncancelled};
+use crate::host::wait::{WaitResult, cancelled, wait_any, wait_uncancelled};
 use crate::ids::VmId;
 use crate::locks::{Cancel, Condvar, Mutex, Rank, region};
 use nix::poll::PollFlags;
@@ -202,7 +202,7 @@ impl Fake {
             self.changed.notify_all();
             let woken = wait_any(&[(gate.fd(), PollFlags::POLLIN)], Instant::now() + GATE_DEADLINE, cancel);
             self.state.lock().changes_held -= 1;
-            if woken.map_err(|e| Error::io("wait at the gate", e))? != Woken::Ready {
+            if woken.map_err(|e| Error::io("wait at the gate", e))? != WaitResult::Ready {
                 return Err(cancelled(doing, cancel));
             }
         }
@@ -331,9 +331,9 @@ impl Fake {
         };
         self.state.lock().waiting -= 1;
         match woken.map_err(|e| Error::io("wait at the gate", e))? {
-            Woken::Ready => Ok(()),
-            Woken::Cancelled => Err(cancelled("start the VMM", cancel)),
-            Woken::Deadline => Err(Error::new(Kind::Timeout, "start the VMM: nobody opened the gate")),
+            WaitResult::Ready => Ok(()),
+            WaitResult::Cancelled => Err(cancelled("start the VMM", cancel)),
+            WaitResult::Deadline => Err(Error::new(Kind::Timeout, "start the VMM: nobody opened the gate")),
         }
     }
 
@@ -484,7 +484,7 @@ impl Driver for Fake {
         let Some(gone) = self.with(identity, |vmm| vmm.gone.clone()) else { return Ok(true) };
         let _blocking = region(Rank::VmmApi);
         let woken = wait_any(&[(gone.fd(), PollFlags::POLLIN)], deadline, cancel);
-        Ok(woken.map_err(|e| Error::io("wait for a fake VMM", e))? == Woken::Ready)
+        Ok(woken.map_err(|e| Error::io("wait for a fake VMM", e))? == WaitResult::Ready)
     }
 
     fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
@@ -502,7 +502,7 @@ impl Driver for Fake {
         }
         let Some(gone) = self.with(identity, |vmm| vmm.gone.clone()) else { return Ok(()) };
         let woken = wait_uncancelled(&[(gone.fd(), PollFlags::POLLIN)], deadline).map_err(|e| Error::io("kill a fake VMM", e))?;
-        if woken == Woken::Ready {
+        if woken == WaitResult::Ready {
             return Ok(());
         }
         Err(Error::new(Kind::Timeout, format!("kill the VMM: process {} has not exited in time", identity.pid)))

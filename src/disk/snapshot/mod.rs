@@ -186,7 +186,7 @@ fn remove(commands: &dyn Commands, name: &str, cancel: &Cancel) -> Result<()> {
         match commands.run(&command, cancel, &mut |_| {}).map_err(mend) {
             Ok(_) => {}
             Err(e) if is_busy(&e) && Instant::now() < deadline && !cancel.is_cancelled() => {
-                crate::host::wait::pause(BUSY_PERIOD, cancel).map_err(|e| Error::io(format!("remove {name}"), e))?;
+                crate::host::wait::sleep(BUSY_PERIOD, cancel).map_err(|e| Error::io(format!("remove {name}"), e))?;
             }
             Err(_) if find(name).is_none() => {}
             Err(e) => return Err(e.context(format!("remove snapshot device {name}"))),

@@ -27,7 +27,7 @@ pub use filter::{Allowed, BASE, Call};
 pub use tests::{PROBE, run_probe};
 
 use super::process::Exit;
-use super::wait::{Woken, wait_uncancelled};
+use super::wait::{WaitResult, wait_uncancelled};
 use crate::error::{Error, Result};
 use nix::poll::PollFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
@@ -114,7 +114,7 @@ impl Helper {
     pub fn wait(&mut self, deadline: Instant) -> Option<Exit> {
         if self.exit.is_none() {
             match wait_uncancelled(&[(self.pidfd.as_fd(), PollFlags::POLLIN)], deadline) {
-                Ok(Woken::Ready) => self.exit = Some(reap(&self.pidfd)),
+                Ok(WaitResult::Ready) => self.exit = Some(reap(&self.pidfd)),
                 _ => return None,
             }
         }

@@ -2,7 +2,7 @@
 
 use super::{Allowed, Asked, Call, Channel, Helper, Owner, Profile, spawn};
 use crate::host::process::Exit;
-use crate::host::wait::{Woken, wait_uncancelled};
+use crate::host::wait::{WaitResult, wait_uncancelled};
 use nix::poll::PollFlags;
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::collections::BTreeMap;
@@ -87,7 +87,7 @@ fn attempt_by_name(attempt: &[u8]) -> i32 {
 
 fn wait_readable(channel: &Channel) {
     let until = Instant::now() + Duration::from_secs(20);
-    assert_eq!(wait_uncancelled(&[(channel.fd(), PollFlags::POLLIN)], until).unwrap(), Woken::Ready, "no message came");
+    assert_eq!(wait_uncancelled(&[(channel.fd(), PollFlags::POLLIN)], until).unwrap(), WaitResult::Ready, "no message came");
 }
 
 fn ask(helper: &Helper, attempt: &str) -> String {

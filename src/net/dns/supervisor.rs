@@ -11,7 +11,7 @@ use super::upstream::Upstreams;
 use super::{Health, Names, Setup};
 use crate::config::Subnet;
 use crate::host::confine::{self, Helper};
-use crate::host::wait::{pause, timeout_until};
+use crate::host::wait::{sleep, timeout_until};
 use crate::locks::Cancel;
 use nix::poll::{PollFd, PollFlags, poll};
 use std::collections::VecDeque;
@@ -91,7 +91,7 @@ impl Supervisor {
             if failures.is_power_of_two() {
                 log::warn!("name server: its helper process ended: {why}; another one is started (end {failures} in a row)");
             }
-            let _ = pause(backoff, &self.cancel);
+            let _ = sleep(backoff, &self.cancel);
         }
     }
 

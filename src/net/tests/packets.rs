@@ -111,7 +111,7 @@ fn answers_echo(guest: &Machine) -> bool {
         let ready =
             crate::host::wait::wait_uncancelled(&[(std::os::fd::AsFd::as_fd(&socket), nix::poll::PollFlags::POLLIN)], deadline);
         let mut buffer = [0; 64];
-        ready.unwrap() == crate::host::wait::Woken::Ready
+        ready.unwrap() == crate::host::wait::WaitResult::Ready
             && recv(&socket, &mut buffer, rustix::net::RecvFlags::empty()).unwrap().0 == 28
             && buffer[20] == 0
     })

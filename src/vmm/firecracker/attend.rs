@@ -80,6 +80,6 @@ impl Attended {
         let _blocking = region(Rank::VmmApi);
         let exit = [(self.process.fd(), PollFlags::POLLIN)];
         let woken = crate::host::wait::wait_any(&exit, Instant::now() + PING_PERIOD, &self.closing);
-        !matches!(woken, Ok(crate::host::wait::Woken::Deadline))
+        !matches!(woken, Ok(crate::host::wait::WaitResult::Deadline))
     }
 }

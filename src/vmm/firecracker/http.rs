@@ -5,7 +5,7 @@
 pub use super::incoming::Answer;
 use super::incoming::Incoming;
 use crate::error::{Error, Kind, Result};
-use crate::host::wait::{Woken, cancelled, wait_any};
+use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::vmm::dial::Patience;
 use nix::poll::PollFlags;
 use std::io::{self, Read, Write};
@@ -79,9 +79,9 @@ impl<'a> Connection<'a> {
     fn wait(&self, flags: PollFlags, doing: &str) -> Result<()> {
         let Patience { deadline, cancel } = self.patience;
         match wait_any(&[(self.stream.as_fd(), flags)], deadline, cancel).map_err(|e| Error::io(doing, e))? {
-            Woken::Ready => Ok(()),
-            Woken::Deadline => Err(Error::new(Kind::Timeout, format!("{doing}: no answer in time"))),
-            Woken::Cancelled => Err(cancelled(doing, cancel)),
+            WaitResult::Ready => Ok(()),
+            WaitResult::Deadline => Err(Error::new(Kind::Timeout, format!("{doing}: no answer in time"))),
+            WaitResult::Cancelled => Err(cancelled(doing, cancel)),
         }
     }
 

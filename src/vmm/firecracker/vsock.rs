@@ -2,7 +2,7 @@
 //! to the host find nobody: what they reach would be a socket beside this one, `vsock_PORT`, and none is made.
 
 use crate::error::{Error, Kind, Result};
-use crate::host::wait::{Woken, cancelled, wait_any};
+use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::vmm::dial::Patience;
 use nix::poll::PollFlags;
 use std::io::{self, Read, Write};
@@ -70,9 +70,9 @@ fn refused(port: u32) -> Error {
 
 fn wait(stream: &UnixStream, doing: &str, Patience { deadline, cancel }: Patience<'_>) -> Result<()> {
     match wait_any(&[(stream.as_fd(), PollFlags::POLLIN)], deadline, cancel).map_err(|e| Error::io(doing, e))? {
-        Woken::Ready => Ok(()),
-        Woken::Cancelled => Err(cancelled(doing, cancel)),
-        Woken::Deadline => Err(Error::new(Kind::Timeout, format!("{doing}: the guest does not answer"))
+        WaitResult::Ready => Ok(()),
+        WaitResult::Cancelled => Err(cancelled(doing, cancel)),
+        WaitResult::Deadline => Err(Error::new(Kind::Timeout, format!("{doing}: the guest does not answer"))
             .hint("its kernel may have no driver yet; in the guest: modprobe vmw_vsock_virtio_transport")),
     }
 }

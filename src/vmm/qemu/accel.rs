@@ -9,7 +9,7 @@ use super::tsc;
 use crate::config::{Accel, Machine, Qemu};
 use crate::error::{Error, Kind, Result};
 use crate::host::command::{Command, printable, run_any_status};
-use crate::host::wait::{Woken, cancelled, wait_any};
+use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::locks::{Cancel, Mutex, Rank};
 use crate::vmm::devices::{self, KVM};
 use nix::poll::PollFlags;
@@ -72,9 +72,9 @@ impl Picker {
                 }
             };
             match wait_any(&[(over.fd(), PollFlags::POLLIN)], deadline, cancel).map_err(|e| Error::io(doing, e))? {
-                Woken::Ready => {}
-                Woken::Cancelled => return Err(cancelled(doing, cancel)),
-                Woken::Deadline => return Err(Error::new(Kind::Timeout, format!("{doing}: not in time"))),
+                WaitResult::Ready => {}
+                WaitResult::Cancelled => return Err(cancelled(doing, cancel)),
+                WaitResult::Deadline => return Err(Error::new(Kind::Timeout, format!("{doing}: not in time"))),
             }
         }
     }

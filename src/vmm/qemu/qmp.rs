@@ -5,7 +5,7 @@
 
 use super::incoming::{Budget, Incoming, LINE_BYTES_MAX, LINES_MAX, Message, Unusable};
 use crate::error::{Error, Kind, Result};
-use crate::host::wait::{Woken, cancelled, wait_any};
+use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::vmm::dial::Patience;
 use crate::vmm::end::Cause;
 use nix::poll::PollFlags;
@@ -106,9 +106,9 @@ impl<'a> Qmp<'a> {
     fn wait(&self, flags: PollFlags, doing: &str) -> Result<()> {
         let Patience { deadline, cancel } = self.patience;
         match wait_any(&[(self.stream.as_fd(), flags)], deadline, cancel).map_err(|e| Error::io(doing, e))? {
-            Woken::Ready => Ok(()),
-            Woken::Deadline => Err(Error::new(Kind::Timeout, format!("{doing}: no answer in time"))),
-            Woken::Cancelled => Err(cancelled(doing, cancel)),
+            WaitResult::Ready => Ok(()),
+            WaitResult::Deadline => Err(Error::new(Kind::Timeout, format!("{doing}: no answer in time"))),
+            WaitResult::Cancelled => Err(cancelled(doing, cancel)),
         }
     }
 

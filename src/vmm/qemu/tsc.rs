@@ -2,7 +2,7 @@
 //! kernel can be told instead of measuring, for which the `microvm` board has no timer.
 
 use crate::error::{Error, Result};
-use crate::host::wait::{cancelled, pause};
+use crate::host::wait::{cancelled, sleep};
 use crate::locks::Cancel;
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,7 @@ fn flags_are_constant(cpuinfo: &str) -> bool {
 pub fn measure_khz(cancel: &Cancel) -> Result<Option<u64>> {
     let doing = "measure the time stamp counter";
     let Some((before, ticks_before)) = look() else { return Ok(None) };
-    if !pause(INTERVAL, cancel).map_err(|e| Error::io(doing, e))? {
+    if !sleep(INTERVAL, cancel).map_err(|e| Error::io(doing, e))? {
         return Err(cancelled(doing, cancel));
     }
     let Some((after, ticks_after)) = look() else { return Ok(None) };

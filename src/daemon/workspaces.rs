@@ -13,7 +13,7 @@ use crate::guest::io::fifo::{self, Direction};
 use crate::ids::VmId;
 use crate::locks::{KeyGuard, KnownCause};
 use crate::ops::OpHandle;
-use crate::pool::Place;
+use crate::pool::QueueSlot;
 use crate::store::{VmRow, WorkspaceRow};
 use crate::workspace::{encode, guest_path, remote};
 use serde_json::Value;
@@ -31,7 +31,7 @@ struct Admitted {
     row: VmRow,
     op: OpHandle,
     fifo: OwnedFd,
-    place: Place,
+    place: QueueSlot,
     no_wait: bool,
     _user: User,
 }
@@ -120,7 +120,7 @@ impl Daemon {
         row: &VmRow,
         op: &OpHandle,
         fifo: OwnedFd,
-        place: Place,
+        place: QueueSlot,
         no_wait: bool,
         (request, notes): (&PrepareRequest, Notes),
     ) -> Result<Value> {
@@ -147,7 +147,7 @@ impl Daemon {
         row: &VmRow,
         op: &OpHandle,
         fifo: OwnedFd,
-        place: Place,
+        place: QueueSlot,
         no_wait: bool,
         request: &ExportRequest,
     ) -> Result<Value> {

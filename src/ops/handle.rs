@@ -1,12 +1,13 @@
-//! What the one who does an operation holds.
+//! The handles of the code that carries out an operation.
 
-use super::{Ended, Ops};
+use super::{EndedOp, Ops};
 use crate::api::op::{Op, Progress};
 use crate::error::{Error, Result};
 use crate::ids::OpId;
 use crate::locks::Cancel;
 
-/// An operation under way. Dropped unfinished (a panic) it ends as `internal`.
+/// An operation in progress. If it is dropped without a result, for example by a panic, the operation
+/// ends as `internal`.
 #[must_use = "dropping it ends the operation as failed"]
 pub struct OpHandle {
     reporter: Reporter,
@@ -14,7 +15,7 @@ pub struct OpHandle {
     is_finished: bool,
 }
 
-/// Reports progress from another thread: a job's. After the operation's end it does nothing.
+/// Reports progress, also from other threads. It has no effect once the operation has ended.
 #[derive(Clone)]
 pub struct Reporter {
     ops: Ops,
@@ -22,7 +23,7 @@ pub struct Reporter {
 }
 
 impl Reporter {
-    /// What is being done now: `wait for ssh`. Forgets the numbers of the stage before.
+    /// Sets the current stage, such as `wait for ssh`, and clears the numbers of the previous one.
     pub fn progress(&self, stage: &str) {
         self.update(|p| {
             let is_new = p.stage != stage || p.done.is_some();
@@ -37,7 +38,7 @@ impl Reporter {
         self.progress_units(done, total, "bytes");
     }
 
-    /// `unit`: `bytes`, `files`, `steps`.
+    /// Sets the numbers of the current stage. `unit` is, for example, `bytes`, `files` or `steps`.
     pub fn progress_units(&self, done: u64, total: Option<u64>, unit: &str) {
         self.update(|p| {
             if p.unit.as_deref() != Some(unit) {
@@ -71,27 +72,28 @@ impl OpHandle {
     pub fn reporter(&self) -> Reporter {
         self.reporter.clone()
     }
-    /// The row as it is now.
+    /// The operation's current state.
     pub fn op(&self) -> Op {
         self.reporter.ops.get(self.id()).expect("an operation under way is never pruned")
     }
 
-    /// As [`Reporter::progress`].
+    /// See [`Reporter::progress`].
     pub fn progress(&self, stage: &str) {
         self.reporter.progress(stage);
     }
-    /// As [`Reporter::progress_bytes`].
+    /// See [`Reporter::progress_bytes`].
     pub fn progress_bytes(&self, done: u64, total: Option<u64>) {
         self.reporter.progress_bytes(done, total);
     }
 
-    /// Ends it: `ok`, `cancelled` for an error of that kind, else `failed`. Wakes whoever waits.
-    pub fn finish(mut self, result: Result<serde_json::Value>) -> Ended {
+    /// Ends the operation as `ok`, as `cancelled` if the error has that kind, or as `failed`. Wakes all
+    /// threads that wait for it.
+    pub fn finish(mut self, result: Result<serde_json::Value>) -> EndedOp {
         self.end(result).expect("an operation under way is never pruned")
     }
 
-    /// Forgets an operation that was refused before it did anything, so that refused calls push nothing out of
-    /// anybody's history. One that somebody looks at already ends with the error.
+    /// Removes an operation that was refused before it did anything, so that refused calls do not displace
+    /// others from the history. If a thread already waits for it or watches it, it ends with the error.
     pub fn refuse(mut self, error: &Error) {
         let shared = self.reporter.ops.shared.clone();
         let mut state = shared.state.lock();
@@ -101,7 +103,7 @@ impl OpHandle {
         }
     }
 
-    fn end(&mut self, result: Result<serde_json::Value>) -> Option<Ended> {
+    fn end(&mut self, result: Result<serde_json::Value>) -> Option<EndedOp> {
         self.is_finished = true;
         let shared = &self.reporter.ops.shared;
         shared.state.lock().end(&self.reporter.id, result, shared.retention)
@@ -113,7 +115,7 @@ impl Drop for OpHandle {
         if self.is_finished {
             return;
         }
-        let why = if std::thread::panicking() { "the operation panicked" } else { "the operation was dropped unfinished" };
+        let why = if std::thread::panicking() { "the operation panicked" } else { "the operation ended without a result" };
         if let Some(ended) = self.end(Err(Error::internal(why).hint("see the daemon's log"))) {
             (self.reporter.ops.shared.on_dropped)(ended);
         }

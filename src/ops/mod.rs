@@ -1,5 +1,9 @@
-//! The operation registry, in memory: begin, progress, finish, wait, watch, cancel, find, prune. It knows nothing of
-//! the store: whatever ends here is returned, for the caller to keep.
+//! The registry of operations, in memory.
+//!
+//! [`Ops`] holds running operations and a bounded number of ended ones per user. The code that carries
+//! out an operation holds its [`OpHandle`]; others find, wait for, watch ([`Watcher`]) or cancel it.
+//! The registry does not use the store: it returns ended operations ([`EndedOp`]), and the caller
+//! records them. All state is under one lock, and no callback runs under it.
 
 mod handle;
 #[cfg(all(test, not(feature = "shuttle")))]
@@ -28,7 +32,7 @@ pub struct Ops {
 struct Shared {
     state: Mutex<State>,
     retention: Retention,
-    on_dropped: Box<dyn Fn(Ended) + Send + Sync>,
+    on_dropped: Box<dyn Fn(EndedOp) + Send + Sync>,
 }
 
 #[derive(Default)]
@@ -36,48 +40,48 @@ struct State {
     entries: HashMap<OpId, Entry>,
     last_number: u64,
     last_watcher: u64,
-    /// Ended operations per uid, the oldest first.
+    /// EndedOp operations per uid, oldest first.
     ended: HashMap<u32, VecDeque<OpId>>,
     ended_counts: UidCounts,
 }
 
 struct Entry {
     op: Op,
-    /// None once it has ended.
+    /// None once the operation has ended.
     cancel: Option<Cancel>,
-    /// Order of beginning.
+    /// Counts up in the order in which operations began.
     number: u64,
-    /// Raised by every change that a watcher is told of.
+    /// Counts the changes that watchers are notified of.
     changes: u64,
     ended: Arc<Condvar>,
-    /// While above zero the entry is not pruned.
+    /// The number of threads in [`Ops::wait`]. The entry is not pruned while there are any.
     waiting: usize,
-    watchers: Vec<watch::Bell>,
+    watchers: Vec<watch::Notifier>,
 }
 
-/// Bounds that the caller's configuration sets.
+/// Limits from the configuration.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Operations of one uid that have not ended.
+    /// How many operations of one uid may be in progress.
     pub per_uid_max: usize,
 }
 
-/// Which operations a listing shows.
+/// Which operations a list contains.
 #[derive(Clone, Debug, Default)]
 pub struct Filter {
-    /// Only those of this uid.
+    /// Only operations of this uid.
     pub owner: Option<u32>,
-    /// Only those on this VM.
+    /// Only operations on this VM.
     pub vm: Option<VmId>,
-    /// Also those that have ended.
+    /// Include operations that have ended.
     pub all: bool,
-    /// Only those that began after the one with this number.
+    /// Only operations with a higher number than this.
     pub after: Option<u64>,
 }
 
-/// What is to be kept when an operation ends: its last state, and the ended ones that it pushed out.
+/// An operation that has ended, for the caller to record, and the older ones that were pruned for it.
 #[derive(Clone, Debug)]
-pub struct Ended {
+pub struct EndedOp {
     pub op: Op,
     pub pruned: Vec<OpId>,
 }
@@ -87,7 +91,8 @@ impl Entry {
         Self { op, cancel, number, changes: 0, ended: Arc::default(), waiting: 0, watchers: Vec::new() }
     }
 
-    /// The operation as it is to be seen: its token may have been fired by others (a stop of its VM).
+    /// The operation as callers see it. It shows as cancelling if something else, such as a stop of its
+    /// VM, has fired its token.
     fn snapshot(&self) -> Op {
         let mut op = self.op.clone();
         if op.state == OpState::Running && self.cancel.as_ref().is_some_and(Cancel::is_cancelled) {
@@ -96,7 +101,7 @@ impl Entry {
         op
     }
 
-    /// Nobody waits for it or watches it.
+    /// True if no thread waits for it or watches it.
     fn is_unseen(&self) -> bool {
         self.waiting == 0 && self.watchers.is_empty()
     }
@@ -104,7 +109,7 @@ impl Entry {
     fn changed(&mut self) {
         self.changes += 1;
         let has_ended = self.op.state.has_ended();
-        self.watchers.iter_mut().for_each(|bell| bell.ring(has_ended));
+        self.watchers.iter_mut().for_each(|notifier| notifier.notify(has_ended));
     }
 }
 
@@ -126,8 +131,8 @@ impl State {
         if running < limits.per_uid_max {
             return Ok(());
         }
-        Err(Error::new(Kind::OperationLimit, format!("you have {running} operations under way, the most allowed"))
-            .hint("wait for one to end or cancel one (fcctl op list, fcctl op cancel)"))
+        Err(Error::new(Kind::OperationLimit, format!("you have {running} operations in progress, which is the limit"))
+            .hint("wait for one to finish or cancel one (fcctl op list, fcctl op cancel)"))
     }
 
     fn add_ended(&mut self, uid: u32, id: OpId) {
@@ -135,7 +140,8 @@ impl State {
         self.ended_counts.add(uid);
     }
 
-    /// Takes an operation out as if it had never begun, unless somebody looks at it already.
+    /// Removes an operation as if it had never begun. Returns false if a thread already waits for it or
+    /// watches it.
     fn discard(&mut self, id: &OpId) -> bool {
         let is_unseen = self.entries.get(id).is_some_and(Entry::is_unseen);
         if is_unseen {
@@ -144,7 +150,7 @@ impl State {
         is_unseen
     }
 
-    fn end(&mut self, id: &OpId, result: Result<serde_json::Value>, retention: Retention) -> Option<Ended> {
+    fn end(&mut self, id: &OpId, result: Result<serde_json::Value>, retention: Retention) -> Option<EndedOp> {
         let entry = self.entries.get_mut(id)?;
         let op = &mut entry.op;
         match result {
@@ -161,10 +167,10 @@ impl State {
         entry.ended.notify_all();
         self.add_ended(op.owner_uid, id.clone());
         let pruned = self.prune(op.owner_uid, retention);
-        Some(Ended { op, pruned })
+        Some(EndedOp { op, pruned })
     }
 
-    /// Forgets the oldest ended ones while there are too many of `uid` or in all.
+    /// Removes the oldest ended operations while there are too many of `uid` or in total.
     fn prune(&mut self, uid: u32, retention: Retention) -> Vec<OpId> {
         let mut pruned = Vec::new();
         while self.ended_counts.of(uid) > retention.per_uid_max {
@@ -178,7 +184,7 @@ impl State {
         pruned
     }
 
-    /// The oldest ended one of this uid that nobody is about to read.
+    /// Removes the oldest ended operation of this uid that no thread waits for or watches.
     fn forget_oldest(&mut self, uid: u32) -> Option<OpId> {
         let theirs = self.ended.get_mut(&uid)?;
         let at = theirs.iter().position(|id| self.entries.get(id).is_none_or(Entry::is_unseen))?;
@@ -193,15 +199,17 @@ impl State {
 }
 
 impl Ops {
-    /// `on_dropped` gets the operations whose handle was dropped unfinished (a panic), which end as `internal`; it
-    /// runs on that thread, after the registry's lock is released.
-    pub fn new(retention: Retention, on_dropped: impl Fn(Ended) + Send + Sync + 'static) -> Self {
+    /// `on_dropped` receives operations whose handle was dropped without a result, for example by a panic;
+    /// they end as `internal`. It runs on the dropping thread, without the registry's lock.
+    pub fn new(retention: Retention, on_dropped: impl Fn(EndedOp) + Send + Sync + 'static) -> Self {
         let state = Mutex::new(Rank::Ops, State::default());
         Self { shared: Arc::new(Shared { state, retention, on_dropped: Box::new(on_dropped) }) }
     }
 
-    /// Begins an operation; [`OpHandle::op`] is its row. Fails with `operation_limit`, or `host` where there is no
-    /// descriptor left for its cancel token.
+    /// Begins an operation.
+    ///
+    /// # Errors
+    /// `operation_limit`, or `host` if no descriptor is left for its cancel token.
     pub fn begin(&self, method: &str, vm: Option<VmId>, uid: u32, may_cancel: bool, limits: Limits) -> Result<OpHandle> {
         let cancel = new_token(method)?;
         let mut state = self.shared.state.lock();
@@ -228,10 +236,10 @@ impl Ops {
         Ok(OpHandle::new(self.clone(), id, cancel))
     }
 
-    /// Takes over what the store has kept, in the order in which it began. Operations that had not ended end as
-    /// `failed (the daemon was restarted)` and are returned for keeping; those that recovery goes on with are
-    /// resumed instead ([`Ops::resume`]). Ids already known are left alone.
-    pub fn restore(&self, ops: Vec<Op>) -> Result<Vec<Ended>> {
+    /// Loads the operations that the store has kept, in the order in which they began. Operations that had
+    /// not ended are marked as failed (`the daemon was restarted`) and returned for recording. Recovery
+    /// resumes those it continues with [`Ops::resume`] first; operations that are already known are skipped.
+    pub fn restore(&self, ops: Vec<Op>) -> Result<Vec<EndedOp>> {
         let mut broken = Vec::new();
         for op in ops {
             let mut state = self.shared.state.lock();
@@ -250,13 +258,13 @@ impl Ops {
         Ok(broken)
     }
 
-    /// Goes on with an operation of an earlier daemon, under its own id, no limit applied.
+    /// Continues an operation of an earlier daemon under its own id. No limit applies.
     pub fn resume(&self, mut op: Op) -> Result<OpHandle> {
         let cancel = new_token(&op.method)?;
         let id = op.id.clone();
         let mut state = self.shared.state.lock();
         if op.state.has_ended() || state.entries.contains_key(&id) {
-            return Err(Error::internal(format!("resume operation {id}: it has ended or is under way")));
+            return Err(Error::internal(format!("resume operation {id}: it has ended or is already in progress")));
         }
         op.state = OpState::Running;
         state.insert(op, Some(cancel.clone()));
@@ -268,7 +276,7 @@ impl Ops {
         self.shared.state.lock().entry(id).map(|e| e.snapshot())
     }
 
-    /// The operations with their numbers, in the order in which they began.
+    /// Operations with their numbers, in the order in which they began.
     pub fn list(&self, filter: &Filter) -> Vec<(u64, Op)> {
         let fits = |e: &&Entry| {
             filter.owner.is_none_or(|uid| uid == e.op.owner_uid)
@@ -283,12 +291,14 @@ impl Ops {
         found
     }
 
-    /// Operations under way.
+    /// The number of operations in progress.
     pub fn running(&self) -> usize {
         self.shared.state.lock().entries.values().filter(|e| !e.op.state.has_ended()).count()
     }
 
-    /// By id or a prefix of it that fits one operation only; `owner` as in [`Filter`]. Fails with
+    /// Finds an operation by its id or an unambiguous prefix of it. `owner` is as in [`Filter`].
+    ///
+    /// # Errors
     /// `operation_not_found` or `ambiguous_prefix`.
     pub fn find(&self, prefix: &str, owner: Option<u32>) -> Result<Op> {
         let state = self.shared.state.lock();
@@ -297,15 +307,18 @@ impl Ops {
         match (fits.next(), fits.next()) {
             (Some(entry), None) if !prefix.is_empty() => Ok(entry.snapshot()),
             (Some(_), Some(_)) if !prefix.is_empty() => {
-                let text = format!("several operations have ids that begin with {prefix}");
+                let text = format!("more than one operation has an id that begins with {prefix}");
                 Err(Error::new(Kind::AmbiguousPrefix, text).hint("give more of the id (fcctl op list --all)"))
             }
             _ => Err(not_found(prefix)),
         }
     }
 
-    /// Asks an operation to end and returns at once. `cause` as in [`Cancel::cancel`]. Asking again changes nothing.
-    /// Fails with `wrong_state` where it has ended or cannot be cancelled.
+    /// Requests cancellation and returns without waiting for it. `cause` is as in [`Cancel::cancel`].
+    /// Further requests have no effect.
+    ///
+    /// # Errors
+    /// `wrong_state` if the operation has ended or cannot be cancelled.
     pub fn cancel(&self, id: &OpId, cause: &str) -> Result<Op> {
         let mut state = self.shared.state.lock();
         let entry = state.entry(id)?;
@@ -323,15 +336,18 @@ impl Ops {
             entry.changed();
         }
         let (op, token) = (entry.op.clone(), entry.cancel.clone());
-        drop(state); // Wakers run in the call.
+        drop(state); // `cancel` calls wakers, which must not run under the lock.
         if let Some(token) = token {
             token.cancel(cause);
         }
         Ok(op)
     }
 
-    /// Waits for its end, however it ends. Fails with `timeout` at the deadline and with `cancelled` when the
-    /// waiter's own token fires; the operation goes on.
+    /// Waits until the operation has ended in whatever way.
+    ///
+    /// # Errors
+    /// `timeout` at the deadline, and `cancelled` if the waiter's own token fires. The operation continues
+    /// in both cases.
     pub fn wait(&self, id: &OpId, deadline: Instant, cancel: &Cancel) -> Result<Op> {
         let mut state = self.shared.state.lock();
         let entry = state.entry(id)?;
@@ -339,12 +355,12 @@ impl Ops {
         let ended = entry.ended.clone();
         let runs = |s: &mut State| s.entries.get(id).is_some_and(|e| !e.op.state.has_ended());
         let waited = ended.wait_while_cancellable(&mut state, deadline, cancel, runs);
-        let entry = state.entry(id)?; // Cannot fail: an awaited entry is not pruned.
+        let entry = state.entry(id)?; // Cannot fail, because an entry with a waiter is not pruned.
         entry.waiting -= 1;
         let doing = || format!("wait for operation {id}");
         match waited {
             Waited::Done => Ok(entry.snapshot()),
-            Waited::TimedOut => Err(Error::new(Kind::Timeout, format!("{}: it goes on", doing()))),
+            Waited::TimedOut => Err(Error::new(Kind::Timeout, format!("{}: it is still in progress", doing()))),
             Waited::Cancelled => {
                 let cause = cancel.cause().unwrap_or("no cause given");
                 Err(Error::new(Kind::Cancelled, format!("{}: cancelled: {cause}", doing())))
@@ -352,15 +368,15 @@ impl Ops {
         }
     }
 
-    /// A descriptor for `poll` that becomes readable now and on every change, at most ten times a second, and at the
-    /// end without delay.
+    /// Watches an operation through a descriptor for `poll`. It is readable at first and after changes, at
+    /// most ten times a second, and without delay when the operation ends.
     pub fn watch(&self, id: &OpId) -> Result<Watcher> {
         Watcher::new(self.clone(), id)
     }
 }
 
 fn new_token(method: &str) -> Result<Cancel> {
-    Cancel::try_new().map_err(|e| Error::io(format!("begin {method}: make a cancel token"), e))
+    Cancel::try_new().map_err(|e| Error::io(format!("begin {method}: create a cancel token"), e))
 }
 
 fn not_found(what: &str) -> Error {

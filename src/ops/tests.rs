@@ -1,4 +1,4 @@
-use super::{Change, Ended, Filter, Limits, OpHandle, Ops, Watcher};
+use super::{Change, EndedOp, Filter, Limits, OpHandle, Ops, Watcher};
 use crate::api::op::{Op, OpState, Progress};
 use crate::error::{Code, Error, Kind};
 use crate::ids::{OpId, VmId};
@@ -31,7 +31,7 @@ fn is_readable(watcher: &Watcher, within: Duration) -> bool {
 }
 
 #[test]
-fn an_operation_from_begin_to_end() {
+fn operation_reports_progress_until_it_ends() {
     let ops = ops();
     let vm = VmId::random();
     let handle = ops.begin("vm.start", Some(vm.clone()), 7, true, LIMITS).unwrap();
@@ -46,7 +46,7 @@ fn an_operation_from_begin_to_end() {
     handle.progress("mount");
     assert_eq!(ops.get(&row.id).unwrap().progress, Progress { stage: "mount".into(), ..Progress::default() });
     let reporter = handle.reporter();
-    let Ended { op, pruned } = handle.finish(Ok(json!({"pid": 1})));
+    let EndedOp { op, pruned } = handle.finish(Ok(json!({"pid": 1})));
     assert_eq!((op.state, op.result.as_ref(), op.error.as_ref()), (OpState::Ok, Some(&json!({"pid": 1})), None));
     assert!(op.ended_at >= Some(op.started_at) && pruned.is_empty());
     reporter.progress("too late");
@@ -55,7 +55,7 @@ fn an_operation_from_begin_to_end() {
 }
 
 #[test]
-fn how_it_ended_is_told_by_the_error() {
+fn error_kind_decides_how_the_operation_ended() {
     let ops = ops();
     let failed = begin(&ops, 1).finish(Err(Error::new(Kind::BootTimeout, "boot vm web").hint("fcctl logs web"))).op;
     let fault = failed.error.unwrap();
@@ -65,7 +65,7 @@ fn how_it_ended_is_told_by_the_error() {
 }
 
 #[test]
-fn limits_count_what_has_not_ended_by_uid() {
+fn limit_counts_operations_in_progress_per_uid() {
     let ops = ops();
     let begin = |uid| ops.begin("vm.stop", None, uid, false, LIMITS);
     let (first, _second) = (begin(1).unwrap(), begin(1).unwrap());
@@ -78,7 +78,7 @@ fn limits_count_what_has_not_ended_by_uid() {
 }
 
 #[test]
-fn a_dropped_handle_ends_as_internal_and_is_handed_out() {
+fn dropped_handle_ends_as_internal_and_is_reported() {
     let (told, heard) = mpsc::channel();
     let ops = Ops::new(RETENTION, {
         let told = std::sync::Arc::new(crate::locks::Mutex::new(crate::locks::Rank::Store, told));
@@ -101,7 +101,7 @@ fn a_dropped_handle_ends_as_internal_and_is_handed_out() {
 }
 
 #[test]
-fn cancel_fires_the_token_once_and_only_where_it_may() {
+fn cancel_fires_the_token_once_if_allowed() {
     let ops = ops();
     let handle = begin(&ops, 1);
     assert_eq!(ops.cancel(handle.id(), "ctrl-c").unwrap().state, OpState::Cancelling);
@@ -115,7 +115,7 @@ fn cancel_fires_the_token_once_and_only_where_it_may() {
     let error = ops.cancel(stop.id(), "no").unwrap_err();
     assert!(error.message().ends_with("(vm.stop): it cannot be cancelled"), "{error}");
     assert!(!stop.cancel().is_cancelled());
-    // Others may fire the token: a stop of the VM.
+    // Something else may fire the token, such as a stop of the VM.
     let started = begin(&ops, 1);
     started.cancel().cancel("the VM was stopped");
     assert_eq!(ops.get(started.id()).unwrap().state, OpState::Cancelling);
@@ -125,7 +125,7 @@ fn cancel_fires_the_token_once_and_only_where_it_may() {
 }
 
 #[test]
-fn wait_ends_with_the_operation_the_deadline_or_the_waiters_token() {
+fn wait_ends_with_operation_deadline_or_own_token() {
     let ops = ops();
     let handle = begin(&ops, 1);
     let (id, mine) = (handle.id().clone(), Cancel::try_new().unwrap());
@@ -154,7 +154,7 @@ fn wait_ends_with_the_operation_the_deadline_or_the_waiters_token() {
 }
 
 #[test]
-fn list_and_find_show_what_is_visible() {
+fn list_and_find_show_visible_operations() {
     let ops = ops();
     let vm = VmId::random();
     let mut all: Vec<_> =
@@ -176,7 +176,7 @@ fn list_and_find_show_what_is_visible() {
 }
 
 #[test]
-fn a_prefix_must_fit_one() {
+fn ambiguous_prefix_is_refused() {
     let ops = ops();
     let known = |id: &str| {
         let json = json!({"id": id, "method": "vm.stop", "vm": null, "owner_uid": 1, "state": "ok", "may_cancel": false,
@@ -194,7 +194,7 @@ fn a_prefix_must_fit_one() {
 }
 
 #[test]
-fn a_watcher_polls_progress_and_the_end() {
+fn watcher_reports_progress_and_the_end() {
     let ops = ops();
     let handle = begin(&ops, 1);
     let mut watcher = ops.watch(handle.id()).unwrap();
@@ -215,7 +215,7 @@ fn a_watcher_polls_progress_and_the_end() {
 }
 
 #[test]
-fn progress_is_told_ten_times_a_second_and_the_last_is_kept() {
+fn progress_is_rate_limited_and_the_last_is_reported() {
     let ops = ops();
     let handle = begin(&ops, 1);
     let mut watcher = ops.watch(handle.id()).unwrap();
@@ -230,7 +230,7 @@ fn progress_is_told_ten_times_a_second_and_the_last_is_kept() {
             }
             handle.progress_bytes(u64::MAX, None);
         });
-        // The last of the burst comes by itself, though nothing happens any more.
+        // The last change of the burst is reported although no further change happens.
         while last != u64::MAX {
             match watcher.next_before(late()).unwrap() {
                 Some(Change::Progress(p)) => (told, last) = (told + 1, p.done.unwrap_or(0)),
@@ -245,7 +245,7 @@ fn progress_is_told_ten_times_a_second_and_the_last_is_kept() {
 }
 
 #[test]
-fn old_ended_operations_are_forgotten_unless_somebody_looks() {
+fn old_operations_are_pruned_unless_watched() {
     let ops = ops();
     let first = begin(&ops, 1);
     let watched = begin(&ops, 1);
@@ -269,7 +269,7 @@ fn old_ended_operations_are_forgotten_unless_somebody_looks() {
 }
 
 #[test]
-fn restored_operations_have_ended_or_are_resumed() {
+fn restored_operations_fail_or_are_resumed() {
     let before = ops();
     let (ended, cut, resumed) = (begin(&before, 1), begin(&before, 1), begin(&before, 1));
     let rows = vec![ended.finish(Ok(json!(null))).op, cut.op(), resumed.op()];
@@ -288,7 +288,7 @@ fn restored_operations_have_ended_or_are_resumed() {
 }
 
 #[test]
-fn ended_operations_are_kept_per_uid_and_in_all() {
+fn ended_operations_are_limited_per_uid_and_in_total() {
     let ops = ops();
     let count = |uid| ops.list(&Filter { owner: Some(uid), all: true, ..Filter::default() }).len();
     let end = |uid| begin(&ops, uid).finish(Ok(json!(null))).pruned;
@@ -296,7 +296,7 @@ fn ended_operations_are_kept_per_uid_and_in_all() {
     (0..100).for_each(|_| drop(end(1)));
     assert_eq!((count(1), count(2)), (20, 3), "another's are not pushed out");
     (0..20).for_each(|_| drop(end(0)));
-    // 43 of 50: seven more fit, then those who have most give way, and root does not.
+    // 43 of 50: seven more fit. Then the uids that have the most lose theirs, but root does not.
     for uid in 3..13 {
         end(uid);
     }
@@ -304,7 +304,7 @@ fn ended_operations_are_kept_per_uid_and_in_all() {
 }
 
 #[test]
-fn refused_operation_leaves_no_trace_unless_somebody_looks() {
+fn refused_operation_leaves_no_trace_unless_watched() {
     let ops = ops();
     let refusal = Error::new(Kind::WrongState, "it does not run");
     begin(&ops, 1).refuse(&refusal);

@@ -9,48 +9,48 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Between two tellings of progress: ten a second.
+/// The shortest time between two notifications of progress.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
-/// A timer set to zero would be switched off.
-const AT_ONCE: Duration = Duration::from_nanos(1);
+/// The shortest timeout. Setting a timer to zero would disarm it.
+const IMMEDIATELY: Duration = Duration::from_nanos(1);
 
-/// A watcher's side in the registry. A timer, not an eventfd, so that the last of a burst is told without a thread to
-/// tell it: it is set for when the next telling is due.
-pub(super) struct Bell {
+/// The registry's side of a watcher. Changes set a timer for when the next notification is due. With a
+/// timer instead of an eventfd, the last change of a burst is reported without a thread of its own.
+pub(super) struct Notifier {
     id: u64,
     timer: Arc<TimerFd>,
     is_set: bool,
-    /// Earliest time of the next telling of progress.
+    /// The earliest time of the next notification of progress.
     due: Instant,
 }
 
-impl Bell {
-    /// Sets the timer, unless it is set; `urgent` at once in any case. Does not block.
-    pub(super) fn ring(&mut self, urgent: bool) {
+impl Notifier {
+    /// Sets the timer if it is not set. If `urgent`, it fires immediately in any case. Does not block.
+    pub(super) fn notify(&mut self, urgent: bool) {
         if self.is_set && !urgent {
             return;
         }
-        let after = if urgent { AT_ONCE } else { self.due.saturating_duration_since(Instant::now()).max(AT_ONCE) };
+        let after = if urgent { IMMEDIATELY } else { self.due.saturating_duration_since(Instant::now()).max(IMMEDIATELY) };
         let set = self.timer.set(Expiration::OneShot(after.into()), TimerSetTimeFlags::empty());
         debug_assert!(set.is_ok(), "a time in range and an open descriptor: {set:?}");
         self.is_set = true;
     }
 }
 
-/// What a watcher is told.
+/// What has changed since the watcher last looked.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Change {
     Progress(Progress),
     Ended(Box<Op>),
 }
 
-/// Poll [`Watcher::fd`] for reading, then call [`Watcher::next`].
+/// Watches one operation. Poll [`Watcher::fd`] for reading, then call [`Watcher::next`].
 pub struct Watcher {
     ops: Ops,
     op: OpId,
     id: u64,
     timer: Arc<TimerFd>,
-    /// The change that was told last.
+    /// The number of the last change that was returned.
     seen: Option<u64>,
 }
 
@@ -58,47 +58,47 @@ impl Watcher {
     pub(super) fn new(ops: Ops, op: &OpId) -> Result<Self> {
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)
-            .map_err(|e| Error::io(format!("watch operation {op}: make a timer"), e))?;
+            .map_err(|e| Error::io(format!("watch operation {op}: create a timer"), e))?;
         let timer = Arc::new(timer);
         let mut state = ops.shared.state.lock();
         state.last_watcher += 1;
         let id = state.last_watcher;
-        let mut bell = Bell { id, timer: timer.clone(), is_set: false, due: Instant::now() };
-        bell.ring(true);
-        state.entry(op)?.watchers.push(bell);
+        let mut notifier = Notifier { id, timer: timer.clone(), is_set: false, due: Instant::now() };
+        notifier.notify(true);
+        state.entry(op)?.watchers.push(notifier);
         drop(state);
         Ok(Self { ops, op: op.clone(), id, timer, seen: None })
     }
 
-    /// Readable when [`Watcher::next`] has something to say, or is due to be asked. Never read from it.
+    /// A descriptor that is readable when [`Watcher::next`] should be called. Never read from it.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.timer.as_fd()
     }
 
-    /// What changed since the last call: the newest progress, or the end, which stays. None: nothing has. Does not
-    /// block.
-    #[allow(clippy::should_implement_trait)] // Not an iterator: none now, more later.
+    /// The newest progress since the last call, or the end of the operation, which is returned on every
+    /// call. None if nothing has changed. Does not block.
+    #[allow(clippy::should_implement_trait)] // Unlike an iterator's, a None may be followed by a Some.
     pub fn next(&mut self) -> Option<Change> {
         let shared: &Shared = &self.ops.shared;
         let mut state = shared.state.lock();
-        let entry = state.entry(&self.op).ok()?; // Cannot fail: a watched entry is not pruned.
+        let entry = state.entry(&self.op).ok()?; // Cannot fail, because a watched entry is not pruned.
         if entry.op.state.has_ended() {
             return Some(Change::Ended(Box::new(entry.snapshot())));
         }
         let changes = entry.changes;
-        let bell = entry.watchers.iter_mut().find(|b| b.id == self.id)?;
-        // Under the lock, so that no ring falls between: with the timer off, the next change sets it.
+        let notifier = entry.watchers.iter_mut().find(|b| b.id == self.id)?;
+        // Done under the lock, so that no notification is lost: the next change sets the timer again.
         let _ = self.timer.unset();
-        bell.is_set = false;
+        notifier.is_set = false;
         if self.seen == Some(changes) {
             return None;
         }
-        bell.due = Instant::now() + PROGRESS_INTERVAL;
+        notifier.due = Instant::now() + PROGRESS_INTERVAL;
         self.seen = Some(changes);
         Some(Change::Progress(entry.op.progress.clone()))
     }
 
-    /// Waits in `poll` for something to say. For those who have nothing else to poll. None at the deadline.
+    /// Waits for a change, for callers that have nothing else to poll. None at the deadline.
     pub fn next_before(&mut self, deadline: Instant) -> Result<Option<Change>> {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         loop {

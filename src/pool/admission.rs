@@ -1,4 +1,5 @@
-//! Admission of boots and of image builds: so many at once, the rest wait in line, visibly and cancellably.
+//! Limits how many boots or image builds run at the same time. The others wait in a queue; each wait can
+//! be cancelled and reports its position.
 
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Condvar, Mutex, Rank, Waited};
@@ -6,17 +7,17 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Longest wait for a permit: far beyond any sane queue, so that nothing waits for ever.
+/// The longest wait for a permit. No real queue takes this long; the bound prevents endless waits.
 const WAIT_MAX: Duration = Duration::from_secs(6 * 3600);
 
-/// First come, first served.
+/// Hands out a fixed number of permits in the order of arrival.
 #[derive(Clone)]
 pub struct Admission {
     shared: Arc<Shared>,
 }
 
 struct Shared {
-    /// Names what is limited, for messages: `boots`.
+    /// What is limited, for messages, such as `boots`.
     what: &'static str,
     state: Mutex<State>,
     moved: Condvar,
@@ -28,8 +29,8 @@ struct State {
     line: VecDeque<u64>,
 }
 
-/// Lets one in. Dropping it lets in the next.
-#[must_use = "dropping it gives the permit back"]
+/// Permission to run. Dropping it admits the next in the queue.
+#[must_use = "dropping it returns the permit"]
 pub struct Permit {
     shared: Arc<Shared>,
 }
@@ -41,7 +42,7 @@ impl Drop for Permit {
     }
 }
 
-/// A place in line; gone from it on drop, however that comes.
+/// A position in the queue. Dropping it leaves the queue, also on errors and panics.
 struct Ticket<'a> {
     shared: &'a Shared,
     number: u64,
@@ -64,15 +65,17 @@ impl State {
 }
 
 impl Admission {
-    /// `max` permits, at least one. `what` names in messages what is admitted: `boots`.
+    /// Creates `max` permits, at least one. `what` names what is limited in messages, such as `boots`.
     pub fn new(what: &'static str, max: usize) -> Self {
         let state = State { free: max.max(1), last_ticket: 0, line: VecDeque::new() };
         Self { shared: Arc::new(Shared { what, state: Mutex::new(Rank::Admission, state), moved: Condvar::new() }) }
     }
 
-    /// Waits for a permit. `on_wait` hears how many are ahead in line (0: the next), first when there is no permit
-    /// at once, then whenever the number falls; no lock is held in it. Fails with `cancelled: cause` within 100 ms
-    /// of the token's firing.
+    /// Waits for a permit. `on_wait` is called with the number of waiters ahead, first if no permit is
+    /// free and then whenever the number falls. No lock is held during the call.
+    ///
+    /// # Errors
+    /// `cancelled` within 100 ms after the token fires.
     pub fn enter(&self, cancel: &Cancel, mut on_wait: impl FnMut(usize)) -> Result<Permit> {
         let shared = &*self.shared;
         let deadline = Instant::now() + WAIT_MAX;
@@ -82,10 +85,10 @@ impl Admission {
         state.line.push_back(number);
         drop(state);
         let _ticket = Ticket { shared, number };
-        let mut told = None;
+        let mut reported = None;
         loop {
             let mut state = shared.state.lock();
-            // Before the permit, so that a cancelled operation never boots.
+            // Checked before taking a permit, so that a cancelled operation never boots.
             if let Some(cause) = cancel.cause() {
                 return Err(Error::new(Kind::Cancelled, format!("wait for other {}: cancelled: {cause}", shared.what)));
             }
@@ -94,9 +97,9 @@ impl Admission {
                 return Ok(Permit { shared: self.shared.clone() });
             }
             let ahead = state.ahead_of(number);
-            if told != Some(ahead) {
+            if reported != Some(ahead) {
                 drop(state);
-                told = Some(ahead);
+                reported = Some(ahead);
                 on_wait(ahead);
                 continue;
             }
@@ -105,13 +108,13 @@ impl Admission {
                 .wait_while_cancellable(&mut state, deadline, cancel, |s| !s.may_enter(number) && s.ahead_of(number) == ahead);
             if waited == Waited::TimedOut {
                 let hours = WAIT_MAX.as_secs() / 3600;
-                let text = format!("wait for other {}: none has ended for {hours} hours", shared.what);
+                let text = format!("wait for other {}: none has finished for {hours} hours", shared.what);
                 return Err(Error::new(Kind::Timeout, text).hint("run fcctl op list"));
             }
         }
     }
 
-    /// Permits free and operations in line.
+    /// The number of free permits and of waiters.
     pub fn counts(&self) -> (usize, usize) {
         let state = self.shared.state.lock();
         (state.free, state.line.len())

@@ -1,4 +1,4 @@
-//! One job: what lies in the queue, and the handle of whoever waits for it.
+//! One job: its entry in the queue, and the handle for waiting for its result.
 
 use super::Shared;
 use crate::error::{Error, Kind, Result};
@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// A job in the queue.
-pub(super) struct Queued {
+pub(super) struct QueuedJob {
     pub(super) uid: u32,
     pub(super) label: Arc<str>,
     pub(super) cancel: Cancel,
@@ -17,7 +17,7 @@ pub(super) struct Queued {
 
 pub(super) enum Start<'a> {
     Run(&'a Shared),
-    /// It will never run, for this reason.
+    /// The job will never run; the error says why.
     Refuse(Error),
 }
 
@@ -39,8 +39,8 @@ impl<T> Slot<T> {
     }
 }
 
-/// A job somebody may wait for. Dropping it leaves the job to run unobserved.
-#[must_use = "nobody learns how the job ended"]
+/// A handle for waiting for a job. Dropping it does not stop the job.
+#[must_use = "dropping it discards the job's result"]
 pub struct JobHandle<T> {
     shared: Arc<Shared>,
     slot: Arc<Slot<T>>,
@@ -54,7 +54,7 @@ pub(super) fn new<T: Send + 'static>(
     label: &str,
     cancel: &Cancel,
     job: impl FnOnce(&Cancel) -> Result<T> + Send + 'static,
-) -> (JobHandle<T>, Queued) {
+) -> (JobHandle<T>, QueuedJob) {
     let label: Arc<str> = label.into();
     let slot = Arc::new(Slot { outcome: Mutex::new(Rank::Pool, Outcome::Pending), done: Condvar::new() });
     let run = {
@@ -62,7 +62,8 @@ pub(super) fn new<T: Send + 'static>(
         Box::new(move |start: Start<'_>| match start {
             Start::Run(shared) => {
                 let result = run(&label, &cancel, job);
-                // First free, then seen: who has the outcome finds the worker free.
+                // Count the worker as free before the result is visible, so that a caller that has seen the
+                // result can submit the next job.
                 shared.ended(uid);
                 slot.set(result);
             }
@@ -72,11 +73,11 @@ pub(super) fn new<T: Send + 'static>(
             }
         })
     };
-    let queued = Queued { uid, label: label.clone(), cancel: cancel.clone(), run };
+    let queued = QueuedJob { uid, label: label.clone(), cancel: cancel.clone(), run };
     (JobHandle { shared, slot, label, cancel: cancel.clone() }, queued)
 }
 
-/// Runs a job on a worker, which outlives whatever the job does.
+/// Runs a job on a worker thread, which survives the job's panics.
 fn run<T>(label: &Arc<str>, cancel: &Cancel, job: impl FnOnce(&Cancel) -> Result<T>) -> Result<T> {
     let guarded = AssertUnwindSafe(|| {
         let scope = operation_scope(label.clone());
@@ -94,9 +95,12 @@ fn run<T>(label: &Arc<str>, cancel: &Cancel, job: impl FnOnce(&Cancel) -> Result
 }
 
 impl<T> JobHandle<T> {
-    /// Waits for the job's end, which is had once. A job whose token fires before it runs ends at once with
-    /// `cancelled`; a running one is waited for also then, for it ends by the same token and what it does must be
-    /// over before a lock held meanwhile is let go. Fails with `timeout` at the deadline: the job goes on.
+    /// Waits for the job and returns its result, which can be taken once. If the token fires before the
+    /// job runs, returns `cancelled` immediately. If it fires later, this still waits for the job, which
+    /// sees the same token: the caller may hold a lock that must not be released before the job has ended.
+    ///
+    /// # Errors
+    /// The job's error, `cancelled`, or `timeout` at the deadline, after which the job continues.
     pub fn wait(&self, deadline: Instant) -> Result<T> {
         let _waiting = region(Rank::JobWait);
         let pending = |o: &mut Outcome<T>| matches!(o, Outcome::Pending);
@@ -110,11 +114,11 @@ impl<T> JobHandle<T> {
             ended = if done { Waited::Done } else { Waited::TimedOut };
         }
         if ended == Waited::TimedOut {
-            return Err(Error::new(Kind::Timeout, format!("{}: the job has not ended in time", self.label)));
+            return Err(Error::new(Kind::Timeout, format!("{}: the job did not finish in time", self.label)));
         }
         match std::mem::replace(&mut *outcome, Outcome::Taken) {
             Outcome::Ready(result) => result,
-            _ => Err(Error::internal(format!("{}: the outcome was taken before", self.label))),
+            _ => Err(Error::internal(format!("{}: the result has already been taken", self.label))),
         }
     }
 

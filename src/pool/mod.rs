@@ -1,8 +1,11 @@
-//! The bounded worker pool for guest I/O, and boot admission. Submitting never blocks: there is a place in the queue
-//! or the answer is busy.
+//! The bounded worker pool for guest I/O ([`Pool`]), and the admission of boots and builds ([`Admission`]).
 //!
-//! Workers are shared fairly between uids: the next job is one of the uid with the fewest running, and no uid ever has
-//! more than [`Bounds::running_per_uid_max`] running. So slow transfers of one user never hold up those of the others.
+//! Submitting a job never blocks: if the queue is full, the caller gets `pool_full`. [`Pool::reserve`]
+//! takes a slot early, so that a call can be refused before it changes anything.
+//!
+//! Workers are shared fairly between uids. The next job comes from the uid with the fewest running
+//! jobs, and no uid has more than [`Bounds::running_per_uid_max`] running, so one user's slow transfers
+//! never hold up those of others.
 
 mod admission;
 mod job;
@@ -15,95 +18,101 @@ pub use job::JobHandle;
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Condvar, Mutex, Rank, region};
 use crate::uids::UidCounts;
-use job::{Queued, Start};
+use job::{QueuedJob, Start};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// An idle worker looks up this often; it is woken for work.
-const WORKER_LOOK: Duration = Duration::from_secs(60);
+/// The deadline of an idle worker's wait, after which it waits again. New work wakes it at once.
+const IDLE_WAIT: Duration = Duration::from_secs(60);
 
 /// A fixed number of workers and a bounded queue.
 pub struct Pool {
     shared: Arc<Shared>,
 }
 
-/// How much the pool takes.
+/// The limits of a pool.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
     pub workers: usize,
-    /// Jobs of one uid that run at once.
+    /// How many jobs of one uid may run at the same time.
     pub running_per_uid_max: usize,
-    /// Places in the queue, running jobs not counted.
+    /// The number of slots in the queue. Running jobs do not occupy one.
     pub queue_max: usize,
-    /// Most queued jobs of one uid.
+    /// The number of slots that one uid may occupy.
     pub queue_per_uid_max: usize,
 }
 
-/// What the pool does now.
+/// The pool's current load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Counts {
     pub running: usize,
-    /// Jobs that wait for a worker.
+    /// The number of jobs that wait for a worker.
     pub queued: usize,
-    /// Places taken in the queue: queued jobs, and places reserved for jobs to come.
+    /// The number of occupied slots: queued jobs, and slots reserved for later jobs.
     pub places: usize,
 }
 
 struct Shared {
     state: Mutex<State>,
-    /// There is work, or the pool closes.
+    /// Notified when a job can run or the pool closes.
     work: Condvar,
-    /// The pool has become idle.
+    /// Notified when the pool becomes idle.
     idle: Condvar,
     bounds: Bounds,
 }
 
 #[derive(Default)]
 struct State {
-    queue: VecDeque<Queued>,
+    queue: VecDeque<QueuedJob>,
     running: UidCounts,
-    /// Reserved or queued.
+    /// Slots that are reserved or hold a queued job.
     places: UidCounts,
     is_closing: bool,
 }
 
 impl State {
-    /// Where the next job lies that may run: of the uid with the fewest running, the one that has waited longest. A cancelled
-    /// one may always leave the queue.
+    /// The queue index of the next job that may run: the oldest job of the uid with the fewest running
+    /// jobs. A cancelled job may leave the queue in any case.
     fn next(&self, running_per_uid_max: usize) -> Option<usize> {
-        let weight = |queued: &Queued| if queued.cancel.is_cancelled() { 0 } else { self.running.of(queued.uid) };
+        let weight = |queued: &QueuedJob| if queued.cancel.is_cancelled() { 0 } else { self.running.of(queued.uid) };
         let may_run = |(_, weight): &(usize, usize)| *weight < running_per_uid_max;
         let weights = self.queue.iter().map(weight).enumerate();
         weights.filter(may_run).min_by_key(|(at, weight)| (*weight, *at)).map(|(at, _)| at)
     }
 
-    fn take_next(&mut self, running_per_uid_max: usize) -> Option<Queued> {
+    fn take_next(&mut self, running_per_uid_max: usize) -> Option<QueuedJob> {
         let at = self.next(running_per_uid_max)?;
         self.queue.remove(at)
     }
 
-    /// A worker has nothing to do and is not to end.
+    /// True if a worker has nothing to do and the pool is not closing.
     fn must_wait(&self, running_per_uid_max: usize) -> bool {
         self.next(running_per_uid_max).is_none() && !(self.is_closing && self.queue.is_empty())
     }
 }
 
 impl Pool {
-    /// Starts the workers. Fails with `exhausted` when no thread can be started.
+    /// Starts the workers.
+    ///
+    /// # Errors
+    /// `exhausted` if a thread cannot be started.
     pub fn new(bounds: Bounds) -> Result<Self> {
         let (state, work, idle) = (Mutex::new(Rank::Pool, State::default()), Condvar::new(), Condvar::new());
         let pool = Self { shared: Arc::new(Shared { state, work, idle, bounds }) };
         for i in 0..bounds.workers {
             let shared = pool.shared.clone();
-            // Dropping the pool on failure ends those that have started.
+            // On failure, dropping the pool ends the workers that have started.
             crate::host::thread::spawn(&format!("pool-{i}"), move || shared.work())?;
         }
         Ok(pool)
     }
 
-    /// Takes a place in the queue for a job to come. Never blocks: `pool_full`, or `shutting_down`.
-    pub fn reserve(&self, uid: u32) -> Result<Place> {
+    /// Reserves a slot in the queue for a later job. Never blocks.
+    ///
+    /// # Errors
+    /// `pool_full` or `shutting_down`.
+    pub fn reserve(&self, uid: u32) -> Result<QueueSlot> {
         self.shared.purge();
         let mut state = self.shared.state.lock();
         if state.is_closing {
@@ -122,10 +131,10 @@ impl Pool {
         }
         state.places.add(uid);
         drop(state);
-        Ok(Place { shared: Some(self.shared.clone()), uid })
+        Ok(QueueSlot { shared: Some(self.shared.clone()), uid })
     }
 
-    /// [`Pool::reserve`] and [`Place::submit`] in one.
+    /// [`Pool::reserve`] followed by [`QueueSlot::submit`].
     pub fn try_submit<T: Send + 'static>(
         &self,
         uid: u32,
@@ -142,8 +151,9 @@ impl Pool {
         Counts { running: state.running.total(), queued: state.queue.len(), places: state.places.total() }
     }
 
-    /// Takes no more jobs and waits for those it has; those still queued at the deadline are refused with
-    /// `shutting_down`. True when all have ended. A running job is not touched: fire its token.
+    /// Accepts no more jobs and waits for the present ones. Jobs that are still queued at the deadline are
+    /// refused with `shutting_down`. Running jobs are not interrupted; fire their tokens for that. Returns
+    /// true if all jobs have ended.
     pub fn close(&self, deadline: Instant) -> bool {
         let _waiting = region(Rank::JobWait);
         let mut state = self.shared.state.lock();
@@ -159,7 +169,7 @@ impl Pool {
 }
 
 impl Drop for Pool {
-    /// Workers end when their job does; queued jobs are refused.
+    /// Refuses queued jobs. Each worker ends after its current job.
     fn drop(&mut self) {
         self.shared.state.lock().is_closing = true;
         self.shared.work.notify_all();
@@ -167,17 +177,17 @@ impl Drop for Pool {
     }
 }
 
-/// A place in the queue. Dropping it gives the place back.
-#[must_use = "dropping it gives the place back"]
-pub struct Place {
+/// A reserved slot in the queue. Dropping it frees the slot.
+#[must_use = "dropping it frees the slot"]
+pub struct QueueSlot {
     shared: Option<Arc<Shared>>,
     uid: u32,
 }
 
-impl Place {
-    /// Queues the job; never blocks. `label` names it in lock records and messages: `workspace.prepare web`. When
-    /// `cancel` fires before a worker took the job, it leaves the queue and never runs; a running job is to look at
-    /// the token itself.
+impl QueueSlot {
+    /// Queues the job without blocking. `label` names it in lock records and messages, for example
+    /// `workspace.prepare web`. If `cancel` fires before a worker takes the job, the job leaves the queue
+    /// and never runs; a running job has to check the token itself.
     pub fn submit<T: Send + 'static>(
         mut self,
         label: &str,
@@ -198,7 +208,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for QueueSlot {
     fn drop(&mut self) {
         if let Some(shared) = self.shared.take() {
             shared.state.lock().places.remove(self.uid);
@@ -207,12 +217,12 @@ impl Drop for Place {
 }
 
 impl Shared {
-    /// A worker's life.
+    /// The main loop of a worker thread.
     fn work(self: Arc<Self>) {
         let most = self.bounds.running_per_uid_max;
         loop {
             let mut state = self.state.lock();
-            self.work.wait_while(&mut state, Instant::now() + WORKER_LOOK, |s| s.must_wait(most));
+            self.work.wait_while(&mut state, Instant::now() + IDLE_WAIT, |s| s.must_wait(most));
             let Some(queued) = state.take_next(most) else {
                 if state.is_closing && state.queue.is_empty() {
                     return;
@@ -231,17 +241,17 @@ impl Shared {
         }
     }
 
-    /// The job of a worker is over; called before its outcome can be seen.
+    /// Records that a worker's job has ended. Called before its result becomes visible.
     fn ended(&self, uid: u32) {
         let mut state = self.state.lock();
         state.running.remove(uid);
         self.notify_if_idle(&state);
         drop(state);
-        // One of this uid's may run now.
+        // Another job of this uid may be able to run now.
         self.work.notify_all();
     }
 
-    /// Takes the jobs whose token has fired out of the queue, and tells those who wait for them.
+    /// Removes cancelled jobs from the queue and wakes the threads that wait for them.
     fn purge(&self) {
         let mut gone = Vec::new();
         let mut state = self.state.lock();
@@ -259,8 +269,8 @@ impl Shared {
         self.refuse(gone.into(), |_| shutting_down());
     }
 
-    /// Ends jobs that are in the queue no longer, with no lock held: what they own is dropped here.
-    fn refuse(&self, gone: Vec<Queued>, why: fn(&Queued) -> Error) {
+    /// Ends jobs that have left the queue. No lock may be held, because what they own is dropped here.
+    fn refuse(&self, gone: Vec<QueuedJob>, why: fn(&QueuedJob) -> Error) {
         for queued in gone {
             let mut state = self.state.lock();
             state.places.remove(queued.uid);
@@ -278,7 +288,7 @@ impl Shared {
     }
 }
 
-fn cancelled(queued: &Queued) -> Error {
+fn cancelled(queued: &QueuedJob) -> Error {
     Error::new(Kind::Cancelled, format!("{}: cancelled: {}", queued.label, queued.cancel.cause().unwrap_or("no cause given")))
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 const LATE: Duration = Duration::from_secs(20);
 const SOON: Duration = Duration::from_millis(100);
 
-/// Without a bound on what one uid has running.
+/// A pool that does not limit how many jobs of one uid run.
 fn pool(workers: usize, queue_max: usize, queue_per_uid_max: usize) -> Pool {
     Pool::new(Bounds { workers, running_per_uid_max: workers, queue_max, queue_per_uid_max }).unwrap()
 }
@@ -22,7 +22,8 @@ fn token() -> Cancel {
     Cancel::try_new().unwrap()
 }
 
-/// A job that runs until told to end: (it runs now, end it).
+/// A job that runs until it is released. Returns the job, a receiver that reports its start, and a
+/// sender that releases it.
 fn gate() -> (impl FnOnce(&Cancel) -> Result<u32> + Send + 'static, mpsc::Receiver<()>, mpsc::Sender<u32>) {
     let (running, is_running) = mpsc::channel();
     let (end, ending) = mpsc::channel();
@@ -34,7 +35,7 @@ fn gate() -> (impl FnOnce(&Cancel) -> Result<u32> + Send + 'static, mpsc::Receiv
 }
 
 #[test]
-fn a_job_runs_on_a_worker_and_answers_once() {
+fn job_runs_on_a_worker_and_its_result_is_taken_once() {
     let pool = pool(2, 4, 4);
     let handle =
         pool.try_submit(1, "name it", &token(), |_| Ok(std::thread::current().name().unwrap_or_default().to_owned())).unwrap();
@@ -47,7 +48,7 @@ fn a_job_runs_on_a_worker_and_answers_once() {
 }
 
 #[test]
-fn a_full_queue_answers_at_once_and_frees_its_places() {
+fn full_queue_refuses_immediately_and_frees_its_slots() {
     let pool = pool(1, 3, 2);
     let (job, is_running, end) = gate();
     let running = pool.try_submit(1, "run", &token(), job).unwrap();
@@ -65,7 +66,7 @@ fn a_full_queue_answers_at_once_and_frees_its_places() {
     assert_eq!((all.kind(), all.message()), (Kind::PoolFull, "the queue for guest transfers is full (3 waiting)"));
     assert_eq!(pool.counts(), Counts { running: 1, queued: 1, places: 3 });
     drop(other);
-    // A cancelled one leaves though the only worker is taken and nobody waits for it.
+    // A cancelled job leaves the queue although the only worker is busy and nothing waits for the job.
     cancel.cancel("the VM was stopped");
     assert_eq!(pool.counts(), Counts { running: 1, queued: 0, places: 1 });
     let error = queued.wait(late()).unwrap_err();
@@ -77,7 +78,7 @@ fn a_full_queue_answers_at_once_and_frees_its_places() {
 }
 
 #[test]
-fn a_waiter_of_a_queued_job_hears_of_the_cancel_at_once() {
+fn cancel_of_queued_job_wakes_its_waiter_immediately() {
     let pool = pool(1, 4, 4);
     let (job, is_running, end) = gate();
     let running = pool.try_submit(1, "run", &token(), job).unwrap();
@@ -105,7 +106,7 @@ fn a_waiter_of_a_queued_job_hears_of_the_cancel_at_once() {
 }
 
 #[test]
-fn a_running_job_is_waited_for_even_when_cancelled() {
+fn cancelled_running_job_is_still_waited_for() {
     let pool = pool(1, 4, 4);
     let (job, is_running, end) = gate();
     let cancel = token();
@@ -121,7 +122,7 @@ fn a_running_job_is_waited_for_even_when_cancelled() {
 }
 
 #[test]
-fn a_panic_ends_the_job_and_not_the_worker() {
+fn job_panic_does_not_end_the_worker() {
     let pool = pool(1, 4, 4);
     let panicking = pool.try_submit(1, "bad", &token(), |_| -> Result<()> { panic!("oh no") }).unwrap();
     let error = panicking.wait(late()).unwrap_err();
@@ -129,12 +130,12 @@ fn a_panic_ends_the_job_and_not_the_worker() {
     assert_eq!(pool.counts().running, 0);
     let next = pool.try_submit(1, "good", &token(), |_| Ok(check::held())).unwrap();
     let held = next.wait(late()).unwrap();
-    // The region of the job itself, where the checker is on.
+    // With the lock checker there is one: the region of the job itself.
     assert!(held <= 1, "{held} held at the start of a job");
 }
 
 #[test]
-fn jobs_run_in_the_order_they_came() {
+fn jobs_run_in_order_of_submission() {
     let pool = pool(1, 64, 64);
     let (job, is_running, end) = gate();
     let first = pool.try_submit(1, "first", &token(), job).unwrap();
@@ -153,7 +154,7 @@ fn jobs_run_in_the_order_they_came() {
 }
 
 #[test]
-fn close_drains_and_refuses() {
+fn close_waits_for_running_and_refuses_queued_jobs() {
     let pool = pool(1, 4, 4);
     let (job, is_running, end) = gate();
     let running = pool.try_submit(1, "run", &token(), job).unwrap();
@@ -171,7 +172,7 @@ fn close_drains_and_refuses() {
 }
 
 #[test]
-fn a_dropped_pool_refuses_what_waits() {
+fn dropped_pool_refuses_queued_jobs() {
     let pool = pool(1, 4, 4);
     let (job, is_running, end) = gate();
     let running = pool.try_submit(1, "run", &token(), job).unwrap();
@@ -184,7 +185,7 @@ fn a_dropped_pool_refuses_what_waits() {
 }
 
 #[test]
-fn many_threads_and_random_cancels_lose_nothing() {
+fn concurrent_submits_and_cancels_lose_no_job() {
     let pool = pool(4, 16, 8);
     let outcomes: Vec<[usize; 3]> = std::thread::scope(|s| {
         let submit = |uid: u32| {
@@ -229,7 +230,7 @@ fn many_threads_and_random_cancels_lose_nothing() {
 
 #[test]
 #[cfg(debug_assertions)]
-fn a_waiter_may_hold_a_workspace_lock_and_a_job_runs_in_its_region() {
+fn job_waiter_may_hold_a_workspace_lock() {
     let pool = pool(1, 4, 4);
     let workspaces = LockSet::new(Rank::Workspace);
     let held = workspaces.lock(&1);
@@ -240,7 +241,7 @@ fn a_waiter_may_hold_a_workspace_lock_and_a_job_runs_in_its_region() {
 }
 
 #[test]
-fn admission_lets_in_so_many_in_their_order() {
+fn admission_grants_its_permits_in_order() {
     let admission = Admission::new("boots", 2);
     let cancel = token();
     let first = admission.enter(&cancel, |_| panic!("no wait")).unwrap();
@@ -262,7 +263,7 @@ fn admission_lets_in_so_many_in_their_order() {
             assert_eq!(is_waiting.recv_timeout(LATE), Ok(i));
         }
         assert_eq!(admission.counts(), (0, 4));
-        // One permit, so that they go one by one.
+        // Leave one permit, so that they are admitted one by one.
         drop(first);
     });
     drop((order, second));
@@ -274,7 +275,7 @@ fn admission_lets_in_so_many_in_their_order() {
 }
 
 #[test]
-fn a_cancelled_boot_leaves_the_line_at_once() {
+fn cancelled_boot_leaves_the_queue_immediately() {
     let admission = Admission::new("boots", 1);
     let permit = admission.enter(&token(), |_| ()).unwrap();
     let (cancel, others) = (token(), token());
@@ -302,7 +303,7 @@ fn a_cancelled_boot_leaves_the_line_at_once() {
     assert_eq!(admission.counts(), (1, 0));
 }
 
-/// A job that has said that it runs, and how it is ended.
+/// A job that reports its start and runs until it is ended.
 struct Held {
     handle: JobHandle<u32>,
     is_running: mpsc::Receiver<()>,
@@ -338,7 +339,7 @@ fn one_uid_never_holds_every_worker() {
     let other = Held::submit(&pool, 2);
     other.await_running();
     assert_eq!(pool.counts(), Counts { running: 4, queued: 7, places: 7 });
-    // A worker that comes free takes the same uid's next only below its bound.
+    // A free worker takes another job of the same uid only if that is below its bound.
     other.end();
     assert_eq!((pool.counts().running, theirs[3].runs()), (3, false));
     theirs.remove(0).end();

@@ -1,4 +1,4 @@
-//! The daemon itself.
+//! Calls about the daemon itself.
 
 use super::calls;
 use serde::{Deserialize, Serialize};
@@ -12,15 +12,14 @@ pub struct ApiVersion {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct InfoReply {
     pub api: ApiVersion,
-    /// Of the package.
+    /// The version of the package.
     pub version: String,
     pub features: Vec<String>,
     pub pid: u32,
     pub uid: u32,
     pub state_dir: String,
-    /// Seconds.
     pub uptime_s: u64,
-    /// Roots below which a workspace may lie.
+    /// The guest directories below which a workspace may be.
     pub guest_roots: Vec<String>,
 }
 
@@ -32,14 +31,14 @@ pub enum Severity {
     Fail,
 }
 
-/// One thing that was looked at. `id` is stable.
+/// The result of one check. Its `id` is stable.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Check {
     pub id: String,
     pub severity: Severity,
-    /// What is needed, what was found, what was picked.
+    /// What is needed, what was found and what fcd chose.
     pub found: String,
-    /// How to mend it: a command.
+    /// A command that fixes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fix: Option<String>,
 }
@@ -61,12 +60,12 @@ pub struct DoctorReply {
     pub checks: Vec<Check>,
 }
 
-/// Something of ours on the host that nothing accounts for.
+/// Something on the host that fcd created and no longer needs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Leak {
-    /// `process`, `directory`, ...
+    /// For example `process` or `directory`.
     pub kind: String,
-    /// How it is found on the host.
+    /// Its name on the host.
     pub name: String,
     pub why: String,
     pub removed: bool,
@@ -78,7 +77,7 @@ pub struct Leak {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LeaksRequest {
-    /// Removes what is found.
+    /// Also remove the leaks.
     #[serde(default)]
     pub fix: bool,
 }
@@ -88,10 +87,10 @@ pub struct LeaksReply {
     pub leaks: Vec<Leak>,
 }
 
-/// One keyed lock that is held or waited for.
+/// One keyed lock that is held or awaited.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LockRecord {
-    /// `vm_locks`.
+    /// The name of the lock set, such as `vm_locks`.
     pub set: String,
     pub key: String,
     pub holder: Option<LockParty>,
@@ -101,16 +100,16 @@ pub struct LockRecord {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LockParty {
     pub thread: String,
-    /// What it is doing: `vm.stop 1f0c...`.
+    /// The thread's operation, such as `vm.stop 1f0c...`.
     pub operation: String,
-    /// Since when it holds or waits.
+    /// How long it has held or awaited the lock.
     pub for_us: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DebugLocksReply {
     pub locks: Vec<LockRecord>,
-    /// Lock-order violations since start; counted in builds with the checker.
+    /// Lock order violations since the daemon started. Only builds with the lock checker count them.
     pub violations: u64,
     pub checked: bool,
 }

@@ -1,7 +1,8 @@
-//! What happens to VMs and operations, told once it is durable.
+//! Events about VMs and operations, which are published once they are durable.
 //!
-//! Events belong to changes of the store. A change has a number, `seq`, which grows over restarts of the daemon, too;
-//! the events of one change share it and come in one note, so that whoever goes on after a `seq` misses none.
+//! Events belong to changes of the store. Every change has a number, `seq`, which keeps growing across
+//! restarts of the daemon. The events of one change share its number and arrive in one note, so a
+//! client that resumes after a `seq` misses none.
 
 use super::calls;
 use super::fault::Fault;
@@ -10,31 +11,32 @@ use super::vm::{Vm, VmState};
 use crate::ids::{OpId, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
-/// Members of [`Vm`] with their new values: a VM as it was, with these put in, is the VM as it is.
+/// Members of [`Vm`] with their new values. Merging them into the previous VM gives the current one.
 pub type Members = serde_json::Map<String, serde_json::Value>;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EventsWatchRequest {
-    /// Go on after this change. Without it, and where what came after is no longer kept, a snapshot comes first.
+    /// Resume after this change. Without it, or if the later changes are no longer kept, a snapshot comes
+    /// first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<u64>,
 }
 
-/// The caller's VMs after the change `seq`. What is not yet durable is not in it.
+/// The caller's VMs after the change `seq`. Changes that are not yet durable are not included.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Snapshot {
     pub seq: u64,
     /// Seconds since the epoch.
     pub at: u64,
-    /// `since` was given and what came after it is no longer kept: begin anew from here.
+    /// `since` was given but the later changes are no longer kept, so the client has to start over.
     pub resync: bool,
-    /// Another note goes on with this snapshot.
+    /// Another note continues this snapshot.
     pub more: bool,
     pub vms: Vec<Vm>,
 }
 
-/// What one change brought, as far as the caller may see it.
+/// The events of one change that the caller may see.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Events {
     pub seq: u64,
@@ -43,14 +45,14 @@ pub struct Events {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
-    /// Of the change that it belongs to.
+    /// The number of the change that it belongs to.
     pub seq: u64,
-    /// When it was durable, in seconds since the epoch.
+    /// When it became durable, in seconds since the epoch.
     pub at: u64,
-    /// None for an operation on no VM.
+    /// None for an operation that does not concern a VM.
     pub vm: Option<VmId>,
     pub name: Option<VmName>,
-    /// Of the VM; where there is none, of the operation.
+    /// The owner of the VM, or of the operation if there is no VM.
     pub owner_uid: u32,
     #[serde(flatten)]
     pub what: What,
@@ -61,16 +63,16 @@ pub struct Event {
 pub enum What {
     #[serde(rename = "vm.created")]
     Created { set: Members },
-    /// Settings, the workspace, and whatever else changes while the state stays.
+    /// Settings, the workspace or something else has changed, but not the state.
     #[serde(rename = "vm.changed")]
     Changed { set: Members },
-    /// The state or its reason.
+    /// The state or its reason has changed.
     #[serde(rename = "vm.state")]
     State {
         from: VmState,
         to: VmState,
         reason: Option<String>,
-        /// The operation that did it.
+        /// The operation that changed it.
         op: Option<OpId>,
         set: Members,
     },
@@ -84,16 +86,16 @@ pub enum What {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         error: Option<Fault>,
     },
-    /// One that is newer than this side. Never sent.
+    /// An event that this client does not know. Never sent.
     #[serde(other, rename = "unknown")]
     Unknown,
 }
 
-/// The caller read too slowly: the watch ends here, and `dropped` changes that came since were not kept for it.
+/// The caller read too slowly. The watch ends here, and `dropped` later changes were discarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lagged {
     pub dropped: u64,
-    /// Everything up to it was told: watch again since it.
+    /// Everything up to this change was sent. Pass it as `since` to resume.
     pub resume_seq: u64,
 }
 
@@ -103,6 +105,7 @@ pub struct EventsWatchReply {
 }
 
 calls! {
-    /// `snapshot` and `events` notes (`more`) until the caller goes; answered only after a `lagged` note.
+    /// Sends `snapshot` and `events` notes (`more`) until the caller disconnects. The reply comes only
+    /// after a `lagged` note.
     EventsWatch = "events.watch" (EventsWatchRequest) -> EventsWatchReply;
 }

@@ -1,14 +1,14 @@
-//! Commands in a guest. The bytes go through FIFOs that the caller passes, never through frames.
+//! Running commands in a guest. Their input and output go through FIFOs that the caller passes.
 
 use super::calls;
 use crate::ids::SessionId;
 use serde::{Deserialize, Serialize};
 
-/// Longest command line in the guest, with environment and directory, quoted, that goes in one packet: libssh2 sends none
-/// over 34,744 bytes. A longer one is brought into the guest first.
+/// The longest quoted command line, including environment and directory, that is sent in one SSH
+/// packet: libssh2 cannot send more than 34,744 bytes. Longer ones are copied into the guest first.
 pub const COMMAND_BYTES_MAX: usize = 32 * 1024;
-/// Longest command, with environment and directory: what Linux takes in all (execve(2)). It takes at most 128 KiB for one
-/// string; the guest's shell refuses a longer one with status 126.
+/// The longest command, including environment and directory, that Linux accepts (execve(2)). A single
+/// string may have 128 KiB; the guest's shell refuses a longer one with status 126.
 pub const COMMAND_STREAM_BYTES_MAX: usize = 2 * 1024 * 1024;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,11 +22,11 @@ pub struct PtySize {
 #[serde(deny_unknown_fields)]
 pub struct Pty {
     pub size: PtySize,
-    /// `TERM` in the guest.
+    /// The value of `TERM` in the guest.
     pub term: String,
 }
 
-/// What the caller passed descriptors for, in this order.
+/// What a passed descriptor is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stream {
@@ -34,15 +34,15 @@ pub enum Stream {
     Stdin,
     /// The write end of a FIFO.
     Stdout,
-    /// The write end of a FIFO. With a pty there is none.
+    /// The write end of a FIFO. Not used with a pty.
     Stderr,
-    /// The read end of a FIFO with the command in place of `argv`, `env` and `workdir`, which are empty then: for a command
-    /// that is not UTF-8 or does not fit the request. See [`CommandWords`].
+    /// The read end of a FIFO with the command, for commands that are not UTF-8 or do not fit into the
+    /// request. `argv`, `env` and `workdir` are then empty. See [`CommandWords`].
     Command,
 }
 
-/// A command as bytes, for [`Stream::Command`]: the directory (empty when there is none), the number of words in decimal,
-/// the words, then the variables as `NAME=VALUE`. A NUL ends each of them.
+/// A command as bytes, for [`Stream::Command`]: the directory (may be empty), the number of words in
+/// decimal, the words, and the variables as `NAME=VALUE`. A NUL ends each of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CommandWords {
     pub argv: Vec<Vec<u8>>,
@@ -62,7 +62,7 @@ impl CommandWords {
         bytes
     }
 
-    /// None where `bytes` are not what [`CommandWords::encode`] gives.
+    /// None if `bytes` are not in the form that [`CommandWords::encode`] produces.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let mut fields = bytes.strip_suffix(b"\0")?.split(|b| *b == 0).map(<[u8]>::to_vec);
         let workdir = fields.next().filter(|dir| !dir.is_empty());
@@ -77,24 +77,26 @@ impl CommandWords {
     }
 }
 
-/// Always on the line (`more`): a `session` note, then the answer when the command has ended. Hang-up ends it.
+/// Needs `more`. A `session` note comes first and the reply when the command has ended. Hanging up ends
+/// the command.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExecStartRequest {
     pub vm: String,
-    /// Empty: the login shell.
+    /// The command; the login shell if empty.
     pub argv: Vec<String>,
     #[serde(default)]
     pub env: Vec<(String, String)>,
-    /// The workspace's directory when not given and there is one, else the home directory.
+    /// The default is the workspace's directory, or the home directory if there is no workspace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workdir: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pty: Option<Pty>,
-    /// Which streams the passed descriptors are. One that is missing is empty (stdin) or dropped.
+    /// The streams of the passed descriptors, in their order. Without stdin, the command reads an empty
+    /// input; output without a descriptor is discarded.
     #[serde(default)]
     pub streams: Vec<Stream>,
-    /// End when the command does, though programs that it left in the background still hold its output.
+    /// End when the command exits, even if its background processes still hold its output open.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub no_wait_children: bool,
 }
@@ -103,14 +105,15 @@ pub struct ExecStartRequest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Exit {
-    /// As a shell gives it: 128+n where a signal ended the command.
+    /// The status as a shell reports it: 128+n if signal n ended the command.
     Status(u8),
-    /// Without `SIG`: `KILL`. Only where a signal has ended the shell that waits for the command, too, and for a login shell.
+    /// The signal's name without `SIG`, such as `KILL`. Used only if the signal also ended the shell that
+    /// waits for the command, or for a login shell.
     Signal(String),
 }
 
 impl Exit {
-    /// As a shell gives it: 128+n for a signal.
+    /// The status as a shell reports it: 128+n for signal n.
     pub fn shell_status(&self) -> u8 {
         match self {
             Exit::Status(status) => *status,
@@ -119,7 +122,7 @@ impl Exit {
     }
 }
 
-/// Number of a signal's name on Linux, x86 and arm (signal(7)); 0 for one that is not known.
+/// The number of a signal on Linux for x86 and Arm (signal(7)), or 0 for an unknown name.
 pub fn signal_number(name: &str) -> u8 {
     format!("SIG{name}").parse::<nix::sys::signal::Signal>().map_or(0, |s| s as i32 as u8)
 }
@@ -140,15 +143,15 @@ pub struct ExecResizeRequest {
 #[serde(deny_unknown_fields)]
 pub struct ExecSignalRequest {
     pub session: SessionId,
-    /// Without `SIG`: `INT`.
+    /// The signal's name without `SIG`, such as `INT`.
     pub signal: String,
 }
 
 calls! {
     ExecStart = "exec.start" (ExecStartRequest) -> ExecReply;
-    /// On a second connection.
+    /// Called on a second connection.
     ExecResize = "exec.resize" (ExecResizeRequest) -> super::Empty;
-    /// On a second connection.
+    /// Called on a second connection.
     ExecSignal = "exec.signal" (ExecSignalRequest) -> super::Empty;
 }
 
@@ -157,7 +160,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn command_words_come_back_as_they_were() {
+    fn command_words_round_trip() {
         let words = |argv: &[&[u8]], env: &[(&str, &[u8])], workdir: Option<&[u8]>| CommandWords {
             argv: argv.iter().map(|w| w.to_vec()).collect(),
             env: env.iter().map(|(name, value)| ((*name).to_owned(), value.to_vec())).collect(),

@@ -1,19 +1,19 @@
-//! An error made flat for the wire.
+//! The form in which errors are sent over the wire.
 
 use crate::error::{Code, Error};
 use serde::{Deserialize, Serialize};
 
-/// `error.data` of a response. `message` holds the whole chain, joined with `: `.
+/// The `error.data` of a response. `message` contains the error and its sources, joined with `: `.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Fault {
     pub code: Code,
-    /// A name of [`crate::error::Kind`]; a newer daemon may send one that this side does not know.
+    /// The name of a [`crate::error::Kind`]. A newer daemon may send one that this client does not know.
     pub kind: String,
     pub message: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
     pub retryable: bool,
-    /// The operation that failed, where there was one.
+    /// The operation that failed, if there was one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub op: Option<crate::ids::OpId>,
 }

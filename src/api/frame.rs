@@ -1,4 +1,4 @@
-//! Envelopes. A request is one line; a response is any number of notification lines and one final line.
+//! The envelopes. A request is one line; a response is any number of notifications and one final line.
 
 use super::fault::Fault;
 use crate::ids::OpId;
@@ -6,12 +6,12 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-/// Longest line in either direction, with its newline.
+/// The longest line in either direction, including its newline.
 pub const FRAME_BYTES_MAX: usize = 1024 * 1024;
-/// Most descriptors that come with one request.
+/// How many descriptors may accompany one request.
 pub const FDS_MAX: usize = 4;
 
-/// The JSON-RPC codes. Everything of the domain is [`rpc_code::DOMAIN`]; the stable part is in [`Fault`].
+/// The JSON-RPC error codes. All of fcd's own errors use [`rpc_code::DOMAIN`]; [`Fault`] has the details.
 pub mod rpc_code {
     pub const PARSE: i32 = -32700;
     pub const INVALID_REQUEST: i32 = -32600;
@@ -27,22 +27,23 @@ pub enum Version {
     V2,
 }
 
-/// Descriptors go with the first byte of the line (SCM_RIGHTS).
+/// A request. Descriptors accompany the first byte of its line (SCM_RIGHTS).
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Request<'a> {
     pub jsonrpc: Version,
-    /// A number or a string, given back as it came. A request without one is refused.
+    /// A number or a string, which the response repeats. A request without an id is refused.
     #[serde(borrow)]
     pub id: &'a RawValue,
     pub method: std::borrow::Cow<'a, str>,
     #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
     pub params: Option<&'a RawValue>,
-    /// For a call that is an operation: stay on the line, stream progress, answer when it has ended. Without
-    /// it the answer comes at once: `{"op":"<id>"}`.
+    /// For operations: send progress and reply when the operation has ended. Without it, the reply
+    /// comes immediately: `{"op":"<id>"}`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub more: bool,
-    /// Idempotency key of a mutating call: the same key with the same parameters is the same operation for 24 h.
+    /// The idempotency key of a mutating call. For 24 hours, the same key with the same parameters names
+    /// the same operation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<std::borrow::Cow<'a, str>>,
 }
@@ -56,7 +57,7 @@ pub struct Notification {
 }
 
 impl Notification {
-    /// The note as it goes over the connection, with its newline.
+    /// Renders the line that is sent, including its newline.
     pub fn line(note: Note) -> serde_json::Result<Vec<u8>> {
         let mut line = serde_json::to_vec(&Self { jsonrpc: Version::V2, note })?;
         line.push(b'\n');
@@ -64,30 +65,30 @@ impl Notification {
     }
 }
 
-/// What may be told on the way.
+/// The notifications.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "method", content = "params", rename_all = "snake_case")]
 pub enum Note {
-    /// The operation has this id.
+    /// The id of the operation.
     Op {
         op: OpId,
     },
     Progress(super::op::Progress),
-    /// `vm.create` with `hold`: the VM exists.
+    /// `vm.create` with `hold`: the VM has been created.
     Created(Box<super::vm::Vm>),
-    /// `exec.start`: the session can be resized and signalled by this id.
+    /// `exec.start`: the id for resizing and signalling the session.
     Session {
         session: crate::ids::SessionId,
     },
-    /// `workspace.prepare`: the stream may begin.
+    /// `workspace.prepare`: the caller may begin to send the stream.
     Ready(super::workspace::Ready),
-    /// `vm.logs`: a piece of the console.
+    /// `vm.logs`: a piece of the console's output.
     Log(super::vm::LogChunk),
-    /// `events.watch`: how the VMs stand.
+    /// `events.watch`: the current state of the VMs.
     Snapshot(super::event::Snapshot),
-    /// `events.watch`: what a change brought.
+    /// `events.watch`: the events of a change.
     Events(super::event::Events),
-    /// `events.watch`: the last note to one who reads too slowly.
+    /// `events.watch`: the last note to a client that reads too slowly.
     Lagged(super::event::Lagged),
 }
 
@@ -110,14 +111,15 @@ pub struct RpcError {
     pub data: Option<Fault>,
 }
 
-/// Any line from the daemon, for the client to tell apart.
+/// A line from the daemon: a notification or the response.
 #[derive(Debug)]
 pub enum Line<R = Box<RawValue>> {
     Note(Note),
     Response(Response<R>),
 }
 
-/// The members of either kind of line, so that a response is read in one pass: a list of a thousand VMs is half a MiB.
+/// The members of both kinds of line, so that a response is parsed in one pass. A list of a thousand VMs
+/// has half a MiB.
 #[derive(Deserialize)]
 #[serde(bound(deserialize = "R: Deserialize<'de>"))]
 struct AnyLine<'a, R> {
@@ -133,7 +135,7 @@ struct AnyLine<'a, R> {
 }
 
 impl<R: DeserializeOwned> Line<R> {
-    /// Reads one line. Notes of a method that this side does not know are `None`.
+    /// Parses one line. None for a note whose method this client does not know.
     pub fn parse(line: &[u8]) -> serde_json::Result<Option<Self>> {
         const KNOWN: &[&str] = &["op", "progress", "created", "session", "ready", "log", "snapshot", "events", "lagged"];
         let any: AnyLine<'_, R> = serde_json::from_slice(line)?;

@@ -7,29 +7,29 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Image {
     pub name: ImageRef,
-    /// Of the root file system's virtual size.
+    /// The virtual size of the root file system.
     pub disk_bytes: u64,
-    /// What it takes on the host.
+    /// The space that it uses on the host.
     pub allocated_bytes: u64,
-    /// `Linux 6.1.0-56-cloud-amd64`.
+    /// For example `Linux 6.1.0-56-cloud-amd64`.
     pub kernel: String,
-    /// `Debian GNU/Linux 12 (bookworm)`.
+    /// For example `Debian GNU/Linux 12 (bookworm)`.
     pub os: String,
     /// Seconds since the epoch.
     pub built_at: u64,
-    /// VMs made from it.
+    /// The number of VMs created from it.
     pub vms: u64,
-    /// Who built it; null: it belongs to the host.
+    /// The user who built it; null if it belongs to the host.
     pub owner_uid: Option<u32>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImageBuildRequest {
-    /// `default` when not given.
+    /// `default` if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<ImageRef>,
-    /// More packages of the distribution.
+    /// Additional packages of the distribution.
     #[serde(default)]
     pub include: Vec<String>,
 }
@@ -41,9 +41,9 @@ pub struct ImageReply {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImageListReply<I = Image> {
-    /// In the order of their names.
+    /// Sorted by name.
     pub images: Vec<I>,
-    /// There are more: ask again with `after` set to this.
+    /// If set, there are more items: repeat the call with `after` set to this.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }
@@ -60,10 +60,11 @@ pub struct ImageDeleteReply {
 }
 
 calls! {
-    /// An operation; hang-up cancels it. An image of that name must not exist.
+    /// An operation; hanging up cancels it. An image of that name must not exist.
     ImageBuild = "image.build" (ImageBuildRequest) -> ImageReply;
     ImageList = "image.list" (super::page::ListRequest) -> ImageListReply;
-    /// Allowed for root, the daemon's own user and the user who built the image. `conflict` while a VM or a snapshot needs it.
+    /// Allowed for root, the daemon's user and the user who built the image. Fails with `conflict` while a
+    /// VM or a snapshot needs it.
     ImageDelete = "image.delete" (ImageRequest) -> ImageDeleteReply;
 }
 

@@ -1,4 +1,4 @@
-//! Kernels that VMs boot instead of their image's.
+//! Kernels that VMs can boot instead of their image's own.
 
 use super::calls;
 use crate::ids::KernelName;
@@ -8,28 +8,28 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Kernel {
     pub name: KernelName,
-    /// `6.1.0-56-cloud-amd64`.
+    /// For example `6.1.0-56-cloud-amd64`.
     pub version: String,
-    /// In its initramfs; what else a guest needs to come up is built in.
+    /// The modules in its initramfs. Everything else that a guest needs to boot is built in.
     pub modules: Vec<String>,
     /// Seconds since the epoch.
     pub imported_at: u64,
-    /// What it takes on the host.
+    /// The space that it uses on the host.
     pub bytes: u64,
-    /// VMs that boot it.
+    /// The number of VMs that boot it.
     pub vms: u64,
 }
 
-/// For root and the daemon's own uid: the daemon reads the files.
+/// Allowed for root and the daemon's user only, because the daemon reads the files.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KernelImportRequest {
-    /// An ELF file (`vmlinux`) or a bzImage (`vmlinuz`) on the daemon's host; absolute.
+    /// The absolute path of an ELF file (`vmlinux`) or a bzImage (`vmlinuz`) on the daemon's host.
     pub path: PathBuf,
-    /// From its version when not given.
+    /// Derived from the version if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<KernelName>,
-    /// The directory of its `modules.dep`; `/lib/modules/VERSION` when not given.
+    /// The directory that contains `modules.dep`; `/lib/modules/VERSION` if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modules: Option<PathBuf>,
 }
@@ -47,9 +47,9 @@ pub struct KernelReply {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct KernelListReply<K = Kernel> {
-    /// In the order of their names.
+    /// Sorted by name.
     pub kernels: Vec<K>,
-    /// There are more: ask again with `after` set to this.
+    /// If set, there are more items: repeat the call with `after` set to this.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }
@@ -60,11 +60,11 @@ pub struct KernelDeleteReply {
 }
 
 calls! {
-    /// An operation; hang-up cancels it. A kernel of that name must not exist.
+    /// An operation; hanging up cancels it. A kernel of that name must not exist.
     KernelImport = "kernel.import" (KernelImportRequest) -> KernelReply;
     KernelList = "kernel.list" (super::page::ListRequest) -> KernelListReply;
     KernelShow = "kernel.show" (KernelRequest) -> KernelReply;
-    /// Refused while VMs boot it.
+    /// Refused while VMs use it.
     KernelDelete = "kernel.delete" (KernelRequest) -> KernelDeleteReply;
 }
 

@@ -1,5 +1,8 @@
-//! What crosses the wire: newline-delimited JSON-RPC 2.0 on a Unix socket, one call in flight per connection.
-//! One request type and one reply type per call; [`Call`] ties a method's name to both.
+//! The types of the daemon's protocol: newline-delimited JSON-RPC 2.0 on a Unix socket, with one call
+//! in flight per connection.
+//!
+//! There is one module per noun. Every call has a request type and a reply type; [`Call`] connects them
+//! to the method's name. [`frame`] has the envelopes.
 
 pub mod daemon;
 pub mod event;
@@ -20,11 +23,11 @@ pub use fault::Fault;
 
 use serde::{Serialize, de::DeserializeOwned};
 
-/// Additive changes raise the minor, anything else the major.
+/// Additive changes raise the minor version, all others the major version.
 pub const VERSION_MAJOR: u32 = 1;
 pub const VERSION_MINOR: u32 = 0;
 
-/// A method: its name, its parameters, what it answers.
+/// A method: its name, its parameters and its reply.
 pub trait Call {
     const METHOD: &'static str;
     type Request: Serialize + DeserializeOwned;
@@ -46,7 +49,7 @@ macro_rules! calls {
 }
 pub(crate) use calls;
 
-/// A call without parameters: `{}` or nothing.
+/// The parameters of a call that has none: `{}` or omitted.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Empty {}

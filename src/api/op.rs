@@ -1,4 +1,4 @@
-//! Operations: whatever may take longer than a second.
+//! Operations: calls that may take longer than a second.
 
 use super::calls;
 use crate::ids::{OpId, VmId};
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "snake_case")]
 pub enum OpState {
     Running,
-    /// Cancel was asked for; the operation is cleaning up.
+    /// Cancellation was requested; the operation is cleaning up.
     Cancelling,
     Ok,
     Failed,
@@ -21,25 +21,25 @@ impl OpState {
     }
 }
 
-/// At most ten a second; the last one is kept.
+/// The progress of an operation. It is sent at most ten times a second, and the last one is always sent.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
-    /// What is being done now: `wait for ssh`.
+    /// The current stage, such as `wait for ssh`.
     pub stage: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub done: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub total: Option<u64>,
-    /// Of `done` and `total`: `bytes`, `files`, `steps`.
+    /// The unit of `done` and `total`, such as `bytes`, `files` or `steps`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unit: Option<String>,
 }
 
-/// An operation as anybody may see it who may see its VM.
+/// An operation as everyone sees it who may see its VM.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Op {
     pub id: OpId,
-    /// The method that began it: `vm.start`.
+    /// The method that began it, such as `vm.start`.
     pub method: String,
     pub vm: Option<VmId>,
     pub owner_uid: u32,
@@ -49,7 +49,7 @@ pub struct Op {
     /// Seconds since the epoch.
     pub started_at: u64,
     pub ended_at: Option<u64>,
-    /// What it answered.
+    /// The reply of an operation that succeeded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub result: Option<serde_json::Value>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -74,13 +74,13 @@ pub struct OpWaitRequest {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OpListRequest {
-    /// Also those that have ended.
+    /// Include operations that have ended.
     #[serde(default)]
     pub all: bool,
-    /// Continue behind this place: `next` of the page before.
+    /// The cursor of the page: `next` of the previous one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<String>,
-    /// At most so many items; fewer may come.
+    /// The most items to return; there may be fewer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u32>,
 }
@@ -94,12 +94,12 @@ pub struct OpReply {
 pub struct OpListReply<O = Op> {
     /// In the order in which they began.
     pub ops: Vec<O>,
-    /// There are more: ask again with `after` set to this.
+    /// If set, there are more items: repeat the call with `after` set to this.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }
 
-/// The answer at once of an operation that was called without `more`.
+/// The immediate reply of an operation that was called without `more`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OpStarted {
     pub op: OpId,
@@ -108,9 +108,9 @@ pub struct OpStarted {
 calls! {
     OpList = "op.list" (OpListRequest) -> OpListReply;
     OpShow = "op.show" (OpRequest) -> OpReply;
-    /// Answers when the operation has ended, however it ended; with `more`, progress on the way.
+    /// Replies when the operation has ended in whatever way. With `more`, sends its progress until then.
     OpWait = "op.wait" (OpWaitRequest) -> OpReply;
-    /// Asks it to stop and answers at once.
+    /// Requests cancellation and replies without waiting for it.
     OpCancel = "op.cancel" (OpRequest) -> OpReply;
 }
 

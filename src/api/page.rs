@@ -1,8 +1,9 @@
-//! Lists in pages, so that no reply outgrows a frame.
+//! Paging of lists, so that no reply exceeds a frame.
 //!
-//! A list call takes `after` and `limit` and answers with its items and `next`. Without `next` the list is complete;
-//! otherwise the same call with `after` set to `next` gives the following page. An item that exists while all pages are
-//! read is listed exactly once. A page may hold fewer items than `limit`: it also ends at [`PAGE_BYTES_MAX`].
+//! A list call takes `after` and `limit` and returns items and `next`. Without `next` the list is
+//! complete; otherwise the same call with `after` set to `next` returns the following page. An item that
+//! exists while all pages are read is listed exactly once. A page may have fewer items than `limit`,
+//! because it also ends at [`PAGE_BYTES_MAX`].
 
 use super::Call;
 use super::frame::FRAME_BYTES_MAX;
@@ -10,22 +11,22 @@ use crate::error::{Error, Result};
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
-/// Items in one page, whatever `limit` asks for.
+/// The most items in one page, whatever `limit` is.
 pub const PAGE_ITEMS_MAX: u32 = 1000;
-/// Bytes of JSON in one page. Leaves room for the envelope and for one more item of any kind.
+/// The most bytes of JSON in one page. This leaves room for the envelope and one more item of any kind.
 pub const PAGE_BYTES_MAX: usize = FRAME_BYTES_MAX / 2;
 
-/// Items that are already JSON, and where the next page begins.
+/// Items that are already JSON, and the cursor of the next page.
 pub type RawPage = (Vec<Box<RawValue>>, Option<String>);
 
-/// Takes items until the page is full. Each comes with its place in the list, which becomes `next` where the page ends;
-/// they are in the order of their places and begin behind the request's `after`.
+/// Takes items until the page is full. Each item comes with its cursor, which becomes `next` if the page
+/// ends there. The items are sorted by cursor and begin behind the request's `after`.
 ///
 /// # Errors
 /// `invalid_argument` for a `limit` of zero.
 pub fn fill<P: ToString, T: Serialize>(limit: Option<u32>, items: impl IntoIterator<Item = (P, T)>) -> Result<RawPage> {
     if limit == Some(0) {
-        return Err(Error::invalid("a page of 0 items was asked for").hint("leave `limit` out, or set it to 1 or more"));
+        return Err(Error::invalid("a page of 0 items was requested").hint("leave `limit` out, or set it to 1 or more"));
     }
     let items_max = limit.map_or(PAGE_ITEMS_MAX, |limit| limit.min(PAGE_ITEMS_MAX)) as usize;
     let (mut page, mut bytes, mut last) = (Vec::new(), 0, None);
@@ -41,21 +42,21 @@ pub fn fill<P: ToString, T: Serialize>(limit: Option<u32>, items: impl IntoItera
     Ok((page, None))
 }
 
-/// The error for an `after` that no page of this list gave.
+/// The error for an `after` that no page of this list returned as `next`.
 pub fn bad_cursor(after: &str) -> Error {
     let shown: String = after.chars().take(64).collect();
-    Error::invalid(format!("`after` is {shown:?}, which no page of this list gave as `next`"))
+    Error::invalid(format!("`after` is {shown:?}, which no page of this list returned as `next`"))
         .hint("leave `after` out to list from the beginning")
 }
 
-/// A call whose reply is a list in pages.
+/// A call that returns a list in pages.
 pub trait ListCall: Call {
     type Item;
     fn start_after(request: &mut Self::Request, after: String);
     fn into_page(reply: Self::Reply) -> (Vec<Self::Item>, Option<String>);
 }
 
-/// Implements [`ListCall`] where the request has `after` and the reply has `next`.
+/// Implements [`ListCall`] for a request with `after` and a reply with `next`.
 macro_rules! list_calls {
     ($($call:ident: $member:ident of $item:ty;)*) => {
         $(impl $crate::api::page::ListCall for $call {
@@ -71,14 +72,14 @@ macro_rules! list_calls {
 }
 pub(crate) use list_calls;
 
-/// The request of a list that has no filter.
+/// The request for a list without filters.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ListRequest {
-    /// Continue behind this place: `next` of the page before.
+    /// The cursor of the page: `next` of the previous one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<String>,
-    /// At most so many items; fewer may come.
+    /// The most items to return; there may be fewer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u32>,
 }
@@ -112,7 +113,7 @@ mod tests {
             (2500, None, 0, 3),
             (2500, Some(u32::MAX), 0, 3),
             (40, None, PAGE_BYTES_MAX / 8, 6),
-            // Larger than a page: each goes alone.
+            // Items larger than a page have a page each.
             (3, None, PAGE_BYTES_MAX, 3),
         ] {
             let (seen, found) = all_pages(count, limit, padding);
@@ -122,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_of_nothing_is_refused() {
+    fn limit_of_zero_is_refused() {
         assert_eq!(fill(Some(0), [(1, 1)]).unwrap_err().kind(), Kind::InvalidArgument);
     }
 }

@@ -1,4 +1,4 @@
-//! Ports of the host that lead into a guest.
+//! Host ports that are forwarded to a guest.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -21,14 +21,14 @@ impl Protocol {
     }
 }
 
-/// A port of the host that leads to a port of the guest while the VM runs.
+/// A host port that is forwarded to a guest port while the VM runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Port {
-    /// 127.0.0.1, so this host alone, when not given; 0.0.0.0 is every address of the host's.
+    /// The host's address. The default is 127.0.0.1; 0.0.0.0 means all of the host's addresses.
     #[serde(default = "loopback")]
     pub host_addr: Ipv4Addr,
-    /// 0 in a request: one that is free, which the VM then keeps.
+    /// 0 in a request asks for a free port, which the VM then keeps.
     #[serde(default)]
     pub host_port: u16,
     pub guest_port: u16,
@@ -36,20 +36,20 @@ pub struct Port {
     pub protocol: Protocol,
 }
 
-/// What `host_addr` is when it is not given.
+/// The default of `host_addr`.
 pub const fn loopback() -> Ipv4Addr {
     Ipv4Addr::LOCALHOST
 }
 
 impl Port {
-    /// Whether the host can have only one of the two.
+    /// True if the host cannot forward both ports.
     pub fn overlaps(&self, other: &Port) -> bool {
         let any = self.host_addr.is_unspecified() || other.host_addr.is_unspecified();
         self.protocol == other.protocol && self.host_port == other.host_port && (any || self.host_addr == other.host_addr)
     }
 }
 
-/// The host's side: `127.0.0.1:8080/tcp`.
+/// Formats the host's side, such as `127.0.0.1:8080/tcp`.
 impl fmt::Display for Port {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}/{}", self.host_addr, self.host_port, self.protocol.name())
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_port_of_the_host_is_one_vms() {
+    fn ports_overlap_on_the_same_or_any_address() {
         let port =
             |host_addr: [u8; 4], host_port, protocol| Port { host_addr: host_addr.into(), host_port, guest_port: 1, protocol };
         let a = port([127, 0, 0, 1], 80, Protocol::Tcp);

@@ -1,4 +1,4 @@
-//! Snapshots: a guest's memory and disks at one moment, to go on from there.
+//! Snapshots: a guest's memory and disks at one moment, which can be restored later.
 
 use super::calls;
 use super::vm::{Net, VmReply};
@@ -10,9 +10,9 @@ pub struct Snapshot {
     pub id: SnapshotId,
     pub name: SnapshotName,
     pub owner_uid: u32,
-    /// Of which it is; it may be gone.
+    /// The VM that it was taken from, which may have been deleted.
     pub vm: VmId,
-    /// Its name when the snapshot was made.
+    /// The VM's name when the snapshot was taken.
     pub vm_name: VmName,
     /// Seconds since the epoch.
     pub created_at: u64,
@@ -23,12 +23,12 @@ pub struct Snapshot {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub work_disk_bytes: Option<u64>,
     pub net: Net,
-    /// `qemu (tcg, microvm)`: it goes on only where this is to be had.
+    /// For example `qemu (tcg, microvm)`. Restoring needs the same driver and machine.
     pub driver: String,
-    /// The version of the VMM that saved the guest, if it is known.
+    /// The version of the VMM that saved the guest, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vmm_version: Option<String>,
-    /// What it takes on the host.
+    /// The space that it uses on the host.
     pub bytes: u64,
 }
 
@@ -36,12 +36,12 @@ pub struct Snapshot {
 #[serde(deny_unknown_fields)]
 pub struct SnapshotCreateRequest {
     pub vm: String,
-    /// The VM's name and a number when not given.
+    /// The VM's name followed by a number if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<SnapshotName>,
 }
 
-/// A name, an id, or the beginning of an id.
+/// A snapshot by name, id, or unambiguous prefix of an id.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotRequest {
@@ -54,10 +54,10 @@ pub struct SnapshotListRequest {
     /// Only the snapshots of this VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vm: Option<String>,
-    /// Continue behind this place: `next` of the page before.
+    /// The cursor of the page: `next` of the previous one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<String>,
-    /// At most so many items; fewer may come.
+    /// The most items to return; there may be fewer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u32>,
 }
@@ -66,7 +66,8 @@ pub struct SnapshotListRequest {
 #[serde(deny_unknown_fields)]
 pub struct SnapshotRestoreRequest {
     pub snapshot: String,
-    /// A new VM of this name goes on from there; else the one that the snapshot is of, which must be at rest.
+    /// Restore into a new VM of this name. If not given, restore the VM that the snapshot was taken from,
+    /// which must not be running.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub new_vm: Option<VmName>,
 }
@@ -78,9 +79,9 @@ pub struct SnapshotReply {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SnapshotListReply<S = Snapshot> {
-    /// From the oldest to the newest.
+    /// Oldest first.
     pub snapshots: Vec<S>,
-    /// There are more: ask again with `after` set to this.
+    /// If set, there are more items: repeat the call with `after` set to this.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }
@@ -91,12 +92,12 @@ pub struct SnapshotDeleteReply {
 }
 
 calls! {
-    /// An operation; hang-up cancels it. The guest stands still until its memory and its disks are saved.
+    /// An operation; hanging up cancels it. The guest is paused until its memory and disks are saved.
     SnapshotCreate = "snapshot.create" (SnapshotCreateRequest) -> SnapshotReply;
     SnapshotList = "snapshot.list" (SnapshotListRequest) -> SnapshotListReply;
     SnapshotShow = "snapshot.show" (SnapshotRequest) -> SnapshotReply;
     SnapshotDelete = "snapshot.delete" (SnapshotRequest) -> SnapshotDeleteReply;
-    /// An operation; hang-up cancels it. The VM's disks are those of the snapshot from then on.
+    /// An operation; hanging up cancels it. Replaces the VM's disks with those of the snapshot.
     SnapshotRestore = "snapshot.restore" (SnapshotRestoreRequest) -> VmReply;
 }
 

@@ -1,16 +1,17 @@
-//! The framing of workspace streams (the form is in [`super::workspace`]), without I/O, and blocking adapters.
+//! Framing of workspace streams: an encoder and a decoder that do no I/O, and blocking adapters for both.
+//! [`super::workspace`] describes the format.
 
 use super::workspace::{CHUNK_BYTES_MAX, TRAILER_BYTES_MAX, Trailer};
 use crate::error::{Error, Kind};
 use sha2::{Digest, Sha256};
 use std::io::{self, Read, Write};
 
-/// What [`ChunkWriter`] gathers before it writes a chunk.
+/// How much [`ChunkWriter`] buffers before it writes a chunk.
 const WRITER_CHUNK_BYTES: usize = 64 * 1024;
 const HEADER_BYTES: usize = 4;
 
-/// A stream that does not keep to its form, or ended before its end was announced. Travels inside an
-/// `io::Error`; [`error`] takes it out again.
+/// A stream is malformed or ended too early. It is carried inside an `io::Error`, and [`error`] takes it
+/// out again.
 #[derive(Debug)]
 pub struct Broken(String);
 
@@ -25,7 +26,7 @@ fn broken(what: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, Broken(what.into()))
 }
 
-/// An error of a stream as one of ours: `stream_incomplete` for a [`Broken`] one, else as [`Error::io`].
+/// Converts an error of a stream: to `stream_incomplete` if it is [`Broken`], else like [`Error::io`].
 pub fn error(doing: impl Into<String>, source: io::Error) -> Error {
     if source.get_ref().is_some_and(|inner| inner.is::<Broken>()) {
         return Error::new(Kind::StreamIncomplete, doing).with_source(source).hint("run the command again");
@@ -37,7 +38,7 @@ fn hex(digest: &[u8]) -> String {
     digest.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// The sender's side: headers and the trailer.
+/// The sender's side, which produces headers and the trailer.
 #[derive(Default)]
 pub struct Encoder {
     sha256: Sha256,
@@ -45,7 +46,7 @@ pub struct Encoder {
 }
 
 impl Encoder {
-    /// The header that goes before `payload`, which has 1 to `CHUNK_BYTES_MAX` bytes.
+    /// The header for `payload`, which has 1 to `CHUNK_BYTES_MAX` bytes.
     pub fn header(&mut self, payload: &[u8]) -> [u8; HEADER_BYTES] {
         debug_assert!(!payload.is_empty() && payload.len() <= CHUNK_BYTES_MAX);
         self.sha256.update(payload);
@@ -53,7 +54,7 @@ impl Encoder {
         (payload.len() as u32).to_be_bytes()
     }
 
-    /// The end: a chunk of length 0 and the trailer.
+    /// The end of the stream: a chunk of length 0 and the trailer.
     pub fn end(self, entries: u64) -> (Vec<u8>, Trailer) {
         let trailer = Trailer { entries, bytes: self.bytes, sha256: hex(&self.sha256.finalize()) };
         let mut bytes = vec![0; HEADER_BYTES];
@@ -69,8 +70,8 @@ enum State {
     Finished(Trailer),
 }
 
-/// The receiver's side: read at most [`Decoder::want`] bytes, hand them to [`Decoder::take`], and at the end
-/// of file ask [`Decoder::end`].
+/// The receiver's side. Read at most [`Decoder::want`] bytes, pass them to [`Decoder::take`], and call
+/// [`Decoder::end`] at the end of file.
 pub struct Decoder {
     state: State,
     sha256: Sha256,
@@ -84,18 +85,18 @@ impl Default for Decoder {
 }
 
 impl Decoder {
-    /// Never 0.
+    /// How many bytes to read next. Never 0.
     pub fn want(&self) -> usize {
         match &self.state {
             State::Header { filled, .. } => HEADER_BYTES - filled,
             State::Payload { left } => *left,
-            // One more than allowed, to see that there is too much.
+            // One byte more than allowed, to detect a trailer that is too long.
             State::Trailer { json } => TRAILER_BYTES_MAX + 1 - json.len(),
             State::Finished(_) => 1,
         }
     }
 
-    /// Takes what was read. True: `bytes` is payload. False: it was framing.
+    /// Processes bytes that were read. Returns true if they are payload and false if they are framing.
     pub fn take(&mut self, bytes: &[u8]) -> io::Result<bool> {
         match &mut self.state {
             State::Header { have, filled } => {
@@ -130,7 +131,7 @@ impl Decoder {
         }
     }
 
-    /// The end of file came: whether it may. Idempotent.
+    /// Checks at the end of file that the stream is complete. Idempotent.
     pub fn end(&mut self) -> io::Result<&Trailer> {
         if let State::Trailer { json } = &self.state {
             let trailer: Trailer =
@@ -138,7 +139,7 @@ impl Decoder {
             let sha256 = hex(&self.sha256.clone().finalize());
             if trailer.bytes != self.bytes || trailer.sha256 != sha256 {
                 return Err(broken(format!(
-                    "the trailer speaks of {} bytes, {} came, or they differ",
+                    "the trailer announces {} bytes and {} arrived, or their digests differ",
                     trailer.bytes, self.bytes
                 )));
             }
@@ -150,7 +151,7 @@ impl Decoder {
         }
     }
 
-    /// Once [`Decoder::end`] was good.
+    /// The trailer, once [`Decoder::end`] has succeeded.
     pub fn trailer(&self) -> Option<&Trailer> {
         match &self.state {
             State::Finished(trailer) => Some(trailer),
@@ -158,17 +159,18 @@ impl Decoder {
         }
     }
 
-    /// Payload so far.
+    /// The bytes of payload so far.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 }
 
-/// Frames what is written. Without [`ChunkWriter::finish`] the stream stays incomplete, as it should.
+/// Frames the bytes that are written to it. The receiver sees an incomplete stream unless
+/// [`ChunkWriter::finish`] is called.
 pub struct ChunkWriter<W: Write> {
     inner: W,
     encoder: Encoder,
-    /// Room for the header in front.
+    /// Begins with room for the header.
     buffer: Vec<u8>,
 }
 
@@ -194,7 +196,7 @@ impl<W: Write> ChunkWriter<W> {
         self.encoder.bytes + (self.buffer.len() - HEADER_BYTES) as u64
     }
 
-    /// Writes the trailer; the reader takes the stream for finished when it sees the end of file after it.
+    /// Writes the trailer. The stream is complete when the reader sees the end of file after it.
     pub fn finish(mut self, entries: u64) -> io::Result<(W, Trailer)> {
         self.flush_chunk()?;
         let (end, trailer) = self.encoder.end(entries);
@@ -220,7 +222,7 @@ impl<W: Write> Write for ChunkWriter<W> {
     }
 }
 
-/// Gives the payload. Its end is 0 only after a trailer that fits; a stream without one is an error.
+/// Reads the payload. A read returns 0 only after a valid trailer; a stream without one is an error.
 pub struct ChunkReader<R: Read> {
     inner: R,
     decoder: Decoder,
@@ -231,7 +233,7 @@ impl<R: Read> ChunkReader<R> {
         Self { inner, decoder: Decoder::default() }
     }
 
-    /// Once the payload has been read to its end.
+    /// The trailer, once the payload has been read completely.
     pub fn trailer(&self) -> Option<&Trailer> {
         self.decoder.trailer()
     }
@@ -240,7 +242,7 @@ impl<R: Read> ChunkReader<R> {
         self.decoder.bytes()
     }
 
-    /// Reads and drops the rest of the payload, and gives the trailer.
+    /// Discards the rest of the payload and returns the trailer.
     pub fn finish(mut self) -> io::Result<Trailer> {
         io::copy(&mut self, &mut io::sink())?;
         self.decoder.end().cloned()
@@ -253,7 +255,8 @@ impl<R: Read> Read for ChunkReader<R> {
     }
 }
 
-/// One read through a decoder. Shared with the non-blocking source of the daemon, whose `WouldBlock` goes through.
+/// Reads once through a decoder. The daemon also uses it with a non-blocking source, whose `WouldBlock`
+/// is passed on.
 pub fn read_payload(
     decoder: &mut Decoder,
     buffer: &mut [u8],
@@ -288,7 +291,7 @@ mod tests {
         writer.finish(entries).unwrap().0
     }
 
-    /// Gives at most `step` bytes a call.
+    /// Returns at most `step` bytes per read.
     struct Drip<'a>(&'a [u8], usize);
     impl Read for Drip<'_> {
         fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
@@ -323,14 +326,14 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_byte_is_seen() {
+    fn changed_byte_is_detected() {
         let mut stream = framed(b"hello, world", 1);
         stream[6] ^= 1;
         assert_eq!(kind_of(&stream), Kind::StreamIncomplete);
     }
 
     #[test]
-    fn bad_forms_are_refused() {
+    fn malformed_streams_are_refused() {
         let long_chunk = ((CHUNK_BYTES_MAX + 1) as u32).to_be_bytes();
         let long_trailer = [vec![0; 4], vec![b' '; TRAILER_BYTES_MAX + 1]].concat();
         let after_the_end = [framed(b"x", 1), b"y".to_vec()].concat();

@@ -1,4 +1,4 @@
-//! VMs.
+//! Calls about VMs.
 
 use super::calls;
 use super::port::Port;
@@ -41,14 +41,14 @@ impl VmState {
     }
 }
 
-/// What a guest may reach: `--net`.
+/// What a guest can reach (`--net`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Net {
-    /// Outwards through the host's address, and names.
+    /// Outgoing connections through the host's address, and DNS.
     #[default]
     Nat,
-    /// Nothing. SSH from the host, and so exec and copies, works.
+    /// Nothing. The host can still reach the guest by SSH, so commands and copies work.
     None,
 }
 
@@ -57,16 +57,16 @@ pub enum Net {
 #[serde(rename_all = "snake_case")]
 pub enum Synced {
     Yes,
-    /// It was not asked: kill, or it had not booted.
+    /// The guest was not asked, because it was killed or had not booted.
     No,
-    /// It was asked and did not answer in time.
+    /// The guest was asked but did not answer in time.
     Timeout,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WorkspaceState {
-    /// An import began and has not been verified to its end.
+    /// An import has begun and was not completed and verified.
     Incomplete,
     Complete,
 }
@@ -78,27 +78,27 @@ pub struct WorkspaceInfo {
     pub workdir: String,
     pub state: WorkspaceState,
     pub readonly: bool,
-    /// Entries and bytes of the last complete import.
+    /// The number of entries in the last complete import.
     pub entries: u64,
     pub bytes: u64,
     /// Seconds since the epoch.
     pub prepared_at: u64,
 }
 
-/// What a VM's devices may move in a second. None: as much as the host can; in a request: as it was.
+/// The rate limits of a VM's devices. None means no limit, or in a request no change.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RateLimits {
-    /// Of each of its disks, reads and writes together.
+    /// For each disk, counting reads and writes together.
     pub disk_bytes_per_s: Option<u64>,
     pub disk_ops_per_s: Option<u64>,
-    /// What the guest receives.
+    /// For traffic to the guest.
     pub net_rx_bytes_per_s: Option<u64>,
-    /// What the guest sends.
+    /// For traffic from the guest.
     pub net_tx_bytes_per_s: Option<u64>,
 }
 
 impl RateLimits {
-    /// The members in their order.
+    /// The members in the order of their declaration.
     pub fn all(&self) -> [Option<u64>; 4] {
         [self.disk_bytes_per_s, self.disk_ops_per_s, self.net_rx_bytes_per_s, self.net_tx_bytes_per_s]
     }
@@ -107,13 +107,13 @@ impl RateLimits {
         Self { disk_bytes_per_s, disk_ops_per_s, net_rx_bytes_per_s, net_tx_bytes_per_s }
     }
 
-    /// After a request that says `change`.
+    /// These limits after a request with `change`.
     pub fn with(&self, change: &Self) -> Self {
         let (now, change) = (self.all(), change.all());
         Self::of(std::array::from_fn(|i| change[i].map_or(now[i], |n| Some(n).filter(|n| *n > 0))))
     }
 
-    pub fn says_nothing(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 }
@@ -125,54 +125,54 @@ pub struct Vm {
     pub name: VmName,
     pub owner_uid: u32,
     pub state: VmState,
-    /// Why it is in this state, where there is more to say: `the VMM died: signal 9`.
+    /// Details about the state, such as `the VMM died: signal 9`.
     pub reason: Option<String>,
     pub image: ImageRef,
-    /// Instead of the image's.
+    /// The kernel that it boots instead of the image's.
     #[serde(default)]
     pub kernel: Option<KernelName>,
     pub vcpus: u32,
     pub mem_mib: u64,
     pub disk_bytes: u64,
-    /// Of a second disk, which the guest has at `/work`.
+    /// The size of a second disk, which the guest mounts at `/work`.
     #[serde(default)]
     pub work_disk_bytes: Option<u64>,
-    // The members of `RateLimits`, spelt out: serde buffers every member of a struct that has a flattened one, which
-    // doubled the time that a client needs to read a list.
+    // The members of `RateLimits` are not flattened, because serde would then buffer every member of this
+    // struct, which doubled the time that a client needs to read a list.
     pub disk_bytes_per_s: Option<u64>,
     pub disk_ops_per_s: Option<u64>,
     pub net_rx_bytes_per_s: Option<u64>,
     pub net_tx_bytes_per_s: Option<u64>,
     pub net: Net,
-    /// Ports of the host that lead into the guest.
+    /// The host ports that are forwarded to the guest.
     #[serde(default)]
     pub ports: Vec<Port>,
-    /// Settings that `vm.set` changed and that the running guest does not have yet.
+    /// Settings that `vm.set` has changed but that apply to the guest only from its next start.
     pub pending: Option<Pending>,
-    /// Deleted when its holder goes or it stops.
+    /// It is deleted when it stops or its holder disconnects.
     pub rm: bool,
     /// Seconds since the epoch.
     pub created_at: u64,
     pub started_at: Option<u64>,
-    /// The operation that owns the VM now.
+    /// The operation that currently changes the VM.
     pub op: Option<OpId>,
-    /// The VMM's process, while it runs.
+    /// The pid of the VMM while it runs.
     pub pid: Option<u32>,
-    /// Where the guest's SSH server is reached from the host.
+    /// The address at which the host reaches the guest's SSH server.
     pub ssh_addr: Option<std::net::SocketAddr>,
-    /// Which driver runs it and how: `qemu (tcg, microvm)`.
+    /// The driver that runs it and its mode, such as `qemu (tcg, microvm)`.
     pub driver: Option<String>,
-    /// How the root disk was made from the image: `reflink`, `qcow2`, `dm-snapshot`, `copy`.
+    /// How the root disk was created from the image: `reflink`, `qcow2`, `dm-snapshot` or `copy`.
     pub disk_driver: Option<String>,
-    /// Of the last stop.
+    /// Whether the guest was synced at its last stop.
     pub synced: Option<Synced>,
-    /// The VMM runs and does not answer.
+    /// The VMM runs but does not answer.
     #[serde(default)]
     pub unresponsive: bool,
-    /// The guest runs and stands still: `vm.pause`.
+    /// The guest is paused (`vm.pause`).
     #[serde(default)]
     pub paused: bool,
-    /// The guest runs and is to give back all but so much of its memory: `vm.balloon`.
+    /// The guest returns all of its memory but this much (`vm.balloon`).
     #[serde(default)]
     pub balloon_mib: Option<u64>,
     pub workspace: Option<WorkspaceInfo>,
@@ -194,7 +194,7 @@ pub struct Pending {
     pub vcpus: Option<u32>,
     pub mem_mib: Option<u64>,
     pub disk_bytes: Option<u64>,
-    /// 0: there will be no limit.
+    /// 0 means that the limit will be removed.
     #[serde(flatten)]
     pub rates: RateLimits,
 }
@@ -202,13 +202,13 @@ pub struct Pending {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmCreateRequest {
-    /// Adjective-noun when not given.
+    /// A generated name, adjective-noun, if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<VmName>,
-    /// `default` when not given.
+    /// `default` if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<ImageRef>,
-    /// One of `kernel.list` instead of the image's.
+    /// A kernel from `kernel.list` to boot instead of the image's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<KernelName>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -217,31 +217,31 @@ pub struct VmCreateRequest {
     pub mem_mib: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
-    /// Size of a second, empty disk, which the guest has at `/work`; it lives as long as the VM.
+    /// The size of a second, empty disk, which the guest mounts at `/work`. It is deleted with the VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub work_disk_bytes: Option<u64>,
-    /// Of each of its disks, reads and writes together; 0: no limit.
+    /// For each disk, counting reads and writes together. 0 removes the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes_per_s: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_ops_per_s: Option<u64>,
-    /// What the guest receives; 0: no limit.
+    /// For traffic to the guest. 0 removes the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net_rx_bytes_per_s: Option<u64>,
-    /// What the guest sends; 0: no limit.
+    /// For traffic from the guest. 0 removes the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net_tx_bytes_per_s: Option<u64>,
-    /// `nat` when not given.
+    /// `nat` if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net: Option<Net>,
-    /// Each port of the host is one VM's, from its creation to its deletion.
+    /// A host port belongs to one VM from its creation to its deletion.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<Port>,
-    /// The daemon deletes it when it stops, when its holder goes, or when the daemon restarts without one.
+    /// Delete the VM when it stops, when its holder disconnects, or when the daemon restarts without one.
     #[serde(default)]
     pub rm: bool,
-    /// Stay on the line (`more`): a `created` note at once, the answer when the VM is gone. When the connection
-    /// goes, an `rm` VM is deleted.
+    /// Needs `more`. A `created` note comes immediately and the reply when the VM has been deleted. When
+    /// the connection closes, an `rm` VM is deleted.
     #[serde(default)]
     pub hold: bool,
 }
@@ -252,7 +252,7 @@ impl VmCreateRequest {
     }
 }
 
-/// A VM by name, id, or unambiguous prefix of an id.
+/// A VM by name, id or unambiguous prefix of its id.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmRequest {
@@ -263,10 +263,10 @@ pub struct VmRequest {
 #[serde(deny_unknown_fields)]
 pub struct VmStopRequest {
     pub vm: String,
-    /// Kill the VMM at once; joins and shortens a graceful stop.
+    /// Kill the VMM immediately. This also cuts short a graceful stop in progress.
     #[serde(default)]
     pub force: bool,
-    /// How long the guest may take before it is forced.
+    /// How long the guest may take to shut down before the VMM is killed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_ms: Option<u64>,
 }
@@ -275,10 +275,10 @@ pub struct VmStopRequest {
 #[serde(deny_unknown_fields)]
 pub struct VmDeleteRequest {
     pub vm: String,
-    /// Also when it runs.
+    /// Delete the VM even if it runs.
     #[serde(default)]
     pub force: bool,
-    /// A VM that is not there is no error.
+    /// Do not fail if the VM does not exist.
     #[serde(default)]
     pub if_exists: bool,
 }
@@ -286,13 +286,13 @@ pub struct VmDeleteRequest {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmListRequest {
-    /// Also those that do not run.
+    /// Include VMs that do not run.
     #[serde(default)]
     pub all: bool,
-    /// Continue behind this place: `next` of the page before.
+    /// The cursor of the page: `next` of the previous one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<String>,
-    /// At most so many items; fewer may come.
+    /// The most items to return; there may be fewer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u32>,
 }
@@ -305,24 +305,24 @@ pub struct VmSetRequest {
     pub vcpus: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem_mib: Option<u64>,
-    /// May only grow.
+    /// The new size, which may only grow.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
-    /// Of each of its disks, reads and writes together; 0: no limit.
+    /// For each disk, counting reads and writes together. 0 removes the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes_per_s: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_ops_per_s: Option<u64>,
-    /// What the guest receives; 0: no limit.
+    /// For traffic to the guest. 0 removes the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net_rx_bytes_per_s: Option<u64>,
-    /// What the guest sends; 0: no limit.
+    /// For traffic from the guest. 0 removes the limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net_tx_bytes_per_s: Option<u64>,
-    /// A guest that runs has the rates at once; there is nothing else that it could have at once.
+    /// Apply the rates to the running guest immediately. No other setting can be applied to it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub now: bool,
-    /// Whether it is deleted when its holder goes or it stops. Holds at once.
+    /// Whether the VM is deleted when it stops or its holder disconnects. Applies immediately.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rm: Option<bool>,
 }
@@ -337,7 +337,7 @@ impl VmSetRequest {
 #[serde(deny_unknown_fields)]
 pub struct VmBalloonRequest {
     pub vm: String,
-    /// What the guest is to keep of its memory, until its next start; none: only look.
+    /// How much memory the guest keeps until its next start. If not given, only report.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_mib: Option<u64>,
 }
@@ -345,7 +345,8 @@ pub struct VmBalloonRequest {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmBalloonReply {
     pub vm: Vm,
-    /// What the guest keeps now. It gives back by and by, and takes again at once what it cannot do without.
+    /// How much memory the guest keeps now. It returns memory gradually and takes back what it needs
+    /// immediately.
     pub kept_mib: u64,
 }
 
@@ -353,15 +354,16 @@ pub struct VmBalloonReply {
 #[serde(deny_unknown_fields)]
 pub struct VmLogsRequest {
     pub vm: String,
-    /// Only the last lines.
+    /// Only this many of the last lines.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tail: Option<u64>,
-    /// Stay on the line (`more`) until the VM is deleted or the caller goes.
+    /// Keep sending (`more`) until the VM is deleted or the caller disconnects.
     #[serde(default)]
     pub follow: bool,
 }
 
-/// Console output as text; bytes that are no UTF-8 are replaced, control characters are the client's to show.
+/// Console output as text. Bytes that are not UTF-8 are replaced; the client has to handle control
+/// characters.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LogChunk {
     pub text: String,
@@ -371,7 +373,7 @@ pub struct LogChunk {
 #[serde(deny_unknown_fields)]
 pub struct VmWaitRequest {
     pub vm: String,
-    /// `stopped` when not given, which `failed` fulfils too.
+    /// `stopped` if not given. `failed` also ends a wait for `stopped`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<VmState>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -385,16 +387,16 @@ pub struct VmReply {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmListReply<V = Vm> {
-    /// From the oldest to the newest.
+    /// Oldest first.
     pub vms: Vec<V>,
-    /// There are more: ask again with `after` set to this.
+    /// If set, there are more items: repeat the call with `after` set to this.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmDeleteReply {
-    /// None when it was not there and `if_exists` was said.
+    /// None if the VM did not exist and `if_exists` was set.
     pub deleted: Option<VmId>,
 }
 
@@ -403,16 +405,16 @@ pub struct VmPruneReply {
     pub deleted: Vec<VmId>,
 }
 
-/// What a plain ssh client needs. The key is the VM's own and goes to its owner only.
+/// What an ordinary SSH client needs. The key is for this VM only and is sent to its owner only.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SshConfigReply {
     pub vm: VmId,
     pub name: VmName,
     pub addr: std::net::SocketAddr,
     pub user: String,
-    /// OpenSSH format.
+    /// In OpenSSH's format.
     pub private_key: String,
-    /// `ssh-ed25519 AAAA...`
+    /// For example `ssh-ed25519 AAAA...`.
     pub host_key: String,
     pub workdir: Option<String>,
 }
@@ -420,34 +422,35 @@ pub struct SshConfigReply {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmStatsRequest {
-    /// All of the caller's that run when none is named.
+    /// The VMs; all running VMs of the caller if empty.
     #[serde(default)]
     pub vms: Vec<String>,
-    /// Continue behind this place: `next` of the page before.
+    /// The cursor of the page: `next` of the previous one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<String>,
-    /// At most so many items; fewer may come.
+    /// The most items to return; there may be fewer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u32>,
 }
 
-/// What a VM has used of the host since its VMM began: counters only grow until its next start. None: nobody counts that here.
+/// The host resources that a VM has used since its VMM started. Counters grow until the next start. A
+/// value is null if nothing counts it on this host.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmStats {
     pub vm: VmId,
     pub name: VmName,
-    /// When it was looked at, in milliseconds since the epoch.
+    /// When the values were read, in milliseconds since the epoch.
     pub at_ms: u64,
-    /// Of the VMM's process, the guest's included.
+    /// CPU time of the VMM's process, including the guest's.
     pub cpu_ns: u64,
-    /// That the VMM has now.
+    /// Memory that the VMM currently uses.
     pub memory_bytes: u64,
-    /// The guest's size.
+    /// The guest's memory size.
     pub memory_max_bytes: u64,
-    /// From and to the host's block devices.
+    /// Bytes read from the host's block devices.
     pub disk_read_bytes: Option<u64>,
     pub disk_written_bytes: Option<u64>,
-    /// By the guest, on a bridge.
+    /// Bytes received by the guest; counted on a bridge only.
     pub net_received_bytes: Option<u64>,
     pub net_sent_bytes: Option<u64>,
 }
@@ -455,20 +458,21 @@ pub struct VmStats {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmStatsReply<S = VmStats> {
     pub stats: Vec<S>,
-    /// There are more: ask again with `after` set to this.
+    /// If set, there are more items: repeat the call with `after` set to this.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
 }
 
-/// What a VMM counts, in its own words.
+/// The metrics of a VMM in its own format.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmMetricsReply {
     pub vm: VmId,
     pub name: VmName,
-    /// Whose words they are.
+    /// The driver whose format it is.
     pub driver: Option<String>,
-    /// The oldest first. Firecracker tells what has happened since it told last, once a minute and when it is asked: these are those that
-    /// nobody has read yet, as far as they were kept, and one of now. QEMU tells what has happened since its start.
+    /// Oldest first. Firecracker reports what has happened since its last report, once a minute and on
+    /// request, so this contains a new report and the kept ones that were not read yet. QEMU reports what
+    /// has happened since its start.
     pub metrics: Vec<serde_json::Value>,
 }
 
@@ -476,13 +480,13 @@ pub struct VmMetricsReply {
 #[serde(deny_unknown_fields)]
 pub struct VmConnectRequest {
     pub vm: String,
-    /// Of the guest's vsock (vsock(7)).
+    /// The guest's vsock port (vsock(7)).
     pub port: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LogsReply {
-    /// Bytes sent in `log` notes.
+    /// The number of bytes sent in `log` notes.
     pub bytes: u64,
 }
 
@@ -490,17 +494,17 @@ pub struct LogsReply {
 #[serde(deny_unknown_fields)]
 pub struct VmForkRequest {
     pub vm: String,
-    /// Of the new VM; adjective-noun when not given.
+    /// The name of the new VM; a generated name, adjective-noun, if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<VmName>,
 }
 
 calls! {
-    /// Makes the row; nothing boots. With `hold` it is answered when the VM is gone.
+    /// Creates the VM without booting it. With `hold`, replies when the VM has been deleted.
     VmCreate = "vm.create" (VmCreateRequest) -> VmReply;
-    /// An operation. Already running: ok.
+    /// An operation. Succeeds if the VM is already running.
     VmStart = "vm.start" (VmRequest) -> VmReply;
-    /// An operation; hang-up does not cancel it. Already stopped: ok.
+    /// An operation; hanging up does not cancel it. Succeeds if the VM is already stopped.
     VmStop = "vm.stop" (VmStopRequest) -> VmReply;
     VmRestart = "vm.restart" (VmStopRequest) -> VmReply;
     VmKill = "vm.kill" (VmRequest) -> VmReply;
@@ -508,22 +512,22 @@ calls! {
     VmList = "vm.list" (VmListRequest) -> VmListReply;
     VmShow = "vm.show" (VmRequest) -> VmReply;
     VmStatsCall = "vm.stats" (VmStatsRequest) -> VmStatsReply;
-    /// An operation; hang-up cancels it. A new VM goes on from where another is, which runs on.
+    /// An operation; hanging up cancels it. Clones a running VM, which continues to run.
     VmFork = "vm.fork" (VmForkRequest) -> VmReply;
     VmMetrics = "vm.metrics" (VmRequest) -> VmMetricsReply;
-    /// A stream to what listens on a vsock port of the guest's: a connected socket, which comes with the first byte of the reply
-    /// (SCM_RIGHTS) and needs the daemon no more. With Firecracker the end of one direction is that of both.
+    /// Connects to a vsock port of the guest. The connected socket comes with the first byte of the reply
+    /// (SCM_RIGHTS) and does not depend on the daemon. Firecracker does not support half-close.
     VmConnect = "vm.connect" (VmConnectRequest) -> VmReply;
-    /// The guest's vCPUs stand still until `vm.resume`; nothing new is begun in it.
+    /// Pauses the guest's vCPUs until `vm.resume`. No new commands can start in it meanwhile.
     VmPause = "vm.pause" (VmRequest) -> VmReply;
     VmResume = "vm.resume" (VmRequest) -> VmReply;
     VmSet = "vm.set" (VmSetRequest) -> VmReply;
-    /// Has the guest give memory back, or take it again.
+    /// Makes the guest return memory to the host or take it back.
     VmBalloon = "vm.balloon" (VmBalloonRequest) -> VmBalloonReply;
-    /// `log` notes (`more`), then the reply.
+    /// Sends `log` notes (`more`), then the reply.
     VmLogs = "vm.logs" (VmLogsRequest) -> LogsReply;
     VmWait = "vm.wait" (VmWaitRequest) -> VmReply;
-    /// Deletes the caller's VMs that are `created`, `stopped` or `failed`.
+    /// Deletes the caller's VMs in the states `created`, `stopped` and `failed`.
     VmPrune = "vm.prune" (super::Empty) -> VmPruneReply;
     VmSshConfig = "vm.ssh_config" (VmRequest) -> SshConfigReply;
 }

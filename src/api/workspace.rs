@@ -1,69 +1,72 @@
-//! Workspaces: a tree goes in, a patch or a tree comes out. The caller packs and unpacks; the daemon relays.
+//! Workspaces: importing a tree into a guest, and exporting a patch or a tree. The caller packs and
+//! unpacks; the daemon only relays the bytes.
 //!
 //! # The stream
-//! In either direction the FIFO carries chunks: a length as four bytes, big-endian, and so many bytes, at most
-//! [`CHUNK_BYTES_MAX`]. A chunk of length 0 ends the payload; what follows it up to the end of file is one JSON
-//! [`Trailer`]. A stream without a trailer that fits its payload is never taken for a finished one.
+//! In either direction the FIFO carries chunks: a length (four bytes, big-endian, at most
+//! [`CHUNK_BYTES_MAX`]) and that many bytes. A chunk of length 0 ends the payload. One JSON [`Trailer`]
+//! follows, up to the end of file. A stream without a trailer that matches its payload is incomplete.
 //!
 //! # The payload of an import
 //! One line `fcd-import 1 <meta_bytes>\n`, then `meta_bytes` bytes of a tar archive for the guest-side script
 //! (git objects, index entries, the list of what is sent), then a tar archive of the tree itself.
 //!
 //! # The payload of an export
-//! One line `fcd-export 1 <count> <bytes>\n`, then so many bytes of records that name what could not be brought back:
-//! a letter (`r`: the `.git` of a repository made in the guest, `s`: files in a submodule or in a repository of the
-//! caller's that was not sent, `n`: a name that git refuses), a blank, the path, NUL. The list is cut where it is too
-//! long, `count` is of all. Then the patch, or a tar. The guest writes all of it.
+//! One line `fcd-export 1 <count> <bytes>\n`, then `bytes` bytes of records that name paths that could
+//! not be exported. A record is a letter, a blank, the path and NUL. The letters are `r` (the `.git` of a
+//! repository that was created in the guest), `s` (files in a submodule, or in a repository of the caller
+//! that was not sent) and `n` (a name that git refuses). The list is truncated if it is too long, but
+//! `count` counts all of them. The patch or the tar follows. All of it is written by the guest.
 
 use super::calls;
 use super::vm::Vm;
 use serde::{Deserialize, Serialize};
 
 pub const CHUNK_BYTES_MAX: usize = 256 * 1024;
-/// Most bytes of the trailer's JSON.
+/// The longest trailer, in bytes of JSON.
 pub const TRAILER_BYTES_MAX: usize = 4096;
 
-/// What the sender says it sent.
+/// What the sender claims to have sent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Trailer {
-    /// Entries of the tree: files, links and directories that were sent as such. 0 in an export, where nobody on the
-    /// host has looked at the payload.
+    /// The number of files, links and directories in the tree. 0 in an export, because the daemon does
+    /// not inspect the payload.
     pub entries: u64,
-    /// Bytes of the payload.
+    /// The size of the payload.
     pub bytes: u64,
-    /// Of the payload, hexadecimal.
+    /// The digest of the payload in hexadecimal.
     pub sha256: String,
 }
 
-/// With one descriptor: the read end of a FIFO. An operation; hang-up cancels it.
+/// An operation; hanging up cancels it. One descriptor is passed: the read end of a FIFO.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PrepareRequest {
     pub vm: String,
-    /// Absolute, below one of the allowed roots; `/root/<name of the tree>` or so, chosen by the caller.
+    /// An absolute path below one of the allowed roots, such as `/root/<name of the tree>`.
     pub guest_path: String,
-    /// Below `guest_path`, relative: where commands start. Empty: `guest_path` itself.
+    /// Where commands start, relative to `guest_path`. Empty means `guest_path` itself.
     #[serde(default)]
     pub subdir: String,
     #[serde(default)]
     pub readonly: bool,
-    /// Files that the guest changed since the last import are replaced too.
+    /// Also replace files that the guest has changed since the last import.
     #[serde(default)]
     pub overwrite: bool,
-    /// Answer `busy` when another import or export of this VM is under way.
+    /// Fail with `busy` if another import or export of this VM is in progress.
     #[serde(default)]
     pub no_wait: bool,
-    /// For the progress bar.
+    /// The expected size, for the progress bar.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_expected: Option<u64>,
-    /// An ordinary tar, whose paths nobody checked: no list of what is sent comes with it.
+    /// The payload is an ordinary tar whose paths were not checked, without a list of what is sent.
     #[serde(default)]
     pub raw_tar: bool,
 }
 
-/// The guest is ready for the stream; these paths it changed since the last import and keeps, so that the
-/// caller leaves them out. Each is percent-encoded where its bytes are no printable ASCII, and `%` itself.
+/// The guest is ready for the stream. It keeps the paths that it has changed since the last import, so
+/// the caller leaves them out. In each path, `%` and bytes that are not printable ASCII are
+/// percent-encoded.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Ready {
     pub keep: Vec<String>,
@@ -72,7 +75,7 @@ pub struct Ready {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PrepareReply {
     pub vm: Vm,
-    /// Changed in the guest and kept, encoded as in [`Ready`].
+    /// The paths that the guest has changed and kept, encoded as in [`Ready`].
     pub kept: Vec<String>,
     pub entries: u64,
     pub bytes: u64,
@@ -81,13 +84,13 @@ pub struct PrepareReply {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExportKind {
-    /// A binary git patch against what was sent.
+    /// A binary git patch against the tree that was sent.
     Patch,
-    /// A tar of the tree as it stands: what was sent and what git does not ignore.
+    /// A tar of the current tree: the files that were sent and those that git does not ignore.
     Tree,
 }
 
-/// With one descriptor: the write end of a FIFO. An operation; hang-up cancels it.
+/// An operation; hanging up cancels it. One descriptor is passed: the write end of a FIFO.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExportRequest {
@@ -99,7 +102,7 @@ pub struct ExportRequest {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ExportReply {
-    /// Bytes of the payload. What they change is for the receiver to count: the guest's word is not passed on.
+    /// The size of the payload. The receiver counts the changes itself, because the guest is not trusted.
     pub bytes: u64,
 }
 

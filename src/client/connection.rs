@@ -1,4 +1,5 @@
-//! One connection: lines out with descriptors, lines in with a bound and a deadline.
+//! One connection to the daemon: sends requests with descriptors and reads lines of bounded length, with
+//! deadlines for both.
 
 use super::failure::{self, Failure, Result};
 use crate::api::frame::{FDS_MAX, FRAME_BYTES_MAX, Request, Version};
@@ -16,16 +17,16 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-/// For the connect (a full backlog) and for each write.
+/// The deadline of the connect, which blocks on a full backlog, and of each write.
 const SEND_DEADLINE: Duration = Duration::from_secs(10);
 /// A page of a list comes in a few reads, and the daemon rarely waits for the next one.
 const READ_BYTES: usize = 128 * 1024;
 
 pub(super) struct Connection {
     stream: UnixStream,
-    /// Read and not yet taken.
+    /// Bytes that were read but not yet returned as a line.
     buffer: Vec<u8>,
-    /// Came with what was read, and not yet taken.
+    /// A descriptor that was received but not yet taken.
     received: Option<OwnedFd>,
     last_id: u64,
     deadline: Option<Duration>,
@@ -45,12 +46,12 @@ impl Connection {
         self.last_id
     }
 
-    /// The descriptor that came with a line.
+    /// Takes the descriptor that arrived with a line.
     pub(super) fn take_received(&mut self) -> Option<OwnedFd> {
         self.received.take()
     }
 
-    /// How long each read may take.
+    /// Sets how long each read may take.
     pub(super) fn set_deadline(&mut self, deadline: Option<Duration>) -> Result<()> {
         self.deadline = deadline;
         Ok(self.stream.set_read_timeout(deadline).map_err(|e| Error::io("set a deadline", e))?)
@@ -60,7 +61,7 @@ impl Connection {
         let _ = self.stream.shutdown(std::net::Shutdown::Both);
     }
 
-    /// One request. The descriptors go with its first byte.
+    /// Sends one request. The descriptors accompany its first byte.
     pub(super) fn send(&mut self, method: &str, params: &RawValue, more: bool, fds: &[BorrowedFd<'_>]) -> Result<()> {
         self.last_id += 1;
         let id = RawValue::from_string(self.last_id.to_string()).expect("a number");
@@ -70,12 +71,12 @@ impl Connection {
         if line.len() > FRAME_BYTES_MAX {
             let e = Error::new(
                 Kind::FrameTooLarge,
-                format!("{method}: the request has {} bytes, {FRAME_BYTES_MAX} may go", line.len()),
+                format!("{method}: the request has {} bytes, more than the limit of {FRAME_BYTES_MAX}", line.len()),
             );
-            return Err(e.hint("pass less on the command line, and the rest through stdin (-i)").into());
+            return Err(e.hint("pass less on the command line and the rest through stdin (-i)").into());
         }
         match write_with_fds(&self.stream, &line, fds) {
-            // It may have closed on us and said why: the reader will find it, or the end.
+            // The daemon may have sent an error before it closed the connection; the next read finds out.
             Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(()),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(Error::new(
                 Kind::Timeout,
@@ -87,7 +88,7 @@ impl Connection {
         }
     }
 
-    /// The next line, without its newline.
+    /// Reads the next line and returns it without the newline.
     pub(super) fn read_line(&mut self, method: &str) -> Result<Vec<u8>> {
         let mut searched = 0;
         loop {
@@ -117,7 +118,7 @@ impl Connection {
                     self.hang_up();
                     let waited = self.deadline.unwrap_or_default().as_secs();
                     let e = Error::new(Kind::Timeout, format!("{method}: the daemon did not answer in {waited} s"));
-                    return Err(e.hint("see what it is at: fcctl debug locks").into());
+                    return Err(e.hint("see what it is doing: fcctl debug locks").into());
                 }
                 Err(e) => return Err(Error::io(format!("{method}: read from the daemon"), e).into()),
             }
@@ -153,7 +154,7 @@ fn lost(method: &str) -> Failure {
     Failure::unreachable(failure::LOST, message, "see whether fcd runs: fcctl doctor")
 }
 
-/// As `UnixStream::connect`, but a full backlog does not hold it for ever (unix(7): `SO_SNDTIMEO`).
+/// Like `UnixStream::connect`, but with a timeout for a full backlog (`SO_SNDTIMEO`, unix(7)).
 fn connect(socket: &Path) -> io::Result<UnixStream> {
     let address = SocketAddrUnix::new(socket)?;
     let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
@@ -167,23 +168,21 @@ fn unreachable_at(socket: &Path, e: &io::Error) -> Failure {
     match e.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Failure::unreachable(
             failure::ABSENT,
-            format!("no daemon at {at}: there is no such socket"),
-            "start one (fcd), or name its socket (--socket S or FCD_SOCKET)",
+            format!("no daemon at {at}: the socket does not exist"),
+            "start the daemon (fcd), or name its socket (--socket S or FCD_SOCKET)",
         ),
-        io::ErrorKind::ConnectionRefused => Failure::unreachable(
-            failure::ABSENT,
-            format!("no daemon at {at}: nobody listens on the socket"),
-            "start it again: fcd",
-        ),
+        io::ErrorKind::ConnectionRefused => {
+            Failure::unreachable(failure::ABSENT, format!("no daemon at {at}: connection refused"), "start the daemon again: fcd")
+        }
         io::ErrorKind::PermissionDenied => Failure::unreachable(
             failure::DENIED,
-            format!("the socket {at} may not be used by this user"),
-            format!("join the group that ls -l {at} shows, or run a daemon of your own: fcd"),
+            format!("connect to {at}: permission denied"),
+            format!("join the group that ls -l {at} shows, or run your own daemon: fcd"),
         ),
         io::ErrorKind::WouldBlock => Failure::unreachable(
             failure::LOST,
-            format!("the daemon at {at} took no connection in {} s", SEND_DEADLINE.as_secs()),
-            "see whether it hangs: fcctl doctor, or end it and start it again",
+            format!("the daemon at {at} did not accept the connection in {} s", SEND_DEADLINE.as_secs()),
+            "run fcctl doctor, or restart the daemon if it hangs",
         ),
         _ => Failure::unreachable(failure::LOST, format!("connect to {at}: {e}"), "run fcctl doctor"),
     }

@@ -1,4 +1,4 @@
-//! Why a call failed: the daemon's fault as it came, or what went wrong on this side.
+//! Why a call failed: the fault that the daemon sent, or an error on the client's side.
 
 use crate::api::fault::Fault;
 use crate::api::frame::{RpcError, rpc_code};
@@ -6,25 +6,25 @@ use crate::error::{Code, Error, Kind};
 
 pub type Result<T, E = Failure> = std::result::Result<T, E>;
 
-/// A fault with its code, its kind (which may be newer than this side) and its hint.
+/// A failed call, with its code, kind and hint. The kind may be one that this client does not know.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Failure {
     pub fault: Fault,
-    /// No daemon, or none that can be talked to.
+    /// True if the daemon could not be reached or lost the connection.
     pub unreachable: bool,
 }
 
 /// Exit status for a daemon that cannot be reached.
 pub const UNREACHABLE_STATUS: u8 = 5;
-/// Nobody listens at the socket.
+/// No daemon listens on the socket.
 pub const ABSENT: &str = "daemon_absent";
 /// This user may not use the socket.
 pub const DENIED: &str = "daemon_denied";
-/// It does not take connections, or has closed ours without an answer.
+/// The daemon does not accept connections, or has closed this one without an answer.
 pub const LOST: &str = "daemon_lost";
 
 impl Failure {
-    /// No daemon could be talked to. `kind` is one of this side's own: [`ABSENT`], [`DENIED`], [`LOST`].
+    /// The daemon could not be reached. `kind` is one of the client's own: [`ABSENT`], [`DENIED`] or [`LOST`].
     pub fn unreachable(kind: &str, message: impl Into<String>, hint: impl Into<String>) -> Self {
         let fault = Fault {
             code: Code::Host,
@@ -37,7 +37,7 @@ impl Failure {
         Self { fault, unreachable: true }
     }
 
-    /// The error of a response. One of the protocol's own may come without data.
+    /// Converts the error of a response. Errors of the JSON-RPC layer may have no data.
     pub fn from_rpc(error: RpcError) -> Self {
         if let Some(fault) = error.data {
             return Self { fault, unreachable: false };
@@ -53,25 +53,25 @@ impl Failure {
     pub fn code(&self) -> Code {
         self.fault.code
     }
-    /// The stable name of what went wrong.
+    /// The stable name of the error.
     pub fn kind(&self) -> &str {
         &self.fault.kind
     }
     pub fn is(&self, kind: Kind) -> bool {
         self.fault.kind == kind.name()
     }
-    /// Outside `exec` and `run`.
+    /// The exit status of `fcctl`, except for `exec` and `run`.
     pub fn exit_status(&self) -> u8 {
         if self.unreachable { UNREACHABLE_STATUS } else { self.fault.code.exit_status() }
     }
 
-    /// Says what was being done: `doing: message`.
+    /// Prefixes the message with what was being done: `doing: message`.
     #[must_use]
     pub fn context(mut self, doing: impl std::fmt::Display) -> Self {
         self.fault.message = format!("{doing}: {}", self.fault.message);
         self
     }
-    /// Something to run that fits better than what came.
+    /// Replaces the hint with a more specific one.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.fault.hint = Some(hint.into());

@@ -1,4 +1,4 @@
-//! A daemon for tests: a thread for each connection, answers from a closure.
+//! A fake daemon for tests. It has a thread per connection and answers from a closure.
 
 use crate::api::frame::{FDS_MAX, Note, Notification, Version};
 use crate::api::{Fault, VERSION_MAJOR, VERSION_MINOR};
@@ -14,7 +14,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// One request, and how to answer it.
+/// One request, with methods to answer it.
 pub(crate) struct Request {
     pub(crate) method: String,
     pub(crate) params: Value,
@@ -26,7 +26,7 @@ pub(crate) struct Request {
 
 impl Request {
     pub(crate) fn raw(&mut self, line: &str) {
-        // The client may have gone: that is often the point.
+        // Ignored because tests let the client disconnect.
         let _ = self.stream.write_all(format!("{line}\n").as_bytes());
     }
     pub(crate) fn note(&mut self, note: Note) {
@@ -37,7 +37,7 @@ impl Request {
         let line = json!({"jsonrpc": "2.0", "id": self.id, "result": result}).to_string();
         self.raw(&line);
     }
-    /// With a descriptor.
+    /// Answers with a result and a descriptor.
     pub(crate) fn result_with(self, result: impl Serialize, fd: &OwnedFd) {
         let line = json!({"jsonrpc": "2.0", "id": self.id, "result": result}).to_string() + "\n";
         super::connection::write_with_fds(&self.stream, line.as_bytes(), &[fd.as_fd()]).unwrap();
@@ -47,7 +47,7 @@ impl Request {
         let line = json!({"jsonrpc": "2.0", "id": self.id, "error": {"code": -32000, "message": fault.message, "data": fault}});
         self.raw(&line.to_string());
     }
-    /// Without an answer.
+    /// Closes the connection without an answer.
     pub(crate) fn hang_up(self) {
         self.stream.shutdown(std::net::Shutdown::Both).unwrap();
     }
@@ -57,7 +57,7 @@ impl Request {
     }
 }
 
-/// `fcd.info` is answered; everything else goes to the closure.
+/// A fake daemon that answers `fcd.info` itself and passes all other requests to a closure.
 pub(crate) struct Fake {
     dir: tempfile::TempDir,
     calls: Receiver<String>,
@@ -92,18 +92,18 @@ impl Fake {
     pub(crate) fn dir(&self) -> &Path {
         self.dir.path()
     }
-    /// The calls so far, without `fcd.info`: `vm.stop {"vm":"a"}`.
+    /// The calls so far except `fcd.info`, such as `vm.stop {"vm":"a"}`.
     pub(crate) fn calls(&self) -> Vec<String> {
         self.calls.try_iter().collect()
     }
-    /// The same without parameters.
+    /// The methods of the calls so far, without parameters.
     pub(crate) fn methods(&self) -> String {
         let methods: Vec<_> = self.calls.try_iter().map(|c| c.split(' ').next().unwrap().to_owned()).collect();
         methods.join(" ")
     }
 }
 
-#[allow(clippy::disallowed_methods)] // The client's layer has no threads of its own.
+#[allow(clippy::disallowed_methods)] // The client layer must not import `host`.
 pub(super) fn spawn(body: impl FnOnce() + Send + 'static) -> std::thread::JoinHandle<()> {
     std::thread::spawn(body)
 }
@@ -129,7 +129,7 @@ fn serve(stream: UnixStream, info: &Value, handler: &Handler, calls: &Sender<Str
     }
 }
 
-/// A line and what came with its first byte.
+/// Reads a line and the descriptors that came with its first byte.
 fn read_request(stream: &UnixStream) -> Option<(String, Vec<OwnedFd>)> {
     let mut fds = Vec::new();
     let mut line = Vec::new();

@@ -1,6 +1,7 @@
-//! The blocking client: one connection, one call in flight on it.
+//! The blocking client. A [`Client`] is one connection with at most one call in flight ([`InFlight`]);
+//! another thread can end the call with a [`Hangup`]. Errors are [`Failure`]s.
 //!
-//! Nothing here prints, reads the environment or chooses a socket; `cli` does.
+//! This module does not print, read the environment or choose a socket; `cli` does.
 
 mod connection;
 mod failure;
@@ -25,26 +26,27 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// A daemon that lives answers a plain call from memory; this much covers a very busy host.
+/// The deadline of a plain call. The daemon answers it from memory, so this is enough on a very busy host.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(30);
-/// From the connect to the answer of `fcd.info`.
+/// The deadline of the `fcd.info` call after the connect.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 
-/// A connection to a daemon of a fitting version.
+/// A connection to a daemon of a compatible version.
 pub struct Client {
     connection: Connection,
     socket: PathBuf,
     warning: Option<String>,
 }
 
-/// What comes next on the line of a `more` call.
+/// The next thing that the daemon sent for a `more` call.
 #[derive(Debug)]
 pub enum Event<R> {
     Note(Note),
     Reply(R),
 }
 
-/// A call that was sent and not yet answered. Dropping it before its reply leaves the connection of no further use.
+/// A call that was sent but not yet answered. If it is dropped before the reply, the connection cannot
+/// be used for further calls.
 pub struct InFlight<'a, R> {
     client: &'a mut Client,
     id: u64,
@@ -52,18 +54,18 @@ pub struct InFlight<'a, R> {
     reply: PhantomData<R>,
 }
 
-/// Cuts a connection from another thread; the call in flight on it then fails, and the daemon sees a hang-up.
+/// Closes a connection from another thread. The call in flight then fails, and the daemon sees a hang-up.
 #[derive(Debug)]
 pub struct Hangup(std::os::unix::net::UnixStream);
 
 impl Hangup {
     pub fn hang_up(&self) {
-        // Fails only when the peer has gone already.
+        // Fails only if the daemon has already closed the connection.
         let _ = self.0.shutdown(std::net::Shutdown::Both);
     }
 }
 
-/// What every version of the daemon says of itself, whatever else it says.
+/// The members of `fcd.info` that every version of the daemon sends.
 #[derive(Deserialize)]
 struct Hello {
     api: ApiVersion,
@@ -72,8 +74,11 @@ struct Hello {
 }
 
 impl Client {
-    /// Connects and compares versions. Errors: unreachable (`Failure::unreachable`), another major version
-    /// (`version_mismatch`, counted as unreachable). A difference that works leaves a [`Client::warning`].
+    /// Connects and compares versions. A compatible difference leaves a [`Client::warning`].
+    ///
+    /// # Errors
+    /// `Failure::unreachable` if there is no daemon, and `version_mismatch`, which also counts as
+    /// unreachable, if the major version differs.
     pub fn connect(socket: &Path) -> Result<Self> {
         let mut client = Self::connect_again(socket)?;
         let params = RawValue::from_string("{}".to_owned()).expect("an object");
@@ -83,7 +88,7 @@ impl Client {
         Ok(client)
     }
 
-    /// Without asking for the version: for a second connection to a daemon that was asked.
+    /// Opens a second connection to a daemon whose version has been checked before.
     pub fn connect_again(socket: &Path) -> Result<Self> {
         Ok(Self { connection: Connection::open(socket)?, socket: socket.to_owned(), warning: None })
     }
@@ -92,24 +97,24 @@ impl Client {
         &self.socket
     }
 
-    /// A difference of versions that the user should know of.
+    /// A difference between the versions that the user should know about.
     pub fn warning(&self) -> Option<&str> {
         self.warning.as_deref()
     }
 
-    /// A handle that cuts this connection from another thread.
+    /// A handle that closes this connection from another thread.
     pub fn hangup(&self) -> Result<Hangup> {
         Ok(Hangup(self.connection.try_clone()?))
     }
 
-    /// A call that is answered at once; `timeout` after [`CALL_DEADLINE`].
+    /// Makes a call that the daemon answers immediately. Fails with `timeout` after [`CALL_DEADLINE`].
     pub fn call<C: Call>(&mut self, request: &C::Request) -> Result<C::Reply> {
         self.send(C::METHOD, &raw(request)?, false, &[])?;
         self.connection.set_deadline(Some(CALL_DEADLINE))?;
         self.flight::<C::Reply>(C::METHOD).finish(&mut |_| Ok(()))
     }
 
-    /// All items of a list, page by page.
+    /// Reads all pages of a list.
     pub fn list<C: ListCall>(&mut self, mut request: C::Request) -> Result<Vec<C::Item>> {
         let mut all = Vec::new();
         loop {
@@ -128,7 +133,7 @@ impl Client {
         }
     }
 
-    /// The same for a call whose answer brings a descriptor.
+    /// Like [`Client::call`], for a call whose answer comes with a descriptor.
     pub fn call_for_fd<C: Call>(&mut self, request: &C::Request) -> Result<(C::Reply, OwnedFd)> {
         let reply = self.call::<C>(request)?;
         let missing = || Error::new(Kind::VersionMismatch, format!("{}: no descriptor came with the answer", C::METHOD));
@@ -136,7 +141,7 @@ impl Client {
         Ok((reply, fd))
     }
 
-    /// A call that takes as long as it takes. Notes go to `on_note`, whose error ends the call and the connection.
+    /// Makes a call without a deadline. Notes go to `on_note`, whose error ends the call and the connection.
     pub fn call_more<C: Call>(
         &mut self,
         request: &C::Request,
@@ -146,21 +151,21 @@ impl Client {
         self.begin::<C>(request, fds)?.finish(on_note)
     }
 
-    /// Sends a `more` call; [`InFlight::next_event`] reads what comes.
+    /// Sends a `more` call. [`InFlight::next_event`] reads its notes and its reply.
     pub fn begin<C: Call>(&mut self, request: &C::Request, fds: &[BorrowedFd<'_>]) -> Result<InFlight<'_, C::Reply>> {
         self.send(C::METHOD, &raw(request)?, true, fds)?;
         self.connection.set_deadline(None)?;
         Ok(self.flight(C::METHOD))
     }
 
-    /// Any method with any parameters, answered at once.
+    /// Calls any method with any parameters.
     pub fn call_raw(&mut self, method: &str, params: &RawValue, deadline: Duration) -> Result<Box<RawValue>> {
         self.send(method, params, false, &[])?;
         self.connection.set_deadline(Some(deadline))?;
         self.raw_flight(method).finish(&mut |_| Ok(()))
     }
 
-    /// As [`Client::call_raw`], with `more`.
+    /// Like [`Client::call_raw`], with `more`.
     pub fn call_raw_more(
         &mut self,
         method: &str,
@@ -186,7 +191,10 @@ impl Client {
 }
 
 impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
-    /// The next note or the reply. Errors: the daemon's fault; unreachable when the connection broke; `timeout`.
+    /// Reads the next note or the reply.
+    ///
+    /// # Errors
+    /// The daemon's fault, `Failure::unreachable` if the connection broke, or `timeout`.
     pub fn next_event(&mut self) -> Result<Event<R>> {
         loop {
             let line = self.client.connection.read_line(self.method)?;
@@ -199,7 +207,7 @@ impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
         }
     }
 
-    /// Why a line is not an answer to this call: it answers another one, or it has another form.
+    /// Why a line could not be read: it answers another call, or it has an unknown form.
     fn unreadable(&mut self, line: &[u8], e: serde_json::Error) -> Failure {
         if let Ok(Some(Line::Response(response))) = Line::<IgnoredAny>::parse(line)
             && let Err(other) = self.check_id(&response)
@@ -209,7 +217,7 @@ impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
         protocol(&format!("read the answer to {}", self.method), e)
     }
 
-    /// Reads to the reply.
+    /// Reads until the reply.
     pub fn finish(mut self, on_note: &mut dyn FnMut(Note) -> Result<()>) -> Result<R> {
         loop {
             match self.next_event()? {
@@ -225,7 +233,8 @@ impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
     }
 
     fn check_id<T>(&mut self, response: &Response<T>) -> Result<()> {
-        // An error without an id is about the connection: the line was not understood, or there are too many.
+        // An error without an id concerns the connection: the request was not understood, or there are too
+        // many connections.
         let ours = response.id.get() == self.id.to_string() || (response.error.is_some() && response.id.get() == "null");
         if ours {
             return Ok(());
@@ -240,7 +249,7 @@ impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
         if let Some(error) = response.error {
             return Err(Failure::from_rpc(error));
         }
-        response.result.ok_or_else(|| Error::internal(format!("{}: an answer without a result", self.method)).into())
+        response.result.ok_or_else(|| Error::internal(format!("{}: the daemon's answer has no result", self.method)).into())
     }
 }
 
@@ -251,11 +260,11 @@ fn raw(request: &impl serde::Serialize) -> Result<Box<RawValue>> {
 fn protocol(doing: &str, e: serde_json::Error) -> Failure {
     Error::new(Kind::VersionMismatch, doing.to_owned())
         .with_source(e)
-        .hint("fcctl and fcd may be of different versions: compare with fcctl version")
+        .hint("fcctl and fcd may have different versions: run fcctl version")
         .into()
 }
 
-/// Refuses another major; describes any other difference.
+/// Fails if the major versions differ. Otherwise returns a warning about any other difference.
 fn compare(theirs: ApiVersion, package: &str) -> Result<Option<String>> {
     let ours = env!("CARGO_PKG_VERSION");
     if theirs.major != VERSION_MAJOR {
@@ -266,7 +275,7 @@ fn compare(theirs: ApiVersion, package: &str) -> Result<Option<String>> {
                 theirs.major, theirs.minor
             ),
         )
-        .hint("install fcd and fcctl of one version, then restart fcd");
+        .hint("install the same version of fcd and fcctl, then restart fcd");
         return Err(Failure { unreachable: true, ..e.into() });
     }
     if theirs.minor != VERSION_MINOR || package != ours {

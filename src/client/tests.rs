@@ -15,7 +15,7 @@ fn show(client: &mut Client) -> Result<crate::api::vm::VmReply> {
     client.call::<VmShow>(&crate::api::vm::VmRequest { vm: "web".to_owned() })
 }
 
-/// What a call gives where the daemon answers by `answer`, and how it is told.
+/// Checks the failure of a call to a daemon that answers with `answer`.
 #[track_caller]
 fn check(answer: impl Fn(Request) + Send + Sync + 'static, expected: Expect) {
     let fake = Fake::start(answer);
@@ -37,7 +37,7 @@ fn faults_keep_code_kind_and_hint() {
 }
 
 #[test]
-fn a_kind_of_a_newer_daemon_is_kept() {
+fn kind_of_a_newer_daemon_is_kept() {
     check(
         |mut r| {
             r.raw(r#"{"jsonrpc":"2.0","id":2,"error":{"code":-32000,"message":"x","data":{"code":"busy","kind":"moon_full","message":"x","retryable":true,"extra":1}}}"#);
@@ -51,7 +51,7 @@ fn a_kind_of_a_newer_daemon_is_kept() {
 }
 
 #[test]
-fn an_error_about_the_connection_has_no_id() {
+fn error_about_the_connection_has_no_id() {
     check(
         |mut r| r.raw(r#"{"jsonrpc":"2.0","id":null,"error":{"code":-32601,"message":"no method vm.show"}}"#),
         expect![[r#"
@@ -63,7 +63,7 @@ fn an_error_about_the_connection_has_no_id() {
 }
 
 #[test]
-fn a_daemon_that_goes_is_unreachable() {
+fn daemon_that_closes_the_connection_is_unreachable() {
     check(
         Request::hang_up,
         expect![[r#"
@@ -75,7 +75,7 @@ fn a_daemon_that_goes_is_unreachable() {
 }
 
 #[test]
-fn an_answer_to_another_call_is_refused() {
+fn answer_to_another_call_is_refused() {
     check(
         |mut r| r.raw(r#"{"jsonrpc":"2.0","id":77,"result":{}}"#),
         expect![[r#"
@@ -87,7 +87,7 @@ fn an_answer_to_another_call_is_refused() {
 }
 
 #[test]
-fn a_line_without_end_is_refused() {
+fn overlong_line_is_refused() {
     check(
         |mut r| r.raw(&"x".repeat(crate::api::frame::FRAME_BYTES_MAX + 1)),
         expect![[r#"
@@ -99,13 +99,13 @@ fn a_line_without_end_is_refused() {
 }
 
 #[test]
-fn what_is_no_json_hints_at_versions() {
+fn malformed_line_hints_at_versions() {
     check(
         |mut r| r.raw("hello"),
         expect![[r#"
             1 version_mismatch false
             read the answer to vm.show: expected value at line 1 column 1
-            hint: Some("fcctl and fcd may be of different versions: compare with fcctl version")
+            hint: Some("fcctl and fcd may have different versions: run fcctl version")
         "#]],
     );
 }
@@ -118,15 +118,15 @@ fn refused(socket: &Path, expected: Expect) {
 }
 
 #[test]
-fn unreachable_daemons_each_have_a_hint() {
+fn every_unreachable_daemon_has_its_hint() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("fcd.sock");
     refused(
         &socket,
         expect![[r#"
             5 daemon_absent
-            no daemon at SOCKET: there is no such socket
-            hint: start one (fcd), or name its socket (--socket S or FCD_SOCKET)
+            no daemon at SOCKET: the socket does not exist
+            hint: start the daemon (fcd), or name its socket (--socket S or FCD_SOCKET)
         "#]],
     );
     drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
@@ -134,8 +134,8 @@ fn unreachable_daemons_each_have_a_hint() {
         &socket,
         expect![[r#"
             5 daemon_absent
-            no daemon at SOCKET: nobody listens on the socket
-            hint: start it again: fcd
+            no daemon at SOCKET: connection refused
+            hint: start the daemon again: fcd
         "#]],
     );
     let long = dir.path().join("x".repeat(200));
@@ -159,7 +159,7 @@ fn versions() {
 }
 
 #[test]
-fn notes_come_in_order_and_unknown_ones_are_passed_over() {
+fn notes_arrive_in_order_and_unknown_ones_are_skipped() {
     let fake = Fake::start(|mut r| {
         assert!(r.more);
         r.raw(r#"{"jsonrpc":"2.0","method":"weather","params":{"sky":"blue"}}"#);
@@ -180,7 +180,7 @@ fn notes_come_in_order_and_unknown_ones_are_passed_over() {
 }
 
 #[test]
-fn an_error_of_the_closure_hangs_up() {
+fn closure_error_hangs_up() {
     let (gone, seen) = crossbeam_channel::bounded(1);
     let fake = Fake::start(move |mut r| {
         r.note(Note::Progress(Progress::default()));
@@ -213,7 +213,7 @@ fn another_thread_can_hang_up() {
 }
 
 #[test]
-fn descriptors_go_with_a_large_request() {
+fn large_request_carries_descriptors() {
     let fake = Fake::start(|mut r| {
         assert_eq!(r.params["argv"][0].as_str().unwrap().len(), 500_000);
         let fd = r.fds.pop().unwrap();
@@ -238,12 +238,12 @@ fn descriptors_go_with_a_large_request() {
     let too_long = ExecStartRequest { argv: vec!["x".repeat(1 << 20)], ..request };
     let e = client.call_more::<ExecStart>(&too_long, &[], &mut |_| Ok(())).unwrap_err();
     assert_eq!((e.kind(), e.exit_status()), ("frame_too_large", 2));
-    // The connection is as good as before.
+    // The connection can still be used.
     assert!(client.call_raw("fcd.info", &RawValue::from_string("{}".to_owned()).unwrap(), CALL_DEADLINE).is_ok());
 }
 
 #[test]
-fn a_silent_daemon_is_given_up() {
+fn silent_daemon_times_out() {
     let fake = Fake::start(|mut r| r.wait_for_hangup());
     let mut client = Client::connect(&fake.socket()).unwrap();
     let params = RawValue::from_string("{}".to_owned()).unwrap();

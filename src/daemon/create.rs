@@ -200,7 +200,7 @@ impl Daemon {
         let row = self.resolve(caller, &request.vm)?;
         self.ensure_looked_at(&row, super::transitions::Verb::Set)?;
         let rates = request.rates();
-        if !changes_size(request) && request.rm.is_none() && rates.says_nothing() {
+        if !changes_size(request) && request.rm.is_none() && rates.is_empty() {
             return Err(Error::invalid(format!("set vm {}: nothing to set", row.name))
                 .hint("give --vcpus, --memory, --disk, or a rate, as --disk-bps"));
         }

@@ -125,7 +125,7 @@ impl Qemu {
             if let Some(saved) = &spec.saved {
                 save::load(&mut qmp, &saved.memory)?;
             }
-            if !spec.rates.says_nothing() {
+            if !spec.rates.is_empty() {
                 throttle::set(&mut qmp, spec)?;
             }
             qmp.execute("cont", &json!({}))?;

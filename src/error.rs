@@ -1,12 +1,12 @@
-//! The one error type: a closed [`Code`] that decides exit statuses, a finer documented [`Kind`],
-//! a sentence, a hint, and the source it came from.
+//! The crate's error type. An [`Error`] has a [`Kind`], a message, a hint for the user and a source. Each
+//! kind belongs to one [`Code`], which decides the exit status of `fcctl`.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// The closed set that the wire carries and that decides `fcctl`'s exit status.
+/// The closed set of error codes, which decide the exit status of `fcctl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Code {
@@ -27,7 +27,7 @@ pub enum Code {
 }
 
 impl Code {
-    /// Exit status of `fcctl` for this code, outside `exec` and `run`.
+    /// The exit status of `fcctl` for this code, except for `exec` and `run`.
     pub const fn exit_status(self) -> u8 {
         match self {
             Code::NotFound => 3,
@@ -51,7 +51,7 @@ impl Code {
     }
 }
 
-/// What went wrong, finer than [`Code`]. Every kind belongs to exactly one code.
+/// What went wrong, in more detail than [`Code`]. Every kind belongs to exactly one code.
 macro_rules! kinds {
     ($($(#[$doc:meta])* $kind:ident => $code:ident, $name:literal;)*) => {
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -59,14 +59,14 @@ macro_rules! kinds {
         impl Kind {
             pub const ALL: &'static [Kind] = &[$(Kind::$kind),*];
             pub const fn code(self) -> Code { match self { $(Kind::$kind => Code::$code,)* } }
-            /// The stable name that goes over the wire.
+            /// The stable name in the protocol.
             pub const fn name(self) -> &'static str { match self { $(Kind::$kind => $name,)* } }
         }
     };
 }
 
 kinds! {
-    /// No VM matches, or it belongs to somebody else.
+    /// No VM matches, or the VM belongs to another user.
     VmNotFound => NotFound, "vm_not_found";
     ImageNotFound => NotFound, "image_not_found";
     KernelNotFound => NotFound, "kernel_not_found";
@@ -75,28 +75,28 @@ kinds! {
     SessionNotFound => NotFound, "session_not_found";
     /// The VM has no prepared workspace.
     WorkspaceNotFound => NotFound, "workspace_not_found";
-    /// A path on the caller's side is not there.
+    /// A path on the caller's side does not exist.
     PathNotFound => NotFound, "path_not_found";
     NameTaken => AlreadyExists, "name_taken";
-    /// The place to write to holds something already.
+    /// The target of an export already exists.
     TargetExists => AlreadyExists, "target_exists";
-    /// Another VM, or a program of the host's, has the port.
+    /// Another VM or a program on the host uses the port.
     PortTaken => AlreadyExists, "port_taken";
-    /// A parameter is out of its range or not of its form.
+    /// A parameter is out of range or malformed.
     InvalidArgument => InvalidArgument, "invalid_argument";
-    /// An id prefix that fits several VMs.
+    /// More than one id begins with the given prefix.
     AmbiguousPrefix => InvalidArgument, "ambiguous_prefix";
     InvalidConfig => InvalidArgument, "invalid_config";
     InvalidRequest => InvalidArgument, "invalid_request";
     FrameTooLarge => InvalidArgument, "frame_too_large";
     MethodNotFound => InvalidArgument, "method_not_found";
-    /// A guest path outside what a workspace may occupy.
+    /// The guest path is outside of the directories that a workspace may use.
     InvalidGuestPath => InvalidArgument, "invalid_guest_path";
     /// The repository or tree cannot be sent as it is.
     InvalidTree => InvalidArgument, "invalid_tree";
     /// The VM's state does not allow the verb.
     WrongState => WrongState, "wrong_state";
-    /// The workspace is marked incomplete: an import was interrupted.
+    /// The workspace is incomplete because an import was interrupted.
     WorkspaceIncomplete => WrongState, "workspace_incomplete";
     Busy => Busy, "busy";
     PoolFull => Busy, "pool_full";
@@ -106,17 +106,17 @@ kinds! {
     ShuttingDown => Busy, "shutting_down";
     Conflict => Conflict, "conflict";
     IdempotencyConflict => Conflict, "idempotency_conflict";
-    /// A newer request took the place of this one.
+    /// A newer request has replaced this one.
     Superseded => Conflict, "superseded";
-    /// More than the host or the caller's limit allows.
+    /// The request exceeds a limit of the host or of the caller.
     Exhausted => Exhausted, "exhausted";
     VmLimit => Exhausted, "vm_limit";
     MemoryLimit => Exhausted, "memory_limit";
     GuestUnavailable => GuestUnavailable, "guest_unavailable";
-    /// The connection to the guest broke in the middle.
+    /// The connection to the guest was lost.
     GuestLost => GuestUnavailable, "guest_lost";
     HostKeyMismatch => GuestUnavailable, "host_key_mismatch";
-    /// A command of ours failed in the guest, for instance because its disk is full.
+    /// A command that fcd ran in the guest failed, for example because the guest's disk is full.
     GuestCommandFailed => GuestUnavailable, "guest_command_failed";
     Timeout => Timeout, "timeout";
     TransferIdle => Timeout, "transfer_idle";
@@ -132,14 +132,14 @@ kinds! {
     VmmFailed => Host, "vmm_failed";
     Denied => Denied, "denied";
     Unsupported => Unsupported, "unsupported";
-    /// The two programs speak different versions of the protocol.
+    /// `fcctl` and `fcd` speak incompatible versions of the protocol.
     VersionMismatch => Unsupported, "version_mismatch";
-    /// A stream that ended before its end was announced.
+    /// A stream ended before it was complete.
     StreamIncomplete => Conflict, "stream_incomplete";
     Internal => Internal, "internal";
 }
 
-/// An error in process. On the wire it is flattened to `api::Fault`.
+/// An error within a process. It is sent over the wire as an `api::Fault`.
 #[derive(Clone)]
 pub struct Error {
     kind: Kind,
@@ -149,7 +149,7 @@ pub struct Error {
 }
 
 impl Error {
-    /// `message`: lower case, no full stop, what was being done and to what.
+    /// The message begins in lower case, has no full stop, and says what was being done and to what.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), hint: None, source: None }
     }
@@ -162,7 +162,7 @@ impl Error {
         Self::new(Kind::InvalidArgument, message)
     }
 
-    /// A failed system call: a full disk gets a kind of its own.
+    /// The error for a failed system call. A full disk has its own kind.
     pub fn io(doing: impl Into<String>, source: impl Into<std::io::Error>) -> Self {
         let source = source.into();
         let kind = match source.kind() {
@@ -173,7 +173,8 @@ impl Error {
         if kind == Kind::DiskFull { error.hint("free some space (df -h), then try again") } else { error }
     }
 
-    /// Something the user can run or change now. `{vm}` stands for a VM whose name is not known here: see [`Error::of_vm`].
+    /// Sets the hint: what the user can run or change. A caller that does not know the VM's name writes
+    /// `{vm}`; see [`Error::of_vm`].
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
@@ -186,21 +187,21 @@ impl Error {
         self
     }
 
-    /// Says what was being done when this error came up: `doing: message`.
+    /// Prefixes the message with what was being done: `doing: message`.
     #[must_use]
     pub fn context(mut self, doing: impl fmt::Display) -> Self {
         self.message = format!("{doing}: {}", self.message);
         self
     }
 
-    /// Puts a VM's name where a part that does not know it wrote `{vm}` into its hint.
+    /// Replaces `{vm}` in the hint with the VM's name.
     #[must_use]
     pub fn of_vm(mut self, name: impl fmt::Display) -> Self {
         self.hint = self.hint.map(|hint| hint.replace("{vm}", &name.to_string()));
         self
     }
 
-    /// The same error under another kind, where a caller knows better what it means.
+    /// Changes the kind, for callers that know more about what the error means.
     #[must_use]
     pub fn with_kind(mut self, kind: Kind) -> Self {
         self.kind = kind;
@@ -213,7 +214,7 @@ impl Error {
     pub fn code(&self) -> Code {
         self.kind.code()
     }
-    /// The sentence without its sources.
+    /// The message without its sources.
     pub fn message(&self) -> &str {
         &self.message
     }
@@ -223,7 +224,7 @@ impl Error {
 }
 
 impl fmt::Display for Error {
-    /// The whole chain, joined with `: `.
+    /// Writes the message and all sources, joined with `: `.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)?;
         let mut source = self.source.as_deref().map(|s| s as &dyn std::error::Error);
@@ -245,7 +246,7 @@ impl fmt::Debug for Error {
     }
 }
 
-// Display prints the chain already, so `source()` stays empty: nothing is ever said twice.
+// Display already prints the sources, so `source()` returns None to avoid printing them twice.
 impl std::error::Error for Error {}
 
 #[cfg(test)]
@@ -269,13 +270,13 @@ mod tests {
     }
 
     #[test]
-    fn a_hint_names_its_vm() {
+    fn hint_names_its_vm() {
         let e = Error::new(Kind::GuestLost, "it is gone").hint("fcctl logs {vm}").of_vm("web");
         assert_eq!(e.hint_text(), Some("fcctl logs web"));
     }
 
     #[test]
-    fn a_full_disk_is_told_apart() {
+    fn full_disk_has_its_own_kind() {
         let e = Error::io("write x", std::io::Error::from_raw_os_error(libc::ENOSPC));
         assert_eq!(e.kind(), Kind::DiskFull);
         assert!(e.hint_text().is_some());

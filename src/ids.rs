@@ -1,13 +1,13 @@
-//! Names and ids: newtypes, validated once where they enter.
+//! Newtypes for names and ids, which are validated when they are parsed.
 
 use crate::error::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// Longest name of a VM or an image: a DNS label that also fits an argument and a file name.
+/// The longest name of a VM, an image, a kernel or a snapshot.
 pub const NAME_LEN_MAX: usize = 32;
-/// Hexadecimal digits of an id.
+/// The number of hexadecimal digits in an id.
 pub const ID_LEN: usize = 12;
 
 fn name_is_valid(s: &str) -> bool {
@@ -27,7 +27,7 @@ fn random_id() -> String {
     let mut bytes = [0u8; ID_LEN / 2];
     let mut filled = 0;
     while filled < bytes.len() {
-        // getrandom(2) fails only for a bad address or before its pool is seeded, where it waits.
+        // getrandom(2) fails only for a bad address: without flags it waits until its pool is seeded.
         match rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty()) {
             Ok(n) => filled += n,
             Err(rustix::io::Errno::INTR) => {}
@@ -46,7 +46,7 @@ macro_rules! text_newtype {
         impl $name {
             pub fn as_str(&self) -> &str { &self.0 }
         }
-        // Sound: the derived order, equality and hash are those of the text.
+        // Required by `Borrow`: the derived order, equality and hash are those of the text.
         impl std::borrow::Borrow<str> for $name {
             fn borrow(&self) -> &str { &self.0 }
         }
@@ -71,19 +71,19 @@ macro_rules! text_newtype {
 
 text_newtype!(
     /// A VM's id: 48 random bits as 12 hexadecimal digits.
-    VmId, id_is_valid, "vm id", "an id has 12 hexadecimal digits"
+    VmId, id_is_valid, "VM id", "an id has 12 hexadecimal digits"
 );
 text_newtype!(
-    /// An operation's id, as [`VmId`].
+    /// An operation's id, in the form of a [`VmId`].
     OpId, id_is_valid, "operation id", "an id has 12 hexadecimal digits"
 );
 text_newtype!(
-    /// The id of an exec session, as [`VmId`].
+    /// The id of an exec session, in the form of a [`VmId`].
     SessionId, id_is_valid, "session id", "an id has 12 hexadecimal digits"
 );
 text_newtype!(
     /// A VM's name, unique on the host: a lower-case DNS label of at most 32 characters.
-    VmName, name_is_valid, "vm name",
+    VmName, name_is_valid, "VM name",
     "use 1 to 32 of a-z, 0-9 and -, beginning with a letter and not ending with -"
 );
 text_newtype!(
@@ -98,7 +98,7 @@ text_newtype!(
     "use 1 to 32 of a-z, 0-9 and -, beginning with a letter and not ending with -"
 );
 text_newtype!(
-    /// The id of a snapshot, as [`VmId`].
+    /// The id of a snapshot, in the form of a [`VmId`].
     SnapshotId, id_is_valid, "snapshot id", "an id has 12 hexadecimal digits"
 );
 text_newtype!(
@@ -136,9 +136,9 @@ mod tests {
     }
 
     #[test]
-    fn deserialising_validates() {
+    fn deserializing_validates() {
         assert!(serde_json::from_str::<VmName>("\"web\"").is_ok());
         let e = serde_json::from_str::<VmName>("\"../x\"").unwrap_err().to_string();
-        assert!(e.contains("vm name"), "{e}");
+        assert!(e.contains("VM name"), "{e}");
     }
 }

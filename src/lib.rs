@@ -1,4 +1,6 @@
-//! Development sandboxes in microVMs on one Linux host. See ARCHITECTURE.md for the map.
+//! Development sandboxes in microVMs on one Linux host. ARCHITECTURE.md describes the modules.
+//!
+//! A module may import modules of lower layers only; `tests/it/layers.rs` checks this.
 
 // Layer 0: base.
 pub mod config;

@@ -1,9 +1,9 @@
-//! Accounting per uid: how many of something each local user has.
+//! Counts per uid, for limits per local user.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
 
-/// How many of something each uid has. A uid that has none takes no memory.
+/// Counts objects per uid. A uid without objects uses no memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UidCounts {
     counts: HashMap<u32, usize>,
@@ -25,7 +25,7 @@ impl UidCounts {
         self.total += 1;
     }
 
-    /// Takes one away. A uid that has none keeps none.
+    /// Subtracts one. Does nothing for a uid without objects.
     pub fn remove(&mut self, uid: u32) {
         let Some(count) = self.counts.get_mut(&uid) else { return };
         *count -= 1;
@@ -35,7 +35,8 @@ impl UidCounts {
         }
     }
 
-    /// The uid that has the most. Root counts only where nobody else has any: what others do costs root nothing.
+    /// The uid with the most objects. Root is returned only if no other uid has any, so that other users
+    /// cannot displace what root keeps.
     pub fn largest(&self) -> Option<u32> {
         let others = self.counts.iter().filter(|(uid, _)| **uid != 0);
         let largest = others.max_by_key(|(uid, count)| (**count, Reverse(**uid))).map(|(uid, _)| *uid);
@@ -43,15 +44,15 @@ impl UidCounts {
     }
 }
 
-/// How much of what users leave behind is kept: the oldest of a uid goes first. Over the limit in all, the uid with the
-/// most gives way, but root only to root.
+/// How many ended operations and the like are kept. Over the limit per uid, the uid's oldest is removed.
+/// Over the total limit, the oldest of the uid with the most is removed; see [`UidCounts::largest`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retention {
     pub per_uid_max: usize,
     pub total_max: usize,
 }
 
-/// Kept where nobody says otherwise.
+/// The default limits.
 pub const RETENTION: Retention = Retention { per_uid_max: 500, total_max: 10_000 };
 
 #[cfg(test)]
@@ -59,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counts_are_per_uid_and_return_to_nothing() {
+    fn counts_are_per_uid_and_return_to_zero() {
         let mut counts = UidCounts::default();
         for uid in [7, 8, 7, 0] {
             counts.add(uid);

@@ -1,8 +1,10 @@
-//! Rollback of half-done work: steps run last-in first-out on drop unless committed.
+//! Rolls back unfinished work: [`Undo`] runs its steps in reverse order when it is dropped, unless the
+//! work was committed.
 
 type Step<'a> = (&'static str, Box<dyn FnOnce() -> crate::error::Result<()> + 'a>);
 
-/// A stack of named undo steps. Dropping it undoes; a step that fails is logged and the rest go on.
+/// A stack of named undo steps, which run when it is dropped. A step that fails or panics is logged,
+/// and the remaining steps still run.
 #[derive(Default)]
 pub struct Undo<'a> {
     steps: Vec<Step<'a>>,
@@ -17,12 +19,12 @@ impl<'a> Undo<'a> {
         self.steps.push((name, Box::new(step)));
     }
 
-    /// The work stands: nothing is undone.
+    /// Keeps the work by discarding all steps.
     pub fn commit(mut self) {
         self.steps.clear();
     }
 
-    /// Undoes now and returns the names of the steps that failed.
+    /// Runs the steps now and returns the names of those that failed.
     pub fn roll_back(mut self) -> Vec<&'static str> {
         self.run()
     }
@@ -59,7 +61,7 @@ mod tests {
     use std::cell::RefCell;
 
     #[test]
-    fn undoes_last_in_first_out_past_errors_and_panics() {
+    fn steps_run_in_reverse_order_despite_errors_and_panics() {
         let seen = RefCell::new(Vec::new());
         let mut undo = Undo::new();
         undo.push("a", || {

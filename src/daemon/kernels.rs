@@ -22,7 +22,7 @@ impl Daemon {
                 .hint("the daemon has another working directory"));
         }
         if let Some(name) = name.as_ref().filter(|name| self.kernels.get(name).is_ok()) {
-            return Err(Error::new(Kind::NameTaken, format!("kernel {name} exists already")).hint("choose another with --name"));
+            return Err(Error::new(Kind::NameTaken, format!("kernel {name} already exists")).hint("choose another with --name"));
         }
         let op = self.begin_op("kernel.import", None, caller.uid, true)?;
         if let Err(e) = self.persist_op(&op) {

@@ -1,5 +1,6 @@
-//! Building an image: packages by mmdebstrap, the file system by mkfs.ext4 without a mount, kernel and initramfs
-//! from the distribution's package. `build.sh` does what needs to be root, if need be of a user namespace.
+//! Builds an image: mmdebstrap installs the packages, mkfs.ext4 creates the file system without mounting
+//! it, and the kernel and the modules of the initramfs come from the distribution's package. `build.sh`
+//! does everything that needs root, in a user namespace if the daemon is not root.
 
 use super::checks::{Host, namespace, source_files};
 use super::cpio::Cpio;
@@ -17,8 +18,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// In every image beside the distribution's essential packages: what fcd itself runs there (openssh-server, git,
-/// iproute2, e2fsprogs, kmod, mount), and what a developer's first command needs.
+/// The packages of every image, in addition to the distribution's essential ones: those that fcd uses in
+/// the guest (openssh-server, git, iproute2, e2fsprogs, kmod, mount), and those that developers expect.
 pub const PACKAGES: [&str; 13] = [
     "apt",
     "ca-certificates",
@@ -36,20 +37,20 @@ pub const PACKAGES: [&str; 13] = [
 ];
 const BUILD_DEADLINE: Duration = Duration::from_secs(30 * 60);
 const UNPACK_DEADLINE: Duration = Duration::from_secs(60);
-/// Bounds the memory that a build takes: its tree is in a tmpfs.
+/// Limits the memory of a build, whose tree is in a tmpfs.
 const TREE_BYTES_MAX: u64 = 6 << 30;
 const INCLUDE_MAX: usize = 256;
 const BLOCK: usize = 4096;
-/// Error lines of a failed build that are shown.
+/// How many error lines of a failed build are shown.
 const ERROR_LINES_MAX: usize = 3;
-/// Bounds the initramfs's parts.
+/// The largest part of the initramfs.
 pub(super) const PART_BYTES_MAX: u64 = 64 << 20;
 
-/// The transports' and devices' drivers, dependencies come by themselves.
+/// The drivers of the transports and devices. modprobe loads their dependencies.
 const INITRD_MODULES: &str = "virtio_pci virtio_mmio virtio_blk virtio_net virtio_balloon";
 const BUSYBOX_APPLETS: [&str; 6] = ["sh", "modprobe", "mount", "sleep", "switch_root", "usleep"];
 
-/// What the steps are called, and the line of output that begins each, for those that `build.sh` does.
+/// The build's stages, and for those of `build.sh` the output line that begins each.
 const STAGES: [(&str, &str); 11] = [
     ("check the host", ""),
     ("update package lists", "I: running apt-get update"),
@@ -66,7 +67,7 @@ const STAGES: [(&str, &str); 11] = [
 const STAGE_INITRAMFS: usize = 9;
 const STAGE_PUBLISH: usize = 10;
 
-/// What goes into the staging directory for `build.sh`.
+/// The files that are written to the staging directory for `build.sh`.
 const INPUTS: [(&str, &str); 6] = [
     ("build.sh", include_str!("build.sh")),
     ("fetch.sh", include_str!("fetch.sh")),
@@ -81,18 +82,20 @@ const INITRD_INIT: &str = include_str!("guest/initrd-init");
 #[derive(Clone, Debug)]
 pub struct BuildSpec {
     pub name: ImageRef,
-    /// Packages of the distribution beside [`PACKAGES`].
+    /// Packages of the distribution in addition to [`PACKAGES`].
     pub include: Vec<String>,
-    /// Virtual size of the root disk, a multiple of 1 MiB; see [`super::DISK_BYTES_DEFAULT`].
+    /// The virtual size of the root disk, a multiple of 1 MiB; see [`super::DISK_BYTES_DEFAULT`].
     pub disk_bytes: u64,
     pub owner_uid: u32,
 }
 
-/// Builds an image and publishes it. `progress` gets the stage, stages done, and their number.
+/// Builds an image and publishes it. `progress` receives the stage, the number of stages done, and their
+/// total. A build that fails leaves nothing behind.
 ///
-/// Errors: `name_taken`, `invalid_argument` (package names), `command_missing`, `unsupported` (no subordinate ids,
-/// no sources for this distribution), `denied` (no namespaces), `command_failed` with mmdebstrap's own error lines,
-/// `disk_full`, `cancelled`. Nothing is left of a build that failed.
+/// # Errors
+/// `name_taken`, `invalid_argument` (package names), `command_missing`, `unsupported` (no subordinate ids
+/// or no sources for this distribution), `denied` (no namespaces), `command_failed` with mmdebstrap's own
+/// error lines, `disk_full`, `cancelled`.
 pub fn build(
     images: &Images,
     commands: &dyn Commands,
@@ -134,7 +137,8 @@ pub fn build(
     Ok(info)
 }
 
-/// Names of Debian packages (Policy 5.6.1), so that none is an option of mmdebstrap or apt.
+/// Checks that the names are names of Debian packages (Policy 5.6.1), so that none of them is an option of
+/// mmdebstrap or apt.
 fn package_list(include: &[String]) -> Result<Vec<String>> {
     if include.len() > INCLUDE_MAX {
         return Err(Error::invalid(format!("more than {INCLUDE_MAX} packages to include")));
@@ -143,9 +147,9 @@ fn package_list(include: &[String]) -> Result<Vec<String>> {
         let good = name.len() >= 2
             && name.as_bytes()[0].is_ascii_alphanumeric()
             && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b))
-            // A trailing sign would tell apt to remove or install.
+            // apt reads a trailing sign as a request to remove or install.
             && !name.ends_with(['+', '-']);
-        // The one well-known name of this kind.
+        // The exception is a package whose real name ends with a sign.
         if !good && name != "g++" {
             let shown: String = name.chars().take(64).collect();
             return Err(Error::invalid(format!("package name {shown:?} is not valid"))
@@ -158,13 +162,13 @@ fn package_list(include: &[String]) -> Result<Vec<String>> {
     Ok(packages)
 }
 
-/// Fills `in` and makes `work` and `out`. Answers the suite.
+/// Fills the directory `in`, creates `work` and `out`, and returns the suite.
 fn write_inputs(stage: &Path, commands: &dyn Commands, cancel: &Cancel) -> Result<String> {
     let root = Path::new("/");
     let os = sources::os(&std::fs::read_to_string(root.join("etc/os-release")).unwrap_or_default());
     if os.id != "debian" || os.codename.is_empty() {
-        let text = format!("images are made from Debian's archive, and this host is {:?} {:?}", os.id, os.codename);
-        return Err(Error::new(Kind::Unsupported, text).hint("build on Debian 12 or newer and copy the image's directory"));
+        let text = format!("images are built from Debian's archive, but this host runs {:?} {:?}", os.id, os.codename);
+        return Err(Error::new(Kind::Unsupported, text).hint("build the image on Debian 12 or newer and copy its directory"));
     }
     let sources = sources::sources_list(&source_files(root), &os.codename);
     if sources.is_empty() {
@@ -206,7 +210,7 @@ fn run_script(commands: &dyn Commands, command: &Command, cancel: &Cancel, repor
         if let Some(stage) = stage_of(line) {
             report(stage);
         }
-        // What mmdebstrap adds to apt's own lines says only that something failed.
+        // These lines of mmdebstrap only say that something failed; apt's own lines say what.
         let own = ["setup failed", "mmdebstrap failed"];
         if let Some(text) = line.strip_prefix("E: ")
             && errors.len() < ERROR_LINES_MAX
@@ -223,7 +227,7 @@ fn run_script(commands: &dyn Commands, command: &Command, cancel: &Cancel, repor
         return Err(e.with_kind(Kind::DiskFull).hint("free some space (df -h) and memory (free -h), then try again"));
     }
     if let Some(line) = errors.iter().find(|l| l.contains("Unable to locate package")) {
-        return Err(Error::invalid(line.to_lowercase()).hint("apt-cache search finds the names of packages"));
+        return Err(Error::invalid(line.to_lowercase()).hint("search for the name: apt-cache search TEXT"));
     }
     if errors.is_empty() { Err(e) } else { Err(Error::new(Kind::CommandFailed, format!("mmdebstrap: {}", errors.join("; ")))) }
 }
@@ -237,13 +241,13 @@ fn read_line(dir: &Path, name: &str) -> Result<String> {
     Ok(text.trim().to_owned())
 }
 
-/// `vmlinuz` becomes `vmlinux`.
+/// Unpacks `vmlinuz` to `vmlinux`.
 fn unpack_kernel(commands: &dyn Commands, out: &Path, cancel: &Cancel) -> Result<()> {
     let image = std::fs::read(out.join("vmlinuz")).map_err(|e| Error::io("read the kernel image", e))?;
     unpack(commands, &kernel::payload(&image)?, out, cancel)
 }
 
-/// `out/vmlinux` of a bzImage's payload.
+/// Unpacks a bzImage's payload to `out/vmlinux`.
 pub(super) fn unpack(commands: &dyn Commands, payload: &kernel::Payload<'_>, out: &Path, cancel: &Cancel) -> Result<()> {
     let packed = out.join(format!("vmlinux.{}", payload.compression.program().1));
     std::fs::write(&packed, payload.bytes).map_err(|e| Error::io("write the kernel's payload", e))?;
@@ -253,13 +257,14 @@ pub(super) fn unpack(commands: &dyn Commands, payload: &kernel::Payload<'_>, out
     let is_elf = file.read_exact_at(&mut magic, 0).is_ok() && magic == *b"\x7fELF";
     let bytes = file.metadata().map_err(|e| Error::io("read the unpacked kernel's size", e))?.len();
     if !is_elf || bytes != u64::from(payload.unpacked_bytes) {
-        return Err(Error::new(Kind::Unsupported, "the unpacked kernel is no whole ELF file"));
+        return Err(Error::new(Kind::Unsupported, "the unpacked kernel is not a complete ELF file"));
     }
     Ok(())
 }
 
-/// `packed` goes; it has the suffix of its kind, and `to` is its name without that. A little that unpacks to more than it should,
-/// or to all of the disk, is refused.
+/// Unpacks `packed` to `to` and removes it. `packed` has the suffix of its compression, and `to` is its
+/// name without that. A small file that unpacks to more than `bytes_max` is refused, so that it cannot
+/// fill the disk.
 pub(super) fn unpack_file(
     commands: &dyn Commands,
     compression: Compression,
@@ -284,12 +289,12 @@ fn unpack_command(compression: Compression, packed: &Path, to: &Path) -> Command
     match compression {
         Compression::Lz4 => command.arg(to),
         Compression::Zstd => command.arg("-o").arg(to),
-        // Beside its input, without the suffix: the same place.
+        // These write to the name of the input without its suffix.
         Compression::Xz | Compression::Gzip => command,
     }
 }
 
-/// An initramfs of `busybox` and `modules`: `initrd`.
+/// Writes `initrd`, the initramfs, from the files `busybox` and `modules`.
 fn write_initrd(out: &Path, kernel_version: &str) -> Result<()> {
     let read = |path: &Path| {
         let file = File::open(path).and_then(|f| crate::host::command::read_bounded(f, PART_BYTES_MAX));
@@ -337,8 +342,9 @@ pub(super) fn initrd(
     cpio.finish()
 }
 
-/// Size and sum of a file. The root file system is sparse: its sum is that of its non-zero blocks of 4096 bytes,
-/// each after its number (64 bits, little-endian), so that the same content has the same sum wherever it lies.
+/// The size and the digest of a file. The root file system is sparse, so its digest covers only its
+/// non-zero blocks of 4096 bytes, each preceded by its number (64 bits, little-endian). The digest then
+/// does not depend on where the holes are.
 fn record(dir: &Path, name: &str, cancel: &Cancel) -> Result<FileRecord> {
     let io = |e: std::io::Error| Error::io(format!("hash {name}"), e);
     let file = File::open(dir.join(name)).map_err(io)?;
@@ -408,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_payload_is_unpacked() {
+    fn payload_of_every_compression_is_unpacked() {
         let text = b"\x7fELF and so on".repeat(10);
         let cancel = Cancel::try_new().unwrap();
         for compression in [Compression::Lz4, Compression::Zstd, Compression::Xz, Compression::Gzip] {
@@ -416,7 +422,7 @@ mod tests {
             let (program, suffix) = compression.program();
             let (plain, packed) = (dir.path().join("vmlinux"), dir.path().join(format!("vmlinux.{suffix}")));
             std::fs::write(&plain, &text).unwrap();
-            // The kernel's build makes lz4's legacy frame (-l).
+            // The kernel's build uses lz4's legacy frame (-l).
             let pack = Command::new(program).args(if program == "lz4" { &["-q", "-l"][..] } else { &["-q"][..] }).arg(&plain);
             let pack = if program == "lz4" { pack.arg(&packed) } else { pack };
             crate::host::HostCommands.run(&pack, &cancel, &mut |_| {}).unwrap();
@@ -438,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn the_script_says_each_stage() {
+    fn script_announces_its_stages() {
         let script = include_str!("build.sh");
         for (name, mark) in STAGES.iter().filter(|(_, m)| m.starts_with("fcd-stage ")) {
             assert!(script.contains(&format!("stage {}\n", &mark["fcd-stage ".len()..])), "{name}");
@@ -448,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_show_their_own_lines() {
+    fn failed_build_shows_its_error_lines() {
         struct Fails(&'static [&'static str]);
         impl Commands for Fails {
             fn run(&self, _: &Command, _: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<crate::host::Output> {
@@ -471,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn the_initramfs_is_complete_and_reproducible() {
+    fn initramfs_is_complete_and_reproducible() {
         let modules = [("a.ko".to_owned(), b"module".to_vec())];
         let make = || initrd(b"busybox", &modules, "kernel/x/a.ko:\n", "6.1", INITRD_MODULES);
         let bytes = make();
@@ -484,7 +490,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sparse_file_has_one_sum_however_it_lies() {
+    fn digest_of_sparse_file_does_not_depend_on_its_holes() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(ROOTFS);
         let cancel = Cancel::try_new().unwrap();

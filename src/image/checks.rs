@@ -1,4 +1,4 @@
-//! What a build needs of the host, looked at before it starts and by `doctor`.
+//! Checks that the host can build images, before a build and for `doctor`.
 
 use crate::api::daemon::{Check, Severity};
 use crate::error::{Error, Kind, Result};
@@ -7,10 +7,11 @@ use crate::locks::Cancel;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// uids and gids that a user namespace needs beside one's own: a distribution's accounts, `nobody` last.
+/// How many subordinate uids and gids a user namespace needs for a distribution's accounts, up to
+/// `nobody`.
 const SUBIDS_MIN: u64 = 65_535;
 const NAMESPACE_DEADLINE: Duration = Duration::from_secs(10);
-/// A build's programs and the packages that have them.
+/// The programs that a build needs and their packages.
 const PROGRAMS: [(&str, &str); 5] = [
     ("mmdebstrap", "mmdebstrap"),
     ("mkfs.ext4", "e2fsprogs"),
@@ -20,7 +21,7 @@ const PROGRAMS: [(&str, &str); 5] = [
 ];
 const NEWUIDMAP: (&str, &str) = ("newuidmap", "uidmap");
 
-/// Who builds, and where things are: apart, so that it can be tested.
+/// The user who builds and the root directory. Tests replace them.
 #[derive(Clone, Debug)]
 pub(super) struct Host {
     pub uid: u32,
@@ -63,7 +64,7 @@ impl Host {
         format!("sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {}", self.user)
     }
 
-    /// Why an ordinary user may get no user namespace, and what would change it.
+    /// The command that allows ordinary users to create user namespaces, if the host forbids it.
     fn namespace_fix(&self) -> String {
         let is = |path: &str, value: &str| self.read(path).trim() == value;
         if is("proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1") {
@@ -75,10 +76,14 @@ impl Host {
         if is("proc/sys/user/max_user_namespaces", "0") {
             return "sudo sysctl -w user.max_user_namespaces=10000".to_owned();
         }
-        "build the image as root, or in a container that may make namespaces".to_owned()
+        "build the image as root, or in a container that may create namespaces".to_owned()
     }
 
-    /// Errors: `command_missing`, `unsupported` (no subordinate ids), `denied` (no namespaces), each with its remedy.
+    /// Checks that a build can run.
+    ///
+    /// # Errors
+    /// `command_missing`, `unsupported` (no subordinate ids) or `denied` (no namespaces), each with a hint that
+    /// fixes it.
     pub(super) fn ready(&self, commands: &dyn Commands, cancel: &Cancel) -> Result<()> {
         if let Some((program, package)) = self.missing() {
             return Err(Error::new(Kind::CommandMissing, format!("{program} is not installed"))
@@ -92,7 +97,7 @@ impl Host {
         match commands.run(&command, cancel, &mut |_| {}) {
             Ok(_) => Ok(()),
             Err(e) if e.kind() == Kind::CommandFailed => {
-                let text = format!("user {} may not make the namespaces that a build needs", self.user);
+                let text = format!("user {} may not create the namespaces that a build needs", self.user);
                 Err(Error::new(Kind::Denied, text).with_source(e).hint(self.namespace_fix()))
             }
             Err(e) => Err(e),
@@ -100,15 +105,16 @@ impl Host {
     }
 }
 
-/// A command in namespaces of its own that end with it, whichever way the daemon ends: to be continued with
-/// the program. Not root: with all of the user's subordinate ids mapped, as root among them.
+/// The beginning of a command that runs a program in its own namespaces, which end with the program and
+/// with the daemon. Without root, it maps all of the user's subordinate ids and runs the program as
+/// root of a user namespace.
 pub(super) fn namespace(root: bool) -> Command {
     let command = Command::new("setpriv").args(["--pdeathsig", "KILL", "unshare"]);
     let command = if root { command } else { command.args(["--user", "--map-root-user", "--map-auto"]) };
     command.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"])
 }
 
-/// The largest range that `text` (subuid(5)) gives to the user, by name or by number.
+/// The size of the largest range that `text` (subuid(5)) assigns to the user, by name or by number.
 fn subids(text: &str, user: &str, uid: u32) -> u64 {
     let uid = uid.to_string();
     let ranges = text.lines().filter_map(|line| {
@@ -120,7 +126,7 @@ fn subids(text: &str, user: &str, uid: u32) -> u64 {
     ranges.max().unwrap_or(0)
 }
 
-/// For `doctor`: can this daemon build images. Runs one short command.
+/// Checks for `doctor` whether this daemon can build images. Runs one short command.
 pub fn checks(commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
     checks_of(&Host::this(), commands, cancel)
 }
@@ -129,13 +135,13 @@ fn checks_of(host: &Host, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check
     let (severity, found, fix) = match host.ready(commands, cancel) {
         Ok(()) if host.is_root() => (Severity::Ok, "images can be built, as root".to_owned(), None),
         Ok(()) => (Severity::Ok, format!("images can be built, as user {} in a user namespace", host.user), None),
-        // VMs run without it, once there is an image.
+        // This is only a warning, because VMs run without it once there is an image.
         Err(e) => (Severity::Warn, format!("images cannot be built: {e}"), e.hint_text().map(str::to_owned)),
     };
     vec![Check { id: "image.build".to_owned(), severity, found, fix }]
 }
 
-/// The host's apt sources, both formats, as (name, text).
+/// The names and contents of the host's apt sources, in both formats.
 pub(super) fn source_files(root: &Path) -> Vec<(String, String)> {
     let parts = std::fs::read_dir(root.join("etc/apt/sources.list.d")).into_iter().flatten().flatten().map(|e| e.path());
     let mut paths: Vec<_> = parts.filter(|p| p.extension().is_some_and(|e| e == "list" || e == "sources")).collect();
@@ -176,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn each_thing_that_is_missing_has_its_remedy() {
+    fn every_missing_requirement_has_its_hint() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path();
         let ann = host(root, &ALL[..5]);
@@ -197,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_of_subordinate_ids() {
+    fn largest_range_of_subordinate_ids_is_found() {
         let text = "ann:100000:10\nann:200000:65536\n1000:1:70000\nbob:x:y\nbroken\n";
         assert_eq!((subids(text, "ann", 7), subids(text, "x", 1000), subids(text, "bob", 8)), (65536, 70000, 0));
     }

@@ -1,16 +1,16 @@
-//! An initramfs as the kernel reads it: a cpio archive of the "newc" kind.
-//!
-//! Format: the kernel's Documentation/driver-api/early-userspace/buffer-format.rst.
+//! Reads and writes an initramfs: a cpio archive in the "newc" format, which the kernel documents in
+//! Documentation/driver-api/early-userspace/buffer-format.rst.
 
 const DIRECTORY: u32 = 0o040_000;
 const FILE: u32 = 0o100_000;
 const SYMLINK: u32 = 0o120_000;
 const TYPE: u32 = 0o170_000;
-/// Magic and thirteen fields.
+/// The magic number and thirteen fields.
 const HEAD_BYTES: usize = 110;
 const TRAILER: &str = "TRAILER!!!";
 
-/// Writes members owned by root, dated 0, numbered in order: the same calls give the same bytes.
+/// Writes an archive. The same calls produce the same bytes: members belong to root, have the time 0 and
+/// are numbered in order.
 #[derive(Default)]
 pub struct Cpio {
     bytes: Vec<u8>,
@@ -66,7 +66,7 @@ impl Cpio {
     }
 }
 
-/// The content of a regular file in an archive of this kind; none where there is none, or where the archive is broken.
+/// The content of a regular file in an archive. None if there is no such file or the archive is malformed.
 pub fn find<'a>(archive: &'a [u8], path: &str) -> Option<&'a [u8]> {
     let mut at = 0usize;
     loop {
@@ -101,7 +101,7 @@ mod tests {
     use expect_test::expect;
 
     #[test]
-    fn a_file_is_found_and_a_broken_archive_is_none() {
+    fn file_is_found_and_truncated_archive_has_none() {
         let mut cpio = Cpio::new();
         cpio.dir("bin", 0o755);
         cpio.symlink("bin/sh", "tool");
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn cpio_itself_reads_it() {
+    fn archive_is_readable_by_cpio() {
         let mut cpio = Cpio::new();
         cpio.dir("bin", 0o755);
         cpio.file("bin/tool", 0o755, b"12345");

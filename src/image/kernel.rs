@@ -1,12 +1,12 @@
-//! The kernel and the modules of its initramfs, out of the distribution's package.
+//! Extracts the kernel and its modules from the distribution's package.
 //!
-//! The package has a bzImage; QEMU's microvm and Firecracker boot the ELF file inside (PVH), which also saves the
-//! guest the unpacking.
+//! The package contains a bzImage. QEMU's microvm and Firecracker boot the ELF file inside it (PVH),
+//! which also saves the guest the time to unpack it.
 
 use crate::error::{Error, Kind, Result};
 use std::collections::BTreeMap;
 
-/// Where the boot protocol's fields are (the kernel's Documentation/arch/x86/boot.rst).
+/// Offsets of the boot protocol's fields (Documentation/arch/x86/boot.rst in the kernel).
 const SETUP_SECTORS_AT: usize = 0x1f1;
 const MAGIC_AT: usize = 0x202;
 const VERSION_AT: usize = 0x206;
@@ -17,12 +17,12 @@ const PAYLOAD_LENGTH_AT: usize = 0x24c;
 /// The first version of the protocol with a payload.
 const VERSION_MIN: u16 = 0x0208;
 const SECTOR: usize = 512;
-/// Bounds what a broken image may claim.
+/// The largest kernel. A malformed image may claim any size.
 pub const VMLINUX_BYTES_MAX: u32 = 512 << 20;
 
-/// A module file ends with this when it is signed (the kernel's include/linux/module_signature.h).
+/// A signed module ends with this mark (include/linux/module_signature.h in the kernel).
 const SIGNATURE_MARK: &[u8] = b"~Module signature appended~\n";
-/// `struct module_signature`: its last four bytes are the signature's length, big-endian.
+/// The size of `struct module_signature`, whose last four bytes are the signature's length, big-endian.
 const SIGNATURE_STRUCT: usize = 12;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +35,7 @@ pub enum Compression {
 
 impl Compression {
     pub fn of(bytes: &[u8]) -> Option<Self> {
-        // lz4's is the legacy frame, the only one that the kernel's build makes.
+        // lz4 has its legacy frame, the only one that the kernel's build uses.
         const MAGICS: [(&[u8], Compression); 4] = [
             (&[0x02, 0x21, 0x4c, 0x18], Compression::Lz4),
             (&[0x28, 0xb5, 0x2f, 0xfd], Compression::Zstd),
@@ -45,7 +45,7 @@ impl Compression {
         MAGICS.iter().find(|(magic, _)| bytes.starts_with(magic)).map(|(_, c)| *c)
     }
 
-    /// Program, and the file name's end by which it knows its input.
+    /// The program that unpacks it, and the suffix that the program expects.
     pub const fn program(self) -> (&'static str, &'static str) {
         match self {
             Compression::Lz4 => ("lz4", "lz4"),
@@ -61,7 +61,7 @@ impl Compression {
 pub struct Payload<'a> {
     pub compression: Compression,
     pub bytes: &'a [u8],
-    /// Of the ELF file.
+    /// The size of the ELF file.
     pub unpacked_bytes: u32,
 }
 
@@ -70,47 +70,49 @@ pub fn payload(image: &[u8]) -> Result<Payload<'_>> {
     let bad = |what: &str| Error::new(Kind::Unsupported, format!("read the kernel image: {what}"));
     let u32_at = |at: usize| image.get(at..at + 4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")));
     if image.get(MAGIC_AT..MAGIC_AT + 4) != Some(b"HdrS") {
-        return Err(bad("it is no bzImage"));
+        return Err(bad("it is not a bzImage"));
     }
     let version = image.get(VERSION_AT..VERSION_AT + 2).map(|b| u16::from_le_bytes([b[0], b[1]]));
     if version.is_none_or(|v| v < VERSION_MIN) {
         return Err(bad("its boot protocol is too old"));
     }
     let (Some(offset), Some(length)) = (u32_at(PAYLOAD_OFFSET_AT), u32_at(PAYLOAD_LENGTH_AT)) else {
-        return Err(bad("it is cut off"));
+        return Err(bad("it is truncated"));
     };
-    // 0 stands for 4 sectors.
+    // 0 means 4 sectors.
     let sectors = match image[SETUP_SECTORS_AT] {
         0 => 4,
         n => usize::from(n),
     };
     let start = (sectors + 1) * SECTOR + offset as usize;
-    let field = start.checked_add(length as usize).and_then(|end| image.get(start..end)).ok_or_else(|| bad("it is cut off"))?;
+    let field = start.checked_add(length as usize).and_then(|end| image.get(start..end)).ok_or_else(|| bad("it is truncated"))?;
     let (bytes, unpacked) = field.split_last_chunk::<4>().ok_or_else(|| bad("its payload is empty"))?;
     let unpacked_bytes = u32::from_le_bytes(*unpacked);
     if unpacked_bytes == 0 || unpacked_bytes > VMLINUX_BYTES_MAX {
-        return Err(bad("its payload has a senseless length"));
+        return Err(bad("its payload has an impossible length"));
     }
-    let compression = Compression::of(bytes).ok_or_else(|| bad("its payload is packed in an unknown way"))?;
+    let compression = Compression::of(bytes).ok_or_else(|| bad("its payload has an unknown compression"))?;
     Ok(Payload { compression, bytes, unpacked_bytes })
 }
 
-/// The version that a bzImage's header names: `kernel_version` points to text, counted from after the first sector.
+/// The version in a bzImage's header. `kernel_version` is the offset of a text, counted from the second
+/// sector.
 pub fn version(image: &[u8]) -> Option<String> {
     let at = image.get(KERNEL_VERSION_AT..KERNEL_VERSION_AT + 2).map(|b| usize::from(u16::from_le_bytes([b[0], b[1]])))?;
     let version = if at == 0 { None } else { image.get(at + SECTOR..).and_then(word) };
     version.filter(|version| version.starts_with(|c: char| c.is_ascii_digit()))
 }
 
-/// The first word of a text that ends at a blank or at a zero; printable, and no longer than a version is (`__NEW_UTS_LEN`).
+/// The first word of a text, up to a blank or a NUL. None if it contains other characters than a version
+/// does or is longer than a version may be (`__NEW_UTS_LEN`).
 pub fn word(text: &[u8]) -> Option<String> {
     let end = text.iter().take(VERSION_LEN_MAX + 1).position(|b| *b == b' ' || *b == 0)?;
     let is_plain = |b: &u8| b.is_ascii_alphanumeric() || b"._+~-".contains(b);
     (end > 0 && text[..end].iter().all(is_plain)).then(|| String::from_utf8_lossy(&text[..end]).into_owned())
 }
 
-/// A module without the signature at its end: it is not checked then, which saves a slow guest an RSA
-/// computation for each. One without is returned as it is.
+/// Strips the signature from a module, if it has one. The guest then does not verify it, which saves an
+/// RSA computation per module on a slow guest.
 pub fn without_signature(module: &[u8]) -> &[u8] {
     let Some(rest) = module.strip_suffix(SIGNATURE_MARK) else { return module };
     let Some((body, info)) = rest.split_last_chunk::<SIGNATURE_STRUCT>() else { return module };
@@ -118,7 +120,8 @@ pub fn without_signature(module: &[u8]) -> &[u8] {
     body.len().checked_sub(length).map_or(module, |end| &body[..end])
 }
 
-/// `modules.dep` for modules that lie in one directory: file names only, just those of `names`.
+/// Reduces `modules.dep` to the modules in `names`, with file names instead of paths, for modules that
+/// are all in one directory.
 pub fn flat_modules_dep(modules_dep: &str, names: &[String]) -> String {
     let file = |path: &str| path.rsplit('/').next().unwrap_or(path).to_owned();
     let mut lines = BTreeMap::new();
@@ -151,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn the_payload_is_found_without_its_length() {
+    fn payload_is_found_without_its_length_field() {
         let mut bytes = vec![0x28, 0xb5, 0x2f, 0xfd, 1, 2, 3];
         bytes.extend_from_slice(&1000u32.to_le_bytes());
         let image = bzimage(&bytes, 11);
@@ -165,13 +168,13 @@ mod tests {
         good.extend_from_slice(&1000u32.to_le_bytes());
         assert!(payload(&bzimage(&good, 8)).is_ok());
         for (image, why) in [
-            (Vec::new(), "no bzImage"),
-            (b"\x7fELF".to_vec(), "no bzImage"),
-            (bzimage(&good, 8)[..SECTOR * 2].to_vec(), "cut off"),
-            (bzimage(&good, u32::MAX), "cut off"),
+            (Vec::new(), "not a bzImage"),
+            (b"\x7fELF".to_vec(), "not a bzImage"),
+            (bzimage(&good, 8)[..SECTOR * 2].to_vec(), "truncated"),
+            (bzimage(&good, u32::MAX), "truncated"),
             (bzimage(&good, 3), "empty"),
-            (bzimage(&[1, 2, 3, 4, 1, 0, 0, 0], 8), "unknown way"),
-            (bzimage(&[0x1f, 0x8b, 0x08, 0, 0, 0, 0, 0xff], 8), "senseless"),
+            (bzimage(&[1, 2, 3, 4, 1, 0, 0, 0], 8), "unknown compression"),
+            (bzimage(&[0x1f, 0x8b, 0x08, 0, 0, 0, 0, 0xff], 8), "impossible length"),
         ] {
             let e = payload(&image).unwrap_err().to_string();
             assert!(e.contains(why), "{e}");
@@ -179,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_signature_is_cut_off() {
+    fn module_signature_is_stripped() {
         let mut module = b"body signature".to_vec();
         module.extend_from_slice(&[0; 8]);
         module.extend_from_slice(&10u32.to_be_bytes());

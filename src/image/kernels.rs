@@ -32,17 +32,17 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const KERNELS_DIR: &str = "kernels";
-/// With which the names of directories begin that are being made or removed.
+/// The prefix of directories that are being created or removed.
 const IMPORTING: &str = ".importing-";
 const DELETING: &str = ".deleting-";
 const METADATA: &str = "kernel.json";
 const METADATA_BYTES_MAX: u64 = 64 << 10;
-/// Where distributions have modules, by the kernel's version.
+/// The directory in which distributions keep modules, by kernel version.
 const MODULES_DIR: &str = "/lib/modules";
-/// Lists of modules.
+/// The largest list of modules.
 const LIST_BYTES_MAX: u64 = 16 << 20;
-/// What a guest needs to come up, and whether it can do without, in the order in which it is loaded. Of the two transports it needs one;
-/// ext4 wants a checksum that it names as a soft dependency only.
+/// The modules that a guest needs to boot, in loading order, and whether each is optional. Of the two
+/// transports one is needed. ext4 needs a checksum module that it declares as a soft dependency only.
 const WANTED: [(&str, bool); 7] = [
     ("virtio_pci", true),
     ("virtio_mmio", true),
@@ -52,28 +52,28 @@ const WANTED: [(&str, bool); 7] = [
     ("crc32c_generic", true),
     ("ext4", false),
 ];
-/// What names the version in a kernel (init/version.c).
+/// The text before the version in a kernel (init/version.c).
 const BANNER: &[u8] = b"Linux version ";
-/// `e_machine` of x86-64, and types that are loaded: executable, position-independent (elf(5)).
+/// `e_machine` of x86-64, and the types of an executable and a position-independent file (elf(5)).
 const EM_X86_64: u16 = 62;
 const ET: [u16; 2] = [2, 3];
-/// Of a module: relocatable.
+/// The type of a module: a relocatable file.
 const ET_MODULE: [u16; 1] = [1];
-/// `Elf64_Ehdr` and `Elf64_Phdr`.
+/// The sizes of `Elf64_Ehdr` and `Elf64_Phdr`.
 const EHDR_BYTES: usize = 64;
 const PHDR_BYTES: usize = 56;
 
-/// `kernel.json`.
+/// The content of `kernel.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KernelInfo {
     pub name: KernelName,
-    /// `6.1.0-56-cloud-amd64`.
+    /// For example `6.1.0-56-cloud-amd64`.
     pub version: String,
-    /// Modules that are in the initramfs; the rest is built in.
+    /// The modules in the initramfs. All others that a guest needs are built in.
     pub modules: Vec<String>,
     /// Seconds since the epoch.
     pub imported_at: u64,
-    /// What it takes on the host.
+    /// The space that it uses on the host.
     #[serde(skip)]
     pub bytes: u64,
 }
@@ -81,25 +81,25 @@ pub struct KernelInfo {
 /// What to import.
 #[derive(Clone, Debug)]
 pub struct ImportSpec {
-    /// An ELF file or a bzImage; absolute.
+    /// The absolute path of an ELF file or a bzImage.
     pub path: PathBuf,
     pub name: Option<KernelName>,
-    /// Of its modules; `/lib/modules/VERSION` when not given.
+    /// The directory of its modules; `/lib/modules/VERSION` if not given.
     pub modules: Option<PathBuf>,
 }
 
-/// Where kernels are.
+/// The registry of kernels.
 #[derive(Clone, Debug)]
 pub struct Kernels {
     dir: PathBuf,
 }
 
 impl Kernels {
-    /// As [`Images::open`].
+    /// Opens the registry like [`Images::open`].
     pub fn open(state_dir: &Path) -> Result<Self> {
         let dir = state_dir.join(KERNELS_DIR);
         let io = |e| Error::io(format!("open kernel registry {}", dir.display()), e);
-        // The VMMs' own uids read kernels.
+        // VMMs run under their own uids and have to read kernels.
         std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir).map_err(io)?;
         std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
         for entry in std::fs::read_dir(&dir).map_err(io)?.flatten() {
@@ -114,14 +114,16 @@ impl Kernels {
         Ok(Self { dir })
     }
 
-    /// Kernel and initramfs, whether or not they are there.
+    /// The paths of a kernel and its initramfs, which may not exist.
     pub fn files(&self, name: &KernelName) -> (PathBuf, PathBuf) {
         let dir = self.dir.join(name.as_str());
         (dir.join(KERNEL), dir.join(INITRD))
     }
 
+    /// Reads the information about a kernel.
+    ///
     /// # Errors
-    /// `kernel_not_found`; `host` where a file is missing.
+    /// `kernel_not_found`, or `host` if a file is missing.
     pub fn get(&self, name: &KernelName) -> Result<KernelInfo> {
         crate::locks::require_memory_only("file access");
         let dir = self.dir.join(name.as_str());
@@ -134,7 +136,7 @@ impl Kernels {
         };
         let damaged = |what: String| {
             Error::new(Kind::Host, format!("kernel {name} is damaged: {what}"))
-                .hint(format!("fcctl kernel delete {name}, and import it again"))
+                .hint(format!("run fcctl kernel delete {name}, then import it again"))
         };
         let bytes = read_bounded(file, METADATA_BYTES_MAX).map_err(|e| damaged(e.to_string()))?;
         let mut info: KernelInfo = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
@@ -144,7 +146,7 @@ impl Kernels {
         Ok(info)
     }
 
-    /// By name. A damaged one is logged and left out.
+    /// All kernels, sorted by name. Damaged ones are logged and omitted.
     pub fn list(&self) -> Result<Vec<KernelInfo>> {
         let entries = std::fs::read_dir(&self.dir).map_err(|e| Error::io("read the kernel registry", e))?;
         let names = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse::<KernelName>().ok());
@@ -153,14 +155,14 @@ impl Kernels {
         Ok(all)
     }
 
-    /// VMs that run with it run on.
+    /// Deletes a kernel. VMs that are running with it are not affected.
     pub fn delete(&self, name: &KernelName) -> Result<()> {
         crate::locks::require_memory_only("file access");
         let dir = self.dir.join(name.as_str());
         if !dir.is_dir() {
             return self.get(name).map(drop);
         }
-        // First out of sight: one that is half gone is nobody's to boot.
+        // Move it away first, so that no VM can boot a kernel that is partly deleted.
         let gone = tempfile::Builder::new()
             .prefix(DELETING)
             .tempdir_in(&self.dir)
@@ -168,9 +170,12 @@ impl Kernels {
         std::fs::rename(&dir, gone.path().join("gone")).map_err(|e| Error::io(format!("delete kernel {name}"), e))
     }
 
-    /// Takes a kernel in. Its busybox comes from an image, of which there must be one. Nothing is left of an import that failed.
+    /// Imports a kernel. The busybox of its initramfs comes from an image, so there must be one. An import
+    /// that fails leaves nothing behind.
     ///
-    /// Errors: `name_taken`, `unsupported` (no kernel for a guest), `path_not_found`, `image_not_found`, `command_missing`, `cancelled`.
+    /// # Errors
+    /// `name_taken`, `unsupported` (not a kernel for a guest), `path_not_found`, `image_not_found`,
+    /// `command_missing`, `cancelled`.
     pub fn import(&self, images: &Images, commands: &dyn Commands, spec: &ImportSpec, cancel: &Cancel) -> Result<KernelInfo> {
         let doing = |e: Error| e.context(format!("import kernel {}", spec.path.display()));
         let staging = Staging::new(&self.dir, IMPORTING)?;
@@ -213,11 +218,11 @@ impl Kernels {
 }
 
 fn taken(name: &KernelName) -> Error {
-    Error::new(Kind::NameTaken, format!("kernel {name} exists already"))
+    Error::new(Kind::NameTaken, format!("kernel {name} already exists"))
         .hint("choose another with --name, or run fcctl kernel list")
 }
 
-/// `linux-6-1-0-56-cloud-amd64`.
+/// The default name for a version, such as `linux-6-1-0-56-cloud-amd64`.
 fn name_of(version: &str) -> Result<KernelName> {
     let plain: String = version.to_lowercase().chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
     let mut name = format!("linux-{plain}");
@@ -225,13 +230,13 @@ fn name_of(version: &str) -> Result<KernelName> {
     name.trim_end_matches('-').parse::<KernelName>().map_err(|e| e.hint("give it a name: --name"))
 }
 
-/// Makes `out/vmlinux`; the kernel's version.
+/// Writes `out/vmlinux` and returns the kernel's version.
 fn take_kernel(commands: &dyn Commands, path: &Path, out: &Path, cancel: &Cancel) -> Result<String> {
     let bytes = read_file(path, u64::from(VMLINUX_BYTES_MAX))?;
     if bytes.starts_with(b"\x7fELF") {
         check_elf(&bytes)?;
         std::fs::write(out.join(KERNEL), &bytes).map_err(|e| Error::io("write the kernel", e))?;
-        return version_in(&bytes).ok_or_else(|| Error::new(Kind::Unsupported, "it does not say which version of Linux it is"));
+        return version_in(&bytes).ok_or_else(|| Error::new(Kind::Unsupported, "it does not contain a Linux version"));
     }
     let payload = kernel::payload(&bytes)?;
     unpack(commands, &payload, out, cancel)?;
@@ -239,25 +244,26 @@ fn take_kernel(commands: &dyn Commands, path: &Path, out: &Path, cancel: &Cancel
     check_elf(&unpacked)?;
     kernel::version(&bytes)
         .or_else(|| version_in(&unpacked))
-        .ok_or_else(|| Error::new(Kind::Unsupported, "it does not say which version of Linux it is"))
+        .ok_or_else(|| Error::new(Kind::Unsupported, "it does not contain a Linux version"))
 }
 
-/// A regular file of no more than so much.
+/// Reads a regular file of at most `bytes_max` bytes.
 fn read_file(path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
-    // A pipe's open waits for who writes.
+    // O_NONBLOCK, because opening a FIFO would otherwise wait for a writer.
     let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
     read_opened(opened, path, bytes_max)
 }
 
-/// A file of a directory that may be anybody's: nothing outside of it is read, for all that is read of it every guest may see.
+/// Reads a file below a directory that an untrusted user may control. Nothing outside of it is read,
+/// because every guest may see the content.
 fn read_below(dir: &OwnedFd, shown_dir: &Path, path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let within = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
     let shown = shown_dir.join(path);
     match rustix::fs::openat2(dir, path, flags, Mode::empty(), within) {
         Err(Errno::XDEV | Errno::LOOP) => {
-            Err(Error::new(Kind::Unsupported, format!("{} leads out of {}", shown.display(), shown_dir.display()))
-                .hint("give a directory that has the modules themselves: --modules DIR"))
+            Err(Error::new(Kind::Unsupported, format!("{} points outside of {}", shown.display(), shown_dir.display()))
+                .hint("name a directory that contains the modules themselves: --modules DIR"))
         }
         opened => read_opened(opened.map(File::from).map_err(std::io::Error::from), &shown, bytes_max),
     }
@@ -268,26 +274,26 @@ fn read_opened(opened: std::io::Result<File>, path: &Path, bytes_max: u64) -> Re
     let io = |e| Error::io(format!("read {shown}"), e);
     let file = opened.map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => {
-            Error::new(Kind::PathNotFound, format!("there is no {shown}")).hint(format!("ls -l {shown}"))
+            Error::new(Kind::PathNotFound, format!("{shown} does not exist")).hint(format!("ls -l {shown}"))
         }
         _ => io(e),
     })?;
     let stat = file.metadata().map_err(io)?;
     if !stat.is_file() || stat.len() > bytes_max {
-        return Err(Error::new(Kind::Unsupported, format!("{shown} is no file of at most {} MiB", bytes_max >> 20))
+        return Err(Error::new(Kind::Unsupported, format!("{shown} is not a file of at most {} MiB", bytes_max >> 20))
             .hint(format!("ls -lL {shown}")));
     }
     read_bounded(file, bytes_max).map_err(io)
 }
 
-/// Whether it is an ELF file of one of these types.
+/// True if it is an ELF file of one of these types for x86-64.
 fn is_elf(bytes: &[u8], types: &[u16]) -> bool {
     let u16_at = |at: usize| bytes.get(at..at + 2).map(|b| u16::from_le_bytes([b[0], b[1]]));
     let is_ours = bytes.starts_with(b"\x7fELF\x02\x01") && u16_at(18) == Some(EM_X86_64);
     is_ours && u16_at(16).is_some_and(|t| types.contains(&t)) && bytes.len() > EHDR_BYTES
 }
 
-/// Whether all that is loaded of it is there (elf(5), `Elf64_Phdr`).
+/// True if the file contains all of its loadable segments (elf(5), `Elf64_Phdr`).
 fn is_whole(elf: &[u8]) -> bool {
     let number = |at: usize, len: usize| {
         let bytes = at.checked_add(len).and_then(|end| elf.get(at..end))?;
@@ -310,15 +316,15 @@ fn check_elf(bytes: &[u8]) -> Result<()> {
         return if is_whole(bytes) {
             Ok(())
         } else {
-            Err(Error::new(Kind::Unsupported, "the kernel is cut off: a part that is loaded is not in the file")
-                .hint("copy or download it again"))
+            Err(Error::new(Kind::Unsupported, "the kernel is truncated: a loadable segment is not in the file")
+                .hint("copy or download the file again"))
         };
     }
-    Err(Error::new(Kind::Unsupported, "it is no kernel for x86-64 (vmlinux or bzImage)")
-        .hint("take /boot/vmlinuz-VERSION of a distribution"))
+    Err(Error::new(Kind::Unsupported, "it is not a kernel for x86-64 (vmlinux or bzImage)")
+        .hint("use a distribution's /boot/vmlinuz-VERSION"))
 }
 
-/// The word after the banner.
+/// The version, which follows the banner.
 fn version_in(bytes: &[u8]) -> Option<String> {
     let mut rest = bytes;
     loop {
@@ -336,9 +342,9 @@ fn version_in(bytes: &[u8]) -> Option<String> {
 
 #[derive(Debug, Default, PartialEq)]
 struct Modules {
-    /// File name and content, unpacked.
+    /// The file names and the unpacked contents.
     files: Vec<(String, Vec<u8>)>,
-    /// `modules.dep`, as far as it is about them.
+    /// The lines of `modules.dep` about these modules.
     dependencies: String,
 }
 
@@ -347,7 +353,7 @@ fn find_modules(commands: &dyn Commands, spec: &ImportSpec, version: &str, out: 
     if !dir.is_dir() {
         if let Some(given) = &spec.modules {
             return Err(Error::new(Kind::PathNotFound, format!("there is no directory {}", given.display()))
-                .hint("give that of the kernel's modules.dep"));
+                .hint("name the directory that contains the kernel's modules.dep"));
         }
         return built_in(&out.join(KERNEL), &dir);
     }
@@ -364,24 +370,25 @@ fn find_modules(commands: &dyn Commands, spec: &ImportSpec, version: &str, out: 
         modules.files.push((name, bytes));
     }
     modules.files.sort();
-    // The names as they are unpacked.
+    // The names without the suffixes of their compression.
     modules.dependencies =
         dep.lines().map(|line| line.split_whitespace().map(unpacked_name).collect::<Vec<_>>().join(" ") + "\n").collect();
     Ok(modules)
 }
 
-/// Without a list of what is built in, its own words have to do: a driver's name is in the kernel that has it.
+/// Checks without a `modules.builtin` that the drivers are built in, by searching for their names in the
+/// kernel.
 fn built_in(vmlinux: &Path, modules: &Path) -> Result<Modules> {
     let bytes = read_file(vmlinux, u64::from(VMLINUX_BYTES_MAX))?;
     let has = |name: &str| has_word(&bytes, name.as_bytes());
     if has("virtio_blk") && has("virtio_net") && has("ext4") && (has("virtio-mmio") || has("virtio-pci")) {
         return Ok(Modules::default());
     }
-    let text = format!("it has no virtio drivers built in, and there is no {}", modules.display());
-    Err(Error::new(Kind::Unsupported, text).hint("give the directory of its modules: --modules DIR"))
+    let text = format!("it has no built-in virtio drivers, and {} does not exist", modules.display());
+    Err(Error::new(Kind::Unsupported, text).hint("name the directory of its modules: --modules DIR"))
 }
 
-/// As a C string of its own.
+/// True if `bytes` contain `word` as a complete C string.
 fn has_word(bytes: &[u8], word: &[u8]) -> bool {
     let mut rest = bytes;
     while let Some(at) = rest.iter().position(|b| *b == word[0]) {
@@ -394,20 +401,20 @@ fn has_word(bytes: &[u8], word: &[u8]) -> bool {
     false
 }
 
-/// `kernel/drivers/x/virtio-blk.ko.xz` is `virtio_blk`.
+/// The module's name: `virtio_blk` for `kernel/drivers/x/virtio-blk.ko.xz`.
 fn module_of(path: &str) -> String {
     let file = path.rsplit('/').next().unwrap_or(path);
     file.split(".ko").next().unwrap_or(file).replace('-', "_")
 }
 
-/// Without what it is packed with.
+/// The path without the suffix of its compression.
 fn unpacked_name(path: &str) -> String {
     let (path, colon) = path.strip_suffix(':').map_or((path, ""), |path| (path, ":"));
     let plain = [".xz", ".zst", ".gz"].iter().find_map(|suffix| path.strip_suffix(suffix)).unwrap_or(path);
     format!("{plain}{colon}")
 }
 
-/// Paths of the modules that a guest needs, with what they need.
+/// The paths of the modules that a guest needs and of their dependencies.
 fn needed(dep: &str, builtin: &str) -> Result<BTreeSet<String>> {
     let built_in: BTreeSet<String> = builtin.lines().map(module_of).collect();
     let mut paths = BTreeSet::new();
@@ -424,13 +431,13 @@ fn needed(dep: &str, builtin: &str) -> Result<BTreeSet<String>> {
         WANTED.iter().filter(|(name, is_optional)| !is_optional && missing.contains(name)).map(|(name, _)| *name).collect();
     if !needs.is_empty() || (missing.contains("virtio_pci") && missing.contains("virtio_mmio")) {
         let what = if needs.is_empty() { "virtio_pci or virtio_mmio".to_owned() } else { needs.join(", ") };
-        return Err(Error::new(Kind::Unsupported, format!("the kernel has no {what}, neither built in nor as a module"))
-            .hint("take another kernel: the distribution's for clouds has them"));
+        return Err(Error::new(Kind::Unsupported, format!("the kernel has no {what}, either built in or as a module"))
+            .hint("use another kernel; a distribution's cloud kernel has them"));
     }
     Ok(paths)
 }
 
-/// Its file name and its bytes, unpacked. `path` is of the distribution's list, below `dir`.
+/// Reads and unpacks a module. `path` is relative to `dir` and comes from the distribution's list.
 fn read_module(
     commands: &dyn Commands,
     (below, dir): (&OwnedFd, &Path),
@@ -443,8 +450,8 @@ fn read_module(
         if is_elf(&bytes, &ET_MODULE) {
             return Ok((name, bytes));
         }
-        let text = format!("{} is no kernel module for x86-64", dir.join(path).display());
-        Err(Error::new(Kind::Unsupported, text).hint("give the directory of this kernel's modules: --modules DIR"))
+        let text = format!("{} is not a kernel module for x86-64", dir.join(path).display());
+        Err(Error::new(Kind::Unsupported, text).hint("name the directory of this kernel's modules: --modules DIR"))
     };
     let name = unpacked_name(path.rsplit('/').next().unwrap_or(path));
     let Some(compression) = Compression::of(&bytes).filter(|_| name.len() < path.rsplit('/').next().unwrap_or(path).len()) else {
@@ -459,10 +466,11 @@ fn read_module(
     checked(name, bytes)
 }
 
-/// A static one, which any image's initramfs has.
+/// A static busybox, taken from any image's initramfs.
 fn busybox(images: &Images) -> Result<Vec<u8>> {
     let none = || {
-        Error::new(Kind::ImageNotFound, "there is no image whose busybox the initramfs could have").hint("run fcctl image build")
+        Error::new(Kind::ImageNotFound, "no image exists from which to take the initramfs's busybox")
+            .hint("run fcctl image build")
     };
     let image = images.list()?.into_iter().next().ok_or_else(none)?;
     let initrd = read_file(&image.initrd, PART_BYTES_MAX)?;
@@ -478,7 +486,7 @@ mod tests {
                        kernel/drivers/virtio/virtio-pci.ko.xz: kernel/drivers/virtio/virtio.ko.xz\nkernel/x/other.ko.xz:\n";
 
     #[test]
-    fn what_is_not_built_in_is_taken_with_what_it_needs() {
+    fn modules_not_built_in_are_taken_with_dependencies() {
         let paths = needed(DEP, "kernel/fs/ext4/ext4.ko\n").unwrap();
         let names: Vec<String> = paths.iter().map(|p| module_of(p)).collect();
         assert_eq!(names, ["virtio_blk", "virtio_net", "virtio_pci", "virtio", "virtio_ring", "failover"]);
@@ -493,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn names_and_versions() {
+    fn names_and_versions_are_parsed() {
         assert_eq!(name_of("6.1.0-56-cloud-amd64").unwrap().as_str(), "linux-6-1-0-56-cloud-amd64");
         assert_eq!(name_of(&"9".repeat(90)).unwrap().as_str().len(), NAME_LEN_MAX);
         assert_eq!(module_of("kernel/drivers/virtio/virtio-mmio.ko.zst"), "virtio_mmio");
@@ -505,16 +513,16 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_kernel_is_refused() {
+    fn file_that_is_not_a_kernel_is_refused() {
         let mut elf = vec![0; 128];
         elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
         elf[16] = 2;
         elf[18] = 62;
-        // One part that is loaded, of 8 bytes at the end.
+        // One loadable segment of 8 bytes at the end.
         (elf[32], elf[54], elf[56]) = (64, 56, 1);
         (elf[64 + 8], elf[64 + 32]) = (120, 8);
         check_elf(&elf).unwrap();
-        assert!(check_elf(&elf[..127]).unwrap_err().to_string().contains("cut off"));
+        assert!(check_elf(&elf[..127]).unwrap_err().to_string().contains("truncated"));
         for (at, byte) in [(32, 73), (54, 55), (56, 0), (56, 2), (64 + 8, 121), (64 + 15, 0xff)] {
             let mut bad = elf.clone();
             bad[at] = byte;
@@ -529,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn a_module_outside_of_its_directory_is_refused() {
+    fn module_outside_of_its_directory_is_refused() {
         let temp = tempfile::tempdir().unwrap();
         let never = Cancel::try_new().unwrap();
         let at = |name: &str| temp.path().join(name);
@@ -551,7 +559,7 @@ mod tests {
         for path in ["good.ko", "beside.ko"] {
             assert_eq!(read(path).unwrap(), (path.to_owned(), module.clone()));
         }
-        // A little that would fill the disk.
+        // A small file that would unpack to more than the disk.
         let bomb = File::create(at("m/bomb.ko")).unwrap();
         bomb.set_len(PART_BYTES_MAX + 1).unwrap();
         let packed = crate::host::Command::new("gzip").arg("-1").arg(at("m/bomb.ko"));
@@ -566,7 +574,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_appears_whole_and_goes_whole() {
+    fn kernel_is_published_and_deleted_atomically() {
         let state = tempfile::tempdir().unwrap();
         let kernels = Kernels::open(state.path()).unwrap();
         let name: KernelName = "mine".parse().unwrap();
@@ -586,6 +594,6 @@ mod tests {
         let kernels = Kernels::open(state.path()).unwrap();
         kernels.delete(&name).unwrap();
         assert_eq!(kernels.delete(&name).unwrap_err().kind(), Kind::KernelNotFound);
-        assert_eq!(std::fs::read_dir(&kernels.dir).unwrap().count(), 1, "what is not ours stays");
+        assert_eq!(std::fs::read_dir(&kernels.dir).unwrap().count(), 1, "files of others are kept");
     }
 }

@@ -1,12 +1,14 @@
-//! Images: a root file system with its kernel and initramfs, built from the distribution's archive, and the
-//! registry of them on disk.
+//! Images and kernels: building, importing and storing them.
 //!
-//! An image is a directory `<state>/images/<name>` with `rootfs.ext4`, `vmlinux`, `initrd` and `image.json`. It
-//! appears whole, by one rename, and never changes afterwards: the disks of VMs stand on it.
+//! An image is a root file system with its kernel and initramfs, built from the distribution's archive.
+//! It is a directory `<state>/images/<name>` with `rootfs.ext4`, `vmlinux`, `initrd` and `image.json`,
+//! which is published with one rename and never changes afterwards, because disks of VMs use it as
+//! their base. [`Images`] is the registry.
 //!
-//! What an image expects of its VMM: the first virtio disk is the root disk (`/dev/vda`), the second the seed drive
-//! (`/dev/vdb`), one virtio network interface (`eth0`), virtio over PCI or over MMIO; a console at `ttyS0`.
-//! It needs nothing on the kernel's command line; [`BOOT_ARGS`] makes it faster.
+//! An image needs these devices from its VMM: a first virtio disk, which is the root disk (`/dev/vda`), a
+//! second one, the seed drive (`/dev/vdb`), one virtio network interface (`eth0`), and a console at
+//! `ttyS0`. Virtio may be over PCI or MMIO. No kernel arguments are required, but [`BOOT_ARGS`] makes
+//! the boot faster.
 
 pub mod build;
 mod checks;
@@ -20,14 +22,15 @@ pub use build::{BuildSpec, build};
 pub use checks::checks;
 pub use registry::{BALLOON_SINCE, CTRL_ALT_DEL_SINCE, ImageInfo, Images, kernel_path};
 
-/// Kernel arguments for any VMM, beside the console's and those of its clock: no self-tests of the crypto modules
-/// (0.2 s under emulation), entropy from the processor, a panic ends the VM at once.
+/// Kernel arguments for every VMM, in addition to those for the console and the clock. They skip the
+/// self-tests of the crypto modules (0.2 s under emulation), take entropy from the processor, and end
+/// the VM immediately after a panic.
 pub const BOOT_ARGS: &[&str] =
     &["quiet", "panic=-1", "reboot=t", "net.ifnames=0", "cryptomgr.notests", "random.trust_cpu=on", "audit=0"];
 
-/// Virtual size of an image's root disk, when its builder does not say. Sparse: it costs what is in it.
+/// The default virtual size of an image's root disk. The file is sparse.
 pub const DISK_BYTES_DEFAULT: u64 = 8 << 30;
 
-/// The guest's command for a clean end. It writes `synced` to stdout once the disks are written, ends with
-/// status 0, and a moment later the VM powers off, so that the VMM exits by itself.
+/// The guest's command for a clean shutdown. It writes `synced` to stdout once the disks are synced and
+/// exits with status 0. A moment later the VM powers off, and the VMM exits.
 pub const SHUTDOWN_COMMAND: &str = "/sbin/fcd-shutdown";

@@ -1,4 +1,4 @@
-//! The registry: one directory per image, nothing in memory.
+//! The registry of images. It has one directory per image and keeps nothing in memory.
 
 use crate::error::{Error, Kind, Result};
 use crate::ids::ImageRef;
@@ -13,43 +13,44 @@ pub const INITRD: &str = "initrd";
 pub const ROOTFS: &str = "rootfs.ext4";
 const METADATA: &str = "image.json";
 const METADATA_BYTES_MAX: u64 = 64 * 1024;
-/// Of `image.json`; another one is refused.
+/// The format of `image.json`. Images with another format are refused.
 const FORMAT: u32 = 1;
-/// Of the init that a build puts into an image. 1: `work_disk` and `files.tar` of the seed. 2: the initramfs loads the balloon's driver. 3: it shuts
-/// down at Ctrl-Alt-Del, and loads its driver of a vsock when a program asks for one.
+/// The version of the init in new images. Version 1 supports `work_disk` and `files.tar` in the seed.
+/// In version 2 the initramfs loads the balloon driver. Version 3 shuts down on Ctrl-Alt-Del and loads
+/// the vsock driver on demand.
 const GUEST_VERSION: u32 = CTRL_ALT_DEL_SINCE;
-/// Images of this version and later give memory back.
+/// Images since this version can return memory.
 pub const BALLOON_SINCE: u32 = 2;
-/// Guests on disks of this version and later shut down when it is pressed; earlier ones would be reset.
+/// Guests of images since this version shut down on Ctrl-Alt-Del. Earlier ones would be reset.
 pub const CTRL_ALT_DEL_SINCE: u32 = 3;
-/// A build in progress is in a directory whose name begins so. No image name begins with a dot.
+/// The prefix of a build's directory. No image name begins with a dot.
 const STAGING_PREFIX: &str = ".building-";
-/// Prefix of the directory of an image that is being deleted.
+/// The prefix of the directory of an image that is being deleted.
 const DELETING_PREFIX: &str = ".deleting-";
 
-/// A complete image. Paths are absolute when the registry's is.
+/// A complete image. The paths are absolute if the registry's path is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageInfo {
     pub name: ImageRef,
     pub dir: PathBuf,
-    /// An ELF file that boots by PVH.
+    /// An ELF file that boots through PVH.
     pub kernel: PathBuf,
     pub initrd: PathBuf,
-    /// ext4, raw, read-only.
+    /// The raw ext4 file system, which is read-only.
     pub rootfs: PathBuf,
-    /// Virtual size of the root file system.
+    /// The virtual size of the root file system.
     pub disk_bytes: u64,
-    /// What the image takes on the host.
+    /// The space that the image uses on the host.
     pub allocated_bytes: u64,
-    /// `Debian GNU/Linux 12 (bookworm)`.
+    /// For example `Debian GNU/Linux 12 (bookworm)`.
     pub os: String,
-    /// `6.1.0-56-cloud-amd64`.
+    /// For example `6.1.0-56-cloud-amd64`.
     pub kernel_version: String,
     /// Seconds since the epoch.
     pub built_at: u64,
-    /// What its init understands of a seed: see [`GUEST_VERSION`].
+    /// The version of its init; see [`GUEST_VERSION`].
     pub guest_version: u32,
-    /// Who built it; none: it belongs to the host.
+    /// The user who built it. None if it belongs to the host.
     pub owner_uid: Option<u32>,
 }
 
@@ -68,20 +69,20 @@ impl ImageInfo {
     }
 }
 
-/// `image.json`.
+/// The content of `image.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Metadata {
     pub format: u32,
     pub name: ImageRef,
     pub os: String,
     pub kernel_version: String,
-    /// Packages beyond the essential ones.
+    /// The packages in addition to the essential ones.
     pub packages: Vec<String>,
     pub built_at: u64,
-    /// Of the init in it. Images of earlier versions do not say.
+    /// The version of its init. Missing in images of earlier versions.
     #[serde(default)]
     pub guest_version: u32,
-    /// Who built it. Images of earlier versions do not say.
+    /// The user who built it. Missing in images of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner_uid: Option<u32>,
     pub files: Vec<FileRecord>,
@@ -91,7 +92,7 @@ pub(super) struct Metadata {
 pub(super) struct FileRecord {
     pub name: String,
     pub bytes: u64,
-    /// Of the content; of the root file system, of its non-zero blocks (`build::hash`).
+    /// The digest of the content, or for the root file system of its non-zero blocks.
     pub sha256: String,
 }
 
@@ -111,38 +112,38 @@ impl Metadata {
     }
 }
 
-/// Where images are.
+/// The registry of images.
 #[derive(Clone, Debug)]
 pub struct Images {
     dir: PathBuf,
 }
 
-/// Where an image's kernel is, whether or not it is there.
+/// The path of an image's kernel, which may not exist.
 pub fn kernel_path(state_dir: &Path, name: &ImageRef) -> PathBuf {
     state_dir.join(IMAGES_DIR).join(name.as_str()).join(KERNEL)
 }
 
 impl Images {
-    /// Opens `<state_dir>/images`, makes it if need be, and removes what unfinished builds left: the caller holds
-    /// the state directory's lock, so no build runs.
+    /// Opens `<state_dir>/images`, which is created if it does not exist, and removes the leftovers of
+    /// unfinished builds. The caller holds the state directory's lock, so no build is running.
     pub fn open(state_dir: &Path) -> Result<Self> {
         let dir = state_dir.join(IMAGES_DIR);
         let io = |e| Error::io(format!("open image registry {}", dir.display()), e);
-        // The VMMs' own uids read images.
+        // VMMs run under their own uids and have to read images.
         std::fs::DirBuilder::new().recursive(true).mode(0o755).create(&dir).map_err(io)?;
         std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
         for entry in std::fs::read_dir(&dir).map_err(io)? {
             let entry = entry.map_err(io)?;
             let is = |prefix: &str| entry.file_name().as_encoded_bytes().starts_with(prefix.as_bytes());
             if is(STAGING_PREFIX) || is(DELETING_PREFIX) {
-                log::info!("removing what is left of an image: {}", entry.path().display());
+                log::info!("removing the leftover image directory {}", entry.path().display());
                 std::fs::remove_dir_all(entry.path()).map_err(|e| Error::io(format!("remove {}", entry.path().display()), e))?;
             }
         }
         Ok(Self { dir })
     }
 
-    /// All complete images, by name. One that is damaged is logged and left out.
+    /// All complete images, sorted by name. Damaged ones are logged and omitted.
     pub fn list(&self) -> Result<Vec<ImageInfo>> {
         let io = |e| Error::io(format!("read image registry {}", self.dir.display()), e);
         let mut images = Vec::new();
@@ -158,13 +159,16 @@ impl Images {
         Ok(images)
     }
 
-    /// Errors: `image_not_found`; `host` when a file is missing or of another size than it was built with.
+    /// Reads the information about an image.
+    ///
+    /// # Errors
+    /// `image_not_found`, or `host` if a file is missing or has another size than when it was built.
     pub fn get(&self, name: &ImageRef) -> Result<ImageInfo> {
         crate::locks::require_memory_only("file access");
         let dir = self.path(name);
         let damaged = |what: String| {
             Error::new(Kind::Host, format!("image {name} is damaged: {what}"))
-                .hint(format!("build it again: move {} away, then fcctl image build", dir.display()))
+                .hint(format!("move {} away, then build it again with fcctl image build", dir.display()))
         };
         let file = match File::open(dir.join(METADATA)) {
             Ok(file) => file,
@@ -174,7 +178,7 @@ impl Images {
         let bytes = crate::host::command::read_bounded(file, METADATA_BYTES_MAX).map_err(|e| damaged(e.to_string()))?;
         let metadata: Metadata = serde_json::from_slice(&bytes).map_err(|e| damaged(format!("{METADATA}: {e}")))?;
         if metadata.format != FORMAT || metadata.name != *name {
-            return Err(damaged(format!("{METADATA} is of another image or another version of fcd")));
+            return Err(damaged(format!("{METADATA} belongs to another image or another version of fcd")));
         }
         let mut allocated_bytes = 0;
         let mut size = |wanted: &str| {
@@ -210,8 +214,8 @@ impl Images {
         self.dir.join(name.as_str())
     }
 
-    /// Deletes an image, also a damaged one. It is out of sight at once; its files go afterwards. The root file system's blocks
-    /// stay for as long as a VM's disk has a second name for them.
+    /// Deletes an image, even a damaged one. It is renamed first, so it disappears at once. The blocks of the
+    /// root file system are freed when no VM's disk has a hard link to it any more.
     ///
     /// # Errors
     /// `image_not_found`, `host`.
@@ -226,7 +230,7 @@ impl Images {
         File::open(&self.dir).and_then(|d| d.sync_all()).map_err(io)
     }
 
-    /// An empty directory for a build; removed when dropped.
+    /// Creates an empty directory for a build. It is removed when the result is dropped.
     pub(super) fn stage(&self, name: &ImageRef) -> Result<Staging> {
         if self.path(name).exists() {
             return Err(name_taken(name));
@@ -234,8 +238,8 @@ impl Images {
         Staging::new(&self.dir, &format!("{STAGING_PREFIX}{name}-"))
     }
 
-    /// Makes `files` (a directory below the staging directory) the image `name`: files read-only, everything
-    /// synced, then one rename.
+    /// Publishes `files`, a directory below the staging directory, as an image: makes the files read-only,
+    /// syncs everything, and renames the directory.
     pub(super) fn publish(&self, files: &Path, metadata: &Metadata) -> Result<ImageInfo> {
         let name = &metadata.name;
         let io = |e: std::io::Error| Error::io(format!("publish image {name}"), e);
@@ -249,7 +253,7 @@ impl Images {
         std::fs::set_permissions(files, std::fs::Permissions::from_mode(0o755)).map_err(io)?;
         File::open(files).and_then(|d| d.sync_all()).map_err(io)?;
         let to = self.path(name);
-        // Two builds of one name: the first one stays.
+        // If two builds use the same name, the first one wins.
         match rustix::fs::renameat_with(rustix::fs::CWD, files, rustix::fs::CWD, &to, rustix::fs::RenameFlags::NOREPLACE) {
             Ok(()) => {}
             Err(rustix::io::Errno::EXIST | rustix::io::Errno::NOTEMPTY) => return Err(name_taken(name)),
@@ -265,14 +269,14 @@ pub(super) struct Staging {
 }
 
 impl Staging {
-    /// An empty directory of a name that begins so.
+    /// Creates an empty directory whose name begins with `prefix`.
     pub(super) fn new(dir: &Path, prefix: &str) -> Result<Self> {
         let made = tempfile::Builder::new()
             .prefix(prefix)
-            // Apt's own user passes through.
+            // apt's own user has to enter it.
             .permissions(std::fs::Permissions::from_mode(0o711))
             .tempdir_in(dir)
-            .map_err(|e| Error::io(format!("make a directory in {}", dir.display()), e))?;
+            .map_err(|e| Error::io(format!("create a directory in {}", dir.display()), e))?;
         Ok(Self { dir: made.keep() })
     }
 
@@ -282,7 +286,7 @@ impl Staging {
 }
 
 impl Drop for Staging {
-    /// A cancelled build's processes are being killed and may still write for a moment.
+    /// Retries, because the processes of a cancelled build may still write until they are killed.
     fn drop(&mut self) {
         const TRIES: u32 = 40;
         const PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
@@ -290,7 +294,7 @@ impl Drop for Staging {
             match std::fs::remove_dir_all(&self.dir) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound && last > 0 => std::thread::sleep(PAUSE),
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    log::warn!("remove {}: {e}; the next start of fcd tries again", self.dir.display());
+                    log::warn!("remove {}: {e}; fcd will retry at its next start", self.dir.display());
                 }
                 _ => return,
             }
@@ -304,7 +308,7 @@ fn not_found(name: &ImageRef) -> Error {
 }
 
 fn name_taken(name: &ImageRef) -> Error {
-    Error::new(Kind::NameTaken, format!("image {name} exists already")).hint("run fcctl image list, or choose another name")
+    Error::new(Kind::NameTaken, format!("image {name} already exists")).hint("run fcctl image list, or choose another name")
 }
 
 #[cfg(test)]
@@ -328,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_appears_whole_and_stays() {
+    fn published_image_is_complete_and_not_replaced() {
         let state = tempfile::tempdir().unwrap();
         let images = Images::open(state.path()).unwrap();
         assert_eq!(images.get(&name()).unwrap_err().kind(), Kind::ImageNotFound);
@@ -342,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn deleted_image_is_gone_and_its_disks_live_on() {
+    fn deleted_image_is_gone_but_hard_links_remain() {
         let state = tempfile::tempdir().unwrap();
         let images = Images::open(state.path()).unwrap();
         assert_eq!(images.delete(&name()).unwrap_err().kind(), Kind::ImageNotFound);
@@ -353,7 +357,7 @@ mod tests {
         assert_eq!(images.get(&name()).unwrap_err().kind(), Kind::ImageNotFound);
         assert_eq!(std::fs::read_dir(state.path().join("images")).unwrap().count(), 0);
         assert_eq!(std::fs::read(disk).unwrap(), vec![1; 8192]);
-        // A damaged one is deleted, too.
+        // A damaged image can be deleted, too.
         std::fs::remove_file(publish(&images).unwrap().kernel).unwrap();
         images.delete(&name()).unwrap();
         publish(&images).unwrap();
@@ -372,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_image_is_told_from_a_missing_one() {
+    fn damaged_image_is_distinguished_from_a_missing_one() {
         let state = tempfile::tempdir().unwrap();
         let images = Images::open(state.path()).unwrap();
         let info = publish(&images).unwrap();

@@ -1,8 +1,8 @@
-//! The host's apt configuration, as far as a build takes it over.
+//! Extracts the parts of the host's apt configuration that a build uses.
 
 use std::collections::BTreeMap;
 
-/// Keys of `apt-config dump` that say how to reach an archive and whether to trust its dates.
+/// The keys of `apt-config dump` about reaching an archive and trusting its dates.
 const CONFIG_KEPT: [&str; 7] = [
     "Acquire::http::",
     "Acquire::https::",
@@ -16,9 +16,9 @@ const CONFIG_KEPT: [&str; 7] = [
 /// The distribution of the host, from os-release(5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Os {
-    /// `debian`.
+    /// For example `debian`.
     pub id: String,
-    /// `bookworm`; empty when there is none.
+    /// For example `bookworm`; may be empty.
     pub codename: String,
 }
 
@@ -30,11 +30,11 @@ pub fn os(os_release: &str) -> Os {
     Os { id: value("ID"), codename: value("VERSION_CODENAME") }
 }
 
-/// The lines of `apt-config dump` that a build needs, and no translations.
+/// An apt.conf for a build: the needed lines of `apt-config dump`, and no translations.
 pub fn apt_conf(dump: &str) -> String {
     let mut conf = String::from("Acquire::Languages \"none\";\n");
     for line in dump.lines().filter(|l| CONFIG_KEPT.iter().any(|key| l.starts_with(key))) {
-        // Empty groups say nothing and clutter the file.
+        // Empty groups have no effect.
         if !line.ends_with(" \"\";") {
             conf.push_str(line);
             conf.push('\n');
@@ -43,8 +43,9 @@ pub fn apt_conf(dump: &str) -> String {
     conf
 }
 
-/// One-line entries (sources.list(5)) of the host's sources for `codename` and its updates, from files of either
-/// format given as (name, text). Archives of third parties, which have suites of their own or no `main`, stay out.
+/// The host's sources for `codename` and its updates as one-line entries (sources.list(5)). `files` has
+/// names and contents in either format. Archives of third parties, which have other suites or no `main`,
+/// are omitted.
 pub fn sources_list(files: &[(String, String)], codename: &str) -> String {
     let mut lines = Vec::new();
     for (name, text) in files {
@@ -80,7 +81,7 @@ fn one_line(text: &str, codename: &str, lines: &mut Vec<String>) {
 
 fn deb822(text: &str, codename: &str, lines: &mut Vec<String>) {
     let text = text.replace('\r', "");
-    // Comments may stand between the fields of a stanza.
+    // A stanza may contain comments between its fields.
     let text: String = text.lines().filter(|l| !l.starts_with('#')).map(|l| format!("{l}\n")).collect();
     for stanza in text.split("\n\n") {
         let fields = stanza_fields(stanza);
@@ -89,7 +90,7 @@ fn deb822(text: &str, codename: &str, lines: &mut Vec<String>) {
         if !words("types").contains(&"deb") || fields.get("enabled").is_some_and(|v| v == "no") || !components.contains(&"main") {
             continue;
         }
-        // A key written into the stanza itself has no one-line form; the keyring then has to hold it.
+        // A key inside the stanza has no one-line form, so the keyring has to contain it.
         let key = words("signed-by").first().filter(|w| w.starts_with('/')).map(|w| format!("signed-by={w}"));
         let trusted = words("trusted").first().map(|v| format!("trusted={v}"));
         let options: Vec<_> = key.into_iter().chain(trusted).collect();
@@ -133,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn one_line_entries() {
+    fn one_line_entries_are_filtered() {
         let text = "# comment\ndeb http://mirror.example/debian bookworm main non-free # why\n\
             deb-src http://mirror.example/debian bookworm main\n\
             deb [ arch=amd64 signed-by=/k.gpg ] http://sec bookworm-security main\n\
@@ -151,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn stanzas() {
+    fn stanzas_are_converted_to_one_line_entries() {
         let text = "Types: deb\n# snapshot\nURIs: http://a/debian\nSuites: bookworm bookworm-updates trixie\n\
             Components: main\nSigned-By: /usr/share/keyrings/k.gpg\n\n\
             Types: deb deb-src\nURIs: http://b\nSuites: bookworm-security\nComponents: main contrib\nSigned-By:\n \
@@ -169,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn configuration_keeps_the_way_to_the_archive() {
+    fn apt_conf_keeps_proxy_and_date_settings() {
         let dump = "APT::Architecture \"amd64\";\nAcquire::http \"\";\nAcquire::http::Proxy \"http://p:3142\";\n\
             Acquire::https::Verify-Peer \"\";\nAcquire::Check-Date \"false\";\nDPkg::Post-Invoke:: \"rm -f /x\";\n";
         expect![[r#"
@@ -181,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn the_host_is_known_by_its_release() {
+    fn host_distribution_is_read_from_os_release() {
         let text = "PRETTY_NAME=\"Debian\"\nVERSION_CODENAME=bookworm\nID=debian\n";
         assert_eq!(os(text), Os { id: "debian".into(), codename: "bookworm".into() });
     }

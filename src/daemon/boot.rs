@@ -4,7 +4,7 @@
 use super::Daemon;
 use super::lifecycle::Claim;
 use crate::api::exec::Exit;
-use crate::disk::{self, KeyPair, Method, RootSpec, SeedFile, Wake};
+use crate::disk::{self, KeyPair, Method, RestoreSeed, RootSpec, SeedFile};
 use crate::error::{Error, Kind, Result};
 use crate::guest::{Script, Target, run_script};
 use crate::host::confine::Owner;
@@ -36,7 +36,7 @@ pub(super) struct Boot<'a> {
     /// What is copied into the guest.
     pub files: Vec<SeedFile>,
     /// What a guest is told that goes on from a snapshot.
-    pub wake: Option<Wake>,
+    pub wake: Option<RestoreSeed>,
     /// In the ledger: the disks that the VM had until it took those of a snapshot.
     pub former_disks: Option<u64>,
     pub running: Option<Running>,

@@ -29,7 +29,7 @@ use crate::api::exec::Exit;
 use crate::api::op::OpState;
 use crate::api::snapshot::SnapshotRestoreRequest;
 use crate::api::vm::{Net, RateLimits, Vm, VmCreateRequest, VmForkRequest, VmReply, VmState};
-use crate::disk::{Method, Wake, duplicate};
+use crate::disk::{Method, RestoreSeed, duplicate};
 use crate::error::{Error, Kind, Result};
 use crate::guest::{Script, Target, run_script};
 use crate::ids::{ImageRef, KernelName, OpId, VmId, VmName};
@@ -292,8 +292,8 @@ impl Daemon {
     }
 
     /// What the guest is told when it goes on.
-    pub(super) fn wake(&self, row: &VmRow, restore: &Restore) -> Result<Wake> {
-        Ok(Wake {
+    pub(super) fn wake(&self, row: &VmRow, restore: &Restore) -> Result<RestoreSeed> {
+        Ok(RestoreSeed {
             token: random_hex(RANDOM_BYTES / 4)?,
             now_s: now_s(),
             random: random_hex(RANDOM_BYTES)?,
@@ -304,7 +304,7 @@ impl Daemon {
     }
 
     /// Until the guest has taken up what its seed says.
-    pub(super) fn wait_rejoined(&self, claim: &Claim, running: &Running, wake: &Wake) -> Result<()> {
+    pub(super) fn wait_rejoined(&self, claim: &Claim, running: &Running, wake: &RestoreSeed) -> Result<()> {
         claim.op().progress("wait for the guest to find its way");
         let target = self.target_at(&self.row(&claim.vm)?, running.ssh_addr)?;
         let deadline = Instant::now() + REJOIN_DEADLINE;

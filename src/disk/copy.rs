@@ -1,4 +1,4 @@
-//! A copy of a file that leaves its holes out.
+//! Copies sparse files without filling their holes.
 
 use crate::error::{Error, Result};
 use crate::locks::Cancel;
@@ -6,12 +6,14 @@ use rustix::fs::{FallocateFlags, SeekFrom, copy_file_range, fallocate, seek};
 use rustix::io::Errno;
 use std::fs::File;
 
-/// Between two looks at the cancel token.
+/// How much is copied between two checks of the cancel token.
 const STEP_BYTES: u64 = 16 << 20;
-/// The smallest run of zeroes that becomes a hole: smaller ones would cost more in extents than they free.
+/// The smallest run of zeroes that is turned into a hole. The extents of smaller ones would cost more
+/// than they free.
 const PUNCH_BYTES: usize = 64 << 10;
 
-/// Copies what `from` has into `to`, which is empty; `progress` is told how far it is of the file's length.
+/// Copies the data of `from` to `to`, which must be empty. `progress` receives the position and the
+/// file's length.
 pub fn copy_sparse(from: &File, to: &File, cancel: &Cancel, progress: &mut dyn FnMut(u64, u64)) -> Result<()> {
     let io = |e: std::io::Error| Error::io("copy a disk", e);
     let len = from.metadata().map_err(io)?.len();
@@ -31,7 +33,7 @@ pub fn copy_sparse(from: &File, to: &File, cancel: &Cancel, progress: &mut dyn F
     Ok(())
 }
 
-/// The next part that is no hole, at or after `at` (lseek(2), SEEK_DATA).
+/// The next range of data at or after `at` (SEEK_DATA, lseek(2)).
 fn next_data(file: &File, at: u64, len: u64) -> rustix::io::Result<Option<(u64, u64)>> {
     if at >= len {
         return Ok(None);
@@ -51,7 +53,7 @@ fn copy_step(from: &File, to: &File, at: u64, bytes: u64) -> std::io::Result<u64
     match copy_file_range(from, Some(&mut offset_in), to, Some(&mut offset_out), wanted) {
         Ok(0) => Err(std::io::ErrorKind::UnexpectedEof.into()),
         Ok(copied) => Ok(copied as u64),
-        // Between two file systems that cannot (copy_file_range(2)).
+        // copy_file_range(2) does not work between these file systems.
         Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
             let mut buffer = vec![0; wanted.min(1 << 20)];
             let read = from.read_at(&mut buffer, at)?;
@@ -65,10 +67,10 @@ fn copy_step(from: &File, to: &File, at: u64, bytes: u64) -> std::io::Result<u64
     }
 }
 
-/// Turns blocks of zeroes into holes, which take no space and read the same. Returns how many bytes were freed at most.
+/// Turns blocks of zeroes into holes, which use no space. Returns the number of bytes freed at most.
 pub fn punch_zeroes(file: &File, cancel: &Cancel) -> Result<u64> {
     use std::os::unix::fs::FileExt;
-    let io = |e: std::io::Error| Error::io("free what a file has of zeroes", e);
+    let io = |e: std::io::Error| Error::io("free the blocks of zeroes in a file", e);
     let len = file.metadata().map_err(io)?.len();
     let mut block = vec![0; PUNCH_BYTES];
     let (mut at, mut freed) = (0, 0);
@@ -76,7 +78,7 @@ pub fn punch_zeroes(file: &File, cancel: &Cancel) -> Result<u64> {
         at = start;
         while at < end {
             if cancel.is_cancelled() {
-                return Err(crate::host::wait::cancelled("free what a file has of zeroes", cancel));
+                return Err(crate::host::wait::cancelled("free the blocks of zeroes in a file", cancel));
             }
             let wanted = usize::try_from(end - at).unwrap_or(usize::MAX).min(PUNCH_BYTES);
             let read = file.read_at(&mut block[..wanted], at).map_err(io)?;
@@ -87,7 +89,7 @@ pub fn punch_zeroes(file: &File, cancel: &Cancel) -> Result<u64> {
                 let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
                 match fallocate(file, flags, at, read as u64) {
                     Ok(()) => freed += read as u64,
-                    // The file system has no holes: the file is right as it is.
+                    // The file system does not support holes, so leave the file as it is.
                     Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(freed),
                     Err(e) => return Err(io(e.into())),
                 }
@@ -113,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn holes_stay_holes_and_the_rest_is_the_same() {
+    fn copy_keeps_holes_and_data() {
         let (_dir, from, to) = files();
         from.set_len(256 << 20).unwrap();
         for (at, byte) in [(0, 1), (64 << 20, 2), ((256 << 20) - 4096, 3)] {
@@ -133,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn zeroes_become_holes_and_the_rest_stays() {
+    fn zeroes_become_holes_and_data_is_kept() {
         let (_dir, file, _) = files();
         let block = vec![0; 1 << 20];
         for at in 0..8 {
@@ -158,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hole_at_the_end_and_nothing_at_all() {
+    fn copy_of_trailing_hole_and_empty_file() {
         let (_dir, from, to) = files();
         copy_sparse(&from, &to, &Cancel::try_new().unwrap(), &mut |_, _| {}).unwrap();
         assert_eq!(to.metadata().unwrap().len(), 0);
@@ -168,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cancelled_copy_ends_at_once() {
+    fn cancelled_copy_ends_immediately() {
         let (_dir, from, to) = files();
         from.write_all_at(&vec![1; 1 << 20], 0).unwrap();
         let cancel = Cancel::try_new().unwrap();

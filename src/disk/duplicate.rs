@@ -1,7 +1,7 @@
-//! Second copies of disks that nobody writes meanwhile: of a VM's into a snapshot, and back into a VM.
+//! Copies disks, which nothing may write meanwhile: from a VM into a snapshot, and back into a VM.
 
 use super::copy::copy_sparse;
-use super::root::{link_origin, mend_qemu_img, new_file, rebase_qcow2};
+use super::root::{link_origin, new_file, rebase_qcow2, with_qemu_img_hint};
 use super::{Cloned, Draft, Method, ficlone, origin};
 use crate::error::{Error, Result};
 use crate::host::Commands;
@@ -13,29 +13,31 @@ use std::path::Path;
 /// A disk to copy.
 #[derive(Clone, Copy, Debug)]
 pub struct Source<'a> {
-    /// How it was made; none: a raw file of its own.
+    /// How the disk was created. None for an independent raw file.
     pub method: Option<Method>,
-    /// Its file; of a device-mapper snapshot, its changes.
+    /// The disk's file, or for a device-mapper snapshot the file with its changes.
     pub path: &'a Path,
-    /// The image's file system, where what it stands on has no name beside it.
+    /// The image's file system, for disks that have no hard link to it in their directory.
     pub base: &'a Path,
 }
 
-/// A copy that is whole, and not in its place yet.
+/// A complete copy that was not yet moved to its place.
 pub struct Copied {
     draft: Draft,
     owner: Option<(u32, u32)>,
 }
 
 impl Copied {
-    /// Replaces what is there. `owner`, of [`copy`], may open it from then on.
+    /// Moves the copy to its place, replacing an existing file. The `owner` that was passed to [`copy`] can
+    /// then open it.
     pub fn publish(self) -> Result<()> {
         self.draft.publish(self.owner)
     }
 }
 
-/// Shares blocks where the file system can, else copies what is no hole. What the disk stands on gets a second name beside the copy, now.
-/// `progress` is told the bytes of a copy.
+/// Copies a disk. The copy shares blocks if the file system can do that. If the disk has a base, a hard
+/// link to the base is created next to the copy immediately. `progress` receives the bytes copied and
+/// their total.
 pub fn copy(
     commands: &dyn Commands,
     source: &Source<'_>,
@@ -54,14 +56,14 @@ pub fn copy(
     }
     if let Some(method) = source.method.filter(|m| m.needs_image()) {
         let (base, there) = (origin(source.path, source.base), origin(to, to));
-        // The disk that is there stands on the same file: there must be no instant in which it has none.
+        // The existing disk may have the same base. Keep its link, so that it is never without one.
         let origin = if is_same_file(&base, &there) { there } else { link_origin(&base, to).map_err(doing)? };
         if method == Method::Qcow2 {
             let rebased = commands.run(&rebase_qcow2(&origin, &draft.path), cancel, &mut |_| {});
-            rebased.map_err(|e| doing(mend_qemu_img(e)))?;
+            rebased.map_err(|e| doing(with_qemu_img_hint(e)))?;
         }
     }
-    // The store of a device-mapper snapshot is the kernel's to write, not the VMM's.
+    // The kernel writes a snapshot's store; the VMM must not have access to it.
     let owner = owner.filter(|_| source.method != Some(Method::DmSnapshot));
     Ok(Copied { draft, owner })
 }
@@ -82,9 +84,9 @@ mod tests {
         Cancel::try_new().unwrap()
     }
 
-    /// The copy stands by itself: what it came from may change and go.
+    /// The copy is independent: its source may change and be deleted.
     #[test]
-    fn a_qcow2_copy_stands_on_its_own() {
+    fn qcow2_copy_does_not_depend_on_its_source() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         std::fs::create_dir(at("a")).unwrap();
@@ -94,7 +96,7 @@ mod tests {
         let spec = RootSpec { method, base: &base, path: &from, size_bytes: 16384, owner: None };
         make_root(&HostCommands, &spec, &cancel(), &mut |_, _| {}).unwrap();
         let source = Source { method: Some(method), path: &from, base: &base };
-        // The second time over what is there, which never stands on nothing.
+        // The second copy replaces the first, which never lacks its base.
         copy(&HostCommands, &source, &to, None, &cancel(), &mut |_, _| {}).unwrap().publish().unwrap();
         let linked = std::fs::metadata(at("b/origin")).unwrap().ctime_nsec();
         copy(&HostCommands, &source, &to, None, &cancel(), &mut |_, _| {}).unwrap().publish().unwrap();
@@ -109,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_that_is_not_published_leaves_what_was_there() {
+    fn unpublished_copy_does_not_replace_the_target() {
         let dir = tempfile::tempdir().unwrap();
         let (from, to) = (dir.path().join("from"), dir.path().join("to"));
         let file = std::fs::File::create(&from).unwrap();

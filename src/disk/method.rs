@@ -1,20 +1,20 @@
-//! How a root disk comes from an image, and which way this host can go.
+//! The ways to create a root disk from an image, and which of them this host supports.
 
 use super::root::SIZE_UNIT_BYTES;
 use super::{Cloned, ficlone, snapshot};
 use crate::error::{Error, Kind, Result};
 use std::path::Path;
 
-/// How a root disk shares the image's blocks.
+/// How a root disk is created from the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
-    /// A raw file that shares extents (FICLONE); independent of the image's file.
+    /// A raw file that shares extents with the image (FICLONE). It does not depend on the image's file.
     Reflink,
-    /// A qcow2 file with the image's file behind it, which must stay as it is.
+    /// A qcow2 file with the image's file as its backing file, which must not change.
     Qcow2,
-    /// A device-mapper snapshot of the image's file, which must stay as it is; changes are in a file of their own.
+    /// A device-mapper snapshot of the image's file, which must not change. Changes go to a separate file.
     DmSnapshot,
-    /// A raw file of its own, as sparse as the image's.
+    /// A full copy of the image, which is as sparse as the image.
     Copy,
 }
 
@@ -34,24 +34,25 @@ impl Method {
         Self::ALL.into_iter().find(|m| m.name() == name)
     }
 
-    /// Whether a disk made so reads the image for as long as it lives.
+    /// True if such a disk reads the image during its whole life.
     pub const fn needs_image(self) -> bool {
         matches!(self, Self::Qcow2 | Self::DmSnapshot)
     }
 }
 
-/// What a directory's file system and this host can, and why.
+/// The method that was chosen for a directory, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Probe {
     pub method: Method,
-    /// For people: `reflink: ext4 cannot share blocks between files (operation not supported)`.
+    /// A text for people, such as `reflink: the file system cannot share blocks (...)`.
     pub reason: String,
 }
 
-/// The way to go for disks in `dir`: `wanted`, or the best there is. Never the copy unless it is wanted: it is slow, and takes the
-/// image's size for each VM.
+/// Chooses the method for disks in `dir`: `wanted`, or the best that works. A copy is never chosen unless
+/// it is wanted, because it is slow and uses the image's size for each VM.
 ///
-/// Errors: `unsupported` with the reason where the wanted one, or each, cannot be gone.
+/// # Errors
+/// `unsupported`, with the reasons, if the wanted method or every method does not work.
 pub fn probe(dir: &Path, wanted: Option<Method>, reads_qcow2: bool) -> Result<Probe> {
     let mut refused = Vec::new();
     for method in wanted.map_or_else(|| vec![Method::Reflink, Method::Qcow2, Method::DmSnapshot], |m| vec![m]) {
@@ -63,26 +64,26 @@ pub fn probe(dir: &Path, wanted: Option<Method>, reads_qcow2: bool) -> Result<Pr
             Err(why) => refused.push(format!("{}: {why}", method.name())),
         }
     }
-    let message = format!("make root disks in {}: {}", dir.display(), refused.join("; "));
+    let message = format!("choose a method for root disks in {}: {}", dir.display(), refused.join("; "));
     Err(Error::new(Kind::Unsupported, message)
-        .hint("driver = \"copy\" under [disk] works everywhere, at the price of a copy for each VM"))
+        .hint("set driver = \"copy\" under [disk] in the configuration to copy the image for each VM"))
 }
 
-/// Why it can be gone, or why not.
+/// Checks one method. Returns why it works, or why it does not.
 fn can(dir: &Path, method: Method, reads_qcow2: bool) -> Result<std::result::Result<String, String>> {
     Ok(match method {
         Method::Reflink => match try_clone(dir)? {
             Cloned::Yes => Ok("the file system shares blocks between files".to_owned()),
             Cloned::No(why) => Err(format!("the file system cannot share blocks ({why})")),
         },
-        Method::Qcow2 if reads_qcow2 => Ok("the VMM reads it".to_owned()),
-        Method::Qcow2 => Err("the VMM does not read it".to_owned()),
+        Method::Qcow2 if reads_qcow2 => Ok("the VMM supports it".to_owned()),
+        Method::Qcow2 => Err("the VMM does not support it".to_owned()),
         Method::DmSnapshot => snapshot::probe(dir).map(|()| "the host has device-mapper".to_owned()),
-        Method::Copy => Ok("the configuration says so".to_owned()),
+        Method::Copy => Ok("the configuration asks for it".to_owned()),
     })
 }
 
-/// Tries it on two small files.
+/// Tries FICLONE with two small files.
 fn try_clone(dir: &Path) -> Result<Cloned> {
     let io = |e: std::io::Error| Error::io(format!("probe {}", dir.display()), e);
     let source = tempfile::NamedTempFile::new_in(dir).map_err(io)?;
@@ -96,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_names() {
+    fn method_names_round_trip() {
         for method in Method::ALL {
             assert_eq!(Method::from_name(method.name()), Some(method));
         }
@@ -104,19 +105,19 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wanted_is_taken_or_refused_with_the_reason() {
+    fn wanted_method_is_used_or_refused_with_reason() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(probe(dir.path(), Some(Method::Copy), false).unwrap().method, Method::Copy);
         let e = probe(dir.path(), Some(Method::Qcow2), false).unwrap_err();
         assert_eq!((e.kind(), e.hint_text().is_some()), (Kind::Unsupported, true));
-        assert!(e.message().contains("the VMM does not read it"), "{e}");
+        assert!(e.message().contains("the VMM does not support it"), "{e}");
         let best = probe(dir.path(), None, true).unwrap();
         assert!(matches!(best.method, Method::Reflink | Method::Qcow2), "{best:?}");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]
-    fn nothing_falls_back_to_a_copy() {
+    fn copy_is_never_a_fallback() {
         let dir = tempfile::tempdir().unwrap();
         if let Ok(best) = probe(dir.path(), None, false) {
             assert_ne!(best.method, Method::Copy);

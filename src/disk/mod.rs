@@ -39,7 +39,7 @@ pub mod work;
 pub use copy::punch_zeroes;
 pub use method::{Method, Probe, probe};
 pub use root::{RootSpec, grow, make_root, origin};
-pub use seed::{KeyPair, Network, Seed, SeedFile, Wake};
+pub use seed::{KeyPair, Network, RestoreSeed, Seed, SeedFile};
 pub use unmounted::is_unmounted;
 
 use crate::error::{Error, Result};
@@ -47,14 +47,15 @@ use std::fs::File;
 use std::os::unix::fs::fchown;
 use std::path::{Path, PathBuf};
 
-/// Whether one file now shares another's blocks.
+/// The result of [`ficlone`].
 enum Cloned {
     Yes,
-    /// With what the kernel said.
+    /// The file system cannot share these blocks; the text is the kernel's error.
     No(String),
 }
 
-/// ioctl_ficlone(2): these errors say "not here"; any other is a real one.
+/// Makes `target` share the blocks of `source` (ioctl_ficlone(2)). Errors that mean that the file system
+/// cannot do this are `Cloned::No`; all others are returned as errors.
 fn ficlone(target: &File, source: &File) -> std::io::Result<Cloned> {
     use rustix::io::Errno;
     match rustix::fs::ioctl_ficlone(target, source) {
@@ -66,14 +67,16 @@ fn ficlone(target: &File, source: &File) -> std::io::Result<Cloned> {
     }
 }
 
-/// A file on its way to `path`: made beside it, renamed when complete, removed otherwise.
+/// A file that is written next to its target and renamed when it is complete. Dropping it before that
+/// removes it.
 struct Draft {
     path: PathBuf,
     target: PathBuf,
     published: bool,
 }
 
-/// Where a file is made that is to become this one: what an attempt leaves that was killed.
+/// The temporary path of a file that will be renamed to `target`. It may be left over from an attempt
+/// that was killed.
 pub fn draft(target: &Path) -> PathBuf {
     let mut name = std::ffi::OsString::from(".");
     name.push(target.file_name().unwrap_or_default());
@@ -82,7 +85,7 @@ pub fn draft(target: &Path) -> PathBuf {
 }
 
 impl Draft {
-    /// A leftover of an earlier attempt is removed.
+    /// Removes the leftover of an earlier attempt.
     fn new(target: &Path) -> Result<Self> {
         let draft = Self { path: draft(target), target: target.to_owned(), published: false };
         match std::fs::remove_file(&draft.path) {
@@ -91,7 +94,7 @@ impl Draft {
         }
     }
 
-    /// Gives it to its owner, syncs it and puts it in place: after a crash it is there whole or not at all.
+    /// Sets the owner, syncs the file and renames it. After a crash the target is either complete or absent.
     fn publish(mut self, owner: Option<(u32, u32)>) -> Result<()> {
         let doing = || format!("write {}", self.target.display());
         let io = |e: std::io::Error| Error::io(doing(), e);

@@ -1,4 +1,4 @@
-//! Root disks: made from an image, and grown.
+//! Creates root disks from an image, and grows them.
 
 use super::copy::copy_sparse;
 use super::{Cloned, Draft, Method, ficlone, snapshot};
@@ -11,38 +11,41 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// A disk's size is a multiple of this: the guest's block size.
+/// A disk's size is a multiple of this, the guest's block size.
 pub const SIZE_UNIT_BYTES: u64 = 4096;
-/// `qemu-img` writes some metadata, no data.
+/// The deadline of `qemu-img`, which writes only metadata.
 const QEMU_IMG_DEADLINE: Duration = Duration::from_secs(60);
-/// "QFI\xfb": a qcow2 file begins with it (QEMU, docs/interop/qcow2.txt).
+/// A qcow2 file begins with this (docs/interop/qcow2.txt in QEMU).
 pub(super) const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 
-/// What to make.
+/// The root disk to create.
 #[derive(Clone, Copy, Debug)]
 pub struct RootSpec<'a> {
     pub method: Method,
-    /// The image's file system, raw; absolute.
+    /// The absolute path of the image's raw file system.
     pub base: &'a Path,
-    /// Where the disk goes; absolute, in a directory that exists and is the VM's own. Replaced if there is one. A snapshot has
-    /// its changes there.
+    /// The absolute path of the disk, in the VM's own directory, which exists. An existing file is
+    /// replaced. For a device-mapper snapshot, this is the file with the changes.
     pub path: &'a Path,
-    /// Virtual size: at least the base's, a multiple of [`SIZE_UNIT_BYTES`].
+    /// The virtual size, which is at least the base's and a multiple of [`SIZE_UNIT_BYTES`].
     pub size_bytes: u64,
-    /// uid and gid of the VMM, when the daemon is root.
+    /// The uid and gid of the VMM, if the daemon is root.
     pub owner: Option<(u32, u32)>,
 }
 
-/// Makes a root disk from an image: whole and synced, or not at all. `progress` is told the bytes of a copy.
+/// Creates a root disk from an image. After a crash it is either complete or absent. `progress` receives
+/// the bytes copied and their total, if the disk is a copy.
 ///
-/// Errors: `invalid_argument` for a size below the base's, `disk_full`, `host`, `command_missing` (qemu-img), `cancelled`.
+/// # Errors
+/// `invalid_argument` for a size below the base's, `disk_full`, `host`, `command_missing` (qemu-img),
+/// `cancelled`.
 pub fn make_root(
     commands: &dyn Commands,
     spec: &RootSpec<'_>,
     cancel: &Cancel,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
-    let doing = |e: Error| e.context(format!("make root disk {}", spec.path.display()));
+    let doing = |e: Error| e.context(format!("create root disk {}", spec.path.display()));
     let base = File::open(spec.base).map_err(|e| Error::io(format!("open image {}", spec.base.display()), e)).map_err(doing)?;
     let base_bytes = base.metadata().map_err(|e| Error::io("read its size", e)).map_err(doing)?.len();
     check_size(base_bytes, spec.size_bytes).map_err(doing)?;
@@ -52,17 +55,18 @@ pub fn make_root(
         Method::Reflink => clone_file(&base, &draft.path, spec.size_bytes),
         Method::Qcow2 => {
             let command = create_qcow2(&origin, &draft.path, spec.size_bytes);
-            let made = commands.run(&command, cancel, &mut |_| {}).map_err(mend_qemu_img);
+            let made = commands.run(&command, cancel, &mut |_| {}).map_err(with_qemu_img_hint);
             made.and_then(|_| set_private(&draft.path))
         }
-        Method::DmSnapshot => new_file(&draft.path)
-            .and_then(|file| snapshot::size_store(&file, spec.size_bytes).map_err(|e| Error::io("make room for changes", e))),
+        Method::DmSnapshot => new_file(&draft.path).and_then(|file| {
+            snapshot::size_store(&file, spec.size_bytes).map_err(|e| Error::io("allocate space for changes", e))
+        }),
         Method::Copy => new_file(&draft.path).and_then(|file| {
             copy_sparse(&base, &file, cancel, progress)?;
             file.set_len(spec.size_bytes).map_err(|e| Error::io("set its size", e))
         }),
     };
-    // The store of a snapshot is the kernel's to write, not the VMM's.
+    // The kernel writes a snapshot's store; the VMM must not have access to it.
     let owner = spec.owner.filter(|_| spec.method != Method::DmSnapshot);
     made.and_then(|()| draft.publish(owner)).map_err(|e| {
         let _ = std::fs::remove_file(origin_path(spec.path));
@@ -70,8 +74,8 @@ pub fn make_root(
     })
 }
 
-/// A second name for the image's file, in the VM's own directory: the disk stands on it for as long as the VM is there, whatever
-/// becomes of the image. Where the file system has no such names it is the image's own.
+/// Creates a hard link to the image's file in the VM's directory, so that deleting or rebuilding the image
+/// does not affect the disk. Returns the image's own path if the file system does not support hard links.
 pub(super) fn link_origin(base: &Path, disk: &Path) -> Result<PathBuf> {
     use rustix::io::Errno;
     let origin = origin_path(disk);
@@ -91,13 +95,16 @@ fn origin_path(disk: &Path) -> PathBuf {
     disk.with_file_name("origin")
 }
 
-/// What the disk at `path` stands on: as [`make_root`] left it.
+/// The file on which the disk at `path` is based: the hard link of [`make_root`], or else `base`.
 pub fn origin(path: &Path, base: &Path) -> PathBuf {
     let origin = origin_path(path);
     if origin.exists() { origin } else { base.to_owned() }
 }
 
-/// Makes a disk larger; the VMM must not run. The same size is no error, a smaller one is `invalid_argument`.
+/// Enlarges a disk. The VMM must not be running.
+///
+/// # Errors
+/// `invalid_argument` for a smaller size. The same size is not an error.
 pub fn grow(commands: &dyn Commands, path: &Path, method: Method, size_bytes: u64, cancel: &Cancel) -> Result<()> {
     let doing = |e: Error| e.context(format!("grow disk {}", path.display()));
     let open = || OpenOptions::new().write(true).open(path).map_err(|e| doing(Error::io("open it", e)));
@@ -110,19 +117,22 @@ pub fn grow(commands: &dyn Commands, path: &Path, method: Method, size_bytes: u6
         return Ok(());
     }
     if method == Method::Qcow2 {
-        return commands.run(&resize_qcow2(path, size_bytes), cancel, &mut |_| {}).map(drop).map_err(|e| doing(mend_qemu_img(e)));
+        return commands
+            .run(&resize_qcow2(path, size_bytes), cancel, &mut |_| {})
+            .map(drop)
+            .map_err(|e| doing(with_qemu_img_hint(e)));
     }
     let file = open()?;
     file.set_len(size_bytes).and_then(|()| file.sync_all()).map_err(|e| doing(Error::io("set its size", e)))
 }
 
-/// The virtual size of a disk that is a file, in bytes.
+/// The virtual size in bytes of a disk that is a file.
 pub fn disk_size(path: &Path, method: Method) -> Result<u64> {
     let io = |e| Error::io(format!("read the size of {}", path.display()), e);
     let mut file = File::open(path).map_err(io)?;
     match method {
         Method::Reflink | Method::Copy => Ok(file.metadata().map_err(io)?.len()),
-        Method::DmSnapshot => Err(Error::internal(format!("{} is no disk by itself", path.display()))),
+        Method::DmSnapshot => Err(Error::internal(format!("{} is only part of a disk", path.display()))),
         Method::Qcow2 => {
             let mut header = [0; 32];
             file.read_exact(&mut header).map_err(io)?;
@@ -137,18 +147,18 @@ fn clone_file(base: &File, path: &Path, size_bytes: u64) -> Result<()> {
     match ficlone(&file, base).map_err(io)? {
         Cloned::Yes => file.set_len(size_bytes).map_err(io),
         Cloned::No(why) => Err(Error::new(Kind::Unsupported, format!("clone the image to {}: {why}", path.display()))
-            .hint("driver = \"auto\" under [disk] takes what the host can: see fcctl doctor")),
+            .hint("set driver = \"auto\" under [disk] in the configuration, and see fcctl doctor")),
     }
 }
 
 pub(super) fn new_file(path: &Path) -> Result<File> {
     let options = OpenOptions::new().write(true).create_new(true).mode(0o600).clone();
-    options.open(path).map_err(|e| Error::io(format!("make {}", path.display()), e))
+    options.open(path).map_err(|e| Error::io(format!("create {}", path.display()), e))
 }
 
 fn check_size(now: u64, wanted: u64) -> Result<()> {
     if wanted < now {
-        let text = format!("{wanted} bytes are fewer than the {now} bytes it has; a disk cannot shrink");
+        let text = format!("the disk cannot shrink from {now} to {wanted} bytes");
         return Err(Error::invalid(text).hint(format!("ask for at least {}M", now.div_ceil(1 << 20))));
     }
     if !wanted.is_multiple_of(SIZE_UNIT_BYTES) {
@@ -163,7 +173,7 @@ fn set_private(path: &Path) -> Result<()> {
         .map_err(|e| Error::io(format!("set the mode of {}", path.display()), e))
 }
 
-/// Bytes 24 to 31 of the header, big-endian (QEMU, docs/interop/qcow2.txt).
+/// The size is in bytes 24 to 31 of the header, big-endian (docs/interop/qcow2.txt in QEMU).
 fn qcow2_size(header: &[u8; 32]) -> Option<u64> {
     if header[..4] != QCOW2_MAGIC {
         return None;
@@ -188,7 +198,7 @@ fn resize_qcow2(path: &Path, size_bytes: u64) -> Command {
         .deadline(QEMU_IMG_DEADLINE)
 }
 
-/// Names what the file stands on, and changes nothing else.
+/// Changes the name of the backing file and nothing else.
 pub(super) fn rebase_qcow2(base: &Path, path: &Path) -> Command {
     Command::new("qemu-img")
         .args(["rebase", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b"])
@@ -197,7 +207,7 @@ pub(super) fn rebase_qcow2(base: &Path, path: &Path) -> Command {
         .deadline(QEMU_IMG_DEADLINE)
 }
 
-pub(super) fn mend_qemu_img(e: Error) -> Error {
+pub(super) fn with_qemu_img_hint(e: Error) -> Error {
     match e.kind() {
         Kind::CommandMissing => e.hint("sudo apt-get install qemu-utils"),
         Kind::CommandFailed if e.message().contains("No space left on device") => {
@@ -253,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_is_made_and_grows_and_never_shrinks() {
+    fn disk_grows_and_never_shrinks() {
         let best = probe(tempfile::tempdir().unwrap().path(), None, true).unwrap().method;
         for method in [best, Method::Qcow2, Method::Copy] {
             let dir = tempfile::tempdir().unwrap();
@@ -277,9 +287,9 @@ mod tests {
         }
     }
 
-    /// Whoever removes an image, or builds another of its name, takes nothing from the VMs that stand on it.
+    /// Deleting or rebuilding an image must not affect the VMs that are based on it.
     #[test]
-    fn a_disk_outlives_the_name_of_its_image() {
+    fn disk_survives_deletion_of_its_image() {
         let dir = tempfile::tempdir().unwrap();
         let (base, path) = (base(dir.path()), dir.path().join("disk"));
         make_root(&HostCommands, &spec(Method::Qcow2, &base, &path, 8192), &cancel(), &mut |_, _| {}).unwrap();
@@ -293,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn the_store_of_a_snapshot_is_as_long_as_its_disk_may_need() {
+    fn snapshot_store_has_room_for_the_whole_disk() {
         let dir = tempfile::tempdir().unwrap();
         let (base, path) = (base(dir.path()), dir.path().join("changes"));
         make_root(&HostCommands, &spec(Method::DmSnapshot, &base, &path, 8192), &cancel(), &mut |_, _| {}).unwrap();
@@ -303,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn a_raw_disk_grows_by_its_length() {
+    fn raw_disk_grows_by_its_length() {
         let dir = tempfile::tempdir().unwrap();
         let path = base(dir.path());
         grow(&HostCommands, &path, Method::Reflink, 1 << 20, &cancel()).unwrap();
@@ -312,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_smaller_than_its_image_is_refused_and_leaves_nothing() {
+    fn disk_smaller_than_its_image_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let (base, path) = (base(dir.path()), dir.path().join("disk"));
         let e = make_root(&HostCommands, &spec(Method::Copy, &base, &path, 4096), &cancel(), &mut |_, _| {}).unwrap_err();
@@ -321,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cancelled_or_failed_command_leaves_nothing() {
+    fn cancelled_or_failed_command_leaves_no_file() {
         struct Fails;
         impl Commands for Fails {
             fn run(&self, command: &Command, _: &Cancel, _: &mut dyn FnMut(&str)) -> Result<crate::host::Output> {
@@ -337,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn the_header_of_a_qcow2_file_tells_its_size() {
+    fn qcow2_size_is_read_from_the_header() {
         let mut header = [0; 32];
         assert_eq!(qcow2_size(&header), None);
         header[..4].copy_from_slice(&QCOW2_MAGIC);

@@ -1,7 +1,9 @@
-//! The seed drive: a bare tar on a read-only disk that tells a guest who it is.
+//! The seed drive, a read-only disk that contains a tar archive with a guest's identity and settings.
 //!
-//! Members: `config` (lines `key=value`: `host_name`, `address`, `gateway`, `dns` any number of times,
-//! `work_disk`, where the third disk is mounted), `host_key` (OpenSSH private key), `authorized_keys`, `files.tar` where there are any. `src/image/guest/init` reads it at every boot.
+//! Its members are `config`, `host_key` (an OpenSSH private key), `authorized_keys`, and `files.tar` if
+//! there are files. `config` has lines `key=value` with `host_name`, `address`, `gateway`, any number of
+//! `dns`, and `work_disk`, the mount point of the third disk. `src/image/guest/init` reads the drive at
+//! every boot.
 
 use super::Draft;
 use crate::error::{Error, Kind, Result};
@@ -14,22 +16,22 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-/// A drive's length is a multiple of this: a guest that goes on sees another drive where its own was, and no more of it than that had.
+/// A drive's length is a multiple of this. A restored guest finds a new drive in place of its old one but
+/// sees only as much of it as the old one was long.
 pub const UNIT_BYTES: usize = 16 << 10;
 
-/// A guest's one interface, `eth0`.
+/// The settings of a guest's only interface, `eth0`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Network {
     pub address: IpAddr,
-    /// Length of the network's prefix, in bits.
+    /// The length of the network's prefix in bits.
     pub prefix: u8,
     pub gateway: Option<IpAddr>,
     pub dns: Vec<IpAddr>,
 }
 
 impl Network {
-    /// QEMU's user-mode network as it is by default (QEMU, System Emulation, Networking, "Using the user mode
-    /// network stack").
+    /// QEMU's default user-mode network ("Using the user mode network stack" in QEMU's documentation).
     pub fn user_mode() -> Self {
         Self {
             address: Ipv4Addr::new(10, 0, 2, 15).into(),
@@ -40,42 +42,42 @@ impl Network {
     }
 }
 
-/// All that a guest is told.
+/// The content of a seed drive.
 #[derive(Clone, Debug)]
 pub struct Seed<'a> {
     pub host_name: &'a VmName,
     pub network: &'a Network,
-    /// Public key lines that may log in as root.
+    /// The public keys that can log in as root, in the format of `authorized_keys`.
     pub authorized_keys: &'a [String],
     /// The guest's own host key.
     pub host_key: &'a KeyPair,
     /// Where the guest mounts its work disk, if it has one.
     pub work_disk: Option<&'a str>,
-    /// What it copies over its own files at boot.
+    /// Files that the guest copies over its own at boot.
     pub files: &'a [SeedFile],
-    /// The guest goes on and does not boot.
-    pub wake: Option<&'a Wake>,
+    /// Set if the guest is restored instead of booted.
+    pub restore: Option<&'a RestoreSeed>,
 }
 
-/// What a guest is told that goes on from where it was saved. `src/guest/rejoin.sh` reads it.
+/// What a restored guest has to update. `src/guest/rejoin.sh` reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wake {
-    /// That it has read this one: new for each start, hexadecimal.
+pub struct RestoreSeed {
+    /// A hexadecimal token, new for each start, with which the guest confirms that it has read this seed.
     pub token: String,
     /// Seconds since the epoch.
     pub now_s: u64,
-    /// For the guest's random numbers, hexadecimal.
+    /// Hexadecimal seed for the guest's random number generator.
     pub random: String,
-    /// The Ethernet address that its interface has now, if the host gives it.
+    /// The new Ethernet address of its interface, if the host assigns one.
     pub mac: Option<String>,
-    /// A new machine-id(5), where it is another machine.
+    /// A new machine-id(5), if the guest is a clone.
     pub machine_id: Option<String>,
 }
 
-/// A file that a guest gets; its owner is root.
+/// A file for the guest, which will belong to root.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SeedFile {
-    /// In the guest, absolute and without `..`.
+    /// The absolute path in the guest, without `..`.
     pub path: PathBuf,
     pub mode: u32,
     /// Seconds since the epoch.
@@ -84,7 +86,8 @@ pub struct SeedFile {
 }
 
 impl Seed<'_> {
-    /// Writes the drive, mode 0600, whole or not at all. `owner`: uid and gid of the VMM.
+    /// Writes the drive with mode 0600. After a crash it is either complete or absent. `owner` is the uid and
+    /// gid of the VMM.
     pub fn write(&self, path: &Path, owner: Option<(u32, u32)>) -> Result<()> {
         let bytes = self.tar()?;
         let draft = Draft::new(path)?;
@@ -93,12 +96,13 @@ impl Seed<'_> {
             .create_new(true)
             .mode(0o600)
             .open(&draft.path)
-            .map_err(|e| Error::io(format!("make seed drive {}", path.display()), e))?;
+            .map_err(|e| Error::io(format!("create seed drive {}", path.display()), e))?;
         file.write_all(&bytes).map_err(|e| Error::io(format!("write seed drive {}", path.display()), e))?;
         draft.publish(owner)
     }
 
-    /// The same seed gives the same bytes. The length is a multiple of 512, as a disk's must be.
+    /// Packs the archive. The same seed produces the same bytes. The length is a multiple of 512, as a disk
+    /// requires.
     fn tar(&self) -> Result<Vec<u8>> {
         let mut keys = String::new();
         for key in self.authorized_keys {
@@ -135,7 +139,7 @@ impl Seed<'_> {
         if let Some(path) = self.work_disk {
             let _ = writeln!(text, "work_disk={path}");
         }
-        if let Some(Wake { token, now_s, random, mac, machine_id }) = self.wake {
+        if let Some(RestoreSeed { token, now_s, random, mac, machine_id }) = self.restore {
             let _ = writeln!(text, "wake={token}\nnow={now_s}\nrandom={random}");
             mac.iter().for_each(|mac| text += &format!("mac={mac}\n"));
             machine_id.iter().for_each(|id| text += &format!("machine_id={id}\n"));
@@ -154,7 +158,7 @@ fn append(tar: &mut tar::Builder<Vec<u8>>, name: &Path, mode: u32, mtime_s: u64,
     tar.append_data(&mut header, name, bytes).map_err(|e| Error::io("pack the seed drive", e))
 }
 
-/// Files only: a directory that the guest has keeps its owner and mode.
+/// Packs files without entries for directories, so that the guest's directories keep their owner and mode.
 fn files_tar(files: &[SeedFile]) -> Result<Vec<u8>> {
     let mut tar = tar::Builder::new(Vec::new());
     for file in files {
@@ -165,7 +169,7 @@ fn files_tar(files: &[SeedFile]) -> Result<Vec<u8>> {
     tar.into_inner().map_err(|e| Error::io("pack the seed drive", e))
 }
 
-/// An Ed25519 key pair. Its private half is never shown by `Debug`.
+/// An Ed25519 key pair. `Debug` does not print the private key.
 #[derive(Clone)]
 pub struct KeyPair {
     private: String,
@@ -176,12 +180,12 @@ pub struct KeyPair {
 impl KeyPair {
     pub fn generate(comment: &str) -> Result<Self> {
         let mut key = PrivateKey::random(&mut ssh_key::rand_core::OsRng, Algorithm::Ed25519)
-            .map_err(|e| Error::new(Kind::Host, "make a key pair").with_source(e))?;
+            .map_err(|e| Error::new(Kind::Host, "generate a key pair").with_source(e))?;
         key.set_comment(comment);
         Self::of(&key)
     }
 
-    /// Reads what [`KeyPair::private_openssh`] gave.
+    /// Parses the text that [`KeyPair::private_openssh`] returns.
     pub fn from_private_openssh(text: &str) -> Result<Self> {
         let key = PrivateKey::from_openssh(text).map_err(|e| Error::new(Kind::Host, "read a private key").with_source(e))?;
         Self::of(&key)
@@ -196,15 +200,15 @@ impl KeyPair {
         })
     }
 
-    /// `-----BEGIN OPENSSH PRIVATE KEY-----` and so on, not encrypted.
+    /// The unencrypted private key in OpenSSH's format.
     pub fn private_openssh(&self) -> &str {
         &self.private
     }
-    /// `ssh-ed25519 AAAA... comment`, as in `authorized_keys`, without a line end.
+    /// The public key as a line of `authorized_keys` (`ssh-ed25519 AAAA... comment`), without a line end.
     pub fn public_line(&self) -> &str {
         &self.public_line
     }
-    /// The public key as it goes over the wire (RFC 4253, 6.6; RFC 8709), to pin a host key.
+    /// The public key in SSH's wire format (RFC 4253, 6.6; RFC 8709), for comparing host keys.
     pub fn public_blob(&self) -> &[u8] {
         &self.public_blob
     }
@@ -216,7 +220,7 @@ impl std::fmt::Debug for KeyPair {
     }
 }
 
-/// `ssh-ed25519 AAAA...` from the raw public key blob.
+/// Formats a raw public key as `ssh-ed25519 AAAA...`.
 pub fn public_line(blob: &[u8]) -> Result<String> {
     let bad = |e: ssh_key::Error| Error::internal("write a public key").with_source(e);
     ssh_key::PublicKey::from_bytes(blob).map_err(bad)?.to_openssh().map_err(bad)
@@ -239,13 +243,13 @@ mod tests {
             host_key: key,
             work_disk: None,
             files: &[],
-            wake: None,
+            restore: None,
         }
         .tar()
     }
 
     #[test]
-    fn the_seed_says_who_the_guest_is() {
+    fn seed_contains_identity_and_keys() {
         let key = KeyPair::generate("host").unwrap();
         let keys = ["ssh-ed25519 AAAA fcd".to_owned()];
         let bytes = seed_bytes(&key, &keys).unwrap();
@@ -281,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn files_and_a_work_disk_are_told() {
+    fn seed_contains_files_and_work_disk() {
         let (name, key) = ("web".parse().unwrap(), KeyPair::generate("").unwrap());
         let long = format!("/{}/x", ["a".repeat(90), "b".repeat(90), "c".repeat(90)].join("/"));
         let file = |path: &str, bytes: &[u8]| SeedFile { path: path.into(), mode: 0o600, mtime_s: 7, bytes: bytes.to_vec() };
@@ -294,7 +298,7 @@ mod tests {
             host_key: &key,
             work_disk: Some("/work"),
             files: &files,
-            wake: None,
+            restore: None,
         };
         assert!(seed.config().ends_with("\nwork_disk=/work\n"));
         let dir = tempfile::tempdir().unwrap();
@@ -308,13 +312,13 @@ mod tests {
     }
 
     #[test]
-    fn a_key_with_a_line_break_is_refused() {
+    fn key_with_a_line_break_is_refused() {
         let key = KeyPair::generate("").unwrap();
         assert!(seed_bytes(&key, &["a\nb".to_owned()]).is_err());
     }
 
     #[test]
-    fn the_drive_is_private_and_replaces_an_older_one() {
+    fn seed_drive_is_private_and_replaces_an_older_one() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("seed");
         std::fs::write(&path, "old").unwrap();
@@ -327,7 +331,7 @@ mod tests {
             host_key: &key,
             work_disk: None,
             files: &[],
-            wake: None,
+            restore: None,
         };
         seed.write(&path, None).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
@@ -335,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_what_openssh_takes() {
+    fn generated_keys_are_accepted_by_openssh() {
         let pair = KeyPair::generate("fcd web").unwrap();
         assert!(!format!("{pair:?}").contains("PRIVATE"));
         let again = KeyPair::from_private_openssh(pair.private_openssh()).unwrap();
@@ -353,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn rubbish_is_no_key() {
+    fn malformed_key_is_refused() {
         assert!(KeyPair::from_private_openssh("-----BEGIN OPENSSH PRIVATE KEY-----\n").is_err());
     }
 }

@@ -1,4 +1,5 @@
-//! A VM's second disk: empty, with a file system on it, so that the guest never has to decide whether to make one.
+//! A VM's second disk. It is empty but has a file system, so that the guest never has to decide whether
+//! to create one.
 
 use super::Draft;
 use crate::error::{Error, Kind, Result};
@@ -9,19 +10,19 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-/// Where the guest has it.
+/// Where the guest mounts it.
 pub const GUEST_PATH: &str = "/work";
 pub const MKFS: &str = "mkfs.ext4";
-/// The tables of a terabyte take some seconds, the rest is left to the guest's kernel.
+/// Writing the tables of a terabyte takes some seconds. The guest's kernel initializes the rest.
 const MKFS_DEADLINE: Duration = Duration::from_secs(120);
 
-/// Makes a disk of this size at `path`, mode 0600, whole or not at all. It takes room as the guest writes. `owner`: uid and gid of the
-/// VMM.
+/// Creates a sparse disk of this size at `path`, with mode 0600. After a crash it is either complete or
+/// absent. `owner` is the uid and gid of the VMM.
 ///
 /// # Errors
 /// `command_missing` without e2fsprogs.
 pub fn make(commands: &dyn Commands, path: &Path, size_bytes: u64, owner: Option<(u32, u32)>, cancel: &Cancel) -> Result<()> {
-    let doing = || format!("make work disk {}", path.display());
+    let doing = || format!("create work disk {}", path.display());
     let draft = Draft::new(path)?;
     let file = OpenOptions::new()
         .write(true)
@@ -31,7 +32,7 @@ pub fn make(commands: &dyn Commands, path: &Path, size_bytes: u64, owner: Option
         .and_then(|file| file.set_len(size_bytes))
         .map_err(|e| Error::io(doing(), e));
     file?;
-    // mke2fs(8). Its owner is the guest's root, and all of it is for the guest's use.
+    // See mke2fs(8). The disk belongs to the guest's root, and no blocks are reserved.
     let options = "root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1,nodiscard";
     let command = Command::new(MKFS).args(["-q", "-F", "-L", "work", "-m", "0", "-E", options]).arg(&draft.path);
     match commands.run(&command.deadline(MKFS_DEADLINE), cancel, &mut |_| {}) {
@@ -48,7 +49,7 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     #[test]
-    fn it_is_a_sound_file_system_that_takes_little_room() {
+    fn work_disk_is_a_clean_file_system_and_sparse() {
         let dir = tempfile::tempdir().unwrap();
         let (path, cancel) = (dir.path().join("work"), Cancel::try_new().unwrap());
         make(&HostCommands, &path, 1 << 30, None, &cancel).unwrap();
@@ -61,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_could_not_be_made_is_not_there() {
+    fn failed_work_disk_leaves_no_file() {
         let dir = tempfile::tempdir().unwrap();
         let (path, cancel) = (dir.path().join("work"), Cancel::try_new().unwrap());
         assert!(make(&HostCommands, &path, 1024, None, &cancel).is_err(), "too small for a file system");

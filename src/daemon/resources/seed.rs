@@ -35,7 +35,7 @@ impl Resource for Seed {
             host_key: &host,
             work_disk: spec.work_disk.as_ref().map(|_| work::GUEST_PATH),
             files: &boot.files,
-            wake: boot.wake.as_ref(),
+            restore: boot.wake.as_ref(),
         };
         seed.write(&spec.seed, spec.credentials)
     }

@@ -1,5 +1,6 @@
-//! Loop devices by ioctl (Linux, include/uapi/linux/loop.h). `losetup` cannot make one that goes with its last user, and that
-//! is what leaves nothing behind: whoever dies between two steps, the kernel detaches the file.
+//! Creates loop devices by ioctl (include/uapi/linux/loop.h in Linux). The kernel detaches them after
+//! their last user, so that nothing is left behind if the daemon dies between two steps. `losetup`
+//! cannot create such devices.
 
 use crate::error::{Error, Kind, Result};
 use linux_raw_sys::loop_device::{LO_FLAGS_AUTOCLEAR, LO_FLAGS_READ_ONLY, LOOP_CONFIGURE, LOOP_CTL_GET_FREE, loop_config};
@@ -9,18 +10,18 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 const CONTROL: &str = "/dev/loop-control";
-/// Others may take the device that was free a moment ago.
+/// How often to try, because another process may take the free device first.
 const TRIES_MAX: u32 = 64;
 
-/// A block device over a file. The device ends when this is dropped and nothing else has it open.
+/// A block device for a file. The kernel removes it once this is dropped and nothing else has it open.
 #[derive(Debug)]
 pub struct LoopDevice {
     device: File,
-    /// `major:minor`, as device-mapper takes it.
+    /// `major:minor`, the form that device-mapper expects.
     pub number: String,
 }
 
-/// Attaches `file`, which stays open for as long as the device is there.
+/// Attaches the file to a free loop device.
 pub fn attach(path: &Path, is_readonly: bool) -> Result<LoopDevice> {
     let doing = || format!("attach {} to a loop device", path.display());
     let io = |e: std::io::Error| Error::io(doing(), e);
@@ -36,7 +37,8 @@ pub fn attach(path: &Path, is_readonly: bool) -> Result<LoopDevice> {
             Err(e) => return Err(io(e)),
         }
     }
-    Err(Error::new(Kind::Host, format!("{}: others took every free one", doing())).hint("try again; losetup -l shows them"))
+    Err(Error::new(Kind::Host, format!("{}: other processes took every free device", doing()))
+        .hint("try again; losetup -l lists the devices"))
 }
 
 fn finish(device: File) -> std::io::Result<LoopDevice> {
@@ -63,11 +65,11 @@ fn open_free(control: &File, is_readonly: bool) -> std::io::Result<File> {
 
 #[allow(unsafe_code)]
 fn configure(device: &File, file: &File, is_readonly: bool) -> std::io::Result<()> {
-    // SAFETY: zeroed plain data.
+    // SAFETY: loop_config is plain data, for which all zeroes are valid.
     let mut config: loop_config = unsafe { std::mem::zeroed() };
     config.fd = file.as_raw_fd().cast_unsigned();
     config.info.lo_flags = LO_FLAGS_AUTOCLEAR as u32 | if is_readonly { LO_FLAGS_READ_ONLY as u32 } else { 0 };
-    // SAFETY: LOOP_CONFIGURE reads one loop_config, which lives across the call.
+    // SAFETY: LOOP_CONFIGURE reads one loop_config, which outlives the call.
     let status = unsafe { libc::ioctl(device.as_raw_fd(), libc::Ioctl::from(LOOP_CONFIGURE), &raw const config) };
     if status < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }
@@ -83,9 +85,9 @@ mod tests {
     }
 
     #[test]
-    fn a_device_goes_with_its_last_user() {
+    fn loop_device_ends_with_its_last_user() {
         if !nix::unistd::geteuid().is_root() {
-            eprintln!("SKIPPED, for it is not run by root: a_device_goes_with_its_last_user");
+            eprintln!("SKIPPED because it needs root: loop_device_ends_with_its_last_user");
             return;
         }
         let dir = tempfile::tempdir().unwrap();
@@ -106,9 +108,9 @@ mod tests {
     }
 
     #[test]
-    fn a_readonly_device_takes_no_write() {
+    fn readonly_loop_device_refuses_writes() {
         if !nix::unistd::geteuid().is_root() {
-            eprintln!("SKIPPED, for it is not run by root: a_readonly_device_takes_no_write");
+            eprintln!("SKIPPED because it needs root: readonly_loop_device_refuses_writes");
             return;
         }
         let dir = tempfile::tempdir().unwrap();

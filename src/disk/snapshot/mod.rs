@@ -1,12 +1,14 @@
-//! Root disks by device-mapper: a snapshot device whose origin is the image and whose changes go into a sparse file (Linux,
-//! Documentation/admin-guide/device-mapper/snapshot.rst).
+//! Root disks by device-mapper: a snapshot device whose origin is the image and whose changes go to a
+//! sparse file, the store (Documentation/admin-guide/device-mapper/snapshot.rst in Linux).
 //!
-//! The device is there while the VM runs; between two starts a VM has the file alone. Devices carry the VM's tag as their
-//! name, which finds them again; their loop devices end with them. The VMM opens a node of its own in the VM's directory, so that
-//! nothing depends on what udev makes of the device, and udev is asked to leave it alone: what is on it is a guest's.
+//! The device exists while the VM runs; between two starts there is only the store. A device is named
+//! after the VM's tag, by which it is found again, and its loop devices end with it. The VMM opens a
+//! device node in the VM's directory, so that nothing depends on udev. udev is told to ignore the device,
+//! because its content belongs to a guest.
 //!
-//! A snapshot that runs out of room for its changes is lost as a whole. So its file is large enough for every block of the disk, and
-//! the room for what the guest writes next is allocated ahead ([`reserve`]): a full host is seen before the guest loses anything.
+//! The kernel invalidates a snapshot whose store is full. The store is therefore large enough for every
+//! block of the disk, and space for the guest's next writes is allocated ahead ([`reserve`]), so that a
+//! full host is noticed before the guest loses anything.
 
 mod loop_device;
 
@@ -19,58 +21,59 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// One chunk: the guest's block size. In sectors, as the table takes it, and in bytes.
+/// The size of a chunk, which is the guest's block size, in sectors and in bytes.
 const CHUNK_SECTORS: u64 = 8;
 const CHUNK_BYTES: u64 = CHUNK_SECTORS * SECTOR_BYTES;
 const SECTOR_BYTES: u64 = 512;
-/// Of a persistent store: 16 bytes each, one chunk of them before the chunks that they describe (dm-snap-persistent.c).
+/// A persistent store has areas of one chunk of exceptions, 16 bytes each, followed by the chunks that
+/// they describe (dm-snap-persistent.c).
 const EXCEPTIONS_PER_AREA: u64 = CHUNK_BYTES / 16;
-/// Allocated ahead of what the guest has written.
+/// How much space is allocated ahead of what the guest has written.
 pub const AHEAD_BYTES: u64 = 256 << 20;
-/// What makes an image shorter than the disk as long as it.
+/// The suffix of the device that extends an image to the disk's size.
 const BASE_SUFFIX: &str = "-base";
 const DMSETUP_DEADLINE: Duration = Duration::from_secs(30);
-/// udev, or whoever looks at new devices, may hold one for a moment.
+/// How long to retry while udev or another program has the device open.
 const BUSY_DEADLINE: Duration = Duration::from_secs(10);
 const BUSY_PERIOD: Duration = Duration::from_millis(50);
 const CONTROL: &str = "/dev/mapper/control";
 const SYS_BLOCK: &str = "/sys/block";
 
-/// A device to make.
+/// The device to create.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceSpec<'a> {
-    /// Characters of a VM's tag only; no device of this name is there.
+    /// The VM's tag. No device of this name may exist.
     pub name: &'a str,
-    /// The image's file system, raw.
+    /// The image's raw file system.
     pub origin: &'a Path,
-    /// Where changes go: made by [`make_store`].
+    /// The store, which receives the changes; see [`size_store`].
     pub store: &'a Path,
-    /// Of the disk.
+    /// The size of the disk.
     pub size_bytes: u64,
-    /// The node for the VMM; replaced if there is one.
+    /// The path of the node for the VMM. An existing one is replaced.
     pub node: &'a Path,
-    /// uid and gid of the VMM.
+    /// The uid and gid of the VMM.
     pub owner: Option<(u32, u32)>,
 }
 
 /// How full a snapshot is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fill {
-    /// So much of its file is in use.
+    /// How much of the store is in use.
     Used { bytes: u64 },
-    /// It has lost changes: the guest sees errors, and it cannot be used again. What the kernel says.
+    /// The snapshot is invalid, so the guest sees errors and the disk is lost. The text is the kernel's.
     Lost(String),
 }
 
-/// The size of a file that holds every block of a disk of `size_bytes`, and what says which they are.
+/// The size of a store that can hold every block of a disk of `size_bytes`, including its metadata.
 pub fn store_bytes(size_bytes: u64) -> u64 {
     let chunks = size_bytes.div_ceil(CHUNK_BYTES);
     let areas = chunks.div_ceil(EXCEPTIONS_PER_AREA) + 1;
-    // The header is one chunk, each area one chunk and what it describes.
+    // The header is one chunk. Each area is one chunk and the chunks that it describes.
     (1 + areas * (1 + EXCEPTIONS_PER_AREA)) * CHUNK_BYTES
 }
 
-/// Makes an empty store at `path`, or lets one grow with its disk.
+/// Sets the size of a new store, or grows one with its disk.
 pub fn size_store(file: &File, size_bytes: u64) -> std::io::Result<()> {
     let wanted = store_bytes(size_bytes);
     if file.metadata()?.len() < wanted {
@@ -80,17 +83,17 @@ pub fn size_store(file: &File, size_bytes: u64) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Allocates what the guest may write next. Nothing is allocated twice, nothing shrinks.
+/// Allocates space for the guest's next writes. Space that is already allocated is kept.
 ///
 /// # Errors
-/// `disk_full`: the host has no room for it. Nothing was lost yet.
+/// `disk_full` if the host has no space left. The guest has not lost anything at that point.
 pub fn reserve(store: &Path, used_bytes: u64) -> Result<()> {
-    let doing = |e: std::io::Error| Error::io(format!("make room for the changes of a guest in {}", store.display()), e);
+    let doing = |e: std::io::Error| Error::io(format!("allocate space for a guest's changes in {}", store.display()), e);
     let file = OpenOptions::new().write(true).open(store).map_err(doing)?;
     let wanted = used_bytes.saturating_add(AHEAD_BYTES).min(file.metadata().map_err(doing)?.len());
     match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::KEEP_SIZE, 0, wanted) {
         Ok(()) => Ok(()),
-        // A file system that cannot: its free room has to do.
+        // The file system cannot allocate space, so only check that enough is free.
         Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => has_room(&file).map_err(doing),
         Err(e) => Err(doing(e.into())),
     }
@@ -104,22 +107,22 @@ fn has_room(file: &File) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Brings everything that a guest has written to the device into its file.
+/// Writes everything that a guest has written to the device back to the store.
 pub fn flush(node: &Path) -> Result<()> {
     let device = crate::host::fs::open_nofollow(node)?;
     device.sync_all().map_err(|e| Error::io(format!("write back {}", node.display()), e))
 }
 
-/// Makes the device and its node.
+/// Creates the device and its node. Leaves nothing behind on errors.
 ///
-/// Errors: `disk_full` where the host has no room for the guest's first writes; `command_missing` (dmsetup). After an error nothing
-/// is left.
+/// # Errors
+/// `disk_full` if the host has no space for the guest's first writes, `command_missing` (dmsetup).
 pub fn activate(commands: &dyn Commands, spec: &DeviceSpec<'_>, cancel: &Cancel) -> Result<()> {
-    let doing = |e: Error| e.context(format!("make snapshot device {}", spec.name));
+    let doing = |e: Error| e.context(format!("create snapshot device {}", spec.name));
     reserve(spec.store, 0).map_err(doing)?;
     let made = make_devices(commands, spec, cancel).and_then(|()| make_node(spec));
     made.map_err(|e| {
-        let undone = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e));
+        let undone = Cancel::try_new().map_err(|e| Error::io("create an eventfd", e));
         if let Err(left) = undone.and_then(|cancel| deactivate(commands, spec.name, None, &cancel)) {
             log::warn!("{left}");
         }
@@ -128,11 +131,11 @@ pub fn activate(commands: &dyn Commands, spec: &DeviceSpec<'_>, cancel: &Cancel)
 }
 
 fn make_devices(commands: &dyn Commands, spec: &DeviceSpec<'_>, cancel: &Cancel) -> Result<()> {
-    // Both end with this function unless a device has taken them.
+    // Both loop devices end with this function unless a device uses them.
     let origin = loop_device::attach(spec.origin, true)?;
     let store = loop_device::attach(spec.store, false)?;
     let (size, origin_size) = (spec.size_bytes / SECTOR_BYTES, origin.sectors()?);
-    let run = |command| commands.run(&command, cancel, &mut |_| {}).map(drop).map_err(mend);
+    let run = |command| commands.run(&command, cancel, &mut |_| {}).map(drop).map_err(with_install_hint);
     if size <= origin_size {
         return run(create(spec.name, &snapshot_table(size, &origin.number, &store.number), false));
     }
@@ -149,9 +152,9 @@ fn base_table(size: u64, origin_size: u64, origin: &str) -> String {
     format!("0 {origin_size} linear {origin} 0\n{origin_size} {} zero\n", size - origin_size)
 }
 
-/// The guest's disk at a path of its own, for one uid.
+/// Creates the device node, which only the VMM's uid can open.
 fn make_node(spec: &DeviceSpec<'_>) -> Result<()> {
-    let io = |e: std::io::Error| Error::io(format!("make node {}", spec.node.display()), e);
+    let io = |e: std::io::Error| Error::io(format!("create node {}", spec.node.display()), e);
     let (major, minor) = numbers(spec.name)?;
     remove_file(spec.node).map_err(io)?;
     let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
@@ -163,7 +166,7 @@ fn make_node(spec: &DeviceSpec<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Removes the device, and `node` where it is this device's. Nothing there is ok.
+/// Removes the device, and `node` if it belongs to the device. Succeeds if neither exists.
 pub fn deactivate(commands: &dyn Commands, name: &str, node: Option<&Path>, cancel: &Cancel) -> Result<()> {
     if let (Some(node), Ok((major, minor))) = (node, numbers(name))
         && is_node_of(node, rustix::fs::makedev(major, minor))
@@ -178,12 +181,12 @@ fn is_node_of(node: &Path, rdev: u64) -> bool {
     std::fs::symlink_metadata(node).is_ok_and(|m| m.file_type().is_block_device() && m.rdev() == rdev)
 }
 
-/// Tried again while somebody has it open, for a while.
+/// Removes the device. Retries for a while if it is busy.
 fn remove(commands: &dyn Commands, name: &str, cancel: &Cancel) -> Result<()> {
     let deadline = Instant::now() + BUSY_DEADLINE;
     while find(name).is_some() {
         let command = dmsetup(["remove", "--noudevsync", name]);
-        match commands.run(&command, cancel, &mut |_| {}).map_err(mend) {
+        match commands.run(&command, cancel, &mut |_| {}).map_err(with_install_hint) {
             Ok(_) => {}
             Err(e) if is_busy(&e) && Instant::now() < deadline && !cancel.is_cancelled() => {
                 crate::host::wait::sleep(BUSY_PERIOD, cancel).map_err(|e| Error::io(format!("remove {name}"), e))?;
@@ -199,7 +202,7 @@ fn is_busy(e: &Error) -> bool {
     e.kind() == Kind::CommandFailed && e.to_string().contains("Device or resource busy")
 }
 
-/// Names of the devices that begin with `prefix`, whoever made them; each once, however many stand behind it.
+/// The names of the snapshots that begin with `prefix`, each once even if it consists of two devices.
 pub fn list(prefix: &str) -> Result<Vec<String>> {
     let mut names: Vec<String> = devices()?.into_iter().map(|(name, _)| name).filter(|n| n.starts_with(prefix)).collect();
     for name in &mut names {
@@ -210,14 +213,14 @@ pub fn list(prefix: &str) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// How full each snapshot is whose name begins with `prefix`.
+/// How full the snapshots are whose names begin with `prefix`.
 pub fn fill(commands: &dyn Commands, prefix: &str, cancel: &Cancel) -> Result<Vec<(String, Fill)>> {
-    let out = commands.run(&dmsetup(["status", "--target", "snapshot"]), cancel, &mut |_| {}).map_err(mend)?;
+    let out = commands.run(&dmsetup(["status", "--target", "snapshot"]), cancel, &mut |_| {}).map_err(with_install_hint)?;
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     Ok(text.lines().filter_map(parse_status).filter(|(name, _)| name.starts_with(prefix)).collect())
 }
 
-/// `NAME: 0 131072 snapshot 8392/65536 48`, or a word instead of the numbers.
+/// Parses `NAME: 0 131072 snapshot 8392/65536 48`. An invalid snapshot has a word instead of the numbers.
 fn parse_status(line: &str) -> Option<(String, Fill)> {
     let (name, rest) = line.split_once(": ")?;
     let state = rest.split_whitespace().skip_while(|w| *w != "snapshot").nth(1)?;
@@ -228,10 +231,10 @@ fn parse_status(line: &str) -> Option<(String, Fill)> {
     Some((name.to_owned(), fill))
 }
 
-/// Whether this host can, and if not why.
+/// Checks that this host supports device-mapper snapshots. The error says why it does not.
 pub fn probe(dir: &Path) -> std::result::Result<(), String> {
     if !nix::unistd::geteuid().is_root() {
-        return Err("device-mapper is root's".to_owned());
+        return Err("device-mapper needs root".to_owned());
     }
     OpenOptions::new().read(true).write(true).open(CONTROL).map_err(|e| format!("{CONTROL}: {e}"))?;
     let loops = "/dev/loop-control";
@@ -247,24 +250,24 @@ fn find(name: &str) -> Option<String> {
     devices().ok()?.into_iter().find(|(n, _)| n == name).map(|(_, number)| number)
 }
 
-/// `major:minor` of a device.
+/// The `major:minor` of a device.
 fn number(name: &str) -> Result<String> {
-    find(name).ok_or_else(|| Error::new(Kind::Host, format!("device {name} is not there")).hint("dmsetup ls"))
+    find(name).ok_or_else(|| Error::new(Kind::Host, format!("device {name} does not exist")).hint("dmsetup ls"))
 }
 
 fn numbers(name: &str) -> Result<(u32, u32)> {
     let number = number(name)?;
     let parsed = number.split_once(':').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
-    parsed.ok_or_else(|| Error::new(Kind::Host, format!("device {name} has the number {number:?}")))
+    parsed.ok_or_else(|| Error::new(Kind::Host, format!("device {name} has the malformed number {number:?}")))
 }
 
-/// Name and number of every device of device-mapper.
+/// The name and number of every device-mapper device.
 fn devices() -> Result<Vec<(String, String)>> {
     let io = |e| Error::io(format!("list {SYS_BLOCK}"), e);
     let mut devices = Vec::new();
     for entry in std::fs::read_dir(SYS_BLOCK).map_err(io)? {
         let dir = entry.map_err(io)?.path();
-        // One may go while the list is read.
+        // A device may be removed while the list is read.
         let read = |file: &str| std::fs::read_to_string(dir.join(file)).map(|s| s.trim_end().to_owned());
         if let (Ok(name), Ok(number)) = (read("dm/name"), read("dev")) {
             devices.push((name, number));
@@ -281,7 +284,7 @@ fn sectors(mut device: &File) -> std::io::Result<u64> {
 fn create(name: &str, table: &str, is_readonly: bool) -> Command {
     let command = dmsetup(["create", "--noudevsync", "--noudevrules"]);
     let command = if is_readonly { command.arg("--readonly") } else { command };
-    // The table has several lines, which only a file may.
+    // A table of several lines has to come from stdin; an argument can have only one line.
     command.arg(name).stdin(table)
 }
 
@@ -296,7 +299,7 @@ fn remove_file(path: &Path) -> std::io::Result<()> {
     }
 }
 
-fn mend(e: Error) -> Error {
+fn with_install_hint(e: Error) -> Error {
     match e.kind() {
         Kind::CommandMissing => e.hint("sudo apt-get install dmsetup"),
         _ => e,
@@ -309,7 +312,7 @@ mod tests {
     use expect_test::expect;
 
     #[test]
-    fn a_store_holds_every_block_of_its_disk() {
+    fn store_has_room_for_every_block() {
         for size in [4096, 1 << 20, 8 << 30, (8 << 30) + 4096] {
             let chunks = size / CHUNK_BYTES;
             let areas = chunks.div_ceil(EXCEPTIONS_PER_AREA);
@@ -320,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn tables() {
+    fn device_tables_are_formatted() {
         let text = snapshot_table(16, "7:0", "7:1") + &base_table(24, 16, "7:0");
         expect![[r#"
             0 16 snapshot 7:0 7:1 P 8
@@ -331,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_says_of_a_snapshot() {
+    fn snapshot_status_is_parsed() {
         let used = |bytes| Some(("fc-1-2-3".to_owned(), Fill::Used { bytes }));
         assert_eq!(parse_status("fc-1-2-3: 0 131072 snapshot 8392/65536 48"), used(8392 * 512));
         for word in ["Invalid", "Overflow", "Unknown"] {
@@ -344,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn room_is_allocated_ahead_and_not_past_the_end() {
+    fn space_is_reserved_ahead_but_not_past_the_end() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("store");
         let file = File::create(&path).unwrap();
@@ -354,7 +357,7 @@ mod tests {
         let meta = file.metadata().unwrap();
         assert_eq!(meta.len(), len);
         assert!(meta.blocks() * SECTOR_BYTES >= len, "{} blocks", meta.blocks());
-        // It grows with its disk, and shrinks never.
+        // The store grows with its disk and never shrinks.
         size_store(&file, 4096).unwrap();
         assert_eq!(file.metadata().unwrap().len(), len);
         size_store(&file, 2 << 30).unwrap();

@@ -45,7 +45,7 @@ impl Code {
         }
     }
 
-    /// Whether the same call may succeed later without anything being changed by the caller.
+    /// True if the same call may succeed later although the caller changes nothing.
     pub const fn retryable(self) -> bool {
         matches!(self, Code::Busy | Code::Timeout | Code::GuestUnavailable)
     }

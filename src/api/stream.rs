@@ -105,7 +105,7 @@ impl Decoder {
                 if *filled == HEADER_BYTES {
                     self.state = match u32::from_be_bytes(*have) as usize {
                         0 => State::Trailer { json: Vec::new() },
-                        n if n > CHUNK_BYTES_MAX => return Err(broken(format!("a chunk of {n} bytes"))),
+                        n if n > CHUNK_BYTES_MAX => return Err(broken(format!("a chunk of {n} bytes exceeds the limit"))),
                         left => State::Payload { left },
                     };
                 }

@@ -121,8 +121,8 @@ mod tests {
         for (at, byte) in [(0, 1), (64 << 20, 2), ((256 << 20) - 4096, 3)] {
             from.write_all_at(&[byte; 4096], at).unwrap();
         }
-        let mut told = Vec::new();
-        copy_sparse(&from, &to, &Cancel::try_new().unwrap(), &mut |done, of| told.push((done, of))).unwrap();
+        let mut reported = Vec::new();
+        copy_sparse(&from, &to, &Cancel::try_new().unwrap(), &mut |done, of| reported.push((done, of))).unwrap();
         assert_eq!(to.metadata().unwrap().len(), 256 << 20);
         assert!(to.metadata().unwrap().blocks() * 512 < 4 << 20, "{}", to.metadata().unwrap().blocks());
         let mut byte = [0];
@@ -130,8 +130,8 @@ mod tests {
             to.read_exact_at(&mut byte, at).unwrap();
             assert_eq!(byte, [expected], "{at}");
         }
-        assert_eq!(*told.last().unwrap(), (256 << 20, 256 << 20));
-        assert!(told.is_sorted());
+        assert_eq!(*reported.last().unwrap(), (256 << 20, 256 << 20));
+        assert!(reported.is_sorted());
     }
 
     #[test]

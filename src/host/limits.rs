@@ -21,7 +21,7 @@ pub fn raise_open_files(needed: u64) -> Result<u64> {
 /// The host's memory in MiB (`MemTotal` in `/proc/meminfo`).
 pub fn mem_total_mib() -> Result<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").map_err(|e| Error::io("read /proc/meminfo", e))?;
-    parse_mem_total_mib(&text).ok_or_else(|| Error::new(Kind::Host, "read /proc/meminfo: no MemTotal in it"))
+    parse_mem_total_mib(&text).ok_or_else(|| Error::new(Kind::Host, "read /proc/meminfo: it contains no MemTotal"))
 }
 
 fn parse_mem_total_mib(meminfo: &str) -> Option<u64> {

@@ -22,9 +22,9 @@ use std::time::Instant;
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Identity {
     pub pid: u32,
-    /// Field 22 of `/proc/<pid>/stat`, in clock ticks since boot.
+    /// The start time in clock ticks since boot (field 22 of `/proc/<pid>/stat`).
     pub start_time: u64,
-    /// `/proc/sys/kernel/random/boot_id`.
+    /// The content of `/proc/sys/kernel/random/boot_id`.
     pub boot_id: String,
 }
 

@@ -103,8 +103,8 @@ pub fn version(image: &[u8]) -> Option<String> {
     version.filter(|version| version.starts_with(|c: char| c.is_ascii_digit()))
 }
 
-/// The first word of a text, up to a blank or a NUL. None if it contains other characters than a version
-/// does or is longer than a version may be (`__NEW_UTS_LEN`).
+/// The first word of a text, up to a blank or a NUL. None if it cannot be a version because of its
+/// characters or its length (`__NEW_UTS_LEN`).
 pub fn word(text: &[u8]) -> Option<String> {
     let end = text.iter().take(VERSION_LEN_MAX + 1).position(|b| *b == b' ' || *b == 0)?;
     let is_plain = |b: &u8| b.is_ascii_alphanumeric() || b"._+~-".contains(b);

@@ -150,8 +150,8 @@ pub struct Subscription {
 }
 
 impl Drop for Subscription {
-    /// If another thread is just calling the waker, waits for it to return, so that the caller can then
-    /// close what the waker uses, such as a descriptor. Wakers do not block, so the wait is short.
+    /// If another thread is currently calling the waker, waits until it returns, so that the caller can
+    /// then close what the waker uses, such as a descriptor. Wakers do not block, so the wait is short.
     fn drop(&mut self) {
         let inner = &self.cancel.inner;
         let mut wakers = inner.wakers.lock();

@@ -79,10 +79,10 @@ fn limit_counts_operations_in_progress_per_uid() {
 
 #[test]
 fn dropped_handle_ends_as_internal_and_is_reported() {
-    let (told, heard) = mpsc::channel();
+    let (reported, heard) = mpsc::channel();
     let ops = Ops::new(RETENTION, {
-        let told = std::sync::Arc::new(crate::locks::Mutex::new(crate::locks::Rank::Store, told));
-        move |ended| told.lock().send(ended).unwrap()
+        let reported = std::sync::Arc::new(crate::locks::Mutex::new(crate::locks::Rank::Store, reported));
+        move |ended| reported.lock().send(ended).unwrap()
     });
     let id = begin(&ops, 1).id().clone();
     let ended = heard.try_recv().unwrap().op;
@@ -206,7 +206,7 @@ fn watcher_reports_progress_and_the_end() {
     let Some(Change::Progress(p)) = watcher.next() else { panic!("no progress") };
     assert_eq!(p.stage, "boot");
     let ended = handle.finish(Ok(json!(null))).op;
-    assert!(is_readable(&watcher, Duration::from_millis(50)), "the end is told without delay");
+    assert!(is_readable(&watcher, Duration::from_millis(50)), "the end is reported without delay");
     assert_eq!(watcher.next(), Some(Change::Ended(Box::new(ended.clone()))));
     assert!(is_readable(&watcher, Duration::ZERO), "and stays");
     assert_eq!(watcher.next(), Some(Change::Ended(Box::new(ended.clone()))));
@@ -219,7 +219,7 @@ fn progress_is_rate_limited_and_the_last_is_reported() {
     let ops = ops();
     let handle = begin(&ops, 1);
     let mut watcher = ops.watch(handle.id()).unwrap();
-    let (started, mut last, mut told) = (Instant::now(), 0, 0u32);
+    let (started, mut last, mut reported) = (Instant::now(), 0, 0u32);
     std::thread::scope(|s| {
         s.spawn(|| {
             let mut done = 0;
@@ -233,14 +233,14 @@ fn progress_is_rate_limited_and_the_last_is_reported() {
         // The last change of the burst is reported although no further change happens.
         while last != u64::MAX {
             match watcher.next_before(late()).unwrap() {
-                Some(Change::Progress(p)) => (told, last) = (told + 1, p.done.unwrap_or(0)),
+                Some(Change::Progress(p)) => (reported, last) = (reported + 1, p.done.unwrap_or(0)),
                 other => panic!("{other:?}"),
             }
         }
     });
     let most = started.elapsed().as_millis() / 100 + 2;
-    assert!(u128::from(told) <= most, "{told} times in {:?}", started.elapsed());
-    assert!(told >= 2, "{told}");
+    assert!(u128::from(reported) <= most, "{reported} times in {:?}", started.elapsed());
+    assert!(reported >= 2, "{reported}");
     handle.finish(Ok(json!(null)));
 }
 

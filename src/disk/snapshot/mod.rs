@@ -3,7 +3,7 @@
 //!
 //! The device exists while the VM runs; between two starts there is only the store. A device is named
 //! after the VM's tag, by which it is found again, and its loop devices end with it. The VMM opens a
-//! device node in the VM's directory, so that nothing depends on udev. udev is told to ignore the device,
+//! device node in the VM's directory, so that nothing depends on udev. udev is configured to ignore it,
 //! because its content belongs to a guest.
 //!
 //! The kernel invalidates a snapshot whose store is full. The store is therefore large enough for every

@@ -42,6 +42,7 @@ mod setup;
 mod snapshots;
 mod stall;
 mod stalled_log;
+mod tidy;
 mod under_locks;
 mod users;
 mod verbs;

@@ -10,7 +10,7 @@ section! {
         boots_max: usize = 0,
         /// Threads that copy data to and from guests.
         pool_workers: usize = 8,
-        /// Of these, how many one user may occupy. 0 means three quarters, and at least one.
+        /// How many of these threads one user may occupy. 0 means three quarters, and at least one.
         pool_workers_per_uid_max: usize = 0,
         /// Transfers that may wait for a thread. More are refused.
         pool_queue: usize = 64,

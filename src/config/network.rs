@@ -142,7 +142,7 @@ impl FromStr for Subnet {
         };
         let (base, prefix) = text.split_once('/').ok_or_else(|| bad("there is no / in it"))?;
         let base: Ipv4Addr = base.parse().map_err(|_| bad("it has no IPv4 address"))?;
-        let prefix: u8 = prefix.parse().map_err(|_| bad("the length of the prefix is no number"))?;
+        let prefix: u8 = prefix.parse().map_err(|_| bad("the length of the prefix is not a number"))?;
         if !(PREFIX_MIN..=PREFIX_MAX).contains(&prefix) {
             return Err(bad("the prefix must be 16 to 29 bits long"));
         }

@@ -15,7 +15,7 @@ use std::path::Path;
 
 /// Where the superblock is, from the disk's begin.
 const SUPERBLOCK_AT: u64 = 1024;
-/// As much of it as is read.
+/// The number of its bytes that are read.
 const SUPERBLOCK_BYTES: usize = 0x64;
 /// Two bytes each, or four: the places in it.
 const MAGIC_AT: usize = 0x38;
@@ -25,7 +25,7 @@ const MAGIC: u16 = 0xef53;
 const STATE_VALID: u16 = 1;
 const INCOMPAT_RECOVER: u32 = 4;
 
-/// Of a qcow2 file (QEMU, docs/interop/qcow2.txt): the part of its header that version 3 has, too.
+/// The part of a qcow2 header that is read; version 3 has all of it (QEMU, docs/interop/qcow2.txt).
 const QCOW2_HEADER_BYTES: usize = 80;
 const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 12..=21;
 /// What an entry of either table has beside an offset.

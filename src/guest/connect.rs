@@ -1,5 +1,5 @@
 //! Connects to a guest and waits for a booting guest to answer. Nothing here reads a byte that the
-//! guest sends; whoever logs in does.
+//! guest sends; the helper that logs in does.
 
 use super::Target;
 use super::wait::Wait;

@@ -289,7 +289,7 @@ pub fn require_memory_only(what: &str) {
     require_none(what, &Location::caller());
 }
 
-/// Checks a log call in the same way, because it may block on whoever reads the log.
+/// Checks a log call in the same way, because it may block on the reader of the log.
 pub fn log_call(record: &log::Record<'_>) {
     require_none("log call", &format_args!("{}:{}", record.file().unwrap_or("?"), record.line().unwrap_or(0)));
 }

@@ -50,7 +50,7 @@ fn check_report(f: impl FnOnce(), expected: Expect) {
 
 #[test]
 #[cfg(not(feature = "one-lock"))]
-fn table_is_no_wider_than_the_design() {
+fn table_allows_no_more_than_the_design() {
     use Rank::*;
     let leaves = [Store, Ops, Pool, Admission, Sessions, Runtimes, Consoles, Connections, Taps];
     let allowed = |to: Rank, from: &[Rank]| {

@@ -186,7 +186,7 @@ fn ambiguous_prefix_is_refused() {
     let mut foreign = known("ab0000000003");
     foreign.owner_uid = 2;
     ops.restore(vec![known("ab0000000001"), known("ac0000000002"), foreign]).unwrap();
-    assert_eq!(ops.find("ab", Some(1)).unwrap().id.as_str(), "ab0000000001", "another's operation is no obstacle");
+    assert_eq!(ops.find("ab", Some(1)).unwrap().id.as_str(), "ab0000000001", "another user's operation does not matter");
     assert_eq!(ops.find("ab", None).unwrap_err().kind(), Kind::AmbiguousPrefix);
     assert_eq!(ops.find("a", Some(1)).unwrap_err().kind(), Kind::AmbiguousPrefix);
     assert_eq!(ops.find("ac", Some(1)).unwrap().id.as_str(), "ac0000000002");

@@ -296,7 +296,7 @@ impl Vmm {
         (self.drives, self.networks, self.vsock) = (drives, networks, vsock);
         self.is_ending = false;
         self.state = if body["resume_vm"] == true { State::Running } else { State::Paused };
-        self.say("the guest goes on\n");
+        self.say("the guest resumes\n");
         Ok(None)
     }
 

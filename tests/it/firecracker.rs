@@ -530,7 +530,7 @@ fn save_and_restore_guest() {
         PATCH /drives/work {"drive_id":"work","rate_limiter":{"bandwidth":{"size":0,"refill_time":0},"ops":{"size":0,"refill_time":0}}}
         PATCH /network-interfaces/eth0 {"iface_id":"eth0","rx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}},"tx_rate_limiter":{"bandwidth":{"size":0,"refill_time":0}}}
     "#]].assert_eq(&bench.requests());
-    bench.await_console("the guest goes on");
+    bench.await_console("the guest resumes");
     // The rest of the memory is in the file that it was restored from, so saving only touched pages
     // is not enough.
     bench.pause(&again);

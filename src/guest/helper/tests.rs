@@ -392,7 +392,7 @@ fn exec_hang_up_ends_the_call_and_the_command() {
         SshTransport.exec(&target, &sh(&script), streams, &cancel())
     });
     theirs.shutdown(std::net::Shutdown::Write).unwrap();
-    assert!(!thread.is_finished(), "a half-close is no hang-up");
+    assert!(!thread.is_finished(), "a half-close is not a hang-up");
     drop(theirs);
     let e = thread.join().unwrap().unwrap_err();
     assert_eq!((e.kind(), e.to_string().as_str()), (Kind::Cancelled, "cancelled: the caller hung up"));

@@ -69,7 +69,7 @@ impl Asked {
     /// that a guest sent is looked at. The channel is descriptor 0.
     ///
     /// # Errors
-    /// Names the step that failed. The helper must not go on then.
+    /// Names the step that failed. The helper must not continue then.
     #[allow(unsafe_code)]
     pub fn confine(&self, profile: &Profile) -> io::Result<()> {
         // SAFETY: system calls on values that live through each call.

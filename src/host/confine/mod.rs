@@ -95,7 +95,7 @@ pub fn spawn(name: &str, owner: Option<Owner>) -> Result<Helper> {
 }
 
 impl Helper {
-    /// For people to read: whoever acts on the process uses its pidfd.
+    /// The pid for log lines. Code that acts on the process uses the pidfd.
     pub fn pid(&self) -> u32 {
         self.pid.as_raw_nonzero().get().cast_unsigned()
     }
@@ -128,7 +128,7 @@ impl Drop for Helper {
         if self.wait(Instant::now() + REAP_PATIENCE).is_some() {
             return;
         }
-        // A killed process that does not end is stuck in the kernel. It must not hold up whoever drops this.
+        // A killed process that does not end is stuck in the kernel. It must not block the thread that drops this.
         let Ok(pidfd) = self.pidfd.try_clone() else { return };
         let _ = super::thread::spawn("reap-helper", move || reap(&pidfd));
     }

@@ -300,7 +300,7 @@ fn apply_path_outside_the_tree_is_refused() {
     let file = site.dir.path().join("hostile.patch");
     std::fs::write(&file, text).unwrap();
     check_refused(&site, &file, "l/evil");
-    std::fs::write(&file, "this is no patch\n").unwrap();
+    std::fs::write(&file, "this is not a patch\n").unwrap();
     check_refused(&site, &file, "patch");
 }
 

@@ -96,12 +96,12 @@ fn export_repository_recorded_by_the_guests_git_is_named() {
     site.prepare();
     site.write_guest("svc/main.go", "work\n");
     guest_repository(&site, "svc", true);
-    // As a commit in the index of the guest's repository, and then in its history.
+    // It is a commit in the index of the guest's repository, and then in its history.
     site.git_guest(&["-c", "advice.addEmbeddedRepo=false", "add", "svc"]);
     assert!(site.git_guest(&["ls-files", "-s", "svc"]).starts_with("160000"));
     assert_eq!(site.left(), ["Repository svc/.git"]);
     site.git_guest(&["-c", "user.name=g", "-c", "user.email=g@g", "commit", "-q", "-m", "svc"]);
-    // As a submodule, and as a second work tree.
+    // It is a submodule, and then a second work tree.
     let inner = Site::committed();
     let url = inner.host();
     site.git_guest(&["-c", "protocol.file.allow=always", "submodule", "--quiet", "add", url.to_str().unwrap(), "sub"]);

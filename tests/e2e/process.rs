@@ -171,7 +171,7 @@ fn a_daemon_that_is_away(host: &mut Host) {
     let (status, said) = host.fails(&["ps"]);
     assert!(status == 5 && said.contains("hint: "), "{status} {said}");
     assert_eq!(host.fails(&["exec", "box", "--", "true"]).0, 125);
-    assert!(host.ok(&["version"]).contains("does not run"));
+    assert!(host.ok(&["version"]).contains("is not running"));
     // Without a daemon, the checks of the fcd beside it.
     let out = host.command(&["--json", "doctor"]).env("FCD_STATE_DIR", host.state()).output().unwrap();
     let checks: Value = serde_json::from_slice(&out.stdout).unwrap();

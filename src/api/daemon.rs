@@ -36,7 +36,7 @@ pub enum Severity {
 pub struct Check {
     pub id: String,
     pub severity: Severity,
-    /// What is needed, what was found and what fcd chose.
+    /// The finding, and the choice that fcd made because of it.
     pub found: String,
     /// A command that fixes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -63,7 +63,7 @@ pub struct DoctorReply {
 /// Something on the host that fcd created and no longer needs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Leak {
-    /// For example `process` or `directory`.
+    /// The kind of resource, such as `process` or `directory`.
     pub kind: String,
     /// Its name on the host.
     pub name: String,

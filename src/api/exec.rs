@@ -26,7 +26,7 @@ pub struct Pty {
     pub term: String,
 }
 
-/// What a passed descriptor is for.
+/// The purpose of a passed descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stream {
@@ -87,7 +87,7 @@ pub struct ExecStartRequest {
     pub argv: Vec<String>,
     #[serde(default)]
     pub env: Vec<(String, String)>,
-    /// The default is the workspace's directory, or the home directory if there is no workspace.
+    /// If absent, the command runs in the workspace, or in the home directory if the VM has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workdir: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -38,8 +38,8 @@ pub struct Request<'a> {
     pub method: std::borrow::Cow<'a, str>,
     #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
     pub params: Option<&'a RawValue>,
-    /// For operations: send progress and reply when the operation has ended. Without it, the reply
-    /// comes immediately: `{"op":"<id>"}`.
+    /// If set, an operation sends progress and replies when it has ended. Otherwise the reply comes
+    /// immediately: `{"op":"<id>"}`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub more: bool,
     /// The idempotency key of a mutating call. For 24 hours, the same key with the same parameters names

@@ -11,9 +11,9 @@ pub struct Image {
     pub disk_bytes: u64,
     /// The space that it uses on the host.
     pub allocated_bytes: u64,
-    /// For example `Linux 6.1.0-56-cloud-amd64`.
+    /// The kernel and its version, such as `Linux 6.1.0-56-cloud-amd64`.
     pub kernel: String,
-    /// For example `Debian GNU/Linux 12 (bookworm)`.
+    /// The distribution, such as `Debian GNU/Linux 12 (bookworm)`.
     pub os: String,
     /// Seconds since the epoch.
     pub built_at: u64,

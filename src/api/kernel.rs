@@ -8,7 +8,7 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Kernel {
     pub name: KernelName,
-    /// For example `6.1.0-56-cloud-amd64`.
+    /// The kernel's version, such as `6.1.0-56-cloud-amd64`.
     pub version: String,
     /// The modules in its initramfs. Everything else that a guest needs to boot is built in.
     pub modules: Vec<String>,

@@ -25,7 +25,7 @@ impl Protocol {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Port {
-    /// The host's address. The default is 127.0.0.1; 0.0.0.0 means all of the host's addresses.
+    /// The address on the host. It defaults to 127.0.0.1; 0.0.0.0 means every address.
     #[serde(default = "loopback")]
     pub host_addr: Ipv4Addr,
     /// 0 in a request asks for a free port, which the VM then keeps.

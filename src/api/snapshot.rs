@@ -23,7 +23,7 @@ pub struct Snapshot {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub work_disk_bytes: Option<u64>,
     pub net: Net,
-    /// For example `qemu (tcg, microvm)`. Restoring needs the same driver and machine.
+    /// The driver and machine, such as `qemu (tcg, microvm)`. A restore needs the same ones.
     pub driver: String,
     /// The version of the VMM that saved the guest, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]

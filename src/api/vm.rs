@@ -41,7 +41,7 @@ impl VmState {
     }
 }
 
-/// What a guest can reach (`--net`).
+/// The network that a guest can reach (`--net`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Net {
@@ -414,7 +414,7 @@ pub struct SshConfigReply {
     pub user: String,
     /// In OpenSSH's format.
     pub private_key: String,
-    /// For example `ssh-ed25519 AAAA...`.
+    /// The guest's public host key, such as `ssh-ed25519 AAAA...`.
     pub host_key: String,
     pub workdir: Option<String>,
 }

@@ -75,7 +75,7 @@ impl ExecIo {
             if e.kind() == Kind::InvalidArgument { e.hint("give long input through stdin (-i) or a file") } else { e }
         })?;
         CommandWords::decode(&bytes).ok_or_else(|| {
-            Error::invalid("the command that came through a descriptor is not one").hint("src/api/exec.rs says how it is written")
+            Error::invalid("the command in the descriptor is malformed").hint("fcctl help protocol describes its format")
         })
     }
 }

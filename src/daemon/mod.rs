@@ -84,8 +84,7 @@
 //!
 //! Every user who may connect shares one daemon. Whatever one user can pile up has a limit per uid
 //! in `[limits]`: connections, operations, VMs, memory, transfers, image builds, images, history,
-//! idempotency keys. Root has its own share. A call over a limit fails with `busy` or `exhausted`;
-//! it never waits for other users.
+//! idempotency keys. Root has its own share. A call over a limit fails with `busy` or `exhausted`.
 //!
 //! - Transfers: a free worker takes the next job of the uid with the fewest running jobs, and one
 //!   uid never gets all workers. A stream below the minimum rate ends (`rate_floor.rs`).

@@ -215,7 +215,7 @@ fn builds_of_one_user_are_limited_and_one_runs_at_a_time() {
     assert_eq!(world.builds.running.load(Ordering::SeqCst), 1);
     // A caller that hangs up during a build makes room as well.
     first.hang_up();
-    of_root.stage("check the host");
+    of_root.stage("update package lists");
     world.builds.are_held.store(false, Ordering::SeqCst);
     assert!(of_root.finish(SOON).unwrap_err().is(Kind::CommandFailed));
     assert_eq!(world.builds.peak.load(Ordering::SeqCst), 1);

@@ -44,16 +44,19 @@ impl Code {
             | Code::Internal => 1,
         }
     }
+}
 
-    /// True if the same call may succeed later although the caller changes nothing.
-    pub const fn retryable(self) -> bool {
-        matches!(self, Code::Busy | Code::Timeout | Code::GuestUnavailable)
-    }
+/// Whether the same call can succeed later without anybody doing something about the failure.
+enum Retry {
+    /// Somebody has to act first, or the answer will always be the same.
+    Useless,
+    /// What the call met passes by itself: a queue empties, a guest finishes its boot, a connection is made again.
+    MayHelp,
 }
 
 /// What went wrong, in more detail than [`Code`]. Every kind belongs to exactly one code.
 macro_rules! kinds {
-    ($($(#[$doc:meta])* $kind:ident => $code:ident, $name:literal;)*) => {
+    ($($(#[$doc:meta])* $kind:ident => $code:ident, $retry:ident, $name:literal;)*) => {
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum Kind { $($(#[$doc])* $kind,)* }
         impl Kind {
@@ -61,82 +64,86 @@ macro_rules! kinds {
             pub const fn code(self) -> Code { match self { $(Kind::$kind => Code::$code,)* } }
             /// The stable name in the protocol.
             pub const fn name(self) -> &'static str { match self { $(Kind::$kind => $name,)* } }
+            /// True if the same call may succeed later although nobody changes anything.
+            pub const fn retryable(self) -> bool {
+                match self { $(Kind::$kind => matches!(Retry::$retry, Retry::MayHelp),)* }
+            }
         }
     };
 }
 
 kinds! {
     /// No VM matches, or the VM belongs to another user.
-    VmNotFound => NotFound, "vm_not_found";
-    ImageNotFound => NotFound, "image_not_found";
-    KernelNotFound => NotFound, "kernel_not_found";
-    SnapshotNotFound => NotFound, "snapshot_not_found";
-    OperationNotFound => NotFound, "operation_not_found";
-    SessionNotFound => NotFound, "session_not_found";
+    VmNotFound => NotFound, Useless, "vm_not_found";
+    ImageNotFound => NotFound, Useless, "image_not_found";
+    KernelNotFound => NotFound, Useless, "kernel_not_found";
+    SnapshotNotFound => NotFound, Useless, "snapshot_not_found";
+    OperationNotFound => NotFound, Useless, "operation_not_found";
+    SessionNotFound => NotFound, Useless, "session_not_found";
     /// The VM has no prepared workspace.
-    WorkspaceNotFound => NotFound, "workspace_not_found";
+    WorkspaceNotFound => NotFound, Useless, "workspace_not_found";
     /// A path on the caller's side does not exist.
-    PathNotFound => NotFound, "path_not_found";
-    NameTaken => AlreadyExists, "name_taken";
+    PathNotFound => NotFound, Useless, "path_not_found";
+    NameTaken => AlreadyExists, Useless, "name_taken";
     /// The target of an export already exists.
-    TargetExists => AlreadyExists, "target_exists";
+    TargetExists => AlreadyExists, Useless, "target_exists";
     /// Another VM or a program on the host uses the port.
-    PortTaken => AlreadyExists, "port_taken";
+    PortTaken => AlreadyExists, Useless, "port_taken";
     /// A parameter is out of range or malformed.
-    InvalidArgument => InvalidArgument, "invalid_argument";
+    InvalidArgument => InvalidArgument, Useless, "invalid_argument";
     /// More than one id begins with the given prefix.
-    AmbiguousPrefix => InvalidArgument, "ambiguous_prefix";
-    InvalidConfig => InvalidArgument, "invalid_config";
-    InvalidRequest => InvalidArgument, "invalid_request";
-    FrameTooLarge => InvalidArgument, "frame_too_large";
-    MethodNotFound => InvalidArgument, "method_not_found";
+    AmbiguousPrefix => InvalidArgument, Useless, "ambiguous_prefix";
+    InvalidConfig => InvalidArgument, Useless, "invalid_config";
+    InvalidRequest => InvalidArgument, Useless, "invalid_request";
+    FrameTooLarge => InvalidArgument, Useless, "frame_too_large";
+    MethodNotFound => InvalidArgument, Useless, "method_not_found";
     /// The guest path is outside of the directories that a workspace may use.
-    InvalidGuestPath => InvalidArgument, "invalid_guest_path";
+    InvalidGuestPath => InvalidArgument, Useless, "invalid_guest_path";
     /// The repository or tree cannot be sent as it is.
-    InvalidTree => InvalidArgument, "invalid_tree";
+    InvalidTree => InvalidArgument, Useless, "invalid_tree";
     /// The VM's state does not allow the verb.
-    WrongState => WrongState, "wrong_state";
+    WrongState => WrongState, Useless, "wrong_state";
     /// The workspace is incomplete because an import was interrupted.
-    WorkspaceIncomplete => WrongState, "workspace_incomplete";
-    Busy => Busy, "busy";
-    PoolFull => Busy, "pool_full";
-    ConnectionLimit => Busy, "connection_limit";
-    OperationLimit => Busy, "operation_limit";
+    WorkspaceIncomplete => WrongState, Useless, "workspace_incomplete";
+    Busy => Busy, MayHelp, "busy";
+    PoolFull => Busy, MayHelp, "pool_full";
+    ConnectionLimit => Busy, MayHelp, "connection_limit";
+    OperationLimit => Busy, MayHelp, "operation_limit";
     /// The daemon is shutting down.
-    ShuttingDown => Busy, "shutting_down";
-    Conflict => Conflict, "conflict";
-    IdempotencyConflict => Conflict, "idempotency_conflict";
+    ShuttingDown => Busy, MayHelp, "shutting_down";
+    Conflict => Conflict, Useless, "conflict";
+    IdempotencyConflict => Conflict, Useless, "idempotency_conflict";
     /// A newer request has replaced this one.
-    Superseded => Conflict, "superseded";
+    Superseded => Conflict, Useless, "superseded";
     /// The request exceeds a limit of the host or of the caller.
-    Exhausted => Exhausted, "exhausted";
-    VmLimit => Exhausted, "vm_limit";
-    MemoryLimit => Exhausted, "memory_limit";
-    GuestUnavailable => GuestUnavailable, "guest_unavailable";
+    Exhausted => Exhausted, Useless, "exhausted";
+    VmLimit => Exhausted, Useless, "vm_limit";
+    MemoryLimit => Exhausted, Useless, "memory_limit";
+    GuestUnavailable => GuestUnavailable, MayHelp, "guest_unavailable";
     /// The connection to the guest was lost.
-    GuestLost => GuestUnavailable, "guest_lost";
-    HostKeyMismatch => GuestUnavailable, "host_key_mismatch";
+    GuestLost => GuestUnavailable, MayHelp, "guest_lost";
+    HostKeyMismatch => GuestUnavailable, Useless, "host_key_mismatch";
     /// A command that fcd ran in the guest failed, for example because the guest's disk is full.
-    GuestCommandFailed => GuestUnavailable, "guest_command_failed";
-    Timeout => Timeout, "timeout";
-    TransferIdle => Timeout, "transfer_idle";
-    BootTimeout => Timeout, "boot_timeout";
-    Cancelled => Cancelled, "cancelled";
+    GuestCommandFailed => GuestUnavailable, Useless, "guest_command_failed";
+    Timeout => Timeout, MayHelp, "timeout";
+    TransferIdle => Timeout, MayHelp, "transfer_idle";
+    BootTimeout => Timeout, MayHelp, "boot_timeout";
+    Cancelled => Cancelled, Useless, "cancelled";
     /// A system call or a host command failed.
-    Host => Host, "host";
-    DiskFull => Host, "disk_full";
-    CommandMissing => Host, "command_missing";
-    CommandFailed => Host, "command_failed";
-    StoreReadOnly => Host, "store_read_only";
-    StoreRefused => Host, "store_refused";
-    VmmFailed => Host, "vmm_failed";
-    Denied => Denied, "denied";
-    Unsupported => Unsupported, "unsupported";
+    Host => Host, Useless, "host";
+    DiskFull => Host, Useless, "disk_full";
+    CommandMissing => Host, Useless, "command_missing";
+    CommandFailed => Host, Useless, "command_failed";
+    StoreReadOnly => Host, Useless, "store_read_only";
+    StoreRefused => Host, Useless, "store_refused";
+    VmmFailed => Host, Useless, "vmm_failed";
+    Denied => Denied, Useless, "denied";
+    Unsupported => Unsupported, Useless, "unsupported";
     /// `fcctl` and `fcd` speak incompatible versions of the protocol.
-    VersionMismatch => Unsupported, "version_mismatch";
+    VersionMismatch => Unsupported, Useless, "version_mismatch";
     /// A stream ended before it was complete.
-    StreamIncomplete => Conflict, "stream_incomplete";
-    Internal => Internal, "internal";
+    StreamIncomplete => Conflict, MayHelp, "stream_incomplete";
+    Internal => Internal, Useless, "internal";
 }
 
 /// An error within a process. It is sent over the wire as an `api::Fault`.

@@ -25,7 +25,7 @@ impl From<&Error> for Fault {
             kind: e.kind().name().to_owned(),
             message: e.to_string(),
             hint: e.hint_text().map(|hint| hint.replace("{vm}", "VM")),
-            retryable: e.code().retryable(),
+            retryable: e.kind().retryable(),
             op: None,
         }
     }
@@ -40,5 +40,21 @@ impl From<Error> for Fault {
 impl std::fmt::Display for Fault {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+
+    /// A guest with another host key, or whose disk is full, stays that way until somebody acts.
+    #[test]
+    fn fault_says_by_its_kind_whether_a_retry_can_help() {
+        let retryable = |kind| Fault::from(Error::new(kind, "it failed")).retryable;
+        let wrong: Vec<_> =
+            [Kind::HostKeyMismatch, Kind::GuestCommandFailed].into_iter().filter(|kind| retryable(*kind)).collect();
+        assert!(wrong.is_empty(), "retryable although nothing changes by itself: {wrong:?}");
+        assert!(retryable(Kind::GuestUnavailable) && retryable(Kind::PoolFull) && retryable(Kind::StreamIncomplete));
     }
 }

@@ -31,7 +31,8 @@ impl Failure {
             kind: kind.to_owned(),
             message: message.into(),
             hint: Some(hint.into()),
-            retryable: true,
+            // A daemon may be restarting, but rights do not change by themselves.
+            retryable: kind != DENIED,
             op: None,
         };
         Self { fault, unreachable: true }

@@ -27,10 +27,12 @@ fn documented_tables_match_the_code() {
 }
 
 fn kinds() -> String {
-    let mut out = String::from("| kind | code | fcctl's exit status |\n|---|---|---|\n");
+    let mut out = String::from("| kind | code | fcctl's exit status | retryable |\n|---|---|---|---|\n");
     for kind in fcd::error::Kind::ALL {
         let code = serde_json::to_value(kind.code()).unwrap();
-        out += &format!("| `{}` | `{}` | {} |\n", kind.name(), code.as_str().unwrap(), kind.code().exit_status());
+        let retryable = if kind.retryable() { "yes" } else { "no" };
+        let (name, status) = (kind.name(), kind.code().exit_status());
+        out += &format!("| `{name}` | `{}` | {status} | {retryable} |\n", code.as_str().unwrap());
     }
     out
 }

@@ -1,4 +1,5 @@
-//! The bridge: made when it is missing, mended when it is ours, never touched when it is not.
+//! The bridge. fcd creates it if it is missing, repairs its own, and never changes one that belongs
+//! to something else.
 
 use super::links::{Link, Route, parse_addresses};
 use super::names::Names;
@@ -9,18 +10,20 @@ use crate::locks::Cancel;
 
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 
-/// Whether this interface is our bridge: by its alias or, before it has one, by its address.
+/// True if this interface is our bridge. It is recognised by its alias or, before that is set, by
+/// its MAC address.
 pub fn is_ours(names: &Names, link: &Link) -> bool {
     let mac = names.bridge_mac().to_string();
     let is_new = link.alias().is_empty() && link.address.as_deref() == Some(&mac);
     link.is_kind("bridge") && (link.alias() == names.bridge() || is_new)
 }
 
-/// Checks that nobody else has the bridge's name or the guests' subnet, before anything is made. Once the bridge has the
-/// subnet, another route into it refuses no start: the VMs are there.
+/// Checks that nothing else uses the bridge's name or the guests' subnet. Called before anything is
+/// created. Once our bridge has the subnet, another route into it is not an error, because the VMs
+/// are already there.
 ///
 /// # Errors
-/// `conflict`, with the settings that help.
+/// `conflict`, with the settings to change.
 pub fn require_free(names: &Names, config: &Config, links: &[Link], routes: &[Route]) -> Result<()> {
     let (name, subnet) = (&config.bridge, config.subnet);
     let found = links.iter().find(|l| l.name == *name);
@@ -34,37 +37,38 @@ pub fn require_free(names: &Names, config: &Config, links: &[Link], routes: &[Ro
     }
     let whose = foreign.map(|link| {
         let what = link.linkinfo.info_kind.as_deref().unwrap_or("device");
-        format!("there is a {what} {name} of somebody else's (alias {:?})", link.alias())
+        format!("fcd did not create the existing {what} {name} (alias {:?})", link.alias())
     });
-    let where_to = taken.map(|r| format!("{}/{} of the guests' subnet {subnet} is on {}", r.base, r.prefix, r.dev));
+    let where_to =
+        taken.map(|r| format!("the guests' subnet {subnet} contains {}/{}, which is routed to {}", r.base, r.prefix, r.dev));
     let why: Vec<_> = whose.into_iter().chain(where_to).collect();
     let set = match (foreign.is_some(), taken.is_some()) {
         (true, false) => "another name: bridge = ...",
         (false, _) => "another subnet: subnet = ...",
         (true, true) => "another name and another subnet: bridge = ... and subnet = ...",
     };
-    let message = format!("make bridge {name}: {}", why.join(", and "));
+    let message = format!("create bridge {name}: {}", why.join(", and "));
     Err(Error::new(Kind::Conflict, message).hint(format!("set {set} under [network]")))
 }
 
-/// Makes it what it should be. Says what was done to it.
+/// Creates or repairs the bridge. Returns what it changed.
 ///
 /// # Errors
-/// `conflict`: an interface of this name is not ours.
+/// `conflict` if an interface of this name is not ours.
 pub fn ensure(names: &Names, config: &Config, links: &[Link], tools: &Tools, cancel: &Cancel) -> Result<Vec<String>> {
     let (name, alias) = (&config.bridge, names.bridge());
-    let doing = || format!("make bridge {name}");
+    let doing = || format!("create bridge {name}");
     let mut done = Vec::new();
     let found = links.iter().find(|l| l.name == *name);
     if let Some(link) = found.filter(|l| !is_ours(names, l)) {
         let what = link.linkinfo.info_kind.as_deref().unwrap_or("device");
-        let message = format!("{}: there is a {what} {name} of somebody else's (alias {:?})", doing(), link.alias());
+        let message = format!("{}: fcd did not create the existing {what} {name} (alias {:?})", doing(), link.alias());
         return Err(Error::new(Kind::Conflict, message).hint("set another name: bridge = ... under [network]"));
     }
     if found.is_none() {
         let line = format!("link add name {name} address {} type bridge forward_delay 0 stp_state 0", names.bridge_mac());
         tools.ip_batch(&[line], cancel).map_err(|e| e.context(doing()))?;
-        done.push(format!("made bridge {name}"));
+        done.push(format!("created bridge {name}"));
     }
     let address = format!("{}/{}", config.subnet.gateway(), config.subnet.prefix());
     let mut lines = Vec::new();
@@ -75,15 +79,15 @@ pub fn ensure(names: &Names, config: &Config, links: &[Link], tools: &Tools, can
     let has = parse_addresses(&json)?;
     for (other, prefix) in has.iter().filter(|a| **a != (config.subnet.gateway(), config.subnet.prefix())) {
         lines.push(format!("address delete {other}/{prefix} dev {name}"));
-        done.push(format!("took {other}/{prefix} from bridge {name}"));
+        done.push(format!("removed {other}/{prefix} from bridge {name}"));
     }
     if !has.contains(&(config.subnet.gateway(), config.subnet.prefix())) {
         lines.push(format!("address add {address} dev {name}"));
-        done.push(format!("gave bridge {name} the address {address}"));
+        done.push(format!("added address {address} to bridge {name}"));
     }
     if !found.is_some_and(Link::is_up) {
         lines.push(format!("link set dev {name} up"));
-        done.push(format!("switched bridge {name} on"));
+        done.push(format!("set bridge {name} up"));
     }
     if !lines.is_empty() {
         no_ipv6(name);
@@ -92,7 +96,8 @@ pub fn ensure(names: &Names, config: &Config, links: &[Link], tools: &Tools, can
     Ok(done)
 }
 
-/// Guests have no IPv6; so the host has none towards them. A host without IPv6 has no such file.
+/// Turns IPv6 off on the bridge, because guests have none. The file does not exist on a host
+/// without IPv6.
 fn no_ipv6(bridge: &str) {
     let path = format!("/proc/sys/net/ipv6/conf/{bridge}/disable_ipv6");
     match std::fs::write(&path, "1") {
@@ -101,19 +106,19 @@ fn no_ipv6(bridge: &str) {
     }
 }
 
-/// Whether this host passes packets on.
+/// True if this host forwards IPv4 packets.
 pub fn forwards() -> Result<bool> {
     let text = std::fs::read_to_string(FORWARDING).map_err(|e| Error::io(format!("read {FORWARDING}"), e))?;
     Ok(text.trim() != "0")
 }
 
-/// Switches forwarding on if it is off. True when it was off.
+/// Turns IPv4 forwarding on if it is off. Returns true if it was off.
 pub fn ensure_forwarding() -> Result<bool> {
     if forwards()? {
         return Ok(false);
     }
     std::fs::write(FORWARDING, "1").map_err(|e| {
-        Error::io(format!("switch IPv4 forwarding on: write {FORWARDING}"), e).hint("sysctl -w net.ipv4.ip_forward=1")
+        Error::io(format!("turn on IPv4 forwarding: write {FORWARDING}"), e).hint("sysctl -w net.ipv4.ip_forward=1")
     })?;
     Ok(true)
 }

@@ -1,4 +1,5 @@
-//! What the network needs here, what was found, and what stands in its way. Read-only.
+//! The network checks of `fcctl doctor`: what bridged networking needs on this host, and what
+//! blocks it. Read-only.
 
 use super::bridge;
 use super::links::{Link, Route, parse_links, parse_routes};
@@ -13,11 +14,11 @@ use serde::Deserialize;
 use std::path::Path;
 use std::time::Duration;
 
-/// Rules of iptables that nft does not show.
+/// Lists tables of legacy iptables, whose rules `nft` does not show.
 const LEGACY_TABLES: &str = "/proc/net/ip_tables_names";
 const LEGACY_DEADLINE: Duration = Duration::from_secs(10);
 
-/// The checks where the configuration says bridge, with and without a daemon.
+/// Runs the checks for a configuration with bridged networking. A daemon need not be running.
 pub fn checks(config: &Config, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
     let mut all = vec![rights(config)];
     let missing: Vec<_> = ["ip", "nft"].into_iter().filter(|p| find_program(Path::new(p)).is_none()).collect();
@@ -40,7 +41,7 @@ pub fn checks(config: &Config, commands: &dyn Commands, cancel: &Cancel) -> Vec<
     all
 }
 
-/// Whether systemd-resolved runs here and can be told whom to ask.
+/// True if systemd-resolved runs on this host and can be configured with `resolvectl`.
 pub fn has_resolved() -> bool {
     Path::new("/run/systemd/resolve/stub-resolv.conf").exists() && find_program(Path::new("resolvectl")).is_some()
 }
@@ -49,7 +50,7 @@ fn rights(config: &Config) -> Check {
     if nix::unistd::geteuid().is_root() {
         return Check::ok("network", format!("bridge {}, guests in {}, masqueraded by nftables", config.bridge, config.subnet));
     }
-    Check::fail("network", "the configuration says bridge, for which fcd must be root", "driver = \"user\" under [network]")
+    Check::fail("network", "the configured bridge driver needs fcd to run as root", "driver = \"user\" under [network]")
 }
 
 struct Host<'a> {
@@ -77,7 +78,7 @@ impl Host<'_> {
         const ID: &str = "network_forwarding";
         let mut all = Vec::new();
         if !bridge::forwards()? {
-            all.push(Check::ok(ID, "IPv4 forwarding is off; fcd switches it on when it starts"));
+            all.push(Check::ok(ID, "IPv4 forwarding is off; fcd turns it on when it starts"));
         }
         let chains = parse_chains(&self.run(&nft_json(&["list", "chains"]))?)?;
         let mut text_of = |family: &str, table: &str| {
@@ -89,7 +90,7 @@ impl Host<'_> {
         }
         all.extend(self.legacy());
         if all.is_empty() {
-            all.push(Check::ok(ID, "IPv4 forwarding is on, and no other rules were found that drop what guests send"));
+            all.push(Check::ok(ID, "IPv4 forwarding is on, and no rules were found that drop guests' packets"));
         }
         Ok(all)
     }
@@ -102,21 +103,22 @@ impl Host<'_> {
         let (bridge, rules) = (&self.config.bridge, String::from_utf8_lossy(&out).into_owned());
         let drops = rules.lines().any(|l| matches!(l, "-P FORWARD DROP" | "-P FORWARD REJECT"));
         let fix = format!("iptables-legacy -I FORWARD -i {bridge} -j ACCEPT; iptables-legacy -I FORWARD -o {bridge} -j ACCEPT");
-        (drops && !rules.contains(bridge.as_str()))
-            .then(|| Check::warn("network_forwarding", "iptables-legacy drops what is forwarded, guests' packets too", &fix))
+        (drops && !rules.contains(bridge.as_str())).then(|| {
+            Check::warn("network_forwarding", "iptables-legacy drops forwarded packets, including those of guests", &fix)
+        })
     }
 }
 
 fn bridge_check(name: &str, links: &[Link]) -> Check {
     const ID: &str = "network_bridge";
     match links.iter().find(|l| l.name == name) {
-        None => Check::ok(ID, format!("bridge {name} is made when fcd starts")),
+        None => Check::ok(ID, format!("fcd will create bridge {name} when it starts")),
         Some(l) if l.is_kind("bridge") && (l.alias().starts_with("fc-") || l.alias().is_empty()) => {
-            Check::ok(ID, format!("bridge {name} is there"))
+            Check::ok(ID, format!("bridge {name} exists"))
         }
         Some(l) => {
             let kind = l.linkinfo.info_kind.as_deref().unwrap_or("device");
-            let found = format!("there is a {kind} {name} of somebody else's (alias {:?})", l.alias());
+            let found = format!("fcd did not create the existing {kind} {name} (alias {:?})", l.alias());
             Check::fail(ID, found, "set another name: bridge = ... under [network]")
         }
     }
@@ -137,7 +139,7 @@ fn subnet_check(config: &Config, routes: &[Route]) -> Check {
     }
 }
 
-/// A chain, as `nft --json list chains` shows it. Without a hook other chains jump to it.
+/// A chain, as `nft --json list chains` prints it. A chain without a hook is only reached by jumps.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 struct Chain {
@@ -166,12 +168,13 @@ fn parse_chains(json: &[u8]) -> Result<Vec<Chain>> {
 
 type TextOf<'a> = dyn FnMut(&str, &str) -> Result<String> + 'a;
 
-/// Other tables' chains that drop what they do not know, and do not know the bridge: what was found and how to mend it.
+/// Finds chains in other tables that drop by default and do not mention the bridge. Returns what
+/// was found and how to fix it.
 fn blockers(chains: &[Chain], bridge: &str, text_of: &mut TextOf<'_>) -> Result<Vec<(String, String)>> {
     let mut found = Vec::new();
     for chain in chains.iter().filter(|c| matches!(c.family.as_str(), "ip" | "inet")) {
         let Some(hook @ ("forward" | "input")) = chain.hook.as_deref() else { continue };
-        // firewalld refuses in its last rule, not by the policy.
+        // firewalld rejects in its last rule, not by its policy.
         let drops = chain.policy.as_deref() == Some("drop") || chain.table == "firewalld";
         if chain.table.starts_with("fcd_") || !drops || text_of(&chain.family, &chain.table)?.contains(&format!("\"{bridge}\"")) {
             continue;
@@ -208,9 +211,10 @@ fn names(config: &Config) -> Option<Check> {
         return None;
     }
     if has_resolved() {
-        return Some(Check::ok("network_names", format!("systemd-resolved asks {gateway} for NAME.vm")));
+        return Some(Check::ok("network_names", format!("systemd-resolved sends queries for NAME.vm to {gateway}")));
     }
-    let mut check = Check::ok("network_names", format!("{gateway} knows NAME.vm; guests ask it, this host does not by itself"));
+    let mut check =
+        Check::ok("network_names", format!("{gateway} resolves NAME.vm for guests; this host is not configured to use it"));
     check.fix = Some(format!("install systemd-resolved, or in dnsmasq: server=/vm/{gateway}"));
     Some(check)
 }
@@ -234,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn what_blocks_forwarding_is_named_with_its_owner() {
+    fn blocker_of_forwarding_is_reported_with_owner_and_fix() {
         let docker = [chain("ip", "filter", "FORWARD", Some("forward"), "drop"), chain("ip", "filter", "DOCKER-USER", None, "")];
         check(
             &docker,
@@ -285,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_network_that_is_taken_is_named() {
+    fn subnet_used_by_other_device_warns() {
         let config = Config::default();
         let route = |dev: &str| Route { base: [10, 0, 0, 0].into(), prefix: 8, dev: dev.into() };
         assert_eq!(subnet_check(&config, &[route("fcbr0")]).severity, Severity::Ok);
@@ -295,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bridge_of_somebody_else_fails() {
+    fn bridge_with_foreign_alias_fails() {
         let link = |alias: &str| Link {
             name: "fcbr0".into(),
             alias: Some(alias.into()),

@@ -1,5 +1,6 @@
-//! Flows that the kernel remembers (nf_conntrack), and making it forget them: a flow is translated as it was when it began, so one
-//! that is older than a rule or than a guest would go on as if neither were there.
+//! Deletes entries from the kernel's connection tracking table (nf_conntrack). The address
+//! translation of a connection is fixed when it begins, so an entry that is older than a rule or a
+//! guest would bypass both.
 //!
 //! Sources: linux/netlink.h, linux/netfilter/nfnetlink.h, linux/netfilter/nfnetlink_conntrack.h.
 
@@ -13,11 +14,11 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-/// For the kernel to answer.
+/// How long to wait for the kernel's answer, in seconds.
 const ANSWER_S: i64 = 5;
-/// One read; the kernel sends at most 32 KiB at once (net/netlink/af_netlink.c).
+/// Size of one read. The kernel sends at most 32 KiB at once (net/netlink/af_netlink.c).
 const READ_BYTES: usize = 64 << 10;
-/// Answers to one question: more flows than any host keeps.
+/// Reads per request, enough for more entries than any host keeps.
 const READS_MAX: usize = 100_000;
 
 const HEADER: usize = 16;
@@ -26,7 +27,7 @@ const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
 const NLM_F_DUMP: u16 = 0x300;
-/// `NFNL_SUBSYS_CTNETLINK << 8`, and the message.
+/// Message types, each `NFNL_SUBSYS_CTNETLINK << 8` plus the message.
 const CT_NEW: u16 = 0x100;
 const CT_GET: u16 = 0x101;
 const CT_DELETE: u16 = 0x102;
@@ -51,7 +52,7 @@ pub struct Tuple {
     pub destination: Ipv4Addr,
     /// `IPPROTO_*`.
     pub protocol: u8,
-    /// 0 where the protocol has none.
+    /// 0 if the protocol has no ports.
     pub destination_port: u16,
 }
 
@@ -67,9 +68,10 @@ impl Flow {
     }
 }
 
-/// Makes the kernel forget every IPv4 flow of this network namespace that is so, and says how many there were.
+/// Deletes the IPv4 entries of this network namespace for which `is_stale` is true. Returns how
+/// many there were.
 pub fn forget(is_stale: &dyn Fn(&Flow) -> bool) -> Result<usize> {
-    let doing = "make the kernel forget flows";
+    let doing = "delete conntrack entries";
     let io = |e: nix::Error| Error::io(doing, e);
     let _blocking = region(Rank::HostCmd);
     let socket = open().map_err(io)?;
@@ -82,7 +84,7 @@ pub fn forget(is_stale: &dyn Fn(&Flow) -> bool) -> Result<usize> {
     .map_err(io)?;
     for attributes in &stale {
         match ask(&socket, &message(CT_DELETE, NLM_F_ACK, attributes), &mut |_| {}) {
-            // It has ended meanwhile.
+            // The connection ended in the meantime.
             Ok(()) | Err(nix::Error::ENOENT) => {}
             Err(e) => return Err(io(e)),
         }
@@ -97,7 +99,7 @@ fn open() -> nix::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// One question; `each` is given the attributes of each flow that comes.
+/// Sends one request and calls `each` with the attributes of every entry in the answer.
 fn ask(socket: &OwnedFd, question: &[u8], each: &mut dyn FnMut(&[u8])) -> nix::Result<()> {
     send(socket.as_raw_fd(), question, MsgFlags::empty())?;
     let mut buffer = vec![0; READ_BYTES];
@@ -131,7 +133,7 @@ fn message(kind: u16, flags: u16, attributes: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Type, body, and what follows.
+/// Returns the type and body of the first message, and the rest of the bytes.
 fn next_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     let len = u32::from_ne_bytes(bytes.get(..4)?.try_into().ok()?) as usize;
     let kind = u16::from_ne_bytes(bytes.get(4..6)?.try_into().ok()?);
@@ -142,11 +144,11 @@ fn next_message(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
 struct Attribute<'a> {
     kind: u16,
     value: &'a [u8],
-    /// With its head and its padding.
+    /// The attribute with its header and padding.
     whole: &'a [u8],
 }
 
-/// And what follows.
+/// Returns the first attribute and the rest of the bytes.
 fn next_attribute(bytes: &[u8]) -> Option<(Attribute<'_>, &[u8])> {
     let len = u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?) as usize;
     let kind = u16::from_ne_bytes(bytes.get(2..4)?.try_into().ok()?) & TYPE_MASK;
@@ -168,7 +170,7 @@ fn find(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     attributes(bytes).find(|a| a.kind == wanted).map(|a| a.value)
 }
 
-/// What names a flow in a deletion.
+/// Returns the attributes that identify an entry in a delete request.
 fn which(flow: &[u8]) -> Vec<u8> {
     let names = attributes(flow).filter(|a| [CTA_TUPLE_ORIG, CTA_ID, CTA_ZONE].contains(&a.kind));
     names.flat_map(|a| a.whole.to_vec()).collect()
@@ -205,7 +207,7 @@ mod tests {
     fn tuple(kind: u16, source: [u8; 4], destination: [u8; 4], port: u16) -> Vec<u8> {
         let ip = [attribute(CTA_IP_V4_SRC, &source), attribute(CTA_IP_V4_DST, &destination)].concat();
         let protocol = [attribute(CTA_PROTO_NUM, &[17]), attribute(CTA_PROTO_DST_PORT, &port.to_be_bytes())].concat();
-        // As the kernel does, with the bit for what holds others.
+        // The kernel marks attributes that hold other attributes with this bit.
         attribute(
             kind | 0x8000,
             &[attribute(CTA_TUPLE_IP | 0x8000, &ip), attribute(CTA_TUPLE_PROTO | 0x8000, &protocol)].concat(),
@@ -213,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flow_is_read_and_named() {
+    fn flow_is_parsed_with_its_key() {
         let original = tuple(CTA_TUPLE_ORIG, [192, 0, 2, 1], [192, 0, 2, 2], 8080);
         let reply = tuple(CTA_TUPLE_REPLY, [10, 89, 0, 5], [192, 0, 2, 1], 4000);
         let id = attribute(CTA_ID, &[1, 2, 3, 4]);
@@ -225,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_off_is_nothing() {
+    fn truncated_messages_are_rejected() {
         let whole = [tuple(CTA_TUPLE_ORIG, [1; 4], [2; 4], 1), tuple(CTA_TUPLE_REPLY, [2; 4], [1; 4], 1)].concat();
         for len in 0..whole.len() {
             assert_eq!(read_flow(&whole[..len]), None, "{len}");

@@ -1,5 +1,6 @@
-//! Ports of the host that lead to guests on the bridge: address translation in our own table, so that they stand while the daemon
-//! does not run. While it does, it has each port bound, so that no program of the host's takes one that would get nothing.
+//! Published ports of guests on the bridge. The address translation lives in our nftables table, so
+//! it works while the daemon is down. While the daemon runs, it also binds each port, so that no
+//! program on the host takes one that would never receive anything.
 
 use super::conntrack::Flow;
 use super::forget_flows;
@@ -12,30 +13,31 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::OwnedFd;
 
-/// What one VM has.
+/// The published ports of one VM.
 pub(super) struct Forwards {
     published: Vec<Published>,
-    /// Bound, and nothing else.
-    _places: Vec<OwnedFd>,
+    /// Sockets that are bound to the ports and do nothing else.
+    _sockets: Vec<OwnedFd>,
 }
 
-/// Takes these ports for as long as the descriptors are open, without listening on them.
+/// Binds these ports without listening on them. They are reserved while the descriptors are open.
 ///
 /// # Errors
-/// `port_taken`, `denied`, `invalid_argument` for an address that is not this host's.
+/// `port_taken`, `denied`, or `invalid_argument` if the address does not belong to this host.
 pub fn reserve(ports: &[Port]) -> Result<Vec<OwnedFd>> {
     ports.iter().map(|port| bind(port, false).map(|(fd, _)| fd)).collect()
 }
 
-/// Whether a server could listen on them now, which does not mind a connection that has just ended.
+/// Checks that a server could listen on these ports now. Connections that have just ended do not
+/// count.
 ///
 /// # Errors
-/// As of [`reserve`].
-pub fn look(ports: &[Port]) -> Result<()> {
+/// Fails like [`reserve`].
+pub fn require_free_ports(ports: &[Port]) -> Result<()> {
     ports.iter().try_for_each(|port| bind(port, true).map(drop))
 }
 
-/// This port with a number that nothing on the host has now.
+/// Returns this port with a number that is free on the host.
 pub fn free_port(port: &Port) -> Result<Port> {
     let (_, host_port) = bind(&Port { host_port: 0, ..*port }, false)?;
     Ok(Port { host_port, ..*port })
@@ -51,7 +53,8 @@ fn bind(port: &Port, as_server: bool) -> Result<(OwnedFd, u16)> {
     };
     let socket = rustix::net::socket_with(AddressFamily::INET, kind, SocketFlags::CLOEXEC, None).map_err(io)?;
     if as_server && port.protocol == Protocol::Tcp {
-        // socket(7). Not for what is kept: two that have this option may both have the port.
+        // See socket(7). Reserved ports must not have this option: two sockets with it may share a
+        // port.
         rustix::net::sockopt::set_socket_reuseaddr(&socket, true).map_err(io)?;
     }
     let at = SocketAddr::V4(SocketAddrV4::new(port.host_addr, port.host_port));
@@ -68,58 +71,63 @@ fn refused(port: &Port, e: rustix::io::Errno) -> Error {
     match e {
         Errno::ADDRINUSE => {
             let list = if port.protocol == Protocol::Tcp { "-tanp" } else { "-uanp" };
-            Error::new(Kind::PortTaken, format!("{doing}: a program on this host has it"))
-                .hint(format!("see which: ss {list} sport = :{}", port.host_port))
+            Error::new(Kind::PortTaken, format!("{doing}: a program on this host uses it"))
+                .hint(format!("find it with ss {list} sport = :{}", port.host_port))
         }
-        Errno::ADDRNOTAVAIL => Error::invalid(format!("{doing}: {} is no address of this host", port.host_addr))
-            .hint("see the addresses with ip -4 address; 0.0.0.0 is all of them"),
-        Errno::ACCESS => Error::new(Kind::Denied, format!("{doing}: fcd may not have it")).hint("take a port from 1024 on"),
+        Errno::ADDRNOTAVAIL => Error::invalid(format!("{doing}: {} is not an address of this host", port.host_addr))
+            .hint("list the addresses with ip -4 address, or use 0.0.0.0 for all of them"),
+        Errno::ACCESS => {
+            Error::new(Kind::Denied, format!("{doing}: fcd is not allowed to bind it")).hint("use a port from 1024 up")
+        }
         e => Error::io(doing, std::io::Error::from(e)),
     }
 }
 
 impl Net {
-    /// Leads these ports to the guest. What the VM had before is replaced. After an error nothing of it is left, or [`Net::unforward`]
-    /// finds it.
+    /// Publishes these ports to the guest and replaces those that the VM had before. After an error
+    /// nothing is left, or [`Net::unforward`] can remove it.
     pub fn forward(&self, guest: &Guest, ports: &[Port], cancel: &Cancel) -> Result<()> {
         self.unforward(&guest.tag)?;
-        let places = reserve(ports)?;
+        let sockets = reserve(ports)?;
         self.allow_loopback(ports)?;
         let published = published(guest, ports);
-        // What somebody left in their places.
+        // Remove other elements with the same ports, such as those of an earlier daemon.
         let stale = self.published()?.into_iter().filter(|p| published.iter().any(|new| new.port.overlaps(&p.port)));
         let mut script: String = stale.map(|p| self.rules.unpublish(&p)).collect();
         script.extend(published.iter().map(|p| self.rules.publish(p)));
         self.tools.nft(&script, cancel).map_err(|e| e.context(format!("forward ports to {}", guest.tag)))?;
-        // What goes to them already was not translated when it began.
+        // Packets of existing connections to these ports are not translated until their conntrack
+        // entries are deleted.
         forget_flows(&|flow| ports.iter().any(|port| goes_to(flow, port)));
-        self.forwards.lock().insert(guest.tag.clone(), Forwards { published, _places: places });
+        self.forwards.lock().insert(guest.tag.clone(), Forwards { published, _sockets: sockets });
         Ok(())
     }
 
-    /// After a restart of the daemon: the rules stand, the ports are taken again.
+    /// Reserves the ports of a running VM after a restart of the daemon. The rules are still in
+    /// place.
     pub fn adopt_forwards(&self, guest: &Guest, ports: &[Port]) {
-        let places = reserve(ports).unwrap_or_else(|e| {
+        let sockets = reserve(ports).unwrap_or_else(|e| {
             log::warn!("network: {}: {e}", guest.tag);
             Vec::new()
         });
-        self.forwards.lock().insert(guest.tag.clone(), Forwards { published: published(guest, ports), _places: places });
+        self.forwards.lock().insert(guest.tag.clone(), Forwards { published: published(guest, ports), _sockets: sockets });
     }
 
-    /// Takes the ports with this tag back; gone already is ok. Ignores cancellation.
+    /// Removes the published ports of the VM with this tag. Succeeds if there are none. Ignores
+    /// cancellation.
     pub fn unforward(&self, tag: &str) -> Result<()> {
         drop(self.forwards.lock().remove(tag));
         if !self.names.is_tag(tag) {
-            return Err(Error::internal(format!("take ports back: {tag:?} is no tag of a VM's")));
+            return Err(Error::internal(format!("unpublish ports: {tag:?} is not a VM's tag")));
         }
         let script: String = self.published()?.iter().filter(|p| p.tag == tag).map(|p| self.rules.unpublish(p)).collect();
         if script.is_empty() {
             return Ok(());
         }
-        self.tools.nft(&script, self.tools.never()).map_err(|e| e.context(format!("take back the ports of {tag}")))
+        self.tools.nft(&script, self.tools.never()).map_err(|e| e.context(format!("unpublish the ports of {tag}")))
     }
 
-    /// The tags of the VMs that have ports.
+    /// The tags of the VMs that have published ports.
     pub fn forwarded(&self) -> Result<Vec<String>> {
         let mut tags: Vec<_> = self.published()?.into_iter().map(|p| p.tag).filter(|tag| self.names.is_tag(tag)).collect();
         tags.sort();
@@ -137,7 +145,7 @@ impl Net {
         Ok(all)
     }
 
-    /// Puts right what others did. Says what it mended.
+    /// Restores missing port rules. Returns what it repaired.
     pub(super) fn mend_forwards(&self) -> Result<Vec<String>> {
         let wanted: Vec<Published> = self.forwards.lock().values().flat_map(|f| f.published.clone()).collect();
         if wanted.is_empty() {
@@ -151,24 +159,25 @@ impl Net {
         }
         let script: String = missing.iter().map(|p| self.rules.publish(p)).collect();
         self.tools.nft(&script, self.tools.never())?;
-        // Taken back meanwhile: then they go again.
+        // `unforward` may have run in the meantime. Then these rules have to go again.
         let current: Vec<Published> = self.forwards.lock().values().flat_map(|f| f.published.clone()).collect();
         let late: String = missing.iter().filter(|p| !current.contains(p)).map(|p| self.rules.unpublish(p)).collect();
         if !late.is_empty() {
             self.tools.nft(&late, self.tools.never())?;
         }
-        Ok(missing.iter().map(|p| format!("forwarded port {} to {} again", p.port, p.tag)).collect())
+        Ok(missing.iter().map(|p| format!("restored the forwarding of port {} to {}", p.port, p.tag)).collect())
     }
 
-    /// What the host sends from 127.0.0.1 may leave by the bridge, where it is masqueraded (kernel, ip-sysctl: route_localnet). Guests do not
-    /// reach the host's loopback by it: the rules drop what they send to an address of the host's.
+    /// Lets packets that the host sends from 127.0.0.1 leave by the bridge, where they are
+    /// masqueraded (kernel, ip-sysctl: `route_localnet`). Guests cannot use this to reach the
+    /// host's loopback, because the rules drop what they send to an address of the host.
     fn allow_loopback(&self, ports: &[Port]) -> Result<()> {
         let needs = |address: Ipv4Addr| address.is_loopback() || address.is_unspecified();
         if !ports.iter().any(|port| needs(port.host_addr)) {
             return Ok(());
         }
         let path = format!("/proc/sys/net/ipv4/conf/{}/route_localnet", self.config.bridge);
-        std::fs::write(&path, "1").map_err(|e| Error::io(format!("let ports of the loopback lead to guests: write {path}"), e))
+        std::fs::write(&path, "1").map_err(|e| Error::io(format!("forward loopback ports to guests: write {path}"), e))
     }
 }
 
@@ -197,34 +206,34 @@ mod tests {
     }
 
     #[test]
-    fn a_port_that_a_program_has_is_named() {
+    fn reserve_taken_port_fails_and_names_it() {
         let (tcp, udp) = (TcpListener::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
         for (taken, protocol) in [(tcp.local_addr(), Protocol::Tcp), (udp.local_addr(), Protocol::Udp)] {
             let taken = port(taken.unwrap().port(), protocol);
             let e = reserve(&[taken]).unwrap_err();
-            assert_eq!((e.kind(), look(&[taken]).unwrap_err().kind()), (Kind::PortTaken, Kind::PortTaken));
-            assert!(e.to_string().contains(&taken.to_string()) && e.hint_text().unwrap().starts_with("see which: ss -"), "{e}");
+            assert_eq!((e.kind(), require_free_ports(&[taken]).unwrap_err().kind()), (Kind::PortTaken, Kind::PortTaken));
+            assert!(e.to_string().contains(&taken.to_string()) && e.hint_text().unwrap().starts_with("find it with ss -"), "{e}");
         }
     }
 
     #[test]
-    fn what_is_reserved_is_nobody_elses() {
+    fn reserved_port_cannot_be_bound_by_others() {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             let free = free_port(&port(0, protocol)).unwrap();
             assert_ne!(free.host_port, 0);
-            look(&[free]).unwrap();
-            let places = reserve(&[free]).unwrap();
+            require_free_ports(&[free]).unwrap();
+            let sockets = reserve(&[free]).unwrap();
             let again = match protocol {
                 Protocol::Tcp => TcpListener::bind((free.host_addr, free.host_port)).map(drop),
                 Protocol::Udp => UdpSocket::bind((free.host_addr, free.host_port)).map(drop),
             };
             assert_eq!(again.unwrap_err().kind(), std::io::ErrorKind::AddrInUse);
-            drop(places);
+            drop(sockets);
         }
     }
 
     #[test]
-    fn an_address_of_somebody_else_is_refused() {
+    fn reserve_foreign_address_is_rejected() {
         let e = reserve(&[Port { host_addr: [192, 0, 2, 77].into(), ..port(8080, Protocol::Tcp) }]).unwrap_err();
         assert_eq!(e.kind(), Kind::InvalidArgument);
     }

@@ -1,5 +1,6 @@
-//! What an installation that is gone has left of its network: taps to which no process is attached, its bridge without
-//! other ports, and its tables. All of it is found by the installation's id, as one's own is.
+//! Finds and removes the network of a removed installation: taps without an attached process, its
+//! bridge if nothing else is connected to it, and its tables. Everything is found by the
+//! installation's id, the same way as our own.
 
 use super::links::Link;
 use super::names::Names;
@@ -10,22 +11,22 @@ use crate::host::Commands;
 use serde::Deserialize;
 use std::sync::Arc;
 
-/// Of an interface with somebody at its other end (if.h).
+/// Set for an interface that has a process or a peer at its other end (if.h).
 const HAS_CARRIER: &str = "LOWER_UP";
 
-/// What is left, as it was when this was looked for.
+/// What an installation has left behind, at the time of [`look`].
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Left {
+pub struct Leftovers {
     pub taps: Vec<String>,
     pub bridges: Vec<String>,
-    /// As nft names them: `inet fcd_1a2b3c4d`.
+    /// Family and name, as nft prints them: `inet fcd_1a2b3c4d`.
     pub tables: Vec<String>,
-    /// Somebody uses it, so it is not what it seems to be, and nothing of it may be removed.
+    /// True if something still uses the network. Then nothing may be removed.
     pub is_in_use: bool,
 }
 
-/// Looks at this network namespace.
-pub fn look(install: &str, commands: &Arc<dyn Commands>) -> Result<Left> {
+/// Searches this network namespace for what installation `install` has left.
+pub fn look(install: &str, commands: &Arc<dyn Commands>) -> Result<Leftovers> {
     let (names, tools) = (Names::of(install)?, Tools::new(commands.clone())?);
     let links = all_links(&tools, tools.never())?;
     let left = of_links(&names, &links);
@@ -33,11 +34,11 @@ pub fn look(install: &str, commands: &Arc<dyn Commands>) -> Result<Left> {
         return Ok(left);
     }
     let tables = tools.run(&nft_json(&["list", "tables"]), tools.never())?;
-    Ok(Left { tables: parse_tables(&tables, &names.table())?, ..left })
+    Ok(Leftovers { tables: parse_tables(&tables, &names.table())?, ..left })
 }
 
-/// Removes what [`look`] found. The rules last: there is no instant in which a tap is there without them.
-pub fn remove(left: &Left, commands: &Arc<dyn Commands>) -> Result<()> {
+/// Removes what [`look`] found. Rules go last, so that no tap exists without them.
+pub fn remove(left: &Leftovers, commands: &Arc<dyn Commands>) -> Result<()> {
     let tools = Tools::new(commands.clone())?;
     let links: Vec<String> = left.taps.iter().chain(&left.bridges).map(|name| format!("link delete dev {name}")).collect();
     if !links.is_empty() {
@@ -47,8 +48,8 @@ pub fn remove(left: &Left, commands: &Arc<dyn Commands>) -> Result<()> {
     if tables.is_empty() { Ok(()) } else { tools.nft(&tables, tools.never()) }
 }
 
-fn of_links(names: &Names, links: &[Link]) -> Left {
-    let has_our_alias = |l: &Link| l.alias().is_empty() || l.alias() == names.waiting() || names.is_tag(l.alias());
+fn of_links(names: &Names, links: &[Link]) -> Leftovers {
+    let has_our_alias = |l: &Link| l.alias().is_empty() || l.alias() == names.spare() || names.is_tag(l.alias());
     let is_tap = |l: &Link| l.is_kind("tun") && names.tap_number(&l.name).is_some() && has_our_alias(l);
     let taps: Vec<&Link> = links.iter().filter(|l| is_tap(l)).collect();
     let bridges: Vec<&Link> = links.iter().filter(|l| bridge::is_ours(names, l)).collect();
@@ -56,10 +57,10 @@ fn of_links(names: &Names, links: &[Link]) -> Left {
     let is_in_use =
         taps.iter().any(|l| l.flags.iter().any(|f| f == HAS_CARRIER)) || links.iter().any(|l| is_port(l) && !is_tap(l));
     if is_in_use {
-        return Left { is_in_use, ..Left::default() };
+        return Leftovers { is_in_use, ..Leftovers::default() };
     }
     let named = |links: Vec<&Link>| links.into_iter().map(|l| l.name.clone()).collect();
-    Left { taps: named(taps), bridges: named(bridges), tables: Vec::new(), is_in_use }
+    Leftovers { taps: named(taps), bridges: named(bridges), tables: Vec::new(), is_in_use }
 }
 
 #[derive(Deserialize)]
@@ -78,7 +79,7 @@ struct Table {
     name: String,
 }
 
-/// Those of `nft --json list tables` that have this name.
+/// Returns the tables with this name from the output of `nft --json list tables`.
 fn parse_tables(json: &[u8], name: &str) -> Result<Vec<String>> {
     let listing: Listing =
         serde_json::from_slice(json).map_err(|e| Error::new(Kind::Host, "read the tables of this host").with_source(e))?;
@@ -97,7 +98,7 @@ mod tests {
     const OTHER: &str = "0000000b";
 
     #[test]
-    fn tables_are_read_by_their_whole_name() {
+    fn tables_are_matched_by_whole_name() {
         // nftables 1.0.6.
         let json = br#"{"nftables": [{"metainfo": {"version": "1.0.6"}}, {"table": {"family": "bridge", "name": "fcd_0000000b", "handle": 3}},
             {"table": {"family": "inet", "name": "fcd_0000000b", "handle": 4}}, {"table": {"family": "inet", "name": "fcd_0000000bc", "handle": 5}},
@@ -106,9 +107,9 @@ mod tests {
         assert_eq!(parse_tables(b"no json", "x").unwrap_err().kind(), Kind::Host);
     }
 
-    /// Another installation in the same network namespace lives on as it is.
+    /// Another installation in the same network namespace must not be affected.
     #[test]
-    fn network_of_a_gone_installation_goes_and_the_other_one_stays() {
+    fn network_of_gone_installation_is_removed_and_other_stays() {
         if !is_root() {
             return;
         }
@@ -124,38 +125,38 @@ mod tests {
         let tag = format!("fc-{OTHER}-0123456789ab-1");
         let lost = crate::net::Guest { tag, lease: net.lease(0).unwrap(), ..guest };
         let tap = lab.host.run(|| net.take(&lost, 4711, &Cancel::try_new().unwrap())).unwrap();
-        // Its daemon is killed, and its VM with it.
+        // Kill its daemon and its VM.
         std::mem::forget(net);
         let all =
             || lab.host.sh("ip -o link show type tun | cut -d: -f2; ip -o link show type bridge | cut -d: -f2; nft list ruleset");
         let census = || (lab.census().replace(" fcbr1", "").replace(&format!("{} ", tap.name), ""), lab.elements());
         let (everything, ours) = (all(), census());
         let look = || lab.host.run(|| look(OTHER, &commands)).unwrap();
-        let found = Left {
+        let found = Leftovers {
             taps: vec![tap.name.clone()],
             bridges: vec!["fcbr1".into()],
             tables: vec![format!("bridge fcd_{OTHER}"), format!("inet fcd_{OTHER}")],
             is_in_use: false,
         };
-        let in_use = Left { is_in_use: true, ..Left::default() };
-        // A VMM that nobody finds, or a port that somebody else has put there.
+        let in_use = Leftovers { is_in_use: true, ..Leftovers::default() };
+        // In use: a VMM that is attached to a tap, or a bridge port that somebody else added.
         let vmm = lab.host.run(|| tun::connect(&tap.name)).unwrap();
         assert_eq!(look(), in_use);
         drop(vmm);
         lab.host.sh("ip link add mine type veth peer name yours; ip link set mine master fcbr1");
         assert_eq!(look(), in_use);
         lab.host.sh("ip link delete mine");
-        let sorted = |mut left: Left| {
+        let sorted = |mut left: Leftovers| {
             left.tables.sort();
             left
         };
         assert_eq!(sorted(look()), found);
         assert_eq!(all(), everything, "a look changes nothing");
         lab.host.run(|| remove(&look(), &commands)).unwrap();
-        assert_eq!(look(), Left::default());
+        assert_eq!(look(), Leftovers::default());
         assert_eq!(census(), ours);
         assert!(!all().contains(OTHER) && all().contains(INSTALL));
-        // Nothing is left to remove.
+        // Removing again succeeds.
         lab.host.run(|| remove(&look(), &commands)).unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! What a guest has of the network: pure functions of the subnet and the VM's slot.
+//! The addresses of a guest, computed from the subnet and the VM's slot. Pure.
 
 use crate::config::Subnet;
 use crate::error::{Error, Kind, Result};
@@ -10,7 +10,8 @@ use std::net::Ipv4Addr;
 pub struct Mac(pub [u8; 6]);
 
 impl Mac {
-    /// `02:fc` (locally administered) and the IPv4 address: the same address always has the same.
+    /// Returns `02:fc` (locally administered) followed by the IPv4 address, so an IPv4 address
+    /// always has the same MAC.
     pub fn of(address: Ipv4Addr) -> Self {
         let [a, b, c, d] = address.octets();
         Self([0x02, 0xfc, a, b, c, d])
@@ -24,13 +25,13 @@ impl fmt::Display for Mac {
     }
 }
 
-/// How far a guest's network reaches: `--net`.
+/// What a guest's network can reach (`--net`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Access {
-    /// Outwards through the host's address, and names.
+    /// Outside hosts through the host's address, and the name server.
     #[default]
     Nat,
-    /// Nowhere; only what the host itself opens to the guest, as SSH, works.
+    /// Nothing. Only connections that the host opens, such as SSH, work.
     None,
 }
 
@@ -40,7 +41,7 @@ pub struct Lease {
     pub address: Ipv4Addr,
     /// Length of the subnet's prefix, in bits.
     pub prefix: u8,
-    /// The bridge, which is also the name server.
+    /// The address of the bridge, where the name server listens.
     pub gateway: Ipv4Addr,
     pub mac: Mac,
 }
@@ -50,7 +51,7 @@ impl Lease {
     /// `exhausted` when the subnet has no address for this slot.
     pub fn of(subnet: Subnet, slot: u32) -> Result<Self> {
         let address = subnet.guest(slot).ok_or_else(|| {
-            let message = format!("lease an address: network {subnet} has room for {} VMs only", subnet.guests_max());
+            let message = format!("lease an address: network {subnet} has room for only {} VMs", subnet.guests_max());
             Error::new(Kind::Exhausted, message).hint("delete VMs (fcctl rm), or set a larger subnet under [network]")
         })?;
         Ok(Self { address, prefix: subnet.prefix(), gateway: subnet.gateway(), mac: Mac::of(address) })
@@ -60,11 +61,11 @@ impl Lease {
 /// A VM as the network sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Guest {
-    /// `fc-<install>-<vm>-<generation>`: the alias of its tap. a-z, 0-9 and - only.
+    /// `fc-<install>-<vm>-<generation>`, the alias of its tap. Contains only a-z, 0-9 and `-`.
     pub tag: String,
     pub lease: Lease,
     pub access: Access,
-    /// What it may receive in a second, where the network limits that.
+    /// The most that it may receive per second. None if nftables does not limit it.
     pub rx_bytes_per_s: Option<u64>,
     pub tx_bytes_per_s: Option<u64>,
 }
@@ -74,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slot_has_its_address_and_mac() {
+    fn lease_of_slot_has_address_and_mac() {
         let subnet: Subnet = "10.89.0.0/24".parse().unwrap();
         let lease = Lease::of(subnet, 3).unwrap();
         assert_eq!(lease.address, Ipv4Addr::new(10, 89, 0, 5));
@@ -84,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn no_two_slots_share_an_address_or_a_mac() {
+    fn leases_of_all_slots_are_distinct() {
         let subnet: Subnet = "10.89.0.0/24".parse().unwrap();
         let mut seen = std::collections::HashSet::new();
         for slot in 0..subnet.guests_max() {

@@ -1,11 +1,11 @@
-//! What `ip` says of the host's interfaces, addresses and routes. Pure.
+//! Parsers of the interfaces, addresses and routes that `ip` prints. Pure.
 
 use crate::error::{Error, Kind, Result};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::net::Ipv4Addr;
 
-/// An interface.
+/// A network interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct Link {
@@ -13,7 +13,7 @@ pub struct Link {
     pub name: String,
     #[serde(rename = "ifalias")]
     pub alias: Option<String>,
-    /// Its Ethernet address.
+    /// The MAC address.
     pub address: Option<String>,
     /// The bridge that it belongs to.
     pub master: Option<String>,
@@ -24,7 +24,7 @@ pub struct Link {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct Info {
-    /// `bridge`, `tun`, `veth`; none for hardware.
+    /// `bridge`, `tun` or `veth`. None for hardware.
     pub info_kind: Option<String>,
     pub info_slave_data: SlaveData,
 }
@@ -44,16 +44,16 @@ impl Link {
         self.flags.iter().any(|f| f == "UP")
     }
 
-    /// None and empty are the same: the kernel has no difference.
+    /// Returns an empty string if there is no alias. The kernel does not distinguish the two.
     pub fn alias(&self) -> &str {
         self.alias.as_deref().unwrap_or_default()
     }
 }
 
-/// `ip -json -details link show`, and some of its forms.
+/// Parses `ip -json -details link show` and its filtered forms.
 pub fn parse_links(json: &[u8]) -> Result<Vec<Link>> {
     let links: Vec<Link> = parse("the interfaces", json)?;
-    // What a filter leaves out is an empty object.
+    // `ip` prints an empty object for an interface that a filter leaves out.
     Ok(links.into_iter().filter(|l| !l.name.is_empty()).collect())
 }
 
@@ -70,7 +70,7 @@ struct Address {
     prefixlen: u8,
 }
 
-/// `ip -json -4 address show dev X`: address and prefix length.
+/// Parses `ip -json -4 address show dev X` into addresses and prefix lengths.
 pub fn parse_addresses(json: &[u8]) -> Result<Vec<(Ipv4Addr, u8)>> {
     let links: Vec<Addressed> = parse("the addresses", json)?;
     let all = links.into_iter().flat_map(|l| l.addr_info);
@@ -83,13 +83,13 @@ struct Neighbour {
     dst: Option<Ipv4Addr>,
 }
 
-/// `ip -json -4 neighbour show`.
+/// Parses `ip -json -4 neighbour show`.
 pub fn parse_neighbours(json: &[u8]) -> Result<Vec<Ipv4Addr>> {
     let all: Vec<Neighbour> = parse("the neighbours", json)?;
     Ok(all.into_iter().filter_map(|n| n.dst).collect())
 }
 
-/// A route to a network other than the default one.
+/// A route to a network, but not a default route.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
     pub base: Ipv4Addr,
@@ -105,7 +105,7 @@ struct RouteLine {
     r#type: Option<String>,
 }
 
-/// `ip -json -4 -details route show table all`: what leads to a network, broadcast and default routes apart.
+/// Parses `ip -json -4 -details route show table all`. Broadcast and default routes are left out.
 pub fn parse_routes(json: &[u8]) -> Result<Vec<Route>> {
     let lines: Vec<RouteLine> = parse("the routes", json)?;
     let route = |line: RouteLine| {
@@ -128,12 +128,13 @@ fn parse<T: DeserializeOwned + Default>(what: &str, json: &[u8]) -> Result<T> {
     serde_json::from_slice(json).map_err(|e| Error::new(Kind::Host, format!("read {what} of this host")).with_source(e))
 }
 
-/// What an interface has received and sent, in bytes. Not from sysfs, which is of the namespace in which it was mounted.
+/// Returns the bytes that an interface has received and sent. Sysfs does not help here: it shows
+/// the network namespace in which it was mounted.
 pub fn received_and_sent(interface: &str) -> Option<(u64, u64)> {
     parse_counters(&std::fs::read_to_string("/proc/thread-self/net/dev").ok()?, interface)
 }
 
-/// The first and the ninth number of its line.
+/// Returns the first and the ninth number of the interface's line in /proc/net/dev.
 fn parse_counters(dev: &str, interface: &str) -> Option<(u64, u64)> {
     let line = dev.lines().find_map(|line| line.trim_start().strip_prefix(interface)?.strip_prefix(':'))?;
     let numbers: Vec<&str> = line.split_whitespace().collect();
@@ -145,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn interfaces() {
+    fn links_are_parsed() {
         // Shortened from iproute2 6.1.
         let json = br#"[{},{"ifindex":1,"ifname":"lo","flags":["LOOPBACK","UP"],"link_type":"loopback","address":"00:00:00:00:00:00"},
             {"ifindex":3,"ifname":"fc1a2b3c4d-1","flags":["NO-CARRIER","BROADCAST","UP"],"master":"fcbr0","address":"2e:ff:60:3f:bd:90",
@@ -162,14 +163,14 @@ mod tests {
     }
 
     #[test]
-    fn addresses() {
+    fn addresses_are_parsed() {
         let json =
             br#"[{"ifname":"fcbr0","addr_info":[{"family":"inet","local":"10.89.0.1","prefixlen":24,"scope":"global"}]},{}]"#;
         assert_eq!(parse_addresses(json).unwrap(), [(Ipv4Addr::new(10, 89, 0, 1), 24)]);
     }
 
     #[test]
-    fn routes() {
+    fn routes_are_parsed() {
         let json = br#"[{"type":"unicast","dst":"default","gateway":"192.0.2.1","dev":"eth0"},
             {"type":"unicast","dst":"10.0.0.0/8","dev":"wg0"},{"type":"local","dst":"192.0.2.7","dev":"eth0","table":"local"},
             {"type":"broadcast","dst":"10.255.255.255","dev":"wg0"},{"dst":"172.17.0.0/16","dev":"docker0"}]"#;
@@ -179,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn counters_are_read() {
+    fn counters_are_parsed() {
         let dev = "Inter-|   Receive\n face |bytes    packets\n    lo: 1 2 3 4 5 6 7 8 9 10\nfc1a2b3c4d-1:  11 2 3 4 5 6 7 8 99 10 11\n";
         assert_eq!(parse_counters(dev, "fc1a2b3c4d-1"), Some((11, 99)));
         assert_eq!((parse_counters(dev, "lo"), parse_counters(dev, "fc1a2b3c4d")), (Some((1, 9)), None));

@@ -2,9 +2,13 @@
 //! tables of fcd's own, and a name server on the bridge's address.
 //!
 //! ```text
-//! guest ── tap (its VMM's uid; isolated port) ── bridge fcbr0, first address of the subnet ── masquerade ── outside
-//!          │ table bridge fcd_<install>: only the      │ table inet fcd_<install>: no service of the host but DNS and
-//!          │ lease's MAC and address, IPv4 and ARP     │ echo, nothing link-local, no other guest; `none`: no forwarding
+//! guest ── tap ──────────────── bridge fcbr0 ───────────────────── masquerade ── outside
+//!          isolated port,       has the subnet's first address
+//!          owned by VMM's uid
+//!
+//! table bridge fcd_<install>    on the taps: only the lease's MAC and address, only IPv4 and ARP
+//! table inet fcd_<install>      from the bridge: no service of the host but DNS and echo, nothing
+//!                               link-local, no other guest; with `--net none` no forwarding
 //! ```
 //!
 //! Everything is found again by name: the bridge has the alias `fc-<install>`, a spare tap
@@ -41,7 +45,7 @@ mod tools;
 mod tun;
 
 pub use checks::checks;
-pub use forward::{free_port, look};
+pub use forward::{free_port, require_free_ports};
 pub use lease::{Access, Guest, Lease, Mac};
 pub use links::received_and_sent;
 
@@ -67,40 +71,42 @@ const RESOLVED_DEADLINE: Duration = Duration::from_secs(5);
 /// A VM's tap, attached to the bridge and owned by its VMM's uid.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tap {
-    /// Of the interface: `fc<install>-<number>`. Numbers are not used again before 9999 others were.
+    /// The interface's name, `fc<install>-<number>`. A number is reused only after 9998 other taps
+    /// were made.
     pub name: String,
 }
 
-/// A kernel that keeps them is no reason to refuse a start: they end by themselves.
+/// Deletes the conntrack entries of earlier guests. If the kernel refuses, the start continues: the
+/// entries expire when they are idle.
 fn forget_flows(is_stale: &dyn Fn(&conntrack::Flow) -> bool) {
     match conntrack::forget(is_stale) {
         Ok(0) => {}
-        Ok(count) => log::debug!("network: {count} flows of an earlier guest or an earlier port were forgotten"),
-        Err(e) => log::warn!("network: {e}; flows that are older than a guest may reach it until they are idle"),
+        Ok(count) => log::debug!("network: deleted {count} conntrack entries of an earlier guest or port"),
+        Err(e) => log::warn!("network: {e}; packets of old connections may reach a new guest until the entries expire"),
     }
 }
 
-/// The bridge, its taps and rules.
+/// The bridge, its taps and its rules.
 pub struct Net {
     config: Config,
     names: Names,
     rules: Rules,
     tools: Tools,
     pool: Arc<Pool>,
-    /// The guests that are in, by tag, each with its tap.
+    /// The guests that are connected: the name of the tap and the guest, by tag.
     guests: Mutex<HashMap<String, (String, Guest)>>,
-    /// Ports that lead to them, by tag.
+    /// The ports published for each guest, by tag.
     forwards: Mutex<HashMap<String, forward::Forwards>>,
 }
 
 impl Net {
-    /// Makes what is missing of the bridge and the rules, switches IPv4 forwarding on if it is off (and says so in the log),
-    /// removes taps that an earlier daemon had made ahead, and begins to make new ones. Taps and rules of VMs that
-    /// run are left as they are.
+    /// Creates what is missing of the bridge and the rules, turns IPv4 forwarding on if it is off
+    /// (and logs that), removes the spare taps of an earlier daemon, and starts making new ones.
+    /// Taps and rules of running VMs are left as they are.
     ///
     /// # Errors
-    /// `conflict` when an interface with the bridge's name is not ours or another one has the subnet, before anything was made;
-    /// `command_missing`, `command_failed`, `host`.
+    /// `conflict` if the bridge's name or the subnet is used by something else; nothing has been
+    /// created then. Also `command_missing`, `command_failed` and `host`.
     pub fn open(config: &Config, install: &str, commands: Arc<dyn Commands>, cancel: &Cancel) -> Result<Self> {
         let names = Names::of(install)?;
         let tools = Tools::new(commands)?;
@@ -113,16 +119,16 @@ impl Net {
         let guests = Mutex::new(Rank::Taps, HashMap::new());
         let forwards = Mutex::new(Rank::Taps, HashMap::new());
         let net = Self { config: config.clone(), names, rules, tools, pool, guests, forwards };
-        // A tap without an alias is one that we were about to tag.
-        let is_leftover = |l: &&Link| l.alias() == net.names.waiting() || (l.alias().is_empty() && net.is_our_tap(l));
+        // A tap without an alias is left from a daemon that ended before it could set one.
+        let is_leftover = |l: &&Link| l.alias() == net.names.spare() || (l.alias().is_empty() && net.is_our_tap(l));
         net.pool.remove(&links.iter().filter(is_leftover).map(|l| l.name.clone()).collect::<Vec<_>>());
-        // The rules first: there is no instant in which a guest is on the bridge without them.
+        // Rules come first, so that no guest is ever on the bridge without them.
         net.tools.nft(&net.rules.apply(), cancel).map_err(|e| e.context("set the rules of guests"))?;
         for done in bridge::ensure(&net.names, config, &links, &net.tools, cancel)? {
             log::info!("network: {done}");
         }
         if bridge::ensure_forwarding()? {
-            log::info!("network: switched IPv4 forwarding on, for guests reach the world through this host");
+            log::info!("network: turned IPv4 forwarding on because guests need it to reach the outside");
         }
         net.pool.refill();
         Ok(net)
@@ -132,7 +138,7 @@ impl Net {
         link.is_kind("tun") && self.names.tap_number(&link.name).is_some()
     }
 
-    /// What the VM with this slot has: pure.
+    /// Returns the addresses of the VM in this slot. Pure.
     ///
     /// # Errors
     /// `exhausted` when the subnet has no address for it.
@@ -140,11 +146,14 @@ impl Net {
         Lease::of(self.config.subnet, slot)
     }
 
-    /// Gives a VM its tap: one made ahead, else a new one. First it gets the VM's tag as alias (from then on [`Net::list`]
-    /// and [`Net::release`] know it), then owner and rules, and last it joins the bridge. Some ten milliseconds.
-    /// A tap that carries the tag already is replaced. After an error nothing of it is left, or `release` finds it.
+    /// Gives a VM a tap, a spare one if there is one. The tap first gets the VM's tag as its alias,
+    /// so that [`Net::list`] and [`Net::release`] find it from then on. Then it gets its owner and
+    /// its rules, and last it joins the bridge. Takes about ten milliseconds.
     ///
-    /// Blocks on host commands: no lock may be held.
+    /// An existing tap with the same tag is replaced. After an error the tap has been removed, or
+    /// [`Net::release`] can remove it.
+    ///
+    /// Runs host commands, so no lock may be held.
     pub fn take(&self, guest: &Guest, uid: u32, cancel: &Cancel) -> Result<Tap> {
         let taken = self.try_take(guest, uid, cancel).map_err(|e| e.context(format!("give {} a tap", guest.tag)));
         self.pool.refill();
@@ -153,14 +162,14 @@ impl Net {
 
     fn try_take(&self, guest: &Guest, uid: u32, cancel: &Cancel) -> Result<Tap> {
         if !self.names.is_tag(&guest.tag) || !self.config.subnet.contains(guest.lease.address) {
-            return Err(Error::internal(format!("{guest:?} is no guest of this network")));
+            return Err(Error::internal(format!("{guest:?} is not a guest of this network")));
         }
         let links = all_links(&self.tools, cancel)?;
         if links.iter().any(|l| l.alias() == guest.tag) {
             self.release(&guest.tag)?;
         }
-        // One that somebody removed or changed meanwhile is not used.
-        let is_fresh = |name: &String| links.iter().any(|l| l.name == *name && l.alias() == self.names.waiting());
+        // Skip spare taps that somebody removed or changed in the meantime.
+        let is_fresh = |name: &String| links.iter().any(|l| l.name == *name && l.alias() == self.names.spare());
         let name = match std::iter::from_fn(|| self.pool.pop()).find(is_fresh) {
             Some(name) => name,
             None => self.pool.make(cancel)?,
@@ -168,22 +177,22 @@ impl Net {
         self.guests.lock().insert(guest.tag.clone(), (name.clone(), guest.clone()));
         let mut undo = Undo::new();
         undo.push("remove the tap", || {
-            // Before it has its alias it is not found by it.
+            // `release` finds a tap by its alias, so a tap without one must be removed by name.
             self.pool.remove(std::slice::from_ref(&name));
             self.release(&guest.tag)
         });
         self.tools.ip_batch(&[format!("link set dev {name} alias {}", guest.tag)], cancel)?;
         tun::set_owner(&name, uid)?;
         self.tools.nft(&self.rules.add(&name, guest), cancel)?;
-        // Of whoever had the address before.
+        // Drop the conntrack entries of the previous holder of this address.
         forget_flows(&|flow| flow.is_of(guest.lease.address));
         self.tools.ip_batch(&self.joining(&name, &guest.lease), cancel)?;
         undo.commit();
         Ok(Tap { name })
     }
 
-    /// What puts a tap on the bridge. The guest's address is known to the host from the start: a first connection does not
-    /// wait for ARP, nor does another's answer count.
+    /// The commands that put a tap on the bridge. The permanent neighbour entry saves the first
+    /// connection an ARP exchange, and keeps other guests from answering for this address.
     fn joining(&self, tap: &str, lease: &Lease) -> Vec<String> {
         let bridge = &self.config.bridge;
         let isolated = if self.config.allow_between_vms { "off" } else { "on" };
@@ -195,27 +204,31 @@ impl Net {
         ]
     }
 
-    /// Removes the tap with this tag and its rules; gone already is ok. The VMM must have exited. Ignores cancellation.
+    /// Removes the tap with this tag and its rules. Succeeds if they do not exist. The VMM must
+    /// have exited. Ignores cancellation.
     pub fn release(&self, tag: &str) -> Result<()> {
         self.guests.lock().remove(tag);
         if !self.names.is_tag(tag) {
-            return Err(Error::internal(format!("release a tap: {tag:?} is no tag of a VM's")));
+            return Err(Error::internal(format!("release a tap: {tag:?} is not a VM's tag")));
         }
         self.remove_taps(&|l| l.alias() == tag).map_err(|e| e.context(format!("remove the tap of {tag}")))
     }
 
-    /// Removes those, and all rules of taps that are not there.
+    /// Removes the taps that `which` selects, and the rules of taps that do not exist.
     fn remove_taps(&self, which: &dyn Fn(&Link) -> bool) -> Result<()> {
         let never = self.tools.never();
-        // Rules before taps: an element whose tap is missing from what is read later is of a tap that is gone, for a tap is there
-        // before its element is. The guests that are in come last, for one is in before its element is.
+        // The order of these reads decides which rules are stale. A tap exists before its rules do,
+        // so
+        // a rule whose tap is missing from the list of links, read after the rules, is stale. A
+        // guest is in `guests`
+        // before its rules are set, so `guests` is read last.
         let nat = self.listed(&self.rules.list_nat())?.map_or(Ok(vec![]), |json| rules::parse_nat(&json))?;
         let elements = self.listed(&self.rules.list_guests())?.map_or(Ok(vec![]), |json| rules::parse_guests(&json))?;
         let links = all_links(&self.tools, never)?;
         let (gone, left): (Vec<&Link>, Vec<&Link>) = links.iter().partition(|l| which(l));
         let delete: Vec<_> = gone.iter().map(|l| format!("link delete dev {}", l.name)).collect();
         if let Some(e) = Some(&delete).filter(|d| !d.is_empty()).and_then(|d| self.tools.ip_batch_all(d).err()) {
-            // Somebody else was first: as well.
+            // Fine if somebody else has removed them.
             let is_left = |l: &Link| gone.iter().any(|g| g.name == l.name);
             if all_links(&self.tools, never)?.iter().any(is_left) {
                 return Err(e);
@@ -229,7 +242,8 @@ impl Net {
         if !stale.is_empty() || !nat.is_empty() {
             self.tools.nft(&self.rules.remove(&stale, &nat), never)?;
         }
-        // The next guest with this address has the same entry: one that stays does no harm.
+        // A neighbour entry that cannot be deleted is harmless: the next guest with this address
+        // gets the same one.
         let forget = self.neighbours()?.into_iter().filter(|a| !is_used(a));
         let forget: Vec<_> = forget.map(|a| format!("neighbour delete {a} dev {}", self.config.bridge)).collect();
         if !forget.is_empty() {
@@ -238,18 +252,18 @@ impl Net {
         Ok(())
     }
 
-    /// Those that we have set.
+    /// The addresses of the permanent neighbour entries on the bridge, which `joining` sets.
     fn neighbours(&self) -> Result<Vec<Ipv4Addr>> {
         let args = ["-4", "neighbour", "show", "nud", "permanent", "dev", &self.config.bridge];
         match self.tools.ip_json(&args, self.tools.never()) {
             Ok(json) => links::parse_neighbours(&json),
-            // There is no bridge.
+            // The bridge does not exist.
             Err(e) if e.kind() == Kind::CommandFailed => Ok(Vec::new()),
             Err(e) => Err(e),
         }
     }
 
-    /// What `nft --json` says; none when the tables are gone.
+    /// Runs `nft --json`. None if the tables do not exist.
     fn listed(&self, args: &[&str]) -> Result<Option<Vec<u8>>> {
         match self.tools.run(&tools::nft_json(args), self.tools.never()) {
             Ok(json) => Ok(Some(json)),
@@ -258,7 +272,7 @@ impl Net {
         }
     }
 
-    /// The tags of all taps on the host that are a VM's (those made ahead are not).
+    /// The tags of all VMs' taps on the host, without the spare taps.
     pub fn list(&self) -> Result<Vec<String>> {
         let links = all_links(&self.tools, self.tools.never())?;
         let mut tags: Vec<_> = links.iter().map(Link::alias).filter(|a| self.names.is_tag(a)).map(str::to_owned).collect();
@@ -267,7 +281,8 @@ impl Net {
         Ok(tags)
     }
 
-    /// Takes up guests that an earlier daemon let in and that run. One whose tap is missing is left out, and named in the log.
+    /// Records running guests that an earlier daemon connected. A guest whose tap is missing is
+    /// logged and left out.
     pub fn adopt(&self, guests: &[Guest]) -> Result<()> {
         let links = all_links(&self.tools, self.tools.never())?;
         for guest in guests {
@@ -281,16 +296,18 @@ impl Net {
         Ok(())
     }
 
-    /// Puts right what others did to the bridge, the rules and the taps of the guests that are in: a firewall that is started anew
-    /// flushes all rules. Removes rules of taps that are gone. Says what it mended. For the sweep every minute, at any time; at the
-    /// start only after [`Net::adopt`].
+    /// Repairs the bridge, the rules and the taps of connected guests, because restarting another
+    /// firewall can flush all rules. Also removes the rules of taps that no longer exist. Returns
+    /// what it repaired.
+    ///
+    /// May run at any time after [`Net::adopt`]. The sweeper calls it every minute.
     pub fn mend(&self) -> Result<Vec<String>> {
         let never = self.tools.never();
         let mut done = Vec::new();
         let elements = self.listed(&self.rules.list_guests())?;
         let nat = self.listed(&self.rules.list_nat())?;
         if elements.is_none() || nat.is_none() {
-            done.push("set the rules of guests, which were gone".to_owned());
+            done.push("restored the rules of guests".to_owned());
         }
         let elements = elements.map_or(Ok(vec![]), |json| rules::parse_guests(&json))?;
         let nat = nat.map_or(Ok(vec![]), |json| rules::parse_nat(&json))?;
@@ -301,14 +318,14 @@ impl Net {
                 && (guest.access == Access::None || nat.contains(&guest.lease.address));
             script += &self.rules.add(tap, guest);
             if !is_in {
-                done.push(format!("let {} in again", guest.tag));
+                done.push(format!("restored the rules of {}", guest.tag));
             }
         }
         self.tools.nft(&script, never)?;
         let links = all_links(&self.tools, never)?;
         done.extend(bridge::ensure(&self.names, &self.config, &links, &self.tools, never)?);
         if bridge::ensure_forwarding()? {
-            done.push("switched IPv4 forwarding on".to_owned());
+            done.push("turned IPv4 forwarding on".to_owned());
         }
         done.extend(self.mend_forwards()?);
         for (tap, guest) in &guests {
@@ -318,10 +335,10 @@ impl Net {
                 continue;
             }
             match self.tools.ip_batch(&self.joining(tap, &guest.lease), never) {
-                // Released meanwhile.
+                // It was released in the meantime.
                 Err(_) if !is_there(&all_links(&self.tools, never)?) => {}
                 Err(e) => return Err(e),
-                Ok(()) => done.push(format!("put {} on the bridge again", guest.tag)),
+                Ok(()) => done.push(format!("reattached {} to the bridge", guest.tag)),
             }
         }
         self.remove_taps(&|_| false)?;
@@ -329,9 +346,10 @@ impl Net {
         Ok(done)
     }
 
-    /// From now on the guest with this tag, which is in, receives and sends no more bytes in a second; what is more is dropped.
+    /// Limits what the guest with this tag receives and sends per second. Packets above the limit
+    /// are dropped.
     ///
-    /// Blocks on host commands: no lock may be held.
+    /// Runs host commands, so no lock may be held.
     pub fn set_rates(&self, tag: &str, rx_bytes_per_s: Option<u64>, tx_bytes_per_s: Option<u64>) -> Result<()> {
         let doing = || format!("limit the network of {tag}");
         let guest = {
@@ -345,13 +363,13 @@ impl Net {
         self.tools.nft(&self.rules.rates(&tap, &guest), self.tools.never()).map_err(|e| e.context(doing()))
     }
 
-    /// How many taps are ready.
+    /// The number of spare taps.
     pub fn taps_ready(&self) -> usize {
         self.pool.ready()
     }
 
-    /// Starts the name server on the bridge's address, and tells systemd-resolved, where it runs, to ask it for `.vm`.
-    /// `owner` is whom its helper process runs as.
+    /// Starts the name server on the bridge's address. If systemd-resolved runs on this host, it is
+    /// configured to send it queries for `.vm`. The helper process runs as `owner`.
     pub fn serve_names(&self, names: Arc<dyn dns::Names>, owner: Owner) -> Result<dns::Server> {
         let bridge = &self.config.bridge;
         let gateway = self.config.subnet.gateway();
@@ -369,24 +387,25 @@ impl Net {
             {
                 let command = Command::new("resolvectl").args(args).deadline(RESOLVED_DEADLINE);
                 if let Err(e) = self.tools.run(&command, self.tools.never()) {
-                    log::warn!("network: tell systemd-resolved of .vm: {e}");
+                    log::warn!("network: configure systemd-resolved for .vm: {e}");
                 }
             }
         }
         Ok(server)
     }
 
-    /// Removes the taps made ahead and waits for those that are being made. Bridge, rules and taps of VMs stay.
+    /// Removes the spare taps and waits for the threads that make them. The bridge, the rules and
+    /// the taps of VMs stay.
     pub fn close(&self) {
         self.pool.close();
     }
 
-    /// Removes all that is ours, the taps of VMs, too: for an uninstall.
+    /// Removes everything that belongs to this installation, including the taps of VMs.
     pub fn remove_all(&self) -> Result<()> {
         self.close();
         self.guests.lock().clear();
         self.forwards.lock().clear();
-        self.remove_taps(&|l| self.names.is_tag(l.alias()) || l.alias() == self.names.waiting() || self.is_our_tap(l))?;
+        self.remove_taps(&|l| self.names.is_tag(l.alias()) || l.alias() == self.names.spare() || self.is_our_tap(l))?;
         let links = all_links(&self.tools, self.tools.never())?;
         let bridges: Vec<_> = links.iter().filter(|l| bridge::is_ours(&self.names, l)).collect();
         let delete: Vec<_> = bridges.iter().map(|l| format!("link delete dev {}", l.name)).collect();

@@ -1,9 +1,11 @@
-//! What things of ours are called on the host, so that they are found again.
+//! The names of this installation's bridge, taps and tables, by which a restarted daemon finds
+//! them.
 
 use super::Mac;
 use crate::error::{Error, Result};
 
-/// Hexadecimal digits of an installation's id: with `fc`, `-` and a number it must fit an interface's name.
+/// Hexadecimal digits of an installation's id. `fc`, the id, `-` and a four-digit number must fit
+/// into an interface name.
 const INSTALL_LEN: usize = 8;
 
 #[derive(Clone, Debug)]
@@ -15,7 +17,7 @@ impl Names {
     pub fn of(install: &str) -> Result<Self> {
         let is_hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
         if install.len() != INSTALL_LEN || !install.bytes().all(is_hex) {
-            return Err(Error::internal(format!("name the network's parts: {install:?} is no installation's id")));
+            return Err(Error::internal(format!("name the network's parts: {install:?} is not an installation's id")));
         }
         Ok(Self { install: install.to_owned() })
     }
@@ -25,26 +27,27 @@ impl Names {
         format!("fc-{}", self.install)
     }
 
-    /// The bridge's address. It is there from the bridge's first instant on, which the alias is not.
+    /// The bridge's MAC address. The bridge is created with it, while the alias can only be set
+    /// afterwards.
     pub fn bridge_mac(&self) -> Mac {
         let number = u32::from_str_radix(&self.install, 16).unwrap_or_default();
         let [a, b, c, d] = number.to_be_bytes();
         Mac([0x06, 0xfc, a, b, c, d])
     }
 
-    /// The alias of a tap made ahead.
-    pub fn waiting(&self) -> String {
+    /// The alias of a spare tap.
+    pub fn spare(&self) -> String {
         format!("fc-{}-tap", self.install)
     }
 
-    /// Whether an alias is the tag of a VM of ours.
+    /// True if an alias is the tag of a VM of this installation.
     pub fn is_tag(&self, alias: &str) -> bool {
         let is_plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
         let rest = alias.strip_prefix("fc-").and_then(|a| a.strip_prefix(&self.install)).and_then(|a| a.strip_prefix('-'));
         rest.is_some_and(|rest| !rest.is_empty() && rest != "tap" && rest.bytes().all(is_plain))
     }
 
-    /// With which the names of all our taps begin.
+    /// The prefix of the names of this installation's taps.
     pub fn tap_prefix(&self) -> String {
         format!("fc{}-", self.install)
     }
@@ -53,12 +56,12 @@ impl Names {
         format!("{}{number}", self.tap_prefix())
     }
 
-    /// The number of one of our taps.
+    /// The number in the name of one of this installation's taps.
     pub fn tap_number(&self, name: &str) -> Option<u32> {
         name.strip_prefix(&self.tap_prefix())?.parse().ok()
     }
 
-    /// The name of our table in both families.
+    /// The name of this installation's table, in both families.
     pub fn table(&self) -> String {
         format!("fcd_{}", self.install)
     }
@@ -70,9 +73,9 @@ mod tests {
     use crate::config::INTERFACE_NAME_LEN_MAX;
 
     #[test]
-    fn names_of_one_installation() {
+    fn names_contain_installation_id() {
         let names = Names::of("1a2b3c4d").unwrap();
-        assert_eq!((names.bridge().as_str(), names.waiting().as_str()), ("fc-1a2b3c4d", "fc-1a2b3c4d-tap"));
+        assert_eq!((names.bridge().as_str(), names.spare().as_str()), ("fc-1a2b3c4d", "fc-1a2b3c4d-tap"));
         assert_eq!(names.bridge_mac().to_string(), "06:fc:1a:2b:3c:4d");
         assert_eq!(names.tap(9999).len(), INTERFACE_NAME_LEN_MAX);
         assert_eq!(names.tap_number(&names.tap(17)), Some(17));
@@ -86,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn an_id_of_another_form_is_refused() {
+    fn installation_id_malformed_is_rejected() {
         for bad in ["", "1a2b3c4", "1a2b3c4d5", "1A2B3C4D", "../../..", "1a2b3c4\""] {
             assert!(Names::of(bad).is_err(), "{bad}");
         }

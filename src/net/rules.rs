@@ -1,11 +1,13 @@
-//! The rules in nftables, as scripts for `nft -f -`. Pure.
+//! The nftables rules, as scripts for `nft -f -`. Pure.
 //!
-//! Two tables, both called `fcd_<install>`; no other table is ever named. In the family `bridge` a frame that comes from one
-//! of our taps passes only with the MAC and address of its lease; in `inet` guests are kept from the host and from each other,
-//! and masqueraded. What differs from VM to VM are elements of two sets, so a VM is one small transaction.
+//! There are two tables, both named `fcd_<install>`, and no script ever names another one. The
+//! `bridge` table lets a frame from one of our taps pass only if it has the MAC and the address of
+//! its lease. The `inet` table keeps guests away from the host and from each other, and masquerades
+//! them. The rules are the same for all VMs. A VM is an element of some sets, so adding one is a
+//! small transaction.
 //!
-//! The rule for "an answer" is `ct direction reply`: a guest without a network must not go on with a connection that it made
-//! while it had one.
+//! Answers are recognised by `ct direction reply` and not only by their state. Otherwise a guest
+//! whose network was taken away could keep using a connection that it opened before.
 
 use super::names::Names;
 use super::{Access, Guest};
@@ -16,27 +18,31 @@ use serde_json::Value;
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
-/// The set of (tap, MAC, address) in the family `bridge`.
+/// The set of (tap, MAC, address) in the `bridge` table.
 const GUESTS: &str = "guests";
-/// The set of taps of guests that have a network, in the family `bridge`: only those may reach each other at all.
+/// The set of taps of guests with a network, in the `bridge` table. Only those may reach each other
+/// at all.
 const OPEN: &str = "open";
-/// The sets of taps, in the family `bridge`, of guests that may receive, or send, so many bytes in a second: each element has its limit.
+/// The sets of taps with a rate limit for what the guest receives and sends, in the `bridge` table.
+/// Each element has its own limit.
 const RECEIVING: &str = "receiving";
 const SENDING: &str = "sending";
-/// What passes at once after a while of silence, beside a second's worth (the kernel's net/netfilter/nft_limit.c): some of the largest
-/// frames, which have 64 KiB where a card's work is left to it.
+/// How many bytes may pass at once on top of a second's worth (the kernel's
+/// net/netfilter/nft_limit.c). This is room for a few of the largest frames, which have 64 KiB with
+/// segmentation offload.
 const BURST_BYTES: u64 = 256 << 10;
-/// The set of addresses that may go out in the family `inet`.
+/// The set of addresses that may reach the outside, in the `inet` table.
 const NAT: &str = "nat";
-/// The maps of (address, protocol, port) of the host to (address, port) of a guest, and the same for every address of the host's. An
-/// element's comment is the tag of the VM that has it.
+/// The maps of published ports, from (address, protocol, port) on the host to (address, port) of a
+/// guest. The second map is for ports on all addresses of the host. An element's comment is the tag
+/// of its VM.
 const PUBLISHED: &str = "published";
 const PUBLISHED_ANY: &str = "published_any";
-/// Questions to the name server that one guest may ask in a second; more are dropped before they take the place of
-/// others' in its socket.
+/// Queries per second that one guest may send to the name server. More are dropped here, before
+/// they fill the server's socket buffer and crowd out those of other guests.
 const QUESTIONS_PER_S_MAX: u32 = 1000;
 
-/// What the rules depend on.
+/// The settings that the rules depend on.
 #[derive(Clone, Debug)]
 pub struct Rules {
     table: String,
@@ -46,7 +52,7 @@ pub struct Rules {
     allow_between_vms: bool,
 }
 
-/// An element of the set of guests, as it stands on the host.
+/// An element of the guests set, as read from the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Element {
     pub tap: String,
@@ -54,12 +60,12 @@ pub struct Element {
     pub address: Ipv4Addr,
 }
 
-/// A port of the host that leads to a guest, as it stands on the host.
+/// An element of the maps of published ports, as read from the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Published {
-    /// Of the VM that has it; empty where somebody else made it.
+    /// The VM's tag. Empty if something else added the element.
     pub tag: String,
-    /// The guest's.
+    /// The guest's address.
     pub address: Ipv4Addr,
     pub port: Port,
 }
@@ -81,7 +87,8 @@ impl Rules {
         }
     }
 
-    /// Both tables as they should be. The elements of the sets stay: VMs that run lose nothing.
+    /// Returns the script that sets up both tables. Elements of the sets are kept, so running VMs
+    /// are not interrupted.
     pub fn apply(&self) -> String {
         let mut script = String::new();
         self.bridge_table(&mut script);
@@ -104,7 +111,8 @@ impl Rules {
         let _ = writeln!(script, "add set bridge {table} {GUESTS} {{ type ifname . ether_addr . ipv4_addr; }}");
         let _ = writeln!(script, "add set bridge {table} {OPEN} {{ type ifname; }}");
         for set in [RECEIVING, SENDING] {
-            // Every element has a limit of its own; the set's is never used.
+            // nft requires a default limit for the set. It is never used, because every element has
+            // its own.
             let _ = writeln!(script, "add set bridge {table} {set} {{ type ifname; limit rate over 1 bytes/second; }}");
         }
         let from_tap = [
@@ -114,18 +122,19 @@ impl Rules {
             format!(
                 "ether type arp iifname . ether saddr . arp saddr ip @{GUESTS} iifname . arp saddr ether . arp saddr ip @{GUESTS} accept"
             ),
-            // IPv6 too: guests have none.
+            // This also drops IPv6, which guests do not have.
             "drop".to_owned(),
         ];
         self.chain(script, "bridge", "from_tap", None, &from_tap);
-        // Ports are isolated as well, unless guests may reach each other.
+        // Bridge ports are isolated as well, unless guests may reach each other.
         let between = format!("iifname \"{taps}*\" oifname \"{taps}*\"");
         let mut forward = vec![format!("{between} drop")];
         if self.allow_between_vms {
             forward.insert(0, format!("{between} iifname @{OPEN} oifname @{OPEN} accept"));
         }
         self.chain(script, "bridge", "between", Some("filter hook forward priority -200"), &forward);
-        // Before anything else looks at the frame. A tap that waits is in no set, so nothing passes it.
+        // This runs before any other table sees the frame. A spare tap is in no set, so nothing
+        // passes it.
         let hook = "filter hook prerouting priority -400";
         self.chain(script, "bridge", "ports", Some(hook), &[format!("iifname \"{taps}*\" jump from_tap")]);
         let hook = "filter hook postrouting priority 0";
@@ -155,12 +164,12 @@ impl Rules {
             "fib daddr type { broadcast, multicast } drop",
         ];
         self.chain(script, "inet", "from_guest", None, &text(&from_guest));
-        // After connection tracking, before any table's address translation: what a guest asks for is judged, not what another
-        // table makes of it.
+        // This runs after connection tracking but before any address translation, so that the
+        // rules see the destination that the guest chose and not what another table made of it.
         let hook = "filter hook prerouting priority -150";
         self.chain(script, "inet", "arriving", Some(hook), &[format!("iifname \"{bridge}\" jump from_guest")]);
         let to_host = [
-            // The name server is for guests and for this host.
+            // Only guests and this host may use the name server.
             format!("iifname != {{ \"lo\", \"{bridge}\" }} ip daddr {gateway} meta l4proto {{ tcp, udp }} th dport 53 drop"),
             format!("iifname != \"{bridge}\" accept"),
             "ct state established,related ct direction reply accept".to_owned(),
@@ -174,7 +183,7 @@ impl Rules {
             format!("iifname \"{bridge}\" ip saddr @{NAT} accept"),
             format!("iifname \"{bridge}\" drop"),
             format!("oifname \"{bridge}\" ip daddr @{NAT} ct state established,related accept"),
-            // A port that is forwarded to the guest.
+            // Packets to a published port of the guest.
             format!("oifname \"{bridge}\" ip daddr @{NAT} ct status dnat accept"),
             format!("oifname \"{bridge}\" drop"),
         ];
@@ -182,13 +191,15 @@ impl Rules {
         self.published(script);
         let leaving = [
             format!("oifname != \"{bridge}\" ip saddr @{NAT} masquerade"),
-            // The host's own connection to a port on its loopback, which the guest could not answer.
+            // The host's own connections to a published loopback port. The guest could not answer
+            // 127.0.0.1.
             format!("oifname \"{bridge}\" ip saddr 127.0.0.0/8 ct status dnat masquerade"),
         ];
         self.chain(script, "inet", "leaving", Some("nat hook postrouting priority 100"), &leaving);
     }
 
-    /// Ports of the host that lead to guests, for packets that arrive and for the host's own.
+    /// The maps and rules of published ports, for packets that arrive and for those that the host
+    /// sends.
     fn published(&self, script: &mut String) {
         let table = &self.table;
         let (key, target) = ("inet_proto . inet_service", "ipv4_addr . inet_service");
@@ -198,14 +209,16 @@ impl Rules {
             format!("dnat ip to ip daddr . meta l4proto . th dport map @{PUBLISHED}"),
             format!("fib daddr type local dnat ip to meta l4proto . th dport map @{PUBLISHED_ANY}"),
         ];
-        // A port of the loopback is this host's alone: from outside its address is dropped later on, but only if it is still it.
+        // Only this host may use ports on its loopback. The kernel would drop such packets from
+        // outside later, but only if
+        // their destination is still a loopback address, so they must not be translated here.
         let not_from_outside = ["iifname != \"lo\" ip daddr 127.0.0.0/8 return".to_owned()];
         let arriving = [&not_from_outside[..], &rules].concat();
         self.chain(script, "inet", "published_in", Some("nat hook prerouting priority -100"), &arriving);
         self.chain(script, "inet", "published_own", Some("nat hook output priority -100"), &rules);
     }
 
-    /// Lets a guest in; again is no error.
+    /// Adds a guest's elements. Adding them twice is not an error.
     pub fn add(&self, tap: &str, guest: &Guest) -> String {
         let mut script = self.element("add", &Element::of(tap, guest));
         if guest.access == Access::Nat {
@@ -215,7 +228,7 @@ impl Rules {
         script + &self.rates(tap, guest)
     }
 
-    /// Sets what a guest may receive and send, whatever it was.
+    /// Replaces the rate limits of a guest.
     pub fn rates(&self, tap: &str, guest: &Guest) -> String {
         let of = |set: &str, rate: Option<u64>| {
             let limit = rate.map(|rate| {
@@ -229,13 +242,13 @@ impl Rules {
         of(RECEIVING, guest.rx_bytes_per_s) + &of(SENDING, guest.tx_bytes_per_s)
     }
 
-    /// What is not there cannot be deleted.
+    /// Removes a rate limit. Deleting a missing element fails, so the script adds it first.
     fn no_rate(&self, set: &str, tap: &str) -> String {
         let element = format!("element bridge {} {set} {{ \"{tap}\" }}\n", self.table);
         format!("add {element}delete {element}")
     }
 
-    /// Takes elements out; gone already is no error.
+    /// Removes elements. Missing elements are not an error.
     pub fn remove(&self, guests: &[Element], nat: &[Ipv4Addr]) -> String {
         let mut script = String::new();
         for element in guests {
@@ -264,14 +277,14 @@ impl Rules {
         format!("{verb} element inet {} {NAT} {{ {address} }}\n", self.table)
     }
 
-    /// Leads a port to a guest's; the same one's again is no error.
+    /// Publishes a port. Publishing the same one again is not an error.
     pub fn publish(&self, p: &Published) -> String {
         let (map, key) = Self::key(&p.port);
         let Port { guest_port, .. } = p.port;
         format!("add element inet {} {map} {{ {key} comment \"{}\" : {} . {guest_port} }}\n", self.table, p.tag, p.address)
     }
 
-    /// What is not there fails.
+    /// Fails if the port is not published.
     pub fn unpublish(&self, p: &Published) -> String {
         let (map, key) = Self::key(&p.port);
         format!("delete element inet {} {map} {{ {key} }}\n", self.table)
@@ -286,7 +299,7 @@ impl Rules {
         [PUBLISHED, PUBLISHED_ANY].map(|map| ["list", "map", "inet", self.table.as_str(), map])
     }
 
-    /// Both tables gone; gone already is no error.
+    /// Removes both tables. Missing tables are not an error.
     pub fn remove_all(&self) -> String {
         let table = &self.table;
         let of = |family: &str| format!("add table {family} {table}\ndelete table {family} {table}\n");

@@ -1,4 +1,5 @@
-//! Taps made ahead. A VM's tap is never used again: what a guest did to it goes with it.
+//! A pool of spare taps. A tap is never reused by another VM, so nothing that a guest did to it can
+//! affect the next one.
 
 use super::names::Names;
 use super::tools::Tools;
@@ -10,7 +11,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-/// Numbers end here and begin anew: four digits fit an interface's name.
+/// Numbers wrap around after this one. Four digits fit into an interface name.
 const NUMBER_MAX: u32 = 9999;
 /// Threads that fill the pool.
 const MAKERS_MAX: usize = 2;
@@ -26,7 +27,7 @@ pub struct Pool {
 #[derive(Default)]
 struct State {
     ready: VecDeque<String>,
-    /// The number that was given last.
+    /// The number that was used last.
     last: u32,
     making: usize,
     makers: Vec<JoinHandle<()>>,
@@ -34,24 +35,25 @@ struct State {
 }
 
 impl Pool {
-    /// `last`: the highest number of a tap that is on the host.
+    /// `last` is the highest number of the taps on the host.
     pub fn new(names: Names, tools: Tools, target: usize, last: u32) -> Result<Arc<Self>> {
         let closing = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let state = Mutex::new(Rank::Taps, State { last, ..State::default() });
         Ok(Arc::new(Self { names, tools, target, closing, state }))
     }
 
-    /// One that is ready.
+    /// Takes a tap that is ready.
     pub fn pop(&self) -> Option<String> {
         self.state.lock().ready.pop_front()
     }
 
-    /// How many are ready.
+    /// The number of taps that are ready.
     pub fn ready(&self) -> usize {
         self.state.lock().ready.len()
     }
 
-    /// A new one: root's, down, no addresses of its own, with the alias of those that wait.
+    /// Creates a tap that root owns, that is down and without addresses, and that has the alias of
+    /// a spare tap.
     pub fn make(&self, cancel: &Cancel) -> Result<String> {
         for _ in 0..NUMBER_MAX {
             let name = self.names.tap(self.next_number());
@@ -59,14 +61,15 @@ impl Pool {
                 continue;
             }
             let tagged =
-                self.tools.ip_batch(&[format!("link set dev {name} alias {} addrgenmode none", self.names.waiting())], cancel);
+                self.tools.ip_batch(&[format!("link set dev {name} alias {} addrgenmode none", self.names.spare())], cancel);
             if let Err(e) = tagged {
                 self.remove(&[name]);
                 return Err(e.context("tag a tap"));
             }
             return Ok(name);
         }
-        Err(Error::new(Kind::Exhausted, format!("create a tap: {NUMBER_MAX} are there")).hint("run fcctl doctor --leaks"))
+        Err(Error::new(Kind::Exhausted, format!("create a tap: all {NUMBER_MAX} names are in use"))
+            .hint("run fcctl doctor --leaks"))
     }
 
     fn next_number(&self) -> u32 {
@@ -75,7 +78,7 @@ impl Pool {
         state.last
     }
 
-    /// Fills up in the background.
+    /// Fills the pool in the background.
     pub fn refill(self: &Arc<Self>) {
         loop {
             {
@@ -92,14 +95,15 @@ impl Pool {
                 Ok(maker) => self.state.lock().makers.push(maker),
                 Err(e) => {
                     self.state.lock().making -= 1;
-                    log::warn!("make taps ahead: {e}");
+                    log::warn!("make spare taps: {e}");
                     return;
                 }
             }
         }
     }
 
-    /// Makes taps until there are enough. It has one place in `making`, which it gives back.
+    /// Makes taps until the pool is full. The caller has counted this thread in `making`, and it
+    /// uncounts itself at the end.
     fn fill(&self) {
         loop {
             let name = match self.make(&self.closing) {
@@ -113,7 +117,7 @@ impl Pool {
                 state.ready.push_back(name);
                 None
             };
-            // The others' places and our own: one of them is the next that we make.
+            // `making` counts this thread too, for the next tap that it would make.
             if state.is_closed || state.ready.len() + state.making > self.target {
                 state.making -= 1;
                 drop(state);
@@ -131,11 +135,11 @@ impl Pool {
             state.is_closed
         };
         if !is_closed {
-            log::warn!("make taps ahead: {e}");
+            log::warn!("make spare taps: {e}");
         }
     }
 
-    /// Removes these; those that are gone already do no harm.
+    /// Removes these taps. Taps that do not exist are ignored.
     pub fn remove(&self, names: &[String]) {
         if names.is_empty() {
             return;
@@ -146,14 +150,14 @@ impl Pool {
         }
     }
 
-    /// No more are made; those that are ready are removed.
+    /// Stops making taps and removes those that are ready.
     pub fn close(&self) {
         let (makers, ready) = {
             let mut state = self.state.lock();
             state.is_closed = true;
             (std::mem::take(&mut state.makers), std::mem::take(&mut state.ready))
         };
-        self.closing.cancel("the daemon ends");
+        self.closing.cancel("the daemon is stopping");
         for maker in makers {
             if maker.join().is_err() {
                 log::error!("a thread that makes taps panicked");

@@ -1,4 +1,4 @@
-//! `ip` and `nft`: how they are called.
+//! Calls of `ip` and `nft`.
 
 use crate::error::{Error, Kind, Result};
 use crate::host::{Command, Commands};
@@ -6,13 +6,13 @@ use crate::locks::Cancel;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Each call takes milliseconds, and waits where another changes the same things.
+/// A call takes milliseconds, but waits while another process changes the same things.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 #[derive(Clone)]
 pub struct Tools {
     commands: Arc<dyn Commands>,
-    /// Never fires.
+    /// A cancel object that never fires.
     never: Cancel,
 }
 
@@ -22,7 +22,7 @@ impl Tools {
         Ok(Self { commands, never })
     }
 
-    /// For what is not to be given up half done, and for clean-up.
+    /// Used for clean-up, and for changes that must not be cut off half way.
     pub fn never(&self) -> &Cancel {
         &self.never
     }
@@ -31,24 +31,24 @@ impl Tools {
         run(self.commands.as_ref(), command, cancel)
     }
 
-    /// `ip -json ...`.
+    /// Runs `ip -json ...`.
     pub fn ip_json(&self, args: &[&str], cancel: &Cancel) -> Result<Vec<u8>> {
         self.run(&ip_json(args), cancel)
     }
 
-    /// Lines of arguments to `ip`, in order, up to the first that fails.
+    /// Runs `ip -batch` with these lines. Stops at the first that fails.
     pub fn ip_batch(&self, lines: &[String], cancel: &Cancel) -> Result<()> {
         let command = Command::new("ip").args(["-batch", "-"]).stdin(text(lines)).deadline(DEADLINE);
         self.run(&command, cancel).map(drop)
     }
 
-    /// All of the lines, also after one that fails; an error then.
+    /// Runs `ip -batch` with all of these lines, and fails at the end if one of them failed.
     pub fn ip_batch_all(&self, lines: &[String]) -> Result<()> {
         let command = Command::new("ip").args(["-force", "-batch", "-"]).stdin(text(lines)).deadline(DEADLINE);
         self.run(&command, &self.never).map(drop)
     }
 
-    /// One transaction: all of it or nothing.
+    /// Runs a script as one transaction, which is applied as a whole or not at all.
     pub fn nft(&self, script: &str, cancel: &Cancel) -> Result<()> {
         let command = Command::new("nft").args(["-f", "-"]).stdin(script).deadline(DEADLINE);
         self.run(&command, cancel).map(drop)

@@ -1,4 +1,5 @@
-//! Tap devices by ioctl (Linux, Documentation/networking/tuntap.rst): `ip tuntap` cannot change the owner of one that exists.
+//! Tap devices by ioctl (Linux, Documentation/networking/tuntap.rst). `ip tuntap` cannot change the
+//! owner of an existing tap.
 
 use crate::error::{Error, Kind, Result};
 use std::fs::{File, OpenOptions};
@@ -6,7 +7,8 @@ use std::os::fd::AsRawFd;
 
 pub const DEVICE: &str = "/dev/net/tun";
 
-/// Makes a tap that stays, is root's and is down. False: an interface of this name exists.
+/// Creates a persistent tap that root owns and that is down. Returns false if an interface of this
+/// name exists.
 pub fn create(name: &str) -> Result<bool> {
     let doing = || format!("create tap {name}");
     let tun = open().map_err(|e| open_error(e).context(doing()))?;
@@ -16,13 +18,13 @@ pub fn create(name: &str) -> Result<bool> {
         Err(e) if e.raw_os_error() == Some(libc::EBUSY) => return Ok(false),
         Err(e) => return Err(io(e)),
     }
-    // Without an owner anybody who may open the device could attach to it.
+    // Anybody who may open the device could attach to a tap without an owner.
     set(&tun, libc::TUNSETOWNER, 0).map_err(io)?;
     set(&tun, libc::TUNSETPERSIST, 1).map_err(io)?;
     Ok(true)
 }
 
-/// From now on this uid, and root, may attach to it.
+/// Lets `uid` attach to this tap. Root always can.
 pub fn set_owner(name: &str, uid: u32) -> Result<()> {
     let doing = || format!("give tap {name} to uid {uid}");
     let tun = open().map_err(|e| open_error(e).context(doing()))?;
@@ -31,7 +33,7 @@ pub fn set_owner(name: &str, uid: u32) -> Result<()> {
     set(&tun, libc::TUNSETOWNER, uid.into()).map_err(io)
 }
 
-/// As a VMM does it.
+/// Attaches to a tap the way a VMM does.
 #[cfg(test)]
 pub fn connect(name: &str) -> std::io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
@@ -62,7 +64,7 @@ fn attach(tun: &File, name: &str, more_flags: libc::c_int) -> std::io::Result<()
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from.cast_signed();
     }
-    // The field has 16 bits, the flags fit (if_tun.h).
+    // `ifru_flags` has 16 bits, and the flags fit into them (if_tun.h).
     let flags = (libc::IFF_TAP | libc::IFF_NO_PI | more_flags) & 0xffff;
     request.ifr_ifru.ifru_flags = u16::try_from(flags).unwrap_or_default().cast_signed();
     // SAFETY: TUNSETIFF reads and writes one ifreq, which lives across the call.
@@ -72,7 +74,7 @@ fn attach(tun: &File, name: &str, more_flags: libc::c_int) -> std::io::Result<()
 
 #[allow(unsafe_code)]
 fn set(tun: &File, request: libc::Ioctl, value: libc::c_ulong) -> std::io::Result<()> {
-    // SAFETY: TUNSETOWNER and TUNSETPERSIST take a number, no pointer.
+    // SAFETY: TUNSETOWNER and TUNSETPERSIST take a number, not a pointer.
     let status = unsafe { libc::ioctl(tun.as_raw_fd(), request, value) };
     if status < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
 }

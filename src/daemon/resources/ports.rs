@@ -34,7 +34,7 @@ impl Resource for Ports {
                 net.forward(&guest, &boot.row.ports, &boot.claim.cancel)
             }
             // Only looked at: the VMM takes them, and says less well why it cannot.
-            None => net::look(&boot.row.ports),
+            None => net::require_free_ports(&boot.row.ports),
         }
     }
 

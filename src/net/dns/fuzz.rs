@@ -1,6 +1,7 @@
-//! Targets of `scripts/fuzz`: what the helper reads of guests and resolvers, and what the daemon reads of the helper.
+//! Fuzz targets of `scripts/fuzz`: packets that the helper parses, and messages of the helper that
+//! the daemon parses.
 
-use super::desk::{Action, Desk, Kind, QUESTIONS_PER_CONNECTION_MAX, TRIES_MAX};
+use super::gatekeeper::{Action, Gatekeeper, Kind, QUESTIONS_PER_CONNECTION_MAX, TRIES_MAX};
 use super::helper::packet::is_answer;
 use super::helper::zone::{Found, Lookup, Verdict, answer, judge};
 use super::protocol::Request;
@@ -10,22 +11,22 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
 const HEADER_LEN: usize = 12;
-/// What an answer of ours adds to its question, at most.
+/// How much longer than its query one of our answers may be.
 const ADDED_BYTES_MAX: usize = 128;
 const ASKERS: u8 = 6;
 
 fn subnet() -> Subnet {
-    "10.89.0.0/24".parse().expect("a subnet")
+    "10.89.0.0/24".parse().expect("a valid subnet")
 }
 
-/// A question as a guest sends it, and the same bytes as a resolver's answer. No answer of ours is much longer than its question,
-/// and each has the question's id.
+/// Parses the bytes as a client's query and as a resolver's answer. Our answers must carry the
+/// query's id and must not be much longer than the query.
 pub fn packets(packet: &[u8]) {
     let check_reply = |reply: &[u8]| {
         assert!(reply.len() >= HEADER_LEN && reply.len() <= packet.len() + ADDED_BYTES_MAX, "{} bytes", reply.len());
         assert_eq!((&reply[..2], reply[2] & 0x80), (&packet[..2], 0x80));
     };
-    let name = "a".repeat(32).parse().expect("a name");
+    let name = "a".repeat(32).parse().expect("a valid name");
     let found = [Found::Address(Some(Ipv4Addr::BROADCAST)), Found::Address(None), Found::Name(Some(name)), Found::Name(None)];
     match judge(packet, subnet()) {
         Verdict::Drop => {}
@@ -42,27 +43,28 @@ pub fn packets(packet: &[u8]) {
             assert!(packet[HEADER_LEN..].starts_with(query.question()));
             let mut echo = packet.to_vec();
             echo[2] |= 0x80;
-            assert!(is_answer(&echo, query.id(), query.question()), "the question itself, as an answer");
-            assert!(!is_answer(&echo, query.id() ^ 1, query.question()), "an answer with another id");
-            assert!(!is_answer(packet, query.id(), query.question()), "a question is not an answer");
+            assert!(is_answer(&echo, query.id(), query.question()), "an echoed query must match");
+            assert!(!is_answer(&echo, query.id() ^ 1, query.question()), "another id must not match");
+            assert!(!is_answer(packet, query.id(), query.question()), "a query must not match");
         }
     }
-    // As an answer to a question that is its own first half.
+    // Must not panic for an answer to a query that is its own second half.
     let (_, half) = packet.split_at(packet.len() / 2);
     let id = packet.first_chunk().map_or(0, |id| u16::from_be_bytes(*id));
     let _ = is_answer(packet, id, half);
 }
 
-/// Messages of the helper, each with its length before it in two bytes. Whatever it says, it acts only for those who have
-/// asked, and only so often.
+/// Feeds messages to the daemon's side as if from the helper, each prefixed with its length in two
+/// bytes. Whatever they say, the daemon must act only for known clients, and only a limited number
+/// of times.
 pub fn requests(input: &[u8]) {
     let begun = Instant::now();
-    let mut desk = Desk::new(begun);
-    let mut askers = BTreeMap::new();
+    let mut gatekeeper = Gatekeeper::new(begun);
+    let mut clients = BTreeMap::new();
     for n in 0..ASKERS {
         let address = SocketAddrV4::new([10, 89, 0, n + 2].into(), 1000 + u16::from(n));
         let kind = if n % 2 == 0 { Kind::Datagram } else { Kind::Connection };
-        askers.insert(desk.admit(address, kind, begun).expect("room for few"), (address, 0u16));
+        clients.insert(gatekeeper.admit(address, kind, begun).expect("there is room for a few"), (address, 0u16));
     }
     let mut now = begun;
     let mut rest = input;
@@ -71,28 +73,28 @@ pub fn requests(input: &[u8]) {
         rest = next;
         now += Duration::from_millis(1);
         if let Some(request) = Request::decode(message).filter(|request| !matches!(request, Request::Failed(_))) {
-            assert_eq!(request.encode(), message, "more than one way to say it");
+            assert_eq!(request.encode(), message, "the encoding must be unique");
         }
-        // After a breach the helper is killed.
-        let Ok(action) = desk.judge(message, now) else { return };
+        // The supervisor kills the helper after a breach.
+        let Ok(action) = gatekeeper.judge(message, now) else { return };
         match action {
-            Action::FindAddress { ticket, asker, .. } | Action::FindName { ticket, asker, .. } => {
-                let known = askers.get_mut(&ticket).expect("a ticket");
-                assert_eq!(*known.0.ip(), asker);
+            Action::FindAddress { ticket, client, .. } | Action::FindName { ticket, client, .. } => {
+                let known = clients.get_mut(&ticket).expect("a known ticket");
+                assert_eq!(*known.0.ip(), client);
                 known.1 += 1;
             }
             Action::OpenSocket { ticket, skip, .. } => {
                 assert!(skip < TRIES_MAX.into());
-                askers.get_mut(&ticket).expect("a ticket").1 += 1;
+                clients.get_mut(&ticket).expect("a known ticket").1 += 1;
             }
             Action::Send { to, packet } => {
                 assert!(packet.len() <= message.len());
-                let ticket = askers.iter().find(|(_, (address, _))| *address == to).map(|(ticket, _)| *ticket);
-                assert!(askers.remove(&ticket.expect("somebody who has asked")).is_some());
+                let ticket = clients.iter().find(|(_, (address, _))| *address == to).map(|(ticket, _)| *ticket);
+                assert!(clients.remove(&ticket.expect("a client with an open query")).is_some());
             }
             Action::Nothing => {}
             Action::GiveUp(text) => assert!(text.chars().all(|c| !c.is_control() && c != '\u{202e}'), "{text:?}"),
         }
-        assert!(askers.values().all(|(_, requests)| *requests <= QUESTIONS_PER_CONNECTION_MAX * u16::from(TRIES_MAX)));
+        assert!(clients.values().all(|(_, requests)| *requests <= QUESTIONS_PER_CONNECTION_MAX * u16::from(TRIES_MAX)));
     }
 }

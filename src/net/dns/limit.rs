@@ -1,13 +1,13 @@
-//! Rates, as buckets of tokens: one for each asker, and single ones. Pure.
+//! Token buckets, single ones and one for each client. Pure.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::time::Instant;
 
-/// Buckets that are kept; a full one is as good as none.
-const ASKERS_MAX: usize = 4096;
+/// How many buckets are kept. Full buckets can be forgotten.
+const CLIENTS_MAX: usize = 4096;
 
-/// Tokens that come back at a rate, up to a number.
+/// A bucket that refills at `per_s` tokens per second, up to `burst`.
 #[derive(Clone, Copy, Debug)]
 pub struct Bucket {
     per_s: f64,
@@ -17,7 +17,7 @@ pub struct Bucket {
 }
 
 impl Bucket {
-    /// A full one.
+    /// Returns a full bucket.
     pub fn new(per_s: u32, burst: u32, now: Instant) -> Self {
         Self { per_s: per_s.into(), burst: burst.into(), tokens: burst.into(), since: now }
     }
@@ -27,7 +27,7 @@ impl Bucket {
         (self.tokens + elapsed * self.per_s).min(self.burst)
     }
 
-    /// Takes a token if there is one.
+    /// Takes a token. Returns false if there is none.
     pub fn take(&mut self, now: Instant) -> bool {
         let has = self.tokens_at(now);
         let taken = has >= 1.0;
@@ -47,16 +47,16 @@ impl Limiter {
         Self { per_s, burst, buckets: HashMap::new() }
     }
 
-    /// Whether `asker` may ask one more thing now.
-    pub fn admit(&mut self, asker: IpAddr, now: Instant) -> bool {
-        if !self.buckets.contains_key(&asker) && self.buckets.len() >= ASKERS_MAX {
+    /// True if `client` may send one more query now.
+    pub fn admit(&mut self, client: IpAddr, now: Instant) -> bool {
+        if !self.buckets.contains_key(&client) && self.buckets.len() >= CLIENTS_MAX {
             self.buckets.retain(|_, bucket| bucket.tokens_at(now) < bucket.burst);
-            if self.buckets.len() >= ASKERS_MAX {
+            if self.buckets.len() >= CLIENTS_MAX {
                 return false;
             }
         }
         let (per_s, burst) = (self.per_s, self.burst);
-        self.buckets.entry(asker).or_insert_with(|| Bucket::new(per_s, burst, now)).take(now)
+        self.buckets.entry(client).or_insert_with(|| Bucket::new(per_s, burst, now)).take(now)
     }
 }
 
@@ -66,7 +66,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn one_asker_does_not_take_the_place_of_another() {
+    fn limit_of_one_client_does_not_affect_others() {
         let (mut limiter, now) = (Limiter::new(10, 20), Instant::now());
         let (loud, quiet) = ([10, 0, 0, 1].into(), [10, 0, 0, 2].into());
         assert_eq!((0..1000).filter(|_| limiter.admit(loud, now)).count(), 20);
@@ -76,15 +76,15 @@ mod tests {
     }
 
     #[test]
-    fn a_bounded_number_of_askers_is_remembered() {
+    fn remembered_clients_are_bounded() {
         let (mut limiter, now) = (Limiter::new(1, 2), Instant::now());
-        let asker = |n: usize| IpAddr::from(u32::try_from(n).unwrap().to_be_bytes());
-        for n in 0..2 * ASKERS_MAX {
-            limiter.admit(asker(n), now);
+        let client = |n: usize| IpAddr::from(u32::try_from(n).unwrap().to_be_bytes());
+        for n in 0..2 * CLIENTS_MAX {
+            limiter.admit(client(n), now);
         }
-        assert_eq!(limiter.buckets.len(), ASKERS_MAX);
-        // Once they are full again they make room.
-        assert!(limiter.admit(asker(3 * ASKERS_MAX), now + Duration::from_secs(10)));
+        assert_eq!(limiter.buckets.len(), CLIENTS_MAX);
+        // Buckets that are full again make room.
+        assert!(limiter.admit(client(3 * CLIENTS_MAX), now + Duration::from_secs(10)));
         assert_eq!(limiter.buckets.len(), 1);
     }
 }

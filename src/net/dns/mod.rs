@@ -1,32 +1,35 @@
-//! The name server on the bridge's address: `NAME.vm` and the subnet's reverse zone from the daemon, the rest forwarded to
-//! the host's own resolvers, bytes as they are.
+//! The name server on the bridge's address. The daemon answers for `NAME.vm` and for the subnet's
+//! reverse zone. Other queries are forwarded to the host's resolvers unchanged.
 //!
-//! Guests are hostile, so no byte of theirs is parsed in the daemon: a helper process does that, confined and with a uid of
-//! its own (`host::confine`).
+//! Guests are hostile, so the daemon never parses a byte from them. A confined helper process with
+//! its own uid does that (`host::confine`).
 //!
 //! ```text
-//! guests      daemon, thread "dns"                       helper (own uid, confined)
-//!   UDP ────── supervisor: receives, sends ── channel ─── datagrams ──┐ packet, zone: read questions, write answers
-//!   TCP ────── accepts, passes the connection ─────────── connections ┘
-//!                ├ desk: who has asked, what is allowed     │
-//!                ├ Names: who is called what                │
-//!                └ upstream: sockets to resolvers ──────────┴── the host's resolvers
+//! guests       daemon, thread "dns"                    helper (own uid, confined)
+//!   UDP ────── supervisor: receives, sends ── channel ── datagrams ──┐ packet, zone: parse
+//!   TCP ────── accepts, passes the connection ────────── connections ┘ queries, write answers
+//!                ├ gatekeeper: open queries, what is allowed │
+//!                ├ Names: names and addresses of VMs         │
+//!                └ upstream: sockets to resolvers ───────────┴── the host's resolvers
 //! ```
 //!
-//! - [`supervisor`] is the daemon's one thread. It owns the helper, passes each datagram on unread together with a ticket, and
-//!   sends the answer that comes back to whoever the ticket stands for. If the helper ends, or breaks the protocol, it starts
-//!   another one, after a pause that grows; questions under way are lost, and are asked again.
-//! - [`desk`] decides what the helper may do: a lookup for an asker who has just asked, a socket to a resolver of the host, an
-//!   answer. It never names an address to send to.
-//! - [`helper`] is the other process: one thread, one `poll`. It makes no socket and has no name server's port: it can reach
-//!   the resolvers that it has sockets to, the connections that it was given, and nobody else.
+//! - [`supervisor`] is the daemon's only thread for this. It owns the helper, passes each datagram
+//!   to it unread and with a ticket, and sends the answer to the client that the ticket stands for.
+//!   If the helper exits or breaks the protocol, the supervisor starts another one after a growing
+//!   delay. Open queries are lost then, and clients repeat them.
+//! - [`gatekeeper`] decides what the helper may do: look up a name for a client with an open query,
+//!   get a socket to one of the host's resolvers, or answer. The helper never chooses an address to
+//!   send to.
+//! - [`helper`] is the other process, with one thread and one `poll`. It opens no sockets itself,
+//!   so it can reach only the resolvers and connections that the daemon passed to it.
 //!
-//! Nothing grows with what guests send: questions under way, connections, queries of a connection and askers remembered are
-//! bounded, each asker has a rate, and each wait has a deadline and ends when the server does.
+//! Guests cannot make anything grow without bound. The numbers of open queries, connections,
+//! queries per connection and remembered clients are limited, every client has a rate limit, and
+//! every wait has a deadline and ends when the server stops.
 
-mod desk;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
+mod gatekeeper;
 pub mod helper;
 mod limit;
 mod protocol;
@@ -50,30 +53,32 @@ use supervisor::Supervisor;
 pub use helper::NAME;
 pub use upstream::PORT;
 
-/// What the daemon knows. Called from the server's thread, one call at a time; must not block for long.
+/// The names that the daemon knows. Called by the server's thread, one call at a time. Must not
+/// block for long.
 pub trait Names: Send + Sync {
-    /// The address of the VM with this name (valid, lower case, without `.vm`) if `asker` may know it: a guest's address, or the
-    /// host's own.
-    fn address(&self, name: &str, asker: IpAddr) -> Option<Ipv4Addr>;
+    /// Returns the address of the VM with this name (valid, lower case, without `.vm`) if `client`
+    /// may know it. `client` is the address of a guest or of the host.
+    fn address(&self, name: &str, client: IpAddr) -> Option<Ipv4Addr>;
 
-    /// The name, without `.vm`, of the VM with this address, if `asker` may know it.
-    fn name(&self, address: Ipv4Addr, asker: IpAddr) -> Option<String>;
+    /// Returns the name, without `.vm`, of the VM with this address, if `client` may know it.
+    fn name(&self, address: Ipv4Addr, client: IpAddr) -> Option<String>;
 }
 
-/// What a server is told.
+/// The settings of a name server.
 pub struct Setup {
     pub listen: SocketAddr,
-    /// Who may ask, and the reverse zone.
+    /// The addresses that are served, for which the server also answers reverse queries.
     pub subnet: Subnet,
     pub names: Arc<dyn Names>,
-    /// Where the host's resolvers are named, and the port that they are asked at.
+    /// The file that lists the host's resolvers, and the port to send queries to.
     pub resolv_conf: PathBuf,
     pub upstream_port: u16,
-    /// Whom the helper runs as; none: as the daemon, which has no privilege then.
+    /// The user that the helper runs as. None to run it as the daemon's user, which is then
+    /// unprivileged.
     pub owner: Option<Owner>,
 }
 
-/// A running name server. Ends, and waits for its thread, when dropped.
+/// A running name server. Dropping it stops it and waits for its thread.
 pub struct Server {
     cancel: Cancel,
     thread: Option<JoinHandle<()>>,
@@ -82,7 +87,7 @@ pub struct Server {
 
 impl Server {
     /// # Errors
-    /// `conflict`: something else listens there.
+    /// `conflict` if something else listens on the address.
     pub fn start(setup: Setup) -> Result<Self> {
         Self::start_with(NAME, setup)
     }
@@ -91,9 +96,9 @@ impl Server {
         let at = setup.listen;
         let doing = || format!("serve names on {at}");
         let bind = |e: std::io::Error| match e.kind() {
-            std::io::ErrorKind::AddrInUse => Error::new(Kind::Conflict, format!("{}: something else listens there", doing()))
+            std::io::ErrorKind::AddrInUse => Error::new(Kind::Conflict, format!("{}: something else listens on it", doing()))
                 .hint(format!(
-                    "see what it is (ss -lnup sport = :{}) and keep it off that address, or set dns = false under [network]",
+                    "find it with ss -lnup sport = :{} and move it to another address, or set dns = false under [network]",
                     at.port()
                 )),
             _ => Error::io(doing(), e),
@@ -108,23 +113,23 @@ impl Server {
         Ok(Self { cancel, thread: Some(thread), health })
     }
 
-    /// What `doctor` says while helpers keep ending.
+    /// Describes repeated failures of the helper, for `fcctl doctor`.
     pub fn trouble(&self) -> Option<String> {
         let failures = self.health.failures.load(Ordering::Relaxed);
         let times = if failures == 1 { "once".to_owned() } else { format!("{failures} times in a row") };
-        (failures > 0).then(|| format!("the name server's helper process has ended {times}; another one is started each time"))
+        (failures > 0).then(|| format!("the name server's helper process has exited {times} and was restarted"))
     }
 
-    /// Ends it and waits for its thread.
+    /// Stops the server and waits for its thread.
     ///
     /// # Errors
-    /// `internal`: the thread panicked.
+    /// `internal` if the thread panicked.
     pub fn stop(mut self) -> Result<()> {
         self.end()
     }
 
     fn end(&mut self) -> Result<()> {
-        self.cancel.cancel("the name server ends");
+        self.cancel.cancel("the name server is stopping");
         match self.thread.take().map(JoinHandle::join) {
             Some(Err(_)) => Err(Error::internal("serve names: its thread panicked")),
             Some(Ok(())) | None => Ok(()),
@@ -140,12 +145,12 @@ impl Drop for Server {
     }
 }
 
-/// How the helpers do.
+/// The state of the helper process.
 #[derive(Debug, Default)]
 struct Health {
-    /// Helpers in a row that ended before they had lived for a while.
+    /// How many helpers in a row exited before [`supervisor::HEALTHY_AFTER`].
     failures: AtomicU32,
-    /// The helper that runs, or the last that ran; 0 before the first.
+    /// The pid of the current or the last helper. 0 before the first.
     pid: AtomicU32,
 }
 
@@ -154,7 +159,7 @@ impl Health {
         self.pid.store(pid, Ordering::Relaxed);
     }
 
-    /// Returns how many have ended in a row.
+    /// Counts an exit and returns how many there were in a row.
     fn ended(&self) -> u32 {
         self.failures.fetch_add(1, Ordering::Relaxed).saturating_add(1)
     }

@@ -1,58 +1,61 @@
-//! The protocol between the daemon and the helper. A message is a tag and its fields, most of them with the ticket of the
-//! asker whom it is about; no field is optional.
+//! The protocol between the daemon and the helper. A message is a tag followed by its fields. Most
+//! messages carry the ticket of the client that they are about, and no field is optional.
 //!
-//! The daemon's messages are [`Order`]s, a [`Order::Serve`] first; the helper's are [`Request`]s. Both sides refuse a message
-//! that they do not know, that is cut short or too long, or that goes on after its end. The daemon's side is the one that
-//! matters: what the helper says may be what a guest wants it to say.
+//! The daemon sends [`Order`]s, beginning with [`Order::Serve`]. The helper sends [`Request`]s.
+//! Both sides reject messages with an unknown tag, and messages that are too short or too long.
+//! This matters most in the daemon, because a guest may have taken over the helper.
 
 use crate::config::Subnet;
 use crate::host::confine::{Reader, Writer, printable};
 use crate::ids::VmName;
 use std::net::{Ipv4Addr, SocketAddrV4};
 
-/// Longest question that is passed on, far above what one needs.
+/// Longest query that is accepted, far more than a query needs.
 pub const QUESTION_BYTES_MAX: usize = 4096;
 /// Longest answer.
 pub const ANSWER_BYTES_MAX: usize = 65_535;
-/// A tag, a ticket, an address with its port, a length.
+/// Room for a tag, a ticket, an address with its port, and a length.
 const FIELDS_BYTES_MAX: usize = 32;
 pub const TO_HELPER_BYTES_MAX: usize = QUESTION_BYTES_MAX + FIELDS_BYTES_MAX;
 pub const FROM_HELPER_BYTES_MAX: usize = ANSWER_BYTES_MAX + FIELDS_BYTES_MAX;
 /// Longest text in a message from the helper.
 const TEXT_BYTES_MAX: usize = 512;
 
-/// The number of an asker: of one datagram, or of one connection.
+/// Identifies one datagram or one connection of a client.
 pub type Ticket = u32;
 
 /// A message from the daemon to the helper.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Order {
-    /// The guests' addresses, which the reverse zone is for.
+    /// The first message, with the guests' addresses for which the reverse zone is answered.
     Serve(Subnet),
-    /// A datagram.
-    Question { ticket: Ticket, asker: SocketAddrV4, packet: Vec<u8> },
-    /// A connection, which comes with the message.
+    /// A datagram from a client.
+    Question { ticket: Ticket, client: SocketAddrV4, packet: Vec<u8> },
+    /// A new connection. The descriptor comes with the message.
     Connection { ticket: Ticket },
     /// The answer to [`Request::Address`].
     Address { ticket: Ticket, address: Option<Ipv4Addr> },
     /// The answer to [`Request::Name`].
     Name { ticket: Ticket, name: Option<VmName> },
-    /// The answer to [`Request::Resolver`]. A socket comes with the message, unless there is none.
+    /// The answer to [`Request::Resolver`]. The socket comes with the message unless it could not
+    /// be opened.
     Resolver { ticket: Ticket },
 }
 
 /// A message from the helper to the daemon.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Request<'a> {
-    /// The address of this VM, if this asker may know it.
+    /// Asks for the address of this VM. The daemon checks that the client may know it.
     Address { ticket: Ticket, name: VmName },
-    /// The name of the VM with this address, if this asker may know it.
+    /// Asks for the name of the VM with this address. The daemon checks that the client may know
+    /// it.
     Name { ticket: Ticket, address: Ipv4Addr },
-    /// A connected socket to a resolver of the host: the first that can be had, from the one with this number on.
+    /// Asks for a connected socket to a resolver. Resolvers are tried in order, starting with
+    /// number `skip`.
     Resolver { ticket: Ticket, skip: u8 },
-    /// Sends this to the asker. The ticket ends.
+    /// Sends this packet to the client and ends the ticket.
     Answer { ticket: Ticket, packet: &'a [u8] },
-    /// The ticket ends.
+    /// Ends the ticket without an answer.
     Done { ticket: Ticket },
     /// The helper cannot confine itself.
     Failed(String),
@@ -78,9 +81,9 @@ impl Order {
         let of = |tag, ticket: &Ticket| Writer::new(tag).word(*ticket);
         match self {
             Order::Serve(subnet) => Writer::new(SERVE).word(subnet.base().into()).byte(subnet.prefix()),
-            Order::Question { ticket, asker, packet } => {
-                let asker_address = u32::from_le_bytes(asker.ip().octets());
-                of(QUESTION, ticket).word(asker_address).short(asker.port()).bytes(packet)
+            Order::Question { ticket, client, packet } => {
+                let client_address = u32::from_le_bytes(client.ip().octets());
+                of(QUESTION, ticket).word(client_address).short(client.port()).bytes(packet)
             }
             Order::Connection { ticket } => of(CONNECTION, ticket),
             Order::Address { ticket, address: None } => of(ADDRESS, ticket).byte(0),
@@ -104,8 +107,8 @@ impl Order {
                 Order::Serve(format!("{}/{prefix}", Ipv4Addr::from(first)).parse().ok()?)
             }
             QUESTION => {
-                let asker = SocketAddrV4::new(address(&mut r)?, r.short()?);
-                Order::Question { ticket, asker, packet: r.bytes()?.to_vec() }
+                let client = SocketAddrV4::new(address(&mut r)?, r.short()?);
+                Order::Question { ticket, client, packet: r.bytes()?.to_vec() }
             }
             CONNECTION => Order::Connection { ticket },
             ADDRESS if r.flag()? => Order::Address { ticket, address: Some(address(&mut r)?) },
@@ -136,7 +139,7 @@ impl<'a> Request<'a> {
         .finish()
     }
 
-    /// A text comes out printable.
+    /// Decodes a message. Text from the helper is made printable.
     pub fn decode(message: &'a [u8]) -> Option<Self> {
         if message.len() > FROM_HELPER_BYTES_MAX {
             return None;
@@ -175,12 +178,12 @@ mod tests {
     }
 
     #[test]
-    fn messages_are_read_back_and_no_prefix_or_longer_one_is_taken() {
+    fn messages_round_trip_and_other_lengths_are_rejected() {
         let (ticket, web) = (0x0102_0304, Ipv4Addr::new(10, 89, 0, 5));
         let name: VmName = "web".parse().unwrap();
         for order in [
             Order::Serve("10.89.0.0/24".parse().unwrap()),
-            Order::Question { ticket, asker: SocketAddrV4::new(web, 0x1234), packet: vec![0, 1, 255] },
+            Order::Question { ticket, client: SocketAddrV4::new(web, 0x1234), packet: vec![0, 1, 255] },
             Order::Connection { ticket },
             Order::Address { ticket, address: Some(web) },
             Order::Address { ticket, address: None },
@@ -205,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn names_and_texts_of_the_helper_are_bounded_and_plain() {
+    fn names_and_texts_from_helper_are_bounded_and_printable() {
         for name in ["", "../x", "web\n", "Web", "a.b", &"a".repeat(33)] {
             let message = Writer::new(ADDRESS).word(7).bytes(name.as_bytes()).finish();
             assert_eq!(Request::decode(&message), None, "{name:?}");

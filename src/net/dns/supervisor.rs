@@ -1,10 +1,11 @@
-//! The daemon's side: one thread that owns the sockets and the helper. It carries questions to the helper and answers back,
-//! looks up names and opens sockets to resolvers as the helper asks, and starts another helper when one ends.
+//! The daemon's side of the name server: one thread that owns the sockets and the helper. It passes
+//! queries to the helper and answers back, looks up names and opens sockets to resolvers for the
+//! helper, and restarts the helper when it exits.
 //!
-//! It never waits for the helper: what the channel does not take waits in a queue, and while there is one no more questions
-//! are read. A guest's bytes only pass through.
+//! It never blocks on the helper. Messages that do not fit into the channel wait in a queue, and no
+//! more queries are read until that is empty. Guests' bytes pass through unread.
 
-use super::desk::{Action, Breach, CONNECTIONS_MAX, DATAGRAMS_MAX, Desk, Kind};
+use super::gatekeeper::{Action, Breach, CONNECTIONS_MAX, DATAGRAMS_MAX, Gatekeeper, Kind};
 use super::limit::Limiter;
 use super::protocol::{FROM_HELPER_BYTES_MAX, Order, QUESTION_BYTES_MAX};
 use super::upstream::Upstreams;
@@ -21,30 +22,34 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Of one asker.
+/// Rate limit of one client, in queries per second.
 const PER_S: u32 = 500;
 const BURST: u32 = 1000;
-/// Questions, connections and messages that are taken before the others get their turn.
+/// How many queries, connections or messages are handled in a row before the other descriptors get
+/// a turn.
 const TAKEN_AT_ONCE: usize = 64;
-/// Messages that wait for room in the channel: a helper is due one answer for each of its askers.
+/// Messages that may wait for room in the channel. The daemon owes the helper at most one for each
+/// client.
 const OUTBOX_MAX: usize = DATAGRAMS_MAX + CONNECTIONS_MAX;
-/// Nothing is due: only a question, an answer or the end wake the thread.
+/// How long to sleep if nothing is due. A query, a message or the cancellation wakes the thread
+/// earlier.
 const IDLE: Duration = Duration::from_secs(3600);
-/// After an error that would come again at once: no descriptors, no memory.
+/// How long to pause after an error that would otherwise repeat at once, such as a lack of
+/// descriptors.
 const ERROR_PAUSE: Duration = Duration::from_millis(100);
-/// Before the first start after an end; twice as long after each further one.
+/// Delay before a restart. It doubles with each further exit.
 const BACKOFF_MIN: Duration = Duration::from_millis(20);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
-/// A helper that has lived so long is well.
+/// A helper that has run this long counts as healthy.
 pub const HEALTHY_AFTER: Duration = Duration::from_secs(60);
-/// How long an ended helper's exit status is waited for.
-const EXIT_PATIENCE: Duration = Duration::from_secs(1);
+/// How long to wait for the exit status of a helper.
+const EXIT_DEADLINE: Duration = Duration::from_secs(1);
 
 pub struct Supervisor {
     socket: UdpSocket,
     listener: TcpListener,
     setup: Setup,
-    /// What [`confine::spawn`] knows the helper by.
+    /// The helper's name for [`confine::spawn`].
     helper: &'static str,
     upstreams: Upstreams,
     limiter: Limiter,
@@ -52,7 +57,7 @@ pub struct Supervisor {
     cancel: Cancel,
 }
 
-/// Why a helper has to be started again.
+/// Why [`Service::run`] returned.
 enum End {
     Cancelled,
     Because(String),
@@ -65,7 +70,7 @@ impl From<Breach> for End {
 }
 
 impl Supervisor {
-    /// Both sockets are non-blocking.
+    /// Both sockets must be non-blocking.
     pub fn new(
         (socket, listener): (UdpSocket, TcpListener),
         setup: Setup,
@@ -81,21 +86,21 @@ impl Supervisor {
         Self { socket, listener, setup, helper, upstreams, limiter: Limiter::new(PER_S, BURST), health, cancel }
     }
 
-    /// Serves until it is cancelled. The helper dies with this thread at the latest.
+    /// Serves until it is cancelled. The helper never outlives this thread.
     pub fn run(mut self) {
         while !self.cancel.is_cancelled() {
             let End::Because(why) = self.serve() else { return };
             let failures = self.health.ended();
             let backoff = BACKOFF_MIN.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(BACKOFF_MAX);
-            // A helper that ends at once, again and again, is not worth a line each time.
+            // Log only some of the exits of a helper that keeps crashing.
             if failures.is_power_of_two() {
-                log::warn!("name server: its helper process ended: {why}; another one is started (end {failures} in a row)");
+                log::warn!("name server: its helper process exited: {why}; restarting it (exit {failures} in a row)");
             }
             let _ = sleep(backoff, &self.cancel);
         }
     }
 
-    /// From the start of a helper to its end.
+    /// Starts a helper and serves until it exits.
     fn serve(&mut self) -> End {
         let helper = match confine::spawn(self.helper, self.setup.owner) {
             Ok(helper) => helper,
@@ -106,7 +111,7 @@ impl Supervisor {
         let mut service = Service {
             supervisor: self,
             helper,
-            desk: Desk::new(now),
+            gatekeeper: Gatekeeper::new(now),
             outbox: VecDeque::new(),
             listen_from: now,
             healthy_from: Some(now + HEALTHY_AFTER),
@@ -118,30 +123,30 @@ impl Supervisor {
         }
     }
 
-    /// Looks up a name; a panic of the daemon's own is a name that is not there.
+    /// Looks up a name. If the daemon panics in the lookup, the name counts as unknown.
     fn look_up<T>(&self, look: impl FnOnce(&dyn Names) -> Option<T>) -> Option<T> {
         let names = self.setup.names.as_ref();
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| look(names))).unwrap_or_else(|_| {
-            log::error!("a question for a name made the daemon panic");
+            log::error!("name server: looking up a name panicked");
             None
         })
     }
 }
 
-/// One helper's life.
+/// The state of one helper.
 struct Service<'a> {
     supervisor: &'a mut Supervisor,
     helper: Helper,
-    desk: Desk,
-    /// What the channel did not take yet.
+    gatekeeper: Gatekeeper,
+    /// Messages that the channel has not accepted yet.
     outbox: VecDeque<(Order, Option<OwnedFd>)>,
     listen_from: Instant,
-    /// None once it is known to be well.
+    /// When the helper will count as healthy. None once it does.
     healthy_from: Option<Instant>,
     buffer: Vec<u8>,
 }
 
-/// What is ready.
+/// The descriptors that are ready.
 struct Ready {
     messages: bool,
     questions: bool,
@@ -166,7 +171,7 @@ impl Service<'_> {
             if ready.connections {
                 self.take_connections(now)?;
             }
-            self.desk.check(now)?;
+            self.gatekeeper.check(now)?;
             if self.healthy_from.is_some_and(|from| from <= now) {
                 self.healthy_from = None;
                 self.supervisor.health.is_well();
@@ -184,10 +189,10 @@ impl Service<'_> {
         let mut fds = [
             PollFd::new(cancel.fd(), PollFlags::POLLIN),
             PollFd::new(self.helper.channel.fd(), channel),
-            PollFd::new(this.socket.as_fd(), is_asked(takes && self.desk.has_room())),
+            PollFd::new(this.socket.as_fd(), is_asked(takes && self.gatekeeper.has_room())),
             PollFd::new(this.listener.as_fd(), is_asked(takes && listens)),
         ];
-        let due = [self.desk.deadline(), self.healthy_from, (!listens).then_some(self.listen_from)];
+        let due = [self.gatekeeper.deadline(), self.healthy_from, (!listens).then_some(self.listen_from)];
         let deadline = due.into_iter().flatten().min().unwrap_or(now + IDLE);
         match poll(&mut fds, timeout_until(deadline)) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
@@ -204,21 +209,21 @@ impl Service<'_> {
     fn take_questions(&mut self, now: Instant) -> Result<(), End> {
         let mut buffer = [0; QUESTION_BYTES_MAX];
         for _ in 0..TAKEN_AT_ONCE {
-            if !self.outbox.is_empty() || !self.desk.has_room() {
+            if !self.outbox.is_empty() || !self.gatekeeper.has_room() {
                 break;
             }
-            let (len, asker) = match self.supervisor.socket.recv_from(&mut buffer) {
+            let (len, client) = match self.supervisor.socket.recv_from(&mut buffer) {
                 Ok(received) => received,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => break,
-                // The error of an answer that did not reach its asker.
+                // The socket reports here that an earlier answer was not delivered.
                 Err(_) => continue,
             };
-            let Some(asker) = served(asker, self.supervisor.setup.subnet) else { continue };
-            if !self.supervisor.limiter.admit(IpAddr::V4(*asker.ip()), now) {
+            let Some(client) = served(client, self.supervisor.setup.subnet) else { continue };
+            if !self.supervisor.limiter.admit(IpAddr::V4(*client.ip()), now) {
                 continue;
             }
-            if let Some(ticket) = self.desk.admit(asker, Kind::Datagram, now) {
-                self.send(Order::Question { ticket, asker, packet: buffer[..len].to_vec() }, None)?;
+            if let Some(ticket) = self.gatekeeper.admit(client, Kind::Datagram, now) {
+                self.send(Order::Question { ticket, client, packet: buffer[..len].to_vec() }, None)?;
             }
         }
         Ok(())
@@ -226,7 +231,7 @@ impl Service<'_> {
 
     fn take_connections(&mut self, now: Instant) -> Result<(), End> {
         for _ in 0..TAKEN_AT_ONCE {
-            let (stream, asker) = match self.supervisor.listener.accept() {
+            let (stream, client) = match self.supervisor.listener.accept() {
                 Ok(accepted) => accepted,
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock) => return Ok(()),
                 Err(e) if matches!(e.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => continue,
@@ -235,11 +240,11 @@ impl Service<'_> {
                     return Ok(());
                 }
             };
-            let Some(asker) = served(asker, self.supervisor.setup.subnet) else { continue };
+            let Some(client) = served(client, self.supervisor.setup.subnet) else { continue };
             if stream.set_nonblocking(true).is_err() {
                 continue;
             }
-            if let Some(ticket) = self.desk.admit(asker, Kind::Connection, now) {
+            if let Some(ticket) = self.gatekeeper.admit(client, Kind::Connection, now) {
                 self.send(Order::Connection { ticket }, Some(stream.into()))?;
             }
         }
@@ -260,9 +265,9 @@ impl Service<'_> {
                 Ok(len) => len,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == ErrorKind::InvalidData => return Err(Breach::Nonsense.into()),
-                Err(e) => return Err(End::Because(format!("receive from it: {e}"))),
+                Err(e) => return Err(End::Because(format!("receive a message: {e}"))),
             };
-            let action = self.desk.judge(&buffer[..len], now)?;
+            let action = self.gatekeeper.judge(&buffer[..len], now)?;
             self.act(action, now)?;
         }
         Ok(())
@@ -270,12 +275,12 @@ impl Service<'_> {
 
     fn act(&mut self, action: Action<'_>, now: Instant) -> Result<(), End> {
         match action {
-            Action::FindAddress { ticket, asker, name } => {
-                let address = self.supervisor.look_up(|names| names.address(name.as_str(), asker.into()));
+            Action::FindAddress { ticket, client, name } => {
+                let address = self.supervisor.look_up(|names| names.address(name.as_str(), client.into()));
                 self.send(Order::Address { ticket, address }, None)
             }
-            Action::FindName { ticket, asker, address } => {
-                let name = self.supervisor.look_up(|names| names.name(address, asker.into()));
+            Action::FindName { ticket, client, address } => {
+                let name = self.supervisor.look_up(|names| names.name(address, client.into()));
                 self.send(Order::Name { ticket, name: name.and_then(|name| name.parse().ok()) }, None)
             }
             Action::OpenSocket { ticket, kind, skip, is_allowed } => {
@@ -283,7 +288,8 @@ impl Service<'_> {
                 self.send(Order::Resolver { ticket }, socket)
             }
             Action::Send { to, packet } => {
-                // An answer that cannot be sent now is as lost as one that is lost on the way: it is asked for again.
+                // If the answer cannot be sent now, it counts as a lost packet, and the client
+                // repeats its query.
                 let _ = self.supervisor.socket.send_to(packet, to);
                 Ok(())
             }
@@ -306,30 +312,32 @@ impl Service<'_> {
             match self.helper.channel.send(&order.encode(), &fds) {
                 Ok(()) => drop(self.outbox.pop_front()),
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
-                // It is gone. Its last words and then the end of the channel are still to be received.
+                // The helper has exited. Its last messages and the end of the channel can still be
+                // received.
                 Err(e) if e.kind() == ErrorKind::BrokenPipe => {
                     self.outbox.clear();
                     return Ok(());
                 }
-                Err(e) => return Err(End::Because(format!("send to it: {e}"))),
+                Err(e) => return Err(End::Because(format!("send a message: {e}"))),
             }
         }
         Ok(())
     }
 
-    /// The channel has ended.
+    /// Returns the reason after the channel has closed.
     fn died(&mut self) -> End {
-        End::Because(match self.helper.wait(Instant::now() + EXIT_PATIENCE) {
+        End::Because(match self.helper.wait(Instant::now() + EXIT_DEADLINE) {
             Some(exit) => exit.to_string(),
             None => "it closed its channel, so it was killed".to_owned(),
         })
     }
 }
 
-/// The asker, if it is one of those who are answered: guests, and the host, whose own questions come from the bridge's address.
-pub fn served(asker: SocketAddr, subnet: Subnet) -> Option<SocketAddrV4> {
-    match asker {
-        SocketAddr::V4(asker) if subnet.contains(*asker.ip()) || asker.ip().is_loopback() => Some(asker),
+/// Returns the client if it is served: a guest, or the host, whose queries come from the bridge's
+/// address.
+pub fn served(client: SocketAddr, subnet: Subnet) -> Option<SocketAddrV4> {
+    match client {
+        SocketAddr::V4(client) if subnet.contains(*client.ip()) || client.ip().is_loopback() => Some(client),
         _ => None,
     }
 }

@@ -1,6 +1,6 @@
-//! The host's own resolvers, and sockets to them.
+//! The host's resolvers, and sockets to them.
 
-use super::desk::Kind;
+use super::gatekeeper::Kind;
 use crate::host::command::read_bounded;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -9,16 +9,16 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 pub const PORT: u16 = 53;
-/// As many as resolv.conf(5) has.
+/// The most that resolv.conf(5) may have.
 const SERVERS_MAX: usize = 3;
 const FILE_BYTES_MAX: u64 = 64 * 1024;
-/// How old what was read may be.
+/// How long the list of resolvers is cached.
 const FRESH: Duration = Duration::from_secs(5);
 
-/// Reads resolv.conf(5) now and then.
+/// The resolvers in resolv.conf(5). The file is read again when the cached list is too old.
 pub struct Upstreams {
     file: PathBuf,
-    /// Ourselves: asking that would go round in circles.
+    /// The name server's own address. It is skipped, because a query to it would loop.
     own: Ipv4Addr,
     port: u16,
     known: Option<(Vec<SocketAddr>, Instant)>,
@@ -29,9 +29,9 @@ impl Upstreams {
         Self { file, own, port, known: None }
     }
 
-    /// A socket to the first resolver that one can be had to, from the one with the number `skip` on. It is connected, or about
-    /// to be, and does not block. Datagrams have one of their own for every try: its port is one more thing that a forger
-    /// would have to know.
+    /// Opens a non-blocking socket to the first reachable resolver, starting with number `skip`. A
+    /// TCP socket may still be connecting. Every query over UDP gets a new socket, so that a forger
+    /// has to guess its port as well.
     pub fn open(&mut self, kind: Kind, skip: usize, now: Instant) -> Option<OwnedFd> {
         let servers = self.get(now);
         let count = servers.len();
@@ -78,7 +78,7 @@ fn parse(text: &str, own: Ipv4Addr) -> Vec<IpAddr> {
     let address = |line: &str| {
         let mut words = line.split_whitespace();
         let server = (words.next() == Some("nameserver")).then(|| words.next()).flatten()?;
-        // "%eth0" is not read: an address of one link only.
+        // Addresses with a scope such as "%eth0" are skipped.
         server.parse::<IpAddr>().ok().filter(|a| *a != IpAddr::V4(own) && !a.is_unspecified())
     };
     text.lines().filter_map(address).take(SERVERS_MAX).collect()
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn resolvers_of_the_host() {
+    fn resolv_conf_is_parsed() {
         let text = "# x\nsearch example\nnameserver 10.89.0.1\nnameserver 127.0.0.53\n nameserver ::1 # y\nnameserver\nnameserver x\n\
                     nameserver fe80::1%eth0\nnameserver 192.0.2.1\nnameserver 192.0.2.2\n";
         let servers: Vec<_> = parse(text, Ipv4Addr::new(10, 89, 0, 1)).iter().map(ToString::to_string).collect();
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_file_has_no_resolvers() {
+    fn missing_resolv_conf_has_no_resolvers() {
         assert!(Upstreams::new("/nonexistent".into(), Ipv4Addr::LOCALHOST, PORT).get(Instant::now()).is_empty());
     }
 }

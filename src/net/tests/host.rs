@@ -1,4 +1,5 @@
-//! What is on the host: made, found again, mended, removed; and what is not ours.
+//! Tests of the host's state: creating, finding, repairing and removing it, and leaving everything
+//! else alone.
 
 use super::lab::{INSTALL, Lab, Machine, Ns, OUTSIDE, config, is_root, open, tag};
 use crate::api::daemon::Severity;
@@ -15,7 +16,7 @@ fn cancel() -> Cancel {
 }
 
 #[test]
-fn a_tap_is_its_vms_and_goes_with_it() {
+fn tap_is_owned_by_its_vm_and_removed_with_it() {
     if !is_root() {
         return;
     }
@@ -31,7 +32,7 @@ fn a_tap_is_its_vms_and_goes_with_it() {
         assert!(details.contains(part), "{part} is not in {details}");
     }
     assert_eq!(lab.elements(), ["10.89.0.2", "10.89.0.2", "10.89.0.2", "10.89.0.3", "10.89.0.3"]);
-    // Taken again, it is replaced.
+    // Taking it again replaces it.
     let again = lab.take(&a);
     assert_ne!(again, tap_a);
     lab.release(0);
@@ -40,12 +41,12 @@ fn a_tap_is_its_vms_and_goes_with_it() {
     assert_eq!(lab.host.run(|| lab.net.list()).unwrap(), [""; 0]);
     lab.await_taps(2);
     let strip = |census: String| census.replace(|c: char| c.is_ascii_digit(), "");
-    assert_eq!(strip(lab.census()), strip(empty), "but for the numbers");
-    assert!(lab.host.run(|| lab.net.release("fc-00000000-0123456789ab-1")).is_err(), "another installation's");
+    assert_eq!(strip(lab.census()), strip(empty), "equal except for the numbers");
+    assert!(lab.host.run(|| lab.net.release("fc-00000000-0123456789ab-1")).is_err(), "a tag of another installation");
 }
 
 #[test]
-fn a_daemon_that_was_killed_leaves_what_the_next_one_takes_up() {
+fn killed_daemons_network_is_adopted_by_next_one() {
     if !is_root() {
         return;
     }
@@ -54,7 +55,7 @@ fn a_daemon_that_was_killed_leaves_what_the_next_one_takes_up() {
     let guest = lab.guest(0, Access::Nat);
     let tap = lab.take(&guest);
     lab.await_taps(2);
-    // Also one that was about to get its alias.
+    // Also leave a tap that had not got its alias yet.
     lab.host.sh(&format!("ip tuntap add dev fc{INSTALL}-77 mode tap; ip tuntap add dev tap0 mode tap"));
     let machine = Machine::start(&lab.host, &tap.name, guest.clone());
     let Lab { net, host, outside } = lab;
@@ -63,10 +64,10 @@ fn a_daemon_that_was_killed_leaves_what_the_next_one_takes_up() {
     let lab = Lab { net, host, outside };
     lab.await_taps(2);
     let taps = lab.host.sh("ip -o link show type tun");
-    assert_eq!(taps.lines().count(), 4, "two that wait, the VM's, and the one that is not ours: {taps}");
+    assert_eq!(taps.lines().count(), 4, "two spare ones, the VM's, and one that is not ours: {taps}");
     assert!(!taps.contains("-77:") && taps.contains("tap0:"), "{taps}");
     lab.host.run(|| lab.net.adopt(std::slice::from_ref(&guest))).unwrap();
-    assert_eq!(lab.host.run(|| lab.net.mend()).unwrap(), [""; 0], "nothing was to be mended");
+    assert_eq!(lab.host.run(|| lab.net.mend()).unwrap(), [""; 0], "there is nothing to repair");
     let outside = lab.outside.udp((Ipv4Addr::UNSPECIFIED, 9000));
     machine.udp().send("still there", (OUTSIDE, 9000));
     assert_eq!(outside.next().0, "still there");
@@ -75,7 +76,7 @@ fn a_daemon_that_was_killed_leaves_what_the_next_one_takes_up() {
 }
 
 #[test]
-fn what_others_break_is_mended() {
+fn mend_repairs_what_others_break() {
     if !is_root() {
         return;
     }
@@ -83,12 +84,12 @@ fn what_others_break_is_mended() {
     let machine = lab.start(0, Access::Nat);
     let outside = lab.outside.udp((Ipv4Addr::UNSPECIFIED, 9000));
     for (harm, found) in [
-        ("nft flush ruleset", "set the rules of guests, which were gone"),
-        ("nft flush set inet fcd_1a2b3c4d nat", "let fc-1a2b3c4d-0123456789ab-0 in again"),
-        ("ip link delete fcbr0", "made bridge fcbr0"),
-        ("ip link set fcbr0 down", "switched bridge fcbr0 on"),
-        ("ip address flush dev fcbr0; ip address add 10.1.1.1/24 dev fcbr0", "gave bridge fcbr0 the address 10.89.0.1/24"),
-        ("sysctl -q -w net.ipv4.ip_forward=0", "switched IPv4 forwarding on"),
+        ("nft flush ruleset", "restored the rules of guests"),
+        ("nft flush set inet fcd_1a2b3c4d nat", "restored the rules of fc-1a2b3c4d-0123456789ab-0"),
+        ("ip link delete fcbr0", "created bridge fcbr0"),
+        ("ip link set fcbr0 down", "set bridge fcbr0 up"),
+        ("ip address flush dev fcbr0; ip address add 10.1.1.1/24 dev fcbr0", "added address 10.89.0.1/24 to bridge fcbr0"),
+        ("sysctl -q -w net.ipv4.ip_forward=0", "turned IPv4 forwarding on"),
     ] {
         lab.host.sh(harm);
         let done = lab.host.run(|| lab.net.mend()).unwrap();
@@ -97,14 +98,14 @@ fn what_others_break_is_mended() {
         machine.udp().send(harm, (OUTSIDE, 9000));
         assert_eq!(outside.next().0, harm);
     }
-    // A rule of a tap that is gone.
+    // Rules of a tap that no longer exists are removed.
     lab.host.sh("ip link delete \"$(ip -o link show master fcbr0 | cut -d: -f2 | tr -d ' ' | cut -d@ -f1)\"");
     lab.host.run(|| lab.net.release(&tag(0))).unwrap();
     assert_eq!(lab.elements(), [""; 0]);
 }
 
 #[test]
-fn what_is_not_ours_stays() {
+fn foreign_bridge_taps_and_tables_are_kept() {
     if !is_root() {
         return;
     }
@@ -127,7 +128,7 @@ fn what_is_not_ours_stays() {
 }
 
 #[test]
-fn second_installation_is_refused_before_anything_is_made() {
+fn second_installation_is_refused_before_creating_anything() {
     if !is_root() {
         return;
     }
@@ -152,17 +153,18 @@ fn second_installation_is_refused_before_anything_is_made() {
         let e = second(config).unwrap_err();
         assert_eq!(e.kind(), Kind::Conflict, "{shown}: {e}");
         assert!(hints.iter().all(|hint| e.hint_text().unwrap().contains(hint)), "{shown}: {:?}", e.hint_text());
-        assert_eq!(lab.host.sh(all), before, "{shown}: something was made");
+        assert_eq!(lab.host.sh(all), before, "{shown}: something was created");
     }
-    // A route to more than the subnet, such as a VPN's, is not a conflict.
+    // A route to a network that contains the subnet, such as a VPN's, is not a conflict.
     lab.host.sh("ip link add vpn type bridge; ip link set vpn up; ip route add 10.88.0.0/14 dev vpn");
     second(named("fcbr1", "10.90.0.0/24")).unwrap();
-    // Ours is there: a route into it that somebody adds refuses no restart.
+    // Once our bridge has the subnet, a route into it that somebody adds does not prevent a
+    // restart.
     lab.host.sh("ip route add 10.89.0.128/25 dev vpn");
     open(&lab.host, &config(), Arc::new(HostCommands)).unwrap();
 }
 
-/// Fails the `fail_at`-th command, or passes all.
+/// Fails the `fail_at`-th command. 0 fails none.
 struct Failing {
     count: AtomicUsize,
     fail_at: AtomicUsize,
@@ -171,19 +173,19 @@ struct Failing {
 impl Commands for Failing {
     fn run(&self, command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<Output> {
         if self.count.fetch_add(1, Ordering::SeqCst) + 1 == self.fail_at.load(Ordering::SeqCst) {
-            return Err(Error::new(Kind::CommandFailed, "made to fail"));
+            return Err(Error::new(Kind::CommandFailed, "failed by the test"));
         }
         HostCommands.run(command, cancel, on_line)
     }
 }
 
 #[test]
-fn a_take_that_fails_at_any_step_leaves_nothing() {
+fn take_failing_at_any_step_leaves_nothing() {
     if !is_root() {
         return;
     }
     let commands = Arc::new(Failing { count: AtomicUsize::new(0), fail_at: AtomicUsize::new(0) });
-    // No taps ahead: the steps are the take's own.
+    // Without spare taps, every command belongs to the take itself.
     let lab = Lab::with(&crate::config::Network { taps_ahead: 0, ..config() }, commands.clone());
     let empty = lab.census();
     let guest = lab.guest(0, Access::Nat);
@@ -198,8 +200,8 @@ fn a_take_that_fails_at_any_step_leaves_nothing() {
         assert_eq!(lab.census(), empty, "after a failure of command {}", failed + 1);
         failed += 1;
     }
-    assert_eq!(failed, 5, "list, tag as waiting, tag as the VM's, rules, join");
-    // A release that fails is tried again.
+    assert_eq!(failed, 5, "list, tag as spare, tag as the VM's, rules, join");
+    // A failed release can be repeated.
     for step in 1..=4 {
         commands.count.store(0, Ordering::SeqCst);
         commands.fail_at.store(step, Ordering::SeqCst);
@@ -208,7 +210,7 @@ fn a_take_that_fails_at_any_step_leaves_nothing() {
     commands.fail_at.store(0, Ordering::SeqCst);
     lab.host.run(|| lab.net.release(&guest.tag)).unwrap();
     assert_eq!(lab.census(), empty);
-    // Nor does a cancelled one leave anything.
+    // A cancelled take leaves nothing either.
     let cancelled = cancel();
     cancelled.cancel("the test");
     let e = lab.host.run(|| lab.net.take(&guest, 4711, &cancelled)).unwrap_err();
@@ -216,7 +218,7 @@ fn a_take_that_fails_at_any_step_leaves_nothing() {
 }
 
 #[test]
-fn many_at_once() {
+fn concurrent_takes_releases_and_mends_are_consistent() {
     if !is_root() {
         return;
     }
@@ -239,7 +241,7 @@ fn many_at_once() {
     });
     let mut left = lab.host.run(|| lab.net.list()).unwrap();
     assert_eq!(left.len(), 4, "{left:?}");
-    assert_eq!(lab.host.run(|| lab.net.mend()).unwrap(), [""; 0], "those that are in have their rules");
+    assert_eq!(lab.host.run(|| lab.net.mend()).unwrap(), [""; 0], "connected guests have their rules");
     left.drain(..).for_each(|tag| lab.host.run(|| lab.net.release(&tag)).unwrap());
     assert_eq!(lab.elements(), [""; 0]);
     lab.host.run(|| lab.net.remove_all()).unwrap();
@@ -247,7 +249,7 @@ fn many_at_once() {
 }
 
 #[test]
-fn doctor_says_what_blocks_guests_and_its_line_opens_the_way() {
+fn doctor_reports_blocking_firewall_and_its_fix_works() {
     if !is_root() {
         return;
     }
@@ -257,7 +259,7 @@ fn doctor_says_what_blocks_guests_and_its_line_opens_the_way() {
         let checks = lab.host.run(|| checks(&config(), &HostCommands, &cancel()));
         checks.into_iter().filter(|c| c.severity != Severity::Ok && c.id.starts_with("network")).collect::<Vec<_>>()
     };
-    assert_eq!(look(), [], "nothing is in the way");
+    assert_eq!(look(), [], "nothing blocks guests");
     lab.host.sh("nft 'add table inet mine; add chain inet mine others { type filter hook forward priority 10; policy drop; }'");
     let found = look();
     assert_eq!(found.len(), 1, "{found:?}");

@@ -1,6 +1,7 @@
-//! Network namespaces without names, which end with the last thread, socket and process in them: nothing is left of a test
-//! that panics. `host` is where [`Net`] works, `outside` the world behind it, and each guest is a namespace whose one interface
-//! a thread connects to the guest's tap, as a VMM does.
+//! A laboratory of unnamed network namespaces. They disappear with the last thread, socket and
+//! process in them, so a panicking test leaves nothing behind. [`Net`] works in `host`, `outside`
+//! is the world behind it, and each guest is a namespace whose only interface is relayed to the
+//! guest's tap, the way a VMM does it.
 
 use super::super::{Access, Guest, Net, Tap, tun};
 use crate::config::Network as Config;
@@ -18,18 +19,18 @@ use std::time::{Duration, Instant};
 
 pub const INSTALL: &str = "1a2b3c4d";
 pub const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
-/// The host's address towards the outside.
+/// The host's address on the outside network.
 pub const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 89, 0, 1);
 pub const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
-/// Only ever reached by a test that fails.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Only a failing test waits this long.
+const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Tests that make namespaces need root, and say so when they do not run.
+/// Tests with namespaces need root. They print a line when they are skipped.
 pub fn is_root() -> bool {
     let is_root = nix::unistd::geteuid().is_root();
     if !is_root {
-        eprintln!("SKIPPED, for it is not run by root: {:?}", std::thread::current().name());
+        eprintln!("SKIPPED because it needs root: {:?}", std::thread::current().name());
     }
     is_root
 }
@@ -40,7 +41,7 @@ impl Ns {
     pub fn new() -> Self {
         let made = std::thread::scope(|s| {
             s.spawn(|| {
-                unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace");
+                unshare(CloneFlags::CLONE_NEWNET).expect("create a network namespace");
                 Self(File::open("/proc/thread-self/ns/net").unwrap())
             })
             .join()
@@ -50,7 +51,7 @@ impl Ns {
         made
     }
 
-    /// Runs this there, in a thread of its own, and waits for it.
+    /// Runs a closure in this namespace, in a thread of its own.
     pub fn run<T: Send>(&self, what: impl FnOnce() -> T + Send) -> T {
         let done = std::thread::scope(|s| {
             s.spawn(|| {
@@ -62,7 +63,7 @@ impl Ns {
         done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    /// A line of shell; what it said.
+    /// Runs a line of shell and returns its output.
     #[track_caller]
     pub fn sh(&self, line: &str) -> String {
         match self.run(|| HostCommands.run(&Command::new("sh").args(["-ec", line]), &Cancel::try_new().unwrap(), &mut |_| {})) {
@@ -71,14 +72,15 @@ impl Ns {
         }
     }
 
-    /// For `ip link set ... netns`.
+    /// A path for `ip link set ... netns`.
     fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 
-    /// A socket of this address that was just closed may live on for a moment: in what another thread is about to execute.
+    /// Binds a socket. A socket with this address that was just closed may live on for a moment in
+    /// a child process that has not executed its program yet.
     pub fn udp(&self, at: impl Into<SocketAddr>) -> Udp {
-        let (at, deadline) = (at.into(), Instant::now() + PATIENCE);
+        let (at, deadline) = (at.into(), Instant::now() + DEADLINE);
         self.run(|| {
             loop {
                 match UdpSocket::bind(at) {
@@ -95,20 +97,20 @@ pub struct Udp(pub UdpSocket);
 
 impl Udp {
     pub fn send(&self, what: &str, to: impl Into<SocketAddr>) {
-        // "Not permitted" and the like is as good as lost.
+        // An error such as "not permitted" counts as a lost packet.
         let _ = self.0.send_to(what.as_bytes(), to.into());
     }
 
-    /// The next that comes, and from whom.
+    /// Receives the next datagram, and returns its sender.
     #[track_caller]
     pub fn next(&self) -> (String, SocketAddr) {
-        self.0.set_read_timeout(Some(PATIENCE)).unwrap();
+        self.0.set_read_timeout(Some(DEADLINE)).unwrap();
         let mut buffer = [0; 2048];
-        let (len, from) = self.0.recv_from(&mut buffer).expect("a datagram");
+        let (len, from) = self.0.recv_from(&mut buffer).expect("receive a datagram");
         (String::from_utf8_lossy(&buffer[..len]).into_owned(), from)
     }
 
-    /// Whether something has come.
+    /// True if a datagram has arrived.
     pub fn has_any(&self) -> bool {
         self.0.set_nonblocking(true).unwrap();
         let any = self.0.peek_from(&mut [0; 1]).is_ok();
@@ -157,14 +159,14 @@ impl Lab {
         self.host.run(|| self.net.release(&tag(n))).unwrap();
     }
 
-    /// A guest that runs.
+    /// Starts a guest.
     pub fn start(&self, slot: u32, access: Access) -> Machine {
         let guest = self.guest(slot, access);
         let tap = self.take(&guest);
         Machine::start(&self.host, &tap.name, guest)
     }
 
-    /// All that is ours: interfaces with their aliases, and the elements of the sets.
+    /// Describes everything that is ours: interfaces and the elements of the sets.
     pub fn census(&self) -> String {
         let links = self.host.sh("ip -o link show type tun; ip -o link show type bridge");
         let mut lines: Vec<String> = links.lines().map(|l| l.split(": ").nth(1).unwrap_or_default().to_owned()).collect();
@@ -184,10 +186,10 @@ impl Lab {
         words
     }
 
-    /// Waits until the taps that are made ahead are there.
+    /// Waits until there are `count` spare taps.
     #[track_caller]
     pub fn await_taps(&self, count: usize) {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + DEADLINE;
         while self.net.taps_ready() != count {
             assert!(Instant::now() < deadline, "{} taps of {count} are ready", self.net.taps_ready());
             std::thread::yield_now();
@@ -213,8 +215,8 @@ impl Machine {
         let ns = Ns::new();
         let here = host.run(|| tun::connect(tap)).unwrap();
         let there = ns.run(|| tun::connect("eth0")).unwrap();
-        // A port forwards once its carrier has been noticed.
-        let deadline = Instant::now() + PATIENCE;
+        // The bridge forwards to a port once it has noticed its carrier.
+        let deadline = Instant::now() + DEADLINE;
         while !host.sh(&format!("ip -d link show dev {tap}")).contains("state forwarding") {
             assert!(Instant::now() < deadline, "port {tap} does not forward");
         }
@@ -248,12 +250,12 @@ impl Machine {
         self.guest.lease.address
     }
 
-    /// A socket at the guest's address.
+    /// Opens a socket at the guest's address.
     pub fn udp(&self) -> Udp {
         self.ns.udp((self.address(), 0))
     }
 
-    /// Sends a frame as it is: destination, source, type, payload.
+    /// Sends a raw frame: destination, source, type, payload.
     pub fn inject(&self, frame: &[u8]) {
         assert_eq!((&self.tap).write(frame).unwrap(), frame.len());
     }

@@ -1,4 +1,4 @@
-//! With real bridges, taps and rules, in network namespaces of the tests' own: root only.
+//! Tests with real bridges, taps and rules in network namespaces. They need root.
 
 mod host;
 pub(super) mod lab;

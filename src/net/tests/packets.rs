@@ -1,5 +1,6 @@
-//! What passes and what does not. "Does not" is never a wait: behind what must be dropped goes, the same way, what must arrive,
-//! and that is the first to do so. Where a rule is what drops it, taking the rules away lets it through.
+//! Tests of which packets pass. To show that a packet is dropped, a test never waits for it. It
+//! sends a packet that must arrive behind it on the same way, and checks that this one arrives
+//! first. As a control, some tests then remove the rule and let the packet pass.
 
 use super::lab::{GATEWAY, HOST, INSTALL, Lab, METADATA, Machine, Ns, OUTSIDE, Udp, config, is_root, tag};
 use crate::api::port::{Port, Protocol};
@@ -13,7 +14,8 @@ use std::sync::Arc;
 
 const ANY: Ipv4Addr = Ipv4Addr::UNSPECIFIED;
 
-/// Sends "bad" by `bad`, then "good" from the guest to `good_at`, which must be the first to arrive there.
+/// Sends "bad" with `bad`, and then "good" from the guest to `good_at`, where "good" must be the first
+/// to arrive.
 #[track_caller]
 fn assert_dropped(guest: &Machine, bad: impl FnOnce(), good: &Udp, good_at: SocketAddr) {
     bad();
@@ -23,7 +25,7 @@ fn assert_dropped(guest: &Machine, bad: impl FnOnce(), good: &Udp, good_at: Sock
 }
 
 #[test]
-fn guests_reach_the_outside_by_the_hosts_address() {
+fn guests_reach_the_outside_through_the_hosts_address() {
     if !is_root() {
         return;
     }
@@ -33,7 +35,7 @@ fn guests_reach_the_outside_by_the_hosts_address() {
     let mut stream = guest.ns.run(|| TcpStream::connect((OUTSIDE, 80)).unwrap());
     let (mut peer, from) = listener.accept().unwrap();
     assert_eq!(from.ip(), HOST, "masqueraded");
-    // More than a window, both ways.
+    // Send more than a TCP window in both directions.
     let sent = vec![7; 300_000];
     std::thread::scope(|s| {
         s.spawn(|| stream.write_all(&sent).unwrap());
@@ -48,7 +50,7 @@ fn guests_reach_the_outside_by_the_hosts_address() {
 }
 
 #[test]
-fn nothing_from_outside_reaches_a_guest_unasked() {
+fn unsolicited_packets_from_outside_do_not_reach_guests() {
     if !is_root() {
         return;
     }
@@ -58,12 +60,12 @@ fn nothing_from_outside_reaches_a_guest_unasked() {
     let at_guest = guest.ns.udp((ANY, 9000));
     let (outside, host) = (lab.outside.udp((ANY, 0)), lab.host.udp((ANY, 9001)));
     outside.send("bad", (guest.address(), 9000));
-    // The host has had it when it has what came behind it.
+    // Once "mark" has arrived, the host has handled everything before it.
     outside.send("mark", (HOST, 9001));
     assert_eq!(host.next().0, "mark");
     host.send("good", (guest.address(), 9000));
     assert_eq!(at_guest.next().0, "good");
-    // Nor is the name server there for the outside.
+    // The name server cannot be reached from outside either.
     let names = lab.host.udp((GATEWAY, 53));
     outside.send("bad", (GATEWAY, 53));
     outside.send("mark", (HOST, 9001));
@@ -88,19 +90,19 @@ fn guests_do_not_reach_the_hosts_services() {
     };
     assert_dropped(&guest, || ask("bad"), &names, (GATEWAY, 53).into());
     assert!(!service.has_any());
-    // What another table turns to a service of the host's is none the less one.
+    // A packet that another table redirects to a service of the host is dropped as well.
     lab.host.sh("nft add table ip other; nft 'add chain ip other pre { type nat hook prerouting priority -100; }'");
     lab.host.sh(&format!("nft add rule ip other pre ip daddr {OUTSIDE} udp dport 9002 dnat to {HOST}:9000"));
     assert_dropped(&guest, || guest.udp().send("bad", (OUTSIDE, 9002)), &names, (GATEWAY, 53).into());
     assert!(!service.has_any());
-    assert!(answers_echo(&guest), "the bridge");
-    // The control: without our rules it does come.
+    assert!(answers_echo(&guest), "the bridge must answer echo requests");
+    // The control: without our rules it arrives.
     lab.host.sh(&format!("nft delete table inet fcd_{INSTALL}"));
     ask("open");
     assert_eq!(service.next().0, "open");
 }
 
-/// Whether the bridge's address answers to an echo request (RFC 792).
+/// True if the bridge's address answers an echo request (RFC 792).
 fn answers_echo(guest: &Machine) -> bool {
     use rustix::net::{AddressFamily, SocketType, ipproto, recv, sendto};
     guest.ns.run(|| {
@@ -128,7 +130,7 @@ fn link_local_addresses_are_unreachable() {
     let outside = lab.outside.udp((ANY, 80));
     let ask = |what: &str| guest.udp().send(what, (METADATA, 80));
     assert_dropped(&guest, || ask("bad"), &outside, (OUTSIDE, 80).into());
-    // Nor if the host itself has the address.
+    // Not even if the host itself has the address.
     lab.host.sh(&format!("ip address add {METADATA}/32 dev lo"));
     let host = lab.host.udp((ANY, 80));
     assert_dropped(&guest, || ask("bad"), &outside, (OUTSIDE, 80).into());
@@ -138,18 +140,20 @@ fn link_local_addresses_are_unreachable() {
     assert_eq!(host.next().0, "open");
 }
 
-/// Sends by `bad` from `a`; what then comes first at `b` from the host says whether it passed.
+/// Sends a packet from `a` to `b` with `bad`. Returns true if it arrives at `b` before a later
+/// packet from the host.
 fn passes(lab: &Lab, a: &Machine, b: &Machine, bad: impl FnOnce()) -> bool {
     let (outside, at_b) = (lab.outside.udp((ANY, 9001)), b.ns.udp((ANY, 9000)));
     bad();
-    // Once this is outside, the host has done with what came before it.
+    // Once this arrives outside, the host has handled everything before it.
     a.udp().send("mark", (OUTSIDE, 9001));
     assert_eq!(outside.next().0, "mark");
     lab.host.udp((ANY, 0)).send("good", (b.address(), 9000));
     at_b.next().0 == "bad"
 }
 
-/// Both know each other's Ethernet address: what waits for an answer to ARP would be overtaken by what was sent after it.
+/// Tells each guest the other's MAC address. Otherwise a packet that waits for ARP would be
+/// overtaken by a later one.
 fn introduce(a: &Machine, b: &Machine) {
     for (here, there) in [(a, b), (b, a)] {
         here.ns.sh(&format!("ip neighbour replace {} lladdr {} dev eth0 nud permanent", there.address(), there.guest.lease.mac));
@@ -165,18 +169,18 @@ fn guests_do_not_reach_each_other() {
     let (a, b) = (lab.start(0, Access::Nat), lab.start(1, Access::Nat));
     let send = || a.udp().send("bad", (b.address(), 9000));
     introduce(&a, &b);
-    assert!(!passes(&lab, &a, &b, send), "over the bridge");
+    assert!(!passes(&lab, &a, &b, send), "through the bridge");
     a.ns.sh(&format!("ip route add {}/32 via {GATEWAY}", b.address()));
-    assert!(!passes(&lab, &a, &b, send), "by the host");
+    assert!(!passes(&lab, &a, &b, send), "through the host");
     lab.host.sh(&format!("nft delete table inet fcd_{INSTALL}; ip link set up0 down; ip link set up0 up; ip route add default via {OUTSIDE} || true"));
-    // The control: it was our rules that dropped it.
+    // The control: without our rules it arrives.
     let at_b = b.ns.udp((ANY, 9000));
     send();
     assert_eq!(at_b.next().0, "bad");
 }
 
 #[test]
-fn guests_reach_each_other_if_they_are_allowed_to() {
+fn guests_reach_each_other_if_allowed() {
     if !is_root() {
         return;
     }
@@ -185,15 +189,18 @@ fn guests_reach_each_other_if_they_are_allowed_to() {
     introduce(&a, &b);
     assert!(passes(&lab, &a, &b, || a.udp().send("bad", (b.address(), 9000))));
     a.ns.sh(&format!("ip route add {}/32 via {GATEWAY}", none.address()));
-    assert!(!passes(&lab, &a, &none, || a.udp().send("bad", (none.address(), 9000))), "not one that has no network, by the host");
+    assert!(
+        !passes(&lab, &a, &none, || a.udp().send("bad", (none.address(), 9000))),
+        "a guest without a network is unreachable through the host"
+    );
 }
 
 #[test]
-fn a_guest_is_who_it_is() {
+fn guest_cannot_spoof_addresses() {
     if !is_root() {
         return;
     }
-    // Where guests reach each other, one could take the other's place.
+    // Spoofing matters most if guests may reach each other.
     let lab = Lab::new(&crate::config::Network { allow_between_vms: true, ..config() });
     let (a, b) = (lab.start(0, Access::Nat), lab.start(1, Access::Nat));
     let outside = lab.outside.udp((ANY, 9000));
@@ -204,7 +211,7 @@ fn a_guest_is_who_it_is() {
         assert_dropped(&a, || a.ns.udp((source, 0)).send("bad", at), &outside, at);
     }
     a.ns.sh(&format!("ip address del 10.89.0.99/32 dev eth0; ip address del {}/32 dev eth0", b.address()));
-    // Another Ethernet address, the other guest's too.
+    // A MAC address that is not its own, including that of the other guest.
     for mac in ["02:fc:0a:59:00:63", &b.guest.lease.mac.to_string()] {
         let forge = || {
             a.ns.sh(&format!("ip link set eth0 address {mac}; ip neighbour replace {GATEWAY} lladdr 06:fc:1a:2b:3c:4d dev eth0"));
@@ -213,7 +220,8 @@ fn a_guest_is_who_it_is() {
         };
         assert_dropped(&a, forge, &outside, at);
     }
-    // "The gateway is at a", in an answer nobody asked for, from a's own address and from b's.
+    // An unsolicited ARP answer claims that the gateway is at a, sent from a's address and from
+    // b's.
     let gateway_of_b = || b.ns.sh(&format!("ip neighbour show {GATEWAY} dev eth0"));
     b.udp().send("hello", at);
     assert_eq!(outside.next().0, "hello");
@@ -226,7 +234,7 @@ fn a_guest_is_who_it_is() {
     };
     assert!(!passes(&lab, &a, &b, || a.inject(&claim(GATEWAY.octets()))));
     assert_eq!(gateway_of_b().split(' ').nth(2), before.split(' ').nth(2));
-    // The control: a's own claim for its own address is believed.
+    // The control: a's claim for its own address is accepted.
     assert!(!passes(&lab, &a, &b, || a.inject(&claim(a.address().octets()))));
     let own = b.ns.sh(&format!("ip neighbour show {} dev eth0", a.address()));
     assert!(own.is_empty() || own.contains(&a.guest.lease.mac.to_string()), "{own}");
@@ -248,7 +256,7 @@ fn ipv6_and_vlans_do_not_pass() {
     let at_b = b.ns.udp(v6);
     assert!(!passes(&lab, &a, &b, || a.ns.udp("[fd00::1]:0".parse::<SocketAddr>().unwrap()).send("bad", v6)));
     assert!(!at_b.has_any());
-    // Priority-tagged IPv4 would be taken for untagged.
+    // Untagging would turn a priority-tagged frame into plain IPv4.
     let mut frame = [&b.guest.lease.mac.0[..], &a.guest.lease.mac.0, &[0x81, 0, 0, 0, 8, 0]].concat();
     frame.extend(udp_packet(a.address(), b.address(), 9000, b"bad"));
     assert!(!passes(&lab, &a, &b, || a.inject(&frame)));
@@ -256,7 +264,7 @@ fn ipv6_and_vlans_do_not_pass() {
     assert!(passes(&lab, &a, &b, || a.inject(&frame)), "the control: the same without a tag");
 }
 
-/// IPv4 and UDP without its checksum.
+/// Builds an IPv4 packet with UDP, without a UDP checksum.
 fn udp_packet(from: Ipv4Addr, to: Ipv4Addr, port: u16, data: &[u8]) -> Vec<u8> {
     let total = u16::try_from(28 + data.len()).unwrap().to_be_bytes();
     let mut packet = vec![0x45, 0, total[0], total[1], 0, 0, 0, 0, 64, 17, 0, 0];
@@ -273,7 +281,7 @@ fn udp_packet(from: Ipv4Addr, to: Ipv4Addr, port: u16, data: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn a_guest_without_a_network_is_reached_and_reaches_nothing() {
+fn guest_without_network_is_reachable_but_reaches_nothing() {
     if !is_root() {
         return;
     }
@@ -285,7 +293,7 @@ fn a_guest_without_a_network_is_reached_and_reaches_nothing() {
         guest.udp().send("bad", (GATEWAY, 53));
         guest.udp().send("bad", (HOST, 53));
     };
-    // A frame is through with the host when its write has returned; the other guest's comes after.
+    // A frame has been handled when the write returns, and the other guest's frames come after it.
     let served = guest.ns.run(|| TcpListener::bind((ANY, 22)).unwrap());
     ask();
     let mut ssh = lab.host.run(|| TcpStream::connect((guest.address(), 22)).unwrap());
@@ -301,7 +309,7 @@ fn port(host_addr: Ipv4Addr, host_port: u16, guest_port: u16, protocol: Protocol
     Port { host_addr, host_port, guest_port, protocol }
 }
 
-/// Whom the guest's server sees when somebody connects to this address from there.
+/// Connects to `at` from a namespace, and returns the client address that the guest's server sees.
 fn seen_by(server: &TcpListener, from: &Ns, at: (Ipv4Addr, u16)) -> IpAddr {
     let mut stream = from.run(|| TcpStream::connect(at)).unwrap_or_else(|e| panic!("connect to {at:?}: {e}"));
     let (mut accepted, peer) = server.accept().unwrap();
@@ -313,7 +321,7 @@ fn seen_by(server: &TcpListener, from: &Ns, at: (Ipv4Addr, u16)) -> IpAddr {
 }
 
 #[test]
-fn ports_of_the_host_lead_to_a_guest() {
+fn published_ports_forward_to_guest() {
     if !is_root() {
         return;
     }
@@ -340,7 +348,8 @@ fn ports_of_the_host_lead_to_a_guest() {
         assert_eq!((what.as_str(), from.ip()), ("asked", IpAddr::from(OUTSIDE)));
     };
     check();
-    // The loopback's is for this host alone, also for a neighbour that sends to that address.
+    // A loopback port is for this host only. A neighbour that sends to that address must not reach
+    // it.
     lab.outside.sh(&format!(
         "sysctl -qw net.ipv4.conf.down0.route_localnet=1; ip address del 127.0.0.1/8 dev lo; ip route add 127.0.0.1 via {HOST} src {OUTSIDE}"
     ));
@@ -348,26 +357,26 @@ fn ports_of_the_host_lead_to_a_guest() {
     neighbour.send("bad", (Ipv4Addr::LOCALHOST, 8083));
     neighbour.send("good", (HOST, 8082));
     assert_eq!(datagrams.next().0, "good");
-    // The control: without that rule it does come.
+    // The control: without that rule it arrives.
     lab.host.sh("nft flush chain inet fcd_1a2b3c4d published_in");
     lab.host.sh("nft add rule inet fcd_1a2b3c4d published_in dnat ip to ip daddr . meta l4proto . th dport map @published");
     lab.outside.udp((OUTSIDE, 0)).send("open", (Ipv4Addr::LOCALHOST, 8083));
     assert_eq!(datagrams.next().0, "open");
     lab.host.run(|| lab.net.mend()).unwrap();
-    // No guest gets to another by any of them.
+    // No other guest can use the published ports.
     assert!(lab.outside.run(|| TcpStream::connect((HOST, 8080))).is_err());
     let names = lab.host.udp((GATEWAY, 53));
     let ask = || [GATEWAY, HOST].iter().for_each(|at| other.udp().send("bad", (*at, 8082)));
     assert_dropped(&other, ask, &names, (GATEWAY, 53).into());
     assert!(!datagrams.has_any());
-    // What others break is mended; a bridge made anew passes the loopback on again.
+    // Mending restores the ports, also with a new bridge.
     for harm in ["nft flush ruleset", "nft flush map inet fcd_1a2b3c4d published_any", "ip link delete fcbr0"] {
         lab.host.sh(harm);
         lab.host.run(|| lab.net.mend()).unwrap();
         assert_eq!(lab.host.run(|| lab.net.mend()).unwrap(), [""; 0], "the second time after {harm}");
         check();
     }
-    // Nothing else of the host's gets a port that leads into a guest.
+    // No other program on the host can bind a published port.
     assert!(lab.host.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 8080))).is_err());
     assert_eq!(lab.host.run(|| lab.net.forwarded()).unwrap(), [tag(0)]);
     lab.host.run(|| lab.net.unforward(&tag(0))).unwrap();
@@ -380,7 +389,7 @@ fn ports_of_the_host_lead_to_a_guest() {
 }
 
 #[test]
-fn a_guest_does_not_reach_the_hosts_loopback_because_a_port_of_it_is_forwarded() {
+fn published_loopback_port_does_not_expose_host_loopback() {
     if !is_root() {
         return;
     }
@@ -396,14 +405,14 @@ fn a_guest_does_not_reach_the_hosts_loopback_because_a_port_of_it_is_forwarded()
     };
     assert_dropped(&guest, send, &names, (GATEWAY, 53).into());
     assert!(!service.has_any());
-    // The control: without our rules it does come.
+    // The control: without our rules it arrives.
     lab.host.sh(&format!("nft delete table inet fcd_{INSTALL}"));
     send();
     assert_eq!(service.next().0, "bad");
 }
 
 #[test]
-fn a_connection_does_not_outlive_the_right_to_it() {
+fn connection_ends_when_network_access_is_removed() {
     if !is_root() {
         return;
     }
@@ -425,7 +434,7 @@ fn a_connection_does_not_outlive_the_right_to_it() {
     let socket = again.ns.udp((again.address(), 5000));
     socket.send("bad", (OUTSIDE, 9000));
     socket.send("bad", (GATEWAY, 53));
-    // The host answers it after both.
+    // The host answers this after it has handled both.
     let at_host = lab.host.udp((ANY, 9001));
     let at_guest = again.ns.udp((ANY, 9002));
     at_host.send("mark", (again.address(), 9002));
@@ -437,9 +446,10 @@ fn a_connection_does_not_outlive_the_right_to_it() {
     assert!(!names.has_any());
 }
 
-/// What the kernel remembers of a flow is older than the port that it goes to, and than the guest that has its address now.
+/// Conntrack entries may be older than a published port, and older than the guest that has the
+/// address now.
 #[test]
-fn flows_begin_anew_with_a_port_and_with_a_guest() {
+fn old_flows_are_dropped_for_new_port_and_new_guest() {
     if !is_root() {
         return;
     }
@@ -461,7 +471,7 @@ fn flows_begin_anew_with_a_port_and_with_a_guest() {
     let next = lab.start(0, Access::Nat);
     let datagrams = next.ns.udp((ANY, 53));
     client.send("bad", (HOST, 8082));
-    // The host's own comes after that.
+    // The host sends this after that.
     lab.host.udp((GATEWAY, 0)).send("mark", (next.address(), 53));
     assert_eq!(datagrams.next().0, "mark");
 }
@@ -491,14 +501,14 @@ fn names_are_answered_to_guests_and_the_host() {
         let len = socket.0.recv(&mut buffer).unwrap();
         assert_eq!(&buffer[len - 4..len], guest.address().octets(), "{:?}", &buffer[..len]);
     }
-    // The host as it is in libc.
+    // The server also answers over TCP.
     let stream = guest.ns.run(|| TcpStream::connect((GATEWAY, 53)));
     assert!(stream.is_ok(), "over TCP");
     server.stop().unwrap();
     assert_eq!(lab.host.run(|| lab.net.list()).unwrap(), [tag(0)]);
 }
 
-/// How many datagrams arrive one after the other before one does not, of this many at most.
+/// Sends up to `most` datagrams one by one, and returns how many arrive before one is lost.
 fn arrivals(from: &Udp, to: &Udp, at: SocketAddr, most: usize) -> usize {
     to.0.set_read_timeout(Some(std::time::Duration::from_secs(1))).unwrap();
     let (sent, mut buffer) = ([7; 1400], [0; 2048]);
@@ -506,7 +516,7 @@ fn arrivals(from: &Udp, to: &Udp, at: SocketAddr, most: usize) -> usize {
 }
 
 #[test]
-fn a_guest_sends_and_receives_what_its_rates_let_pass() {
+fn guest_traffic_is_limited_by_its_rates() {
     if !is_root() {
         return;
     }
@@ -519,17 +529,17 @@ fn a_guest_sends_and_receives_what_its_rates_let_pass() {
     };
     let set = |rx, tx| lab.host.run(|| lab.net.set_rates(&tag(0), rx, tx)).unwrap();
     let counts = |most| [arrivals(&inside, &outside, (OUTSIDE, 9000).into(), most), arrivals(&outside, &inside, back, most)];
-    // Three times what passes at once, and what follows that takes seconds each.
+    // Three times the burst. At this rate every further datagram would take seconds.
     const FLOOD: usize = 600;
-    let passes_at_once = 256 * 1024 / 1442;
+    let burst = 256 * 1024 / 1442;
     assert_eq!(counts(FLOOD), [FLOOD; 2]);
     for (rx, tx) in [(None, Some(1)), (Some(1), None), (Some(1), Some(1))] {
         set(rx.map(|_: u64| 1000), tx.map(|_: u64| 1000));
         let limited = counts(FLOOD);
         for (count, is_limited) in limited.into_iter().zip([tx.is_some(), rx.is_some()]) {
-            assert!(if is_limited { (passes_at_once / 2..FLOOD).contains(&count) } else { count == FLOOD }, "{limited:?}");
+            assert!(if is_limited { (burst / 2..FLOOD).contains(&count) } else { count == FLOOD }, "{limited:?}");
         }
-        // What others flush comes back with it.
+        // Mending restores the limits after a flush.
         lab.host.sh("nft flush ruleset");
         lab.host.run(|| lab.net.mend()).unwrap();
         let elements = lab.host.sh(&format!("nft list table bridge fcd_{INSTALL}"));
@@ -541,11 +551,11 @@ fn a_guest_sends_and_receives_what_its_rates_let_pass() {
     }
     set(None, None);
     assert_eq!(counts(FLOOD), [FLOOD; 2]);
-    // Nothing of it is left of a guest that is gone.
+    // Nothing is left after the guest is released.
     set(Some(1 << 20), Some(1 << 20));
     drop(guest);
     lab.release(0);
     let left = lab.host.sh(&format!("nft list table bridge fcd_{INSTALL}"));
     assert!(!left.contains("burst"), "{left}");
-    assert!(lab.host.run(|| lab.net.set_rates(&tag(0), None, None)).is_err(), "it is gone");
+    assert!(lab.host.run(|| lab.net.set_rates(&tag(0), None, None)).is_err(), "the guest is gone");
 }

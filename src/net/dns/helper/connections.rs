@@ -1,10 +1,11 @@
-//! Connections: each takes one question after the other, and sends each answer before it reads on.
+//! Queries over TCP. A connection handles one query at a time: it sends an answer before it reads
+//! the next query.
 
 use super::packet::{Query, Rcode, is_answer};
 use super::zone::{Found, Verdict, answer, judge};
-use super::{Daemon, Gone};
+use super::{Daemon, Disconnected};
 use crate::config::Subnet;
-use crate::net::dns::desk::{QUESTIONS_PER_CONNECTION_MAX, TRIES_MAX};
+use crate::net::dns::gatekeeper::{QUESTIONS_PER_CONNECTION_MAX, TRIES_MAX};
 use crate::net::dns::protocol::{QUESTION_BYTES_MAX, Request, Ticket};
 use nix::poll::PollFlags;
 use std::io::{ErrorKind, Read, Write};
@@ -12,11 +13,11 @@ use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// For a question to come whole, and for its answer to be taken.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// For the resolvers of the host, all together.
-const UPSTREAM_PATIENCE: Duration = Duration::from_secs(4);
-/// For the whole connection.
+/// How long a client may take to send a query, and to read its answer.
+const CLIENT_DEADLINE: Duration = Duration::from_secs(5);
+/// How long all resolvers together may take for a query.
+const RESOLVERS_DEADLINE: Duration = Duration::from_secs(4);
+/// How long a connection may last.
 const LIFE_MAX: Duration = Duration::from_secs(60);
 
 #[derive(Default)]
@@ -28,7 +29,8 @@ struct Connection {
     ticket: Ticket,
     stream: TcpStream,
     state: State,
-    /// For the state that it is in, unless it waits for a resolver.
+    /// The deadline of the current state. While a resolver is asked, [`Forwarded::until`] counts
+    /// instead.
     deadline: Instant,
     ends: Instant,
     questions_left: u16,
@@ -36,26 +38,26 @@ struct Connection {
 
 enum State {
     Question(Incoming),
-    /// The daemon looks something up for it.
+    /// The daemon looks up a name or an address.
     LookedUp(Vec<u8>),
-    /// The daemon opens a socket to a resolver for it.
+    /// The daemon opens a socket to a resolver.
     Opening(Forwarded),
     Sending(Forwarded, TcpStream, Outgoing),
     Receiving(Forwarded, TcpStream, Incoming),
     Reply(Outgoing),
 }
 
-/// A question for the host's resolvers.
+/// A query that is forwarded to the host's resolvers.
 struct Forwarded {
     packet: Vec<u8>,
     tries: u8,
-    /// For all of them together.
+    /// The deadline for all tries together.
     until: Instant,
 }
 
-/// What a step came to.
+/// The result of a step.
 enum Step {
-    /// It waits.
+    /// The connection has to wait in this state.
     Stay(State),
     Next(State),
     Close,
@@ -67,7 +69,7 @@ impl Connections {
             ticket,
             stream: fd.into(),
             state: State::Question(Incoming::new(QUESTION_BYTES_MAX)),
-            deadline: now + PATIENCE,
+            deadline: now + CLIENT_DEADLINE,
             ends: now + LIFE_MAX,
             questions_left: QUESTIONS_PER_CONNECTION_MAX,
         });
@@ -77,7 +79,7 @@ impl Connections {
         self.open.iter().any(|c| c.ticket == ticket)
     }
 
-    /// For each connection what it waits for.
+    /// Returns the descriptor that each connection waits for.
     pub fn waits(&self) -> impl Iterator<Item = Option<(BorrowedFd<'_>, PollFlags)>> {
         self.open.iter().map(|c| match &c.state {
             State::Question(_) => Some((c.stream.as_fd(), PollFlags::POLLIN)),
@@ -92,17 +94,18 @@ impl Connections {
         self.open.iter().map(|c| c.due().min(c.ends)).min()
     }
 
-    /// Goes on with the connections that are ready or late. `ready` is of what [`Self::waits`] gave.
-    pub fn advance(&mut self, ready: &[bool], daemon: &Daemon, subnet: Subnet, now: Instant) -> Result<(), Gone> {
-        // Backwards, because closed ones are taken out.
+    /// Advances the connections that are ready or whose deadline has passed. `ready` corresponds to
+    /// [`Self::waits`].
+    pub fn advance(&mut self, ready: &[bool], daemon: &Daemon, subnet: Subnet, now: Instant) -> Result<(), Disconnected> {
+        // Iterates backwards because closed connections are removed.
         for at in (0..ready.len().min(self.open.len())).rev() {
             let connection = &mut self.open[at];
             let is_open = if now >= connection.ends {
                 false
             } else if ready[at] {
-                connection.go_on(daemon, subnet, now)?
+                connection.advance(daemon, subnet, now)?
             } else if now >= connection.due() {
-                connection.is_late(now)
+                connection.time_out(now)
             } else {
                 true
             };
@@ -114,7 +117,7 @@ impl Connections {
         Ok(())
     }
 
-    /// Answers with what the daemon has found.
+    /// Answers a query with the daemon's result.
     pub fn found(&mut self, ticket: Ticket, found: &Found, subnet: Subnet, now: Instant) {
         let waiting = self.open.iter_mut().find(|c| c.ticket == ticket);
         let Some((connection, reply)) = waiting.and_then(|c| match &c.state {
@@ -126,7 +129,8 @@ impl Connections {
         connection.enter(State::Reply(Outgoing::new(&reply)), now);
     }
 
-    /// Asks a resolver by the socket that the daemon has opened; without one there is no resolver to ask.
+    /// Forwards a query through the socket that the daemon has opened, or fails it if there is
+    /// none.
     pub fn resolver(&mut self, ticket: Ticket, fd: Option<OwnedFd>, now: Instant) {
         let Some(connection) = self.open.iter_mut().find(|c| c.ticket == ticket) else { return };
         let state = match (std::mem::replace(&mut connection.state, State::Reply(Outgoing::default())), fd) {
@@ -135,7 +139,7 @@ impl Connections {
                 State::Sending(forwarded, TcpStream::from(fd), out)
             }
             (State::Opening(forwarded), None) => State::Reply(failure(&forwarded.packet)),
-            // It came too late.
+            // The socket arrived after the deadline.
             (other, _) => {
                 connection.state = other;
                 return;
@@ -151,7 +155,7 @@ fn failure(packet: &[u8]) -> Outgoing {
 
 impl Connection {
     fn enter(&mut self, state: State, now: Instant) {
-        self.deadline = now + PATIENCE;
+        self.deadline = now + CLIENT_DEADLINE;
         self.state = state;
     }
 
@@ -162,8 +166,8 @@ impl Connection {
         }
     }
 
-    /// False: it is over.
-    fn is_late(&mut self, now: Instant) -> bool {
+    /// Handles a passed deadline. Returns false if the connection is finished.
+    fn time_out(&mut self, now: Instant) -> bool {
         match &self.state {
             State::Opening(f) | State::Sending(f, ..) | State::Receiving(f, ..) => {
                 let reply = State::Reply(failure(&f.packet));
@@ -174,8 +178,8 @@ impl Connection {
         }
     }
 
-    /// As far as it can without waiting. False: it is over.
-    fn go_on(&mut self, daemon: &Daemon, subnet: Subnet, now: Instant) -> Result<bool, Gone> {
+    /// Advances as far as possible without waiting. Returns false if the connection is finished.
+    fn advance(&mut self, daemon: &Daemon, subnet: Subnet, now: Instant) -> Result<bool, Disconnected> {
         loop {
             let state = std::mem::replace(&mut self.state, State::Reply(Outgoing::default()));
             match self.step(state, daemon, subnet, now)? {
@@ -189,7 +193,7 @@ impl Connection {
         }
     }
 
-    fn step(&mut self, state: State, daemon: &Daemon, subnet: Subnet, now: Instant) -> Result<Step, Gone> {
+    fn step(&mut self, state: State, daemon: &Daemon, subnet: Subnet, now: Instant) -> Result<Step, Disconnected> {
         let ticket = self.ticket;
         Ok(match state {
             State::Question(mut incoming) => match incoming.read(&self.stream) {
@@ -207,7 +211,7 @@ impl Connection {
                         }
                         Verdict::Forward(_) => {
                             daemon.ask(&Request::Resolver { ticket, skip: 0 })?;
-                            Step::Next(State::Opening(Forwarded { packet, tries: 1, until: now + UPSTREAM_PATIENCE }))
+                            Step::Next(State::Opening(Forwarded { packet, tries: 1, until: now + RESOLVERS_DEADLINE }))
                         }
                     }
                 }
@@ -236,7 +240,7 @@ impl Connection {
     }
 }
 
-fn try_again(forwarded: Forwarded, ticket: Ticket, daemon: &Daemon) -> Result<Step, Gone> {
+fn try_again(forwarded: Forwarded, ticket: Ticket, daemon: &Daemon) -> Result<Step, Disconnected> {
     if forwarded.tries >= TRIES_MAX {
         return Ok(Step::Next(State::Reply(failure(&forwarded.packet))));
     }
@@ -250,7 +254,7 @@ enum Progress {
     Failed,
 }
 
-/// A message with its length before it (RFC 1035, 4.2.2), as it comes.
+/// A message that is being received, with its length in front (RFC 1035, 4.2.2).
 struct Incoming {
     len: [u8; 2],
     len_filled: usize,
@@ -268,7 +272,7 @@ impl Incoming {
         self.message
     }
 
-    /// Reads as much as there is, and nothing after the message.
+    /// Reads what is available, and nothing beyond the message.
     fn read(&mut self, mut stream: &TcpStream) -> Progress {
         loop {
             let reads_len = self.len_filled < self.len.len();
@@ -297,7 +301,8 @@ impl Incoming {
     }
 }
 
-/// A message with its length before it, as it goes. The default one has failed: there is nothing to send.
+/// A message that is being sent, with its length in front. The default value counts as failed,
+/// because there is nothing to send.
 #[derive(Default)]
 struct Outgoing {
     bytes: Vec<u8>,

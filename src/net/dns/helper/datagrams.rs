@@ -1,10 +1,11 @@
-//! Datagrams: each is answered at once, or waits for the daemon or for a resolver of the host.
+//! Queries over UDP. Each is answered at once, or waits for the daemon or for one of the host's
+//! resolvers.
 
 use super::packet::{Rcode, is_answer, set_id};
 use super::zone::{Found, Verdict, answer, judge};
-use super::{Daemon, Gone};
+use super::{Daemon, Disconnected};
 use crate::config::Subnet;
-use crate::net::dns::desk::TRIES_MAX;
+use crate::net::dns::gatekeeper::TRIES_MAX;
 use crate::net::dns::protocol::{ANSWER_BYTES_MAX, Request, Ticket};
 use nix::poll::PollFlags;
 use std::collections::HashMap;
@@ -13,35 +14,35 @@ use std::net::{SocketAddrV4, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// Questions at the host's resolvers at a time, and of one asker.
+/// How many queries may wait for resolvers at a time, in all and for one client.
 const PENDING_MAX: usize = 256;
-const PENDING_PER_ASKER_MAX: usize = 64;
-/// For one resolver's answer; then the next is asked.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PENDING_PER_CLIENT_MAX: usize = 64;
+/// How long to wait for one resolver before the next one is tried.
+const RESOLVER_DEADLINE: Duration = Duration::from_secs(2);
 
 pub struct Datagrams {
-    /// Questions for which the daemon looks something up.
+    /// Queries that wait for the daemon's lookup.
     looked_up: HashMap<Ticket, Vec<u8>>,
     pending: Vec<Pending>,
     buffer: Vec<u8>,
 }
 
-/// A question for a resolver of the host.
+/// A query that is forwarded to the host's resolvers.
 struct Pending {
     ticket: Ticket,
-    asker: SocketAddrV4,
-    asker_id: u16,
+    client: SocketAddrV4,
+    client_id: u16,
     packet: Vec<u8>,
     question: Vec<u8>,
-    /// None while the daemon opens a socket.
+    /// The current try. None while the daemon opens a socket.
     asked: Option<Asked>,
     tries: u8,
-    /// For when nobody answers.
+    /// The answer to send if all resolvers fail.
     failure: Vec<u8>,
 }
 
 struct Asked {
-    /// Which this try has of its own.
+    /// A random id that is used for this try only.
     id: u16,
     socket: UdpSocket,
     deadline: Instant,
@@ -54,7 +55,7 @@ impl Default for Datagrams {
 }
 
 impl Datagrams {
-    /// For each pending question what it waits for.
+    /// Returns the descriptor that each pending query waits for.
     pub fn waits(&self) -> impl Iterator<Item = Option<(BorrowedFd<'_>, PollFlags)>> {
         self.pending.iter().map(|p| p.asked.as_ref().map(|asked| (asked.socket.as_fd(), PollFlags::POLLIN)))
     }
@@ -63,14 +64,14 @@ impl Datagrams {
         self.pending.iter().filter_map(|p| p.asked.as_ref()).map(|asked| asked.deadline).min()
     }
 
-    /// Takes a question.
+    /// Handles a query.
     pub fn question(
         &mut self,
-        (ticket, asker): (Ticket, SocketAddrV4),
+        (ticket, client): (Ticket, SocketAddrV4),
         packet: Vec<u8>,
         daemon: &Daemon,
         subnet: Subnet,
-    ) -> Result<(), Gone> {
+    ) -> Result<(), Disconnected> {
         match judge(&packet, subnet) {
             Verdict::Drop => daemon.ask(&Request::Done { ticket }),
             Verdict::Reply(reply) => daemon.ask(&Request::Answer { ticket, packet: &reply }),
@@ -80,25 +81,26 @@ impl Datagrams {
                 Ok(())
             }
             Verdict::Forward(query) => {
-                let (asker_id, question) = (query.id(), query.question().to_vec());
-                // The asker has lost patience before we have.
-                if self.pending.iter().any(|p| p.asker == asker && p.asker_id == asker_id && p.question == question) {
+                let (client_id, question) = (query.id(), query.question().to_vec());
+                // The client repeats a query that is still open. The answer to the first one will
+                // do.
+                if self.pending.iter().any(|p| p.client == client && p.client_id == client_id && p.question == question) {
                     return daemon.ask(&Request::Done { ticket });
                 }
-                let of_asker = self.pending.iter().filter(|p| p.asker.ip() == asker.ip()).count();
+                let of_client = self.pending.iter().filter(|p| p.client.ip() == client.ip()).count();
                 let failure = query.refuse(Rcode::ServFail);
-                if self.pending.len() >= PENDING_MAX || of_asker >= PENDING_PER_ASKER_MAX {
+                if self.pending.len() >= PENDING_MAX || of_client >= PENDING_PER_CLIENT_MAX {
                     return daemon.ask(&Request::Answer { ticket, packet: &failure });
                 }
                 daemon.ask(&Request::Resolver { ticket, skip: 0 })?;
-                self.pending.push(Pending { ticket, asker, asker_id, packet, question, asked: None, tries: 1, failure });
+                self.pending.push(Pending { ticket, client, client_id, packet, question, asked: None, tries: 1, failure });
                 Ok(())
             }
         }
     }
 
-    /// Answers with what the daemon has found; nothing happens where nobody waits for it any more.
-    pub fn found(&mut self, ticket: Ticket, found: &Found, daemon: &Daemon, subnet: Subnet) -> Result<(), Gone> {
+    /// Answers a query with the daemon's result. Ignored if the query is not open any more.
+    pub fn found(&mut self, ticket: Ticket, found: &Found, daemon: &Daemon, subnet: Subnet) -> Result<(), Disconnected> {
         let Some(packet) = self.looked_up.remove(&ticket) else { return Ok(()) };
         match answer(&packet, subnet, found) {
             Some(reply) => daemon.ask(&Request::Answer { ticket, packet: &reply }),
@@ -106,8 +108,9 @@ impl Datagrams {
         }
     }
 
-    /// Asks a resolver by the socket that the daemon has opened; without one there is no resolver to ask.
-    pub fn resolver(&mut self, ticket: Ticket, fd: Option<OwnedFd>, daemon: &Daemon, now: Instant) -> Result<(), Gone> {
+    /// Forwards a query through the socket that the daemon has opened, or fails it if there is
+    /// none.
+    pub fn resolver(&mut self, ticket: Ticket, fd: Option<OwnedFd>, daemon: &Daemon, now: Instant) -> Result<(), Disconnected> {
         let Some(at) = self.pending.iter().position(|p| p.ticket == ticket && p.asked.is_none()) else { return Ok(()) };
         let Some(socket) = fd.map(UdpSocket::from) else { return self.fail(at, daemon) };
         let pending = &mut self.pending[at];
@@ -117,16 +120,17 @@ impl Datagrams {
         });
         match sent {
             Some(id) => {
-                pending.asked = Some(Asked { id, socket, deadline: now + PATIENCE });
+                pending.asked = Some(Asked { id, socket, deadline: now + RESOLVER_DEADLINE });
                 Ok(())
             }
             None => self.try_again(at, daemon),
         }
     }
 
-    /// Passes on the answers that have come and asks others where none has. `ready` is of what [`Self::waits`] gave.
-    pub fn take_answers(&mut self, ready: &[bool], daemon: &Daemon, now: Instant) -> Result<(), Gone> {
-        // Backwards, because what is done is taken out.
+    /// Passes on the answers that have arrived, and retries queries whose time is up. `ready`
+    /// corresponds to [`Self::waits`].
+    pub fn take_answers(&mut self, ready: &[bool], daemon: &Daemon, now: Instant) -> Result<(), Disconnected> {
+        // Iterates backwards because finished queries are removed.
         for at in (0..ready.len().min(self.pending.len())).rev() {
             let Some(asked) = &self.pending[at].asked else { continue };
             let is_late = asked.deadline <= now;
@@ -139,24 +143,24 @@ impl Datagrams {
         Ok(())
     }
 
-    fn take_answer(&mut self, at: usize, daemon: &Daemon) -> Result<(), Gone> {
+    fn take_answer(&mut self, at: usize, daemon: &Daemon) -> Result<(), Disconnected> {
         let pending = &self.pending[at];
         let Some(asked) = &pending.asked else { return Ok(()) };
         match asked.socket.recv(&mut self.buffer) {
             Ok(len) if is_answer(&self.buffer[..len], asked.id, &pending.question) => {
                 let pending = self.pending.swap_remove(at);
-                set_id(&mut self.buffer[..len], pending.asker_id);
+                set_id(&mut self.buffer[..len], pending.client_id);
                 daemon.ask(&Request::Answer { ticket: pending.ticket, packet: &self.buffer[..len] })
             }
-            // Not its answer: it waits on.
+            // A stray packet. Keep waiting.
             Ok(_) => Ok(()),
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(()),
-            // Nobody listens there.
+            // Nothing listens on the resolver's port.
             Err(_) => self.try_again(at, daemon),
         }
     }
 
-    fn try_again(&mut self, at: usize, daemon: &Daemon) -> Result<(), Gone> {
+    fn try_again(&mut self, at: usize, daemon: &Daemon) -> Result<(), Disconnected> {
         let pending = &mut self.pending[at];
         pending.asked = None;
         if pending.tries >= TRIES_MAX {
@@ -167,7 +171,7 @@ impl Datagrams {
         daemon.ask(&request)
     }
 
-    fn fail(&mut self, at: usize, daemon: &Daemon) -> Result<(), Gone> {
+    fn fail(&mut self, at: usize, daemon: &Daemon) -> Result<(), Disconnected> {
         let pending = self.pending.swap_remove(at);
         daemon.ask(&Request::Answer { ticket: pending.ticket, packet: &pending.failure })
     }

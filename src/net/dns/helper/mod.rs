@@ -1,14 +1,15 @@
-//! The helper's side: gives up its rights, then reads questions and writes answers until the daemon ends it. One thread, one
-//! `poll`.
+//! The helper process of the name server. It gives up its privileges, and then parses queries and
+//! writes answers until the daemon exits. It has one thread with one `poll`.
 //!
-//! What is broken here is a restart: a panic ends the process, and the daemon starts another one.
+//! It does not try to recover from faults: a panic ends the process, and the daemon starts another
+//! one.
 
 mod connections;
 mod datagrams;
 pub mod packet;
 pub mod zone;
 
-use super::desk::{CONNECTIONS_MAX, DATAGRAMS_MAX};
+use super::gatekeeper::{CONNECTIONS_MAX, DATAGRAMS_MAX};
 use super::protocol::{Order, Request, TO_HELPER_BYTES_MAX, Ticket};
 use crate::config::Subnet;
 use crate::host::confine::{Asked, Channel, Profile};
@@ -22,16 +23,17 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use zone::Found;
 
-/// What [`crate::host::confine::spawn`] knows this helper by.
+/// This helper's name for [`crate::host::confine::spawn`].
 pub const NAME: &str = "dns";
 
-/// Questions under way are at most 3 MiB, answers of resolvers over TCP 2 MiB.
+/// Open queries need at most 3 MiB, and resolvers' answers over TCP 2 MiB.
 const MEMORY_BYTES_MAX: u64 = 32 * 1024 * 1024;
-/// The standard ones, a resolver's socket for each asker, the connections, and what is received before one of them is closed.
+/// Standard streams, a resolver's socket for each client, the connections, and a few that were just
+/// received.
 const OPEN_FILES_MAX: u64 = (3 + DATAGRAMS_MAX + 2 * CONNECTIONS_MAX + 8) as u64;
-/// Messages that are taken before the others get their turn.
+/// How many messages are handled in a row before the sockets get a turn.
 const TAKEN_AT_ONCE: usize = 64;
-/// Nothing is due: only a message wakes the helper.
+/// How long to sleep if nothing is due. A message wakes the helper earlier.
 const IDLE: Duration = Duration::from_secs(3600);
 
 const PROFILE: Profile = Profile {
@@ -42,32 +44,32 @@ const PROFILE: Profile = Profile {
     calls: &[],
 };
 
-/// Runs this process as the helper of a name server.
+/// Runs this process as a name server's helper.
 pub fn run(asked: &Asked) -> ExitCode {
     let daemon = Daemon(Channel::inherited());
     if let Err(e) = asked.confine(&PROFILE) {
         let _ = daemon.ask(&Request::Failed(e.to_string()));
         return ExitCode::FAILURE;
     }
-    // Ends only when the daemon is gone, or says what it never says.
-    let Gone = serve(&daemon);
+    // Returns only if the daemon has exited or has broken the protocol.
+    let Disconnected = serve(&daemon);
     ExitCode::FAILURE
 }
 
-/// The way to the daemon is gone.
-struct Gone;
+/// The channel to the daemon is closed.
+struct Disconnected;
 
-impl From<io::Error> for Gone {
+impl From<io::Error> for Disconnected {
     fn from(_: io::Error) -> Self {
-        Gone
+        Disconnected
     }
 }
 
-/// The daemon, which never stops reading.
+/// The channel to the daemon, which never stops reading.
 struct Daemon(Channel);
 
 impl Daemon {
-    fn ask(&self, request: &Request<'_>) -> Result<(), Gone> {
+    fn ask(&self, request: &Request<'_>) -> Result<(), Disconnected> {
         let message = request.encode();
         loop {
             match self.0.send(&message, &[]) {
@@ -77,27 +79,27 @@ impl Daemon {
         }
     }
 
-    /// As long as it takes: when the daemon dies this process is killed.
+    /// Waits without a deadline: this process is killed when the daemon dies.
     fn wait(&self, events: PollFlags) {
         let _ = poll(&mut [PollFd::new(self.0.fd(), events)], PollTimeout::NONE);
     }
 
-    /// The next message, if there is one.
-    fn next(&self, buffer: &mut [u8]) -> Result<Option<(Order, Option<OwnedFd>)>, Gone> {
+    /// Returns the next message, if there is one.
+    fn next(&self, buffer: &mut [u8]) -> Result<Option<(Order, Option<OwnedFd>)>, Disconnected> {
         let received = match self.0.receive_with_fds(buffer) {
             Ok(received) => received,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-            Err(_) => return Err(Gone),
+            Err(_) => return Err(Disconnected),
         };
-        let order = Order::decode(&buffer[..received.len]).ok_or(Gone)?;
+        let order = Order::decode(&buffer[..received.len]).ok_or(Disconnected)?;
         Ok(Some((order, received.fds.into_iter().next())))
     }
 }
 
-fn serve(daemon: &Daemon) -> Gone {
+fn serve(daemon: &Daemon) -> Disconnected {
     let mut buffer = vec![0; TO_HELPER_BYTES_MAX];
     daemon.wait(PollFlags::POLLIN);
-    let Ok(Some((Order::Serve(subnet), _))) = daemon.next(&mut buffer) else { return Gone };
+    let Ok(Some((Order::Serve(subnet), _))) = daemon.next(&mut buffer) else { return Disconnected };
     let mut work = Work { daemon, subnet, datagrams: Datagrams::default(), connections: Connections::default() };
     loop {
         if let Err(gone) = work.once(&mut buffer) {
@@ -114,7 +116,7 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn once(&mut self, buffer: &mut [u8]) -> Result<(), Gone> {
+    fn once(&mut self, buffer: &mut [u8]) -> Result<(), Disconnected> {
         let (has_messages, datagrams, connections) = self.wait()?;
         let now = Instant::now();
         self.datagrams.take_answers(&datagrams, self.daemon, now)?;
@@ -126,12 +128,13 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Whether there are messages, and which datagrams' and which connections' descriptors are ready.
-    fn wait(&self) -> Result<(bool, Vec<bool>, Vec<bool>), Gone> {
+    /// Returns whether there are messages, and which datagrams' and connections' descriptors are
+    /// ready.
+    fn wait(&self) -> Result<(bool, Vec<bool>, Vec<bool>), Disconnected> {
         let mut fds = vec![PollFd::new(self.daemon.0.fd(), PollFlags::POLLIN)];
         let datagrams: Vec<_> = self.datagrams.waits().collect();
         let connections: Vec<_> = self.connections.waits().collect();
-        // What waits for the daemon has no descriptor to be looked at.
+        // Queries that wait for the daemon have no descriptor to poll.
         let looked_at = |waits: &[Option<(BorrowedFd<'_>, PollFlags)>]| waits.iter().map(Option::is_some).collect::<Vec<_>>();
         let (with_datagram, with_connection) = (looked_at(&datagrams), looked_at(&connections));
         fds.extend(datagrams.into_iter().chain(connections).flatten().map(|(fd, events)| PollFd::new(fd, events)));
@@ -146,18 +149,18 @@ impl Work<'_> {
         Ok((has_messages, take(with_datagram), take(with_connection)))
     }
 
-    fn follow(&mut self, order: Order, fd: Option<OwnedFd>, now: Instant) -> Result<(), Gone> {
+    fn follow(&mut self, order: Order, fd: Option<OwnedFd>, now: Instant) -> Result<(), Disconnected> {
         match order {
-            Order::Serve(_) => Err(Gone),
-            Order::Question { ticket, asker, packet } => {
-                self.datagrams.question((ticket, asker), packet, self.daemon, self.subnet)
+            Order::Serve(_) => Err(Disconnected),
+            Order::Question { ticket, client, packet } => {
+                self.datagrams.question((ticket, client), packet, self.daemon, self.subnet)
             }
             Order::Connection { ticket } => match fd {
                 Some(fd) => {
                     self.connections.open(ticket, fd, now);
                     Ok(())
                 }
-                // This process has no room for another descriptor.
+                // The descriptor could not be received because this process has too many.
                 None => self.daemon.ask(&Request::Done { ticket }),
             },
             Order::Address { ticket, address } => self.found(ticket, &Found::Address(address), now),
@@ -173,7 +176,7 @@ impl Work<'_> {
         }
     }
 
-    fn found(&mut self, ticket: Ticket, found: &Found, now: Instant) -> Result<(), Gone> {
+    fn found(&mut self, ticket: Ticket, found: &Found, now: Instant) -> Result<(), Disconnected> {
         if self.connections.has(ticket) {
             self.connections.found(ticket, found, self.subnet, now);
             Ok(())

@@ -1,18 +1,18 @@
-//! Questions read and answers written (RFC 1035, RFC 6891). Pure.
+//! Parses queries and writes answers (RFC 1035, RFC 6891). Pure.
 //!
-//! A question's name stands where nothing comes before it that it could point to, so a compressed one is malformed, and
-//! reading cannot loop. What else a packet holds is looked at only for its presence. An answer repeats the question's
-//! own bytes, with its upper and lower case.
+//! Nothing comes before the name in a query, so it cannot be compressed. A compressed name is
+//! rejected, and parsing cannot loop. Records that follow the question are not parsed. An answer
+//! repeats the question byte by byte, in its upper and lower case.
 
 use std::net::Ipv4Addr;
 
 pub const HEADER_LEN: usize = 12;
-/// Longest name on the wire, with its final zero.
+/// Longest name on the wire, including the final zero.
 const NAME_LEN_MAX: usize = 255;
 const LABEL_LEN_MAX: u8 = 63;
-/// EDNS and a signature.
+/// The additional records of a query may be EDNS and a signature.
 const ADDITIONAL_MAX: u16 = 2;
-/// What we take over UDP.
+/// The UDP payload size that our answers advertise.
 const UDP_PAYLOAD_MAX: u16 = 1232;
 
 pub const TYPE_A: u16 = 1;
@@ -32,7 +32,7 @@ const FLAG_RECURSION_DESIRED: u16 = 0x0100;
 const FLAG_RECURSION_AVAILABLE: u16 = 0x0080;
 const RCODE: u16 = 0x000f;
 
-/// Names and their addresses change hands: nobody is to remember them for long.
+/// VMs' names and addresses are reused, so answers must not be cached for long.
 const TTL_S: u32 = 5;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,12 +45,12 @@ pub enum Rcode {
     Refused = 5,
 }
 
-/// A well-formed question, with the bytes that it was read from.
+/// A well-formed query and the bytes that it was parsed from.
 #[derive(Debug)]
 pub struct Query<'a> {
     packet: &'a [u8],
     question_end: usize,
-    /// In lower case.
+    /// The labels of the name, in lower case.
     pub labels: Vec<Vec<u8>>,
     pub qtype: u16,
     pub qclass: u16,
@@ -58,10 +58,10 @@ pub struct Query<'a> {
     has_edns: bool,
 }
 
-/// What is done with a packet that is no question for us.
+/// What to do with a packet that is not a valid query.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Bad {
-    /// Nothing: an answer, or too short to be answered.
+    /// Ignore it: it is an answer, or too short to be answered.
     Drop,
     Answer(Vec<u8>),
 }
@@ -89,7 +89,7 @@ impl<'a> Query<'a> {
             return Err(bad(Rcode::FormErr));
         };
         let question_end = end + 4;
-        // EDNS: the root's name and the type.
+        // An EDNS record begins with the root's name and its type.
         let has_edns =
             additional > 0 && packet.get(question_end) == Some(&0) && u16_at(packet, question_end + 1) == Some(TYPE_OPT);
         let recursion_desired = flags & FLAG_RECURSION_DESIRED != 0;
@@ -100,12 +100,13 @@ impl<'a> Query<'a> {
         u16_at(self.packet, 0).unwrap_or_default()
     }
 
-    /// The question as it stands in the packet.
+    /// The question section, as it is in the packet.
     pub fn question(&self) -> &'a [u8] {
         &self.packet[HEADER_LEN..self.question_end]
     }
 
-    /// An answer of our own zones. `zone_labels`: how many of the question's last labels name the zone.
+    /// Writes an answer from one of our zones. The last `zone_labels` labels of the question are
+    /// the zone's name.
     pub fn answer(&self, outcome: &Outcome, zone_labels: usize) -> Vec<u8> {
         let rcode = if matches!(outcome, Outcome::NoName) { Rcode::NxDomain } else { Rcode::NoError };
         let is_negative = matches!(outcome, Outcome::NoName | Outcome::NoData);
@@ -130,7 +131,7 @@ impl<'a> Query<'a> {
         self.end(out)
     }
 
-    /// Nothing but why there is no answer.
+    /// Writes an answer without records that only carries an error code.
     pub fn refuse(&self, rcode: Rcode) -> Vec<u8> {
         self.end(self.begin(rcode, false, 0, 0))
     }
@@ -152,25 +153,25 @@ impl<'a> Query<'a> {
             out.push(0);
             out.extend(TYPE_OPT.to_be_bytes());
             out.extend(UDP_PAYLOAD_MAX.to_be_bytes());
-            // No extended code, version 0, no flags, no options.
+            // Extended code 0, version 0, no flags, no options.
             out.extend([0; 6]);
         }
         out
     }
 }
 
-/// What our own zones say.
+/// The result of a query in our zones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     Address(Ipv4Addr),
     /// A VM's name, without `.vm`.
     Name(String),
-    /// The name is there, a record of this type is not.
+    /// The name exists, but not with a record of this type.
     NoData,
     NoName,
 }
 
-/// To the name of the one question.
+/// A compression pointer to the name in the question.
 const POINTER_TO_QUESTION: u16 = 0xc000 | HEADER_LEN as u16;
 
 fn record(out: &mut Vec<u8>, owner: u16, kind: u16, data: &[u8]) {
@@ -182,7 +183,7 @@ fn record(out: &mut Vec<u8>, owner: u16, kind: u16, data: &[u8]) {
     out.extend(data);
 }
 
-/// So that resolvers know how long a "no" holds (RFC 2308).
+/// Tells resolvers how long to cache a negative answer (RFC 2308).
 fn soa() -> Vec<u8> {
     let mut data = Vec::new();
     for name in [&[b"ns".as_slice(), b"vm"], &[b"nobody".as_slice(), b"vm"]] {
@@ -201,7 +202,8 @@ fn write_label(out: &mut Vec<u8>, label: &[u8]) {
     out.extend(label);
 }
 
-/// The labels, in lower case, and where the name ends. Each step goes forward by at least one byte.
+/// Reads the labels in lower case and returns where the name ends. Every step advances by at least
+/// one byte.
 fn read_name(packet: &[u8], begin: usize) -> Option<(Vec<Vec<u8>>, usize)> {
     let mut labels = Vec::new();
     let mut at = begin;
@@ -220,7 +222,7 @@ fn read_name(packet: &[u8], begin: usize) -> Option<(Vec<Vec<u8>>, usize)> {
     }
 }
 
-/// For what cannot be repeated.
+/// Writes an answer to a packet whose question cannot be repeated.
 fn header_only(packet: &[u8], rcode: Rcode) -> Vec<u8> {
     let mut out = packet.get(..2).unwrap_or(&[0, 0]).to_vec();
     let asked = u16_at(packet, 2).unwrap_or_default();
@@ -230,14 +232,14 @@ fn header_only(packet: &[u8], rcode: Rcode) -> Vec<u8> {
     out
 }
 
-/// Puts another id in.
+/// Replaces the packet's id.
 pub fn set_id(packet: &mut [u8], id: u16) {
-    if let Some(place) = packet.get_mut(..2) {
-        place.copy_from_slice(&id.to_be_bytes());
+    if let Some(field) = packet.get_mut(..2) {
+        field.copy_from_slice(&id.to_be_bytes());
     }
 }
 
-/// Whether this is the answer to the question that was sent with this id.
+/// True if this packet answers the question that was sent with this id.
 pub fn is_answer(packet: &[u8], id: u16, question: &[u8]) -> bool {
     let (Some(its), Some(flags), Some(questions)) = (u16_at(packet, 0), u16_at(packet, 2), u16_at(packet, 4)) else {
         return false;
@@ -248,7 +250,7 @@ pub fn is_answer(packet: &[u8], id: u16, question: &[u8]) -> bool {
     let repeated = packet.get(HEADER_LEN..HEADER_LEN + question.len());
     match questions {
         1 => repeated.is_some_and(|q| q.eq_ignore_ascii_case(question)),
-        // Some say no more than that they cannot.
+        // Some resolvers leave the question out of an error.
         0 => flags & RCODE != 0,
         _ => false,
     }

@@ -1,4 +1,4 @@
-//! What is answered, what is looked up and what is passed on. Pure.
+//! Decides which queries are answered, looked up or forwarded. Pure.
 
 use super::packet::{Bad, CLASS_ANY, CLASS_IN, Outcome, Query, Rcode, TYPE_A, TYPE_ANY, TYPE_PTR};
 use crate::config::Subnet;
@@ -6,30 +6,30 @@ use crate::ids::VmName;
 use crate::net::dns::protocol::{Request, Ticket};
 use std::net::Ipv4Addr;
 
-/// Transfers of zones (RFC 5936) and the like (251 to 254): nobody's business.
+/// Zone transfers (RFC 5936) and the related types, which are never answered.
 const TYPES_REFUSED: std::ops::RangeInclusive<u16> = 251..=254;
-/// Labels of our zones' names: `vm`, and of the subnet's reverse zone.
+/// How many labels the names of our zones have: `vm`, and the subnet's reverse zone.
 const FORWARD_ZONE_LABELS: usize = 1;
 const REVERSE_ZONE_LABELS: usize = 5;
 
-/// What is done with a packet.
+/// What to do with a packet.
 #[derive(Debug)]
 pub enum Verdict<'a> {
     Drop,
     Reply(Vec<u8>),
-    /// [`answer`] says the rest.
+    /// Ask the daemon, and then write the answer with [`answer`].
     LookUp(Lookup),
     Forward(Query<'a>),
 }
 
-/// What only the daemon knows.
+/// Something that only the daemon knows.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Lookup {
     Address(VmName),
     Name(Ipv4Addr),
 }
 
-/// What the daemon says to that.
+/// The daemon's answer to a [`Lookup`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Found {
     Address(Option<Ipv4Addr>),
@@ -45,7 +45,7 @@ impl Lookup {
     }
 }
 
-/// Judges a packet.
+/// Decides what to do with a packet.
 pub fn judge(packet: &[u8], subnet: Subnet) -> Verdict<'_> {
     let query = match Query::parse(packet) {
         Ok(query) => query,
@@ -63,7 +63,8 @@ pub fn judge(packet: &[u8], subnet: Subnet) -> Verdict<'_> {
     }
 }
 
-/// Answers a packet that [`judge`] had looked up. None: it is not one of those.
+/// Answers a packet for which [`judge`] returned a lookup. None if the result does not fit the
+/// packet.
 pub fn answer(packet: &[u8], subnet: Subnet, found: &Found) -> Option<Vec<u8>> {
     let query = Query::parse(packet).ok()?;
     let Some(Own::LookUp(lookup)) = own(&query, subnet) else { return None };
@@ -80,14 +81,14 @@ pub fn answer(packet: &[u8], subnet: Subnet, found: &Found) -> Option<Vec<u8>> {
     Some(query.answer(&outcome, zone_labels))
 }
 
-/// A question for one of our zones.
+/// A query for one of our zones.
 enum Own {
-    /// Of the zone `vm`.
+    /// In the zone `vm`, with a known answer.
     Known(Outcome),
     LookUp(Lookup),
 }
 
-/// None for what is not ours to say.
+/// Returns None for a name outside our zones.
 fn own(query: &Query<'_>, subnet: Subnet) -> Option<Own> {
     let labels: Vec<&[u8]> = query.labels.iter().map(Vec::as_slice).collect();
     match labels.as_slice() {

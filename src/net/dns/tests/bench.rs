@@ -1,4 +1,5 @@
-//! Questions per second and their latency, of names of our own and of forwarded ones: `scripts/bench dns`.
+//! Measures queries per second and their latency, for names of VMs and for forwarded ones
+//! (`scripts/bench dns`).
 
 use super::{Lab, Web, ask};
 use crate::host::thread;
@@ -7,19 +8,19 @@ use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Askers, each with one question under way.
+/// Clients, each with one open query at a time.
 const WINDOW: usize = 32;
-/// Questions of one asker, which are fewer than its burst.
+/// Queries of one client, fewer than its burst allows.
 const EACH: usize = 600;
 const LATENCIES: usize = 900;
 
-/// Sockets of askers nobody has seen yet: each asker has a rate.
-struct Askers {
+/// Makes sockets with new client addresses, because every client has a rate limit.
+struct Clients {
     at: SocketAddr,
     next: u16,
 }
 
-impl Askers {
+impl Clients {
     fn next(&mut self) -> UdpSocket {
         self.next += 1;
         let [high, low] = self.next.to_be_bytes();
@@ -30,7 +31,7 @@ impl Askers {
     }
 }
 
-/// Answers every question, with the question.
+/// Answers every query with the query itself. A short packet ends it.
 fn resolver(socket: UdpSocket) {
     let mut buffer = [0; 4096];
     loop {
@@ -43,32 +44,32 @@ fn resolver(socket: UdpSocket) {
     }
 }
 
-fn measure(what: &str, name: &str, askers: &mut Askers) {
+fn measure(what: &str, name: &str, clients: &mut Clients) {
     let packet = ask(name, TYPE_A);
     let mut buffer = [0; 4096];
-    let alone = askers.next();
-    let mut exchange = |asker: &UdpSocket| -> Option<Duration> {
+    let alone = clients.next();
+    let mut exchange = |client: &UdpSocket| -> Option<Duration> {
         let begun = Instant::now();
-        asker.send(&packet).unwrap();
-        asker.recv(&mut buffer).ok().map(|_| begun.elapsed())
+        client.send(&packet).unwrap();
+        client.recv(&mut buffer).ok().map(|_| begun.elapsed())
     };
     let mut took: Vec<_> = (0..LATENCIES).filter_map(|_| exchange(&alone)).collect();
     took.sort_unstable();
     let (p50, p99) = (took[took.len() / 2], took[took.len() * 99 / 100]);
-    let many: Vec<_> = (0..WINDOW).map(|_| askers.next()).collect();
+    let many: Vec<_> = (0..WINDOW).map(|_| clients.next()).collect();
     let (mut answered, begun) = (0usize, Instant::now());
-    for asker in &many {
-        asker.send(&packet).unwrap();
+    for client in &many {
+        client.send(&packet).unwrap();
     }
     for _ in 0..EACH {
-        for asker in &many {
-            answered += usize::from(asker.recv(&mut buffer).is_ok());
-            asker.send(&packet).unwrap();
+        for client in &many {
+            answered += usize::from(client.recv(&mut buffer).is_ok());
+            client.send(&packet).unwrap();
         }
     }
     let per_s = answered as f64 / begun.elapsed().as_secs_f64();
     let lost = LATENCIES - took.len() + WINDOW * EACH - answered;
-    println!("{what}: p50 {} us, p99 {} us, {per_s:.0} questions/s, {lost} lost", p50.as_micros(), p99.as_micros());
+    println!("{what}: p50 {} us, p99 {} us, {per_s:.0} queries/s, {lost} lost", p50.as_micros(), p99.as_micros());
 }
 
 #[test]
@@ -78,10 +79,10 @@ fn bench() {
     let lab = Lab::with_resolvers(Arc::new(Web), "nameserver 127.0.0.1\n");
     let socket = lab.upstream.try_clone().unwrap();
     let upstream = thread::spawn("resolver", move || resolver(socket)).unwrap();
-    let mut askers = Askers { at: lab.at, next: 0 };
+    let mut clients = Clients { at: lab.at, next: 0 };
     for _ in 0..rounds {
-        measure("own name", "web.vm", &mut askers);
-        measure("forwarded", "example.com", &mut askers);
+        measure("own name", "web.vm", &mut clients);
+        measure("forwarded", "example.com", &mut clients);
     }
     let end = UdpSocket::bind("127.0.0.1:0").unwrap();
     end.send_to(b"end", lab.upstream.local_addr().unwrap()).unwrap();

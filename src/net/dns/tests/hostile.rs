@@ -1,4 +1,5 @@
-//! Helpers that a guest has taken over: whatever one says or does, it is killed, another one is started, and the daemon goes on.
+//! Tests with helpers that a guest has taken over. Whatever such a helper sends or does, it is
+//! killed and replaced, and the daemon keeps running.
 
 use super::process::{ask_until_answered, helper_pid};
 use super::{Lab, Names, Web, ask};
@@ -14,20 +15,20 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 pub const NAME: &str = "hostile-dns";
-/// Askers whose answers are never read: far more than a channel takes.
+/// Clients whose answers the helper never reads, far more than a channel holds.
 const DEAF_TO: usize = 400;
 
-/// The helper: does what the first label of a question says, and otherwise answers with the question. It is not confined,
-/// which makes no difference to whom it talks to.
+/// Runs the hostile helper. The first label of a query chooses what it does. Otherwise it answers
+/// with the query itself. It is not confined, because that does not change what it can send.
 pub fn run() -> ExitCode {
     let channel = Channel::inherited();
     let mut buffer = vec![0; TO_HELPER_BYTES_MAX];
     loop {
         let _ = poll(&mut [PollFd::new(channel.fd(), PollFlags::POLLIN)], PollTimeout::NONE);
         let Ok(received) = channel.receive_with_fds(&mut buffer) else { return ExitCode::FAILURE };
-        let order = Order::decode(&buffer[..received.len]).expect("an order");
+        let order = Order::decode(&buffer[..received.len]).expect("a valid order");
         if let Order::Question { ticket, packet, .. } = order {
-            let label = Query::parse(&packet).expect("a question").labels.swap_remove(0);
+            let label = Query::parse(&packet).expect("a valid query").labels.swap_remove(0);
             misbehave(&channel, ticket, &String::from_utf8_lossy(&label));
             let _ = channel.send(&Request::Answer { ticket, packet: &packet }.encode(), &[]);
         }
@@ -36,7 +37,7 @@ pub fn run() -> ExitCode {
 
 fn misbehave(channel: &Channel, ticket: Ticket, how: &str) {
     let say = |request: Request<'_>| drop(channel.send(&request.encode(), &[]));
-    let lookup = |ticket| Request::Address { ticket, name: "web".parse().expect("a name") };
+    let lookup = |ticket| Request::Address { ticket, name: "web".parse().expect("a valid name") };
     match how {
         "garbage" => drop(channel.send(&[0xff; 100], &[])),
         "oversize" => drop(channel.send(&[7; ANSWER_BYTES_MAX + 1000], &[])),
@@ -67,7 +68,7 @@ fn misbehave(channel: &Channel, ticket: Ticket, how: &str) {
             }
             let _ = poll(&mut [], PollTimeout::NONE);
         }
-        // It answers.
+        // It answers normally.
         _ => {}
     }
 }
@@ -83,7 +84,7 @@ fn helper_that_breaks_the_protocol_is_killed_and_replaced() {
         lab.client().send(&ask(&format!("{how}.example"), TYPE_A)).unwrap();
         let until = Instant::now() + Duration::from_secs(20);
         while helper_pid(lab.server()) == pid {
-            assert!(Instant::now() < until, "{how} did it no harm");
+            assert!(Instant::now() < until, "the helper survived {how}");
             ask_until_answered(&lab, &good);
         }
         assert_eq!(ask_until_answered(&lab, &good), good, "after {how}");
@@ -101,12 +102,12 @@ fn helper_that_does_not_read_its_answers_is_killed_and_replaced() {
     client.send(&ask("deaf.example", TYPE_A)).unwrap();
     let until = Instant::now() + Duration::from_secs(20);
     while helper_pid(lab.server()) == pid {
-        assert!(Instant::now() < until, "its answers pile up");
-        // The next helper answers those that are left.
+        assert!(Instant::now() < until, "the helper was not killed");
+        // The next helper answers the remaining queries.
         (0..50).for_each(|_| drop(client.send(&ask("fill.example", TYPE_A))));
         let _ = client.recv(&mut [0; 512]);
     }
-    // From another asker, because this one has asked too much.
+    // Use another client, because this one has used up its rate.
     let other = UdpSocket::bind("127.0.0.2:0").unwrap();
     other.connect(lab.at).unwrap();
     other.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
@@ -117,12 +118,12 @@ fn helper_that_does_not_read_its_answers_is_killed_and_replaced() {
 }
 
 #[test]
-fn helper_learns_names_for_the_asker_alone() {
-    /// Says who was said to ask.
-    struct Askers(AtomicUsize);
-    impl Names for Askers {
-        fn address(&self, _: &str, asker: IpAddr) -> Option<Ipv4Addr> {
-            assert_eq!(asker, Ipv4Addr::LOCALHOST);
+fn helper_can_look_up_names_only_for_its_client() {
+    /// Checks and counts the clients that lookups are made for.
+    struct Clients(AtomicUsize);
+    impl Names for Clients {
+        fn address(&self, _: &str, client: IpAddr) -> Option<Ipv4Addr> {
+            assert_eq!(client, Ipv4Addr::LOCALHOST);
             self.0.fetch_add(1, Ordering::Relaxed);
             None
         }
@@ -130,7 +131,7 @@ fn helper_learns_names_for_the_asker_alone() {
             None
         }
     }
-    let names = Arc::new(Askers(AtomicUsize::new(0)));
+    let names = Arc::new(Clients(AtomicUsize::new(0)));
     let lab = Lab::with_helper(NAME, names.clone(), "nameserver 127.0.0.1\n");
     let pid = helper_pid(lab.server());
     lab.client().send(&ask("curious.example", TYPE_A)).unwrap();
@@ -139,5 +140,5 @@ fn helper_learns_names_for_the_asker_alone() {
         assert!(Instant::now() < until);
         ask_until_answered(&lab, &ask("good.example", TYPE_A));
     }
-    assert_eq!(names.0.load(Ordering::Relaxed), 3, "as many as one question needs");
+    assert_eq!(names.0.load(Ordering::Relaxed), 3, "as many as one query may need");
 }

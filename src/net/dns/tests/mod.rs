@@ -1,4 +1,5 @@
-//! What hostile packets do to the name server: nothing. `simple-dns` reads its answers as somebody else would.
+//! Tests of the name server, many of them with hostile packets. `simple-dns` parses its answers
+//! independently.
 
 mod bench;
 pub(crate) mod hostile;
@@ -18,16 +19,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Knows web as 10.89.0.5, for everybody but 10.89.0.66.
+/// Knows web as 10.89.0.5, but not for 10.89.0.66.
 struct Web;
 
 impl Names for Web {
-    fn address(&self, name: &str, asker: IpAddr) -> Option<Ipv4Addr> {
+    fn address(&self, name: &str, client: IpAddr) -> Option<Ipv4Addr> {
         assert!(name.parse::<crate::ids::VmName>().is_ok());
-        (name == "web" && asker != stranger()).then(web)
+        (name == "web" && client != stranger()).then(web)
     }
-    fn name(&self, address: Ipv4Addr, asker: IpAddr) -> Option<String> {
-        (address == web() && asker != stranger()).then(|| "web".to_owned())
+    fn name(&self, address: Ipv4Addr, client: IpAddr) -> Option<String> {
+        (address == web() && client != stranger()).then(|| "web".to_owned())
     }
 }
 
@@ -44,7 +45,7 @@ fn subnet() -> crate::config::Subnet {
     "10.89.0.0/24".parse().unwrap()
 }
 
-/// A question as resolvers send it, with EDNS.
+/// A query with EDNS, the way resolvers send it.
 fn ask(name: &str, kind: u16) -> Vec<u8> {
     let mut packet = vec![0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1];
     for label in name.split('.').filter(|l| !l.is_empty()) {
@@ -58,23 +59,23 @@ fn ask(name: &str, kind: u16) -> Vec<u8> {
     packet
 }
 
-fn reply(packet: &[u8], asker: IpAddr) -> Vec<u8> {
-    reply_for(judge(packet, subnet()), packet, asker)
+fn reply(packet: &[u8], client: IpAddr) -> Vec<u8> {
+    reply_for(judge(packet, subnet()), packet, client)
 }
 
-/// With what the daemon would look up.
-fn reply_for(verdict: Verdict<'_>, packet: &[u8], asker: IpAddr) -> Vec<u8> {
+/// Completes a verdict with what the daemon would look up.
+fn reply_for(verdict: Verdict<'_>, packet: &[u8], client: IpAddr) -> Vec<u8> {
     let found = match verdict {
         Verdict::Reply(reply) => return reply,
-        Verdict::LookUp(Lookup::Address(name)) => Found::Address(Web.address(name.as_str(), asker)),
-        Verdict::LookUp(Lookup::Name(address)) => Found::Name(Web.name(address, asker).map(|name| name.parse().unwrap())),
+        Verdict::LookUp(Lookup::Address(name)) => Found::Address(Web.address(name.as_str(), client)),
+        Verdict::LookUp(Lookup::Name(address)) => Found::Name(Web.name(address, client).map(|name| name.parse().unwrap())),
         other => panic!("{other:?}"),
     };
     answer(packet, subnet(), &found).unwrap()
 }
 
 #[test]
-fn names_of_vms() {
+fn vm_name_resolves_to_address() {
     for name in ["web.vm", "WeB.Vm", "web.vm."] {
         let packet = ask(name, TYPE_A);
         let reply = reply(&packet, guest());
@@ -90,8 +91,8 @@ fn names_of_vms() {
 }
 
 #[track_caller]
-fn check_negative(name: &str, kind: u16, asker: IpAddr, rcode: RCODE, zone: &str) {
-    let reply = reply(&ask(name, kind), asker);
+fn check_negative(name: &str, kind: u16, client: IpAddr, rcode: RCODE, zone: &str) {
+    let reply = reply(&ask(name, kind), client);
     let read = Packet::parse(&reply).unwrap();
     assert_eq!((read.rcode(), read.answers.len(), read.name_servers.len()), (rcode, 0, 1), "{read:?}");
     assert!(matches!(read.name_servers[0].rdata, RData::SOA(_)));
@@ -99,21 +100,21 @@ fn check_negative(name: &str, kind: u16, asker: IpAddr, rcode: RCODE, zone: &str
 }
 
 #[test]
-fn what_is_not_there() {
+fn unknown_names_and_types_get_negative_answers() {
     check_negative("web.vm", TYPE_AAAA, guest(), RCODE::NoError, "vm");
     check_negative("vm", TYPE_A, guest(), RCODE::NoError, "vm");
     check_negative("other.vm", TYPE_A, guest(), RCODE::NameError, "vm");
     check_negative("x.web.vm", TYPE_A, guest(), RCODE::NameError, "vm");
     check_negative("-web.vm", TYPE_A, guest(), RCODE::NameError, "vm");
     check_negative("w\u{e4}b.vm", TYPE_A, guest(), RCODE::NameError, "vm");
-    // Of whom it may not know.
+    // This client may not know web.
     check_negative("web.vm", TYPE_A, stranger(), RCODE::NameError, "vm");
     check_negative("9.0.89.10.in-addr.arpa", TYPE_PTR, guest(), RCODE::NameError, "0.89.10.in-addr.arpa");
     check_negative("5.0.89.10.in-addr.arpa", TYPE_A, guest(), RCODE::NoError, "0.89.10.in-addr.arpa");
 }
 
 #[test]
-fn names_of_addresses() {
+fn address_resolves_to_vm_name() {
     let reply = reply(&ask("5.0.89.10.in-addr.arpa", TYPE_PTR), guest());
     let read = Packet::parse(&reply).unwrap();
     let RData::PTR(name) = &read.answers[0].rdata else { panic!("{read:?}") };
@@ -121,9 +122,9 @@ fn names_of_addresses() {
 }
 
 #[test]
-fn the_rest_is_passed_on_or_refused() {
+fn other_names_are_forwarded_or_refused() {
     let forwards = |name: &str, kind: u16| matches!(judge(&ask(name, kind), subnet()), Verdict::Forward(_));
-    // 65: HTTPS; 12345: nobody knows yet.
+    // Type 65 is HTTPS, and 12345 is unassigned.
     for (name, kind) in
         [("example.com", TYPE_A), ("", 2), ("vm.example", 65), ("1.0.0.127.in-addr.arpa", TYPE_PTR), ("a.b", 12_345)]
     {
@@ -135,9 +136,9 @@ fn the_rest_is_passed_on_or_refused() {
         packet[at] = to;
         packet
     };
-    assert_eq!(rcode(&ask("example.com", 252)), RCODE::Refused, "a transfer");
+    assert_eq!(rcode(&ask("example.com", 252)), RCODE::Refused, "a zone transfer");
     assert_eq!(rcode(&ask("vm", 252)), RCODE::Refused);
-    assert_eq!(rcode(&changed(2, 0)), RCODE::Refused, "what we know of others is not told");
+    assert_eq!(rcode(&changed(2, 0)), RCODE::Refused, "other zones without recursion");
     assert_eq!(rcode(&changed(2, 0x21)), RCODE::NotImplemented, "notify");
     assert_eq!(rcode(&changed(5, 2)), RCODE::FormatError, "two questions");
     assert_eq!(rcode(&changed(7, 1)), RCODE::FormatError, "an answer in a question");
@@ -145,18 +146,18 @@ fn the_rest_is_passed_on_or_refused() {
 }
 
 #[test]
-fn what_is_no_question_has_no_answer() {
+fn packets_that_are_not_queries_are_dropped() {
     let drops = |packet: &[u8]| matches!(judge(packet, subnet()), Verdict::Drop);
     let packet = ask("web.vm", TYPE_A);
     assert!((0..12).all(|len| drops(&packet[..len])));
     let mut answer = packet.clone();
     answer[2] |= 0x80;
-    assert!(drops(&answer), "two servers would talk for ever");
+    assert!(drops(&answer), "two servers would answer each other for ever");
 }
 
 #[test]
 fn outsiders_are_not_served() {
-    let is_served = |asker: &str| served(SocketAddr::new(asker.parse().unwrap(), 1000), subnet()).is_some();
+    let is_served = |client: &str| served(SocketAddr::new(client.parse().unwrap(), 1000), subnet()).is_some();
     for outsider in ["192.0.2.1", "10.89.1.1", "::1", "0.0.0.0"] {
         assert!(!is_served(outsider), "{outsider}");
     }
@@ -164,8 +165,9 @@ fn outsiders_are_not_served() {
 }
 
 #[test]
-fn names_that_point_are_malformed() {
-    // To itself, to the header, forward, behind the end, and a label with a reserved length.
+fn compressed_or_long_names_are_rejected() {
+    // Pointers to itself, to the header, forward, and beyond the end, and labels with a reserved
+    // length.
     for pointer in [[0xc0, 12], [0xc0, 0], [0xc0, 14], [0xff, 0xff], [0x80, 1], [0x40, 1]] {
         let mut packet = ask("", TYPE_A);
         packet.splice(12..13, pointer);
@@ -180,7 +182,7 @@ fn names_that_point_are_malformed() {
     assert!(matches!(judge(&ask(&longest, TYPE_A), subnet()), Verdict::Forward(_)), "255 bytes");
 }
 
-/// Whatever comes in: an answer is an answer to it, and at most so large.
+/// Any packet is dropped, forwarded, or gets an answer with its id and a bounded size.
 fn check_any(packet: &[u8]) {
     match judge(packet, subnet()) {
         Verdict::Drop => {}
@@ -197,19 +199,19 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 4096, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn any_bytes(packet in proptest::collection::vec(any::<u8>(), 0..600)) {
+    fn any_bytes_get_bounded_answer(packet in proptest::collection::vec(any::<u8>(), 0..600)) {
         check_any(&packet);
     }
 
     #[test]
-    fn any_body_behind_a_good_header(body in proptest::collection::vec(prop_oneof![any::<u8>(), 0u8..4, Just(0xc0), Just(12)], 0..300), additional in 0u8..4) {
+    fn any_body_after_good_header_gets_bounded_answer(body in proptest::collection::vec(prop_oneof![any::<u8>(), 0u8..4, Just(0xc0), Just(12)], 0..300), additional in 0u8..4) {
         let mut packet = vec![1, 2, 1, 0, 0, 1, 0, 0, 0, 0, 0, additional];
         packet.extend(body);
         check_any(&packet);
     }
 
     #[test]
-    fn good_questions_with_a_few_changes(
+    fn mutated_queries_get_bounded_answer(
         name in "([a-zA-Z0-9-]{1,63}\\.){0,3}(vm|in-addr\\.arpa|example)", kind in any::<u16>(),
         changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6), cut in any::<prop::sample::Index>(),
     ) {
@@ -224,7 +226,7 @@ proptest! {
     }
 
     #[test]
-    fn a_name_is_read_as_it_was_written(name in "([a-z0-9-]{1,40}\\.){0,4}[a-z]{1,9}", kind in any::<u16>()) {
+    fn name_round_trips(name in "([a-z0-9-]{1,40}\\.){0,4}[a-z]{1,9}", kind in any::<u16>()) {
         let packet = ask(&name, kind);
         let query = Query::parse(&packet).unwrap();
         let labels: Vec<_> = query.labels.iter().map(|l| String::from_utf8(l.clone()).unwrap()).collect();
@@ -233,7 +235,8 @@ proptest! {
     }
 }
 
-/// A server on the loopback, with a real helper process, and a resolver of the "host" that it forwards to.
+/// A server on the loopback with a real helper process, and a socket that plays the host's
+/// resolver.
 struct Lab {
     server: Option<Server>,
     at: SocketAddr,
@@ -243,7 +246,7 @@ struct Lab {
 
 impl Lab {
     fn new(names: Arc<dyn Names>) -> Self {
-        // The first is where nobody listens: the second is asked as well.
+        // Nothing listens at the first address, so the second one is tried too.
         Self::with_resolvers(names, "nameserver 127.0.0.9\nnameserver 127.0.0.1\n")
     }
 
@@ -258,10 +261,10 @@ impl Lab {
         let upstream = UdpSocket::bind("127.0.0.1:0").unwrap();
         upstream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
         let upstream_port = upstream.local_addr().unwrap().port();
-        // A port that is free for both.
+        // Finds a port that is free for both UDP and TCP.
         let (at, server) = (0..100)
             .find_map(|_| {
-                // Not where the resolver is: it does not ask itself.
+                // This is not the resolver's address, because the server skips its own.
                 let at = UdpSocket::bind("127.0.0.3:0").unwrap().local_addr().unwrap();
                 let names = names.clone();
                 let resolv_conf = resolv_conf.clone();
@@ -293,7 +296,7 @@ impl Lab {
     }
 }
 
-/// Whom the helper is to run as, where the tests may choose.
+/// The user to run the helper as, if the tests may choose one.
 fn owner() -> Option<Owner> {
     rustix::process::geteuid().is_root().then_some(Owner { uid: 1_900_065_535, gid: 1_900_065_535 })
 }
@@ -303,16 +306,16 @@ fn rcode_of(reply: &[u8]) -> u8 {
 }
 
 #[test]
-fn a_question_is_passed_on_and_its_answer_back() {
+fn query_is_forwarded_and_its_answer_returned() {
     let lab = Lab::new(Arc::new(Web));
     let packet = ask("example.com", TYPE_A);
     let client = lab.client();
     client.send(&packet).unwrap();
-    // Again before there is an answer: one question under way is enough.
+    // A repetition before the answer is not forwarded.
     client.send(&packet).unwrap();
     let mut buffer = [0; 4096];
     let (len, from) = lab.upstream.recv_from(&mut buffer).unwrap();
-    assert_eq!(&buffer[2..len], &packet[2..], "with another id, else as it was");
+    assert_eq!(&buffer[2..len], &packet[2..], "only the id differs");
     let answer = |id: [u8; 2], name: &str| {
         let mut answer = ask(name, TYPE_A);
         answer[..2].copy_from_slice(&id);
@@ -320,31 +323,31 @@ fn a_question_is_passed_on_and_its_answer_back() {
         answer
     };
     let id = [buffer[0], buffer[1]];
-    // Neither another id nor another question is taken for the answer.
+    // An answer with another id or another question is ignored.
     lab.upstream.send_to(&answer([id[0] ^ 1, id[1]], "example.com"), from).unwrap();
     lab.upstream.send_to(&answer(id, "example.org"), from).unwrap();
     lab.upstream.send_to(&answer(id, "eXample.com"), from).unwrap();
     let len = client.recv(&mut buffer).unwrap();
     assert_eq!(&buffer[..len], answer([0x12, 0x34], "eXample.com"));
     lab.upstream.set_nonblocking(true).unwrap();
-    assert!(lab.upstream.recv_from(&mut buffer).is_err(), "the repeated question went on as well");
+    assert!(lab.upstream.recv_from(&mut buffer).is_err(), "the repeated query was forwarded as well");
 }
 
 #[test]
-fn questions_under_way_are_bounded_and_end() {
+fn open_queries_are_bounded_and_time_out() {
     let mut lab = Lab::new(Arc::new(Web));
     let client = lab.client();
     for n in 0..100 {
         client.send(&ask(&format!("n{n}.example"), TYPE_A)).unwrap();
     }
-    // The 65th and further ones are refused at once; those under way do not keep names of our own from being answered.
+    // From the 65th on they are refused at once. Names of VMs are still answered.
     let mut buffer = [0; 4096];
     for _ in 64..100 {
         let len = client.recv(&mut buffer).unwrap();
         assert_eq!(rcode_of(&buffer[..len]), 2);
     }
     assert_eq!(rcode_of(&lab.exchange(&ask("web.vm", TYPE_A))), 0);
-    // Nobody answers the rest: each ends with an answer that says so.
+    // No resolver answers the others, so each of them ends with an error.
     for _ in 0..64 {
         let len = client.recv(&mut buffer).unwrap();
         assert_eq!(rcode_of(&buffer[..len]), 2);
@@ -353,7 +356,7 @@ fn questions_under_way_are_bounded_and_end() {
 }
 
 #[test]
-fn over_tcp() {
+fn tcp_connection_answers_several_queries() {
     let lab = Lab::new(Arc::new(Web));
     let mut stream = TcpStream::connect(lab.at).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
@@ -361,7 +364,7 @@ fn over_tcp() {
         let packet = ask(name, TYPE_A);
         let mut bytes = u16::try_from(packet.len()).unwrap().to_be_bytes().to_vec();
         bytes.extend(&packet);
-        // In two parts: the length does not come alone by chance only.
+        // Send it in two parts.
         stream.write_all(&bytes[..1]).unwrap();
         stream.write_all(&bytes[1..]).unwrap();
         let mut len = [0; 2];
@@ -376,7 +379,7 @@ fn over_tcp() {
 fn connections_are_bounded_and_end_with_the_server() {
     let mut lab = Lab::new(Arc::new(Web));
     let streams: Vec<_> = (0..40).map(|_| TcpStream::connect(lab.at).unwrap()).collect();
-    // Four of one asker are served, the rest are closed.
+    // Four connections of a client are served, and the others are closed.
     let mut served = 0;
     for mut stream in streams.iter() {
         stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
@@ -385,15 +388,15 @@ fn connections_are_bounded_and_end_with_the_server() {
     assert!((1..=4).contains(&served), "{served}");
     let begun = Instant::now();
     lab.server.take().unwrap().stop().unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(3), "a silent connection does not keep it");
+    assert!(begun.elapsed() < Duration::from_secs(3), "a silent connection must not delay the stop");
     drop(streams);
 }
 
 #[test]
-fn a_flood_is_dropped_and_others_are_answered() {
+fn flood_of_one_client_does_not_block_others() {
     let lab = Lab::new(Arc::new(Web));
     let loud = lab.client();
-    // From 127.0.0.2: another asker.
+    // 127.0.0.2 counts as another client.
     let quiet = UdpSocket::bind("127.0.0.2:0").unwrap();
     quiet.connect(lab.at).unwrap();
     quiet.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
@@ -409,11 +412,11 @@ fn a_flood_is_dropped_and_others_are_answered() {
 }
 
 #[test]
-fn a_panic_of_the_daemons_costs_one_answer() {
+fn panic_in_lookup_costs_one_answer() {
     struct Panics(AtomicUsize);
     impl Names for Panics {
         fn address(&self, _: &str, _: IpAddr) -> Option<Ipv4Addr> {
-            assert!(self.0.fetch_add(1, Ordering::Relaxed) > 0, "the first time");
+            assert!(self.0.fetch_add(1, Ordering::Relaxed) > 0, "panics the first time");
             Some(web())
         }
         fn name(&self, _: Ipv4Addr, _: IpAddr) -> Option<String> {
@@ -430,7 +433,7 @@ fn a_panic_of_the_daemons_costs_one_answer() {
 }
 
 #[test]
-fn a_port_that_is_taken_is_a_conflict() {
+fn start_on_taken_port_is_conflict() {
     let taken = UdpSocket::bind("127.0.0.1:0").unwrap();
     let listen = taken.local_addr().unwrap();
     let setup = Setup {
@@ -441,6 +444,6 @@ fn a_port_that_is_taken_is_a_conflict() {
         upstream_port: 53,
         owner: None,
     };
-    let e = Server::start(setup).err().expect("it is taken");
+    let e = Server::start(setup).err().expect("the port is taken");
     assert_eq!(e.kind(), crate::error::Kind::Conflict);
 }

@@ -1,4 +1,4 @@
-//! The helper as a process: what it is, and what happens when it ends.
+//! Tests of the helper as a process, and of what happens when it exits.
 
 use super::{Lab, Web, ask, owner, rcode_of};
 use crate::net::dns::Server;
@@ -11,14 +11,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// For a helper to be started again.
+/// How long a new helper may take to start.
 const SOON: Duration = Duration::from_secs(20);
 
 pub fn helper_pid(server: &Server) -> u32 {
     server.health.pid.load(Ordering::Relaxed)
 }
 
-/// Asks until there is an answer: a question that a helper took with it is lost.
+/// Repeats a query until it is answered, because open queries are lost when a helper exits.
 #[track_caller]
 pub fn ask_until_answered(lab: &Lab, packet: &[u8]) -> Vec<u8> {
     let client = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -43,7 +43,7 @@ fn proc_fields(pid: u32, file: &str) -> BTreeMap<String, String> {
 }
 
 #[test]
-fn helper_is_confined_and_has_no_socket_of_the_servers() {
+fn helper_is_confined_and_has_no_server_sockets() {
     let lab = Lab::new(Arc::new(Web));
     assert_eq!(rcode_of(&lab.exchange(&ask("web.vm", TYPE_A))), 0);
     let pid = helper_pid(lab.server());
@@ -53,12 +53,12 @@ fn helper_is_confined_and_has_no_socket_of_the_servers() {
     let four = |id: u32| [id.to_string().as_str(); 4].join(" ");
     assert_eq!((&status["Uid"], &status["Gid"]), (&four(owner.uid), &four(owner.gid)));
     assert_eq!((status["Groups"].as_str(), status["CapEff"].as_str()), ("", "0000000000000000"));
-    // The channel and /dev/null twice; nothing else until somebody has to be asked.
+    // The channel, and /dev/null twice. Sockets to resolvers are only passed when they are needed.
     assert_eq!(std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count(), 3);
 }
 
 #[test]
-fn killed_helper_is_replaced_and_the_next_one_answers() {
+fn killed_helper_is_replaced() {
     let lab = Lab::new(Arc::new(Web));
     let packet = ask("web.vm", TYPE_A);
     assert_eq!(rcode_of(&lab.exchange(&packet)), 0);
@@ -69,10 +69,10 @@ fn killed_helper_is_replaced_and_the_next_one_answers() {
         assert!(!killed.contains(&pid));
         kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::KILL).unwrap();
         killed.push(pid);
-        // The answer may still be that of a helper that has not died yet.
+        // The answer may still come from the helper that was killed.
         let until = Instant::now() + SOON;
         while helper_pid(lab.server()) == pid {
-            assert!(Instant::now() < until, "no other helper");
+            assert!(Instant::now() < until, "the helper was not replaced");
             ask_until_answered(&lab, &packet);
         }
     }
@@ -81,7 +81,7 @@ fn killed_helper_is_replaced_and_the_next_one_answers() {
 }
 
 #[test]
-fn stop_is_prompt_with_questions_and_connections_under_way() {
+fn stop_with_open_queries_and_connections_is_prompt() {
     let mut lab = Lab::new(Arc::new(Web));
     let client = lab.client();
     for n in 0..50 {
@@ -90,7 +90,7 @@ fn stop_is_prompt_with_questions_and_connections_under_way() {
     let mut stream = TcpStream::connect(lab.at).unwrap();
     let packet = ask("example.com", TYPE_A);
     stream.write_all(&[&u16::try_from(packet.len()).unwrap().to_be_bytes(), packet.as_slice()].concat()).unwrap();
-    // They have arrived: one of them is at the resolver.
+    // Wait until one of the queries has reached the resolver.
     lab.upstream.recv_from(&mut [0; 512]).unwrap();
     let pid = helper_pid(lab.server());
     let begun = Instant::now();
@@ -100,8 +100,8 @@ fn stop_is_prompt_with_questions_and_connections_under_way() {
 }
 
 #[test]
-fn over_tcp_the_next_resolver_is_asked_when_one_refuses() {
-    // The first of the two is where nobody listens.
+fn tcp_query_falls_back_to_next_resolver() {
+    // Nothing listens at the first of the two resolvers.
     let lab = Lab::new(Arc::new(Web));
     let resolver = std::net::TcpListener::bind(lab.upstream.local_addr().unwrap()).unwrap();
     let thread = crate::host::thread::spawn("resolver", move || {
@@ -129,7 +129,7 @@ fn over_tcp_the_next_resolver_is_asked_when_one_refuses() {
 }
 
 #[test]
-fn without_a_resolver_a_question_fails_at_once() {
+fn query_without_resolvers_fails_at_once() {
     let lab = Lab::with_resolvers(Arc::new(Web), "# none\n");
     assert_eq!(rcode_of(&lab.exchange(&ask("example.com", TYPE_A))), 2);
 }

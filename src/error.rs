@@ -225,6 +225,10 @@ impl Error {
     pub fn message(&self) -> &str {
         &self.message
     }
+    /// The source, if it is a `T`. For callers that decide by it.
+    pub fn source_as<T: std::error::Error + 'static>(&self) -> Option<&T> {
+        self.source.as_deref().and_then(|source| source.downcast_ref())
+    }
     pub fn hint_text(&self) -> Option<&str> {
         self.hint.as_deref()
     }

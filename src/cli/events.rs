@@ -11,7 +11,7 @@ use crate::api::vm::{Pending, RateLimits, Vm, WorkspaceInfo};
 use crate::client::{Client, Failure, Hangup, Result};
 use crate::error::{Error, Kind};
 use crate::host::wait::{WaitResult, wait_any};
-use crate::locks::Cancel;
+use crate::locks::{Cancel, CancelCause};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use nix::poll::PollFlags;
@@ -239,7 +239,7 @@ impl StdoutWatcher {
 
 impl Drop for StdoutWatcher {
     fn drop(&mut self) {
-        self.stop.cancel("the command ends");
+        self.stop.cancel(CancelCause::CommandEnded);
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }

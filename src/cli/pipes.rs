@@ -2,7 +2,7 @@
 //! cancelled.
 
 use crate::error::{Error, Result};
-use crate::locks::Cancel;
+use crate::locks::{Cancel, CancelCause};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -100,7 +100,7 @@ impl Read for Stoppable {
 }
 
 fn stopped(cancel: &Cancel) -> io::Error {
-    io::Error::new(io::ErrorKind::ConnectionAborted, cancel.cause().unwrap_or("cancelled").to_owned())
+    io::Error::new(io::ErrorKind::ConnectionAborted, cancel.cause().cloned().unwrap_or(CancelCause::CommandEnded))
 }
 
 /// Waits until `fd` is ready. Fails with `ConnectionAborted` when the token fires and with
@@ -136,7 +136,7 @@ mod tests {
         let (mut ours, _theirs) = from_daemon(&cancel).unwrap();
         let (mut full, _unread) = to_daemon(&cancel).unwrap();
         let token = cancel.clone();
-        let stopper = crate::host::thread::spawn("stopper", move || token.cancel("enough")).unwrap();
+        let stopper = crate::host::thread::spawn("stopper", move || token.cancel(crate::locks::CancelCause::Requested)).unwrap();
         let e = full.write_all(&vec![0; 1 << 20]).unwrap_err();
         assert_eq!((e.kind(), e.to_string().as_str()), (io::ErrorKind::ConnectionAborted, "enough"));
         assert_eq!(ours.read(&mut [0; 8]).unwrap_err().kind(), io::ErrorKind::ConnectionAborted);

@@ -5,7 +5,7 @@ use crate::api::exec::Stream;
 use crate::client::Result;
 use crate::error::Error;
 use crate::host::thread;
-use crate::locks::Cancel;
+use crate::locks::{Cancel, CancelCause};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -117,8 +117,8 @@ impl Relay {
     /// stderr ended.
     pub fn finish(mut self) -> Vec<Drained> {
         self.close_lent();
-        self.stdin_stop.cancel("the command has ended");
-        self.ended.cancel("the command has ended");
+        self.stdin_stop.cancel(CancelCause::CommandEnded);
+        self.ended.cancel(CancelCause::CommandEnded);
         let joined = std::mem::take(&mut self.outputs).into_iter();
         joined.map(|t| t.join().unwrap_or_else(|_| Drained::Failed(io::Error::other("a relay thread panicked")))).collect()
     }
@@ -126,8 +126,8 @@ impl Relay {
 
 impl Drop for Relay {
     fn drop(&mut self) {
-        self.stdin_stop.cancel("the command has ended");
-        self.ended.cancel("the command has ended");
+        self.stdin_stop.cancel(CancelCause::CommandEnded);
+        self.ended.cancel(CancelCause::CommandEnded);
     }
 }
 

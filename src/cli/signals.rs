@@ -4,7 +4,7 @@ use super::terminal;
 use crate::client::{Client, Failure, Hangup, Result};
 use crate::error::{Error, Kind};
 use crate::host::thread;
-use crate::locks::{Cancel, Mutex, Rank};
+use crate::locks::{Cancel, CancelCause, Mutex, Rank};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use signal_hook::consts::signal::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use std::fs::File;
@@ -285,7 +285,7 @@ fn act(state: &Mutex<State>, cancel: &Cancel, signal: i32, stderr: &File) {
                 hangup.hang_up();
             }
             drop(state);
-            cancel.cancel("interrupted");
+            cancel.cancel(CancelCause::Interrupted);
         }
         Action::SayWait => {
             drop(state);

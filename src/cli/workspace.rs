@@ -15,7 +15,7 @@ use crate::client::{Client, Result};
 use crate::error::{Error, Kind};
 use crate::host::shell::quote;
 use crate::host::thread;
-use crate::locks::Cancel;
+use crate::locks::{Cancel, CancelCause};
 use crate::workspace::left::{self, Left, LeftBehind, Why};
 use crate::workspace::plan::{CallerEnv, History, Options, Plan, Sent};
 use crate::workspace::{encode, guest_path, patch, raw_tar, unpack};
@@ -305,7 +305,7 @@ impl Transfer<'_> {
     fn stop(&self) -> Result<Cancel> {
         let stop = Cancel::try_new().map_err(|e| Error::io("make a cancel token", e))?;
         let fired = stop.clone();
-        self.interrupts.on_end(move || fired.cancel("interrupted"));
+        self.interrupts.on_end(move || fired.cancel(CancelCause::Interrupted));
         Ok(stop)
     }
 
@@ -336,7 +336,7 @@ impl Transfer<'_> {
 /// saw only a broken pipe.
 fn conclude<R, T>(reply: Result<R>, thread: Option<TransferThread<T>>, stop: &Cancel) -> Result<(R, Option<T>)> {
     if reply.is_err() {
-        stop.cancel("the call has ended");
+        stop.cancel(CancelCause::CommandEnded);
     }
     let Some(thread) = thread else { return Ok((reply?, None)) };
     let (ours, is_consequence) = thread.join().map_err(|_| Error::internal("a transfer thread panicked"))?;

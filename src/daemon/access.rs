@@ -1,10 +1,10 @@
 //! Who may see what: root and the owner. To anybody else a VM does not exist.
 
 use super::Daemon;
-use super::runtime::HOST_DISK_FULL;
 use crate::api::vm::{Vm, VmState};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{ID_LEN, VmId};
+use crate::locks::CancelCause;
 use crate::store::{State, VmRow, WorkspaceRow};
 use std::sync::Arc;
 
@@ -78,7 +78,7 @@ impl Daemon {
     /// That the guest stands still is in no row: it could not be written to a full disk.
     pub(super) fn with_pause(&self, mut vm: Vm) -> Vm {
         if vm.state == VmState::Running && self.runtimes.is_paused(&vm.id) {
-            vm.reason = Some(format!("paused: {HOST_DISK_FULL}"));
+            vm.reason = Some(format!("paused: {}", CancelCause::HostDiskFull));
         }
         vm
     }

@@ -1,7 +1,7 @@
 //! The drain: transfers may finish for a while, then they are cancelled; stops finish or stay as rows.
 
 use super::Daemon;
-use crate::locks::{Condvar, Mutex, Rank, check};
+use crate::locks::{CancelCause, Condvar, Mutex, Rank, check};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -51,12 +51,12 @@ impl Drop for Counted {
 impl Daemon {
     /// Call it when no new call can come. VMs run on.
     pub fn close(&self, transfers_until: Instant, deadline: Instant) {
-        self.closing.cancel("the daemon is shutting down");
+        self.closing.cancel(CancelCause::DaemonStops);
         if !self.threads.wait_idle(transfers_until) {
             log::info!("cancelling what still runs");
         }
         // Sessions run on their callers' threads.
-        self.runtimes.cancel_everything("the daemon is shutting down");
+        self.runtimes.cancel_everything(&CancelCause::DaemonStops);
         self.threads.wait_idle(deadline);
         self.pool.close(deadline);
         self.close_network();

@@ -9,6 +9,7 @@ use super::transitions::Verb;
 use super::{Daemon, now_s, recovery, resources, to_value};
 use crate::api::vm::{VmDeleteReply, VmState};
 use crate::error::{Error, Kind, Result};
+use crate::host::wait::cancelled_by;
 use crate::ids::VmId;
 use crate::locks::KeyGuard;
 use crate::ops::OpHandle;
@@ -99,13 +100,12 @@ impl Daemon {
     fn end_if_unwanted(&self, claim: &Claim, outcome: Outcome) -> Outcome {
         match outcome {
             Outcome::Booted(running) if claim.cancel.is_cancelled() => {
-                let cause = claim.cancel.cause().unwrap_or_default().to_owned();
                 let ended = self.row(&claim.vm).and_then(|row| {
                     self.kill_vmm(&running.identity)?;
                     self.release_boot(&row.id, row.generation)
                 });
                 match ended {
-                    Ok(()) => Outcome::BootFailed(Error::new(Kind::Cancelled, format!("cancelled: {cause}"))),
+                    Ok(()) => Outcome::BootFailed(cancelled_by(&claim.cancel)),
                     Err(e) => Outcome::StillThere(e),
                 }
             }

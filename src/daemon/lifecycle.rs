@@ -10,7 +10,7 @@ use super::{Begun, Caller, Daemon, create, recovery, resources};
 use crate::api::vm::{Synced, VmReply, VmState};
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
-use crate::locks::{Cancel, KeyGuard};
+use crate::locks::{Cancel, CancelCause, KeyGuard};
 use crate::ops::OpHandle;
 use crate::store::{Intent, Ticket, Tx, VmRow};
 use std::time::Duration;
@@ -192,7 +192,7 @@ impl Daemon {
         if to == VmState::Starting {
             self.runtimes.begin_boot(vm.key(), op.cancel().clone());
         } else {
-            self.runtimes.cancel_users(vm.key(), cause_for(verb));
+            self.runtimes.cancel_users(vm.key(), &cause_for(verb));
             // A stop cannot be cancelled, so its operation's token is free to shorten it.
             self.runtimes.begin_stop(vm.key(), op.cancel().clone());
         }
@@ -356,12 +356,12 @@ pub(super) fn superseded(row: &VmRow, verb: Verb) -> Error {
         .hint(format!("fcctl vm show {}", row.name))
 }
 
-/// Why transfers, sessions and boots end: reads after "cancelled: ".
-pub(super) fn cause_for(verb: Verb) -> &'static str {
+/// Why transfers, sessions and boots end.
+pub(super) fn cause_for(verb: Verb) -> CancelCause {
     match verb {
-        Verb::Delete | Verb::DeleteForce => "the VM was deleted",
-        Verb::Kill => "the VM was killed",
-        Verb::Restart => "the VM was restarted",
-        _ => "the VM was stopped",
+        Verb::Delete | Verb::DeleteForce => CancelCause::VmDeleted,
+        Verb::Kill => CancelCause::VmKilled,
+        Verb::Restart => CancelCause::VmRestarted,
+        _ => CancelCause::VmStopped,
     }
 }

@@ -5,6 +5,7 @@ use crate::api::op::{Op, OpListReply, OpListRequest, OpReply, OpState};
 use crate::api::{Fault, page};
 use crate::error::{Kind, Result};
 use crate::ids::{OpId, VmId};
+use crate::locks::CancelCause;
 use crate::ops::{Filter, Limits, OpHandle};
 use serde_json::value::RawValue;
 use std::time::{Duration, Instant};
@@ -50,7 +51,7 @@ impl Daemon {
     /// Asks it to stop. The answer shows it as it is then.
     pub fn op_cancel(&self, caller: &Caller, text: &str) -> Result<OpReply> {
         let op = self.op_find(caller, text)?;
-        Ok(OpReply { op: self.ops.cancel(&op.id, "op cancel was asked for")? })
+        Ok(OpReply { op: self.ops.cancel(&op.id, CancelCause::Requested)? })
     }
 
     /// Begins an operation of a caller's, within its share.

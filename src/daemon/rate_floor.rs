@@ -1,7 +1,7 @@
 //! The least that a transfer must move. The idle limit alone lets a sender hold a worker for a day with one byte a minute.
 
 use crate::error::{Error, Kind, Result};
-use crate::locks::{Cancel, KnownCause};
+use crate::locks::{Cancel, CancelCause};
 use crate::pool::JobHandle;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -57,14 +57,13 @@ impl RateFloor {
                 && let Err(bytes) = self.check(moved.bytes.load(Ordering::Relaxed))
             {
                 slow = Some(bytes);
-                cancel.cancel_for(KnownCause::TooSlow);
+                cancel.cancel(CancelCause::TooSlow);
             }
         }
     }
 
     fn blame(&self, e: Error, slow: Option<u64>, cancel: &Cancel) -> Error {
-        let Some(bytes) = slow.filter(|_| e.kind() == Kind::Cancelled && cancel.known_cause() == Some(KnownCause::TooSlow))
-        else {
+        let Some(bytes) = slow.filter(|_| e.kind() == Kind::Cancelled && cancel.cause() == Some(&CancelCause::TooSlow)) else {
             return e;
         };
         let text =

@@ -33,6 +33,7 @@ use crate::disk::{Method, RestoreSeed, duplicate};
 use crate::error::{Error, Kind, Result};
 use crate::guest::{Script, Target, run_script};
 use crate::ids::{ImageRef, KernelName, OpId, VmId, VmName};
+use crate::locks::CancelCause;
 use crate::net::Mac;
 use crate::ops::OpHandle;
 use crate::store::{SnapshotRow, VmRow, WorkspaceRow};
@@ -184,7 +185,7 @@ impl Daemon {
     }
 
     fn end_start(&self, start: &OpId) {
-        if let Err(e) = self.ops.cancel(start, "what it was for was cancelled") {
+        if let Err(e) = self.ops.cancel(start, CancelCause::ParentCancelled) {
             log::debug!("{e}");
         }
     }

@@ -3,15 +3,12 @@
 use super::transitions::Verb;
 use crate::api::vm::VmState;
 use crate::ids::{OpId, VmId};
-use crate::locks::{Cancel, KnownCause, Mutex, Rank};
+use crate::locks::{Cancel, CancelCause, Mutex, Rank};
 use crate::vmm::End;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// Why a guest is paused, and what ends its boot and its transfers then: reads after "cancelled: ".
-pub const HOST_DISK_FULL: &str = KnownCause::HostDiskFull.text();
 
 /// What ended a boot that nobody had cancelled.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,12 +18,18 @@ pub enum BootEnd {
     VmmDied(End),
 }
 
+impl BootEnd {
+    fn cause(&self) -> CancelCause {
+        match self {
+            BootEnd::HostDiskFull => CancelCause::HostDiskFull,
+            BootEnd::VmmDied(end) => CancelCause::VmmEnded(end.to_string()),
+        }
+    }
+}
+
 impl fmt::Display for BootEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            BootEnd::HostDiskFull => f.write_str(HOST_DISK_FULL),
-            BootEnd::VmmDied(end) => end.fmt(f),
-        }
+        self.cause().fmt(f)
     }
 }
 
@@ -144,7 +147,7 @@ impl Runtimes {
         })
     }
 
-    pub fn cancel_boot(&self, vm: &VmId, cause: &str) {
+    pub fn cancel_boot(&self, vm: &VmId, cause: CancelCause) {
         let token = self.with(vm, |r| r.boot.clone());
         if let Some(token) = token {
             token.cancel(cause);
@@ -153,14 +156,14 @@ impl Runtimes {
 
     /// The VMM died while it booted: the boot ends and says so. One that was ended already is what killed it.
     pub fn boot_died(&self, vm: &VmId, how: BootEnd) {
-        let text = how.to_string();
+        let cause = how.cause();
         let token = self.with(vm, |r| {
             let token = r.boot.clone().filter(|boot| !boot.is_cancelled())?;
             r.died = Some(how);
             Some(token)
         });
         if let Some(token) = token {
-            token.cancel(text);
+            token.cancel(cause);
         }
     }
 
@@ -175,7 +178,7 @@ impl Runtimes {
             r.users.values().rev().filter(|(kind, _)| *kind == Use::Transfer).map(|(_, token)| token.clone()).collect()
         };
         for token in self.with(vm, transfers) {
-            token.cancel_for(KnownCause::HostDiskFull);
+            token.cancel(CancelCause::HostDiskFull);
         }
     }
 
@@ -200,7 +203,7 @@ impl Runtimes {
     pub fn shorten_stop(&self, vm: &VmId) {
         let token = self.with(vm, |r| r.grace.clone());
         if let Some(token) = token {
-            token.cancel("forced");
+            token.cancel(CancelCause::Forced);
         }
     }
 
@@ -225,16 +228,16 @@ impl Runtimes {
     }
 
     /// Ends every transfer and session of the VM.
-    pub fn cancel_users(&self, vm: &VmId, cause: &str) {
+    pub fn cancel_users(&self, vm: &VmId, cause: &CancelCause) {
         // The youngest first: who waits for another must not get its turn before it hears of the end.
         let tokens: Vec<_> = self.with(vm, |r| r.users.values().rev().map(|(_, token)| token.clone()).collect());
         for token in tokens {
-            token.cancel(cause);
+            token.cancel(cause.clone());
         }
     }
 
     /// Ends every transfer, session and boot of every VM.
-    pub fn cancel_everything(&self, cause: &str) {
+    pub fn cancel_everything(&self, cause: &CancelCause) {
         let tokens: Vec<_> = {
             let map = self.map.lock();
             map.values()
@@ -242,7 +245,7 @@ impl Runtimes {
                 .collect()
         };
         for token in tokens {
-            token.cancel(cause);
+            token.cancel(cause.clone());
         }
     }
 
@@ -262,8 +265,8 @@ mod tests {
         let vm = VmId::random();
         let (a, b) = (Cancel::try_new().unwrap(), Cancel::try_new().unwrap());
         let users = [runtimes.join(&vm, Use::Session, a.clone()), runtimes.join(&vm, Use::Transfer, b.clone())];
-        runtimes.cancel_users(&vm, "the VM was stopped");
-        assert_eq!((a.cause(), b.cause()), (Some("the VM was stopped"), Some("the VM was stopped")));
+        runtimes.cancel_users(&vm, &CancelCause::VmStopped);
+        assert_eq!((a.cause(), b.cause()), (Some(&CancelCause::VmStopped), Some(&CancelCause::VmStopped)));
         drop(users);
         assert_eq!(runtimes.len(), 0);
     }
@@ -278,8 +281,8 @@ mod tests {
         runtimes.begin_boot(&vm, boot.clone());
         runtimes.set_paused(&vm, true);
         assert!(runtimes.is_paused(&vm));
-        assert_eq!((session.cause(), transfer.cause(), boot.cause()), (None, Some(HOST_DISK_FULL), Some(HOST_DISK_FULL)));
-        assert_eq!(transfer.known_cause(), Some(KnownCause::HostDiskFull));
+        let full = Some(&CancelCause::HostDiskFull);
+        assert_eq!((session.cause(), transfer.cause(), boot.cause()), (None, full, full));
         assert_eq!(runtimes.end(&vm).0, Some(BootEnd::HostDiskFull));
         drop(users);
         runtimes.set_paused(&vm, false);

@@ -1,6 +1,6 @@
 //! Exec: a command in the guest on the caller's own connection thread, its bytes through the caller's FIFOs.
 
-use super::runtime::{HOST_DISK_FULL, Use, User};
+use super::runtime::{Use, User};
 use super::transitions::Verb;
 use super::{Caller, Daemon};
 use crate::api::exec::{
@@ -13,7 +13,7 @@ use crate::guest::io::fifo::{self, Direction};
 use crate::guest::io::{BytesSource, FdSink, FdSource, VecSink, read_to_end};
 use crate::guest::{Control, ExecSpec, Sink, Source, Streams, Target, command_bytes, control_queue};
 use crate::ids::SessionId;
-use crate::locks::Cancel;
+use crate::locks::{Cancel, CancelCause};
 use crate::store::VmRow;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -168,7 +168,7 @@ impl Daemon {
                 .hint(format!("let it go on: fcctl vm resume {}", row.name)));
         }
         if self.runtimes.is_paused(&row.id) {
-            let error = Error::new(Kind::DiskFull, format!("vm {} is paused: {HOST_DISK_FULL}", row.name));
+            let error = Error::new(Kind::DiskFull, format!("vm {} is paused: {}", row.name, CancelCause::HostDiskFull));
             return Err(error.hint(self.hint_of_full_disk()));
         }
         Ok((row, user))

@@ -10,6 +10,7 @@ use crate::api::vm::VmState;
 use crate::disk::{self, Method};
 use crate::error::Result;
 use crate::ids::VmId;
+use crate::locks::CancelCause;
 use crate::store::VmRow;
 use crate::vmm::{End, Identity, Told, end_from_console};
 use std::time::Duration;
@@ -128,7 +129,7 @@ impl Daemon {
             _ => return Ok(false),
         }
         let state = if end.is_orderly() { VmState::Stopped } else { VmState::Failed };
-        let (rm, reason, cause) = (row.rm, end.to_string(), end.to_string());
+        let (rm, reason, cause) = (row.rm, end.to_string(), CancelCause::VmmEnded(end.to_string()));
         let ((), ticket) = self.change(true, |tx| {
             tx.update_vm(&guard, |row| {
                 (row.state, row.reason) = (state, Some(reason));

@@ -10,8 +10,9 @@ use crate::api::vm::WorkspaceState;
 use crate::api::workspace::{ExportReply, ExportRequest, PrepareReply, PrepareRequest};
 use crate::error::{Error, Kind, Result};
 use crate::guest::io::fifo::{self, Direction};
+use crate::host::wait::{cancelled, cancelled_by};
 use crate::ids::VmId;
-use crate::locks::{KeyGuard, KnownCause};
+use crate::locks::{CancelCause, KeyGuard};
 use crate::ops::OpHandle;
 use crate::pool::QueueSlot;
 use crate::store::{VmRow, WorkspaceRow};
@@ -111,7 +112,7 @@ impl Daemon {
 
     /// What was cancelled because the guest is paused has met a full disk.
     fn blame_disk(&self, op: &OpHandle, e: Error) -> Error {
-        let is_paused = e.kind() == Kind::Cancelled && op.cancel().known_cause() == Some(KnownCause::HostDiskFull);
+        let is_paused = e.kind() == Kind::Cancelled && op.cancel().cause() == Some(&CancelCause::HostDiskFull);
         if is_paused { e.with_kind(Kind::DiskFull).hint(self.hint_of_full_disk()) } else { e }
     }
 
@@ -185,10 +186,10 @@ impl Daemon {
             );
         }
         op.progress("waits for another import or export of this VM");
-        self.locks.workspace.lock_cancellable(&workspace, op.cancel()).map_err(|_| {
-            let cause = op.cancel().cause().unwrap_or_default();
-            Error::new(Kind::Cancelled, format!("cancelled while waiting for another import or export: {cause}"))
-        })
+        self.locks
+            .workspace
+            .lock_cancellable(&workspace, op.cancel())
+            .map_err(|_| cancelled("wait for another import or export", op.cancel()))
     }
 
     /// Address, keys and generation as they are now: the VM may have been restarted while this one waited.
@@ -197,10 +198,7 @@ impl Daemon {
         if let Err(refused) = self.allow(&row, super::transitions::Verb::Guest) {
             // A stop has claimed the VM since this one joined it, and is about to say why to all who use it.
             super::waiting::poll_until(&[op.cancel().fd()], Instant::now() + CAUSE_DEADLINE);
-            return Err(match op.cancel().cause() {
-                Some(cause) => Error::new(Kind::Cancelled, format!("cancelled: {cause}")),
-                None => refused,
-            });
+            return Err(if op.cancel().is_cancelled() { cancelled_by(op.cancel()) } else { refused });
         }
         Ok(Transfer {
             transport: self.transport.clone(),

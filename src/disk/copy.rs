@@ -155,7 +155,7 @@ mod tests {
             assert_eq!(byte, [expected], "{at}");
         }
         assert_eq!(punch_zeroes(&file, &never).unwrap(), 0, "a second time there is nothing to free");
-        never.cancel("the VM was deleted");
+        never.cancel(crate::locks::CancelCause::VmDeleted);
         assert_eq!(punch_zeroes(&file, &never).unwrap_err().kind(), Kind::Cancelled);
     }
 
@@ -174,7 +174,7 @@ mod tests {
         let (_dir, from, to) = files();
         from.write_all_at(&vec![1; 1 << 20], 0).unwrap();
         let cancel = Cancel::try_new().unwrap();
-        cancel.cancel("the VM was deleted");
+        cancel.cancel(crate::locks::CancelCause::VmDeleted);
         let e = copy_sparse(&from, &to, &cancel, &mut |_, _| panic!("nothing is copied")).unwrap_err();
         assert_eq!(e.kind(), Kind::Cancelled);
     }

@@ -7,7 +7,7 @@ use super::{Control, ExecSpec, Sink, Source, Streams, Target, Transport};
 use crate::api::exec::{Exit, PtySize};
 use crate::api::stream;
 use crate::error::{Error, Kind, Result};
-use crate::locks::{Cancel, Mutex, Rank, region};
+use crate::locks::{Cancel, CancelCause, Mutex, Rank, region};
 use nix::poll::{PollFd, PollFlags};
 use std::collections::HashMap;
 use std::io::ErrorKind;
@@ -28,7 +28,7 @@ impl Gate {
         Self(Cancel::try_new().expect("an eventfd"))
     }
     pub fn open(&self) {
-        self.0.cancel("open");
+        self.0.cancel(CancelCause::Finished);
     }
     pub fn is_open(&self) -> bool {
         self.0.is_cancelled()
@@ -403,7 +403,7 @@ mod tests {
         let later = Instant::now() + Duration::from_secs(10);
         fake.wait_ready(&target(), later, &cancel).unwrap();
         fake.set_readiness(target().addr, Readiness::Gated(Gate::closed()));
-        cancel.cancel("the VM was stopped");
+        cancel.cancel(crate::locks::CancelCause::VmStopped);
         assert_eq!(fake.wait_ready(&target(), later, &cancel).unwrap_err().kind(), Kind::Cancelled);
     }
 
@@ -422,7 +422,7 @@ mod tests {
         assert_eq!(run(&spec("x"), Some(ours.as_fd()), &cancel).unwrap_err().kind(), Kind::Cancelled);
         gate.open();
         assert_eq!(run(&spec("x"), None, &cancel).unwrap(), Exit::Status(0));
-        cancel.cancel("the VM was stopped");
+        cancel.cancel(crate::locks::CancelCause::VmStopped);
         assert_eq!(run(&spec("x"), None, &cancel).unwrap_err().to_string(), "cancelled: the VM was stopped");
         assert_eq!(fake.live_total(), 0);
     }

@@ -1,7 +1,8 @@
 //! Waits for a guest. Everything that can end a wait is part of the same `poll`.
 
 use crate::error::{Error, Kind, Result};
-use crate::locks::Cancel;
+use crate::host::wait::cancelled_by;
+use crate::locks::{Cancel, CancelCause};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::BorrowedFd;
@@ -68,8 +69,8 @@ impl<'a> Wait<'a> {
 
     /// Returns `cancelled`, `timeout` or `transfer_idle` if the wait must end.
     pub fn check(&self) -> Result<()> {
-        if let Some(cause) = self.cancel.cause() {
-            return Err(Error::new(Kind::Cancelled, format!("cancelled: {cause}")));
+        if self.cancel.is_cancelled() {
+            return Err(cancelled_by(self.cancel));
         }
         let now = Instant::now();
         if self.deadline.is_some_and(|d| d <= now) {
@@ -104,16 +105,14 @@ impl<'a> Wait<'a> {
     }
 }
 
-const HUNG_UP: &str = "cancelled: the caller hung up";
-
 /// The error after the caller has hung up.
 pub fn hung_up() -> Error {
-    Error::new(Kind::Cancelled, HUNG_UP)
+    Error::new(Kind::Cancelled, "cancelled").with_source(CancelCause::CallerHungUp)
 }
 
 /// True if an error of [`Wait::poll`] is the hang-up.
 pub fn is_hang_up(error: &Error) -> bool {
-    error.message() == HUNG_UP
+    error.source_as() == Some(&CancelCause::CallerHungUp)
 }
 
 /// Rounds up, so that a wait does not spin through its last millisecond.
@@ -147,7 +146,8 @@ mod tests {
         assert!(started.elapsed() >= Duration::from_millis(40), "it came back at once");
         drop(theirs);
         let e = wait.poll(&[], soon(10_000)).unwrap_err();
-        assert_eq!((e.kind(), e.to_string().as_str()), (Kind::Cancelled, HUNG_UP));
+        assert_eq!((e.kind(), e.to_string().as_str()), (Kind::Cancelled, "cancelled: the caller hung up"));
+        assert!(is_hang_up(&e) && is_hang_up(&e.context("run a command")));
     }
 
     #[test]
@@ -157,7 +157,10 @@ mod tests {
         assert_eq!(wait.poll(&[], None).unwrap_err().kind(), Kind::TransferIdle);
         let wait = Wait::new(&cancel).deadline(soon(20));
         assert_eq!(wait.poll(&[], None).unwrap_err().kind(), Kind::Timeout);
-        cancel.cancel("the VM was deleted");
-        assert_eq!(wait.poll(&[], None).unwrap_err().to_string(), "cancelled: the VM was deleted");
+        cancel.cancel(crate::locks::CancelCause::VmDeleted);
+        let e = wait.poll(&[], None).unwrap_err();
+        assert_eq!(e.to_string(), "cancelled: the VM was deleted");
+        // Only the source decides, whatever a message says.
+        assert!(!is_hang_up(&e) && !is_hang_up(&Error::new(Kind::Cancelled, "cancelled: the caller hung up")));
     }
 }

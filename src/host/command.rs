@@ -366,7 +366,7 @@ mod tests {
         let seen = std::cell::RefCell::new(String::new());
         let e = run_any_status(&c, &cancel, &mut |l| {
             *seen.borrow_mut() = l.to_owned();
-            cancel.cancel("tired");
+            cancel.cancel(crate::locks::CancelCause::Requested);
         })
         .unwrap_err();
         assert_eq!(e.kind(), Kind::Cancelled);
@@ -403,7 +403,7 @@ mod tests {
         let script = "trap 'echo cleaned > done; exit' TERM; echo ready; sleep 1000 & wait";
         let c = Command::new("sh").args(["-c", script]).cwd(dir.path()).term_grace(Duration::from_secs(20));
         let cancel = cancel();
-        let e = run_any_status(&c, &cancel, &mut |_| cancel.cancel("enough")).unwrap_err();
+        let e = run_any_status(&c, &cancel, &mut |_| cancel.cancel(crate::locks::CancelCause::Requested)).unwrap_err();
         assert_eq!(e.to_string(), "run sh: cancelled: enough");
         assert_eq!(std::fs::read_to_string(dir.path().join("done")).unwrap(), "cleaned\n");
     }

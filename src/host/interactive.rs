@@ -56,7 +56,7 @@ mod tests {
         // A signal that no parent can have set to be ignored, as nohup(1) does with SIGHUP.
         assert_eq!(sh("kill -KILL $$").unwrap(), 128 + 9);
         assert_eq!(run("no-such-program", &[], &cancel).unwrap_err().kind(), Kind::CommandMissing);
-        cancel.cancel("enough");
+        cancel.cancel(crate::locks::CancelCause::Requested);
         assert_eq!(sh("exec sleep 1000").unwrap(), 128 + 15);
     }
 }

@@ -489,7 +489,7 @@ mod tests {
         let process = spawn(sleep("x")).unwrap();
         let cancel = Cancel::try_new().unwrap();
         assert!(!process.wait(Instant::now() + Duration::from_millis(5), &cancel).unwrap());
-        cancel.cancel("enough");
+        cancel.cancel(crate::locks::CancelCause::Requested);
         assert_eq!(process.wait(in_10_s(), &cancel).unwrap_err().kind(), Kind::Cancelled);
         end(&process);
     }

@@ -67,7 +67,16 @@ pub fn sleep(duration: Duration, cancel: &Cancel) -> io::Result<bool> {
 
 /// The error for work that was cancelled while `doing`.
 pub fn cancelled(doing: &str, cancel: &Cancel) -> Error {
-    Error::new(Kind::Cancelled, format!("{doing}: cancelled: {}", cancel.cause().unwrap_or("no cause given")))
+    cancelled_by(cancel).context(doing)
+}
+
+/// The error for work that a token has cancelled. Its source is the cause.
+pub fn cancelled_by(cancel: &Cancel) -> Error {
+    let error = Error::new(Kind::Cancelled, "cancelled");
+    match cancel.cause() {
+        Some(cause) => error.with_source(cause.clone()),
+        None => error,
+    }
 }
 
 #[cfg(test)]
@@ -84,7 +93,7 @@ mod tests {
         drop(writer);
         assert_eq!(wait(10_000).unwrap(), WaitResult::Ready);
         assert!(is_readable(&reader));
-        cancel.cancel("enough");
+        cancel.cancel(crate::locks::CancelCause::Requested);
         assert_eq!(wait(10_000).unwrap(), WaitResult::Cancelled);
         assert!(!sleep(Duration::from_secs(10), &cancel).unwrap());
         assert_eq!(cancelled("wait for x", &cancel).to_string(), "wait for x: cancelled: enough");

@@ -1,5 +1,6 @@
 //! The cancel token: a flag with a cause, an eventfd for `poll`, and wakers for condition waits.
 
+use super::cause::CancelCause;
 use super::raw;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -7,32 +8,8 @@ use std::sync::{Arc, OnceLock};
 
 type Waker = Box<dyn FnOnce() + Send>;
 
-/// A cause that code branches on. All other causes are texts for people.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KnownCause {
-    /// Running guests are paused when this happens.
-    HostDiskFull,
-    TooSlow,
-}
-
-impl KnownCause {
-    /// The text that follows "cancelled: ".
-    pub const fn text(self) -> &'static str {
-        match self {
-            KnownCause::HostDiskFull => "the host's disk is full",
-            KnownCause::TooSlow => "the transfer is too slow",
-        }
-    }
-}
-
-#[derive(Debug)]
-enum Cause {
-    Known(KnownCause),
-    Text(String),
-}
-
 struct Inner {
-    cause: OnceLock<Cause>,
+    cause: OnceLock<CancelCause>,
     event: EventFd,
     wakers: raw::Mutex<Wakers>,
     /// Notified when a waker has returned.
@@ -61,18 +38,9 @@ impl Cancel {
         Ok(Self { inner: Arc::new(Inner { cause, event, wakers, returned: raw::Condvar::new() }) })
     }
 
-    /// Fires the token, unless it has already fired. Messages show `cause` after "cancelled: ", so write
-    /// it like `the VM was stopped`. The wakers run in this call, while no lock of the token is held.
-    pub fn cancel(&self, cause: impl Into<String>) {
-        self.fire(Cause::Text(cause.into()));
-    }
-
-    /// Like [`Cancel::cancel`], for a cause that code branches on.
-    pub fn cancel_for(&self, cause: KnownCause) {
-        self.fire(Cause::Known(cause));
-    }
-
-    fn fire(&self, cause: Cause) {
+    /// Fires the token, unless it has already fired. The wakers run in this call, while no lock of the token
+    /// is held.
+    pub fn cancel(&self, cause: CancelCause) {
         // The cause is set before the wakers run, so that a later subscriber sees it.
         if self.inner.cause.set(cause).is_err() {
             return;
@@ -95,19 +63,9 @@ impl Cancel {
         self.inner.cause.get().is_some()
     }
 
-    pub fn cause(&self) -> Option<&str> {
-        self.inner.cause.get().map(|cause| match cause {
-            Cause::Known(known) => known.text(),
-            Cause::Text(text) => text,
-        })
-    }
-
-    /// None if the token has not fired or the cause is a text for people.
-    pub fn known_cause(&self) -> Option<KnownCause> {
-        match self.inner.cause.get()? {
-            Cause::Known(known) => Some(*known),
-            Cause::Text(_) => None,
-        }
+    /// None if the token has not fired.
+    pub fn cause(&self) -> Option<&CancelCause> {
+        self.inner.cause.get()
     }
 
     /// A descriptor that becomes readable when the token fires, and stays readable. Never read from it.

@@ -11,6 +11,7 @@
 //! the thread blocks. In other builds the checker compiles to nothing.
 
 mod cancel;
+mod cause;
 mod mutex;
 pub mod rank;
 mod raw;
@@ -24,7 +25,8 @@ pub mod check;
 #[path = "check_off.rs"]
 pub mod check;
 
-pub use cancel::{Cancel, KnownCause, Subscription};
+pub use cancel::{Cancel, Subscription};
+pub use cause::CancelCause;
 pub use check::{assert_none_held, require_memory_only};
 pub use mutex::{Condvar, Mutex, MutexGuard, Region, Waited, region};
 pub use rank::Rank;

@@ -46,7 +46,7 @@ fn contended_keys_have_one_owner_at_a_time() {
     // The tokens of waits in progress, which another thread fires.
     let (tokens, to_fire) = mpsc::sync_channel::<Cancel>(64);
     std::thread::scope(|s| {
-        s.spawn(move || to_fire.into_iter().for_each(|token: Cancel| token.cancel("chance")));
+        s.spawn(move || to_fire.into_iter().for_each(|token: Cancel| token.cancel(crate::locks::CancelCause::Requested)));
         for thread in 0..8u64 {
             let (set, owners, had, cancelled, tokens) = (&set, &owners, &had, &cancelled, tokens.clone());
             s.spawn(move || {
@@ -107,7 +107,7 @@ fn first_come_first_served_past_a_waiter_that_leaves() {
             });
             wait_for(|| waiters(set) == i as usize + 1);
         }
-        cancel.cancel("gone");
+        cancel.cancel(crate::locks::CancelCause::Requested);
         wait_for(|| waiters(&set) == 5);
         assert!(s.spawn(|| set.try_lock(&2).is_some()).join().unwrap(), "another key is free");
         drop(held);
@@ -153,7 +153,7 @@ fn cancelled_waiter_leaves_immediately() {
             });
             wait_for(|| waiters(&set) == 1);
             let fired = Instant::now();
-            cancel.cancel("the VM was stopped");
+            cancel.cancel(crate::locks::CancelCause::VmStopped);
             let (outcome, left) = waiter.join().unwrap();
             assert_eq!(outcome, Err(WaitCancelled));
             assert!(left - fired < LEAVE_MAX, "left after {:?}", left - fired);
@@ -176,7 +176,7 @@ fn concurrent_grant_and_cancel_lose_no_lock() {
         std::thread::scope(|s| {
             let waiter = s.spawn(|| set.lock_cancellable(&1, &cancel).map(drop));
             wait_for(|| waiters(&set) == 1);
-            let firing = s.spawn(|| cancel.cancel("chance"));
+            let firing = s.spawn(|| cancel.cancel(crate::locks::CancelCause::Requested));
             if round % 2 == 0 {
                 std::thread::yield_now();
             }

@@ -53,7 +53,7 @@ fn body() {
             })
         })
         .collect();
-    cancel.cancel("chance");
+    cancel.cancel(crate::locks::CancelCause::Requested);
     for thread in threads {
         thread.join().unwrap();
     }
@@ -79,7 +79,7 @@ fn dropped_subscription_never_runs() {
             let (calls, gone) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
             let firing = {
                 let cancel = cancel.clone();
-                thread::spawn(move || cancel.cancel("now"))
+                thread::spawn(move || cancel.cancel(crate::locks::CancelCause::Requested))
             };
             let (calls2, gone2) = (calls.clone(), gone.clone());
             let subscription = cancel.on_cancel(move || {

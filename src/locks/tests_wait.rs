@@ -18,9 +18,9 @@ fn is_readable(cancel: &Cancel) -> bool {
 fn token_fires_once_and_stays_fired() {
     let cancel = Cancel::try_new().unwrap();
     assert!(!cancel.is_cancelled() && cancel.cause().is_none() && !is_readable(&cancel));
-    cancel.clone().cancel("the VM was stopped");
-    cancel.cancel("something later");
-    assert_eq!(cancel.cause(), Some("the VM was stopped"));
+    cancel.clone().cancel(crate::locks::CancelCause::VmStopped);
+    cancel.cancel(crate::locks::CancelCause::Requested);
+    assert_eq!(cancel.cause(), Some(&crate::locks::CancelCause::VmStopped));
     assert!(cancel.is_cancelled() && is_readable(&cancel) && is_readable(&cancel));
 }
 
@@ -29,7 +29,7 @@ fn waker_subscribed_during_cancel_runs_exactly_once() {
     for _ in 0..2000 {
         let (cancel, calls) = (Cancel::try_new().unwrap(), Arc::new(AtomicUsize::new(0)));
         let subscription = std::thread::scope(|s| {
-            s.spawn(|| cancel.cancel("now"));
+            s.spawn(|| cancel.cancel(crate::locks::CancelCause::Requested));
             let calls = calls.clone();
             cancel.on_cancel(move || _ = calls.fetch_add(1, Ordering::SeqCst))
         });
@@ -44,7 +44,7 @@ fn dropped_subscription_never_runs() {
     let counter = calls.clone();
     drop(cancel.on_cancel(move || _ = counter.fetch_add(1, Ordering::SeqCst)));
     assert_eq!(Arc::strong_count(&calls), 1, "the closure is gone");
-    cancel.cancel("now");
+    cancel.cancel(crate::locks::CancelCause::Requested);
     assert_eq!(calls.load(Ordering::SeqCst), 0);
 }
 
@@ -54,7 +54,7 @@ fn waker_may_use_the_token_and_may_panic() {
     let (said, heard) = mpsc::channel();
     let inner = cancel.clone();
     let first = cancel.on_cancel(move || {
-        inner.cancel("again");
+        inner.cancel(crate::locks::CancelCause::Requested);
         let said2 = said.clone();
         // Subscribing within a waker calls the new one immediately; dropping it does not wait for itself.
         drop(inner.on_cancel(move || said2.send("nested").unwrap()));
@@ -66,7 +66,7 @@ fn waker_may_use_the_token_and_may_panic() {
     // Drops its own subscription while it runs.
     let third = cancel.on_cancel(move || drop(owned.lock().take()));
     *own.lock() = Some(third);
-    cancel.cancel("now");
+    cancel.cancel(crate::locks::CancelCause::Requested);
     assert_eq!(heard.try_iter().collect::<Vec<_>>(), ["nested", "fired"]);
     assert!(own.lock().is_none());
     drop((first, second));
@@ -85,7 +85,7 @@ fn dropping_a_subscription_waits_for_its_running_waker() {
         over.store(true, Ordering::SeqCst);
     });
     std::thread::scope(|s| {
-        s.spawn(|| cancel.cancel("now"));
+        s.spawn(|| cancel.cancel(crate::locks::CancelCause::Requested));
         is_running.recv_timeout(LATE).unwrap();
         // Others can subscribe and unsubscribe while that waker runs.
         drop(cancel.on_cancel(|| {}));
@@ -128,7 +128,7 @@ fn wait_ends_on_condition_deadline_or_cancel() {
         });
         wait_for(|| looked.load(Ordering::SeqCst));
         let fired = Instant::now();
-        cancel.cancel("now");
+        cancel.cancel(crate::locks::CancelCause::Requested);
         assert_eq!(parked.join().unwrap(), Waited::Cancelled);
         assert!(fired.elapsed() < SOON, "{:?}", fired.elapsed());
     });
@@ -146,7 +146,7 @@ fn cancellable_wait_loses_no_wake_up() {
             let waiter =
                 s.spawn(|| condvar.wait_while_cancellable(&mut mutex.lock(), Instant::now() + LATE, &cancel, |v| *v == round));
             if round % 2 == 0 {
-                cancel.cancel("now");
+                cancel.cancel(crate::locks::CancelCause::Requested);
                 assert_eq!(waiter.join().unwrap(), Waited::Cancelled);
                 *mutex.lock() += 1;
             } else {

@@ -6,7 +6,7 @@ use super::tools::Tools;
 use super::tun;
 use crate::error::{Error, Kind, Result};
 use crate::host::thread;
-use crate::locks::{Cancel, Mutex, Rank};
+use crate::locks::{Cancel, CancelCause, Mutex, Rank};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -157,7 +157,7 @@ impl Pool {
             state.is_closed = true;
             (std::mem::take(&mut state.makers), std::mem::take(&mut state.ready))
         };
-        self.closing.cancel("the daemon is stopping");
+        self.closing.cancel(CancelCause::Finished);
         for maker in makers {
             if maker.join().is_err() {
                 log::error!("a thread that makes taps panicked");

@@ -16,8 +16,9 @@ pub use watch::{Change, Watcher};
 use crate::api::Fault;
 use crate::api::op::{Op, OpState, Progress};
 use crate::error::{Error, Kind, Result};
+use crate::host::wait::cancelled;
 use crate::ids::{OpId, VmId};
-use crate::locks::{Cancel, Condvar, Mutex, Rank, Waited};
+use crate::locks::{Cancel, CancelCause, Condvar, Mutex, Rank, Waited};
 use crate::uids::{Retention, UidCounts};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -314,20 +315,20 @@ impl Ops {
         }
     }
 
-    /// Requests cancellation and returns without waiting for it. `cause` is as in [`Cancel::cancel`].
-    /// Further requests have no effect.
+    /// Requests cancellation and returns without waiting for it. Further requests have no
+    /// effect.
     ///
     /// # Errors
     /// `wrong_state` if the operation has ended or cannot be cancelled.
-    pub fn cancel(&self, id: &OpId, cause: &str) -> Result<Op> {
+    pub fn cancel(&self, id: &OpId, cause: CancelCause) -> Result<Op> {
         let mut state = self.shared.state.lock();
         let entry = state.entry(id)?;
         let why_not = match entry.op.state {
-            OpState::Running | OpState::Cancelling if !entry.op.may_cancel => "it cannot be cancelled",
-            OpState::Running | OpState::Cancelling => "",
-            OpState::Ok | OpState::Failed | OpState::Cancelled => "it has ended",
+            OpState::Running | OpState::Cancelling if !entry.op.may_cancel => Some("it cannot be cancelled"),
+            OpState::Running | OpState::Cancelling => None,
+            OpState::Ok | OpState::Failed | OpState::Cancelled => Some("it has ended"),
         };
-        if !why_not.is_empty() {
+        if let Some(why_not) = why_not {
             let text = format!("cancel operation {id} ({}): {why_not}", entry.op.method);
             return Err(Error::new(Kind::WrongState, text).hint(format!("run fcctl op show {id}")));
         }
@@ -361,10 +362,7 @@ impl Ops {
         match waited {
             Waited::Done => Ok(entry.snapshot()),
             Waited::TimedOut => Err(Error::new(Kind::Timeout, format!("{}: it is still in progress", doing()))),
-            Waited::Cancelled => {
-                let cause = cancel.cause().unwrap_or("no cause given");
-                Err(Error::new(Kind::Cancelled, format!("{}: cancelled: {cause}", doing())))
-            }
+            Waited::Cancelled => Err(cancelled(&doing(), cancel)),
         }
     }
 

@@ -2,7 +2,7 @@ use super::{Change, EndedOp, Filter, Limits, OpHandle, Ops, Watcher};
 use crate::api::op::{Op, OpState, Progress};
 use crate::error::{Code, Error, Kind};
 use crate::ids::{OpId, VmId};
-use crate::locks::Cancel;
+use crate::locks::{Cancel, CancelCause};
 use crate::uids::Retention;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::json;
@@ -104,22 +104,22 @@ fn dropped_handle_ends_as_internal_and_is_reported() {
 fn cancel_fires_the_token_once_if_allowed() {
     let ops = ops();
     let handle = begin(&ops, 1);
-    assert_eq!(ops.cancel(handle.id(), "ctrl-c").unwrap().state, OpState::Cancelling);
-    assert_eq!(handle.cancel().cause(), Some("ctrl-c"));
-    assert_eq!(ops.cancel(handle.id(), "again").unwrap().state, OpState::Cancelling);
-    assert_eq!(handle.cancel().cause(), Some("ctrl-c"));
+    assert_eq!(ops.cancel(handle.id(), CancelCause::Requested).unwrap().state, OpState::Cancelling);
+    assert_eq!(handle.cancel().cause(), Some(&CancelCause::Requested));
+    assert_eq!(ops.cancel(handle.id(), CancelCause::Interrupted).unwrap().state, OpState::Cancelling);
+    assert_eq!(handle.cancel().cause(), Some(&CancelCause::Requested));
     let id = handle.id().clone();
     assert_eq!(handle.finish(Err(cancelled("ctrl-c"))).op.state, OpState::Cancelled);
-    assert_eq!(ops.cancel(&id, "late").unwrap_err().kind(), Kind::WrongState);
+    assert_eq!(ops.cancel(&id, CancelCause::Requested).unwrap_err().kind(), Kind::WrongState);
     let stop = ops.begin("vm.stop", None, 1, false, LIMITS).unwrap();
-    let error = ops.cancel(stop.id(), "no").unwrap_err();
+    let error = ops.cancel(stop.id(), CancelCause::Requested).unwrap_err();
     assert!(error.message().ends_with("(vm.stop): it cannot be cancelled"), "{error}");
     assert!(!stop.cancel().is_cancelled());
     // Something else may fire the token, such as a stop of the VM.
     let started = begin(&ops, 1);
-    started.cancel().cancel("the VM was stopped");
+    started.cancel().cancel(CancelCause::VmStopped);
     assert_eq!(ops.get(started.id()).unwrap().state, OpState::Cancelling);
-    assert_eq!(ops.cancel(&OpId::random(), "x").unwrap_err().kind(), Kind::OperationNotFound);
+    assert_eq!(ops.cancel(&OpId::random(), CancelCause::Requested).unwrap_err().kind(), Kind::OperationNotFound);
     stop.finish(Ok(json!(null)));
     assert_eq!(started.finish(Ok(json!(null))).op.state, OpState::Ok, "it was faster than the cancel");
 }
@@ -133,7 +133,7 @@ fn wait_ends_with_operation_deadline_or_own_token() {
     assert_eq!(ops.wait(&id, soon, &mine).unwrap_err().kind(), Kind::Timeout);
     std::thread::scope(|s| {
         let given_up = s.spawn(|| ops.wait(&id, late(), &mine));
-        mine.cancel("the caller hung up");
+        mine.cancel(CancelCause::CallerHungUp);
         assert_eq!(given_up.join().unwrap().unwrap_err().kind(), Kind::Cancelled);
         let other = Cancel::try_new().unwrap();
         let waiters: Vec<_> = (0..3)

@@ -289,7 +289,7 @@ impl Shared {
 }
 
 fn cancelled(queued: &QueuedJob) -> Error {
-    Error::new(Kind::Cancelled, format!("{}: cancelled: {}", queued.label, queued.cancel.cause().unwrap_or("no cause given")))
+    crate::host::wait::cancelled(&queued.label, &queued.cancel)
 }
 
 fn shutting_down() -> Error {

@@ -1,6 +1,6 @@
 use super::{Admission, Bounds, Counts, JobHandle, Pool};
 use crate::error::{Error, Kind, Result};
-use crate::locks::{Cancel, check};
+use crate::locks::{Cancel, CancelCause, check};
 #[cfg(any(debug_assertions, feature = "lock-check"))]
 use crate::locks::{LockSet, Rank};
 use std::sync::mpsc;
@@ -67,7 +67,7 @@ fn full_queue_refuses_immediately_and_frees_its_slots() {
     assert_eq!(pool.counts(), Counts { running: 1, queued: 1, places: 3 });
     drop(other);
     // A cancelled job leaves the queue although the only worker is busy and nothing waits for the job.
-    cancel.cancel("the VM was stopped");
+    cancel.cancel(CancelCause::VmStopped);
     assert_eq!(pool.counts(), Counts { running: 1, queued: 0, places: 1 });
     let error = queued.wait(late()).unwrap_err();
     assert_eq!((error.kind(), error.message()), (Kind::Cancelled, "queued: cancelled: the VM was stopped"));
@@ -94,7 +94,7 @@ fn cancel_of_queued_job_wakes_its_waiter_immediately() {
     std::thread::scope(|s| {
         let waiter = s.spawn(|| (queued.wait(late()).unwrap_err(), Instant::now()));
         let fired = Instant::now();
-        cancel.cancel("the VM was deleted");
+        cancel.cancel(CancelCause::VmDeleted);
         let (error, heard) = waiter.join().unwrap();
         assert_eq!((error.kind(), error.message()), (Kind::Cancelled, "queued: cancelled: the VM was deleted"));
         assert!(heard - fired < SOON, "{:?}", heard - fired);
@@ -114,7 +114,7 @@ fn cancelled_running_job_is_still_waited_for() {
     is_running.recv_timeout(LATE).unwrap();
     let early = handle.wait(Instant::now() + Duration::from_millis(5)).unwrap_err();
     assert_eq!(early.kind(), Kind::Timeout);
-    cancel.cancel("now");
+    cancel.cancel(CancelCause::Requested);
     let early = handle.wait(Instant::now() + Duration::from_millis(5)).unwrap_err();
     assert_eq!(early.kind(), Kind::Timeout, "it still runs");
     end.send(9).unwrap();
@@ -201,7 +201,7 @@ fn concurrent_submits_and_cancels_lose_no_job() {
                         }
                         Ok(handle) => {
                             if (i + uid).is_multiple_of(3) {
-                                cancel.cancel("chance");
+                                cancel.cancel(CancelCause::Requested);
                             }
                             match handle.wait(late()) {
                                 Ok(value) => {
@@ -290,7 +290,7 @@ fn cancelled_boot_leaves_the_queue_immediately() {
         let stayer = s.spawn(move || admission.enter(others, |_| waits2.send(()).unwrap()).map(drop));
         is_waiting.recv_timeout(LATE).unwrap();
         let fired = Instant::now();
-        cancel.cancel("the VM was deleted");
+        cancel.cancel(CancelCause::VmDeleted);
         let (error, left) = leaver.join().unwrap();
         assert_eq!((error.kind(), error.message()), (Kind::Cancelled, "wait for other boots: cancelled: the VM was deleted"));
         assert!(left - fired < SOON, "{:?}", left - fired);
@@ -388,7 +388,7 @@ fn cancelled_job_of_uid_at_its_bound_leaves_queue() {
     running.await_running();
     let cancel = token();
     let queued = pool.try_submit(1, "queued", &cancel, |_| Ok(())).unwrap();
-    cancel.cancel("the VM was stopped");
+    cancel.cancel(CancelCause::VmStopped);
     assert_eq!(queued.wait(late()).unwrap_err().kind(), Kind::Cancelled);
     assert_eq!(pool.counts(), Counts { running: 1, queued: 0, places: 0 });
     running.end();

@@ -18,6 +18,7 @@ use crate::api::{Call, VERSION_MAJOR, VERSION_MINOR};
 use crate::daemon::{Begun, Caller, Daemon, ExecIo, Gone, Hangup, HeldKey, Keyed, Notes, WatchLine};
 use crate::error::{Error, Kind};
 use crate::ids::OpId;
+use crate::locks::CancelCause;
 use serde::Serialize;
 use serde_json::Value;
 use serde_json::value::{RawValue, to_raw_value};
@@ -412,7 +413,7 @@ impl Visit<'_> {
             Err(Gone) => {
                 if owned && on_hangup == OnHangup::Cancel {
                     // It may have ended meanwhile.
-                    let _ = self.daemon.ops.cancel(&id, "the caller hung up");
+                    let _ = self.daemon.ops.cancel(&id, CancelCause::CallerHungUp);
                 }
                 Err(CallError::from(gone()).with_op(id))
             }

@@ -28,7 +28,7 @@ pub use run::{drain, exit_status, print_doctor, run};
 pub use crate::api::frame::{FDS_MAX, FRAME_BYTES_MAX};
 use crate::error::{Error, Result};
 use crate::host::thread;
-use crate::locks::{Cancel, Mutex, Rank};
+use crate::locks::{Cancel, CancelCause, Mutex, Rank};
 use accept::Registry;
 use std::path::Path;
 use std::sync::Arc;
@@ -100,7 +100,7 @@ impl Server {
     /// Removes the socket, ends idle connections, and answers further calls on the others with `shutting_down`. Calls in
     /// flight go on.
     pub fn stop_accepting(&self) {
-        self.stop.cancel("the server stops");
+        self.stop.cancel(CancelCause::Finished);
         let acceptor = self.acceptor.lock().take();
         if let Some(acceptor) = acceptor
             && acceptor.join().is_err()

@@ -128,7 +128,7 @@ fn waiting_ends_by_cancel_deadline_and_deletion() {
     assert_eq!(follower.wait(Instant::now() + Duration::from_millis(5), &f.cancel).unwrap(), Followed::Deadline);
     f.consoles.forget(f.dir.path());
     assert_eq!(follower.wait(Instant::now() + Duration::from_secs(10), &f.cancel).unwrap(), Followed::Ended);
-    f.cancel.cancel("enough");
+    f.cancel.cancel(crate::locks::CancelCause::Requested);
     let e = follower.wait(Instant::now() + Duration::from_secs(10), &f.cancel).unwrap_err();
     assert_eq!(e.kind(), crate::error::Kind::Cancelled);
 }

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::host::command::printable;
 use crate::host::process::{Exit, Identity};
 use crate::host::wait::wait_uncancelled;
-use crate::locks::{Cancel, Mutex, Rank};
+use crate::locks::{Cancel, CancelCause, Mutex, Rank};
 use nix::poll::PollFlags;
 use std::collections::HashMap;
 use std::fmt;
@@ -117,7 +117,7 @@ impl Note {
     }
 
     pub fn close(&self) {
-        self.over.cancel("nobody listens any more");
+        self.over.cancel(CancelCause::Finished);
     }
 }
 

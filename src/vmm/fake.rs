@@ -11,7 +11,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::process;
 use crate::host::wait::{WaitResult, cancelled, wait_any, wait_uncancelled};
 use crate::ids::VmId;
-use crate::locks::{Cancel, Condvar, Mutex, Rank, region};
+use crate::locks::{Cancel, CancelCause, Condvar, Mutex, Rank, region};
 use nix::poll::PollFlags;
 use std::collections::HashMap;
 use std::io::Write;
@@ -116,7 +116,7 @@ impl Fake {
     pub fn release_starts(&self) {
         let gate = self.state.lock().gate.take();
         if let Some((_, gate)) = gate {
-            gate.cancel("released");
+            gate.cancel(CancelCause::Finished);
         }
     }
 
@@ -174,7 +174,7 @@ impl Fake {
     pub fn release_changes(&self) {
         let gate = self.state.lock().change_gate.take();
         if let Some(gate) = gate {
-            gate.cancel("released");
+            gate.cancel(CancelCause::Finished);
         }
     }
 
@@ -309,7 +309,7 @@ impl Fake {
         let (gone, watchers, told) = (vmm.gone.clone(), std::mem::take(&mut vmm.watchers), vmm.told.take());
         drop(state);
         drop(told);
-        gone.cancel("died");
+        gone.cancel(CancelCause::Finished);
         watchers.into_iter().for_each(|died| tell(how.clone(), died));
         true
     }
@@ -724,7 +724,7 @@ mod tests {
             f.fake.hold_starts(stage);
             let start = f.start_aside();
             assert!(f.fake.await_held(1, soon()));
-            f.cancel.cancel("the VM was stopped");
+            f.cancel.cancel(crate::locks::CancelCause::VmStopped);
             assert_eq!(start.join().unwrap().unwrap_err().kind(), Kind::Cancelled);
             assert!(f.fake.live().is_empty());
         }

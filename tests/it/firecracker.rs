@@ -6,7 +6,7 @@ use expect_test::expect;
 use fcd::api::vm::RateLimits;
 use fcd::error::{Error, Kind};
 use fcd::host::process::Process;
-use fcd::locks::Cancel;
+use fcd::locks::{Cancel, CancelCause};
 use fcd::vmm::console::Consoles;
 use fcd::vmm::firecracker::Firecracker;
 use fcd::vmm::{Driver, GuestNetwork, Identity, Running, SaveTo, Saved, Told, VmmSpec};
@@ -220,7 +220,7 @@ fn hanging_start_is_cancelled_at_once() {
                     assert!(Instant::now() < deadline, "it is not asked for {path}");
                     std::thread::yield_now();
                 }
-                cancel.cancel("the VM was stopped");
+                cancel.cancel(CancelCause::VmStopped);
             });
             let e = bench.fails(&cancel);
             assert_eq!(e.kind(), Kind::Cancelled, "{path}: {e}");
@@ -368,7 +368,7 @@ fn vsock_connects_to_listener_in_guest() {
     assert!(e.kind() == Kind::GuestUnavailable && e.to_string().contains("port 9") && e.hint_text().is_some(), "{e}");
     // Nobody answers, so the caller gives up.
     let enough = Cancel::try_new().unwrap();
-    enough.cancel("the VM was stopped");
+    enough.cancel(CancelCause::VmStopped);
     assert_eq!(bench.driver.connect(&running.identity, 8, &enough).unwrap_err().kind(), Kind::Cancelled);
     // A VM that an earlier fcd started, without this socket.
     std::fs::remove_file(bench.dir.path().join("vm/run/vsock")).unwrap();
@@ -588,7 +588,7 @@ fn failing_save_ends() {
         while !std::fs::read_to_string(&log).unwrap_or_default().contains("/snapshot/create") {
             std::thread::yield_now();
         }
-        canceller.cancel("the VM was stopped");
+        canceller.cancel(CancelCause::VmStopped);
     });
     let to = SaveTo { memory: &files.memory, devices: &files.devices };
     let e = bench.driver.save(&bench.spec(), &running.identity, to, &cancel).unwrap_err();

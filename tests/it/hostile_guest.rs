@@ -8,7 +8,7 @@ use fcd::error::{Kind, Result};
 use fcd::guest::fake::{Answer, FakeTransport};
 use fcd::guest::{ExecSpec, SshTransport, Streams, Target, Transport, command_bytes};
 use fcd::host::confine;
-use fcd::locks::Cancel;
+use fcd::locks::{Cancel, CancelCause};
 use ssh_key::{Algorithm, LineEnding, PrivateKey, rand_core::OsRng};
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -89,7 +89,7 @@ fn patience() -> Cancel {
     let token = cancel.clone();
     std::thread::spawn(move || {
         std::thread::sleep(SOON * 3);
-        token.cancel("the test has lost its patience");
+        token.cancel(CancelCause::Requested);
     });
     cancel
 }

@@ -8,7 +8,7 @@ use crate::guest::io::{BytesSource, ChunkSource, FdSink, FdSource, VecSink};
 use crate::guest::test_sshd::Sshd;
 use crate::guest::{Control, ExecSpec, Sink, Streams, Target, Transport, command_line, control_queue};
 use crate::host::thread::spawn;
-use crate::locks::Cancel;
+use crate::locks::{Cancel, CancelCause};
 use rustix::pipe::{PipeFlags, pipe_with};
 use sha2::{Digest, Sha256};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -142,7 +142,7 @@ fn exec_unread_sink_does_not_block_the_other_stream() {
     })
     .unwrap();
     std::fs::File::from(stderr_read).read_exact(&mut vec![0; 500_000]).unwrap();
-    cancel.cancel("the test is over");
+    cancel.cancel(CancelCause::Requested);
     assert_eq!(thread.join().unwrap().unwrap_err().kind(), Kind::Cancelled);
 }
 
@@ -288,7 +288,7 @@ fn exec_cancel_ends_every_wait_at_once() {
             SshTransport.exec(&target, &sh(&format!("echo; {script}")), streams, &there)
         });
         let started = Instant::now();
-        cancel.cancel("the VM was stopped");
+        cancel.cancel(CancelCause::VmStopped);
         let e = thread.join().unwrap().unwrap_err();
         assert_eq!((e.kind(), e.to_string().as_str()), (Kind::Cancelled, "cancelled: the VM was stopped"));
         assert!(started.elapsed() < SOON, "{script}: {:?}", started.elapsed());
@@ -357,7 +357,7 @@ fn exec_silent_or_flooding_server_costs_bounded_time() {
         let there = cancel.clone();
         let thread = spawn("wait", move || SshTransport.wait_ready(&target, later(), &there)).unwrap();
         let started = Instant::now();
-        cancel.cancel("the VM was stopped");
+        cancel.cancel(CancelCause::VmStopped);
         assert_eq!(thread.join().unwrap().unwrap_err().kind(), Kind::Cancelled);
         assert!(started.elapsed() < SOON, "{:?}", started.elapsed());
     }

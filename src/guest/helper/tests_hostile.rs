@@ -9,7 +9,7 @@ use crate::guest::io::{BytesSource, VecSink};
 use crate::guest::wait::Wait;
 use crate::guest::{Control, ExecSpec, Streams, Target, control_queue};
 use crate::host::confine::{self, Channel};
-use crate::locks::Cancel;
+use crate::locks::{Cancel, CancelCause};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::AsFd;
@@ -125,7 +125,7 @@ fn helper_that_never_ends_is_ended_by_every_limit() {
         let streams = Streams { hangup: Some(ours.as_fd()), ..Streams::default() };
         assert_eq!(stage().exec(&spec(command), streams).unwrap_err().kind(), Kind::Cancelled);
         let cancelled = stage();
-        cancelled.cancel.cancel("the VM was stopped");
+        cancelled.cancel.cancel(CancelCause::VmStopped);
         let e = cancelled.exec(&spec(command), Streams::default()).unwrap_err();
         assert_eq!((e.kind(), e.to_string().as_str()), (Kind::Cancelled, "cancelled: the VM was stopped"));
     }

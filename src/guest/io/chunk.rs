@@ -204,7 +204,7 @@ mod tests {
         let cancel = Cancel::try_new().unwrap();
         let soon = Instant::now() + Duration::from_millis(30);
         assert_eq!(make().finish(0, soon, &cancel).unwrap_err().kind(), Kind::Timeout);
-        cancel.cancel("the VM was stopped");
+        cancel.cancel(crate::locks::CancelCause::VmStopped);
         let e = make().finish(0, Instant::now() + Duration::from_secs(10), &cancel).unwrap_err();
         assert_eq!((e.kind(), e.to_string().as_str()), (Kind::Cancelled, "cancelled: the VM was stopped"));
     }

@@ -42,7 +42,7 @@ use crate::config::Subnet;
 use crate::error::{Error, Kind, Result};
 use crate::host::confine::Owner;
 use crate::host::thread;
-use crate::locks::Cancel;
+use crate::locks::{Cancel, CancelCause};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -129,7 +129,7 @@ impl Server {
     }
 
     fn end(&mut self) -> Result<()> {
-        self.cancel.cancel("the name server is stopping");
+        self.cancel.cancel(CancelCause::Finished);
         match self.thread.take().map(JoinHandle::join) {
             Some(Err(_)) => Err(Error::internal("serve names: its thread panicked")),
             Some(Ok(())) | None => Ok(()),

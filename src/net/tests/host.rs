@@ -5,7 +5,7 @@ use super::lab::{INSTALL, Lab, Machine, Ns, OUTSIDE, config, is_root, open, tag}
 use crate::api::daemon::Severity;
 use crate::error::{Error, Kind, Result};
 use crate::host::{Command, Commands, HostCommands, Output};
-use crate::locks::Cancel;
+use crate::locks::{Cancel, CancelCause};
 use crate::net::{Access, Net, checks};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -212,7 +212,7 @@ fn take_failing_at_any_step_leaves_nothing() {
     assert_eq!(lab.census(), empty);
     // A cancelled take leaves nothing either.
     let cancelled = cancel();
-    cancelled.cancel("the test");
+    cancelled.cancel(CancelCause::Requested);
     let e = lab.host.run(|| lab.net.take(&guest, 4711, &cancelled)).unwrap_err();
     assert_eq!((e.kind(), lab.census()), (Kind::Cancelled, empty));
 }

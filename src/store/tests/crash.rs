@@ -1,6 +1,6 @@
 use super::*;
 use crate::host::{Command, command::run_any_status};
-use crate::locks::Cancel;
+use crate::locks::{Cancel, CancelCause};
 
 const DIR: &str = "FCD_TEST_STORE_DIR";
 
@@ -32,7 +32,7 @@ fn a_killed_daemon_keeps_what_it_acknowledged() {
                 acknowledged = Some(n.parse::<u32>().unwrap());
                 seen += 1;
                 if seen == 20 * round {
-                    cancel.cancel("enough");
+                    cancel.cancel(CancelCause::Requested);
                 }
             }
         })

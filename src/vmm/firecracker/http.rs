@@ -219,7 +219,7 @@ mod tests {
         let cancel = Cancel::try_new().unwrap();
         let mut connection = Connection::new(ours, Patience { deadline: Instant::now(), cancel: &cancel });
         assert_eq!(connection.request(Method::Get, "/", b"").unwrap_err().kind(), Kind::Timeout);
-        cancel.cancel("enough");
+        cancel.cancel(crate::locks::CancelCause::Requested);
         assert_eq!(connection.request(Method::Get, "/", b"").unwrap_err().kind(), Kind::Cancelled);
         let big = vec![b'x'; REQUEST_BODY_BYTES_MAX + 1];
         assert_eq!(connection.request(Method::Put, "/", &big).unwrap_err().kind(), Kind::Internal);

@@ -90,7 +90,7 @@ use crate::error::{Error, Kind, Result};
 use crate::host::fs::{open_at, open_dir};
 use crate::host::process::{self, Credentials, Process, Spawn};
 use crate::host::program;
-use crate::locks::{Cancel, Rank, region};
+use crate::locks::{Cancel, CancelCause, Rank, region};
 use crate::vmm::devices::{self, KVM, TUN};
 use api::{
     BootSource, Booted, CacheType, Drive, LoadSnapshot, MachineConfig, NetworkInterface, NetworkOverride, PreBoot, RateLimiter,
@@ -435,7 +435,7 @@ fn open_pipe(run: &OwnedFd, name: &str) -> Result<File> {
 
 impl Drop for Firecracker {
     fn drop(&mut self) {
-        self.closing.cancel("the driver ends");
+        self.closing.cancel(CancelCause::Finished);
     }
 }
 

@@ -123,7 +123,7 @@ mod tests {
             open(ours, 1, Patience { deadline, cancel: &cancel }).unwrap_err().kind()
         };
         assert_eq!(ask(Instant::now()), Kind::Timeout);
-        cancel.cancel("enough");
+        cancel.cancel(crate::locks::CancelCause::Requested);
         assert_eq!(ask(Instant::now() + Duration::from_secs(60)), Kind::Cancelled);
         drop(theirs);
     }

@@ -10,7 +10,7 @@ use crate::config::{Accel, Machine, Qemu};
 use crate::error::{Error, Kind, Result};
 use crate::host::command::{Command, printable, run_any_status};
 use crate::host::wait::{WaitResult, cancelled, wait_any};
-use crate::locks::{Cancel, Mutex, Rank};
+use crate::locks::{Cancel, CancelCause, Mutex, Rank};
 use crate::vmm::devices::{self, KVM};
 use nix::poll::PollFlags;
 use std::path::Path;
@@ -96,7 +96,7 @@ impl Picker {
                     State::Unknown
                 }
             };
-            over.cancel("found out");
+            over.cancel(CancelCause::Finished);
         })?;
         Ok(())
     }
@@ -180,7 +180,7 @@ mod tests {
     #[test]
     fn a_waiter_may_leave() {
         let cancel = Cancel::try_new().unwrap();
-        cancel.cancel("the VM was stopped");
+        cancel.cancel(crate::locks::CancelCause::VmStopped);
         let e = picker(Accel::Tcg, Machine::Microvm).pick(Path::new("/none"), &cancel).unwrap_err();
         assert_eq!(e.kind(), Kind::Cancelled);
     }

@@ -27,7 +27,7 @@ use crate::host::fs::open_dir;
 use crate::host::process::{self, Credentials, Process, Spawn};
 use crate::host::program;
 use crate::host::reach;
-use crate::locks::{Cancel, Rank, region};
+use crate::locks::{Cancel, CancelCause, Rank, region};
 pub use accel::try_kvm;
 use accel::{Picked, Picker};
 use qmp::Qmp;
@@ -182,7 +182,7 @@ fn is_qemu(config: &Config, executable: &Path) -> bool {
 
 impl Drop for Qemu {
     fn drop(&mut self) {
-        self.closing.cancel("the driver ends");
+        self.closing.cancel(CancelCause::Finished);
     }
 }
 

@@ -253,7 +253,7 @@ mod tests {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let cancel = Cancel::try_new().unwrap();
-        cancel.cancel("the VM was stopped");
+        cancel.cancel(crate::locks::CancelCause::VmStopped);
         let patience = Patience { deadline: Instant::now() + Duration::from_secs(20), cancel: &cancel };
         let e = Qmp::open(ours, patience).err().unwrap();
         assert_eq!((e.kind(), e.to_string()), (Kind::Cancelled, "greet the VMM: cancelled: the VM was stopped".into()));

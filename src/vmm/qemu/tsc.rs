@@ -90,7 +90,7 @@ mod tests {
         if let (true, Some(a), Some(b)) = (is_constant(), a, b) {
             assert!(a.abs_diff(b) * 1000 < a, "{a} and {b} kHz");
         }
-        cancel.cancel("enough");
+        cancel.cancel(crate::locks::CancelCause::Requested);
         assert!(measure_khz(&cancel).is_err());
     }
 }

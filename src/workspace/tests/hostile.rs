@@ -348,7 +348,7 @@ fn unpack_cancelled_returns_cancelled() {
     let site = Site::committed();
     let c = cancel();
     let mut plan = site.plan().unwrap();
-    c.cancel("the VM was stopped");
+    c.cancel(crate::locks::CancelCause::VmStopped);
     let e = plan.send(&mut Vec::new(), &[], &mut |_, _| {}, &c).unwrap_err();
     assert_eq!((e.kind(), e.to_string().contains("the VM was stopped")), (Kind::Cancelled, true));
     assert_eq!(Plan::inspect(&site.host(), &site.options(History::default()), &c).err().unwrap().kind(), Kind::Cancelled);

@@ -1,0 +1,50 @@
+//! The texts by which programs report a refused system call.
+//!
+//! Programs print `strerror` and keep the number to themselves, so where a decision depends on the
+//! number, this text is all there is. Commands run with `LC_ALL=C.UTF-8`, so it is never
+//! translated. Both C libraries are read: the host's programs use glibc (2.36,
+//! sysdeps/gnu/errlist.h), and static builds use musl (1.2.5, src/errno/__strerror.h).
+
+/// ENOSPC. Both libraries have the same text.
+const DISK_FULL: &[&str] = &["No space left on device"];
+/// EBUSY: glibc, then musl.
+const BUSY: &[&str] = &["Device or resource busy", "Resource busy"];
+/// ENOENT. Both libraries have the same text.
+const NOT_FOUND: &[&str] = &["No such file or directory"];
+
+pub fn says_disk_full(text: &str) -> bool {
+    says(text, DISK_FULL)
+}
+
+pub fn says_busy(text: &str) -> bool {
+    says(text, BUSY)
+}
+
+pub fn says_not_found(text: &str) -> bool {
+    says(text, NOT_FOUND)
+}
+
+fn says(text: &str, any: &[&str]) -> bool {
+    any.iter().any(|part| text.contains(part))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::{Command, Commands, HostCommands};
+    use crate::locks::Cancel;
+
+    /// The C library of this host's programs is asked, so that a text that it changes is noticed.
+    #[test]
+    fn texts_are_those_of_the_hosts_programs() {
+        let complaint = |args: &[&str]| {
+            let cancel = Cancel::try_new().unwrap();
+            let ran = HostCommands.run(&Command::new(args[0]).args(&args[1..]), &cancel, &mut |_| {});
+            ran.unwrap_err().to_string()
+        };
+        let missing = complaint(&["cat", "/no/such/file"]);
+        assert!(says_not_found(&missing) && !says_busy(&missing) && !says_disk_full(&missing), "{missing}");
+        let full = complaint(&["cp", "/etc/passwd", "/dev/full"]);
+        assert!(says_disk_full(&full) && !says_not_found(&full), "{full}");
+    }
+}

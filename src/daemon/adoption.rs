@@ -22,7 +22,7 @@ use crate::ids::VmId;
 use crate::locks::{Cancel, Condvar, Mutex, Rank};
 use crate::store::{State, Store, Tx, VmRow};
 use crate::vmm::Identity;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -42,6 +42,8 @@ pub(super) struct Adoptions {
     is_marked: AtomicBool,
     /// VMs whose adoption is written down, and whose VMM has not answered yet.
     silent: Mutex<HashSet<VmId>>,
+    /// VMs that this daemon could not adopt, with the boot that each was in. Adopting them is retried.
+    failed: Mutex<HashMap<VmId, u64>>,
     told: Condvar,
 }
 
@@ -51,6 +53,24 @@ impl Adoptions {
         if self.silent.lock().remove(vm) {
             self.told.notify_all();
         }
+    }
+
+    pub fn note_failure(&self, row: &VmRow) {
+        self.failed.lock().insert(row.id.clone(), row.generation);
+    }
+
+    pub fn forget_failure(&self, vm: &VmId) {
+        self.failed.lock().remove(vm);
+    }
+
+    /// True if the VM still runs unadopted.
+    pub fn has_failed(&self, row: &VmRow) -> bool {
+        row.state == VmState::Running && self.failed.lock().get(&row.id) == Some(&row.generation)
+    }
+
+    /// The VMs whose adoption has failed, adopted or ended since or not.
+    pub fn failures(&self) -> Vec<VmId> {
+        self.failed.lock().keys().cloned().collect()
     }
 
     fn await_answer(&self, vm: &VmId, closing: &Cancel) {
@@ -102,6 +122,7 @@ pub(super) fn open(store: &Store) -> Adoptions {
         is_careful,
         is_marked: AtomicBool::new(is_careful || has_running),
         silent: Mutex::new(Rank::Runtimes, HashSet::new()),
+        failed: Mutex::new(Rank::Runtimes, HashMap::new()),
         told: Condvar::new(),
     }
 }

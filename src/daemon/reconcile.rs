@@ -20,9 +20,6 @@ use std::time::{Duration, Instant};
 /// Between two comparisons of the ledger, the rows and the host.
 const SWEEP_PERIOD: Duration = Duration::from_secs(60);
 
-/// Begins the reason of a VM whose VMM did not answer the daemon that started.
-const UNADOPTED: &str = "its vmm runs but could not be adopted";
-
 /// The reason of a VM whose VMM was gone when the daemon started.
 const UNSEEN_DEATH: &str = "the vmm died while the daemon did not run";
 
@@ -162,10 +159,11 @@ impl Daemon {
         self.end_adoptions();
         self.sweep(true);
         self.mend_network();
-        let unadopted =
-            |row: &VmRow| row.state == VmState::Running && row.reason.as_ref().is_some_and(|r| r.starts_with(UNADOPTED));
-        let rows: Vec<VmRow> = self.store.read(|s| s.vms().filter(|row| unadopted(row)).map(|row| (**row).clone()).collect());
-        for row in rows {
+        for vm in self.adoptions.failures() {
+            let Some(row) = self.row(&vm).ok().filter(|row| self.adoptions.has_failed(row)) else {
+                self.adoptions.forget_failure(&vm);
+                continue;
+            };
             match self.adopt_late(&row) {
                 Ok(()) => log::info!("vm {} is adopted now", row.name),
                 Err(e) => log::warn!("adopt the vmm of {}: {e}; it is tried again every minute", row.name),
@@ -228,18 +226,20 @@ impl Daemon {
                 self.end_adoption(row, true);
                 self.adopt_adjusted(row);
                 self.adopt_pause(row);
-                let adopted = (Some(running.identity), Some(running.ssh_addr));
-                if adopted == (row.identity.clone(), row.ssh_addr) {
+                // An earlier daemon that could not adopt it has said so in the reason.
+                let adopted = (Some(running.identity), Some(running.ssh_addr), None);
+                if adopted == (row.identity.clone(), row.ssh_addr, row.reason.clone()) {
                     // Most often, and then a full disk does not matter.
                     return Ok(());
                 }
-                let ticket = self.change_as_found(row, false, |r| (r.identity, r.ssh_addr) = adopted)?;
+                let ticket = self.change_as_found(row, false, |r| (r.identity, r.ssh_addr, r.reason) = adopted)?;
                 self.wait_durable(ticket)
             }
             // It lives, so it is not killed; the user sees that it cannot be reached.
             Err(e) => {
                 log::warn!("adopt the vmm of {}: {e}", row.name);
-                let reason = format!("{UNADOPTED}: {e}");
+                self.adoptions.note_failure(row);
+                let reason = format!("its VMM runs but could not be adopted: {e}");
                 let ticket = self.change_as_found(row, false, |r| r.reason = Some(reason))?;
                 self.wait_durable(ticket)?;
                 self.watch(row, &identity)?;
@@ -251,16 +251,16 @@ impl Daemon {
 
     /// One that did not answer when the daemon started, and does now.
     pub(super) fn adopt_late(&self, row: &VmRow) -> Result<()> {
-        let (Some(identity), true) = (&row.identity, row.reason.as_ref().is_some_and(|r| r.starts_with(UNADOPTED))) else {
-            return Ok(());
-        };
+        let (Some(identity), true) = (&row.identity, self.adoptions.has_failed(row)) else { return Ok(()) };
         let image = self.images.get(&row.image)?;
         if !self.begin_adoption(row, true) {
+            self.adoptions.forget_failure(&row.id);
             return self.leave_unadopted(row, identity);
         }
         let adopted = self.vmm.adopt(&self.spec(row, &image), identity);
         self.survive_adoption(row, adopted.is_ok());
         let running = adopted?;
+        self.adoptions.forget_failure(&row.id);
         self.adopt_guest(row);
         self.adopt_adjusted(row);
         self.adopt_pause(row);

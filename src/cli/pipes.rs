@@ -136,9 +136,9 @@ mod tests {
         let (mut ours, _theirs) = from_daemon(&cancel).unwrap();
         let (mut full, _unread) = to_daemon(&cancel).unwrap();
         let token = cancel.clone();
-        let stopper = crate::host::thread::spawn("stopper", move || token.cancel(crate::locks::CancelCause::Requested)).unwrap();
+        let stopper = crate::host::thread::spawn("stopper", move || token.cancel(CancelCause::CommandEnded)).unwrap();
         let e = full.write_all(&vec![0; 1 << 20]).unwrap_err();
-        assert_eq!((e.kind(), e.to_string().as_str()), (io::ErrorKind::ConnectionAborted, "enough"));
+        assert_eq!((e.kind(), e.to_string().as_str()), (io::ErrorKind::ConnectionAborted, "the command has ended"));
         assert_eq!(ours.read(&mut [0; 8]).unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
         stopper.join().unwrap();
     }

@@ -3,7 +3,7 @@
 use super::copy::copy_sparse;
 use super::{Cloned, Draft, Method, ficlone, snapshot};
 use crate::error::{Error, Kind, Result};
-use crate::host::{Command, Commands};
+use crate::host::{Command, Commands, Complaint, strerror};
 use crate::locks::Cancel;
 use std::fs::{File, OpenOptions};
 use std::io::Read;
@@ -210,7 +210,8 @@ pub(super) fn rebase_qcow2(base: &Path, path: &Path) -> Command {
 pub(super) fn with_qemu_img_hint(e: Error) -> Error {
     match e.kind() {
         Kind::CommandMissing => e.hint("sudo apt-get install qemu-utils"),
-        Kind::CommandFailed if e.message().contains("No space left on device") => {
+        // qemu-img ends with status 1 whatever failed, and prints the `strerror` (QEMU 7.2).
+        Kind::CommandFailed if strerror::says_disk_full(Complaint::of(&e)) => {
             e.with_kind(Kind::DiskFull).hint("free some space (df -h), then try again")
         }
         _ => e,
@@ -336,7 +337,8 @@ mod tests {
         impl Commands for Fails {
             fn run(&self, command: &Command, _: &Cancel, _: &mut dyn FnMut(&str)) -> Result<crate::host::Output> {
                 std::fs::write(&command.args[command.args.len() - 2], "half").unwrap();
-                Err(Error::new(Kind::CommandFailed, "qemu-img failed with status 1: No space left on device"))
+                Err(Error::new(Kind::CommandFailed, "qemu-img failed with status 1")
+                    .with_source(Complaint("No space left on device".to_owned())))
             }
         }
         let dir = tempfile::tempdir().unwrap();

@@ -8,6 +8,7 @@ use nix::poll::PollFlags;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use std::ffi::{OsStr, OsString};
+use std::fmt;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -113,6 +114,25 @@ impl Command {
     }
 }
 
+/// What a failed program printed last on stderr, as the source of an error.
+#[derive(Clone, Debug)]
+pub struct Complaint(pub String);
+
+impl Complaint {
+    /// Empty if the error does not come from a program.
+    pub fn of(error: &Error) -> &str {
+        error.source_as::<Self>().map_or("", |complaint| &complaint.0)
+    }
+}
+
+impl fmt::Display for Complaint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Complaint {}
+
 /// Runs host commands. Tests use a fake instead of [`HostCommands`].
 pub trait Commands: Send + Sync {
     /// Runs a command to its end and calls `on_line` for each line of either stream as it arrives.
@@ -131,7 +151,8 @@ impl Commands for HostCommands {
             return Ok(output);
         }
         let tail = last_lines(&output.stderr);
-        Err(Error::new(Kind::CommandFailed, format!("{} failed with status {}: {tail}", command.shown(), output.status)))
+        let message = format!("{} failed with status {}", command.shown(), output.status);
+        Err(Error::new(Kind::CommandFailed, message).with_source(Complaint(tail)))
     }
 }
 
@@ -404,7 +425,7 @@ mod tests {
         let c = Command::new("sh").args(["-c", script]).cwd(dir.path()).term_grace(Duration::from_secs(20));
         let cancel = cancel();
         let e = run_any_status(&c, &cancel, &mut |_| cancel.cancel(crate::locks::CancelCause::Requested)).unwrap_err();
-        assert_eq!(e.to_string(), "run sh: cancelled: enough");
+        assert_eq!(e.to_string(), "run sh: cancelled: op cancel was asked for");
         assert_eq!(std::fs::read_to_string(dir.path().join("done")).unwrap(), "cleaned\n");
     }
 

@@ -18,8 +18,9 @@ pub mod process;
 pub mod program;
 pub mod reach;
 pub mod shell;
+pub mod strerror;
 pub mod thread;
 pub mod usage;
 pub mod wait;
 
-pub use command::{Command, Commands, HostCommands, Output};
+pub use command::{Command, Commands, Complaint, HostCommands, Output};

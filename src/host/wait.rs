@@ -96,6 +96,6 @@ mod tests {
         cancel.cancel(crate::locks::CancelCause::Requested);
         assert_eq!(wait(10_000).unwrap(), WaitResult::Cancelled);
         assert!(!sleep(Duration::from_secs(10), &cancel).unwrap());
-        assert_eq!(cancelled("wait for x", &cancel).to_string(), "wait for x: cancelled: enough");
+        assert_eq!(cancelled("wait for x", &cancel).to_string(), "wait for x: cancelled: op cancel was asked for");
     }
 }

@@ -6,9 +6,9 @@ use super::checks::{Host, namespace, source_files};
 use super::cpio::Cpio;
 use super::kernel::Compression;
 use super::registry::{FileRecord, INITRD, Images, KERNEL, Metadata, ROOTFS};
-use super::{ImageInfo, kernel, sources};
+use super::{ImageInfo, apt_texts, kernel, sources};
 use crate::error::{Error, Kind, Result};
-use crate::host::{Command, Commands};
+use crate::host::{Command, Commands, Complaint, strerror};
 use crate::ids::ImageRef;
 use crate::locks::Cancel;
 use sha2::{Digest, Sha256};
@@ -210,11 +210,8 @@ fn run_script(commands: &dyn Commands, command: &Command, cancel: &Cancel, repor
         if let Some(stage) = stage_of(line) {
             report(stage);
         }
-        // These lines of mmdebstrap only say that something failed; apt's own lines say what.
-        let own = ["setup failed", "mmdebstrap failed"];
-        if let Some(text) = line.strip_prefix("E: ")
+        if let Some(text) = apt_texts::reason(line)
             && errors.len() < ERROR_LINES_MAX
-            && !own.iter().any(|o| text.starts_with(o))
         {
             errors.push(text.escape_debug().to_string());
         }
@@ -223,10 +220,10 @@ fn run_script(commands: &dyn Commands, command: &Command, cancel: &Cancel, repor
     if e.kind() != Kind::CommandFailed {
         return Err(e);
     }
-    if e.message().contains("No space left on device") || errors.iter().any(|l| l.contains("No space left on device")) {
+    if strerror::says_disk_full(Complaint::of(&e)) || errors.iter().any(|line| strerror::says_disk_full(line)) {
         return Err(e.with_kind(Kind::DiskFull).hint("free some space (df -h) and memory (free -h), then try again"));
     }
-    if let Some(line) = errors.iter().find(|l| l.contains("Unable to locate package")) {
+    if let Some(line) = errors.iter().find(|line| apt_texts::is_unknown_package(line)) {
         return Err(Error::invalid(line.to_lowercase()).hint("search for the name: apt-cache search TEXT"));
     }
     if errors.is_empty() { Err(e) } else { Err(Error::new(Kind::CommandFailed, format!("mmdebstrap: {}", errors.join("; ")))) }
@@ -459,7 +456,7 @@ mod tests {
         impl Commands for Fails {
             fn run(&self, _: &Command, _: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<crate::host::Output> {
                 self.0.iter().for_each(|l| on_line(l));
-                Err(Error::new(Kind::CommandFailed, "setpriv failed with status 1: bye"))
+                Err(Error::new(Kind::CommandFailed, "setpriv failed with status 1").with_source(Complaint("bye".to_owned())))
             }
         }
         let run = |lines| {

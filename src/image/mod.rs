@@ -10,6 +10,7 @@
 //! `ttyS0`. Virtio may be over PCI or MMIO. No kernel arguments are required, but [`BOOT_ARGS`] makes
 //! the boot faster.
 
+mod apt_texts;
 pub mod build;
 mod checks;
 mod cpio;

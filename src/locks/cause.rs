@@ -54,5 +54,5 @@ impl fmt::Display for CancelCause {
     }
 }
 
-/// As the source of an error, it tells one cancellation from another.
+/// Callers find the cause as the source of a `cancelled` error.
 impl std::error::Error for CancelCause {}

@@ -52,7 +52,7 @@ pub use links::received_and_sent;
 use crate::config::Network as Config;
 use crate::error::{Error, Kind, Result};
 use crate::host::confine::Owner;
-use crate::host::{Command, Commands};
+use crate::host::{Command, Commands, Complaint, strerror};
 use crate::locks::{Cancel, Mutex, Rank};
 use crate::undo::Undo;
 use links::{Link, parse_links};
@@ -263,11 +263,12 @@ impl Net {
         }
     }
 
-    /// Runs `nft --json`. None if the tables do not exist.
+    /// Runs `nft --json`. None if the tables do not exist: nft (1.0.6, src/evaluate.c) ends with status 1
+    /// whatever is wrong, and prints the `strerror` of ENOENT for a table that it does not find.
     fn listed(&self, args: &[&str]) -> Result<Option<Vec<u8>>> {
         match self.tools.run(&tools::nft_json(args), self.tools.never()) {
             Ok(json) => Ok(Some(json)),
-            Err(e) if e.to_string().contains("No such file or directory") => Ok(None),
+            Err(e) if strerror::says_not_found(Complaint::of(&e)) => Ok(None),
             Err(e) => Err(e),
         }
     }

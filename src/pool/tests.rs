@@ -70,7 +70,7 @@ fn full_queue_refuses_immediately_and_frees_its_slots() {
     cancel.cancel(CancelCause::VmStopped);
     assert_eq!(pool.counts(), Counts { running: 1, queued: 0, places: 1 });
     let error = queued.wait(late()).unwrap_err();
-    assert_eq!((error.kind(), error.message()), (Kind::Cancelled, "queued: cancelled: the VM was stopped"));
+    assert_eq!((error.kind(), error.to_string().as_str()), (Kind::Cancelled, "queued: cancelled: the VM was stopped"));
     let last = place.submit("last", &token(), |_| Ok(5));
     end.send(4).unwrap();
     assert_eq!((running.wait(late()).unwrap(), last.wait(late()).unwrap()), (4, 5));
@@ -96,7 +96,7 @@ fn cancel_of_queued_job_wakes_its_waiter_immediately() {
         let fired = Instant::now();
         cancel.cancel(CancelCause::VmDeleted);
         let (error, heard) = waiter.join().unwrap();
-        assert_eq!((error.kind(), error.message()), (Kind::Cancelled, "queued: cancelled: the VM was deleted"));
+        assert_eq!((error.kind(), error.to_string().as_str()), (Kind::Cancelled, "queued: cancelled: the VM was deleted"));
         assert!(heard - fired < SOON, "{:?}", heard - fired);
     });
     assert_eq!(is_dropped.recv_timeout(LATE), Err(mpsc::RecvTimeoutError::Disconnected), "what the job owns is gone");

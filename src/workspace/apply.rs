@@ -12,6 +12,7 @@
 
 use super::encode::encode;
 use super::git::find_top;
+use super::git_texts;
 use super::plan::CallerEnv;
 use crate::error::{Error, Kind, Result};
 use crate::host::command::{Command, Output};
@@ -247,9 +248,9 @@ impl Checked {
         let said = stderr.lines().filter_map(|l| l.strip_prefix("error: ").or_else(|| l.strip_prefix("fatal: ")));
         // git reports each failure twice: first where the first hunk fails, then that the file does
         // not apply. Skip the first.
-        let said: Vec<String> = said.filter(|l| !l.starts_with("patch failed: ")).map(|l| l.escape_debug().to_string()).collect();
+        let said: Vec<String> = said.filter(|l| !git_texts::is_hunk(l)).map(|l| l.escape_debug().to_string()).collect();
         let doing = format!("apply the patch to {}", self.top.display());
-        if stderr.contains("No space left on device") {
+        if git_texts::is_disk_full(&stderr) {
             return Error::new(Kind::DiskFull, format!("{doing}: the disk is full"))
                 .hint(format!("inspect what was written with: git -C {} status", shown(&self.top)));
         }

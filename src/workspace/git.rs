@@ -13,9 +13,10 @@ pub(super) use history::{HistorySelection, Pack, Tag, pack};
 pub(super) use parse::{IndexEntry, Record};
 
 use super::beneath::Beneath;
+use super::git_texts;
 use super::plan::{CallerEnv, Options};
 use crate::error::{Error, Kind, Result};
-use crate::host::command::Command;
+use crate::host::command::{Command, Complaint};
 use crate::host::piped::run_piped;
 use crate::host::shell::quote;
 use crate::locks::Cancel;
@@ -141,7 +142,7 @@ impl Git {
             return e;
         }
         let top = self.quoted_top();
-        let hint = if e.message().contains("dubious ownership") {
+        let hint = if git_texts::is_dubious_ownership(Complaint::of(&e)) {
             format!("if you trust it, run: git config --global --add safe.directory {top}")
         } else {
             format!("look with: git -C {top} status; to send only the files, copy them without .git elsewhere and send that")
@@ -225,17 +226,16 @@ impl Git {
             Ok(())
         })?;
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-        if let Some(line) = stderr.lines().find(|l| l.starts_with("warning: could not open directory")) {
-            let what = line.trim_start_matches("warning: could not open directory ").escape_debug().to_string();
-            return Err(unreadable(&what));
+        if let Some(dir) = git_texts::unreadable_dir(&stderr) {
+            return Err(unreadable(&dir.escape_debug().to_string()));
         }
         if !accepted.contains(&output.status) {
             let mut lines = stderr.lines().filter(|l| !l.trim().is_empty());
             let said = lines.find(|l| l.starts_with("fatal:") || l.starts_with("error:")).or_else(|| stderr.lines().next());
             let said = said.unwrap_or("it said nothing").trim_start_matches("fatal: ").escape_debug().to_string();
-            let full = stderr.contains("No space left on device");
+            let full = git_texts::is_disk_full(&stderr);
             let kind = if full { Kind::DiskFull } else { Kind::CommandFailed };
-            let e = Error::new(kind, format!("git: {said}"));
+            let e = Error::new(kind, "git").with_source(Complaint(said));
             return Err(if full { e.hint("free some space (df -h), or set TMPDIR to a larger place") } else { e });
         }
         Ok((output.status, answer))

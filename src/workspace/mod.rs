@@ -25,6 +25,7 @@ pub mod apply;
 mod beneath;
 pub mod encode;
 mod git;
+mod git_texts;
 pub mod guest_path;
 pub mod left;
 mod mtime;

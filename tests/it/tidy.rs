@@ -3,8 +3,8 @@
 //! The patterns are phrases that made an earlier version of this code hard to read. A module that was not rewritten yet has
 //! an entry in [`REMAINING`]; its number may only fall.
 
-use crate::layers::{root, rust_files};
-use std::collections::BTreeMap;
+use crate::layers::{is_test, root, rust_files};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// Phrases that have a plainer form, each with one.
@@ -247,4 +247,124 @@ let long = \"one \\
     let wrong: Vec<(usize, usize)> =
         pieces(source).iter().map(|(line, piece)| (*line, findings(piece).len())).filter(|(_, count)| *count > 0).collect();
     assert_eq!(wrong, [(1, 1), (2, 1), (4, 1), (6, 1), (8, 1)]);
+}
+
+/// Files that decide by the text of another program because it has no other form, with that program. Each says in a
+/// comment from which version and file of it the text comes. `host/strerror.rs` (the C library) and
+/// `vmm/firecracker/refusal.rs` do so with tables, which this test does not see.
+const FOREIGN_TEXTS: &[(&str, &str)] = &[
+    ("src/image/apt_texts.rs", "mmdebstrap and apt"),
+    ("src/vmm/end.rs", "Linux"),
+    ("src/vmm/qemu/accel.rs", "Linux"),
+    ("src/vmm/qemu/checks.rs", "QEMU"),
+    ("src/workspace/git_texts.rs", "git"),
+];
+
+/// Calls that compare a text or look for a part of it.
+const COMPARISONS: &[&str] = &[
+    "contains(",
+    "starts_with(",
+    "ends_with(",
+    "strip_prefix(",
+    "strip_suffix(",
+    "split_once(",
+    "rsplit_once(",
+    "find(",
+    "rfind(",
+    "eq(",
+    " == ",
+    " != ",
+];
+
+/// Texts that an error has for people.
+const FOR_PEOPLE: &[&str] = &[".message()", ".to_string()", ".hint_text()"];
+
+/// Whether a literal is made for people: words with a space between them.
+fn is_phrase(literal: &str) -> bool {
+    let words: Vec<&str> = literal.split(' ').collect();
+    let is_word = |word: &&str| word.chars().filter(|c| c.is_alphabetic()).count() >= 2;
+    words.windows(2).any(|pair| pair.iter().all(is_word))
+}
+
+/// The literal at the beginning of `code`, without its quotes. Byte strings belong to formats of files.
+fn literal(code: &str) -> Option<&str> {
+    code.trim_start_matches("Some(").trim_start_matches('&').strip_prefix('"').and_then(|rest| rest.split('"').next())
+}
+
+/// The part of a source file that is not its tests.
+fn production(source: &str) -> &str {
+    source.split("#[cfg(test)]\nmod tests {").next().unwrap_or(source)
+}
+
+/// The names of constants whose value is a phrase.
+fn phrase_names(source: &str) -> BTreeSet<String> {
+    let constants =
+        production(source).lines().filter_map(|line| line.trim_start().trim_start_matches("pub ").strip_prefix("const "));
+    let phrases = constants.filter(|rest| rest.split_once("= ").and_then(|(_, value)| literal(value)).is_some_and(is_phrase));
+    phrases.filter_map(|rest| rest.split(':').next().map(str::to_owned)).collect()
+}
+
+/// The lines of production code that decide by a text for people, which may have one of `names`.
+fn decisions_by_text(source: &str, names: &BTreeSet<String>) -> Vec<usize> {
+    let mut found = Vec::new();
+    for (number, line) in production(source).lines().enumerate() {
+        let line = if line.trim_start().starts_with("//") { "" } else { line };
+        let decides = COMPARISONS.iter().any(|comparison| {
+            line.match_indices(comparison).any(|(at, _)| {
+                let (before, after) = (line[..at].trim_end_matches('.'), &line[at + comparison.len()..]);
+                let is_name = |name: &String| {
+                    after
+                        .strip_prefix(name.as_str())
+                        .is_some_and(|rest| !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_'))
+                };
+                FOR_PEOPLE.iter().any(|text| before.ends_with(text))
+                    || literal(after).is_some_and(is_phrase)
+                    || names.iter().any(is_name)
+            })
+        });
+        if decides {
+            found.push(number + 1);
+        }
+    }
+    found
+}
+
+/// A message can be reworded without a change of behaviour. Decide by a kind, by an enum or by the source of an error
+/// (`Error::source_as`).
+#[test]
+fn no_decision_depends_on_a_text_for_people() {
+    let mut paths = Vec::new();
+    rust_files(&root().join("src"), &mut paths);
+    paths.retain(|path| !is_test(path) && !path.ends_with("fake.rs"));
+    let sources: Vec<_> = paths.iter().map(|path| (path, std::fs::read_to_string(path).unwrap())).collect();
+    let names = sources.iter().flat_map(|(_, source)| phrase_names(source)).collect();
+    let (mut wrong, mut unused) = (Vec::new(), BTreeMap::from_iter(FOREIGN_TEXTS.iter().copied()));
+    for (path, source) in &sources {
+        let short = path.strip_prefix(root()).unwrap().display().to_string();
+        let lines = decisions_by_text(source, &names);
+        if lines.is_empty() || unused.remove(short.as_str()).is_some() {
+            continue;
+        }
+        wrong.extend(lines.into_iter().map(|line| format!("{short}:{line}")));
+    }
+    assert!(wrong.is_empty(), "these lines decide by a text for people:\n{}", wrong.join("\n"));
+    assert!(unused.is_empty(), "these files decide by no text any more, so remove them from FOREIGN_TEXTS: {unused:?}");
+}
+
+#[test]
+fn mutants_that_decide_by_text_are_found() {
+    let source = r#"
+const HUNG_UP: &str = "the caller hung up";
+fn a(e: &Error) -> bool { e.message() == HUNG_UP }
+fn b(e: &Error) -> bool { e.to_string().contains(&name) }
+fn c(text: &str) -> bool { text.starts_with("no space left") }
+fn d(row: &Row) -> bool { row.reason.as_ref().is_some_and(|r| r.starts_with(HUNG_UP)) }
+fn e(cause: Option<&str>) -> bool { cause != Some("the VM was stopped") }
+fn fine(e: &Error) -> bool { e.kind() == Kind::Busy && name.starts_with("fc-") && format!("{HUNG_UP} twice") == name }
+#[cfg(test)]
+mod tests {
+    fn f() { assert!(e.to_string().contains("the VM was stopped")); }
+}
+"#;
+    assert_eq!(decisions_by_text(source, &phrase_names(source)), [3, 4, 5, 6, 7]);
 }

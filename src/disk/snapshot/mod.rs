@@ -13,7 +13,7 @@
 mod loop_device;
 
 use crate::error::{Error, Kind, Result};
-use crate::host::{Command, Commands};
+use crate::host::{Command, Commands, Complaint, strerror};
 use crate::locks::Cancel;
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
@@ -198,8 +198,10 @@ fn remove(commands: &dyn Commands, name: &str, cancel: &Cancel) -> Result<()> {
     Ok(())
 }
 
+/// dmsetup (lvm2 2.03, libdm/ioctl/libdm-iface.c) ends with status 1 for every refusal and prints
+/// the `strerror` of the ioctl.
 fn is_busy(e: &Error) -> bool {
-    e.kind() == Kind::CommandFailed && e.to_string().contains("Device or resource busy")
+    strerror::says_busy(Complaint::of(e))
 }
 
 /// The names of the snapshots that begin with `prefix`, each once even if it consists of two devices.

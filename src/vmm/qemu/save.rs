@@ -15,6 +15,9 @@ pub const DEADLINE: Duration = Duration::from_secs(600);
 const NAME: &str = "saved";
 /// QEMU's own bound is meant for a network. In bytes per second.
 const BANDWIDTH_MAX: u64 = 1 << 40;
+/// A file system with less than this is full: a write of QEMU's is at most 32 KiB
+/// (migration/qemu-file.c), and others write at the same time.
+const FULL_BYTES: u64 = 1 << 20;
 
 /// The guest must stand still; its disks are flushed, and its own again when it goes on.
 pub fn save(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
@@ -24,7 +27,17 @@ pub fn save(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
     qmp.execute("migrate-set-parameters", &json!({ "max-bandwidth": BANDWIDTH_MAX }))?;
     qmp.give(NAME, file.as_fd())?;
     qmp.execute("migrate", &json!({ "uri": format!("fd:{NAME}") }))?;
-    until_migrated(qmp)
+    until_migrated(qmp).map_err(|e| if e.kind() == Kind::VmmFailed && has_no_room(&file) { full(e) } else { e })
+}
+
+/// QMP gives a migration's failure as text for people only, so the file system is asked. QEMU does
+/// not run as root, so the blocks that are kept for root do not count.
+fn has_no_room(file: &File) -> bool {
+    rustix::fs::fstatvfs(file).is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) < FULL_BYTES)
+}
+
+fn full(e: Error) -> Error {
+    e.with_kind(Kind::DiskFull).hint("free some space (df -h), then try again")
 }
 
 /// `7.2.22`.
@@ -86,11 +99,7 @@ fn until_migrated(qmp: &mut Qmp<'_>) -> Result<()> {
 }
 
 fn failed(status: &str, why: &str) -> Error {
-    let e = Error::new(Kind::VmmFailed, format!("move the guest's memory: {status}: {why}"));
-    if why.contains("No space left on device") {
-        return e.with_kind(Kind::DiskFull).hint("free some space (df -h), then try again");
-    }
-    e
+    Error::new(Kind::VmmFailed, format!("move the guest's memory: {status}: {why}"))
 }
 
 /// A saved guest goes on only on what it was saved on.

@@ -12,6 +12,7 @@
 //! | [`export_tree_command`] | - | [`super::left`], then a tar for [`super::unpack`] |
 //! | [`status_command`] | - | [`parse_status`] |
 
+use super::git_texts;
 use crate::api::exec::Exit;
 use crate::error::{Error, Kind, Result};
 use crate::host::shell::quote;
@@ -178,8 +179,8 @@ pub fn failure(doing: &str, exit: &Exit, stderr: &[u8]) -> Error {
     let said = lines.iter().find_map(|l| l.strip_prefix("fcd: ")).or_else(|| lines.last().copied());
     let said = said.map_or_else(|| format!("it ended with {exit:?}"), |s| s.escape_debug().to_string());
     let error = |kind, hint: &str| Error::new(kind, format!("{doing}: {said}")).hint(hint);
-    // The second text is what git reports for its packs.
-    if text.contains("No space left on device") || text.contains("Out of diskspace") {
+    // The guest's tar (GNU tar 1.34) prints the `strerror`, as git does for most files.
+    if git_texts::is_disk_full(&text) {
         let full = Error::new(Kind::GuestCommandFailed, format!("{doing}: the guest's disk is full: {said}"));
         return full.hint("enlarge it: fcctl vm set {vm} --disk SIZE, then fcctl restart {vm}");
     }

@@ -42,13 +42,13 @@ fn one_of_everything(mut r: Request) {
     assert!(r.method == "events.watch" && r.more);
     let part = |more, vms| Note::Snapshot(Snapshot { seq: 7, at: NOW_S, resync: false, more, vms });
     r.note(part(true, vec![vm("web", VmState::Running)]));
-    r.note(part(false, vec![Vm { reason: Some("the vmm died".into()), ..vm("db", VmState::Failed) }]));
+    r.note(part(false, vec![Vm { reason: Some("the VMM died".into()), ..vm("db", VmState::Failed) }]));
     r.note(events_note(8, vec![Created { set: set(&json!({"state": "created"})) }]));
     r.note(events_note(9, vec![state(VmState::Created, VmState::Starting, None)]));
     // Prints nothing: people do not care about process IDs.
     r.note(events_note(10, vec![Changed { set: set(&json!({"pid": 7})) }]));
     r.note(events_note(11, vec![state(VmState::Starting, VmState::Running, None), op_ended(OpState::Ok, None)]));
-    r.note(events_note(12, vec![state(VmState::Running, VmState::Failed, Some("the vmm died: \u{1b}[2J"))]));
+    r.note(events_note(12, vec![state(VmState::Running, VmState::Failed, Some("the VMM died: \u{1b}[2J"))]));
     let pending = json!({"vcpus": 2, "mem_mib": 2048, "disk_bytes": null});
     r.note(events_note(13, vec![Changed { set: set(&json!({"pending": pending})) }]));
     r.note(events_note(14, vec![Changed { set: set(&json!({"pending": null, "vcpus": 2, "mem_mib": 2048, "rm": true})) }]));
@@ -82,12 +82,12 @@ fn events_print_one_line_each() {
         expect![[r#"
             > events.watch {}
             08:00:00  web  is running
-            08:00:00  db  is failed (the vmm died)
+            08:00:00  db  is failed (the VMM died)
             08:00:08  web  created
             08:00:09  web  created -> starting
             08:00:11  web  starting -> running
             08:00:11  web  vm.start ok
-            08:00:12  web  running -> failed: the vmm died: \u{1b}[2J
+            08:00:12  web  running -> failed: the VMM died: \u{1b}[2J
             08:00:13  web  at next start: 2 vCPUs, 2 GiB of memory
             08:00:14  web  2 vCPUs, 2 GiB of memory, deleted when it stops
             08:00:15  web  workspace /root/web (incomplete)

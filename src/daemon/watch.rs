@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::ids::VmId;
 use crate::locks::CancelCause;
 use crate::store::VmRow;
-use crate::vmm::{End, Identity, Told, end_from_console};
+use crate::vmm::{End, GuestEvent, Identity, end_from_console};
 use std::time::Duration;
 
 /// Between two tries to write it down.
@@ -23,9 +23,9 @@ impl Daemon {
     pub(super) fn watch(&self, row: &VmRow, identity: &Identity) -> Result<()> {
         let (daemon, vm, generation) = (self.clone(), row.id.clone(), row.generation);
         let told = Box::new(move |told| match told {
-            Told::Paused(is_paused) => daemon.runtimes.set_paused(&vm, is_paused),
-            Told::Answered => daemon.adoptions.note_answer(&vm),
-            Told::Unresponsive(is_so) => daemon.vmm_answers(&vm, generation, !is_so),
+            GuestEvent::Paused(is_paused) => daemon.runtimes.set_paused(&vm, is_paused),
+            GuestEvent::Answered => daemon.adoptions.note_answer(&vm),
+            GuestEvent::Unresponsive(is_so) => daemon.vmm_answers(&vm, generation, !is_so),
         });
         self.vmm.watch_guest(&self.vm_dir(&row.id), identity, told)?;
         self.watch_end(row, identity)

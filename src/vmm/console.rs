@@ -1,5 +1,6 @@
-//! The consoles of all VMs: one thread reads their sockets and writes their bounded logs; whoever wants to see
-//! them reads the logs. A guest that floods its console costs that thread's time and a bounded file.
+//! The consoles of all VMs. One thread reads their sockets and writes their logs, which are limited
+//! in size, and everything else reads the logs. A guest that floods its console costs time of that
+//! thread and a file of limited size.
 
 use super::log_file::{LogReader, LogWriter};
 use crate::error::{Error, Result};
@@ -19,15 +20,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Most bytes of one piece of a log.
+/// The most bytes of a log that are returned at once.
 pub const CHUNK_BYTES_MAX: usize = 64 * 1024;
-/// What the VMM itself says: its stdout and stderr, in the VM's directory.
+/// The VMM's own output (stdout and stderr) in the VM's directory.
 pub const VMM_LOG: &str = "vmm.log";
-/// Bound of [`VMM_LOG`]; it is cut to nothing when it is found to be over.
+/// Size limit of [`VMM_LOG`]. A larger log is truncated to nothing.
 pub const VMM_LOG_BYTES_MAX: u64 = 256 * 1024;
-/// How a line of ours in a log begins.
+/// The beginning of a line from fcd in a log.
 pub(super) const MARK: &str = "--- fcd: ";
-/// Between two looks at the sizes of the VMMs' own logs.
+/// How often the sizes of the VMMs' own logs are checked.
 const TICK: Duration = Duration::from_secs(10);
 
 fn event() -> io::Result<EventFd> {
@@ -39,7 +40,8 @@ fn set_nonblocking(fd: impl AsFd) -> rustix::io::Result<()> {
     rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)
 }
 
-/// A console to read: the log's directory, its bound, a line that says why the log begins or goes on here.
+/// A console to read: the directory of its log, the log's size limit, and a line from fcd to begin
+/// with.
 pub(super) struct Attach {
     pub dir: PathBuf,
     pub bytes_max: u64,
@@ -57,7 +59,7 @@ struct Event {
 struct State {
     incoming: Vec<Attach>,
     followers: HashMap<PathBuf, Vec<Arc<Event>>>,
-    /// How many consoles of each log are still read.
+    /// How many consoles are being read into each log.
     attached: HashMap<PathBuf, usize>,
     thread: Option<JoinHandle<()>>,
     is_closed: bool,
@@ -83,13 +85,14 @@ impl Shared {
 
     fn notify(&self, dir: &Path) {
         for event in self.state.lock().followers.get(dir).into_iter().flatten() {
-            // The counter at its top is readable, too.
+            // An eventfd whose counter is full is readable as well.
             let _ = event.fd.write(1);
         }
     }
 }
 
-/// Dropping it ends the thread; the VMs run on and their consoles wait for the next one.
+/// The consoles of all VMs. Dropping it ends the thread. The VMs keep running, and their output
+/// waits for the next daemon.
 pub struct Consoles {
     shared: Arc<Shared>,
 }
@@ -97,11 +100,11 @@ pub struct Consoles {
 impl Consoles {
     /// Fails with the eventfd's error (EMFILE, ENFILE).
     pub fn try_new() -> Result<Self> {
-        let wake = event().map_err(|e| Error::io("make an event for the consoles", e))?;
+        let wake = event().map_err(|e| Error::io("create an eventfd for the consoles", e))?;
         Ok(Self { shared: Arc::new(Shared { state: Mutex::new(Rank::Consoles, State::default()), wake }) })
     }
 
-    /// The thread takes it over until its end. Nothing here blocks.
+    /// Hands a console to the thread, which reads it until it ends. Does not block.
     pub(super) fn attach(&self, console: Attach) -> Result<()> {
         set_nonblocking(&console.from).map_err(|e| Error::io("attach to a console", e))?;
         let mut state = self.shared.state.lock();
@@ -116,29 +119,29 @@ impl Consoles {
         Ok(())
     }
 
-    /// The log of the VM with this directory, from the last `tail` lines on (all of it when that is None), and what
-    /// will come. It need not run nor ever have run.
+    /// Follows the log of the VM in `dir`, from its last `tail` lines on or from its beginning. The
+    /// VM need not be running, and may never have run.
     pub fn follow(&self, dir: &Path, tail: Option<u64>) -> Result<Follower> {
         let doing = || format!("read the console log in {}", dir.display());
         let fd = event().map_err(|e| Error::io(doing(), e))?;
         let event = Arc::new(Event { fd, is_ended: AtomicBool::new(false) });
-        // Registered before the log is opened, so that nothing falls between.
+        // Register before opening the log, so that no change is missed.
         self.shared.state.lock().followers.entry(dir.to_owned()).or_default().push(event.clone());
         let mut follower =
             Follower { shared: self.shared.clone(), dir: dir.to_owned(), event, reader: None, partial: Vec::new() };
-        // The directory of one that has never run is not made yet.
+        // The directory of a VM that has never run does not exist yet.
         if dir.exists() {
             follower.reader = Some(LogReader::open(dir, tail).map_err(|e| Error::io(doing(), e))?);
         }
         Ok(follower)
     }
 
-    /// Whether more may come to the log in this directory: its console has not ended, or its end was not read yet.
+    /// True if more may be appended to this log, because its console has not been read to the end.
     pub(super) fn is_attached(&self, dir: &Path) -> bool {
         self.shared.state.lock().attached.contains_key(dir)
     }
 
-    /// The VM is deleted: its followers come to their end.
+    /// Ends all followers of this log, because the VM has been deleted.
     pub fn forget(&self, dir: &Path) {
         for event in self.shared.state.lock().followers.get(dir).into_iter().flatten() {
             event.is_ended.store(true, Ordering::SeqCst);
@@ -160,8 +163,8 @@ impl Drop for Consoles {
     }
 }
 
-/// All of a log as it stands, or its last `tail` lines. Bytes that are no UTF-8 are replaced. Whoever has not the
-/// room for all of it at once takes [`Consoles::follow`] and does not wait.
+/// Reads a whole log, or its last `tail` lines. Invalid UTF-8 is replaced. Use [`Consoles::follow`]
+/// to read a log piece by piece.
 pub fn read(dir: &Path, tail: Option<u64>) -> Result<String> {
     let io = |e| Error::io(format!("read the console log in {}", dir.display()), e);
     let mut reader = LogReader::open(dir, tail).map_err(io)?;
@@ -174,31 +177,32 @@ pub fn read(dir: &Path, tail: Option<u64>) -> Result<String> {
     }
 }
 
-/// What ended a [`Follower::wait`].
+/// The result of [`Follower::wait`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Followed {
-    /// Call [`Follower::next_chunk`] until it has nothing.
+pub enum FollowerState {
+    /// There may be more. Call [`Follower::next_chunk`] until it returns None.
     More,
     Deadline,
-    /// The VM is deleted: nothing will come any more.
+    /// The VM has been deleted, so there will be no more.
     Ended,
 }
 
-/// A place in a log that moves on.
+/// A position in a log that moves forward as the log grows.
 pub struct Follower {
     shared: Arc<Shared>,
     dir: PathBuf,
     event: Arc<Event>,
     reader: Option<LogReader>,
-    /// The beginning of a character whose end is still to come.
+    /// The beginning of a character that is not complete yet.
     partial: Vec<u8>,
 }
 
 impl Follower {
-    /// The next piece, at most [`CHUNK_BYTES_MAX`] bytes of the log; None when there is nothing new. Never blocks
-    /// on anything but the disk.
+    /// Returns the next piece of the log, at most [`CHUNK_BYTES_MAX`] bytes. None if there is
+    /// nothing new. Never blocks except for the disk.
     pub fn next_chunk(&mut self) -> Result<Option<String>> {
-        // Forgotten before the log is read, so that what comes after is told anew. The end stays told.
+        // Reset the event before reading the log, so that later changes set it again. It stays set
+        // at the end.
         if !self.event.is_ended.load(Ordering::SeqCst) {
             let _ = self.event.fd.read();
         }
@@ -218,7 +222,7 @@ impl Follower {
         Ok((!bytes.is_empty()).then(|| String::from_utf8_lossy(&bytes).into_owned()))
     }
 
-    /// For a `poll` of one's own: readable when there may be more, or the end.
+    /// A descriptor for `poll`. It is readable if there may be more, or at the end.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.event.fd.as_fd()
     }
@@ -227,14 +231,14 @@ impl Follower {
         self.event.is_ended.load(Ordering::SeqCst)
     }
 
-    /// Until there may be more. An error (`cancelled`) when the token fires.
-    pub fn wait(&self, deadline: Instant, cancel: &Cancel) -> Result<Followed> {
+    /// Waits until there may be more. Fails with `cancelled` when `cancel` fires.
+    pub fn wait(&self, deadline: Instant, cancel: &Cancel) -> Result<FollowerState> {
         let doing = "follow a console log";
         match wait_any(&[(self.fd(), PollFlags::POLLIN)], deadline, cancel).map_err(|e| Error::io(doing, e))? {
             WaitResult::Cancelled => Err(cancelled(doing, cancel)),
-            WaitResult::Deadline => Ok(Followed::Deadline),
-            WaitResult::Ready if self.is_ended() => Ok(Followed::Ended),
-            WaitResult::Ready => Ok(Followed::More),
+            WaitResult::Deadline => Ok(FollowerState::Deadline),
+            WaitResult::Ready if self.is_ended() => Ok(FollowerState::Ended),
+            WaitResult::Ready => Ok(FollowerState::More),
         }
     }
 }
@@ -251,7 +255,7 @@ impl Drop for Follower {
     }
 }
 
-/// How many of the bytes make whole characters: all, but for one that was begun at the end.
+/// Returns the length without an incomplete character at the end.
 pub(super) fn whole_characters(bytes: &[u8]) -> usize {
     let tail = bytes.len().saturating_sub(3);
     for i in (tail..bytes.len()).rev() {
@@ -276,7 +280,7 @@ struct Console {
 struct Log {
     writer: Option<LogWriter>,
     bytes_max: u64,
-    /// Bytes that could not be written since the last that could.
+    /// How many bytes could not be written since the last successful write.
     lost: u64,
 }
 
@@ -297,7 +301,7 @@ impl Reader {
     fn run(mut self) {
         loop {
             let ready = self.poll();
-            // Backwards, so that the places of those still to be looked at stay.
+            // Iterate backwards, so that removing a console does not change the other indexes.
             for i in ready.into_iter().rev() {
                 if !self.read_one(i) {
                     let gone = self.consoles.swap_remove(i);
@@ -323,7 +327,7 @@ impl Reader {
         }
     }
 
-    /// The places of the consoles that have something.
+    /// Returns the indexes of the consoles that are ready.
     fn poll(&self) -> Vec<usize> {
         let mut fds = vec![PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN)];
         fds.extend(self.consoles.iter().map(|c| PollFd::new(c.from.as_fd(), PollFlags::POLLIN)));
@@ -332,7 +336,7 @@ impl Reader {
             Ok(_) => {}
             Err(nix::errno::Errno::EINTR) => return Vec::new(),
             Err(e) => {
-                // Out of memory, say: not worth a spin.
+                // Pause after an error such as a lack of memory, instead of spinning.
                 log::error!("poll the consoles: {e}");
                 let _ = poll(&mut [], PollTimeout::from(100u8));
                 return Vec::new();
@@ -356,7 +360,7 @@ impl Reader {
         self.consoles.push(Console { dir: attach.dir, from: attach.from, vmm_log });
     }
 
-    /// False at its end.
+    /// Reads from a console. Returns false at its end.
     fn read_one(&mut self, i: usize) -> bool {
         let console = &mut self.consoles[i];
         let n = match console.from.read(&mut self.buffer) {
@@ -374,7 +378,8 @@ impl Reader {
 }
 
 impl Log {
-    /// What cannot be written is dropped and counted: a full disk must stop no guest.
+    /// Appends to the log. Bytes that cannot be written are dropped and counted, because a full
+    /// disk must not block a guest.
     fn append(&mut self, dir: &Path, mark: Option<&str>, bytes: &[u8]) {
         if let Err(e) = self.try_append(dir, mark, bytes) {
             if self.lost == 0 {
@@ -404,7 +409,7 @@ fn bound_vmm_log(console: &Console) {
     if file.metadata().is_ok_and(|m| m.len() > VMM_LOG_BYTES_MAX)
         && let Err(e) = file.set_len(0)
     {
-        log::warn!("cut {VMM_LOG} in {}: {e}", console.dir.display());
+        log::warn!("truncate {VMM_LOG} in {}: {e}", console.dir.display());
     }
 }
 

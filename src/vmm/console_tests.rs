@@ -35,13 +35,13 @@ impl Fixture {
             if seen.ends_with(end) {
                 return seen;
             }
-            assert_eq!(follower.wait(deadline, &self.cancel).unwrap(), Followed::More, "{seen:?}");
+            assert_eq!(follower.wait(deadline, &self.cancel).unwrap(), FollowerState::More, "{seen:?}");
         }
     }
 }
 
 #[test]
-fn what_a_guest_says_reaches_the_log_and_its_followers() {
+fn guest_output_reaches_log_and_followers() {
     let f = Fixture::new();
     let mut early = f.follow(None);
     assert_eq!(early.next_chunk().unwrap(), None);
@@ -59,7 +59,7 @@ fn what_a_guest_says_reaches_the_log_and_its_followers() {
 }
 
 #[test]
-fn a_second_life_of_a_console_goes_on_in_the_same_log() {
+fn reattached_console_continues_same_log() {
     let f = Fixture::new();
     let mut follower = f.follow(None);
     let mut guest = f.attach("started", 1 << 20);
@@ -72,7 +72,7 @@ fn a_second_life_of_a_console_goes_on_in_the_same_log() {
 }
 
 #[test]
-fn a_flood_is_bounded() {
+fn flood_is_bounded() {
     let f = Fixture::new();
     let mut follower = f.follow(None);
     let mut guest = f.attach("started", 8192);
@@ -92,15 +92,16 @@ fn a_flood_is_bounded() {
 }
 
 #[test]
-fn a_log_that_cannot_be_written_stops_nobody_and_the_gap_is_marked() {
+fn unwritable_log_blocks_nobody_and_gap_is_marked() {
     let f = Fixture::new();
     let log = f.dir.path().join(super::super::log_file::CURRENT);
-    // A directory in its place stands for a disk that takes nothing, for root too.
+    // A directory with the log's name cannot be written even by root, like a full disk.
     std::fs::create_dir(&log).unwrap();
     let mut guest = f.attach("m", 1 << 20);
     let (probe, mut probe_guest) = UnixStream::pair().unwrap();
     guest.write_all(b"lost\n").unwrap();
-    // The thread takes things in order: when the other console has its line, it has been past this one.
+    // The thread handles consoles in order. Once the other console has its line, this one was
+    // handled too.
     let other = tempfile::tempdir().unwrap();
     let mut other_follower = f.consoles.follow(other.path(), None).unwrap();
     let attach = Attach {
@@ -122,12 +123,12 @@ fn a_log_that_cannot_be_written_stops_nobody_and_the_gap_is_marked() {
 }
 
 #[test]
-fn waiting_ends_by_cancel_deadline_and_deletion() {
+fn wait_ends_by_cancel_deadline_and_deletion() {
     let f = Fixture::new();
     let follower = f.follow(None);
-    assert_eq!(follower.wait(Instant::now() + Duration::from_millis(5), &f.cancel).unwrap(), Followed::Deadline);
+    assert_eq!(follower.wait(Instant::now() + Duration::from_millis(5), &f.cancel).unwrap(), FollowerState::Deadline);
     f.consoles.forget(f.dir.path());
-    assert_eq!(follower.wait(Instant::now() + Duration::from_secs(10), &f.cancel).unwrap(), Followed::Ended);
+    assert_eq!(follower.wait(Instant::now() + Duration::from_secs(10), &f.cancel).unwrap(), FollowerState::Ended);
     f.cancel.cancel(crate::locks::CancelCause::Requested);
     let e = follower.wait(Instant::now() + Duration::from_secs(10), &f.cancel).unwrap_err();
     assert_eq!(e.kind(), crate::error::Kind::Cancelled);
@@ -157,7 +158,7 @@ fn characters_are_not_cut() {
 }
 
 #[test]
-fn the_vmms_own_log_is_cut_when_it_is_over_its_bound() {
+fn vmm_log_over_its_bound_is_truncated() {
     let f = Fixture::new();
     let path = f.dir.path().join(VMM_LOG);
     let size = || std::fs::metadata(&path).unwrap().len();

@@ -1,8 +1,9 @@
-//! The host's devices that a VMM opens, and who may open them.
+//! The host's devices that a VMM opens, and which users may open them.
 //!
-//! VMMs of a root daemon have uids of their own, so the mode of a device decides. A device that a group may open is opened
-//! by giving its group to the VMM, which weakens the host less than a device that everybody may open. Under the jailer
-//! neither matters: the jailer makes nodes of these devices in each jail.
+//! VMMs of a root daemon have uids of their own, so the mode of a device decides whether they can
+//! open it. If only a group may open it, the VMM gets that group, which weakens the host less than
+//! opening the device to everybody. Under the jailer neither matters, because it makes nodes of
+//! these devices in each jail.
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -10,15 +11,15 @@ use std::path::Path;
 pub const KVM: &str = "/dev/kvm";
 pub const TUN: &str = "/dev/net/tun";
 
-/// The groups that VMMs need to open a device, or why they may not open it.
+/// The groups that a VMM needs to open a device, or the reason why it cannot.
 pub type Access = std::result::Result<Vec<u32>, String>;
 
-/// Access for VMMs of this daemon, which have uids of their own if it is root.
+/// Access for this daemon's VMMs, which have uids of their own if it is root.
 pub fn access(device: &str) -> Access {
     access_as(device, rustix::process::geteuid().is_root())
 }
 
-/// Access for a VMM that has another uid than the daemon, or the same.
+/// Access for a VMM with another uid than the daemon, or with the same one.
 pub fn access_as(device: &str, has_other_uid: bool) -> Access {
     let stat = std::fs::metadata(device).map_err(|_| format!("there is no {device}"))?;
     if has_other_uid {
@@ -39,7 +40,7 @@ fn access_by_mode(device: &str, mode: u32, gid: u32) -> Access {
     }
 }
 
-/// Whether the host has the device at all, whoever may open it.
+/// Checks that the host has the device, regardless of who may open it.
 pub fn exists(device: &str) -> std::result::Result<(), String> {
     match std::fs::metadata(Path::new(device)) {
         Ok(stat) if stat.file_type().is_char_device() => Ok(()),
@@ -48,7 +49,7 @@ pub fn exists(device: &str) -> std::result::Result<(), String> {
     }
 }
 
-/// The command that lets VMMs open a device through a group, and nobody else.
+/// The command that lets VMMs open a device through a group without opening it to everybody.
 pub fn open_to_group(device: &str) -> String {
     format!("getent group kvm || groupadd --system kvm; chgrp kvm {device} && chmod 0660 {device}")
 }
@@ -62,7 +63,7 @@ mod tests {
         let by_mode = |mode, gid| access_by_mode(TUN, mode, gid);
         assert_eq!(by_mode(0o20666, 0), Ok(vec![]));
         assert_eq!(by_mode(0o20660, 108), Ok(vec![108]));
-        // The group root would be more than the device.
+        // Membership in the group root would give access to much more than this device.
         for (mode, gid) in [(0o20660, 0), (0o20600, 0), (0o20640, 108), (0o20604, 0)] {
             assert!(by_mode(mode, gid).is_err_and(|why| why.contains(TUN)), "{mode:o}");
         }

@@ -1,4 +1,4 @@
-//! Connecting to a VMM's own sockets.
+//! Connects to the sockets of a VMM.
 
 use crate::error::{Error, Kind, Result};
 use crate::host::process::Process;
@@ -10,22 +10,24 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-/// Between two tries to connect to a socket that the VMM has yet to make: most have it after some ten milliseconds.
+/// How long to wait before trying again to connect to a socket that the VMM has not created yet.
+/// Most are there after about ten milliseconds.
 const RETRY_MIN: Duration = Duration::from_millis(1);
 const RETRY_MAX: Duration = Duration::from_millis(16);
 
-/// How long, and who may end it.
+/// When to give up waiting, and what can end the wait earlier.
 #[derive(Clone, Copy)]
-pub struct Patience<'a> {
-    pub deadline: Instant,
+pub struct Deadline<'a> {
+    pub at: Instant,
     pub cancel: &'a Cancel,
 }
 
-/// Connects to a socket of the VMM's in its `run/` directory, once it is there, and makes sure that it is the
-/// VMM's: a symbolic link put there by somebody who took the VMM over leads nowhere. None: the process has exited.
-pub fn connect(dir: &OwnedFd, name: &str, process: &Process, patience: Patience<'_>) -> Result<Option<UnixStream>> {
+/// Connects to a socket in the VMM's `run/` directory once it exists. Checks that the VMM listens
+/// on it, so that a symbolic link made by a guest that took over the VMM leads nowhere. Returns
+/// None if the process has exited.
+pub fn connect(dir: &OwnedFd, name: &str, process: &Process, deadline: Deadline<'_>) -> Result<Option<UnixStream>> {
     let doing = || format!("connect to {name} of the VMM");
-    // No path limit (108 bytes) this way, and no directory to be swapped on the way.
+    // This path stays below the limit of 108 bytes, and no directory above can be replaced.
     let path = format!("/proc/self/fd/{}/{name}", dir.as_raw_fd());
     let address = SocketAddrUnix::new(path.as_str()).map_err(|e| Error::io(doing(), e))?;
     let mut retry = RETRY_MIN;
@@ -44,18 +46,18 @@ pub fn connect(dir: &OwnedFd, name: &str, process: &Process, patience: Patience<
                 }
                 return Err(Error::new(Kind::Denied, format!("{}: process {pid} listens there", doing())));
             }
-            // Not there yet, a socket of an earlier life, or a queue that is full.
+            // The socket does not exist yet, is left from an earlier start, or its queue is full.
             Err(Errno::NOENT | Errno::CONNREFUSED | Errno::AGAIN | Errno::INTR) => {}
             Err(e) => return Err(Error::io(doing(), e)),
         }
-        // Not in steps as long as the wait was so far, but a tenth of it.
+        // Wait for a tenth of the time that has passed, which keeps the added delay small.
         retry = retry.max(begun.elapsed() / 10).min(RETRY_MAX);
-        let until = patience.deadline.min(Instant::now() + retry);
-        match wait_any(&[(process.fd(), PollFlags::POLLIN)], until, patience.cancel).map_err(|e| Error::io(doing(), e))? {
+        let until = deadline.at.min(Instant::now() + retry);
+        match wait_any(&[(process.fd(), PollFlags::POLLIN)], until, deadline.cancel).map_err(|e| Error::io(doing(), e))? {
             WaitResult::Ready => return Ok(None),
-            WaitResult::Cancelled => return Err(cancelled(&doing(), patience.cancel)),
-            WaitResult::Deadline if until == patience.deadline => {
-                return Err(Error::new(Kind::Timeout, format!("{}: not in time", doing())));
+            WaitResult::Cancelled => return Err(cancelled(&doing(), deadline.cancel)),
+            WaitResult::Deadline if until == deadline.at => {
+                return Err(Error::new(Kind::Timeout, format!("{}: the deadline has passed", doing())));
             }
             WaitResult::Deadline => {}
         }

@@ -1,7 +1,8 @@
-//! All drivers as one: VMs are started by the one that the configuration names, and each is looked after by the one that started it.
+//! All drivers as one. The driver that the configuration chooses starts new VMs, and each running
+//! VM is managed by the driver that started it.
 
 use super::console::Consoles;
-use super::{Died, Driver, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
+use super::{Died, Driver, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec};
 use crate::api::daemon::Check;
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
@@ -12,9 +13,9 @@ use std::time::Instant;
 
 pub struct Drivers {
     starts: Arc<dyn Driver>,
-    /// That one, too.
+    /// All drivers, including `starts`.
     all: Vec<Arc<dyn Driver>>,
-    /// Why this driver starts VMs, where the configuration left the choice open.
+    /// Why `starts` was chosen, if the configuration left it open.
     choice: Option<Check>,
 }
 
@@ -28,7 +29,7 @@ impl Drivers {
         Self { choice: Some(choice), ..self }
     }
 
-    /// Whose process this is.
+    /// Returns the driver whose process this is.
     fn of(&self, identity: &Identity) -> Result<&dyn Driver> {
         let driver = self.all.iter().find(|driver| driver.runs(identity));
         driver
@@ -46,7 +47,7 @@ impl Driver for Drivers {
         self.starts.warm_up(kernel, cancel);
     }
 
-    /// They share it.
+    /// All drivers share the same consoles.
     fn consoles(&self) -> &Consoles {
         self.starts.consoles()
     }
@@ -108,9 +109,9 @@ impl Driver for Drivers {
         self.starts.watch(dir, identity, died)
     }
 
-    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
-        // Gone already: there is nothing to tell.
-        self.of(identity).map_or(Ok(()), |driver| driver.watch_guest(dir, identity, told))
+    fn watch_guest(&self, dir: &Path, identity: &Identity, on_event: Box<dyn Fn(GuestEvent) + Send>) -> Result<()> {
+        // If the VMM has already exited, there are no events to report.
+        self.of(identity).map_or(Ok(()), |driver| driver.watch_guest(dir, identity, on_event))
     }
 
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {

@@ -1,16 +1,17 @@
-//! How a VMM came to its end, and what says so.
+//! Finds out how a VMM ended.
 //!
-//! A VMM exits with status 0 whether its guest powered off, panicked or met a triple fault: all of them are a reset to it,
-//! and a reset ends it. A process that an earlier daemon started tells its status to nobody. So others are asked:
+//! A VMM exits with status 0 whether its guest powered off, panicked or had a triple fault: for the
+//! VMM all of these are a reset, which ends it. And if an earlier daemon started it, nobody gets
+//! its exit status. So there are other sources:
 //!
-//! 1. QEMU itself, which tells its monitor why it ends (the event `SHUTDOWN`). It tells a power-off from a reset, and an
-//!    end that somebody on the host asked for from both. Firecracker has nothing of the kind.
-//! 2. The guest's last words on its console, because a panic and a reboot are resets to a VMM: those of the kernel, which it
-//!    prints whatever its log level is (kernel/reboot.c, kernel/panic.c: `pr_emerg`), and those of our init. A guest can
-//!    forge them, but they only say how it ended itself.
-//! 3. The guest's root disk, where nobody was there to hear (`disk::is_unmounted`, which the daemon asks).
+//! 1. QEMU reports the reason in its `SHUTDOWN` event. It distinguishes a power-off from a reset,
+//!    and both from an end that was requested on the host. Firecracker has nothing like that.
+//! 2. The guest's last lines on the console tell a panic and a reboot apart. The kernel prints its
+//!    lines at every log level (kernel/reboot.c, kernel/panic.c: `pr_emerg`), and our init prints
+//!    one too. A guest can forge them, but they only say how it ended itself.
+//! 3. If nobody saw the end, the daemon looks at the guest's root disk (`disk::is_unmounted`).
 
-use super::console::{self, Consoles, Followed};
+use super::console::{self, Consoles, FollowerState};
 use crate::error::{Error, Result};
 use crate::host::command::printable;
 use crate::host::process::{Exit, Identity};
@@ -23,45 +24,47 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long the rest of a console, or of a monitor, may take after its VMM has exited. All of it waits in a socket by then,
-/// and the wait ends with the last byte, so only a host that is too busy to read it takes long.
+/// How long to wait for the rest of a console or a monitor after the VMM has exited. All of it is
+/// in a socket by then, so only a very busy host takes long to read it.
 const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(10);
-/// Lines that are looked at. What a kernel prints when it panics, with the registers of every CPU, is shorter.
+/// How many lines of the console are searched. The output of a panicking kernel with the registers
+/// of every CPU is shorter.
 const LAST_LINES: u64 = 400;
 /// How much of a panic's message is kept.
 const PANIC_CHARS_MAX: usize = 160;
 
-/// Why a VMM that nobody stopped exited.
+/// Why a VMM exited although nobody stopped it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The guest shut down in order: its console says so.
+    /// The console shows that the guest shut down cleanly.
     GuestShutDown,
-    /// The guest rebooted in order, which ends a VM: its console says so.
+    /// The console shows that the guest rebooted cleanly, which ends a VM.
     GuestRebooted,
-    /// The guest's kernel panicked: its console says so, with this message.
+    /// The console shows that the guest's kernel panicked with this message.
     GuestPanicked(String),
-    /// The VMM ended well, but its guest said nothing: a triple fault, or a reset by force.
+    /// The VMM exited normally, but the console shows no reason. This is a triple fault or a forced
+    /// reset.
     GuestReset,
-    /// Nobody saw it, but the guest has unmounted its root disk.
+    /// Nobody saw the end, but the guest has unmounted its root disk.
     GuestUnmounted,
-    /// Somebody on the host told the VMM to end. In QEMU's words.
-    Told(&'static str),
-    /// The VMM failed, or somebody killed it.
+    /// Something on the host made the VMM end, for a reason in QEMU's words.
+    HostRequest(&'static str),
+    /// The VMM failed or was killed.
     Vmm(Exit),
 }
 
-/// Why a VMM says that it ends: `ShutdownCause` of QEMU (qapi/run-state.json).
+/// The reason that a VMM gives for its end: QEMU's `ShutdownCause` (qapi/run-state.json).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cause {
     GuestShutdown,
     GuestReset,
     GuestPanic,
-    /// Not the guest: a signal, a command, an error of the host's.
+    /// A signal, a command or an error on the host, but not the guest.
     Host(&'static str),
 }
 
 impl Cause {
-    /// None where the name says nothing of an end.
+    /// Returns None for causes that do not end the VMM.
     pub fn parse(name: &str) -> Option<Self> {
         const OF_HOST: [&str; 5] = ["host-error", "host-qmp-quit", "host-qmp-system-reset", "host-signal", "host-ui"];
         match name {
@@ -73,13 +76,13 @@ impl Cause {
     }
 }
 
-/// What VMMs have said of their ends, for whoever hears that they have exited.
+/// The reasons that VMMs have given for their end, kept until their exit is handled.
 pub(super) struct Notes(Mutex<HashMap<Identity, Arc<Note>>>);
 
-/// Written by whoever listens to a VMM.
+/// The reason of one VMM, written by the thread that monitors it.
 pub(super) struct Note {
     cause: Mutex<Option<Cause>>,
-    /// Fires when nobody listens any more.
+    /// Fires when the monitor has ended.
     over: Cancel,
 }
 
@@ -88,10 +91,10 @@ impl Notes {
         Self(Mutex::new(Rank::Consoles, HashMap::new()))
     }
 
-    /// For somebody who begins to listen.
+    /// Adds a note for a VMM whose monitor begins.
     ///
     /// # Errors
-    /// Where no event can be had (EMFILE, ENFILE).
+    /// The error of an eventfd (EMFILE, ENFILE).
     pub fn open(&self, identity: &Identity) -> Result<Arc<Note>> {
         let over = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let note = Arc::new(Note { cause: Mutex::new(Rank::Consoles, None), over });
@@ -100,12 +103,13 @@ impl Notes {
         Ok(note)
     }
 
-    /// What this VMM said, which has exited: who listens to it has heard all when it is done.
+    /// Removes and returns the reason of a VMM that has exited. Waits until its monitor has read
+    /// everything.
     pub fn take(&self, identity: &Identity) -> Option<Cause> {
         let note = self.0.lock().remove(identity)?;
         let deadline = Instant::now() + LAST_WORDS_DEADLINE;
         if let Err(e) = wait_uncancelled(&[(note.over.fd(), PollFlags::POLLIN)], deadline) {
-            log::warn!("wait for what a VMM said last: {e}");
+            log::warn!("wait for a VMM's last message: {e}");
         }
         *note.cause.lock()
     }
@@ -122,12 +126,12 @@ impl Note {
 }
 
 impl End {
-    /// Whether the guest came to its end in order.
+    /// True if the guest ended cleanly.
     pub fn is_orderly(&self) -> bool {
         matches!(self, End::GuestShutDown | End::GuestRebooted | End::GuestUnmounted)
     }
 
-    /// Whether nobody saw how it ended.
+    /// True if nobody saw how it ended.
     pub fn is_unseen(&self) -> bool {
         *self == End::Vmm(Exit::Unknown)
     }
@@ -139,20 +143,21 @@ impl fmt::Display for End {
             End::GuestShutDown => f.write_str("the guest shut itself down"),
             End::GuestRebooted => f.write_str("the guest rebooted, which ends its VM"),
             End::GuestPanicked(message) => write!(f, "the guest's kernel panicked: {message}"),
-            End::GuestReset => f.write_str("the guest was reset without a shutdown: a triple fault, or a reset by force"),
-            End::GuestUnmounted => f.write_str("the guest shut itself down: nobody saw it, but it has unmounted its root disk"),
-            End::Told(cause) => write!(f, "the VMM was told to end ({cause})"),
-            End::Vmm(exit) => write!(f, "the vmm died: {exit}"),
+            End::GuestReset => f.write_str("the guest was reset without a shutdown: a triple fault or a forced reset"),
+            End::GuestUnmounted => f.write_str("the guest shut itself down: it has unmounted its root disk"),
+            End::HostRequest(cause) => write!(f, "the VMM was ended from the host ({cause})"),
+            End::Vmm(exit) => write!(f, "the VMM died: {exit}"),
         }
     }
 }
 
-/// Finds out why the VMM with this directory exited, which said that `cause` is why. Waits for the rest of its console.
+/// Finds out how the VMM in `dir` ended. `cause` is the reason that it gave. Waits for the rest of
+/// its console.
 pub(super) fn of(exit: Exit, cause: Option<Cause>, consoles: &Consoles, dir: &Path) -> End {
     let (Exit::Status(0) | Exit::Unknown) = exit else { return End::Vmm(exit) };
     match cause {
         Some(Cause::GuestShutdown) => return End::GuestShutDown,
-        Some(Cause::Host(cause)) => return End::Told(cause),
+        Some(Cause::Host(cause)) => return End::HostRequest(cause),
         Some(Cause::GuestReset | Cause::GuestPanic) | None => {}
     }
     last_words(consoles, dir).unwrap_or_else(|| match (cause, exit) {
@@ -162,7 +167,7 @@ pub(super) fn of(exit: Exit, cause: Option<Cause>, consoles: &Consoles, dir: &Pa
     })
 }
 
-/// How a guest ended as the console log in `dir` has it, which nobody writes any more.
+/// Finds out how a guest ended from the console log in `dir`, which must be complete.
 pub fn from_console(dir: &Path) -> Option<End> {
     console::read(dir, Some(LAST_LINES)).ok().and_then(|text| parse(&text))
 }
@@ -172,7 +177,7 @@ fn last_words(consoles: &Consoles, dir: &Path) -> Option<End> {
     let cancel = Cancel::try_new().ok()?;
     let mut follower = consoles.follow(dir, Some(0)).ok()?;
     loop {
-        // Asked before the log is read, so that nothing falls between.
+        // Checked before the log is read, so that no bytes are missed.
         let is_complete = !consoles.is_attached(dir);
         let found = from_console(dir);
         if found.is_some() || is_complete {
@@ -180,13 +185,13 @@ fn last_words(consoles: &Consoles, dir: &Path) -> Option<End> {
         }
         while follower.next_chunk().ok()?.is_some() {}
         match follower.wait(deadline, &cancel) {
-            Ok(Followed::More) => {}
-            Ok(Followed::Deadline | Followed::Ended) | Err(_) => return None,
+            Ok(FollowerState::More) => {}
+            Ok(FollowerState::Deadline | FollowerState::Ended) | Err(_) => return None,
         }
     }
 }
 
-/// The newest of the last words since the VM was started.
+/// Finds the newest line that shows an end since the VM was started.
 fn parse(text: &str) -> Option<End> {
     const PANIC: &str = "Kernel panic - not syncing: ";
     let this_boot = text.lines().rev().take_while(|line| !line.starts_with(console::MARK));
@@ -218,12 +223,12 @@ mod tests {
                          [    4.2] CPU: 0 PID: 1 Comm: sh\r\n[    4.3] ---[ end Kernel panic - not syncing: sysrq triggered crash ]---\r\n";
 
     #[test]
-    fn last_words_say_how_a_guest_ended() {
+    fn console_shows_how_guest_ended() {
         let panicked = || Some(End::GuestPanicked("sysrq triggered crash".to_owned()));
         for (text, end) in [
             (OFF, Some(End::GuestShutDown)),
             ("[ 1.0] reboot: Restarting system\r\n", Some(End::GuestRebooted)),
-            // Firecracker's guests end by a reset, which our init asks for.
+            // Our init ends a Firecracker guest with a reset.
             ("fcd-init: disk is clean\r\n[ 2.0] sysrq: Resetting\r\n", Some(End::GuestShutDown)),
             (PANIC, panicked()),
             (&format!("{OFF}--- fcd: started ---\r\n{PANIC}"), panicked()),
@@ -235,16 +240,16 @@ mod tests {
             assert_eq!(parse(text), end, "{text}");
         }
         let long = format!("Kernel panic - not syncing: \u{1b}[2J{}\r\n", "x".repeat(1000));
-        let Some(End::GuestPanicked(message)) = parse(&long) else { panic!("a panic") };
+        let Some(End::GuestPanicked(message)) = parse(&long) else { panic!("not parsed as a panic") };
         assert!(message.starts_with("\\u{1b}[2J") && message.len() < 2 * PANIC_CHARS_MAX);
     }
 
-    /// The end of a VMM with `exit`, whose console said `text` and was then closed.
+    /// Returns the end of a VMM that exited with `exit` after its console printed `text`.
     fn end(exit: Exit, text: &str) -> End {
         end_because(exit, None, text)
     }
 
-    /// The same of one that said that it ends because of `cause`.
+    /// The same for a VMM that gave `cause` as the reason.
     fn end_because(exit: Exit, cause: Option<&str>, text: &str) -> End {
         let dir = tempfile::tempdir().unwrap();
         let consoles = Arc::new(Consoles::try_new().unwrap());
@@ -260,21 +265,22 @@ mod tests {
     }
 
     #[test]
-    fn vmm_that_exits_in_order_is_asked_for_what_its_guest_did() {
+    fn clean_exit_is_explained_by_console() {
         assert_eq!(end(Exit::Status(0), OFF), End::GuestShutDown);
         assert!(matches!(end(Exit::Status(0), PANIC), End::GuestPanicked(_)));
         assert_eq!(end(Exit::Status(0), "[ 0.1] Linux version\r\n"), End::GuestReset);
     }
 
     #[test]
-    fn vmm_that_is_not_our_child_is_judged_by_its_guest_and_else_unknown() {
+    fn unknown_exit_is_explained_by_console_or_stays_unknown() {
         assert_eq!(end(Exit::Unknown, OFF), End::GuestShutDown);
         assert_eq!(end(Exit::Unknown, ""), End::Vmm(Exit::Unknown));
     }
 
-    /// As QEMU 7.2 says it. A power-off is one whatever the console says, and an end from outside is not the guest's.
+    /// The causes are those of QEMU 7.2. A power-off counts whatever the console shows, and so does
+    /// an end from outside.
     #[test]
-    fn vmm_that_says_why_it_ends_is_believed() {
+    fn cause_from_vmm_takes_precedence_over_console() {
         for exit in [Exit::Status(0), Exit::Unknown] {
             let end = |cause, text| end_because(exit, Some(cause), text);
             assert_eq!(end("guest-shutdown", ""), End::GuestShutDown);
@@ -283,7 +289,7 @@ mod tests {
             assert_eq!(end("guest-reset", "[ 1.0] reboot: Restarting system\r\n"), End::GuestRebooted);
             assert!(matches!(end("guest-reset", PANIC), End::GuestPanicked(_)));
             assert!(matches!(end("guest-panic", ""), End::GuestPanicked(_)));
-            assert_eq!(end("host-signal", OFF), End::Told("host-signal"));
+            assert_eq!(end("host-signal", OFF), End::HostRequest("host-signal"));
         }
         assert_eq!(end_because(Exit::Signal(9), Some("guest-shutdown"), OFF), End::Vmm(Exit::Signal(9)));
         assert_eq!(Cause::parse("none"), None);
@@ -291,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_vmm_said_waits_for_who_listens_and_is_taken_once() {
+    fn note_waits_for_monitor_and_is_taken_once() {
         let notes = Arc::new(Notes::new());
         let identity = Identity { pid: 1, start_time: 2, boot_id: "of a test".into() };
         assert_eq!(notes.take(&identity), None);
@@ -305,8 +311,8 @@ mod tests {
     }
 
     #[test]
-    fn vmm_that_was_killed_died_whatever_its_guest_said() {
+    fn killed_vmm_died_whatever_console_shows() {
         assert_eq!(end(Exit::Signal(9), OFF), End::Vmm(Exit::Signal(9)));
-        assert_eq!(end(Exit::Status(1), OFF).to_string(), "the vmm died: exit status 1");
+        assert_eq!(end(Exit::Status(1), OFF).to_string(), "the VMM died: exit status 1");
     }
 }

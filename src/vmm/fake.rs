@@ -1,10 +1,12 @@
-//! A driver over a table in memory, which a test steers. It is as strict as a real one: it blocks where that blocks
-//! (the same virtual rank), refuses a disk that a live VMM holds, and leaves nothing after an error.
+//! A driver over a table in memory, controlled by a test. It is as strict as a real one: it blocks
+//! where a real one blocks (with the same virtual rank), refuses a disk that a live VMM uses, and
+//! leaves nothing after an error.
 //!
-//! The table belongs to the value, not to a daemon: a daemon that is opened anew over the same `Fake` finds its VMMs.
+//! The table belongs to the `Fake` and not to a daemon. Another daemon that is opened with the same
+//! `Fake` finds its VMMs.
 
 use super::console::{Attach, Consoles};
-use super::{Died, Driver, End, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
+use super::{Died, Driver, End, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec};
 use crate::api::daemon::{Check, Severity};
 use crate::api::vm::RateLimits;
 use crate::error::{Error, Kind, Result};
@@ -21,23 +23,23 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-/// Pids of fakes begin above every real one (4194304, the kernel's PID_MAX_LIMIT): never anybody's.
+/// The pids of fake VMMs are larger than any real pid (the kernel's PID_MAX_LIMIT is 4194304).
 const PID_BASE: u32 = 2_000_000_000;
-/// A gate that nobody opens is a test that hangs.
+/// A test that does not open a gate in this time hangs.
 const GATE_DEADLINE: Duration = Duration::from_secs(120);
 
-type Teller = Box<dyn Fn(Told) + Send>;
+type OnEvent = Box<dyn Fn(GuestEvent) + Send>;
 
-/// Where a held start waits.
+/// Where an operation can be held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// There is no process yet.
+    /// In a start, before there is a process.
     BeforeSpawn,
-    /// There is one, `spawned` was told, and it does not answer yet.
+    /// In a start, after `spawned` was called, but before the VMM answers.
     AfterSpawn,
-    /// Not a start: where a guest is saved.
+    /// Where a guest is saved.
     Save,
-    /// Not a start: where a VMM of an earlier daemon is taken over.
+    /// Where a VMM of an earlier daemon is adopted.
     Adopt,
 }
 
@@ -53,15 +55,15 @@ struct Vmm {
     spec: VmmSpec,
     identity: Identity,
     ssh_addr: SocketAddr,
-    /// How it died.
+    /// How it died. None while it lives.
     end: Option<End>,
-    /// Fires when it dies: one-shot, for `poll`.
+    /// Fires when it dies.
     gone: Cancel,
     watchers: Vec<Died>,
     is_paused: bool,
     rates: RateLimits,
     keep_mib: u64,
-    told: Option<Teller>,
+    on_event: Option<OnEvent>,
     /// The guest's end of the console.
     console: Option<UnixStream>,
 }
@@ -73,14 +75,14 @@ struct State {
     waiting: usize,
     failures: Vec<String>,
     adopt_failures: Vec<String>,
-    /// Whoever changes a guest that runs waits for it.
+    /// Holds changes of running guests.
     change_gate: Option<Cancel>,
     changes_held: usize,
     change_failures: Vec<String>,
     is_unkillable: bool,
     ssh_addr: Option<SocketAddr>,
     ssh_addrs: HashMap<VmId, SocketAddr>,
-    /// Who takes what connects to the ports of guests.
+    /// Receives connections to the ports of guests.
     vsock: HashMap<(VmId, u32), Sender<UnixStream>>,
     keyboard: Option<Keyboard>,
     presses: u64,
@@ -88,7 +90,7 @@ struct State {
     checks: u64,
     kills: u64,
     clashes: u64,
-    /// Looks at all of the host's processes.
+    /// How often all of the host's processes were listed.
     lists: u64,
     finds: u64,
     adoptions: Vec<VmId>,
@@ -100,16 +102,16 @@ pub struct Fake {
     consoles: Consoles,
 }
 
-/// For the tests.
+/// Controls and observations for tests.
 impl Fake {
     pub fn new() -> Result<Self> {
         let state = Mutex::new(Rank::Consoles, State::default());
         Ok(Self { state, changed: Condvar::new(), consoles: Consoles::try_new()? })
     }
 
-    /// From now on starts wait at this stage until [`Fake::release_starts`].
+    /// Holds later starts at this stage until [`Fake::release_starts`].
     pub fn hold_starts(&self, stage: Stage) {
-        let gate = Cancel::try_new().expect("an eventfd");
+        let gate = Cancel::try_new().expect("create an eventfd");
         self.state.lock().gate = Some((stage, gate));
     }
 
@@ -120,55 +122,58 @@ impl Fake {
         }
     }
 
-    /// The live VMM of this VM tells this. False when none does.
-    pub fn tell(&self, vm: &VmId, what: Told) -> bool {
+    /// Reports an event of the live VMM of this VM. Returns false if there is none.
+    pub fn report(&self, vm: &VmId, event: GuestEvent) -> bool {
         let mut state = self.state.lock();
         let live = state.vmms.iter_mut().find(|v| v.spec.vm == *vm && v.end.is_none());
-        let Some(told) = live.and_then(|v| v.told.take()) else { return false };
+        let Some(on_event) = live.and_then(|v| v.on_event.take()) else { return false };
         drop(state);
-        told(what);
+        on_event(event);
         let mut state = self.state.lock();
         if let Some(vmm) = state.vmms.iter_mut().find(|v| v.spec.vm == *vm && v.end.is_none()) {
-            vmm.told.get_or_insert(told);
+            vmm.on_event.get_or_insert(on_event);
         }
         true
     }
 
-    /// Whether the guest of this VM stands still.
+    /// True if the guest of this VM is paused.
     pub fn is_paused(&self, vm: &VmId) -> bool {
         self.state.lock().vmms.iter().any(|v| v.spec.vm == *vm && v.end.is_none() && v.is_paused)
     }
 
-    /// Until so many starts wait at the gate; false at the deadline.
+    /// Waits until this many starts are held. Returns false at the deadline.
     pub fn await_held(&self, starts: usize, deadline: Instant) -> bool {
         self.changed.wait_while(&mut self.state.lock(), deadline, |s| s.waiting < starts)
     }
 
-    /// From now on something in this guest listens on this port, and takes the guest's end of each connection.
+    /// Makes the guest listen on a vsock port. The receiver gets the guest's end of each
+    /// connection.
     pub fn listen(&self, vm: &VmId, port: u32) -> Receiver<UnixStream> {
         let (sender, receiver) = channel();
         self.state.lock().vsock.insert((vm.clone(), port), sender);
         receiver
     }
 
-    /// From now on guests have keyboards.
+    /// Gives all guests a keyboard.
     pub fn set_keyboard(&self, keyboard: Keyboard) {
         self.state.lock().keyboard = Some(keyboard);
     }
 
-    /// The next start fails with this, after it has spawned. Several calls are several failures.
+    /// Makes the next start fail with this message after it has spawned. Several calls make several
+    /// starts fail.
     pub fn fail_next_start(&self, message: &str) {
         self.state.lock().failures.push(message.to_owned());
     }
 
-    /// The next adoption fails with this, as that of a VMM that does not answer in time.
+    /// Makes the next adoption fail with this message, like that of a VMM that does not answer in
+    /// time.
     pub fn fail_next_adopt(&self, message: &str) {
         self.state.lock().adopt_failures.push(message.to_owned());
     }
 
-    /// From now on whoever changes the rates or the balloon of a guest that runs waits until [`Fake::release_changes`].
+    /// Holds later changes of rates and balloons until [`Fake::release_changes`].
     pub fn hold_changes(&self) {
-        self.state.lock().change_gate = Some(Cancel::try_new().expect("an eventfd"));
+        self.state.lock().change_gate = Some(Cancel::try_new().expect("create an eventfd"));
     }
 
     pub fn release_changes(&self) {
@@ -178,17 +183,17 @@ impl Fake {
         }
     }
 
-    /// Until so many wait; false at the deadline.
+    /// Waits until this many changes are held. Returns false at the deadline.
     pub fn await_held_changes(&self, changes: usize, deadline: Instant) -> bool {
         self.changed.wait_while(&mut self.state.lock(), deadline, |s| s.changes_held < changes)
     }
 
-    /// The next change of rates or balloon is refused with this.
+    /// Makes the next change of rates or balloon fail with this message.
     pub fn fail_next_change(&self, message: &str) {
         self.state.lock().change_failures.push(message.to_owned());
     }
 
-    /// What the guest of this VM is limited to, and the memory that it is to keep.
+    /// Returns the rates of the guest, and the memory that it has to keep.
     pub fn adjusted(&self, vm: &VmId) -> Option<(RateLimits, u64)> {
         let state = self.state.lock();
         state.vmms.iter().find(|v| v.spec.vm == *vm && v.end.is_none()).map(|v| (v.rates, v.keep_mib))
@@ -217,22 +222,22 @@ impl Fake {
         self.with(identity, |vmm| vmm.end.is_none().then(|| change(vmm))).flatten().ok_or_else(gone)
     }
 
-    /// From now on `kill` ends nothing and runs into its deadline: a process in uninterruptible sleep.
+    /// Makes `kill` fail at its deadline, as for a process in uninterruptible sleep.
     pub fn set_unkillable(&self, is_unkillable: bool) {
         self.state.lock().is_unkillable = is_unkillable;
     }
 
-    /// Where the guests of later starts are reached; 127.0.0.1:9 when never said.
+    /// Sets where the guests of later starts are reached. The default is 127.0.0.1:9.
     pub fn set_ssh_addr(&self, addr: SocketAddr) {
         self.state.lock().ssh_addr = Some(addr);
     }
 
-    /// The same for one VM.
+    /// Sets where the guest of one VM is reached.
     pub fn set_ssh_addr_of(&self, vm: &VmId, addr: SocketAddr) {
         self.state.lock().ssh_addrs.insert(vm.clone(), addr);
     }
 
-    /// The VMM of this VM dies as the real ones do: `signal 9 (SIGKILL)`, `the guest shut down`. False when none lives.
+    /// Ends the VMM of this VM in this way. Returns false if it is not alive.
     pub fn die(&self, vm: &VmId, how: &End) -> bool {
         self.end(|vmm| &vmm.spec.vm == vm, how)
     }
@@ -241,62 +246,62 @@ impl Fake {
     pub fn guest_says(&self, vm: &VmId, text: &str) {
         let state = self.state.lock();
         let console = state.vmms.iter().rev().find(|vmm| &vmm.spec.vm == vm).and_then(|vmm| vmm.console.as_ref());
-        // A test's few lines fit the socket's buffer.
-        console.map(|mut console| console.write_all(text.as_bytes())).transpose().expect("a console that is read");
+        // A few lines always fit into the socket's buffer.
+        console.map(|mut console| console.write_all(text.as_bytes())).transpose().expect("the console is read");
     }
 
-    /// The tags of those that live.
+    /// The tags of the live VMMs.
     pub fn live(&self) -> Vec<String> {
         self.state.lock().vmms.iter().filter(|vmm| vmm.end.is_none()).map(|vmm| vmm.spec.tag.clone()).collect()
     }
 
-    /// What the last start of this VM was asked for.
+    /// The spec of the last start of this VM.
     pub fn last_spec(&self, vm: &VmId) -> Option<VmmSpec> {
         self.state.lock().vmms.iter().rev().find(|vmm| &vmm.spec.vm == vm).map(|vmm| vmm.spec.clone())
     }
 
-    /// How often Ctrl-Alt-Del was pressed, where there is a keyboard.
+    /// How often Ctrl-Alt-Del was pressed on guests with a keyboard.
     pub fn presses(&self) -> u64 {
         self.state.lock().presses
     }
 
-    /// Processes spawned so far.
+    /// How many processes were spawned.
     pub fn starts(&self) -> u64 {
         self.state.lock().starts
     }
 
-    /// How often `doctor` has asked.
+    /// How often `checks` was called.
     pub fn checks_run(&self) -> u64 {
         self.state.lock().checks
     }
 
-    /// Kills asked for so far, of those that lived.
+    /// How many live VMMs `kill` was called for.
     pub fn kills(&self) -> u64 {
         self.state.lock().kills
     }
 
-    /// How often all of the host's processes were looked at.
+    /// How often all of the host's processes were searched.
     pub fn scans(&self) -> u64 {
         let state = self.state.lock();
         state.lists + state.finds
     }
 
-    /// The VMs whose VMMs were taken over from an earlier daemon, in this order.
+    /// The VMs whose VMMs were adopted, in this order.
     pub fn adoptions(&self) -> Vec<VmId> {
         self.state.lock().adoptions.clone()
     }
 
-    /// Starts on a disk that another live VMM held: a defect of the caller's, always.
+    /// How many starts used a disk of another live VMM, which is always a fault of the caller.
     pub fn clashes(&self) -> u64 {
         self.state.lock().clashes
     }
 
-    /// The daemon was killed: its watches and consoles are gone, its VMMs live on.
+    /// Drops watchers and consoles, as if the daemon were killed. The VMMs live on.
     pub fn forget_watchers(&self) {
-        // What they hold of the daemon's goes after the lock.
-        let mut gone: Vec<(Vec<Died>, Option<Teller>)> = Vec::new();
+        // The callbacks are dropped after the lock, because they own things of the daemon.
+        let mut gone: Vec<(Vec<Died>, Option<OnEvent>)> = Vec::new();
         for vmm in &mut self.state.lock().vmms {
-            gone.push((std::mem::take(&mut vmm.watchers), vmm.told.take()));
+            gone.push((std::mem::take(&mut vmm.watchers), vmm.on_event.take()));
             vmm.console = None;
         }
     }
@@ -306,11 +311,11 @@ impl Fake {
         let Some(vmm) = state.vmms.iter_mut().find(|vmm| vmm.end.is_none() && which(vmm)) else { return false };
         vmm.end = Some(how.clone());
         vmm.console = None;
-        let (gone, watchers, told) = (vmm.gone.clone(), std::mem::take(&mut vmm.watchers), vmm.told.take());
+        let (gone, watchers, on_event) = (vmm.gone.clone(), std::mem::take(&mut vmm.watchers), vmm.on_event.take());
         drop(state);
-        drop(told);
+        drop(on_event);
         gone.cancel(CancelCause::Finished);
-        watchers.into_iter().for_each(|died| tell(how.clone(), died));
+        watchers.into_iter().for_each(|died| report(how.clone(), died));
         true
     }
 
@@ -333,7 +338,7 @@ impl Fake {
         match woken.map_err(|e| Error::io("wait at the gate", e))? {
             WaitResult::Ready => Ok(()),
             WaitResult::Cancelled => Err(cancelled("start the VMM", cancel)),
-            WaitResult::Deadline => Err(Error::new(Kind::Timeout, "start the VMM: nobody opened the gate")),
+            WaitResult::Deadline => Err(Error::new(Kind::Timeout, "start the VMM: the test did not open the gate")),
         }
     }
 
@@ -342,7 +347,7 @@ impl Fake {
         let mut state = self.state.lock();
         if state.vmms.iter().any(|vmm| vmm.end.is_none() && vmm.spec.disk == spec.disk) {
             state.clashes += 1;
-            return Err(Error::new(Kind::VmmFailed, format!("start the VMM: {} is locked by another", spec.disk.display())));
+            return Err(Error::new(Kind::VmmFailed, format!("start the VMM: {} is in use by another VMM", spec.disk.display())));
         }
         state.starts += 1;
         let pid = PID_BASE + u32::try_from(state.starts).expect("few starts");
@@ -350,7 +355,7 @@ impl Fake {
         let ssh_addr = state.ssh_addrs.get(&spec.vm).copied().or(state.ssh_addr);
         let ssh_addr = ssh_addr.unwrap_or_else(|| SocketAddr::from((Ipv4Addr::LOCALHOST, 9)));
         let spec = spec.clone();
-        let (end, watchers, is_paused, told, console) = (None, vec![], false, None, None);
+        let (end, watchers, is_paused, on_event, console) = (None, vec![], false, None, None);
         let (identity_of, rates, keep_mib) = (identity.clone(), spec.rates, spec.mem_mib);
         state.vmms.push(Vmm {
             spec,
@@ -362,7 +367,7 @@ impl Fake {
             is_paused,
             rates,
             keep_mib,
-            told,
+            on_event,
             console,
         });
         Ok(identity)
@@ -393,7 +398,7 @@ impl Fake {
             let read = std::fs::read(&saved.memory).and_then(|memory| Ok((memory, std::fs::read(&saved.devices)?)));
             let (memory, devices) = read.map_err(|e| Error::io("load the saved guest", e))?;
             if memory.is_empty() || memory != devices {
-                return Err(Error::new(Kind::VmmFailed, "load the saved guest: it was never saved"));
+                return Err(Error::new(Kind::VmmFailed, "load the saved guest: the files do not hold a saved guest"));
             }
         }
         self.open_console(spec, identity, format!("started {}", spec.tag))?;
@@ -401,7 +406,7 @@ impl Fake {
         match end {
             Some((None, ssh_addr)) => Ok(Running { identity: identity.clone(), ssh_addr }),
             Some((Some(how), _)) => Err(Error::new(Kind::VmmFailed, format!("start the VMM: it ended with {how}"))),
-            None => Err(Error::internal("a fake VMM is in no table")),
+            None => Err(Error::internal("the fake VMM is not in the table")),
         }
     }
 }
@@ -410,9 +415,9 @@ fn check(cancel: &Cancel) -> Result<()> {
     if cancel.is_cancelled() { Err(cancelled("start the VMM", cancel)) } else { Ok(()) }
 }
 
-/// On a thread of its own, as the real watcher does.
-fn tell(how: End, died: Died) {
-    crate::host::thread::spawn("vmm-died", move || died(how)).expect("a thread");
+/// Calls `died` on a thread of its own, like the real watcher.
+fn report(how: End, died: Died) {
+    crate::host::thread::spawn("vmm-died", move || died(how)).expect("spawn a thread");
 }
 
 impl Driver for Fake {
@@ -429,7 +434,7 @@ impl Driver for Fake {
     fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running> {
         self.pass_gate(Stage::BeforeSpawn, cancel)?;
         let identity = self.spawn(spec)?;
-        // From here on an error, a cancel and a panic leave no VMM; one that cannot be killed is not there to see.
+        // From here on, an error, a cancel or a panic must not leave a VMM.
         let mut undo = crate::undo::Undo::new();
         undo.push("kill the VMM", || {
             self.end(|vmm| vmm.identity == identity, &End::Vmm(process::Exit::Signal(9)));
@@ -455,16 +460,16 @@ impl Driver for Fake {
     }
 
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
-        let never = Cancel::try_new().map_err(|e| Error::io("take up the VMM again", e))?;
+        let never = Cancel::try_new().map_err(|e| Error::io("adopt the VMM", e))?;
         self.pass_gate(Stage::Adopt, &never)?;
         if let Some(message) = self.state.lock().adopt_failures.pop() {
             return Err(Error::new(Kind::Timeout, message));
         }
         let ssh_addr = self.with(identity, |vmm| (vmm.end.is_none() && vmm.spec.tag == spec.tag).then_some(vmm.ssh_addr));
-        let gone = || Error::new(Kind::VmmFailed, "take up the VMM again: it has exited");
+        let gone = || Error::new(Kind::VmmFailed, "adopt the VMM: it has exited");
         let ssh_addr = ssh_addr.flatten().ok_or_else(gone)?;
         self.state.lock().adoptions.push(spec.vm.clone());
-        self.open_console(spec, identity, "reconnected; what the guest said since fcd ended is lost".to_owned())?;
+        self.open_console(spec, identity, "reconnected; output since fcd stopped is lost".to_owned())?;
         Ok(Running { identity: identity.clone(), ssh_addr })
     }
 
@@ -505,7 +510,7 @@ impl Driver for Fake {
         if woken == WaitResult::Ready {
             return Ok(());
         }
-        Err(Error::new(Kind::Timeout, format!("kill the VMM: process {} has not exited in time", identity.pid)))
+        Err(Error::new(Kind::Timeout, format!("kill the VMM: process {} is still running", identity.pid)))
     }
 
     fn set_paused(&self, _dir: &Path, identity: &Identity, is_paused: bool, _cancel: &Cancel) -> Result<()> {
@@ -520,22 +525,22 @@ impl Driver for Fake {
         let _blocking = region(Rank::VmmApi);
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
         let saved = self.with(identity, |vmm| (vmm.end.is_none() && vmm.is_paused).then(|| vmm.spec.vm.to_string()));
-        let saved = saved.ok_or_else(gone)?.ok_or_else(|| Error::new(Kind::VmmFailed, format!("{doing}: it runs")))?;
+        let saved = saved.ok_or_else(gone)?.ok_or_else(|| Error::new(Kind::VmmFailed, format!("{doing}: it is not paused")))?;
         let write = |path: &Path| std::fs::OpenOptions::new().write(true).open(path)?.write_all(saved.as_bytes());
         write(to.memory).and_then(|()| write(to.devices)).map_err(|e| Error::io(doing, e))?;
         Ok("1.0".to_owned())
     }
 
     fn can_load(&self, driver: &str, _elsewhere: bool) -> Result<()> {
-        let refused = || Error::new(Kind::Unsupported, format!("let a saved guest go on: it was saved by {driver}"));
+        let refused = || Error::new(Kind::Unsupported, format!("restore a saved guest: it was saved by {driver}"));
         if driver == "fake" { Ok(()) } else { Err(refused()) }
     }
 
-    fn watch_guest(&self, _dir: &Path, identity: &Identity, told: Teller) -> Result<()> {
-        told(Told::Answered);
-        let mut told = Some(told);
-        // The earlier one goes after the lock, with what it holds.
-        let _earlier = self.with(identity, |vmm| if vmm.end.is_none() { vmm.told.replace(told.take()?) } else { None });
+    fn watch_guest(&self, _dir: &Path, identity: &Identity, on_event: OnEvent) -> Result<()> {
+        on_event(GuestEvent::Answered);
+        let mut on_event = Some(on_event);
+        // An earlier callback is dropped after the lock, with everything that it owns.
+        let _earlier = self.with(identity, |vmm| if vmm.end.is_none() { vmm.on_event.replace(on_event.take()?) } else { None });
         Ok(())
     }
 
@@ -548,7 +553,7 @@ impl Driver for Fake {
             vmm.end.clone()
         });
         if let Some(died) = died {
-            tell(end.flatten().unwrap_or(End::Vmm(process::Exit::Unknown)), died);
+            report(end.flatten().unwrap_or(End::Vmm(process::Exit::Unknown)), died);
         }
         Ok(())
     }
@@ -567,7 +572,7 @@ impl Driver for Fake {
 
     fn balloon_mib(&self, _spec: &VmmSpec, identity: &Identity, _cancel: &Cancel) -> Result<u64> {
         let _blocking = region(Rank::VmmApi);
-        let gone = || Error::new(Kind::VmmFailed, "look at the balloon: its VMM has exited");
+        let gone = || Error::new(Kind::VmmFailed, "read the size of the balloon: its VMM has exited");
         self.with(identity, |vmm| vmm.keep_mib).ok_or_else(gone)
     }
 
@@ -621,11 +626,11 @@ impl Driver for Fake {
 
     fn checks(&self) -> Vec<Check> {
         self.state.lock().checks += 1;
-        vec![Check { id: "fake".into(), severity: Severity::Ok, found: "VMs are pretended".into(), fix: None }]
+        vec![Check { id: "fake".into(), severity: Severity::Ok, found: "VMs are simulated".into(), fix: None }]
     }
 }
 
-/// A spec for a VM below `state_dir` whose files nobody looks at.
+/// A spec for a VM in `state_dir`. The files that it names need not exist.
 pub fn spec(vm: VmId, tag: &str, state_dir: &Path) -> VmmSpec {
     let dir: PathBuf = state_dir.join(vm.as_str());
     VmmSpec {
@@ -685,7 +690,7 @@ mod tests {
     }
 
     #[test]
-    fn a_life_from_start_to_death() {
+    fn start_watch_die_and_restart() {
         let f = fixture();
         let running = f.start().unwrap();
         let id = &running.identity;
@@ -695,14 +700,14 @@ mod tests {
         assert!(!f.fake.wait_exit(id, Instant::now(), &f.cancel).unwrap());
         assert_eq!(f.start().unwrap_err().kind(), Kind::VmmFailed);
         assert_eq!(f.fake.clashes(), 1);
-        let (told, tellings) = channel();
-        let again = told.clone();
-        f.fake.watch(&f.spec.dir, id, Box::new(move |how| told.send(how).unwrap())).unwrap();
+        let (sender, ends) = channel();
+        let again = sender.clone();
+        f.fake.watch(&f.spec.dir, id, Box::new(move |how| sender.send(how).unwrap())).unwrap();
         assert!(f.fake.die(&f.spec.vm, &End::GuestReset));
         assert!(!f.fake.die(&f.spec.vm, &End::GuestReset));
         f.fake.watch(&f.spec.dir, id, Box::new(move |how| again.send(how).unwrap())).unwrap();
         for _ in 0..2 {
-            assert_eq!(tellings.recv_timeout(Duration::from_secs(10)).unwrap(), End::GuestReset);
+            assert_eq!(ends.recv_timeout(Duration::from_secs(10)).unwrap(), End::GuestReset);
         }
         assert!(f.fake.wait_exit(id, soon(), &f.cancel).unwrap());
         assert!(!f.fake.is_alive(id) && f.fake.live().is_empty());
@@ -711,7 +716,7 @@ mod tests {
     }
 
     #[test]
-    fn a_held_start_goes_on_or_is_cancelled_and_leaves_nothing() {
+    fn held_start_continues_or_is_cancelled_cleanly() {
         for stage in [Stage::BeforeSpawn, Stage::AfterSpawn] {
             let f = fixture();
             f.fake.hold_starts(stage);
@@ -731,7 +736,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_start_leaves_nothing() {
+    fn failed_start_leaves_nothing() {
         let f = fixture();
         f.fake.fail_next_start("no such disk");
         assert_eq!(f.start().unwrap_err().to_string(), "start the VMM: no such disk");
@@ -741,7 +746,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_cannot_be_killed_runs_into_the_deadline() {
+    fn kill_of_unkillable_vmm_times_out() {
         let f = fixture();
         let id = f.start().unwrap().identity;
         f.fake.set_unkillable(true);
@@ -755,7 +760,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_daemon_takes_it_up_with_its_console() {
+    fn adopted_vmm_gets_its_console_back() {
         let f = fixture();
         let id = f.start().unwrap().identity;
         let mut follower = f.fake.consoles().follow(&f.spec.dir, None).unwrap();
@@ -764,7 +769,7 @@ mod tests {
             while !seen.ends_with(end) {
                 match follower.next_chunk().unwrap() {
                     Some(text) => seen += &text,
-                    None => assert_eq!(follower.wait(soon(), &f.cancel).unwrap(), super::super::console::Followed::More),
+                    None => assert_eq!(follower.wait(soon(), &f.cancel).unwrap(), super::super::console::FollowerState::More),
                 }
             }
             seen

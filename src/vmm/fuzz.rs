@@ -1,8 +1,8 @@
-//! Fuzz targets: the readers of what a VMM sends, for `tests/fuzz`.
+//! Fuzz targets of `scripts/fuzz` for the parsers of what a VMM sends.
 //!
-//! The bytes of an input are what a VMM that a guest has taken over might send. A target panics when it finds a fault: a
-//! bound that does not hold, text that could reach a terminal unescaped, or a result that depends on how the bytes were
-//! cut into reads.
+//! An input stands for what a VMM might send after a guest has taken it over. A target panics when
+//! it finds a fault: a limit that does not hold, text that could reach a terminal unescaped, or a
+//! result that depends on how the bytes were split into reads.
 
 use super::console::whole_characters;
 use super::firecracker::api::{BalloonStatistics, Instance};
@@ -11,15 +11,15 @@ use super::firecracker::{metrics, refusal};
 use super::qemu::argv::forwarded_port;
 use super::qemu::incoming::{self as qmp, Message};
 
-/// Most bytes in one read of a driver.
+/// The most bytes that a driver reads at once.
 const READ_BYTES_MAX: usize = 4096;
-/// Error texts are one line of a log and of a terminal.
+/// An error's text must fit into one line of a log or a terminal.
 const TEXT_CHARS_MAX: usize = 4096;
 
-/// QEMU's monitor.
+/// Messages of QEMU's monitor.
 pub fn qmp(input: &[u8]) {
     let whole = read_qmp(input, READ_BYTES_MAX);
-    assert_eq!(whole, read_qmp(input, small_piece(input)), "the pieces make a difference");
+    assert_eq!(whole, read_qmp(input, small_piece(input)), "the result depends on the pieces");
     for message in &whole.0 {
         let _ = message.shutdown_cause();
         if let Some(refusal) = &message.error {
@@ -31,7 +31,7 @@ pub fn qmp(input: &[u8]) {
     }
 }
 
-/// The messages, and whether all was QMP.
+/// Returns the messages, and whether all bytes were valid QMP.
 fn read_qmp(input: &[u8], piece: usize) -> (Vec<Message>, bool) {
     let (mut incoming, mut messages) = (qmp::Incoming::default(), Vec::new());
     for bytes in input.chunks(piece) {
@@ -43,15 +43,15 @@ fn read_qmp(input: &[u8], piece: usize) -> (Vec<Message>, bool) {
                 Err(_) => return (messages, false),
             }
         }
-        assert!(incoming.buffered() <= qmp::LINE_BYTES_MAX, "{} bytes wait", incoming.buffered());
+        assert!(incoming.buffered() <= qmp::LINE_BYTES_MAX, "{} bytes are buffered", incoming.buffered());
     }
     (messages, true)
 }
 
-/// Firecracker's API server.
+/// Answers of Firecracker's API server.
 pub fn firecracker_http(input: &[u8]) {
     let whole = read_http(input, READ_BYTES_MAX);
-    assert_eq!(whole, read_http(input, small_piece(input)), "the pieces make a difference");
+    assert_eq!(whole, read_http(input, small_piece(input)), "the result depends on the pieces");
     for answer in &whole.0 {
         assert!(answer.body.len() <= http::BODY_BYTES_MAX && http::STATUSES.contains(&answer.status), "{answer:?}");
         let _ = serde_json::from_slice::<Instance>(&answer.body);
@@ -60,7 +60,7 @@ pub fn firecracker_http(input: &[u8]) {
     }
 }
 
-/// The answers, and whether all was HTTP.
+/// Returns the answers, and whether all bytes were valid HTTP.
 fn read_http(input: &[u8], piece: usize) -> (Vec<Answer>, bool) {
     let (mut incoming, mut answers) = (http::Incoming::default(), Vec::new());
     for bytes in input.chunks(piece) {
@@ -76,7 +76,7 @@ fn read_http(input: &[u8], piece: usize) -> (Vec<Answer>, bool) {
             }
         }
         let buffered = incoming.buffered();
-        assert!(buffered <= http::HEAD_BYTES_MAX + http::BODY_BYTES_MAX + READ_BYTES_MAX, "{buffered} bytes wait");
+        assert!(buffered <= http::HEAD_BYTES_MAX + http::BODY_BYTES_MAX + READ_BYTES_MAX, "{buffered} bytes are buffered");
     }
     (answers, true)
 }
@@ -88,21 +88,21 @@ pub fn firecracker_metrics(input: &[u8]) {
     assert!(all.len() <= lines && all.iter().all(serde_json::Value::is_object));
 }
 
-/// A console, followed by somebody who gets text.
+/// The output of a console that is followed as text.
 pub fn console(input: &[u8]) {
     let (mut text, mut partial) = (String::new(), Vec::new());
     for bytes in input.chunks(small_piece(input)) {
         let mut piece: Vec<u8> = std::mem::take(&mut partial);
         piece.extend_from_slice(bytes);
         partial = piece.split_off(whole_characters(&piece));
-        assert!(partial.len() < 4, "{} bytes wait", partial.len());
+        assert!(partial.len() < 4, "{} bytes are buffered", partial.len());
         text.push_str(&String::from_utf8_lossy(&piece));
     }
     text.push_str(&String::from_utf8_lossy(&partial));
-    assert_eq!(text, String::from_utf8_lossy(input), "the pieces make a difference");
+    assert_eq!(text, String::from_utf8_lossy(input), "the result depends on the pieces");
 }
 
-/// A few bytes, as the input says.
+/// Returns a small size that depends on the input.
 fn small_piece(input: &[u8]) -> usize {
     1 + input.iter().fold(input.len(), |sum, b| sum.wrapping_mul(31).wrapping_add(usize::from(*b))) % 61
 }
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn readers_take_every_byte_and_every_cut_of_a_conversation() {
+    fn parsers_survive_truncated_and_mutated_conversations() {
         let qmp_seed = include_bytes!("../../tests/fuzz/seeds/qmp/boot");
         let http_seed = include_bytes!("../../tests/fuzz/seeds/firecracker-http/boot");
         for (target, seed) in [(qmp as fn(&[u8]), &qmp_seed[..]), (firecracker_http, &http_seed[..])] {

@@ -1,4 +1,4 @@
-//! A bounded log in two files of half the bound each, and a reader that follows it across the change of files.
+//! A log of limited size in two files, and a reader that follows it from one file to the next.
 
 use super::console::MARK;
 use crate::host::fs::{open_at, open_dir};
@@ -12,10 +12,11 @@ use std::path::Path;
 pub const CURRENT: &str = "console.log";
 pub const OLDER: &str = "console.log.1";
 const MODE: u32 = 0o600;
-/// Read at once when looking for the last lines.
+/// How much is read at once when searching for the last lines.
 const BLOCK_BYTES: u64 = 64 * 1024;
 
-/// Appends; the older half is dropped when both are full. One writer per directory.
+/// Appends to a log. When both files are full, the older one is dropped. A directory may have only
+/// one writer.
 pub struct LogWriter {
     dir: OwnedFd,
     file: File,
@@ -25,7 +26,7 @@ pub struct LogWriter {
 }
 
 impl LogWriter {
-    /// `bytes_max` bounds both files together.
+    /// `bytes_max` limits the size of both files together.
     pub fn open(dir: &Path, bytes_max: u64) -> io::Result<Self> {
         let dir = open_dir(dir).map_err(io::Error::other)?;
         let file = open_at(&dir, CURRENT, OFlags::RDWR | OFlags::APPEND | OFlags::CREATE, MODE)?;
@@ -37,13 +38,13 @@ impl LogWriter {
         Ok(Self { dir, file, size, half: (bytes_max / 2).max(1), is_at_line_start: last == *b"\n" })
     }
 
-    /// A line of ours, on a line of its own.
+    /// Appends a line from fcd, which begins a new line.
     pub fn append_mark(&mut self, mark: &str) -> io::Result<()> {
         let start = if self.is_at_line_start { "" } else { "\r\n" };
         self.append(format!("{start}{MARK}{mark} ---\r\n").as_bytes())
     }
 
-    /// On an error a part of it may have been written.
+    /// Appends bytes. After an error, some of them may have been written.
     pub fn append(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             if self.size >= self.half {
@@ -69,16 +70,18 @@ impl LogWriter {
     }
 }
 
-/// Reads from some line on, and then whatever is appended.
+/// Reads a log from some line on, and then everything that is appended.
 pub struct LogReader {
     dir: OwnedFd,
-    /// The file being read and its inode number, which is nobody else's while the file is open.
+    /// The file that is being read and its inode number, which cannot be reused while the file is
+    /// open.
     at: Option<(File, u64)>,
     offset: u64,
 }
 
 impl LogReader {
-    /// From the last `tail` lines on; all of it when that is None. A log that is not there yet is empty.
+    /// Opens a log at its last `tail` lines, or at its beginning if that is None. A missing log is
+    /// empty.
     pub fn open(dir: &Path, tail: Option<u64>) -> io::Result<Self> {
         let dir = open_dir(dir).map_err(io::Error::other)?;
         let mut reader = Self { dir, at: None, offset: 0 };
@@ -118,9 +121,10 @@ impl LogReader {
         rustix::fs::statat(&self.dir, name, AtFlags::SYMLINK_NOFOLLOW).ok().map(|s| s.st_ino)
     }
 
-    /// The next bytes; 0 when there is nothing new.
+    /// Reads the next bytes. Returns 0 if there is nothing new.
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        // Every turn but the last goes on to a newer file; a writer cannot be so fast for ever.
+        // Every iteration but the last moves to a newer file. The limit guards against a very fast
+        // writer.
         for _ in 0..8 {
             let Some((file, ino)) = &self.at else {
                 self.at = self.open_file(CURRENT)?;
@@ -130,9 +134,10 @@ impl LogReader {
                 }
                 continue;
             };
-            // The name before the bytes: what was written before the change of files is then seen.
+            // Check the name before reading the bytes, so that everything in this file is read
+            // before moving to the next.
             let is_current = self.ino_of(CURRENT).is_none_or(|current| current == *ino);
-            // An append file that was cut begins anew.
+            // A file that became shorter was truncated, so start again.
             if file.metadata()?.len() < self.offset {
                 self.offset = 0;
             }
@@ -149,8 +154,9 @@ impl LogReader {
     }
 }
 
-/// Where the last `wanted` lines begin; None when they begin before this file, and then `wanted` is less by the
-/// line ends that were met. `is_last`: this is the end of the log, where a line end ends no line before another.
+/// Returns where the last `wanted` lines begin. None if they begin before this file, and then
+/// `wanted` has been reduced by the lines in this file. `is_last` is true for the file with the end
+/// of the log, where a final line feed does not count.
 fn seek_lines(file: &File, wanted: &mut u64, is_last: bool) -> io::Result<Option<u64>> {
     let mut end = file.metadata()?.len();
     if *wanted == 0 {
@@ -192,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn it_stays_within_its_bound_and_keeps_the_end() {
+    fn log_stays_within_its_bound_and_keeps_the_end() {
         let dir = tempfile::tempdir().unwrap();
         let mut log = LogWriter::open(dir.path(), 64).unwrap();
         for i in 0..100 {
@@ -209,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_lines_are_found_across_the_two_files() {
+    fn last_lines_are_found_across_both_files() {
         let dir = tempfile::tempdir().unwrap();
         let check = |older: Option<&str>, current: Option<&str>, lines, expected: &str| {
             for (name, text) in [(OLDER, older), (CURRENT, current)] {
@@ -238,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_follows_across_changes_of_files() {
+    fn reader_follows_rotated_files() {
         let dir = tempfile::tempdir().unwrap();
         let mut reader = LogReader::open(dir.path(), None).unwrap();
         assert_eq!(all(&mut reader), "");
@@ -252,7 +258,7 @@ mod tests {
             seen += &all(&mut reader);
         }
         assert_eq!(seen, expected);
-        // One that sleeps through two changes goes on with the oldest that is left.
+        // A reader that misses two rotations continues with the oldest file that is left.
         for i in 0..50 {
             log.append(format!("late {i}\n").as_bytes()).unwrap();
         }

@@ -1,4 +1,13 @@
-//! VMMs: what a driver must do, and the drivers.
+//! The VMM drivers, and the interface [`Driver`] that they implement.
+//!
+//! A driver starts a VMM, finds it again by its tag, adopts one that an earlier daemon started, and
+//! talks to it. It keeps no record of VMs: the daemon passes a [`VmmSpec`] and an [`Identity`] with
+//! each call. [`drivers::Drivers`] combines all drivers, so nothing above this module knows which
+//! one runs a VM.
+//!
+//! Every VMM has a thread that monitors it (`monitor.rs` of each driver). One thread reads all
+//! consoles ([`console`]), and one thread per driver waits for processes to exit. Calls that talk
+//! to a VMM block, so no lock may be held.
 
 pub mod console;
 pub mod devices;
@@ -32,7 +41,7 @@ use std::time::Instant;
 pub use crate::host::process::{Exit, Identity};
 pub use end::{End, from_console as end_from_console};
 
-/// Who hears how a VMM ended.
+/// Called with how a VMM ended.
 pub type Died = Box<dyn FnOnce(End) + Send>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,14 +53,14 @@ pub enum DiskFormat {
     Device,
 }
 
-/// The guest's one network interface.
+/// The guest's only network interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GuestNetwork {
-    /// The VMM's own network stack, which forwards a port of the host's loopback to the guest's SSH server. `isolated`: and
-    /// passes nothing else but what comes in by `ports`.
+    /// The VMM's own network stack, which forwards a loopback port of the host to the guest's SSH
+    /// server. If `isolated`, the guest can reach nothing, and only connections through `ports`
+    /// reach it.
     UserMode { isolated: bool, ports: Vec<Port> },
-    /// A tap that is the VMM's uid's: its name, the guest's Ethernet address, and the address under which the guest's SSH
-    /// server is reached.
+    /// A tap owned by the VMM's uid: its name, the guest's MAC address, and the guest's address.
     Tap { name: String, mac: String, address: Ipv4Addr },
 }
 
@@ -59,61 +68,65 @@ pub enum GuestNetwork {
 #[derive(Clone, Debug)]
 pub struct VmmSpec {
     pub vm: VmId,
-    /// `fc-<install>-<vm>-<generation>`: in the process's arguments, so that it can be found again.
+    /// `fc-<install>-<vm>-<generation>`. It is an argument of the VMM's process, by which the
+    /// process is found again.
     pub tag: String,
-    /// The VM's directory, root's or the daemon's own, 0711. Holds `disk`, `seed`, `console.log`, `vmm.log` (what
-    /// the VMM itself says), and `run/`, which belongs to the VMM's uid and where it makes its sockets; the driver
-    /// makes all but the first two.
+    /// The VM's directory with mode 0711, owned by root or by the daemon. It holds `disk`, `seed`,
+    /// `console.log`, `vmm.log` (the VMM's own output), and `run/`, which belongs to the VMM's uid
+    /// and contains its sockets. The driver creates all of them except `disk` and `seed`.
     pub dir: PathBuf,
-    /// An ELF kernel with a PVH entry (`vmlinux`), as `initrd`, `disk` and `seed` readable by the VMM's uid, which
-    /// also needs search permission on every directory above.
+    /// An ELF kernel with a PVH entry (`vmlinux`). The VMM's uid must be able to read it, `initrd`,
+    /// `disk` and `seed`, and to search all directories above them.
     pub kernel: PathBuf,
     pub initrd: PathBuf,
-    /// The image's own kernel arguments, as `root=/dev/vda init=/sbin/fcd-init`; the driver adds its own.
+    /// The image's own kernel arguments, such as `root=/dev/vda init=/sbin/fcd-init`. The driver
+    /// appends others.
     pub boot_args: String,
-    /// The guest's first block device; its serial number is `root`.
+    /// The guest's first block device, with the serial number `root`.
     pub disk: PathBuf,
     pub disk_format: DiskFormat,
-    /// The second block device, read-only; its serial number is `seed`.
+    /// The guest's second block device, which is read-only, with the serial number `seed`.
     pub seed: PathBuf,
-    /// A third one, raw, read and written; its serial number is `work`.
+    /// The guest's third block device, a raw file, with the serial number `work`.
     pub work_disk: Option<PathBuf>,
     pub vcpus: u32,
     pub mem_mib: u64,
-    /// uid and gid of the VMM's process, when the daemon is root.
+    /// uid and gid of the VMM's process, if the daemon is root.
     pub credentials: Option<(u32, u32)>,
     pub network: GuestNetwork,
-    /// Of the network only where [`Driver::limits_network`].
+    /// The rate limits. The VMM applies those of the network only if [`Driver::limits_network`].
     pub rates: RateLimits,
-    /// The guest's initramfs has the driver of a balloon, by which it gives memory back.
+    /// True if the guest's initramfs has the driver of a balloon, with which it returns memory.
     pub has_balloon: bool,
-    /// Bound of the console log, both files together.
+    /// Size limit of the console log, for both of its files together.
     pub console_bytes_max: u64,
-    /// The guest goes on from where it was saved; it does not boot. vCPUs, memory and the kind of each device are as they were then.
+    /// If set, the guest is restored from here and does not boot. The vCPUs, the memory and the
+    /// kinds of devices must be the same as when it was saved.
     pub saved: Option<Saved>,
 }
 
-/// What [`Driver::save`] left.
+/// The result of [`Driver::save`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Saved {
-    /// Readable by the VMM's uid, as search permission goes; nobody writes it while a guest runs that began with it.
+    /// The guest's memory. The VMM's uid must be able to read it. It must not be written while a
+    /// guest that was restored from it runs.
     pub memory: PathBuf,
-    /// State of the devices, where the driver keeps it apart.
+    /// The state of the devices, if the driver stores it in a file of its own.
     pub devices: PathBuf,
-    /// [`Driver::describe`] of when it was saved.
+    /// What [`Driver::describe`] returned when the guest was saved.
     pub driver: String,
 }
 
-/// Where a guest is saved to.
+/// The files to save a guest to.
 #[derive(Clone, Copy, Debug)]
 pub struct SaveTo<'a> {
-    /// Two files that are there, empty, and that the VMM's uid may write.
+    /// Two existing, empty files that the VMM's uid may write.
     pub memory: &'a Path,
     pub devices: &'a Path,
 }
 
 impl VmmSpec {
-    /// By their serial numbers, those that the guest writes.
+    /// Returns the disks that the guest can write, with their serial numbers.
     pub fn disks(&self) -> impl Iterator<Item = (&'static str, &Path)> {
         let work = self.work_disk.as_deref().map(|path| ("work", path));
         std::iter::once(("root", self.disk.as_path())).chain(work)
@@ -127,123 +140,135 @@ pub struct Tagged {
     pub identity: Identity,
 }
 
-/// A VMM that runs.
+/// A running VMM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Running {
     pub identity: Identity,
-    /// Where the guest's SSH server is reached.
+    /// The address of the guest's SSH server, as seen from the host.
     pub ssh_addr: SocketAddr,
 }
 
-/// What a driver tells of a guest that runs.
+/// A change in a running VMM or its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Told {
+pub enum GuestEvent {
     /// The VMM has answered for the first time.
     Answered,
-    /// The guest stands still because the host's disk is full (true), or goes on by itself, with room again (false).
+    /// True if the VMM has paused the guest because the host's disk is full, false if it runs
+    /// again.
     Paused(bool),
-    /// The VMM has not answered for so long that it is taken to hang (true), or answers again (false).
+    /// True if the VMM has not answered for so long that it seems to hang, false if it answers
+    /// again.
     Unresponsive(bool),
 }
 
-/// Nothing above this module knows which driver it talks to.
+/// A kind of VMM, such as QEMU or Firecracker.
 pub trait Driver: Send + Sync {
-    /// For people: `qemu (tcg, microvm)`.
+    /// A description for people: `qemu (tcg, microvm)`.
     fn describe(&self) -> String;
 
-    /// Finds out now what the first start would find out, which may take seconds: whether this host's
-    /// virtualisation runs `kernel`. Never an error: `describe` and `checks` tell.
+    /// Finds out in advance what the first start needs to know, such as whether this host's
+    /// virtualisation runs `kernel`. May take seconds. Failures show up in `describe` and `checks`.
     fn warm_up(&self, kernel: &Path, cancel: &Cancel);
 
-    /// The console logs of its VMs.
+    /// The console logs of the driver's VMs.
     fn consoles(&self) -> &Consoles;
 
-    /// Starts the process and answers once the VMM runs the guest; the guest boots on. `spawned` is told the
-    /// identity as soon as there is one, before anything else is asked of the process. On an error or a cancel
-    /// no process is left.
+    /// Starts a VMM, and returns once the guest runs. The guest is still booting then. `spawned` is
+    /// called with the process's identity before the process is asked for anything. After an error
+    /// or a cancel the process has been killed.
     fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running>;
 
-    /// The live process that carries this tag, whoever started it.
+    /// Finds the live process with this tag.
     fn find(&self, tag: &str) -> Result<Option<Identity>>;
 
-    /// All live processes whose tag begins so, from one look at the host.
+    /// Finds all live processes whose tag has this prefix, in one pass over the host's processes.
     fn list(&self, tag_prefix: &str) -> Result<Vec<Tagged>>;
 
-    /// Takes up a VMM that an earlier daemon started: checks identity, executable and tag, opens its console
-    /// again (the gap is marked in the log), asks for its SSH address.
+    /// Adopts a VMM that an earlier daemon started. Checks its identity, executable and tag,
+    /// reopens its console (the log gets a line that marks the gap), and finds its SSH address.
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running>;
 
-    /// Whether it lives still. A zombie does not.
+    /// True if the process is alive. A zombie is not.
     fn is_alive(&self, identity: &Identity) -> bool;
 
-    /// Whether it lives still and is the VMM with this tag: a number that somebody else's process has by now, or that somebody
-    /// wrote, is nobody to adopt or to end.
+    /// True if the process is alive and carries `tag`. A reused or forged pid must be neither
+    /// adopted nor killed.
     fn is_ours(&self, identity: &Identity, tag: &str) -> bool;
 
-    /// Whether it is a process of this driver's program.
+    /// True if the process runs this driver's program.
     fn runs(&self, identity: &Identity) -> bool;
 
-    /// Waits until the process has exited; false when the deadline or the cancel came first.
+    /// Waits until the process has exited. Returns false at the deadline or after a cancel.
     fn wait_exit(&self, identity: &Identity, deadline: Instant, cancel: &Cancel) -> Result<bool>;
 
-    /// Ends the process (SIGKILL by pidfd) and waits until it has exited. Already gone: ok. An error (`timeout`)
-    /// when it has not exited by the deadline: what it holds must not be reused.
+    /// Kills the process (SIGKILL by pidfd) and waits until it has exited. Succeeds if it has
+    /// already exited. Fails with `timeout` if it is still there at the deadline, and then nothing
+    /// that it holds may be reused.
     fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()>;
 
-    /// Calls `died` once, from a thread of its own, when the process exits or if it has. `dir` is the VM's directory, whose
-    /// console tells how its guest ended. Never after the driver is dropped.
+    /// Calls `died` once from a thread of its own when the process exits, or if it already has.
+    /// Reads the console log in `dir` to find out how the guest ended. Does not call it after the
+    /// driver has been dropped.
     fn watch(&self, dir: &Path, identity: &Identity, died: Died) -> Result<()>;
 
-    /// Calls `told` from a thread of the driver's at each change of what [`Told`] names, with `Paused(false)` at the end.
-    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()>;
+    /// Calls `on_event` from a thread of the driver for each [`GuestEvent`]. A last `Paused(false)`
+    /// comes when the thread ends.
+    fn watch_guest(&self, dir: &Path, identity: &Identity, on_event: Box<dyn Fn(GuestEvent) + Send>) -> Result<()>;
 
-    /// Lets the guest of the VM in `dir` stand still, or go on; one that does so already is ok.
+    /// Pauses or resumes the guest of the VM in `dir`. Succeeds if it is already in that state.
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()>;
 
-    /// Saves the memory and the devices of a guest that stands still, and leaves it so. The VMM has brought all that the guest wrote to its
-    /// disks to their files when this returns. Returns the VMM's version.
+    /// Saves the memory and the devices of a paused guest, which stays paused. When this returns,
+    /// everything that the guest wrote to its disks is in their files. Returns the VMM's version.
     fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String>;
 
-    /// Whether this driver, as it starts VMs now, lets a guest go on that was saved by `driver`, in another VM's directory if it must.
+    /// Checks that this driver can restore a guest that was saved by `driver`. `elsewhere` is true
+    /// if it has to be restored in another VM's directory.
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()>;
 
-    /// Whether it limits what a guest sends and receives, a VMM that runs or one that it is to start. Otherwise the tap's owner does.
+    /// True if the VMM limits what a guest sends and receives. Asks about a running VMM, or about
+    /// new ones if None. Otherwise the owner of the tap has to do it.
     fn limits_network(&self, running: Option<&Identity>) -> bool;
 
-    /// From now on the running guest's devices move no more than `spec.rates` says.
+    /// Applies `spec.rates` to the devices of a running guest.
     fn set_rates(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<()>;
 
-    /// The running guest is to keep so much of the memory that it was started with, and to give back the rest.
+    /// Asks a running guest to keep `keep_mib` of its memory and to return the rest.
     fn set_balloon(&self, spec: &VmmSpec, identity: &Identity, keep_mib: u64, cancel: &Cancel) -> Result<()>;
 
-    /// What it keeps now.
+    /// Returns how much memory the guest keeps now.
     fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64>;
 
-    /// What the VMM counts, in its own words, the oldest first; of now is the last.
+    /// Returns the VMM's metrics in its own format, the oldest first. The last value is current.
     fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>>;
 
-    /// A stream to what listens on this port of the guest's vsock. It ends with the VMM, and lives on without the daemon.
+    /// Connects to a port of the guest's vsock. The stream outlives the daemon and ends with the
+    /// VMM.
     fn connect(&self, identity: &Identity, port: u32, cancel: &Cancel) -> Result<UnixStream>;
 
-    /// Presses Ctrl-Alt-Del on the guest's keyboard; false where its guests have none.
+    /// Presses Ctrl-Alt-Del on the guest's keyboard. Returns false if the driver's guests have no
+    /// keyboard.
     fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool>;
 
-    /// Whether there is more on the host of a VMM with a tag than its process: what `clear` removes.
+    /// True if a VMM leaves more on the host than its process and files. [`Driver::clear`] removes
+    /// that.
     fn leaves_remains(&self) -> bool;
 
-    /// Removes what the VMM with this tag, of the VM in `dir`, had on the host beside its files; gone already is ok. It must have exited.
+    /// Removes what the VMM with this tag has left on the host, except for files of the VM in
+    /// `dir`. Succeeds if there is nothing. The VMM must have exited.
     fn clear(&self, dir: &Path, tag: &str) -> Result<()>;
 
-    /// The tags that begin so of which such a thing is on the host. `vms`: where the directories of VMs are.
+    /// Returns the tags with this prefix for which there is something to clear. The VMs'
+    /// directories are in `vms`.
     fn remains(&self, vms: &Path, tag_prefix: &str) -> Result<Vec<String>>;
 
-    /// Whether its VMMs get nodes of their own of [`devices::KVM`] and [`devices::TUN`], so that the modes of the host's nodes do
-    /// not matter.
+    /// True if VMMs get their own nodes of [`devices::KVM`] and [`devices::TUN`], so that the modes
+    /// of the host's nodes do not matter.
     fn makes_device_nodes(&self) -> bool;
 
-    /// Whether a disk may be a qcow2 file.
+    /// True if a disk may be a qcow2 file.
     fn reads_qcow2(&self) -> bool;
 
-    /// What the driver needs, found and picked.
+    /// Checks what the driver needs on this host, for `fcctl doctor`.
     fn checks(&self) -> Vec<Check>;
 }

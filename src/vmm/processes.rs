@@ -1,8 +1,8 @@
-//! What every driver does the same way: its VMMs are processes that carry a tag among their arguments, run one of a few programs
-//! under one of our uids, and are watched and ended by pidfd.
+//! What all drivers have in common. Their VMMs are processes that carry a tag among their
+//! arguments, run one of a few programs under one of our uids, and are watched and killed by pidfd.
 
 use super::console::Consoles;
-use super::watch::{Watcher, tell};
+use super::watch::{Watcher, report};
 use super::{Died, Identity, Tagged, end};
 use crate::error::{Error, Kind, Result};
 use crate::host::process::{self, Process};
@@ -15,11 +15,11 @@ use std::time::Instant;
 
 pub struct Processes {
     watcher: Watcher,
-    /// What those said of their ends that can.
+    /// The reasons that VMMs have given for their end.
     pub notes: Arc<end::Notes>,
-    /// Of VMs, when the daemon is root.
+    /// The uids of VMs, if the daemon is root.
     uids: Range<u32>,
-    /// Whether this executable is a VMM of the driver's.
+    /// True if this executable is one of the driver's VMMs.
     is_program: Box<dyn Fn(&Path) -> bool + Send + Sync>,
 }
 
@@ -29,7 +29,7 @@ impl Processes {
         Ok(Self { watcher: Watcher::try_new()?, notes: Arc::new(end::Notes::new()), uids, is_program })
     }
 
-    /// The process, if it lives and is a VMM of ours with this tag.
+    /// Returns the process if it is alive and one of our VMMs with this tag.
     pub fn verify(&self, identity: &Identity, tag: &str) -> Result<Option<Process>> {
         let Some(process) = Process::open(identity)?.filter(Process::is_alive) else { return Ok(None) };
         let is_ours = self.runs(identity)
@@ -38,12 +38,12 @@ impl Processes {
         Ok((is_ours && process.is_alive()).then_some(process))
     }
 
-    /// Whether this process is the driver's program.
+    /// True if this process runs the driver's program.
     pub fn runs(&self, identity: &Identity) -> bool {
         process::executable(identity.pid).is_some_and(|path| (self.is_program)(&path))
     }
 
-    /// As a user, only what runs as that user; as root, what runs as root or as a VM.
+    /// A user's daemon accepts only its own uid, and root's accepts root and the uids of VMs.
     fn may_be_ours(&self, uid: u32) -> bool {
         let me = rustix::process::geteuid().as_raw();
         uid == me || (me == 0 && self.uids.contains(&uid))
@@ -66,12 +66,12 @@ impl Processes {
 
     pub fn watch(&self, dir: &Path, consoles: &Arc<Consoles>, identity: &Identity, died: Died) -> Result<()> {
         let (dir, consoles, notes, whose) = (dir.to_owned(), consoles.clone(), self.notes.clone(), identity.clone());
-        // On a thread of its own, which may wait for the console.
+        // The watcher calls this on a thread of its own, so it may wait for the console.
         let died = Box::new(move |exit| died(end::of(exit, notes.take(&whose), &consoles, &dir)));
         match Process::open(identity)? {
             Some(process) => self.watcher.add(process, died),
             None => {
-                tell(process::exit_of_gone(identity), died);
+                report(process::exit_of_gone(identity), died);
                 Ok(())
             }
         }
@@ -94,5 +94,5 @@ pub fn kill(identity: &Identity, deadline: Instant) -> Result<()> {
     if process.wait_uncancelled(deadline)? {
         return Ok(());
     }
-    Err(Error::new(Kind::Timeout, format!("kill the VMM: process {} has not exited in time", identity.pid)))
+    Err(Error::new(Kind::Timeout, format!("kill the VMM: process {} is still running", identity.pid)))
 }

@@ -1,4 +1,5 @@
-//! What a VMM has of the VM's directory: `run/`, where it makes its sockets, and its log.
+//! The parts of a VM's directory that a VMM uses: `run/`, in which it creates its sockets, and its
+//! log.
 
 use super::VmmSpec;
 use super::console::VMM_LOG;
@@ -14,12 +15,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 pub const RUN_DIR: &str = "run";
-/// From a hang-up to the exit.
+/// How long a VMM may take from hanging up to exiting.
 const EXIT_GRACE: Duration = Duration::from_secs(1);
-/// How much of what a VMM said goes into an error.
+/// How much of a VMM's output goes into an error.
 const SAID_BYTES_MAX: u64 = 2048;
 
-/// `run/`: the VMM's own, without any of these files from an earlier life. What the VMM's uid left there is not followed.
+/// Creates `run/` for the VMM's uid, and removes these files if an earlier start left them. Links
+/// that the VMM's uid put there are not followed.
 pub fn make(dir: &OwnedFd, files: &[&str], credentials: Option<(u32, u32)>) -> Result<OwnedFd> {
     let make = || -> rustix::io::Result<OwnedFd> {
         match rustix::fs::mkdirat(dir, RUN_DIR, Mode::RWXU) {
@@ -43,24 +45,25 @@ pub fn make(dir: &OwnedFd, files: &[&str], credentials: Option<(u32, u32)>) -> R
     make().map_err(|e| Error::io("make the VMM's run directory", e))
 }
 
-/// The one that is there.
+/// Opens the existing `run/`.
 pub fn open(dir: &Path, doing: &str) -> Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY;
     Ok(OwnedFd::from(open_at(open_dir(dir)?, RUN_DIR, flags, 0).map_err(|e| Error::io(doing, e))?))
 }
 
-/// For what the VMM itself says, begun anew.
+/// Opens an empty log for the VMM's own output.
 pub fn open_log(dir: &OwnedFd, spec: &VmmSpec) -> Result<File> {
     let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::TRUNC;
     open_at(dir, VMM_LOG, flags, 0o600).map_err(|e| Error::io(format!("open {}", spec.dir.join(VMM_LOG).display()), e))
 }
 
-/// One that hangs up is about to exit, and then what it said tells more than that it hung up.
+/// True if the VMM exits soon. A VMM that hangs up is usually about to exit, and then its output is
+/// a better error than the hang-up.
 pub fn is_exiting(process: &Process) -> bool {
     process.wait_uncancelled(Instant::now() + EXIT_GRACE).unwrap_or(false)
 }
 
-/// With what the VMM itself said.
+/// The error for a VMM that exited during its start, with the last lines of its output.
 pub fn exited_early(program: &str, spec: &VmmSpec, process: &Process) -> Error {
     let exit = process.exit().unwrap_or(Exit::Unknown);
     let said = last_said(&spec.dir).map_or_else(String::new, |said| format!(": {said}"));
@@ -84,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_run_directory_is_made_anew_and_links_are_not_followed() {
+    fn run_directory_is_recreated_without_following_links() {
         let temp = tempfile::tempdir().unwrap();
         let dir = open_dir(temp.path()).unwrap();
         make(&dir, &["x.sock"], None).unwrap();
@@ -99,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_vmm_said_last_is_quoted() {
+    fn last_lines_of_vmm_log_are_quoted() {
         let temp = tempfile::tempdir().unwrap();
         assert_eq!(last_said(temp.path()), None);
         std::fs::write(temp.path().join(VMM_LOG), "one\n\ntwo\nqemu: \x1b[31mno\n").unwrap();

@@ -1,4 +1,4 @@
-//! Watching processes: one thread polls the pidfds of all.
+//! Waits for processes to exit: one thread polls the pidfds of all of them.
 
 use crate::error::{Error, Result};
 use crate::host::process::{Exit, Process};
@@ -23,7 +23,7 @@ struct Shared {
     wake: EventFd,
 }
 
-/// Dropping it ends the thread; nobody is called any more.
+/// Watches processes. Dropping it ends the thread, and no more callbacks are called.
 pub struct Watcher {
     shared: Arc<Shared>,
 }
@@ -32,11 +32,11 @@ impl Watcher {
     /// Fails with the eventfd's error (EMFILE, ENFILE).
     pub fn try_new() -> Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|e| Error::io("make an event for the watcher of processes", e))?;
+            .map_err(|e| Error::io("create an eventfd for the process watcher", e))?;
         Ok(Self { shared: Arc::new(Shared { state: Mutex::new(Rank::Consoles, State::default()), wake }) })
     }
 
-    /// Calls `died` from a thread of its own when the process has exited.
+    /// Calls `died` from a thread of its own once the process has exited.
     pub fn add(&self, process: Process, died: Died) -> Result<()> {
         let mut state = self.shared.state.lock();
         if state.thread.is_none() {
@@ -57,7 +57,7 @@ impl Drop for Watcher {
         let thread = state.thread.take();
         drop(state);
         let _ = self.shared.wake.write(1);
-        // The last owner may be a callback that ran on the thread itself.
+        // A callback on the thread itself may be the last owner, and a thread cannot join itself.
         if let Some(thread) = thread.filter(|t| t.thread().id() != std::thread::current().id()) {
             let _ = thread.join();
         }
@@ -88,12 +88,13 @@ fn run(shared: &Shared) {
         let (living, dead): (Vec<_>, Vec<_>) =
             watched.into_iter().map(|(p, died)| (p.exit(), p, died)).partition(|(exit, ..)| exit.is_none());
         watched = living.into_iter().map(|(_, p, died)| (p, died)).collect();
-        dead.into_iter().for_each(|(exit, _, died)| tell(exit.unwrap_or(Exit::Unknown), died));
+        dead.into_iter().for_each(|(exit, _, died)| report(exit.unwrap_or(Exit::Unknown), died));
     }
 }
 
-/// On a thread of its own: it takes locks and waits for commits, and others may be dying.
-pub fn tell(exit: Exit, died: Died) {
+/// Calls `died` on a thread of its own, because it takes locks and waits for commits while other
+/// VMMs may exit.
+pub fn report(exit: Exit, died: Died) {
     let died = Arc::new(Mutex::new(Rank::Consoles, Some(died)));
     let call = move |died: &Mutex<Option<Died>>| {
         let taken = died.lock().take();
@@ -121,37 +122,37 @@ mod tests {
     }
 
     #[test]
-    fn each_death_is_told_once_with_how() {
+    fn each_exit_is_reported_once_with_its_status() {
         let watcher = Watcher::try_new().unwrap();
-        let (told, tellings) = channel();
+        let (sender, exits) = channel();
         let sleeper = process("/bin/sleep", &["1000"]);
         for (name, p) in [
             ("sleep", Process::open(sleeper.identity()).unwrap().unwrap()),
             ("true", process("/bin/true", &[])),
             ("false", process("/bin/false", &[])),
         ] {
-            let told = told.clone();
-            watcher.add(p, Box::new(move |how| told.send((name, how.to_string())).unwrap())).unwrap();
+            let sender = sender.clone();
+            watcher.add(p, Box::new(move |how| sender.send((name, how.to_string())).unwrap())).unwrap();
         }
-        let next = || tellings.recv_timeout(Duration::from_secs(10)).unwrap();
+        let next = || exits.recv_timeout(Duration::from_secs(10)).unwrap();
         let mut first = [next(), next()];
         first.sort();
         assert_eq!(first, [("false", "exit status 1".to_owned()), ("true", "exit status 0".to_owned())]);
-        assert_eq!(tellings.recv_timeout(Duration::from_millis(20)), Err(RecvTimeoutError::Timeout));
+        assert_eq!(exits.recv_timeout(Duration::from_millis(20)), Err(RecvTimeoutError::Timeout));
         sleeper.signal(rustix::process::Signal::KILL).unwrap();
         assert_eq!(next(), ("sleep", "signal 9 (SIGKILL)".to_owned()));
     }
 
     #[test]
-    fn a_dropped_watcher_tells_nobody() {
+    fn dropped_watcher_reports_nothing() {
         let watcher = Watcher::try_new().unwrap();
-        let (told, tellings) = channel();
+        let (sender, exits) = channel();
         let sleeper = process("/bin/sleep", &["1000"]);
         let same = Process::open(sleeper.identity()).unwrap().unwrap();
-        watcher.add(same, Box::new(move |how| told.send(how.to_string()).unwrap())).unwrap();
+        watcher.add(same, Box::new(move |how| sender.send(how.to_string()).unwrap())).unwrap();
         drop(watcher);
         sleeper.signal(rustix::process::Signal::KILL).unwrap();
-        assert_eq!(tellings.recv_timeout(Duration::from_secs(10)), Err(RecvTimeoutError::Disconnected));
+        assert_eq!(exits.recv_timeout(Duration::from_secs(10)), Err(RecvTimeoutError::Disconnected));
         assert!(
             sleeper.wait(std::time::Instant::now() + Duration::from_secs(10), &crate::locks::Cancel::try_new().unwrap()).unwrap()
         );

@@ -107,5 +107,5 @@ fn vmm_that_is_told_to_end_is_no_reset_of_its_guest() {
     signal(vmm_processes(&host.state())[0], "TERM");
     wait_for("the VM comes to rest", || (host.show("box", "state") != "running").then_some(()));
     let told = (host.show("box", "state"), host.show("box", "reason"));
-    assert!(told.0 == "failed" && told.1.as_str().unwrap().contains("the VMM was told to end (host-signal)"), "{told:?}");
+    assert!(told.0 == "failed" && told.1.as_str().unwrap().contains("the VMM was ended from the host (host-signal)"), "{told:?}");
 }

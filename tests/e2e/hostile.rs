@@ -159,7 +159,7 @@ fn a_dead_vmm(host: &Host) {
     let begun = Instant::now();
     wait_for("the VM has failed", || (host.show("box", "state") == "failed").then_some(()));
     assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
-    assert!(host.ok(&["ps", "-a"]).contains("failed (the vmm died: "), "{}", host.ok(&["ps", "-a"]));
+    assert!(host.ok(&["ps", "-a"]).contains("failed (the VMM died: "), "{}", host.ok(&["ps", "-a"]));
     let (status, within) = sleeping.end();
     assert!(status == Some(125) && within < Duration::from_secs(2), "{status:?} {within:?} {}", sleeping.stderr());
     refused(&host.fcctl(&["exec", "box", "--", "true"]), 125, "failed");

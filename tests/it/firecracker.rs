@@ -9,7 +9,7 @@ use fcd::host::process::Process;
 use fcd::locks::{Cancel, CancelCause};
 use fcd::vmm::console::Consoles;
 use fcd::vmm::firecracker::Firecracker;
-use fcd::vmm::{Driver, GuestNetwork, Identity, Running, SaveTo, Saved, Told, VmmSpec};
+use fcd::vmm::{Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo, Saved, VmmSpec};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -450,12 +450,12 @@ fn watch_reports_death_and_silence() {
     process.signal(rustix::process::Signal::STOP).unwrap();
     // It may have answered once before it was stopped.
     let next =
-        || std::iter::repeat_with(|| reports.recv_timeout(SOON).unwrap()).find(|report| *report != Told::Answered).unwrap();
+        || std::iter::repeat_with(|| reports.recv_timeout(SOON).unwrap()).find(|report| *report != GuestEvent::Answered).unwrap();
     for _ in 0..2 {
-        assert_eq!(next(), Told::Unresponsive(true));
+        assert_eq!(next(), GuestEvent::Unresponsive(true));
     }
     process.signal(rustix::process::Signal::CONT).unwrap();
-    let heard = || (next() == Told::Unresponsive(false)).then_some(());
+    let heard = || (next() == GuestEvent::Unresponsive(false)).then_some(());
     assert!((0..3).any(|_| heard().is_some()), "that it answers again");
     process.signal(rustix::process::Signal::KILL).unwrap();
     assert_eq!(deaths.recv_timeout(SOON).unwrap(), fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));

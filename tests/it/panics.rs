@@ -10,7 +10,7 @@ use fcd::error::{Kind, Result};
 use fcd::locks::Cancel;
 use fcd::vmm::console::Consoles;
 use fcd::vmm::fake::Fake;
-use fcd::vmm::{Driver, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
+use fcd::vmm::{Driver, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec};
 use fcd::workspace::remote::{self, GuestWorkspace};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -118,7 +118,7 @@ impl Driver for Panics {
     fn watch(&self, dir: &Path, identity: &Identity, died: fcd::vmm::Died) -> Result<()> {
         self.inner.watch(dir, identity, died)
     }
-    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
+    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(GuestEvent) + Send>) -> Result<()> {
         self.inner.watch_guest(dir, identity, told)
     }
     fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {

@@ -11,7 +11,7 @@ use fcd::host::{Command, Commands, command::Output};
 use fcd::locks::Cancel;
 use fcd::store::faults::{CommitHook, Fault};
 use fcd::vmm::console::Consoles;
-use fcd::vmm::{Driver, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
+use fcd::vmm::{Driver, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -178,7 +178,7 @@ impl Driver for PointDriver {
     fn watch(&self, dir: &Path, identity: &Identity, died: fcd::vmm::Died) -> Result<()> {
         self.0.watch(dir, identity, died)
     }
-    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
+    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(GuestEvent) + Send>) -> Result<()> {
         self.1.reach(&format!("listen to the vmm in {}", dir.display()))?;
         self.0.watch_guest(dir, identity, told)
     }

@@ -9,7 +9,7 @@ use fcd::api::vm::*;
 use fcd::error::Kind;
 use fcd::ids::OpId;
 use fcd::store::Intent;
-use fcd::vmm::Told;
+use fcd::vmm::GuestEvent;
 use fcd::vmm::fake::Stage;
 
 fn rm(name: &str) -> VmCreateRequest {
@@ -74,15 +74,15 @@ fn unresponsive_vmm_is_not_used_and_stops_at_once() {
             ExecStartRequest { vm, argv, env: vec![], workdir: None, pty: None, streams: vec![], no_wait_children: false };
         world.begin::<ExecStart>(request, vec![]).finish(SOON)
     };
-    assert!(world.vmm.tell(&vm.id, Told::Unresponsive(true)));
+    assert!(world.vmm.report(&vm.id, GuestEvent::Unresponsive(true)));
     await_that("it is unresponsive", || world.show("web").unwrap().unresponsive);
     let refused = exec().unwrap_err();
     assert!(refused.is(Kind::GuestUnavailable) && refused.to_string().contains("does not answer"), "{refused}");
-    assert!(world.vmm.tell(&vm.id, Told::Unresponsive(false)));
+    assert!(world.vmm.report(&vm.id, GuestEvent::Unresponsive(false)));
     await_that("it answers", || !world.show("web").unwrap().unresponsive);
     exec().unwrap();
 
-    assert!(world.vmm.tell(&vm.id, Told::Unresponsive(true)));
+    assert!(world.vmm.report(&vm.id, GuestEvent::Unresponsive(true)));
     await_that("it is unresponsive", || world.show("web").unwrap().unresponsive);
     let stopped = world.stop("web").unwrap();
     assert_eq!((stopped.state, stopped.synced, stopped.unresponsive), (VmState::Stopped, Some(Synced::No), false));

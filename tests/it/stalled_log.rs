@@ -5,7 +5,7 @@ use crate::world::*;
 use fcd::api::vm::*;
 use fcd::error::Kind;
 use fcd::store::faults::Fault;
-use fcd::vmm::Told;
+use fcd::vmm::GuestEvent;
 use std::os::fd::OwnedFd;
 
 /// Returns a full pipe: the write end and the read end.
@@ -41,7 +41,7 @@ fn with_full_stderr_in_own_process() {
     world.create("rests");
 
     // The watcher records under the VM's lock that the VMM does not respond, and logs it.
-    assert!(world.vmm.tell(&web.id, Told::Unresponsive(true)));
+    assert!(world.vmm.report(&web.id, GuestEvent::Unresponsive(true)));
     await_that("the row says that the VMM is silent", || world.show("web").unwrap().unresponsive);
     let forced = VmStopRequest { force: true, ..stop("web") };
     assert_eq!(world.begin::<VmStop>(forced, vec![]).finish(PROMPT).unwrap().vm.state, VmState::Stopped);

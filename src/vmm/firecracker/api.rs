@@ -1,23 +1,24 @@
-//! Firecracker's API (src/firecracker/swagger/firecracker.yaml, v1.16), as much as a driver needs. What may be asked before the guest
-//! starts and what after are two types, so that a call in the wrong phase does not compile; a start or a load turns the one into
-//! the other.
+//! Firecracker's API (src/firecracker/swagger/firecracker.yaml, v1.16), with the parts that a
+//! driver needs. The requests before and after the start of the guest are methods of two types, so
+//! that a request in the wrong phase does not compile. A start or a load turns the first type into
+//! the second.
 
 use super::checks;
 use super::http::{Answer, Connection, Method};
 use super::refusal::refused;
 use crate::error::{Error, Kind, Result};
-use crate::vmm::dial::Patience;
+use crate::vmm::dial::Deadline;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::net::Ipv4Addr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-/// The first version that needs [`Booted::reset_vsock`] after a pause, and the first that no longer does: 1.17 fixed it
+/// From this version on, a VMM needs [`Booted::reset_vsock`] after a pause. Version 1.17 fixed that
 /// (firecracker-microvm/firecracker#6100).
 const HOLDS_VSOCK_SINCE: (u32, u32) = (1, 16);
 const HOLDS_VSOCK_UNTIL: (u32, u32) = (1, 17);
-/// Where no file can be made, in a jail or out of it.
+/// A path at which no file can be created, with and without a jail.
 const NO_PLACE: &str = "/proc/none/none";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -49,10 +50,10 @@ pub struct BootSource<'a> {
     pub boot_args: &'a str,
 }
 
-/// The first one added is the guest's first, whatever its name.
+/// A disk. The first one that is added is the guest's first disk, whatever its id.
 #[derive(Debug, Serialize)]
 pub struct Drive<'a> {
-    /// Letters, digits and `_`.
+    /// Contains only letters, digits and `_`.
     pub drive_id: &'a str,
     pub path_on_host: &'a str,
     pub is_root_device: bool,
@@ -63,7 +64,8 @@ pub struct Drive<'a> {
     pub rate_limiter: Option<RateLimiter>,
 }
 
-/// Absent: as it is; of a size of 0: none (docs/api_requests/patch-block.md).
+/// A missing bucket leaves the limit as it is, and a bucket of size 0 removes it
+/// (docs/api_requests/patch-block.md).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct RateLimiter {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -72,15 +74,15 @@ pub struct RateLimiter {
     pub ops: Option<TokenBucket>,
 }
 
-/// `size` passes at once, and again after `refill_time` milliseconds.
+/// Lets `size` tokens pass at once, and again after `refill_time` milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct TokenBucket {
     pub size: u64,
     pub refill_time: u64,
 }
 
-/// Of a bucket for bytes: no smaller than the largest request (Linux' `max_sectors_kb` is 1280 by default), for each that does not fit
-/// is a line in the VMM's log.
+/// The smallest bucket for bytes. It must hold the largest request (Linux' `max_sectors_kb` is 1280
+/// by default), because the VMM logs a line for each request that does not fit.
 pub const BUCKET_BYTES_MIN: u64 = 2 << 20;
 
 impl TokenBucket {
@@ -98,13 +100,13 @@ impl TokenBucket {
 }
 
 impl RateLimiter {
-    /// For a device that is added.
+    /// The limits of a new device. None if there are none.
     pub fn new(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Option<Self> {
         let limiter = Self { bandwidth: bytes_per_s.map(TokenBucket::bytes), ops: ops_per_s.map(TokenBucket::ops) };
         Some(limiter).filter(|l| *l != Self::default())
     }
 
-    /// For one that is there, whatever it had.
+    /// The limits of an existing device, which replace its former ones.
     fn instead(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Self {
         let bandwidth = bytes_per_s.map_or(TokenBucket::NONE, TokenBucket::bytes);
         Self { bandwidth: Some(bandwidth), ops: Some(ops_per_s.map_or(TokenBucket::NONE, TokenBucket::ops)) }
@@ -124,13 +126,13 @@ struct NetworkRates<'a> {
     tx_rate_limiter: RateLimiter,
 }
 
-/// Its size is what the guest gives back.
+/// A balloon. Its size is the memory that the guest returns.
 #[derive(Debug, Serialize)]
 struct Balloon {
     amount_mib: u64,
     deflate_on_oom: bool,
     stats_polling_interval_s: u32,
-    /// The guest reports pages that it no longer uses, and the VMM gives them back to the host (since 1.14).
+    /// The guest reports unused pages, and the VMM returns them to the host (since 1.14).
     free_page_reporting: bool,
 }
 
@@ -144,8 +146,8 @@ pub struct BalloonStatistics {
     pub actual_mib: u64,
 }
 
-/// Between two times that the guest tells of its memory. How large the balloon is, which is all that is asked for, is known at any
-/// time, but told only where there are statistics.
+/// How often the guest reports its memory statistics. A driver only needs the size of the balloon.
+/// The VMM always knows it, but reports it only if there are statistics.
 const STATISTICS_PERIOD_S: u32 = 60;
 
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -156,10 +158,10 @@ pub enum CacheType {
 #[derive(Debug, Serialize)]
 pub struct NetworkInterface<'a> {
     pub iface_id: &'a str,
-    /// It must be there: one that is not is made, without a word.
+    /// Must exist: Firecracker silently creates a missing tap.
     pub host_dev_name: &'a str,
     pub guest_mac: &'a str,
-    /// What the guest receives.
+    /// Limits what the guest receives.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rx_rate_limiter: Option<RateLimiter>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -182,7 +184,7 @@ struct Entropy {}
 #[derive(Debug, Serialize)]
 pub struct Vsock<'a> {
     pub guest_cid: u32,
-    /// It must not be there; a snapshot keeps it, and the next VMM makes it again.
+    /// Must not exist. A snapshot contains this path, and the next VMM creates the socket again.
     pub uds_path: &'a str,
 }
 
@@ -191,7 +193,8 @@ struct Action {
     action_type: &'static str,
 }
 
-/// Everything but the interfaces is where it was when it was saved.
+/// Loads a snapshot. Everything but the network interfaces keeps the path that it had when the
+/// guest was saved.
 #[derive(Debug, Serialize)]
 pub struct LoadSnapshot<'a> {
     snapshot_path: &'a str,
@@ -224,9 +227,10 @@ impl<'a> LoadSnapshot<'a> {
 pub enum SnapshotType {
     /// All of it, while the guest is paused.
     Full,
-    /// The pages that are in the host's memory, into a sparse file. Of a guest that has booted these are all pages that
-    /// were ever touched, so the file stands alone (docs/snapshotting/snapshot-support.md). A restored guest has the
-    /// others in the file that it came from, and pages in the host's swap are missing.
+    /// The pages that are in the host's memory, in a sparse file. For a guest that has booted these
+    /// are all pages that it has ever touched, so the file is complete
+    /// (docs/snapshotting/snapshot-support.md). For a restored guest, the other pages are in the
+    /// file that it was restored from. Pages in the host's swap are missing.
     Diff,
 }
 
@@ -255,21 +259,21 @@ struct VmState {
     state: &'static str,
 }
 
-/// A server that has nothing configured yet.
+/// The API of a VMM that is not configured yet.
 pub struct PreBoot<'a>(Api<'a>);
 
-/// A guest that runs or stands still.
+/// The API of a VMM whose guest runs or is paused.
 pub struct Booted<'a>(Api<'a>);
 
 struct Api<'a> {
     connection: Connection<'a>,
-    /// The VMM's, as `GET /` has it.
+    /// The VMM's version, as reported by `GET /`.
     version: String,
 }
 
 impl<'a> Api<'a> {
-    fn open(stream: UnixStream, patience: Patience<'a>) -> Result<(Self, Instance)> {
-        let mut api = Self { connection: Connection::new(stream, patience), version: String::new() };
+    fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<(Self, Instance)> {
+        let mut api = Self { connection: Connection::new(stream, deadline), version: String::new() };
         let instance: Instance = api.read("/")?;
         api.version.clone_from(&instance.vmm_version);
         Ok((api, instance))
@@ -285,12 +289,12 @@ impl<'a> Api<'a> {
     fn change(&mut self, method: Method, path: &str, body: &impl Serialize, doing: &str) -> Result<()> {
         let answer = check(doing, self.ask(method, path, body, doing)?)?;
         if answer.is_deprecated {
-            log::warn!("{doing}: Firecracker says that a later version does not know this any more");
+            log::warn!("{doing}: Firecracker says that this request is deprecated");
         }
         Ok(())
     }
 
-    /// Whatever it answers.
+    /// Sends a request and returns the answer, whatever its status.
     fn ask(&mut self, method: Method, path: &str, body: &impl Serialize, doing: &str) -> Result<Answer> {
         let body = serde_json::to_vec(body).map_err(|e| Error::internal(doing).with_source(e))?;
         self.connection.request(method, path, &body).map_err(|e| e.context(doing))
@@ -306,17 +310,17 @@ fn check(doing: &str, answer: Answer) -> Result<Answer> {
 
 impl<'a> PreBoot<'a> {
     /// # Errors
-    /// `vmm_failed` when it runs a guest already.
-    pub fn open(stream: UnixStream, patience: Patience<'a>) -> Result<(Self, Instance)> {
-        let (api, instance) = Api::open(stream, patience)?;
+    /// `vmm_failed` if it already runs a guest.
+    pub fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<(Self, Instance)> {
+        let (api, instance) = Api::open(stream, deadline)?;
         match instance.state {
             State::NotStarted => Ok((Self(api), instance)),
-            state => Err(Error::new(Kind::VmmFailed, format!("configure the VMM: its guest is {state:?} already"))),
+            state => Err(Error::new(Kind::VmmFailed, format!("configure the VMM: its guest is already {state:?}"))),
         }
     }
 
     pub fn machine(&mut self, config: &MachineConfig) -> Result<()> {
-        self.0.change(Method::Put, "/machine-config", config, "set vcpus and memory")
+        self.0.change(Method::Put, "/machine-config", config, "set vCPUs and memory")
     }
 
     pub fn boot_source(&mut self, source: &BootSource<'_>) -> Result<()> {
@@ -332,7 +336,7 @@ impl<'a> PreBoot<'a> {
         self.0.change(Method::Put, &format!("/network-interfaces/{}", interface.iface_id), interface, &doing)
     }
 
-    /// A source of random numbers.
+    /// Adds a source of random numbers.
     pub fn entropy(&mut self) -> Result<()> {
         self.0.change(Method::Put, "/entropy", &Entropy {}, "add a source of random numbers")
     }
@@ -341,7 +345,7 @@ impl<'a> PreBoot<'a> {
         self.0.change(Method::Put, "/vsock", vsock, "add a vsock")
     }
 
-    /// One that takes nothing yet, and from which a guest that runs out of memory takes back what it needs.
+    /// Adds an empty balloon. A guest that runs out of memory can take memory back from it.
     pub fn balloon(&mut self) -> Result<()> {
         let balloon = Balloon {
             amount_mib: 0,
@@ -352,23 +356,25 @@ impl<'a> PreBoot<'a> {
         self.0.change(Method::Put, "/balloon", &balloon, "add a balloon")
     }
 
-    /// Where its serial console writes to: a file or a pipe, which it makes no larger than it is.
+    /// Sets where the serial console writes to. This is an existing file or pipe.
     pub fn serial(&mut self, path: &str) -> Result<()> {
         self.0.change(Method::Put, "/serial", &Serial { serial_out_path: path }, "set the console")
     }
 
-    /// Where it tells what it counts: a line every minute and when it is asked. Into a pipe that is full it writes nothing.
+    /// Sets where the metrics go. The VMM writes a line every minute and when asked to, but not
+    /// into a full pipe.
     pub fn metrics(&mut self, path: &str) -> Result<()> {
-        self.0.change(Method::Put, "/metrics", &Metrics { metrics_path: path }, "set where the metrics go")
+        self.0.change(Method::Put, "/metrics", &Metrics { metrics_path: path }, "set the metrics pipe")
     }
 
-    /// The guest goes on from where it was. After a refusal the VMM exits (docs/snapshotting/snapshot-support.md).
+    /// Restores a guest, which continues where it was saved. The VMM exits if it refuses
+    /// (docs/snapshotting/snapshot-support.md).
     pub fn load(mut self, snapshot: &LoadSnapshot<'_>) -> Result<Booted<'a>> {
         self.0.change(Method::Put, "/snapshot/load", snapshot, "load the saved guest")?;
         Ok(Booted(self.0))
     }
 
-    /// The guest runs from here on.
+    /// Starts the guest.
     pub fn start(mut self) -> Result<Booted<'a>> {
         self.0.change(Method::Put, "/actions", &Action { action_type: "InstanceStart" }, "start the guest")?;
         Ok(Booted(self.0))
@@ -377,16 +383,16 @@ impl<'a> PreBoot<'a> {
 
 impl<'a> Booted<'a> {
     /// # Errors
-    /// `vmm_failed` when no guest was started.
-    pub fn open(stream: UnixStream, patience: Patience<'a>) -> Result<(Self, Instance)> {
-        let (api, instance) = Api::open(stream, patience)?;
+    /// `vmm_failed` if no guest was started.
+    pub fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<(Self, Instance)> {
+        let (api, instance) = Api::open(stream, deadline)?;
         match instance.state {
-            State::NotStarted => Err(Error::new(Kind::VmmFailed, "talk to the guest's VMM: it has not started its guest")),
+            State::NotStarted => Err(Error::new(Kind::VmmFailed, "talk to the VMM: it has not started its guest")),
             State::Running | State::Paused => Ok((Self(api), instance)),
         }
     }
 
-    /// Standing still already is ok.
+    /// Pauses the guest. Succeeds if it is already paused.
     pub fn pause(&mut self) -> Result<()> {
         self.0.change(Method::Patch, "/vm", &VmState { state: "Paused" }, "pause the guest")
     }
@@ -395,7 +401,8 @@ impl<'a> Booted<'a> {
         &self.0.version
     }
 
-    /// True for a guest that has booted, false for one that was restored from a snapshot: that one has no kernel.
+    /// True for a guest that has booted, and false for one that was restored from a snapshot, which
+    /// has no kernel configured.
     pub fn has_booted(&mut self) -> Result<bool> {
         let config: VmConfig = self.0.read("/vm/config")?;
         Ok(config.boot_source.is_some_and(|source| !source.kernel_image_path.is_empty()))
@@ -407,7 +414,7 @@ impl<'a> Booted<'a> {
         self.0.change(Method::Put, "/snapshot/create", &create, "save the guest")
     }
 
-    /// Of a disk of this name; what it had is gone.
+    /// Replaces the limits of this disk.
     pub fn drive_rates(&mut self, drive_id: &str, bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Result<()> {
         let rates = DriveRates { drive_id, rate_limiter: RateLimiter::instead(bytes_per_s, ops_per_s) };
         self.0.change(Method::Patch, &format!("/drives/{drive_id}"), &rates, &format!("limit disk {drive_id}"))
@@ -419,27 +426,28 @@ impl<'a> Booted<'a> {
         self.0.change(Method::Patch, &format!("/network-interfaces/{iface_id}"), &rates, "limit the network")
     }
 
-    /// They are written when this returns.
+    /// Makes the VMM write its metrics, and returns afterwards.
     pub fn flush_metrics(&mut self) -> Result<()> {
         self.0.change(Method::Put, "/actions", &Action { action_type: "FlushMetrics" }, "ask for the metrics")
     }
 
-    /// On a keyboard of which the guest may know nothing.
+    /// Presses Ctrl-Alt-Del. The guest may have no driver for the keyboard.
     pub fn ctrl_alt_del(&mut self) -> Result<()> {
         self.0.change(Method::Put, "/actions", &Action { action_type: "SendCtrlAltDel" }, "press Ctrl-Alt-Del")
     }
 
-    /// What the guest is to give back.
+    /// Sets how much memory the guest should return.
     pub fn set_balloon(&mut self, amount_mib: u64) -> Result<()> {
         self.0.change(Method::Patch, "/balloon", &BalloonSize { amount_mib }, "set the balloon")
     }
 
-    /// What it has given back.
+    /// Returns how much memory the guest has returned.
     pub fn balloon_mib(&mut self) -> Result<u64> {
         self.0.read("/balloon/statistics").map(|statistics: BalloonStatistics| statistics.actual_mib)
     }
 
-    /// Running already is ok, and nothing is done: with each resume a VMM holds back what goes to the guest's vsock.
+    /// Resumes the guest. Does nothing if it already runs, because every resume makes the VMM hold
+    /// back data to the guest's vsock.
     pub fn resume(&mut self) -> Result<()> {
         let instance: Instance = self.0.read("/")?;
         if instance.state == State::Running {
@@ -449,28 +457,29 @@ impl<'a> Booted<'a> {
         if is_since(HOLDS_VSOCK_SINCE) && !is_since(HOLDS_VSOCK_UNTIL) {
             self.reset_vsock()?;
         }
-        self.0.change(Method::Patch, "/vm", &VmState { state: "Resumed" }, "let the guest go on")
+        self.0.change(Method::Patch, "/vm", &VmState { state: "Resumed" }, "resume the guest")
     }
 
-    /// In these versions, from a resume on the VMM holds back what goes to the guest's vsock until the guest has taken note that its streams have
-    /// ended; but it is told so by a save only (src/vmm/src/devices/virtio/vsock/device.rs, `kick` and `prepare_save`). So one is
-    /// begun, which finds no place for its files.
+    /// Makes the VMM deliver data to the guest's vsock after a resume. In these versions it
+    /// delivers nothing until the guest has handled an event that resets its streams, and only a
+    /// save sends that event (src/vmm/src/devices/virtio/vsock/device.rs, `kick` and
+    /// `prepare_save`). So this begins a save that fails at its path.
     fn reset_vsock(&mut self) -> Result<()> {
         let create = CreateSnapshot { snapshot_type: SnapshotType::Full, snapshot_path: NO_PLACE, mem_file_path: NO_PLACE };
         self.0.ask(Method::Put, "/snapshot/create", &create, "end the guest's vsock streams").map(drop)
     }
 }
 
-/// Where a guest on a tap is reached.
+/// Returns the address of the SSH server of a guest on a tap.
 pub fn ssh_addr(address: Ipv4Addr) -> std::net::SocketAddr {
     (address, super::SSH_PORT).into()
 }
 
-/// As text, which JSON needs.
+/// Returns a path as text for JSON.
 pub fn text(path: &std::path::Path) -> Result<&str> {
     path.to_str().ok_or_else(|| {
         let path: PathBuf = path.into();
-        Error::new(Kind::Unsupported, format!("start the VMM: the path {} is no UTF-8", path.display()))
+        Error::new(Kind::Unsupported, format!("start the VMM: the path {} is not UTF-8", path.display()))
             .hint("use another state directory")
     })
 }

@@ -1,4 +1,4 @@
-//! What Firecracker needs here, and what was found.
+//! The checks of Firecracker for `fcctl doctor`, and its versions.
 
 use crate::api::daemon::Check;
 use crate::config::{Firecracker as Config, VmmLimits};
@@ -10,17 +10,16 @@ use crate::vmm::devices::{self, KVM};
 use std::path::Path;
 use std::time::Duration;
 
-/// The oldest that has `PUT /serial`, and the newest that this driver was tried with.
+/// The oldest version with `PUT /serial`, and the newest that this driver was tested with.
 const VERSION_MIN: (u32, u32) = (1, 14);
 const VERSION_TESTED: (u32, u32) = (1, 16);
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
-/// How much of a version goes into a text.
+/// How much of a version goes into a message.
 const VERSION_CHARS_MAX: usize = 20;
-/// The names by which the two programs report their version.
+/// The names with which the two programs report their versions.
 const FIRECRACKER: &str = "Firecracker";
 const JAILER: &str = "Jailer";
-pub const INSTALL: &str =
-    "install a release of firecracker-microvm/firecracker, and name its programs as binary and jailer under [firecracker]";
+pub const INSTALL: &str = "firecracker, and name its programs as binary and jailer under [firecracker]/firecracker, and name its programs as binary and jailer under [firecracker]";
 
 pub fn checks(config: &Config) -> Vec<Check> {
     let mut all = vec![binary(config), kvm(config)];
@@ -31,28 +30,24 @@ pub fn checks(config: &Config) -> Vec<Check> {
 fn binary(config: &Config) -> Check {
     const ID: &str = "firecracker";
     let Ok(cancel) = Cancel::try_new() else {
-        return Check::warn(ID, "it was not looked at: no descriptor is left".to_owned(), "raise the limit of open files");
+        return Check::warn(ID, "not checked, because no file descriptor is left".to_owned(), "raise the limit of open files");
     };
     match version(config, &cancel) {
         Ok(release) if release.numbers > VERSION_TESTED => {
             let (major, minor) = VERSION_TESTED;
-            let found = format!("version {} is newer than {major}.{minor}, the newest that fcd was tried with", release.text);
-            Check::warn(ID, found, "if a VM does not start, use the older one")
+            let found = format!("version {} is newer than {major}.{minor}, the newest that fcd was tested with", release.text);
+            Check::warn(ID, found, "if a VM does not start, use that version")
         }
         Ok(release) => Check::ok(ID, format!("{} is version {}", config.binary.display(), release.text)),
         Err(e) => Check::fail(ID, e.to_string(), e.hint_text().unwrap_or(INSTALL)),
     }
 }
 
-/// Where VMMs are jailed: the programs, and the limits.
+/// Checks the jailer and the limits of jailed VMMs.
 fn jailer(config: &Config) -> Vec<Check> {
     const ID: &str = "jailer";
     if !config.jail {
-        return vec![Check::warn(
-            ID,
-            "VMMs run without a jail, as the configuration says".to_owned(),
-            "jail = true under [firecracker]",
-        )];
+        return vec![Check::warn(ID, "VMMs run without a jail, as configured".to_owned(), "jail = true under [firecracker]")];
     }
     let found = super::jail::programs(config).and_then(|programs| {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
@@ -68,29 +63,30 @@ fn jailer(config: &Config) -> Vec<Check> {
             Check::ok("limits", "control groups limit the CPU, memory and threads of VMMs, and their disks' rates".to_owned())
         }
         (true, wanted) => {
-            let then = if wanted == VmmLimits::Required { "does not start" } else { "is limited by its VMM alone" };
-            let found = format!("the host's control groups have no io, so a VM whose disks have a rate {then}");
-            Check::warn("limits", found, "enable the controller io of control groups, version 2")
+            let then = if wanted == VmmLimits::Required { "does not start" } else { "is limited only by its VMM" };
+            let found = format!("the host's control groups have no io controller, so a VM with disk rates {then}");
+            Check::warn("limits", found, "enable the io controller of control groups (version 2)")
         }
         (false, VmmLimits::BestEffort) => {
-            let found = format!("VMMs are not limited in {}: the host has no such controller", missing.join(", "));
-            Check::warn("limits", found, "enable the controllers of control groups, version 2")
+            let found = format!("VMMs have no limit of {}, because the host has no such controller", missing.join(", "));
+            Check::warn("limits", found, "enable the controllers of control groups (version 2)")
         }
         (false, VmmLimits::Required) => {
-            let found = format!("the host's control groups have no {}, so no VM starts", missing.join(", "));
+            let found = format!("the host's control groups have no {} controller, so no VM can start", missing.join(", "));
             Check::fail("limits", found, "enable them, or set limits = \"best-effort\" under [firecracker]")
         }
     };
     vec![programs, limits]
 }
 
-/// The jailer makes a node of its own for each VMM, whatever the mode of the host's.
+/// Checks access to KVM. The jailer makes a node of its own for each VMM, so the mode of the host's
+/// node does not matter with it.
 fn kvm(config: &Config) -> Check {
     const ID: &str = "kvm";
     let is_root = rustix::process::geteuid().is_root();
     if config.jail && is_root {
         return match devices::exists(KVM) {
-            Ok(()) => Check::ok(ID, format!("{KVM} is there; each jail has a node of its own")),
+            Ok(()) => Check::ok(ID, format!("{KVM} exists, and each jail has its own node")),
             Err(why) => Check::fail(ID, why, "modprobe kvm_intel || modprobe kvm_amd"),
         };
     }
@@ -101,7 +97,7 @@ fn kvm(config: &Config) -> Check {
     }
 }
 
-/// Refuses a version that is too old: as the API has it, `1.16.1`.
+/// Rejects a version that is too old. `version` is as reported by the API, such as `1.16.1`.
 ///
 /// # Errors
 /// `unsupported`, with what to install.
@@ -117,17 +113,17 @@ pub fn require(version: &str) -> Result<()> {
     }
 }
 
-/// As the API has it.
+/// True if a version reported by the API is at least `since`.
 pub fn is_since(version: &str, since: (u32, u32)) -> bool {
     parse_numbers(version).is_some_and(|v| v >= since)
 }
 
-/// Adds to the error of a missing program where to get it.
+/// Adds an installation hint to the error of a missing program.
 pub fn install_if_missing(e: Error) -> Error {
     if e.kind() == Kind::CommandMissing { e.hint(INSTALL) } else { e }
 }
 
-/// A release, as a program or the API names it.
+/// A release, as a program or the API reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Release {
     /// `1.16.1`, or `1.17.0-dev`.
@@ -136,7 +132,7 @@ struct Release {
 }
 
 impl Release {
-    /// From the first line of `--version`: `Firecracker v1.16.1`, `Jailer v1.16.1`.
+    /// Parses the first line of `--version`: `Firecracker v1.16.1` or `Jailer v1.16.1`.
     fn parse(output: &str, name: &str) -> Option<Self> {
         let text = output.lines().next()?.strip_prefix(name)?.strip_prefix(" v")?.split_whitespace().next()?;
         Some(Self { text: printable(&text.chars().take(VERSION_CHARS_MAX).collect::<String>()), numbers: parse_numbers(text)? })
@@ -147,7 +143,7 @@ fn release(program: &Path, name: &str, cancel: &Cancel) -> Result<Release> {
     let command = Command::new(program).arg("--version").deadline(VERSION_DEADLINE);
     let out = run_any_status(&command, cancel, &mut |_| {})?;
     Release::parse(&String::from_utf8_lossy(&out.stdout), name).ok_or_else(|| {
-        let message = format!("{} is not {name}: it does not say so with --version", program.display());
+        let message = format!("{} is not {name}, according to --version", program.display());
         Error::new(Kind::Unsupported, message).hint(INSTALL)
     })
 }
@@ -158,8 +154,8 @@ fn version(config: &Config, cancel: &Cancel) -> Result<Release> {
     require(&release.text).map(|()| release)
 }
 
-/// Whether the jailer is one, and of Firecracker's release. A start does not ask in advance, which would cost every start
-/// two processes: it asks when it has failed.
+/// Checks that the jailer is one, and from the same release as Firecracker. A start does this only
+/// after it has failed, because it would cost every start two processes.
 ///
 /// # Errors
 /// `unsupported`, with both versions.
@@ -183,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn version_is_read_from_the_first_line() {
+    fn version_is_parsed_from_first_line() {
         let parse = |text, name| Release::parse(text, name).map(|r| (r.text, r.numbers));
         let known = "Firecracker v1.16.1\n\nSupported snapshot data format versions: v9.0.0\n";
         assert_eq!(parse(known, FIRECRACKER), Some(("1.16.1".into(), (1, 16))));
@@ -195,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn jailer_must_be_one_and_of_the_same_release() {
+    fn jailer_must_be_from_same_release() {
         let dir = tempfile::tempdir().unwrap();
         let program = |name: &str, says: &str| {
             let path = dir.path().join(name);
@@ -216,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_something_else_is_refused_with_what_to_install() {
+    fn missing_or_wrong_program_is_error_with_install_hint() {
         let cancel = Cancel::try_new().unwrap();
         for (binary, kind) in [("no-such-firecracker", Kind::CommandMissing), ("/bin/true", Kind::Unsupported)] {
             let e = version(&Config { binary: binary.into(), ..Config::default() }, &cancel).unwrap_err();

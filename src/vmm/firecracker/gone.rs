@@ -1,11 +1,11 @@
-//! The control groups of an installation that is gone, if no process is in them.
+//! Finds and removes the control groups of a removed installation, if they contain no process.
 
 use super::jail;
 use crate::error::{Error, Result};
 use std::path::{Path, PathBuf};
 
-/// The installation's control group, when it is there and neither it nor one below it has a process. The kernel would not
-/// remove it otherwise.
+/// Returns the installation's control group if it exists and no process is in it or below it.
+/// Otherwise the kernel would not remove it.
 pub fn empty_group(install: &str) -> Option<PathBuf> {
     empty_group_at(Path::new(jail::CGROUPS), install)
 }
@@ -19,7 +19,7 @@ fn empty_group_at(groups: &Path, install: &str) -> Option<PathBuf> {
     events.lines().any(|line| line == "populated 0").then_some(group)
 }
 
-/// Removes it with those of its VMs.
+/// Removes the control group with those of its VMs.
 pub fn remove_group(group: &Path) -> Result<()> {
     let io = |path: &Path, e| Error::io(format!("remove control group {}", path.display()), e);
     let entries = std::fs::read_dir(group).map_err(|e| io(group, e))?;
@@ -39,7 +39,7 @@ mod tests {
     use crate::host::process::{Spawn, spawn};
     use std::time::{Duration, Instant};
 
-    /// Control groups of version 2, which only this thread sees.
+    /// Mounts control groups of version 2, visible only to this thread.
     fn mount(at: &Path) {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
         let script = format!("mount --make-rprivate / && mount -t cgroup2 test '{}'", at.display());
@@ -49,7 +49,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_without_processes_go_and_others_stay() {
+    fn empty_groups_are_removed_and_others_kept() {
         if !nix::unistd::geteuid().is_root() {
             return;
         }
@@ -60,20 +60,20 @@ mod tests {
             let install = format!("{:08x}", std::process::id());
             let group = at.join(format!("fcd-{install}"));
             let of_vm = group.join(format!("fc-{install}-0123456789ab-1"));
-            assert_eq!(empty_group_at(&at, &install), None, "there is none");
+            assert_eq!(empty_group_at(&at, &install), None, "there is no group");
             std::fs::create_dir_all(&of_vm).unwrap();
             let args = ["-c", "exec sleep 1000"].map(Into::into).to_vec();
             let program = "sh".into();
             let env = vec![("PATH".into(), "/usr/bin:/bin".into())];
             let vmm = spawn(Spawn { program, args, env, cwd: "/".into(), output: None, credentials: None }).unwrap();
             std::fs::write(of_vm.join("cgroup.procs"), vmm.identity().pid.to_string()).unwrap();
-            assert_eq!(empty_group_at(&at, &install), None, "a VMM is in it");
-            assert!(remove_group(&group).is_err() && of_vm.exists(), "the kernel keeps it");
+            assert_eq!(empty_group_at(&at, &install), None, "a VMM is in the group");
+            assert!(remove_group(&group).is_err() && of_vm.exists(), "the kernel keeps the group");
             vmm.signal(rustix::process::Signal::KILL).unwrap();
             assert!(vmm.wait_uncancelled(Instant::now() + Duration::from_secs(20)).unwrap());
             let deadline = Instant::now() + Duration::from_secs(20);
             while empty_group_at(&at, &install).is_none() {
-                assert!(Instant::now() < deadline, "it is not empty");
+                assert!(Instant::now() < deadline, "the group is not empty");
                 std::thread::yield_now();
             }
             assert_eq!(empty_group_at(&at, &install).as_ref(), Some(&group));

@@ -1,18 +1,19 @@
-//! HTTP/1.1 as Firecracker's API server speaks it (micro_http, v1.16): one request at a time on a connection that stays open, a status
-//! line without a reason, no body and no length with 204. The other side is a process that a guest may have taken over: everything
-//! that is read has a bound and a deadline.
+//! An HTTP/1.1 client for Firecracker's API server (micro_http, v1.16). The server handles one
+//! request at a time on a persistent connection. Its status line has no reason, and an answer with
+//! status 204 has no body and no length. A guest may have taken over the process on the other side,
+//! so everything that is read has a size limit and a deadline.
 
 pub use super::incoming::Answer;
 use super::incoming::Incoming;
 use crate::error::{Error, Kind, Result};
 use crate::host::wait::{WaitResult, cancelled, wait_any};
-use crate::vmm::dial::Patience;
+use crate::vmm::dial::Deadline;
 use nix::poll::PollFlags;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
-/// What the server takes at most by default (`--http-api-max-payload-size`).
+/// The server's default limit of a request's body (`--http-api-max-payload-size`).
 pub const REQUEST_BODY_BYTES_MAX: usize = 51_200;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,26 +33,26 @@ impl Method {
     }
 }
 
-/// One conversation. `stream` must be non-blocking.
+/// A conversation with the server. `stream` must be non-blocking.
 pub struct Connection<'a> {
     stream: UnixStream,
-    patience: Patience<'a>,
+    deadline: Deadline<'a>,
     incoming: Incoming,
 }
 
 impl<'a> Connection<'a> {
-    pub fn new(stream: UnixStream, patience: Patience<'a>) -> Self {
-        Self { stream, patience, incoming: Incoming::default() }
+    pub fn new(stream: UnixStream, deadline: Deadline<'a>) -> Self {
+        Self { stream, deadline, incoming: Incoming::default() }
     }
 
-    /// Sends a request and reads its answer, whatever its status is.
+    /// Sends a request and reads its answer, whatever its status.
     ///
     /// # Errors
-    /// `timeout`, `cancelled`; `vmm_failed` when the server hangs up or does not speak HTTP.
+    /// `timeout` or `cancelled`, or `vmm_failed` if the server hangs up or does not speak HTTP.
     pub fn request(&mut self, method: Method, path: &str, body: &[u8]) -> Result<Answer> {
         let doing = format!("ask the VMM: {} {path}", method.name());
         if body.len() > REQUEST_BODY_BYTES_MAX {
-            return Err(Error::internal(format!("{doing}: {} bytes are more than it takes", body.len())));
+            return Err(Error::internal(format!("{doing}: the body has {} bytes, which is too much", body.len())));
         }
         let mut message = format!("{} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n", method.name());
         if method != Method::Get {
@@ -61,7 +62,7 @@ impl<'a> Connection<'a> {
         let mut bytes = message.into_bytes();
         bytes.extend_from_slice(body);
         if !self.incoming.is_empty() {
-            return Err(no_http(&doing, "something came that nobody asked for"));
+            return Err(no_http(&doing, "there was an answer without a request"));
         }
         self.send(&bytes, &doing)?;
         self.answer(&doing)
@@ -77,10 +78,10 @@ impl<'a> Connection<'a> {
     }
 
     fn wait(&self, flags: PollFlags, doing: &str) -> Result<()> {
-        let Patience { deadline, cancel } = self.patience;
-        match wait_any(&[(self.stream.as_fd(), flags)], deadline, cancel).map_err(|e| Error::io(doing, e))? {
+        let Deadline { at, cancel } = self.deadline;
+        match wait_any(&[(self.stream.as_fd(), flags)], at, cancel).map_err(|e| Error::io(doing, e))? {
             WaitResult::Ready => Ok(()),
-            WaitResult::Deadline => Err(Error::new(Kind::Timeout, format!("{doing}: no answer in time"))),
+            WaitResult::Deadline => Err(Error::new(Kind::Timeout, format!("{doing}: no answer within the deadline"))),
             WaitResult::Cancelled => Err(cancelled(doing, cancel)),
         }
     }
@@ -133,13 +134,13 @@ mod tests {
     use crate::vmm::firecracker::incoming::{HEAD_BYTES_MAX, HEADERS_MAX};
     use std::time::{Duration, Instant};
 
-    /// The result of talking to a server that answers each request with a piece, and then hangs up.
+    /// Talks to a server that answers each request with a piece and then hangs up.
     fn ask(pieces: &[&[u8]]) -> Result<Vec<Answer>> {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let cancel = Cancel::try_new().unwrap();
-        let patience = Patience { deadline: Instant::now() + Duration::from_secs(20), cancel: &cancel };
-        let mut connection = Connection::new(ours, patience);
+        let deadline = Deadline { at: Instant::now() + Duration::from_secs(20), cancel: &cancel };
+        let mut connection = Connection::new(ours, deadline);
         std::thread::scope(|s| {
             s.spawn(move || {
                 let mut request_piece = [0; 1];
@@ -166,12 +167,12 @@ mod tests {
     const NO_CONTENT: &[u8] = b"HTTP/1.1 204 \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n\r\n";
 
     #[test]
-    fn answers_with_and_without_a_body() {
+    fn answers_with_and_without_body_are_parsed() {
         let (head, rest) = (b"HTTP/1.1 400 \r\nContent-Le".as_slice(), b"ngth: 5\r\nDeprecation: true\r\n\r\nhello");
         let answers = ask(&[NO_CONTENT, &[head, rest].concat()]).unwrap();
         assert_eq!(answers[0], Answer { status: 204, body: Vec::new(), is_deprecated: false });
         assert_eq!(answers[1], Answer { status: 400, body: b"hello".to_vec(), is_deprecated: true });
-        // Cut anywhere.
+        // Also if they are cut into two pieces anywhere.
         let all = [NO_CONTENT, head, rest].concat();
         for cut in 0..all.len() {
             let (mut incoming, mut found) = (Incoming::default(), Vec::new());
@@ -186,13 +187,13 @@ mod tests {
     }
 
     #[test]
-    fn answer_that_nobody_asked_for_is_refused() {
+    fn answer_without_request_is_error() {
         let e = ask(&[&[NO_CONTENT, NO_CONTENT].concat(), NO_CONTENT]).unwrap_err();
-        assert!(e.to_string().contains("something came that nobody asked for"), "{e}");
+        assert!(e.to_string().contains("an answer without a request"), "{e}");
     }
 
     #[test]
-    fn what_is_not_http_is_refused() {
+    fn invalid_http_is_error() {
         let long = format!("HTTP/1.1 200 \r\nX: {}", "x".repeat(2 * HEAD_BYTES_MAX));
         let many = format!("HTTP/1.1 200 \r\n{}\r\n", "a: b\r\n".repeat(HEADERS_MAX + 1));
         let cases: [(&[u8], &str); 9] = [
@@ -213,11 +214,11 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_says_nothing_is_waited_for_no_longer_than_told() {
+    fn silent_server_times_out_and_can_be_cancelled() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let cancel = Cancel::try_new().unwrap();
-        let mut connection = Connection::new(ours, Patience { deadline: Instant::now(), cancel: &cancel });
+        let mut connection = Connection::new(ours, Deadline { at: Instant::now(), cancel: &cancel });
         assert_eq!(connection.request(Method::Get, "/", b"").unwrap_err().kind(), Kind::Timeout);
         cancel.cancel(crate::locks::CancelCause::Requested);
         assert_eq!(connection.request(Method::Get, "/", b"").unwrap_err().kind(), Kind::Cancelled);

@@ -1,29 +1,33 @@
-//! Finds and parses the HTTP/1.1 answers of Firecracker's API server without any I/O, so that this can be fuzzed.
+//! Splits and parses the HTTP/1.1 answers of Firecracker's API server. It does no I/O, so that it
+//! can be fuzzed.
 //!
-//! The other side is a process that a guest may have taken over. Whatever it sends, this keeps at most one answer.
+//! A guest may have taken over the process on the other side. Whatever that sends, this keeps at
+//! most one answer.
 
-/// The longest answer, a whole configuration, has some kilobytes.
+/// The longest answer is a whole configuration, which has a few kilobytes.
 pub const BODY_BYTES_MAX: usize = 64 << 10;
-/// The server sends some 150 bytes.
+/// The server's headers have about 150 bytes.
 pub const HEAD_BYTES_MAX: usize = 8 << 10;
 pub const HEADERS_MAX: usize = 32;
-/// Final ones: nobody asks the server to announce that it will answer (`Expect: 100-continue`).
+/// The statuses that are accepted. Others are not final, and nobody asks for those (`Expect:
+/// 100-continue`).
 pub const STATUSES: std::ops::Range<u16> = 200..600;
 
 #[derive(Debug, PartialEq, Eq)]
 pub struct Answer {
     pub status: u16,
     pub body: Vec<u8>,
-    /// A field of the request will be gone in a later version.
+    /// A field of the request is deprecated.
     pub is_deprecated: bool,
 }
 
-/// Bytes of one answer that have come.
+/// The received bytes of one answer.
 #[derive(Debug, Default)]
 pub struct Incoming {
     buffer: Vec<u8>,
     head: Option<Head>,
-    /// The head is parsed only after a line feed, so that one that drips in costs no time.
+    /// True if there is a new line feed. The head is parsed only then, so that slowly arriving
+    /// bytes cost no time.
     is_worth_a_look: bool,
 }
 
@@ -41,12 +45,12 @@ impl Incoming {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// Nothing has come of an answer that nobody asked for.
+    /// True if no bytes have been received that no request has asked for.
     pub fn is_empty(&self) -> bool {
         self.buffer.is_empty()
     }
 
-    /// The answer, once it is whole; None until more has come. An error says why it is not HTTP.
+    /// Returns the answer once it is complete. The error says why the bytes are not HTTP.
     pub fn answer(&mut self) -> Result<Option<Answer>, String> {
         let head = match self.head {
             Some(head) => head,
@@ -71,7 +75,8 @@ impl Incoming {
         if !std::mem::take(&mut self.is_worth_a_look) {
             return Ok(None);
         }
-        // Up to the last whole line, so that the answer does not depend on how it is cut.
+        // Parse up to the last complete line, so that the result does not depend on how the bytes
+        // were cut.
         let lines = self.buffer.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
         match parse_head(&self.buffer[..lines])? {
             Some(head) if head.len > HEAD_BYTES_MAX => Err("its headers are too long".to_owned()),
@@ -86,14 +91,14 @@ impl Incoming {
     }
 }
 
-/// None: there is more to come.
+/// Returns None if more bytes are needed.
 fn parse_head(bytes: &[u8]) -> Result<Option<Head>, String> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut response = httparse::Response::new(&mut headers);
     let httparse::Status::Complete(len) = response.parse(bytes).map_err(|e| e.to_string())? else { return Ok(None) };
     let status = response.code.filter(|code| STATUSES.contains(code)).ok_or("it has no status")?;
     let all = |name: &'static str| response.headers.iter().filter(move |h| h.name.eq_ignore_ascii_case(name)).map(|h| h.value);
-    // The server never does that, and where the body ends would be a matter of opinion.
+    // The server never sends this, and it could make the end of the body ambiguous.
     if all("transfer-encoding").next().is_some() {
         return Err("its body comes in pieces".to_owned());
     }
@@ -122,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn answer_whose_length_is_a_matter_of_opinion_is_refused() {
+    fn answer_with_ambiguous_length_is_error() {
         let head = |fields: &str| format!("HTTP/1.1 200 \r\n{fields}\r\n\r\nhello").into_bytes();
         assert_eq!(error(&head("Content-Length: 5\r\nContent-Length: 5")), "it has two lengths");
         assert_eq!(error(b"HTTP/1.1 000 \r\n\r\n"), "it has no status");
@@ -133,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn head_above_the_bound_is_refused_also_when_it_comes_at_once() {
+    fn head_above_bound_is_error_even_in_one_piece() {
         let long = format!("HTTP/1.1 200 \r\nX: {}\r\n\r\n", "x".repeat(HEAD_BYTES_MAX));
         assert_eq!(error(long.as_bytes()), "its headers are too long");
         assert_eq!(error(&long.as_bytes()[..HEAD_BYTES_MAX + 1]), "its headers do not end");
@@ -142,7 +147,7 @@ mod tests {
 
     /// Found by `scripts/fuzz firecracker-http`.
     #[test]
-    fn half_a_header_is_judged_when_its_line_has_ended() {
+    fn header_is_parsed_once_its_line_is_complete() {
         let mut incoming = Incoming::default();
         incoming.push(b"HTTP/1.1 400 \r\nno head");
         assert_eq!(incoming.answer(), Ok(None));

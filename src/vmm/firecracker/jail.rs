@@ -1,7 +1,9 @@
-//! The jailer (docs/jailer.md, v1.16): the VMM in a root directory of its own, under a uid of its own, in a control group with limits.
+//! The jail of a VMM, made by the jailer (docs/jailer.md, v1.16): a root directory and a uid of its
+//! own, and a control group with limits.
 //!
-//! The jail is in the VM's directory, `jail/<program>/<tag>/root`, made anew for each start: what the VMM opens has a second name there.
-//! The control group is `fcd-<install>/<tag>`. Removing both is ours; the jailer never does.
+//! The jail is `jail/<program>/<tag>/root` in the VM's directory. It is made again for each start,
+//! and the files that the VMM opens are linked into it. The control group is `fcd-<install>/<tag>`.
+//! The jailer never removes either of them, so fcd does.
 
 use crate::config::{Firecracker as Config, VmmLimits};
 use crate::error::{Error, Kind, Result};
@@ -19,31 +21,34 @@ use std::time::{Duration, Instant};
 
 const JAIL_DIR: &str = "jail";
 const ROOT_DIR: &str = "root";
-/// Where the control groups of version 2 are (cgroups(7)).
+/// Where control groups of version 2 are mounted (cgroups(7)).
 pub const CGROUPS: &str = "/sys/fs/cgroup";
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
-/// That of VMs whose disks have a rate.
+/// The controller for VMs with disk rates.
 const IO: &str = "io";
-/// How much more the control group may move than its guest: a VMM that the kernel holds back stands still with all its devices, so it
-/// has to be its own limits that hold. Measured: with as much as the guest those never did.
+/// How much higher the limits of the control group are than those of the guest. If the kernel
+/// throttles a VMM, all of its devices stall, so the VMM's own limits should take effect first.
+/// Measured: with equal limits they never did.
 const IO_FACTOR: u64 = 2;
-/// Block devices by their numbers (sysfs).
+/// Block devices by number (sysfs).
 const BLOCK_DEVICES: &str = "/sys/dev/block";
-/// Of a VMM's threads, beside its vCPUs': its API, its main loop.
+/// How many threads a VMM may have in addition to its vCPUs, for its API and its main loop.
 const THREADS_MAX: u32 = 16;
-/// What a VMM takes beside its guest's memory: some MiB, and page cache that the kernel takes back.
+/// How much memory a VMM may use in addition to its guest's. It needs a few MiB, and the rest is
+/// page cache that the kernel can reclaim.
 const OVERHEAD_BYTES: u64 = 256 << 20;
 /// A period of `cpu.max`, in microseconds.
 const CPU_PERIOD_US: u64 = 100_000;
-/// Descriptors of a VMM's: its disks, its tap, its KVM.
+/// How many files a VMM may have open: disks, its tap and KVM.
 const FILES_MAX: u32 = 256;
-/// A control group is empty a moment after its last process has exited.
+/// How long to wait until a control group can be removed. It becomes empty a moment after its last
+/// process has exited.
 const REMOVE_DEADLINE: Duration = Duration::from_secs(5);
 const REMOVE_PERIOD: Duration = Duration::from_millis(5);
 /// Type of the program header that names a dynamic linker (elf(5), PT_INTERP).
 const PT_INTERP: u32 = 3;
 
-/// In the jail.
+/// Names of the files in the jail.
 pub const KERNEL: &str = "vmlinux";
 pub const INITRD: &str = "initrd";
 pub const DISK: &str = "disk";
@@ -52,14 +57,14 @@ pub const WORK: &str = "work";
 pub const MEMORY: &str = "memory";
 pub const DEVICES: &str = "devices";
 
-/// The programs, found and fit to be jailed.
+/// The two programs, checked to be fit for a jail.
 pub struct Programs {
     pub jailer: PathBuf,
     pub firecracker: PathBuf,
 }
 
 /// # Errors
-/// `command_missing`, `unsupported`: with what to do.
+/// `command_missing` or `unsupported`, with what to do.
 pub fn programs(config: &Config) -> Result<Programs> {
     let find = |name: &Path| {
         let path = program::locate(name).map_err(super::checks::install_if_missing)?;
@@ -74,28 +79,31 @@ pub fn programs(config: &Config) -> Result<Programs> {
     Ok(Programs { jailer, firecracker })
 }
 
-/// What runs as root, or is run by root for others, nobody else may write.
+/// Checks that only root can write a program that runs as root, or that root runs for others.
 fn is_roots(program: &Path) -> Result<()> {
-    // Whoever may write a directory may put another file there, unless it is a sticky one.
+    // Anybody who can write a directory can replace the files in it, unless the directory is sticky.
     for path in program.ancestors() {
         let shown = path.display();
         let stat = std::fs::metadata(path).map_err(|e| Error::io(format!("look at {shown}"), e))?;
         let is_sticky = stat.is_dir() && stat.mode() & 0o1000 != 0;
         if stat.uid() != 0 || (stat.mode() & 0o022 != 0 && !is_sticky) {
-            return Err(Error::new(Kind::Unsupported, format!("jail {}: others than root may write {shown}", program.display()))
-                .hint(format!("chown root {shown}; chmod go-w {shown}")));
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!("jail {}: users other than root may write {shown}", program.display()),
+            )
+            .hint(format!("chown root {shown}; chmod go-w {shown}")));
         }
     }
     Ok(())
 }
 
-/// There is no linker in the jail.
+/// Checks that a program is statically linked, because the jail contains no dynamic linker.
 fn is_static(program: &Path) -> Result<()> {
     let shown = program.display();
     let dynamic = has_interpreter(program).map_err(|e| Error::io(format!("read {shown}"), e))?;
     if dynamic {
-        return Err(Error::new(Kind::Unsupported, format!("jail {shown}: it is linked dynamically"))
-            .hint("take the static one of a release, or set jail = false under [firecracker]"));
+        return Err(Error::new(Kind::Unsupported, format!("jail {shown}: it is dynamically linked"))
+            .hint("use the static one from a release, or set jail = false under [firecracker]"));
     }
     Ok(())
 }
@@ -108,7 +116,7 @@ fn has_interpreter(program: &Path) -> std::io::Result<bool> {
     let offset = u64::from_le_bytes(head[32..40].try_into().unwrap_or_default());
     let (size, count) = (u16_at(&head, 54), u16_at(&head, 56));
     if head[..5] != *b"\x7fELF\x02" || size < 56 {
-        return Err(std::io::Error::other("it is no 64-bit ELF file"));
+        return Err(std::io::Error::other("it is not a 64-bit ELF file"));
     }
     for i in 0..u64::from(count) {
         file.seek(SeekFrom::Start(offset.saturating_add(i * u64::from(size))))?;
@@ -121,10 +129,10 @@ fn has_interpreter(program: &Path) -> std::io::Result<bool> {
     Ok(false)
 }
 
-/// VmmLimits of a control group for this VM, as `--cgroup` takes them.
+/// Returns the limits of the control group for this VM, as arguments of `--cgroup`.
 ///
 /// # Errors
-/// `unsupported` when a controller is missing, unless the configuration is content with what there is.
+/// `unsupported` if a controller is missing, unless the configuration says `best-effort`.
 pub fn limits(config: &Config, spec: &VmmSpec) -> Result<Vec<String>> {
     if config.limits == VmmLimits::Required && has_disk_rate(spec) {
         io_limits(spec, device_of)?;
@@ -139,7 +147,7 @@ fn limits_of(wanted: VmmLimits, spec: &VmmSpec, controllers: &[&str]) -> Result<
     if !missing.is_empty() && wanted == VmmLimits::Required {
         let message = format!("limit the VMM: this host's control groups (version 2) have no {}", missing.join(", "));
         return Err(Error::new(Kind::Unsupported, message)
-            .hint("enable them, or set limits = \"best-effort\" under [firecracker] to go without"));
+            .hint("enable them, or set limits = \"best-effort\" under [firecracker] to do without"));
     }
     let quota = (u64::from(spec.vcpus) + 1) * CPU_PERIOD_US;
     let values = [
@@ -150,7 +158,8 @@ fn limits_of(wanted: VmmLimits, spec: &VmmSpec, controllers: &[&str]) -> Result<
     Ok(values.into_iter().filter(|(controller, _)| controllers.contains(controller)).map(|(_, value)| value).collect())
 }
 
-/// What this host lacks of the controllers that every VM needs, and whether it has that of VMs whose disks have a rate.
+/// Returns which of the controllers that every VM needs this host lacks, and whether it has the one
+/// for disk rates.
 pub fn missing_controllers() -> (Vec<&'static str>, bool) {
     let text = std::fs::read_to_string(Path::new(CGROUPS).join("cgroup.controllers")).unwrap_or_default();
     let has = |controller: &str| text.split_whitespace().any(|has| has == controller);
@@ -161,19 +170,20 @@ fn has_disk_rate(spec: &VmmSpec) -> bool {
     spec.rates.disk_bytes_per_s.or(spec.rates.disk_ops_per_s).is_some()
 }
 
-/// What the VMM's control group may move of the host's devices on which its disks are: [`IO_FACTOR`] times what its guest may, whatever
-/// becomes of the limits that the VMM itself keeps. The jailer cannot set this, for it takes no value with a `=` in it. Without a group, or
-/// without a rate where none was ever set, nothing is done.
+/// Limits what the VMM's control group reads and writes on the devices that hold the VM's disks, to
+/// [`IO_FACTOR`] times the guest's rates. These limits hold even if a guest has taken over its VMM.
+/// fcd sets them because the jailer accepts no value with a `=`. Does nothing without a control
+/// group, or if there is no rate and never was one.
 ///
 /// # Errors
-/// `unsupported` where the host cannot, unless the configuration is content with that.
+/// `unsupported` if the host has no such limits, unless the configuration says `best-effort`.
 pub fn limit_io(wanted: VmmLimits, spec: &VmmSpec) -> Result<()> {
     let group = group(&spec.tag);
     let file = group.join("io.max");
     if !group.exists() || (!has_disk_rate(spec) && !file.exists()) {
         return Ok(());
     }
-    let doing = || format!("limit what the VMM of {} reads and writes", spec.tag);
+    let doing = || format!("limit the disk I/O of {}", spec.tag);
     let limit = || -> Result<()> {
         let lines = io_limits(spec, device_of)?;
         if !file.exists() {
@@ -181,12 +191,12 @@ pub fn limit_io(wanted: VmmLimits, spec: &VmmSpec) -> Result<()> {
                 std::fs::write(above.join("cgroup.subtree_control"), format!("+{IO}")).map_err(|e| no_io(&e))?;
             }
         }
-        // One device at a time: the kernel takes one in a write.
+        // The kernel accepts one device per write.
         lines.iter().try_for_each(|line| std::fs::write(&file, line).map_err(|e| no_io(&e)))
     };
     match limit().map_err(|e| e.context(doing())) {
         Err(e) if wanted == VmmLimits::BestEffort => {
-            log::warn!("{e}; it goes without, as the configuration says");
+            log::warn!("{e}; continuing without, as configured");
             Ok(())
         }
         done => done,
@@ -195,10 +205,11 @@ pub fn limit_io(wanted: VmmLimits, spec: &VmmSpec) -> Result<()> {
 
 fn no_io(e: &std::io::Error) -> Error {
     Error::new(Kind::Unsupported, format!("set io.max of its control group: {e}"))
-        .hint("enable the controller io of control groups (version 2), or set limits = \"best-effort\" under [firecracker]")
+        .hint("enable the io controller of control groups (version 2), or set limits = \"best-effort\" under [firecracker]")
 }
 
-/// For `io.max`: a line for each device, with what all disks on it may move. Without a rate, that there is none.
+/// Returns the lines for `io.max`, one for each device, with the sum of the limits of the disks on
+/// it. Without a rate they remove the limit.
 fn io_limits(spec: &VmmSpec, device_of: impl Fn(&Path) -> Result<String>) -> Result<Vec<String>> {
     let mut disks_on: BTreeMap<String, u64> = BTreeMap::new();
     for (_, path) in spec.disks() {
@@ -207,7 +218,7 @@ fn io_limits(spec: &VmmSpec, device_of: impl Fn(&Path) -> Result<String>) -> Res
     let value = |rate: Option<u64>, disks: u64| {
         rate.map_or_else(|| "max".to_owned(), |n| n.saturating_mul(disks).saturating_mul(IO_FACTOR).to_string())
     };
-    // What the VMM lets pass at once.
+    // The VMM lets at least this much pass at once.
     let bytes_per_s = spec.rates.disk_bytes_per_s.map(|rate| rate.max(super::api::BUCKET_BYTES_MIN));
     let line = |(device, disks): (String, u64)| {
         let (bytes, ops) = (value(bytes_per_s, disks), value(spec.rates.disk_ops_per_s, disks));
@@ -216,18 +227,18 @@ fn io_limits(spec: &VmmSpec, device_of: impl Fn(&Path) -> Result<String>) -> Res
     Ok(disks_on.into_iter().map(line).collect())
 }
 
-/// `MAJOR:MINOR` of the device that this is, or on which this file is: a whole one, for those are what the kernel limits.
+/// Returns `MAJOR:MINOR` of the device that holds this file, or of the device itself. It is that of
+/// a whole disk, because the kernel does not limit partitions.
 fn device_of(path: &Path) -> Result<String> {
     use rustix::fs::{major, minor};
     use std::os::unix::fs::FileTypeExt;
     let shown = path.display();
-    let stat = std::fs::metadata(path).map_err(|e| Error::io(format!("look on which device {shown} is"), e))?;
+    let stat = std::fs::metadata(path).map_err(|e| Error::io(format!("find the device of {shown}"), e))?;
     let number = if stat.file_type().is_block_device() { stat.rdev() } else { stat.dev() };
     let number = format!("{}:{}", major(number), minor(number));
     let none = || {
-        Error::new(Kind::Unsupported, format!("limit the disk {shown}: its file system has no block device of its own")).hint(
-            "put the state directory on ext4 or XFS, take the rate off, or set limits = \"best-effort\" under [firecracker]",
-        )
+        Error::new(Kind::Unsupported, format!("limit the disk {shown}: its file system has no block device of its own"))
+            .hint("put the state directory on ext4 or XFS, remove the rate, or set limits = \"best-effort\" under [firecracker]")
     };
     let device = Path::new(BLOCK_DEVICES).join(&number).canonicalize().map_err(|_| none())?;
     if !device.join("partition").exists() {
@@ -237,7 +248,7 @@ fn device_of(path: &Path) -> Result<String> {
     whole.and_then(std::result::Result::ok).map(|text| text.trim().to_owned()).ok_or_else(none)
 }
 
-/// `fcd-<install>`, of a tag `fc-<install>-...`.
+/// Returns `fcd-<install>` for a tag `fc-<install>-...`.
 fn parent_group(tag: &str) -> String {
     let install = tag.split('-').nth(1).unwrap_or_default();
     format!("fcd-{install}")
@@ -247,12 +258,12 @@ fn group(tag: &str) -> PathBuf {
     Path::new(CGROUPS).join(parent_group(tag)).join(tag)
 }
 
-/// Its root, as the host has it.
+/// Returns the jail's root directory, as seen from the host.
 pub fn root(dir: &Path, program: &Path, tag: &str) -> PathBuf {
     dir.join(JAIL_DIR).join(program.file_name().unwrap_or_default()).join(tag).join(ROOT_DIR)
 }
 
-/// The jailer copies Firecracker into the jail and makes device nodes there, so the file system must allow both.
+/// Checks that the file system allows device nodes and programs. The jailer puts both into the jail.
 ///
 /// # Errors
 /// `unsupported`, with the mount that forbids it.
@@ -269,17 +280,18 @@ fn require_flags(dir: &Path, flags: mount::Flags) -> Result<()> {
     let (at, dir) = (mount::point(dir), dir.display());
     let lifted: Vec<_> = forbids.iter().map(|name| name.trim_start_matches("no")).collect();
     let message = format!(
-        "make a jail below {dir}: {} is mounted {}, and a jail needs device nodes and a program",
+        "create a jail in {dir}: {} is mounted {}, but a jail contains device nodes and a program",
         at.display(),
         forbids.join(" and ")
     );
-    let hint = format!("mount -o remount,{} {}, or another state_dir", lifted.join(","), at.display());
+    let hint = format!("mount -o remount,{} {}, or set another state_dir", lifted.join(","), at.display());
     Err(Error::new(Kind::Unsupported, message).hint(hint))
 }
 
-/// Makes the jail with everything in it that the VMM opens. An earlier one is removed. Gives its root.
+/// Creates the jail with the files that the VMM opens, and returns its root. An earlier jail with
+/// this tag is removed.
 pub fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
-    let doing = || format!("make the jail of {}", spec.tag);
+    let doing = || format!("create the jail of {}", spec.tag);
     require_mount(&spec.dir)?;
     clear(&spec.dir, &spec.tag)?;
     let root = root(&spec.dir, &programs.firecracker, &spec.tag);
@@ -290,21 +302,21 @@ pub fn make(spec: &VmmSpec, programs: &Programs) -> Result<OwnedFd> {
     for (from, name) in files {
         std::fs::hard_link(from, root.join(name)).map_err(|e| {
             let e = Error::io(format!("{}: link {}", doing(), from.display()), e);
-            e.hint("images and VMs must be on one file system")
+            e.hint("put images and VMs on one file system")
         })?;
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::open(&root, flags, Mode::empty()).map_err(|e| Error::io(doing(), std::io::Error::from(e)))
 }
 
-/// The root of a jail that is there.
+/// Opens the root of an existing jail.
 pub fn find(dir: &Path, tag: &str) -> Result<Option<OwnedFd>> {
     let jail = dir.join(JAIL_DIR);
     let roots = names(&jail).into_iter().map(|program| jail.join(program).join(tag).join(ROOT_DIR));
     roots.into_iter().find(|root| root.is_dir()).map(|root| open_dir(&root)).transpose()
 }
 
-/// The jailer's arguments; what follows `--` is Firecracker's.
+/// Returns the jailer's arguments. Firecracker's own arguments follow `--`.
 pub fn args(spec: &VmmSpec, programs: &Programs, (uid, gid): (u32, u32), limits: &[String]) -> Vec<OsString> {
     let mut args: Vec<OsString> = vec!["--id".into(), spec.tag.clone().into()];
     let mut option = |name: &str, value: OsString| args.extend([OsString::from(name), value]);
@@ -313,7 +325,8 @@ pub fn args(spec: &VmmSpec, programs: &Programs, (uid, gid): (u32, u32), limits:
     option("--gid", gid.to_string().into());
     option("--chroot-base-dir", spec.dir.join(JAIL_DIR).into());
     option("--resource-limit", format!("no-file={FILES_MAX}").into());
-    // Without a limit none is made; and of version 2 the jailer wants to see a mount even then.
+    // Without limits the jailer creates no control group, but for version 2 it would still require
+    // a mount.
     option("--cgroup-version", if limits.is_empty() { "1" } else { "2" }.into());
     if !limits.is_empty() {
         option("--parent-cgroup", parent_group(&spec.tag).into());
@@ -325,25 +338,27 @@ pub fn args(spec: &VmmSpec, programs: &Programs, (uid, gid): (u32, u32), limits:
     args
 }
 
-/// Removes the jail and the control group with this tag; gone already is ok. The VMM must have exited.
+/// Removes the jail and the control group with this tag. Succeeds if there are none. The VMM must
+/// have exited.
 pub fn clear(dir: &Path, tag: &str) -> Result<()> {
     remove_group(tag)?;
     let jail = dir.join(JAIL_DIR);
     for program in names(&jail) {
-        // Links are not followed: the VMM's uid may have put some there, and what they lead to is not its.
+        // Links are not followed, because the VMM's uid may have created them.
         let removed = crate::host::fs::remove_tree(&jail.join(&program).join(tag));
         removed.map_err(|e| Error::io(format!("remove the jail of {tag}"), e))?;
-        // Another start's may be there.
+        // This fails if there is a jail of another start.
         let _ = std::fs::remove_dir(jail.join(program));
     }
     let _ = std::fs::remove_dir(&jail);
     Ok(())
 }
 
-/// What is still in it ends: a VMM that somebody has taken over may hide from whoever looks for its arguments.
+/// Removes the control group and kills the processes in it. A VMM that a guest has taken over may
+/// have hidden its arguments.
 fn remove_group(tag: &str) -> Result<()> {
     let group = group(tag);
-    // cgroups(7), cgroup.kill: since Linux 5.14.
+    // cgroup.kill exists since Linux 5.14 (cgroups(7)).
     let _ = std::fs::write(group.join("cgroup.kill"), "1");
     let deadline = Instant::now() + REMOVE_DEADLINE;
     loop {
@@ -363,7 +378,8 @@ fn names(dir: &Path) -> Vec<String> {
     entries.filter_map(|e| e.file_name().into_string().ok()).collect()
 }
 
-/// Tags that begin so, of control groups and of jails in the directories of VMs.
+/// Returns the tags with this prefix for which there is a control group or a jail in a VM's
+/// directory.
 pub fn remains(vms: &Path, tag_prefix: &str) -> Vec<String> {
     let mut found = names(&Path::new(CGROUPS).join(parent_group(tag_prefix)));
     for vm in names(vms) {
@@ -410,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn a_jail_is_made_anew_and_removed_without_following_links() {
+    fn jail_is_recreated_and_removed_without_following_links() {
         let temp = tempfile::tempdir().unwrap();
         let (spec, vms) = (spec(temp.path()), temp.path());
         let programs = Programs { jailer: "/j".into(), firecracker: "/opt/firecracker".into() };
@@ -436,9 +452,9 @@ mod tests {
         assert!(outside.join("kept").exists() && spec.disk.exists() && spec.kernel.exists());
     }
 
-    /// In a mount namespace of this thread's own.
+    /// Uses a mount namespace of its own.
     #[test]
-    fn jail_on_a_file_system_that_forbids_devices_or_programs_is_refused() {
+    fn jail_on_nodev_or_noexec_file_system_is_rejected() {
         let dir = Path::new("/srv");
         require_flags(dir, mount::Flags::default()).unwrap();
         let e = require_flags(dir, mount::Flags { nodev: true, noexec: true }).unwrap_err();
@@ -464,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn a_controller_that_is_missing_is_refused_unless_it_may_be() {
+    fn missing_controller_is_error_unless_best_effort() {
         let temp = tempfile::tempdir().unwrap();
         let spec = spec(temp.path());
         let all = limits_of(VmmLimits::Required, &spec, &["cpuset", "cpu", "io", "memory", "pids"]).unwrap();
@@ -476,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rate_of_disks_is_one_of_the_host_devices() {
+    fn disk_rates_become_limits_of_host_devices() {
         let temp = tempfile::tempdir().unwrap();
         let rate = |bytes, ops| crate::api::vm::RateLimits::of([bytes, ops, None, None]);
         let spec = VmmSpec { work_disk: Some(temp.path().join("vm/s")), ..spec(temp.path()) };
@@ -489,7 +505,7 @@ mod tests {
         ] {
             let spec = VmmSpec { rates, ..spec.clone() };
             assert_eq!(io_limits(&spec, device_of_all).unwrap(), [format!("8:0 {line}")]);
-            // There is no such group.
+            // Succeeds because there is no such control group.
             limit_io(VmmLimits::Required, &spec).unwrap();
         }
         let one = VmmSpec { rates: rate(None, Some(50)), work_disk: None, ..spec.clone() };
@@ -500,19 +516,23 @@ mod tests {
             io_limits(&two, each).unwrap(),
             ["253:0", "8:0"].map(|d| format!("{d} rbps=max wbps=max riops=100 wiops=100"))
         );
-        // Only one with a rate needs the controller.
+        // The io controller is needed only with a disk rate.
         assert_eq!(limits_of(VmmLimits::Required, &spec, &CONTROLLERS).unwrap().len(), 3);
         let e = limits_of(VmmLimits::Required, &one, &CONTROLLERS).unwrap_err();
         assert!(e.kind() == Kind::Unsupported && e.to_string().ends_with("no io") && e.hint_text().is_some(), "{e}");
         assert_eq!(limits_of(VmmLimits::BestEffort, &one, &CONTROLLERS).unwrap().len(), 3);
-        assert_eq!(limits_of(VmmLimits::Required, &one, &["io", "cpu", "memory", "pids"]).unwrap().len(), 3, "set apart");
-        // A file system in memory is on no device.
+        assert_eq!(
+            limits_of(VmmLimits::Required, &one, &["io", "cpu", "memory", "pids"]).unwrap().len(),
+            3,
+            "io limits are set separately"
+        );
+        // A tmpfs is not on a device.
         let e = device_of(Path::new("/dev/shm")).unwrap_err();
         assert!(e.kind() == Kind::Unsupported && e.hint_text().is_some(), "{e}");
     }
 
     #[test]
-    fn what_is_linked_dynamically_or_others_may_write_is_not_jailed() {
+    fn dynamic_or_writable_program_is_not_jailed() {
         let temp = tempfile::tempdir().unwrap();
         assert!(has_interpreter(Path::new("/bin/sh")).unwrap());
         let text = temp.path().join("text");

@@ -1,32 +1,33 @@
-//! What a VMM tells of itself (docs/metrics.md, v1.16): JSON documents, a line each, in a pipe that it opened for reading, too. A line holds
-//! what has happened since the one before, so none may be read in silence; of what does not fit the pipe a part may be missing.
+//! Reads a VMM's metrics (docs/metrics.md, v1.16): JSON documents, one per line, in a pipe that the
+//! VMM also opened for reading. A line contains what has happened since the line before, so no line
+//! may be discarded. If the pipe is too full for a line, part of it may be missing.
 
 use serde_json::Value;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 
-/// More than a pipe holds. The other side is a process that a guest may have taken over: it may write for ever.
+/// More than a pipe holds. A guest may have taken over the VMM, which may then write without end.
 const BYTES_MAX: usize = 256 << 10;
 
-/// What is in the pipe now, after `told`.
-pub fn read(pipe: &mut File, mut told: Vec<u8>) -> std::io::Result<Vec<u8>> {
+/// Appends what is in the pipe now to `lines`.
+pub fn read(pipe: &mut File, mut lines: Vec<u8>) -> std::io::Result<Vec<u8>> {
     let mut piece = [0; 16 << 10];
-    while told.len() < BYTES_MAX {
+    while lines.len() < BYTES_MAX {
         match pipe.read(&mut piece) {
             Ok(0) => break,
-            Ok(n) => told.extend_from_slice(&piece[..n]),
+            Ok(n) => lines.extend_from_slice(&piece[..n]),
             Err(e) if e.kind() == ErrorKind::WouldBlock => break,
             Err(e) if e.kind() == ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
         }
     }
-    told.truncate(BYTES_MAX);
-    Ok(told)
+    lines.truncate(BYTES_MAX);
+    Ok(lines)
 }
 
-/// The whole ones; none at all: None.
-pub fn parse(told: &[u8]) -> Option<Vec<Value>> {
-    let lines = told.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
+/// Parses the complete lines. None if there are none.
+pub fn parse(bytes: &[u8]) -> Option<Vec<Value>> {
+    let lines = bytes.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
     Some(lines.filter(Value::is_object).collect::<Vec<_>>()).filter(|all| !all.is_empty())
 }
 
@@ -37,7 +38,7 @@ mod tests {
     use std::os::fd::OwnedFd;
 
     #[test]
-    fn whole_lines_are_told_and_cut_ones_are_not() {
+    fn complete_lines_are_parsed_and_others_skipped() {
         let two = parse(b"rest\":1}\n{\"utc_timestamp_ms\":1}\n\n{\"utc_timestamp_ms\":2}\n{\"utc").unwrap();
         assert_eq!(two.iter().map(|m| m["utc_timestamp_ms"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
         for nothing in [&b""[..], b"\n", b"{", b"7\n", b"\xff\n"] {
@@ -46,7 +47,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_there_is_read_and_not_waited_for_nor_without_end() {
+    fn read_takes_available_bytes_up_to_limit() {
         let (reader, mut writer) = std::io::pipe().unwrap();
         let mut pipe = File::from(OwnedFd::from(reader));
         rustix::fs::fcntl_setfl(&pipe, rustix::fs::OFlags::NONBLOCK).unwrap();

@@ -50,13 +50,13 @@
 //! Every VM has a vsock. Its socket is in the VMM's working directory. `vm.connect` passes the
 //! connected descriptor to the caller, so no thread of the daemon copies data. Firecracker before
 //! 1.17 holds back data to the guest after a resume until the guest's driver has noticed that its
-//! old streams ended, which only a save tells it. A resume therefore begins a save that has no
-//! place for its files, and a guest that is already running is not told to resume.
+//! old streams ended, and only a save makes it notice. So a resume begins a save with an impossible
+//! path, and a guest that is already running is left alone.
 //!
 //! # Stopping
 //!
-//! A guest that has not synced after half of the grace, or cannot be reached over SSH, gets
-//! Ctrl-Alt-Del if its init understands it (`guest_version` 3). Older kernels would reset.
+//! If a guest has not synced after half of the grace period, or cannot be reached over SSH, it gets
+//! Ctrl-Alt-Del, provided that its init handles it (`guest_version` 3). Older kernels would reset.
 //!
 //! # Tests
 //!
@@ -65,13 +65,13 @@
 //! machine of a real one on this host's `/dev/kvm`, and real guests by nested KVM in a test host.
 
 pub(in crate::vmm) mod api;
-mod attend;
 mod checks;
 mod gone;
 mod http;
 pub(in crate::vmm) mod incoming;
 mod jail;
 pub(in crate::vmm) mod metrics;
+mod monitor;
 pub(in crate::vmm) mod refusal;
 mod save;
 mod vsock;
@@ -80,10 +80,10 @@ pub use gone::{empty_group, remove_group};
 pub use jail::require_mount;
 
 use super::console::{Attach, Consoles};
-use super::dial::{self, Patience};
+use super::dial::{self, Deadline};
 use super::processes::{self, Processes};
 use super::run_dir;
-use super::{Died, DiskFormat, Driver, GuestNetwork, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
+use super::{Died, DiskFormat, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo, Tagged, VmmSpec};
 use crate::api::daemon::Check;
 use crate::config::Firecracker as Config;
 use crate::error::{Error, Kind, Result};
@@ -96,6 +96,7 @@ use api::{
     BootSource, Booted, CacheType, Drive, LoadSnapshot, MachineConfig, NetworkInterface, NetworkOverride, PreBoot, RateLimiter,
     Vsock, text,
 };
+use monitor::Monitor;
 use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
 use std::ffi::OsString;
 use std::fs::File;
@@ -110,20 +111,23 @@ const SSH_PORT: u16 = 22;
 const API_SOCKET: &str = "api.sock";
 const CONSOLE_PIPE: &str = "console";
 const METRICS_PIPE: &str = "metrics";
-/// The guest's one network interface.
+/// The name of the guest's network interface.
 const INTERFACE: &str = "eth0";
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// From the process's start to its first guest instruction; a fraction of a second on an idle host.
+/// How long a VMM may take from its start to the first instruction of its guest. On an idle host it
+/// is a fraction of a second.
 const START_DEADLINE: Duration = Duration::from_secs(30);
-/// For a VMM that runs already to answer.
+/// How long a running VMM may take to answer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
-/// For a guest to answer who connects to its vsock: a slow one has to wake a program for it.
+/// How long a guest may take to accept a connection to its vsock. It may have to start a program
+/// for it.
 const GUEST_DEADLINE: Duration = Duration::from_secs(20);
-/// For a guest's memory to go to the disk, or to come from there.
+/// How long it may take to write a guest's memory to the disk or to read it.
 const SAVE_DEADLINE: Duration = Duration::from_secs(600);
-/// For a process that was killed because its start failed.
+/// How long a VMM whose start failed may take to exit after it was killed.
 const KILL_DEADLINE: Duration = Duration::from_secs(30);
-/// A reset is what ends the VMM (docs/getting-started.md: `reboot=k`); it has no other power switch.
+/// `reboot=k` makes the guest reset, which ends the VMM (docs/getting-started.md). There is no
+/// other power switch.
 const KERNEL_ARGS: &str = "console=ttyS0 reboot=k panic=-1 net.ifnames=0 quiet cryptomgr.notests random.trust_cpu=on audit=0 \
                            i8042.noaux i8042.nomux fcd.off=reset";
 
@@ -132,18 +136,20 @@ pub struct Firecracker {
     consoles: Arc<Consoles>,
     processes: Processes,
     needs_kvm: bool,
-    /// Fires when the driver goes.
+    /// Fires when the driver is dropped.
     closing: Cancel,
 }
 
 impl Firecracker {
-    /// Looks at nothing yet. `uids`: of VMs, when the daemon is root. Fails where no event can be had (EMFILE, ENFILE).
+    /// Does not look at the host yet. `uids` are those of VMs, if the daemon is root. Fails with
+    /// the error of an eventfd (EMFILE, ENFILE).
     pub fn new(config: Config, uids: Range<u32>, consoles: Arc<Consoles>) -> Result<Self> {
         let name = |path: &Path| path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         let names = [name(&config.binary), name(&config.jailer)];
         let is_program = move |executable: &Path| {
             let executable = name(executable);
-            // One with another version in its name, or that was replaced while it runs, is one all the same; a jailer is about to be one.
+            // A program with a version in its name, or one that was replaced while it runs, counts
+            // as well. A jailer is about to become Firecracker.
             names.contains(&executable) || executable.starts_with("firecracker") || executable.starts_with("jailer")
         };
         let processes = Processes::try_new(uids, Box::new(is_program))?;
@@ -151,7 +157,8 @@ impl Firecracker {
         Ok(Self { config, consoles, processes, needs_kvm: true, closing })
     }
 
-    /// The groups that a VMM without a jail needs to open its devices. A jailed one has nodes of its own.
+    /// Returns the groups that a VMM without a jail needs to open its devices. A jailed one has
+    /// nodes of its own.
     fn device_groups(&self, spec: &VmmSpec) -> Result<Vec<u32>> {
         let mut groups = Vec::new();
         for device in [KVM, TUN].into_iter().filter(|_| self.needs_kvm) {
@@ -167,7 +174,7 @@ impl Firecracker {
         Ok(groups)
     }
 
-    /// Names the cause of a failed start where the jailer is not one, or of another release.
+    /// Adds to the error of a failed start if the jailer is not one, or is from another release.
     fn with_cause(&self, e: Error, spec: &VmmSpec, cancel: &Cancel) -> Error {
         if e.kind() == Kind::Cancelled || !self.is_jailed(spec) {
             return e;
@@ -187,14 +194,15 @@ impl Firecracker {
         self.config.jail && spec.credentials.is_some()
     }
 
-    /// For a pretended one.
+    /// For a fake Firecracker.
     #[cfg(feature = "fakes")]
     pub fn without_kvm(mut self) -> Self {
         self.needs_kvm = false;
         self
     }
 
-    /// The VMM's process, the directory with its socket and its console, and what it is to open, by the names that it sees.
+    /// Spawns the VMM. Returns its process, the directory with its socket and console, and the
+    /// paths of its files as the VMM sees them.
     fn spawn(&self, spec: &VmmSpec) -> Result<(Process, OwnedFd, Files)> {
         let groups = self.device_groups(spec)?;
         let dir = open_dir(&spec.dir)?;
@@ -208,7 +216,7 @@ impl Firecracker {
                 let place = jail::make(spec, &programs)?;
                 let mut args = jail::args(spec, &programs, owner, &limits);
                 args.extend(own_args);
-                // It becomes somebody else by itself.
+                // The jailer changes its uid on its own.
                 let spawn =
                     Spawn { program: programs.jailer, args, env, cwd: "/".into(), output: Some(output), credentials: None };
                 (place, Files::jailed(spec), spawn)
@@ -233,18 +241,19 @@ impl Firecracker {
         for name in [CONSOLE_PIPE, METRICS_PIPE] {
             make_pipe(&place, name, spec.credentials)?;
         }
-        // The jailer's --new-pid-ns would do the same by a process that is no child of ours, whose end nobody could read.
+        // With the jailer's --new-pid-ns, the VMM would not be our child, and its exit status could
+        // not be read.
         let process = if self.is_jailed(spec) { process::spawn_in_own_pids(spawn)? } else { process::spawn(spawn)? };
         Ok((process, place, files))
     }
 
-    /// Configures everything, and lets the guest run.
-    fn set_going(&self, spec: &VmmSpec, spawned: &(Process, OwnedFd, Files), patience: Patience<'_>) -> Result<Running> {
+    /// Configures a VMM that has just been spawned, and runs its guest.
+    fn configure_and_run(&self, spec: &VmmSpec, spawned: &(Process, OwnedFd, Files), deadline: Deadline<'_>) -> Result<Running> {
         let (process, place, files) = spawned;
         let exited = || run_dir::exited_early("firecracker", spec, process);
-        let socket = dial::connect(place, API_SOCKET, process, patience)?.ok_or_else(exited)?;
+        let socket = dial::connect(place, API_SOCKET, process, deadline)?.ok_or_else(exited)?;
         let configure = || -> Result<Running> {
-            let (mut vmm, instance) = PreBoot::open(socket, patience)?;
+            let (mut vmm, instance) = PreBoot::open(socket, deadline)?;
             checks::require(&instance.vmm_version)?;
             let ssh_addr = match &files.saved {
                 None => {
@@ -254,13 +263,13 @@ impl Firecracker {
                 }
                 Some((memory, devices)) => load(vmm, spec, memory, devices)?,
             };
-            // Not before: reading the kernel is not the guest's.
+            // Only now, because reading the kernel must not count against the guest's rate.
             jail::limit_io(self.config.limits, spec)?;
-            // It has the pipe open by now; what the guest has said meanwhile is in it.
+            // The VMM has the pipe open by now, and the guest's first output waits in it.
             self.read_console(spec, place, format!("started {}", spec.tag))?;
             Ok(Running { identity: process.identity().clone(), ssh_addr })
         };
-        // After a refused load it exits, and has said why before.
+        // After a refused load the VMM exits, but its refusal is the better error.
         let says_why = |e: &Error| e.kind() == Kind::Cancelled || files.saved.is_some();
         configure().map_err(|e| if !says_why(&e) && run_dir::is_exiting(process) { exited() } else { e })
     }
@@ -270,7 +279,7 @@ impl Firecracker {
         self.consoles.attach(Attach { dir: spec.dir.clone(), bytes_max: spec.console_bytes_max, from, mark })
     }
 
-    /// A conversation with a VMM whose guest has started.
+    /// Holds a conversation with a VMM whose guest has started.
     fn talk<T>(
         &self,
         identity: &Identity,
@@ -278,30 +287,30 @@ impl Firecracker {
         cancel: &Cancel,
         ask: impl FnOnce(&mut Booted<'_>) -> Result<T>,
     ) -> Result<T> {
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"));
         let process = Process::open(identity)?.ok_or_else(gone)?;
         let _blocking = region(Rank::VmmApi);
-        let patience = Patience { deadline: Instant::now() + ANSWER_DEADLINE, cancel };
-        self.booted(&process, patience, doing).and_then(|mut vmm| ask(&mut vmm))
+        let deadline = Deadline { at: Instant::now() + ANSWER_DEADLINE, cancel };
+        self.booted(&process, deadline, doing).and_then(|mut vmm| ask(&mut vmm))
     }
 
-    /// The API of a VMM whose guest has started.
-    fn booted<'a>(&self, process: &Process, patience: Patience<'a>, doing: &str) -> Result<Booted<'a>> {
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+    /// Opens the API of a VMM whose guest has started.
+    fn booted<'a>(&self, process: &Process, deadline: Deadline<'a>, doing: &str) -> Result<Booted<'a>> {
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"));
         let place = place(process, doing)?;
-        let socket = dial::connect(&place, API_SOCKET, process, patience)?.ok_or_else(gone)?;
-        Booted::open(socket, patience).map(|(vmm, _)| vmm).map_err(|e| e.context(doing))
+        let socket = dial::connect(&place, API_SOCKET, process, deadline)?.ok_or_else(gone)?;
+        Booted::open(socket, deadline).map(|(vmm, _)| vmm).map_err(|e| e.context(doing))
     }
 }
 
-/// What a VMM opens, by the names that it sees.
+/// The paths of a VMM's files as the VMM sees them.
 struct Files {
     kernel: String,
     initrd: String,
     disk: String,
     seed: String,
     work: Option<String>,
-    /// Memory and devices of a guest that was saved.
+    /// The memory and the devices of a saved guest.
     saved: Option<(String, String)>,
 }
 
@@ -314,7 +323,7 @@ impl Files {
             disk: text(&spec.disk)?,
             seed: text(&spec.seed)?,
             work: spec.work_disk.as_deref().map(text).transpose()?,
-            // By second names in its working directory.
+            // They are linked into the VMM's working directory.
             saved: spec.saved.as_ref().map(|_| (jail::MEMORY.to_owned(), jail::DEVICES.to_owned())),
         })
     }
@@ -332,22 +341,23 @@ impl Files {
     }
 }
 
-/// Where a VMM that runs has its socket and its console: its working directory, jailed or not.
+/// Opens the working directory of a running VMM, which contains its socket and its console, with
+/// and without a jail.
 fn place(process: &Process, doing: &str) -> Result<OwnedFd> {
     let path = format!("/proc/{}/cwd", process.identity().pid);
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let place = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| Error::io(doing, std::io::Error::from(e)))?;
-    // Opened while the number was still its.
-    if process.is_alive() { Ok(place) } else { Err(Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"))) }
+    // If the process is alive now, the path was that of this process.
+    if process.is_alive() { Ok(place) } else { Err(Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"))) }
 }
 
-/// In the order in which the guest counts its disks.
+/// Configures a guest that boots. The guest numbers its disks in the order in which they are added.
 fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<std::net::SocketAddr> {
     let (name, address) = tap(spec)?;
-    let GuestNetwork::Tap { mac, .. } = &spec.network else { return Err(Error::internal("a tap is no tap")) };
+    let GuestNetwork::Tap { mac, .. } = &spec.network else { return Err(Error::internal("the guest has no tap")) };
     if spec.disk_format == DiskFormat::Qcow2 {
-        return Err(Error::new(Kind::Unsupported, "start the VMM: firecracker reads no qcow2, as this VM's disk is")
-            .hint("set driver = \"qemu\" under [vmm] for it, or make a new VM"));
+        return Err(Error::new(Kind::Unsupported, "start the VMM: firecracker cannot read this VM's qcow2 disk")
+            .hint("set driver = \"qemu\" under [vmm] for it, or create a new VM"));
     }
     vmm.machine(&MachineConfig { vcpu_count: spec.vcpus, mem_size_mib: spec.mem_mib })?;
     let boot_args = format!("{} {KERNEL_ARGS}", spec.boot_args.trim());
@@ -382,14 +392,14 @@ fn configure(vmm: &mut PreBoot<'_>, spec: &VmmSpec, files: &Files) -> Result<std
     Ok(api::ssh_addr(address))
 }
 
-/// Disks and console have the names that they had then.
+/// Loads a saved guest, whose disks and console keep their paths.
 fn load(mut vmm: PreBoot<'_>, spec: &VmmSpec, memory: &str, devices: &str) -> Result<std::net::SocketAddr> {
     let (tap, address) = tap(spec)?;
     vmm.serial(CONSOLE_PIPE)?;
     vmm.metrics(METRICS_PIPE)?;
     let mut vmm =
         vmm.load(&LoadSnapshot::new(devices, memory, &[NetworkOverride { iface_id: INTERFACE, host_dev_name: tap }]))?;
-    // Those of then are in what was saved.
+    // The saved state contains the rates of that time.
     limit(&mut vmm, spec)?;
     Ok(api::ssh_addr(address))
 }
@@ -413,7 +423,7 @@ fn tap(spec: &VmmSpec) -> Result<(&str, std::net::Ipv4Addr)> {
 }
 
 fn make_pipe(run: &OwnedFd, name: &str, credentials: Option<(u32, u32)>) -> Result<()> {
-    let io = |e: rustix::io::Errno| Error::io(format!("make a pipe for the {name}"), std::io::Error::from(e));
+    let io = |e: rustix::io::Errno| Error::io(format!("create a pipe for the {name}"), std::io::Error::from(e));
     rustix::fs::mknodat(run, name, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).map_err(io)?;
     if let Some((uid, gid)) = credentials {
         let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
@@ -422,7 +432,8 @@ fn make_pipe(run: &OwnedFd, name: &str, credentials: Option<(u32, u32)>) -> Resu
     Ok(())
 }
 
-/// The directory is the VMM's uid's by now: what is not a pipe is not read.
+/// Opens a pipe for reading. The VMM's uid owns the directory by now, so anything but a pipe is
+/// rejected.
 fn open_pipe(run: &OwnedFd, name: &str) -> Result<File> {
     let doing = format!("open the pipe for the {name}");
     let file = open_at(run, name, OFlags::RDONLY | OFlags::NONBLOCK, 0).map_err(|e| Error::io(doing.clone(), e))?;
@@ -430,7 +441,7 @@ fn open_pipe(run: &OwnedFd, name: &str) -> Result<File> {
     if FileType::from_raw_mode(stat.st_mode) == FileType::Fifo {
         return Ok(file);
     }
-    Err(Error::new(Kind::Denied, format!("{doing}: it is no pipe")))
+    Err(Error::new(Kind::Denied, format!("{doing}: it is not a pipe")))
 }
 
 impl Drop for Firecracker {
@@ -441,11 +452,11 @@ impl Drop for Firecracker {
 
 impl Driver for Firecracker {
     fn describe(&self) -> String {
-        // The paths of disks are in what is saved, and depend on it.
+        // A saved guest contains the paths of its disks, which depend on the jail.
         if self.leaves_remains() { "firecracker (kvm, jailed)" } else { "firecracker (kvm)" }.to_owned()
     }
 
-    /// What it needs is known without trying: see `checks`.
+    /// Does nothing, because what Firecracker needs is known without trying. See `checks`.
     fn warm_up(&self, _kernel: &Path, _cancel: &Cancel) {}
 
     fn consoles(&self) -> &Consoles {
@@ -458,14 +469,14 @@ impl Driver for Firecracker {
         }
         let spawned_now = self.spawn(spec)?;
         let process = &spawned_now.0;
-        // From here on an error, a cancel and a panic leave no process.
+        // From here on, an error, a cancel or a panic must not leave a process.
         let mut undo = crate::undo::Undo::new();
         undo.push("kill the VMM", || self.kill(process.identity(), Instant::now() + KILL_DEADLINE));
         spawned(process.identity());
         let within = if spec.saved.is_some() { SAVE_DEADLINE } else { START_DEADLINE };
         let running = {
             let _blocking = region(Rank::VmmApi);
-            self.set_going(spec, &spawned_now, Patience { deadline: Instant::now() + within, cancel })
+            self.configure_and_run(spec, &spawned_now, Deadline { at: Instant::now() + within, cancel })
         }
         .map_err(|e| self.with_cause(e, spec, cancel))?;
         undo.commit();
@@ -481,7 +492,7 @@ impl Driver for Firecracker {
     }
 
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
-        let doing = "take up the VMM again";
+        let doing = "adopt the VMM";
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: it has exited"));
         let process = self.processes.verify(identity, &spec.tag)?.ok_or_else(gone)?;
         let GuestNetwork::Tap { address, .. } = spec.network else {
@@ -489,9 +500,9 @@ impl Driver for Firecracker {
         };
         let _blocking = region(Rank::VmmApi);
         let cancel = Cancel::try_new().map_err(|e| Error::io(doing, e))?;
-        let mark = "reconnected; what the guest said since fcd ended may be lost".to_owned();
-        let patience = Patience { deadline: Instant::now() + ANSWER_DEADLINE, cancel: &cancel };
-        drop(self.booted(&process, patience, doing)?);
+        let mark = "reconnected; output since fcd stopped may be lost".to_owned();
+        let deadline = Deadline { at: Instant::now() + ANSWER_DEADLINE, cancel: &cancel };
+        drop(self.booted(&process, deadline, doing)?);
         self.read_console(spec, &place(&process, doing)?, mark)?;
         Ok(Running { identity: identity.clone(), ssh_addr: api::ssh_addr(address) })
     }
@@ -520,14 +531,14 @@ impl Driver for Firecracker {
         self.processes.watch(dir, &self.consoles, identity, died)
     }
 
-    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
+    fn watch_guest(&self, dir: &Path, identity: &Identity, on_event: Box<dyn Fn(GuestEvent) + Send>) -> Result<()> {
         let Some(process) = Process::open(identity)? else { return Ok(()) };
-        let attended = attend::Attended { process, dir: dir.to_owned(), closing: self.closing.clone(), told };
-        crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || attended.run()).map(drop)
+        let monitor = Monitor { process, dir: dir.to_owned(), closing: self.closing.clone(), on_event };
+        crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || monitor.run()).map(drop)
     }
 
     fn set_paused(&self, _dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
-        let doing = if is_paused { "pause the guest" } else { "let the guest go on" };
+        let doing = if is_paused { "pause the guest" } else { "resume the guest" };
         self.talk(identity, doing, cancel, |vmm| if is_paused { vmm.pause() } else { vmm.resume() })
     }
 
@@ -546,7 +557,7 @@ impl Driver for Firecracker {
     }
 
     fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
-        let given_mib = self.talk(identity, "look at the balloon", cancel, |vmm| vmm.balloon_mib())?;
+        let given_mib = self.talk(identity, "read the size of the balloon", cancel, |vmm| vmm.balloon_mib())?;
         Ok(spec.mem_mib.saturating_sub(given_mib))
     }
 
@@ -555,23 +566,23 @@ impl Driver for Firecracker {
     }
 
     fn can_load(&self, driver: &str, elsewhere: bool) -> Result<()> {
-        let doing = "let a saved guest go on";
+        let doing = "restore a saved guest";
         if !driver.starts_with("firecracker") {
             return Err(Error::new(
                 Kind::Unsupported,
-                format!("{doing}: it was saved by {driver}, and VMs run on firecracker now"),
+                format!("{doing}: it was saved by {driver}, but VMs now run on firecracker"),
             )
             .hint("set driver = \"qemu\" under [vmm]"));
         }
         if driver != self.describe() {
-            let text = format!("{doing}: it was saved by {driver}, and VMs run on {} now", self.describe());
-            return Err(Error::new(Kind::Unsupported, text).hint("set jail under [firecracker] as it was"));
+            let text = format!("{doing}: it was saved by {driver}, but VMs now run on {}", self.describe());
+            return Err(Error::new(Kind::Unsupported, text).hint("set jail under [firecracker] back to its former value"));
         }
         if elsewhere && !self.leaves_remains() {
-            // Its disks' paths are in what was saved, and there is no way to give others.
+            // The saved state contains the paths of the disks, and they cannot be overridden.
             return Err(Error::new(
                 Kind::Unsupported,
-                format!("{doing} in another VM: without a jail its disks have the old VM's paths"),
+                format!("{doing} in another VM: without a jail it would use the other VM's disks"),
             )
             .hint("set jail = true under [firecracker], as root"));
         }
@@ -583,26 +594,26 @@ impl Driver for Firecracker {
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: it has exited"));
         let process = Process::open(identity)?.ok_or_else(gone)?;
         let mut pipe = open_pipe(&place(&process, doing)?, METRICS_PIPE)
-            .map_err(|e| e.context(doing).hint("one that an earlier fcd started has none: fcctl vm restart"))?;
-        // What is in it may leave no room for more.
-        let mut told = metrics::read(&mut pipe, Vec::new()).map_err(|e| Error::io(doing, e))?;
+            .map_err(|e| e.context(doing).hint("restart the VM if an earlier fcd started it: fcctl vm restart"))?;
+        // Read the pipe first, because it may be too full for more.
+        let mut lines = metrics::read(&mut pipe, Vec::new()).map_err(|e| Error::io(doing, e))?;
         self.talk(identity, doing, cancel, |vmm| vmm.flush_metrics())?;
-        told = metrics::read(&mut pipe, told).map_err(|e| Error::io(doing, e))?;
-        metrics::parse(&told).ok_or_else(|| {
-            Error::new(Kind::Busy, format!("{doing}: somebody else reads them at the same time")).hint("try again in a moment")
+        lines = metrics::read(&mut pipe, lines).map_err(|e| Error::io(doing, e))?;
+        metrics::parse(&lines).ok_or_else(|| {
+            Error::new(Kind::Busy, format!("{doing}: another caller read them at the same time")).hint("try again in a moment")
         })
     }
 
     fn connect(&self, identity: &Identity, port: u32, cancel: &Cancel) -> Result<UnixStream> {
         let doing = "connect to the guest's vsock";
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"));
         let process = Process::open(identity)?.ok_or_else(gone)?;
         let place = place(&process, doing)?;
         vsock::require(&place)?;
         let _blocking = region(Rank::VmmApi);
-        let patience = Patience { deadline: Instant::now() + GUEST_DEADLINE, cancel };
-        let socket = dial::connect(&place, vsock::SOCKET, &process, patience)?.ok_or_else(gone)?;
-        vsock::open(socket, port, patience)
+        let deadline = Deadline { at: Instant::now() + GUEST_DEADLINE, cancel };
+        let socket = dial::connect(&place, vsock::SOCKET, &process, deadline)?.ok_or_else(gone)?;
+        vsock::open(socket, port, deadline)
     }
 
     fn press_ctrl_alt_del(&self, identity: &Identity, cancel: &Cancel) -> Result<bool> {
@@ -621,7 +632,7 @@ impl Driver for Firecracker {
         Ok(jail::remains(vms, tag_prefix))
     }
 
-    /// The jailer does (src/jailer/src/env.rs, `mknod_and_own_dev`).
+    /// The jailer makes them (src/jailer/src/env.rs, `mknod_and_own_dev`).
     fn makes_device_nodes(&self) -> bool {
         self.leaves_remains()
     }

@@ -1,8 +1,10 @@
-//! Firecracker's refusals. The status is always 400; the body has one of two forms, one of which is not JSON (a raw line end
-//! within a string). [`MEANINGS`] decides an error's kind and hint.
+//! Maps Firecracker's refusals to errors. The status is always 400. The body has one of two forms,
+//! one of which is not valid JSON (it has a raw line feed in a string). [`MEANINGS`] decides an
+//! error's kind and hint.
 //!
-//! Where the host's kernel refused something, the number of the error decides and never its text: releases are linked with
-//! musl, distributions' builds with glibc, and each has texts of its own for the same number.
+//! If the host's kernel refused something, only the error number counts and never its text.
+//! Releases are linked with musl and builds of distributions with glibc, and the two have different
+//! texts for the same number.
 
 use crate::error::{Error, Kind};
 use crate::host::command::printable;
@@ -17,11 +19,11 @@ struct Fault {
     fault_message: String,
 }
 
-/// The HTTP server below the API has no JSON library and writes this form by hand.
+/// The HTTP server below the API writes this form by hand, without a JSON library.
 const SERVER_PREFIX: &str = "{ \"error\": \"";
 const SERVER_SUFFIX: &str = "\" }";
 
-/// The message in a body.
+/// Returns the message in a body.
 fn text(body: &[u8]) -> String {
     let all = String::from_utf8_lossy(body);
     let said = match serde_json::from_slice::<Fault>(body) {
@@ -32,19 +34,19 @@ fn text(body: &[u8]) -> String {
     printable(&line.chars().take(TEXT_CHARS_MAX).collect::<String>())
 }
 
-/// The number of the host's error: std prints `(os error 16)` for people and `Os { code: 16, ... }` for debugging, and
-/// Firecracker uses both. The last one is the cause.
+/// Returns the number of the host's error. std prints it as `(os error 16)` or, with `{:?}`, as `Os
+/// { code: 16, ... }`, and Firecracker uses both. The last one is the cause.
 fn errno(said: &str) -> Option<i32> {
     let after = |mark: &str| said.rfind(mark).map(|at| &said[at + mark.len()..]);
     let rest = after("(os error ").or_else(|| after("Os { code: "))?;
     rest[..rest.find(|c: char| !c.is_ascii_digit())?].parse().ok()
 }
 
-/// The way a message is recognised.
+/// How a message is recognised.
 enum Sign {
-    /// A part of Firecracker's own text.
+    /// By a part of Firecracker's own text.
     Text(&'static str),
-    /// The number of the host's error.
+    /// By the number of the host's error.
     Errno(i32),
     Both(&'static str, i32),
 }
@@ -63,9 +65,9 @@ impl Sign {
 
 const REPORT: &str = "report it, with the VM's vmm.log";
 const FREE_SPACE: &str = "free some space on the host";
-const READ_IMAGE: &str = "its uid must be able to read the image: see fcctl doctor";
+const READ_IMAGE: &str = "make the image readable for the VMM's uid: see fcctl doctor";
 
-/// The most telling sign first. The texts are those of v1.16.
+/// Known messages of v1.16. The first sign that matches decides.
 const MEANINGS: [(Sign, Kind, &str); 27] = [
     (
         Text("Invalid Elf magic number"),
@@ -78,28 +80,32 @@ const MEANINGS: [(Sign, Kind, &str); 27] = [
     (Errno(ENOSPC), Kind::DiskFull, FREE_SPACE),
     (Errno(EDQUOT), Kind::DiskFull, FREE_SPACE),
     (Errno(ENOMEM), Kind::MemoryLimit, "stop another VM, or give this one less memory with fcctl vm set"),
-    (Text("number of vCPUs"), Kind::InvalidArgument, "Firecracker gives 1 to 32 vCPUs: fcctl vm set"),
+    (Text("number of vCPUs"), Kind::InvalidArgument, "set 1 to 32 vCPUs: fcctl vm set"),
     (Text("memory size (MiB)"), Kind::InvalidArgument, "set another size: fcctl vm set"),
     (Text("save/restore unavailable while running"), Kind::Internal, REPORT),
     (Text("not allowed after configuring"), Kind::Internal, REPORT),
     (Text("Unknown Network Device"), Kind::Internal, REPORT),
-    (Text("snapshot backing file"), Kind::VmmFailed, "its uid must be able to write the snapshot: see fcctl doctor"),
+    (Text("snapshot backing file"), Kind::VmmFailed, "make the snapshot writable for the VMM's uid: see fcctl doctor"),
     (
         Text("Failed to restore from snapshot"),
         Kind::VmmFailed,
         "the snapshot is damaged, or was made by another version or on another CPU: fcctl snapshot show",
     ),
-    (Both("tap", EBUSY), Kind::Conflict, "another process has the tap: fcctl doctor --leaks"),
+    (Both("tap", EBUSY), Kind::Conflict, "find the process that uses the tap: fcctl doctor --leaks"),
     (Text("Invalid interface name"), Kind::Internal, REPORT),
     (Text("MAC address"), Kind::Internal, REPORT),
-    (Text("Open tap device failed"), Kind::VmmFailed, "its uid must be able to open /dev/net/tun: fcctl doctor"),
-    (Text("Error manipulating the backing file"), Kind::VmmFailed, "its uid must be able to open the disk: see fcctl doctor"),
+    (Text("Open tap device failed"), Kind::VmmFailed, "make /dev/net/tun accessible for the VMM's uid: fcctl doctor"),
+    (
+        Text("Error manipulating the backing file"),
+        Kind::VmmFailed,
+        "make the disk accessible for the VMM's uid: see fcctl doctor",
+    ),
     (Text("root block device already exists"), Kind::Internal, REPORT),
-    (Errno(EADDRINUSE), Kind::Conflict, "a socket of an earlier start is left: stop the VM and start it again"),
+    (Errno(EADDRINUSE), Kind::Conflict, "stop the VM and start it again to remove an old socket"),
     (Text("before starting the microVM"), Kind::WrongState, "wait until the guest has started"),
     (Text("after starting the microVM"), Kind::WrongState, "stop the VM first"),
-    (Text("Device not activated yet"), Kind::Busy, "the guest has not set the device up yet: try again in a moment"),
-    (Text("No balloon device found"), Kind::Unsupported, "it was started without one: fcctl vm restart"),
+    (Text("Device not activated yet"), Kind::Busy, "try again when the guest has set up the device"),
+    (Text("No balloon device found"), Kind::Unsupported, "restart the VM to add one: fcctl vm restart"),
     (Text("is larger than the limit"), Kind::Internal, REPORT),
     (Text("Kvm"), Kind::Unsupported, "this host's KVM lacks what Firecracker needs: fcctl doctor"),
 ];
@@ -118,7 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_forms_are_read_and_nothing_of_them_breaks_a_line() {
+    fn both_forms_are_parsed_to_one_printable_line() {
         let known = br#"{"fault_message":"Start microvm error: Cannot start microvm without kernel configuration."}"#;
         let server = b"{ \"error\": \"Invalid HTTP Method: Unsupported HTTP method.\nAll previous unanswered requests will be dropped.\" }";
         assert_eq!(text(known), "Start microvm error: Cannot start microvm without kernel configuration.");
@@ -131,7 +137,7 @@ mod tests {
         assert!(text(&[b'x'; 10_000]).len() <= TEXT_CHARS_MAX);
     }
 
-    /// Every message of the recorded transcripts that a driver can meet.
+    /// The messages are from recorded transcripts.
     #[test]
     fn every_recorded_message_has_a_meaning() {
         for (message, kind) in [
@@ -214,8 +220,8 @@ mod tests {
         assert_eq!((e.kind(), e.hint_text()), (Kind::VmmFailed, Some(HINT)));
     }
 
-    /// A released Firecracker is linked with musl, a distribution's with glibc: the same error has two texts, and a third
-    /// form where Firecracker prints it with `{:?}`.
+    /// A released Firecracker is linked with musl, and one of a distribution with glibc, so the
+    /// same error has two texts. Firecracker also prints errors with `{:?}`, which is a third form.
     #[test]
     fn host_errors_have_the_same_meaning_with_every_libc() {
         let tap = "Network config error: Could not create the network device: Open tap device failed: Error while creating ifreq structure: ";

@@ -1,7 +1,8 @@
-//! Saving a guest into two files of ours, which get second names where the VMM can open them.
+//! Saves a guest into two files, which are linked into the directory where the VMM can open them.
 //!
-//! A guest is paused while its memory is written, so as little as possible is: [`SnapshotType::Diff`] of a guest that has
-//! booted, unless a part of its memory is in the host's swap.
+//! The guest is paused while its memory is written, so as little as possible is written. A guest
+//! that has booted is saved as a [`SnapshotType::Diff`], unless part of its memory is in the host's
+//! swap.
 
 use super::api::{Booted, SnapshotType};
 use super::{Firecracker, SAVE_DEADLINE, jail};
@@ -9,7 +10,7 @@ use crate::config::VmmLimits;
 use crate::error::{Error, Kind, Result};
 use crate::host::process::Process;
 use crate::locks::{Cancel, Rank, region};
-use crate::vmm::dial::Patience;
+use crate::vmm::dial::Deadline;
 use crate::vmm::{Identity, SaveTo, VmmSpec, run_dir};
 use rustix::fs::{AtFlags, CWD};
 use std::os::fd::OwnedFd;
@@ -18,20 +19,21 @@ use std::time::Instant;
 impl Firecracker {
     pub(super) fn save_guest(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
         let doing = "save the guest";
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"));
         let process = Process::open(identity)?.ok_or_else(gone)?;
         let _blocking = region(Rank::VmmApi);
-        let patience = Patience { deadline: Instant::now() + SAVE_DEADLINE, cancel };
-        // Use the host's path: the jail's own root is another mount, into which nothing can be linked.
+        let deadline = Deadline { at: Instant::now() + SAVE_DEADLINE, cancel };
+        // Use the host's path. The jail's own root is another mount, into which nothing can be
+        // linked.
         let place = match jail::find(&spec.dir, &spec.tag)? {
             Some(root) => root,
             None => run_dir::open(&spec.dir, doing)?,
         };
-        // The files are on the disk whose rate is limited.
+        // Lift the rate limit, because the files are on the same disk.
         let unlimited = VmmSpec { rates: crate::api::vm::RateLimits::default(), ..spec.clone() };
         jail::limit_io(VmmLimits::BestEffort, &unlimited)?;
         let saved = link(&place, to).and_then(|()| {
-            let mut vmm = self.booted(&process, patience, doing)?;
+            let mut vmm = self.booted(&process, deadline, doing)?;
             save(&mut vmm, &process).map(|()| vmm.version().to_owned())
         });
         jail::limit_io(self.config.limits, spec)?;
@@ -41,8 +43,10 @@ impl Firecracker {
 }
 
 fn save(vmm: &mut Booted<'_>, process: &Process) -> Result<()> {
-    // Swap is looked at before and after, because the kernel may swap a paused guest out at any time. Firecracker itself
-    // touches none of the missing pages in between: the thread that saves is the one that serves its devices.
+    // Swap is checked before and after, because the kernel may swap out a paused guest at any time.
+    // In
+    // between, Firecracker does not touch the missing pages: the thread that saves also serves the
+    // devices.
     if vmm.has_booted()? && !is_swapped(process) {
         vmm.save(SnapshotType::Diff, jail::DEVICES, jail::MEMORY)?;
         if !is_swapped(process) {
@@ -52,24 +56,24 @@ fn save(vmm: &mut Booted<'_>, process: &Process) -> Result<()> {
     vmm.save(SnapshotType::Full, jail::DEVICES, jail::MEMORY)
 }
 
-/// True if a part of the process's memory is in swap, or may be.
+/// True if part of the process's memory is in swap, or if that is unknown.
 fn is_swapped(process: &Process) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.identity().pid)).unwrap_or_default();
     swapped_kib(&status) != Some(0)
 }
 
-/// `VmSwap:        0 kB` (proc(5)).
+/// Parses `VmSwap:        0 kB` (proc(5)).
 fn swapped_kib(status: &str) -> Option<u64> {
     let value = status.lines().find_map(|line| line.strip_prefix("VmSwap:"))?;
     value.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
-/// The VMM may have put something of its own where the names go.
+/// Links the files into `place`. Removes what the VMM may have put there under these names.
 pub(super) fn link(place: &OwnedFd, to: SaveTo<'_>) -> Result<()> {
     unlink(place)?;
     for (path, name) in [(to.memory, jail::MEMORY), (to.devices, jail::DEVICES)] {
         let linked = rustix::fs::linkat(CWD, path, place, name, AtFlags::empty());
-        linked.map_err(|e| Error::io(format!("give the VMM {}", path.display()), std::io::Error::from(e)))?;
+        linked.map_err(|e| Error::io(format!("link {} for the VMM", path.display()), std::io::Error::from(e)))?;
     }
     Ok(())
 }
@@ -78,7 +82,7 @@ fn unlink(place: &OwnedFd) -> Result<()> {
     for name in [jail::MEMORY, jail::DEVICES] {
         match rustix::fs::unlinkat(place, name, AtFlags::empty()) {
             Ok(()) | Err(rustix::io::Errno::NOENT) => {}
-            Err(e) => return Err(Error::io("take a file from the VMM", std::io::Error::from(e))),
+            Err(e) => return Err(Error::io("unlink a file of the VMM", std::io::Error::from(e))),
         }
     }
     Ok(())

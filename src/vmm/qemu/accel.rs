@@ -1,8 +1,9 @@
-//! What a VM runs on here: found out once, lazily, and never in the way of a cancel.
+//! Picks the accelerator and the board for VMs on this host, once and when it is first needed.
 //!
-//! That `/dev/kvm` is there proves nothing: it may be closed to us, or belong to a virtualisation that runs no
-//! stock kernel. So a stock kernel is booted with it, without a root file system: one that gets as far as to miss
-//! that has come through everything that such hosts stumble over, and has done so in time.
+//! The presence of `/dev/kvm` proves nothing. It may not be accessible, or belong to a
+//! virtualisation that cannot run a stock kernel. So the probe boots a stock kernel with KVM and
+//! without a root file system. If the kernel gets as far as missing that, it has passed everything
+//! that fails on such hosts, and has done so in time.
 
 use super::argv::{Accelerator, Board, PROBE_LAST_WORDS, Platform, probe_argv};
 use super::tsc;
@@ -17,23 +18,24 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A stock kernel takes a second or two from its start to its panic with working virtualisation.
+/// How long the probe may take. With working virtualisation a stock kernel panics after one or two
+/// seconds.
 const PROBE_DEADLINE: Duration = Duration::from_secs(10);
-/// The probe and what is around it.
+/// How long picking may take, including the probe.
 const PICK_DEADLINE: Duration = Duration::from_secs(20);
 
-/// What was picked, and why.
+/// The result, and the reason for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Picked {
     pub platform: Platform,
     pub why: String,
-    /// Groups that a VMM under another uid needs: the one that may open `/dev/kvm`.
+    /// The groups that a VMM with another uid needs to open `/dev/kvm`.
     pub groups: Vec<u32>,
 }
 
 enum State {
     Unknown,
-    /// Fires when it is over.
+    /// A thread is probing. The object fires when it has finished.
     Probing(Cancel),
     Known(Picked),
 }
@@ -55,10 +57,10 @@ impl Picker {
         }
     }
 
-    /// Waits for a probe that is under way rather than making a second. Its own thread makes it, so a waiter may
-    /// leave and the result is there for the next.
+    /// Returns the picked platform, and waits if a probe is still running. The probe has a thread
+    /// of its own, so a cancelled caller does not stop it, and the next caller gets its result.
     pub fn pick(&self, kernel: &Path, cancel: &Cancel) -> Result<Picked> {
-        let doing = "find out what VMs run on here";
+        let doing = "pick an accelerator";
         let deadline = Instant::now() + PICK_DEADLINE;
         loop {
             let over = match &mut *self.state.lock() {
@@ -74,16 +76,17 @@ impl Picker {
             match wait_any(&[(over.fd(), PollFlags::POLLIN)], deadline, cancel).map_err(|e| Error::io(doing, e))? {
                 WaitResult::Ready => {}
                 WaitResult::Cancelled => return Err(cancelled(doing, cancel)),
-                WaitResult::Deadline => return Err(Error::new(Kind::Timeout, format!("{doing}: not in time"))),
+                WaitResult::Deadline => return Err(Error::new(Kind::Timeout, format!("{doing}: the deadline has passed"))),
             }
         }
     }
 
-    /// The state's lock is held by the caller, so the thread's first store comes after the caller's.
+    /// Starts a probe. The caller holds the lock of the state, so the thread can only store its
+    /// result after the caller has set [`State::Probing`].
     fn begin(&self, kernel: &Path, over: Cancel) -> Result<()> {
         let (config, kernel, state) = (self.config.clone(), kernel.to_owned(), self.state.clone());
         crate::host::thread::spawn("vmm-probe", move || {
-            // A panic must not leave those who wait without an answer.
+            // After a panic the waiting callers must still get an answer.
             let pick = std::panic::AssertUnwindSafe(|| pick(&config, &kernel, &over));
             let picked = std::panic::catch_unwind(pick).unwrap_or_else(|_| Err(Error::internal("the probe panicked")));
             *state.lock() = match picked {
@@ -92,7 +95,7 @@ impl Picker {
                     State::Known(picked)
                 }
                 Err(e) => {
-                    log::warn!("find out what VMs run on here: {e}");
+                    log::warn!("pick an accelerator: {e}");
                     State::Unknown
                 }
             };
@@ -104,13 +107,13 @@ impl Picker {
 
 fn pick(config: &Qemu, kernel: &Path, cancel: &Cancel) -> Result<Picked> {
     let (accelerator, why, groups) = match config.accel {
-        Accel::Tcg => (Accelerator::Tcg, "the configuration says tcg".to_owned(), Vec::new()),
-        Accel::Kvm => (Accelerator::Kvm, "the configuration says kvm".to_owned(), devices::access(KVM).unwrap_or_default()),
+        Accel::Tcg => (Accelerator::Tcg, "configured as tcg".to_owned(), Vec::new()),
+        Accel::Kvm => (Accelerator::Kvm, "configured as kvm".to_owned(), devices::access(KVM).unwrap_or_default()),
         Accel::Auto => match devices::access(KVM) {
             Err(why) => (Accelerator::Tcg, why, Vec::new()),
             Ok(groups) => match try_kvm(config, kernel, cancel)? {
                 None => (Accelerator::Kvm, "a stock kernel boots with it".to_owned(), groups),
-                Some(why) => (Accelerator::Tcg, format!("{KVM} runs no stock kernel: {why}"), Vec::new()),
+                Some(why) => (Accelerator::Tcg, format!("{KVM} does not run a stock kernel: {why}"), Vec::new()),
             },
         },
     };
@@ -119,10 +122,10 @@ fn pick(config: &Qemu, kernel: &Path, cancel: &Cancel) -> Result<Picked> {
 }
 
 fn pick_board(machine: Machine, accelerator: Accelerator, cancel: &Cancel) -> Result<Board> {
-    let by_itself = machine == Machine::Microvm && accelerator == Accelerator::Kvm;
+    let needs_no_tsc = machine == Machine::Microvm && accelerator == Accelerator::Kvm;
     Ok(match machine {
-        // KVM tells the guest its TSC's frequency.
-        _ if by_itself => Board::Microvm { tsc_khz: None },
+        // KVM reports the TSC's frequency to the guest.
+        _ if needs_no_tsc => Board::Microvm { tsc_khz: None },
         Machine::Q35 => Board::Q35,
         Machine::Auto if accelerator == Accelerator::Kvm || !tsc::is_constant() => Board::Q35,
         Machine::Auto | Machine::Microvm => match tsc::measure_khz(cancel)? {
@@ -132,8 +135,8 @@ fn pick_board(machine: Machine, accelerator: Accelerator, cancel: &Cancel) -> Re
     })
 }
 
-/// Boots a stock kernel with KVM and answers why it did not boot, or nothing if it did. An error only where that could not
-/// be found out.
+/// Boots a stock kernel with KVM. Returns None if it boots, or the reason why it does not. Fails
+/// only if that could not be found out.
 pub fn try_kvm(config: &Qemu, kernel: &Path, cancel: &Cancel) -> Result<Option<String>> {
     let platform = Platform { accelerator: Accelerator::Kvm, board: Board::Q35 };
     let command = Command::new(&config.binary).args(probe_argv(&platform, kernel)).deadline(PROBE_DEADLINE);
@@ -141,7 +144,7 @@ pub fn try_kvm(config: &Qemu, kernel: &Path, cancel: &Cancel) -> Result<Option<S
         Ok(out) if out.status == 0 && String::from_utf8_lossy(&out.stdout).contains(PROBE_LAST_WORDS) => Ok(None),
         Ok(out) => {
             let said = printable(String::from_utf8_lossy(&out.stderr).lines().last().unwrap_or_default());
-            Ok(Some(format!("qemu ended with status {}: {said}", out.status)))
+            Ok(Some(format!("qemu exited with status {}: {said}", out.status)))
         }
         Err(e) if e.kind() == Kind::Timeout => Ok(Some(format!("it did not boot within {} s", PROBE_DEADLINE.as_secs()))),
         Err(e) => Err(e),
@@ -157,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn the_configuration_is_obeyed() {
+    fn configured_accelerator_and_board_are_used() {
         let cancel = Cancel::try_new().unwrap();
         let pick = |accel, machine| picker(accel, machine).pick(Path::new("/none"), &cancel).unwrap().platform;
         assert_eq!(pick(Accel::Tcg, Machine::Q35), Platform { accelerator: Accelerator::Tcg, board: Board::Q35 });
@@ -168,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn kvm_that_does_not_boot_is_not_used_and_the_result_is_kept() {
+    fn kvm_failing_probe_is_not_used_and_result_is_kept() {
         let cancel = Cancel::try_new().unwrap();
         let picker = picker(Accel::Auto, Machine::Q35);
         assert_eq!(picker.known(), None);
@@ -178,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn a_waiter_may_leave() {
+    fn pick_can_be_cancelled() {
         let cancel = Cancel::try_new().unwrap();
         cancel.cancel(crate::locks::CancelCause::VmStopped);
         let e = picker(Accel::Tcg, Machine::Microvm).pick(Path::new("/none"), &cancel).unwrap_err();

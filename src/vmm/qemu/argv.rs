@@ -10,13 +10,14 @@ use std::fmt::{self, Write as _};
 use std::path::Path;
 
 pub const QMP_SOCKET: &str = "qmp.sock";
-/// A monitor serves one connection at a time: the other has whoever waits for events, this one has whoever asks once.
+/// A monitor serves one connection at a time. The event monitor keeps the first one, and commands
+/// use this one.
 pub const CONTROL_SOCKET: &str = "control.sock";
 pub const CONSOLE_SOCKET: &str = "console.sock";
-/// The guest's address on the user-mode network, and its SSH port.
+/// The guest's address on the user-mode network and its SSH port.
 pub const GUEST_ADDR: &str = "10.0.2.15";
 pub const GUEST_SSH_PORT: u16 = 22;
-/// Translated code is cached up to here; without a bound QEMU takes as much as a gigabyte.
+/// Size limit of QEMU's cache of translated code. Without one it takes up to a gigabyte.
 const TCG_CACHE_MIB: u32 = 256;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,14 +28,15 @@ pub enum Accelerator {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Board {
-    /// Under TCG it has no timer to calibrate the TSC against, so the host's frequency is told to the kernel.
+    /// Under TCG this board has no timer to calibrate the TSC with, so the kernel gets the host's
+    /// frequency as an argument.
     Microvm {
         tsc_khz: Option<u64>,
     },
     Q35,
 }
 
-/// What a VM runs on.
+/// The accelerator and the board that a VM runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Platform {
     pub accelerator: Accelerator,
@@ -58,7 +60,7 @@ impl fmt::Display for Platform {
 impl Platform {
     fn machine(&self) -> &'static str {
         match (self.board, self.accelerator) {
-            // The PIT would be calibrated against, which never ends under TCG.
+            // With a PIT the kernel would calibrate with it, which never ends under TCG.
             (Board::Microvm { .. }, Accelerator::Tcg) => "microvm,pit=off,rtc=on,isa-serial=on",
             (Board::Microvm { .. }, Accelerator::Kvm) => "microvm,rtc=on,isa-serial=on",
             (Board::Q35, _) => "q35",
@@ -72,7 +74,7 @@ impl Platform {
         }
     }
 
-    /// The part that the sandbox and the machine make, for a VM and for a probe alike.
+    /// The arguments for the machine and the sandbox, which VMs and probes have in common.
     pub fn base(&self) -> Vec<OsString> {
         let mut args: Vec<OsString> = ["-machine", self.machine(), "-accel"].map(OsString::from).to_vec();
         match self.accelerator {
@@ -91,13 +93,14 @@ impl Platform {
         let mut args = vec![image.trim(), "console=ttyS0 panic=-1 net.ifnames=0 quiet"];
         args.push("cryptomgr.notests random.trust_cpu=on audit=0");
         if self.accelerator == Accelerator::Tcg {
-            // There is no speculation to mitigate in translated code.
+            // Translated code does not speculate, so there is nothing to mitigate.
             args.push("mitigations=off");
         }
         let mut args: Vec<_> = args.into_iter().filter(|a| !a.is_empty()).map(str::to_owned).collect();
         if let Board::Microvm { tsc_khz } = self.board {
-            // Reliable: the watchdog would compare it with jiffies, which fall behind on a busy host, and would then
-            // go on by these. Measured: two boots of ten at load 3.
+            // Without `reliable`, the kernel's watchdog would compare the TSC with jiffies, which
+            // fall behind
+            // on a busy host, and would then switch to those. Two of ten boots did so at load 3.
             args.extend(tsc_khz.map(|khz| format!("tsc_early_khz={khz} tsc=reliable")));
         }
         args.join(" ")
@@ -106,12 +109,12 @@ impl Platform {
 
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 
-/// The arguments for one VM. QEMU runs in the VM's `run/`, so its sockets have short names; it starts stopped, so
-/// that the console is read from the first byte on.
+/// Returns the arguments for one VM. QEMU runs in the VM's `run/`, so its sockets have short names.
+/// It starts with the guest stopped, so that the console is read from its first byte.
 pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Vec<OsString>> {
     let is_plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
     if spec.tag.is_empty() || !spec.tag.bytes().all(is_plain) {
-        return Err(Error::internal(format!("start the VMM: the tag {:?} has other characters than a-z, 0-9 and -", spec.tag)));
+        return Err(Error::internal(format!("start the VMM: the tag {:?} has characters other than a-z, 0-9 and -", spec.tag)));
     }
     let mut args: Vec<OsString> = vec!["-name".into(), spec.tag.clone().into()];
     args.extend(platform.base());
@@ -127,13 +130,14 @@ pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Ve
     }
     let (netdev, mac) = network(&spec.network, is_isolated)?;
     option("-netdev", netdev);
-    // Without a ROM a PCI card does not try to boot from the network.
+    // With a ROM a PCI card would try to boot from the network.
     let rom = if platform.board == Board::Q35 { ",romfile=" } else { "" };
     option("-device", platform.device("net", &format!("netdev=net{mac}{rom}")));
     option("-object", "rng-builtin,id=rng".into());
     option("-device", platform.device("rng", "rng=rng"));
     if spec.has_balloon {
-        // A guest that runs out of memory takes it back by itself, and one that frees some gives it back by itself.
+        // A guest that runs out of memory takes it back on its own, and returns memory that it
+        // frees.
         option("-device", platform.device("balloon", "deflate-on-oom=on,free-page-reporting=on"));
     }
     option("-chardev", format!("socket,id=console,path={CONSOLE_SOCKET},server=on,wait=off"));
@@ -142,14 +146,14 @@ pub fn argv(spec: &VmmSpec, platform: &Platform, is_isolated: bool) -> Result<Ve
     option("-qmp", format!("unix:{CONTROL_SOCKET},server=on,wait=off"));
     option("-append", platform.kernel_args(&spec.boot_args));
     if spec.saved.is_some() {
-        // From where, QMP is told.
+        // The file to load is passed through QMP.
         option("-incoming", "defer".into());
     }
     args.extend(["-kernel".into(), spec.kernel.clone().into(), "-initrd".into(), spec.initrd.clone().into(), "-S".into()]);
     Ok(args)
 }
 
-/// The value of `-netdev`, and what the device is told of it.
+/// Returns the value of `-netdev`, and the properties to add to the device.
 fn network(network: &GuestNetwork, is_isolated: bool) -> Result<(String, String)> {
     match network {
         GuestNetwork::UserMode { isolated, ports } => {
@@ -164,18 +168,20 @@ fn network(network: &GuestNetwork, is_isolated: bool) -> Result<(String, String)
         GuestNetwork::Tap { name, mac, .. } => {
             let is_plain = |text: &str, also: u8| text.bytes().all(|b| b.is_ascii_alphanumeric() || b == also);
             if name.is_empty() || !is_plain(name, b'-') || !is_plain(mac, b':') {
-                return Err(Error::internal(format!("start the VMM: {network:?} is no tap of ours")));
+                return Err(Error::internal(format!("start the VMM: {network:?} is not one of our taps")));
             }
-            // It opens /dev/net/tun itself and so attaches to what is its uid's; no script is run.
+            // QEMU opens /dev/net/tun itself and attaches to the tap that its uid owns. No script
+            // runs.
             Ok((format!("tap,id=net,ifname={name},script=no,downscript=no"), format!(",mac={mac}")))
         }
     }
 }
 
-/// As JSON, for in the other form a comma ends a path. `locking`: a second VMM on the same disk is refused.
+/// Describes the file of a disk as JSON, because in QEMU's other syntax a comma would end a path.
+/// With `locking`, a second VMM cannot use the same disk.
 fn file_node(node: &str, path: &Path, format: DiskFormat, is_readonly: bool) -> Result<String> {
     let Some(path) = path.to_str() else {
-        let message = format!("start the VMM: the path {} is no UTF-8", path.display());
+        let message = format!("start the VMM: the path {} is not UTF-8", path.display());
         return Err(Error::new(Kind::Unsupported, message).hint("use another state directory"));
     };
     let name = format!("{node}-file");
@@ -187,7 +193,8 @@ fn file_node(node: &str, path: &Path, format: DiskFormat, is_readonly: bool) -> 
     .to_string())
 }
 
-/// The host's page cache is used and the guest's flushes are honoured: QEMU's defaults.
+/// Describes the format of a disk. By QEMU's defaults the host's page cache is used and the guest's
+/// flushes are honoured.
 fn format_node(node: &str, format: DiskFormat, is_readonly: bool) -> String {
     let driver = match format {
         DiskFormat::Raw | DiskFormat::Device => "raw",
@@ -197,7 +204,8 @@ fn format_node(node: &str, format: DiskFormat, is_readonly: bool) -> String {
         .to_string()
 }
 
-/// What boots a kernel far enough to see that it runs: it finds no root and panics, and so the VMM ends.
+/// Returns the arguments that boot a kernel without a root file system. If it runs, it panics
+/// because of that, which ends the VMM.
 pub fn probe_argv(platform: &Platform, kernel: &Path) -> Vec<OsString> {
     let mut args = platform.base();
     args.extend(["-m", "256M", "-serial", "stdio", "-append", PROBE_KERNEL_ARGS, "-kernel"].map(OsString::from));
@@ -206,10 +214,11 @@ pub fn probe_argv(platform: &Platform, kernel: &Path) -> Vec<OsString> {
 }
 
 const PROBE_KERNEL_ARGS: &str = "console=ttyS0 panic=-1 quiet";
-/// What a kernel without a root file system says last (init/do_mounts.c).
+/// The last message of a kernel without a root file system (init/do_mounts.c).
 pub const PROBE_LAST_WORDS: &str = "VFS: Unable to mount root fs";
 
-/// Where the guest's SSH port is forwarded from, in the answer to `info usernet` (slirp's `connection_info`).
+/// Finds the host port that is forwarded to the guest's SSH port in the answer to `info usernet`
+/// (slirp's `connection_info`).
 pub fn forwarded_port(usernet: &str) -> Option<u16> {
     usernet.lines().find_map(|line| {
         let fields: Vec<_> = line.split_whitespace().collect();
@@ -266,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn microvm_under_emulation() {
+    fn argv_of_microvm_under_tcg() {
         let board = Board::Microvm { tsc_khz: Some(2_596_111) };
         check(
             &spec(),
@@ -307,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn q35_under_kvm_isolated_on_qcow2() {
+    fn argv_of_isolated_q35_under_kvm_on_qcow2() {
         let spec = VmmSpec { disk_format: DiskFormat::Qcow2, ..spec() };
         check(
             &spec,
@@ -348,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn user_mode_reaches_nothing_where_either_setting_says_so() {
+    fn user_mode_is_restricted_by_configuration_or_vm() {
         for (by_configuration, by_vm) in [(false, false), (true, false), (false, true), (true, true)] {
             let (netdev, _) = network(&GuestNetwork::UserMode { isolated: by_vm, ports: Vec::new() }, by_configuration).unwrap();
             assert_eq!(netdev.contains(",restrict=on,"), by_configuration || by_vm, "{netdev}");
@@ -356,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn ports_lead_into_the_guest() {
+    fn user_mode_forwards_published_ports() {
         let port = |host_addr: [u8; 4], protocol| Port { host_addr: host_addr.into(), host_port: 8080, guest_port: 80, protocol };
         let ports = vec![port([127, 0, 0, 1], Protocol::Tcp), port([0, 0, 0, 0], Protocol::Udp)];
         let (netdev, _) = network(&GuestNetwork::UserMode { isolated: false, ports }, false).unwrap();
@@ -367,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn a_work_disk_comes_third() {
+    fn work_disk_is_third_device() {
         let spec = VmmSpec { work_disk: Some("/s/vms/0123456789ab/work".into()), ..spec() };
         let args = argv(&spec, &Platform { accelerator: Accelerator::Kvm, board: Board::Q35 }, false).unwrap();
         let devices: Vec<_> = args.iter().filter_map(|a| a.to_str()).filter(|a| a.starts_with("virtio-blk")).collect();
@@ -375,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tap() {
+    fn tap_arguments_are_checked() {
         let tap = |name: &str, mac: &str| {
             let address = Ipv4Addr::new(10, 89, 0, 5);
             network(&GuestNetwork::Tap { name: name.into(), mac: mac.into(), address }, false)
@@ -387,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tag_that_qemu_would_take_apart_is_refused() {
+    fn tag_with_special_characters_is_rejected() {
         let platform = Platform { accelerator: Accelerator::Tcg, board: Board::Q35 };
         for tag in ["", "a,b", "a=b", "a b"] {
             assert!(argv(&VmmSpec { tag: tag.into(), ..spec() }, &platform, false).is_err(), "{tag}");
@@ -395,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn the_forwarded_port_is_read_from_the_table() {
+    fn forwarded_port_is_parsed_from_usernet_table() {
         let table = "Hub -1 (net):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
                      TCP[ESTABLISHED]  12       127.0.0.1 40000       10.0.2.15    22     0     0\r\n  \
                      TCP[HOST_FORWARD]   8       127.0.0.1 39341       10.0.2.15    22     0     0\r\n";

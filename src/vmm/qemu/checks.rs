@@ -1,4 +1,4 @@
-//! What QEMU needs here, what was found, and what was picked.
+//! The checks of QEMU for `fcctl doctor`: what it needs on this host, and what was picked.
 
 use super::accel::Picked;
 use super::argv::Board;
@@ -12,7 +12,7 @@ use crate::locks::Cancel;
 use crate::vmm::devices::{self, KVM};
 use std::time::Duration;
 
-/// Oldest QEMU that this driver was made for.
+/// The oldest supported version of QEMU.
 const VERSION_MIN: (u32, u32) = (7, 2);
 const VERSION_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -35,7 +35,7 @@ fn binary(config: &Qemu) -> Check {
     };
     if let Some(closed) = reach::closed_to_others(&path).filter(|_| nix::unistd::geteuid().is_root()) {
         let closed = closed.display();
-        let found = format!("VMMs do not run as root and may not enter {closed}, where {} is", path.display());
+        let found = format!("VMMs do not run as root and may not enter {closed}, which contains {}", path.display());
         return check("qemu", Severity::Fail, found, Some(&binary_fix(&closed)));
     }
     let run = || {
@@ -52,13 +52,13 @@ fn binary(config: &Qemu) -> Check {
             let found = format!("{} is version {}.{}; {major}.{minor} or newer is needed", path.display(), v.0, v.1);
             check("qemu", Severity::Warn, found, INSTALL)
         }
-        None => check("qemu", Severity::Fail, format!("{} does not run, or is no QEMU", path.display()), INSTALL),
+        None => check("qemu", Severity::Fail, format!("{} does not run or is not QEMU", path.display()), INSTALL),
     }
 }
 
-/// The hint for a QEMU below a closed directory.
+/// The hint for a QEMU in a directory that the VMM's uid may not enter.
 pub(super) fn binary_fix(closed: &dyn std::fmt::Display) -> String {
-    format!("name another QEMU (binary under [qemu]), or let every user enter this directory: chmod o+x {closed}")
+    format!("set another binary under [qemu], or chmod o+x {closed}")
 }
 
 /// `QEMU emulator version 7.2.22 (Debian ...)`.
@@ -78,15 +78,15 @@ fn accelerator(config: &Qemu, picked: Option<&Picked>) -> Check {
     if let Some(picked) = picked {
         let is_slow = config.accel == Accel::Auto && picked.platform.accelerator == super::argv::Accelerator::Tcg;
         let found = format!("{} is used: {}", picked.platform, picked.why);
-        // Slower, but right: where there is no virtualisation there is nothing to mend.
+        // Emulation is slow but correct. On a host without virtualisation there is nothing to fix.
         return check("accelerator", if is_slow { Severity::Warn } else { Severity::Ok }, found, fix.filter(|_| is_slow));
     }
     match (config.accel, devices::access(KVM)) {
-        (Accel::Tcg, _) => check("accelerator", Severity::Ok, "tcg will be used: the configuration says so".into(), None),
-        (Accel::Kvm, Ok(_)) => check("accelerator", Severity::Ok, "kvm will be used: the configuration says so".into(), None),
-        (Accel::Kvm, Err(why)) => check("accelerator", Severity::Fail, format!("the configuration says kvm, but {why}"), fix),
+        (Accel::Tcg, _) => check("accelerator", Severity::Ok, "tcg will be used, as configured".into(), None),
+        (Accel::Kvm, Ok(_)) => check("accelerator", Severity::Ok, "kvm will be used, as configured".into(), None),
+        (Accel::Kvm, Err(why)) => check("accelerator", Severity::Fail, format!("kvm is configured, but {why}"), fix),
         (Accel::Auto, Ok(_)) => {
-            let found = "/dev/kvm may be opened; the first start tries whether it boots a stock kernel, else tcg is used";
+            let found = "/dev/kvm is accessible; the first start uses it if it boots a stock kernel, and tcg otherwise";
             check("accelerator", Severity::Ok, found.into(), None)
         }
         (Accel::Auto, Err(why)) => check("accelerator", Severity::Warn, format!("tcg will be used, which is slow: {why}"), fix),
@@ -99,9 +99,9 @@ fn board(config: &Qemu, picked: Option<&Picked>) -> Check {
             format!("microvm, with the host's time stamp counter at {}.{:03} MHz", khz / 1000, khz % 1000)
         }
         (Some(Board::Microvm { tsc_khz: None }), _) => "microvm".to_owned(),
-        (Some(Board::Q35), Machine::Auto) => "q35: under kvm, or without a constant time stamp counter".to_owned(),
-        (Some(Board::Q35), _) => "q35: the configuration says so".to_owned(),
-        (None, machine) => format!("picked at the first start ({machine:?} in the configuration)").to_lowercase(),
+        (Some(Board::Q35), Machine::Auto) => "q35, because of kvm or a time stamp counter that is not constant".to_owned(),
+        (Some(Board::Q35), _) => "q35, as configured".to_owned(),
+        (None, machine) => format!("picked at the first start (configured as {machine:?})").to_lowercase(),
     };
     check("machine", Severity::Ok, found, None)
 }
@@ -111,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions() {
+    fn version_is_parsed() {
         assert_eq!(parse_version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg)\nCopyright"), Some((7, 2)));
         assert_eq!(parse_version("QEMU emulator version 10.0.2\n"), Some((10, 0)));
         assert_eq!(parse_version("QEMU emulator version x"), None);
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_qemu_fails_with_what_to_install() {
+    fn missing_qemu_fails_with_install_hint() {
         let checks = checks(&Qemu { binary: "no-such-qemu".into(), ..Qemu::default() }, None);
         assert_eq!((checks[0].id.as_str(), checks[0].severity), ("qemu", Severity::Fail));
         assert!(checks[0].fix.as_ref().unwrap().contains("apt install"));

@@ -1,7 +1,7 @@
-//! Finds and parses the JSON lines of QEMU's monitor without any I/O, so that this can be fuzzed.
+//! Splits and parses the JSON lines of QEMU's monitor. It does no I/O, so that it can be fuzzed.
 //!
-//! The other side is a process that a guest may have taken over. Whatever it sends, this keeps at most one line and
-//! parses at most [`LINE_BYTES_MAX`] bytes at once.
+//! A guest may have taken over the process on the other side. Whatever that sends, this keeps at
+//! most one line and parses at most [`LINE_BYTES_MAX`] bytes at once.
 
 use crate::host::command::printable;
 use crate::vmm::end::Cause;
@@ -9,13 +9,13 @@ use serde::Deserialize;
 use serde_json::Value;
 use std::time::Instant;
 
-/// The longest line that is taken. QEMU's longest answer to what a driver asks, `query-blockstats`, has some kilobytes.
-/// `serde_json` refuses more than 128 levels of nesting.
+/// The longest line that is accepted. QEMU's longest answer to a driver, `query-blockstats`, has a
+/// few kilobytes. `serde_json` rejects more than 128 levels of nesting.
 pub const LINE_BYTES_MAX: usize = 64 * 1024;
-/// How many lines a conversation may have at its beginning, beyond [`LINES_PER_S`]. A healthy QEMU tells of a few events
-/// in a minute.
+/// How many lines a conversation may have at its beginning, in addition to [`LINES_PER_S`]. A
+/// healthy QEMU sends a few events per minute.
 pub const LINES_MAX: u32 = 2000;
-/// How many more it may have with each second.
+/// How many more lines it may have per second.
 pub const LINES_PER_S: u32 = 100;
 
 /// How much of a refusal goes into an error.
@@ -34,7 +34,7 @@ pub struct Message {
 }
 
 impl Message {
-    /// Why the VMM is about to end, where it says that.
+    /// Returns why the VMM is about to end, if this message says so.
     pub fn shutdown_cause(&self) -> Option<Cause> {
         let data = self.data.as_ref().filter(|_| self.event.as_deref() == Some("SHUTDOWN"))?;
         Cause::parse(data.get("reason")?.as_str()?)
@@ -48,7 +48,7 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    /// One bounded line without control characters.
+    /// Returns one line of limited length without control characters.
     pub fn text(&self, doing: &str) -> String {
         let bounded = |text: &str, max: usize| text.chars().take(max).collect::<String>();
         let (class, desc) = (bounded(&self.class, CLASS_CHARS_MAX), bounded(&self.desc, DESC_CHARS_MAX));
@@ -56,18 +56,18 @@ impl Refusal {
     }
 }
 
-/// Why nothing more is taken.
+/// Why the connection can no longer be used.
 #[derive(Debug)]
 pub enum Unusable {
     TooLong,
     NotQmp(serde_json::Error),
 }
 
-/// Bytes that have come and are not yet a message.
+/// Received bytes that are not a complete message yet.
 #[derive(Debug, Default)]
 pub struct Incoming {
     buffer: Vec<u8>,
-    /// No line ends before here.
+    /// The part of the buffer before this index has no line feed.
     searched: usize,
 }
 
@@ -76,7 +76,8 @@ impl Incoming {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// The next message; None until more has come. Call it until there is none before the next [`Incoming::push`].
+    /// Returns the next message. None until more bytes have come. Must be called until it returns
+    /// None before the next [`Incoming::push`].
     pub fn message(&mut self) -> Result<Option<Message>, Unusable> {
         let end = self.buffer[self.searched..].iter().position(|b| *b == b'\n').map(|at| self.searched + at);
         if end.unwrap_or(self.buffer.len()) > LINE_BYTES_MAX {
@@ -98,7 +99,7 @@ impl Incoming {
     }
 }
 
-/// How many lines a conversation may still have: a bucket that fills with time.
+/// A token bucket for the number of lines of a conversation.
 #[derive(Debug)]
 pub struct Budget {
     lines: u32,
@@ -110,7 +111,7 @@ impl Budget {
         Self { lines: LINES_MAX, since: now }
     }
 
-    /// Counts one more line; false when there were too many.
+    /// Counts one line. Returns false if there were too many.
     pub fn spend(&mut self, now: Instant) -> bool {
         let seconds = now.saturating_duration_since(self.since).as_secs();
         if seconds > 0 {
@@ -143,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_are_found_however_they_are_cut() {
+    fn messages_are_found_in_any_pieces() {
         let text = b"{\"return\": {}}\r\n{\"event\": \"RESUME\"}\n{\"return\": [1]}\n{\"ret";
         for cut in 0..text.len() {
             assert_eq!(all(&[&text[..cut], &text[cut..]]).unwrap(), 3, "{cut}");
@@ -151,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn shutdown_event_says_why() {
+    fn shutdown_event_contains_cause() {
         let cause = |line: &str| serde_json::from_str::<Message>(line).unwrap().shutdown_cause();
         let event = |name: &str, data: &str| format!(r#"{{"event": "{name}", "data": {data}, "timestamp": {{}}}}"#);
         assert_eq!(cause(&event("SHUTDOWN", r#"{"guest": true, "reason": "guest-reset"}"#)), Some(Cause::GuestReset));
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn line_above_the_bound_is_refused_with_and_without_its_end() {
+    fn line_above_bound_is_rejected_even_if_incomplete() {
         let long = [b"{\"return\": \"", vec![b'x'; LINE_BYTES_MAX].as_slice(), b"\"}\n"].concat();
         assert!(matches!(all(&[&long]), Err(Unusable::TooLong)));
         assert!(matches!(all(&[&long[..LINE_BYTES_MAX + 1]]), Err(Unusable::TooLong)));
@@ -173,13 +174,13 @@ mod tests {
     }
 
     #[test]
-    fn nesting_without_end_is_refused() {
+    fn deep_nesting_is_rejected() {
         let deep = [b"{\"return\": ", vec![b'['; 10_000].as_slice(), b"\n"].concat();
         assert!(matches!(all(&[&deep]), Err(Unusable::NotQmp(_))));
     }
 
     #[test]
-    fn budget_ends_a_flood_and_fills_with_time() {
+    fn budget_limits_flood_and_refills() {
         let begun = Instant::now();
         let mut budget = Budget::new(begun);
         assert_eq!((0..2 * LINES_MAX).filter(|_| budget.spend(begun)).count() as u32, LINES_MAX);

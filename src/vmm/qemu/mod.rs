@@ -1,14 +1,16 @@
-//! QEMU: KVM where that runs a stock kernel, else software emulation; user-mode network or a tap; QMP.
+//! QEMU with KVM if that runs a stock kernel, otherwise with software emulation. It has a user-mode
+//! network or a tap, and is controlled by QMP.
 //!
-//! In user mode the guest is 10.0.2.15 on a network of its own, the gateway and host 10.0.2.2, the name server 10.0.2.3. What
-//! the guest sends to 10.0.2.2 reaches the host's loopback, with the VMM's uid; QEMU has no switch for that alone, so
-//! `isolated` in the configuration cuts the guest off from everything but its SSH port.
+//! In user mode the guest has the address 10.0.2.15 on a network of its own. 10.0.2.2 is the
+//! gateway and the host, and 10.0.2.3 the name server. What the guest sends to 10.0.2.2 reaches the
+//! host's loopback under the VMM's uid. QEMU cannot turn off only that, so `isolated` in the
+//! configuration cuts the guest off from everything but its SSH port.
 
 mod accel;
 pub(in crate::vmm) mod argv;
-mod attend;
 mod checks;
 pub(in crate::vmm) mod incoming;
+mod monitor;
 mod qmp;
 mod save;
 mod throttle;
@@ -16,10 +18,10 @@ mod tsc;
 
 use super::console::{Attach, Consoles};
 use super::devices;
-use super::dial::{self, Patience};
+use super::dial::{self, Deadline};
 use super::processes::{self, Processes};
 use super::run_dir::{self, RUN_DIR};
-use super::{Died, Driver, GuestNetwork, Identity, Running, SaveTo, Tagged, Told, VmmSpec};
+use super::{Died, Driver, GuestEvent, GuestNetwork, Identity, Running, SaveTo, Tagged, VmmSpec};
 use crate::api::daemon::Check;
 use crate::config::Qemu as Config;
 use crate::error::{Error, Kind, Result};
@@ -30,6 +32,7 @@ use crate::host::reach;
 use crate::locks::{Cancel, CancelCause, Rank, region};
 pub use accel::try_kvm;
 use accel::{Picked, Picker};
+use monitor::Monitor;
 use qmp::Qmp;
 use serde_json::json;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -39,11 +42,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// From the process's start to its first guest instruction; a fraction of a second on an idle host.
+/// How long a VMM may take from its start to the first instruction of its guest. On an idle host it
+/// is a fraction of a second.
 const START_DEADLINE: Duration = Duration::from_secs(30);
-/// For a VMM that runs already to answer.
+/// How long a running VMM may take to answer.
 const ADOPT_DEADLINE: Duration = Duration::from_secs(5);
-/// For a process that was killed because its start failed.
+/// How long a VMM whose start failed may take to exit after it was killed.
 const KILL_DEADLINE: Duration = Duration::from_secs(30);
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -53,12 +57,12 @@ pub struct Qemu {
     picker: Picker,
     consoles: Arc<Consoles>,
     processes: Processes,
-    /// Fires when the driver goes.
+    /// Fires when the driver is dropped.
     closing: Cancel,
 }
 
 impl Qemu {
-    /// Looks at nothing yet. Fails where no event can be had (EMFILE, ENFILE).
+    /// Does not look at the host yet. Fails with the error of an eventfd (EMFILE, ENFILE).
     pub fn new(config: Config, consoles: Arc<Consoles>) -> Result<Self> {
         let picker = Picker::new(config.clone());
         let (uids, of_driver) = (config.uids(), config.clone());
@@ -90,28 +94,29 @@ impl Qemu {
         Ok((process, run))
     }
 
-    /// One conversation with a VMM that runs.
+    /// Holds one conversation with a running VMM.
     fn talk<T>(
         &self,
         dir: &Path,
         identity: &Identity,
         doing: &str,
-        patience: Patience<'_>,
+        deadline: Deadline<'_>,
         ask: impl FnOnce(&mut Qmp<'_>) -> Result<T>,
     ) -> Result<T> {
-        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: its VMM has exited"));
+        let gone = || Error::new(Kind::VmmFailed, format!("{doing}: the VMM has exited"));
         let process = Process::open(identity)?.ok_or_else(gone)?;
         let _blocking = region(Rank::VmmApi);
         let run = run_dir::open(dir, doing)?;
-        let control = dial::connect(&run, argv::CONTROL_SOCKET, &process, patience)?.ok_or_else(gone)?;
-        Qmp::open(control, patience).and_then(|mut qmp| ask(&mut qmp)).map_err(|e| e.context(doing))
+        let control = dial::connect(&run, argv::CONTROL_SOCKET, &process, deadline)?.ok_or_else(gone)?;
+        Qmp::open(control, deadline).and_then(|mut qmp| ask(&mut qmp)).map_err(|e| e.context(doing))
     }
 
-    /// Console first, so that nothing the guest says is lost; then where its SSH port is; then let it run.
-    fn set_going(&self, spec: &VmmSpec, process: &Process, run: &OwnedFd, patience: Patience<'_>) -> Result<Running> {
+    /// Connects to a VMM that has just been spawned, and runs its guest. The console is attached
+    /// first, so that none of the guest's output is lost.
+    fn configure_and_run(&self, spec: &VmmSpec, process: &Process, run: &OwnedFd, deadline: Deadline<'_>) -> Result<Running> {
         let exited = || run_dir::exited_early("qemu", spec, process);
-        let console = dial::connect(run, argv::CONSOLE_SOCKET, process, patience)?.ok_or_else(exited)?;
-        let control = dial::connect(run, argv::QMP_SOCKET, process, patience)?.ok_or_else(exited)?;
+        let console = dial::connect(run, argv::CONSOLE_SOCKET, process, deadline)?.ok_or_else(exited)?;
+        let control = dial::connect(run, argv::QMP_SOCKET, process, deadline)?.ok_or_else(exited)?;
         let mark = format!("started {}", spec.tag);
         self.consoles.attach(Attach {
             dir: spec.dir.clone(),
@@ -120,7 +125,7 @@ impl Qemu {
             mark,
         })?;
         let ask = || -> Result<Running> {
-            let mut qmp = Qmp::open(control, patience)?;
+            let mut qmp = Qmp::open(control, deadline)?;
             let ssh_addr = ssh_addr(spec, &mut qmp)?;
             if let Some(saved) = &spec.saved {
                 save::load(&mut qmp, &saved.memory)?;
@@ -135,7 +140,7 @@ impl Qemu {
     }
 }
 
-/// The group that QEMU needs to open the device of its tap.
+/// Returns the group that QEMU needs to open its tap device.
 fn tap_groups(spec: &VmmSpec) -> Result<Vec<u32>> {
     if matches!(spec.network, GuestNetwork::UserMode { .. }) {
         return Ok(Vec::new());
@@ -144,25 +149,26 @@ fn tap_groups(spec: &VmmSpec) -> Result<Vec<u32>> {
         .map_err(|why| Error::new(Kind::Unsupported, format!("start the VMM: {why}")).hint("run fcctl doctor"))
 }
 
-/// QEMU itself would only say that it may not open a file.
+/// Checks that `uid` can reach this path. QEMU itself would only report that it cannot open a file.
 fn can_reach(uid: u32, path: &Path, what: &str, fix: fn(&dyn std::fmt::Display) -> String) -> Result<()> {
     let Some(closed) = reach::closed_to_others(path) else { return Ok(()) };
     let closed = closed.display();
-    let message = format!("start the VMM: it runs as uid {uid}, which may not enter {closed}, where {what} is");
+    let message = format!("start the VMM: its uid {uid} may not enter {closed}, which contains {what}");
     Err(Error::new(Kind::Host, message).hint(fix(&closed)))
 }
 
-/// Of a VMM that runs already.
-fn soon(cancel: &Cancel) -> Patience<'_> {
-    Patience { deadline: Instant::now() + ADOPT_DEADLINE, cancel }
+/// The deadline for a running VMM.
+fn soon(cancel: &Cancel) -> Deadline<'_> {
+    Deadline { at: Instant::now() + ADOPT_DEADLINE, cancel }
 }
 
-/// What was saved is read before anything else happens.
+/// The deadline for a start, which first has to read the memory of a saved guest.
 fn start_deadline(spec: &VmmSpec) -> Duration {
     if spec.saved.is_some() { save::DEADLINE } else { START_DEADLINE }
 }
 
-/// On a tap the guest has an address of its own; in user mode QEMU picked the port.
+/// Returns the address of the guest's SSH server. On a tap it is the guest's own address, and in
+/// user mode QEMU picks the port.
 fn ssh_addr(spec: &VmmSpec, qmp: &mut Qmp<'_>) -> Result<SocketAddr> {
     if let GuestNetwork::Tap { address, .. } = spec.network {
         return Ok(SocketAddr::from((address, argv::GUEST_SSH_PORT)));
@@ -170,13 +176,13 @@ fn ssh_addr(spec: &VmmSpec, qmp: &mut Qmp<'_>) -> Result<SocketAddr> {
     let table = qmp.human("info usernet")?;
     match argv::forwarded_port(&table) {
         Some(port) => Ok(SocketAddr::from((Ipv4Addr::LOCALHOST, port))),
-        None => Err(Error::new(Kind::VmmFailed, "ask the VMM for its SSH port: it forwards none")),
+        None => Err(Error::new(Kind::VmmFailed, "find the guest's SSH port: the VMM forwards none")),
     }
 }
 
 fn is_qemu(config: &Config, executable: &Path) -> bool {
     let name = |p: &Path| p.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-    // A wrapper script runs another file, whose name has QEMU's in it.
+    // A wrapper script runs another executable, with QEMU in its name.
     name(executable) == name(&config.binary) || name(executable).contains("qemu")
 }
 
@@ -210,13 +216,13 @@ impl Driver for Qemu {
             return Err(crate::host::wait::cancelled("start the VMM", cancel));
         }
         let (process, run) = self.spawn(spec, &picked)?;
-        // From here on an error, a cancel and a panic leave no process.
+        // From here on, an error, a cancel or a panic must not leave a process.
         let mut undo = crate::undo::Undo::new();
         undo.push("kill the VMM", || self.kill(process.identity(), Instant::now() + KILL_DEADLINE));
         spawned(process.identity());
         let running = {
             let _blocking = region(Rank::VmmApi);
-            self.set_going(spec, &process, &run, Patience { deadline: Instant::now() + start_deadline(spec), cancel })?
+            self.configure_and_run(spec, &process, &run, Deadline { at: Instant::now() + start_deadline(spec), cancel })?
         };
         undo.commit();
         Ok(running)
@@ -231,23 +237,23 @@ impl Driver for Qemu {
     }
 
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
-        let doing = "take up the VMM again";
+        let doing = "adopt the VMM";
         let gone = || Error::new(Kind::VmmFailed, format!("{doing}: it has exited"));
         let process = self.processes.verify(identity, &spec.tag)?.ok_or_else(gone)?;
         let _blocking = region(Rank::VmmApi);
         let cancel = Cancel::try_new().map_err(|e| Error::io(doing, e))?;
-        let patience = Patience { deadline: Instant::now() + ADOPT_DEADLINE, cancel: &cancel };
+        let deadline = Deadline { at: Instant::now() + ADOPT_DEADLINE, cancel: &cancel };
         let run = run_dir::open(&spec.dir, doing)?;
-        let console = dial::connect(&run, argv::CONSOLE_SOCKET, &process, patience)?.ok_or_else(gone)?;
-        let mark = "reconnected; what the guest said since fcd ended is lost".to_owned();
+        let console = dial::connect(&run, argv::CONSOLE_SOCKET, &process, deadline)?.ok_or_else(gone)?;
+        let mark = "reconnected; output since fcd stopped is lost".to_owned();
         self.consoles.attach(Attach {
             dir: spec.dir.clone(),
             bytes_max: spec.console_bytes_max,
             from: OwnedFd::from(console).into(),
             mark,
         })?;
-        let control = dial::connect(&run, argv::CONTROL_SOCKET, &process, patience)?.ok_or_else(gone)?;
-        let mut qmp = Qmp::open(control, patience).map_err(|e| e.context(doing))?;
+        let control = dial::connect(&run, argv::CONTROL_SOCKET, &process, deadline)?.ok_or_else(gone)?;
+        let mut qmp = Qmp::open(control, deadline).map_err(|e| e.context(doing))?;
         let ssh_addr = ssh_addr(spec, &mut qmp).map_err(|e| e.context(doing))?;
         Ok(Running { identity: identity.clone(), ssh_addr })
     }
@@ -276,23 +282,23 @@ impl Driver for Qemu {
         self.processes.watch(dir, &self.consoles, identity, died)
     }
 
-    fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(Told) + Send>) -> Result<()> {
+    fn watch_guest(&self, dir: &Path, identity: &Identity, on_event: Box<dyn Fn(GuestEvent) + Send>) -> Result<()> {
         let Some(process) = Process::open(identity)? else { return Ok(()) };
         let note = self.processes.notes.open(identity)?;
-        let attended = attend::Attended { process, dir: dir.to_owned(), closing: self.closing.clone(), told, note };
-        crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || attended.run()).map(drop)
+        let monitor = Monitor { process, dir: dir.to_owned(), closing: self.closing.clone(), on_event, note };
+        crate::host::thread::spawn(&format!("vmm-{}", identity.pid), move || monitor.run()).map(drop)
     }
 
     fn save(&self, spec: &VmmSpec, identity: &Identity, to: SaveTo<'_>, cancel: &Cancel) -> Result<String> {
-        let patience = Patience { deadline: Instant::now() + save::DEADLINE, cancel };
-        let saved = self.talk(&spec.dir, identity, "save the guest", patience, |qmp| {
+        let deadline = Deadline { at: Instant::now() + save::DEADLINE, cancel };
+        let saved = self.talk(&spec.dir, identity, "save the guest", deadline, |qmp| {
             save::save(qmp, to.memory)?;
             save::version(qmp)
         });
         if saved.is_err() {
-            // By another token: the first one may have fired.
+            // Use another cancel object, because the first one may have fired.
             let never = Cancel::try_new().map_err(|e| Error::io("save the guest", e))?;
-            if let Err(e) = self.talk(&spec.dir, identity, "give up saving the guest", soon(&never), save::give_up) {
+            if let Err(e) = self.talk(&spec.dir, identity, "cancel saving the guest", soon(&never), save::cancel_migration) {
                 log::warn!("{e}");
             }
         }
@@ -308,16 +314,16 @@ impl Driver for Qemu {
     }
 
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {
-        let (doing, command) = if is_paused { ("pause the guest", "stop") } else { ("let the guest go on", "cont") };
+        let (doing, command) = if is_paused { ("pause the guest", "stop") } else { ("resume the guest", "cont") };
         self.talk(dir, identity, doing, soon(cancel), |qmp| {
             if !is_paused {
-                save::give_up(qmp)?;
+                save::cancel_migration(qmp)?;
             }
             qmp.execute(command, &json!({})).map(drop)
         })
     }
 
-    /// Neither of its networks has rates.
+    /// QEMU limits neither of its networks.
     fn limits_network(&self, _running: Option<&Identity>) -> bool {
         false
     }
@@ -332,10 +338,10 @@ impl Driver for Qemu {
     }
 
     fn balloon_mib(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<u64> {
-        let doing = "look at the balloon";
+        let doing = "read the size of the balloon";
         let answer = self.talk(&spec.dir, identity, doing, soon(cancel), |qmp| qmp.execute("query-balloon", &json!({})))?;
         let bytes = answer["actual"].as_u64();
-        bytes.map(|b| b >> 20).ok_or_else(|| Error::new(Kind::VmmFailed, format!("{doing}: the answer names no size")))
+        bytes.map(|b| b >> 20).ok_or_else(|| Error::new(Kind::VmmFailed, format!("{doing}: the answer contains no size")))
     }
 
     fn metrics(&self, spec: &VmmSpec, identity: &Identity, cancel: &Cancel) -> Result<Vec<serde_json::Value>> {
@@ -344,12 +350,14 @@ impl Driver for Qemu {
         self.talk(&spec.dir, identity, "read the VMM's metrics", soon(cancel), ask).map(|stats| vec![json!({ COMMAND: stats })])
     }
 
-    /// It could only by the host's kernel (vhost-vsock), where numbers of guests are the whole host's.
+    /// QEMU supports vsock only through the host's kernel (vhost-vsock), where guests' numbers are
+    /// shared by the whole host.
     fn connect(&self, _identity: &Identity, _port: u32, _cancel: &Cancel) -> Result<UnixStream> {
-        Err(Error::new(Kind::Unsupported, "qemu's guests have no vsock").hint("reach a port of its network: fcctl run -p PORT"))
+        Err(Error::new(Kind::Unsupported, "guests of QEMU have no vsock").hint("use a port of its network: fcctl run -p PORT"))
     }
 
-    /// microvm has no keyboard, and no other way to tell a guest without a daemon of its own.
+    /// The `microvm` board has no keyboard, and no other way to signal a guest without a daemon in
+    /// it.
     fn press_ctrl_alt_del(&self, _identity: &Identity, _cancel: &Cancel) -> Result<bool> {
         Ok(false)
     }
@@ -384,9 +392,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_qemu_that_ends_at_once_is_an_error_that_says_why() {
+    fn start_of_exiting_qemu_fails_with_its_output() {
         let temp = tempfile::tempdir().unwrap();
-        // Not QEMU at all, but a program that says what it does not like and leaves.
+        // Not QEMU, but a program that rejects its arguments and exits.
         let binary = "/bin/ls".into();
         let accel = crate::config::Accel::Tcg;
         let machine = crate::config::Machine::Q35;
@@ -413,19 +421,19 @@ mod tests {
             console_bytes_max: 1 << 16,
             saved: None,
         };
-        let mut told = None;
-        let e = driver.start(&spec, &Cancel::try_new().unwrap(), &mut |i| told = Some(i.clone())).unwrap_err();
+        let mut spawned = None;
+        let e = driver.start(&spec, &Cancel::try_new().unwrap(), &mut |i| spawned = Some(i.clone())).unwrap_err();
         assert_eq!(
             e.to_string(),
             "start the VMM: qemu ended with exit status 2: /bin/ls: invalid option -- 'e'; Try '/bin/ls --help' for more information."
         );
         assert_eq!(e.kind(), Kind::VmmFailed);
-        let identity = told.expect("told before anything else");
+        let identity = spawned.expect("the identity is reported first");
         assert!(!driver.is_alive(&identity));
         assert!(driver.wait_exit(&identity, Instant::now(), &Cancel::try_new().unwrap()).unwrap());
         driver.kill(&identity, Instant::now()).unwrap();
-        let (told, tellings) = std::sync::mpsc::channel();
-        driver.watch(temp.path(), &identity, Box::new(move |how| told.send(how).unwrap())).unwrap();
-        assert_eq!(tellings.recv_timeout(Duration::from_secs(10)).unwrap().to_string(), "the vmm died: exit status 2");
+        let (sender, ends) = std::sync::mpsc::channel();
+        driver.watch(temp.path(), &identity, Box::new(move |how| sender.send(how).unwrap())).unwrap();
+        assert_eq!(ends.recv_timeout(Duration::from_secs(10)).unwrap().to_string(), "the VMM died: exit status 2");
     }
 }

@@ -1,12 +1,14 @@
-//! QMP, as much as a driver needs: greeting, capabilities, commands. Every answer has a deadline and a bound, and so has
-//! the number of events ([`super::incoming`]).
+//! A QMP client with the parts that a driver needs: greeting, capabilities and commands. Every
+//! answer has a deadline and a size limit, and the number of events is limited as well
+//! ([`super::incoming`]).
 //!
-//! Source: docs/interop/qmp-spec.txt of QEMU 7.2. The other side is a process that a guest may have taken over.
+//! Source: docs/interop/qmp-spec.txt of QEMU 7.2. A guest may have taken over the process on the
+//! other side.
 
 use super::incoming::{Budget, Incoming, LINE_BYTES_MAX, LINES_MAX, Message, Unusable};
 use crate::error::{Error, Kind, Result};
 use crate::host::wait::{WaitResult, cancelled, wait_any};
-use crate::vmm::dial::Patience;
+use crate::vmm::dial::Deadline;
 use crate::vmm::end::Cause;
 use nix::poll::PollFlags;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -16,54 +18,54 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
-/// One conversation.
+/// A conversation with one monitor.
 pub struct Qmp<'a> {
     stream: UnixStream,
-    patience: Patience<'a>,
+    deadline: Deadline<'a>,
     incoming: Incoming,
     budget: Budget,
     shutdown_cause: Option<Cause>,
 }
 
 impl<'a> Qmp<'a> {
-    /// Reads the greeting and leaves the negotiation mode. `stream` must be non-blocking.
-    pub fn open(stream: UnixStream, patience: Patience<'a>) -> Result<Self> {
+    /// Reads the greeting and leaves negotiation mode. `stream` must be non-blocking.
+    pub fn open(stream: UnixStream, deadline: Deadline<'a>) -> Result<Self> {
         let budget = Budget::new(Instant::now());
-        let mut qmp = Self { stream, patience, incoming: Incoming::default(), budget, shutdown_cause: None };
+        let mut qmp = Self { stream, deadline, incoming: Incoming::default(), budget, shutdown_cause: None };
         let greeting = qmp.message("greet the VMM")?;
         if greeting.greeting.is_none() {
-            return Err(Error::new(Kind::VmmFailed, "greet the VMM: it does not speak QMP"));
+            return Err(Error::new(Kind::VmmFailed, "greet the VMM: it did not send a QMP greeting"));
         }
         qmp.execute("qmp_capabilities", &json!({}))?;
         Ok(qmp)
     }
 
-    /// For what is asked from now on.
-    pub fn be_patient(&mut self, patience: Patience<'a>) {
-        self.patience = patience;
+    /// Sets the deadline of later commands.
+    pub fn set_deadline(&mut self, deadline: Deadline<'a>) {
+        self.deadline = deadline;
     }
 
-    /// Why the VMM ends, once it has said so. Reads what has come and nobody has looked at yet.
+    /// Returns why the VMM ends, if it has said so. Reads all messages that have arrived.
     pub fn shutdown_cause(&mut self) -> Option<Cause> {
-        self.patience.deadline = Instant::now();
-        while self.message("read what the VMM said last").is_ok() {}
+        self.deadline.at = Instant::now();
+        while self.message("read the VMM's last messages").is_ok() {}
         self.shutdown_cause
     }
 
-    /// Waits until the VMM tells something by itself.
+    /// Waits for the next event of the VMM.
     pub fn event(&mut self) -> Result<()> {
         self.message("wait for an event of the VMM").map(drop)
     }
 
-    /// One command; its answer.
+    /// Runs a command and returns its answer.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
         self.ask(command, arguments)?;
         self.answer(command)
     }
 
-    /// Gives the VMM a descriptor, under a name for later commands (`getfd`).
+    /// Passes a descriptor to the VMM under a name for later commands (`getfd`).
     pub fn give(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<()> {
-        let doing = "give the VMM a file";
+        let doing = "pass a file to the VMM";
         let line = json!({ "execute": "getfd", "arguments": { "fdname": name } }).to_string() + "\n";
         self.wait(PollFlags::POLLOUT, doing)?;
         let fds = [fd.as_raw_fd()];
@@ -71,20 +73,20 @@ impl<'a> Qmp<'a> {
         let sent = sendmsg::<()>(self.stream.as_raw_fd(), &data, &rights, MsgFlags::MSG_NOSIGNAL, None);
         match sent.map_err(|e| Error::io(doing, std::io::Error::from(e)))? {
             n if n == line.len() => self.answer("getfd").map(drop),
-            _ => Err(Error::new(Kind::VmmFailed, format!("{doing}: it takes no more"))),
+            _ => Err(Error::new(Kind::VmmFailed, format!("{doing}: its socket is full"))),
         }
     }
 
-    /// One command, whose answer is the next.
+    /// Sends a command. Its answer is read with [`Qmp::answer`].
     pub fn ask(&mut self, command: &str, arguments: &Value) -> Result<()> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
-        self.send(line.as_bytes(), &format!("ask the VMM for {command}"))
+        self.send(line.as_bytes(), &format!("send {command} to the VMM"))
     }
 
-    /// The answer to what was asked last. After a `timeout` it may be waited for again.
+    /// Reads the answer to the last command. After a `timeout` it can be called again.
     pub fn answer(&mut self, command: &str) -> Result<Value> {
-        let doing = format!("ask the VMM for {command}");
+        let doing = format!("send {command} to the VMM");
         loop {
             match self.message(&doing)? {
                 Message { answer: Some(answer), .. } => return Ok(answer),
@@ -94,20 +96,20 @@ impl<'a> Qmp<'a> {
         }
     }
 
-    /// A command of the human monitor; its text.
+    /// Runs a command of the human monitor and returns its output.
     pub fn human(&mut self, command: &str) -> Result<String> {
         let answer = self.execute("human-monitor-command", &json!({ "command-line": command }))?;
         answer
             .as_str()
             .map(str::to_owned)
-            .ok_or_else(|| Error::new(Kind::VmmFailed, format!("ask the VMM for {command}: no text")))
+            .ok_or_else(|| Error::new(Kind::VmmFailed, format!("send {command} to the VMM: the answer is not text")))
     }
 
     fn wait(&self, flags: PollFlags, doing: &str) -> Result<()> {
-        let Patience { deadline, cancel } = self.patience;
-        match wait_any(&[(self.stream.as_fd(), flags)], deadline, cancel).map_err(|e| Error::io(doing, e))? {
+        let Deadline { at, cancel } = self.deadline;
+        match wait_any(&[(self.stream.as_fd(), flags)], at, cancel).map_err(|e| Error::io(doing, e))? {
             WaitResult::Ready => Ok(()),
-            WaitResult::Deadline => Err(Error::new(Kind::Timeout, format!("{doing}: no answer in time"))),
+            WaitResult::Deadline => Err(Error::new(Kind::Timeout, format!("{doing}: no answer within the deadline"))),
             WaitResult::Cancelled => Err(cancelled(doing, cancel)),
         }
     }
@@ -153,7 +155,7 @@ fn unusable(doing: &str, why: Unusable) -> Error {
 }
 
 fn flooded(doing: &str) -> Error {
-    Error::new(Kind::VmmFailed, format!("{doing}: the VMM floods its monitor, more than {LINES_MAX} lines came"))
+    Error::new(Kind::VmmFailed, format!("{doing}: the VMM floods its monitor with more than {LINES_MAX} lines"))
 }
 
 #[cfg(test)]
@@ -164,21 +166,21 @@ mod tests {
 
     const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n";
 
-    /// Says all of `script` whatever it is asked, and gives what was asked of it.
+    /// Plays a server that sends `script` whatever it is asked. Returns what it was asked.
     fn talk<T>(script: &str, ms: u64, with: impl FnOnce(Result<Qmp<'_>>, &Cancel) -> T) -> (T, String) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         theirs.write_all(script.as_bytes()).unwrap();
         let cancel = Cancel::try_new().unwrap();
-        let patience = Patience { deadline: Instant::now() + Duration::from_millis(ms), cancel: &cancel };
-        let result = with(Qmp::open(ours, patience), &cancel);
+        let deadline = Deadline { at: Instant::now() + Duration::from_millis(ms), cancel: &cancel };
+        let result = with(Qmp::open(ours, deadline), &cancel);
         let mut asked = String::new();
         theirs.read_to_string(&mut asked).unwrap();
         (result, asked)
     }
 
     #[test]
-    fn events_are_passed_over_and_answers_found() {
+    fn answer_after_events_is_found() {
         let script = format!(
             "{GREETING}{{\"return\": {{}}}}\r\n{{\"event\": \"RESUME\", \"data\": {{}}, \"timestamp\": {{}}}}\r\n{{\"return\": \"text\\r\\n\"}}\r\n"
         );
@@ -192,15 +194,15 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_is_an_error_with_its_text() {
+    fn refusal_is_error_with_its_text() {
         let script = format!("{GREETING}{{\"error\": {{\"class\": \"GenericError\", \"desc\": \"no \\u001b\"}}}}\n");
         let (e, _) = talk(&script, 10_000, |qmp, _| qmp.err().unwrap());
         assert_eq!(e.kind(), Kind::VmmFailed);
-        assert_eq!(e.to_string(), "ask the VMM for qmp_capabilities: GenericError: no \\u{1b}");
+        assert_eq!(e.to_string(), "send qmp_capabilities to the VMM: GenericError: no \\u{1b}");
     }
 
     #[test]
-    fn silence_garbage_and_floods_end() {
+    fn silence_garbage_and_floods_are_errors() {
         let kind = |script: &str, ms| talk(script, ms, |qmp, _| qmp.err().unwrap().kind()).0;
         assert_eq!(kind("", 10), Kind::Timeout);
         assert_eq!(kind("SSH-2.0\n", 10_000), Kind::VmmFailed);
@@ -209,36 +211,37 @@ mod tests {
         ours.set_nonblocking(true).unwrap();
         let flood = crate::host::thread::spawn("flood", move || while theirs.write_all(&[b'x'; 4096]).is_ok() {}).unwrap();
         let cancel = Cancel::try_new().unwrap();
-        let patience = Patience { deadline: Instant::now() + Duration::from_secs(20), cancel: &cancel };
-        assert_eq!(Qmp::open(ours, patience).err().unwrap().kind(), Kind::VmmFailed);
+        let deadline = Deadline { at: Instant::now() + Duration::from_secs(20), cancel: &cancel };
+        assert_eq!(Qmp::open(ours, deadline).err().unwrap().kind(), Kind::VmmFailed);
         flood.join().unwrap();
     }
 
     #[test]
-    fn flood_of_events_before_an_answer_is_refused() {
+    fn flood_of_events_before_answer_is_error() {
         let event = "{\"event\": \"RTC_CHANGE\"}\n";
         let script = format!("{GREETING}{}{{\"return\": {{}}}}\n", event.repeat(LINES_MAX as usize));
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let flood = crate::host::thread::spawn("flood", move || (theirs.write_all(script.as_bytes()), theirs)).unwrap();
         let cancel = Cancel::try_new().unwrap();
-        let patience = Patience { deadline: Instant::now() + Duration::from_secs(20), cancel: &cancel };
-        let e = Qmp::open(ours, patience).err().unwrap();
+        let deadline = Deadline { at: Instant::now() + Duration::from_secs(20), cancel: &cancel };
+        let e = Qmp::open(ours, deadline).err().unwrap();
         assert!(e.kind() == Kind::VmmFailed && e.to_string().contains("floods its monitor"), "{e}");
         let _ = flood.join().unwrap();
     }
 
-    /// QEMU says it and hangs up; who asked something else at that moment gets it all the same.
+    /// QEMU sends the event and hangs up. It must be seen even if another command is sent at that
+    /// moment.
     #[test]
-    fn why_a_vmm_ends_is_known_after_it_hung_up() {
+    fn shutdown_cause_is_known_after_hang_up() {
         let event = "{\"event\": \"SHUTDOWN\", \"data\": {\"guest\": true, \"reason\": \"guest-shutdown\"}}\n";
         for asks in [false, true] {
             let (ours, mut theirs) = UnixStream::pair().unwrap();
             ours.set_nonblocking(true).unwrap();
             let cancel = Cancel::try_new().unwrap();
             theirs.write_all(format!("{GREETING}{{\"return\": {{}}}}\n").as_bytes()).unwrap();
-            let patience = Patience { deadline: Instant::now() + Duration::from_secs(20), cancel: &cancel };
-            let mut qmp = Qmp::open(ours, patience).unwrap();
+            let deadline = Deadline { at: Instant::now() + Duration::from_secs(20), cancel: &cancel };
+            let mut qmp = Qmp::open(ours, deadline).unwrap();
             theirs.write_all(event.as_bytes()).unwrap();
             drop(theirs);
             if asks {
@@ -249,13 +252,13 @@ mod tests {
     }
 
     #[test]
-    fn a_cancel_ends_it() {
+    fn cancel_ends_conversation() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let cancel = Cancel::try_new().unwrap();
         cancel.cancel(crate::locks::CancelCause::VmStopped);
-        let patience = Patience { deadline: Instant::now() + Duration::from_secs(20), cancel: &cancel };
-        let e = Qmp::open(ours, patience).err().unwrap();
+        let deadline = Deadline { at: Instant::now() + Duration::from_secs(20), cancel: &cancel };
+        let e = Qmp::open(ours, deadline).err().unwrap();
         assert_eq!((e.kind(), e.to_string()), (Kind::Cancelled, "greet the VMM: cancelled: the VM was stopped".into()));
     }
 }

@@ -1,5 +1,5 @@
-//! Saving a guest and letting it go on: QEMU's migration to a file and from it (docs/devel/migration.rst, 7.2). QEMU may open nothing by
-//! itself, so it is given the file.
+//! Saves and restores a guest with QEMU's migration to and from a file (docs/devel/migration.rst,
+//! 7.2). QEMU's sandbox lets it open no files, so it gets a descriptor.
 
 use super::qmp::Qmp;
 use crate::error::{Error, Kind, Result};
@@ -9,17 +9,18 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
-/// For a guest's memory to go to the disk, or to come from there.
+/// How long it may take to write a guest's memory to the disk or to read it.
 pub const DEADLINE: Duration = Duration::from_secs(600);
-/// The file's name in QMP.
+/// The name of the descriptor in QMP.
 const NAME: &str = "saved";
-/// QEMU's own bound is meant for a network. In bytes per second.
+/// Bytes per second. QEMU's default limit is meant for a network.
 const BANDWIDTH_MAX: u64 = 1 << 40;
 /// A file system with less than this is full: a write of QEMU's is at most 32 KiB
 /// (migration/qemu-file.c), and others write at the same time.
 const FULL_BYTES: u64 = 1 << 20;
 
-/// The guest must stand still; its disks are flushed, and its own again when it goes on.
+/// Saves a paused guest. QEMU flushes the disks and releases their locks. It takes them again when
+/// the guest is resumed.
 pub fn save(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
     let file = File::options().write(true).open(memory);
     let file = file.map_err(|e| Error::io(format!("open {}", memory.display()), e))?;
@@ -50,24 +51,24 @@ pub fn version(qmp: &mut Qmp<'_>) -> Result<String> {
     }
 }
 
-/// Ends what a cancelled save, or a daemon that died in one, left under way: it would stop the guest when it is done, however long after. Nothing
-/// under way is ok.
-pub fn give_up(qmp: &mut Qmp<'_>) -> Result<()> {
-    let mut is_told = false;
+/// Cancels a migration that a cancelled save or a killed daemon has left running. It would stop the
+/// guest when it completes, however late that is. Succeeds if there is none.
+pub fn cancel_migration(qmp: &mut Qmp<'_>) -> Result<()> {
+    let mut is_cancelling = false;
     loop {
         let answer = qmp.execute("query-migrate", &json!({}))?;
         match answer.get("status").and_then(Value::as_str) {
             None | Some("none" | "completed" | "failed" | "cancelled") => return Ok(()),
-            Some(_) if !is_told => {
+            Some(_) if !is_cancelling => {
                 qmp.execute("migrate_cancel", &json!({}))?;
-                is_told = true;
+                is_cancelling = true;
             }
             Some(_) => qmp.event()?,
         }
     }
 }
 
-/// Into a VMM that waits for it; the guest stands still then.
+/// Loads a guest into a VMM that was started for it. The guest is paused afterwards.
 pub fn load(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
     let file = crate::host::fs::open_nofollow(memory)?;
     prepare(qmp)?;
@@ -76,7 +77,7 @@ pub fn load(qmp: &mut Qmp<'_>, memory: &Path) -> Result<()> {
     until_migrated(qmp)
 }
 
-/// It tells of each step.
+/// Makes QEMU send an event for each step of a migration.
 fn prepare(qmp: &mut Qmp<'_>) -> Result<()> {
     let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
     qmp.execute("migrate-set-capabilities", &events).map(drop)
@@ -88,11 +89,11 @@ fn until_migrated(qmp: &mut Qmp<'_>) -> Result<()> {
         match answer.get("status").and_then(Value::as_str) {
             Some("completed") => return Ok(()),
             Some(status @ ("failed" | "cancelled")) => {
-                let why = answer.get("error-desc").and_then(Value::as_str).unwrap_or("it does not say why");
+                let why = answer.get("error-desc").and_then(Value::as_str).unwrap_or("no reason given");
                 let why: String = why.chars().take(512).collect();
                 return Err(failed(status, &crate::host::command::printable(&why)));
             }
-            // What was told before the answer is in the answer.
+            // Events before the answer are already covered by it.
             _ => qmp.event()?,
         }
     }
@@ -102,11 +103,11 @@ fn failed(status: &str, why: &str) -> Error {
     Error::new(Kind::VmmFailed, format!("move the guest's memory: {status}: {why}"))
 }
 
-/// A saved guest goes on only on what it was saved on.
+/// Checks that a guest is restored on the same platform on which it was saved.
 pub fn require_same(then: &str, now: &str) -> Result<()> {
     if then == now {
         return Ok(());
     }
-    Err(Error::new(Kind::Unsupported, format!("let a saved guest go on: it was saved on {then}, and VMs run on {now} now"))
-        .hint("set driver under [vmm], and accel and machine under [qemu], as they were"))
+    Err(Error::new(Kind::Unsupported, format!("restore a saved guest: it was saved on {then}, but VMs now run on {now}"))
+        .hint("set driver under [vmm], and accel and machine under [qemu], back to their former values"))
 }

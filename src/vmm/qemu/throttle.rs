@@ -1,4 +1,5 @@
-//! Rates of disks. Each disk has limits of its own, as with Firecracker; QEMU lets a tenth of a second's worth pass at once.
+//! Rate limits of disks. Each disk has its own limits, as with Firecracker. QEMU lets a tenth of a
+//! second's worth pass at once.
 //!
 //! Source: qapi/block-core.json of QEMU 7.2, `query-block` and `block_set_io_throttle`.
 
@@ -7,7 +8,7 @@ use crate::error::{Error, Kind, Result};
 use crate::vmm::VmmSpec;
 use serde_json::{Value, json};
 
-/// Of every disk that the guest writes.
+/// Sets the limits of every disk that the guest can write.
 pub fn set(qmp: &mut Qmp<'_>, spec: &VmmSpec) -> Result<()> {
     let devices = qmp.execute("query-block", &json!({}))?;
     for (node, _) in spec.disks() {
@@ -22,7 +23,7 @@ pub fn set(qmp: &mut Qmp<'_>, spec: &VmmSpec) -> Result<()> {
     Ok(())
 }
 
-/// The path of the device, which has no name of its own, on which this node is.
+/// Finds the path of the device with this node. The devices have no names of their own.
 fn device_of<'a>(devices: &'a Value, node: &str) -> Option<&'a str> {
     let mut all = devices.as_array()?.iter();
     all.find(|device| device.pointer("/inserted/node-name").and_then(Value::as_str) == Some(node))?.get("qdev")?.as_str()
@@ -33,8 +34,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_disks_device_is_found_by_its_node() {
-        // Shortened from QEMU 7.2.
+    fn device_of_disk_is_found_by_node() {
+        // Shortened output of QEMU 7.2.
         let devices = json!([
             {"device": "", "qdev": "/machine/peripheral-anon/device[0]", "inserted": {"node-name": "root", "bps": 0}},
             {"device": "", "qdev": "/machine/peripheral-anon/device[1]", "inserted": {"node-name": "seed"}},

@@ -1,17 +1,20 @@
-//! How fast this host's time stamp counter runs. Under emulation the guest reads the host's counter, so the guest's
-//! kernel can be told instead of measuring, for which the `microvm` board has no timer.
+//! Measures the frequency of this host's time stamp counter (TSC). Under emulation the guest reads
+//! the host's counter. The `microvm` board has no timer to measure it with, so the guest's kernel
+//! gets the frequency as an argument.
 
 use crate::error::{Error, Result};
 use crate::host::wait::{cancelled, sleep};
 use crate::locks::Cancel;
 use std::time::{Duration, Instant};
 
-/// Between the two looks at both clocks. A look is good to some 100 ns: less than 2 ppm.
+/// How long to wait between two readings of both clocks. A reading is accurate to about 100 ns,
+/// which makes less than 2 ppm.
 const INTERVAL: Duration = Duration::from_millis(100);
-/// Looks of which the least disturbed is taken.
+/// How often the clocks are read. The least disturbed reading counts.
 const LOOKS: usize = 64;
 
-/// Whether it runs at one rate whatever the cores do: the kernel's flags of cpuid 0x80000007.
+/// True if the TSC has a constant rate in all power states (the kernel's flags of cpuid
+/// 0x80000007).
 pub fn is_constant() -> bool {
     std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| flags_are_constant(&text))
 }
@@ -21,7 +24,8 @@ fn flags_are_constant(cpuinfo: &str) -> bool {
     ["constant_tsc", "nonstop_tsc"].iter().all(|want| flags.split_whitespace().any(|f| f == *want))
 }
 
-/// Its frequency in kHz against CLOCK_MONOTONIC. Takes a tenth of a second. None on another architecture.
+/// Returns the frequency in kHz, measured against CLOCK_MONOTONIC. Takes a tenth of a second. None
+/// on other architectures.
 pub fn measure_khz(cancel: &Cancel) -> Result<Option<u64>> {
     let doing = "measure the time stamp counter";
     let Some((before, ticks_before)) = look() else { return Ok(None) };
@@ -34,11 +38,11 @@ pub fn measure_khz(cancel: &Cancel) -> Result<Option<u64>> {
 
 fn khz(ticks: u64, time: Duration) -> Option<u64> {
     let khz = u64::try_from(u128::from(ticks) * 1_000_000 / time.as_nanos().max(1)).ok()?;
-    // What is outside is no counter of this age.
+    // Reject a result that no current CPU has.
     (100_000..=20_000_000).contains(&khz).then_some(khz)
 }
 
-/// Both clocks at one time.
+/// Reads both clocks at the same time.
 fn look() -> Option<(Instant, u64)> {
     let mut best: Option<(Duration, Instant, u64)> = None;
     for _ in 0..LOOKS {
@@ -55,7 +59,8 @@ fn look() -> Option<(Instant, u64)> {
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 fn ticks() -> Option<u64> {
-    // SAFETY: rdtsc reads a register. A kernel may forbid it to a process (PR_SET_TSC), which ours does not.
+    // SAFETY: rdtsc only reads a register. A kernel can forbid it to a process (PR_SET_TSC), but
+    // nothing does so for ours.
     Some(unsafe { core::arch::x86_64::_rdtsc() })
 }
 
@@ -69,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn flags() {
+    fn flags_are_parsed() {
         assert!(flags_are_constant("processor : 0\nflags\t\t: fpu constant_tsc nonstop_tsc\n"));
         assert!(!flags_are_constant("flags : fpu constant_tsc\n"));
         assert!(!flags_are_constant("flags : fpu not_constant_tsc nonstop_tsc\n"));
@@ -77,14 +82,14 @@ mod tests {
     }
 
     #[test]
-    fn arithmetic_and_its_bounds() {
+    fn frequency_is_computed_and_checked() {
         assert_eq!(khz(259_611_100, Duration::from_millis(100)), Some(2_596_111));
         assert_eq!(khz(0, Duration::from_millis(100)), None);
         assert_eq!(khz(u64::MAX, Duration::from_millis(1)), None);
     }
 
     #[test]
-    fn two_measurements_agree_where_the_counter_is_constant() {
+    fn measurements_agree_if_counter_is_constant() {
         let cancel = Cancel::try_new().unwrap();
         let (a, b) = (measure_khz(&cancel).unwrap(), measure_khz(&cancel).unwrap());
         if let (true, Some(a), Some(b)) = (is_constant(), a, b) {

@@ -1,62 +1,64 @@
-//! One thread for each VMM: it asks how the guest is, and tells when there has been no answer for too long.
+//! Monitors one VMM with a thread that queries it, and reports if there is no answer for too long.
 //!
-//! Unlike QEMU, Firecracker hands a full disk of the host's to the guest as an I/O error: there is nothing to tell.
+//! Unlike QEMU, Firecracker passes a full disk of the host on to the guest as an I/O error, so
+//! there is no pause to report.
 
 use super::API_SOCKET;
 use super::api::Booted;
 use crate::error::{Kind, Result};
 use crate::host::process::Process;
 use crate::locks::{Cancel, Rank, region};
-use crate::vmm::dial::{self, Patience};
-use crate::vmm::{Told, run_dir};
+use crate::vmm::dial::{self, Deadline};
+use crate::vmm::{GuestEvent, run_dir};
 use nix::poll::PollFlags;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// For one answer of a VMM; a healthy one takes a millisecond. Its API serves one request at a time, and a snapshot of much memory takes
-/// seconds.
+/// How long a VMM may take to answer. A healthy one takes a millisecond, but its API handles one
+/// request at a time, and a snapshot of much memory takes seconds.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(4);
-/// So many deadlines in a row without an answer make it `unresponsive`.
+/// A VMM that has missed this many deadlines in a row is unresponsive.
 const MISSES_MAX: u32 = 3;
-/// Between two looks.
+/// How long to wait between two queries.
 const PING_PERIOD: Duration = Duration::from_secs(5);
 
-/// One VMM, attended from a thread of its own until it exits or the driver goes.
-pub struct Attended {
+/// Monitors one VMM until it exits or the driver is dropped.
+pub struct Monitor {
     pub process: Process,
     /// The VM's directory, for messages.
     pub dir: PathBuf,
     pub closing: Cancel,
-    pub told: Box<dyn Fn(Told) + Send>,
+    pub on_event: Box<dyn Fn(GuestEvent) + Send>,
 }
 
-impl Attended {
+impl Monitor {
     pub fn run(self) {
         let (mut misses, mut has_warned, mut has_answered) = (0, false, false);
         loop {
             match self.look() {
                 Ok(()) => {
                     if !std::mem::replace(&mut has_answered, true) {
-                        (self.told)(Told::Answered);
+                        (self.on_event)(GuestEvent::Answered);
                     }
                     if misses >= MISSES_MAX {
-                        (self.told)(Told::Unresponsive(false));
+                        (self.on_event)(GuestEvent::Unresponsive(false));
                     }
                     misses = 0;
                 }
                 Err(e) if e.kind() == Kind::Timeout => {
                     misses += 1;
-                    // Again and again: who is told may not have taken note of the VM yet.
+                    // Reported repeatedly, because the daemon may not have recorded this VM when
+                    // the first report came.
                     if misses % MISSES_MAX == 0 {
-                        (self.told)(Told::Unresponsive(true));
+                        (self.on_event)(GuestEvent::Unresponsive(true));
                     }
                     continue;
                 }
                 Err(_) if self.closing.is_cancelled() || run_dir::is_exiting(&self.process) => return,
-                // No descriptor, say: later there may be one.
+                // A lack of descriptors, for example, may be temporary.
                 Err(e) => {
                     if !std::mem::replace(&mut has_warned, true) {
-                        log::warn!("ask the VMM of {} how it is: {e}", self.dir.display());
+                        log::warn!("query the VMM of {}: {e}", self.dir.display());
                     }
                 }
             }
@@ -66,16 +68,17 @@ impl Attended {
         }
     }
 
-    /// A connection of its own for each: the server has few, and others need one.
+    /// Queries the VMM. Each query opens a connection, because the server has few and others need
+    /// one too.
     fn look(&self) -> Result<()> {
         let _blocking = region(Rank::VmmApi);
-        let patience = Patience { deadline: Instant::now() + ANSWER_DEADLINE, cancel: &self.closing };
-        let place = super::place(&self.process, "ask the VMM how it is")?;
-        let Some(socket) = dial::connect(&place, API_SOCKET, &self.process, patience)? else { return Ok(()) };
-        Booted::open(socket, patience).map(drop)
+        let deadline = Deadline { at: Instant::now() + ANSWER_DEADLINE, cancel: &self.closing };
+        let place = super::place(&self.process, "query the VMM")?;
+        let Some(socket) = dial::connect(&place, API_SOCKET, &self.process, deadline)? else { return Ok(()) };
+        Booted::open(socket, deadline).map(drop)
     }
 
-    /// Waits until it is time for the next look, or there is nothing more to look at.
+    /// Waits until the next query. Returns true if the VMM has exited or the driver is closing.
     fn is_over(&self) -> bool {
         let _blocking = region(Rank::VmmApi);
         let exit = [(self.process.fd(), PollFlags::POLLIN)];

@@ -1,81 +1,84 @@
-//! One thread for each VMM, which owns its event monitor: it sees that the guest is paused, that the VMM hangs, and why it
-//! ends.
+//! Monitors one VMM with a thread that owns its event monitor. It notices when the guest is paused,
+//! when the VMM hangs, and why the VMM ends.
 //!
-//! A guest whose write finds the host's disk full is paused by QEMU (`werror=enospc`, its default) and never sees an
-//! error. It goes on when somebody says `cont`: here, once there is room again.
+//! If a guest's write finds the host's disk full, QEMU pauses the guest (`werror=enospc`, its
+//! default), and the guest never sees an error. Once there is room again, this thread resumes it.
 
 use super::argv::QMP_SOCKET;
 use super::qmp::Qmp;
 use crate::error::{Kind, Result};
 use crate::host::process::Process;
 use crate::locks::{Cancel, Rank, region};
-use crate::vmm::dial::{self, Patience};
+use crate::vmm::dial::{self, Deadline};
 use crate::vmm::end::Note;
-use crate::vmm::{Told, run_dir};
+use crate::vmm::{GuestEvent, run_dir};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// For one answer of a VMM; a healthy one takes a millisecond, on a very busy host a second.
+/// How long a VMM may take to answer. A healthy one takes a millisecond, or a second on a very busy
+/// host.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(4);
-/// So many deadlines in a row without an answer make it `unresponsive`.
+/// A VMM that has missed this many deadlines in a row is unresponsive.
 const MISSES_MAX: u32 = 3;
-/// Between two looks at a VMM that has told nothing.
+/// How often a VMM without events is queried.
 const PING_PERIOD: Duration = Duration::from_secs(5);
-/// While a guest is paused: between two looks at the free space.
+/// How often the free space is checked while a guest is paused.
 const LOOK_PERIOD: Duration = Duration::from_millis(500);
-/// A guest goes on when there is more than this: what a store gives up for deletes must not go to guests.
+/// A guest is resumed if there is more free space than this. The store reserves less for deletes,
+/// and guests must not use that up.
 const FREE_BYTES_MIN: u64 = 16 << 20;
-/// `query-status` of a guest that was paused for an error of its disk; only a full one pauses.
+/// The answer to `query-status` if the guest was paused because of an error of its disk. Only a
+/// full disk pauses it.
 const PAUSED: &str = "io-error";
 
-/// One VMM, attended from a thread of its own until it exits or the driver goes.
-pub struct Attended {
+/// Monitors one VMM until it exits or the driver is dropped.
+pub struct Monitor {
     pub process: Process,
-    /// The VM's directory: the disk is there, and `run/`.
+    /// The VM's directory, which holds the disk and `run/`.
     pub dir: PathBuf,
     pub closing: Cancel,
-    pub told: Box<dyn Fn(Told) + Send>,
-    /// For what it says of its end.
+    pub on_event: Box<dyn Fn(GuestEvent) + Send>,
+    /// Receives the reason that the VMM gives for its end.
     pub note: Arc<Note>,
 }
 
-impl Attended {
+impl Monitor {
     pub fn run(self) {
-        let attended = self.attend();
+        let monitored = self.monitor();
         self.note.close();
-        if let Err(e) = attended
+        if let Err(e) = monitored
             && !self.closing.is_cancelled()
             && !run_dir::is_exiting(&self.process)
         {
-            log::warn!("the VMM of {} is no longer asked how it is: {e}", self.dir.display());
+            log::warn!("the VMM of {} is no longer monitored: {e}", self.dir.display());
         }
-        (self.told)(Told::Paused(false));
+        (self.on_event)(GuestEvent::Paused(false));
     }
 
-    fn attend(&self) -> Result<()> {
+    fn monitor(&self) -> Result<()> {
         let Some(mut qmp) = self.open()? else { return Ok(()) };
-        let attended = self.converse(&mut qmp);
+        let conversed = self.converse(&mut qmp);
         self.note.record(qmp.shutdown_cause());
-        attended
+        conversed
     }
 
-    /// Until the VMM hangs up, or the driver goes.
+    /// Queries the VMM until it hangs up or the driver is dropped.
     fn converse<'a>(&'a self, qmp: &mut Qmp<'a>) -> Result<()> {
         let (mut was_paused, mut has_answered) = (false, false);
         loop {
             let is_paused = self.look(qmp, was_paused)?;
             if !std::mem::replace(&mut has_answered, true) {
-                (self.told)(Told::Answered);
+                (self.on_event)(GuestEvent::Answered);
             }
             if is_paused != was_paused {
                 log::warn!(
-                    "{}: the guest {}",
+                    "{}: the guest is {}",
                     self.dir.display(),
-                    if is_paused { "is paused: the disk is full" } else { "goes on" }
+                    if is_paused { "paused because the host's disk is full" } else { "resumed" }
                 );
-                (self.told)(Told::Paused(is_paused));
+                (self.on_event)(GuestEvent::Paused(is_paused));
                 was_paused = is_paused;
             }
             self.await_event(qmp, if is_paused { LOOK_PERIOD } else { PING_PERIOD })?;
@@ -84,20 +87,21 @@ impl Attended {
 
     fn open(&self) -> Result<Option<Qmp<'_>>> {
         let dir = run_dir::open(&self.dir, "open the VMM's run directory")?;
-        self.patiently(|patience| {
-            let control = dial::connect(&dir, QMP_SOCKET, &self.process, patience)?;
-            control.map(|control| Qmp::open(control, patience)).transpose()
+        self.until_answered(|deadline| {
+            let control = dial::connect(&dir, QMP_SOCKET, &self.process, deadline)?;
+            control.map(|control| Qmp::open(control, deadline)).transpose()
         })
     }
 
-    /// Whether the guest is paused; where it was so before and there is room again, it goes on.
+    /// Returns whether the guest is paused. Resumes it if it was paused before and there is room
+    /// again.
     fn look<'a>(&'a self, qmp: &mut Qmp<'a>, was_paused: bool) -> Result<bool> {
         let is_paused = self.is_paused(qmp)?;
         if !is_paused || !was_paused || !self.has_room() {
             return Ok(is_paused);
         }
         self.execute(qmp, "cont")?;
-        // Another write may have failed already.
+        // Another write may have failed in the meantime.
         self.is_paused(qmp)
     }
 
@@ -107,8 +111,8 @@ impl Attended {
 
     fn execute<'a>(&'a self, qmp: &mut Qmp<'a>, command: &str) -> Result<serde_json::Value> {
         let mut is_asked = false;
-        self.patiently(|patience| {
-            qmp.be_patient(patience);
+        self.until_answered(|deadline| {
+            qmp.set_deadline(deadline);
             if !is_asked {
                 qmp.ask(command, &json!({}))?;
                 is_asked = true;
@@ -117,43 +121,45 @@ impl Attended {
         })
     }
 
-    /// Tries until there is an answer, and tells when there has been none for too long, and when it came after all.
-    fn patiently<'a, T>(&'a self, mut attempt: impl FnMut(Patience<'a>) -> Result<T>) -> Result<T> {
+    /// Repeats an attempt until there is an answer. Reports when there has been none for too long,
+    /// and when there is one again.
+    fn until_answered<'a, T>(&'a self, mut attempt: impl FnMut(Deadline<'a>) -> Result<T>) -> Result<T> {
         let mut misses = 0;
         let result = loop {
             let result = {
                 let _blocking = region(Rank::VmmApi);
-                attempt(self.patience(ANSWER_DEADLINE))
+                attempt(self.deadline_in(ANSWER_DEADLINE))
             };
             match result {
                 Err(e) if e.kind() == Kind::Timeout => misses += 1,
                 other => break other,
             }
-            // Again and again: who is told may not have taken note of the VM yet.
+            // Reported repeatedly, because the daemon may not have recorded this VM when the first
+            // report came.
             if misses % MISSES_MAX == 0 {
-                (self.told)(Told::Unresponsive(true));
+                (self.on_event)(GuestEvent::Unresponsive(true));
             }
         };
         if misses >= MISSES_MAX && result.is_ok() {
-            (self.told)(Told::Unresponsive(false));
+            (self.on_event)(GuestEvent::Unresponsive(false));
         }
         result
     }
 
     fn await_event<'a>(&'a self, qmp: &mut Qmp<'a>, period: Duration) -> Result<()> {
         let _blocking = region(Rank::VmmApi);
-        qmp.be_patient(self.patience(period));
+        qmp.set_deadline(self.deadline_in(period));
         match qmp.event() {
             Err(e) if e.kind() != Kind::Timeout => Err(e),
             _ => Ok(()),
         }
     }
 
-    fn patience(&self, period: Duration) -> Patience<'_> {
-        Patience { deadline: Instant::now() + period, cancel: &self.closing }
+    fn deadline_in(&self, period: Duration) -> Deadline<'_> {
+        Deadline { at: Instant::now() + period, cancel: &self.closing }
     }
 
-    /// As the VMM sees it, which does not run as root.
+    /// True if there is room for the VMM, which does not run as root.
     fn has_room(&self) -> bool {
         rustix::fs::statvfs(&self.dir).is_ok_and(|s| s.f_bavail.saturating_mul(s.f_frsize) >= FREE_BYTES_MIN)
     }

@@ -41,7 +41,7 @@ macro_rules! text_newtype {
     ($(#[$doc:meta])* $name:ident, $valid:path, $what:literal, $form:literal) => {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-        #[serde(try_from = "String", into = "String")]
+        #[serde(try_from = "String")]
         pub struct $name(String);
         impl $name {
             pub fn as_str(&self) -> &str { &self.0 }
@@ -52,15 +52,15 @@ macro_rules! text_newtype {
         }
         impl FromStr for $name {
             type Err = Error;
-            fn from_str(s: &str) -> Result<Self> {
-                if $valid(s) { return Ok(Self(s.to_owned())); }
-                let shown: String = s.chars().take(2 * NAME_LEN_MAX).collect();
-                Err(Error::new(Kind::InvalidArgument, format!(concat!($what, " {:?} is not valid"), shown)).hint($form))
-            }
+            fn from_str(s: &str) -> Result<Self> { s.to_owned().try_into() }
         }
         impl TryFrom<String> for $name {
             type Error = Error;
-            fn try_from(s: String) -> Result<Self> { s.parse() }
+            fn try_from(s: String) -> Result<Self> {
+                if $valid(&s) { return Ok(Self(s)); }
+                let shown: String = s.chars().take(2 * NAME_LEN_MAX).collect();
+                Err(Error::new(Kind::InvalidArgument, format!(concat!($what, " {:?} is not valid"), shown)).hint($form))
+            }
         }
         impl From<$name> for String { fn from(v: $name) -> String { v.0 } }
         impl fmt::Display for $name { fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result { f.write_str(&self.0) } }

@@ -87,9 +87,10 @@ pub struct State {
     vms: BTreeMap<VmId, Arc<VmRow>>,
     names: HashMap<VmName, VmId>,
     slots: BTreeSet<u32>,
-    /// Every VM by age, the oldest first; and the same per owner.
-    ages: BTreeSet<Age>,
-    owners: BTreeMap<u32, BTreeSet<Age>>,
+    /// Every VM by age, the oldest first; and the same per owner. They hold the rows, because looking up each VM of a long list
+    /// by its id costs more than the rest of the list.
+    ages: BTreeMap<Age, Arc<VmRow>>,
+    owners: BTreeMap<u32, BTreeMap<Age, Arc<VmRow>>>,
     workspaces: BTreeMap<VmId, Arc<WorkspaceRow>>,
     ops: BTreeMap<OpId, Arc<OpRow>>,
     history: OpHistory,
@@ -140,7 +141,7 @@ impl State {
             Some(uid) => self.owners.get(&uid),
         };
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
-        ages.into_iter().flat_map(move |ages| ages.range((from, Bound::Unbounded))).filter_map(|(_, id)| self.vms.get(id))
+        ages.into_iter().flat_map(move |ages| ages.range((from, Bound::Unbounded))).map(|(_, row)| row)
     }
 
     pub fn vms_of(&self, owner_uid: u32) -> impl Iterator<Item = &Arc<VmRow>> {
@@ -277,8 +278,8 @@ impl State {
                 if let Some(r) = &row {
                     self.names.insert(r.name.clone(), id.clone());
                     self.slots.insert(r.slot);
-                    self.ages.insert(age(r));
-                    self.owners.entry(r.owner_uid).or_default().insert(age(r));
+                    self.ages.insert(age(r), r.clone());
+                    self.owners.entry(r.owner_uid).or_default().insert(age(r), r.clone());
                 }
                 Image::Vm(id, before)
             }

@@ -4,6 +4,7 @@ use super::calls;
 use super::port::Port;
 use crate::ids::{ImageRef, KernelName, OpId, VmId, VmName};
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -178,6 +179,26 @@ pub struct Vm {
     pub workspace: Option<WorkspaceInfo>,
 }
 
+/// The members of a VM that `fcctl ps` shows. They have the same values as in [`Vm`] but about a fifth of its bytes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VmBrief<'a> {
+    pub id: Cow<'a, VmId>,
+    pub name: Cow<'a, VmName>,
+    pub state: VmState,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<Cow<'a, str>>,
+    pub image: Cow<'a, ImageRef>,
+    pub vcpus: u32,
+    pub mem_mib: u64,
+    pub created_at: u64,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unresponsive: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workspace: Option<WorkspaceInfo>,
+}
+
 impl Vm {
     pub fn rates(&self) -> RateLimits {
         RateLimits {
@@ -289,6 +310,9 @@ pub struct VmListRequest {
     /// Include VMs that do not run.
     #[serde(default)]
     pub all: bool,
+    /// Return only the members of [`VmBrief`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub brief: bool,
     /// The cursor of the page: `next` of the previous one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<String>,
@@ -532,7 +556,17 @@ calls! {
     VmSshConfig = "vm.ssh_config" (VmRequest) -> SshConfigReply;
 }
 
+/// `vm.list` with `brief`, which the request must have set.
+pub struct VmListBrief;
+
+impl super::Call for VmListBrief {
+    const METHOD: &'static str = VmList::METHOD;
+    type Request = VmListRequest;
+    type Reply = VmListReply<VmBrief<'static>>;
+}
+
 super::page::list_calls! {
     VmList: vms of Vm;
+    VmListBrief: vms of VmBrief<'static>;
     VmStatsCall: stats of VmStats;
 }

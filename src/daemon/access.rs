@@ -1,11 +1,13 @@
 //! Who may see what: root and the owner. To anybody else a VM does not exist.
 
 use super::Daemon;
-use crate::api::vm::{Vm, VmState};
+use crate::api::vm::{Vm, VmBrief, VmState, WorkspaceInfo};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{ID_LEN, VmId};
 use crate::locks::CancelCause;
-use crate::store::{State, VmRow, WorkspaceRow};
+use crate::store::{Seen, State, VmRow, WorkspaceRow};
+use serde::{Serialize, Serializer};
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// Shortest prefix of an id that is taken for one.
@@ -77,10 +79,69 @@ impl Daemon {
 
     /// That the guest stands still is in no row: it could not be written to a full disk.
     pub(super) fn with_pause(&self, mut vm: Vm) -> Vm {
-        if vm.state == VmState::Running && self.runtimes.is_paused(&vm.id) {
-            vm.reason = Some(format!("paused: {}", CancelCause::HostDiskFull));
-        }
+        vm.reason = self.reason(vm.state, &vm.id).or(vm.reason);
         vm
+    }
+
+    /// The reason that replaces the row's.
+    fn reason(&self, state: VmState, vm: &VmId) -> Option<String> {
+        let is_paused = state == VmState::Running && self.runtimes.is_paused(vm);
+        is_paused.then(|| format!("paused: {}", CancelCause::HostDiskFull))
+    }
+
+    /// The members of [`Daemon::view`] that a long list needs.
+    pub(super) fn brief<'a>(&self, seen: &'a Seen) -> VmBrief<'a> {
+        let row = &*seen.row;
+        let reason = self.reason(row.state, &row.id).map(Cow::Owned);
+        VmBrief {
+            id: Cow::Borrowed(&row.id),
+            name: Cow::Borrowed(&row.name),
+            state: row.state,
+            reason: reason.or(row.reason.as_deref().map(Cow::Borrowed)),
+            image: Cow::Borrowed(&row.image),
+            vcpus: row.vcpus,
+            mem_mib: row.mem_mib,
+            created_at: row.created_at,
+            unresponsive: is_unresponsive(row),
+            paused: is_paused(row),
+            workspace: seen.workspace.as_deref().map(workspace_info),
+        }
+    }
+}
+
+/// One VM in a list. Its view is built when it is serialised, because a brief one borrows from the rows.
+pub(super) struct Listed<'a> {
+    pub daemon: &'a Daemon,
+    pub seen: Seen,
+    pub is_brief: bool,
+}
+
+impl Serialize for Listed<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        if self.is_brief {
+            return self.daemon.brief(&self.seen).serialize(serializer);
+        }
+        self.daemon.with_pause(view(&self.seen.row, self.seen.workspace.as_deref())).serialize(serializer)
+    }
+}
+
+fn is_unresponsive(row: &VmRow) -> bool {
+    row.unresponsive && matches!(row.state, VmState::Running | VmState::Stopping)
+}
+
+fn is_paused(row: &VmRow) -> bool {
+    row.paused && row.state == VmState::Running
+}
+
+fn workspace_info(row: &WorkspaceRow) -> WorkspaceInfo {
+    WorkspaceInfo {
+        guest_path: row.guest_path.clone(),
+        workdir: row.workdir.clone(),
+        state: row.state,
+        readonly: row.readonly,
+        entries: row.entries,
+        bytes: row.bytes,
+        prepared_at: row.prepared_at,
     }
 }
 
@@ -117,17 +178,9 @@ pub fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
         driver: row.driver.clone(),
         disk_driver: row.disk_driver.clone(),
         synced: row.synced,
-        unresponsive: row.unresponsive && matches!(row.state, VmState::Running | VmState::Stopping),
-        paused: row.paused && row.state == VmState::Running,
+        unresponsive: is_unresponsive(row),
+        paused: is_paused(row),
         balloon_mib: row.balloon_mib.filter(|_| row.state == VmState::Running),
-        workspace: workspace.map(|w| crate::api::vm::WorkspaceInfo {
-            guest_path: w.guest_path.clone(),
-            workdir: w.workdir.clone(),
-            state: w.state,
-            readonly: w.readonly,
-            entries: w.entries,
-            bytes: w.bytes,
-            prepared_at: w.prepared_at,
-        }),
+        workspace: workspace.map(workspace_info),
     }
 }

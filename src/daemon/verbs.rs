@@ -77,7 +77,7 @@ impl Daemon {
         let rows = VmScan::new(&self.store, caller, after, move |row| shown(row.state));
         let views = rows.map(|seen| {
             let place = Position(seen.row.created_at, seen.row.id.clone());
-            (place, self.with_pause(access::view(&seen.row, seen.workspace.as_deref())))
+            (place, access::Listed { daemon: self, seen, is_brief: request.brief })
         });
         let (vms, next) = page::fill(request.limit, views)?;
         Ok(VmListReply { vms, next })

@@ -15,6 +15,7 @@ use fcd::api::workspace::*;
 use fcd::api::{Call, Empty};
 use fcd::error::{Error, Kind};
 use serde::{Serialize, de::DeserializeOwned};
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
@@ -37,6 +38,30 @@ pub fn id<T: std::str::FromStr<Err = Error>>() -> T {
 
 pub fn name<T: std::str::FromStr<Err = Error>>(text: &str) -> T {
     text.parse().unwrap()
+}
+
+fn brief() -> VmBrief<'static> {
+    VmBrief {
+        id: Cow::Owned(id()),
+        name: Cow::Owned(name("web")),
+        state: VmState::Running,
+        reason: Some("why".into()),
+        image: Cow::Owned(name("default")),
+        vcpus: 1,
+        mem_mib: 1024,
+        created_at: 1,
+        unresponsive: false,
+        paused: true,
+        workspace: Some(WorkspaceInfo {
+            guest_path: "/root/app".into(),
+            workdir: "/root/app/src".into(),
+            state: WorkspaceState::Complete,
+            readonly: false,
+            entries: 12,
+            bytes: 4096,
+            prepared_at: 2,
+        }),
+    }
 }
 
 pub fn vm() -> Vm {
@@ -258,6 +283,15 @@ fn vm_goldens() {
             vm.list
             {"all":true}
             {"vms":[],"next":"1763800000-0123456789ab"}
+        "#]],
+    );
+    call::<VmListBrief>(
+        VmListRequest { all: true, brief: true, limit: Some(500), ..Default::default() },
+        VmListReply { vms: vec![brief(), VmBrief { reason: None, workspace: None, paused: false, ..brief() }], next: None },
+        expect![[r#"
+            vm.list
+            {"all":true,"brief":true,"limit":500}
+            {"vms":[{"id":"0123456789ab","name":"web","state":"running","reason":"why","image":"default","vcpus":1,"mem_mib":1024,"created_at":1,"paused":true,"workspace":{"guest_path":"/root/app","workdir":"/root/app/src","state":"complete","readonly":false,"entries":12,"bytes":4096,"prepared_at":2}},{"id":"0123456789ab","name":"web","state":"running","image":"default","vcpus":1,"mem_mib":1024,"created_at":1}]}
         "#]],
     );
     call::<VmShow>(

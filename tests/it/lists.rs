@@ -3,8 +3,11 @@
 use crate::world::*;
 use fcd::api::op::{OpList, OpListRequest};
 use fcd::api::page::ListCall;
-use fcd::api::vm::{VmList, VmListRequest, VmStatsCall, VmStatsRequest};
+use fcd::api::vm::{VmList, VmListBrief, VmListRequest, VmPause, VmStatsCall, VmStatsRequest};
+use fcd::client::{CALL_DEADLINE, Failure};
 use fcd::error::Kind;
+use serde_json::Value;
+use serde_json::value::RawValue;
 
 /// Fetches all items and counts the pages.
 fn pages<C: ListCall<Request: Clone>>(world: &World, request: &C::Request) -> (Vec<C::Item>, usize) {
@@ -63,6 +66,78 @@ fn page_of_running_vms_is_full() {
     assert!(stats.len() <= 2, "{stats:?}");
     world.stop("v1").unwrap();
     world.stop("v3").unwrap();
+}
+
+/// Lists with any parameters.
+fn list_raw(world: &World, params: &str) -> Result<Value, Failure> {
+    let params = RawValue::from_string(params.to_owned()).unwrap();
+    world.client().call_raw("vm.list", &params, CALL_DEADLINE).map(|answer| serde_json::from_str(answer.get()).unwrap())
+}
+
+/// The members of `brief` are in `full` with the same values. A member that `brief` leaves out is null or false in `full`.
+#[track_caller]
+fn assert_is_part(brief: &Value, full: &Value) {
+    const MEMBERS: [&str; 11] =
+        ["id", "name", "state", "reason", "image", "vcpus", "mem_mib", "created_at", "unresponsive", "paused", "workspace"];
+    let (brief, full) = (brief.as_object().unwrap(), full.as_object().unwrap());
+    assert!(brief.keys().all(|member| MEMBERS.contains(&member.as_str())), "{brief:?}");
+    for member in MEMBERS {
+        match brief.get(member) {
+            Some(value) => assert_eq!(Some(value), full.get(member), "{member}"),
+            None => assert!(matches!(full[member], Value::Null | Value::Bool(false)), "{member}: {full:?}"),
+        }
+    }
+}
+
+#[test]
+fn brief_list_has_the_values_of_the_full_one() {
+    let world = World::new();
+    world.create("created");
+    world.create("failed");
+    world.vmm.fail_next_start("no such machine");
+    world.start("failed").unwrap_err();
+    ["paused", "running"].into_iter().for_each(|name| drop(world.running(name)));
+    world.import_all("running");
+    world.call::<VmPause>(&request("paused")).unwrap();
+    for all in [true, false] {
+        let full = list_raw(&world, &format!(r#"{{"all":{all}}}"#)).unwrap();
+        let brief = list_raw(&world, &format!(r#"{{"all":{all},"brief":true}}"#)).unwrap();
+        let (full, brief) = (full["vms"].as_array().unwrap(), brief["vms"].as_array().unwrap());
+        assert_eq!((full.len(), brief.len()), if all { (4, 4) } else { (2, 2) });
+        full.iter().zip(brief).for_each(|(full, brief)| assert_is_part(brief, full));
+    }
+    let brief = world.client().list::<VmListBrief>(VmListRequest { all: true, brief: true, ..Default::default() }).unwrap();
+    let of = |name: &str| brief.iter().find(|vm| vm.name.as_str() == name).unwrap();
+    assert!(of("failed").reason.as_ref().unwrap().contains("no such machine"));
+    assert!(of("paused").paused && !of("running").paused);
+    assert!(of("running").workspace.is_some() && of("paused").workspace.is_none());
+}
+
+#[test]
+fn brief_list_is_paged() {
+    let world = World::new();
+    (0..5).for_each(|n| drop(world.create(&format!("v{n}"))));
+    let request = VmListRequest { all: true, brief: true, limit: Some(2), ..Default::default() };
+    let (brief, count) = pages::<VmListBrief>(&world, &request);
+    let (full, _) = pages::<VmList>(&world, &VmListRequest { brief: false, ..request });
+    assert_eq!((brief.len(), count), (5, 3));
+    assert!(full.iter().zip(&brief).all(|(full, brief)| full.id == *brief.id));
+}
+
+#[test]
+fn invalid_view_is_refused() {
+    let world = World::new();
+    for (params, reason) in [
+        (r#"{"brief":1}"#, "expected a boolean"),
+        (r#"{"brief":"yes"}"#, "expected a boolean"),
+        (r#"{"brief":null}"#, "expected a boolean"),
+        (r#"{"breif":true}"#, "unknown field `breif`"),
+        (r#"{"brief":true,"brief":true}"#, "duplicate field `brief`"),
+    ] {
+        let e = list_raw(&world, params).unwrap_err();
+        assert!(e.is(Kind::InvalidArgument) && e.fault.message.contains(reason), "{params}: {e}");
+        assert!(e.fault.hint.is_some(), "{params}: {e:?}");
+    }
 }
 
 #[test]

@@ -24,8 +24,9 @@ const READ_BYTES: usize = 128 * 1024;
 
 pub(super) struct Connection {
     stream: UnixStream,
-    /// Bytes that were read but not yet returned as a line.
+    /// Bytes that were read. The first `returned` of them are the line that was returned last.
     buffer: Vec<u8>,
+    returned: usize,
     /// A descriptor that was received but not yet taken.
     received: Option<OwnedFd>,
     last_id: u64,
@@ -35,7 +36,7 @@ pub(super) struct Connection {
 impl Connection {
     pub(super) fn open(socket: &Path) -> Result<Self> {
         let stream = connect(socket).map_err(|e| unreachable_at(socket, &e))?;
-        Ok(Self { stream, buffer: Vec::new(), received: None, last_id: 0, deadline: None })
+        Ok(Self { stream, buffer: Vec::new(), returned: 0, received: None, last_id: 0, deadline: None })
     }
 
     pub(super) fn try_clone(&self) -> Result<UnixStream> {
@@ -53,8 +54,11 @@ impl Connection {
 
     /// Sets how long each read may take.
     pub(super) fn set_deadline(&mut self, deadline: Option<Duration>) -> Result<()> {
-        self.deadline = deadline;
-        Ok(self.stream.set_read_timeout(deadline).map_err(|e| Error::io("set a deadline", e))?)
+        if self.deadline != deadline {
+            self.stream.set_read_timeout(deadline).map_err(|e| Error::io("set a deadline", e))?;
+            self.deadline = deadline;
+        }
+        Ok(())
     }
 
     pub(super) fn hang_up(&self) {
@@ -89,7 +93,8 @@ impl Connection {
     }
 
     /// Reads the next line and returns it without the newline.
-    pub(super) fn read_line(&mut self, method: &str) -> Result<Vec<u8>> {
+    pub(super) fn read_line(&mut self, method: &str) -> Result<&[u8]> {
+        self.buffer.drain(..std::mem::take(&mut self.returned));
         let mut searched = 0;
         loop {
             let end = end_of_line(&self.buffer[searched..]).map(|len| searched + len);
@@ -100,10 +105,8 @@ impl Connection {
                 );
             }
             if let Some(end) = end {
-                let rest = self.buffer.split_off(end);
-                let mut line = std::mem::replace(&mut self.buffer, rest);
-                line.pop();
-                return Ok(line);
+                self.returned = end;
+                return Ok(&self.buffer[..end - 1]);
             }
             searched = self.buffer.len();
             self.buffer.resize(searched + READ_BYTES, 0);

@@ -109,27 +109,43 @@ impl Client {
 
     /// Makes a call that the daemon answers immediately. Fails with `timeout` after [`CALL_DEADLINE`].
     pub fn call<C: Call>(&mut self, request: &C::Request) -> Result<C::Reply> {
+        self.ask::<C>(request)?;
+        self.answer::<C>()
+    }
+
+    fn ask<C: Call>(&mut self, request: &C::Request) -> Result<()> {
         self.send(C::METHOD, &raw(request)?, false, &[])?;
-        self.connection.set_deadline(Some(CALL_DEADLINE))?;
+        self.connection.set_deadline(Some(CALL_DEADLINE))
+    }
+
+    fn answer<C: Call>(&mut self) -> Result<C::Reply> {
         self.flight::<C::Reply>(C::METHOD).finish(&mut |_| Ok(()))
     }
 
     /// Reads all pages of a list.
-    pub fn list<C: ListCall>(&mut self, mut request: C::Request) -> Result<Vec<C::Item>> {
+    pub fn list<C: ListCall>(&mut self, request: C::Request) -> Result<Vec<C::Item>> {
         let mut all = Vec::new();
+        self.list_pages::<C>(request, &mut |items| all.extend(items))?;
+        Ok(all)
+    }
+
+    /// Passes the pages of a list to `on_page` one by one. The next page is requested before `on_page` gets the previous one, so
+    /// that the daemon and the caller work at the same time.
+    pub fn list_pages<C: ListCall>(&mut self, mut request: C::Request, on_page: &mut dyn FnMut(Vec<C::Item>)) -> Result<()> {
+        self.ask::<C>(&request)?;
         loop {
-            let (items, next) = C::into_page(self.call::<C>(&request)?);
-            let is_empty = items.is_empty();
-            all.extend(items);
-            match next {
-                None => return Ok(all),
-                Some(_) if is_empty => {
-                    return Err(
-                        Error::internal(format!("{}: the daemon sent an empty page that is not the last", C::METHOD)).into()
-                    );
-                }
-                Some(next) => C::start_after(&mut request, next),
+            let (items, next) = C::into_page(self.answer::<C>()?);
+            let Some(next) = next else {
+                on_page(items);
+                return Ok(());
+            };
+            if items.is_empty() {
+                let text = format!("{}: the daemon sent an empty page that is not the last", C::METHOD);
+                return Err(Error::internal(text).into());
             }
+            C::start_after(&mut request, next);
+            self.ask::<C>(&request)?;
+            on_page(items);
         }
     }
 
@@ -198,11 +214,14 @@ impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
     pub fn next_event(&mut self) -> Result<Event<R>> {
         loop {
             let line = self.client.connection.read_line(self.method)?;
-            match Line::<R>::parse(&line) {
+            match Line::<R>::parse(line) {
                 Ok(None) => {}
                 Ok(Some(Line::Note(note))) => return Ok(Event::Note(note)),
                 Ok(Some(Line::Response(response))) => return self.accept(response).map(Event::Reply),
-                Err(e) => return Err(self.unreadable(&line, e)),
+                Err(e) => {
+                    let line = line.to_owned();
+                    return Err(self.unreadable(&line, e));
+                }
             }
         }
     }

@@ -4,7 +4,7 @@ use crate::api::Empty;
 use crate::api::daemon::{DebugLocks, Doctor};
 use crate::api::exec::{ExecStart, ExecStartRequest};
 use crate::api::op::Progress;
-use crate::api::vm::{VmShow, VmStart};
+use crate::api::vm::{VmListBrief, VmListRequest, VmShow, VmStart};
 use crate::error::Code;
 use expect_test::{Expect, expect};
 use serde_json::json;
@@ -249,4 +249,61 @@ fn silent_daemon_times_out() {
     let params = RawValue::from_string("{}".to_owned()).unwrap();
     let e = client.call_raw(<Doctor as Call>::METHOD, &params, Duration::from_millis(50)).unwrap_err();
     assert_eq!((e.code(), e.exit_status()), (Code::Timeout, 124));
+}
+
+fn brief(name: &str) -> serde_json::Value {
+    json!({"id": "0123456789ab", "name": name, "state": "running", "image": "default", "vcpus": 1, "mem_mib": 1, "created_at": 1})
+}
+
+#[test]
+fn list_requests_the_next_page_before_the_previous_one_is_used() {
+    const SOON: Duration = Duration::from_secs(10);
+    let (requested, requests) = crossbeam_channel::unbounded();
+    let fake = Fake::start(move |r| {
+        let page: u64 = r.params["after"].as_str().map_or(0, |after| after.parse().unwrap());
+        if page > 0 {
+            requested.send(page).unwrap();
+        }
+        let next = (page < 2).then(|| (page + 1).to_string());
+        r.result(json!({"vms": [brief(&format!("v{page}"))], "next": next}));
+    });
+    let mut client = Client::connect(&fake.socket()).unwrap();
+    let mut names = Vec::new();
+    let mut on_page = |vms: Vec<crate::api::vm::VmBrief<'_>>| {
+        names.extend(vms.into_iter().map(|vm| vm.name.to_string()));
+        let next = names.len() as u64;
+        if next < 3 {
+            assert_eq!(requests.recv_timeout(SOON), Ok(next), "the page was not requested early");
+        }
+    };
+    client.list_pages::<VmListBrief>(VmListRequest::default(), &mut on_page).unwrap();
+    assert_eq!(names, ["v0", "v1", "v2"]);
+    assert!(requests.is_empty());
+}
+
+#[test]
+fn empty_page_that_is_not_the_last_is_an_error() {
+    let fake = Fake::start(|r| r.result(json!({"vms": [], "next": "1"})));
+    let mut client = Client::connect(&fake.socket()).unwrap();
+    let e = client.list::<VmListBrief>(VmListRequest::default()).unwrap_err();
+    assert!(e.is(Kind::Internal) && e.fault.message.contains("empty page"), "{e:?}");
+}
+
+#[test]
+fn lines_that_arrive_together_are_read_one_by_one() {
+    let fake = Fake::start(|mut r| {
+        let note = |stage: &str| format!(r#"{{"jsonrpc":"2.0","method":"progress","params":{{"stage":"{stage}"}}}}"#);
+        r.raw(&format!("{}\n{}\n{{\"jsonrpc\":\"2.0\",\"id\":2,\"result\":{{}}}}", note("one"), note("two")));
+    });
+    let mut client = Client::connect(&fake.socket()).unwrap();
+    let mut stages = Vec::new();
+    let params = RawValue::from_string("{}".to_owned()).unwrap();
+    let mut on_note = |note| {
+        if let Note::Progress(progress) = note {
+            stages.push(progress.stage);
+        }
+        Ok(())
+    };
+    let answer = client.call_raw_more("vm.start", &params, &mut on_note).unwrap();
+    assert_eq!((answer.get(), stages.len()), ("{}", 2));
 }

@@ -21,6 +21,7 @@ mod op;
 mod output;
 mod pipes;
 mod progress;
+mod ps;
 mod relay;
 mod rpc;
 mod run;
@@ -73,7 +74,7 @@ enum Noun {
     /// Open an SSH session in a VM
     Ssh(ssh::Args),
     /// List VMs
-    Ps(vm::ListArgs),
+    Ps(ps::Args),
     /// Start VMs
     Start(vm::Targets),
     /// Stop VMs: shut down the guest, and force it after a timeout
@@ -160,7 +161,7 @@ fn dispatch(ctx: &mut Context, noun: Noun) -> Result<u8> {
         Noun::Run(args) => run::run(ctx, *args),
         Noun::Exec(args) => exec::run(ctx, args),
         Noun::Ssh(args) => ssh::run(ctx, args),
-        Noun::Ps(args) => vm::list(ctx, args),
+        Noun::Ps(args) => ps::run(ctx, args),
         Noun::Start(args) => vm::start(ctx, args),
         Noun::Stop(args) => vm::stop(ctx, args),
         Noun::Rm(args) => vm::delete(ctx, args),

@@ -39,33 +39,71 @@ impl Out {
     }
 }
 
-/// Formats rows under upper-case headers, with two spaces between columns. The last column is not
-/// padded.
+/// Formats rows under upper-case headers.
 pub fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
-    let rows: Vec<Vec<(String, usize)>> = rows.iter().map(|row| row.iter().map(|c| cell(c)).collect()).collect();
-    let width = |i: usize| rows.iter().map(|r| r[i].1).chain([headers[i].len()]).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..headers.len()).map(width).collect();
-    let header = headers.iter().map(|h| ((*h).to_owned(), h.len())).collect();
-    let mut text = String::with_capacity((rows.len() + 1) * (widths.iter().sum::<usize>() + 2 * widths.len()));
-    for row in [header].iter().chain(&rows) {
-        let begin = text.len();
-        for (i, (cell, width)) in row.iter().enumerate() {
-            text.push_str(cell);
-            if i + 1 < row.len() {
-                text.extend(std::iter::repeat_n(' ', widths[i] + 2 - width));
-            }
-        }
-        text.truncate(begin + text[begin..].trim_end().len());
-        text.push('\n');
-    }
-    text
+    let mut table = Table::new(headers);
+    rows.iter().flatten().for_each(|cell| table.cell(cell));
+    table.render()
 }
 
-/// The text of one cell without harmful characters, and its width in characters.
-fn cell(text: &str) -> (String, usize) {
-    let text = harmless_line(text);
-    let width = text.chars().count();
-    (text, width)
+/// A table with two spaces between columns. The last column is not padded. Cells are kept in one string, because `fcctl ps` may
+/// have tens of thousands of them.
+pub struct Table {
+    text: String,
+    cells: Vec<Cell>,
+    /// The width of each column.
+    widths: Vec<usize>,
+}
+
+struct Cell {
+    /// Where it ends in the text; it begins where the previous one ends.
+    end: usize,
+    /// In characters.
+    width: usize,
+}
+
+impl Table {
+    pub fn new(headers: &[&str]) -> Self {
+        let mut table = Self { text: String::new(), cells: Vec::new(), widths: vec![0; headers.len()] };
+        headers.iter().for_each(|header| table.cell(header));
+        table
+    }
+
+    /// Adds the next cell, row by row, without its harmful characters.
+    pub fn cell(&mut self, text: &str) {
+        let width = if is_plain(text) {
+            self.text.push_str(text);
+            text.len()
+        } else {
+            let harmless = harmless_line(text);
+            self.text.push_str(&harmless);
+            harmless.chars().count()
+        };
+        let column = self.cells.len() % self.widths.len();
+        self.widths[column] = self.widths[column].max(width);
+        self.cells.push(Cell { end: self.text.len(), width });
+    }
+
+    pub fn render(&self) -> String {
+        const GAP: usize = 2;
+        let columns = self.widths.len();
+        let line_bytes = self.widths.iter().map(|width| width + GAP).sum::<usize>();
+        let mut out = String::with_capacity(self.cells.len() / columns * line_bytes);
+        let mut begin = 0;
+        for row in self.cells.chunks(columns) {
+            let line = out.len();
+            for (i, (cell, width)) in row.iter().zip(&self.widths).enumerate() {
+                out.push_str(&self.text[begin..cell.end]);
+                begin = cell.end;
+                if i + 1 < columns {
+                    out.extend(std::iter::repeat_n(' ', width + GAP - cell.width));
+                }
+            }
+            out.truncate(line + out[line..].trim_end().len());
+            out.push('\n');
+        }
+        out
+    }
 }
 
 /// Formats seconds as `5s`, `3m`, `2h` or `4d`.
@@ -105,6 +143,9 @@ pub fn count(n: u64, one: &str) -> String {
 /// Returns one line without control characters and without characters that change the reading
 /// direction.
 pub fn harmless_line(text: &str) -> String {
+    if is_plain(text) {
+        return text.to_owned();
+    }
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         if is_harmful(c) || c == '\n' || c == '\t' { out.push_str(&escape(c)) } else { out.push(c) }
@@ -155,6 +196,11 @@ fn skip_escape(chars: &mut std::iter::Peekable<std::str::Chars<'_>>) {
         }
         _ => {}
     }
+}
+
+/// True for printable ASCII, which most text is.
+fn is_plain(text: &str) -> bool {
+    text.bytes().all(|b| matches!(b, b' '..=b'~'))
 }
 
 fn is_harmful(c: char) -> bool {

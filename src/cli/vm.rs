@@ -6,13 +6,14 @@ use super::values::{parse_count_rate, parse_duration, parse_mem_mib, parse_net, 
 use crate::api::port::Port;
 use crate::api::vm::{
     Net, Pending, RateLimits, Synced, Vm, VmBalloon, VmBalloonReply, VmBalloonRequest, VmCreate, VmCreateRequest, VmDelete,
-    VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmList, VmListRequest, VmMetrics, VmPause, VmPrune, VmReply,
-    VmRequest, VmRestart, VmResume, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest,
-    WorkspaceInfo, WorkspaceState,
+    VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmMetrics, VmPause, VmPrune, VmReply, VmRequest, VmRestart,
+    VmResume, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest, WorkspaceInfo,
+    WorkspaceState,
 };
 use crate::api::{Call, Empty};
 use crate::client::Result;
 use crate::ids::{ImageRef, KernelName, VmName};
+use std::borrow::Cow;
 use std::time::Duration;
 
 #[derive(clap::Subcommand, Debug)]
@@ -38,7 +39,7 @@ pub enum Verb {
     Delete(DeleteArgs),
     /// List VMs
     #[command(visible_alias = "ls")]
-    List(ListArgs),
+    List(super::ps::Args),
     /// Show details of VMs
     Show(Targets),
     /// List published ports of VMs
@@ -172,16 +173,6 @@ pub struct DeleteArgs {
 }
 
 #[derive(clap::Args, Debug)]
-pub struct ListArgs {
-    /// Also list VMs that are not running
-    #[arg(short, long)]
-    all: bool,
-    /// Print only IDs, one per line
-    #[arg(short, long)]
-    quiet: bool,
-}
-
-#[derive(clap::Args, Debug)]
 #[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["vcpus", "memory", "disk", "disk_bps", "disk_iops", "net_rx_bps", "net_tx_bps"]))]
 pub struct SetArgs {
     /// Name, ID, or start of an ID
@@ -239,7 +230,7 @@ pub fn run(ctx: &mut Context, verb: Verb) -> Result<u8> {
         Verb::Resume(args) => pause::<VmResume>(ctx, args),
         Verb::Fork(args) => fork(ctx, args),
         Verb::Delete(args) => delete(ctx, args),
-        Verb::List(args) => list(ctx, args),
+        Verb::List(args) => super::ps::run(ctx, args),
         Verb::Show(args) => show(ctx, args),
         Verb::Ports(args) => ports(ctx, args),
         Verb::Set(args) => set(ctx, args),
@@ -366,43 +357,8 @@ fn deleted(vm: &str, reply: &VmDeleteReply) -> String {
     format!("{}: {what}", output::harmless_line(vm))
 }
 
-pub fn list(ctx: &mut Context, args: ListArgs) -> Result<u8> {
-    let vms = ctx.connect()?.list::<VmList>(VmListRequest { all: args.all, ..Default::default() })?;
-    let ids: Vec<&str> = vms.iter().map(|vm| vm.id.as_str()).collect();
-    match (args.quiet, ctx.json) {
-        (true, true) => ctx.document(&ids)?,
-        (false, true) => ctx.document(&vms)?,
-        (true, false) => ctx.text(&ids.iter().map(|id| format!("{id}\n")).collect::<String>())?,
-        (false, false) => {
-            let rows: Vec<_> = vms.iter().map(|vm| row(vm, ctx.now_s)).collect();
-            let headers = ["NAME", "ID", "STATE", "IMAGE", "VCPUS", "MEMORY", "CREATED", "WORKSPACE"];
-            ctx.text(&output::table(&headers, &rows))?;
-        }
-    }
-    Ok(0)
-}
-
-fn row(vm: &Vm, now_s: u64) -> Vec<String> {
-    let workspace = vm.workspace.as_ref().map(workspace_line).unwrap_or_default();
-    vec![
-        vm.name.to_string(),
-        vm.id.to_string(),
-        state(vm),
-        vm.image.to_string(),
-        vm.vcpus.to_string(),
-        size(vm.mem_mib << 20),
-        age(now_s, vm.created_at),
-        workspace,
-    ]
-}
-
-fn state(vm: &Vm) -> String {
-    match &vm.reason {
-        Some(reason) if vm.state == VmState::Failed => format!("failed ({reason})"),
-        _ if vm.paused => format!("{} (paused)", vm.state.name()),
-        _ if vm.unresponsive => format!("{} (unresponsive)", vm.state.name()),
-        _ => vm.state.name().to_owned(),
-    }
+fn state(vm: &Vm) -> Cow<'static, str> {
+    super::ps::state(vm.state, vm.reason.as_deref(), vm.paused, vm.unresponsive)
 }
 
 pub fn workspace_line(workspace: &WorkspaceInfo) -> String {
@@ -426,7 +382,8 @@ fn show(ctx: &mut Context, args: Targets) -> Result<u8> {
 
 /// Formats all details of a VM, one per line.
 fn sheet(vm: &Vm, now_s: u64) -> String {
-    let mut facts: Vec<(&str, String)> = vec![("name", vm.name.to_string()), ("id", vm.id.to_string()), ("state", state(vm))];
+    let mut facts: Vec<(&str, String)> =
+        vec![("name", vm.name.to_string()), ("id", vm.id.to_string()), ("state", state(vm).into_owned())];
     let mut add = |name, value: Option<String>| facts.extend(value.map(|v| (name, v)));
     add("reason", vm.reason.clone().filter(|_| vm.state != VmState::Failed));
     add("operation", vm.op.as_ref().map(ToString::to_string));

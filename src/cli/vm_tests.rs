@@ -8,54 +8,6 @@ use expect_test::expect;
 use serde_json::json;
 
 #[test]
-fn list_prints_running_or_all() {
-    let fake = two_vms();
-    check(
-        &fake,
-        &["ps", "-a"],
-        expect![[r#"
-        > vm.list {"all":true}
-        NAME  ID            STATE    IMAGE    VCPUS  MEMORY  CREATED  WORKSPACE
-        web   000000776562  running  default  1      1 GiB   1h ago
-        db    000000006462  stopped  default  1      1 GiB   1h ago
-        status 0
-    "#]],
-    );
-    check(
-        &fake,
-        &["ps", "-aq"],
-        expect![[r#"
-        > vm.list {"all":true}
-        000000776562
-        000000006462
-        status 0
-    "#]],
-    );
-    check(
-        &fake,
-        &["vm", "list", "-q", "--json"],
-        expect![[r#"
-        > vm.list {"all":false}
-        [
-          "000000776562",
-          "000000006462"
-        ]
-        status 0
-    "#]],
-    );
-}
-
-#[test]
-fn list_failed_vm_shows_harmless_reason() {
-    let fake = Fake::start(|r| {
-        let failed = Vm { reason: Some("the VMM died:\u{1b}[2J signal 9".to_owned()), ..vm("web", VmState::Failed) };
-        r.result(json!({"vms": [failed]}));
-    });
-    let text = String::from_utf8(fcctl(&fake, &["ps", "-a"]).out).unwrap();
-    assert!(text.contains(r"failed (the VMM died:\u{1b}[2J signal 9)"), "{text}");
-}
-
-#[test]
 fn show_prints_all_details() {
     let fake = Fake::start(|r| {
         let full = Vm {

@@ -1,0 +1,156 @@
+//! `ps` and `vm list`.
+
+use super::context::Context;
+use super::output::{Table, age, size};
+use super::vm::workspace_line;
+use crate::api::vm::{VmBrief, VmList, VmListBrief, VmListRequest, VmState};
+use crate::client::Result;
+use std::borrow::Cow;
+
+/// The most VMs in a page. The daemon builds a page while fcctl formats the previous one, so a list has several.
+const PAGE_ITEMS: u32 = 500;
+
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// Also list VMs that are not running
+    #[arg(short, long)]
+    all: bool,
+    /// Print only IDs, one per line
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
+    let mut client = ctx.connect()?;
+    let request = VmListRequest { all: args.all, ..Default::default() };
+    if ctx.json && !args.quiet {
+        ctx.document(&client.list::<VmList>(request)?)?;
+        return Ok(0);
+    }
+    let request = VmListRequest { brief: true, limit: Some(PAGE_ITEMS), ..request };
+    if args.quiet {
+        let vms = client.list::<VmListBrief>(request)?;
+        let ids: Vec<&str> = vms.iter().map(|vm| vm.id.as_str()).collect();
+        if ctx.json {
+            ctx.document(&ids)?;
+        } else {
+            ctx.text(&ids.iter().map(|id| format!("{id}\n")).collect::<String>())?;
+        }
+        return Ok(0);
+    }
+    let mut table = Table::new(&["NAME", "ID", "STATE", "IMAGE", "VCPUS", "MEMORY", "CREATED", "WORKSPACE"]);
+    let now_s = ctx.now_s;
+    client.list_pages::<VmListBrief>(request, &mut |vms| vms.iter().for_each(|vm| row(&mut table, vm, now_s)))?;
+    ctx.text(&table.render())?;
+    Ok(0)
+}
+
+fn row(table: &mut Table, vm: &VmBrief<'_>, now_s: u64) {
+    table.cell(vm.name.as_str());
+    table.cell(vm.id.as_str());
+    table.cell(&state(vm.state, vm.reason.as_deref(), vm.paused, vm.unresponsive));
+    table.cell(vm.image.as_str());
+    table.cell(&vm.vcpus.to_string());
+    table.cell(&size(vm.mem_mib << 20));
+    table.cell(&age(now_s, vm.created_at));
+    table.cell(&vm.workspace.as_ref().map(workspace_line).unwrap_or_default());
+}
+
+/// Formats the state of a VM with what is most important about it.
+pub fn state(state: VmState, reason: Option<&str>, is_paused: bool, is_unresponsive: bool) -> Cow<'static, str> {
+    match reason {
+        Some(reason) if state == VmState::Failed => format!("failed ({reason})").into(),
+        _ if is_paused => format!("{} (paused)", state.name()).into(),
+        _ if is_unresponsive => format!("{} (unresponsive)", state.name()).into(),
+        _ => state.name().into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{check, fcctl, two_vms, vm};
+    use super::*;
+    use crate::api::vm::Vm;
+    use crate::client::fake::Fake;
+    use expect_test::expect;
+    use serde_json::json;
+
+    #[test]
+    fn list_prints_running_or_all() {
+        let fake = two_vms();
+        check(
+            &fake,
+            &["ps", "-a"],
+            expect![[r#"
+            > vm.list {"all":true,"brief":true,"limit":500}
+            NAME  ID            STATE    IMAGE    VCPUS  MEMORY  CREATED  WORKSPACE
+            web   000000776562  running  default  1      1 GiB   1h ago
+            db    000000006462  stopped  default  1      1 GiB   1h ago
+            status 0
+        "#]],
+        );
+        check(
+            &fake,
+            &["ps", "-aq"],
+            expect![[r#"
+            > vm.list {"all":true,"brief":true,"limit":500}
+            000000776562
+            000000006462
+            status 0
+        "#]],
+        );
+        check(
+            &fake,
+            &["vm", "list", "-q", "--json"],
+            expect![[r#"
+            > vm.list {"all":false,"brief":true,"limit":500}
+            [
+              "000000776562",
+              "000000006462"
+            ]
+            status 0
+        "#]],
+        );
+    }
+
+    #[test]
+    fn list_failed_vm_shows_harmless_reason() {
+        let fake = Fake::start(|r| {
+            let failed = Vm { reason: Some("the VMM died:\u{1b}[2J signal 9".to_owned()), ..vm("web", VmState::Failed) };
+            r.result(json!({"vms": [failed]}));
+        });
+        let text = String::from_utf8(fcctl(&fake, &["ps", "-a"]).out).unwrap();
+        assert!(text.contains(r"failed (the VMM died:\u{1b}[2J signal 9)"), "{text}");
+    }
+
+    #[test]
+    fn list_as_json_has_all_members() {
+        let fake = two_vms();
+        let ran = fcctl(&fake, &["ps", "--json"]);
+        assert_eq!(fake.calls(), [r#"vm.list {"all":false}"#]);
+        let vms: Vec<Vm> = serde_json::from_slice(&ran.out).unwrap();
+        assert_eq!(vms, [vm("web", VmState::Running), vm("db", VmState::Stopped)]);
+    }
+
+    #[test]
+    fn list_of_several_pages_is_one_table() {
+        let fake = Fake::start(|r| match r.params["after"].as_str() {
+            None => r.result(json!({"vms": [vm("web", VmState::Running)], "next": "1"})),
+            Some("1") => r.result(json!({"vms": [vm("longer-name", VmState::Running)], "next": "2"})),
+            _ => r.result(json!({"vms": []})),
+        });
+        check(
+            &fake,
+            &["ps"],
+            expect![[r#"
+            > vm.list {"all":false,"brief":true,"limit":500}
+            > vm.list {"after":"1","all":false,"brief":true,"limit":500}
+            > vm.list {"after":"2","all":false,"brief":true,"limit":500}
+            NAME         ID            STATE    IMAGE    VCPUS  MEMORY  CREATED  WORKSPACE
+            web          000000776562  running  default  1      1 GiB   1h ago
+            longer-name  6c6f6e676572  running  default  1      1 GiB   1h ago
+            status 0
+        "#]],
+        );
+    }
+}

@@ -4,8 +4,9 @@
 //! of effects. One thread writes: it commits all changes that wait as one transaction (WAL, `synchronous=FULL`).
 //! Reads come from memory, may show what is not yet durable, and never wait for the disk.
 //!
-//! The write-ahead log is made long enough beforehand (`schema::extend_log`), so that a commit only overwrites blocks and
-//! fdatasync(2) has no metadata to write. The writer folds the log into the database file after it has answered a batch.
+//! A commit is one write and one fdatasync(2). SQLite's writes to the write-ahead log are joined (`vfs.rs`). The log is made
+//! long enough beforehand (`schema::extend_log`), so that a commit only overwrites blocks and fdatasync(2) has no metadata to
+//! write. The writer folds the log into the database file after it has answered a batch.
 //!
 //! When a commit fails, everyone waiting for it or behind it gets the error, memory goes back to the last durable
 //! state, and the store is read-only until a probe, a real commit, succeeds. A caller that got the error of a failed
@@ -33,6 +34,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 mod tx;
+mod vfs;
 mod vm;
 mod watch;
 mod workspace;

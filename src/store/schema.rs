@@ -1,7 +1,7 @@
 //! The database file: made once, opened with every check, migrated step by step, never made anew in silence.
 
 use super::sql::refused;
-use super::{key, ledger, meta, op, snapshot, vm, workspace};
+use super::{key, ledger, meta, op, snapshot, vfs, vm, workspace};
 use crate::error::{Error, Result};
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags, TransactionBehavior, params};
@@ -205,7 +205,8 @@ fn check_file(path: &Path) -> Result<()> {
 fn connect(path: &Path) -> Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let set_up = || -> rusqlite::Result<Connection> {
-        let c = Connection::open_with_flags(path, flags)?;
+        vfs::register();
+        let c = Connection::open_with_flags_and_vfs(path, flags, vfs::NAME)?;
         c.busy_timeout(BUSY_TIMEOUT)?;
         // Nobody else writes while we run: memory is the truth then.
         c.pragma_update(None, "locking_mode", "EXCLUSIVE")?;

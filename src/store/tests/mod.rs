@@ -3,6 +3,7 @@ mod crash;
 mod events;
 mod failures;
 mod files;
+mod vfs;
 
 use super::*;
 use crate::api::op::{Op, OpState, Progress};

@@ -1,11 +1,13 @@
 //! Changes that are committed together, and what became of them.
 
+use super::Inner;
 use super::reserve::{PROBE_FREE_BYTES, RESERVE_BYTES};
 use super::tx::Step;
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Condvar, Mutex, Rank, region};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// One change as it waits for the disk.
@@ -79,28 +81,46 @@ impl Outcome {
     }
 }
 
-/// A change that was made in memory and is on its way to the disk.
+/// A change that was made in memory and has to get to the disk. It is written when a caller waits
+/// for it or for another change, or when the ticket is dropped.
 #[must_use = "a change is not durable before its ticket was waited for"]
 pub struct Ticket {
-    pub(super) seq: u64,
+    seq: u64,
     /// None: nothing was under way.
-    pub(super) outcome: Option<Arc<Outcome>>,
+    pending: Option<Pending>,
+}
+
+struct Pending {
+    inner: Arc<Inner>,
+    outcome: Arc<Outcome>,
+    /// True once a caller writes it or has asked the store's thread to.
+    is_asked_for: AtomicBool,
 }
 
 impl Ticket {
+    pub(super) fn new(seq: u64, inner: &Arc<Inner>, outcome: Option<Arc<Outcome>>) -> Self {
+        let pending = |outcome| Pending { inner: inner.clone(), outcome, is_asked_for: AtomicBool::new(false) };
+        Self { seq, pending: outcome.map(pending) }
+    }
+
     /// The change's place in the order of all changes, also over restarts of the daemon.
     pub fn seq(&self) -> u64 {
         self.seq
     }
 
-    /// Waits until the change and all before it are durable, and gives its number. Opens `Rank::DurableWait`.
+    /// Waits until the change and all before it are durable, and gives its number. Writes it on this
+    /// thread if nobody else writes and the deadline is not near (`OWN_WRITE_TIME_MIN`); a disk that
+    /// does not answer then delays this call beyond its deadline. Opens `Rank::DurableWait`.
     ///
     /// # Errors
     /// `disk_full` or `store_read_only`: it was not written and is undone in memory, too. `timeout`: it may still
     /// become either.
     pub fn wait(&self, deadline: Instant) -> Result<u64> {
         let _waiting = region(Rank::DurableWait);
-        let Some(outcome) = &self.outcome else { return Ok(self.seq) };
+        let Some(pending) = &self.pending else { return Ok(self.seq) };
+        let outcome = &pending.outcome;
+        pending.is_asked_for.store(true, Ordering::Relaxed);
+        pending.inner.write_or_ask(outcome, deadline);
         let mut settled = outcome.settled.lock();
         outcome.changed.wait_while(&mut settled, deadline, |s| s.is_none());
         match &*settled {
@@ -112,6 +132,28 @@ impl Ticket {
         }
     }
 
-    /// Goes on without waiting: for what may be lost with a crash, such as a strike-off.
+    /// Asks the store's thread to write it, and does not wait.
+    pub fn write_soon(&self) {
+        if let Some(pending) = &self.pending {
+            pending.write_soon();
+        }
+    }
+
+    /// Drops the ticket without waiting: for what may be lost with a crash, such as a strike-off.
     pub fn detach(self) {}
+}
+
+impl Pending {
+    fn write_soon(&self) {
+        if !self.is_asked_for.swap(true, Ordering::Relaxed) {
+            // The deadline is now, so this thread does not write.
+            self.inner.write_or_ask(&self.outcome, Instant::now());
+        }
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        self.write_soon();
+    }
 }

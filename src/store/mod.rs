@@ -1,12 +1,15 @@
 //! The store: all state in memory, every change of it in SQLite before anybody is told that it happened.
 //!
 //! One leaf section makes {validate, change memory, publish, enqueue the rows} atomic, so the order of rows is the order
-//! of effects. One thread writes: it commits all changes that wait as one transaction (WAL, `synchronous=FULL`).
-//! Reads come from memory, may show what is not yet durable, and never wait for the disk.
+//! of effects. One writer commits all changes that wait as one transaction (WAL,
+//! `synchronous=FULL`). A caller that waits for its change runs the writer on its own thread if
+//! nobody else does; otherwise a thread of the store runs it (`turn.rs`). Reads come from memory,
+//! may show what is not yet durable, and never wait for the disk.
 //!
-//! A commit is one write and one fdatasync(2). SQLite's writes to the write-ahead log are joined (`vfs.rs`). The log is made
-//! long enough beforehand (`schema::extend_log`), so that a commit only overwrites blocks and fdatasync(2) has no metadata to
-//! write. The writer folds the log into the database file after it has answered a batch.
+//! A commit is one write and one fdatasync(2). SQLite's writes to the write-ahead log are joined
+//! (`vfs.rs`). The log is made long enough beforehand (`schema::extend_log`), so that a commit only
+//! overwrites blocks and fdatasync(2) has no metadata to write. The store's thread folds the log
+//! into the database file after a batch was answered.
 //!
 //! When a commit fails, everyone waiting for it or behind it gets the error, memory goes back to the last durable
 //! state, and the store is read-only until a probe, a real commit, succeeds. A caller that got the error of a failed
@@ -33,6 +36,7 @@ mod sql;
 mod state;
 #[cfg(test)]
 mod tests;
+mod turn;
 mod tx;
 mod vfs;
 mod vm;
@@ -61,11 +65,12 @@ use crate::ids::VmId;
 use crate::locks::{Condvar, Mutex, Rank, region};
 use crate::uids::Retention;
 use batch::{Batch, Change, Failure, Outcome};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use writer::Writer;
 
 /// Changes that wait for the disk; beyond that a change that is not essential is refused.
 pub const QUEUE_CHANGES_MAX: usize = 16_384;
@@ -95,6 +100,10 @@ struct Core {
     /// The batch that is being written.
     in_flight: Option<Arc<Outcome>>,
     mode: Mode,
+    /// Here while nobody writes, and until the store is closed. See `turn.rs`.
+    writer: Option<Box<Writer>>,
+    /// The store's thread is asked to write what waits.
+    is_thread_wanted: bool,
     probe_now: bool,
     closing: bool,
     watchers: watch::Watchers,
@@ -111,11 +120,10 @@ impl Core {
 }
 
 struct Inner {
-    dir: PathBuf,
     install_id: String,
     seq_at_open: u64,
     core: Mutex<Core>,
-    /// The writer waits here.
+    /// The store's thread waits here.
     wake: Condvar,
     mode_changed: Condvar,
     events: events::Bus,
@@ -173,12 +181,13 @@ impl Store {
             queue: Batch::default(),
             in_flight: None,
             mode: Mode::Writable,
+            writer: None,
+            is_thread_wanted: false,
             probe_now: false,
             closing: false,
             watchers: watch::Watchers::default(),
         };
         let inner = Arc::new(Inner {
-            dir: dir.to_owned(),
             install_id,
             seq_at_open: seq,
             core: Mutex::new(Rank::Store, core),
@@ -190,9 +199,11 @@ impl Store {
             #[cfg(any(test, feature = "fakes"))]
             faults: faults::Faults::default(),
         });
-        let mut writer = writer::Writer::new(inner.clone(), connection);
-        writer.begin();
-        let thread = thread::spawn("store-writer", move || writer.run())?;
+        let mut writer = Writer::new(dir, connection).map_err(|e| schema::refuse(&dir.join(schema::FILE_NAME), e))?;
+        writer.begin(&inner);
+        inner.core.lock().writer = Some(Box::new(writer));
+        let writing = inner.clone();
+        let thread = thread::spawn("store-writer", move || writing.write_until_closed())?;
         Ok(Store(Arc::new(Handle { inner, writer: Mutex::new(Rank::Store, Some(thread)) })))
     }
 
@@ -240,16 +251,12 @@ impl Store {
         if steps.is_empty() {
             // Nothing of its own to write: durable with all that was before it.
             let before = if core.queue.is_empty() { core.in_flight.clone() } else { Some(core.queue.outcome.clone()) };
-            return Ok((value, Ticket { seq: core.seq, outcome: before }));
+            return Ok((value, Ticket::new(core.seq, inner, before)));
         }
         core.watchers.tell(&steps);
         core.seq += 1;
-        let seq = core.seq;
-        core.queue.changes.push(Change { seq, essential, steps });
-        let outcome = Some(core.queue.outcome.clone());
-        drop(guard);
-        inner.wake.notify_all();
-        Ok((value, Ticket { seq, outcome }))
+        core.queue.changes.push(Change { seq: core.seq, essential, steps });
+        Ok((value, Ticket::new(core.seq, inner, Some(core.queue.outcome.clone()))))
     }
 
     /// A ticket for all that was changed so far.

@@ -16,7 +16,7 @@ pub(super) const APPLICATION_ID: i32 = 0x6663_6431;
 /// How long somebody else's lock on the file is waited for at open.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 /// Frames in the write-ahead log after which it is folded into the database file and written from its start again.
-pub(super) const LOG_FRAMES: i64 = 250;
+pub(super) const LOG_FRAMES: u32 = 250;
 /// The log is made this long beforehand and is cut back to this length when a large commit made it longer. It has room for
 /// [`LOG_FRAMES`] pages of 4 KiB with their headers.
 pub(super) const LOG_BYTES: u64 = 1 << 20;
@@ -115,17 +115,9 @@ pub(super) fn extend_log(dir: &Path) -> std::io::Result<()> {
     written
 }
 
-/// Copies the log's changes into the database file, once it has [`LOG_FRAMES`] frames. The next commit starts the log anew.
+/// Copies the log's changes into the database file. The next commit starts the log again.
 pub(super) fn fold_log(c: &Connection) -> rusqlite::Result<()> {
-    let run = |mode: &str| {
-        c.prepare_cached(&format!("PRAGMA wal_checkpoint({mode})"))?
-            .query_row([], |r| Ok((r.get::<_, i64>(0)?, r.get::<_, i64>(1)?)))
-    };
-    let (_, frames) = run("NOOP")?;
-    if frames < LOG_FRAMES {
-        return Ok(());
-    }
-    run("PASSIVE").map(drop)
+    c.prepare_cached("PRAGMA wal_checkpoint(PASSIVE)")?.query_row([], |_| Ok(()))
 }
 
 /// A database that cannot be used, with what to do about it.

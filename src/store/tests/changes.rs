@@ -60,6 +60,7 @@ fn changes_that_wait_are_committed_together() {
     let store = Store::open(dir.path()).unwrap();
     let gate = store.faults().gate();
     let first = put(&store, 1).unwrap();
+    first.write_soon();
     assert!(gate.wait_for_writer(soon()));
     let tickets: Vec<_> = (2..102).map(|n| put(&store, n).unwrap()).collect();
     drop(gate);

@@ -55,6 +55,7 @@ fn a_change_is_told_when_it_is_durable_and_before_its_ticket() {
     let (begin, ..) = snapshot(start);
     let gate = store.faults().gate();
     let ticket = put(&store, 1).unwrap();
+    ticket.write_soon();
     assert!(gate.wait_for_writer(soon()));
     // Memory has it; nobody is told, and a snapshot does not show it.
     assert!(store.read(|s| s.vm(&vm_id(1)).is_some()));
@@ -132,6 +133,7 @@ fn a_failed_batch_is_never_told() {
         let gate = store.faults().gate();
         store.faults().fail(fault, 1);
         let doomed = [rename(&store, 1, 7), put(&store, 2).unwrap()];
+        doomed[0].write_soon();
         assert!(gate.wait_for_writer(soon()));
         let behind = put(&store, 3).unwrap();
         drop(gate);

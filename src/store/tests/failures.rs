@@ -16,10 +16,10 @@ fn check_failed_batch(fault: Fault, kind: Kind) {
         tx.update_vm_unlocked(&vm_id(1), |r| r.name = "other".parse().unwrap())?;
         tx.put_vm(VmRow { id: vm_id(2), slot: 2, ..row(1) })
     };
-    let tickets = [store.change(steal).unwrap().1, {
-        assert!(gate.wait_for_writer(soon()));
-        store.change(|tx| tx.put_workspace(workspace(2))).unwrap().1
-    }];
+    let before = store.change(steal).unwrap().1;
+    before.write_soon();
+    assert!(gate.wait_for_writer(soon()));
+    let tickets = [before, store.change(|tx| tx.put_workspace(workspace(2))).unwrap().1];
     let behind = store.change(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1)))).unwrap().1;
     drop(gate);
     for ticket in tickets.iter().chain([&behind]) {
@@ -78,14 +78,14 @@ fn log_that_cannot_be_folded_loses_nothing_and_is_tried_again() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     store.faults().fail_folds(u64::MAX);
-    // The change itself is durable before the log is folded.
-    put(&store, 1).unwrap().wait(soon()).unwrap();
+    // Each change writes a page at least. It is durable before the log is folded.
+    let count = (0..schema::LOG_FRAMES).take_while(|n| store.change_durable(|tx| tx.put_vm(row(*n))).is_ok()).count();
     await_fault(&store);
     store.faults().fail_folds(0);
     assert!(store.wait_writable(soon()));
-    put(&store, 2).unwrap().wait(soon()).unwrap();
+    put(&store, schema::LOG_FRAMES).unwrap().wait(soon()).unwrap();
     let store = check_reopened(store, dir.path());
-    assert_eq!(store.read(|s| s.vms().count()), 2);
+    assert_eq!(store.read(|s| s.vms().count()), count + 1);
 }
 
 /// Waits until the writer has met the fault, which comes after the answer.

@@ -126,7 +126,7 @@ fn commits_overwrite_a_log_that_was_made_long_enough() {
     let log_bytes = || dir.path().join("fcd.db-wal").metadata().unwrap().len();
     assert_eq!(log_bytes(), schema::LOG_BYTES);
     // More pages than the log has room for, so it is folded on the way.
-    for n in 0..schema::LOG_FRAMES as u32 {
+    for n in 0..schema::LOG_FRAMES {
         put(&store, n).unwrap().wait(soon()).unwrap();
     }
     assert_eq!(log_bytes(), schema::LOG_BYTES);

@@ -3,6 +3,7 @@ mod crash;
 mod events;
 mod failures;
 mod files;
+mod turn;
 mod vfs;
 
 use super::*;

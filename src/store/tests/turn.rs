@@ -1,0 +1,102 @@
+use super::*;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::AtomicBool;
+
+/// Write calls of this thread so far (proc(5), `io`).
+fn write_calls() -> u64 {
+    let text = std::fs::read_to_string("/proc/thread-self/io").unwrap();
+    text.lines().find_map(|l| l.strip_prefix("syscw:")).unwrap().trim().parse().unwrap()
+}
+
+fn begin_op(store: &Store, n: u32) {
+    let change = |tx: &mut Tx| {
+        tx.put_op(op(n, OpState::Running));
+        tx.update_vm_unlocked(&vm_id(1), |row| row.generation = u64::from(n))
+    };
+    store.change_durable(change).unwrap();
+}
+
+#[test]
+fn caller_that_waits_writes_by_itself_in_one_call() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    store.change_durable(|tx| tx.put_vm(row(1))).unwrap();
+    for n in 1..=5 {
+        let before = write_calls();
+        begin_op(&store, n);
+        assert_eq!(write_calls() - before, 1);
+    }
+}
+
+#[test]
+fn change_whose_ticket_is_dropped_is_written() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    drop(put(&store, 1).unwrap());
+    let deadline = soon();
+    while store.stats().changes < 1 {
+        assert!(Instant::now() < deadline, "nobody wrote it");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn changes_made_while_a_caller_writes_are_written_after_it() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let gate = store.faults().gate();
+    let caller = store.clone();
+    let caller = thread::spawn("caller", move || caller.change_durable(|tx| tx.put_vm(row(1)))).unwrap();
+    assert!(gate.wait_for_writer(soon()));
+    let (second, third) = (put(&store, 2).unwrap(), put(&store, 3).unwrap());
+    // Asked for while the writer is in use.
+    third.write_soon();
+    drop(gate);
+    second.wait(soon()).unwrap();
+    third.wait(soon()).unwrap();
+    caller.join().unwrap().unwrap();
+    assert_eq!((store.stats().batches, store.stats().changes), (2, 3));
+    check_reopened(store, dir.path());
+}
+
+#[test]
+fn close_waits_for_caller_that_writes() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let gate = store.faults().gate();
+    let caller = store.clone();
+    let caller = thread::spawn("caller", move || caller.change_durable(|tx| tx.put_vm(row(1)))).unwrap();
+    assert!(gate.wait_for_writer(soon()));
+    let closing = store.clone();
+    let closing = thread::spawn("closing", move || closing.close()).unwrap();
+    let deadline = soon();
+    while store.barrier().is_ok() {
+        assert!(Instant::now() < deadline, "the store never began to close");
+        std::thread::yield_now();
+    }
+    assert!(!closing.is_finished());
+    drop(gate);
+    caller.join().unwrap().unwrap();
+    closing.join().unwrap();
+    assert_eq!(Store::open(dir.path()).unwrap().read(|s| s.vms().count()), 1);
+}
+
+#[test]
+fn panic_of_caller_that_writes_closes_the_store() {
+    let dir = dir();
+    let store = Store::open(dir.path()).unwrap();
+    let fails = Arc::new(AtomicBool::new(false));
+    let failing = fails.clone();
+    let sees = move |_| {
+        assert!(!failing.load(Ordering::Relaxed), "a fault of the test");
+        true
+    };
+    let _listener = store.subscribe(None, sees).unwrap();
+    fails.store(true, Ordering::Relaxed);
+    let panicked = catch_unwind(AssertUnwindSafe(|| store.change_durable(|tx| tx.put_vm(row(1)))));
+    assert!(panicked.is_err());
+    fails.store(false, Ordering::Relaxed);
+    assert_eq!(put(&store, 2).map(drop).unwrap_err().kind(), Kind::ShuttingDown);
+    store.close();
+    assert_eq!(Store::open(dir.path()).unwrap().read(|s| s.vms().count()), 1, "it was durable");
+}

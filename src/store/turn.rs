@@ -1,0 +1,164 @@
+//! Whose turn it is to write.
+//!
+//! There is one [`Writer`], and the thread that has taken it out of the store's core writes. A
+//! caller that waits for its change takes it, if nobody else has it, and commits all changes that
+//! wait on its own thread: to wake another thread and to be woken by it would take half as long as
+//! the fdatasync(2) itself. The store's own thread writes what nobody waits for and what came while
+//! somebody else wrote, folds the log, and probes a store that is read-only.
+
+use super::batch::{Batch, Failure, Outcome};
+use super::writer::Writer;
+use super::{Core, Inner};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The store's thread looks around so often even when nobody calls.
+const IDLE: Duration = Duration::from_secs(600);
+/// A caller with less time than this leaves the write to the store's thread, because a system call
+/// that waits for the disk does not end at a deadline.
+pub(super) const OWN_WRITE_TIME_MIN: Duration = Duration::from_secs(5);
+
+enum Work {
+    Batch(Batch),
+    Chores,
+    Probe,
+    Close,
+}
+
+/// The writer, until it is put back.
+struct Turn<'a> {
+    inner: &'a Inner,
+    writer: Option<Box<Writer>>,
+}
+
+impl Turn<'_> {
+    fn writer(&mut self) -> &mut Writer {
+        self.writer.as_mut().expect("taken only by `close`")
+    }
+
+    fn close(mut self) {
+        if let Some(writer) = self.writer.take() {
+            writer.finish(self.inner);
+        }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let Some(writer) = self.writer.take() else { return };
+        let mut core = self.inner.core.lock();
+        core.writer = Some(writer);
+        // Nobody knows what a panic left undone.
+        core.closing |= std::thread::panicking();
+        let is_thread_due = core.has_work() || core.mode.is_read_only();
+        drop(core);
+        if is_thread_due {
+            self.inner.wake.notify_all();
+        }
+    }
+}
+
+impl Core {
+    /// Whether there is something for the store's thread to do now.
+    fn has_work(&self) -> bool {
+        let is_asked = self.closing || self.probe_now || (self.is_thread_wanted && !self.queue.is_empty());
+        self.writer.as_ref().is_some_and(|writer| is_asked || writer.has_chores())
+    }
+
+    fn waits_to_probe(&self) -> bool {
+        self.mode.is_read_only() && self.writer.is_some()
+    }
+
+    /// All that waits, from now on in flight.
+    fn begin_batch(&mut self) -> Batch {
+        let batch = std::mem::take(&mut self.queue);
+        self.in_flight = Some(batch.outcome.clone());
+        self.is_thread_wanted = false;
+        batch
+    }
+
+    /// The writer, for a caller that writes by itself. None: it is in use, or has to do first what
+    /// a caller does not do.
+    fn take_writer(&mut self) -> Option<Box<Writer>> {
+        let is_free = !self.closing && !self.mode.is_read_only();
+        self.writer.take_if(|writer| is_free && !writer.has_chores())
+    }
+}
+
+impl Inner {
+    /// Has the batch of `outcome` written, unless that has begun: by this thread, if it can spare
+    /// the time until `deadline` and nobody else writes, else by the store's.
+    pub(super) fn write_or_ask(&self, outcome: &Arc<Outcome>, deadline: Instant) {
+        let may_write = deadline.saturating_duration_since(Instant::now()) >= OWN_WRITE_TIME_MIN;
+        let mut core = self.core.lock();
+        if !Arc::ptr_eq(&core.queue.outcome, outcome) {
+            return;
+        }
+        let writer = if may_write { core.take_writer() } else { None };
+        if writer.is_none() {
+            core.is_thread_wanted = true;
+            drop(core);
+            self.wake.notify_all();
+            return;
+        }
+        let batch = core.begin_batch();
+        drop(core);
+        Turn { inner: self, writer }.writer().commit(self, batch);
+    }
+
+    /// What the store's thread does until the store is closed.
+    pub(super) fn write_until_closed(&self) {
+        let _end = End(self);
+        loop {
+            let (mut turn, work) = self.next_work();
+            match work {
+                Work::Batch(batch) => turn.writer().commit(self, batch),
+                Work::Chores => turn.writer().do_chores(self),
+                Work::Probe => turn.writer().probe_and_tell(self),
+                Work::Close => return turn.close(),
+            }
+        }
+    }
+
+    fn next_work(&self) -> (Turn<'_>, Work) {
+        let mut core = self.core.lock();
+        loop {
+            let waits_to_probe = core.waits_to_probe();
+            let probe_at = core.writer.as_ref().filter(|_| waits_to_probe).map(|writer| writer.probe_at());
+            let until = probe_at.unwrap_or_else(|| Instant::now() + IDLE);
+            self.wake.wait_while(&mut core, until, |c| !c.has_work() && c.waits_to_probe() == waits_to_probe);
+            let Some(writer) = core.writer.take() else { continue };
+            let work = if writer.has_chores() {
+                Work::Chores
+            } else if !core.queue.is_empty() {
+                Work::Batch(core.begin_batch())
+            } else if core.closing {
+                Work::Close
+            } else if (std::mem::take(&mut core.probe_now) || Instant::now() >= writer.probe_at()) && core.mode.is_read_only() {
+                Work::Probe
+            } else {
+                core.writer = Some(writer);
+                continue;
+            };
+            drop(core);
+            return (Turn { inner: self, writer: Some(writer) }, work);
+        }
+    }
+}
+
+/// The end of the store's thread. Whatever ends it, nobody waits for it for ever.
+struct End<'a>(&'a Inner);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        let mut core = self.0.core.lock();
+        core.closing = true;
+        let left = std::mem::take(&mut core.queue);
+        if left.is_empty() {
+            return;
+        }
+        core.revert(left.changes);
+        drop(core);
+        left.outcome.settle(Err(Failure::closed()));
+    }
+}

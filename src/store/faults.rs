@@ -1,7 +1,8 @@
 //! For tests: commits that fail, and a gate before them.
 
+use super::schema::Transaction;
 use crate::locks::{Condvar, Mutex, Rank};
-use rusqlite::{Transaction, ffi};
+use rusqlite::ffi;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

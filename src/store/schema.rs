@@ -20,6 +20,8 @@ pub(super) const LOG_FRAMES: u32 = 250;
 /// The log is made this long beforehand and is cut back to this length when a large commit made it longer. It has room for
 /// [`LOG_FRAMES`] pages of 4 KiB with their headers.
 pub(super) const LOG_BYTES: u64 = 1 << 20;
+/// Statements that a connection keeps prepared: more than the tables have.
+const STATEMENTS_MAX: usize = 32;
 /// Hexadecimal digits of an install id.
 pub const INSTALL_ID_LEN: usize = 8;
 
@@ -72,6 +74,32 @@ pub(super) fn reopen(dir: &Path) -> Result<Connection> {
     let c = connect(&path)?;
     check_contents(&c, &path, migrations().len())?;
     Ok(c)
+}
+
+/// A transaction of prepared statements, because to parse SQL takes longer than to run it. Dropped, it
+/// is rolled back.
+pub(super) struct Transaction<'c>(&'c Connection);
+
+impl<'c> Transaction<'c> {
+    pub(super) fn begin(c: &'c Connection) -> rusqlite::Result<Self> {
+        c.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
+        Ok(Self(c))
+    }
+
+    pub(super) fn commit(self) -> rusqlite::Result<()> {
+        self.0.prepare_cached("COMMIT")?.execute([]).map(drop)
+    }
+}
+
+impl Drop for Transaction<'_> {
+    fn drop(&mut self) {
+        // True after a commit, and after an error for which SQLite has rolled back by itself.
+        if !self.0.is_autocommit()
+            && let Err(e) = self.0.execute_batch("ROLLBACK")
+        {
+            log::warn!("store: roll back: {e}");
+        }
+    }
 }
 
 pub(super) fn info(c: &Connection, name: &str) -> rusqlite::Result<Option<String>> {
@@ -200,6 +228,7 @@ fn connect(path: &Path) -> Result<Connection> {
         vfs::register();
         let c = Connection::open_with_flags_and_vfs(path, flags, vfs::NAME)?;
         c.busy_timeout(BUSY_TIMEOUT)?;
+        c.set_prepared_statement_cache_capacity(STATEMENTS_MAX);
         // Nobody else writes while we run: memory is the truth then.
         c.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
         c.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;

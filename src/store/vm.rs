@@ -101,12 +101,19 @@ pub(super) const ADD_KERNEL: &str = "UPDATE vms SET body = json_set(body, '$.ker
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
     let Some(row) = row else { return sql::delete(c, "DELETE FROM vms WHERE id = ?1", [id.as_str()]) };
+    let body = json(row)?;
+    let columns = params![id.as_str(), row.name.as_str(), row.slot, body];
+    // Most changes keep the name and the slot. An upsert would write their indexes again anyway.
+    let updated = c.prepare_cached("UPDATE vms SET body = ?4 WHERE id = ?1 AND name = ?2 AND slot = ?3")?.execute(columns)?;
+    if updated > 0 {
+        return Ok(());
+    }
     // Never OR REPLACE: it would remove another VM of the same name in silence.
     c.prepare_cached(
         "INSERT INTO vms (id, name, slot, body) VALUES (?1, ?2, ?3, ?4)
          ON CONFLICT (id) DO UPDATE SET name = excluded.name, slot = excluded.slot, body = excluded.body",
     )?
-    .execute(params![id.as_str(), row.name.as_str(), row.slot, json(row)?])
+    .execute(columns)
     .map(drop)
 }
 

@@ -7,7 +7,7 @@ use super::state::Image;
 use super::{Inner, Mode, schema};
 use crate::error::{Error, Kind};
 use rusqlite::hooks::Wal;
-use rusqlite::{Connection, ErrorCode, TransactionBehavior};
+use rusqlite::{Connection, ErrorCode};
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -25,6 +25,8 @@ pub(super) struct Writer {
     connection: Option<Connection>,
     /// The number of frames in the log after the last commit, or zero after an attempt to fold it.
     log_frames: Arc<AtomicU32>,
+    /// This connection has written that the log belongs to the database: see `schema::open`.
+    is_marked_open: bool,
     reserve: Reserve,
     /// The reserve was spent and has to be taken again.
     is_reserve_spent: bool,
@@ -43,6 +45,7 @@ impl Writer {
             dir: dir.to_owned(),
             connection: None,
             log_frames: Arc::default(),
+            is_marked_open: false,
             reserve: Reserve::new(dir),
             is_reserve_spent: false,
             repair: BTreeMap::new(),
@@ -54,6 +57,7 @@ impl Writer {
     }
 
     fn use_connection(&mut self, connection: Connection) -> rusqlite::Result<()> {
+        self.is_marked_open = false;
         let frames = self.log_frames.clone();
         let count = move |_: &mut Wal, now: i32| {
             frames.store(u32::try_from(now).unwrap_or(0), Ordering::Relaxed);
@@ -131,6 +135,7 @@ impl Writer {
         let error = match attempt {
             Ok(Ok(())) => {
                 self.repair.clear();
+                self.is_marked_open = true;
                 return Ok(());
             }
             Ok(Err(e)) => e,
@@ -180,26 +185,28 @@ impl Writer {
             let connection = schema::reopen(&self.dir)?;
             self.use_connection(connection).map_err(|e| sqlite_error(&e))?;
         }
-        let c = self.connection.as_mut().expect("opened above");
+        let c = self.connection.as_ref().expect("opened above");
         #[cfg(any(test, feature = "fakes"))]
         inner.faults.pass_gate();
-        let write = |c: &mut Connection| -> rusqlite::Result<()> {
-            let tx = c.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let write = || -> rusqlite::Result<()> {
+            let tx = schema::Transaction::begin(c)?;
             // Removed first, all of them: on the way to the old state no name may seem taken.
             for image in self.repair.values() {
-                image.absent().save(&tx)?;
+                image.absent().save(c)?;
             }
             for image in self.repair.values().chain(images) {
-                image.save(&tx)?;
+                image.save(c)?;
             }
-            schema::set_info(&tx, "open", "1")?;
-            schema::set_info(&tx, "seq", &seq.max(inner.seq_at_open).to_string())?;
+            if !self.is_marked_open {
+                schema::set_info(c, "open", "1")?;
+            }
+            schema::set_info(c, "seq", &seq.max(inner.seq_at_open).to_string())?;
             #[cfg(any(test, feature = "fakes"))]
             return inner.faults.commit(tx);
             #[cfg(not(any(test, feature = "fakes")))]
             tx.commit()
         };
-        write(c).map_err(|e| sqlite_error(&e))
+        write().map_err(|e| sqlite_error(&e))
     }
 
     /// Everyone in the batch and behind it gets the error, and memory goes back to what the disk holds.

@@ -2,10 +2,11 @@ use super::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicBool;
 
-/// Write calls of this thread so far (proc(5), `io`).
-fn write_calls() -> u64 {
+/// Write calls of this thread so far, and the bytes in them (proc(5), `io`).
+fn written() -> (u64, u64) {
     let text = std::fs::read_to_string("/proc/thread-self/io").unwrap();
-    text.lines().find_map(|l| l.strip_prefix("syscw:")).unwrap().trim().parse().unwrap()
+    let value = |name: &str| text.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim().parse::<u64>().unwrap();
+    (value("syscw:"), value("wchar:"))
 }
 
 fn begin_op(store: &Store, n: u32) {
@@ -17,14 +18,16 @@ fn begin_op(store: &Store, n: u32) {
 }
 
 #[test]
-fn caller_that_waits_writes_by_itself_in_one_call() {
+fn caller_that_waits_writes_four_pages_in_one_call() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     store.change_durable(|tx| tx.put_vm(row(1))).unwrap();
     for n in 1..=5 {
-        let before = write_calls();
+        let before = written();
         begin_op(&store, n);
-        assert_eq!(write_calls() - before, 1);
+        let now = written();
+        // The rows of the VM, of the operation and of its id, and the number of the change.
+        assert_eq!((now.0 - before.0, now.1 - before.1), (1, 4 * (4096 + 24)));
     }
 }
 

@@ -141,6 +141,7 @@ mod snapshots;
 mod stats;
 mod transfer;
 mod transitions;
+mod uids;
 mod uses;
 mod verbs;
 mod waiting;
@@ -355,6 +356,7 @@ impl Daemon {
         drop(crate::host::fs::create_dir(&config.state_dir.join(VMS_DIR), 0o711)?);
         drop(crate::host::fs::create_dir(&config.state_dir.join(captures::SNAPSHOTS_DIR), 0o711)?);
         let store = Store::open_keeping(&config.state_dir, config.limits.retention())?;
+        store.read(|s| uids::require(&config, s))?;
         let limits = &config.limits;
         let boots = if limits.boots_max == 0 { crate::host::limits::cores() } else { limits.boots_max };
         let mem_mib_max = match limits.mem_mib_max {

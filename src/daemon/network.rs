@@ -2,7 +2,7 @@
 //! all of it is nothing.
 
 use super::resources::HostView;
-use super::{Daemon, Inner};
+use super::{Daemon, Inner, uids};
 use crate::api::daemon::Check;
 use crate::api::vm::{self, VmState};
 use crate::config::Config;
@@ -62,12 +62,8 @@ fn user_mode(isolated: bool) -> Check {
 impl Daemon {
     /// How many VMs have room.
     pub(super) fn slots_max(&self) -> u32 {
-        let uids = self.config.qemu.uid_count;
-        if self.net.is_none() {
-            return uids;
-        }
-        let taken = u32::from(self.config.network.dns);
-        (uids - taken).min(self.config.network.subnet.guests_max())
+        let uids = uids::for_vms(&self.config);
+        if self.net.is_none() { uids } else { uids.min(self.config.network.subnet.guests_max()) }
     }
 
     /// A VM as the bridge sees it.

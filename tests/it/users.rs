@@ -7,7 +7,9 @@ use fcd::api::image::*;
 use fcd::api::op::{OpList, OpListRequest};
 use fcd::api::snapshot::*;
 use fcd::api::vm::*;
+use fcd::daemon::{Daemon, Seams};
 use fcd::error::Kind;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// Users other than root and the daemon's own.
@@ -308,4 +310,27 @@ fn create_and_image_rm_at_once_never_leave_vm_without_image() {
 
 fn random_key() -> String {
     fcd::ids::OpId::random().to_string()
+}
+
+/// VMs that were made with a larger range keep their uids, so a range that they do not fit is
+/// refused at the start.
+#[test]
+fn uid_count_that_leaves_a_vm_outside_is_refused() {
+    let mut world = World::with(|config| config.qemu.uid_count = 2);
+    for name in ["one", "two"] {
+        world.create(name);
+    }
+    world.shut();
+    let mut config = world.config.clone();
+    config.qemu.uid_count = 1;
+    let seams = Seams {
+        vmm: world.vmm.clone(),
+        transport: Arc::new(world.guest.clone()),
+        commands: Arc::new(FakeCommands(world.builds.clone())),
+        installations: None,
+    };
+    let e = Daemon::open(config, seams).err().expect("it is refused");
+    assert!(e.kind() == Kind::InvalidConfig && e.to_string().starts_with("qemu.uid_count = 1 is too small: VM two"), "{e}");
+    world.reopen();
+    assert_eq!(world.show("two").unwrap().state, VmState::Created);
 }

@@ -1,0 +1,56 @@
+//! The uids that VMs run under, compared with the VMs that exist: a VM keeps its slot, and so its
+//! uid, while the configuration may change between two starts of the daemon.
+
+use crate::config::{Config, Qemu};
+use crate::error::{Error, Kind, Result};
+use crate::store::State;
+
+/// True if the last uid is the one of the name server's helper process.
+fn has_name_server(config: &Config) -> bool {
+    config.network.is_bridge() && config.network.dns
+}
+
+/// How many uids VMs may have.
+pub(super) fn for_vms(config: &Config) -> u32 {
+    config.qemu.uid_count - u32::from(has_name_server(config))
+}
+
+/// Checks that no VM has the name server's uid or one outside of the range. A VMM outside of the
+/// range would not be found again.
+///
+/// # Errors
+/// `invalid_config`.
+pub(super) fn require(config: &Config, state: &State) -> Result<()> {
+    let Some(last) = state.vms().max_by_key(|row| row.slot) else { return Ok(()) };
+    check(&config.qemu, has_name_server(config), last.name.as_str(), last.slot)
+}
+
+/// For the VM with the highest slot.
+fn check(qemu: &Qemu, has_name_server: bool, name: &str, slot: u32) -> Result<()> {
+    let (count, kept) = (qemu.uid_count, u32::from(has_name_server));
+    if slot.saturating_add(kept) < count {
+        return Ok(());
+    }
+    let (uid, enough) = (qemu.uid_base.saturating_add(slot), slot.saturating_add(kept + 1));
+    let whose = if slot < count { "which is the name server's" } else { "which is outside of the range" };
+    Err(Error::new(Kind::InvalidConfig, format!("qemu.uid_count = {count} is too small: VM {name} has uid {uid}, {whose}"))
+        .hint(format!("set uid_count = {enough} or more under [qemu], or delete the VM with the earlier settings")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vm_never_has_the_uid_of_the_name_server() {
+        let qemu = Qemu { uid_base: 5000, uid_count: 10, ..Qemu::default() };
+        assert_eq!(qemu.name_server_uid(), 5009);
+        assert!(check(&qemu, true, "web", 8).is_ok());
+        let e = check(&qemu, true, "web", 9).unwrap_err();
+        assert_eq!(e.to_string(), "qemu.uid_count = 10 is too small: VM web has uid 5009, which is the name server's");
+        assert!(e.hint_text().unwrap().starts_with("set uid_count = 11 or more under [qemu]"), "{e:?}");
+        assert!(check(&qemu, false, "web", 9).is_ok());
+        let e = check(&qemu, false, "web", 10).unwrap_err();
+        assert!(e.kind() == Kind::InvalidConfig && e.to_string().ends_with("uid 5010, which is outside of the range"), "{e}");
+    }
+}

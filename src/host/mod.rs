@@ -13,6 +13,7 @@ pub mod limits;
 pub mod log;
 pub mod memory;
 pub mod mount;
+pub mod pidfd_info;
 pub mod piped;
 pub mod process;
 pub mod program;

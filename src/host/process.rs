@@ -175,7 +175,7 @@ impl Process {
                 }
                 Some(exit)
             }
-            // It is not our child, or it has been reaped already.
+            // It is not our child, or it has been reaped already; see `pidfd_info`.
             Err(_) if self.is_alive() => None,
             Err(_) => Some(children.get(&key).copied().flatten().unwrap_or(Exit::Unknown)),
         }

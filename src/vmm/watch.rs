@@ -1,6 +1,7 @@
 //! Waits for processes to exit: one thread polls the pidfds of all of them.
 
 use crate::error::{Error, Result};
+use crate::host::pidfd_info;
 use crate::host::process::{Exit, Process};
 use crate::locks::{Mutex, Rank};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -88,7 +89,14 @@ fn run(shared: &Shared) {
         let (living, dead): (Vec<_>, Vec<_>) =
             watched.into_iter().map(|(p, died)| (p.exit(), p, died)).partition(|(exit, ..)| exit.is_none());
         watched = living.into_iter().map(|(_, p, died)| (p, died)).collect();
-        dead.into_iter().for_each(|(exit, _, died)| report(exit.unwrap_or(Exit::Unknown), died));
+        for (exit, process, died) in dead {
+            // Asked on the thread that reports it, because the answer may take a
+            // moment.
+            let ask = Box::new(move |exit| {
+                died(if exit == Exit::Unknown { pidfd_info::wait_exit(&process) } else { exit });
+            });
+            report(exit.unwrap_or(Exit::Unknown), ask);
+        }
     }
 }
 

@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 /// Between two comparisons of the ledger, the rows and the host.
 const SWEEP_PERIOD: Duration = Duration::from_secs(60);
 
-/// The reason of a VM whose VMM was gone when the daemon started.
-const UNSEEN_DEATH: &str = "the vmm died while the daemon did not run";
+/// The reason of a VM whose VMM was gone when the daemon started, where nothing says more.
+const UNSEEN_END: &str = "the VMM ended while the daemon did not run, and nothing says why";
 
 /// How long one who asks for leaks waits for the first look at what an earlier daemon left.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(60);
@@ -209,8 +209,8 @@ impl Daemon {
         let Some(identity) = self.identity(row) else {
             let (state, reason) = match self.unseen_end(row) {
                 Some(end) if end.is_orderly() => (VmState::Stopped, end.to_string()),
-                Some(end) => (VmState::Failed, format!("{UNSEEN_DEATH}: {end}")),
-                None => (VmState::Failed, UNSEEN_DEATH.to_owned()),
+                Some(end) => (VmState::Failed, format!("while the daemon did not run: {end}")),
+                None => (VmState::Failed, UNSEEN_END.to_owned()),
             };
             self.put_at_rest(row, state, &reason)?;
             return self.release_boot(&row.id, row.generation);

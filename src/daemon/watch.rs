@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::ids::VmId;
 use crate::locks::CancelCause;
 use crate::store::VmRow;
-use crate::vmm::{End, GuestEvent, Identity, end_from_console};
+use crate::vmm::{End, GuestEvent, Identity, end_from_files};
 use std::time::Duration;
 
 /// Between two tries to write it down.
@@ -75,18 +75,22 @@ impl Daemon {
         if answers { self.adopt_late(&row) } else { Ok(()) }
     }
 
-    /// How a guest ended that nobody saw end, where its console or its root disk says so.
+    /// How a guest ended that nobody saw end, where its console, its VMM's log or its root disk
+    /// says so.
     pub(super) fn unseen_end(&self, row: &VmRow) -> Option<End> {
         let dir = self.vm_dir(&row.id);
-        if let Some(end) = end_from_console(&dir) {
-            return Some(end);
+        let end = end_from_files(&dir);
+        if end.as_ref().is_some_and(|end| *end != End::GuestResetUnrecorded) {
+            return end;
         }
-        let method = row.disk_driver.as_deref().and_then(Method::from_name)?;
+        // A guest that reboots in order is reset as well, and its disk tells the two apart.
+        let Some(method) = row.disk_driver.as_deref().and_then(Method::from_name) else { return end };
         match disk::is_unmounted(&dir.join(DISK_FILE), method) {
-            Ok(is_so) => is_so.then_some(End::GuestUnmounted),
+            Ok(true) => Some(End::GuestUnmounted),
+            Ok(false) => end,
             Err(e) => {
                 log::warn!("find out how VM {} ended: {e}", row.name);
-                None
+                end
             }
         }
     }

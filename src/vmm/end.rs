@@ -1,17 +1,20 @@
 //! Finds out how a VMM ended.
 //!
 //! A VMM exits with status 0 whether its guest powered off, panicked or had a triple fault: for the
-//! VMM all of these are a reset, which ends it. And if an earlier daemon started it, nobody gets
-//! its exit status. So there are other sources:
+//! VMM all of these are a reset, which ends it. If an earlier daemon started it, its exit status is
+//! known from Linux 6.15 on only, and never if no daemon ran at the time. So there are other
+//! sources:
 //!
 //! 1. QEMU reports the reason in its `SHUTDOWN` event. It distinguishes a power-off from a reset,
-//!    and both from an end that was requested on the host. Firecracker has nothing like that.
+//!    and both from an end that was requested on the host. Its log says the same and remains if
+//!    nobody listened (`vmm_log.rs`). Firecracker has nothing like that.
 //! 2. The guest's last lines on the console tell a panic and a reboot apart. The kernel prints its
 //!    lines at every log level (kernel/reboot.c, kernel/panic.c: `pr_emerg`), and our init prints
 //!    one too. A guest can forge them, but they only say how it ended itself.
 //! 3. If nobody saw the end, the daemon looks at the guest's root disk (`disk::is_unmounted`).
 
 use super::console::{self, Consoles, FollowerState};
+use super::vmm_log;
 use crate::error::{Error, Result};
 use crate::host::command::printable;
 use crate::host::process::{Exit, Identity};
@@ -45,6 +48,9 @@ pub enum End {
     /// The VMM exited normally, but the console shows no reason. This is a triple fault or a forced
     /// reset.
     GuestReset,
+    /// The VMM's log says that the guest was reset, and nobody recorded the guest's console at the
+    /// time.
+    GuestResetUnrecorded,
     /// Nobody saw the end, but the guest has unmounted its root disk.
     GuestUnmounted,
     /// Something on the host made the VMM end, for a reason in QEMU's words.
@@ -73,6 +79,22 @@ impl Cause {
             "guest-panic" => Some(Cause::GuestPanic),
             _ => OF_HOST.into_iter().find(|known| *known == name).map(Cause::Host),
         }
+    }
+
+    /// By its number in `ShutdownCause`.
+    pub fn from_number(number: usize) -> Option<Self> {
+        const NAMES: [&str; 9] = [
+            "none",
+            "host-error",
+            "host-qmp-quit",
+            "host-qmp-system-reset",
+            "host-signal",
+            "host-ui",
+            "guest-shutdown",
+            "guest-reset",
+            "guest-panic",
+        ];
+        NAMES.get(number).and_then(|name| Self::parse(name))
     }
 }
 
@@ -144,8 +166,14 @@ impl fmt::Display for End {
             End::GuestRebooted => f.write_str("the guest rebooted, which ends its VM"),
             End::GuestPanicked(message) => write!(f, "the guest's kernel panicked: {message}"),
             End::GuestReset => f.write_str("the guest was reset without a shutdown: a triple fault or a forced reset"),
+            End::GuestResetUnrecorded => {
+                f.write_str("the guest was reset, as its VMM's log says; its console was not recorded, so it may have panicked")
+            }
             End::GuestUnmounted => f.write_str("the guest shut itself down: it has unmounted its root disk"),
             End::HostRequest(cause) => write!(f, "the VMM was ended from the host ({cause})"),
+            End::Vmm(Exit::Unknown) => f.write_str(
+                "the VMM ended, and nothing says why: an earlier fcd started it, so this one could not read its exit status",
+            ),
             End::Vmm(exit) => write!(f, "the VMM died: {exit}"),
         }
     }
@@ -155,6 +183,7 @@ impl fmt::Display for End {
 /// its console.
 pub(super) fn of(exit: Exit, cause: Option<Cause>, consoles: &Consoles, dir: &Path) -> End {
     let (Exit::Status(0) | Exit::Unknown) = exit else { return End::Vmm(exit) };
+    let cause = cause.or_else(|| vmm_log::cause(dir));
     match cause {
         Some(Cause::GuestShutdown) => return End::GuestShutDown,
         Some(Cause::Host(cause)) => return End::HostRequest(cause),
@@ -167,8 +196,17 @@ pub(super) fn of(exit: Exit, cause: Option<Cause>, consoles: &Consoles, dir: &Pa
     })
 }
 
-/// Finds out how a guest ended from the console log in `dir`, which must be complete.
-pub fn from_console(dir: &Path) -> Option<End> {
+/// Finds out how a guest ended from the files in `dir`, which must be complete: the console log, or
+/// else the VMM's log.
+pub fn from_files(dir: &Path) -> Option<End> {
+    from_console(dir).or_else(|| match vmm_log::cause(dir)? {
+        Cause::GuestShutdown => Some(End::GuestShutDown),
+        Cause::GuestReset | Cause::GuestPanic => Some(End::GuestResetUnrecorded),
+        Cause::Host(cause) => Some(End::HostRequest(cause)),
+    })
+}
+
+fn from_console(dir: &Path) -> Option<End> {
     console::read(dir, Some(LAST_LINES)).ok().and_then(|text| parse(&text))
 }
 

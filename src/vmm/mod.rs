@@ -23,6 +23,7 @@ mod log_file;
 mod processes;
 pub mod qemu;
 mod run_dir;
+mod vmm_log;
 mod watch;
 
 use crate::api::daemon::Check;
@@ -39,7 +40,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 pub use crate::host::process::{Exit, Identity};
-pub use end::{End, from_console as end_from_console};
+pub use end::{End, from_files as end_from_files};
 
 /// Called with how a VMM ended.
 pub type Died = Box<dyn FnOnce(End) + Send>;

@@ -375,7 +375,7 @@ fn vmm_that_died_between_daemons_is_failed() {
     world.daemon().reconcile();
     let vm = world.show("web").unwrap();
     assert_eq!((vm.state, vm.pid), (VmState::Failed, None));
-    assert!(vm.reason.unwrap().contains("died"));
+    assert!(vm.reason.unwrap().contains("while the daemon did not run"));
     assert_eq!(world.start("web").unwrap().state, VmState::Running);
 }
 
@@ -575,9 +575,9 @@ fn missing_vmm_is_judged_by_guests_last_words() {
         (
             "[    4.2] Kernel panic - not syncing: sysrq triggered crash\r\n",
             VmState::Failed,
-            "the vmm died while the daemon did not run: the guest's kernel panicked: sysrq triggered crash",
+            "while the daemon did not run: the guest's kernel panicked: sysrq triggered crash",
         ),
-        ("", VmState::Failed, "the vmm died while the daemon did not run"),
+        ("", VmState::Failed, "the VMM ended while the daemon did not run, and nothing says why"),
     ] {
         let mut world = World::new();
         let (vm, _) = world.running("web");
@@ -589,6 +589,29 @@ fn missing_vmm_is_judged_by_guests_last_words() {
         world.daemon().reconcile();
         let vm = world.show("web").unwrap();
         assert_eq!((vm.state, vm.reason.as_deref()), (state, Some(reason)), "{words}");
+    }
+}
+
+/// Nobody recorded the guest's console, but QEMU wrote to its own log that it ended by itself.
+#[test]
+fn missing_vmm_is_judged_by_its_own_log() {
+    const RESET: &str = "while the daemon did not run: the guest was reset, as its VMM's log says";
+    for (log, state, reason) in [
+        ("qemu_system_shutdown_request reason=6\n", VmState::Stopped, "the guest shut itself down"),
+        ("vm_state_notify running 0 reason 11 (shutdown)\n", VmState::Failed, RESET),
+        ("qemu: terminating on signal 15 from pid 1 (init)\n", VmState::Failed, "the VMM was ended from the host (host-signal)"),
+    ] {
+        let mut world = World::new();
+        let (vm, _) = world.running("web");
+        world.shut();
+        assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Unknown)));
+        let dir = world.config.state_dir.join("vms").join(vm.id.as_str());
+        std::fs::write(dir.join("console.log"), "--- fcd: started ---\r\n").unwrap();
+        std::fs::write(dir.join("vmm.log"), log).unwrap();
+        world.reopen();
+        world.daemon().reconcile();
+        let vm = world.show("web").unwrap();
+        assert!(vm.state == state && vm.reason.as_ref().unwrap().contains(reason), "{log}: {:?} {:?}", vm.state, vm.reason);
     }
 }
 

@@ -43,7 +43,7 @@ const FRAGMENTS: &[&str] = &["Of ", "That ", "So ", "Whoever ", "As "];
 
 /// Findings that a module still has. Lower a number when you rewrite something; never raise one.
 const REMAINING: &[(&str, usize)] =
-    &[("src/daemon", 111), ("src/server", 28), ("src/store", 36), ("tests/e2e", 54), ("tests/it", 12)];
+    &[("src/daemon", 111), ("src/server", 28), ("src/store", 36), ("tests/e2e", 53), ("tests/it", 12)];
 
 /// Markdown that is written by hand and has lines of prose.
 const MARKDOWN: &[&str] = &["README.md", "ARCHITECTURE.md", "src/docs"];
@@ -257,6 +257,7 @@ const FOREIGN_TEXTS: &[(&str, &str)] = &[
     ("src/vmm/end.rs", "Linux"),
     ("src/vmm/qemu/accel.rs", "Linux"),
     ("src/vmm/qemu/checks.rs", "QEMU"),
+    ("src/vmm/vmm_log.rs", "QEMU"),
     ("src/workspace/git_texts.rs", "git"),
 ];
 

@@ -3,6 +3,7 @@
 //! Sources: qemu(1) 7.2; docs/system/i386/microvm.rst; the kernel's kernel-parameters.txt.
 
 use crate::error::{Error, Kind, Result};
+use crate::vmm::vmm_log::TRACED;
 use crate::vmm::{DiskFormat, GuestNetwork, VmmSpec};
 use serde_json::json;
 use std::ffi::OsString;
@@ -86,6 +87,7 @@ impl Platform {
         }
         let rest = ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-sandbox", SANDBOX];
         args.extend(rest.map(OsString::from));
+        args.extend(TRACED.iter().flat_map(|event| ["-trace", event]).map(OsString::from));
         args
     }
 
@@ -291,6 +293,8 @@ mod tests {
                 -no-reboot
                 -display none
                 -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+                -trace qemu_system_shutdown_request
+                -trace vm_state_notify
                 -smp 2
                 -m 512M
                 -blockdev {"discard":"unmap","driver":"file","filename":"/s/vms/0123456789ab/disk","locking":"on","node-name":"root-file","read-only":false}
@@ -332,6 +336,8 @@ mod tests {
                 -no-reboot
                 -display none
                 -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+                -trace qemu_system_shutdown_request
+                -trace vm_state_notify
                 -smp 2
                 -m 512M
                 -blockdev {"discard":"unmap","driver":"file","filename":"/s/vms/0123456789ab/disk","locking":"on","node-name":"root-file","read-only":false}

@@ -1,0 +1,80 @@
+//! What a VMM's own log says of its end. The log is a file, so it outlives the daemon; the console
+//! and the monitor do not.
+//!
+//! QEMU writes trace events to it ([`TRACED`]). The texts are those of QEMU 7.2
+//! (softmmu/trace-events and softmmu/runstate.c), which 10.0 has as well. Firecracker says nothing
+//! of a successful end at the level that it logs at.
+
+use super::console::VMM_LOG;
+use super::end::Cause;
+use crate::host::command::read_bounded;
+use crate::host::fs::{open_at, open_dir};
+use rustix::fs::OFlags;
+use std::io::{Seek, SeekFrom};
+use std::path::Path;
+
+/// The trace events that QEMU is started with.
+pub const TRACED: [&str; 2] = ["qemu_system_shutdown_request", "vm_state_notify"];
+
+/// How much of the log's end is read. The lines that count are the last that QEMU writes.
+const TAIL_BYTES_MAX: u64 = 4096;
+
+/// Why the VMM with this directory ended. None if its log does not say, for example because it was
+/// killed.
+pub(super) fn cause(dir: &Path) -> Option<Cause> {
+    let mut file = open_at(open_dir(dir).ok()?, VMM_LOG, OFlags::RDONLY, 0).ok()?;
+    let size = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(size.saturating_sub(TAIL_BYTES_MAX))).ok()?;
+    parse(&String::from_utf8_lossy(&read_bounded(file, TAIL_BYTES_MAX).ok()?))
+}
+
+/// A power-off and an end from outside are requested, and QEMU traces the request. It does not
+/// trace a reset that ends it (`-no-reboot`), but traces that the guest stops for a shutdown.
+fn parse(text: &str) -> Option<Cause> {
+    const REQUEST: &str = "qemu_system_shutdown_request reason=";
+    const SIGNAL: &str = "terminating on signal ";
+    const STOPS: &str = "vm_state_notify running 0 ";
+    if text.lines().any(|line| line.contains(SIGNAL)) {
+        return Cause::parse("host-signal");
+    }
+    let request = text.lines().rev().find_map(|line| line.strip_prefix(REQUEST));
+    if let Some(reason) = request {
+        return Cause::from_number(reason.trim().parse().ok()?);
+    }
+    let stops = text.lines().any(|line| line.starts_with(STOPS) && line.trim_end().ends_with("(shutdown)"));
+    stops.then_some(Cause::GuestReset)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RUNS: &str = "vm_state_notify running 1 reason 9 (running)\n";
+    const STOPS: &str = "vm_state_notify running 0 reason 11 (shutdown)\n";
+
+    /// The first two are recorded from QEMU 7.2.22.
+    #[test]
+    fn log_says_why_qemu_ended() {
+        let signal = "qemu-system-x86_64: terminating on signal 15 from pid 5081 (timeout)\n";
+        for (text, cause) in [
+            (format!("{RUNS}{STOPS}"), Some(Cause::GuestReset)),
+            (format!("{RUNS}{signal}{STOPS}"), Some(Cause::Host("host-signal"))),
+            (format!("{RUNS}qemu_system_shutdown_request reason=6\n{STOPS}"), Some(Cause::GuestShutdown)),
+            (format!("{RUNS}qemu_system_shutdown_request reason=2\n{STOPS}"), Some(Cause::Host("host-qmp-quit"))),
+            // A pause, and a VMM that was killed.
+            (format!("{RUNS}vm_state_notify running 0 reason 4 (paused)\n"), None),
+            (RUNS.to_owned(), None),
+            (String::new(), None),
+        ] {
+            assert_eq!(parse(&text), cause, "{text}");
+        }
+    }
+
+    #[test]
+    fn only_the_end_of_a_long_log_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(cause(dir.path()), None);
+        std::fs::write(dir.path().join(VMM_LOG), RUNS.repeat(1000) + STOPS).unwrap();
+        assert_eq!(cause(dir.path()), Some(Cause::GuestReset));
+    }
+}

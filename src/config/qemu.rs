@@ -39,7 +39,8 @@ section! {
         /// First of the uids that VMs run under when the daemon is root. A VM's gid is the same number. The default is above
         /// systemd's range for containers and below its range for foreign images.
         uid_base: u32 = 1_900_000_000,
-        /// Number of these uids. With a bridge, the last one is for the helper process of the name server.
+        /// Number of these uids. With a bridge, the last one is for the helper process of the name server. A VM keeps its uid,
+        /// so fcd refuses to start if the VMs that exist do not fit.
         uid_count: u32 = 65_536,
         /// Cuts guests with user-mode networking off from everything but their SSH port.
         isolated: bool = false,

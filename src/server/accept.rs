@@ -1,4 +1,4 @@
-//! The accept loop, and who is connected.
+//! Accepts connections, and keeps the registry of open ones.
 
 use super::connection::{self, Peer};
 use super::request::{CallError, error_line};
@@ -18,28 +18,30 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-/// After an accept that failed for want of something.
+/// How long to pause after a failed accept.
 const BACK_OFF_MS: u16 = 50;
-/// Between a line in the log about refused connections and the next: whoever is refused can try fast.
+/// How often refused connections are logged. A refused caller can retry quickly.
 const WARN_EVERY: Duration = Duration::from_secs(10);
 
-/// So many connections at once are a peak, after which freed memory is given back to the system.
+/// From this many connections on, the number of connections has a peak, after which freed memory is
+/// returned to the system.
 const PEAK_MIN: usize = 32;
-/// A peak is over when no more than this part of its connections is left.
+/// A peak is over when at most this fraction of its connections (1/8) is left.
 const PEAK_PART_LEFT: usize = 8;
 
 #[derive(Default)]
 struct Connected {
-    /// The most connections since memory was given back.
+    /// The most connections since memory was returned to the system.
     peak: usize,
     last_id: u64,
-    /// Not kept open by this: a place is given back after the descriptor.
+    /// The sockets by connection. They are weak because a connection's slot is freed after its
+    /// descriptor.
     sockets: HashMap<u64, Weak<UnixStream>>,
     per_uid: HashMap<u32, usize>,
 }
 
 impl Connected {
-    /// True once for each peak, when it is over.
+    /// Returns true once for each peak, when it is over.
     fn is_peak_over(&mut self) -> bool {
         let left = self.sockets.len();
         let over = self.peak >= PEAK_MIN && left <= self.peak / PEAK_PART_LEFT;
@@ -50,7 +52,7 @@ impl Connected {
     }
 }
 
-/// Everyone who is connected.
+/// All open connections.
 pub(super) struct Registry {
     pub(super) limits: Limits,
     connected: Mutex<Connected>,
@@ -58,14 +60,14 @@ pub(super) struct Registry {
     stopping: AtomicBool,
 }
 
-/// One place among the connections, given back when dropped.
-pub(super) struct Place {
+/// A slot for a connection, which is freed when this is dropped.
+pub(super) struct ConnectionSlot {
     registry: Arc<Registry>,
     id: u64,
     uid: u32,
 }
 
-impl Drop for Place {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         let mut connected = self.registry.connected.lock();
         connected.sockets.remove(&self.id);
@@ -84,7 +86,7 @@ impl Drop for Place {
     }
 }
 
-impl Place {
+impl ConnectionSlot {
     pub(super) fn limits(&self) -> &Limits {
         &self.registry.limits
     }
@@ -99,41 +101,42 @@ impl Registry {
         Self { limits, connected, left: Condvar::new(), stopping: AtomicBool::new(false) }
     }
 
-    pub(super) fn enter(self: &Arc<Self>, socket: &Arc<UnixStream>, uid: u32) -> Result<Place> {
+    pub(super) fn enter(self: &Arc<Self>, socket: &Arc<UnixStream>, uid: u32) -> Result<ConnectionSlot> {
         let mut connected = self.connected.lock();
         let kept_back = if uid == 0 { 0 } else { self.limits.connections_root_reserved };
         let (all, theirs) = (connected.sockets.len(), connected.per_uid.get(&uid).copied().unwrap_or(0));
         let limit =
             |text: String| Err(Error::new(Kind::ConnectionLimit, text).hint("close other connections, or try again later"));
         if all + kept_back >= self.limits.connections_max {
-            return limit(format!("{all} connections are open, that is all"));
+            return limit(format!("all {all} connections are in use"));
         }
         if theirs >= self.limits.connections_per_uid_max {
-            return limit(format!("uid {uid} has {theirs} connections open, that is its limit"));
+            return limit(format!("uid {uid} has {theirs} connections open, which is the limit"));
         }
         connected.last_id += 1;
         let id = connected.last_id;
         connected.sockets.insert(id, Arc::downgrade(socket));
         connected.peak = connected.peak.max(connected.sockets.len());
         *connected.per_uid.entry(uid).or_insert(0) += 1;
-        Ok(Place { registry: self.clone(), id, uid })
+        Ok(ConnectionSlot { registry: self.clone(), id, uid })
     }
 
-    fn everyone(&self) -> Vec<Arc<UnixStream>> {
+    fn all_sockets(&self) -> Vec<Arc<UnixStream>> {
         self.connected.lock().sockets.values().filter_map(Weak::upgrade).collect()
     }
 
-    /// Whoever waits for a request sees the end of it; a request that came before is answered.
+    /// Ends connections that wait for a request. A request that has already arrived is still
+    /// answered.
     pub(super) fn end_idle(&self) {
         self.stopping.store(true, Ordering::SeqCst);
-        for socket in self.everyone() {
-            // Fails only where the other side has gone.
+        for socket in self.all_sockets() {
+            // This fails only if the other side has already closed.
             let _ = socket.shutdown(Shutdown::Read);
         }
     }
 
     pub(super) fn hang_up(&self) {
-        for socket in self.everyone() {
+        for socket in self.all_sockets() {
             let _ = socket.shutdown(Shutdown::Both);
         }
     }
@@ -154,7 +157,8 @@ pub(super) struct Acceptor {
     registry: Arc<Registry>,
     handler: Arc<dyn Handler>,
     stop: Cancel,
-    /// Given up for a moment when there is no descriptor left, so that a caller is told and not left hanging.
+    /// Closed for a moment when there are no descriptors left, so that a caller can be told why it
+    /// is refused.
     spare: Option<File>,
     warned_at: Option<Instant>,
 }
@@ -209,9 +213,9 @@ impl Acceptor {
     fn begin(&self, stream: UnixStream) -> std::result::Result<(), (Arc<UnixStream>, Error)> {
         let stream = Arc::new(stream);
         let started = Peer::of(&stream).and_then(|peer| {
-            let place = self.registry.enter(&stream, peer.uid)?;
+            let slot = self.registry.enter(&stream, peer.uid)?;
             let (handler, socket) = (self.handler.clone(), stream.clone());
-            thread::spawn("connection", move || connection::serve(place, socket, peer, &*handler)).map(drop)
+            thread::spawn("connection", move || connection::serve(slot, socket, peer, &*handler)).map(drop)
         });
         started.map_err(|e| (stream, e))
     }
@@ -225,12 +229,13 @@ impl Acceptor {
         self.spare = spare().ok();
     }
 
-    /// One line, and the connection is closed. The buffer of a new socket has room for it.
+    /// Sends one error line and drops the connection. The buffer of a new socket has room for the
+    /// line.
     fn refuse(&mut self, stream: &UnixStream, error: &Error) {
         let line = error_line(&CallError::from(error));
         let _ = rustix::net::send(stream, &line, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
         if self.warned_at.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
-            log::warn!("server: connections are refused: {error}");
+            log::warn!("server: refusing connections: {error}");
             self.warned_at = Some(Instant::now());
         }
     }
@@ -252,7 +257,8 @@ fn spare() -> std::io::Result<File> {
 mod tests {
     use super::*;
 
-    /// Connects so many, then disconnects one after the other. Gives how many were left each time a peak was over.
+    /// Opens this many connections and closes them one by one. Returns how many were left each time
+    /// a peak was over.
     fn peaks_over(connections: u64) -> Vec<usize> {
         let socket = Arc::new(UnixStream::pair().unwrap().0);
         let mut connected = Connected::default();
@@ -268,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn peak_of_connections_is_over_when_few_are_left() {
+    fn peak_is_over_when_few_connections_are_left() {
         assert!(peaks_over(31).is_empty());
         assert_eq!(peaks_over(32), [4]);
         assert_eq!(peaks_over(1000), [125, 15]);

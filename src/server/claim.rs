@@ -1,10 +1,12 @@
-//! Claims of a root daemon on the host for its VMs: a range of uids and, with a bridge, a subnet. Two daemons with two
-//! state directories would give their VMs the same ones, and each other's VMM could then reach the other's files. So each
-//! daemon claims its own before it makes anything.
+//! Claims of root's daemons on the host: a range of uids for VMs and, with a bridge, a subnet. Two
+//! daemons with two state directories would otherwise give their VMs the same uids, and a VMM of
+//! one could reach files of the other. So each daemon claims its own before it creates anything.
 //!
-//! A claim is a file in [`DIR`], which a reboot empties. The daemon holds an flock(2) on its own. VMs outlive their daemon,
-//! so the claim of a daemon that is gone counts for as long as VMs of its installation run. Its file stays, because it says
-//! whose the things on the host are that carry its installation's id: [`Registry`] finds the installations that are gone.
+//! A claim is a file in [`DIR`], which a reboot empties, and a running daemon holds an flock(2) on
+//! its own. VMs outlive their daemon, so the claim of a daemon that has exited stays valid as long
+//! as VMs of its installation run. The file is kept even longer, because it tells which
+//! installation the things on the host with that id belonged to. [`Registry`] uses this to find
+//! installations that were removed.
 
 use crate::config::{Config, Subnet};
 use crate::daemon::gone::{GoneInstallation, Installations};
@@ -18,37 +20,38 @@ use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Where claims are.
+/// The directory of the claims.
 pub(super) const DIR: &str = "/run/fcd-claims";
-/// Held for as long as claims are compared: milliseconds.
+/// The lock that is held for the few milliseconds in which claims are compared.
 const LOCK_FILE: &str = "lock";
 const LOCK_DEADLINE: Duration = Duration::from_secs(10);
 const LOCK_PERIOD: Duration = Duration::from_millis(20);
 const CLAIM_BYTES_MAX: u64 = 64 * 1024;
-/// Of one state directory; the oldest is forgotten first.
+/// How many former installations of one state directory are remembered. The oldest is forgotten
+/// first.
 const FORMER_MAX: usize = 64;
 
-/// A claim, as its file has it.
+/// The content of a claim's file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Claim {
     state_dir: PathBuf,
     pid: u32,
     uid_base: u32,
     uid_count: u32,
-    /// With a bridge: in the network namespace `netns` only.
+    /// The subnet, if there is a bridge. It is claimed only in the network namespace `netns`.
     subnet: Option<String>,
     netns: PathBuf,
-    /// The installation's id, as in the tags of its VMs; none while nothing was made.
+    /// The installation's id, as in the tags of its VMs. None until something is created.
     install_id: Option<String>,
-    /// The ids of installations that had this state directory before, and of which something may be left.
+    /// The ids of installations that used this state directory before, and may have left something.
     #[serde(default)]
     former: Vec<String>,
 }
 
-/// The daemon's own claim, which counts while this lives and as long as VMs run afterwards.
+/// The daemon's own claim. It counts while this value exists, and afterwards as long as VMs run.
 pub(super) struct Held {
     dir: PathBuf,
-    /// Its lock.
+    /// Holds the lock of the claim.
     _file: File,
     claim: Claim,
 }
@@ -69,13 +72,13 @@ impl Claim {
         })
     }
 
-    /// Takes over what an earlier claim of the same state directory says of the past.
-    fn succeed(&mut self, earlier: Claim) {
+    /// Takes over the former installations from an earlier claim of the same state directory.
+    fn inherit(&mut self, earlier: Claim) {
         self.former = earlier.former;
         self.former.extend(earlier.install_id);
     }
 
-    /// As the installation that has the state directory now.
+    /// Sets the installation that uses the state directory now.
     fn become_installation(&mut self, id: &str) {
         self.install_id = Some(id.to_owned());
         self.former.retain(|former| former != id);
@@ -83,7 +86,7 @@ impl Claim {
         self.former.drain(..self.former.len().saturating_sub(FORMER_MAX));
     }
 
-    /// The name of its file: one for each state directory.
+    /// The name of the claim's file. It depends only on the state directory.
     fn file_name(&self) -> String {
         let hash = Sha256::digest(self.state_dir.as_os_str().as_encoded_bytes());
         hash.iter().take(8).map(|b| format!("{b:02x}")).collect::<String>() + ".json"
@@ -114,15 +117,15 @@ impl Claim {
             (true, true) => (format!("{uids} and subnet {subnet}"), format!("{set_uids}, and {set_subnet}")),
         };
         let whose = format!("another fcd (process {}, state directory {})", other.pid, other.state_dir.display());
-        let text = format!("claim what VMs get of this host: {what} are those of {whose} or of VMs that it left running");
-        Some(Error::new(Kind::Conflict, text).hint(format!("stop that one and its VMs, or set {set}")))
+        let text = format!("claim uids and subnet for VMs: {what} are in use by {whose} or its VMs");
+        Some(Error::new(Kind::Conflict, text).hint(format!("stop that daemon and its VMs, or set {set}")))
     }
 }
 
 /// Claims the uids and the subnet of `config` for its state directory.
 ///
 /// # Errors
-/// `conflict` when another installation has some of them, with the setting that helps; `host`.
+/// `conflict` if another installation has some of them, with the setting to change, or `host`.
 pub(super) fn take(config: &Config, dir: &Path) -> Result<Held> {
     drop(crate::host::fs::create_dir(dir, 0o700)?);
     let mut claim = Claim::of(config)?;
@@ -132,31 +135,32 @@ pub(super) fn take(config: &Config, dir: &Path) -> Result<Held> {
     for entry in entries.flatten() {
         let name = entry.file_name();
         if name.as_encoded_bytes().ends_with(b".json") && name != *own {
-            look_at(&claim, &entry.path())?;
+            check_conflict(&claim, &entry.path())?;
         }
     }
     let path = dir.join(own);
     let file = open(&path)?;
-    // A child of the daemon before may hold it until it has become another program.
+    // A child of the previous daemon may hold the lock until its exec.
     flock(&file, &path)?;
     if let Some(earlier) = read(&file, &path)? {
-        claim.succeed(earlier);
+        claim.inherit(earlier);
     }
     write(&file, &claim)?;
     Ok(Held { dir: dir.to_owned(), _file: file, claim })
 }
 
-/// Refuses what another claim has.
-fn look_at(claim: &Claim, path: &Path) -> Result<()> {
+/// Fails if a valid claim in another file conflicts with this one.
+fn check_conflict(claim: &Claim, path: &Path) -> Result<()> {
     let file = open(path)?;
     let is_held = is_held(&file);
-    // Cut off in the middle of being written, before anything was made: it claims nothing.
+    // An incomplete file was cut off while being written, before anything was created, so it claims
+    // nothing.
     let Some(other) = read(&file, path)? else { return Ok(()) };
     let ids = other.install_id.iter().chain(&other.former);
     if is_held || has_vms(ids)? { claim.conflict(&other).map_or(Ok(()), Err) } else { Ok(()) }
 }
 
-/// Whether a daemon has this claim. If not, none gets it before `file` is closed.
+/// True if a daemon holds this claim. If not, no daemon can take it before `file` is closed.
 fn is_held(file: &File) -> bool {
     rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).is_err()
 }
@@ -178,7 +182,7 @@ fn write(mut file: &File, claim: &Claim) -> Result<()> {
     write().map_err(|e| Error::io("write the claim of uids and subnet", e))
 }
 
-/// Whether VMs of one of these installations run.
+/// True if a VM of one of these installations runs.
 fn has_vms<'a>(ids: impl IntoIterator<Item = &'a String>) -> Result<bool> {
     for id in ids {
         if !find_by_prefix(&format!("fc-{id}-"))?.is_empty() {
@@ -188,7 +192,7 @@ fn has_vms<'a>(ids: impl IntoIterator<Item = &'a String>) -> Result<bool> {
     Ok(false)
 }
 
-/// For as long as claims are compared.
+/// Locks the directory, for as long as claims are compared.
 fn lock(dir: &Path) -> Result<File> {
     let path = dir.join(LOCK_FILE);
     let lock = open(&path)?;
@@ -196,7 +200,7 @@ fn lock(dir: &Path) -> Result<File> {
     Ok(lock)
 }
 
-/// The claims of this host, for a daemon that has one of them.
+/// All claims on this host, for a daemon with a claim of its own.
 pub(super) struct Registry {
     dir: PathBuf,
     own: String,
@@ -208,7 +212,7 @@ impl Registry {
         let path = self.dir.join(&self.own);
         let file = open(&path)?;
         let Some(mut claim) = read(&file, &path)? else { return Ok(()) };
-        // Which installation has the directory now is not known yet.
+        // It is not known yet which installation uses the directory now.
         if claim.install_id.is_none() {
             return Ok(());
         }
@@ -217,7 +221,7 @@ impl Registry {
         if claim.former.len() == before { Ok(()) } else { write(&file, &claim) }
     }
 
-    /// Forgets those of which nothing is left.
+    /// Calls `visit` for former installations, and forgets those of which nothing is left.
     fn visit_former(&self, claim: &mut Claim, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()> {
         for id in std::mem::take(&mut claim.former) {
             if has_vms([&id])? || !visit(&self.gone(claim, &id)) {
@@ -228,7 +232,7 @@ impl Registry {
     }
 
     fn gone(&self, claim: &Claim, id: &str) -> GoneInstallation {
-        // Without a bridge now, it may have had one before.
+        // It may have had a bridge even if the current configuration has none.
         GoneInstallation { install_id: id.to_owned(), state_dir: claim.state_dir.clone(), has_network: claim.netns == self.netns }
     }
 
@@ -251,24 +255,25 @@ impl Registry {
     }
 }
 
-/// Certainly: a directory that cannot be looked at is one that may be there.
+/// True only if the directory certainly does not exist. One that cannot be accessed may exist.
 fn is_missing(dir: &Path) -> bool {
     use std::io::ErrorKind::{NotADirectory, NotFound};
     std::fs::symlink_metadata(dir).is_err_and(|e| matches!(e.kind(), NotFound | NotADirectory))
 }
 
 impl Installations for Registry {
-    /// From now on VMs of this installation keep the claim.
+    /// Makes the claim stay valid while VMs of this installation run.
     fn set_own(&self, install_id: &str) -> Result<()> {
         let _lock = lock(&self.dir)?;
         let path = self.dir.join(&self.own);
         let file = open(&path)?;
-        let mut claim = read(&file, &path)?.ok_or_else(|| Error::internal(format!("read {}: it is no claim", path.display())))?;
+        let mut claim =
+            read(&file, &path)?.ok_or_else(|| Error::internal(format!("read {}: it is not a claim", path.display())))?;
         claim.become_installation(install_id);
         write(&file, &claim)
     }
 
-    /// No daemon can take a claim meanwhile, so none of these comes back.
+    /// Holds the lock, so no daemon can take a claim and bring one of these installations back.
     fn visit_gone(&self, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()> {
         let _lock = lock(&self.dir)?;
         self.visit_own(visit)?;
@@ -293,7 +298,7 @@ fn flock(file: &File, path: &Path) -> Result<()> {
     while rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive).is_err() {
         if Instant::now() > deadline {
             return Err(Error::new(Kind::Busy, format!("lock {}: another process holds it", path.display()))
-                .hint(format!("see which: fuser -v {}", path.display())));
+                .hint(format!("find it with fuser -v {}", path.display())));
         }
         std::thread::sleep(LOCK_PERIOD);
     }
@@ -301,7 +306,7 @@ fn flock(file: &File, path: &Path) -> Result<()> {
 }
 
 impl Held {
-    /// For a daemon that is about to learn which installation it is.
+    /// The registry of claims, for a daemon that is about to find out which installation it is.
     pub(super) fn registry(&self) -> Registry {
         Registry { dir: self.dir.clone(), own: self.claim.file_name(), netns: self.claim.netns.clone() }
     }
@@ -332,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn second_daemon_is_refused_what_first_one_has() {
+    fn second_daemon_cannot_claim_what_first_one_has() {
         let dir = tempfile::tempdir().unwrap();
         let first = take(&config("/a", (5000, 100), Some("10.89.0.0/24")), dir.path()).unwrap();
         for base in [4901, 5000, 5050, 5099] {
@@ -342,10 +347,10 @@ mod tests {
         refused(&config("/b", (5000, 1), Some("10.89.0.128/25")), dir.path(), &["subnet = ", "uid_base"], &[]);
         let beside = take(&config("/b", (5100, 100), Some("10.90.0.0/24")), dir.path()).unwrap();
         let before = take(&config("/c", (4900, 100), None), dir.path()).unwrap();
-        // The same state directory again, after the first daemon has gone.
+        // The same state directory again, after the first daemon has exited.
         drop(first);
         drop(take(&config("/a", (5000, 100), Some("10.89.0.0/24")), dir.path()).unwrap());
-        // Nothing of it runs: what it had is free.
+        // No VM of it runs, so its uids and its subnet are free.
         take(&config("/d", (5000, 100), Some("10.89.0.0/24")), dir.path()).unwrap();
         drop((beside, before));
     }
@@ -385,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn installation_is_gone_when_its_directory_is_and_nobody_has_its_claim() {
+    fn installation_is_gone_without_directory_and_claim() {
         let (dir, states) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let state = |name: &str| states.path().join(name);
         let claim = |name: &str, base, id: &str| {
@@ -397,7 +402,7 @@ mod tests {
             std::fs::create_dir(state(name)).unwrap();
         }
         let own = claim("own", 5000, "00000001");
-        // One runs although its directory is gone, one has its directory, of one neither is so.
+        // "live" runs without its directory, "stopped" has its directory, and "gone" has neither.
         let live = claim("live", 6000, "00000002");
         std::fs::remove_dir(state("live")).unwrap();
         drop(claim("stopped", 7000, "00000003"));
@@ -406,11 +411,11 @@ mod tests {
         let files = || std::fs::read_dir(dir.path()).unwrap().count();
         assert_eq!(files(), 5, "a lock and four claims");
         for _ in 0..2 {
-            assert_eq!(gone(&registry, false), [("00000004".to_owned(), state("gone"))], "something is left of it");
+            assert_eq!(gone(&registry, false), [("00000004".to_owned(), state("gone"))], "it was not forgotten");
         }
         assert_eq!(gone(&registry, true).len(), 1);
-        assert_eq!((gone(&registry, true).len(), files()), (0, 4), "it is forgotten");
-        // A disk that is not mounted, and is mounted again.
+        assert_eq!((gone(&registry, true).len(), files()), (0, 4), "it was forgotten");
+        // A disk with a state directory is unmounted and mounted again.
         std::fs::remove_dir(state("stopped")).unwrap();
         assert_eq!(gone(&registry, false), [("00000003".to_owned(), state("stopped"))]);
         std::fs::create_dir(state("stopped")).unwrap();
@@ -420,12 +425,12 @@ mod tests {
     }
 
     #[test]
-    fn installation_is_gone_when_another_one_has_its_directory() {
+    fn installation_is_gone_when_another_uses_its_directory() {
         let (dir, state) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let config = config(state.path().to_str().unwrap(), (5000, 100), None);
         let claim = |id: &str| {
             let held = take(&config, dir.path()).unwrap();
-            assert_eq!(gone(&held.registry(), true), [], "which one has it now is not known yet");
+            assert_eq!(gone(&held.registry(), true), [], "the current installation is not known yet");
             held.registry().set_own(id).unwrap();
             held
         };
@@ -440,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn damaged_claim_is_no_claim() {
+    fn damaged_claim_is_ignored() {
         let dir = tempfile::tempdir().unwrap();
         for text in ["", "{", "{\"state_dir\":\"/a\"}"] {
             std::fs::write(dir.path().join("0.json"), text).unwrap();

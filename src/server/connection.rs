@@ -1,6 +1,6 @@
-//! One connection: a thread that reads a line, has it answered, writes the answer, and so on.
+//! The thread of one connection, which reads a line, has it answered, and writes the answer.
 
-use super::accept::Place;
+use super::accept::ConnectionSlot;
 use super::line::{Descriptors, Incoming, LineReader};
 use super::request::{CallError, CallResult, IncomingCall, error_line, parse, response_line, shown};
 use super::{FDS_MAX, FRAME_BYTES_MAX, Handler, Limits};
@@ -18,7 +18,8 @@ use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-/// Who is at the other end (SO_PEERCRED): as it was when it connected. The pid is for logs only: it may be another's now.
+/// The credentials of the process that connected (SO_PEERCRED). The pid is for logs only, because
+/// it may have been reused since.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
     pub uid: u32,
@@ -28,18 +29,19 @@ pub struct Peer {
 
 impl Peer {
     pub(super) fn of(socket: &UnixStream) -> Result<Peer> {
-        let c = getsockopt(socket, PeerCredentials).map_err(|e| Error::io("ask who connects", e))?;
+        let c = getsockopt(socket, PeerCredentials).map_err(|e| Error::io("read the credentials of a caller", e))?;
         Ok(Peer { uid: c.uid(), gid: c.gid(), pid: c.pid() })
     }
 }
 
-/// What a handler may do with the connection of its call. Stays on the connection's thread.
+/// The part of a connection that a handler may use during its call. It stays on the connection's
+/// thread.
 pub struct Connection<'a> {
     socket: &'a Arc<UnixStream>,
     peer: Peer,
-    /// A write failed: nobody reads any more.
+    /// A write has failed, so nobody reads any more.
     broken: Cell<bool>,
-    /// Goes with the answer.
+    /// A descriptor to send with the answer.
     passed: Cell<Option<OwnedFd>>,
 }
 
@@ -48,13 +50,13 @@ impl Connection<'_> {
         self.peer
     }
 
-    /// For `poll` with no events asked for: POLLHUP or POLLERR says that the caller has gone. A caller who has only ended
-    /// its own sending has not.
+    /// A descriptor for `poll` without requested events. POLLHUP or POLLERR means that the caller
+    /// has disconnected. A caller that has only shut down its sending side is still there.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
-    /// For one who sends notes from another thread. Whoever has it must not keep it beyond the call.
+    /// Returns the socket for a thread that sends notes. It must not be kept longer than the call.
     pub(super) fn socket(&self) -> Arc<UnixStream> {
         self.socket.clone()
     }
@@ -64,25 +66,26 @@ impl Connection<'_> {
         self.broken.get() || poll(&mut fds, PollTimeout::ZERO).is_ok_and(|n| n > 0)
     }
 
-    /// Gives the caller this descriptor with the first byte of the answer, if that is no error.
+    /// Sends this descriptor with the first byte of the answer, unless the call fails.
     pub fn pass(&self, fd: OwnedFd) {
         self.passed.set(Some(fd));
     }
 
-    /// Sends a line before the final one; blocks at most [`super::Limits::write_stall`] while the caller does not read.
+    /// Sends a note before the answer. Blocks up to [`super::Limits::write_stall`] while the caller
+    /// does not read.
     ///
     /// # Errors
-    /// The caller has gone or does not read: treat it as a hang-up.
+    /// The caller has disconnected or does not read. Both count as a hang-up.
     pub fn notify(&self, note: Note) -> io::Result<()> {
         let line = Notification::line(note)?;
         if line.len() > FRAME_BYTES_MAX {
-            let text = format!("a note of {} bytes is longer than a line may be", line.len());
+            let text = format!("a note of {} bytes does not fit into a line", line.len());
             return Err(io::Error::new(io::ErrorKind::InvalidData, text));
         }
         self.send(&line, None)
     }
 
-    /// The descriptor goes with the first byte.
+    /// Sends bytes, and the descriptor with the first of them.
     pub(super) fn send(&self, mut bytes: &[u8], mut fd: Option<OwnedFd>) -> io::Result<()> {
         if self.broken.get() {
             return Err(io::ErrorKind::BrokenPipe.into());
@@ -94,7 +97,7 @@ impl Connection<'_> {
                     fd = None;
                 }
                 Err(rustix::io::Errno::INTR) => {}
-                // EAGAIN: the send timeout.
+                // EAGAIN means that the write timeout has passed.
                 Err(e) => {
                     self.broken.set(true);
                     return Err(e.into());
@@ -114,9 +117,9 @@ fn send_some(socket: &UnixStream, bytes: &[u8], fd: Option<&OwnedFd>) -> rustix:
     rustix::net::sendmsg(socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)
 }
 
-/// The body of a connection's thread. `place` comes first and so goes last.
-pub(super) fn serve(place: Place, socket: Arc<UnixStream>, peer: Peer, handler: &dyn Handler) {
-    let limits = place.limits().clone();
+/// Runs a connection's thread. `slot` is the first parameter and therefore dropped last.
+pub(super) fn serve(slot: ConnectionSlot, socket: Arc<UnixStream>, peer: Peer, handler: &dyn Handler) {
+    let limits = slot.limits().clone();
     // Accepted sockets do not inherit O_NONBLOCK on Linux (accept(2)).
     if let Err(e) = socket.set_write_timeout(Some(limits.write_stall)) {
         log::warn!("server: connection of uid {}: {e}", peer.uid);
@@ -127,7 +130,7 @@ pub(super) fn serve(place: Place, socket: Arc<UnixStream>, peer: Peer, handler: 
     loop {
         let last = match reader.next(&limits) {
             Incoming::Line(descriptors) => {
-                let stopping = place.is_stopping();
+                let stopping = slot.is_stopping();
                 let line = answer(reader.line(), descriptors, &connection, handler, stopping);
                 check::assert_none_held("the end of a call");
                 if connection.send(&line, connection.passed.take()).is_ok() && !stopping {
@@ -137,19 +140,19 @@ pub(super) fn serve(place: Place, socket: Arc<UnixStream>, peer: Peer, handler: 
             }
             Incoming::End | Incoming::Idle => return,
             Incoming::Broken(e) => return log::debug!("server: connection of uid {}: {e}", peer.uid),
-            other => farewell(&other, &limits),
+            other => line_error(&other, &limits),
         };
         let _ = connection.send(&error_line(&last), None);
         return;
     }
 }
 
-/// What a caller is told whose line never came to its end.
-fn farewell(incoming: &Incoming, limits: &Limits) -> CallError {
+/// The error for a line that was not completed.
+fn line_error(incoming: &Incoming, limits: &Limits) -> CallError {
     let error = match incoming {
         Incoming::TooLong => Error::new(Kind::FrameTooLarge, format!("a request is longer than {FRAME_BYTES_MAX} bytes"))
-            .hint("bulk data goes through a passed pipe"),
-        Incoming::Late => Error::new(Kind::InvalidRequest, format!("a request was begun and not ended within {:?}", limits.line)),
+            .hint("pass bulk data through a pipe"),
+        Incoming::Late => Error::new(Kind::InvalidRequest, format!("a request did not end within {:?}", limits.line)),
         _ => Error::new(Kind::InvalidRequest, "the connection ended within a request").hint("end each request with a newline"),
     };
     CallError::from(error)
@@ -161,10 +164,10 @@ fn answer(line: &[u8], descriptors: Descriptors, connection: &Connection<'_>, ha
         Err(refused) => return response_line(refused.id.as_deref(), Err(refused.error)),
     };
     let result = if descriptors.wrong {
-        let text = format!("at most {FDS_MAX} descriptors may come, and with the first byte of a request");
+        let text = format!("a request may have at most {FDS_MAX} descriptors, and only with its first byte");
         Err(Error::new(Kind::InvalidRequest, text).into())
     } else if stopping {
-        Err(Error::new(Kind::ShuttingDown, "the daemon is shutting down").hint("try again when it has started").into())
+        Err(Error::new(Kind::ShuttingDown, "the daemon is shutting down").hint("try again when it has restarted").into())
     } else {
         call(&request, descriptors, connection, handler)
     };
@@ -181,9 +184,9 @@ fn call(request: &Request<'_>, descriptors: Descriptors, connection: &Connection
         peer: connection.peer,
     };
     let result = catch_unwind(AssertUnwindSafe(|| handler.call(incoming, connection))).unwrap_or_else(|_| {
-        let text = format!("the call {} panicked", shown(&request.method));
+        let text = format!("call {} panicked", shown(&request.method));
         log::error!("server: {text}");
-        Err(Error::internal(text).hint("see the daemon's log; this is a bug").into())
+        Err(Error::internal(text).hint("report this bug with the daemon's log").into())
     });
     if let Err(e) = &result {
         connection.passed.take();

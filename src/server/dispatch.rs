@@ -1,4 +1,4 @@
-//! From a method's name to the daemon's call, and the wait for an operation by its caller.
+//! Maps methods to calls of the daemon, and waits for operations on behalf of their callers.
 
 use super::{CallError, CallResult, Connection, Handler, IncomingCall};
 use crate::api::daemon::{ApiVersion, Doctor, InfoReply};
@@ -27,7 +27,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// What this daemon can beyond the first version of the protocol.
+/// The features that were added since the first version of the protocol.
 const FEATURES: &[&str] = &["workspace", "exec", "image_build", "events", "snapshots", "kernels", "vsock"];
 
 impl WatchLine for Connection<'_> {
@@ -45,7 +45,7 @@ impl WatchLine for Connection<'_> {
     }
 }
 
-/// Answers calls over a daemon.
+/// Answers calls with a daemon.
 pub struct Dispatch {
     daemon: Daemon,
 }
@@ -56,11 +56,11 @@ impl Dispatch {
     }
 }
 
-/// Why the wait for an operation may end it.
+/// What happens to an operation if its caller disconnects.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum OnHangup {
     Cancel,
-    /// Stop, kill and delete always finish.
+    /// Used for stop, kill and delete, which always finish.
     GoOn,
 }
 
@@ -74,20 +74,20 @@ impl Handler for Dispatch {
         if self.daemon.is_closing() {
             return Err(Error::new(Kind::ShuttingDown, "the daemon is shutting down").hint("try again when it is back").into());
         }
-        let visit = Visit { daemon: &self.daemon, caller, connection, more: call.more };
-        if call.method.starts_with("vm.") { visit.vm(call) } else { visit.other(call) }
+        let context = CallContext { daemon: &self.daemon, caller, connection, more: call.more };
+        if call.method.starts_with("vm.") { context.vm(call) } else { context.other(call) }
     }
 }
 
-/// One call on its way.
-struct Visit<'a> {
+/// One call with its caller and connection.
+struct CallContext<'a> {
     daemon: &'a Daemon,
     caller: Caller,
     connection: &'a Connection<'a>,
     more: bool,
 }
 
-impl Visit<'_> {
+impl CallContext<'_> {
     fn vm(&self, call: IncomingCall<'_>) -> CallResult {
         let (d, c) = (self.daemon, &self.caller);
         match call.method {
@@ -269,7 +269,7 @@ impl Visit<'_> {
     fn create(&self, call: &IncomingCall<'_>) -> CallResult {
         let request: <VmCreate as Call>::Request = call.parse()?;
         if request.hold && !self.more {
-            let e = Error::invalid("a vm.create with hold stays on the line and was called without more");
+            let e = Error::invalid("vm.create with hold must be called with more");
             return Err(e.hint("call it with \"more\": true").into());
         }
         if !request.hold {
@@ -280,16 +280,17 @@ impl Visit<'_> {
             );
         }
         if call.key.is_some() {
-            let e = Error::invalid("a vm.create with hold takes no key: it holds one VM of its own");
+            let e = Error::invalid("vm.create with hold must be called without a key");
             return Err(e.hint("leave the key out").into());
         }
         let vm = self.daemon.create(&self.caller, &request)?;
-        // A note that cannot be sent is a hang-up, which the hold sees at once.
+        // If this note cannot be sent, the caller has disconnected, which the hold notices at once.
         let _ = self.connection.notify(Note::Created(Box::new(vm.clone())));
         answer(&self.daemon.hold(vm, self.hangup())?)
     }
 
-    /// Begins what the call asks for, or finds what it began when it came before under its key.
+    /// Starts what the call asks for, or finds the operation that an earlier call with the same key
+    /// started.
     fn once(
         &self,
         call: &IncomingCall<'_>,
@@ -313,7 +314,8 @@ impl Visit<'_> {
         self.follow(begun, on_hangup, None)
     }
 
-    /// The same for what is answered at once; `record` unless `make` records the key itself.
+    /// The same for calls that are answered at once. `record` is false if `make` records the key
+    /// itself.
     fn keyed_value(
         &self,
         call: &IncomingCall<'_>,
@@ -346,7 +348,7 @@ impl Visit<'_> {
         answer(&reply)
     }
 
-    /// Whether it ended well.
+    /// Waits for an operation. Returns true if it succeeded.
     fn follow_quietly(&self, begun: Begun) -> bool {
         match begun {
             Begun::Done(_) => true,
@@ -368,7 +370,7 @@ impl Visit<'_> {
     fn events(&self, call: &IncomingCall<'_>) -> CallResult {
         let request = call.parse()?;
         if !self.more {
-            let e = Error::invalid("events.watch stays on the line and was called without more");
+            let e = Error::invalid("events.watch must be called with more");
             return Err(e.hint("call it with \"more\": true").into());
         }
         answer(&self.daemon.watch_events(&self.caller, &request, self.connection)?)
@@ -378,19 +380,22 @@ impl Visit<'_> {
         let request: <OpWait as Call>::Request = call.parse()?;
         let op = self.daemon.op_find(&self.caller, &request.op)?;
         let deadline = request.timeout_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
-        let mut tell = |note| {
+        let mut notify = |note| {
             if self.more {
                 let _ = self.connection.notify(note);
             }
         };
-        match self.wait_op(&op.id, deadline, None, &mut tell) {
+        match self.wait_op(&op.id, deadline, None, &mut notify) {
             Ok(Some(op)) => answer(&OpReply { op }),
-            Ok(None) => Err(CallError::from(Error::new(Kind::Timeout, format!("operation {} goes on", op.id))).with_op(op.id)),
+            Ok(None) => {
+                Err(CallError::from(Error::new(Kind::Timeout, format!("operation {} is still running", op.id))).with_op(op.id))
+            }
             Err(Gone) => Err(gone().into()),
         }
     }
 
-    /// Answers what was begun: at once without `more`, else when it has ended.
+    /// Answers a call that has started something: at once without `more`, and otherwise when it has
+    /// ended.
     fn follow(&self, begun: Begun, on_hangup: OnHangup, notes: Option<&Notes>) -> CallResult {
         let (id, owned) = match begun {
             Begun::Done(value) => return answer(&value),
@@ -398,21 +403,21 @@ impl Visit<'_> {
             Begun::Joined(id) => (id, false),
         };
         if !self.more {
-            // It may have been refused by the disk: the operation says so.
+            // The operation may fail at once because its start could not be recorded.
             self.daemon.wait_begun().map_err(|e| CallError::from(e).with_op(id.clone()))?;
             return answer(&OpStarted { op: id });
         }
         let _ = self.connection.notify(Note::Op { op: id.clone() });
-        let mut tell = |note| {
-            // A failed write is a hang-up; poll says so as well.
+        let mut notify = |note| {
+            // A failed write means that the caller has disconnected. `poll` reports that as well.
             let _ = self.connection.notify(note);
         };
-        match self.wait_op(&id, None, notes, &mut tell) {
+        match self.wait_op(&id, None, notes, &mut notify) {
             Ok(Some(op)) => ended(op),
-            Ok(None) => Err(Error::internal("a wait without a deadline ran into one").into()),
+            Ok(None) => Err(Error::internal("a wait without a deadline timed out").into()),
             Err(Gone) => {
                 if owned && on_hangup == OnHangup::Cancel {
-                    // It may have ended meanwhile.
+                    // It may have ended in the meantime.
                     let _ = self.daemon.ops.cancel(&id, CancelCause::CallerHungUp);
                 }
                 Err(CallError::from(gone()).with_op(id))
@@ -420,21 +425,21 @@ impl Visit<'_> {
         }
     }
 
-    /// The operation once it has ended; None at the deadline.
+    /// Waits for an operation and returns it. None at the deadline.
     fn wait_op(
         &self,
         id: &OpId,
         deadline: Option<Instant>,
         notes: Option<&Notes>,
-        tell: &mut dyn FnMut(Note),
+        notify: &mut dyn FnMut(Note),
     ) -> Result<Option<Op>, Gone> {
         let Ok(mut watcher) = self.daemon.ops.watch(id) else { return Ok(self.daemon.op_kept(id).ok()) };
         loop {
             for note in notes.map(Notes::take).unwrap_or_default() {
-                tell(note);
+                notify(note);
             }
             match watcher.next() {
-                Some(crate::daemon::OpEvent::Progress(progress)) => tell(Note::Progress(progress)),
+                Some(crate::daemon::OpEvent::Progress(progress)) => notify(Note::Progress(progress)),
                 Some(crate::daemon::OpEvent::Ended(op)) => return Ok(Some(*op)),
                 None => {
                     let mut fds = vec![watcher.fd()];
@@ -449,7 +454,7 @@ impl Visit<'_> {
 }
 
 fn gone() -> Error {
-    Error::new(Kind::Cancelled, "the caller went away")
+    Error::new(Kind::Cancelled, "the caller disconnected")
 }
 
 fn value(reply: &impl Serialize) -> Result<Value, CallError> {
@@ -460,11 +465,11 @@ fn answer(reply: &impl Serialize) -> CallResult {
     to_raw_value(reply).map_err(|e| CallError::from(Error::internal("write a reply").with_source(e)))
 }
 
-/// What the operation answered.
+/// Turns an operation that has ended into the answer of its call.
 fn ended(op: Op) -> Result<Box<RawValue>, CallError> {
     match (op.result, op.error) {
         (_, Some(fault)) => Err(CallError { code: crate::api::frame::rpc_code::DOMAIN, fault }.with_op(op.id)),
         (Some(result), None) => answer(&result),
-        (None, None) => Err(CallError::from(Error::internal("the operation left no answer")).with_op(op.id)),
+        (None, None) => Err(CallError::from(Error::internal("the operation has no result")).with_op(op.id)),
     }
 }

@@ -1,4 +1,4 @@
-//! One line at a time from a socket, with the descriptors that came with its first byte.
+//! Reads one line at a time from a socket, with the descriptors that come with its first byte.
 
 use super::{FDS_MAX, FRAME_BYTES_MAX, Limits};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 const READ_BYTES: usize = 4096;
-/// A longer buffer is given back after its line.
+/// The buffer's capacity is reduced to this after a longer line.
 const KEPT_BYTES: usize = 64 * 1024;
 /// How much later than its deadline a read may end.
 const SLACK: Duration = Duration::from_millis(1);
@@ -17,30 +17,31 @@ const SLACK: Duration = Duration::from_millis(1);
 pub(super) struct LineReader<'a> {
     socket: &'a UnixStream,
     buffer: Vec<u8>,
-    /// What the socket's read timeout is set to.
+    /// The current read timeout of the socket.
     timeout: Option<Duration>,
 }
 
-/// What a line's descriptors were.
+/// The descriptors that came with a line.
 #[derive(Debug, Default)]
 pub(super) struct Descriptors {
     pub(super) fds: Vec<OwnedFd>,
-    /// More than [`FDS_MAX`], or not with the first byte: all are closed.
+    /// True if there were more than [`FDS_MAX`], or if some did not come with the first byte. Then
+    /// all have been closed.
     pub(super) wrong: bool,
 }
 
 #[derive(Debug)]
 pub(super) enum Incoming {
-    /// Without its newline, in [`LineReader::line`].
+    /// A complete line. It is in [`LineReader::line`], without its newline.
     Line(Descriptors),
-    /// The end, between two lines.
+    /// The connection ended between two lines.
     End,
-    /// The end, in a line.
+    /// The connection ended within a line.
     CutOff,
     TooLong,
-    /// Begun and not ended in time.
+    /// A line did not end in time.
     Late,
-    /// None was begun in time.
+    /// No line began in time.
     Idle,
     Broken(io::Error),
 }
@@ -80,12 +81,13 @@ impl<'a> LineReader<'a> {
         }
     }
 
-    /// Takes what is there, never a byte of the next line: its descriptors would come with it.
+    /// Reads what is available, but never a byte of the next line, because that line's descriptors
+    /// would come with it.
     fn read_some(&mut self, deadline: Instant, descriptors: &mut Descriptors) -> io::Result<usize> {
         let old = self.buffer.len();
         let room = old.clamp(READ_BYTES, KEPT_BYTES).min(FRAME_BYTES_MAX - old);
         if self.buffer.capacity() < old + room {
-            // Exact, so that the buffer never grows above the longest line.
+            // Reserve exactly, so that the buffer never grows beyond the longest line.
             let capacity = (2 * old).clamp(old + room, FRAME_BYTES_MAX);
             self.buffer.reserve_exact(capacity - old);
         }
@@ -102,7 +104,8 @@ impl<'a> LineReader<'a> {
             if left.is_zero() {
                 return Err(io::ErrorKind::WouldBlock.into());
             }
-            // Set anew only where it is too long or far too short: a call costs no extra system call.
+            // Set the timeout again only if it is too long or far too short, so that most calls
+            // need no extra system call.
             if self.timeout.is_none_or(|set| set > left + SLACK || set < left / 2) {
                 self.socket.set_read_timeout(Some(left))?;
                 self.timeout = Some(left);
@@ -110,7 +113,7 @@ impl<'a> LineReader<'a> {
             match rustix::net::recv(self.socket, &mut *space, RecvFlags::PEEK) {
                 Ok((_, n)) => break n,
                 Err(rustix::io::Errno::INTR) => {}
-                // Was it set for something shorter?
+                // The timeout may have been set for a shorter wait.
                 Err(rustix::io::Errno::AGAIN) => self.timeout = None,
                 Err(e) => return Err(e.into()),
             }
@@ -123,7 +126,7 @@ impl<'a> LineReader<'a> {
     }
 }
 
-/// Reads at most `space` of what is known to be there.
+/// Reads at most `space` bytes, which are known to be available.
 fn take(socket: &UnixStream, space: &mut [u8], first: bool, descriptors: &mut Descriptors) -> io::Result<usize> {
     let mut control = [MaybeUninit::<u8>::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     let mut control = RecvAncillaryBuffer::new(&mut control);
@@ -135,7 +138,8 @@ fn take(socket: &UnixStream, space: &mut [u8], first: bool, descriptors: &mut De
             fds.extend(passed);
         }
     }
-    // Cut short: there were more than fit, or no number was left for one; the kernel has closed those.
+    // Truncated: there were more descriptors than fit, or this process has too many. The kernel has
+    // closed the rest.
     let cut = message.flags.contains(ReturnFlags::CTRUNC);
     if cut || fds.len() > FDS_MAX || (!first && !fds.is_empty()) {
         descriptors.wrong = true;

@@ -1,13 +1,17 @@
-//! The Unix-socket server: newline-delimited JSON-RPC 2.0, a thread per connection, one call in flight on each.
+//! The Unix-socket server: newline-delimited JSON-RPC 2.0, with a thread per connection and one
+//! call at a time on each.
 //!
-//! It knows nothing of what is called: a [`Handler`] answers. What it promises whoever connects, and every other
-//! caller meanwhile: a line is at most [`FRAME_BYTES_MAX`], and no more is ever allocated for one; a line that was begun
-//! ends within [`Limits::line`]; a caller that does not read is dropped after [`Limits::write_stall`]; connections are
-//! limited in all and per uid, and beyond that one gets a `busy` line.
+//! The server knows nothing about the calls, which a [`Handler`] answers. It bounds what a caller
+//! can use up. A line has at most [`FRAME_BYTES_MAX`], and no more memory is allocated for one. A
+//! line must end within [`Limits::line`] after its first byte. A caller that does not read its
+//! answer is dropped after [`Limits::write_stall`]. The numbers of connections in all and per uid
+//! are limited, and a connection above the limit gets a `busy` line.
 //!
-//! # A connection after an error
-//! It stays usable after a line that ended: bad JSON, an invalid request, wrong descriptors, a failed call. It is closed,
-//! after an error line without id, when the line is too long, late or cut off, or when there is no room.
+//! # Errors on a connection
+//! A connection stays usable after a complete line that fails because of bad JSON, an invalid
+//! request, wrong descriptors or an error of the call. If a line is too long, late or cut off, or
+//! if there are too many connections, the server sends an error line without an id and closes the
+//! connection.
 
 mod accept;
 mod claim;
@@ -37,7 +41,8 @@ use std::time::{Duration, Instant};
 
 /// Answers calls, each on its connection's thread.
 pub trait Handler: Send + Sync + 'static {
-    /// A panic is answered as `internal`, and the connection lives on. No lock may be held at the end.
+    /// Answers a call. A panic is answered with `internal`, and the connection stays open. No lock
+    /// may be held on return.
     fn call(&self, call: IncomingCall<'_>, connection: &Connection) -> CallResult;
 }
 
@@ -45,13 +50,13 @@ pub trait Handler: Send + Sync + 'static {
 pub struct Limits {
     pub connections_max: usize,
     pub connections_per_uid_max: usize,
-    /// Of `connections_max`, kept back for root.
+    /// How many of `connections_max` are reserved for root.
     pub connections_root_reserved: usize,
-    /// From the first byte of a line to its end.
+    /// Time limit from the first byte of a line to its end.
     pub line: Duration,
-    /// Without a call.
+    /// Time limit without a call.
     pub idle: Duration,
-    /// Without a byte taken by a caller who is being answered.
+    /// Time limit for a caller to accept another byte of an answer.
     pub write_stall: Duration,
 }
 
@@ -74,20 +79,22 @@ impl From<&crate::config::Limits> for Limits {
     }
 }
 
-/// A server that runs. Dropped, it stops accepting and hangs up on everyone.
+/// A running server. Dropping it stops accepting and closes all connections.
 pub struct Server {
     registry: Arc<Registry>,
     stop: Cancel,
-    // Taken by whoever stops.
+    // Taken by the first call that stops the server.
     acceptor: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Server {
-    /// Makes the socket (0660; the group `fcd`, where there is one and we are root) and begins to accept. The last
-    /// component of its directory is made when it is missing; a socket that nobody listens on is replaced.
+    /// Creates the socket and begins to accept. The socket has mode 0660, and the group `fcd` if
+    /// that exists and we are root. The last component of its directory is created if it is
+    /// missing. A socket on which nothing listens is replaced.
     ///
     /// # Errors
-    /// `busy` when somebody listens there, `target_exists` when there is something else, `host`.
+    /// `busy` if something listens on the socket, `target_exists` if the path is something else, or
+    /// `host`.
     pub fn bind(path: &Path, limits: Limits, handler: Arc<dyn Handler>) -> Result<Server> {
         let socket = socket::bind(path)?;
         let stop = Cancel::try_new().map_err(|e| Error::io(format!("listen on {}", path.display()), e))?;
@@ -97,8 +104,8 @@ impl Server {
         Ok(Server { registry, stop, acceptor: Mutex::new(Rank::Connections, Some(thread)) })
     }
 
-    /// Removes the socket, ends idle connections, and answers further calls on the others with `shutting_down`. Calls in
-    /// flight go on.
+    /// Removes the socket, ends idle connections, and answers further calls with `shutting_down`.
+    /// Calls in progress continue.
     pub fn stop_accepting(&self) {
         self.stop.cancel(CancelCause::Finished);
         let acceptor = self.acceptor.lock().take();
@@ -110,18 +117,18 @@ impl Server {
         self.registry.end_idle();
     }
 
-    /// Waits until all connections are gone and says how many are left at the deadline. Call
-    /// [`Server::stop_accepting`] first.
+    /// Waits until all connections are closed, and returns how many are left at the deadline.
+    /// [`Server::stop_accepting`] must be called first.
     pub fn drain(&self, deadline: Instant) -> usize {
         self.registry.wait_empty(deadline)
     }
 
-    /// Hangs up on everyone; calls in flight see POLLHUP.
+    /// Shuts down all connections. Calls in progress see POLLHUP.
     pub fn hang_up(&self) {
         self.registry.hang_up();
     }
 
-    /// Connections now.
+    /// The number of connections.
     pub fn connections(&self) -> usize {
         self.registry.len()
     }

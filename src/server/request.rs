@@ -1,4 +1,5 @@
-//! A request line: what is refused before any handler sees it, and how errors look on the wire.
+//! Parses request lines, rejects invalid ones before a handler sees them, and formats errors for
+//! the wire.
 
 use super::connection::Peer;
 use crate::api::Fault;
@@ -12,25 +13,27 @@ use std::os::fd::OwnedFd;
 
 /// Longest idempotency key, in bytes.
 pub const KEY_LEN_MAX: usize = 64;
-/// Longest id of a request, as JSON: it goes into every answer.
+/// Longest id of a request, as JSON. Every answer repeats it.
 const ID_LEN_MAX: usize = 128;
 
-/// A call as it came.
+/// A call as it was received.
 pub struct IncomingCall<'a> {
     pub method: &'a str,
-    /// A JSON object, as it came; `{}` when there was none. Read it with [`IncomingCall::parse`].
+    /// A JSON object, or `{}` if the request had no params. Parse it with [`IncomingCall::parse`].
     pub params: &'a str,
-    /// The caller stays on the line for notes.
+    /// True if the caller wants notes before the answer.
     pub more: bool,
     pub key: Option<&'a str>,
-    /// Close-on-exec. Of any kind: look before use. A method that takes none leaves or refuses them; dropped is closed.
+    /// The descriptors that came with the request. They are close-on-exec, but may be of any kind,
+    /// so check them before use. Dropping them closes them.
     pub fds: Vec<OwnedFd>,
     pub peer: Peer,
 }
 
 impl IncomingCall<'_> {
     /// # Errors
-    /// Invalid params (-32602, kind `invalid_argument`): not of this type, unknown or double members, nested too deeply.
+    /// Invalid params (-32602, kind `invalid_argument`): a wrong type, an unknown or duplicate
+    /// member, or too much nesting.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, CallError> {
         serde_json::from_str(self.params).map_err(|e| {
             let error = Error::invalid(format!("parameters of {}", shown(self.method))).with_source(e);
@@ -38,21 +41,21 @@ impl IncomingCall<'_> {
         })
     }
 
-    /// Exactly `N` descriptors, which are taken out.
+    /// Takes exactly `N` descriptors.
     ///
     /// # Errors
-    /// `invalid_request` when there are more or fewer.
+    /// `invalid_request` if there are more or fewer.
     pub fn take_fds<const N: usize>(&mut self) -> Result<[OwnedFd; N], CallError> {
         let fds = std::mem::take(&mut self.fds);
         let had = fds.len();
         fds.try_into().map_err(|_| {
-            let text = format!("{} takes {N} descriptors, {had} came", shown(self.method));
+            let text = format!("{} takes {N} descriptors, but got {had}", shown(self.method));
             CallError::from(Error::new(Kind::InvalidRequest, text))
         })
     }
 }
 
-/// The answer, or what goes into its `error`.
+/// The result of a call, or its error.
 pub type CallResult = Result<Box<RawValue>, CallError>;
 
 /// A JSON-RPC code and its [`Fault`].
@@ -63,12 +66,12 @@ pub struct CallError {
 }
 
 impl CallError {
-    /// No such method here.
+    /// The error for an unknown method.
     pub fn unknown_method(method: &str) -> Self {
         Error::new(Kind::MethodNotFound, format!("no method {}", shown(method))).hint("see fcctl version on both sides").into()
     }
 
-    /// The operation that failed.
+    /// Adds the operation that failed.
     #[must_use]
     pub fn with_op(mut self, op: OpId) -> Self {
         self.fault.op = Some(op);
@@ -94,7 +97,7 @@ impl From<Error> for CallError {
     }
 }
 
-/// A fault that an operation ended with.
+/// The fault of a failed operation.
 impl From<Fault> for CallError {
     fn from(fault: Fault) -> Self {
         let code = if fault.code == crate::error::Code::Internal { rpc_code::INTERNAL } else { rpc_code::DOMAIN };
@@ -102,7 +105,7 @@ impl From<Fault> for CallError {
     }
 }
 
-/// For messages and logs: what a caller sent, made harmless and short.
+/// Shortens and escapes what a caller sent, for messages and logs.
 pub(super) fn shown(text: &str) -> String {
     const MOST: usize = 64;
     let short: String = text.chars().take(MOST).collect();
@@ -110,7 +113,7 @@ pub(super) fn shown(text: &str) -> String {
     format!("\"{}\"{rest}", short.escape_debug())
 }
 
-/// Why a line is no request, with its id where it has one that can be given back.
+/// An invalid request, with its id if that can be repeated in the answer.
 pub(super) struct Refused {
     pub(super) id: Option<Box<RawValue>>,
     pub(super) error: CallError,
@@ -131,7 +134,7 @@ pub(super) fn parse(line: &[u8]) -> Result<Request<'_>, Box<Refused>> {
         Box::new(Refused { id: usable_id(line), error: error.into() })
     };
     let is_json = || serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok();
-    // Derived readers take an array for an object.
+    // serde's derived deserializers also accept an array for a struct.
     if !text.starts_with('{') && is_json() {
         let what = if text.starts_with('[') { "batches are not supported" } else { "it is not an object" };
         return Err(refused(format!("invalid request: {what}")));
@@ -157,7 +160,7 @@ fn id_is_usable(id: &RawValue) -> bool {
     text.len() <= ID_LEN_MAX && text.starts_with(|c: char| c == '"' || c == '-' || c.is_ascii_digit())
 }
 
-/// The id of a request that is wrong otherwise.
+/// Finds the id of a request that is otherwise invalid.
 fn usable_id(line: &[u8]) -> Option<Box<RawValue>> {
     #[derive(Deserialize)]
     struct OnlyId {
@@ -169,22 +172,22 @@ fn usable_id(line: &[u8]) -> Option<Box<RawValue>> {
     serde_json::from_slice::<OnlyId>(line).ok().map(|o| o.id).filter(|id| id_is_usable(id))
 }
 
-/// A response line with its newline, within the frame.
+/// Formats a response line, which always fits into a frame.
 pub(super) fn response_line(id: Option<&RawValue>, result: CallResult) -> Vec<u8> {
     let line = encode(id, result);
     if line.len() <= FRAME_BYTES_MAX {
         return line;
     }
-    let text = format!("the answer has {} bytes, a line holds {FRAME_BYTES_MAX}", line.len());
-    encode(id, Err(Error::new(Kind::Exhausted, text).hint("ask for less").into()))
+    let text = format!("the answer has {} bytes, but a line may have only {FRAME_BYTES_MAX}", line.len());
+    encode(id, Err(Error::new(Kind::Exhausted, text).hint("request less data").into()))
 }
 
-/// An error that answers no request.
+/// Formats an error that answers no request.
 pub(super) fn error_line(error: &CallError) -> Vec<u8> {
     response_line(None, Err(error.clone()))
 }
 
-/// What a response has around its result, as a rule.
+/// The usual size of a response without its result.
 const ENVELOPE_BYTES: usize = 256;
 
 fn encode(id: Option<&RawValue>, result: CallResult) -> Vec<u8> {
@@ -194,9 +197,9 @@ fn encode(id: Option<&RawValue>, result: CallResult) -> Vec<u8> {
         Err(e) => (None, Some(RpcError { code: e.code, message: e.fault.message.clone(), data: Some(e.fault) })),
     };
     let response = Response { jsonrpc: Version::V2, id, result, error };
-    // Grown piece by piece, a page of a list would be copied ten times.
+    // Reserve the size at once. Otherwise a growing buffer would copy a long list about ten times.
     let mut line = Vec::with_capacity(response.result.as_ref().map_or(0, |r| r.get().len()) + ENVELOPE_BYTES);
-    serde_json::to_writer(&mut line, &response).expect("a response has no map with other keys than strings");
+    serde_json::to_writer(&mut line, &response).expect("a response has only maps with string keys");
     line.push(b'\n');
     line
 }

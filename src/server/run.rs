@@ -1,4 +1,4 @@
-//! The life of the daemon's process: directories, the lock of the state directory, signals, drain.
+//! The life of the daemon's process: state directory and its lock, signals, draining and exit.
 
 use super::claim;
 use super::dispatch::Dispatch;
@@ -17,27 +17,28 @@ use std::time::{Duration, Instant};
 
 /// `EX_TEMPFAIL` (sysexits.h): another daemon holds the state directory.
 pub const EXIT_HELD: u8 = 75;
-/// `EX_CONFIG`: a configuration or a database that it refuses.
+/// `EX_CONFIG`: the configuration or the database is rejected.
 pub const EXIT_REFUSED: u8 = 78;
 
-/// Transfers may go on for so long after SIGTERM.
+/// How long transfers may continue after SIGTERM.
 const TRANSFERS_GRACE: Duration = Duration::from_secs(10);
-/// From SIGTERM to the exit, at most.
+/// The daemon exits at most this long after SIGTERM.
 const EXIT_DEADLINE: Duration = Duration::from_secs(15);
-/// From the end of all operations until callers are hung up on who have not gone by themselves.
+/// How long callers may stay connected after all operations have ended.
 const ANSWERS_GRACE: Duration = Duration::from_secs(1);
 const LOCK_FILE: &str = "lock";
-/// How long the lock of a daemon that has died is waited for, and the time between two tries.
+/// How long to wait for the lock of a daemon that has died, and how often to try.
 const HELD_BY_NOBODY_GRACE: Duration = Duration::from_secs(5);
 const HELD_BY_NOBODY_PERIOD: Duration = Duration::from_millis(20);
-/// Descriptors beside the connections': console and QMP sockets, disks, the database.
+/// Descriptors that are needed in addition to those of connections, for consoles, monitors, disks
+/// and the database.
 const OPEN_FILES_RESERVE: u64 = 4096;
 
-/// Exit status for an error that ends the daemon.
+/// The exit status for an error that ends the daemon.
 pub fn exit_status(error: &Error) -> u8 {
     match error.kind() {
         Kind::Busy => EXIT_HELD,
-        // A conflict with what else is on this host: only another configuration helps.
+        // A conflict with something else on this host. Only another configuration helps.
         Kind::InvalidConfig | Kind::StoreRefused | Kind::Conflict => EXIT_REFUSED,
         _ => 1,
     }
@@ -48,7 +49,7 @@ pub fn run(config: Config) -> Result<()> {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     crate::host::limits::raise_open_files(config.limits.connections_max as u64 + OPEN_FILES_RESERVE)?;
     let mut signals = watch_signals()?;
-    // The path of a state directory says nothing; its mode lets VMMs reach what is theirs below it.
+    // Everybody may search the state directory, so that VMMs can reach their files below it.
     drop(crate::host::fs::create_dir(&config.state_dir, 0o711)?);
     let _held = hold(&config.state_dir)?;
     let claim = claim_host(&config)?;
@@ -80,7 +81,8 @@ pub fn run(config: Config) -> Result<()> {
     let first = signals.forever().next().unwrap_or(SIGTERM);
     log::info!("{}: draining", signal_hook::low_level::signal_name(first).unwrap_or("signal"));
     crate::host::thread::spawn("second-signal", move || {
-        // A terminal that closes sends SIGHUP, and so does its shell: only a deliberate second signal cuts the drain short.
+        // A closing terminal sends SIGHUP, and so does its shell. Only a deliberate second signal
+        // cuts the drain short.
         let mut left = if first == SIGHUP { 2 } else { 1 };
         for signal in signals.forever() {
             left -= i32::from(signal != SIGHUP);
@@ -94,16 +96,16 @@ pub fn run(config: Config) -> Result<()> {
     let begun = Instant::now();
     drain(&server, &daemon, begun + TRANSFERS_GRACE, begun + EXIT_DEADLINE);
     drop((reconciled, roomed));
-    log::info!("done; VMs run on");
+    log::info!("done; VMs keep running");
     Ok(())
 }
 
-/// Root's daemon gives VMs uids and addresses of the host; a user's daemon has none to give.
+/// Claims uids and a subnet of the host, if we are root. A user's daemon gives VMs neither.
 fn claim_host(config: &Config) -> Result<Option<claim::Held>> {
     if !rustix::process::geteuid().is_root() {
         return Ok(None);
     }
-    // Tests run many daemons at once, each on what would be a host of its own.
+    // Tests run many daemons at once, each as if on a host of its own.
     #[cfg(feature = "fakes")]
     if let Some(dir) = std::env::var_os("FCD_TEST_CLAIMS") {
         return claim::take(config, Path::new(&dir)).map(Some);
@@ -111,7 +113,8 @@ fn claim_host(config: &Config) -> Result<Option<claim::Held>> {
     claim::take(config, Path::new(claim::DIR)).map(Some)
 }
 
-/// The signals that end the daemon. SIGHUP is one of them unless it is ignored, as under `nohup`.
+/// Watches for the signals that end the daemon. SIGHUP is one of them unless it is ignored, as
+/// under `nohup`.
 fn watch_signals() -> Result<Signals> {
     let mut ending = vec![SIGTERM, SIGINT];
     if !crate::host::inherited::ignores(SIGHUP)? {
@@ -120,17 +123,18 @@ fn watch_signals() -> Result<Signals> {
     Signals::new(ending).map_err(|e| Error::io("watch for signals", e))
 }
 
-/// No new calls; what is under way ends and is answered; then everyone is hung up on. Gives the connections left.
+/// Shuts down: stops accepting calls, waits until operations have ended and are answered, and then
+/// closes all connections. Returns how many connections are left.
 pub fn drain(server: &Server, daemon: &Daemon, transfers_until: Instant, deadline: Instant) -> usize {
     server.stop_accepting();
     daemon.close(transfers_until, deadline);
-    // Whoever waited for what has just ended is being answered.
+    // Callers that waited for the operations are being answered now.
     server.drain(deadline.min(Instant::now() + ANSWERS_GRACE));
     server.hang_up();
     server.drain(deadline)
 }
 
-/// The daemon's checks as one JSON document, without serving: for `fcctl doctor` where no daemon runs.
+/// Prints the daemon's checks as one JSON document, for `fcctl doctor` without a daemon.
 pub fn print_doctor(config: &Config) -> Result<()> {
     let checks = crate::daemon::host_checks(config, &Seams::real(config)?)?;
     let text = serde_json::to_string_pretty(&crate::api::daemon::DoctorReply { checks })
@@ -139,7 +143,8 @@ pub fn print_doctor(config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// One daemon per state directory: an flock(2) on a file that is never unlinked. The second says who holds it.
+/// Locks the state directory, so that only one daemon uses it. This is an flock(2) on a file that
+/// is never unlinked. The error names the process that holds it.
 fn hold(state_dir: &Path) -> Result<File> {
     let path = state_dir.join(LOCK_FILE);
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
@@ -150,14 +155,15 @@ fn hold(state_dir: &Path) -> Result<File> {
     while rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         let mut holder = String::new();
         let _ = file.rewind().and_then(|()| (&file).take(32).read_to_string(&mut holder));
-        // One that was killed while it started a process leaves the lock to that process until it has become another program.
+        // A daemon that was killed while starting a process leaves its lock to that process until
+        // its exec.
         let is_dead = holder.trim().parse().is_ok_and(|pid| crate::host::process::arguments(pid).is_empty());
         if !is_dead || Instant::now() > deadline {
             return Err(Error::new(
                 Kind::Busy,
-                format!("the state directory {} is held by another fcd, process {}", state_dir.display(), holder.trim()),
+                format!("lock the state directory {}: another fcd holds it, process {}", state_dir.display(), holder.trim()),
             )
-            .hint("stop that one, or give this one another directory with --state-dir and --socket"));
+            .hint("stop that process, or start this one with another --state-dir and --socket"));
         }
         std::thread::sleep(HELD_BY_NOBODY_PERIOD);
     }
@@ -174,12 +180,13 @@ fn hold(state_dir: &Path) -> Result<File> {
 mod tests {
     use super::*;
 
-    /// A child between fork and exec has all that its parent had, and may come to its exec after its parent's death.
+    /// A child between fork and exec shares its parent's descriptors, and may reach its exec after
+    /// the parent has died.
     #[test]
-    fn the_lock_of_a_dead_daemon_is_waited_for() {
+    fn lock_of_dead_daemon_is_waited_for() {
         let dir = tempfile::tempdir().unwrap();
         let held = hold(dir.path()).unwrap();
-        // Above every real one (proc(5), pid_max).
+        // Larger than any real pid (proc(5), pid_max).
         std::fs::write(dir.path().join(LOCK_FILE), "4194305\n").unwrap();
         let waits = std::thread::scope(|scope| {
             let next = scope.spawn(|| hold(dir.path()).map(drop));
@@ -191,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn the_second_daemon_hears_who_holds_the_directory() {
+    fn second_daemon_reports_holder_of_state_dir() {
         let dir = tempfile::tempdir().unwrap();
         let held = hold(dir.path()).unwrap();
         let e = hold(dir.path()).unwrap_err();
@@ -202,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn a_planted_symlink_is_not_followed() {
+    fn lock_file_symlink_is_not_followed() {
         let dir = tempfile::tempdir().unwrap();
         let canary = dir.path().join("canary");
         std::os::unix::fs::symlink(&canary, dir.path().join(LOCK_FILE)).unwrap();

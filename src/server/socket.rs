@@ -1,4 +1,5 @@
-//! The socket file: made where only we can, over nothing that is in use or not ours.
+//! Creates the socket file, in a directory that only root or our user can write, and never in place
+//! of a file that is in use or not ours.
 
 use crate::error::{Error, Kind, Result};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
@@ -8,10 +9,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-/// Its members may use the socket of a daemon that runs as root.
+/// Members of this group may use the socket of root's daemon.
 const SOCKET_GROUP: &str = "fcd";
 
-/// A listening socket, and the file that goes with it.
+/// A listening socket and its file.
 pub(super) struct Socket {
     pub(super) listener: UnixListener,
     path: PathBuf,
@@ -19,7 +20,7 @@ pub(super) struct Socket {
 }
 
 impl Drop for Socket {
-    /// Only the file that we made: another daemon may have put its own there.
+    /// Removes the file if it is still ours. Another daemon may have replaced it.
     fn drop(&mut self) {
         if inode(&self.path).is_ok_and(|found| found == self.inode) {
             let _ = std::fs::remove_file(&self.path);
@@ -42,9 +43,9 @@ pub(super) fn bind(path: &Path) -> Result<Socket> {
     let listener = UnixListener::bind(path).map_err(|e| {
         let too_long = e.kind() == std::io::ErrorKind::InvalidInput;
         let error = Error::io(format!("listen on {shown}"), e);
-        if too_long { error.hint("a socket's path has at most 107 bytes: use a shorter --socket") } else { error }
+        if too_long { error.hint("use a shorter --socket: a socket's path has at most 107 bytes") } else { error }
     })?;
-    let doing = |e| Error::io(format!("give socket {shown} its mode and group"), e);
+    let doing = |e| Error::io(format!("set the mode and group of socket {shown}"), e);
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660)).map_err(doing)?;
     if rustix::process::geteuid().is_root()
         && let Ok(Some(group)) = nix::unistd::Group::from_name(SOCKET_GROUP)
@@ -56,60 +57,61 @@ pub(super) fn bind(path: &Path) -> Result<Socket> {
     Ok(Socket { listener, path: path.to_owned(), inode })
 }
 
-/// For root everybody may look for the socket, whose mode decides; a user's is nobody else's business.
+/// Creates the directory. Root's is readable for everybody, because the socket's own mode decides.
+/// That of a user is private.
 fn make_dir(dir: &Path) -> Result<()> {
     let mode = if rustix::process::geteuid().is_root() { 0o755 } else { 0o700 };
     match rustix::fs::mkdirat(CWD, dir, Mode::from_raw_mode(mode)) {
-        // The umask may have taken bits away.
+        // The umask may have removed bits.
         Ok(()) => std::fs::set_permissions(dir, std::fs::Permissions::from_mode(mode))
-            .map_err(|e| Error::io(format!("give {} its mode", dir.display()), e)),
+            .map_err(|e| Error::io(format!("set the mode of {}", dir.display()), e)),
         Err(rustix::io::Errno::EXIST) => Ok(()),
-        Err(e) => Err(Error::io(format!("make directory {}", dir.display()), e).hint(format!("mkdir -p {}", dir.display()))),
+        Err(e) => Err(Error::io(format!("create directory {}", dir.display()), e).hint(format!("mkdir -p {}", dir.display()))),
     }
 }
 
-/// Nobody but us and root may replace what lies in it.
+/// Checks that only root and our own user can replace files in the directory.
 fn check_dir(dir: &Path) -> Result<()> {
     let shown = dir.display();
-    let stat = rustix::fs::stat(dir).map_err(|e| Error::io(format!("look at {shown}"), e))?;
+    let stat = rustix::fs::stat(dir).map_err(|e| Error::io(format!("stat {shown}"), e))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
         return Err(Error::new(Kind::Host, format!("{shown} is not a directory")).hint("use another --socket"));
     }
     let ours = stat.st_uid == 0 || stat.st_uid == rustix::process::geteuid().as_raw();
     let sticky = stat.st_mode & 0o1000 != 0;
     if !ours || (stat.st_mode & 0o022 != 0 && !sticky) {
-        let text = format!("others could replace a socket in {shown}");
+        let text = format!("other users could replace a socket in {shown}");
         return Err(Error::new(Kind::Host, text).hint(format!("chmod go-w {shown}, or use another --socket")));
     }
     Ok(())
 }
 
-/// Removes a socket of ours that nobody listens on; refuses all else.
+/// Removes our own socket if nothing listens on it. Fails for any other file.
 fn remove_stale(path: &Path) -> Result<()> {
     let shown = path.display();
     let stat = match rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) => stat,
         Err(rustix::io::Errno::NOENT) => return Ok(()),
-        Err(e) => return Err(Error::io(format!("look at {shown}"), e)),
+        Err(e) => return Err(Error::io(format!("stat {shown}"), e)),
     };
     if FileType::from_raw_mode(stat.st_mode) != FileType::Socket || stat.st_uid != rustix::process::geteuid().as_raw() {
-        let text = format!("{shown} is there and is no socket of ours");
-        return Err(Error::new(Kind::TargetExists, text).hint(format!("see what it is: stat {shown}; or use another --socket")));
+        let text = format!("{shown} exists and is not a socket of this user");
+        return Err(Error::new(Kind::TargetExists, text).hint(format!("look at it with stat {shown}, or use another --socket")));
     }
     if is_listened_on(path)? {
         let text = format!("another process listens on {shown}");
-        return Err(Error::new(Kind::Busy, text).hint(format!("see which: ss -xlp src {shown}")));
+        return Err(Error::new(Kind::Busy, text).hint(format!("find it with ss -xlp src {shown}")));
     }
     std::fs::remove_file(path).map_err(|e| Error::io(format!("remove stale socket {shown}"), e))
 }
 
 fn is_listened_on(path: &Path) -> Result<bool> {
-    let doing = |e: nix::Error| Error::io(format!("look who listens on {}", path.display()), e);
+    let doing = |e: nix::Error| Error::io(format!("check whether something listens on {}", path.display()), e);
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let probe = socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(doing)?;
     match connect(probe.as_raw_fd(), &UnixAddr::new(path).map_err(doing)?) {
         Err(nix::errno::Errno::ECONNREFUSED | nix::errno::Errno::ENOENT) => Ok(false),
-        // EAGAIN: alive, with a full backlog.
+        // EAGAIN: something listens, but its backlog is full.
         Ok(()) | Err(nix::errno::Errno::EAGAIN) => Ok(true),
         Err(e) => Err(doing(e)),
     }

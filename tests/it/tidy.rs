@@ -42,8 +42,7 @@ const ALLOWED: &[&str] = &["here is no ", "here are no ", "are no longer", "is n
 const FRAGMENTS: &[&str] = &["Of ", "That ", "So ", "Whoever ", "As "];
 
 /// Findings that a module still has. Lower a number when you rewrite something; never raise one.
-const REMAINING: &[(&str, usize)] =
-    &[("src/daemon", 111), ("src/server", 28), ("src/store", 36), ("tests/e2e", 53), ("tests/it", 12)];
+const REMAINING: &[(&str, usize)] = &[("src/daemon", 111), ("src/store", 36), ("tests/e2e", 53), ("tests/it", 12)];
 
 /// Markdown that is written by hand and has lines of prose.
 const MARKDOWN: &[&str] = &["README.md", "ARCHITECTURE.md", "src/docs"];

@@ -1,9 +1,10 @@
 use super::*;
 
-/// `cargo test --release --features fakes --lib server::tests::bench -- --ignored --nocapture`
+/// Measures latency. Run it with `cargo test --release --features fakes --lib server::tests::bench
+/// -- --ignored --nocapture`.
 #[test]
 #[ignore = "measures; run it by hand in a release build"]
-fn latency_beside_idle_connections() {
+fn latency_with_idle_connections() {
     limits::raise_descriptor_limit();
     let f = fixture_with(limits::roomy());
     let mut c = f.client();
@@ -24,7 +25,7 @@ fn latency_beside_idle_connections() {
     };
     measure("alone");
     let idle: Vec<_> = (0..1000).map(|_| f.client()).collect();
-    measure("beside 1000 idle connections");
+    measure("with 1000 idle connections");
     drop(idle);
     let begun = Instant::now();
     (0..2000).for_each(|_| f.client().check_alive());

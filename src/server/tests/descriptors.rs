@@ -9,18 +9,18 @@ pub fn send_with(stream: &UnixStream, bytes: &[u8], fds: &[&OwnedFd]) {
     assert_eq!(sent, bytes.len());
 }
 
-/// A pipe's read end with something in it, and the other end.
+/// Returns the read end of a pipe that contains `text`, and its write end.
 fn pipe_with(text: &str) -> (OwnedFd, OwnedFd) {
     let (read_end, write_end) = nix::unistd::pipe().unwrap();
     nix::unistd::write(&write_end, text.as_bytes()).unwrap();
     (read_end, write_end)
 }
 
-/// Whether nobody holds the read end of this pipe any more: writing would break.
+/// Checks that no read end of this pipe is open.
 #[track_caller]
 fn check_closed(write_end: &OwnedFd) {
     let mut fds = [nix::poll::PollFd::new(std::os::fd::AsFd::as_fd(write_end), nix::poll::PollFlags::empty())];
-    nix::poll::poll(&mut fds, PATIENCE.as_millis() as u16).unwrap();
+    nix::poll::poll(&mut fds, DEADLINE.as_millis() as u16).unwrap();
     assert!(fds[0].revents().unwrap().contains(nix::poll::PollFlags::POLLERR), "a read end is open somewhere");
 }
 
@@ -29,22 +29,22 @@ fn call(id: u32, method: &str) -> Vec<u8> {
 }
 
 #[test]
-fn come_with_their_request() {
+fn descriptors_come_with_their_request() {
     let f = fixture();
     let mut c = f.client();
     for count in 1..=FDS_MAX {
         let (read_end, write_end) = pipe_with("hello");
         send_with(c.stream(), &call(7, "fds"), &vec![&read_end; count]);
         drop(read_end);
-        // It reads to the end of the file.
+        // The handler reads to the end of the file.
         drop(write_end);
         assert_eq!(c.answer().result, json!({"count": count, "cloexec": true, "text": "hello"}));
     }
-    assert_eq!(c.call("fds", json!({})).result["count"], json!(0), "and are not kept for the next one");
+    assert_eq!(c.call("fds", json!({})).result["count"], json!(0), "descriptors are not kept for the next request");
 }
 
 #[test]
-fn of_pipelined_requests_do_not_mix() {
+fn descriptors_of_pipelined_requests_do_not_mix() {
     let f = fixture();
     let mut c = f.client();
     let ((a, aw), (b, bw)) = (pipe_with("a"), pipe_with("b"));
@@ -59,7 +59,7 @@ fn of_pipelined_requests_do_not_mix() {
 }
 
 #[test]
-fn too_many_are_refused_and_closed() {
+fn too_many_descriptors_are_rejected_and_closed() {
     let f = fixture();
     let mut c = f.client();
     for count in [FDS_MAX + 1, FDS_MAX + 2, 100, 250] {
@@ -71,16 +71,16 @@ fn too_many_are_refused_and_closed() {
         check_closed(&write_end);
         c.check_alive();
     }
-    assert_eq!(f.probe.calls.load(Ordering::SeqCst), 4, "no handler saw them");
+    assert_eq!(f.probe.calls.load(Ordering::SeqCst), 4, "only check_alive reaches the handler");
 }
 
 #[test]
-fn in_the_middle_of_a_request_are_refused_and_closed() {
+fn descriptors_within_request_are_rejected_and_closed() {
     let f = fixture();
     let mut c = f.client();
     let (read_end, write_end) = pipe_with("x");
     let line = call(7, "fds");
-    // More than one read: the first part has come through for sure when the rest is sent.
+    // Longer than one read, so that the first part has been received when the rest is sent.
     let long = format!("{}{}", " ".repeat(300_000), String::from_utf8(line).unwrap());
     c.send(&long.as_bytes()[..300_004]);
     send_with(c.stream(), &long.as_bytes()[300_004..], &[&read_end]);
@@ -91,7 +91,7 @@ fn in_the_middle_of_a_request_are_refused_and_closed() {
 }
 
 #[test]
-fn for_a_method_that_takes_none_are_refused_and_closed() {
+fn unexpected_descriptors_are_rejected_and_closed() {
     let f = fixture();
     let mut c = f.client();
     for method in ["nofds", "no.such", "panic"] {
@@ -105,7 +105,7 @@ fn for_a_method_that_takes_none_are_refused_and_closed() {
 }
 
 #[test]
-fn with_a_line_that_never_ends_are_closed() {
+fn descriptors_of_incomplete_line_are_closed() {
     let f = fixture();
     let mut c = f.client();
     let (read_end, write_end) = pipe_with("x");

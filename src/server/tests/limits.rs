@@ -7,7 +7,7 @@ fn short() -> Limits {
 }
 
 #[test]
-fn a_half_line_is_waited_for_only_so_long() {
+fn incomplete_line_times_out() {
     let f = fixture_with(short());
     let mut c = f.client();
     c.check_alive();
@@ -19,15 +19,16 @@ fn a_half_line_is_waited_for_only_so_long() {
 }
 
 #[test]
-fn a_line_that_drips_is_no_better() {
+fn slowly_arriving_line_times_out() {
     let f = fixture_with(short());
     let mut c = f.client();
     let begun = Instant::now();
-    // One byte at a time, for as long as the server takes it; a read with a timeout is the pause.
+    // Send one byte at a time as long as the server accepts it. The timeout of the read makes the
+    // pauses.
     c.stream().set_read_timeout(Some(Duration::from_millis(20))).unwrap();
     let mut line = String::new();
     let ended = loop {
-        if c.stream().write_all(b"x").is_err() || begun.elapsed() > PATIENCE {
+        if c.stream().write_all(b"x").is_err() || begun.elapsed() > DEADLINE {
             break false;
         }
         match c.reader.read_line(&mut line) {
@@ -36,11 +37,11 @@ fn a_line_that_drips_is_no_better() {
         }
     };
     assert!(ended && line.contains("invalid_request"), "{line:?}");
-    assert!(begun.elapsed() >= short().line && begun.elapsed() < PATIENCE);
+    assert!(begun.elapsed() >= short().line && begun.elapsed() < DEADLINE);
 }
 
 #[test]
-fn an_idle_connection_is_closed_but_not_during_a_call() {
+fn idle_connection_is_closed_but_not_during_call() {
     let f = fixture_with(Limits { idle: Duration::from_millis(100), line: Duration::from_millis(50), ..Limits::default() });
     let (mut idle, mut held) = (f.client(), f.client());
     held.send("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"hold\"}\n");
@@ -48,27 +49,27 @@ fn an_idle_connection_is_closed_but_not_during_a_call() {
     let begun = Instant::now();
     idle.check_alive();
     idle.check_closed();
-    assert!(begun.elapsed() >= Duration::from_millis(100), "not after the line's time");
+    assert!(begun.elapsed() >= Duration::from_millis(100), "not before the idle limit");
     until(|| f.server.connections() == 1);
     assert_eq!(f.probe.hung_up.load(Ordering::SeqCst), 0);
 }
 
 #[test]
-fn a_caller_who_does_not_read_is_dropped() {
+fn caller_that_does_not_read_is_dropped() {
     let f = fixture_with(Limits { write_stall: Duration::from_millis(100), ..Limits::default() });
     let mut c = f.client();
     c.send("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"flood\",\"more\":true}\n");
     f.client().check_alive();
     until(|| f.probe.hung_up.load(Ordering::SeqCst) > 0);
-    // What was under way can still be read; the end comes in the middle.
+    // What was sent before can still be read, and the connection ends within a line.
     let mut rest = Vec::new();
     c.reader.read_to_end(&mut rest).unwrap();
     assert!(!rest.ends_with(b"\n"));
-    assert_eq!(f.server.drain(Instant::now() + PATIENCE), 0);
+    assert_eq!(f.server.drain(Instant::now() + DEADLINE), 0);
 }
 
 #[test]
-fn too_many_connections_get_one_line() {
+fn connection_above_limit_gets_error_line() {
     let limits = |all, per_uid, reserved| Limits {
         connections_max: all,
         connections_per_uid_max: per_uid,
@@ -85,7 +86,7 @@ fn too_many_connections_get_one_line() {
         assert!(answer.error.unwrap().data.unwrap().retryable);
         refused.check_closed();
         first.pop();
-        // Its place comes free once its thread has seen the end.
+        // The slot is freed once the connection's thread has seen the end.
         until(|| f.server.connections() < 3);
         f.client().check_alive();
         first.iter_mut().for_each(Client::check_alive);
@@ -93,7 +94,7 @@ fn too_many_connections_get_one_line() {
 }
 
 #[test]
-fn places_are_kept_back_for_root() {
+fn connections_are_reserved_for_root() {
     let limits = Limits { connections_max: 3, connections_root_reserved: 2, ..Limits::default() };
     let registry = Arc::new(Registry::new(limits));
     let socket = Arc::new(UnixStream::pair().unwrap().0);
@@ -117,7 +118,7 @@ pub fn roomy() -> Limits {
 }
 
 #[test]
-fn a_thousand_idle_connections_and_others_are_served() {
+fn others_are_served_with_thousand_idle_connections() {
     raise_descriptor_limit();
     let f = fixture_with(roomy());
     let mut idle: Vec<_> = (0..1000).map(|_| f.client()).collect();
@@ -128,24 +129,24 @@ fn a_thousand_idle_connections_and_others_are_served() {
     idle.iter_mut().step_by(100).for_each(Client::check_alive);
     assert!(f.server.connections() >= 1000);
     drop(idle);
-    assert_eq!(f.server.drain(Instant::now() + PATIENCE), 0);
+    assert_eq!(f.server.drain(Instant::now() + DEADLINE), 0);
 }
 
-/// Not a test of its own: it uses up the descriptors of its process.
+/// Not a test of its own, because it uses up the descriptors of its process.
 #[test]
-#[ignore = "run by without_descriptors_callers_are_told"]
+#[ignore = "run by callers_without_descriptors_get_error_line"]
 fn child_without_descriptors() {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
     let f = fixture();
     f.client().check_alive();
-    assert_eq!(f.server.drain(Instant::now() + PATIENCE), 0);
+    assert_eq!(f.server.drain(Instant::now() + DEADLINE), 0);
     let sockets: Vec<_> =
         (0..4).map(|_| socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap()).collect();
     let mut fill: Vec<_> = std::iter::repeat_with(|| std::fs::File::open("/dev/null")).map_while(Result::ok).collect();
     let connected = |socket: OwnedFd| {
         connect(socket.as_raw_fd(), &UnixAddr::new(&f.path).unwrap()).unwrap();
         let stream = UnixStream::from(socket);
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
         Client { reader: BufReader::new(stream) }
     };
     for (n, socket) in sockets.into_iter().enumerate() {
@@ -153,21 +154,21 @@ fn child_without_descriptors() {
         let answer = c.answer();
         assert_eq!(answer.kind(), (-32000, "connection_limit"));
         c.check_closed();
-        // Its own descriptor stays taken.
+        // Keep the client's own descriptor in use.
         fill.push(std::fs::File::from(OwnedFd::from(c.reader.into_inner())));
         assert_eq!(f.server.connections(), 0, "after {n}");
     }
     drop(fill);
     f.client().check_alive();
-    println!("\ntold and recovered");
+    println!("\nreported and recovered");
 }
 
 #[test]
-fn without_descriptors_callers_are_told() {
+fn callers_without_descriptors_get_error_line() {
     let test = "server::tests::limits::child_without_descriptors";
     let script = format!("ulimit -n 64 && exec \"$0\" --exact {test} --ignored --nocapture");
     let child = Command::new("sh").args(["-c", &script]).arg(std::env::current_exe().unwrap());
     let out = run_any_status(&child, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
     let text = String::from_utf8_lossy(&out.stdout);
-    assert!(text.contains("told and recovered"), "{text}{}", String::from_utf8_lossy(&out.stderr));
+    assert!(text.contains("reported and recovered"), "{text}{}", String::from_utf8_lossy(&out.stderr));
 }

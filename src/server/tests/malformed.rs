@@ -1,6 +1,7 @@
 use super::*;
 
-/// What is sent, the answer's id, JSON-RPC code and kind; the connection lives on.
+/// Sends a line and checks the answer's id, JSON-RPC code and kind. The connection must stay
+/// usable.
 #[track_caller]
 fn check(sent: impl AsRef<[u8]>, id: Value, code: i32, kind: &str) {
     let f = fixture();
@@ -12,7 +13,7 @@ fn check(sent: impl AsRef<[u8]>, id: Value, code: i32, kind: &str) {
     let calls = f.probe.calls.load(Ordering::SeqCst);
     c.check_alive();
     if code != rpc::PARAMS && code != rpc::UNKNOWN {
-        assert_eq!(calls, 0, "no handler saw it");
+        assert_eq!(calls, 0, "no handler must see it");
     }
 }
 
@@ -24,7 +25,7 @@ mod rpc {
 }
 
 #[test]
-fn not_json() {
+fn invalid_json_is_parse_error() {
     for bad in
         ["", " ", "hello", "{", "{\"jsonrpc\":\"2.0\"", "{}}", "\u{feff}{}", "{\"id\":1,}", "nul", "{\"id\":01}", "{'id':1}"]
     {
@@ -37,7 +38,7 @@ fn not_json() {
 }
 
 #[test]
-fn no_request() {
+fn invalid_request_is_rejected() {
     let call = "{\"jsonrpc\":\"2.0\",\"id\":7,\"method\":\"echo\"}";
     for (bad, id) in [
         ("[]".to_owned(), Value::Null),
@@ -70,7 +71,7 @@ fn no_request() {
 }
 
 #[test]
-fn wrong_parameters() {
+fn wrong_parameters_are_rejected() {
     let typed = |params: &str| format!("{{\"jsonrpc\":\"2.0\",\"id\":7,\"method\":\"typed\",\"params\":{params}}}");
     for bad in [
         "{}",
@@ -84,7 +85,7 @@ fn wrong_parameters() {
     }
     let value = |params: &str| format!("{{\"jsonrpc\":\"2.0\",\"id\":7,\"method\":\"value\",\"params\":{{\"a\":{params}}}}}");
     for bad in [&"[".repeat(100_000) as &str, "\"\\ud800\"", "1e999"] {
-        // Deep, but closed.
+        // Nested deeply, but closed.
         let bad = if bad.len() > 1000 { format!("{bad}{}", "]".repeat(bad.len())) } else { bad.to_owned() };
         check(value(&bad), json!(7), rpc::PARAMS, "invalid_argument");
     }
@@ -92,7 +93,7 @@ fn wrong_parameters() {
 }
 
 #[test]
-fn many_keys_and_odd_ids_are_fine() {
+fn many_keys_and_odd_ids_are_accepted() {
     let f = fixture();
     let mut c = f.client();
     let keys: Vec<_> = (0..60_000).map(|n| format!("\"k{n}\":0")).collect();
@@ -104,20 +105,20 @@ fn many_keys_and_odd_ids_are_fine() {
     assert_eq!(line, "{\"jsonrpc\":\"2.0\",\"id\":123456789012345678901234567890,\"result\":{}}\n");
 }
 
-/// A request of exactly so many bytes, with its newline.
+/// Returns a request of exactly this length, including its newline.
 fn padded(bytes: usize) -> String {
     let empty = "{\"jsonrpc\":\"2.0\",\"id\":7,\"method\":\"typed\",\"params\":{\"x\":\"\"}}\n";
     empty.replace("\"\"", &format!("\"{}\"", "p".repeat(bytes - empty.len())))
 }
 
 #[test]
-fn the_longest_line_and_one_byte_more() {
+fn longest_line_is_accepted_and_longer_one_rejected() {
     let f = fixture();
     let mut c = f.client();
     c.send(padded(FRAME_BYTES_MAX));
     assert_eq!(c.answer().kind().0, rpc::PARAMS);
     c.check_alive();
-    // The server may hang up before it has all of it.
+    // The server may hang up before it has read everything.
     let _ = c.stream().write_all(padded(FRAME_BYTES_MAX + 1).as_bytes());
     let a = c.answer();
     assert_eq!((a.kind(), &a.id), ((rpc::INVALID, "frame_too_large"), &Value::Null));
@@ -126,20 +127,20 @@ fn the_longest_line_and_one_byte_more() {
 }
 
 #[test]
-fn a_line_without_end() {
+fn endless_line_is_rejected() {
     let f = fixture();
     let mut c = f.client();
     let chunk = vec![b'x'; 64 * 1024];
     // Far more than the limit: writing fails once the server has hung up.
     let sent = (0..1024).take_while(|_| c.stream().write_all(&chunk).is_ok()).count();
-    assert!(sent < 100, "{sent} chunks of 64 KiB were taken");
+    assert!(sent < 100, "the server read {sent} chunks of 64 KiB");
     assert_eq!(c.answer().kind(), (rpc::INVALID, "frame_too_large"));
     c.check_closed();
     f.client().check_alive();
 }
 
 #[test]
-fn a_line_that_is_cut_off() {
+fn cut_off_line_is_rejected() {
     let f = fixture();
     let mut c = f.client();
     c.send("{\"jsonrpc\":\"2.0\",\"id\":1,\"meth");
@@ -149,12 +150,12 @@ fn a_line_that_is_cut_off() {
     let mut c = f.client();
     c.send("{\"half");
     drop(c);
-    assert_eq!(f.server.drain(Instant::now() + PATIENCE), 0);
+    assert_eq!(f.server.drain(Instant::now() + DEADLINE), 0);
     assert_eq!(f.probe.calls.load(Ordering::SeqCst), 0);
 }
 
 #[test]
-fn an_answer_that_fits_no_line() {
+fn too_long_answer_becomes_error() {
     let f = fixture();
     let mut c = f.client();
     assert_eq!(c.call("big", json!({})).kind(), (-32000, "exhausted"));

@@ -19,9 +19,9 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tempfile::TempDir;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Answers what the tests call.
+/// A handler with the methods that the tests call.
 #[derive(Default)]
 struct Probe {
     calls: AtomicUsize,
@@ -52,7 +52,7 @@ impl Handler for Probe {
                 }
                 reply(json!("done"))
             }
-            // Writes until the caller is taken for gone.
+            // Sends notes until the connection counts as broken.
             "flood" => {
                 let chunk = Note::Log(LogChunk { text: "x".repeat(60_000) });
                 while connection.notify(chunk.clone()).is_ok() {}
@@ -60,16 +60,16 @@ impl Handler for Probe {
                 self.hung_up.fetch_add(1, Ordering::SeqCst);
                 reply(json!("never seen"))
             }
-            // Answers when the caller hangs up.
+            // Answers once the caller hangs up.
             "hold" => {
                 connection.notify(Note::Log(LogChunk { text: "held".into() })).unwrap();
                 let mut fds = [nix::poll::PollFd::new(connection.fd(), nix::poll::PollFlags::empty())];
-                nix::poll::poll(&mut fds, PATIENCE.as_millis() as u16).unwrap();
+                nix::poll::poll(&mut fds, DEADLINE.as_millis() as u16).unwrap();
                 assert!(connection.is_hung_up());
                 self.hung_up.fetch_add(1, Ordering::SeqCst);
                 reply(json!(null))
             }
-            // The numbers of the descriptors that came, and the first one's content.
+            // Returns the number of descriptors and the content of the first one.
             "fds" => {
                 let cloexec = |fd: &OwnedFd| {
                     let flags = nix::fcntl::fcntl(fd, nix::fcntl::FcntlArg::F_GETFD).unwrap();
@@ -127,15 +127,15 @@ struct Answer {
 impl Answer {
     #[track_caller]
     fn kind(&self) -> (i32, &str) {
-        let e = self.error.as_ref().expect("an error");
-        (e.code, &e.data.as_ref().expect("a fault").kind)
+        let e = self.error.as_ref().expect("the answer is an error");
+        (e.code, &e.data.as_ref().expect("the error has a fault").kind)
     }
 }
 
-/// Waits for what only the server knows.
+/// Waits for a condition that only the server knows.
 #[track_caller]
 fn until(holds: impl Fn() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + DEADLINE;
     while !holds() {
         assert!(Instant::now() < deadline);
         let _ = nix::poll::poll(&mut [], 1u8);
@@ -145,8 +145,8 @@ fn until(holds: impl Fn() -> bool) {
 impl Fixture {
     fn client(&self) -> Client {
         let stream = UnixStream::connect(&self.path).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        stream.set_write_timeout(Some(DEADLINE)).unwrap();
         Client { reader: BufReader::new(stream) }
     }
 }
@@ -158,12 +158,12 @@ impl Client {
     fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.stream().write_all(bytes.as_ref()).unwrap();
     }
-    /// None: the server has closed the connection.
+    /// Returns None if the server has closed the connection.
     fn next(&mut self) -> Option<Answer> {
         let mut line = String::new();
         match self.reader.read_line(&mut line) {
             Ok(0) => None,
-            // What we had sent was not all read.
+            // The server closed without reading everything that we sent.
             Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => None,
             r => {
                 r.unwrap();
@@ -172,7 +172,7 @@ impl Client {
         }
     }
     fn answer(&mut self) -> Answer {
-        self.next().expect("an answer")
+        self.next().expect("the server answers")
     }
     fn call(&mut self, method: &str, params: Value) -> Answer {
         self.send(format!("{}\n", json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params})));
@@ -189,7 +189,7 @@ impl Client {
 }
 
 #[test]
-fn calls_notes_and_ids() {
+fn calls_notes_and_ids_round_trip() {
     let f = fixture();
     let mut c = f.client();
     c.check_alive();
@@ -208,7 +208,7 @@ fn calls_notes_and_ids() {
 }
 
 #[test]
-fn a_panic_is_one_answer() {
+fn panic_is_answered_with_internal_error() {
     let f = fixture();
     let mut c = f.client();
     assert_eq!(c.call("panic", json!({})).kind(), (-32603, "internal"));
@@ -226,7 +226,7 @@ fn pipelined_calls_are_answered_in_order() {
 }
 
 #[test]
-fn a_half_close_is_no_hang_up() {
+fn half_close_is_not_a_hang_up() {
     let f = fixture();
     let mut c = f.client();
     c.send("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"hold\"}\n");
@@ -234,7 +234,7 @@ fn a_half_close_is_no_hang_up() {
     c.stream().shutdown(Shutdown::Write).unwrap();
     assert_eq!(f.probe.hung_up.load(Ordering::SeqCst), 0);
     drop(c);
-    assert_eq!(f.server.drain(Instant::now() + PATIENCE), 0);
+    assert_eq!(f.server.drain(Instant::now() + DEADLINE), 0);
     assert_eq!(f.probe.hung_up.load(Ordering::SeqCst), 1);
     let mut c = f.client();
     c.send("{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"echo\"}\n");
@@ -244,7 +244,7 @@ fn a_half_close_is_no_hang_up() {
 }
 
 #[test]
-fn stopping_ends_idle_connections_and_lets_calls_finish() {
+fn stop_ends_idle_connections_and_lets_calls_finish() {
     let f = fixture();
     let (mut idle, mut busy) = (f.client(), f.client());
     idle.check_alive();
@@ -255,14 +255,14 @@ fn stopping_ends_idle_connections_and_lets_calls_finish() {
     assert!(!f.path.exists());
     assert!(UnixStream::connect(&f.path).is_err());
     assert_eq!(f.server.drain(Instant::now() + Duration::from_millis(20)), 1);
-    assert_eq!(f.probe.hung_up.load(Ordering::SeqCst), 0, "a call in flight goes on");
+    assert_eq!(f.probe.hung_up.load(Ordering::SeqCst), 0, "a call in progress continues");
     f.server.hang_up();
-    assert_eq!(f.server.drain(Instant::now() + PATIENCE), 0);
+    assert_eq!(f.server.drain(Instant::now() + DEADLINE), 0);
     assert_eq!(f.probe.hung_up.load(Ordering::SeqCst), 1);
 }
 
 #[test]
-fn a_call_that_waits_behind_another_is_told_of_the_shutdown() {
+fn pipelined_call_gets_shutting_down() {
     let f = fixture();
     let mut c = f.client();
     let (read_end, write_end) = nix::unistd::pipe().unwrap();
@@ -271,7 +271,7 @@ fn a_call_that_waits_behind_another_is_told_of_the_shutdown() {
     c.send("{\"jsonrpc\":\"2.0\",\"id\":2,\"method\":\"echo\"}\n");
     until(|| f.probe.calls.load(Ordering::SeqCst) > 0);
     f.server.stop_accepting();
-    drop(write_end); // Now the first one can be answered.
+    drop(write_end); // Now the first call can be answered.
     assert_eq!(c.answer().id, json!(1));
     assert_eq!(c.answer().kind(), (-32000, "shutting_down"));
     c.check_closed();

@@ -7,7 +7,7 @@ fn bind(path: &Path) -> Result<Server> {
     Server::bind(path, Limits::default(), Arc::new(Probe::default()))
 }
 
-/// Something lies at the path that is not replaced.
+/// Checks that the file at the socket's path is not replaced.
 #[track_caller]
 fn check_refused(put: impl FnOnce(&Path), kind: Kind) {
     let dir = tempfile::tempdir().unwrap();
@@ -21,7 +21,7 @@ fn check_refused(put: impl FnOnce(&Path), kind: Kind) {
 }
 
 #[test]
-fn is_made_and_removed() {
+fn socket_file_is_created_and_removed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("run/fcd.sock");
     let server = bind(&path).unwrap();
@@ -34,7 +34,7 @@ fn is_made_and_removed() {
 }
 
 #[test]
-fn that_nobody_listens_on_is_replaced() {
+fn stale_socket_file_is_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s.sock");
     drop(UnixListener::bind(&path).unwrap());
@@ -44,7 +44,7 @@ fn that_nobody_listens_on_is_replaced() {
 }
 
 #[test]
-fn of_a_successor_is_left_alone() {
+fn socket_file_of_successor_is_kept() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s.sock");
     let first = bind(&path).unwrap();
@@ -56,7 +56,7 @@ fn of_a_successor_is_left_alone() {
 }
 
 #[test]
-fn that_is_in_use_or_not_ours_is_refused() {
+fn socket_file_in_use_or_not_ours_is_rejected() {
     let mut keep = Vec::new();
     check_refused(|p| keep.push(UnixListener::bind(p).unwrap()), Kind::Busy);
     check_refused(|p| std::fs::write(p, "precious").unwrap(), Kind::TargetExists);
@@ -71,7 +71,7 @@ fn that_is_in_use_or_not_ours_is_refused() {
 }
 
 #[test]
-fn with_a_full_backlog_is_in_use() {
+fn socket_with_full_backlog_is_in_use() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s.sock");
     use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
@@ -86,7 +86,7 @@ fn with_a_full_backlog_is_in_use() {
 }
 
 #[test]
-fn in_a_directory_where_others_write_is_refused() {
+fn directory_writable_by_others_is_rejected() {
     let dir = tempfile::tempdir().unwrap();
     let set = |mode| std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(mode)).unwrap();
     let path = dir.path().join("s.sock");
@@ -102,7 +102,7 @@ fn in_a_directory_where_others_write_is_refused() {
 }
 
 #[test]
-fn whose_path_is_too_long_says_so() {
+fn too_long_socket_path_has_hint() {
     let dir = tempfile::tempdir().unwrap();
     let e = bind(&dir.path().join("s".repeat(120))).map(drop).unwrap_err();
     assert!(e.hint_text().unwrap().contains("107 bytes"), "{e:?}");

@@ -1,5 +1,5 @@
-//! The crate's error type. An [`Error`] has a [`Kind`], a message, a hint for the user and a source. Each
-//! kind belongs to one [`Code`], which decides the exit status of `fcctl`.
+//! The crate's error type. An [`Error`] has a [`Kind`], a message, a hint for the user and a
+//! source. Each kind belongs to one [`Code`], which decides the exit status of `fcctl`.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -50,7 +50,8 @@ impl Code {
 enum Retry {
     /// Somebody has to act first, or the answer will always be the same.
     Useless,
-    /// What the call met passes by itself: a queue empties, a guest finishes its boot, a connection is made again.
+    /// What the call met passes by itself: a queue empties, a guest finishes its boot, a connection
+    /// is made again.
     MayHelp,
 }
 
@@ -156,7 +157,8 @@ pub struct Error {
 }
 
 impl Error {
-    /// The message begins in lower case, has no full stop, and says what was being done and to what.
+    /// The message begins in lower case, has no full stop, and says what was being done and to
+    /// what.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), hint: None, source: None }
     }
@@ -180,8 +182,8 @@ impl Error {
         if kind == Kind::DiskFull { error.hint("free some space (df -h), then try again") } else { error }
     }
 
-    /// Sets the hint: what the user can run or change. A caller that does not know the VM's name writes
-    /// `{vm}`; see [`Error::of_vm`].
+    /// Sets the hint: what the user can run or change. A caller that does not know the VM's name
+    /// writes `{vm}`; see [`Error::of_vm`].
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
@@ -276,8 +278,8 @@ mod tests {
 
     #[test]
     fn display_joins_the_chain_once() {
-        let e = Error::io("create tap fc-tap3", std::io::Error::other("nope")).context("start vm web");
-        assert_eq!(e.to_string(), "start vm web: create tap fc-tap3: nope");
+        let e = Error::io("create tap fc-tap3", std::io::Error::other("nope")).context("start VM web");
+        assert_eq!(e.to_string(), "start VM web: create tap fc-tap3: nope");
     }
 
     #[test]

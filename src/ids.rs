@@ -27,7 +27,8 @@ fn random_id() -> String {
     let mut bytes = [0u8; ID_LEN / 2];
     let mut filled = 0;
     while filled < bytes.len() {
-        // getrandom(2) fails only for a bad address: without flags it waits until its pool is seeded.
+        // getrandom(2) fails only for a bad address: without flags it waits until its pool is
+        // seeded.
         match rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty()) {
             Ok(n) => filled += n,
             Err(rustix::io::Errno::INTR) => {}

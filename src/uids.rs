@@ -35,8 +35,8 @@ impl UidCounts {
         }
     }
 
-    /// The uid with the most objects. Root is returned only if no other uid has any, so that other users
-    /// cannot displace what root keeps.
+    /// The uid with the most objects. Root is returned only if no other uid has any, so that other
+    /// users cannot displace what root keeps.
     pub fn largest(&self) -> Option<u32> {
         let others = self.counts.iter().filter(|(uid, _)| **uid != 0);
         let largest = others.max_by_key(|(uid, count)| (**count, Reverse(**uid))).map(|(uid, _)| *uid);
@@ -44,8 +44,9 @@ impl UidCounts {
     }
 }
 
-/// How many ended operations and the like are kept. Over the limit per uid, the uid's oldest is removed.
-/// Over the total limit, the oldest of the uid with the most is removed; see [`UidCounts::largest`].
+/// How many ended operations and the like are kept. Over the limit per uid, the uid's oldest is
+/// removed. Over the total limit, the oldest of the uid with the most is removed; see
+/// [`UidCounts::largest`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retention {
     pub per_uid_max: usize,

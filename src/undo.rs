@@ -1,10 +1,10 @@
-//! Rolls back unfinished work: [`Undo`] runs its steps in reverse order when it is dropped, unless the
-//! work was committed.
+//! Rolls back unfinished work: [`Undo`] runs its steps in reverse order when it is dropped, unless
+//! the work was committed.
 
 type Step<'a> = (&'static str, Box<dyn FnOnce() -> crate::error::Result<()> + 'a>);
 
-/// A stack of named undo steps, which run when it is dropped. A step that fails or panics is logged,
-/// and the remaining steps still run.
+/// A stack of named undo steps, which run when it is dropped. A step that fails or panics is
+/// logged, and the remaining steps still run.
 #[derive(Default)]
 pub struct Undo<'a> {
     steps: Vec<Step<'a>>,

@@ -109,7 +109,8 @@ pub struct LockParty {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DebugLocksReply {
     pub locks: Vec<LockRecord>,
-    /// Lock order violations since the daemon started. Only builds with the lock checker count them.
+    /// Lock order violations since the daemon started. Only builds with the lock checker count
+    /// them.
     pub violations: u64,
     pub checked: bool,
 }

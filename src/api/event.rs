@@ -1,8 +1,8 @@
 //! Events about VMs and operations, which are published once they are durable.
 //!
-//! Events belong to changes of the store. Every change has a number, `seq`, which keeps growing across
-//! restarts of the daemon. The events of one change share its number and arrive in one note, so a
-//! client that resumes after a `seq` misses none.
+//! Events belong to changes of the store. Every change has a number, `seq`, which keeps growing
+//! across restarts of the daemon. The events of one change share its number and arrive in one note,
+//! so a client that resumes after a `seq` misses none.
 
 use super::calls;
 use super::fault::Fault;
@@ -11,14 +11,15 @@ use super::vm::{Vm, VmState};
 use crate::ids::{OpId, VmId, VmName};
 use serde::{Deserialize, Serialize};
 
-/// Members of [`Vm`] with their new values. Merging them into the previous VM gives the current one.
+/// Members of [`Vm`] with their new values. Merging them into the previous VM gives the current
+/// one.
 pub type Members = serde_json::Map<String, serde_json::Value>;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EventsWatchRequest {
-    /// Resume after this change. Without it, or if the later changes are no longer kept, a snapshot comes
-    /// first.
+    /// Resume after this change. Without it, or if the later changes are no longer kept, a snapshot
+    /// comes first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<u64>,
 }
@@ -105,7 +106,7 @@ pub struct EventsWatchReply {
 }
 
 calls! {
-    /// Sends `snapshot` and `events` notes (`more`) until the caller disconnects. The reply comes only
-    /// after a `lagged` note.
+    /// Sends `snapshot` and `events` notes (`more`) until the caller disconnects. The reply comes
+    /// only after a `lagged` note.
     EventsWatch = "events.watch" (EventsWatchRequest) -> EventsWatchReply;
 }

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Fault {
     pub code: Code,
-    /// The name of a [`crate::error::Kind`]. A newer daemon may send one that this client does not know.
+    /// The name of a [`crate::error::Kind`]. A newer daemon may send one that this client does not
+    /// know.
     pub kind: String,
     pub message: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -1,4 +1,5 @@
-//! The envelopes. A request is one line; a response is any number of notifications and one final line.
+//! The envelopes. A request is one line; a response is any number of notifications and one final
+//! line.
 
 use super::fault::Fault;
 use crate::ids::OpId;
@@ -11,7 +12,8 @@ pub const FRAME_BYTES_MAX: usize = 1024 * 1024;
 /// How many descriptors may accompany one request.
 pub const FDS_MAX: usize = 4;
 
-/// The JSON-RPC error codes. All of fcd's own errors use [`rpc_code::DOMAIN`]; [`Fault`] has the details.
+/// The JSON-RPC error codes. All of fcd's own errors use [`rpc_code::DOMAIN`]; [`Fault`] has the
+/// details.
 pub mod rpc_code {
     pub const PARSE: i32 = -32700;
     pub const INVALID_REQUEST: i32 = -32600;
@@ -42,8 +44,8 @@ pub struct Request<'a> {
     /// immediately: `{"op":"<id>"}`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub more: bool,
-    /// The idempotency key of a mutating call. For 24 hours, the same key with the same parameters names
-    /// the same operation.
+    /// The idempotency key of a mutating call. For 24 hours, the same key with the same parameters
+    /// names the same operation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<std::borrow::Cow<'a, str>>,
 }
@@ -118,8 +120,8 @@ pub enum Line<R = Box<RawValue>> {
     Response(Response<R>),
 }
 
-/// The members of both kinds of line, so that a response is parsed in one pass. A list of a thousand VMs
-/// has half a MiB.
+/// The members of both kinds of line, so that a response is parsed in one pass. A list of a
+/// thousand VMs has half a MiB.
 #[derive(Deserialize)]
 #[serde(bound(deserialize = "R: Deserialize<'de>"))]
 struct AnyLine<'a, R> {

@@ -63,8 +63,8 @@ calls! {
     /// An operation; hanging up cancels it. An image of that name must not exist.
     ImageBuild = "image.build" (ImageBuildRequest) -> ImageReply;
     ImageList = "image.list" (super::page::ListRequest) -> ImageListReply;
-    /// Allowed for root, the daemon's user and the user who built the image. Fails with `conflict` while a
-    /// VM or a snapshot needs it.
+    /// Allowed for root, the daemon's user and the user who built the image. Fails with `conflict`
+    /// while a VM or a snapshot needs it.
     ImageDelete = "image.delete" (ImageRequest) -> ImageDeleteReply;
 }
 

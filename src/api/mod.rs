@@ -1,8 +1,8 @@
-//! The types of the daemon's protocol: newline-delimited JSON-RPC 2.0 on a Unix socket, with one call
-//! in flight per connection.
+//! The types of the daemon's protocol: newline-delimited JSON-RPC 2.0 on a Unix socket, with one
+//! call in flight per connection.
 //!
-//! There is one module per noun. Every call has a request type and a reply type; [`Call`] connects them
-//! to the method's name. [`frame`] has the envelopes.
+//! There is one module per noun. Every call has a request type and a reply type; [`Call`] connects
+//! them to the method's name. [`frame`] has the envelopes.
 
 pub mod daemon;
 pub mod event;

@@ -21,7 +21,8 @@ impl OpState {
     }
 }
 
-/// The progress of an operation. It is sent at most ten times a second, and the last one is always sent.
+/// The progress of an operation. It is sent at most ten times a second, and the last one is always
+/// sent.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// The current stage, such as `wait for ssh`.
@@ -108,7 +109,8 @@ pub struct OpStarted {
 calls! {
     OpList = "op.list" (OpListRequest) -> OpListReply;
     OpShow = "op.show" (OpRequest) -> OpReply;
-    /// Replies when the operation has ended in whatever way. With `more`, sends its progress until then.
+    /// Replies when the operation has ended in whatever way. With `more`, sends its progress until
+    /// then.
     OpWait = "op.wait" (OpWaitRequest) -> OpReply;
     /// Requests cancellation and replies without waiting for it.
     OpCancel = "op.cancel" (OpRequest) -> OpReply;

@@ -1,9 +1,9 @@
 //! Paging of lists, so that no reply exceeds a frame.
 //!
 //! A list call takes `after` and `limit` and returns items and `next`. Without `next` the list is
-//! complete; otherwise the same call with `after` set to `next` returns the following page. An item that
-//! exists while all pages are read is listed exactly once. A page may have fewer items than `limit`,
-//! because it also ends at [`PAGE_BYTES_MAX`].
+//! complete; otherwise the same call with `after` set to `next` returns the following page. An item
+//! that exists while all pages are read is listed exactly once. A page may have fewer items than
+//! `limit`, because it also ends at [`PAGE_BYTES_MAX`].
 
 use super::Call;
 use super::frame::FRAME_BYTES_MAX;
@@ -13,14 +13,15 @@ use serde_json::value::{RawValue, to_raw_value};
 
 /// The most items in one page, whatever `limit` is.
 pub const PAGE_ITEMS_MAX: u32 = 1000;
-/// The most bytes of JSON in one page. This leaves room for the envelope and one more item of any kind.
+/// The most bytes of JSON in one page. This leaves room for the envelope and one more item of any
+/// kind.
 pub const PAGE_BYTES_MAX: usize = FRAME_BYTES_MAX / 2;
 
 /// Items that are already JSON, and the cursor of the next page.
 pub type RawPage = (Vec<Box<RawValue>>, Option<String>);
 
-/// Takes items until the page is full. Each item comes with its cursor, which becomes `next` if the page
-/// ends there. The items are sorted by cursor and begin behind the request's `after`.
+/// Takes items until the page is full. Each item comes with its cursor, which becomes `next` if the
+/// page ends there. The items are sorted by cursor and begin behind the request's `after`.
 ///
 /// # Errors
 /// `invalid_argument` for a `limit` of zero.

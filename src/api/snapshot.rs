@@ -66,8 +66,8 @@ pub struct SnapshotListRequest {
 #[serde(deny_unknown_fields)]
 pub struct SnapshotRestoreRequest {
     pub snapshot: String,
-    /// Restore into a new VM of this name. If not given, restore the VM that the snapshot was taken from,
-    /// which must not be running.
+    /// Restore into a new VM of this name. If not given, restore the VM that the snapshot was taken
+    /// from, which must not be running.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub new_vm: Option<VmName>,
 }
@@ -92,7 +92,8 @@ pub struct SnapshotDeleteReply {
 }
 
 calls! {
-    /// An operation; hanging up cancels it. The guest is paused until its memory and disks are saved.
+    /// An operation; hanging up cancels it. The guest is paused until its memory and disks are
+    /// saved.
     SnapshotCreate = "snapshot.create" (SnapshotCreateRequest) -> SnapshotReply;
     SnapshotList = "snapshot.list" (SnapshotListRequest) -> SnapshotListReply;
     SnapshotShow = "snapshot.show" (SnapshotRequest) -> SnapshotReply;

@@ -1,5 +1,5 @@
-//! Framing of workspace streams: an encoder and a decoder that do no I/O, and blocking adapters for both.
-//! [`super::workspace`] describes the format.
+//! Framing of workspace streams: an encoder and a decoder that do no I/O, and blocking adapters for
+//! both. [`super::workspace`] describes the format.
 
 use super::workspace::{CHUNK_BYTES_MAX, TRAILER_BYTES_MAX, Trailer};
 use crate::error::{Error, Kind};
@@ -10,8 +10,8 @@ use std::io::{self, Read, Write};
 const WRITER_CHUNK_BYTES: usize = 64 * 1024;
 const HEADER_BYTES: usize = 4;
 
-/// A stream is malformed or ended too early. It is carried inside an `io::Error`, and [`error`] takes it
-/// out again.
+/// A stream is malformed or ended too early. It is carried inside an `io::Error`, and [`error`]
+/// takes it out again.
 #[derive(Debug)]
 pub struct Broken(String);
 
@@ -26,7 +26,8 @@ fn broken(what: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, Broken(what.into()))
 }
 
-/// Converts an error of a stream: to `stream_incomplete` if it is [`Broken`], else like [`Error::io`].
+/// Converts an error of a stream: to `stream_incomplete` if it is [`Broken`], else like
+/// [`Error::io`].
 pub fn error(doing: impl Into<String>, source: io::Error) -> Error {
     if source.get_ref().is_some_and(|inner| inner.is::<Broken>()) {
         return Error::new(Kind::StreamIncomplete, doing).with_source(source).hint("run the command again");
@@ -70,8 +71,8 @@ enum State {
     Finished(Trailer),
 }
 
-/// The receiver's side. Read at most [`Decoder::want`] bytes, pass them to [`Decoder::take`], and call
-/// [`Decoder::end`] at the end of file.
+/// The receiver's side. Read at most [`Decoder::want`] bytes, pass them to [`Decoder::take`], and
+/// call [`Decoder::end`] at the end of file.
 pub struct Decoder {
     state: State,
     sha256: Sha256,
@@ -96,7 +97,8 @@ impl Decoder {
         }
     }
 
-    /// Processes bytes that were read. Returns true if they are payload and false if they are framing.
+    /// Processes bytes that were read. Returns true if they are payload and false if they are
+    /// framing.
     pub fn take(&mut self, bytes: &[u8]) -> io::Result<bool> {
         match &mut self.state {
             State::Header { have, filled } => {
@@ -222,7 +224,8 @@ impl<W: Write> Write for ChunkWriter<W> {
     }
 }
 
-/// Reads the payload. A read returns 0 only after a valid trailer; a stream without one is an error.
+/// Reads the payload. A read returns 0 only after a valid trailer; a stream without one is an
+/// error.
 pub struct ChunkReader<R: Read> {
     inner: R,
     decoder: Decoder,
@@ -255,8 +258,8 @@ impl<R: Read> Read for ChunkReader<R> {
     }
 }
 
-/// Reads once through a decoder. The daemon also uses it with a non-blocking source, whose `WouldBlock`
-/// is passed on.
+/// Reads once through a decoder. The daemon also uses it with a non-blocking source, whose
+/// `WouldBlock` is passed on.
 pub fn read_payload(
     decoder: &mut Decoder,
     buffer: &mut [u8],

@@ -138,8 +138,8 @@ pub struct Vm {
     /// The size of a second disk, which the guest mounts at `/work`.
     #[serde(default)]
     pub work_disk_bytes: Option<u64>,
-    // The members of `RateLimits` are not flattened, because serde would then buffer every member of this
-    // struct, which doubled the time that a client needs to read a list.
+    // The members of `RateLimits` are not flattened, because serde would then buffer every member
+    // of this struct, which doubled the time that a client needs to read a list.
     pub disk_bytes_per_s: Option<u64>,
     pub disk_ops_per_s: Option<u64>,
     pub net_rx_bytes_per_s: Option<u64>,
@@ -179,7 +179,8 @@ pub struct Vm {
     pub workspace: Option<WorkspaceInfo>,
 }
 
-/// The members of a VM that `fcctl ps` shows. They have the same values as in [`Vm`] but about a fifth of its bytes.
+/// The members of a VM that `fcctl ps` shows. They have the same values as in [`Vm`] but about a
+/// fifth of its bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmBrief<'a> {
     pub id: Cow<'a, VmId>,
@@ -238,7 +239,8 @@ pub struct VmCreateRequest {
     pub mem_mib: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
-    /// The size of a second, empty disk, which the guest mounts at `/work`. It is deleted with the VM.
+    /// The size of a second, empty disk, which the guest mounts at `/work`. It is deleted with the
+    /// VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub work_disk_bytes: Option<u64>,
     /// For each disk, counting reads and writes together. 0 removes the limit.
@@ -258,11 +260,12 @@ pub struct VmCreateRequest {
     /// A host port belongs to one VM from its creation to its deletion.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<Port>,
-    /// Delete the VM when it stops, when its holder disconnects, or when the daemon restarts without one.
+    /// Delete the VM when it stops, when its holder disconnects, or when the daemon restarts
+    /// without one.
     #[serde(default)]
     pub rm: bool,
-    /// Needs `more`. A `created` note comes immediately and the reply when the VM has been deleted. When
-    /// the connection closes, an `rm` VM is deleted.
+    /// Needs `more`. A `created` note comes immediately and the reply when the VM has been deleted.
+    /// When the connection closes, an `rm` VM is deleted.
     #[serde(default)]
     pub hold: bool,
 }
@@ -369,8 +372,8 @@ pub struct VmBalloonRequest {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmBalloonReply {
     pub vm: Vm,
-    /// How much memory the guest keeps now. It returns memory gradually and takes back what it needs
-    /// immediately.
+    /// How much memory the guest keeps now. It returns memory gradually and takes back what it
+    /// needs immediately.
     pub kept_mib: u64,
 }
 
@@ -457,8 +460,8 @@ pub struct VmStatsRequest {
     pub limit: Option<u32>,
 }
 
-/// The host resources that a VM has used since its VMM started. Counters grow until the next start. A
-/// value is null if nothing counts it on this host.
+/// The host resources that a VM has used since its VMM started. Counters grow until the next start.
+/// A value is null if nothing counts it on this host.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmStats {
     pub vm: VmId,
@@ -494,9 +497,9 @@ pub struct VmMetricsReply {
     pub name: VmName,
     /// The driver whose format it is.
     pub driver: Option<String>,
-    /// Oldest first. Firecracker reports what has happened since its last report, once a minute and on
-    /// request, so this contains a new report and the kept ones that were not read yet. QEMU reports what
-    /// has happened since its start.
+    /// Oldest first. Firecracker reports what has happened since its last report, once a minute and
+    /// on request, so this contains a new report and the kept ones that were not read yet. QEMU
+    /// reports what has happened since its start.
     pub metrics: Vec<serde_json::Value>,
 }
 
@@ -539,8 +542,9 @@ calls! {
     /// An operation; hanging up cancels it. Clones a running VM, which continues to run.
     VmFork = "vm.fork" (VmForkRequest) -> VmReply;
     VmMetrics = "vm.metrics" (VmRequest) -> VmMetricsReply;
-    /// Connects to a vsock port of the guest. The connected socket comes with the first byte of the reply
-    /// (SCM_RIGHTS) and does not depend on the daemon. Firecracker does not support half-close.
+    /// Connects to a vsock port of the guest. The connected socket comes with the first byte of the
+    /// reply (SCM_RIGHTS) and does not depend on the daemon. Firecracker does not support
+    /// half-close.
     VmConnect = "vm.connect" (VmConnectRequest) -> VmReply;
     /// Pauses the guest's vCPUs until `vm.resume`. No new commands can start in it meanwhile.
     VmPause = "vm.pause" (VmRequest) -> VmReply;

@@ -3,19 +3,22 @@
 //!
 //! # The stream
 //! In either direction the FIFO carries chunks: a length (four bytes, big-endian, at most
-//! [`CHUNK_BYTES_MAX`]) and that many bytes. A chunk of length 0 ends the payload. One JSON [`Trailer`]
-//! follows, up to the end of file. A stream without a trailer that matches its payload is incomplete.
+//! [`CHUNK_BYTES_MAX`]) and that many bytes. A chunk of length 0 ends the payload. One JSON
+//! [`Trailer`] follows, up to the end of file. A stream without a trailer that matches its payload
+//! is incomplete.
 //!
 //! # The payload of an import
-//! One line `fcd-import 1 <meta_bytes>\n`, then `meta_bytes` bytes of a tar archive for the guest-side script
-//! (git objects, index entries, the list of what is sent), then a tar archive of the tree itself.
+//! One line `fcd-import 1 <meta_bytes>\n`, then `meta_bytes` bytes of a tar archive for the
+//! guest-side script (git objects, index entries, the list of what is sent), then a tar archive of
+//! the tree itself.
 //!
 //! # The payload of an export
-//! One line `fcd-export 1 <count> <bytes>\n`, then `bytes` bytes of records that name paths that could
-//! not be exported. A record is a letter, a blank, the path and NUL. The letters are `r` (the `.git` of a
-//! repository that was created in the guest), `s` (files in a submodule, or in a repository of the caller
-//! that was not sent) and `n` (a name that git refuses). The list is truncated if it is too long, but
-//! `count` counts all of them. The patch or the tar follows. All of it is written by the guest.
+//! One line `fcd-export 1 <count> <bytes>\n`, then `bytes` bytes of records that name paths that
+//! could not be exported. A record is a letter, a blank, the path and NUL. The letters are `r` (the
+//! `.git` of a repository that was created in the guest), `s` (files in a submodule, or in a
+//! repository of the caller that was not sent) and `n` (a name that git refuses). The list is
+//! truncated if it is too long, but `count` counts all of them. The patch or the tar follows. All
+//! of it is written by the guest.
 
 use super::calls;
 use super::vm::Vm;
@@ -29,8 +32,8 @@ pub const TRAILER_BYTES_MAX: usize = 4096;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Trailer {
-    /// The number of files, links and directories in the tree. 0 in an export, because the daemon does
-    /// not inspect the payload.
+    /// The number of files, links and directories in the tree. 0 in an export, because the daemon
+    /// does not inspect the payload.
     pub entries: u64,
     /// The size of the payload.
     pub bytes: u64,
@@ -64,8 +67,8 @@ pub struct PrepareRequest {
     pub raw_tar: bool,
 }
 
-/// The guest is ready for the stream. It keeps the paths that it has changed since the last import, so
-/// the caller leaves them out. In each path, `%` and bytes that are not printable ASCII are
+/// The guest is ready for the stream. It keeps the paths that it has changed since the last import,
+/// so the caller leaves them out. In each path, `%` and bytes that are not printable ASCII are
 /// percent-encoded.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Ready {
@@ -102,7 +105,8 @@ pub struct ExportRequest {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ExportReply {
-    /// The size of the payload. The receiver counts the changes itself, because the guest is not trusted.
+    /// The size of the payload. The receiver counts the changes itself, because the guest is not
+    /// trusted.
     pub bytes: u64,
 }
 

@@ -9,13 +9,16 @@ use std::process::ExitCode;
 #[derive(Parser)]
 #[command(name = "fcd", version)]
 struct Args {
-    /// Configuration file [env: FCD_CONFIG] [default: /etc/fcd/config.toml, users: ~/.config/fcd/config.toml]
+    /// Configuration file [env: FCD_CONFIG] [default: /etc/fcd/config.toml, users:
+    /// ~/.config/fcd/config.toml]
     #[arg(long, value_name = "F")]
     config: Option<PathBuf>,
-    /// Directory for VMs, images and the database [env: FCD_STATE_DIR] [default: /var/lib/fcd, users: ~/.local/state/fcd]
+    /// Directory for VMs, images and the database [env: FCD_STATE_DIR] [default: /var/lib/fcd,
+    /// users: ~/.local/state/fcd]
     #[arg(long, value_name = "D")]
     state_dir: Option<PathBuf>,
-    /// Socket to listen on [env: FCD_SOCKET] [default: /run/fcd/fcd.sock, users: $XDG_RUNTIME_DIR/fcd/fcd.sock]
+    /// Socket to listen on [env: FCD_SOCKET] [default: /run/fcd/fcd.sock, users:
+    /// $XDG_RUNTIME_DIR/fcd/fcd.sock]
     #[arg(long, value_name = "S")]
     socket: Option<PathBuf>,
     /// Print a configuration file with every setting, its default and what it means, and exit

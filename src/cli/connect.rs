@@ -97,13 +97,13 @@ mod tests {
 
     #[test]
     fn connect_refusal_shows_cause() {
-        let refuses = Fake::start(|r| r.fault(Error::new(Kind::GuestUnavailable, "connect to vm web: nothing").hint("start it")));
+        let refuses = Fake::start(|r| r.fault(Error::new(Kind::GuestUnavailable, "connect to VM web: nothing").hint("start it")));
         check(
             &refuses,
             &["vm", "connect", "web", "1"],
             expect![[r#"
                 > vm.connect {"port":1,"vm":"web"}
-                ! fcctl: connect to vm web: nothing
+                ! fcctl: connect to VM web: nothing
                 ! hint: start it
                 status 1
             "#]],

@@ -46,8 +46,8 @@ pub fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
     table.render()
 }
 
-/// A table with two spaces between columns. The last column is not padded. Cells are kept in one string, because `fcctl ps` may
-/// have tens of thousands of them.
+/// A table with two spaces between columns. The last column is not padded. Cells are kept in one
+/// string, because `fcctl ps` may have tens of thousands of them.
 pub struct Table {
     text: String,
     cells: Vec<Cell>,

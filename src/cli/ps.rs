@@ -7,7 +7,8 @@ use crate::api::vm::{VmBrief, VmList, VmListBrief, VmListRequest, VmState};
 use crate::client::Result;
 use std::borrow::Cow;
 
-/// The most VMs in a page. The daemon builds a page while fcctl formats the previous one, so a list has several.
+/// The most VMs in a page. The daemon builds a page while fcctl formats the previous one, so a list
+/// has several.
 const PAGE_ITEMS: u32 = 500;
 
 #[derive(clap::Args, Debug)]

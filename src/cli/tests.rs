@@ -127,7 +127,7 @@ pub(super) fn two_vms() -> Fake {
         }
         let name = r.params["vm"].as_str().unwrap_or_default().to_owned();
         if name != "web" && name != "db" {
-            return r.fault(Error::new(Kind::VmNotFound, format!("no vm {name}")).hint("fcctl ps -a"));
+            return r.fault(Error::new(Kind::VmNotFound, format!("no VM {name}")).hint("fcctl ps -a"));
         }
         r.result(json!({"vm": vm(&name, VmState::Stopped), "deleted": vm(&name, VmState::Stopped).id}));
     })
@@ -144,7 +144,7 @@ fn for_each_continues_after_failure() {
         > vm.stop {"force":false,"vm":"db"}
         web: stopped
         db: stopped
-        ! fcctl: no vm nope
+        ! fcctl: no VM nope
         ! hint: fcctl ps -a
         status 3
     "#]],
@@ -159,7 +159,7 @@ fn json_prints_one_document_and_json_errors() {
     assert_eq!(document.as_array().unwrap().len(), 2);
     assert_eq!((ran.status, document[1]["name"].as_str()), (3, Some("db")));
     let error: serde_json::Value = serde_json::from_str(&ran.err).unwrap();
-    expect![[r#"{"error":{"code":"not_found","exit_status":3,"hint":"fcctl ps -a","kind":"vm_not_found","message":"no vm nope","retryable":false}}"#]]
+    expect![[r#"{"error":{"code":"not_found","exit_status":3,"hint":"fcctl ps -a","kind":"vm_not_found","message":"no VM nope","retryable":false}}"#]]
         .assert_eq(&error.to_string());
     // One target prints an object.
     let ran = fcctl(&fake, &["vm", "show", "web", "--json"]);

@@ -77,7 +77,8 @@ pub struct CreateArgs {
 /// Rate limits of a VM's devices.
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
 pub struct Rates {
-    /// Bytes per second for each disk, reads and writes together, such as 50M. `none` removes the limit
+    /// Bytes per second for each disk, reads and writes together, such as 50M. `none` removes the
+    /// limit
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub disk_bps: Option<u64>,
     /// I/O operations per second for each disk
@@ -115,7 +116,8 @@ pub struct Shape {
     /// Network: `nat` to reach out through this host, or `none`
     #[arg(long, value_name = "nat|none", value_parser = parse_net)]
     pub net: Option<Net>,
-    /// Publish a guest port: [[ADDR:]HOST:]GUEST[/udp]. ADDR defaults to 127.0.0.1, HOST to a free port
+    /// Publish a guest port: [[ADDR:]HOST:]GUEST[/udp]. ADDR defaults to 127.0.0.1, HOST to a free
+    /// port
     #[arg(short = 'p', long = "publish", value_name = "PORT", value_parser = parse_port)]
     pub ports: Vec<Port>,
     #[command(flatten)]

@@ -46,7 +46,8 @@ pub enum Verb {
 pub struct PrepareArgs {
     /// Name, ID, or start of an ID
     vm: String,
-    /// Directory to copy. In a git repository, the whole repository is copied, and commands start in this directory
+    /// Directory to copy. In a git repository, the whole repository is copied, and commands start
+    /// in this directory
     #[arg(required_unless_present = "tar")]
     path: Option<PathBuf>,
     /// Send a tar archive instead: a file, or - for stdin

@@ -113,12 +113,12 @@ fn prepare_reports_daemons_error_not_broken_pipe() {
     let fake = Fake::start(|mut r| {
         r.note(Note::Ready(Ready::default()));
         r.fds.clear();
-        r.fault(Error::new(Kind::Cancelled, "vm web was stopped after 0 bytes"));
+        r.fault(Error::new(Kind::Cancelled, "VM web was stopped after 0 bytes"));
     });
     let dir = tree();
     std::fs::write(dir.path().join("big"), vec![1; 4 << 20]).unwrap();
     let ran = fcctl(&fake, &["workspace", "prepare", "web", dir.path().to_str().unwrap()]);
-    assert_eq!((ran.status, ran.err.as_str()), (130, "fcctl: vm web was stopped after 0 bytes\n"));
+    assert_eq!((ran.status, ran.err.as_str()), (130, "fcctl: VM web was stopped after 0 bytes\n"));
 }
 
 #[test]

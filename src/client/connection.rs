@@ -1,5 +1,5 @@
-//! One connection to the daemon: sends requests with descriptors and reads lines of bounded length, with
-//! deadlines for both.
+//! One connection to the daemon: sends requests with descriptors and reads lines of bounded length,
+//! with deadlines for both.
 
 use super::failure::{self, Failure, Result};
 use crate::api::frame::{FDS_MAX, FRAME_BYTES_MAX, Request, Version};
@@ -80,7 +80,8 @@ impl Connection {
             return Err(e.hint("pass less on the command line and the rest through stdin (-i)").into());
         }
         match write_with_fds(&self.stream, &line, fds) {
-            // The daemon may have sent an error before it closed the connection; the next read finds out.
+            // The daemon may have sent an error before it closed the connection; the next read
+            // finds out.
             Err(e) if matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(()),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(Error::new(
                 Kind::Timeout,
@@ -145,7 +146,8 @@ fn read_some(stream: &UnixStream, received: &mut Option<OwnedFd>, piece: &mut [u
 
 /// The length of the first line, with its newline.
 fn end_of_line(bytes: &[u8]) -> Option<usize> {
-    // The standard library looks for one byte a word at a time in `contains`, and byte by byte in `position`.
+    // The standard library looks for one byte a word at a time in `contains`, and byte by byte in
+    // `position`.
     if !bytes.contains(&b'\n') {
         return None;
     }

@@ -24,7 +24,8 @@ pub const DENIED: &str = "daemon_denied";
 pub const LOST: &str = "daemon_lost";
 
 impl Failure {
-    /// The daemon could not be reached. `kind` is one of the client's own: [`ABSENT`], [`DENIED`] or [`LOST`].
+    /// The daemon could not be reached. `kind` is one of the client's own: [`ABSENT`], [`DENIED`]
+    /// or [`LOST`].
     pub fn unreachable(kind: &str, message: impl Into<String>, hint: impl Into<String>) -> Self {
         let fault = Fault {
             code: Code::Host,

@@ -1,5 +1,5 @@
-//! The blocking client. A [`Client`] is one connection with at most one call in flight ([`InFlight`]);
-//! another thread can end the call with a [`Hangup`]. Errors are [`Failure`]s.
+//! The blocking client. A [`Client`] is one connection with at most one call in flight
+//! ([`InFlight`]); another thread can end the call with a [`Hangup`]. Errors are [`Failure`]s.
 //!
 //! This module does not print, read the environment or choose a socket; `cli` does.
 
@@ -26,7 +26,8 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// The deadline of a plain call. The daemon answers it from memory, so this is enough on a very busy host.
+/// The deadline of a plain call. The daemon answers it from memory, so this is enough on a very
+/// busy host.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(30);
 /// The deadline of the `fcd.info` call after the connect.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -45,8 +46,8 @@ pub enum Event<R> {
     Reply(R),
 }
 
-/// A call that was sent but not yet answered. If it is dropped before the reply, the connection cannot
-/// be used for further calls.
+/// A call that was sent but not yet answered. If it is dropped before the reply, the connection
+/// cannot be used for further calls.
 pub struct InFlight<'a, R> {
     client: &'a mut Client,
     id: u64,
@@ -54,7 +55,8 @@ pub struct InFlight<'a, R> {
     reply: PhantomData<R>,
 }
 
-/// Closes a connection from another thread. The call in flight then fails, and the daemon sees a hang-up.
+/// Closes a connection from another thread. The call in flight then fails, and the daemon sees a
+/// hang-up.
 #[derive(Debug)]
 pub struct Hangup(std::os::unix::net::UnixStream);
 
@@ -107,7 +109,8 @@ impl Client {
         Ok(Hangup(self.connection.try_clone()?))
     }
 
-    /// Makes a call that the daemon answers immediately. Fails with `timeout` after [`CALL_DEADLINE`].
+    /// Makes a call that the daemon answers immediately. Fails with `timeout` after
+    /// [`CALL_DEADLINE`].
     pub fn call<C: Call>(&mut self, request: &C::Request) -> Result<C::Reply> {
         self.ask::<C>(request)?;
         self.answer::<C>()
@@ -129,8 +132,8 @@ impl Client {
         Ok(all)
     }
 
-    /// Passes the pages of a list to `on_page` one by one. The next page is requested before `on_page` gets the previous one, so
-    /// that the daemon and the caller work at the same time.
+    /// Passes the pages of a list to `on_page` one by one. The next page is requested before
+    /// `on_page` gets the previous one, so that the daemon and the caller work at the same time.
     pub fn list_pages<C: ListCall>(&mut self, mut request: C::Request, on_page: &mut dyn FnMut(Vec<C::Item>)) -> Result<()> {
         self.ask::<C>(&request)?;
         loop {
@@ -157,7 +160,8 @@ impl Client {
         Ok((reply, fd))
     }
 
-    /// Makes a call without a deadline. Notes go to `on_note`, whose error ends the call and the connection.
+    /// Makes a call without a deadline. Notes go to `on_note`, whose error ends the call and the
+    /// connection.
     pub fn call_more<C: Call>(
         &mut self,
         request: &C::Request,
@@ -252,8 +256,8 @@ impl<R: serde::de::DeserializeOwned> InFlight<'_, R> {
     }
 
     fn check_id<T>(&mut self, response: &Response<T>) -> Result<()> {
-        // An error without an id concerns the connection: the request was not understood, or there are too
-        // many connections.
+        // An error without an id concerns the connection: the request was not understood, or there
+        // are too many connections.
         let ours = response.id.get() == self.id.to_string() || (response.error.is_some() && response.id.get() == "null");
         if ours {
             return Ok(());

@@ -27,10 +27,10 @@ fn check(answer: impl Fn(Request) + Send + Sync + 'static, expected: Expect) {
 #[test]
 fn faults_keep_code_kind_and_hint() {
     check(
-        |r| r.fault(Error::new(Kind::VmNotFound, "no vm web").hint("fcctl ps -a")),
+        |r| r.fault(Error::new(Kind::VmNotFound, "no VM web").hint("fcctl ps -a")),
         expect![[r#"
             3 vm_not_found false
-            no vm web
+            no VM web
             hint: Some("fcctl ps -a")
         "#]],
     );

@@ -5,7 +5,8 @@ use super::section::{choices, section};
 choices! {
     /// How a VM's root disk is made from its image.
     pub enum DiskDriver {
-        /// The first of reflink, qcow2 and dm-snapshot that the host and the VMM support. Never copy.
+        /// The first of reflink, qcow2 and dm-snapshot that the host and the VMM support. Never
+        /// copy.
         Auto = "auto",
         /// A copy that shares blocks with the image. Needs a file system that can (XFS, Btrfs).
         Reflink = "reflink",

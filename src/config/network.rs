@@ -17,7 +17,8 @@ const TAPS_AHEAD_MAX: usize = 64;
 choices! {
     /// How a guest is connected to the network.
     pub enum NetworkDriver {
-        /// The same as `user`, also for root: a bridge changes the host, so fcd creates one only on request.
+        /// The same as `user`, also for root: a bridge changes the host, so fcd creates one only on
+        /// request.
         Auto = "auto",
         /// A bridge with a tap device for each VM, and NAT. The daemon must be root.
         Bridge = "bridge",
@@ -37,7 +38,8 @@ section! {
         subnet: Subnet = Subnet { base: Ipv4Addr::new(10, 89, 0, 0), prefix: 24 },
         /// Lets guests reach each other.
         allow_between_vms: bool = false,
-        /// Answers `NAME.vm` on the bridge's address and forwards other questions to the host's resolvers.
+        /// Answers `NAME.vm` on the bridge's address and forwards other questions to the host's
+        /// resolvers.
         dns: bool = true,
         /// Tap devices that are kept ready for the next VMs.
         taps_ahead: usize = 4,

@@ -36,11 +36,12 @@ section! {
         accel: Accel = Accel::Auto,
         /// The machine type.
         machine: Machine = Machine::Auto,
-        /// First of the uids that VMs run under when the daemon is root. A VM's gid is the same number. The default is above
-        /// systemd's range for containers and below its range for foreign images.
+        /// First of the uids that VMs run under when the daemon is root. A VM's gid is the same
+        /// number. The default is above systemd's range for containers and below its range for
+        /// foreign images.
         uid_base: u32 = 1_900_000_000,
-        /// Number of these uids. With a bridge, the last one is for the helper process of the name server. A VM keeps its uid,
-        /// so fcd refuses to start if the VMs that exist do not fit.
+        /// Number of these uids. With a bridge, the last one is for the helper process of the name
+        /// server. A VM keeps its uid, so fcd refuses to start if the VMs that exist do not fit.
         uid_count: u32 = 65_536,
         /// Cuts guests with user-mode networking off from everything but their SSH port.
         isolated: bool = false,
@@ -53,7 +54,8 @@ impl Qemu {
         self.uid_base..self.uid_base.saturating_add(self.uid_count)
     }
 
-    /// The uid of the name server's helper process if the daemon has a bridge: the last of the range, which no VM gets then.
+    /// The uid of the name server's helper process if the daemon has a bridge: the last of the
+    /// range, which no VM gets then.
     pub fn name_server_uid(&self) -> u32 {
         self.uid_base.saturating_add(self.uid_count.saturating_sub(1))
     }

@@ -11,8 +11,8 @@ choices! {
         Qemu = "qemu",
         /// Firecracker. It needs root, a bridge, and a KVM that boots ordinary kernels.
         Firecracker = "firecracker",
-        /// Firecracker if everything it needs is available when the daemon starts, else QEMU. `fcctl doctor` names the first
-        /// thing that is missing.
+        /// Firecracker if everything it needs is available when the daemon starts, else QEMU.
+        /// `fcctl doctor` names the first thing that is missing.
         Auto = "auto",
     }
 }

@@ -8,8 +8,8 @@ use std::fs::File;
 
 /// How much is copied between two checks of the cancel token.
 const STEP_BYTES: u64 = 16 << 20;
-/// The smallest run of zeroes that is turned into a hole. The extents of smaller ones would cost more
-/// than they free.
+/// The smallest run of zeroes that is turned into a hole. The extents of smaller ones would cost
+/// more than they free.
 const PUNCH_BYTES: usize = 64 << 10;
 
 /// Copies the data of `from` to `to`, which must be empty. `progress` receives the position and the
@@ -67,7 +67,8 @@ fn copy_step(from: &File, to: &File, at: u64, bytes: u64) -> std::io::Result<u64
     }
 }
 
-/// Turns blocks of zeroes into holes, which use no space. Returns the number of bytes freed at most.
+/// Turns blocks of zeroes into holes, which use no space. Returns the number of bytes freed at
+/// most.
 pub fn punch_zeroes(file: &File, cancel: &Cancel) -> Result<u64> {
     use std::os::unix::fs::FileExt;
     let io = |e: std::io::Error| Error::io("free the blocks of zeroes in a file", e);

@@ -28,16 +28,16 @@ pub struct Copied {
 }
 
 impl Copied {
-    /// Moves the copy to its place, replacing an existing file. The `owner` that was passed to [`copy`] can
-    /// then open it.
+    /// Moves the copy to its place, replacing an existing file. The `owner` that was passed to
+    /// [`copy`] can then open it.
     pub fn publish(self) -> Result<()> {
         self.draft.publish(self.owner)
     }
 }
 
-/// Copies a disk. The copy shares blocks if the file system can do that. If the disk has a base, a hard
-/// link to the base is created next to the copy immediately. `progress` receives the bytes copied and
-/// their total.
+/// Copies a disk. The copy shares blocks if the file system can do that. If the disk has a base, a
+/// hard link to the base is created next to the copy immediately. `progress` receives the bytes
+/// copied and their total.
 pub fn copy(
     commands: &dyn Commands,
     source: &Source<'_>,

@@ -8,11 +8,13 @@ use std::path::Path;
 /// How a root disk is created from the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
-    /// A raw file that shares extents with the image (FICLONE). It does not depend on the image's file.
+    /// A raw file that shares extents with the image (FICLONE). It does not depend on the image's
+    /// file.
     Reflink,
     /// A qcow2 file with the image's file as its backing file, which must not change.
     Qcow2,
-    /// A device-mapper snapshot of the image's file, which must not change. Changes go to a separate file.
+    /// A device-mapper snapshot of the image's file, which must not change. Changes go to a
+    /// separate file.
     DmSnapshot,
     /// A full copy of the image, which is as sparse as the image.
     Copy,
@@ -48,8 +50,8 @@ pub struct Probe {
     pub reason: String,
 }
 
-/// Chooses the method for disks in `dir`: `wanted`, or the best that works. A copy is never chosen unless
-/// it is wanted, because it is slow and uses the image's size for each VM.
+/// Chooses the method for disks in `dir`: `wanted`, or the best that works. A copy is never chosen
+/// unless it is wanted, because it is slow and uses the image's size for each VM.
 ///
 /// # Errors
 /// `unsupported`, with the reasons, if the wanted method or every method does not work.

@@ -54,8 +54,8 @@ enum Cloned {
     No(String),
 }
 
-/// Makes `target` share the blocks of `source` (ioctl_ficlone(2)). Errors that mean that the file system
-/// cannot do this are `Cloned::No`; all others are returned as errors.
+/// Makes `target` share the blocks of `source` (ioctl_ficlone(2)). Errors that mean that the file
+/// system cannot do this are `Cloned::No`; all others are returned as errors.
 fn ficlone(target: &File, source: &File) -> std::io::Result<Cloned> {
     use rustix::io::Errno;
     match rustix::fs::ioctl_ficlone(target, source) {
@@ -67,16 +67,16 @@ fn ficlone(target: &File, source: &File) -> std::io::Result<Cloned> {
     }
 }
 
-/// A file that is written next to its target and renamed when it is complete. Dropping it before that
-/// removes it.
+/// A file that is written next to its target and renamed when it is complete. Dropping it before
+/// that removes it.
 struct Draft {
     path: PathBuf,
     target: PathBuf,
     published: bool,
 }
 
-/// The temporary path of a file that will be renamed to `target`. It may be left over from an attempt
-/// that was killed.
+/// The temporary path of a file that will be renamed to `target`. It may be left over from an
+/// attempt that was killed.
 pub fn draft(target: &Path) -> PathBuf {
     let mut name = std::ffi::OsString::from(".");
     name.push(target.file_name().unwrap_or_default());
@@ -94,7 +94,8 @@ impl Draft {
         }
     }
 
-    /// Sets the owner, syncs the file and renames it. After a crash the target is either complete or absent.
+    /// Sets the owner, syncs the file and renames it. After a crash the target is either complete
+    /// or absent.
     fn publish(mut self, owner: Option<(u32, u32)>) -> Result<()> {
         let doing = || format!("write {}", self.target.display());
         let io = |e: std::io::Error| Error::io(doing(), e);

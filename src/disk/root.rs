@@ -33,12 +33,12 @@ pub struct RootSpec<'a> {
     pub owner: Option<(u32, u32)>,
 }
 
-/// Creates a root disk from an image. After a crash it is either complete or absent. `progress` receives
-/// the bytes copied and their total, if the disk is a copy.
+/// Creates a root disk from an image. After a crash it is either complete or absent. `progress`
+/// receives the bytes copied and their total, if the disk is a copy.
 ///
 /// # Errors
-/// `invalid_argument` for a size below the base's, `disk_full`, `host`, `command_missing` (qemu-img),
-/// `cancelled`.
+/// `invalid_argument` for a size below the base's, `disk_full`, `host`, `command_missing`
+/// (qemu-img), `cancelled`.
 pub fn make_root(
     commands: &dyn Commands,
     spec: &RootSpec<'_>,
@@ -74,8 +74,9 @@ pub fn make_root(
     })
 }
 
-/// Creates a hard link to the image's file in the VM's directory, so that deleting or rebuilding the image
-/// does not affect the disk. Returns the image's own path if the file system does not support hard links.
+/// Creates a hard link to the image's file in the VM's directory, so that deleting or rebuilding
+/// the image does not affect the disk. Returns the image's own path if the file system does not
+/// support hard links.
 pub(super) fn link_origin(base: &Path, disk: &Path) -> Result<PathBuf> {
     use rustix::io::Errno;
     let origin = origin_path(disk);

@@ -1,9 +1,10 @@
-//! The seed drive, a read-only disk that contains a tar archive with a guest's identity and settings.
+//! The seed drive, a read-only disk that contains a tar archive with a guest's identity and
+//! settings.
 //!
-//! Its members are `config`, `host_key` (an OpenSSH private key), `authorized_keys`, and `files.tar` if
-//! there are files. `config` has lines `key=value` with `host_name`, `address`, `gateway`, any number of
-//! `dns`, and `work_disk`, the mount point of the third disk. `src/image/guest/init` reads the drive at
-//! every boot.
+//! Its members are `config`, `host_key` (an OpenSSH private key), `authorized_keys`, and
+//! `files.tar` if there are files. `config` has lines `key=value` with `host_name`, `address`,
+//! `gateway`, any number of `dns`, and `work_disk`, the mount point of the third disk.
+//! `src/image/guest/init` reads the drive at every boot.
 
 use super::Draft;
 use crate::error::{Error, Kind, Result};
@@ -16,8 +17,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-/// A drive's length is a multiple of this. A restored guest finds a new drive in place of its old one but
-/// sees only as much of it as the old one was long.
+/// A drive's length is a multiple of this. A restored guest finds a new drive in place of its old
+/// one but sees only as much of it as the old one was long.
 pub const UNIT_BYTES: usize = 16 << 10;
 
 /// The settings of a guest's only interface, `eth0`.
@@ -31,7 +32,8 @@ pub struct Network {
 }
 
 impl Network {
-    /// QEMU's default user-mode network ("Using the user mode network stack" in QEMU's documentation).
+    /// QEMU's default user-mode network ("Using the user mode network stack" in QEMU's
+    /// documentation).
     pub fn user_mode() -> Self {
         Self {
             address: Ipv4Addr::new(10, 0, 2, 15).into(),
@@ -62,7 +64,8 @@ pub struct Seed<'a> {
 /// What a restored guest has to update. `src/guest/rejoin.sh` reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RestoreSeed {
-    /// A hexadecimal token, new for each start, with which the guest confirms that it has read this seed.
+    /// A hexadecimal token, new for each start, with which the guest confirms that it has read this
+    /// seed.
     pub token: String,
     /// Seconds since the epoch.
     pub now_s: u64,
@@ -86,8 +89,8 @@ pub struct SeedFile {
 }
 
 impl Seed<'_> {
-    /// Writes the drive with mode 0600. After a crash it is either complete or absent. `owner` is the uid and
-    /// gid of the VMM.
+    /// Writes the drive with mode 0600. After a crash it is either complete or absent. `owner` is
+    /// the uid and gid of the VMM.
     pub fn write(&self, path: &Path, owner: Option<(u32, u32)>) -> Result<()> {
         let bytes = self.tar()?;
         let draft = Draft::new(path)?;
@@ -101,8 +104,8 @@ impl Seed<'_> {
         draft.publish(owner)
     }
 
-    /// Packs the archive. The same seed produces the same bytes. The length is a multiple of 512, as a disk
-    /// requires.
+    /// Packs the archive. The same seed produces the same bytes. The length is a multiple of 512,
+    /// as a disk requires.
     fn tar(&self) -> Result<Vec<u8>> {
         let mut keys = String::new();
         for key in self.authorized_keys {
@@ -158,7 +161,8 @@ fn append(tar: &mut tar::Builder<Vec<u8>>, name: &Path, mode: u32, mtime_s: u64,
     tar.append_data(&mut header, name, bytes).map_err(|e| Error::io("pack the seed drive", e))
 }
 
-/// Packs files without entries for directories, so that the guest's directories keep their owner and mode.
+/// Packs files without entries for directories, so that the guest's directories keep their owner
+/// and mode.
 fn files_tar(files: &[SeedFile]) -> Result<Vec<u8>> {
     let mut tar = tar::Builder::new(Vec::new());
     for file in files {
@@ -204,7 +208,8 @@ impl KeyPair {
     pub fn private_openssh(&self) -> &str {
         &self.private
     }
-    /// The public key as a line of `authorized_keys` (`ssh-ed25519 AAAA... comment`), without a line end.
+    /// The public key as a line of `authorized_keys` (`ssh-ed25519 AAAA... comment`), without a
+    /// line end.
     pub fn public_line(&self) -> &str {
         &self.public_line
     }

@@ -1,9 +1,11 @@
 //! Whether a guest has unmounted its root disk: what is left to ask when nobody saw how it ended.
 //!
-//! ext4 sets a flag in its superblock while it is mounted for writing and takes it away when it is unmounted or mounted
-//! read-only, as the last step of a shutdown does. A panic, a reset and a killed VMM leave it. These are three numbers at
-//! fixed places (Documentation/filesystems/ext4/super.rst); nothing else of the file system is looked at, because its
-//! content is the guest's. A guest that forges them only says of itself that it has shut down.
+//! ext4 sets a flag in its superblock while it is mounted for writing and takes it away when it is
+//! unmounted or mounted read-only, as the last step of a shutdown does. A panic, a reset and a
+//! killed VMM leave it. These are three numbers at fixed places
+//! (Documentation/filesystems/ext4/super.rst); nothing else of the file system is looked at,
+//! because its content is the guest's. A guest that forges them only says of itself that it has
+//! shut down.
 
 use super::Method;
 use super::root::QCOW2_MAGIC;
@@ -46,8 +48,8 @@ impl ReadAt for File {
     }
 }
 
-/// Whether the guest has unmounted its root disk at `path`, or mounted it read-only, since it last wrote to it. No VMM may run.
-/// What is not as the guest's ext4 should be counts as mounted.
+/// Whether the guest has unmounted its root disk at `path`, or mounted it read-only, since it last
+/// wrote to it. No VMM may run. What is not as the guest's ext4 should be counts as mounted.
 pub fn is_unmounted(path: &Path, method: Method) -> Result<bool> {
     let file = open_nofollow(path)?;
     look(&file, method).map_err(|e| Error::io(format!("look whether {} was unmounted", path.display()), e))
@@ -71,7 +73,8 @@ fn says_unmounted(superblock: &[u8; SUPERBLOCK_BYTES]) -> bool {
     u16_at(MAGIC_AT) == MAGIC && u16_at(STATE_AT) & STATE_VALID != 0 && incompat & INCOMPAT_RECOVER == 0
 }
 
-/// Where in a qcow2 file the disk's begin is; none where the guest has not written it, which it does when it mounts the disk.
+/// Where in a qcow2 file the disk's begin is; none where the guest has not written it, which it
+/// does when it mounts the disk.
 fn first_cluster(file: &impl ReadAt) -> std::io::Result<Option<u64>> {
     let mut header = [0; QCOW2_HEADER_BYTES];
     read(file, &mut header, 0)?;

@@ -1,5 +1,5 @@
-//! A VM's second disk. It is empty but has a file system, so that the guest never has to decide whether
-//! to create one.
+//! A VM's second disk. It is empty but has a file system, so that the guest never has to decide
+//! whether to create one.
 
 use super::Draft;
 use crate::error::{Error, Kind, Result};
@@ -16,8 +16,8 @@ pub const MKFS: &str = "mkfs.ext4";
 /// Writing the tables of a terabyte takes some seconds. The guest's kernel initializes the rest.
 const MKFS_DEADLINE: Duration = Duration::from_secs(120);
 
-/// Creates a sparse disk of this size at `path`, with mode 0600. After a crash it is either complete or
-/// absent. `owner` is the uid and gid of the VMM.
+/// Creates a sparse disk of this size at `path`, with mode 0600. After a crash it is either
+/// complete or absent. `owner` is the uid and gid of the VMM.
 ///
 /// # Errors
 /// `command_missing` without e2fsprogs.

@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 pub const OUTPUT_BYTES_MAX: usize = 1024 * 1024;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(60);
-/// How long to wait for more output after a command has exited. A child that it left behind may keep
-/// the pipes open for ever.
+/// How long to wait for more output after a command has exited. A child that it left behind may
+/// keep the pipes open for ever.
 const PIPES_GRACE: Duration = Duration::from_millis(200);
 
 /// One host command. The arguments are passed as an array, without a shell.
@@ -33,12 +33,13 @@ pub struct Command {
     pub cwd: Option<PathBuf>,
     /// The uid and gid to run as.
     pub credentials: Option<(u32, u32)>,
-    /// The largest file that it may write (`RLIMIT_FSIZE`). The kernel ends it with SIGXFSZ if it writes more.
+    /// The largest file that it may write (`RLIMIT_FSIZE`). The kernel ends it with SIGXFSZ if it
+    /// writes more.
     pub file_bytes_max: Option<u64>,
     pub stdin: Vec<u8>,
     pub deadline: Duration,
-    /// The time between SIGTERM and SIGKILL on a cancel or at the deadline, for commands that have to
-    /// clean up. If zero, SIGKILL is sent immediately.
+    /// The time between SIGTERM and SIGKILL on a cancel or at the deadline, for commands that have
+    /// to clean up. If zero, SIGKILL is sent immediately.
     pub term_grace: Duration,
 }
 
@@ -167,8 +168,8 @@ pub fn printable(text: &str) -> String {
     text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
-/// Runs a command to its end and returns its output whatever its status is (128+n if signal n killed
-/// it). Processes that it leaves behind in its process group are killed.
+/// Runs a command to its end and returns its output whatever its status is (128+n if signal n
+/// killed it). Processes that it leaves behind in its process group are killed.
 pub fn run_any_status(command: &Command, cancel: &Cancel, on_line: &mut dyn FnMut(&str)) -> Result<Output> {
     let _blocking = region(Rank::HostCmd);
     let mut child = start(command)?;
@@ -217,12 +218,13 @@ pub(super) fn start(command: &Command) -> Result<std::process::Child> {
     })
 }
 
-/// Makes the command die with the daemon and limits the size of its files. The kernel sends the death
-/// signal when the starting thread ends; that thread waits for the command, so it lives long enough.
+/// Makes the command die with the daemon and limits the size of its files. The kernel sends the
+/// death signal when the starting thread ends; that thread waits for the command, so it lives long
+/// enough.
 #[allow(unsafe_code)]
 fn limit(command: &mut std::process::Command, file_bytes_max: Option<u64>) {
-    // SAFETY: the closure runs between fork and exec; it makes async-signal-safe calls only and does not
-    // allocate.
+    // SAFETY: the closure runs between fork and exec; it makes async-signal-safe calls only and
+    // does not allocate.
     unsafe {
         command.pre_exec(move || {
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -344,8 +346,8 @@ pub(super) fn set_nonblocking(fd: impl AsFd) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The path of the program that a command of this name would run. A name without a slash is looked up
-/// in [`Command`]'s search path.
+/// The path of the program that a command of this name would run. A name without a slash is looked
+/// up in [`Command`]'s search path.
 pub fn find_program(name: &std::path::Path) -> Option<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
     let runs = |p: &PathBuf| std::fs::metadata(p).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
@@ -394,7 +396,8 @@ mod tests {
         assert_gone(&seen.borrow());
     }
 
-    /// Waits until the process is gone. It is not our child, so that takes until init has reaped it.
+    /// Waits until the process is gone. It is not our child, so that takes until init has reaped
+    /// it.
     #[track_caller]
     fn assert_gone(pid: &str) {
         let gone = (0..500).any(|_| {

@@ -72,8 +72,8 @@ pub fn create_private_dir(path: &Path) -> Result<OwnedFd> {
     create_dir(path, 0o700)
 }
 
-/// Replaces a file atomically. Once this returns `Ok`, the content survives a power cut. Readers see
-/// either the old or the new content, also after a crash.
+/// Replaces a file atomically. Once this returns `Ok`, the content survives a power cut. Readers
+/// see either the old or the new content, also after a crash.
 pub fn write_durable(path: &Path, bytes: &[u8], mode: RawMode) -> Result<()> {
     crate::locks::require_memory_only("file access");
     let doing = || format!("write {}", path.display());
@@ -114,14 +114,16 @@ pub fn sync_dir(path: &Path) -> Result<()> {
     synced.map_err(|e| Error::io(format!("sync directory {}", path.display()), e))
 }
 
-/// Removes a directory with everything in it, without following links. A missing directory is not an
-/// error.
+/// Removes a directory with everything in it, without following links. A missing directory is not
+/// an error.
 ///
-/// Users may nest directories arbitrarily deep, and a recursive walk would need stack and a descriptor
-/// per level. Instead, nested directories are moved up to the top level until everything is flat.
+/// Users may nest directories arbitrarily deep, and a recursive walk would need stack and a
+/// descriptor per level. Instead, nested directories are moved up to the top level until everything
+/// is flat.
 ///
 /// # Errors
-/// Errors of the system calls, and `DirectoryNotEmpty` if another process still creates files in it.
+/// Errors of the system calls, and `DirectoryNotEmpty` if another process still creates files in
+/// it.
 pub fn remove_tree(path: &Path) -> std::io::Result<()> {
     crate::locks::require_memory_only("file access");
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;

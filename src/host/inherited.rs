@@ -6,8 +6,8 @@ use std::os::fd::RawFd;
 /// The first descriptor after stdin, stdout and stderr (sd_listen_fds(3), SD_LISTEN_FDS_START).
 const FIRST: RawFd = 3;
 
-/// Closes every descriptor except stdin, stdout, stderr and those that systemd passes (`LISTEN_FDS`),
-/// which become close-on-exec.
+/// Closes every descriptor except stdin, stdout, stderr and those that systemd passes
+/// (`LISTEN_FDS`), which become close-on-exec.
 ///
 /// Call it before the program opens anything, because it closes every other open descriptor.
 pub fn close_descriptors(env: &dyn Fn(&str) -> Option<String>) -> Result<()> {
@@ -28,7 +28,8 @@ fn listen_fds(env: &dyn Fn(&str) -> Option<String>, pid: u32) -> RawFd {
 
 #[allow(unsafe_code)]
 fn close_range(first: RawFd, last: RawFd, flags: u32) -> std::io::Result<()> {
-    // SAFETY: the call takes no pointers, and the program has not yet opened a descriptor that it owns.
+    // SAFETY: the call takes no pointers, and the program has not yet opened a descriptor that it
+    // owns.
     let done = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
     if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }

@@ -8,9 +8,10 @@ use std::ffi::OsString;
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 
-/// Runs a program with this process's streams and environment and returns its status (128+n if signal
-/// n killed it). It stays in this process group, so that the terminal's signals reach it; the caller
-/// has to catch them itself. When `cancel` fires, the program gets SIGTERM and is still waited for.
+/// Runs a program with this process's streams and environment and returns its status (128+n if
+/// signal n killed it). It stays in this process group, so that the terminal's signals reach it;
+/// the caller has to catch them itself. When `cancel` fires, the program gets SIGTERM and is still
+/// waited for.
 ///
 /// # Errors
 /// `command_missing` or `host`.

@@ -1,10 +1,11 @@
 //! The daemon's log. A log call never blocks: it puts a line into a bounded queue, and one thread
-//! writes the queue to stderr. If nothing reads stderr, only that thread blocks. Lines that do not fit
-//! into the queue are dropped and counted, and the count is logged as soon as there is room again.
+//! writes the queue to stderr. If nothing reads stderr, only that thread blocks. Lines that do not
+//! fit into the queue are dropped and counted, and the count is logged as soon as there is room
+//! again.
 //!
-//! `env_logger` filters and formats (`RUST_LOG`). Panic messages use the same queue, because the default
-//! hook would write to stderr from a thread that may hold locks. Builds with the lock checker check
-//! every log call, because none may happen under a lock.
+//! `env_logger` filters and formats (`RUST_LOG`). Panic messages use the same queue, because the
+//! default hook would write to stderr from a thread that may hold locks. Builds with the lock
+//! checker check every log call, because none may happen under a lock.
 
 use crate::error::{Error, Result};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
@@ -22,7 +23,8 @@ const LINES_MAX: usize = 4096;
 const LINE_BYTES_MAX: usize = 8 * 1024;
 /// How long the daemon waits for the last lines when it exits.
 pub const FLUSH_MAX: Duration = Duration::from_secs(1);
-/// How long a panicking thread waits for its message to be written, because the process may abort next.
+/// How long a panicking thread waits for its message to be written, because the process may abort
+/// next.
 const PANIC_FLUSH_MAX: Duration = Duration::from_millis(100);
 /// The filter that applies if `RUST_LOG` is not set.
 const DEFAULT_FILTER: &str = "info";

@@ -26,7 +26,8 @@ pub fn flags(path: &Path) -> std::io::Result<Flags> {
     Ok(Flags { nodev: has(nix::libc::ST_NODEV), noexec: has(nix::libc::ST_NOEXEC) })
 }
 
-/// The highest directory on the same file system. Bind mounts within a file system are not detected.
+/// The highest directory on the same file system. Bind mounts within a file system are not
+/// detected.
 pub fn point(path: &Path) -> PathBuf {
     let device = |p: &Path| std::fs::metadata(p).map(|m| m.dev()).ok();
     let own = device(path);

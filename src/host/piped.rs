@@ -96,7 +96,8 @@ fn pump_output(
         fds.extend(streams.out.as_ref().map(|p| PollFd::new(p.as_fd(), PollFlags::POLLIN)));
         fds.extend(streams.err.as_ref().map(|p| PollFd::new(p.as_fd(), PollFlags::POLLIN)));
         fds.extend(input.as_ref().map(|(p, _)| PollFd::new(p.as_fd(), PollFlags::POLLOUT)));
-        // Both streams are closed, so the command is about to exit, but no descriptor here reports that.
+        // Both streams are closed, so the command is about to exit, but no descriptor here reports
+        // that.
         let tick = if fds.len() == 1 { Duration::from_millis(1) } else { TICK };
         match poll(&mut fds, PollTimeout::try_from(left.min(tick)).unwrap_or(PollTimeout::MAX)) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}

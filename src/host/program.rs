@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 /// The path of the program, which this process may execute.
 ///
 /// # Errors
-/// `command_missing` if it does not exist, and `unsupported`, with the cause and a hint, if it cannot be
-/// executed.
+/// `command_missing` if it does not exist, and `unsupported`, with the cause and a hint, if it
+/// cannot be executed.
 pub fn locate(name: &Path) -> Result<PathBuf> {
     let Some(path) = find_program(name) else {
         return Err(why_not(name).unwrap_or_else(|| {

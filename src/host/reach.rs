@@ -8,8 +8,9 @@ use std::path::{Component, Path, PathBuf};
 /// The kernel follows this many symbolic links in one path (path_resolution(7)).
 const LINKS_MAX: usize = 40;
 
-/// The first directory on the path to `path` that users other than its owner and group cannot enter.
-/// Symbolic links are followed as the kernel does; components that do not exist yet are ignored.
+/// The first directory on the path to `path` that users other than its owner and group cannot
+/// enter. Symbolic links are followed as the kernel does; components that do not exist yet are
+/// ignored.
 ///
 /// Access control lists are ignored: VMMs have thousands of uids, which no one lists in an ACL.
 pub fn closed_to_others(path: &Path) -> Option<PathBuf> {
@@ -63,7 +64,8 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::symlink;
 
-    /// Creates the directory `shut` (mode 0700), which contains `state`, and a link to that, `open/link`.
+    /// Creates the directory `shut` (mode 0700), which contains `state`, and a link to that,
+    /// `open/link`.
     fn directories() -> tempfile::TempDir {
         let temp = tempfile::tempdir().unwrap();
         fs::set_permissions(&temp, fs::Permissions::from_mode(0o755)).unwrap();

@@ -1,6 +1,7 @@
 //! Quoting for a POSIX shell.
 
-/// Quotes `word` so that any POSIX shell reads it back unchanged. NUL cannot be passed and is dropped.
+/// Quotes `word` so that any POSIX shell reads it back unchanged. NUL cannot be passed and is
+/// dropped.
 ///
 /// `a b` becomes `'a b'`, `it's` becomes `'it'\''s'`. A word of letters, digits and `%+,-./:=@_` is
 /// returned unchanged.

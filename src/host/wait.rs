@@ -23,7 +23,8 @@ pub fn timeout_until(deadline: Instant) -> PollTimeout {
     PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX)
 }
 
-/// Waits until one of the descriptors is ready. A fired token takes precedence over a ready descriptor.
+/// Waits until one of the descriptors is ready. A fired token takes precedence over a ready
+/// descriptor.
 pub fn wait_any(fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Instant, cancel: &Cancel) -> io::Result<WaitResult> {
     wait(fds, deadline, Some(cancel))
 }

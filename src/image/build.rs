@@ -1,6 +1,7 @@
-//! Builds an image: mmdebstrap installs the packages, mkfs.ext4 creates the file system without mounting
-//! it, and the kernel and the modules of the initramfs come from the distribution's package. `build.sh`
-//! does everything that needs root, in a user namespace if the daemon is not root.
+//! Builds an image: mmdebstrap installs the packages, mkfs.ext4 creates the file system without
+//! mounting it, and the kernel and the modules of the initramfs come from the distribution's
+//! package. `build.sh` does everything that needs root, in a user namespace if the daemon is not
+//! root.
 
 use super::checks::{Host, namespace, source_files};
 use super::cpio::Cpio;
@@ -18,8 +19,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The packages of every image, in addition to the distribution's essential ones: those that fcd uses in
-/// the guest (openssh-server, git, iproute2, e2fsprogs, kmod, mount), and those that developers expect.
+/// The packages of every image, in addition to the distribution's essential ones: those that fcd
+/// uses in the guest (openssh-server, git, iproute2, e2fsprogs, kmod, mount), and those that
+/// developers expect.
 pub const PACKAGES: [&str; 13] = [
     "apt",
     "ca-certificates",
@@ -89,13 +91,13 @@ pub struct BuildSpec {
     pub owner_uid: u32,
 }
 
-/// Builds an image and publishes it. `progress` receives the stage, the number of stages done, and their
-/// total. A build that fails leaves nothing behind.
+/// Builds an image and publishes it. `progress` receives the stage, the number of stages done, and
+/// their total. A build that fails leaves nothing behind.
 ///
 /// # Errors
-/// `name_taken`, `invalid_argument` (package names), `command_missing`, `unsupported` (no subordinate ids
-/// or no sources for this distribution), `denied` (no namespaces), `command_failed` with mmdebstrap's own
-/// error lines, `disk_full`, `cancelled`.
+/// `name_taken`, `invalid_argument` (package names), `command_missing`, `unsupported` (no
+/// subordinate ids or no sources for this distribution), `denied` (no namespaces), `command_failed`
+/// with mmdebstrap's own error lines, `disk_full`, `cancelled`.
 pub fn build(
     images: &Images,
     commands: &dyn Commands,
@@ -137,8 +139,8 @@ pub fn build(
     Ok(info)
 }
 
-/// Checks that the names are names of Debian packages (Policy 5.6.1), so that none of them is an option of
-/// mmdebstrap or apt.
+/// Checks that the names are names of Debian packages (Policy 5.6.1), so that none of them is an
+/// option of mmdebstrap or apt.
 fn package_list(include: &[String]) -> Result<Vec<String>> {
     if include.len() > INCLUDE_MAX {
         return Err(Error::invalid(format!("more than {INCLUDE_MAX} packages to include")));
@@ -259,9 +261,9 @@ pub(super) fn unpack(commands: &dyn Commands, payload: &kernel::Payload<'_>, out
     Ok(())
 }
 
-/// Unpacks `packed` to `to` and removes it. `packed` has the suffix of its compression, and `to` is its
-/// name without that. A small file that unpacks to more than `bytes_max` is refused, so that it cannot
-/// fill the disk.
+/// Unpacks `packed` to `to` and removes it. `packed` has the suffix of its compression, and `to` is
+/// its name without that. A small file that unpacks to more than `bytes_max` is refused, so that it
+/// cannot fill the disk.
 pub(super) fn unpack_file(
     commands: &dyn Commands,
     compression: Compression,
@@ -340,8 +342,8 @@ pub(super) fn initrd(
 }
 
 /// The size and the digest of a file. The root file system is sparse, so its digest covers only its
-/// non-zero blocks of 4096 bytes, each preceded by its number (64 bits, little-endian). The digest then
-/// does not depend on where the holes are.
+/// non-zero blocks of 4096 bytes, each preceded by its number (64 bits, little-endian). The digest
+/// then does not depend on where the holes are.
 fn record(dir: &Path, name: &str, cancel: &Cancel) -> Result<FileRecord> {
     let io = |e: std::io::Error| Error::io(format!("hash {name}"), e);
     let file = File::open(dir.join(name)).map_err(io)?;

@@ -82,8 +82,8 @@ impl Host {
     /// Checks that a build can run.
     ///
     /// # Errors
-    /// `command_missing`, `unsupported` (no subordinate ids) or `denied` (no namespaces), each with a hint that
-    /// fixes it.
+    /// `command_missing`, `unsupported` (no subordinate ids) or `denied` (no namespaces), each with
+    /// a hint that fixes it.
     pub(super) fn ready(&self, commands: &dyn Commands, cancel: &Cancel) -> Result<()> {
         if let Some((program, package)) = self.missing() {
             return Err(Error::new(Kind::CommandMissing, format!("{program} is not installed"))
@@ -105,9 +105,9 @@ impl Host {
     }
 }
 
-/// The beginning of a command that runs a program in its own namespaces, which end with the program and
-/// with the daemon. Without root, it maps all of the user's subordinate ids and runs the program as
-/// root of a user namespace.
+/// The beginning of a command that runs a program in its own namespaces, which end with the program
+/// and with the daemon. Without root, it maps all of the user's subordinate ids and runs the
+/// program as root of a user namespace.
 pub(super) fn namespace(root: bool) -> Command {
     let command = Command::new("setpriv").args(["--pdeathsig", "KILL", "unshare"]);
     let command = if root { command } else { command.args(["--user", "--map-root-user", "--map-auto"]) };

@@ -1,5 +1,5 @@
-//! Reads and writes an initramfs: a cpio archive in the "newc" format, which the kernel documents in
-//! Documentation/driver-api/early-userspace/buffer-format.rst.
+//! Reads and writes an initramfs: a cpio archive in the "newc" format, which the kernel documents
+//! in Documentation/driver-api/early-userspace/buffer-format.rst.
 
 const DIRECTORY: u32 = 0o040_000;
 const FILE: u32 = 0o100_000;
@@ -9,8 +9,8 @@ const TYPE: u32 = 0o170_000;
 const HEAD_BYTES: usize = 110;
 const TRAILER: &str = "TRAILER!!!";
 
-/// Writes an archive. The same calls produce the same bytes: members belong to root, have the time 0 and
-/// are numbered in order.
+/// Writes an archive. The same calls produce the same bytes: members belong to root, have the time
+/// 0 and are numbered in order.
 #[derive(Default)]
 pub struct Cpio {
     bytes: Vec<u8>,
@@ -66,7 +66,8 @@ impl Cpio {
     }
 }
 
-/// The content of a regular file in an archive. None if there is no such file or the archive is malformed.
+/// The content of a regular file in an archive. None if there is no such file or the archive is
+/// malformed.
 pub fn find<'a>(archive: &'a [u8], path: &str) -> Option<&'a [u8]> {
     let mut at = 0usize;
     loop {

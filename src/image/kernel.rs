@@ -1,7 +1,7 @@
 //! Extracts the kernel and its modules from the distribution's package.
 //!
-//! The package contains a bzImage. QEMU's microvm and Firecracker boot the ELF file inside it (PVH),
-//! which also saves the guest the time to unpack it.
+//! The package contains a bzImage. QEMU's microvm and Firecracker boot the ELF file inside it
+//! (PVH), which also saves the guest the time to unpack it.
 
 use crate::error::{Error, Kind, Result};
 use std::collections::BTreeMap;
@@ -22,7 +22,8 @@ pub const VMLINUX_BYTES_MAX: u32 = 512 << 20;
 
 /// A signed module ends with this mark (include/linux/module_signature.h in the kernel).
 const SIGNATURE_MARK: &[u8] = b"~Module signature appended~\n";
-/// The size of `struct module_signature`, whose last four bytes are the signature's length, big-endian.
+/// The size of `struct module_signature`, whose last four bytes are the signature's length,
+/// big-endian.
 const SIGNATURE_STRUCT: usize = 12;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,8 +96,8 @@ pub fn payload(image: &[u8]) -> Result<Payload<'_>> {
     Ok(Payload { compression, bytes, unpacked_bytes })
 }
 
-/// The version in a bzImage's header. `kernel_version` is the offset of a text, counted from the second
-/// sector.
+/// The version in a bzImage's header. `kernel_version` is the offset of a text, counted from the
+/// second sector.
 pub fn version(image: &[u8]) -> Option<String> {
     let at = image.get(KERNEL_VERSION_AT..KERNEL_VERSION_AT + 2).map(|b| usize::from(u16::from_le_bytes([b[0], b[1]])))?;
     let version = if at == 0 { None } else { image.get(at + SECTOR..).and_then(word) };
@@ -111,8 +112,8 @@ pub fn word(text: &[u8]) -> Option<String> {
     (end > 0 && text[..end].iter().all(is_plain)).then(|| String::from_utf8_lossy(&text[..end]).into_owned())
 }
 
-/// Strips the signature from a module, if it has one. The guest then does not verify it, which saves an
-/// RSA computation per module on a slow guest.
+/// Strips the signature from a module, if it has one. The guest then does not verify it, which
+/// saves an RSA computation per module on a slow guest.
 pub fn without_signature(module: &[u8]) -> &[u8] {
     let Some(rest) = module.strip_suffix(SIGNATURE_MARK) else { return module };
     let Some((body, info)) = rest.split_last_chunk::<SIGNATURE_STRUCT>() else { return module };
@@ -120,8 +121,8 @@ pub fn without_signature(module: &[u8]) -> &[u8] {
     body.len().checked_sub(length).map_or(module, |end| &body[..end])
 }
 
-/// Reduces `modules.dep` to the modules in `names`, with file names instead of paths, for modules that
-/// are all in one directory.
+/// Reduces `modules.dep` to the modules in `names`, with file names instead of paths, for modules
+/// that are all in one directory.
 pub fn flat_modules_dep(modules_dep: &str, names: &[String]) -> String {
     let file = |path: &str| path.rsplit('/').next().unwrap_or(path).to_owned();
     let mut lines = BTreeMap::new();

@@ -41,8 +41,9 @@ const METADATA_BYTES_MAX: u64 = 64 << 10;
 const MODULES_DIR: &str = "/lib/modules";
 /// The largest list of modules.
 const LIST_BYTES_MAX: u64 = 16 << 20;
-/// The modules that a guest needs to boot, in loading order, and whether each is optional. Of the two
-/// transports one is needed. ext4 needs a checksum module that it declares as a soft dependency only.
+/// The modules that a guest needs to boot, in loading order, and whether each is optional. Of the
+/// two transports one is needed. ext4 needs a checksum module that it declares as a soft dependency
+/// only.
 const WANTED: [(&str, bool); 7] = [
     ("virtio_pci", true),
     ("virtio_mmio", true),
@@ -170,8 +171,8 @@ impl Kernels {
         std::fs::rename(&dir, gone.path().join("gone")).map_err(|e| Error::io(format!("delete kernel {name}"), e))
     }
 
-    /// Imports a kernel. The busybox of its initramfs comes from an image, so there must be one. An import
-    /// that fails leaves nothing behind.
+    /// Imports a kernel. The busybox of its initramfs comes from an image, so there must be one. An
+    /// import that fails leaves nothing behind.
     ///
     /// # Errors
     /// `name_taken`, `unsupported` (not a kernel for a guest), `path_not_found`, `image_not_found`,
@@ -254,8 +255,8 @@ fn read_file(path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
     read_opened(opened, path, bytes_max)
 }
 
-/// Reads a file below a directory that an untrusted user may control. Nothing outside of it is read,
-/// because every guest may see the content.
+/// Reads a file below a directory that an untrusted user may control. Nothing outside of it is
+/// read, because every guest may see the content.
 fn read_below(dir: &OwnedFd, shown_dir: &Path, path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let within = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
@@ -376,8 +377,8 @@ fn find_modules(commands: &dyn Commands, spec: &ImportSpec, version: &str, out: 
     Ok(modules)
 }
 
-/// Checks without a `modules.builtin` that the drivers are built in, by searching for their names in the
-/// kernel.
+/// Checks without a `modules.builtin` that the drivers are built in, by searching for their names
+/// in the kernel.
 fn built_in(vmlinux: &Path, modules: &Path) -> Result<Modules> {
     let bytes = read_file(vmlinux, u64::from(VMLINUX_BYTES_MAX))?;
     let has = |name: &str| has_word(&bytes, name.as_bytes());

@@ -1,14 +1,14 @@
 //! Images and kernels: building, importing and storing them.
 //!
-//! An image is a root file system with its kernel and initramfs, built from the distribution's archive.
-//! It is a directory `<state>/images/<name>` with `rootfs.ext4`, `vmlinux`, `initrd` and `image.json`,
-//! which is published with one rename and never changes afterwards, because disks of VMs use it as
-//! their base. [`Images`] is the registry.
+//! An image is a root file system with its kernel and initramfs, built from the distribution's
+//! archive. It is a directory `<state>/images/<name>` with `rootfs.ext4`, `vmlinux`, `initrd` and
+//! `image.json`, which is published with one rename and never changes afterwards, because disks of
+//! VMs use it as their base. [`Images`] is the registry.
 //!
-//! An image needs these devices from its VMM: a first virtio disk, which is the root disk (`/dev/vda`), a
-//! second one, the seed drive (`/dev/vdb`), one virtio network interface (`eth0`), and a console at
-//! `ttyS0`. Virtio may be over PCI or MMIO. No kernel arguments are required, but [`BOOT_ARGS`] makes
-//! the boot faster.
+//! An image needs these devices from its VMM: a first virtio disk, which is the root disk
+//! (`/dev/vda`), a second one, the seed drive (`/dev/vdb`), one virtio network interface (`eth0`),
+//! and a console at `ttyS0`. Virtio may be over PCI or MMIO. No kernel arguments are required, but
+//! [`BOOT_ARGS`] makes the boot faster.
 
 mod apt_texts;
 pub mod build;
@@ -23,15 +23,15 @@ pub use build::{BuildSpec, build};
 pub use checks::checks;
 pub use registry::{BALLOON_SINCE, CTRL_ALT_DEL_SINCE, ImageInfo, Images, kernel_path};
 
-/// Kernel arguments for every VMM, in addition to those for the console and the clock. They skip the
-/// self-tests of the crypto modules (0.2 s under emulation), take entropy from the processor, and end
-/// the VM immediately after a panic.
+/// Kernel arguments for every VMM, in addition to those for the console and the clock. They skip
+/// the self-tests of the crypto modules (0.2 s under emulation), take entropy from the processor,
+/// and end the VM immediately after a panic.
 pub const BOOT_ARGS: &[&str] =
     &["quiet", "panic=-1", "reboot=t", "net.ifnames=0", "cryptomgr.notests", "random.trust_cpu=on", "audit=0"];
 
 /// The default virtual size of an image's root disk. The file is sparse.
 pub const DISK_BYTES_DEFAULT: u64 = 8 << 30;
 
-/// The guest's command for a clean shutdown. It writes `synced` to stdout once the disks are synced and
-/// exits with status 0. A moment later the VM powers off, and the VMM exits.
+/// The guest's command for a clean shutdown. It writes `synced` to stdout once the disks are synced
+/// and exits with status 0. A moment later the VM powers off, and the VMM exits.
 pub const SHUTDOWN_COMMAND: &str = "/sbin/fcd-shutdown";

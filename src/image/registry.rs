@@ -15,9 +15,9 @@ const METADATA: &str = "image.json";
 const METADATA_BYTES_MAX: u64 = 64 * 1024;
 /// The format of `image.json`. Images with another format are refused.
 const FORMAT: u32 = 1;
-/// The version of the init in new images. Version 1 supports `work_disk` and `files.tar` in the seed.
-/// In version 2 the initramfs loads the balloon driver. Version 3 shuts down on Ctrl-Alt-Del and loads
-/// the vsock driver on demand.
+/// The version of the init in new images. Version 1 supports `work_disk` and `files.tar` in the
+/// seed. In version 2 the initramfs loads the balloon driver. Version 3 shuts down on Ctrl-Alt-Del
+/// and loads the vsock driver on demand.
 const GUEST_VERSION: u32 = CTRL_ALT_DEL_SINCE;
 /// Images since this version can return memory.
 pub const BALLOON_SINCE: u32 = 2;
@@ -124,8 +124,8 @@ pub fn kernel_path(state_dir: &Path, name: &ImageRef) -> PathBuf {
 }
 
 impl Images {
-    /// Opens `<state_dir>/images`, which is created if it does not exist, and removes the leftovers of
-    /// unfinished builds. The caller holds the state directory's lock, so no build is running.
+    /// Opens `<state_dir>/images`, which is created if it does not exist, and removes the leftovers
+    /// of unfinished builds. The caller holds the state directory's lock, so no build is running.
     pub fn open(state_dir: &Path) -> Result<Self> {
         let dir = state_dir.join(IMAGES_DIR);
         let io = |e| Error::io(format!("open image registry {}", dir.display()), e);
@@ -162,7 +162,8 @@ impl Images {
     /// Reads the information about an image.
     ///
     /// # Errors
-    /// `image_not_found`, or `host` if a file is missing or has another size than when it was built.
+    /// `image_not_found`, or `host` if a file is missing or has another size than when it was
+    /// built.
     pub fn get(&self, name: &ImageRef) -> Result<ImageInfo> {
         crate::locks::require_memory_only("file access");
         let dir = self.path(name);
@@ -214,8 +215,8 @@ impl Images {
         self.dir.join(name.as_str())
     }
 
-    /// Deletes an image, even a damaged one. It is renamed first, so it disappears at once. The blocks of the
-    /// root file system are freed when no VM's disk has a hard link to it any more.
+    /// Deletes an image, even a damaged one. It is renamed first, so it disappears at once. The
+    /// blocks of the root file system are freed when no VM's disk has a hard link to it any more.
     ///
     /// # Errors
     /// `image_not_found`, `host`.
@@ -238,8 +239,8 @@ impl Images {
         Staging::new(&self.dir, &format!("{STAGING_PREFIX}{name}-"))
     }
 
-    /// Publishes `files`, a directory below the staging directory, as an image: makes the files read-only,
-    /// syncs everything, and renames the directory.
+    /// Publishes `files`, a directory below the staging directory, as an image: makes the files
+    /// read-only, syncs everything, and renames the directory.
     pub(super) fn publish(&self, files: &Path, metadata: &Metadata) -> Result<ImageInfo> {
         let name = &metadata.name;
         let io = |e: std::io::Error| Error::io(format!("publish image {name}"), e);

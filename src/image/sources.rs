@@ -43,9 +43,9 @@ pub fn apt_conf(dump: &str) -> String {
     conf
 }
 
-/// The host's sources for `codename` and its updates as one-line entries (sources.list(5)). `files` has
-/// names and contents in either format. Archives of third parties, which have other suites or no `main`,
-/// are omitted.
+/// The host's sources for `codename` and its updates as one-line entries (sources.list(5)). `files`
+/// has names and contents in either format. Archives of third parties, which have other suites or
+/// no `main`, are omitted.
 pub fn sources_list(files: &[(String, String)], codename: &str) -> String {
     let mut lines = Vec::new();
     for (name, text) in files {

@@ -38,8 +38,8 @@ impl Cancel {
         Ok(Self { inner: Arc::new(Inner { cause, event, wakers, returned: raw::Condvar::new() }) })
     }
 
-    /// Fires the token, unless it has already fired. The wakers run in this call, while no lock of the token
-    /// is held.
+    /// Fires the token, unless it has already fired. The wakers run in this call, while no lock of
+    /// the token is held.
     pub fn cancel(&self, cause: CancelCause) {
         // The cause is set before the wakers run, so that a later subscriber sees it.
         if self.inner.cause.set(cause).is_err() {
@@ -68,19 +68,20 @@ impl Cancel {
         self.inner.cause.get()
     }
 
-    /// A descriptor that becomes readable when the token fires, and stays readable. Never read from it.
+    /// A descriptor that becomes readable when the token fires, and stays readable. Never read from
+    /// it.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.inner.event.as_fd()
     }
 
-    /// Calls `waker` once: when the token fires, on the thread that fires it, or now if it has already
-    /// fired. Dropping the result unsubscribes; after the drop the waker is not running and will not run.
-    /// The waker must not block or take a lock that has a rank, because the firing thread may hold any
-    /// lock. It may use this token.
+    /// Calls `waker` once: when the token fires, on the thread that fires it, or now if it has
+    /// already fired. Dropping the result unsubscribes; after the drop the waker is not running and
+    /// will not run. The waker must not block or take a lock that has a rank, because the firing
+    /// thread may hold any lock. It may use this token.
     pub fn on_cancel(&self, waker: impl FnOnce() + Send + 'static) -> Subscription {
         let mut wakers = self.inner.wakers.lock();
-        // Checked under the mutex, which `cancel` takes after setting the cause, so that exactly one of the
-        // two calls the waker.
+        // Checked under the mutex, which `cancel` takes after setting the cause, so that exactly
+        // one of the two calls the waker.
         if self.is_cancelled() {
             drop(wakers);
             waker();
@@ -108,8 +109,9 @@ pub struct Subscription {
 }
 
 impl Drop for Subscription {
-    /// If another thread is currently calling the waker, waits until it returns, so that the caller can
-    /// then close what the waker uses, such as a descriptor. Wakers do not block, so the wait is short.
+    /// If another thread is currently calling the waker, waits until it returns, so that the caller
+    /// can then close what the waker uses, such as a descriptor. Wakers do not block, so the wait
+    /// is short.
     fn drop(&mut self) {
         let inner = &self.cancel.inner;
         let mut wakers = inner.wakers.lock();

@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-/// Why a [`Cancel`](super::Cancel) token fired. Code decides by the variant. The text is for people: messages show
-/// it after "cancelled: ".
+/// Why a [`Cancel`](super::Cancel) token fired. Code decides by the variant. The text is for
+/// people: messages show it after "cancelled: ".
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CancelCause {
     /// Somebody asked for exactly this, for example with `fcctl op cancel`.

@@ -1,10 +1,10 @@
-//! The checker. It keeps a list per thread of the locks that the thread holds, and compares it with the
-//! table before each acquisition.
+//! The checker. It keeps a list per thread of the locks that the thread holds, and compares it with
+//! the table before each acquisition.
 //!
 //! Two environment variables are read once. `FCD_LOCK_ABORT=1` aborts on the first violation; the
-//! daemons of tests set it, so that no `catch_unwind` hides one. `FCD_LOCK_EDGES=FILE` appends a line
-//! `From To` for every declared edge when this process first sees it; the test suite fails if an edge
-//! was seen by no process.
+//! daemons of tests set it, so that no `catch_unwind` hides one. `FCD_LOCK_EDGES=FILE` appends a
+//! line `From To` for every declared edge when this process first sees it; the test suite fails if
+//! an edge was seen by no process.
 
 use super::rank::{Edge, Rank, Site, rule};
 use parking_lot::Mutex;
@@ -35,8 +35,8 @@ pub struct Request<'a> {
     pub key: Option<&'a dyn Debug>,
     /// The lock's address, null for a region. It tells "taken twice" from "two of one rank".
     pub instance: *const (),
-    /// True for the second and later keys of [`LockSet::lock_many`](super::LockSet::lock_many): other keys of
-    /// the same set may be held.
+    /// True for the second and later keys of [`LockSet::lock_many`](super::LockSet::lock_many):
+    /// other keys of the same set may be held.
     pub sorted: bool,
     /// False for `try_lock`, which cannot hang.
     pub blocks: bool,
@@ -57,7 +57,8 @@ pub struct Holds {
     pub long: u64,
     /// Voluntary context switches of threads during a hold.
     pub switches: u64,
-    /// Switches in holds during which the thread waited for no other lock, so something else blocked it.
+    /// Switches in holds during which the thread waited for no other lock, so something else
+    /// blocked it.
     pub unexplained: u64,
     pub unexplained_at: String,
 }
@@ -111,8 +112,8 @@ impl Local {
     }
 }
 
-/// Checks log calls in tests, at every level, although tests write no log. Does nothing if a logger is
-/// already installed.
+/// Checks log calls in tests, at every level, although tests write no log. Does nothing if a logger
+/// is already installed.
 #[cfg(any(test, feature = "fakes"))]
 fn check_log_calls() {
     struct Checks;
@@ -151,7 +152,8 @@ thread_local! {
     static LOCAL: Local = Local::register();
 }
 std::thread_local! {
-    /// False in the checker's own tests, whose edges and violations must not be counted as the daemon's.
+    /// False in the checker's own tests, whose edges and violations must not be counted as the
+    /// daemon's.
     static RECORDING: Cell<bool> = const { Cell::new(true) };
     /// How often this thread had to wait for a mutex.
     static CONTENDED: Cell<u64> = const { Cell::new(0) };
@@ -226,7 +228,8 @@ pub fn lock_beneath<T>(mutex: &Mutex<T>) -> parking_lot::MutexGuard<'_, T> {
     })
 }
 
-/// Panics, before anything blocks, if the table does not allow the lock under what this thread holds.
+/// Panics, before anything blocks, if the table does not allow the lock under what this thread
+/// holds.
 #[track_caller]
 pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
     let (rank, at) = (tag.0, Location::caller());
@@ -238,7 +241,8 @@ pub fn acquire(tag: &Tag, want: Request<'_>) -> Token {
     }
     let key = want.key.map(|k| format!("{k:?}"));
     let wanted = Held { since: None, id: 0, rank, key, instance: want.instance as usize, at, taken: want.instance.is_null() };
-    // Judge under the list's mutex, but report and record outside it, because both may call other code.
+    // Judge under the list's mutex, but report and record outside it, because both may call other
+    // code.
     let judged = LOCAL.with(|local| {
         let list = &mut *local.0.lock();
         if let Some(bad) = list.held.iter().position(|h| !allowed(h, &wanted, want.sorted)) {
@@ -281,9 +285,9 @@ pub fn check_wait(region: Rank, except: &Token) {
     }
 }
 
-/// Panics if this thread holds a lock under which only memory may be touched. Call it before anything
-/// that may take a moment in the kernel or in another process; longer waits have virtual ranks. A
-/// panic may drop values that do such things, so an unwinding thread is not checked.
+/// Panics if this thread holds a lock under which only memory may be touched. Call it before
+/// anything that may take a moment in the kernel or in another process; longer waits have virtual
+/// ranks. A panic may drop values that do such things, so an unwinding thread is not checked.
 #[track_caller]
 pub fn require_memory_only(what: &str) {
     require_none(what, &Location::caller());
@@ -383,7 +387,8 @@ fn allowed(held: &Held, wanted: &Held, sorted: bool) -> bool {
     wanted.rank.under().contains(held.rank) || same_set
 }
 
-/// True if the wanted lock is the one that this thread holds, so that blocking on it would never end.
+/// True if the wanted lock is the one that this thread holds, so that blocking on it would never
+/// end.
 fn hangs(held: &Held, wanted: &Held) -> bool {
     held.instance != 0 && held.instance == wanted.instance && held.key == wanted.key
 }
@@ -424,8 +429,8 @@ fn list_held(out: &mut String, held: &[Held], bad: usize) {
     }
 }
 
-/// Panics with the report. An unwinding thread cannot panic again: it prints the report and continues,
-/// unless that would block for ever (`hangs`); then the process aborts.
+/// Panics with the report. An unwinding thread cannot panic again: it prints the report and
+/// continues, unless that would block for ever (`hangs`); then the process aborts.
 fn fail(report: &str, hangs: bool) {
     static ABORT: OnceLock<bool> = OnceLock::new();
     let counted = RECORDING.with(Cell::get);

@@ -1,14 +1,15 @@
 #![allow(clippy::disallowed_types)] // The one place that names the raw types.
 //! The daemon's locks, with a checker that enforces their order at run time.
 //!
-//! - [`Mutex`] and [`Condvar`] guard data in memory. [`LockSet`] has one lock per key, such as a VM's id.
+//! - [`Mutex`] and [`Condvar`] guard data in memory. [`LockSet`] has one lock per key, such as a
+//!   VM's id.
 //! - [`region`] marks what a thread is about to block on (a guest, a VMM, a host command). It is
 //!   checked like a lock, so that no thread blocks while it holds a lock that does not allow it.
 //! - [`Cancel`] is the token that ends a wait early.
 //!
 //! Every lock has a [`Rank`]; the table in `rank.rs` says which ranks may be held when another is
-//! taken. In debug builds and with the feature `lock-check`, a violation is counted and panics before
-//! the thread blocks. In other builds the checker compiles to nothing.
+//! taken. In debug builds and with the feature `lock-check`, a violation is counted and panics
+//! before the thread blocks. In other builds the checker compiles to nothing.
 
 mod cancel;
 mod cause;

@@ -60,8 +60,8 @@ pub enum Waited {
 #[derive(Default)]
 pub struct Condvar {
     inner: parking_lot::Condvar,
-    /// Threads in a cancellable wait. They park instead of waiting on `inner`, because a token's waker
-    /// can unpark a thread without taking its mutex and the wake-up is still not lost.
+    /// Threads in a cancellable wait. They park instead of waiting on `inner`, because a token's
+    /// waker can unpark a thread without taking its mutex and the wake-up is still not lost.
     parked: parking_lot::Mutex<Vec<std::thread::Thread>>,
 }
 

@@ -1,5 +1,5 @@
-//! The lock order: which ranks may be held when another is taken. This is the only copy of the table;
-//! the one in `ARCHITECTURE.md` is the output of [`markdown_table`].
+//! The lock order: which ranks may be held when another is taken. This is the only copy of the
+//! table; the one in `ARCHITECTURE.md` is the output of [`markdown_table`].
 
 use std::fmt::Write as _;
 use std::panic::Location;
@@ -94,8 +94,8 @@ impl Rank {
         CondWait,
     ];
 
-    /// The ranks that may be held when this one is taken; any other held rank is a violation. Two ranks
-    /// that do not list each other are therefore never held together.
+    /// The ranks that may be held when this one is taken; any other held rank is a violation. Two
+    /// ranks that do not list each other are therefore never held together.
     pub const fn under(self) -> RankSet {
         match self {
             Job | Vm => RankSet::EMPTY,
@@ -119,8 +119,8 @@ impl Rank {
         matches!(self, Job | JobWait | GuestIo | VmmApi | HostCmd | DurableWait | CondWait)
     }
 
-    /// A thread that holds such a lock may touch memory only: no file, socket, process or log line. The
-    /// workspace lock is the exception, because an operation holds it across its guest I/O.
+    /// A thread that holds such a lock may touch memory only: no file, socket, process or log line.
+    /// The workspace lock is the exception, because an operation holds it across its guest I/O.
     pub const fn is_memory_only(self) -> bool {
         !self.is_virtual() && !matches!(self, Workspace) && !ONE_LOCK.contains(self)
     }
@@ -214,8 +214,8 @@ pub fn order() -> Vec<Rule> {
     Rank::ALL.into_iter().map(rule).collect()
 }
 
-/// The table as a Graphviz graph. If `observed` is given, edges that never occurred are dotted, and the
-/// tooltip of the others says where they were first seen.
+/// The table as a Graphviz graph. If `observed` is given, edges that never occurred are dotted, and
+/// the tooltip of the others says where they were first seen.
 pub fn dot(observed: Option<&[Edge]>) -> String {
     let mut out = String::from("digraph locks {\n");
     for rank in Rank::ALL {

@@ -1,6 +1,6 @@
-//! The primitives that [`LockSet`](super::LockSet) and [`Cancel`](super::Cancel) are built on: those of
-//! parking_lot and std, or with the feature `shuttle` its models of them, so that its scheduler
-//! controls every step.
+//! The primitives that [`LockSet`](super::LockSet) and [`Cancel`](super::Cancel) are built on:
+//! those of parking_lot and std, or with the feature `shuttle` its models of them, so that its
+//! scheduler controls every step.
 
 #[cfg(not(feature = "shuttle"))]
 mod imp {

@@ -47,8 +47,8 @@ impl From<&PartyRecord> for Party {
     }
 }
 
-/// Labels the lock records of this thread, for example `vm.start 3f2a`, until the result is dropped.
-/// Scopes nest.
+/// Labels the lock records of this thread, for example `vm.start 3f2a`, until the result is
+/// dropped. Scopes nest.
 pub fn operation_scope(label: impl Into<Arc<str>>) -> OperationScope {
     let outer = OPERATION.with(|o| o.borrow_mut().replace(label.into()));
     OperationScope { outer, _not_send: PhantomData }

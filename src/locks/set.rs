@@ -18,8 +18,8 @@ pub struct LockSet<K: Eq + Hash> {
     slots: raw::Mutex<HashMap<K, Slot>>,
 }
 
-/// The lock of one key. A slot always has a holder: a release either hands it to the first waiter or
-/// removes it, without unlocking the map in between.
+/// The lock of one key. A slot always has a holder: a release either hands it to the first waiter
+/// or removes it, without unlocking the map in between.
 struct Slot {
     holder: PartyRecord,
     waiters: VecDeque<Arc<Waiter>>,
@@ -48,8 +48,8 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
         Self { tag: check::Tag::new(rank), slots: raw::Mutex::new(HashMap::new()) }
     }
 
-    /// Waits for the lock, without a deadline. Use [`LockSet::lock_cancellable`] for locks that may be held
-    /// for longer than microseconds.
+    /// Waits for the lock, without a deadline. Use [`LockSet::lock_cancellable`] for locks that may
+    /// be held for longer than microseconds.
     #[cfg_attr(any(debug_assertions, feature = "lock-check"), track_caller)]
     pub fn lock(&self, key: &K) -> KeyGuard<'_, K> {
         let token = self.check(key, false, true);
@@ -70,8 +70,8 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
         }
         if let Some(waiter) = self.enter(key) {
             let thread = waiter.here.thread.clone();
-            // An unpark before the park makes the park return at once, so a grant or a cancel between
-            // the check and the park is not missed.
+            // An unpark before the park makes the park return at once, so a grant or a cancel
+            // between the check and the park is not missed.
             let _subscription = cancel.on_cancel(move || thread.unpark());
             while !waiter.granted.load(Ordering::Acquire) {
                 if cancel.is_cancelled() && self.leave_queue(key, &waiter) {
@@ -114,8 +114,8 @@ impl<K: Clone + Ord + Hash + Debug> LockSet<K> {
         guards
     }
 
-    /// The current holder and the waiters, in order, of every key that is held. Keys are formatted with
-    /// `Debug`.
+    /// The current holder and the waiters, in order, of every key that is held. Keys are formatted
+    /// with `Debug`.
     pub fn records(&self) -> Vec<(String, Option<Party>, Vec<Party>)> {
         let slots = self.slots();
         let mut all: Vec<_> = slots

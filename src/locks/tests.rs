@@ -13,7 +13,8 @@ std::thread_local! {
     static QUIET: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-/// Runs `f`, which is expected to cause a violation. Returns the report, or an empty text if there was none.
+/// Runs `f`, which is expected to cause a violation. Returns the report, or an empty text if there
+/// was none.
 fn report(f: impl FnOnce()) -> String {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -101,7 +102,8 @@ fn every_pair_and_triple_of_ranks_is_judged_by_the_table() {
 }
 
 proptest! {
-    /// Takes and drops regions at random and compares the checker with a model: the set of held ranks.
+    /// Takes and drops regions at random and compares the checker with a model: the set of held
+    /// ranks.
     #[test]
     fn checker_agrees_with_model(steps in proptest::collection::vec((any::<bool>(), 0..Rank::ALL.len(), any::<prop::sample::Index>()), 0..60)) {
         let mut held: Vec<(Rank, Region)> = Vec::new();

@@ -1,8 +1,8 @@
 //! [`LockSet`] under shuttle's schedulers: `cargo test --features shuttle --lib locks::`.
 //!
 //! Shuttle controls everything that uses `raw.rs`: the map, the queue, the hand-over, parking and
-//! cancel wakers. It does not model time, so deadlines are tested in `tests_set.rs`. The eventfd and
-//! the subsystems' `Mutex` and `Condvar` are parking_lot's and the kernel's (`tests_wait.rs`).
+//! cancel wakers. It does not model time, so deadlines are tested in `tests_set.rs`. The eventfd
+//! and the subsystems' `Mutex` and `Condvar` are parking_lot's and the kernel's (`tests_wait.rs`).
 
 use super::{Cancel, LockSet, Rank, check};
 use shuttle::sync::atomic::{AtomicUsize, Ordering};

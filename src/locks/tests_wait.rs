@@ -56,7 +56,8 @@ fn waker_may_use_the_token_and_may_panic() {
     let first = cancel.on_cancel(move || {
         inner.cancel(crate::locks::CancelCause::Requested);
         let said2 = said.clone();
-        // Subscribing within a waker calls the new one immediately; dropping it does not wait for itself.
+        // Subscribing within a waker calls the new one immediately; dropping it does not wait for
+        // itself.
         drop(inner.on_cancel(move || said2.send("nested").unwrap()));
         said.send(if inner.is_cancelled() { "fired" } else { "not fired" }).unwrap();
     });

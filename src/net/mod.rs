@@ -263,8 +263,9 @@ impl Net {
         }
     }
 
-    /// Runs `nft --json`. None if the tables do not exist: nft (1.0.6, src/evaluate.c) ends with status 1
-    /// whatever is wrong, and prints the `strerror` of ENOENT for a table that it does not find.
+    /// Runs `nft --json`. None if the tables do not exist: nft (1.0.6, src/evaluate.c) ends with
+    /// status 1 whatever is wrong, and prints the `strerror` of ENOENT for a table that it does not
+    /// find.
     fn listed(&self, args: &[&str]) -> Result<Option<Vec<u8>>> {
         match self.tools.run(&tools::nft_json(args), self.tools.never()) {
             Ok(json) => Ok(Some(json)),

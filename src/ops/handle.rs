@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 use crate::ids::OpId;
 use crate::locks::Cancel;
 
-/// An operation in progress. If it is dropped without a result, for example by a panic, the operation
-/// ends as `internal`.
+/// An operation in progress. If it is dropped without a result, for example by a panic, the
+/// operation ends as `internal`.
 #[must_use = "dropping it ends the operation as failed"]
 pub struct OpHandle {
     reporter: Reporter,
@@ -86,14 +86,15 @@ impl OpHandle {
         self.reporter.progress_bytes(done, total);
     }
 
-    /// Ends the operation as `ok`, as `cancelled` if the error has that kind, or as `failed`. Wakes all
-    /// threads that wait for it.
+    /// Ends the operation as `ok`, as `cancelled` if the error has that kind, or as `failed`. Wakes
+    /// all threads that wait for it.
     pub fn finish(mut self, result: Result<serde_json::Value>) -> EndedOp {
         self.end(result).expect("an operation under way is never pruned")
     }
 
-    /// Removes an operation that was refused before it did anything, so that refused calls do not displace
-    /// others from the history. If a thread already waits for it or watches it, it ends with the error.
+    /// Removes an operation that was refused before it did anything, so that refused calls do not
+    /// displace others from the history. If a thread already waits for it or watches it, it ends
+    /// with the error.
     pub fn refuse(mut self, error: &Error) {
         let shared = self.reporter.ops.shared.clone();
         let mut state = shared.state.lock();

@@ -1,9 +1,9 @@
 //! The registry of operations, in memory.
 //!
-//! [`Ops`] holds running operations and a bounded number of ended ones per user. The code that carries
-//! out an operation holds its [`OpHandle`]; others find, wait for, watch ([`Watcher`]) or cancel it.
-//! The registry does not use the store: it returns ended operations ([`EndedOp`]), and the caller
-//! records them. All state is under one lock, and no callback runs under it.
+//! [`Ops`] holds running operations and a bounded number of ended ones per user. The code that
+//! carries out an operation holds its [`OpHandle`]; others find, wait for, watch ([`Watcher`]) or
+//! cancel it. The registry does not use the store: it returns ended operations ([`EndedOp`]), and
+//! the caller records them. All state is under one lock, and no callback runs under it.
 
 mod handle;
 #[cfg(all(test, not(feature = "shuttle")))]
@@ -80,7 +80,8 @@ pub struct Filter {
     pub after: Option<u64>,
 }
 
-/// An operation that has ended, for the caller to record, and the older ones that were pruned for it.
+/// An operation that has ended, for the caller to record, and the older ones that were pruned for
+/// it.
 #[derive(Clone, Debug)]
 pub struct EndedOp {
     pub op: Op,
@@ -92,8 +93,8 @@ impl Entry {
         Self { op, cancel, number, changes: 0, ended: Arc::default(), waiting: 0, watchers: Vec::new() }
     }
 
-    /// The operation as callers see it. It shows as cancelling if something else, such as a stop of its
-    /// VM, has fired its token.
+    /// The operation as callers see it. It shows as cancelling if something else, such as a stop of
+    /// its VM, has fired its token.
     fn snapshot(&self) -> Op {
         let mut op = self.op.clone();
         if op.state == OpState::Running && self.cancel.as_ref().is_some_and(Cancel::is_cancelled) {
@@ -141,8 +142,8 @@ impl State {
         self.ended_counts.add(uid);
     }
 
-    /// Removes an operation as if it had never begun. Returns false if a thread already waits for it or
-    /// watches it.
+    /// Removes an operation as if it had never begun. Returns false if a thread already waits for
+    /// it or watches it.
     fn discard(&mut self, id: &OpId) -> bool {
         let is_unseen = self.entries.get(id).is_some_and(Entry::is_unseen);
         if is_unseen {
@@ -200,8 +201,8 @@ impl State {
 }
 
 impl Ops {
-    /// `on_dropped` receives operations whose handle was dropped without a result, for example by a panic;
-    /// they end as `internal`. It runs on the dropping thread, without the registry's lock.
+    /// `on_dropped` receives operations whose handle was dropped without a result, for example by a
+    /// panic; they end as `internal`. It runs on the dropping thread, without the registry's lock.
     pub fn new(retention: Retention, on_dropped: impl Fn(EndedOp) + Send + Sync + 'static) -> Self {
         let state = Mutex::new(Rank::Ops, State::default());
         Self { shared: Arc::new(Shared { state, retention, on_dropped: Box::new(on_dropped) }) }
@@ -237,9 +238,10 @@ impl Ops {
         Ok(OpHandle::new(self.clone(), id, cancel))
     }
 
-    /// Loads the operations that the store has kept, in the order in which they began. Operations that had
-    /// not ended are marked as failed (`the daemon was restarted`) and returned for recording. Recovery
-    /// resumes those it continues with [`Ops::resume`] first; operations that are already known are skipped.
+    /// Loads the operations that the store has kept, in the order in which they began. Operations
+    /// that had not ended are marked as failed (`the daemon was restarted`) and returned for
+    /// recording. Recovery resumes those it continues with [`Ops::resume`] first; operations that
+    /// are already known are skipped.
     pub fn restore(&self, ops: Vec<Op>) -> Result<Vec<EndedOp>> {
         let mut broken = Vec::new();
         for op in ops {
@@ -347,8 +349,8 @@ impl Ops {
     /// Waits until the operation has ended in whatever way.
     ///
     /// # Errors
-    /// `timeout` at the deadline, and `cancelled` if the waiter's own token fires. The operation continues
-    /// in both cases.
+    /// `timeout` at the deadline, and `cancelled` if the waiter's own token fires. The operation
+    /// continues in both cases.
     pub fn wait(&self, id: &OpId, deadline: Instant, cancel: &Cancel) -> Result<Op> {
         let mut state = self.shared.state.lock();
         let entry = state.entry(id)?;
@@ -366,8 +368,8 @@ impl Ops {
         }
     }
 
-    /// Watches an operation through a descriptor for `poll`. It is readable at first and after changes, at
-    /// most ten times a second, and without delay when the operation ends.
+    /// Watches an operation through a descriptor for `poll`. It is readable at first and after
+    /// changes, at most ten times a second, and without delay when the operation ends.
     pub fn watch(&self, id: &OpId) -> Result<Watcher> {
         Watcher::new(self.clone(), id)
     }

@@ -24,7 +24,7 @@ fn begin(ops: &Ops, uid: u32) -> OpHandle {
     ops.begin("vm.start", None, uid, true, MANY).unwrap()
 }
 fn cancelled(cause: &str) -> Error {
-    Error::new(Kind::Cancelled, format!("start vm web: cancelled: {cause}"))
+    Error::new(Kind::Cancelled, format!("start VM web: cancelled: {cause}"))
 }
 fn is_readable(watcher: &Watcher, within: Duration) -> bool {
     poll(&mut [PollFd::new(watcher.fd(), PollFlags::POLLIN)], PollTimeout::try_from(within).unwrap()).unwrap() == 1
@@ -57,7 +57,7 @@ fn operation_reports_progress_until_it_ends() {
 #[test]
 fn error_kind_decides_how_the_operation_ended() {
     let ops = ops();
-    let failed = begin(&ops, 1).finish(Err(Error::new(Kind::BootTimeout, "boot vm web").hint("fcctl logs web"))).op;
+    let failed = begin(&ops, 1).finish(Err(Error::new(Kind::BootTimeout, "boot VM web").hint("fcctl logs web"))).op;
     let fault = failed.error.unwrap();
     assert_eq!((failed.state, fault.code, fault.kind.as_str()), (OpState::Failed, Code::Timeout, "boot_timeout"));
     assert_eq!((fault.op, fault.hint.as_deref()), (Some(failed.id), Some("fcctl logs web")));

@@ -14,8 +14,9 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 /// The shortest timeout. Setting a timer to zero would disarm it.
 const IMMEDIATELY: Duration = Duration::from_nanos(1);
 
-/// The registry's side of a watcher. Changes set a timer for when the next notification is due. With a
-/// timer instead of an eventfd, the last change of a burst is reported without a thread of its own.
+/// The registry's side of a watcher. Changes set a timer for when the next notification is due.
+/// With a timer instead of an eventfd, the last change of a burst is reported without a thread of
+/// its own.
 pub(super) struct Notifier {
     id: u64,
     timer: Arc<TimerFd>,
@@ -25,7 +26,8 @@ pub(super) struct Notifier {
 }
 
 impl Notifier {
-    /// Sets the timer if it is not set. If `urgent`, it fires immediately in any case. Does not block.
+    /// Sets the timer if it is not set. If `urgent`, it fires immediately in any case. Does not
+    /// block.
     pub(super) fn notify(&mut self, urgent: bool) {
         if self.is_set && !urgent {
             return;
@@ -75,8 +77,8 @@ impl Watcher {
         self.timer.as_fd()
     }
 
-    /// The newest progress since the last call, or the end of the operation, which is returned on every
-    /// call. None if nothing has changed. Does not block.
+    /// The newest progress since the last call, or the end of the operation, which is returned on
+    /// every call. None if nothing has changed. Does not block.
     #[allow(clippy::should_implement_trait)] // Unlike an iterator's, a None may be followed by a Some.
     pub fn next(&mut self) -> Option<Change> {
         let shared: &Shared = &self.ops.shared;
@@ -87,7 +89,8 @@ impl Watcher {
         }
         let changes = entry.changes;
         let notifier = entry.watchers.iter_mut().find(|b| b.id == self.id)?;
-        // Done under the lock, so that no notification is lost: the next change sets the timer again.
+        // Done under the lock, so that no notification is lost: the next change sets the timer
+        // again.
         let _ = self.timer.unset();
         notifier.is_set = false;
         if self.seen == Some(changes) {

@@ -1,5 +1,5 @@
-//! Limits how many boots or image builds run at the same time. The others wait in a queue; each wait can
-//! be cancelled and reports its position.
+//! Limits how many boots or image builds run at the same time. The others wait in a queue; each
+//! wait can be cancelled and reports its position.
 
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, Condvar, Mutex, Rank, Waited};
@@ -65,14 +65,15 @@ impl State {
 }
 
 impl Admission {
-    /// Creates `max` permits, at least one. `what` names what is limited in messages, such as `boots`.
+    /// Creates `max` permits, at least one. `what` names what is limited in messages, such as
+    /// `boots`.
     pub fn new(what: &'static str, max: usize) -> Self {
         let state = State { free: max.max(1), last_ticket: 0, line: VecDeque::new() };
         Self { shared: Arc::new(Shared { what, state: Mutex::new(Rank::Admission, state), moved: Condvar::new() }) }
     }
 
-    /// Waits for a permit. `on_wait` is called with the number of waiters ahead, first if no permit is
-    /// free and then whenever the number falls. No lock is held during the call.
+    /// Waits for a permit. `on_wait` is called with the number of waiters ahead, first if no permit
+    /// is free and then whenever the number falls. No lock is held during the call.
     ///
     /// # Errors
     /// `cancelled` within 100 ms after the token fires.

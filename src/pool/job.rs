@@ -62,8 +62,8 @@ pub(super) fn new<T: Send + 'static>(
         Box::new(move |start: Start<'_>| match start {
             Start::Run(shared) => {
                 let result = run(&label, &cancel, job);
-                // Count the worker as free before the result is visible, so that a caller that has seen the
-                // result can submit the next job.
+                // Count the worker as free before the result is visible, so that a caller that has
+                // seen the result can submit the next job.
                 shared.ended(uid);
                 slot.set(result);
             }
@@ -95,9 +95,10 @@ fn run<T>(label: &Arc<str>, cancel: &Cancel, job: impl FnOnce(&Cancel) -> Result
 }
 
 impl<T> JobHandle<T> {
-    /// Waits for the job and returns its result, which can be taken once. If the token fires before the
-    /// job runs, returns `cancelled` immediately. If it fires later, this still waits for the job, which
-    /// sees the same token: the caller may hold a lock that must not be released before the job has ended.
+    /// Waits for the job and returns its result, which can be taken once. If the token fires before
+    /// the job runs, returns `cancelled` immediately. If it fires later, this still waits for the
+    /// job, which sees the same token: the caller may hold a lock that must not be released before
+    /// the job has ended.
     ///
     /// # Errors
     /// The job's error, `cancelled`, or `timeout` at the deadline, after which the job continues.

@@ -1,11 +1,12 @@
-//! The bounded worker pool for guest I/O ([`Pool`]), and the admission of boots and builds ([`Admission`]).
+//! The bounded worker pool for guest I/O ([`Pool`]), and the admission of boots and builds
+//! ([`Admission`]).
 //!
-//! Submitting a job never blocks: if the queue is full, the caller gets `pool_full`. [`Pool::reserve`]
-//! takes a slot early, so that a call can be refused before it changes anything.
+//! Submitting a job never blocks: if the queue is full, the caller gets `pool_full`.
+//! [`Pool::reserve`] takes a slot early, so that a call can be refused before it changes anything.
 //!
 //! Workers are shared fairly between uids. The next job comes from the uid with the fewest running
-//! jobs, and no uid has more than [`Bounds::running_per_uid_max`] running, so one user's slow transfers
-//! never hold up those of others.
+//! jobs, and no uid has more than [`Bounds::running_per_uid_max`] running, so one user's slow
+//! transfers never hold up those of others.
 
 mod admission;
 mod job;
@@ -72,8 +73,8 @@ struct State {
 }
 
 impl State {
-    /// The queue index of the next job that may run: the oldest job of the uid with the fewest running
-    /// jobs. A cancelled job may leave the queue in any case.
+    /// The queue index of the next job that may run: the oldest job of the uid with the fewest
+    /// running jobs. A cancelled job may leave the queue in any case.
     fn next(&self, running_per_uid_max: usize) -> Option<usize> {
         let weight = |queued: &QueuedJob| if queued.cancel.is_cancelled() { 0 } else { self.running.of(queued.uid) };
         let may_run = |(_, weight): &(usize, usize)| *weight < running_per_uid_max;
@@ -151,9 +152,9 @@ impl Pool {
         Counts { running: state.running.total(), queued: state.queue.len(), places: state.places.total() }
     }
 
-    /// Accepts no more jobs and waits for the present ones. Jobs that are still queued at the deadline are
-    /// refused with `shutting_down`. Running jobs are not interrupted; fire their tokens for that. Returns
-    /// true if all jobs have ended.
+    /// Accepts no more jobs and waits for the present ones. Jobs that are still queued at the
+    /// deadline are refused with `shutting_down`. Running jobs are not interrupted; fire their
+    /// tokens for that. Returns true if all jobs have ended.
     pub fn close(&self, deadline: Instant) -> bool {
         let _waiting = region(Rank::JobWait);
         let mut state = self.shared.state.lock();
@@ -186,8 +187,8 @@ pub struct QueueSlot {
 
 impl QueueSlot {
     /// Queues the job without blocking. `label` names it in lock records and messages, for example
-    /// `workspace.prepare web`. If `cancel` fires before a worker takes the job, the job leaves the queue
-    /// and never runs; a running job has to check the token itself.
+    /// `workspace.prepare web`. If `cancel` fires before a worker takes the job, the job leaves the
+    /// queue and never runs; a running job has to check the token itself.
     pub fn submit<T: Send + 'static>(
         mut self,
         label: &str,
@@ -269,7 +270,8 @@ impl Shared {
         self.refuse(gone.into(), |_| shutting_down());
     }
 
-    /// Ends jobs that have left the queue. No lock may be held, because what they own is dropped here.
+    /// Ends jobs that have left the queue. No lock may be held, because what they own is dropped
+    /// here.
     fn refuse(&self, gone: Vec<QueuedJob>, why: fn(&QueuedJob) -> Error) {
         for queued in gone {
             let mut state = self.state.lock();

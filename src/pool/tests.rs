@@ -66,7 +66,8 @@ fn full_queue_refuses_immediately_and_frees_its_slots() {
     assert_eq!((all.kind(), all.message()), (Kind::PoolFull, "the queue for guest transfers is full (3 waiting)"));
     assert_eq!(pool.counts(), Counts { running: 1, queued: 1, places: 3 });
     drop(other);
-    // A cancelled job leaves the queue although the only worker is busy and nothing waits for the job.
+    // A cancelled job leaves the queue although the only worker is busy and nothing waits for the
+    // job.
     cancel.cancel(CancelCause::VmStopped);
     assert_eq!(pool.counts(), Counts { running: 1, queued: 0, places: 1 });
     let error = queued.wait(late()).unwrap_err();

@@ -157,8 +157,8 @@ pub(super) struct Acceptor {
     registry: Arc<Registry>,
     handler: Arc<dyn Handler>,
     stop: Cancel,
-    /// Closed for a moment when there are no descriptors left, so that a caller can be told why it
-    /// is refused.
+    /// Closed for a moment when there are no descriptors left, so that a refused caller gets an
+    /// error line.
     spare: Option<File>,
     warned_at: Option<Instant>,
 }

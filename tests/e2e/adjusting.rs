@@ -97,7 +97,7 @@ fn disks_are_limited_and_memory_comes_back() {
     // The next daemon finds it so, and what is lifted is lifted.
     host.kill_daemon();
     host.relaunch();
-    wait_for("the vm is looked at", || host.fcctl(&["vm", "balloon", "a"]).status.success().then_some(()));
+    wait_for("the VM is reconciled", || host.fcctl(&["vm", "balloon", "a"]).status.success().then_some(()));
     assert_eq!(limits(&host, "a")[0], ("root".to_owned(), 2 * MIB, 0));
     host.ok(&["vm", "set", "a", "--disk-bps", "none", "--now"]);
     assert_eq!(limits(&host, "a"), named([("root", 0, 0), ("seed", 0, 0), ("work", 0, 0)]));

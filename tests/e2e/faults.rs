@@ -214,7 +214,7 @@ fn a_stored_pid_is_somebody_elses() {
         for pid in vmm_processes(&host.state()) {
             crate::host::signal(pid, "KILL");
         }
-        wait_for("the vmm is gone", || vmm_processes(&host.state()).is_empty().then_some(()));
+        wait_for("the VMM is gone", || vmm_processes(&host.state()).is_empty().then_some(()));
         let c = rusqlite::Connection::open(&db).unwrap();
         // What else is not on the disk yet stays in the log, as after a crash.
         c.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).unwrap();

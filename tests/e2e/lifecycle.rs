@@ -168,7 +168,7 @@ fn a_daemon_that_is_killed_finishes_or_takes_back_what_it_was_at() {
     let mut host = Host::start();
     host.ok(&["vm", "create", "--name", "box"]);
     let mut start = host.spawn(&["start", "box"]);
-    wait_for("its vmm runs", || (vmm_processes(&host.state()).len() == 1).then_some(()));
+    wait_for("its VMM runs", || (vmm_processes(&host.state()).len() == 1).then_some(()));
     host.kill_daemon();
     assert_eq!(start.end().0, Some(5), "{}", start.stderr());
     host.relaunch();

@@ -212,7 +212,7 @@ fn feed(mut stdin: ChildStdin) -> std::thread::JoinHandle<()> {
 /// A VM whose VMM runs and whose guest does not answer yet.
 fn booting(host: &Host, vm: &str) -> Spawned {
     let start = host.spawn(&["start", vm]);
-    wait_for("its vmm runs", || {
+    wait_for("its VMM runs", || {
         let shown = host.json(&["vm", "show", vm]);
         (shown["state"] == "starting" && shown["pid"].is_u64()).then_some(())
     });
@@ -231,7 +231,7 @@ fn a_vm_that_boots_is_stopped_and_deleted_at_once() {
         let (answer, took) = timed(&host, method, params);
         let begun = Instant::now();
         assert!(answer["result"]["op"].is_string() && took < AT_ONCE, "{method}: {took:?} {answer}");
-        wait_for("the vmm is gone", || vmm_processes(&host.state()).is_empty().then_some(()));
+        wait_for("the VMM is gone", || vmm_processes(&host.state()).is_empty().then_some(()));
         assert!(begun.elapsed() < SOON, "{method}: {:?}", begun.elapsed());
         let status = start.end().0;
         assert!(status != Some(0) && start.stderr().contains("cancelled"), "{status:?} {}", start.stderr());

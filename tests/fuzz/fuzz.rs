@@ -1,12 +1,14 @@
-//! Fuzzes the readers of hostile bytes. `scripts/fuzz` builds and runs it; ARCHITECTURE.md says how to add a target.
+//! Fuzzes the readers of hostile bytes. `scripts/fuzz` builds and runs it; ARCHITECTURE.md says how
+//! to add a target.
 //!
 //! The loop is our own because it must run on the stable toolchain. LLVM's `sancov-module` pass
 //! counts the edges (`coverage.rs`), an input that reaches a new edge is added to the corpus, and
 //! `mutate.rs` changes a corpus entry for each execution. Without the pass the fuzzer mutates the
 //! seeds blindly. The seed alone decides a run, so it can be repeated.
 //!
-//! A target fails when it panics, allocates more than its bound, or takes more than [`EXECUTION_MAX`]. The input is then
-//! made smaller as long as it still fails, and written to a file.
+//! A target fails when it panics, allocates more than its bound, or takes more than
+//! [`EXECUTION_MAX`]. The input is then made smaller as long as it still fails, and written to a
+//! file.
 
 mod allocations;
 mod coverage;

@@ -74,7 +74,8 @@ fn list_raw(world: &World, params: &str) -> Result<Value, Failure> {
     world.client().call_raw("vm.list", &params, CALL_DEADLINE).map(|answer| serde_json::from_str(answer.get()).unwrap())
 }
 
-/// The members of `brief` are in `full` with the same values. A member that `brief` leaves out is null or false in `full`.
+/// The members of `brief` are in `full` with the same values. A member that `brief` leaves out is
+/// null or false in `full`.
 #[track_caller]
 fn assert_is_part(brief: &Value, full: &Value) {
     const MEMBERS: [&str; 11] =

@@ -138,11 +138,11 @@ impl Driver for PointDriver {
         self.0.consoles()
     }
     fn start(&self, spec: &VmmSpec, cancel: &Cancel, spawned: &mut dyn FnMut(&Identity)) -> Result<Running> {
-        self.1.pass("spawn the vmm")?;
+        self.1.pass("spawn the VMM")?;
         let mut is_dead = false;
         let running = self.0.start(spec, cancel, &mut |identity| {
             // A daemon that dies here has a process that is recorded nowhere.
-            is_dead = self.1.is_dead() || matches!(self.1.is_it("the vmm was spawned"), Some(Mode::Crash));
+            is_dead = self.1.is_dead() || matches!(self.1.is_it("the VMM was spawned"), Some(Mode::Crash));
             if !is_dead {
                 spawned(identity);
             }
@@ -156,7 +156,7 @@ impl Driver for PointDriver {
         self.0.list(tag_prefix)
     }
     fn adopt(&self, spec: &VmmSpec, identity: &Identity) -> Result<Running> {
-        self.1.reach(&format!("adopt the vmm of {}", spec.vm))?;
+        self.1.reach(&format!("adopt the VMM of {}", spec.vm))?;
         self.0.adopt(spec, identity)
     }
     fn is_alive(&self, identity: &Identity) -> bool {
@@ -172,14 +172,14 @@ impl Driver for PointDriver {
         self.0.wait_exit(identity, deadline, cancel)
     }
     fn kill(&self, identity: &Identity, deadline: Instant) -> Result<()> {
-        self.1.pass("kill the vmm")?;
+        self.1.pass("kill the VMM")?;
         self.0.kill(identity, deadline)
     }
     fn watch(&self, dir: &Path, identity: &Identity, died: fcd::vmm::Died) -> Result<()> {
         self.0.watch(dir, identity, died)
     }
     fn watch_guest(&self, dir: &Path, identity: &Identity, told: Box<dyn Fn(GuestEvent) + Send>) -> Result<()> {
-        self.1.reach(&format!("listen to the vmm in {}", dir.display()))?;
+        self.1.reach(&format!("listen to the VMM in {}", dir.display()))?;
         self.0.watch_guest(dir, identity, told)
     }
     fn set_paused(&self, dir: &Path, identity: &Identity, is_paused: bool, cancel: &Cancel) -> Result<()> {

@@ -59,7 +59,7 @@ impl Hostile {
 
     /// The current daemon dies while killing the VMM.
     fn dies_killing(&mut self) {
-        self.world.points.die_at("kill the vmm");
+        self.world.points.die_at("kill the VMM");
         self.world.daemon().reconcile();
         let points = self.world.points.clone();
         await_that("the daemon dies of ending the VMM", || points.is_dead());
@@ -199,7 +199,7 @@ struct HostileVmm {
 
 impl HostileVmm {
     fn new() -> Self {
-        Self::that_kills_at("adopt the vmm of ")
+        Self::that_kills_at("adopt the VMM of ")
     }
 
     /// Its VMM kills whoever does this, of which the VM's id is the end.
@@ -275,7 +275,7 @@ fn adoption_that_killed_three_daemons_is_not_retried() {
 /// It answers the daemon that adopts it, and kills it when that listens to what it says by itself.
 #[test]
 fn vm_that_kills_who_listens_to_it_is_left_alone_as_well() {
-    let mut hostile = HostileVmm::that_kills_at("listen to the vmm in DIR/");
+    let mut hostile = HostileVmm::that_kills_at("listen to the VMM in DIR/");
     for _ in 0..3 {
         hostile.dies_adopting();
     }

@@ -41,7 +41,8 @@ fn many(vms: usize) -> World {
     world
 }
 
-/// The sockets of watchers. One thread waits for all of them, and reads only when every one of them has something.
+/// The sockets of watchers. One thread waits for all of them, and reads only when every one of them
+/// has something.
 struct Watchers {
     epoll: Epoll,
     sockets: Vec<UnixStream>,

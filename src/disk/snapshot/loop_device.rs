@@ -1,6 +1,6 @@
-//! Creates loop devices by ioctl (include/uapi/linux/loop.h in Linux). The kernel detaches them after
-//! their last user, so that nothing is left behind if the daemon dies between two steps. `losetup`
-//! cannot create such devices.
+//! Creates loop devices by ioctl (include/uapi/linux/loop.h in Linux). The kernel detaches them
+//! after their last user, so that nothing is left behind if the daemon dies between two steps.
+//! `losetup` cannot create such devices.
 
 use crate::error::{Error, Kind, Result};
 use linux_raw_sys::loop_device::{LO_FLAGS_AUTOCLEAR, LO_FLAGS_READ_ONLY, LOOP_CONFIGURE, LOOP_CTL_GET_FREE, loop_config};
@@ -13,7 +13,8 @@ const CONTROL: &str = "/dev/loop-control";
 /// How often to try, because another process may take the free device first.
 const TRIES_MAX: u32 = 64;
 
-/// A block device for a file. The kernel removes it once this is dropped and nothing else has it open.
+/// A block device for a file. The kernel removes it once this is dropped and nothing else has it
+/// open.
 #[derive(Debug)]
 pub struct LoopDevice {
     device: File,

@@ -1,14 +1,14 @@
-//! Root disks by device-mapper: a snapshot device whose origin is the image and whose changes go to a
-//! sparse file, the store (Documentation/admin-guide/device-mapper/snapshot.rst in Linux).
+//! Root disks by device-mapper: a snapshot device whose origin is the image and whose changes go to
+//! a sparse file, the store (Documentation/admin-guide/device-mapper/snapshot.rst in Linux).
 //!
-//! The device exists while the VM runs; between two starts there is only the store. A device is named
-//! after the VM's tag, by which it is found again, and its loop devices end with it. The VMM opens a
-//! device node in the VM's directory, so that nothing depends on udev. udev is configured to ignore it,
-//! because its content belongs to a guest.
+//! The device exists while the VM runs; between two starts there is only the store. A device is
+//! named after the VM's tag, by which it is found again, and its loop devices end with it. The VMM
+//! opens a device node in the VM's directory, so that nothing depends on udev. udev is configured
+//! to ignore it, because its content belongs to a guest.
 //!
-//! The kernel invalidates a snapshot whose store is full. The store is therefore large enough for every
-//! block of the disk, and space for the guest's next writes is allocated ahead ([`reserve`]), so that a
-//! full host is noticed before the guest loses anything.
+//! The kernel invalidates a snapshot whose store is full. The store is therefore large enough for
+//! every block of the disk, and space for the guest's next writes is allocated ahead ([`reserve`]),
+//! so that a full host is noticed before the guest loses anything.
 
 mod loop_device;
 
@@ -25,8 +25,8 @@ use std::time::{Duration, Instant};
 const CHUNK_SECTORS: u64 = 8;
 const CHUNK_BYTES: u64 = CHUNK_SECTORS * SECTOR_BYTES;
 const SECTOR_BYTES: u64 = 512;
-/// A persistent store has areas of one chunk of exceptions, 16 bytes each, followed by the chunks that
-/// they describe (dm-snap-persistent.c).
+/// A persistent store has areas of one chunk of exceptions, 16 bytes each, followed by the chunks
+/// that they describe (dm-snap-persistent.c).
 const EXCEPTIONS_PER_AREA: u64 = CHUNK_BYTES / 16;
 /// How much space is allocated ahead of what the guest has written.
 pub const AHEAD_BYTES: u64 = 256 << 20;
@@ -61,7 +61,8 @@ pub struct DeviceSpec<'a> {
 pub enum Fill {
     /// How much of the store is in use.
     Used { bytes: u64 },
-    /// The snapshot is invalid, so the guest sees errors and the disk is lost. The text is the kernel's.
+    /// The snapshot is invalid, so the guest sees errors and the disk is lost. The text is the
+    /// kernel's.
     Lost(String),
 }
 
@@ -204,7 +205,8 @@ fn is_busy(e: &Error) -> bool {
     strerror::says_busy(Complaint::of(e))
 }
 
-/// The names of the snapshots that begin with `prefix`, each once even if it consists of two devices.
+/// The names of the snapshots that begin with `prefix`, each once even if it consists of two
+/// devices.
 pub fn list(prefix: &str) -> Result<Vec<String>> {
     let mut names: Vec<String> = devices()?.into_iter().map(|(name, _)| name).filter(|n| n.starts_with(prefix)).collect();
     for name in &mut names {
@@ -222,7 +224,8 @@ pub fn fill(commands: &dyn Commands, prefix: &str, cancel: &Cancel) -> Result<Ve
     Ok(text.lines().filter_map(parse_status).filter(|(name, _)| name.starts_with(prefix)).collect())
 }
 
-/// Parses `NAME: 0 131072 snapshot 8392/65536 48`. An invalid snapshot has a word instead of the numbers.
+/// Parses `NAME: 0 131072 snapshot 8392/65536 48`. An invalid snapshot has a word instead of the
+/// numbers.
 fn parse_status(line: &str) -> Option<(String, Fill)> {
     let (name, rest) = line.split_once(": ")?;
     let state = rest.split_whitespace().skip_while(|w| *w != "snapshot").nth(1)?;

@@ -1,4 +1,5 @@
-//! Whole messages and descriptors between a helper and its parent, over a pair of sequential-packet sockets.
+//! Whole messages and descriptors between a helper and its parent, over a pair of sequential-packet
+//! sockets.
 
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, recvmsg, send, sendmsg,
@@ -47,7 +48,8 @@ impl Channel {
         self.0.as_fd()
     }
 
-    /// Sends one message, whole; only the parent may send descriptors with it. `BrokenPipe` when the other side is gone.
+    /// Sends one message, whole; only the parent may send descriptors with it. `BrokenPipe` when
+    /// the other side is gone.
     pub fn send(&self, message: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&raw)];
@@ -67,8 +69,8 @@ impl Channel {
         }
     }
 
-    /// Receives one message. Descriptors in it are dropped: this is for the parent, who wants none from a helper.
-    /// `InvalidData`: it is longer than `buffer`.
+    /// Receives one message. Descriptors in it are dropped: this is for the parent, who wants none
+    /// from a helper. `InvalidData`: it is longer than `buffer`.
     pub fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
         // Without room for control data the kernel closes what descriptors come.
         let received = self.receive_message(buffer, &mut [])?;
@@ -90,8 +92,9 @@ impl Channel {
             let message = match recvmsg::<UnixAddr>(self.0.as_raw_fd(), &mut parts, control, flags) {
                 Ok(message) => message,
                 Err(nix::errno::Errno::EINTR) => continue,
-                // The other side is gone and left a message of ours unread (unix(7) does not say so). The kernel reports
-                // that once, before what the other side had sent: its last message is still to come, then the end.
+                // The other side is gone and left a message of ours unread (unix(7) does not say
+                // so). The kernel reports that once, before what the other side had sent: its last
+                // message is still to come, then the end.
                 Err(nix::errno::Errno::ECONNRESET) => continue,
                 Err(e) => return Err(e.into()),
             };

@@ -65,8 +65,8 @@ impl Asked {
         Some(Self { name: name.clone(), owner, parent: parent.parse().ok()? })
     }
 
-    /// Gives up everything that the profile does not name. To be called while there is one thread, and before anything
-    /// that a guest sent is looked at. The channel is descriptor 0.
+    /// Gives up everything that the profile does not name. To be called while there is one thread,
+    /// and before anything that a guest sent is looked at. The channel is descriptor 0.
     ///
     /// # Errors
     /// Names the step that failed. The helper must not continue then.
@@ -146,7 +146,8 @@ fn become_owner(owner: Owner) -> io::Result<()> {
         check(libc::setgroups(0, std::ptr::null()))?;
         check(libc::setresgid(owner.gid, owner.gid, owner.gid))?;
         check(libc::setresuid(owner.uid, owner.uid, owner.uid))?;
-        // The last step of a root process towards another uid takes its capabilities; make sure that there is no way back.
+        // The last step of a root process towards another uid takes its capabilities; make sure
+        // that there is no way back.
         if owner.uid != 0 && libc::setuid(0) == 0 { Err(io::Error::other("root can be regained")) } else { Ok(()) }
     }
 }
@@ -161,8 +162,8 @@ struct Ruleset {
 }
 
 const LANDLOCK_CREATE_RULESET_VERSION: libc::c_uint = 1;
-/// The accesses that each version of the interface can deny (linux/landlock.h): the file accesses up to `make_sym`, then `refer`,
-/// `truncate`, TCP, `ioctl_dev`, and the scopes.
+/// The accesses that each version of the interface can deny (linux/landlock.h): the file accesses
+/// up to `make_sym`, then `refer`, `truncate`, TCP, `ioctl_dev`, and the scopes.
 const fn deniable(version: libc::c_long, has_network: bool) -> Ruleset {
     let fs_bits = match version {
         1 => 13,
@@ -177,8 +178,8 @@ const fn deniable(version: libc::c_long, has_network: bool) -> Ruleset {
     }
 }
 
-/// A ruleset without a rule denies all that it handles. Nothing happens where the kernel has no Landlock: the system call
-/// filter denies the same by itself.
+/// A ruleset without a rule denies all that it handles. Nothing happens where the kernel has no
+/// Landlock: the system call filter denies the same by itself.
 #[allow(unsafe_code)]
 fn landlock(has_network: bool) -> io::Result<()> {
     // SAFETY: without attributes it only says which version there is.

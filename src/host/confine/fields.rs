@@ -1,4 +1,5 @@
-//! The fields of a message between a helper and its parent: fixed-width numbers, and bytes with their length before them.
+//! The fields of a message between a helper and its parent: fixed-width numbers, and bytes with
+//! their length before them.
 
 /// Appends fields to a message, which begins with a tag.
 #[derive(Debug)]
@@ -21,7 +22,8 @@ impl Writer {
         self
     }
     pub fn bytes(self, bytes: &[u8]) -> Self {
-        // Longer ones are refused where they are made; what does not fit a message is refused by the channel.
+        // Longer ones are refused where they are made; what does not fit a message is refused by
+        // the channel.
         let mut with_len = self.word(u32::try_from(bytes.len()).unwrap_or(u32::MAX));
         with_len.0.extend(bytes);
         with_len
@@ -73,7 +75,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// A text that a helper sent, for an error message: nothing in it can move a cursor or reverse the writing.
+/// A text that a helper sent, for an error message: nothing in it can move a cursor or reverse the
+/// writing.
 pub fn printable(bytes: &[u8]) -> String {
     let show = |c: char| match c {
         '"' | '\'' | '\\' => c.to_string(),

@@ -1,7 +1,8 @@
 //! The system calls that a helper may make. Every other one fails with EPERM.
 //!
-//! EPERM and not a kill: a library that tries something it can do without (a configuration file, the number of cores)
-//! then works on, and a helper that a guest has taken over gains nothing by trying.
+//! EPERM and not a kill: a library that tries something it can do without (a configuration file,
+//! the number of cores) then works on, and a helper that a guest has taken over gains nothing by
+//! trying.
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
@@ -31,11 +32,12 @@ const FCNTL: Allowed = ArgumentIn(
     &[libc::F_GETFD as u64, libc::F_SETFD as u64, libc::F_GETFL as u64, libc::F_SETFL as u64, libc::F_DUPFD_CLOEXEC as u64],
 );
 
-/// Without an address: a helper talks to whom its sockets are connected to. sendmsg(2) is not allowed at all, because it could
-/// name another address, or pass descriptors.
+/// Without an address: a helper talks to whom its sockets are connected to. sendmsg(2) is not
+/// allowed at all, because it could name another address, or pass descriptors.
 const TO_ITS_PEER: Allowed = ArgumentIn(4, &[0]);
 
-/// The calls that every helper needs: memory, time, randomness, waiting, and its descriptors. It opens nothing and makes no socket.
+/// The calls that every helper needs: memory, time, randomness, waiting, and its descriptors. It
+/// opens nothing and makes no socket.
 pub const BASE: &[Call] = &[
     Call(libc::SYS_read, Always),
     Call(libc::SYS_readv, Always),

@@ -1,16 +1,20 @@
-//! Helper processes: our own binary, started again to parse what a guest sends, with next to no rights.
+//! Helper processes: our own binary, started again to parse what a guest sends, with next to no
+//! rights.
 //!
-//! The parent calls [`spawn`] and gets a [`Helper`]: a process and a [`Channel`] to it. The new process finds out what it is
-//! with [`Asked::from_args`], gives up everything with [`Asked::confine`], and only then receives its work and its
-//! descriptors over the channel. Nothing else passes between the two.
+//! The parent calls [`spawn`] and gets a [`Helper`]: a process and a [`Channel`] to it. The new
+//! process finds out what it is with [`Asked::from_args`], gives up everything with
+//! [`Asked::confine`], and only then receives its work and its descriptors over the channel.
+//! Nothing else passes between the two.
 //!
-//! [`Asked::confine`] leaves a helper with: no descriptor but the channel and `/dev/null`; the given uid and gid and no
-//! group; a session of its own; no core dumps, limits on address space, open files and processes; no way to gain rights
-//! (no_new_privs) or to be inspected by its own uid (not dumpable); no file system and no signals to other processes
-//! (Landlock, where the kernel has it); and only the system calls of its [`Profile`] (seccomp). It dies with the thread
-//! that spawned it, so that thread must live as long as the helper is needed.
+//! [`Asked::confine`] leaves a helper with: no descriptor but the channel and `/dev/null`; the
+//! given uid and gid and no group; a session of its own; no core dumps, limits on address space,
+//! open files and processes; no way to gain rights (no_new_privs) or to be inspected by its own uid
+//! (not dumpable); no file system and no signals to other processes (Landlock, where the kernel has
+//! it); and only the system calls of its [`Profile`] (seccomp). It dies with the thread that
+//! spawned it, so that thread must live as long as the helper is needed.
 //!
-//! The parent must treat every byte from the channel as hostile: a guest may have taken the helper over.
+//! The parent must treat every byte from the channel as hostile: a guest may have taken the helper
+//! over.
 
 mod channel;
 mod enter;
@@ -47,8 +51,8 @@ const REAP_PATIENCE: Duration = Duration::from_secs(1);
 
 static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
 
-/// Makes helpers run another program than the running executable: a test's own executable is not `fcd`. The first call
-/// counts.
+/// Makes helpers run another program than the running executable: a test's own executable is not
+/// `fcd`. The first call counts.
 pub fn set_program(path: impl Into<PathBuf>) {
     let _ = PROGRAM.set(path.into());
 }
@@ -69,7 +73,8 @@ pub struct Helper {
     exit: Option<Exit>,
 }
 
-/// Starts the helper `name`. Without an owner it keeps the daemon's uid, which is right where the daemon has no privilege.
+/// Starts the helper `name`. Without an owner it keeps the daemon's uid, which is right where the
+/// daemon has no privilege.
 ///
 /// # Errors
 /// `host`: no process, descriptor or memory to be had.
@@ -78,8 +83,9 @@ pub fn spawn(name: &str, owner: Option<Owner>) -> Result<Helper> {
     let failed = |e: std::io::Error| Error::io(format!("start the helper process {name}"), e);
     let (channel, theirs) = Channel::pair().map_err(failed)?;
     let program = PROGRAM.get().map_or(Path::new(OWN_EXECUTABLE), PathBuf::as_path);
-    // No working directory, no credentials and no closure before the exec: then the standard library uses posix_spawn(3),
-    // which copies nothing of a large daemon. The new process does all this by itself.
+    // No working directory, no credentials and no closure before the exec: then the standard
+    // library uses posix_spawn(3), which copies nothing of a large daemon. The new process does all
+    // this by itself.
     let mut command = std::process::Command::new(program);
     command.arg0("fcd").env_clear().stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null()).stderr(Stdio::null());
     command.args(enter::arguments(name, owner));
@@ -128,7 +134,8 @@ impl Drop for Helper {
         if self.wait(Instant::now() + REAP_PATIENCE).is_some() {
             return;
         }
-        // A killed process that does not end is stuck in the kernel. It must not block the thread that drops this.
+        // A killed process that does not end is stuck in the kernel. It must not block the thread
+        // that drops this.
         let Ok(pidfd) = self.pidfd.try_clone() else { return };
         let _ = super::thread::spawn("reap-helper", move || reap(&pidfd));
     }

@@ -1,4 +1,5 @@
-//! Tests of what a confined process can still do: it tries, and its parent looks at it from outside.
+//! Tests of what a confined process can still do: it tries, and its parent looks at it from
+//! outside.
 
 use super::{Allowed, Asked, Call, Channel, Helper, Owner, Profile, spawn};
 use crate::host::process::Exit;

@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 const ANY: Ipv4Addr = Ipv4Addr::UNSPECIFIED;
 
-/// Sends "bad" with `bad`, and then "good" from the guest to `good_at`, where "good" must be the first
-/// to arrive.
+/// Sends "bad" with `bad`, and then "good" from the guest to `good_at`. There, "good" must be the
+/// first to arrive.
 #[track_caller]
 fn assert_dropped(guest: &Machine, bad: impl FnOnce(), good: &Udp, good_at: SocketAddr) {
     bad();

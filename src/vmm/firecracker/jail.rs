@@ -81,7 +81,7 @@ pub fn programs(config: &Config) -> Result<Programs> {
 
 /// Checks that only root can write a program that runs as root, or that root runs for others.
 fn is_roots(program: &Path) -> Result<()> {
-    // Anybody who can write a directory can replace the files in it, unless the directory is sticky.
+    // A user who can write a directory can replace the files in it, unless the directory is sticky.
     for path in program.ancestors() {
         let shown = path.display();
         let stat = std::fs::metadata(path).map_err(|e| Error::io(format!("look at {shown}"), e))?;
@@ -263,7 +263,7 @@ pub fn root(dir: &Path, program: &Path, tag: &str) -> PathBuf {
     dir.join(JAIL_DIR).join(program.file_name().unwrap_or_default()).join(tag).join(ROOT_DIR)
 }
 
-/// Checks that the file system allows device nodes and programs. The jailer puts both into the jail.
+/// Checks that the file system allows device nodes and programs, because the jail contains both.
 ///
 /// # Errors
 /// `unsupported`, with the mount that forbids it.

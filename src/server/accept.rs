@@ -23,8 +23,7 @@ const BACK_OFF_MS: u16 = 50;
 /// How often refused connections are logged. A refused caller can retry quickly.
 const WARN_EVERY: Duration = Duration::from_secs(10);
 
-/// From this many connections on, the number of connections has a peak, after which freed memory is
-/// returned to the system.
+/// A peak has at least this many connections. Freed memory is returned to the system after a peak.
 const PEAK_MIN: usize = 32;
 /// A peak is over when at most this fraction of its connections (1/8) is left.
 const PEAK_PART_LEFT: usize = 8;

@@ -61,7 +61,7 @@ mod tests {
             (format!("{RUNS}{signal}{STOPS}"), Some(Cause::Host("host-signal"))),
             (format!("{RUNS}qemu_system_shutdown_request reason=6\n{STOPS}"), Some(Cause::GuestShutdown)),
             (format!("{RUNS}qemu_system_shutdown_request reason=2\n{STOPS}"), Some(Cause::Host("host-qmp-quit"))),
-            // A pause, and a VMM that was killed.
+            // The log also shows no cause after a pause, or if the VMM was killed.
             (format!("{RUNS}vm_state_notify running 0 reason 4 (paused)\n"), None),
             (RUNS.to_owned(), None),
             (String::new(), None),

@@ -131,7 +131,7 @@ fn endless_line_is_rejected() {
     let f = fixture();
     let mut c = f.client();
     let chunk = vec![b'x'; 64 * 1024];
-    // Far more than the limit: writing fails once the server has hung up.
+    // This is far more than the limit. Writing fails once the server has hung up.
     let sent = (0..1024).take_while(|_| c.stream().write_all(&chunk).is_ok()).count();
     assert!(sent < 100, "the server read {sent} chunks of 64 KiB");
     assert_eq!(c.answer().kind(), (rpc::INVALID, "frame_too_large"));

@@ -1,4 +1,5 @@
-//! A real guest whose disks are limited, and that gives memory back and takes it again.
+//! Tests with a real guest whose disks have rate limits, and which returns memory and takes it
+//! back.
 
 use crate::host::{Host, vmm_processes, wait_for, wait_for_or};
 use serde_json::{Value, json};
@@ -8,10 +9,11 @@ use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
 
-/// What QEMU itself says. Its monitor serves one at a time: the daemon is asked nothing meanwhile.
+/// Asks QEMU itself. Its monitor serves one client at a time, so nothing is asked of the daemon
+/// meanwhile.
 fn qmp(host: &Host, vm: &str, command: &str) -> Value {
     let id = host.show(vm, "id");
-    // Longer than a socket's name may be, but for the way through this directory.
+    // The path of the socket is too long, so it is opened through this directory.
     let run = host.state().join("vms").join(id.as_str().unwrap()).join("run");
     let dir = std::fs::File::open(run).unwrap();
     let at = format!("/proc/self/fd/{}/control.sock", std::os::fd::AsRawFd::as_raw_fd(&dir));
@@ -32,7 +34,7 @@ fn qmp(host: &Host, vm: &str, command: &str) -> Value {
     ask(command)
 }
 
-/// By their nodes: bytes and operations in a second, 0 for no limit.
+/// The limits of the disks by node: bytes and operations per second, or 0 for no limit.
 fn limits(host: &Host, vm: &str) -> Vec<(String, u64, u64)> {
     let devices = qmp(host, vm, "query-block");
     let of = |device: &Value| {
@@ -52,7 +54,7 @@ fn named(all: [(&str, u64, u64); 3]) -> Vec<(String, u64, u64)> {
     all.map(|(name, bytes, ops)| (name.to_owned(), bytes, ops)).to_vec()
 }
 
-/// Past the guest's cache.
+/// Reads from a disk, bypassing the guest's cache.
 fn read_disk(host: &Host, disk: &str, bytes: u64) -> Duration {
     let begun = Instant::now();
     host.sh("a", &format!("dd if=/dev/{disk} of=/dev/null bs=64k count={} iflag=direct 2> /dev/null", bytes >> 16));
@@ -63,7 +65,7 @@ fn available_mib(host: &Host) -> u64 {
     host.sh("a", "sed -n 's/^MemAvailable: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo").trim().parse::<u64>().unwrap() >> 10
 }
 
-/// The host's memory that a process has.
+/// The resident memory of a process.
 fn resident_mib(pid: u32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
@@ -80,7 +82,8 @@ fn disks_are_limited_and_memory_comes_back() {
     let said = host.ok(&["vm", "set", "a", "--disk-bps", "2M", "--disk-iops", "none", "--now"]);
     assert_eq!(said, "a: disk 2 MiB/s, disk operations unlimited, applied now\n");
     assert_eq!(limits(&host, "a"), named([("root", 2 * MIB, 0), ("seed", 0, 0), ("work", 2 * MIB, 0)]));
-    // Each disk has its own 2 MiB in a second, of which a tenth passes at once. However slow the host is, 6 MiB take no less.
+    // Each disk has a limit of 2 MiB per second, of which a tenth passes at once. Reading 6 MiB
+    // takes at least this long on any host.
     for disk in ["vda", "vdc"] {
         let took = read_disk(&host, disk, 6 * MIB);
         assert!(took > Duration::from_millis(2700), "{disk}: {took:?}");
@@ -94,14 +97,14 @@ fn disks_are_limited_and_memory_comes_back() {
     let before = read();
     read_disk(&host, "vda", MIB);
     assert!(read() >= before + MIB);
-    // The next daemon finds it so, and what is lifted is lifted.
+    // The next daemon keeps the limits, and removing them works.
     host.kill_daemon();
     host.relaunch();
     wait_for("the VM is reconciled", || host.fcctl(&["vm", "balloon", "a"]).status.success().then_some(()));
     assert_eq!(limits(&host, "a")[0], ("root".to_owned(), 2 * MIB, 0));
     host.ok(&["vm", "set", "a", "--disk-bps", "none", "--now"]);
     assert_eq!(limits(&host, "a"), named([("root", 0, 0), ("seed", 0, 0), ("work", 0, 0)]));
-    // What user mode cannot do, and what no guest can have while it runs.
+    // User mode has no rates, and some settings cannot change while a guest runs.
     let (status, said) = host.fails(&["vm", "set", "a", "--net-rx-bps", "1M", "--now"]);
     assert!(status == 1 && said.contains("user-mode networking has no rates") && said.contains("bridge"), "{status}: {said}");
     let (status, said) = host.fails(&["vm", "set", "a", "--memory", "2G", "--now"]);
@@ -124,8 +127,9 @@ fn disks_are_limited_and_memory_comes_back() {
     wait_for_or("it takes memory again", &mut String::new(), |said| {
         (kept(said) == 1024 && available_mib(&host) + 100 > before).then_some(())
     });
-    // Memory that the guest has used and freed returns to the host by itself. Not all of it: a guest reports free blocks of
-    // 2 MiB only, and one page still in use keeps its whole block back.
+    // Memory that the guest has used and freed is returned to the host, but not all of it: a guest
+    // reports
+    // only free blocks of 2 MiB, and one page in use keeps its whole block.
     let vmm_mib = || vmm_processes(&host.state()).iter().map(|pid| resident_mib(*pid)).sum::<u64>();
     host.sh("a", "head -c 400M /dev/zero > /dev/shm/used");
     let used = vmm_mib();

@@ -1,6 +1,7 @@
-//! The test host: a VM of ours that is a host itself, with what this one's kernel does not have: device-mapper, and a
-//! virtualisation that runs stock kernels (KVM nested in the emulated processor). The built programs and the tests go into it as
-//! they are. It takes longest, so its name comes first.
+//! The test host: one of our VMs that is a host itself, with things that this host's kernel may
+//! lack. It has device-mapper, and a virtualisation that runs stock kernels (KVM nested in the
+//! emulated processor). The built programs and the tests are copied into it unchanged. It takes
+//! longest, so its name comes first.
 
 use crate::host::{FCCTL, FCD, Host, cached_image, image};
 use std::path::{Path, PathBuf};
@@ -9,13 +10,14 @@ use std::process::Command;
 const NAME: &str = "test-host";
 const PACKAGES: [&str; 8] =
     ["dmsetup", "qemu-system-x86", "qemu-utils", "nftables", "iproute2", "lz4", "procps", "openssh-client"];
-/// One with a service manager in it, which is not its first process: that takes a minute under emulation, or several.
+/// A host that runs a service manager, though not as its first process. Starting that takes a
+/// minute or more under emulation.
 const NAME_WITH_SYSTEMD: &str = "systemd-host";
 const SYSTEMD: [&str; 3] = ["systemd", "systemd-resolved", "dbus"];
-/// Where everything is in it; VMMs of other uids reach it.
+/// The directory for everything in the test host. VMMs with other uids can reach it.
 pub const PLACE: &str = "/srv/f";
-/// For what runs in there: emulation makes it some twenty times slower.
-const PATIENCE_S: u32 = 600;
+/// How long a command in the test host may take. Emulation makes it about twenty times slower.
+const DEADLINE_S: u32 = 600;
 
 pub struct TestHost(Host);
 
@@ -35,14 +37,14 @@ impl TestHost {
         host
     }
 
-    /// A line of shell, with our programs in its PATH and the daemon's socket in its environment.
+    /// Runs a line of shell, with our programs in PATH and the daemon's socket in the environment.
     #[track_caller]
     pub fn sh(&self, line: &str) -> String {
         let script = format!("export PATH={PLACE}/bin:$PATH FCD_SOCKET={PLACE}/fcd.sock; cd {PLACE}; {line}");
-        self.0.ok(&["exec", NAME, "--", "timeout", &PATIENCE_S.to_string(), "bash", "-ec", &script])
+        self.0.ok(&["exec", NAME, "--", "timeout", &DEADLINE_S.to_string(), "bash", "-ec", &script])
     }
 
-    /// What a shell here writes goes to a shell there.
+    /// Pipes the output of a shell here to a shell in the test host.
     pub fn pipe(&self, from: &str, to: &str) {
         let socket = self.0.socket();
         let line = format!("{from} | '{FCCTL}' --socket '{}' exec -i {NAME} -- sh -ec '{to}'", socket.display());
@@ -60,7 +62,8 @@ impl TestHost {
     }
 
     pub fn bring_image(&self) {
-        // A copy of our own: tests beside this one link and unlink the image's file, which tar takes for a change.
+        // Copy the image, because other tests link and unlink its file, which tar reports as a
+        // change.
         let dir = tempfile::tempdir().unwrap();
         let status = Command::new("cp").args(["-r", "--sparse=always"]).arg(image()).arg(dir.path()).status();
         assert!(status.unwrap().success(), "cp {}", image().display());
@@ -70,11 +73,11 @@ impl TestHost {
     }
 
     fn start_daemon(&self) {
-        // Not tried out: that takes its time under emulation, and must not decide otherwise once in a while.
+        // Not probed, because that is slow under emulation and might decide otherwise now and then.
         self.start_daemon_with("[disk]\ndriver = \"dm-snapshot\"\n[qemu]\naccel = \"kvm\"\n");
     }
 
-    /// With this configuration.
+    /// Starts a daemon with this configuration.
     pub fn start_daemon_with(&self, config: &str) {
         self.sh(&format!(
             "cat > config.toml <<'END'
@@ -84,7 +87,7 @@ impl TestHost {
         ));
     }
 
-    /// Devices that are ours, and loop devices.
+    /// Our devices, and loop devices.
     pub fn devices(&self) -> String {
         self.sh("dmsetup ls | grep -v '^No devices' || true; losetup --noheadings --list")
     }
@@ -100,7 +103,7 @@ impl Drop for TestHost {
     }
 }
 
-/// The integration tests' binary, as it is built here.
+/// The binary of the integration tests, as built here.
 fn integration_tests() -> PathBuf {
     let args = ["test", "--locked", "--features", "fakes", "--test", "it", "--no-run", "--message-format=json", "--quiet"];
     let out = Command::new(env!("CARGO")).args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap();
@@ -119,12 +122,12 @@ fn root_disks_are_snapshots_in_a_test_host() {
     host.start_daemon();
     data_is_kept_and_the_disk_grows(&host);
     a_daemon_that_is_killed_finds_its_guest(&host);
-    a_guest_stands_still_before_the_host_is_full(&host);
+    guest_is_paused_before_host_disk_is_full(&host);
     a_device_in_use_is_waited_for(&host);
     assert_eq!(host.sh("fcctl doctor --leaks"), "fcd has left nothing behind on this host\n");
 }
 
-/// The integration test of this name, with root disks on real devices.
+/// Runs the integration test with this name, with root disks on real devices.
 fn fake_vmms(host: &TestHost, test: &str) {
     let ran = host.sh(&format!("FCD_TEST_DM_SNAPSHOT=1 it --include-ignored --nocapture --exact {test}"));
     assert!(ran.contains("1 passed"), "{ran}");
@@ -163,9 +166,10 @@ fn a_daemon_that_is_killed_finds_its_guest(host: &TestHost) {
     assert_eq!(host.sh("fcctl exec a -- cat /root/kept"), "kept\n");
 }
 
-/// The room for what a guest writes next is allocated ahead; where there is none it is paused, and has lost nothing.
-fn a_guest_stands_still_before_the_host_is_full(host: &TestHost) {
-    // Root's reserve counts: the daemon is root there.
+/// Room for a guest's next writes is allocated ahead. If there is none, the guest is paused and
+/// loses nothing.
+fn guest_is_paused_before_host_disk_is_full(host: &TestHost) {
+    // The daemon is root there, so it can use root's reserve.
     host.sh("free=$(stat -f -c %f .); fallocate -l $(((free - 8192) * $(stat -f -c %S .))) fill; df .");
     host.sh("fcctl exec a -- sh -c 'dd if=/dev/urandom of=/root/more bs=1M count=60; sync' & \
              until fcctl vm show a | grep -q 'disk is full'; do sleep 0.2; done; kill %1 || true; rm fill");
@@ -174,7 +178,7 @@ fn a_guest_stands_still_before_the_host_is_full(host: &TestHost) {
     assert!(!host.sh("dmsetup status").contains("Invalid"));
 }
 
-/// Somebody looks at the device when it should go.
+/// Something has the device open when it should be removed.
 fn a_device_in_use_is_waited_for(host: &TestHost) {
     host.sh("exec 9< $(echo state/vms/*/disk)
              fcctl rm -f a 9<&- & until ! pgrep -x qemu-system-x86 > /dev/null; do sleep 0.1; done
@@ -183,7 +187,7 @@ fn a_device_in_use_is_waited_for(host: &TestHost) {
     assert_eq!(host.sh("fcctl ps -aq"), "");
 }
 
-/// systemd in process, mount and control group namespaces of its own.
+/// Starts systemd in process, mount and control group namespaces of its own.
 const START_SYSTEMD: &str = r#"
     mkdir /sys/fs/cgroup/services
     cat > systemd.sh <<'END'
@@ -197,7 +201,7 @@ END
     do sleep 0.5; done
     echo "nsenter -t $pid -a \"\$@\"" > in-systemd"#;
 
-/// On a host with systemd-resolved `.vm` goes to the bridge, and nothing else does.
+/// On a host with systemd-resolved, queries for `.vm` go to the bridge, and no others do.
 fn names_by_resolved(host: &TestHost, systemd: &dyn Fn(&str) -> String) {
     host.sh(
         "chmod 666 /dev/net/tun; printf '[network]\\ndriver = \"bridge\"\\n[qemu]\\naccel = \"kvm\"\\n' > /etc/fcd/config.toml",
@@ -215,7 +219,7 @@ fn names_by_resolved(host: &TestHost, systemd: &dyn Fn(&str) -> String) {
     systemd("fcctl rm -f named");
 }
 
-/// The unit's promise: a stop, a restart, an upgrade and a crash of the daemon cost no VM anything.
+/// The unit's promise: a stop, a restart, an upgrade or a crash of the daemon does not affect VMs.
 #[test]
 #[ignore = "minutes: scripts/test --long"]
 fn vms_outlive_what_systemd_does_to_the_unit() {
@@ -245,7 +249,7 @@ fn vms_outlive_what_systemd_does_to_the_unit() {
              until now=$(systemctl show -P MainPID fcd) && [ $now != 0 ] && [ $now != $before ]; do sleep 0.2; done",
     );
     is_same("a crash, after which systemd starts it again");
-    // What it refuses is not tried again and again.
+    // A configuration that it refuses is not retried in a loop.
     systemd(
         "systemctl stop fcd; echo nonsense > /etc/fcd/config.toml; systemctl start fcd || true
              until systemctl is-failed -q fcd; do sleep 0.2; done; systemctl show -P NRestarts fcd | grep -qx 0",

@@ -1,4 +1,5 @@
-//! Trees that take a minute each under software emulation. Named so that they begin first: last, they would run alone.
+//! Tests with trees that take a minute each under software emulation. The module's name makes them
+//! begin first, because at the end they would run alone.
 
 use crate::host::Host;
 use crate::tree::Site;
@@ -7,7 +8,7 @@ use std::os::unix::fs::FileExt;
 
 const MIB: u64 = 1 << 20;
 
-/// 300 MiB in one file, and holes.
+/// 300 MiB in one file with holes.
 #[test]
 fn a_large_file_and_holes_arrive_as_they_are() {
     let host = Host::start();

@@ -1,5 +1,5 @@
-//! VMs on the bridge. The host's side is a network namespace of the test's thread and of what it starts, the world outside is
-//! another; both go with the test.
+//! Tests of VMs on the bridge. The host's side is a network namespace of the test's thread and its
+//! children, and the world outside is another one. Both disappear with the test.
 
 use crate::host::{self, Host, wait_for};
 use crate::tree::Site;
@@ -12,7 +12,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 const OUTSIDE: &str = "192.0.2.1";
-/// The host's address towards the outside.
+/// The host's address on the outside network.
 const HOST: &str = "192.0.2.2";
 const GATEWAY: &str = "10.89.0.1";
 const PORT: u16 = 9000;
@@ -28,11 +28,11 @@ fn own_namespace() -> File {
     File::open("/proc/thread-self/ns/net").unwrap()
 }
 
-/// From here on this thread is in a namespace that has the outside for a neighbour, and a server that anybody who reaches it
-/// may ask who it is. Both namespaces have one: `who` there tells them apart.
+/// Moves this thread into a network namespace next to another one, which is the outside. A server
+/// in each namespace answers `who` with the name of its side.
 pub fn enter_a_host_with_an_outside() {
     assert!(nix::unistd::geteuid().is_root(), "makes network namespaces: run the tests as root");
-    // Made of packages, which only the world outside of the test has.
+    // The image is built from packages, which can be downloaded only from the original namespace.
     host::image();
     let outside = std::thread::spawn(|| {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
@@ -40,7 +40,8 @@ pub fn enter_a_host_with_an_outside() {
     });
     let outside = outside.join().unwrap();
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
-    // As udev makes it on every Debian (50-udev-default.rules); where there is no udev it is root's alone.
+    // udev creates it with this mode on Debian (50-udev-default.rules). Without udev only root
+    // could open it.
     sh("mount --make-rprivate /; mkdir -p /dev/net; mount -t tmpfs fcd-test /dev/net; mknod -m 666 /dev/net/tun c 10 200");
     let ns = format!("/proc/{}/fd/{}", std::process::id(), outside.as_raw_fd());
     sh(&format!(
@@ -52,7 +53,8 @@ pub fn enter_a_host_with_an_outside() {
     serve(Some(outside), "the outside");
 }
 
-/// Tells each caller where it is, and where it saw them come from. Ends with the process, as the namespace does.
+/// Answers each caller with the name of this side and the caller's address. Ends with the process,
+/// like the namespace.
 fn serve(there: Option<File>, who: &'static str) {
     let (ready, is_ready) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
@@ -69,20 +71,20 @@ fn serve(there: Option<File>, who: &'static str) {
     is_ready.recv().unwrap();
 }
 
-/// What a guest gets from this address: nothing within a moment is a "no".
+/// What a guest receives from this address. None if nothing arrives within a moment.
 fn ask(host: &Host, vm: &str, address: &str, port: u16) -> Option<String> {
     let script = format!("timeout 5 bash -c 'exec 3<>/dev/tcp/{address}/{port} && head -n 1 <&3' || echo no");
     Some(host.sh(vm, &script).trim().to_owned()).filter(|said| said != "no")
 }
 
-/// The taps of VMs and the addresses that are let through.
+/// The numbers of VMs' taps and of addresses that may reach the outside.
 pub fn on_the_bridge() -> (usize, usize) {
     let taps = sh("ip -o link show master fcbr0 | wc -l").trim().parse().unwrap();
     let elements = sh("nft list ruleset | grep -o '\"fc[0-9a-f]*-[0-9]*\" \\. ' | wc -l").trim().parse().unwrap();
     (taps, elements)
 }
 
-/// The ports of the host that lead to a VM.
+/// The number of published ports.
 pub fn published() -> usize {
     sh("nft list ruleset | grep -o 'comment \"fc-' | wc -l").trim().parse().unwrap()
 }
@@ -103,7 +105,8 @@ fn guests_reach_what_they_may_and_nothing_else() {
     assert_eq!(on_the_bridge(), (3, 3));
     let (a, b) = (address(&host, "a"), address(&host, "b"));
 
-    // Outwards, and nowhere else. The host's server does answer, to the host.
+    // The guest reaches the outside and nothing else. The host's server does answer the host
+    // itself.
     for at in [GATEWAY, HOST] {
         assert!(sh(&format!("bash -c 'head -n 1 </dev/tcp/{at}/{PORT}'")).starts_with("the host sees "));
     }
@@ -116,7 +119,7 @@ fn guests_reach_what_they_may_and_nothing_else() {
     assert_eq!(host.sh("cut-off", "hostname").trim(), "cut-off");
     assert_eq!(host.show("cut-off", "net"), "none");
 
-    // Inwards by the ports that were asked for.
+    // From outside, only published ports are reachable.
     let ssh_of_a = |at: &str| {
         let line = format!("timeout 60 bash -c 'head -n 1 </dev/tcp/{at}'");
         Command::new("sh").args(["-c", &line]).output().unwrap().stdout.starts_with(b"SSH-2.0")
@@ -126,7 +129,7 @@ fn guests_reach_what_they_may_and_nothing_else() {
     assert_eq!(published(), 2);
     assert_eq!(ask(&host, "b", GATEWAY, 1023), None, "another guest");
 
-    // What it uses: it has received and sent by now, and computes when it is told to.
+    // Statistics: it has sent and received data by now, and uses its CPU when asked to.
     let stats = |what: &str| host.json(&["vm", "stats", "a"])[0][what].as_u64().unwrap();
     let (sent, cpu) = (stats("net_sent_bytes"), stats("cpu_ns"));
     assert!(sent > 0 && stats("net_received_bytes") > 0 && stats("memory_bytes") > 32 << 20);
@@ -135,8 +138,9 @@ fn guests_reach_what_they_may_and_nothing_else() {
     let shown = host.ok(&["vm", "stats"]);
     assert!(shown.lines().count() == 4 && shown.contains('%'), "{shown}");
 
-    // What it may send and receive: more is dropped, whoever runs the daemon meanwhile. Of five MiB 1.25 pass at once; the others take
-    // no less, however slow the host is.
+    // Rates: packets above them are dropped, also after a restart of the daemon. Of five MiB, 1.25
+    // pass at once, and the
+    // rest takes at least this long on any host.
     let rates = || {
         sh(
             "nft list table bridge fcd_$(nft list tables | sed -n 's/^table bridge fcd_//p') | grep -c 'limit rate over 1 mbytes/second burst' || true",
@@ -166,14 +170,14 @@ fn guests_reach_what_they_may_and_nothing_else() {
     assert_eq!(rates(), "0\n");
     feed(&host);
 
-    // Names.
+    // Name resolution.
     let resolved = |vm: &str, name: &str| host.sh(vm, &format!("getent ahostsv4 {name} | cut -d' ' -f1 | head -n 1"));
     assert_eq!(resolved("a", "b.vm").trim(), b);
     assert_eq!(resolved("b", "A.VM").trim(), a);
     assert_eq!(resolved("a", "nobody.vm").trim(), "");
     assert_eq!(host.sh("a", &format!("getent hosts {b} | tr -s ' '")).trim(), format!("{b} b.vm"));
 
-    // A tree there and back.
+    // A tree is copied to the guest and back.
     {
         let site = Site::unborn(&host, "a", "tree");
         site.write("greeting", "hello\n");
@@ -184,7 +188,7 @@ fn guests_reach_what_they_may_and_nothing_else() {
         assert!(String::from_utf8_lossy(&patch).contains("+hello, bridge"));
     }
 
-    // What others break is mended, and a daemon that is killed leaves the guests where they were.
+    // Rules that others delete are restored, and killing the daemon does not affect guests.
     host.kill_daemon();
     sh("nft flush ruleset");
     host.relaunch();
@@ -195,7 +199,7 @@ fn guests_reach_what_they_may_and_nothing_else() {
     assert_eq!(address(&host, "a"), a);
     assert_eq!(host.json(&["doctor", "--leaks"]).as_array().map(Vec::len), Some(0));
 
-    // Nothing stays of a VM that is stopped, and it has its address again.
+    // Nothing is left of a stopped VM, and it gets the same address again.
     host.ok(&["stop", "a"]);
     assert_eq!(on_the_bridge(), (2, 2));
     assert!(!here());
@@ -232,7 +236,7 @@ fn a_boot_that_is_cut_off_leaves_no_tap() {
     assert_eq!(host.sh("b", "echo up").trim(), "up");
 }
 
-/// A second daemon on this host, with its state in `name` beside the first one's.
+/// Starts a second daemon on this host, with its state in `name` next to that of the first one.
 fn start_beside(host: &Host, name: &str) -> std::process::Child {
     let at = |file: &str| host.path().join(format!("{name}{file}"));
     let config = "[network]\ndriver = \"bridge\"\nbridge = \"fcbr9\"\nsubnet = \"10.99.0.0/24\"\n[qemu]\nuid_base = 700000\nuid_count = 100\n";
@@ -257,12 +261,12 @@ fn what_a_gone_installation_has_left_is_named_and_removed_and_a_live_one_stays()
     enter_a_host_with_an_outside();
     let mut host = Host::with_config("[network]\ndriver = \"bridge\"\n");
     host.boot("a");
-    // It sweeps at its start, and then not for a minute.
+    // It sweeps when it starts, and then not for a minute.
     host.kill_daemon();
     host.relaunch();
     let links = || sh("ip -o link show type bridge | cut -d: -f2; nft list tables");
     let ours = links();
-    // Its status says whether there are some.
+    // The exit status says whether there are leaks.
     let leaks = |args: &[&str]| String::from_utf8(host.fcctl(&[&["doctor", "--leaks"], args].concat()).stdout).unwrap();
     const NONE: &str = "fcd has left nothing behind on this host\n";
     let mut second = start_beside(&host, "second");
@@ -270,7 +274,7 @@ fn what_a_gone_installation_has_left_is_named_and_removed_and_a_live_one_stays()
     let both = links();
     assert!(both.contains("fcbr9") && both != ours, "{both}");
     assert_eq!(leaks(&[]), NONE, "it runs");
-    // Its directory is gone under it.
+    // Remove the directory of a running daemon.
     std::fs::rename(&state, host.path().join("aside")).unwrap();
     assert_eq!(leaks(&[]), NONE, "it still runs");
     second.kill().unwrap();
@@ -286,7 +290,8 @@ fn what_a_gone_installation_has_left_is_named_and_removed_and_a_live_one_stays()
     assert_eq!(links(), both, "naming it changes nothing");
     leaks(&["--fix", "--yes"]);
     assert_eq!((links(), leaks(&[]).as_str()), (ours.clone(), NONE));
-    // Another daemon's start does it by itself, also where the directory has become another installation's.
+    // Another daemon's start removes leaks on its own, also if another installation uses the
+    // directory now.
     for _ in 0..2 {
         let mut second = start_beside(&host, "second");
         second.kill().unwrap();
@@ -294,7 +299,7 @@ fn what_a_gone_installation_has_left_is_named_and_removed_and_a_live_one_stays()
         std::fs::remove_dir_all(&state).unwrap();
     }
     let mut third = start_beside(&host, "second");
-    // Its bridge has the name of the one that they had.
+    // Its bridge has the same name as theirs.
     assert_eq!(sh("nft list tables | grep -c fcd_").trim(), "4", "two of each daemon that runs");
     third.kill().unwrap();
     third.wait().unwrap();

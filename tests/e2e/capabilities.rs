@@ -1,4 +1,5 @@
-//! What a guest has beyond its disk and its network, in user mode: ports, a work disk, files of the host's.
+//! Tests of what a guest has in addition to its disk and its network, in user mode: ports, a work
+//! disk, and files of the host.
 
 use crate::host::{Host, text, wait_for};
 use std::io::Read;
@@ -7,7 +8,8 @@ use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What a server says first. In user mode a port that the guest does not serve is accepted all the same, and then closed.
+/// Returns the first line that a server sends. In user mode a port that the guest does not serve
+/// accepts connections, and closes them.
 fn banner(at: &str) -> Option<String> {
     let mut stream = TcpStream::connect(at.parse::<SocketAddr>().unwrap()).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -16,7 +18,7 @@ fn banner(at: &str) -> Option<String> {
     Some(String::from_utf8_lossy(&said).into_owned())
 }
 
-/// Whether this process comes to rest: two looks in a row without CPU time between them.
+/// True if this process has come to rest: it uses no CPU time between two looks.
 fn is_idle(pid: u64) -> bool {
     let ticks = || {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
@@ -52,7 +54,8 @@ fn a_guest_has_its_ports_its_work_disk_and_the_hosts_files() {
     assert!(ssh.starts_with("127.0.0.1:") && !ssh.ends_with(":0"), "{ports}");
     assert!(lines.next().unwrap().starts_with("7000/udp -> 0.0.0.0:"), "{ports}");
 
-    // A program of the host's that has the port is named, and the VM starts when it is gone.
+    // If a program on the host uses the port, the error names it. The VM starts once the program
+    // has exited.
     let listener = TcpListener::bind(&ssh).unwrap();
     let (status, said) = host.fails(&["start", "a"]);
     assert!(status == 4 && said.contains(&ssh) && said.contains("ss -tanp"), "{status}: {said}");
@@ -60,7 +63,7 @@ fn a_guest_has_its_ports_its_work_disk_and_the_hosts_files() {
     host.ok(&["start", "a"]);
     assert_eq!(banner(&ssh).as_deref(), Some("SSH-2.0"));
 
-    // The disk: the guest's own, of the size asked for, and kept over a stop.
+    // The work disk belongs to this guest, has the requested size, and is kept over a stop.
     let size: u64 = host.sh("a", "df --output=size -BM /work | tail -n 1 | tr -d ' M'").trim().parse().unwrap();
     assert!((1800..=2048).contains(&size), "{size} MiB");
     assert_eq!(
@@ -69,7 +72,7 @@ fn a_guest_has_its_ports_its_work_disk_and_the_hosts_files() {
     );
     host.sh("a", "echo kept > /work/file; cat /sys/block/vd?/serial > /work/disks");
     assert_eq!(host.sh("a", "cat /work/disks"), "rootseedwork");
-    // It stands still and goes on; what it was at is where it was.
+    // The guest is paused and resumed, and its process continues where it was.
     host.sh(
         "a",
         "nohup sh -c 'while :; do echo tick; usleep 100000 2>/dev/null || sleep 0.1; done' > /root/ticks 2>&1 & echo begun",
@@ -82,10 +85,10 @@ fn a_guest_has_its_ports_its_work_disk_and_the_hosts_files() {
     assert_eq!(host.ok(&["vm", "resume", "a"]), "a: running\n");
     let ticks = || host.sh("a", "wc -l < /root/ticks").trim().parse::<u64>().unwrap();
     let before = ticks();
-    wait_for("it goes on", || (ticks() > before).then_some(()));
+    wait_for("the guest continues", || (ticks() > before).then_some(()));
     host.ok(&["vm", "pause", "a"]);
 
-    // A second VM gets no port of the first one's.
+    // A second VM cannot get a port of the first one.
     let (status, said) = host.fails(&["vm", "create", "--name", "b", "-p", &format!("{}:22", &ssh["127.0.0.1:".len()..])]);
     assert!(status == 4 && said.contains("another VM"), "{status}: {said}");
 
@@ -98,7 +101,7 @@ fn a_guest_has_its_ports_its_work_disk_and_the_hosts_files() {
     assert_eq!(host.sh("a", "cat /work/file /root/.config/tool/ca.crt"), "kept\nanother\n");
     assert_eq!(banner(&ssh).as_deref(), Some("SSH-2.0"));
 
-    // A file that is gone fails the start by its name, and doctor says so.
+    // A missing file makes the start fail with its name, and `doctor` reports it.
     host.ok(&["stop", "a"]);
     std::fs::remove_file(&file).unwrap();
     let (status, said) = host.fails(&["start", "a"]);

@@ -1,4 +1,5 @@
-//! A tree goes into a guest: every byte, mode and link, and git's view of it; and it goes again.
+//! Tests of copying a tree into a guest with every byte, mode and link and git's view of it, and of
+//! copying it again.
 
 use crate::host::{FCCTL, Host, text};
 use crate::tree::Site;
@@ -38,7 +39,7 @@ fn every_kind_of_name_and_file(host: &Host) {
         site.write(format!("in {name}/{name}"), name);
     }
     site.write(b"raw\xff\xfe\x01", b"\0\xff");
-    site.write(b"dir\xe9/raw\x80", "in a directory that is no UTF-8");
+    site.write(b"dir\xe9/raw\x80", "in a directory whose name is not UTF-8");
     site.write("n".repeat(255), "long");
     site.write("é".repeat(127) + "/" + &"m".repeat(255), "long in long");
     site.write("directory-name/".repeat(200) + "deep", "3,004 bytes");
@@ -60,13 +61,14 @@ fn every_kind_of_name_and_file(host: &Host) {
     site.assert_same_tree();
     site.assert_same_status();
     assert!(site.said_in_guest("ls -d nothing 2>&1 || true").contains("No such file"), "git sees no empty directories");
-    // And all the way back.
+    // Copy all of it back.
     let back = site.beside("back");
     site.export(&["--tree", back.to_str().unwrap()]);
     site.assert_is_guests(&back);
 }
 
-/// Staged, unstaged, both, renamed, deleted, intended, untracked, ignored, ignored but tracked.
+/// Files that are staged, unstaged, both, renamed, deleted, intended, untracked, ignored, and
+/// ignored but tracked.
 fn a_repository_with_everything_at_once(host: &Host) {
     let site = Site::unborn(host, "box", "dirty");
     site.write(".gitignore", "*.o\nbuild/\n");
@@ -103,7 +105,7 @@ fn a_repository_with_everything_at_once(host: &Host) {
         assert!(status.contains(line), "{line:?} in {status}");
     }
     site.assert_same_output("git diff; git diff --cached; git log --format='%H %an %s'; git symbolic-ref HEAD");
-    // What git ignores has stayed; without it the trees are the same.
+    // Ignored files have been kept. Without them the trees are equal.
     site.git(&["clean", "-fdXq"]);
     site.assert_same_tree();
     site.in_guest("git fsck --strict --no-dangling; git add -A; git commit -qm 'in the guest'; test -z \"$(git status -s)\"");
@@ -184,7 +186,7 @@ fn a_second_prepare(host: &Host) {
         assert_eq!(said.lines().filter(|l| l.trim_start_matches("fcctl: ").trim() == name).count(), 1, "{name} in {said}");
     }
     assert!(said.contains("kept 4 files") && said.contains("--overwrite"), "{said}");
-    // What only the guest has stays, too.
+    // Files that only the guest has are kept as well.
     let now = "cat host-edits guest-edits both-edit host-new guest-new; ls -d host-deletes guest-deletes dir 2>/dev/null || true";
     assert_eq!(site.said_in_guest(now), "edited on the host\nguest\nguest\nnew\nguest\n");
     assert_eq!(
@@ -241,7 +243,7 @@ fn nothing_of_a_hostile_repository_runs(host: &Host) {
         site.git(&["config", key, evil]);
     }
     site.write("a", "touched, so that its filter would be asked\n");
-    // The trap is armed: git itself, as the user runs it, falls into it.
+    // Check that the trap works: git itself, run by the user, triggers it.
     let _ = fs::remove_file(&canary);
     let _ = Command::new("timeout").args(["10", "git", "status"]).current_dir(site.root()).output().unwrap();
     assert!(canary.exists(), "the hostile repository runs nothing at all");
@@ -274,7 +276,7 @@ fn readonly(host: &Host) {
     site.assert_same_tree();
 }
 
-/// A shell line on the host in which `$FCCTL` is this host's.
+/// Runs a line of shell on the host, in which `$FCCTL` is this host's fcctl.
 #[track_caller]
 fn pipeline(site: &Site, script: &str) {
     let fcctl = format!("'{FCCTL}' --socket '{}'", site.host.socket().display());

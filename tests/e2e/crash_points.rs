@@ -1,12 +1,13 @@
-//! The daemon is killed at points of its operations with real guests on a bridge that have ports and work disks: `it` `crash::` goes
-//! through all of them with guests that are none. Numbers as in the list of faults.
+//! Kills the daemon at points of its operations, with real guests on a bridge that have ports and
+//! work disks. `it` `crash::` covers all points with fake guests. The numbers are those of the list
+//! of faults.
 
 use crate::bridge::{enter_a_host_with_an_outside, on_the_bridge, published};
 use crate::host::{Host, wait_for};
 
 /// More points than any operation has.
 const POINTS_MAX: u64 = 100;
-/// Between two points that are tried; all of them are with `--long`.
+/// The distance between two points that are tried. With `--long` all of them are.
 const STEP: u64 = 6;
 
 /// fcctl's exit status when the daemon hangs up.
@@ -15,7 +16,7 @@ const UNREACHABLE: i32 = 5;
 #[derive(Default, Debug)]
 struct Figures {
     points: u64,
-    /// Whose guest ran on.
+    /// How many guests kept running.
     survived: u64,
 }
 
@@ -28,7 +29,7 @@ struct Operation {
     args: &'static [&'static str],
     before: &'static str,
     after: &'static str,
-    /// In which the VM may be found as well when it was cut off.
+    /// The state in which an interrupted operation may also leave the VM.
     between: &'static str,
 }
 
@@ -52,7 +53,7 @@ impl Trial<'_> {
         })
     }
 
-    /// Its disk has a mark, and it runs or is stopped.
+    /// Brings the VM into its initial state, running or stopped, with a mark on its disk.
     fn set_the_scene(&self) {
         if self.state() == "gone" {
             self.host.ok(&["vm", "create", "--name", "web", "-p", "1022:22", "--work-disk", "64M"]);
@@ -63,7 +64,8 @@ impl Trial<'_> {
         self.host.ok(&[verb, "web"]);
     }
 
-    /// False: the operation has fewer points.
+    /// Runs the operation once with the daemon dying at point `n`. Returns false if it has fewer
+    /// points.
     fn at_point(&mut self, n: u64, figures: &mut Figures) -> bool {
         self.set_the_scene();
         let pid = self.host.show("web", "pid");
@@ -79,7 +81,7 @@ impl Trial<'_> {
         self.host.relaunch();
         let at = format!("{args:?}, killed at point {n}");
         let state = self.state();
-        // I5: what was acknowledged is there.
+        // I5: what was acknowledged has happened.
         let may_be = if ended.status.success() { vec![after] } else { vec![before, after, between] };
         assert!(may_be.contains(&state.as_str()), "{at}: {ended:?}, and it is {state}");
         // I1 and I2.
@@ -94,7 +96,7 @@ impl Trial<'_> {
             self.host.ok(&["snapshot", "delete", snapshot["id"].as_str().unwrap()]);
         }
         if state != "gone" {
-            // I6, on the same disks.
+            // I6: the same disks are used.
             self.host.ok(&["start", "web"]);
             assert_eq!(self.host.sh("web", "cat /root/mark /work/mark"), "kept\nkept\n", "{at}");
         }
@@ -108,7 +110,7 @@ fn go_through(step: u64) {
     let mut figures = Figures::default();
     for operation in &OPERATIONS {
         let mut trial = Trial { host: &mut host, operation };
-        // From the first on: a guest outlives the first one of `vm set` for certain.
+        // Begin with the first point: a guest certainly survives that of `vm set`.
         let mut points = (1..POINTS_MAX).step_by(usize::try_from(step).unwrap());
         assert!(points.any(|n| !trial.at_point(n, &mut figures)), "{:?} has more than {POINTS_MAX} points", operation.args);
     }

@@ -1,9 +1,10 @@
-//! The ways in which a root disk comes from an image, with real guests; device-mapper's is shown in the test host.
+//! Tests of the ways to make a root disk from an image, with real guests. The test host covers
+//! device-mapper.
 
 use crate::host::Host;
 use std::os::unix::fs::MetadataExt;
 
-/// Written, kept over a stop, and on a disk that has grown meanwhile.
+/// Data is kept over a stop, on a disk that has grown in the meantime.
 fn keeps_its_data_and_grows(host: &Host, method: &str) {
     host.boot("a");
     assert_eq!(host.show("a", "disk_driver"), method);
@@ -17,7 +18,7 @@ fn keeps_its_data_and_grows(host: &Host, method: &str) {
 }
 
 fn root_disk_check(host: &Host) -> (String, String) {
-    // It fails where a check does.
+    // `doctor` exits with a failure if a check fails, so ignore its status.
     let checks: serde_json::Value = serde_json::from_slice(&host.fcctl(&["--json", "doctor"]).stdout).unwrap();
     let check = checks["checks"].as_array().unwrap().iter().find(|c| c["id"] == "root-disk").unwrap();
     (check["severity"].as_str().unwrap().to_owned(), check["found"].as_str().unwrap().to_owned())
@@ -31,7 +32,7 @@ fn a_file_system_that_shares_blocks_is_used() {
     let disk = host.state().join("vms").join(host.show("a", "id").as_str().unwrap()).join("disk");
     let image = host.state().join("images/default/rootfs.ext4");
     assert_ne!(std::fs::metadata(&disk).unwrap().ino(), std::fs::metadata(&image).unwrap().ino());
-    // What the disk and its image take together is less than twice the image.
+    // The disk and its image together take less than twice the space of the image.
     let used = nix::sys::statvfs::statvfs(&host.state()).unwrap();
     let used = (used.blocks() - used.blocks_free()) * used.fragment_size();
     let image = std::fs::metadata(&image).unwrap().blocks() * 512;

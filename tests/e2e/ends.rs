@@ -1,17 +1,18 @@
-//! How a guest ended, as its VM says: with the daemon running, after a restart of it, and when it ended while no daemon ran.
+//! Tests of the reason that is reported after a guest has ended: with a running daemon, after its
+//! restart, and if the guest ended while no daemon ran.
 
 use crate::host::{Host, signal, vmm_processes, wait_for};
 
-/// From the order in the guest to its end: long enough to end the daemon meanwhile.
+/// The delay before a guest ends, long enough to stop the daemon first.
 const DELAY_S: u64 = 3;
 
-/// What a guest does, and what its VM says then.
+/// What a guest does, and what is reported then.
 struct End {
     name: &'static str,
     script: &'static str,
     state: &'static str,
     reason: &'static str,
-    /// The reason where nobody was there to see it.
+    /// The reason if no daemon saw it.
     unseen: &'static str,
 }
 
@@ -43,18 +44,18 @@ const ENDS: [End; 3] = [
 ];
 
 impl End {
-    /// In a moment, whatever becomes of the connection.
+    /// Makes the guest end after the delay, independently of this connection.
     fn order(&self, host: &Host) {
         let script = format!("(sleep {DELAY_S}; {}) > /dev/null 2>&1 < /dev/null &", self.script);
         host.ok(&["exec", self.name, "--", "setsid", "sh", "-c", &script]);
     }
 
     #[track_caller]
-    fn is_told(&self, host: &Host, reason: &str) {
+    fn is_reported(&self, host: &Host, reason: &str) {
         wait_for("the VM comes to rest", || (host.show(self.name, "state") != "running").then_some(()));
-        let told = (host.show(self.name, "state"), host.show(self.name, "reason"));
-        let fits = told.0 == self.state && told.1.as_str().is_some_and(|told| told.contains(reason));
-        assert!(fits, "{}: {told:?}, not {} because {reason:?}", self.name, self.state);
+        let reported = (host.show(self.name, "state"), host.show(self.name, "reason"));
+        let fits = reported.0 == self.state && reported.1.as_str().is_some_and(|reported| reported.contains(reason));
+        assert!(fits, "{}: {reported:?}, not {} because {reason:?}", self.name, self.state);
     }
 }
 
@@ -66,17 +67,17 @@ fn boot_all(host: &Host) {
 }
 
 #[test]
-fn guest_that_ends_is_told_apart_by_how_it_ended() {
+fn reason_of_ended_guest_is_reported() {
     let host = Host::start();
     boot_all(&host);
     for end in &ENDS {
         end.order(&host);
     }
-    ENDS.iter().for_each(|end| end.is_told(&host, end.reason));
+    ENDS.iter().for_each(|end| end.is_reported(&host, end.reason));
 }
 
 #[test]
-fn guest_that_ends_after_a_restart_of_the_daemon_is_told_apart_as_well() {
+fn reason_of_guest_ended_after_daemon_restart_is_reported() {
     let mut host = Host::start();
     boot_all(&host);
     host.kill_daemon();
@@ -85,7 +86,7 @@ fn guest_that_ends_after_a_restart_of_the_daemon_is_told_apart_as_well() {
         wait_for("it was looked at", || host.fcctl(&["exec", end.name, "--", "true"]).status.success().then_some(()));
         end.order(&host);
     }
-    ENDS.iter().for_each(|end| end.is_told(&host, end.reason));
+    ENDS.iter().for_each(|end| end.is_reported(&host, end.reason));
 }
 
 #[test]
@@ -98,15 +99,18 @@ fn guest_that_ends_while_no_daemon_runs_is_judged_by_disk_and_log() {
     host.kill_daemon();
     wait_for("all have ended", || vmm_processes(&host.state()).is_empty().then_some(()));
     host.relaunch();
-    ENDS.iter().for_each(|end| end.is_told(&host, end.unseen));
+    ENDS.iter().for_each(|end| end.is_reported(&host, end.unseen));
 }
 
 #[test]
-fn vmm_that_is_told_to_end_is_no_reset_of_its_guest() {
+fn vmm_ended_from_host_is_not_reported_as_guest_reset() {
     let host = Host::start();
     host.boot("box");
     signal(vmm_processes(&host.state())[0], "TERM");
     wait_for("the VM comes to rest", || (host.show("box", "state") != "running").then_some(()));
-    let told = (host.show("box", "state"), host.show("box", "reason"));
-    assert!(told.0 == "failed" && told.1.as_str().unwrap().contains("the VMM was ended from the host (host-signal)"), "{told:?}");
+    let reported = (host.show("box", "state"), host.show("box", "reason"));
+    assert!(
+        reported.0 == "failed" && reported.1.as_str().unwrap().contains("the VMM was ended from the host (host-signal)"),
+        "{reported:?}"
+    );
 }

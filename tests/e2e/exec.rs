@@ -1,4 +1,4 @@
-//! Commands in a guest: their streams, statuses, signals, terminals.
+//! Tests of commands in a guest: streams, exit statuses, signals and terminals.
 
 use crate::host::{FCCTL, Host, Spawned, text, wait_for};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
@@ -11,14 +11,14 @@ use std::process::{Command, Stdio};
 
 const BLOB_BYTES: usize = 20 << 20;
 
-/// One VM for all of them: none leaves anything behind that another one sees.
+/// One VM serves all of these tests, because none leaves anything that affects another one.
 #[test]
 fn commands_in_a_guest() {
     let host = Host::start();
-    let out = host.feed(&["run", "--name", "box", "-i", "--", "sh", "-c", "cat; echo told >&2; exit 4"], b"piped\0in");
+    let out = host.feed(&["run", "--name", "box", "-i", "--", "sh", "-c", "cat; echo reported >&2; exit 4"], b"piped\0in");
     let (stdout, stderr) = text(&out);
     assert_eq!((out.status.code(), stdout.as_str()), (Some(4), "piped\0in"), "{stderr}");
-    assert!(stderr.contains("told\n") && stderr.contains("keeps running"), "{stderr}");
+    assert!(stderr.contains("reported\n") && stderr.contains("keeps running"), "{stderr}");
     streams_are_apart_and_binary_safe(&host);
     stdin_is_read_only_when_asked(&host);
     statuses(&host);
@@ -44,7 +44,7 @@ fn many_at_once_and_long_ones(host: &Host) {
     long_commands(host);
 }
 
-/// Up to what Linux takes: 128 KiB for one string, 2 MiB in all.
+/// Linux accepts 128 KiB for one string and 2 MiB in all.
 fn long_commands(host: &Host) {
     let string = "x".repeat((128 << 10) - 32);
     let script = "printf %s \"$@$BIG\" | wc -c";
@@ -63,14 +63,14 @@ fn long_commands(host: &Host) {
         "in 102400\n"
     );
     assert_eq!(host.sh("box", "ls -A /tmp | grep -c fcd-exec || true"), "0\n", "nothing is left in the guest");
-    // What Linux does not take, its shell refuses.
+    // The guest's shell reports what Linux does not accept.
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), format!("A={}\n", "x".repeat(200 << 10))).unwrap();
     let (status, said) = host.fails(&["exec", "box", "--env-file", file.path().to_str().unwrap(), "--", "true"]);
     assert!(status == 126 && said.contains("rgument list too long"), "{status} {said}");
 }
 
-/// Names on Linux are bytes.
+/// Names on Linux are arbitrary bytes.
 fn bytes_that_are_no_text(host: &Host) {
     let raw: Vec<u8> = (1..=255).collect();
     let word = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
@@ -90,12 +90,13 @@ fn bytes_that_are_no_text(host: &Host) {
     assert!(out.status.code() == Some(125) && text(&out).1.contains("cannot enter"), "{:?}", text(&out));
 }
 
-/// A program that was left in the background holds the output, as with ssh. Who does not want to wait says so, or ends it.
+/// A program that is left in the background keeps the output open, as with ssh. A caller that does
+/// not want to wait uses `--no-wait-children`, or signals fcctl.
 fn children_that_hold_the_output(host: &Host) {
     let script = "sleep 4322 & echo last words $$; exit 3";
     let out = host.fcctl(&["exec", "--no-wait-children", "box", "--", "sh", "-c", script]);
     assert!(out.status.code() == Some(3) && text(&out).0.starts_with("last words"), "{:?}", text(&out));
-    // All of the command's own output, however much it is.
+    // All output of the command itself must arrive, however much it is.
     let much = format!("sleep 4322 & head -c {BLOB_BYTES} /dev/zero");
     let out = host.fcctl(&["exec", "--no-wait-children", "box", "--", "sh", "-c", &much]);
     assert_eq!((out.status.code(), out.stdout.len()), (Some(0), BLOB_BYTES));
@@ -110,7 +111,8 @@ fn children_that_hold_the_output(host: &Host) {
     host.sh("box", "pkill -x sleep || kill $(pidof sleep)");
 }
 
-/// Whatever becomes of the client or of the VM: nothing runs on in the guest, and whoever waits hears why.
+/// Whatever ends the client or the VM, nothing keeps running in the guest, and waiting callers
+/// learn why.
 fn what_ends_a_command(host: &Host) {
     let script = "echo ready; exec sleep 4321";
     let sleeping = || {
@@ -128,7 +130,7 @@ fn what_ends_a_command(host: &Host) {
     assert!(status == Some(125) && took.as_secs() < 2, "{status:?} {took:?}");
     assert!(stopped.stderr().contains("the VM was stopped"), "{}", stopped.stderr());
     assert_eq!(stop.end().0, Some(0));
-    // A guest that shuts itself down has stopped, not failed.
+    // A guest that shuts itself down is stopped, not failed.
     host.ok(&["start", "box"]);
     let mut left = sleeping();
     host.fcctl(&["exec", "box", "--", "kill", "-TERM", "1"]);
@@ -147,7 +149,7 @@ fn streams_are_apart_and_binary_safe(host: &Host) {
     assert!(text(&out).0.starts_with(&sum), "{:?}", text(&out));
     let out = host.fcctl(&["exec", "box", "--", "cat", "/root/blob"]);
     assert!(out.status.success() && out.stdout == blob, "{} bytes came back", out.stdout.len());
-    // A command that does not care for its input.
+    // The command does not read its input.
     assert_eq!(host.feed(&["exec", "box", "-i", "--", "true"], &blob[..1 << 20]).status.code(), Some(0));
 }
 
@@ -163,7 +165,7 @@ fn stdin_is_read_only_when_asked(host: &Host) {
 }
 
 fn statuses(host: &Host) {
-    // Also by signals that sshd has no name for.
+    // Also with signals that sshd has no name for.
     for (signal, status) in
         [("BUS", 135), ("SYS", 159), ("TRAP", 133), ("XCPU", 152), ("STKFLT", 144), ("35", 163), ("64", 192), ("SEGV", 139)]
     {
@@ -179,7 +181,7 @@ fn statuses(host: &Host) {
         (&["sh", "-c", "kill -9 $$"], 137),
         (&["sh", "-c", "kill -TERM $$"], 143),
         (&["sh", "-c", "exit 255"], 255),
-        // Arguments arrive as they are.
+        // Arguments arrive unchanged.
         (&["test", "a  b'\"$HOME\\*\n", "=", "a  b'\"$HOME\\*\n"], 0),
     ];
     for (argv, status) in cases {
@@ -209,7 +211,7 @@ fn options(host: &Host) {
     assert_eq!(host.fails(&["exec", "box", "-e", "1=2", "--", "true"]).0, 125);
 }
 
-/// `yes | head -1`: nobody says anything, and it ends.
+/// `yes | head -1` ends without an error message.
 fn a_reader_that_goes(host: &Host) {
     let line = format!("'{FCCTL}' --socket '{}' exec box -- yes | head -n 1", host.socket().display());
     let out = Command::new("sh").args(["-c", &line]).output().unwrap();
@@ -228,7 +230,7 @@ fn a_tree_through_pipes(host: &Host) {
     assert_eq!((out.status.code(), text(&out).0.as_str()), (Some(0), "a\n"), "{:?}", text(&out));
 }
 
-/// What a person has: a keyboard and a screen, and the terminal behind them.
+/// A person at a terminal, with the keyboard, the screen and the terminal itself.
 struct Person {
     keyboard: File,
     terminal: File,
@@ -254,7 +256,7 @@ impl Person {
         !tcgetattr(&self.terminal).unwrap().local_modes.contains(LocalModes::ICANON)
     }
 
-    /// `fcctl` in a session of its own, whose terminal this is.
+    /// Starts `fcctl` in a session of its own with this terminal.
     fn fcctl(&self, host: &Host, args: &[&str]) -> std::process::Child {
         let end = || Stdio::from(self.terminal.try_clone().unwrap());
         let mut command = Command::new("setsid");
@@ -290,7 +292,7 @@ fn a_terminal(host: &Host) {
     person.sees("30 100\r\n/dev/pts/");
     assert!(person.is_raw());
     person.resize(41, 123);
-    // A resize has no answer; the guest has it when it says so.
+    // A resize is not acknowledged, so poll the guest.
     wait_for("the new size", || {
         person.type_in("stty size\n");
         person.look();
@@ -298,9 +300,9 @@ fn a_terminal(host: &Host) {
     });
     person.type_in("echo sle\"\"eping; sleep 1000\n");
     person.sees("sleeping");
-    // Before it runs the terminal is still the shell's, and so would be the signal.
+    // Until the command runs in the foreground, the signal would go to the shell.
     wait_for("the command in the foreground", || (host.sh("box", "pidof sleep | wc -w") == "1\n").then_some(()));
-    // Ctrl-C is a byte here; the guest's terminal makes a signal of it.
+    // Ctrl-C is sent as a byte here, and the guest's terminal turns it into a signal.
     person.type_in("\x03");
     person.type_in("echo status=$?\n");
     person.sees("status=130");
@@ -310,7 +312,7 @@ fn a_terminal(host: &Host) {
     assert!(!person.is_raw());
 }
 
-/// `-t` alone: Ctrl-C is a signal on our side and goes on to the guest.
+/// With `-t` alone, Ctrl-C is a signal on our side, and fcctl forwards it to the guest.
 fn a_command_in_a_terminal_without_stdin(host: &Host) {
     let mut person = Person::sit_down(24, 80);
     let mut child = person.fcctl(host, &["exec", "-t", "box", "--", "sh", "-c", "test -t 1 && echo here; exec sleep 1000"]);
@@ -318,7 +320,7 @@ fn a_command_in_a_terminal_without_stdin(host: &Host) {
     person.type_in("\x03");
     let status = wait_for("the command's end", || child.try_wait().unwrap());
     assert_eq!(status.code(), Some(130));
-    // Into a file: the guest's command has a terminal all the same.
+    // The command in the guest has a terminal even if the output goes to a file.
     let mut file = Spawned::start(&mut host.command(&["exec", "-t", "box", "--", "tty"]));
     assert_eq!(file.end().0, Some(0));
     assert!(file.stdout().starts_with("/dev/pts/"), "{}", file.stdout());
@@ -331,7 +333,7 @@ fn the_systems_ssh(host: &Host) {
     a_shell_in_the_workspace(host);
 }
 
-/// A shell has a terminal, also where it begins in a workspace; and where stdin is none it has none.
+/// A shell has a terminal, also if it starts in a workspace, but not if stdin is not a terminal.
 fn a_shell_in_the_workspace(host: &Host) {
     let repo = tempfile::tempdir().unwrap();
     crate::first_light::repository(repo.path());

@@ -1,10 +1,12 @@
-//! What was done in a guest comes back, nothing else does, and the guest is left as it was.
+//! Tests that changes made in a guest are exported, that nothing else is, and that the guest stays
+//! unchanged.
 
 use crate::host::{Host, text};
 use crate::tree::Site;
 use std::fs;
 
-/// A commit, edits, a deletion, a rename, new files, a binary, mode changes, links; kinds that change.
+/// A commit, edits, a deletion, a rename, new files, a binary, mode changes, links, and files that
+/// change their kind.
 const WORK: &str = r"umask 022
 printf 'one\nchanged in the guest\n' > a
 printf 'committed\n' > committed-new
@@ -45,12 +47,13 @@ fn fill(site: &Site) {
     site.link("a", "link");
 }
 
-/// Names of the files in a patch, as git writes them.
+/// The names of the files in a patch, as git writes them.
 fn touched(patch: &str) -> Vec<&str> {
     patch.lines().filter_map(|l| l.strip_prefix("diff --git a/").or_else(|| l.strip_prefix("diff --git \"a/"))).collect()
 }
 
-/// There, work, back; the patch. `users` had been changed by the user and is never part of it.
+/// Copies a tree to the guest, works there, and checks the exported patch. The user has changed the
+/// files in `users`, which must not be in the patch.
 #[track_caller]
 fn there_and_back(site: &Site, has_git: bool, users: &[&str]) {
     site.prepare();
@@ -137,7 +140,7 @@ fn from_a_dirty_tree(host: &Host) {
     site.chmod("users-mode", 0o755);
     site.write("users-new", "untracked\n");
     there_and_back(&site, true, &["users-"]);
-    // Ignored files of the guest stay where they are.
+    // Ignored files stay in the guest.
     site.in_guest("echo x > made.o");
     assert!(!String::from_utf8_lossy(&site.export(&["--patch", "-"]).0).contains("made.o"));
 }
@@ -157,7 +160,7 @@ fn from_a_tree_without_git(host: &Host) {
     there_and_back(&site, false, &["x.o", "crlf"]);
 }
 
-/// UTF-16, `ident`, a filter, line endings: what the guest has is what comes back.
+/// With UTF-16, `ident`, a filter and line endings, the exported content is that of the guest.
 fn from_a_tree_that_git_converts(host: &Host) {
     let site = Site::unborn(host, "box", "converted");
     site.git(&["config", "filter.shout.clean", "tr A-Z a-z"]);
@@ -184,7 +187,8 @@ fn from_a_tree_that_git_converts(host: &Host) {
     site.assert_same_tree();
 }
 
-/// Its files come back and its history is named; the next import keeps it; `run --rm` keeps the VM for it.
+/// The files of a repository made in the guest are exported and its history is reported. The next
+/// import keeps it, and `run --rm` keeps the VM because of it.
 fn a_repository_made_in_the_guest(host: &Host) {
     let site = Site::unborn(host, "box", "nested");
     site.write("a", "one\n");
@@ -220,7 +224,8 @@ fn a_repository_made_in_the_guest(host: &Host) {
     assert!(!host.ok(&["ps", "-aq", "--json"]).contains("gone"));
 }
 
-/// No filter runs; the guest shows no difference and does not commit what the filter would have changed.
+/// No filter runs. The guest shows no difference, and does not commit what the filter would have
+/// changed.
 fn files_under_a_filter(host: &Host) {
     let site = Site::unborn(host, "box", "filtered");
     site.git(&["config", "filter.crypt.clean", "rev"]);
@@ -241,7 +246,7 @@ fn files_under_a_filter(host: &Host) {
     site.assert_same_tree();
 }
 
-/// `run PATH --export-patch FILE`: the patch is there before `--rm` takes the VM away.
+/// `run PATH --export-patch FILE`: the patch is written before `--rm` deletes the VM.
 fn run_with_export_patch(host: &Host) {
     let site = Site::unborn(host, "box", "run");
     fill(&site);

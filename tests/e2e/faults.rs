@@ -1,4 +1,5 @@
-//! What a host can run out of, take away, or put in the way: typed errors, nothing half made, and a daemon that recovers by itself.
+//! Tests of what a host can lack or lose: errors are typed, nothing is left half done, and the
+//! daemon recovers on its own.
 
 use crate::host::{Host, text, vmm_processes, wait_for, wait_for_or};
 use serde_json::Value;
@@ -10,13 +11,13 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-/// More than a start needs and less than a few hundred files take.
+/// More inodes than a start needs, and fewer than a few hundred files need.
 const INODES: u64 = 400;
-/// Less than a guest's memory.
+/// Less memory than a guest has.
 const LITTLE_BYTES: u64 = 384 << 20;
 const IDLE: usize = 10_000;
 const CALLS: usize = 200;
-/// What ten thousand callers may cost a daemon that holds few of them.
+/// How much memory ten thousand callers may cost a daemon that accepts few of them.
 const RSS_KIB_MAX: u64 = 128 << 10;
 
 #[track_caller]
@@ -54,7 +55,8 @@ fn no_inode_is_left() {
     begins_again(&host, "a");
 }
 
-/// The kernel finds an error on the file system: reads go on, nothing is acknowledged any more, and nothing that was is lost.
+/// The kernel finds an error on the file system. Reads continue, nothing more is acknowledged, and
+/// nothing that was acknowledged is lost.
 #[test]
 fn the_state_directory_becomes_read_only() {
     let mut host = Host::on_ext4();
@@ -99,13 +101,13 @@ fn a_daemon_does_not_start_where_it_cannot_write() {
     begins_again(&host, "a");
 }
 
-/// Sets a limit of the daemon's (prlimit(1)), soft only.
+/// Sets a soft limit of the daemon (prlimit(1)).
 fn limit(host: &Host, name: &str, value: &str) {
     let status = Command::new("prlimit").arg(format!("--pid={}", host.pid())).arg(format!("--{name}={value}:")).status();
     assert!(status.unwrap().success());
 }
 
-/// The soft limit of open files that it gave itself.
+/// The soft limit of open files that the daemon has set for itself.
 fn open_files_max(host: &Host) -> String {
     let limits = fs::read_to_string(format!("/proc/{}/limits", host.pid())).unwrap();
     let line = limits.lines().find_map(|l| l.strip_prefix("Max open files")).unwrap();
@@ -122,7 +124,7 @@ fn status_kib(pid: u32, name: &str) -> u64 {
     line.trim_start_matches(':').trim().trim_end_matches(" kB").trim().parse().unwrap()
 }
 
-/// Clock ticks of CPU time (proc(5), stat: utime and stime).
+/// The CPU time of a process in clock ticks (proc(5), stat: utime and stime).
 fn cpu_ticks(pid: u32) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
@@ -134,8 +136,10 @@ fn no_descriptor_and_no_memory_is_left() {
     let host = Host::start();
     host.ok(&["vm", "create", "--name", "a"]);
     let (at_rest, files_max) = (open_files(host.pid()), open_files_max(&host));
-    // Room for the call, not for what a boot opens; room for the daemon, not for a guest: its VMM has the same limit. A daemon
-    // that gets no memory itself is ended by its allocator, as every program of Rust's.
+    // There are enough descriptors for the call but not for a boot, and enough memory for the
+    // daemon but not for a
+    // guest, whose VMM inherits the limit. A daemon without memory would be aborted by its
+    // allocator, like every Rust program.
     let little = (status_kib(host.pid(), "VmSize") << 10) + LITTLE_BYTES;
     for (name, few) in [("nofile", (at_rest + 3).to_string()), ("as", little.to_string())] {
         limit(&host, name, &few);
@@ -145,13 +149,13 @@ fn no_descriptor_and_no_memory_is_left() {
         wait_for("what was begun is undone", || vmm_processes(&host.state()).is_empty().then_some(()));
         assert!(["created", "failed"].contains(&host.show("a", "state").as_str().unwrap()));
     }
-    // Callers for whom there is no descriptor hear so at once, and cost nothing.
+    // Callers for which there is no descriptor get an error at once, and cost nothing.
     limit(&host, "nofile", &open_files(host.pid()).to_string());
     let answers: Vec<String> = (0..20)
         .map(|_| {
             let mut stream = UnixStream::connect(host.socket()).unwrap();
             stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-            // One that is refused is closed already.
+            // A refused connection is already closed.
             let _ = stream.write_all(b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"fcd.info\"}\n");
             let mut answer = [0; 4096];
             let len = stream.read(&mut answer).unwrap();
@@ -167,14 +171,14 @@ fn no_descriptor_and_no_memory_is_left() {
     begins_again(&host, "a");
 }
 
-/// The daemon dies; what it knows of its VMM points to somebody else's process.
+/// The daemon dies, and its record of the VMM then points to another process.
 #[test]
 fn a_vmm_that_hides_its_arguments_is_ended() {
     let mut host = Host::start();
     host.boot("a");
     let hide = |host: &Host| {
         let pid = host.show("a", "pid");
-        // proc(5): where its arguments are, in its own memory.
+        // The address of its arguments in its own memory (proc(5)).
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
         let [start, end] = [45, 46].map(|n: usize| fields[n].parse::<u64>().unwrap());
@@ -208,7 +212,8 @@ fn a_stored_pid_is_somebody_elses() {
     let stat = fs::read_to_string(format!("/proc/{}/stat", bystander.id())).unwrap();
     let started: u64 = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(19).unwrap().parse().unwrap();
     let db = host.state().join("fcd.db");
-    // The pid alone, and with the bystander's own start time, too: it is none of ours by its program and arguments.
+    // A record with the bystander's pid, with and without its start time. Its program and arguments
+    // show that it is not ours.
     for own_start in [false, true] {
         host.kill_daemon();
         for pid in vmm_processes(&host.state()) {
@@ -216,7 +221,7 @@ fn a_stored_pid_is_somebody_elses() {
         }
         wait_for("the VMM is gone", || vmm_processes(&host.state()).is_empty().then_some(()));
         let c = rusqlite::Connection::open(&db).unwrap();
-        // What else is not on the disk yet stays in the log, as after a crash.
+        // Changes that are not in the database file yet stay in the log, as after a crash.
         c.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).unwrap();
         let (id, body): (String, String) = c.query_row("SELECT id, body FROM vms", [], |r| Ok((r.get(0)?, r.get(1)?))).unwrap();
         let mut row: Value = serde_json::from_str(&body).unwrap();
@@ -241,7 +246,7 @@ fn a_stored_pid_is_somebody_elses() {
     bystander.wait().unwrap();
 }
 
-/// Whoever can write there puts links where the daemon and the VMM write.
+/// Somebody who can write in the directory puts links where the daemon and the VMM write.
 #[test]
 fn links_in_a_vms_directory_lead_nowhere() {
     let host = Host::start();
@@ -265,7 +270,7 @@ fn links_in_a_vms_directory_lead_nowhere() {
         let out = host.fcctl(&["start", "a"]);
         is_well(name);
         if !out.status.success() {
-            // Refused, and says what is in the way.
+            // The start is refused, and the error names the link.
             assert!(text(&out).1.contains(Path::new(name).file_name().unwrap().to_str().unwrap()), "{name}: {:?}", text(&out));
             let _ = fs::remove_file(&path);
         }
@@ -276,7 +281,8 @@ fn links_in_a_vms_directory_lead_nowhere() {
     assert_eq!(fs::metadata(&canary).unwrap().mode(), before);
 }
 
-/// More than the limits let in: these are refused at once, the others are served, and all of it costs little.
+/// There are more callers than the limits allow. Those are refused at once, the others are served,
+/// and all of it costs little.
 #[test]
 fn ten_thousand_idle_callers() {
     nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, 2 * IDLE as u64, 2 * IDLE as u64).unwrap();
@@ -295,7 +301,8 @@ fn ten_thousand_idle_callers() {
         took[CALLS / 2]
     };
     let alone = p50();
-    // As nobody: root's own places are not theirs to take. Who is refused is hung up on.
+    // Connect as nobody, who cannot use the connections that are reserved for root. Refused
+    // connections are closed.
     fs::set_permissions(host.socket(), fs::Permissions::from_mode(0o666)).unwrap();
     let connect = format!(
         "use IO::Socket::UNIX; my @s; for (1..{IDLE}) {{ my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or next; push @s, $s }} \

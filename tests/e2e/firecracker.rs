@@ -1,5 +1,6 @@
-//! The driver `firecracker` with the real program, in a test host: nested virtualisation runs the same guests. `scripts/test` runs this
-//! where a binary is given (`FCD_FIRECRACKER`, or on the PATH), and says so where there is none.
+//! Tests of the driver `firecracker` with the real program in a test host, where nested
+//! virtualisation runs the same guests. `scripts/test` runs them if there is a binary
+//! (`FCD_FIRECRACKER` or on the PATH), and reports it if there is none.
 
 use crate::another_host::{PLACE, TestHost};
 use fcd::api::vm::RateLimits;
@@ -23,7 +24,7 @@ fn binary() -> PathBuf {
     std::env::var_os("FCD_FIRECRACKER").expect("FCD_FIRECRACKER names the binary: scripts/test says how").into()
 }
 
-/// Which comes with it.
+/// The jailer of the same release.
 fn jailer() -> PathBuf {
     std::env::var_os("FCD_JAILER").map_or_else(|| binary().with_file_name("jailer"), PathBuf::from)
 }
@@ -38,13 +39,14 @@ fn boot() -> TestHost {
         );
     }
     host.bring_image();
-    // The jailer makes nodes of its own, so nobody but root needs the host's.
+    // The jailer makes nodes of its own, so only root needs those of the host.
     host.sh("chmod 600 /dev/kvm /dev/net/tun");
     host.start_daemon_with(CONFIG);
     host
 }
 
-/// The daemon dies at the n-th effect or commit of a start; the next one leaves nothing, and starts the guest.
+/// The daemon dies at the n-th effect or commit of a start. The next daemon leaves nothing behind
+/// and starts the guest.
 fn dies_at(host: &TestHost, n: u64) {
     host.sh(&format!(
         "echo {n} > die-at.new; mv die-at.new die-at; fcctl start a 2> /dev/null || true; rm die-at
@@ -61,7 +63,8 @@ fn dies_at(host: &TestHost, n: u64) {
     host.sh("fcctl stop a");
 }
 
-/// In the guest: says its host's name and the line that it got, to each who connects to vsock port 5000.
+/// A server in the guest. It sends its host's name and the line that it received to every client of
+/// vsock port 5000.
 const GREETER: &str = r#"socket(S, 40, 1, 0) or die "socket: $!";
 bind(S, pack("SSLLCx3", 40, 0, 5000, 0xffffffff, 0)) or die "bind: $!";
 listen(S, 5) or die "listen: $!";
@@ -69,7 +72,7 @@ print STDERR "listens\n";
 while (accept(C, S)) { my $got = <C>; open(H, "/proc/sys/kernel/hostname"); my $name = <H>; chomp $name; print C "$name got $got"; close C }
 "#;
 
-/// Its program finds a vsock, for its first socket of that kind loads the driver.
+/// Starts the server in the guest. Its first socket loads the vsock driver.
 fn greets(host: &TestHost, vm: &str) {
     host.sh(&format!(
         "cat > greeter.pl <<'END'\n{GREETER}END\nfcctl exec -i {vm} -- sh -c 'cat > /root/greeter.pl' < greeter.pl"
@@ -85,7 +88,7 @@ fn greeting(host: &TestHost, vm: &str) -> String {
     host.sh(&format!("echo hello | fcctl vm connect {vm} 5000"))
 }
 
-/// Nobody reaches it over SSH: its init hears the keys, writes everything and goes.
+/// The guest cannot be reached over SSH. Its init handles Ctrl-Alt-Del, syncs and powers off.
 fn goes_without_ssh(host: &TestHost) {
     host.sh("fcctl exec a -- sh -c 'echo late > /root/late; (sleep 1; /usr/lib/fcd/bin/ip link set eth0 down) > /dev/null 2>&1 < /dev/null &'
              until ! timeout 2 fcctl exec a -- true 2> /dev/null; do sleep 0.2; done");
@@ -95,7 +98,7 @@ fn goes_without_ssh(host: &TestHost) {
     assert_eq!(host.sh("fcctl exec a -- cat /root/late"), "late\n");
 }
 
-/// Power-off, panic and reset: with the daemon running, after a restart of it, and while none runs.
+/// Tests power-off, panic and reset with a running daemon, after its restart, and while none runs.
 #[test]
 #[ignore = "needs a binary of Firecracker's: scripts/test"]
 fn real_guests_end() {
@@ -140,8 +143,9 @@ fn real_guests_end() {
     assert_eq!(host.devices(), "");
 }
 
-/// Memory and disks of one moment, in the same VM and in two others at once; each jail has the disks at the same paths.
-fn goes_on_from_snapshots(host: &TestHost) {
+/// Restores memory and disks of one moment, in the same VM and in two others at the same time.
+/// Every jail has the disks at the same paths.
+fn restores_snapshots(host: &TestHost) {
     host.sh("fcctl vm create --name s --memory 256M --work-disk 32M && fcctl start s");
     host.sh("fcctl exec s -- sh -c 'echo disk > /root/mark; echo work > /work/mark; echo memory > /dev/shm/mark
          (i=0; while :; do i=$((i+1)); echo $i > /dev/shm/count; sleep 0.1; done) > /dev/null 2>&1 < /dev/null &'");
@@ -165,7 +169,7 @@ fn goes_on_from_snapshots(host: &TestHost) {
     for vm in ["s", "twin", "third"] {
         assert_eq!(state(vm), then, "{vm}");
         counts(vm);
-        assert_eq!(greeting(host, vm), format!("{vm} got hello\n"), "what listens goes on listening");
+        assert_eq!(greeting(host, vm), format!("{vm} got hello\n"), "the server keeps listening");
         assert_eq!(host.sh(&format!("fcctl exec {vm} -- sh -c 'hostname; echo {vm} > /root/mark; sync'")), format!("{vm}\n"));
         let off = host.sh(&format!("echo $(( $(fcctl exec {vm} -- date +%s) - $(date +%s) ))"));
         assert!(off.trim().parse::<i64>().unwrap().abs() < 30, "{vm}: {off}");
@@ -180,7 +184,8 @@ fn goes_on_from_snapshots(host: &TestHost) {
             host.sh(&format!("for vm in s twin third; do fcctl exec $vm -- sh -c '{what}' | sha256sum; done | sort -u | wc -l"));
         assert_eq!(lines, "3\n", "{what}");
     }
-    // What was saved cannot be loaded: the VMM exits, which is said and leaves nothing.
+    // A damaged snapshot cannot be loaded. The VMM exits, which is reported and leaves nothing
+    // behind.
     let broken = host.sh("fcctl stop s > /dev/null; for f in state/snapshots/*/private/devices; do echo broken > $f; done; fcctl snapshot restore one 2>&1 || true");
     assert!(broken.contains("load the saved guest"), "{broken}");
     assert_eq!(host.sh("fcctl start s > /dev/null; fcctl exec s -- cat /root/mark"), "s\n", "it has its own disk again");
@@ -201,13 +206,13 @@ fn real_guests() {
     );
     assert!(host.sh("head -c 7 < /dev/tcp/127.0.0.1/1022").starts_with("SSH-2.0"));
     assert!(host.sh("fcctl logs a").contains("ssh is up"));
-    // A repository there and its changes back.
+    // Copy a repository to the guest, and export its changes.
     host.sh("mkdir repo && cd repo && echo hello > greeting && fcctl workspace prepare a . --guest-path /root/repo");
     assert_eq!(host.sh("fcctl exec a -- cat /root/repo/greeting"), "hello\n");
     host.sh("fcctl exec a -- sh -c 'echo changed > /root/repo/greeting; echo new > /root/repo/new'");
     host.sh("fcctl workspace export a --patch out.patch && cd repo && git init -q . && git apply ../out.patch");
     assert_eq!(host.sh("cat repo/greeting repo/new"), "changed\nnew\n");
-    // Nothing of the daemon's is open in the VMM.
+    // The VMM has inherited no descriptor from the daemon.
     let open = host.sh("ls -l /proc/$(pgrep -x firecracker)/fd | sed -n 's/.*-> //p'");
     for target in open.lines() {
         let own = [
@@ -227,7 +232,7 @@ fn real_guests() {
         let is_log = target.starts_with(&format!("{PLACE}/state/vms/")) && target.ends_with("/vmm.log");
         assert!(is_log || own.iter().any(|o| target.starts_with(o)), "{target} in {open}");
     }
-    // In its jail: nobody, with nothing but what is its, and limited.
+    // The jailed VMM has no privileges, sees only its own files, and has limits.
     let status = host.sh("grep -E '^(Uid|CapEff|Seccomp):' /proc/$(pgrep -x firecracker)/status | tr -s '\\t ' ' '; ls /proc/$(pgrep -x firecracker)/root/");
     assert!(status.contains("CapEff: 0000000000000000") && status.contains("Seccomp: 2"), "{status}");
     assert!(!status.contains("Uid: 0 ") && status.contains("disk\n") && !status.contains("srv"), "{status}");
@@ -240,18 +245,18 @@ fn real_guests() {
     let nobody = host.sh("fcctl vm connect a 1 2>&1 || true");
     assert!(nobody.contains("nothing in the guest listens on vsock port 1") || nobody.contains("does not answer"), "{nobody}");
     greets(&host, "a");
-    // It stands still and goes on.
+    // Pause and resume it.
     assert_eq!(host.sh("fcctl vm pause a"), "a: running (paused)\n");
     assert!(host.sh("fcctl exec a -- true 2>&1 || true").contains("is paused"));
     assert_eq!(host.sh("fcctl vm resume a; fcctl exec a -- echo on"), "a: running\non\n");
     assert_eq!(greeting(&host, "a"), "a got hello\n", "also by vsock");
-    // The daemon dies, and finds its guest.
+    // The daemon is killed, and the next one adopts the guest.
     let pid = host.sh("pgrep -x firecracker");
     host.sh("pkill -KILL -x fcd; until ! pgrep -x fcd; do sleep 0.1; done");
     host.start_daemon_with(CONFIG);
     assert_eq!(host.sh("fcctl exec a -- cat /root/mark /work/mark"), "kept\nkept\n");
     assert_eq!(host.sh("pgrep -x firecracker"), pid);
-    // A stop syncs and ends it, whatever stands still in it; the next start has the data.
+    // A stop syncs and ends the guest even if a process in it hangs. The next start has the data.
     let import = "{ head -c 100000 /dev/zero; exec sleep 3600; } | fcctl workspace prepare a --tar - --guest-path /root/stalled";
     let stopped = host.sh(&format!(
         "({import} > import.log 2>&1 && echo done > import.status || echo failed > import.status) & \
@@ -268,8 +273,8 @@ fn real_guests() {
     for n in [3, 7, 11, 15] {
         dies_at(&host, n);
     }
-    goes_on_from_snapshots(&host);
-    // A delete in mid-boot waits for nothing.
+    restores_snapshots(&host);
+    // Deleting a booting VM waits for nothing.
     host.sh("fcctl vm create --name b; fcctl start b & until pgrep -x firecracker > /dev/null; do sleep 0.05; done
              fcctl rm -f b; wait $! || true");
     host.sh("fcctl rm -f a");
@@ -277,24 +282,25 @@ fn real_guests() {
     assert_eq!(host.sh("fcctl ps -aq; fcctl doctor --leaks"), "fcd has left nothing behind on this host\n");
 }
 
-/// Its rates are those of its control group, too, and it tells that it keeps them; it gives memory back and takes it again.
+/// The VMM and its control group apply the rates, and the metrics show it. The guest returns memory
+/// and takes it back.
 fn adjusts(host: &TestHost) {
     let io_max = || host.sh("cut -d' ' -f2- /sys/fs/cgroup/fcd-*/fc-*-1/io.max");
     let both = |rate: &str| format!("{rate}\n").repeat(2);
-    // A snapshot's device, and the one that the work disk is on.
+    // The device of the snapshot, and the one with the work disk.
     assert_eq!(io_max(), both("rbps=419430400 wbps=419430400 riops=max wiops=max"));
     assert_eq!(
         host.sh("fcctl vm set a --disk-bps 1M --disk-iops 1000 --net-tx-bps none --now"),
         "a: disk 1 MiB/s, disk operations 1000/s, sends unlimited, applied now\n"
     );
     assert_eq!(io_max(), both("rbps=4194304 wbps=4194304 riops=2000 wiops=2000"));
-    // Two of six MiB pass at once.
+    // Two of the six MiB pass at once.
     let begun = Instant::now();
     host.sh("fcctl exec a -- dd if=/dev/vda of=/dev/null bs=64k count=96 iflag=direct 2> /dev/null");
     assert!(begun.elapsed() > Duration::from_millis(3500), "{:?}", begun.elapsed());
-    // Told in this minute or an earlier one.
-    let told: serde_json::Value = serde_json::from_str(&host.sh("fcctl vm metrics a")).unwrap();
-    let disks: Vec<_> = told["metrics"].as_array().unwrap().iter().map(|m| &m["block_root"]).collect();
+    // The metrics may be from this minute or an earlier one.
+    let metrics: serde_json::Value = serde_json::from_str(&host.sh("fcctl vm metrics a")).unwrap();
+    let disks: Vec<_> = metrics["metrics"].as_array().unwrap().iter().map(|m| &m["block_root"]).collect();
     assert!(disks.iter().any(|d| d["rate_limiter_throttled_events"].as_u64().unwrap() > 0), "{disks:?}");
     host.sh("fcctl vm set a --disk-bps none --disk-iops none --now");
     assert_eq!(io_max(), "");
@@ -302,13 +308,13 @@ fn adjusts(host: &TestHost) {
         until fcctl vm balloon a | grep -q 'keeps 1 GiB of 1 GiB$'; do sleep 0.2; done; echo done"), "done\n");
 }
 
-/// A VM in `dir/vm` with disks of nothing.
+/// A VM in `dir/vm` with empty disks.
 fn control_plane_spec(dir: &Path, kernel: &Path) -> VmmSpec {
     let vm = dir.join("vm");
     for name in ["disk", "seed"] {
         std::fs::File::create(vm.join(name)).unwrap().set_len(1 << 20).unwrap();
     }
-    // Nobody else's at this time.
+    // A tag that no other process has now.
     let tag = format!("fc-{:08x}-0123456789ab-1", std::process::id());
     VmmSpec {
         kernel: kernel.to_owned(),
@@ -327,7 +333,8 @@ fn new_driver() -> Firecracker {
     Firecracker::new(config, 0..0, Arc::new(Consoles::try_new().unwrap())).unwrap()
 }
 
-/// The driver's state machine against the real program on this host's `/dev/kvm`; whether the guest gets anywhere is not looked at.
+/// Runs the driver's state machine against the real program on this host's `/dev/kvm`. Whether the
+/// guest boots does not matter.
 #[test]
 #[ignore = "needs a binary of Firecracker's: scripts/test"]
 fn the_control_plane_on_this_hosts_kvm() {
@@ -335,9 +342,9 @@ fn the_control_plane_on_this_hosts_kvm() {
         eprintln!("NOT RUN, for there is no /dev/kvm: the control plane of firecracker");
         return;
     }
-    // Made of packages, for which the namespace has no way.
+    // The image is built from packages, which cannot be downloaded in the namespace.
     let image = crate::host::image();
-    // Firecracker makes a tap that is not there: in a namespace it goes with the test.
+    // Firecracker creates a missing tap. In a namespace the tap disappears with the test.
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let (vm, never) = (dir.path().join("vm"), Cancel::try_new().unwrap());
@@ -345,13 +352,13 @@ fn the_control_plane_on_this_hosts_kvm() {
     let spec = |kernel: &Path| control_plane_spec(dir.path(), kernel);
     let tag = spec(image).tag;
     let first = new_driver();
-    // What it does not boot is refused by what is wrong, and leaves nothing.
+    // A file that it cannot boot is refused with the reason, and leaves nothing behind.
     let e = first.start(&spec(&image.join("initrd")), &never, &mut |_| {}).unwrap_err();
     assert!(e.kind() == Kind::Unsupported && e.to_string().contains("Invalid Elf magic number"), "{e}");
     assert_eq!(first.find(&tag).unwrap(), None);
     let spec = spec(&image.join("vmlinux"));
     let running = first.start(&spec, &never, &mut |_| {}).unwrap();
-    // No second one on the same tap.
+    // A second VMM cannot use the same tap.
     let second = VmmSpec { tag: format!("{tag}2"), dir: dir.path().join("other"), ..spec.clone() };
     std::fs::create_dir(&second.dir).unwrap();
     let e = first.start(&second, &never, &mut |_| {}).unwrap_err();
@@ -359,7 +366,8 @@ fn the_control_plane_on_this_hosts_kvm() {
     for is_paused in [true, true, false, false, true] {
         first.set_paused(&vm, &running.identity, is_paused, &never).unwrap();
     }
-    // Limits are taken while it runs and while it stands still; this guest never gets to a balloon's driver.
+    // Limits can be set while it runs and while it is paused. This guest never loads a balloon's
+    // driver.
     let with = |rates| VmmSpec { rates: RateLimits::of(rates), ..spec.clone() };
     for (rates, shown) in [
         ([Some(1 << 20), None, Some(4 << 20), None], ["2097152", "null", "4194304", "null"]),
@@ -369,7 +377,7 @@ fn the_control_plane_on_this_hosts_kvm() {
         first.set_rates(&with(rates), &running.identity, &never).unwrap();
         let config = vm_config(&vm.join("run/api.sock"));
         let size = |of: &serde_json::Value, bucket: &str| of[bucket]["size"].to_string();
-        // In no order.
+        // The drives are in no particular order.
         let limiter = |id: &str| {
             let drive = config["drives"].as_array().unwrap().iter().find(|d| d["drive_id"] == id);
             &drive.unwrap_or_else(|| panic!("{config}"))["rate_limiter"]
@@ -384,13 +392,13 @@ fn the_control_plane_on_this_hosts_kvm() {
         assert_eq!(found, shown, "{config}");
         assert!(seed.is_null(), "{config}");
     }
-    // Documents of now, each with what has happened since the one before.
+    // Each document contains what has happened since the one before.
     for _ in 0..2 {
-        let told = first.metrics(&spec, &running.identity, &never).unwrap();
-        let last = told.last().unwrap();
+        let metrics = first.metrics(&spec, &running.identity, &never).unwrap();
+        let last = metrics.last().unwrap();
         assert!(last["utc_timestamp_ms"].as_u64().unwrap() > 0 && last["block_root"].is_object(), "{last}");
     }
-    // Its socket is there, and nobody behind it.
+    // The socket exists, but nothing in the guest listens.
     assert_eq!(first.connect(&running.identity, 5000, &never).unwrap_err().kind(), Kind::Timeout);
     assert!(first.press_ctrl_alt_del(&running.identity, &never).unwrap());
     assert_eq!(first.balloon_mib(&spec, &running.identity, &never).unwrap(), 128);
@@ -404,7 +412,7 @@ fn the_control_plane_on_this_hosts_kvm() {
     first.save(&spec, &running.identity, to, &never).unwrap();
     let saved = std::fs::metadata(&memory).unwrap();
     assert_eq!(saved.len(), spec.mem_mib << 20);
-    // Only what the guest has touched, which is not much yet.
+    // Only the pages that the guest has touched are saved, which are few by now.
     let allocated_mib = (std::os::unix::fs::MetadataExt::blocks(&saved) * 512) >> 20;
     println!("saved: {allocated_mib} of {} MiB", spec.mem_mib);
     assert!(allocated_mib < spec.mem_mib * 3 / 4, "{allocated_mib} MiB");
@@ -416,7 +424,7 @@ fn the_control_plane_on_this_hosts_kvm() {
     next.kill(&running.identity, Instant::now() + Duration::from_secs(30)).unwrap();
     assert!(deaths.recv_timeout(Duration::from_secs(30)).is_ok());
     assert_eq!(next.find(&tag).unwrap(), None);
-    // It goes on from there, on another tap; what is damaged is refused, and nothing is left of it.
+    // Restore it with another tap. A damaged copy is refused and leaves nothing behind.
     let network = GuestNetwork::Tap { name: "fctest1".into(), mac: "02:fc:0a:59:00:06".into(), address: [10, 89, 0, 6].into() };
     let saved = Saved { memory, devices: devices.clone(), driver: next.describe() };
     let spec = VmmSpec { tag: format!("{tag}3"), network, saved: Some(saved), ..spec };
@@ -428,7 +436,7 @@ fn the_control_plane_on_this_hosts_kvm() {
     assert_eq!(next.find(&spec.tag).unwrap(), None);
 }
 
-/// As it says of itself.
+/// Returns the VM's configuration as the VMM reports it.
 fn vm_config(socket: &Path) -> serde_json::Value {
     let mut api = UnixStream::connect(socket).unwrap();
     api.write_all(b"GET /vm/config HTTP/1.1\r\n\r\n").unwrap();
@@ -448,7 +456,8 @@ fn vm_config(socket: &Path) -> serde_json::Value {
 
 const ROUNDS: usize = 40;
 
-/// The same calls as the driver's, by nothing but a socket: from the process's start to the answer to InstanceStart.
+/// Makes the same calls as the driver with a bare socket. Returns the time from the process's start
+/// to the answer to InstanceStart.
 fn bare_start(dir: &Path, calls: &[(String, String)]) -> Duration {
     let socket = dir.join("bare.sock");
     for left in [&socket, &dir.join("bare.vsock")] {
@@ -489,7 +498,8 @@ fn percentile(took: &mut [Duration], p: usize) -> Duration {
     took[(took.len() - 1) * p / 100]
 }
 
-/// From create to InstanceStart answered, the driver against a bare client, on this host's `/dev/kvm`, interleaved.
+/// Measures the time from create to the answer to InstanceStart, for the driver and for a bare
+/// client in turn, on this host's `/dev/kvm`.
 #[test]
 #[ignore = "measures: scripts/bench boot"]
 fn bench_boot() {

@@ -1,9 +1,9 @@
-//! The main job, and that it survives the daemon.
+//! The main job of fcd, and that its result survives the daemon.
 
 use crate::host::{Host, vmm_processes};
 use std::process::Command;
 
-/// A repository with one commit.
+/// Creates a repository with one commit.
 pub fn repository(dir: &std::path::Path) {
     let script = "git init -q -b main && git config user.name T && git config user.email t@example.invalid \
         && printf 'all:\\n\\ttrue\\n' > Makefile && echo hello > hello.txt && git add -A && git commit -qm 'First commit'";

@@ -1,16 +1,16 @@
-//! A full disk under the state directory: every call says so and leaves nothing behind, the daemon goes on, and
-//! with room again everything works as before.
+//! Tests with a full disk under the state directory: every call reports it and leaves nothing
+//! behind, the daemon keeps running, and everything works again once there is room.
 
 use crate::host::{Host, text, wait_for};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
-/// The image, a VM or two, and room for a small import.
+/// Room for the image, one or two VMs, and a small import.
 const DISK_MIB: u64 = 512;
 const MIB: u64 = 1 << 20;
 
-/// Status, kind, sentence and hint of a call that met the full disk.
+/// Checks status, kind, message and hint of a call that failed because of the full disk.
 #[track_caller]
 fn full(out: &Output, status: i32) {
     let (stdout, stderr) = text(out);
@@ -26,7 +26,7 @@ fn full(out: &Output, status: i32) {
 fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
-        // SQLite's and the store's own come and go.
+        // The files of SQLite and of the store come and go.
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         if path.is_dir() {
             files_below(&path, found);
@@ -36,7 +36,7 @@ fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// Rows, processes, files.
+/// The VMs, processes and files.
 fn census(host: &Host) -> (Vec<String>, Vec<String>, Vec<PathBuf>) {
     let mut files = Vec::new();
     files_below(&host.state(), &mut files);
@@ -46,13 +46,14 @@ fn census(host: &Host) -> (Vec<String>, Vec<String>, Vec<PathBuf>) {
     (rows, host.census(), files)
 }
 
-/// The daemon notices by itself that there is space again.
+/// Waits until the daemon has noticed that there is room again.
 fn writable(host: &Host) {
     wait_for("changes are taken again", || host.fcctl(&["vm", "create", "--name", "probe"]).status.success().then_some(()));
     host.ok(&["rm", "probe"]);
 }
 
-/// Not a byte is left. Nothing can be started, a guest is paused only when it writes, and everything can be deleted.
+/// The disk is completely full. Nothing can be started, a guest is paused only when it writes, and
+/// everything can be deleted.
 #[test]
 fn a_full_disk_on_the_host() {
     let mut host = Host::on_small_disk(DISK_MIB);
@@ -73,7 +74,8 @@ fn a_full_disk_on_the_host() {
     };
     assert_eq!(host.sh("box", "echo served"), "served\n");
     refused(&host);
-    // The database's log has room of its own, so a row may still be written. If it is, it is durable.
+    // The database's log has room of its own, so a row may still be written. If it is, it is
+    // durable.
     let created = host.fcctl(&["--json", "vm", "create", "--name", "third"]);
     if !created.status.success() {
         full(&created, 1);
@@ -101,7 +103,7 @@ fn a_full_disk_on_the_host() {
     assert_eq!(census(&host).1, before.1.into_iter().filter(|f| !f.starts_with("process")).collect::<Vec<_>>());
 }
 
-/// There is little space. Guests are paused in their writes, and resume when there is space again.
+/// There is little space. Guests are paused when they write, and resumed when there is space again.
 #[test]
 fn a_disk_on_the_host_that_fills_up() {
     let host = Host::on_small_disk(DISK_MIB);
@@ -131,7 +133,7 @@ fn a_disk_on_the_host_that_fills_up() {
     host.disk().free();
     wait_for("the guest resumes", || host.fcctl(&["exec", "box", "--", "true"]).status.success().then_some(()));
     assert!(host.show("box", "reason").is_null());
-    // It is the same guest.
+    // The guest has not been restarted.
     host.sh("box", "kill $(cat /dev/shm/ticker)");
     writable(&host);
     host.ok(&["workspace", "prepare", "box", path]);

@@ -1,4 +1,4 @@
-//! The one fixture: a daemon of its own on a state directory of its own, with the shared default image.
+//! The fixture of all tests: a daemon with its own state directory and the shared default image.
 
 use std::fs;
 use std::io::Read;
@@ -11,21 +11,23 @@ use std::time::{Duration, Instant};
 pub const FCD: &str = env!("CARGO_BIN_EXE_fcd");
 pub const FCCTL: &str = env!("CARGO_BIN_EXE_fcctl");
 
-/// Everything that is waited for here is a matter of seconds; this only bounds a hang.
+/// Everything that tests wait for takes seconds. This only limits a hang.
 const DEADLINE: Duration = Duration::from_secs(120);
 
 pub struct Host {
-    // Dropped first: nothing can be removed below a mount that is still there.
+    // Dropped first, because nothing below a mount can be removed while it is mounted.
     disk: Option<SmallDisk>,
     dir: tempfile::TempDir,
     fcd: Option<Child>,
     config: String,
-    /// The reader of a daemon's stderr that is a full pipe.
+    /// The read end of the daemon's stderr, if that is a full pipe.
     unread_log: Option<std::os::fd::OwnedFd>,
 }
 
-/// `target/tmp/e2e`, on the file system of the checkout. VMMs and other callers have uids of their own when root runs the
-/// tests: if they may not enter the checkout, as below root's home, a directory of this checkout's in `/var/tmp`.
+/// The directory of the tests' hosts: `target/tmp/e2e`, on the file system of the checkout. If root
+/// runs the tests, VMMs and other callers have uids of their own. If those may not enter the
+/// checkout, which may be in root's home, it is a directory in `/var/tmp` with a name that depends
+/// on the checkout.
 fn base() -> PathBuf {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let own = Path::new(env!("CARGO_TARGET_TMPDIR")).join("e2e");
@@ -36,17 +38,17 @@ fn base() -> PathBuf {
     let mut hasher = DefaultHasher::new();
     own.hash(&mut hasher);
     let dir = Path::new("/var/tmp").join(format!("fcd-e2e-{:016x}", hasher.finish()));
-    // An error where it is a link or somebody else's.
+    // Fails if it is a link or belongs to another user.
     fcd::host::fs::create_dir(&dir, 0o755).unwrap();
     dir
 }
 
-/// Waits until `probe` answers, looking again whenever a short poll runs out.
+/// Waits until `probe` returns a value. Polls it with short pauses.
 pub fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
     wait_for_or(what, &mut String::new(), |_| probe())
 }
 
-/// The same; what it says when it gives up is what the probe has last said.
+/// The same, with a failure message that contains the last text of the probe.
 pub fn wait_for_or<T>(what: &str, said: &mut String, mut probe: impl FnMut(&mut String) -> Option<T>) -> T {
     let deadline = Instant::now() + DEADLINE;
     loop {
@@ -58,13 +60,13 @@ pub fn wait_for_or<T>(what: &str, said: &mut String, mut probe: impl FnMut(&mut 
     }
 }
 
-/// The directory of the default image, built once for all test binaries of this source.
+/// The directory of the default image, which is built once for all test binaries of this source.
 pub fn image() -> &'static Path {
     static IMAGE: OnceLock<PathBuf> = OnceLock::new();
     IMAGE.get_or_init(|| cached_image("default", &[]))
 }
 
-/// The directory of an image with these packages, which is there or is built now.
+/// The directory of an image with these packages. It is built if it does not exist.
 pub fn cached_image(name: &str, packages: &[&str]) -> PathBuf {
     let cache = base().join("image-cache");
     fs::create_dir_all(&cache).unwrap();
@@ -88,7 +90,7 @@ pub fn cached_image(name: &str, packages: &[&str]) -> PathBuf {
     image
 }
 
-/// Names what an image is made from: another recipe is another image.
+/// A name for what an image is built from, so that another recipe gives another image.
 fn image_key(packages: &[&str]) -> String {
     use std::hash::{Hash, Hasher};
     let mut hasher = std::hash::DefaultHasher::new();
@@ -114,12 +116,12 @@ impl Host {
         Self::with_config("")
     }
 
-    /// `config` is the text of the configuration file.
+    /// Starts a host whose configuration file contains `config`.
     pub fn with_config(config: &str) -> Self {
         Self::prepared(config, None)
     }
 
-    /// Its daemon logs into a pipe that is full and that nobody reads.
+    /// Starts a host whose daemon logs into a full pipe that nobody reads.
     pub fn with_unread_log() -> Self {
         let mut host = Self::start();
         host.stop_daemon();
@@ -133,23 +135,23 @@ impl Host {
         host
     }
 
-    /// Its state directory is a file system of its own, of this size. As root only; from the thread that goes on
-    /// to use it, for others do not see the mount.
+    /// Starts a host whose state directory is a file system of this size. Needs root. Must be used
+    /// only by the calling thread, because other threads do not see the mount.
     pub fn on_small_disk(size_mib: u64) -> Self {
         Self::prepared("", Some(&|at| SmallDisk::in_memory(at, size_mib)))
     }
 
-    /// The same with room for so many files.
+    /// The same with room for this many files.
     pub fn on_few_inodes(count: u64) -> Self {
         Self::prepared("", Some(&|at| SmallDisk::of_few_inodes(at, count)))
     }
 
-    /// The same on ext4, which becomes read-only when it finds an error.
+    /// The same on ext4, which becomes read-only after an error.
     pub fn on_ext4() -> Self {
         Self::prepared("", Some(&SmallDisk::ext4))
     }
 
-    /// The same on XFS, whose files share blocks.
+    /// The same on XFS, where files can share blocks.
     pub fn on_xfs() -> Self {
         Self::prepared("", Some(&SmallDisk::xfs))
     }
@@ -166,7 +168,7 @@ impl Host {
         host
     }
 
-    /// An image of the cache's, in this state directory too.
+    /// Adds an image from the cache to this state directory.
     pub fn add_image(&self, image: &Path) {
         let own = self.state().join("images").join(image.file_name().unwrap());
         fs::create_dir_all(&own).unwrap();
@@ -183,7 +185,7 @@ impl Host {
             }
         }
         if self.disk.is_some() {
-            // As a build has done.
+            // A build does the same.
             run(Command::new("sync").arg("-f").arg(&own));
         }
     }
@@ -219,10 +221,10 @@ impl Host {
         let child = Command::new(FCD)
             .args(["--config".as_ref(), config.as_os_str(), "--state-dir".as_ref(), state.as_os_str()])
             .args(["--socket".as_ref(), self.socket().as_os_str()])
-            // A breach of the lock order ends the daemon, whatever catches panics.
+            // A violation of the lock order must end the daemon even where panics are caught.
             .env("FCD_LOCK_ABORT", "1")
             .env("FCD_TEST_DIE_AT", self.die_at())
-            // Every test's daemon is alone with what would be its host.
+            // The daemon of each test is alone on what counts as its host.
             .env("FCD_TEST_CLAIMS", self.dir.path().join("claims"))
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
@@ -237,20 +239,21 @@ impl Host {
         });
     }
 
-    /// Where it is written at which of its next points the daemon dies.
+    /// The file that tells the daemon at which of its next points to die.
     fn die_at(&self) -> PathBuf {
         self.dir.path().join("die-at")
     }
 
-    /// It dies, as by `kill -9`, at the n-th effect or commit from now on.
+    /// Makes the daemon die at the n-th effect or commit from now on, as if killed by `kill -9`.
     pub fn arm(&self, n: u64) {
-        // Whole at once: it is read at every point.
+        // Renamed into place, because the daemon reads the file at every point.
         let draft = self.dir.path().join("die-at.new");
         fs::write(&draft, n.to_string()).unwrap();
         fs::rename(draft, self.die_at()).unwrap();
     }
 
-    /// Whether it has died of that, which it does not do any more. One that hung up on somebody is about to.
+    /// Removes that order. Returns true if the daemon has died of it. A daemon that has hung up on
+    /// a caller is about to.
     pub fn disarm(&mut self, has_hung_up: bool) -> bool {
         fs::remove_file(self.die_at()).unwrap();
         let mut fcd = self.fcd.take().expect("a daemon runs");
@@ -264,14 +267,14 @@ impl Host {
         end.is_some()
     }
 
-    /// The daemon again, on the same state.
+    /// Starts the daemon again with the same state.
     pub fn relaunch(&mut self) {
         assert!(self.fcd.is_none());
         let state = self.state();
         self.launch(&state);
     }
 
-    /// SIGTERM, and the drain.
+    /// Sends SIGTERM and waits until the daemon has drained.
     pub fn stop_daemon(&mut self) {
         if let Some(mut fcd) = self.fcd.take() {
             signal(fcd.id(), "TERM");
@@ -286,7 +289,7 @@ impl Host {
         fcd.wait().unwrap();
     }
 
-    /// `fcctl` with these arguments, not yet run.
+    /// An `fcctl` command with these arguments.
     pub fn command(&self, args: &[&str]) -> Command {
         fcctl_at(&self.socket(), args)
     }
@@ -295,7 +298,7 @@ impl Host {
         self.command(args).output().unwrap()
     }
 
-    /// Its stdout; a failure fails the test.
+    /// Runs `fcctl`, which must succeed, and returns its stdout.
     #[track_caller]
     pub fn ok(&self, args: &[&str]) -> String {
         let out = self.fcctl(args);
@@ -310,7 +313,7 @@ impl Host {
         String::from_utf8(out.stdout).unwrap()
     }
 
-    /// Its exit status and stderr.
+    /// Runs `fcctl`, which must fail, and returns its exit status and stderr.
     #[track_caller]
     pub fn fails(&self, args: &[&str]) -> (i32, String) {
         let out = self.fcctl(args);
@@ -324,25 +327,25 @@ impl Host {
         serde_json::from_str(&self.ok(&all)).unwrap()
     }
 
-    /// A VM that has booted.
+    /// Creates a VM and waits until it has booted.
     #[track_caller]
     pub fn boot(&self, name: &str) {
         self.ok(&["vm", "create", "--name", name]);
         self.ok(&["start", name]);
     }
 
-    /// A command line in the guest's shell: its stdout.
+    /// Runs a script in the guest's shell and returns its stdout.
     #[track_caller]
     pub fn sh(&self, vm: &str, script: &str) -> String {
         self.ok(&["exec", vm, "--", "sh", "-c", script])
     }
 
-    /// `fcctl`, its output in files.
+    /// Starts `fcctl` with its output in files.
     pub fn spawn(&self, args: &[&str]) -> Spawned {
         Spawned::start(&mut self.command(args))
     }
 
-    /// `fcctl` with these bytes on its stdin.
+    /// Runs `fcctl` with these bytes on its stdin.
     pub fn feed(&self, args: &[&str], stdin: &[u8]) -> Output {
         let mut file = tempfile::tempfile().unwrap();
         std::io::Write::write_all(&mut file, stdin).unwrap();
@@ -350,7 +353,8 @@ impl Host {
         self.command(args).stdin(file).output().unwrap()
     }
 
-    /// One call on a connection of its own, as a script without `fcctl` makes it: the whole answer.
+    /// Makes one call on a connection of its own, like a script without `fcctl`, and returns the
+    /// whole answer.
     pub fn rpc(&self, method: &str, params: serde_json::Value) -> serde_json::Value {
         let mut stream = std::os::unix::net::UnixStream::connect(self.socket()).unwrap();
         let line = serde_json::json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params});
@@ -360,20 +364,20 @@ impl Host {
         serde_json::from_str(&answer).unwrap()
     }
 
-    /// A fact of `vm show`.
+    /// Returns a value from `vm show`.
     #[track_caller]
     pub fn show(&self, vm: &str, fact: &str) -> serde_json::Value {
         self.json(&["vm", "show", vm])[fact].clone()
     }
 
-    /// What guests have printed.
+    /// The consoles of all guests.
     fn consoles(&self) -> Vec<(PathBuf, String)> {
         let dirs = fs::read_dir(self.state().join("vms")).into_iter().flatten().flatten();
         let logs = dirs.map(|e| e.path().join("console.log"));
         logs.filter_map(|log| Some((log.clone(), String::from_utf8_lossy(&fs::read(log).ok()?).into_owned()))).collect()
     }
 
-    /// What belongs to this daemon on the host: VMM processes, and the files of its VMs.
+    /// Everything on the host that belongs to this daemon: VMM processes and the files of its VMs.
     pub fn census(&self) -> Vec<String> {
         let mut found: Vec<String> = vmm_processes(&self.state()).into_iter().map(|p| format!("process {p}")).collect();
         if let Ok(entries) = fs::read_dir(self.state().join("vms")) {
@@ -384,7 +388,7 @@ impl Host {
     }
 }
 
-/// `fcctl` with these arguments for the daemon at this socket, not yet run.
+/// An `fcctl` command with these arguments for the daemon with this socket.
 pub fn fcctl_at(socket: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(FCCTL);
     command.arg("--socket").arg(socket).args(args).stdin(Stdio::null());
@@ -412,10 +416,11 @@ impl Drop for Host {
     }
 }
 
-/// A file system in a mount namespace of the calling thread's and of what it starts: it goes with them.
+/// A file system in a mount namespace of the calling thread and its children. It disappears with
+/// them.
 pub struct SmallDisk(PathBuf);
 
-/// Sparse: what is written to it counts.
+/// The files are sparse, so only what is written takes space.
 const XFS_BYTES: u64 = 2 << 30;
 const EXT4_BYTES: u64 = 2 << 30;
 
@@ -446,7 +451,7 @@ impl SmallDisk {
         mounted
     }
 
-    /// An error that its kernel finds: from here on nothing can be written, whoever has it open.
+    /// Triggers an error in the file system, which is read-only from then on, even for open files.
     pub fn break_ext4(&self) {
         let out = Command::new("findmnt").args(["-no", "SOURCE"]).arg(&self.0).output().unwrap();
         let device = String::from_utf8(out.stdout).unwrap();
@@ -454,9 +459,9 @@ impl SmallDisk {
         fs::write(Path::new("/sys/fs/ext4").join(device).join("trigger_fs_error"), "1").unwrap();
     }
 
-    /// As an administrator does after a reboot.
+    /// Repairs the file system, as an administrator does after a reboot.
     pub fn mend_ext4(&self) {
-        // Those who had files open on it have just been killed.
+        // The processes with open files on it have just been killed.
         wait_for("it is unmounted", || Command::new("umount").arg(&self.0).status().unwrap().success().then_some(()));
         let file = self.0.with_extension("ext4");
         let status = Command::new("e2fsck").args(["-f", "-y"]).arg(&file).stdout(Stdio::null()).stderr(Stdio::null()).status();
@@ -473,7 +478,7 @@ impl SmallDisk {
         Self(at)
     }
 
-    /// Leaves so much room, and nothing more.
+    /// Fills the file system so that only this much room is left.
     pub fn fill(&self, leave_bytes: u64) {
         let stat = nix::sys::statvfs::statvfs(&self.0).unwrap();
         let free = stat.blocks_free() * stat.fragment_size();
@@ -484,7 +489,7 @@ impl SmallDisk {
         }
     }
 
-    /// Takes every inode.
+    /// Uses up all inodes.
     pub fn fill_inodes(&self) {
         let dir = self.0.join("inodes");
         fs::create_dir(&dir).unwrap();
@@ -496,7 +501,7 @@ impl SmallDisk {
         fs::remove_dir_all(self.0.join("inodes")).unwrap();
     }
 
-    /// Nothing on it can be changed, or can again.
+    /// Makes the file system read-only or writable.
     pub fn set_read_only(&self, is_so: bool) {
         run(Command::new("mount").args(["-o", if is_so { "remount,ro" } else { "remount,rw" }]).arg(&self.0));
     }
@@ -518,7 +523,7 @@ fn run(command: &mut Command) {
     assert!(status.success(), "{command:?}: {status}");
 }
 
-/// Processes of VMMs that work on this state directory.
+/// The VMM processes that use this state directory.
 pub fn vmm_processes(state: &Path) -> Vec<u32> {
     let needle = state.join("vms").display().to_string();
     let mut found = Vec::new();
@@ -543,12 +548,13 @@ pub fn signal(pid: u32, name: &str) {
     let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal);
 }
 
-/// stdout and stderr as text.
+/// Returns stdout and stderr as text.
 pub fn text(out: &Output) -> (String, String) {
     (String::from_utf8_lossy(&out.stdout).into_owned(), String::from_utf8_lossy(&out.stderr).into_owned())
 }
 
-/// A process of ours with its output in files, so that it can be looked at while it runs and never blocks on it.
+/// A process with its output in files, so that a test can read it while the process runs, and the
+/// process never blocks on it.
 pub struct Spawned {
     pub child: Child,
     out: tempfile::NamedTempFile,
@@ -572,7 +578,7 @@ impl Spawned {
         signal(self.child.id(), name);
     }
 
-    /// Waits until its stdout holds `text`.
+    /// Waits until its stdout contains `text`.
     #[track_caller]
     pub fn says(&mut self, text: &str) {
         wait_for(&format!("{text:?} on stdout"), || {
@@ -585,7 +591,7 @@ impl Spawned {
         });
     }
 
-    /// Its exit status and how long that took from now.
+    /// Waits for the end. Returns the exit status and how long the wait took.
     pub fn end(&mut self) -> (Option<i32>, Duration) {
         let begun = Instant::now();
         let status = wait_for("the end of a process", || self.child.try_wait().unwrap());

@@ -1,4 +1,5 @@
-//! Bad input and broken guests: the right status, a sentence, a hint, and nothing left behind.
+//! Tests with bad input and broken guests: each gives the right status, a message and a hint, and
+//! leaves nothing behind.
 
 use crate::host::{FCCTL, Host, text, vmm_processes, wait_for};
 use std::fs;
@@ -8,10 +9,10 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-/// Deadline of a verb that waits for nothing. A VMM's memory is freed within it.
+/// How long a command that waits for nothing may take, including the time to free a VMM's memory.
 const PROMPT: Duration = Duration::from_secs(5);
 
-/// Nobody's.
+/// A uid that owns nothing.
 const STRANGER: u32 = 65534;
 
 #[track_caller]
@@ -22,7 +23,7 @@ fn refused(out: &Output, status: i32, said: &str) {
     assert!(stderr.contains("hint: ") || status == 2, "{stderr}");
 }
 
-/// Rows and whatever else is there.
+/// All VMs and everything else on the host.
 fn everything(host: &Host) -> (String, Vec<String>) {
     (host.ok(&["ps", "-aq"]), host.census())
 }
@@ -52,7 +53,7 @@ fn bad_requests_change_nothing() {
     check(&["op", "show", "abcdef012345"], 3, "abcdef012345");
     assert_eq!(everything(&host), before);
     racing_creates(&host);
-    // By the pigeonhole, some two of 257 ids begin alike; of fewer, most often.
+    // Among 257 ids at least two share their first two digits, and usually among fewer.
     let mut ids = vec![host.show("taken", "id").as_str().unwrap()[..2].to_owned()];
     let twice = loop {
         let name = host.ok(&["vm", "create"]);
@@ -67,7 +68,7 @@ fn bad_requests_change_nothing() {
     host.ok(&["vm", "prune"]);
 }
 
-/// Of twenty that want one name, one gets it.
+/// Twenty calls create a VM with the same name, and exactly one succeeds.
 fn racing_creates(host: &Host) {
     let mut all: Vec<_> = (0..20).map(|_| host.spawn(&["vm", "create", "--name", "wanted"])).collect();
     let statuses: Vec<_> = all.iter_mut().map(|c| c.end().0.unwrap()).collect();
@@ -76,24 +77,26 @@ fn racing_creates(host: &Host) {
     host.ok(&["rm", "wanted"]);
 }
 
-/// `fcctl` as somebody else. The socket lets everybody in here; what a caller may do is by its uid.
+/// Runs `fcctl` as another user. The socket accepts everybody here, and the caller's uid decides
+/// what it may do.
 fn as_stranger(host: &Host, args: &[&str]) -> Output {
     fs::set_permissions(host.socket(), fs::Permissions::from_mode(0o666)).unwrap();
-    // Run by descriptor, because the stranger may be unable to enter the directories above it.
+    // Run it by descriptor, because the user may be unable to enter the directories above it.
     let fcctl = fs::File::open(FCCTL).unwrap();
     let mut command = Command::new(format!("/proc/self/fd/{}", fcctl.as_raw_fd()));
     command.uid(STRANGER).gid(STRANGER).arg("--socket").arg(host.socket());
     command.args(args).env("HOME", "/nonexistent").stdin(std::process::Stdio::null()).output().unwrap()
 }
 
-/// The tree is read with the caller's rights, and a VM exists for its owner and for root only.
+/// A tree is read with the caller's rights, and a VM exists only for its owner and root.
 #[test]
 fn a_caller_reads_and_sees_what_is_its_own() {
     assert!(nix::unistd::geteuid().is_root(), "as root only: run the tests as root");
     let host = Host::start();
     host.ok(&["vm", "create", "--name", "roots"]);
     let before = everything(&host);
-    // Not below our own checkout, which would be the tree then; and TMPDIR may be root's alone.
+    // The tree must not be below our checkout, because then the whole checkout would be copied.
+    // TMPDIR may be accessible only to root.
     let tree = tempfile::tempdir_in("/tmp").unwrap();
     fs::set_permissions(tree.path(), fs::Permissions::from_mode(0o755)).unwrap();
     fs::write(tree.path().join("open"), "x").unwrap();
@@ -107,7 +110,7 @@ fn a_caller_reads_and_sees_what_is_its_own() {
     for vm in ["roots", &id, &id[..4]] {
         for verb in [&["vm", "show"][..], &["start"], &["rm", "-f"], &["logs"], &["vm", "kill"]] {
             let out = as_stranger(&host, &[verb, &[vm]].concat());
-            // `rm -f` of what does not exist is fine, and does nothing.
+            // `rm -f` of a VM that does not exist succeeds.
             let expected = if verb[0] == "rm" { 0 } else { 3 };
             assert_eq!(out.status.code(), Some(expected), "{verb:?} {:?}", text(&out));
         }
@@ -138,7 +141,7 @@ fn guests_that_break() {
 }
 
 fn a_full_disk(host: &Host, tree: &str) {
-    // No byte is written for it, neither there nor here.
+    // Nothing is written for it, neither in the guest nor here.
     host.sh(
         "box",
         "set -- $(df -k / | tail -n 1); fallocate -l $(($2 - $3 - 4096))K /root/fill; fallocate -l 1G /root/more; true",
@@ -167,7 +170,7 @@ fn a_dead_vmm(host: &Host) {
     host.ok(&["start", "box"]);
 }
 
-/// It is seen, used by nobody meanwhile, and comes back; a stop does not wait for it.
+/// A hung VMM is detected, is not used in the meantime, and recovers. A stop does not wait for it.
 fn a_hung_vmm(host: &Host) {
     let vmm = vmm_processes(&host.state())[0];
     let mut events = host.spawn(&["events"]);
@@ -192,7 +195,7 @@ fn a_hung_vmm(host: &Host) {
     host.ok(&["start", "box"]);
 }
 
-/// Whoever answers in the guest's place is not talked to.
+/// A guest with another host key is not talked to.
 fn another_host_key(host: &Host) {
     let script = "cd /run/fcd/seed && rm -f host_key && ssh-keygen -q -t ed25519 -N '' -f host_key && \
         kill $(pidof sshd | tr ' ' '\\n' | sort -n | head -n 1)";
@@ -206,7 +209,7 @@ fn another_host_key(host: &Host) {
     assert!(said["error"]["hint"].is_string(), "{said}");
     let out = host.fcctl(&["stop", "box"]);
     assert!(text(&out).0.contains("stopped, but the guest did not sync"), "{:?}", text(&out));
-    // The seed brings the right one back.
+    // The seed restores the right key.
     host.ok(&["start", "box"]);
     assert_eq!(host.sh("box", "echo back"), "back\n");
 }
@@ -224,7 +227,7 @@ fn stop_and_delete_answer_while_nobody_reads_the_log_and_the_vmm_hangs() {
         assert!(begun.elapsed() < PROMPT, "{verb:?} took {:?}", begun.elapsed());
     }
     assert_eq!(vmm_processes(&host.state()), Vec::<u32>::new());
-    // Nor does the end of the daemon wait for a reader.
+    // The daemon's exit does not wait for a reader either.
     let begun = Instant::now();
     host.stop_daemon();
     assert!(begun.elapsed() < PROMPT, "the end of the daemon took {:?}", begun.elapsed());

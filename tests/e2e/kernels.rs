@@ -1,10 +1,12 @@
-//! A kernel beside the image's: as an ELF file and as a bzImage, with modules of the distribution's.
+//! Tests of VMs with a kernel other than the image's, as an ELF file and as a bzImage, with a
+//! distribution's modules.
 
 use crate::host::{Host, image, text};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// The boot protocol's header before a packed kernel, as the kernel's build makes it (Documentation/arch/x86/boot.rst).
+/// Prefixes a packed kernel with the header of the boot protocol, as the kernel's build does
+/// (Documentation/arch/x86/boot.rst).
 fn bzimage(vmlinux: &Path, version: &str) -> Vec<u8> {
     const SECTOR: usize = 512;
     let packed = Command::new("gzip").args(["-1", "-n", "-c"]).arg(vmlinux).output().unwrap().stdout;

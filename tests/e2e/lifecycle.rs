@@ -1,13 +1,15 @@
-//! A VM's life through `fcctl`: data across stops, settings, several VMs at once, `--rm`, signals, the drain.
+//! Tests of a VM's life through `fcctl`: data across stops, settings, several VMs at once, `--rm`,
+//! signals, draining.
 
 use crate::host::{Host, signal, text, vmm_processes, wait_for};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// From SIGTERM to the daemon's end, and a second for a busy machine.
+/// How long the daemon may take to exit after SIGTERM, with a second added for a busy machine.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(16);
 
-/// vCPUs, MiB of memory and MiB of the root file system, as the guest sees them.
+/// The number of vCPUs, and the sizes of memory and root file system in MiB, as the guest sees
+/// them.
 fn shape(host: &Host, vm: &str) -> (u64, u64, u64) {
     let script = "nproc; awk '/MemTotal/ {print int($2/1024)}' /proc/meminfo; df -m / | awk 'NR == 2 {print $2}'";
     let numbers: Vec<u64> = host.sh(vm, script).lines().map(|l| l.trim().parse().unwrap()).collect();
@@ -47,7 +49,7 @@ fn data_outlives_a_stop_and_settings_hold_from_the_next_start() {
     assert_eq!(host.ok(&["vm", "kill", "keeper"]), "keeper: stopped, the guest's data was not synced\n");
     let (status, said) = host.fails(&["vm", "kill", "keeper"]);
     assert!(status == 1 && said.contains("hint: "), "{said}");
-    // The console of a VM that is at rest, of all its boots.
+    // The console log of a stopped VM contains all of its boots.
     let log = host.ok(&["logs", "keeper"]);
     assert!(log.matches("fcd-init: ssh is up").count() >= 3, "{log}");
     assert_eq!(host.ok(&["logs", "--tail", "1", "keeper"]).trim_end().lines().count(), 1);
@@ -56,14 +58,15 @@ fn data_outlives_a_stop_and_settings_hold_from_the_next_start() {
 }
 
 #[test]
-fn verbs_take_several_vms_and_go_on_past_an_error() {
+fn verbs_take_several_vms_and_continue_after_error() {
     let host = Host::start();
     for name in ["alpha", "beta", "gamma"] {
         assert_eq!(host.ok(&["vm", "create", "--name", name]), format!("{name}\n"));
     }
-    let mut told = host.spawn(&["events"]);
-    told.says("alpha  is created");
-    // Nothing was printed yet; who follows hears the first boot, or that the VM is gone.
+    let mut events = host.spawn(&["events"]);
+    events.says("alpha  is created");
+    // Nothing has been printed yet. A follower gets the first boot, or learns that the VM has been
+    // deleted.
     assert_eq!(host.ok(&["logs", "alpha"]), "");
     let mut following = host.spawn(&["logs", "-f", "alpha"]);
     let mut in_vain = host.spawn(&["logs", "-f", "gamma"]);
@@ -93,12 +96,12 @@ fn verbs_take_several_vms_and_go_on_past_an_error() {
     assert_eq!(waiting.end().0, Some(0));
     assert_eq!(waiting.stdout(), "alpha: stopped\n");
     following.says("shutting down");
-    told.says("beta  vm.stop ok");
-    told.signal("INT");
-    // Ended by the signal: 130 to a shell.
-    assert_eq!(told.end().0, None, "{}", told.stderr());
-    let line = told.stdout().lines().find(|l| l.contains("alpha  starting -> running")).map(str::len);
-    assert_eq!(line, Some("12:01:02  alpha  starting -> running".len()), "{}", told.stdout());
+    events.says("beta  vm.stop ok");
+    events.signal("INT");
+    // It was ended by the signal, which a shell reports as 130.
+    assert_eq!(events.end().0, None, "{}", events.stderr());
+    let line = events.stdout().lines().find(|l| l.contains("alpha  starting -> running")).map(str::len);
+    assert_eq!(line, Some("12:01:02  alpha  starting -> running".len()), "{}", events.stdout());
 
     let all = format!("'{0}' --socket '{1}' rm -f $('{0}' --socket '{1}' ps -aq)", crate::host::FCCTL, host.socket().display());
     assert!(Command::new("sh").args(["-c", &all]).status().unwrap().success());
@@ -148,7 +151,8 @@ fn without_rm_a_vm_runs_on_and_signals_go_to_the_guests_command() {
     assert_eq!(stubborn.end().0, Some(130));
     assert!(stubborn.stderr().contains("detached"), "{}", stubborn.stderr());
 
-    // SIGTERM drains: what runs in a guest gets some seconds, then it ends. The VM does not notice.
+    // SIGTERM drains: a command in a guest may run for some seconds and is then ended. The VM keeps
+    // running.
     let mut endless = host.spawn(&["exec", &name, "--", "sh", "-c", "echo ready; exec sleep 1000"]);
     endless.says("ready");
     let before = vmm_processes(&host.state());
@@ -184,7 +188,7 @@ fn a_daemon_that_is_killed_finishes_or_takes_back_what_it_was_at() {
     host.ok(&["vm", "wait", "--timeout", "30s", "box"]);
     assert_eq!((host.show("box", "state"), vmm_processes(&host.state()).len()), ("stopped".into(), 0));
 
-    // Its VMM died while nobody looked.
+    // The VMM dies while no daemon runs.
     looked_at(&host);
     host.kill_daemon();
     signal(vmm_processes(&host.state())[0], "KILL");
@@ -196,7 +200,7 @@ fn a_daemon_that_is_killed_finishes_or_takes_back_what_it_was_at() {
     assert_eq!(host.census(), Vec::<String>::new());
 }
 
-/// The one VM, once it has got to `state`.
+/// Waits until the only VM has this state.
 fn wait_one(host: &Host, state: &str) {
     wait_for(state, || {
         let vms = host.json(&["ps", "-a"]);
@@ -223,7 +227,7 @@ fn an_interrupt_before_the_command_cleans_up() {
 }
 
 #[test]
-fn rm_is_kept_whoever_is_killed() {
+fn rm_is_kept_after_killing_client_or_daemon() {
     let mut host = Host::start();
     let sleeper = ["run", "--rm", "--", "sh", "-c", "echo ready; exec sleep 1000"];
     let mut run = host.spawn(&sleeper);
@@ -239,7 +243,7 @@ fn rm_is_kept_whoever_is_killed() {
     assert_eq!(vmm_processes(&host.state()).len(), 1);
     host.relaunch();
     wait_empty(&host);
-    // A boot that nobody holds any more.
+    // Interrupt `run` during the boot.
     let mut run = host.spawn(&sleeper);
     wait_one(&host, "starting");
     signal(run.child.id(), "KILL");

@@ -1,4 +1,5 @@
-//! End to end: real daemons, real guests, real repositories. Nothing here is skipped: what is missing fails.
+//! End-to-end tests with real daemons, real guests and real repositories. No test is skipped: if
+//! something is missing, it fails.
 #![allow(clippy::disallowed_methods)] // Tests start processes of their own.
 
 mod adjusting;

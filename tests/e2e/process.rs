@@ -1,4 +1,4 @@
-//! The two programs as processes: statuses, what they refuse, what they leak, what a script sees.
+//! Tests of the two programs as processes: exit statuses, refusals, leaks, and what a script sees.
 
 use crate::host::{FCCTL, FCD, Host, text, vmm_processes};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-/// `fcd` that is expected to end by itself.
+/// Runs an `fcd` that is expected to exit on its own.
 fn fcd(dir: &Path, args: &[&str]) -> Output {
     let mut command = Command::new("timeout");
     command.args(["-k", "5", "30", FCD, "--state-dir"]).arg(dir.join("state")).arg("--socket").arg(dir.join("other.sock"));
@@ -59,7 +59,7 @@ fn a_daemon_refuses_what_it_cannot_serve() {
     refuses(&fcd(&dir, &[]), 78, "fcd.db");
     fs::write(&db, &kept).unwrap();
 
-    // Symlinks in the way are not followed.
+    // Symbolic links at these paths are not followed.
     let canary = dir.join("canary");
     let lock = host.state().join("lock");
     fs::remove_file(&lock).unwrap();
@@ -79,7 +79,7 @@ fn a_daemon_refuses_what_it_cannot_serve() {
     assert_eq!(host.ok(&["ps", "-aq"]), "");
 }
 
-/// Everything but the guest: what a script and a person on another terminal see.
+/// Tests everything but the guest, as seen by a script or from another terminal.
 #[test]
 fn scripts_can_rely_on_it() {
     let mut host = Host::start();
@@ -127,7 +127,7 @@ fn scripts_can_rely_on_it() {
     a_daemon_that_is_away(&mut host);
 }
 
-/// Sends one request with descriptors: the answer.
+/// Sends one request with descriptors and returns the answer.
 fn call_with(host: &Host, method: &str, params: Value, fds: &[&OwnedFd]) -> Value {
     let stream = UnixStream::connect(host.socket()).unwrap();
     let line = format!("{}\n", json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}));
@@ -139,7 +139,7 @@ fn call_with(host: &Host, method: &str, params: Value, fds: &[&OwnedFd]) -> Valu
     serde_json::from_str(&answer).unwrap()
 }
 
-/// Only pipes are taken, the right end of them, and as many as the method wants.
+/// Only pipes are accepted, only their right ends, and only as many as the method takes.
 fn wrong_descriptors(host: &Host) {
     let (read_end, write_end) = nix::unistd::pipe().unwrap();
     let socket = OwnedFd::from(UnixStream::pair().unwrap().0);
@@ -172,7 +172,7 @@ fn a_daemon_that_is_away(host: &mut Host) {
     assert!(status == 5 && said.contains("hint: "), "{status} {said}");
     assert_eq!(host.fails(&["exec", "box", "--", "true"]).0, 125);
     assert!(host.ok(&["version"]).contains("is not running"));
-    // Without a daemon, the checks of the fcd beside it.
+    // Without a daemon, `doctor` runs the checks of the fcd next to fcctl.
     let out = host.command(&["--json", "doctor"]).env("FCD_STATE_DIR", host.state()).output().unwrap();
     let checks: Value = serde_json::from_slice(&out.stdout).unwrap();
     let ids: Vec<_> = checks["checks"].as_array().or(checks.as_array()).unwrap().iter().map(|c| c["id"].clone()).collect();
@@ -180,20 +180,20 @@ fn a_daemon_that_is_away(host: &mut Host) {
     host.relaunch();
 }
 
-/// Of `/proc/PID/status`.
+/// Returns a value from `/proc/PID/status`.
 fn status_line(pid: u32, name: &str) -> String {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|l| l.starts_with(name)).unwrap();
     line.split_whitespace().skip(1).collect::<Vec<_>>().join(" ")
 }
 
-/// What a process has open.
+/// Lists what a process has open.
 fn descriptors(pid: u32) -> Vec<String> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
     entries.map(|e| fs::read_link(e.path()).unwrap_or_default().display().to_string()).collect()
 }
 
-/// What a VMM may have open.
+/// True if a VMM may have this open.
 fn is_allowed(target: &str, dir: &str, image: &str) -> bool {
     let anonymous = ["anon_inode:[eventfd]", "anon_inode:[eventpoll]", "anon_inode:[timerfd]", "anon_inode:[signalfd]"];
     let kinds = ["socket:[", "pipe:[", "/memfd:", "/dev/shm/", "/dev/zero", "/dev/urandom"];
@@ -225,13 +225,14 @@ fn a_vmm_is_confined() {
         assert!(uid.split(' ').all(|u| u.parse::<u32>().unwrap() >= 1_900_000_000), "{uid}");
         assert_eq!(status_line(pid, "Gid:"), uid, "a group of its own, too");
         assert_eq!((status_line(pid, "Groups:").as_str(), status_line(pid, "CapEff:").as_str()), ("", "0000000000000000"));
-        // 2: a filter is in force (proc(5)).
+        // 2 means that a seccomp filter is active (proc(5)).
         assert_eq!((status_line(pid, "Seccomp:").as_str(), status_line(pid, "NoNewPrivs:").as_str()), ("2", "1"));
         let dir = host.state().join("vms").join(shown["id"].as_str().unwrap());
         let ours = descriptors(host.pid());
         for target in descriptors(pid) {
             assert!(is_allowed(&target, dir.to_str().unwrap(), image.to_str().unwrap()), "{vm}: {target}");
-            // An end of a socket has a number of its own: one that both have was passed on.
+            // The two ends of a socket have different numbers. A number in both processes means
+            // that the descriptor was inherited.
             let is_shared = ["socket:[", "pipe:["].iter().any(|k| target.starts_with(k)) && ours.contains(&target);
             assert!(!is_shared, "{vm} has the daemon's {target}");
         }
@@ -240,7 +241,7 @@ fn a_vmm_is_confined() {
             let name = String::from_utf8_lossy(variable).split('=').next().unwrap().to_owned();
             assert!(["PATH", "LC_ALL", "LANG", "HOME", "TMPDIR"].contains(&name.as_str()), "{name}");
         }
-        // Its key is nobody's but the daemon's.
+        // Only the daemon may read the VM's key.
         let key = fs::metadata(dir.join("key")).unwrap();
         assert_eq!((key.uid(), key.mode() & 0o7777), (0, 0o600));
     }
@@ -248,7 +249,8 @@ fn a_vmm_is_confined() {
     operations(&host);
 }
 
-/// User-mode networking maps the host's loopback to 10.0.2.2; a VM created with `--net none` has a command run in it, no more.
+/// User-mode networking maps the host's loopback to 10.0.2.2. A VM created with `--net none` cannot
+/// reach it, but commands can run in it.
 fn only_a_vm_with_a_network_reaches_the_host(host: &Host) {
     let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -284,7 +286,8 @@ fn operations(host: &Host) {
     assert_eq!(vmm_processes(&host.state()).len(), 1);
 }
 
-/// As below root's home: the daemon says so when it starts, doctor says so, and so does a VM's start, each with what helps.
+/// The state directory is below a closed one, such as root's home. The daemon reports that when it
+/// starts, and so do `doctor` and the start of a VM, each with a command that helps.
 #[test]
 fn state_directory_below_a_closed_one_is_named_at_every_turn() {
     assert!(nix::unistd::geteuid().is_root(), "as root only: run the tests as root");

@@ -1,4 +1,5 @@
-//! No lifecycle operation waits for a slow one, with real guests: imports that stand still, boots under way.
+//! Tests with real guests that no lifecycle operation waits for a slow one, such as a stalled
+//! import or a boot.
 
 use crate::host::{Host, Spawned, vmm_processes, wait_for};
 use serde_json::{Value, json};
@@ -6,18 +7,18 @@ use std::io::Write;
 use std::process::{ChildStdin, Stdio};
 use std::time::{Duration, Instant};
 
-/// After a stop or a delete was asked for: the import's error and the end of the VMM come within this.
+/// After a stop or a delete, the import's error and the end of the VMM must come within this time.
 const SOON: Duration = Duration::from_secs(1);
-/// What an answer of the daemon may take here. On an idle machine it is a few milliseconds; this one runs
-/// other tests and software-emulated guests beside.
+/// How long an answer of the daemon may take here. On an idle machine it takes a few milliseconds,
+/// but other tests and emulated guests run at the same time.
 const AT_ONCE: Duration = Duration::from_millis(250);
-/// By how much two stops of a guest may differ on a busy machine, beside half of what the longer idle one takes. A
-/// stop that waited for the import would take until `transfer_idle_s`, a minute; one that waited for the guest to
-/// take the import's end in, `stop_timeout_s`.
+/// How much two stops of a guest may differ on a busy machine, in addition to half of the longer
+/// idle one. A stop that waited for the import would take `transfer_idle_s`, which is a minute. One
+/// that waited for the guest to accept the end of the import would take `stop_timeout_s`.
 const NOISE: Duration = Duration::from_secs(2);
 const MIB: usize = 1 << 20;
 
-/// A call on a connection of its own, and how long its answer took.
+/// Makes a call on a connection of its own. Returns the answer and how long it took.
 fn timed(host: &Host, method: &str, params: Value) -> (Value, Duration) {
     let begun = Instant::now();
     let answer = host.rpc(method, params);
@@ -33,7 +34,7 @@ fn answers_at_once(host: &Host, vm: &str) {
     }
 }
 
-/// An import of a tar whose only file never comes to its end; `stdin` is where its bytes come from.
+/// Starts an import of a tar whose only file never ends. Its bytes come from `stdin`.
 fn endless_import(host: &Host, vm: &str) -> (Spawned, ChildStdin) {
     let args = ["workspace", "prepare", vm, "--guest-path", "/root/t", "--tar", "-"];
     let mut import = Spawned::start(host.command(&args).stdin(Stdio::piped()));
@@ -47,14 +48,15 @@ fn endless_import(host: &Host, vm: &str) -> (Spawned, ChildStdin) {
     (import, stdin)
 }
 
-/// Bytes that the import has got in.
+/// How many bytes the import has transferred.
 fn gone_in(host: &Host) -> u64 {
     let ops = host.json(&["op", "list"]);
     let import = ops.as_array().unwrap().iter().find(|op| op["method"] == "workspace.prepare");
     import.and_then(|op| op["progress"]["done"].as_u64()).unwrap_or(0)
 }
 
-/// The import ended because of what happened to its VM, and says how far it got.
+/// Checks that the import has failed because of what happened to its VM, and that it reports its
+/// progress.
 #[track_caller]
 fn ended_because(import: &mut Spawned, cause: &str, since: Instant) {
     let (status, _) = import.end();
@@ -68,19 +70,19 @@ fn ended_because(import: &mut Spawned, cause: &str, since: Instant) {
 }
 
 #[test]
-fn an_import_that_stands_still_holds_nobody_up() {
-    // One worker: if a stalled import kept it, nothing could come after.
+fn stalled_import_delays_nothing() {
+    // There is one worker. If a stalled import blocked it, nothing else could run.
     let host = Host::with_config("[limits]\npool_workers = 1\npool_queue = 3\n");
     host.boot("box");
     let before = idle_stop(&host);
     host.ok(&["start", "box"]);
     cut_off(&host);
 
-    // A client that does not write.
+    // The client stops writing.
     let (mut import, mut stdin) = endless_import(&host, "box");
     stdin.write_all(&vec![0; 2 * MIB]).unwrap();
     wait_for("the first bytes are in the guest", || (gone_in(&host) > MIB as u64).then_some(()));
-    // tar writes by the record; the last one never becomes full.
+    // tar writes whole records, and the last one is never complete.
     host.sh("box", "while [ $(stat -c %s /root/t/file) -lt 2000000 ]; do sleep 0.1; done");
     answers_at_once(&host, "box");
     let mut waiting = behind_it(&host);
@@ -95,7 +97,7 @@ fn an_import_that_stands_still_holds_nobody_up() {
     assert!(!matches!(waiting.end().0, Some(0)) && waiting.stderr().contains("the VM was stopped"), "{}", waiting.stderr());
     drop(stdin);
 
-    // A guest that does not read, on the worker that the first one gave back.
+    // The guest stops reading. The import uses the worker that the first one has released.
     host.ok(&["start", "box"]);
     let (mut import, feeder) = unread_import(&host);
     answers_at_once(&host, "box");
@@ -107,7 +109,7 @@ fn an_import_that_stands_still_holds_nobody_up() {
     assert!(stop.stdout().contains("the guest's data was synced"), "{}", stop.stdout());
     feeder.join().unwrap();
 
-    // As on an idle one, before and after.
+    // The time must be that of an idle VM, measured before and after.
     host.ok(&["start", "box"]);
     let after = idle_stop(&host);
     println!("stop: idle {before:?} {after:?}, a client that does not write {silent:?}, a guest that does not read {unread:?}");
@@ -125,7 +127,8 @@ fn an_import_that_stands_still_holds_nobody_up() {
     feeder.join().unwrap();
 }
 
-/// How long a stop takes with as much to sync as an import has brought in the other measurements.
+/// How long a stop takes if the guest has as much to sync as after an import in the other
+/// measurements.
 fn idle_stop(host: &Host) -> Duration {
     host.sh("box", "head -c 2M /dev/zero > /root/zeros");
     let begun = Instant::now();
@@ -133,7 +136,7 @@ fn idle_stop(host: &Host) -> Duration {
     begun.elapsed()
 }
 
-/// An import that stands still since nobody in the guest reads it.
+/// Starts an import that stalls because nobody in the guest reads it.
 fn unread_import(host: &Host) -> (Spawned, std::thread::JoinHandle<()>) {
     let (import, stdin) = endless_import(host, "box");
     let feeder = feed(stdin);
@@ -150,7 +153,8 @@ fn unread_import(host: &Host) -> (Spawned, std::thread::JoinHandle<()>) {
     (import, feeder)
 }
 
-/// A client that is killed and a tar that is cut off between two of its blocks leave no workspace that looks finished.
+/// Neither a killed client nor a tar that is cut off between two blocks leaves a workspace that
+/// looks complete.
 fn cut_off(host: &Host) {
     let (mut import, mut stdin) = endless_import(host, "box");
     stdin.write_all(&vec![0; 2 * MIB]).unwrap();
@@ -170,8 +174,8 @@ fn cut_off(host: &Host) {
     assert_eq!(host.show("box", "workspace")["state"], "incomplete");
 }
 
-/// Behind an import that stands still: who may not wait hears so, who waits can be cancelled, and a queue that is
-/// full says so. The one that still waits is given back.
+/// Behind a stalled import, a call that may not wait fails at once, one that waits can be
+/// cancelled, and a full queue is reported. Returns the stalled import.
 fn behind_it(host: &Host) -> Spawned {
     let tree = tempfile::tempdir().unwrap();
     let prepare = ["workspace", "prepare", "box", tree.path().to_str().unwrap(), "--guest-path", "/root/t"];
@@ -201,7 +205,7 @@ fn behind_it(host: &Host) -> Spawned {
     last
 }
 
-/// Zeros until nobody reads them.
+/// Writes zeros until nobody reads them.
 fn feed(mut stdin: ChildStdin) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
         let zeros = vec![0; MIB];
@@ -209,7 +213,7 @@ fn feed(mut stdin: ChildStdin) -> std::thread::JoinHandle<()> {
     })
 }
 
-/// A VM whose VMM runs and whose guest does not answer yet.
+/// Starts a VM, and returns when its VMM runs and its guest does not answer yet.
 fn booting(host: &Host, vm: &str) -> Spawned {
     let start = host.spawn(&["start", vm]);
     wait_for("its VMM runs", || {

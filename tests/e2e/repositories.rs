@@ -1,10 +1,10 @@
-//! Repositories of every kind that git accepts work in a real guest.
+//! Tests that repositories of every kind that git accepts work in a real guest.
 
 use crate::host::{Host, text};
 use crate::tree::Site;
 use std::fs;
 
-/// Another repository beside the tree, with two commits, and the tree as what `make` makes of it.
+/// Creates a repository with two commits next to the tree, and makes the tree from it with `make`.
 fn derived<'a>(host: &'a Host, name: &str, make: &str) -> Site<'a> {
     let site = Site::unborn(host, "box", name);
     site.on_host(
@@ -18,7 +18,7 @@ fn derived<'a>(host: &'a Host, name: &str, make: &str) -> Site<'a> {
     site
 }
 
-/// A commit in the guest, and what comes back of it.
+/// Makes a commit in the guest and checks the export.
 fn commit_in_guest(site: &Site) {
     assert_eq!(site.said_in_guest("git status --porcelain"), "");
     site.in_guest("echo guest >> a; git add a; git commit -qm 'in the guest'");

@@ -1,22 +1,23 @@
-//! Guests that are saved and go on from there: memory and disks of one moment, in the same VM and in others at the same time.
+//! Tests of saved and restored guests: memory and disks of one moment, in the same VM and in others
+//! at the same time.
 
 use crate::bridge::{enter_a_host_with_an_outside, on_the_bridge};
 use crate::host::{Host, text, wait_for};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// A file on the disk, one in memory, and a process that counts.
+/// Creates a file on the disk, one in memory, and a process that counts.
 const SCENE: &str = "echo disk >/root/mark; echo memory >/dev/shm/mark; \
     (i=0; while :; do i=$((i+1)); echo $i >/dev/shm/count; sleep 0.1; done) >/dev/null 2>&1 </dev/null & \
     echo $! >/dev/shm/counter";
 const STATE: &str = "cat /root/mark /dev/shm/mark; cat /proc/sys/kernel/random/boot_id";
-/// Most that a guest's clock may be off after it has gone on, in seconds.
+/// How much a restored guest's clock may be off, in seconds.
 const CLOCK_OFF_MAX: u64 = 8;
 
 fn count(host: &Host, vm: &str) -> u64 {
     host.sh(vm, "cat /dev/shm/count").trim().parse().unwrap_or(0)
 }
 
-/// The process that counted then counts still.
+/// Checks that the process that counted still counts.
 #[track_caller]
 pub fn counts_on(host: &Host, vm: &str) {
     assert_eq!(host.sh(vm, "kill -0 $(cat /dev/shm/counter) && echo lives"), "lives\n");
@@ -38,14 +39,14 @@ fn refused(host: &Host, args: &[&str], kind: &str) {
     assert!(!out.status.success() && stderr.contains(&format!("\"kind\":\"{kind}\"")), "{args:?}: {stderr}");
 }
 
-/// All that a snapshot can do, on whatever the host runs VMs.
+/// Tests everything that a snapshot can do, with whatever driver the host has.
 pub fn go_through(host: &Host) {
     host.ok(&["vm", "create", "--name", "box", "--work-disk", "64M"]);
     host.ok(&["start", "box"]);
     host.sh("box", SCENE);
     host.sh("box", "echo work >/work/mark");
     let then = host.sh("box", STATE);
-    // One soon after the other: each guest that goes on has what the first one needed, too.
+    // Two snapshots in quick succession. Deleting the first one must not affect the second one.
     host.ok(&["snapshot", "create", "box", "--name", "zero"]);
     host.ok(&["snapshot", "create", "box", "--name", "one"]);
     host.ok(&["snapshot", "delete", "zero"]);
@@ -62,7 +63,7 @@ pub fn go_through(host: &Host) {
     counts_on(host, "box");
     clock_is_right(host, "box");
 
-    // Two more that began with the same memory, all at once.
+    // Start two more guests with the same memory.
     host.ok(&["vm", "fork", "box", "twin"]);
     host.ok(&["snapshot", "restore", "one", "--as", "third"]);
     let all = ["box", "twin", "third"];
@@ -84,7 +85,7 @@ pub fn go_through(host: &Host) {
         assert_eq!(host.show(vm, "rm"), false);
     }
 
-    // A snapshot outlives its VM, and what began with it outlives both.
+    // A snapshot outlives its VM, and guests restored from it outlive both.
     host.ok(&["rm", "-f", "box"]);
     refused(host, &["snapshot", "restore", "one"], "vm_not_found");
     refused(host, &["snapshot", "restore", "one", "--as", "twin"], "name_taken");
@@ -97,9 +98,9 @@ pub fn go_through(host: &Host) {
     assert_eq!(host.json(&["doctor", "--leaks"]).as_array().map(Vec::len), Some(0));
 }
 
-/// There each has an address of its own, which it takes when it goes on.
+/// On the bridge each VM has its own address, which a restored guest takes over.
 #[test]
-fn a_saved_guest_goes_on_at_another_address() {
+fn saved_guest_is_restored_at_another_address() {
     enter_a_host_with_an_outside();
     let host = Host::with_config("[network]\ndriver = \"bridge\"\n");
     go_through(&host);
@@ -107,11 +108,11 @@ fn a_saved_guest_goes_on_at_another_address() {
 }
 
 #[test]
-fn a_guest_goes_on_from_where_it_was_saved() {
+fn guest_is_restored_to_its_saved_state() {
     go_through(&Host::start());
 }
 
-/// What QEMU still saves when nobody wants it any more would stop the guest when it is done.
+/// An abandoned save in QEMU would stop the guest when it completes.
 #[test]
 fn a_save_that_is_given_up_leaves_a_guest_that_runs() {
     let host = Host::start();

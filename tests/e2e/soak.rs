@@ -1,5 +1,5 @@
-//! The daemon is killed again and again while clients work on real guests on a bridge: nothing acknowledged is lost, nothing
-//! is left over. `scripts/soak` runs it for as long as told.
+//! Kills the daemon again and again while clients use real guests on a bridge. Nothing acknowledged
+//! may be lost and nothing may be left over. `scripts/soak` chooses the duration.
 
 use crate::bridge::{enter_a_host_with_an_outside, on_the_bridge, published};
 use crate::host::{Host, fcctl_at, wait_for};
@@ -10,32 +10,33 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const CLIENTS: u64 = 4;
-/// Between two kills, on a logarithmic scale.
+/// Milliseconds between two kills, on a logarithmic scale.
 const KILL_MS: (f64, f64) = (50.0, 30_000.0);
 const SECONDS_DEFAULT: u64 = 600;
-/// Of a tree, so that an import takes a second or two.
+/// The size of a tree for which an import takes one or two seconds.
 const TREE_BYTES: usize = 15 << 20;
-/// `fcctl`'s statuses for a VM that is not there, one that the daemon has not looked at, and a daemon that does not answer.
+/// `fcctl`'s exit statuses for a VM that does not exist, for one that is not reconciled yet, and
+/// for a daemon that does not answer.
 const NOT_FOUND: i32 = 3;
 const BUSY: i32 = 4;
 const UNREACHABLE: i32 = 5;
 
-/// A VM as `vm show` has it.
+/// A VM as reported by `vm show`.
 #[derive(Clone, Debug, PartialEq)]
 struct Seen {
     state: String,
     pid: Option<u64>,
 }
 
-/// What a client knows of its VM.
+/// What a client knows about its VM.
 #[derive(Clone, Debug, PartialEq)]
 enum Known {
-    /// It is not there.
+    /// It does not exist.
     Gone,
     Is(Seen),
-    /// In this state, with a process that the next look tells.
+    /// It has this state, and a process that the next look reports.
     Became(&'static str),
-    /// The answer did not come. True: it may be gone.
+    /// There was no answer. If true, it may have been deleted.
     Open(bool),
 }
 
@@ -45,13 +46,13 @@ struct Worker<'a> {
     tree: tempfile::TempDir,
     random: Random,
     known: Known,
-    /// The tag of the last import that was acknowledged, while nothing can have changed it.
+    /// The tag of the last acknowledged import. None once something may have changed it.
     tag: Option<String>,
     acknowledged: &'a AtomicU64,
 }
 
 impl Worker<'_> {
-    /// The daemon may be gone and come back; the VM may be in the middle of something.
+    /// Waits until the VM is in no transition. The daemon may die and come back in the meantime.
     fn settled(&self) -> Option<Seen> {
         wait_for(&format!("{} is at rest", self.name), || {
             let out = fcctl_at(&self.socket, &["--json", "vm", "show", &self.name]).output().unwrap();
@@ -87,12 +88,12 @@ impl Worker<'_> {
         let out = fcctl_at(&self.socket, &all).output().unwrap();
         let status = out.status.code().expect("fcctl is not killed");
         let said = String::from_utf8_lossy(&out.stderr);
-        // It was killed, or has not looked at the VM since.
+        // The daemon was killed, or it has not reconciled the VM since.
         assert!(matches!(status, 0 | BUSY | UNREACHABLE), "{args:?} {}: {said}", self.name);
         status
     }
 
-    /// One operation that the VM's state allows.
+    /// Runs one operation that the VM's state allows.
     fn act(&mut self) {
         let is_running = matches!(&self.known, Known::Is(seen) if seen.state == "running");
         let (args, became): (&[&str], _) = match (&self.known, is_running, self.random.one_in(8)) {
@@ -107,7 +108,7 @@ impl Worker<'_> {
                 _ => return self.import(),
             },
         };
-        // An import is synced before it is acknowledged: it outlives a kill.
+        // An import is synced before it is acknowledged, so it survives a kill.
         if args[0] == "rm" {
             self.tag = None;
         }
@@ -136,7 +137,7 @@ impl Worker<'_> {
         }
     }
 
-    /// What was imported is there.
+    /// Checks that the imported data is there.
     fn read(&mut self) {
         let Some(tag) = &self.tag else { return };
         let out = fcctl_at(&self.socket, &["exec", &self.name, "--", "cat", "/root/tree/tag"]).output().unwrap();
@@ -155,7 +156,7 @@ impl Worker<'_> {
     }
 }
 
-/// Kills, by what was under way.
+/// The numbers of kills, by what was in progress.
 #[derive(Default, Debug)]
 struct Kills {
     all: u64,
@@ -188,7 +189,7 @@ fn env(name: &str) -> Option<u64> {
 }
 
 #[test]
-#[ignore = "takes as long as told: scripts/soak"]
+#[ignore = "takes as long as requested: scripts/soak"]
 fn killed_again_and_again() {
     let seconds = env("FCD_SOAK_SECONDS").unwrap_or(SECONDS_DEFAULT);
     let seed = env("FCD_SOAK_SEED").unwrap_or_else(|| std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64);

@@ -1,4 +1,5 @@
-//! A tree on the host and its copy in a guest, compared by one listing made on both sides by the same tools.
+//! A tree on the host and its copy in a guest, compared by a listing that the same tools make on
+//! both sides.
 
 use crate::host::{Host, text};
 use std::ffi::OsStr;
@@ -8,19 +9,21 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// NUL-ended records: kind, mode, size or target, path; then sha256 and path of each file. git's directory is left out.
-// b2sum: the fastest of the good ones under software emulation.
+/// Records that end in NUL: kind, mode, size or target, and path, and then the hash and path of
+/// each file. git's directory is left out.
+// b2sum is the fastest good hash under software emulation.
 const LIST: &str = r"
 export LC_ALL=C
 find . -mindepth 1 -path ./.git -prune -o -type f -printf 'f %m %s %P\0' -o -type l -printf 'l %P -> %l\0' \
   -o -type d DIRS -o -printf 'other %y %P\0' | sort -z
 find . -path ./.git -prune -o -type f -print0 | sort -z | xargs -0 -r b2sum -bz
 ";
-/// Everything of the guest's repository: its index, refs, objects, settings.
+/// Everything in the guest's repository: index, refs, objects and settings.
 const REPOSITORY: &str = "export GIT_OPTIONAL_LOCKS=0; git for-each-ref; git rev-parse HEAD; git count-objects -v
     find .git -type f -print0 | sort -z | xargs -0 -r sha256sum";
 
-/// Byte for byte; when it differs, the first few records that are on one side only are told.
+/// Compares two listings. On a difference, the message shows the first few records that are on one
+/// side only.
 #[track_caller]
 fn assert_same(host: &[u8], guest: &[u8]) {
     assert!(host.contains(&0), "the host's tree is empty: nothing is compared");
@@ -29,7 +32,7 @@ fn assert_same(host: &[u8], guest: &[u8]) {
         let missing = a.split(|c| *c == 0).filter(|record| !b.contains(record));
         missing.take(5).map(|record| record.escape_ascii().to_string()).collect::<Vec<_>>()
     };
-    // Only then made readable: a large listing takes half a minute.
+    // Formatted only on a difference, because a large listing takes half a minute.
     assert!(host == guest, "on the host only: {:#?}\nin the guest only: {:#?}", lacks(host, guest), lacks(guest, host));
 }
 
@@ -42,16 +45,17 @@ pub struct Site<'a> {
 }
 
 impl<'a> Site<'a> {
-    /// An empty directory; it goes to `/root/<name>`. Everything counts in it, directories too.
+    /// An empty directory that is copied to `/root/<name>`. Everything in it is compared, including
+    /// directories.
     pub fn plain(host: &'a Host, vm: &'a str, name: &str) -> Self {
-        // Not below the checkout, which would be the tree then.
+        // Not below the checkout, because then the whole checkout would be copied.
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("repo")).unwrap();
         fs::create_dir_all(dir.path().join("home")).unwrap();
         Self { host, vm, guest: format!("/root/{name}"), dir, has_dirs: true }
     }
 
-    /// A repository without a commit. Directories count only for the files in them, as git sees it.
+    /// A repository without a commit. Like git, it ignores empty directories.
     pub fn unborn(host: &'a Host, vm: &'a str, name: &str) -> Self {
         let site = Self { has_dirs: false, ..Self::plain(host, vm, name) };
         fs::write(site.dir.path().join("home/.gitconfig"), "[user]\n\tname = U Ser\n\temail = u@example.org\n").unwrap();
@@ -80,7 +84,7 @@ impl<'a> Site<'a> {
         std::os::unix::fs::symlink(target, self.path(name)).unwrap();
     }
 
-    /// With the settings of a user of its own, and no repository above.
+    /// Runs a command with the settings of the site's user, and with no repository above.
     fn as_user(&self, command: &mut Command) -> Output {
         let command = command.env("HOME", self.beside("home")).env("GIT_CONFIG_NOSYSTEM", "1");
         command.env("GIT_CEILING_DIRECTORIES", self.dir.path()).env("LC_ALL", "C").output().unwrap()
@@ -106,7 +110,7 @@ impl<'a> Site<'a> {
     pub fn in_guest_out(&self, script: &str) -> Output {
         self.host.fcctl(&["exec", self.vm, "-w", &self.guest, "--", "sh", "-ec", script])
     }
-    /// A script in the guest's copy: its stdout.
+    /// Runs a script in the guest's copy and returns its stdout.
     #[track_caller]
     pub fn in_guest(&self, script: &str) -> Vec<u8> {
         let out = self.in_guest_out(script);
@@ -118,11 +122,11 @@ impl<'a> Site<'a> {
         String::from_utf8_lossy(&self.in_guest(script)).into_owned()
     }
 
-    /// `fcctl` as the site's user, in its tree.
+    /// Runs `fcctl` as the site's user, in its tree.
     pub fn fcctl(&self, args: &[&str]) -> Output {
         self.as_user(self.host.command(args).current_dir(self.root()))
     }
-    /// `workspace prepare` of the tree: what it said on stderr.
+    /// Runs `workspace prepare` on the tree and returns its stderr.
     #[track_caller]
     pub fn prepare_with(&self, more: &[&str]) -> String {
         let args = [&["workspace", "prepare", self.vm, ".", "--guest-path", &self.guest], more].concat();
@@ -136,7 +140,7 @@ impl<'a> Site<'a> {
     pub fn prepare(&self) -> String {
         self.prepare_with(&[])
     }
-    /// `workspace export`: stdout as it is, and what it said.
+    /// Runs `workspace export` and returns its stdout and stderr.
     #[track_caller]
     pub fn export(&self, more: &[&str]) -> (Vec<u8>, String) {
         let out = self.fcctl(&[&["workspace", "export", self.vm], more].concat());
@@ -153,7 +157,7 @@ impl<'a> Site<'a> {
         let script = self.list_script();
         assert_same(&self.on_host(&script), &self.in_guest(&script));
     }
-    /// The same of a directory on the host that should be as the guest's tree is.
+    /// Compares a directory on the host with the guest's tree.
     #[track_caller]
     pub fn assert_is_guests(&self, dir: &Path) {
         let script = format!("cd '{}'; {}", dir.display(), self.list_script());
@@ -163,14 +167,15 @@ impl<'a> Site<'a> {
     pub fn assert_same_status(&self) -> String {
         self.assert_same_output("git status --porcelain -z --untracked-files=all; git status --porcelain")
     }
-    /// Of a command that tells about the repository; what both said.
+    /// Runs a script about the repository on both sides, which must print the same, and returns its
+    /// output.
     #[track_caller]
     pub fn assert_same_output(&self, script: &str) -> String {
         let (host, guest) = (self.on_host(script), self.in_guest(script));
         assert!(host == guest, "{script}: {}\nin the guest: {}", host.escape_ascii(), guest.escape_ascii());
         String::from_utf8_lossy(&host).into_owned()
     }
-    /// The guest's repository, to be compared with itself later.
+    /// The guest's repository, for a later comparison with itself.
     #[track_caller]
     pub fn repository(&self) -> String {
         self.said_in_guest(REPOSITORY)

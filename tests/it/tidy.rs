@@ -43,14 +43,13 @@ const ALLOWED: &[&str] = &["here is no ", "here are no ", "are no longer", "is n
 const FRAGMENTS: &[&str] = &["Of ", "That ", "So ", "Whoever ", "As "];
 
 /// Findings that a module still has. Lower a number when you rewrite something; never raise one.
-const REMAINING: &[(&str, usize)] = &[("src/daemon", 111), ("src/store", 36), ("tests/e2e", 53), ("tests/it", 12)];
+const REMAINING: &[(&str, usize)] = &[("src/daemon", 111), ("src/store", 36), ("tests/it", 12)];
 
 /// Texts with `vm` or `vmm` as a word that a module still has. Numbers may only fall.
 const REMAINING_VM: &[(&str, usize)] = &[("src/daemon", 98), ("tests/it", 3)];
 
 /// Comment lines above [`COMMENT_WIDTH`] that a module still has. Numbers may only fall.
-const REMAINING_WIDTH: &[(&str, usize)] =
-    &[("src/daemon", 182), ("src/host", 14), ("src/store", 68), ("tests/e2e", 68), ("tests/it", 3)];
+const REMAINING_WIDTH: &[(&str, usize)] = &[("src/daemon", 182), ("src/host", 14), ("src/store", 68), ("tests/it", 3)];
 
 /// Longest line of a comment, including its indentation.
 const COMMENT_WIDTH: usize = 100;

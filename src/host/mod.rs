@@ -1,8 +1,8 @@
 //! Access to the host: processes, threads, files, descriptors, limits and the log.
 //!
 //! This is the only place that starts threads ([`thread`]) and processes: short commands
-//! ([`command`], [`piped`], [`interactive`]) and long-lived ones such as VMMs ([`process`]). Functions that
-//! may block check that the thread holds no lock that forbids it.
+//! ([`command`], [`piped`], [`interactive`]) and long-lived ones such as VMMs ([`process`]).
+//! Functions that may block check that the thread holds no lock that forbids it.
 
 pub mod command;
 pub mod confine;

@@ -37,8 +37,8 @@ pub struct Credentials {
     pub groups: Vec<u32>,
 }
 
-/// How to start a process that outlives the daemon. It gets its own session, a cleared environment, no
-/// core dumps and none of the daemon's descriptors except `output`.
+/// How to start a process that outlives the daemon. It gets its own session, a cleared environment,
+/// no core dumps and none of the daemon's descriptors except `output`.
 #[derive(Debug)]
 pub struct Spawn {
     pub program: PathBuf,
@@ -73,8 +73,8 @@ impl fmt::Display for Exit {
     }
 }
 
-/// Our children by start time and pid; `None` until they are reaped. The first thread that sees a child
-/// exit reaps it and records its exit here for the others.
+/// Our children by start time and pid; `None` until they are reaped. The first thread that sees a
+/// child exit reaps it and records its exit here for the others.
 static CHILDREN: Mutex<BTreeMap<(u64, u32), Option<Exit>>> = Mutex::new(Rank::Consoles, BTreeMap::new());
 /// How many exits are remembered. The oldest is dropped first.
 const EXITS_MAX: usize = 4096;
@@ -87,8 +87,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// Opens a process. None if it has been reaped, its pid belongs to another process, or the host has
-    /// rebooted.
+    /// Opens a process. None if it has been reaped, its pid belongs to another process, or the host
+    /// has rebooted.
     pub fn open(identity: &Identity) -> Result<Option<Self>> {
         let doing = || format!("open process {}", identity.pid);
         if identity.boot_id != boot_id()? {
@@ -100,7 +100,8 @@ impl Process {
             Err(rustix::io::Errno::SRCH) => return Ok(None),
             Err(e) => return Err(Error::io(doing(), e)),
         };
-        // Compare the start time after opening the pidfd: if the pid had been reused before, it would differ.
+        // Compare the start time after opening the pidfd: if the pid had been reused before, it
+        // would differ.
         match read_stat(identity.pid) {
             Some(stat) if stat.start_time == identity.start_time => Ok(Some(Self { identity: identity.clone(), fd })),
             _ => Ok(None),
@@ -130,7 +131,8 @@ impl Process {
         }
     }
 
-    /// Waits until the process has exited and reaps it if it is our child. Returns false at the deadline.
+    /// Waits until the process has exited and reaps it if it is our child. Returns false at the
+    /// deadline.
     ///
     /// # Errors
     /// `cancelled` if the token fires first.
@@ -217,7 +219,8 @@ pub fn spawn(spec: Spawn) -> Result<Process> {
     }
     detach(&mut command, spec.credentials);
     let child = command.spawn().map_err(|e| spawn_error(&shown, &spec.cwd, e))?;
-    // The child's pid cannot be reused before we reap it, and nothing does before it is in CHILDREN.
+    // The child's pid cannot be reused before we reap it, and nothing does before it is in
+    // CHILDREN.
     let open = || -> Result<Process> {
         let stat = read_stat(child.id()).ok_or_else(|| Error::new(Kind::Host, format!("run {shown}: no /proc entry")))?;
         let identity = Identity { pid: child.id(), start_time: stat.start_time, boot_id: boot_id()?.to_owned() };
@@ -233,11 +236,13 @@ pub fn spawn(spec: Spawn) -> Result<Process> {
     Ok(process)
 }
 
-/// Like [`spawn`], but makes the process the init of a new PID namespace. It sees no other process, and
-/// everything it starts ends with it. It is still our child, so its exit status is known. As pid 1 of
-/// its namespace it receives only signals that it handles, and SIGKILL and SIGSTOP. Needs root.
+/// Like [`spawn`], but makes the process the init of a new PID namespace. It sees no other process,
+/// and everything it starts ends with it. It is still our child, so its exit status is known. As
+/// pid 1 of its namespace it receives only signals that it handles, and SIGKILL and SIGSTOP. Needs
+/// root.
 pub fn spawn_in_own_pids(spec: Spawn) -> Result<Process> {
-    // unshare(2) affects later children of the calling thread, so use a thread that starts only this one.
+    // unshare(2) affects later children of the calling thread, so use a thread that starts only
+    // this one.
     let spawned = super::thread::spawn("own-pids", move || {
         let doing = || format!("create a PID namespace for {}", spec.program.display());
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWPID).map_err(|e| Error::io(doing(), std::io::Error::from(e)))?;
@@ -255,8 +260,8 @@ fn spawn_error(shown: &str, cwd: &Path, e: std::io::Error) -> Error {
 
 #[allow(unsafe_code)]
 fn detach(command: &mut std::process::Command, credentials: Option<Credentials>) {
-    // SAFETY: the closure runs between fork and exec. It makes async-signal-safe system calls only, on
-    // memory that was allocated before the fork.
+    // SAFETY: the closure runs between fork and exec. It makes async-signal-safe system calls only,
+    // on memory that was allocated before the fork.
     unsafe {
         command.pre_exec(move || {
             let ok = |result: libc::c_int| if result == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) };
@@ -265,7 +270,8 @@ fn detach(command: &mut std::process::Command, credentials: Option<Credentials>)
             }
             let no_core = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
             ok(libc::setrlimit(libc::RLIMIT_CORE, &no_core))?;
-            // Our own descriptors are close-on-exec; this catches those of a library that forgot it.
+            // Our own descriptors are close-on-exec; this catches those of a library that forgot
+            // it.
             ok(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) as libc::c_int)?;
             if let Some(c) = &credentials {
                 ok(libc::setgroups(c.groups.len(), c.groups.as_ptr()))?;
@@ -303,7 +309,8 @@ fn scan(fits: impl Fn(&[u8]) -> bool) -> Result<Vec<(String, Identity)>> {
             continue;
         }
         let Some(before) = read_stat(pid).filter(|stat| !stat.is_dead()) else { continue };
-        // Read again after the stat: if the pid was reused in between, the identity is another process's.
+        // Read again after the stat: if the pid was reused in between, the identity is another
+        // process's.
         if arguments(pid).iter().any(|a| *a == argument.as_bytes()) {
             found.push((argument, Identity { pid, start_time: before.start_time, boot_id: boot_id()?.to_owned() }));
         }
@@ -359,8 +366,8 @@ fn read_stat(pid: u32) -> Option<Stat> {
     parse_stat(&std::fs::read(format!("/proc/{pid}/stat")).ok()?)
 }
 
-/// Parses `/proc/<pid>/stat` (proc(5)). The name is in parentheses and may itself contain `) `, so the
-/// last parenthesis ends it.
+/// Parses `/proc/<pid>/stat` (proc(5)). The name is in parentheses and may itself contain `) `, so
+/// the last parenthesis ends it.
 fn parse_stat(stat: &[u8]) -> Option<Stat> {
     let end = stat.iter().rposition(|b| *b == b')')?;
     let mut fields = stat[end + 1..].split(|b| b.is_ascii_whitespace()).filter(|f| !f.is_empty());

@@ -59,7 +59,7 @@ fn unknown_vm_is_not_found() {
 #[test]
 fn ambiguous_id_prefix_is_refused() {
     let world = World::new();
-    // With so many VMs, two IDs start with the same character.
+    // With this many VMs, two IDs start with the same character.
     let ids: Vec<String> = (0..30).map(|i| world.create(&format!("v{i}")).id.to_string()).collect();
     let shared = |n: usize, id: &str| ids.iter().filter(|i| i.starts_with(&id[..n])).count();
     if let Some(id) = ids.iter().find(|id| shared(2, id) > 1) {
@@ -77,7 +77,7 @@ fn taken_name_is_refused() {
     world.create("web");
     let said = refused(&world, Kind::NameTaken, || world.call::<VmCreate>(&create(|r| r.name = Some("web".parse().unwrap()))));
     assert!(said.contains("web"));
-    // Of twenty concurrent calls one succeeds.
+    // One of twenty concurrent calls succeeds.
     let answers: Vec<_> = std::thread::scope(|scope| {
         let one = || world.call::<VmCreate>(&create(|r| r.name = Some("race".parse().unwrap())));
         let threads: Vec<_> = (0..20).map(|_| scope.spawn(one)).collect();

@@ -165,7 +165,8 @@ fn stop_hang_up_does_not_cancel() {
     assert_eq!(world.await_state("web", VmState::Stopped).synced, Some(Synced::Yes));
 }
 
-/// A delete replaces a stop, force replaces a graceful stop, and the replaced call fails as superseded.
+/// A delete replaces a stop, force replaces a graceful stop, and the replaced call fails as
+/// superseded.
 #[test]
 fn successor_replaces_weaker_successor() {
     let mut b = booting(At::Guest);

@@ -19,7 +19,7 @@ type Misdeed = fn(&mut UnixStream) -> std::io::Result<()>;
 
 const MISDEEDS: [Misdeed; 5] = [
     |s| s.write_all(b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"vm.list\",\"par"),
-    |s| s.write_all(b"this is no JSON at all\n"),
+    |s| s.write_all(b"this is not JSON at all\n"),
     |s| {
         s.write_all(b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"")?;
         (0..=FRAME_BYTES_MAX / 4096).try_for_each(|_| s.write_all(&[b'x'; 4096]))

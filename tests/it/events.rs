@@ -320,7 +320,7 @@ impl Listener {
     fn lines_until(self, vm: &str, vcpus: u32) -> Vec<String> {
         let mut mirror = self.mirror;
         while !mirror.vms.values().any(|m| m["name"] == vm && m["vcpus"] == vcpus) {
-            mirror.apply(&self.notes.recv_timeout(SOON).expect("more is told"));
+            mirror.apply(&self.notes.recv_timeout(SOON).expect("there is another event"));
         }
         assert!(mirror.vms.values().all(|m| m["name"] == vm || vm == "common"), "{mirror:?}");
         self.peer.shutdown(std::net::Shutdown::Both).unwrap();
@@ -448,7 +448,8 @@ fn watch_with_invalid_parameters_keeps_connection_open() {
     }
 }
 
-/// A watcher of `uid` that reads a line for each permit, and any number once nobody gives permits any more.
+/// A watcher of `uid` that reads a line for each permit, and any number once nobody gives permits
+/// any more.
 struct Tail {
     daemon: fcd::daemon::Daemon,
     uid: u32,
@@ -456,7 +457,7 @@ struct Tail {
     permits: Receiver<()>,
 }
 
-/// What it was told of, by number and memory, after the change that it began with.
+/// The changes that it received, by number and memory, after the one that it began with.
 #[derive(Debug, PartialEq)]
 struct Tailed {
     after: u64,
@@ -465,7 +466,7 @@ struct Tailed {
 }
 
 impl Tail {
-    /// Watches, again after every lag, until it is told of this change.
+    /// Watches until it receives this change, and watches again after every lag.
     fn until(self, last: &[(u32, u64)]) -> Tailed {
         let is_seen = |owner: u32| self.uid == 0 || self.uid == owner;
         let last = last.iter().filter(|(owner, _)| is_seen(*owner)).map(|(_, mem)| *mem).max().unwrap();
@@ -518,8 +519,8 @@ impl Tailed {
 }
 
 #[test]
-fn watchers_that_join_and_lag_under_a_stream_are_told_what_the_store_has() {
-    // Fewer than the store keeps, so that nobody begins over.
+fn watchers_that_join_and_lag_under_load_see_what_store_has() {
+    // Fewer than the store keeps, so that no watcher has to begin again.
     const CHANGES: u64 = 3600;
     const JOIN_EVERY: u64 = 900;
     let world = World::new();

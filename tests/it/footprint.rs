@@ -31,7 +31,8 @@ fn timed(body: impl FnOnce()) -> Duration {
     begun.elapsed()
 }
 
-/// One caller who waits for each change, against as many bytes over written blocks of a file beside the database.
+/// One caller who waits for each change, against as many bytes over written blocks of a file beside
+/// the database.
 fn durable_write() {
     let world = World::new();
     let vm = world.create("web");

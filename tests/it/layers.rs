@@ -173,7 +173,7 @@ fn ssh_is_used_by_helper_process_only() {
 #[test]
 fn dns_is_parsed_by_the_helper_process_alone() {
     let is_outside = |path: &String| !path.starts_with("src/net/dns/helper/") && !path.starts_with("src/net/dns/tests/");
-    // `fuzz.rs` is no part of the daemon.
+    // `fuzz.rs` is not part of the daemon.
     for parser in ["packet::", "zone::", "Query::parse", "is_answer"] {
         let parses = |path: &String| path.starts_with("src/net/") && is_outside(path) && path != "src/net/dns/fuzz.rs";
         let outside: Vec<_> = named_by(parser).into_iter().filter(parses).collect();

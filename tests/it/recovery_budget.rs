@@ -202,7 +202,7 @@ impl HostileVmm {
         Self::that_kills_at("adopt the VMM of ")
     }
 
-    /// Its VMM kills whoever does this, of which the VM's id is the end.
+    /// Its VMM kills the daemon at the point with this name, which ends with the VM's id.
     fn that_kills_at(what: &str) -> Self {
         let world = World::new();
         let (evil, _) = world.running("evil");

@@ -66,7 +66,7 @@ impl Watchers {
             let timeout = EpollTimeout::try_from(SOON).unwrap();
             let ready = self.epoll.wait(&mut events, timeout).unwrap();
             let now = Instant::now();
-            assert!(ready > 0, "{left} watchers were not told");
+            assert!(ready > 0, "{left} watchers got no event");
             for event in &events[..ready] {
                 left -= usize::from(!std::mem::replace(&mut is_told[event.data() as usize], true));
             }
@@ -150,7 +150,7 @@ fn watchers() {
     for (count, _, after_answer, after_call) in &mut sides {
         let (p50, p99) = (percentile(after_answer, 50), percentile(after_answer, 99));
         println!(
-            "{count:>6} watchers, {EVENTS} events, the last one told after the answer: p50 {p50:?}, p99 {p99:?}; after the call: \
+            "{count:>6} watchers, {EVENTS} events, the last one sent after the answer: p50 {p50:?}, p99 {p99:?}; after the call: \
              p50 {:?}, p99 {:?}",
             percentile(after_call, 50),
             percentile(after_call, 99)

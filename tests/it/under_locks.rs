@@ -83,7 +83,7 @@ fn no_log_call_with_guard_in_scope() {
         let shown = path.strip_prefix(root()).unwrap().display();
         wrong.extend(offences(code).into_iter().map(|line| format!("{shown}:{line}")));
     }
-    assert!(wrong.is_empty(), "log calls under a lock, which may block on whoever reads the log:\n{}", wrong.join("\n"));
+    assert!(wrong.is_empty(), "log calls under a lock, which may block on the reader of the log:\n{}", wrong.join("\n"));
 }
 
 #[test]

@@ -451,11 +451,11 @@ impl World {
 
     /// The files, VMMs and rows that a failed call must leave unchanged.
     pub fn census(&self) -> BTreeSet<String> {
-        let mut all: BTreeSet<String> = self.vmm.live().into_iter().map(|tag| format!("vmm {tag}")).collect();
+        let mut all: BTreeSet<String> = self.vmm.live().into_iter().map(|tag| format!("VMM {tag}")).collect();
         files(&self.config.state_dir, &mut all);
         all.extend(self.devices().into_iter().map(|device| format!("device {device}")));
         self.daemon().store.read(|s| {
-            all.extend(s.vms().map(|r| format!("vm {r:?}")));
+            all.extend(s.vms().map(|r| format!("VM {r:?}")));
             all.extend(s.workspaces().map(|r| format!("workspace {r:?}")));
             all.extend(s.ledger().map(|r| format!("ledger {r:?}")));
             all.extend(s.snapshots().map(|r| format!("snapshot {r:?}")));

@@ -169,7 +169,7 @@ fn explain(events: &[Event], seen: &[Seen]) -> Result<(), String> {
     let mut used = vec![false; events.len()];
     let mut by_end: Vec<&Seen> = seen.iter().collect();
     // Replies are matched in the order of their arrival, and each takes the first entry that fits.
-    // That order never takes away an entry that a later reply needs.
+    // This order never removes an entry that a later reply needs.
     by_end.sort_by_key(|s| s.received);
     for call in by_end {
         if call.reply == Reply::NotFound {

@@ -1,9 +1,14 @@
-//! What of a guest that runs can be changed: what its devices move in a second, and the memory that it keeps. As with a pause the row says
-//! first how it should be, then the driver is told, until what it was told last is what the row says: of two callers the later one wins,
-//! whichever driver's answer comes last. A refusal takes back what was asked, and a daemon that died between is made up for by the next.
+//! What of a guest that runs can be changed: what its devices move in a second, and the memory that
+//! it keeps. As with a pause the row says first how it should be, then the driver is told, until
+//! what it was told last is what the row says: of two callers the later one wins, whichever
+//! driver's answer comes last. A refusal takes back what was asked, and a daemon that died between
+//! is made up for by the next.
 
+use super::access::Caller;
+use super::controls::Controls;
+use super::network::no_rate_in_user_mode;
+use super::settings::changes_size;
 use super::transitions::Verb;
-use super::{Caller, Daemon, create};
 use crate::api::vm::{RateLimits, VmBalloonReply, VmBalloonRequest, VmSetRequest, VmState};
 use crate::config::MEM_MIB_MIN;
 use crate::error::{Error, Kind, Result};
@@ -20,7 +25,7 @@ const NET_BYTES_PER_S_MAX: u64 = 16 << 30;
 const OPS_PER_S_MIN: u64 = 10;
 const OPS_PER_S_MAX: u64 = 1_000_000_000;
 
-impl Daemon {
+impl Controls {
     /// # Errors
     /// `invalid_argument`; `unsupported` where nothing could limit the guest's network.
     pub(super) fn check_rates(&self, change: &RateLimits) -> Result<()> {
@@ -36,7 +41,7 @@ impl Daemon {
             }
         }
         let is_wanted = [rx, tx].into_iter().flatten().any(|n| n > 0);
-        if is_wanted && self.net.is_none() {
+        if is_wanted && self.networks.net.is_none() {
             return Err(no_rate_in_user_mode());
         }
         Ok(())
@@ -44,7 +49,7 @@ impl Daemon {
 
     /// Whether a guest that is up can have this now.
     pub(super) fn may_adjust_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, request: &VmSetRequest) -> Result<()> {
-        if create::changes_size(request) {
+        if changes_size(request) {
             let message = format!("set vm {} now: vCPUs, memory and the size of the disk change at a start only", row.name);
             return Err(Error::new(Kind::WrongState, message)
                 .hint(format!("leave --now out for them; then fcctl vm restart {}", row.name)));
@@ -55,7 +60,7 @@ impl Daemon {
     }
 
     fn may_talk_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow) -> Result<()> {
-        self.allow_locked(vm, row, Verb::Guest)?;
+        self.core.allow_locked(vm, row, Verb::Guest)?;
         if row.unresponsive {
             return Err(Error::new(Kind::GuestUnavailable, format!("vm {}: its vmm does not answer", row.name))
                 .hint(format!("wait until it does (fcctl events), or end it: fcctl stop --force {}", row.name)));
@@ -76,7 +81,7 @@ impl Daemon {
     }
 
     fn take_back_adjusted(&self, before: &VmRow, undo: &dyn Fn(&mut VmRow)) {
-        let undone = self.change_row(&before.id, true, |row| {
+        let undone = self.core.change_row(&before.id, true, |row| {
             if row.generation == before.generation {
                 undo(row);
             }
@@ -86,7 +91,8 @@ impl Daemon {
         }
     }
 
-    /// Tells the driver what the row says, and looks whether that is still what it says. A guest that has ended since has no use for it.
+    /// Tells the driver what the row says, and looks whether that is still what it says. A guest
+    /// that has ended since has no use for it.
     fn settle<T: PartialEq>(
         &self,
         vm: &VmId,
@@ -96,7 +102,7 @@ impl Daemon {
     ) -> Result<()> {
         let mut told = None;
         loop {
-            let row = self.row(vm)?;
+            let row = self.core.row(vm)?;
             let (true, Some(identity)) = (row.generation == generation && row.state == VmState::Running, &row.identity) else {
                 return Ok(());
             };
@@ -104,7 +110,7 @@ impl Daemon {
             if told.as_ref() == Some(&wanted) {
                 return Ok(());
             }
-            tell(&self.spec(&row, &self.images.get(&row.image)?), identity, &wanted)?;
+            tell(&self.specs.spec(&row, &self.images.get(&row.image)?), identity, &wanted)?;
             told = Some(wanted);
         }
     }
@@ -115,8 +121,8 @@ impl Daemon {
             generation,
             |row| row.rates,
             |spec, identity, rates| {
-                self.vmm.set_rates(spec, identity, &self.closing)?;
-                let (Some(net), GuestNetwork::Tap { .. }) = (&self.net, &spec.network) else { return Ok(()) };
+                self.vmm.set_rates(spec, identity, &self.core.closing)?;
+                let (Some(net), GuestNetwork::Tap { .. }) = (&self.networks.net, &spec.network) else { return Ok(()) };
                 if self.vmm.limits_network(Some(identity)) {
                     return Ok(());
                 }
@@ -128,7 +134,7 @@ impl Daemon {
     fn apply_balloon(&self, vm: &VmId, generation: u64) -> Result<()> {
         let keep_mib = |row: &VmRow| row.balloon_mib.unwrap_or(row.mem_mib);
         self.settle(vm, generation, keep_mib, |spec, identity, keep_mib| {
-            self.vmm.set_balloon(spec, identity, *keep_mib, &self.closing)
+            self.vmm.set_balloon(spec, identity, *keep_mib, &self.core.closing)
         })
     }
 
@@ -142,22 +148,23 @@ impl Daemon {
         }
     }
 
-    /// Has the guest keep so much memory and give back the rest, if the request says how much, and looks what it keeps.
+    /// Has the guest keep so much memory and give back the rest, if the request says how much, and
+    /// looks what it keeps.
     pub fn balloon(&self, caller: &Caller, request: &VmBalloonRequest) -> Result<VmBalloonReply> {
-        let row = self.resolve(caller, &request.vm)?;
-        self.ensure_looked_at(&row, Verb::Set)?;
+        let row = self.core.resolve(caller, &request.vm)?;
+        self.looks.ensure_looked_at(&row, Verb::Set, &self.core.closing)?;
         let doing = format!("balloon of vm {}", row.name);
         let (row, ticket) = {
-            let guard = self.locks.vm.lock(&row.id);
-            let row = self.row(guard.key())?;
+            let guard = self.core.locks.vm.lock(&row.id);
+            let row = self.core.row(guard.key())?;
             self.may_talk_locked(&guard, &row)?;
             check_balloon(&row, request.keep_mib)?;
-            let change = |keep_mib| self.change(false, |tx| tx.update_vm(&guard, |r| r.balloon_mib = Some(keep_mib)));
+            let change = |keep_mib| self.core.change(false, |tx| tx.update_vm(&guard, |r| r.balloon_mib = Some(keep_mib)));
             let ticket = request.keep_mib.map(change).transpose()?.map(|((), ticket)| ticket);
             (row, ticket)
         };
         if let Some(ticket) = ticket {
-            self.wait_durable(ticket)?;
+            self.core.wait_durable(ticket)?;
             self.apply_balloon(&row.id, row.generation).map_err(|e| {
                 self.take_back_adjusted(&row, &|r| {
                     if r.balloon_mib == request.keep_mib {
@@ -167,13 +174,13 @@ impl Daemon {
                 refused(e, &row, doing.clone())
             })?;
         }
-        let now = self.row(&row.id)?;
+        let now = self.core.row(&row.id)?;
         let identity = now.identity.as_ref().filter(|_| now.generation == row.generation).ok_or_else(|| {
             Error::new(Kind::WrongState, format!("{doing}: it has ended meanwhile")).hint(format!("fcctl vm show {}", row.name))
         })?;
-        let spec = self.spec(&now, &self.images.get(&now.image)?);
-        let kept_mib = self.vmm.balloon_mib(&spec, identity, &self.closing).map_err(|e| refused(e, &row, doing))?;
-        Ok(VmBalloonReply { vm: self.view(&row.id)?, kept_mib })
+        let spec = self.specs.spec(&now, &self.images.get(&now.image)?);
+        let kept_mib = self.vmm.balloon_mib(&spec, identity, &self.core.closing).map_err(|e| refused(e, &row, doing))?;
+        Ok(VmBalloonReply { vm: self.views.view(&row.id)?, kept_mib })
     }
 }
 
@@ -181,13 +188,6 @@ impl Daemon {
 fn refused(e: Error, row: &VmRow, doing: String) -> Error {
     let e = if e.hint_text().is_some() { e } else { e.hint(format!("see what became of it: fcctl vm show {}", row.name)) };
     e.context(doing)
-}
-
-pub(super) fn no_rate_in_user_mode() -> Error {
-    Error::new(Kind::Unsupported, "limit the network: user-mode networking has no rates").hint(
-        "as root, set driver = \"bridge\" under [network], and a VM has it from its next start on; or take the rates off: \
-             fcctl vm set --net-rx-bps none --net-tx-bps none",
-    )
 }
 
 /// What this change changed, unless somebody has changed it since.

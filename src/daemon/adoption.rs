@@ -1,6 +1,7 @@
-//! The crash budget of adoption. A daemon that starts talks to every VMM that an earlier one left running, and a VMM that
-//! its guest has taken over says what it likes. If that ends the daemon, the next one must not die of the same VMM, nor the
-//! one after that: so no VMM is adopted again by whom it has cost [`DEATHS_MAX`] daemons.
+//! The crash budget of adoption. A daemon that starts talks to every VMM that an earlier one left
+//! running, and a VMM that its guest has taken over says what it likes. If that ends the daemon,
+//! the next one must not die of the same VMM, nor the one after that: so no VMM is adopted again by
+//! whom it has cost [`DEATHS_MAX`] daemons.
 //!
 //! | what the last daemon did | what this one does |
 //! |---|---|
@@ -9,27 +10,30 @@
 //! | died in the adoption of a VM | the same, that VM last |
 //! | that, for the second time | leaves the VM: `unresponsive`, so a stop or a delete ends its VMM without asking |
 //!
-//! An adoption that is written down lasts until the thread that listens to the VMM has had its first answer, for that thread
-//! reads what the VMM says by itself. Without a death all of this costs one durable change at the start, however many VMs
-//! run. A store that takes no change holds up no adoption. The record goes with the VM's next start, with the VM, or with
-//! an adoption that ends well.
+//! An adoption that is written down lasts until the thread that listens to the VMM has had its
+//! first answer, for that thread reads what the VMM says by itself. Without a death all of this
+//! costs one durable change at the start, however many VMs run. A store that takes no change holds
+//! up no adoption. The record goes with the VM's next start, with the VM, or with an adoption that
+//! ends well.
 
-use super::recovery::{self, Record};
-use super::{DURABLE_DEADLINE, Daemon};
+use super::core::Core;
+use super::core::DURABLE_DEADLINE;
+use super::records::{self, Attempts, Record};
 use crate::api::vm::VmState;
-use crate::error::Result;
 use crate::ids::VmId;
 use crate::locks::{Cancel, Condvar, Mutex, Rank};
 use crate::store::{State, Store, Tx, VmRow};
-use crate::vmm::Identity;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const PREFIX: &str = "adoption/";
 /// In the store while a daemon may be adopting.
 const MARK: &str = "adopting";
-/// Daemons that a VM may cost before it is left alone, beside one whose death nobody can lay to a VM.
+/// Daemons that a VM may cost before it is left alone, beside one whose death nobody can lay to a
+/// VM.
 const DEATHS_MAX: u32 = 2;
 
 /// How long an adoption that is written down waits for the VMM's first answer to who listens to it.
@@ -42,7 +46,8 @@ pub(super) struct Adoptions {
     is_marked: AtomicBool,
     /// VMs whose adoption is written down, and whose VMM has not answered yet.
     silent: Mutex<HashSet<VmId>>,
-    /// VMs that this daemon could not adopt, with the boot that each was in. Adopting them is retried.
+    /// VMs that this daemon could not adopt, with the boot that each was in. Adopting them is
+    /// retried.
     failed: Mutex<HashMap<VmId, u64>>,
     told: Condvar,
 }
@@ -92,12 +97,12 @@ pub(super) fn vm_of(name: &str) -> Option<VmId> {
 
 /// Daemons that died while they adopted the VM, not counting one that adopts it now.
 pub(super) fn deaths(state: &State, vm: &VmId) -> u32 {
-    recovery::read(state, &name(vm)).deaths
+    records::read(state, &name(vm)).deaths
 }
 
 /// The same where nothing is asked of the VM's VMM any more.
 pub(super) fn left_alone(state: &State, vm: &VmId) -> Option<u32> {
-    let record = recovery::read(state, &name(vm));
+    let record = records::read(state, &name(vm));
     record.is_left_alone.then_some(record.deaths)
 }
 
@@ -127,13 +132,21 @@ pub(super) fn open(store: &Store) -> Adoptions {
     }
 }
 
-impl Daemon {
+/// Adopts VMs within the crash budget.
+#[derive(Clone)]
+pub struct Adopter {
+    pub(super) core: Core,
+    pub(super) adoptions: Arc<Adoptions>,
+    pub(super) attempts: Attempts,
+}
+
+impl Adopter {
     /// All that ran were adopted some time ago, or the daemon ends in good order.
-    pub(super) fn end_adoptions(&self) {
+    pub(super) fn end_all(&self) {
         if !self.adoptions.is_marked.swap(false, Ordering::SeqCst) {
             return;
         }
-        let ended = self.change(true, |tx| {
+        let ended = self.core.change(true, |tx| {
             tx.remove_meta(MARK);
             Ok(())
         });
@@ -143,13 +156,14 @@ impl Daemon {
     }
 
     /// How many daemons have died in the adoption of this VM, the one before included.
-    pub(super) fn adoption_deaths(&self, vm: &VmId) -> u32 {
-        self.store.read(|s| recovery::read(s, &name(vm)).deaths_at_start())
+    pub(super) fn deaths(&self, vm: &VmId) -> u32 {
+        self.core.store.read(|s| records::read(s, &name(vm)).deaths_at_start())
     }
 
-    /// Called before every word with a VMM that an earlier daemon started. False: it is to be left alone.
-    pub(super) fn begin_adoption(&self, row: &VmRow, is_late: bool) -> bool {
-        let record = self.store.read(|s| recovery::read(s, &name(&row.id)));
+    /// Called before every word with a VMM that an earlier daemon started. False: it is to be left
+    /// alone.
+    pub(super) fn begin(&self, row: &VmRow, is_late: bool) -> bool {
+        let record = self.core.store.read(|s| records::read(s, &name(&row.id)));
         let deaths = record.deaths_at_start();
         if record.is_left_alone || deaths >= DEATHS_MAX {
             return false;
@@ -157,29 +171,30 @@ impl Daemon {
         if !(self.adoptions.is_careful || is_late || record != Record::default()) {
             return true;
         }
-        self.note_attempt(&row.id);
+        self.attempts.note(&row.id);
         if !is_late {
             self.adoptions.silent.lock().insert(row.id.clone());
         }
-        let begun = self.change(true, |tx| {
-            recovery::write(tx, &name(&row.id), Record { deaths, is_under_way: true, is_left_alone: false });
+        let begun = self.core.change(true, |tx| {
+            records::write(tx, &name(&row.id), Record { deaths, is_under_way: true, is_left_alone: false });
             Ok(())
         });
-        if let Err(e) = begun.and_then(|((), ticket)| self.wait_durable(ticket)) {
+        if let Err(e) = begun.and_then(|((), ticket)| self.core.wait_durable(ticket)) {
             log::warn!("write down that VM {} is adopted: {e}", row.name);
         }
         true
     }
 
-    /// The daemon survived it. An adoption that failed may be the one that kills the daemon when it is tried again.
-    pub(super) fn survive_adoption(&self, row: &VmRow, is_adopted: bool) {
-        let record = self.store.read(|s| recovery::read(s, &name(&row.id)));
+    /// The daemon survived it. An adoption that failed may be the one that kills the daemon when it
+    /// is tried again.
+    pub(super) fn survive(&self, row: &VmRow, is_adopted: bool) {
+        let record = self.core.store.read(|s| records::read(s, &name(&row.id)));
         if record == Record::default() {
             return;
         }
         let record = if is_adopted { Record::default() } else { Record { is_under_way: false, ..record } };
-        let ended = self.change(true, |tx| {
-            recovery::write(tx, &name(&row.id), record);
+        let ended = self.core.change(true, |tx| {
+            records::write(tx, &name(&row.id), record);
             Ok(())
         });
         if let Err(e) = ended.map(|((), ticket)| ticket.detach()) {
@@ -188,28 +203,9 @@ impl Daemon {
     }
 
     /// The same once the VMM has answered who listens to it, where the adoption is written down.
-    pub(super) fn end_adoption(&self, row: &VmRow, is_adopted: bool) {
-        self.adoptions.await_answer(&row.id, &self.closing);
-        self.survive_adoption(row, is_adopted);
-    }
-
-    /// Its guest runs on; its end is seen, and nothing is asked of its VMM.
-    pub(super) fn leave_unadopted(&self, row: &VmRow, identity: &Identity) -> Result<()> {
-        let deaths = self.adoption_deaths(&row.id);
-        let reason = format!("{}, so its VMM is left alone; a stop or a delete ends it", times(deaths));
-        log::error!("VM {}: {reason}", row.name);
-        let guard = self.locks.vm.lock(&row.id);
-        let ((), ticket) = self.change(true, |tx| {
-            recovery::write(tx, &name(&row.id), Record { deaths, is_under_way: false, is_left_alone: true });
-            tx.update_vm(&guard, |r| {
-                if (r.generation, r.state) == (row.generation, VmState::Running) {
-                    (r.reason, r.unresponsive) = (Some(reason), true);
-                }
-            })
-        })?;
-        drop(guard);
-        self.wait_durable(ticket)?;
-        self.watch_end(row, identity)
+    pub(super) fn end(&self, row: &VmRow, is_adopted: bool) {
+        self.adoptions.await_answer(&row.id, &self.core.closing);
+        self.survive(row, is_adopted);
     }
 }
 

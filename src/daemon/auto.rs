@@ -1,11 +1,13 @@
 //! `driver = "auto"` under `[vmm]`: Firecracker where everything it needs is available, else QEMU.
 //!
-//! The choice is made once, when the daemon starts. It does not change while the daemon runs, because disks, snapshots and
-//! the ledger depend on it. Doctor names the first thing that Firecracker lacks.
+//! The choice is made once, when the daemon starts. It does not change while the daemon runs,
+//! because disks, snapshots and the ledger depend on it. Doctor names the first thing that
+//! Firecracker lacks.
 
-use super::boot::DISK_FILE;
+use super::core::VMS_DIR;
+use super::disk_probe::probe;
 use super::resources::existing;
-use super::{VMS_DIR, room};
+use super::vm_dir::DISK_FILE;
 use crate::api::daemon::{Check, Severity};
 use crate::config::Config;
 use crate::locks::Cancel;
@@ -45,7 +47,8 @@ pub(super) fn check(missing: Option<&Missing>) -> Check {
     }
 }
 
-/// Cheap conditions first. The last one boots a kernel, which takes a second or two where KVM works and ten where it does not.
+/// Cheap conditions first. The last one boots a kernel, which takes a second or two where KVM works
+/// and ten where it does not.
 pub(super) fn missing(config: &Config, firecracker: &dyn Driver, is_root: bool) -> Option<Missing> {
     if !is_root {
         return Some(Missing::new("fcd must be root", "run fcd as root"));
@@ -57,7 +60,7 @@ pub(super) fn missing(config: &Config, firecracker: &dyn Driver, is_root: bool) 
         return Some(Missing::new(format!("this is missing: {}", check.found), check.fix.unwrap_or_default()));
     }
     let state_dir = existing(&config.state_dir);
-    let on_disk = require_mount(state_dir).and_then(|()| room::probe(config, firecracker, state_dir).map(drop));
+    let on_disk = require_mount(state_dir).and_then(|()| probe(&config.disk, firecracker, state_dir).map(drop));
     if let Err(e) = on_disk {
         return Some(Missing::new(format!("this is missing: {e}"), e.hint_text().unwrap_or("another state_dir")));
     }

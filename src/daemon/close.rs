@@ -1,7 +1,6 @@
-//! The drain: transfers may finish for a while, then they are cancelled; stops finish or stay as rows.
+//! Counts the threads of operations, so that `Daemon::close` can wait for them.
 
-use super::Daemon;
-use crate::locks::{CancelCause, Condvar, Mutex, Rank, check};
+use crate::locks::{Condvar, Mutex, Rank};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -35,7 +34,7 @@ impl Threads {
     }
 
     /// Waits until none runs. False at the deadline.
-    fn wait_idle(&self, deadline: Instant) -> bool {
+    pub fn wait_idle(&self, deadline: Instant) -> bool {
         let mut running = self.shared.running.lock();
         self.shared.idle.wait_while(&mut running, deadline, |n| *n > 0)
     }
@@ -45,26 +44,5 @@ impl Drop for Counted {
     fn drop(&mut self) {
         *self.shared.running.lock() -= 1;
         self.shared.idle.notify_all();
-    }
-}
-
-impl Daemon {
-    /// Call it when no new call can come. VMs run on.
-    pub fn close(&self, transfers_until: Instant, deadline: Instant) {
-        self.closing.cancel(CancelCause::DaemonStops);
-        if !self.threads.wait_idle(transfers_until) {
-            log::info!("cancelling what still runs");
-        }
-        // Sessions run on their callers' threads.
-        self.runtimes.cancel_everything(&CancelCause::DaemonStops);
-        self.threads.wait_idle(deadline);
-        self.pool.close(deadline);
-        self.close_network();
-        self.end_all_attempts();
-        self.store.close();
-        let violations = check::violations();
-        if violations > 0 {
-            log::error!("{violations} violations of the lock order");
-        }
     }
 }

@@ -1,12 +1,19 @@
-//! Commit: the claim's VM goes to rest, to the second half of a restart, or to its successor, in one section
-//! under its lock. A commit that the store refuses is tried again: the work is done and must be written down.
+//! Commit: the claim's VM goes to rest, to the second half of a restart, or to its successor, in
+//! one section under its lock. A commit that the store refuses is tried again: the work is done and
+//! must be written down.
 
-use super::history::{self, What};
-use super::lifecycle::{Claim, Outcome, enter, superseded};
+use super::call::to_value;
+use super::core::now_s;
+use super::history;
+use super::history::What;
+use super::lifecycle::{Claim, Lifecycle, Outcome};
 use super::operations::ended_row;
+use super::recovery;
+use super::resources;
+use super::rules::take_pending;
+use super::rules::{enter, superseded};
 use super::runtime::{BootEnd, Successor};
 use super::transitions::Verb;
-use super::{Daemon, now_s, recovery, resources, to_value};
 use crate::api::vm::{VmDeleteReply, VmState};
 use crate::error::{Error, Kind, Result};
 use crate::host::wait::cancelled_by;
@@ -21,7 +28,7 @@ use std::time::Duration;
 const RETRY_PERIOD: Duration = Duration::from_millis(250);
 
 /// A claim on its way out.
-struct Ending {
+struct Settlement {
     vm: VmId,
     verb: Verb,
     state: VmState,
@@ -29,7 +36,8 @@ struct Ending {
     outcome: Outcome,
     died: Option<BootEnd>,
     successor: Option<Successor>,
-    /// Lost to a later request that is heavier. Their operations end after the VM's lock is released.
+    /// Lost to a later request that is heavier. Their operations end after the VM's lock is
+    /// released.
     replaced: Vec<Successor>,
     /// Why a guest was not asked to shut down: see `recovery.rs`.
     note: Option<String>,
@@ -38,7 +46,7 @@ struct Ending {
 }
 
 /// Where the VM goes.
-enum Then {
+enum NextStep {
     Rest,
     /// The second half of a restart, by the same operation.
     Restart,
@@ -50,35 +58,36 @@ enum Then {
 struct Written {
     ticket: Ticket,
     result: Result<Value>,
-    then: Then,
+    then: NextStep,
 }
 
-impl Daemon {
+impl Lifecycle {
     /// The claim to drive on with: a restart's second half, or the successor.
     pub(super) fn commit(&self, mut claim: Claim, outcome: Outcome) -> Option<Claim> {
         let outcome = self.end_if_unwanted(&claim, outcome);
         let op = claim.op.take().expect("unsettled");
         let (vm, verb, state) = (claim.vm.clone(), claim.verb, claim.state);
-        let generation = self.row(&vm).map_or(0, |row| row.generation);
-        let (replaced, warning, note) = (Vec::new(), None, self.recovery_note(&vm));
-        let mut ending = Ending { vm, verb, state, op, outcome, died: None, successor: None, replaced, note, warning };
+        let generation = self.core.row(&vm).map_or(0, |row| row.generation);
+        let (replaced, warning, note) = (Vec::new(), None, self.recovery.recovery_note(&vm));
+        let mut ending = Settlement { vm, verb, state, op, outcome, died: None, successor: None, replaced, note, warning };
         loop {
             let written = {
-                let guard = self.locks.vm.lock(&ending.vm);
+                let guard = self.core.locks.vm.lock(&ending.vm);
                 self.commit_locked(&guard, &mut ending)
             };
             for old in ending.replaced.drain(..) {
-                self.end_op_soon(old.op, Err(Error::new(Kind::Superseded, "a later request took its place")));
+                self.core.end_op_soon(old.op, Err(Error::new(Kind::Superseded, "a later request took its place")));
             }
             if let Some(warning) = ending.warning.take() {
                 log::warn!("{warning}");
             }
-            let durable = written.and_then(|w| self.wait_durable(w.ticket).map(|()| (w.result, w.then)));
+            let durable = written.and_then(|w| self.core.wait_durable(w.ticket).map(|()| (w.result, w.then)));
             match durable {
                 Ok((result, then)) => {
-                    // A VMM that died between the guest's first answer and the commit: nobody else cleans up after it.
+                    // A VMM that died between the guest's first answer and the commit: nobody else
+                    // cleans up after it.
                     if ending.died.is_some()
-                        && let Err(e) = self.release_boot(&ending.vm, generation)
+                        && let Err(e) = self.resources.release_boot(&ending.vm, generation)
                     {
                         log::warn!("clean up after the vmm of {}: {e}", ending.vm);
                     }
@@ -86,7 +95,7 @@ impl Daemon {
                 }
                 Err(e) => {
                     ending.op.progress(&format!("waits for the store: {e}"));
-                    if self.pause(RETRY_PERIOD) {
+                    if self.core.sleep(RETRY_PERIOD) {
                         // The rows say what was under way; the next daemon finishes it.
                         ending.op.finish(Err(e));
                         return None;
@@ -100,9 +109,9 @@ impl Daemon {
     fn end_if_unwanted(&self, claim: &Claim, outcome: Outcome) -> Outcome {
         match outcome {
             Outcome::Booted(running) if claim.cancel.is_cancelled() => {
-                let ended = self.row(&claim.vm).and_then(|row| {
-                    self.kill_vmm(&running.identity)?;
-                    self.release_boot(&row.id, row.generation)
+                let ended = self.core.row(&claim.vm).and_then(|row| {
+                    self.vmms.kill_vmm(&running.identity)?;
+                    self.resources.release_boot(&row.id, row.generation)
                 });
                 match ended {
                     Ok(()) => Outcome::BootFailed(cancelled_by(&claim.cancel)),
@@ -114,7 +123,7 @@ impl Daemon {
     }
 
     /// One try, all of it in one section of the store.
-    fn commit_locked(&self, vm: &KeyGuard<'_, VmId>, ending: &mut Ending) -> Result<Written> {
+    fn commit_locked(&self, vm: &KeyGuard<'_, VmId>, ending: &mut Settlement) -> Result<Written> {
         let (died, successor) = self.runtimes.end(vm.key());
         ending.died = ending.died.take().or(died);
         if let Some(late) = successor
@@ -123,10 +132,10 @@ impl Daemon {
             ending.replaced.push(old);
         }
         let since = std::time::Instant::now();
-        let mut row = self.row(vm.key())?;
+        let mut row = self.core.row(vm.key())?;
         if matches!(ending.outcome, Outcome::Deleted) {
             let written = self.write_gone(vm, ending)?;
-            self.note(&row, Some(written.ticket.seq()), Some(since), || ending.told(None, None));
+            self.core.note(&row, Some(written.ticket.seq()), Some(since), || ending.history_entry(None, None));
             return Ok(written);
         }
         let at = now_s();
@@ -136,18 +145,18 @@ impl Daemon {
         if let Some((op, verb, to)) = ending.next(&then) {
             enter(&mut row, to, op, verb);
         }
-        let result = result.and_then(|()| self.vm_value(&row));
+        let result = result.and_then(|()| self.views.vm_value(&row));
         // The registry's lock is a leaf like the store's: the rows are made before.
-        let ended = (!matches!(then, Then::Restart)).then(|| ended_row(ending.op.op(), &result));
+        let ended = (!matches!(then, NextStep::Restart)).then(|| ended_row(ending.op.op(), &result));
         let begun = ending.next(&then).map(|(op, ..)| op.op());
-        let ((), ticket) = self.change(true, |tx| {
+        let ((), ticket) = self.core.change(true, |tx| {
             for op in ended.into_iter().chain(begun) {
                 tx.put_op(op);
             }
             recovery::end(tx, vm.key());
             if row.state == VmState::Starting {
                 recovery::forget(tx, vm.key());
-                resources::intend(self, tx, &row);
+                resources::intend(&self.resources, tx, &row);
             }
             // Settle once more, on the row as this section sees it.
             tx.update_vm(vm, |row| {
@@ -163,46 +172,46 @@ impl Daemon {
             self.arm_locked(vm, op, to, verb);
         }
         let next = ending.next(&then).map(|(op, ..)| op.id().clone());
-        self.note(&row, Some(ticket.seq()), Some(since), || ending.told(Some(row.state), next));
+        self.core.note(&row, Some(ticket.seq()), Some(since), || ending.history_entry(Some(row.state), next));
         Ok(Written { ticket, result, then })
     }
 
-    fn write_gone(&self, vm: &KeyGuard<'_, VmId>, ending: &Ending) -> Result<Written> {
+    fn write_gone(&self, vm: &KeyGuard<'_, VmId>, ending: &Settlement) -> Result<Written> {
         let result = to_value(&VmDeleteReply { deleted: Some(vm.key().clone()) });
         let op = ended_row(ending.op.op(), &result);
-        let ((), ticket) = self.change(true, |tx| {
+        let ((), ticket) = self.core.change(true, |tx| {
             tx.put_op(op);
             recovery::forget(tx, vm.key());
             tx.remove_vm(vm);
             Ok(())
         })?;
-        Ok(Written { ticket, result, then: Then::Gone })
+        Ok(Written { ticket, result, then: NextStep::Gone })
     }
 
     /// Where the VM goes, and what the operation that let go of it answers.
-    fn choose(&self, row: &mut VmRow, ending: &mut Ending, mut settled: Result<()>) -> (Then, Result<()>) {
+    fn choose(&self, row: &mut VmRow, ending: &mut Settlement, mut settled: Result<()>) -> (NextStep, Result<()>) {
         let restarting = row.intent.take() == Some(Intent::Restart);
         if ending.successor.is_none() {
             if restarting && settled.is_ok() {
                 // It may want more memory than it had.
                 settled = self.room_for_restart(row);
                 if settled.is_ok() {
-                    return (Then::Restart, settled);
+                    return (NextStep::Restart, settled);
                 }
             }
             if !row.rm || row.state == VmState::Running || ending.state == VmState::Deleting {
-                return (Then::Rest, settled);
+                return (NextStep::Rest, settled);
             }
-            // An rm VM that came to rest is deleted, by an operation of the daemon's own. One whose delete has failed
-            // stays: another would fail as well.
-            return match self.begin_own_op("vm.delete", Some(row.id.clone()), row.owner_uid) {
+            // An rm VM that came to rest is deleted, by an operation of the daemon's own. One whose
+            // delete has failed stays: another would fail as well.
+            return match self.core.begin_own_op("vm.delete", Some(row.id.clone()), row.owner_uid) {
                 Ok(op) => {
                     ending.successor = Some(Successor { verb: Verb::DeleteForce, op, timeout: None });
-                    (Then::Successor, settled)
+                    (NextStep::Successor, settled)
                 }
                 Err(e) => {
                     ending.warning = Some(format!("delete VM {}, which was to be removed: {e}", row.name));
-                    (Then::Rest, settled)
+                    (NextStep::Rest, settled)
                 }
             };
         }
@@ -211,22 +220,22 @@ impl Daemon {
             Ok(()) if unfinished => Err(superseded(row, ending.verb)),
             other => other,
         };
-        (Then::Successor, result)
+        (NextStep::Successor, result)
     }
 
     fn room_for_restart(&self, row: &VmRow) -> Result<()> {
         let mut next = row.clone();
-        super::create::take_pending(&mut next);
-        let room = self.store.read(|s| self.reserve_memory(s, &next));
+        take_pending(&mut next);
+        let room = self.core.store.read(|s| self.capacity.reserve_memory(s, &next));
         room.map_err(|e| e.context(format!("restart vm {}: it was stopped", row.name)))
     }
 
     /// Tells the waiters and makes the claim to drive on with.
-    fn finish(&self, ending: Ending, result: Result<Value>, then: &Then) -> Option<Claim> {
-        let Ending { vm, op, successor, .. } = ending;
+    fn finish(&self, ending: Settlement, result: Result<Value>, then: &NextStep) -> Option<Claim> {
+        let Settlement { vm, op, successor, .. } = ending;
         let (op, verb, state, timeout) = match (then, successor) {
-            (Then::Restart, _) => (op, Verb::Start, VmState::Starting, None),
-            (Then::Successor, Some(s)) => {
+            (NextStep::Restart, _) => (op, Verb::Start, VmState::Starting, None),
+            (NextStep::Successor, Some(s)) => {
                 op.finish(result);
                 let to = s.target();
                 (s.op, s.verb, to, s.timeout)
@@ -234,27 +243,27 @@ impl Daemon {
             (_, successor) => {
                 op.finish(result.clone());
                 if let Some(s) = successor {
-                    self.end_op_soon(s.op, result);
+                    self.core.end_op_soon(s.op, result);
                 }
                 return None;
             }
         };
         let cancel = op.cancel().clone();
-        Some(Claim { daemon: self.clone(), vm, op: Some(op), state, verb, timeout, restore: None, cancel, ticket: None })
+        Some(Claim { lifecycle: self.clone(), vm, op: Some(op), state, verb, timeout, restore: None, cancel, ticket: None })
     }
 }
 
-impl Ending {
+impl Settlement {
     /// For the history.
-    fn told(&self, state: Option<VmState>, next: Option<crate::ids::OpId>) -> What {
+    fn history_entry(&self, state: Option<VmState>, next: Option<crate::ids::OpId>) -> What {
         let ending = match (&self.outcome, &self.died) {
-            (Outcome::Booted(_), None) => history::Ending::Booted,
-            (Outcome::Booted(_) | Outcome::BootFailed(_), Some(_)) => history::Ending::BootDied,
-            (Outcome::BootFailed(e), None) if e.kind() == Kind::Cancelled => history::Ending::BootCancelled,
-            (Outcome::BootFailed(_), None) => history::Ending::BootFailed,
-            (Outcome::Ended { .. }, _) => history::Ending::Ended,
-            (Outcome::StillThere(_), _) => history::Ending::StillThere,
-            (Outcome::Deleted, _) => history::Ending::Deleted,
+            (Outcome::Booted(_), None) => history::CommitKind::Booted,
+            (Outcome::Booted(_) | Outcome::BootFailed(_), Some(_)) => history::CommitKind::BootDied,
+            (Outcome::BootFailed(e), None) if e.kind() == Kind::Cancelled => history::CommitKind::BootCancelled,
+            (Outcome::BootFailed(_), None) => history::CommitKind::BootFailed,
+            (Outcome::Ended { .. }, _) => history::CommitKind::Ended,
+            (Outcome::StillThere(_), _) => history::CommitKind::StillThere,
+            (Outcome::Deleted, _) => history::CommitKind::Deleted,
         };
         What::Committed { op: self.op.id().clone(), ending, state, next }
     }
@@ -268,17 +277,17 @@ impl Ending {
     }
 
     /// The operation that owns the VM next, its verb, and the state that it begins in.
-    fn next(&self, then: &Then) -> Option<(&OpHandle, Verb, VmState)> {
+    fn next(&self, then: &NextStep) -> Option<(&OpHandle, Verb, VmState)> {
         match then {
-            Then::Restart => Some((&self.op, Verb::Start, VmState::Starting)),
-            Then::Successor => self.successor.as_ref().map(|s| (&s.op, s.verb, s.target())),
-            Then::Rest | Then::Gone => None,
+            NextStep::Restart => Some((&self.op, Verb::Start, VmState::Starting)),
+            NextStep::Successor => self.successor.as_ref().map(|s| (&s.op, s.verb, s.target())),
+            NextStep::Rest | NextStep::Gone => None,
         }
     }
 }
 
 /// Puts the outcome into the row; what the operation answers. `at`: seconds since the epoch.
-fn settle(row: &mut VmRow, ending: &Ending, at: u64) -> Result<()> {
+fn settle(row: &mut VmRow, ending: &Settlement, at: u64) -> Result<()> {
     let rest = |row: &mut VmRow, state: VmState, reason: Option<String>| {
         row.state = state;
         row.reason = reason;

@@ -1,12 +1,14 @@
 //! Console logs. No request thread ever waits for a console: it reads files and waits in `poll`.
 
+use super::access::Caller;
+use super::sessions::Sessions;
 use super::waiting::{Gone, Hangup};
-use super::{Caller, Daemon};
 use crate::api::vm::{LogChunk, LogsReply, VmLogsRequest};
 use crate::error::{Error, Kind, Result};
 
-impl Daemon {
-    /// Sends what there is, and with `follow` what comes, until the VM is deleted or the caller goes.
+impl Sessions {
+    /// Sends what there is, and with `follow` what comes, until the VM is deleted or the caller
+    /// goes.
     pub fn logs(
         &self,
         caller: &Caller,
@@ -14,13 +16,13 @@ impl Daemon {
         reader: Hangup<'_>,
         send: &mut dyn FnMut(LogChunk) -> std::io::Result<()>,
     ) -> Result<LogsReply> {
-        let row = self.resolve(caller, &request.vm)?;
+        let row = self.core.resolve(caller, &request.vm)?;
         // The first start makes the directory; before it nothing was printed.
-        let is_there = self.vm_dir(&row.id).exists() || (request.follow && self.wait_directory(&row.id, reader)?);
+        let is_there = self.core.vm_dir(&row.id).exists() || (request.follow && self.views.wait_directory(&row.id, reader)?);
         if !is_there {
             return Ok(LogsReply { bytes: 0 });
         }
-        let mut follower = self.vmm.consoles().follow(&self.vm_dir(&row.id), request.tail)?;
+        let mut follower = self.vmm.consoles().follow(&self.core.vm_dir(&row.id), request.tail)?;
         let mut bytes = 0;
         let gone = || Error::new(Kind::Cancelled, "the caller went away");
         loop {
@@ -28,10 +30,10 @@ impl Daemon {
                 bytes += text.len() as u64;
                 send(LogChunk { text }).map_err(|_| gone())?;
             }
-            if !request.follow || follower.is_ended() || self.closing.is_cancelled() {
+            if !request.follow || follower.is_ended() || self.core.closing.is_cancelled() {
                 return Ok(LogsReply { bytes });
             }
-            match reader.wait(&[follower.fd(), self.closing.fd()], None) {
+            match reader.wait(&[follower.fd(), self.core.closing.fd()], None) {
                 Ok(_) => {}
                 Err(Gone) => return Err(gone()),
             }

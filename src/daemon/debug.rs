@@ -1,10 +1,11 @@
 //! Who holds what since when, and who waits: live, in release too.
 
-use super::Daemon;
+use super::core::Core;
 use crate::api::daemon::{DebugLocksReply, LockParty, LockRecord};
 use crate::locks::{Party, check};
 
-impl Daemon {
+impl Core {
+    /// Who holds and awaits each lock.
     pub fn debug_locks(&self) -> DebugLocksReply {
         let mut locks = Vec::new();
         let keyed = [("vm_locks", self.locks.vm.records()), ("workspace_locks", self.locks.workspace.records())];
@@ -43,22 +44,4 @@ pub struct Leftovers {
     pub images_being_built: usize,
     /// Idempotency keys of calls that are beginning.
     pub keys_beginning: usize,
-}
-
-impl Daemon {
-    pub fn leftovers(&self) -> Leftovers {
-        let pool = self.pool.counts();
-        // Let go of before the next one is taken.
-        let images_being_built = self.builds.lock().len();
-        Leftovers {
-            locks: self.locks.entries(),
-            runtimes: self.runtimes.len(),
-            threads: self.threads(),
-            sessions: self.sessions.len(),
-            jobs: pool.running + pool.places,
-            operations: self.ops.running(),
-            images_being_built,
-            keys_beginning: self.beginning.len(),
-        }
-    }
 }

@@ -1,15 +1,26 @@
 //! `doctor`: what is needed, what was found, what was picked, and how to fix it. Read-only.
 //!
-//! The checks run programs as the daemon's user, and every local user may call `doctor`. So one run is shared by all who
-//! ask while it lasts, and others than root and the daemon's own user get the result of the last few seconds.
+//! The checks run programs as the daemon's user, and every local user may call `doctor`. So one run
+//! is shared by all who ask while it lasts, and others than root and the daemon's own user get the
+//! result of the last few seconds.
 
-use super::single_flight::{Freshness, SingleFlight};
-use super::{Caller, Daemon, Seams};
+use super::access::{Caller, is_privileged};
+use super::core::Core;
+use super::network::Networks;
+use super::reconcile::Reconciler;
+use super::recovery::Recovery;
+use super::resources::Resources;
+use super::seams::Seams;
+use super::single_flight::Freshness;
+use super::single_flight::SingleFlight;
 use crate::api::daemon::{Check, DoctorReply, LeaksReply};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
+use crate::image::Images;
 use crate::locks::Cancel;
+use crate::vmm::Driver;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long others than root and the daemon's own user get the same result.
@@ -24,20 +35,34 @@ pub(super) fn host_checks_shared() -> HostChecks {
     SingleFlight::new(KEPT)
 }
 
-impl Daemon {
+/// Answers `doctor`. It holds the whole configuration because it checks all of it.
+pub struct Doctor {
+    pub(super) core: Core,
+    pub(super) config: Config,
+    pub(super) networks: Networks,
+    pub(super) recovery: Recovery,
+    pub(super) resources: Resources,
+    pub(super) reconciler: Arc<Reconciler>,
+    pub(super) images: Images,
+    pub(super) commands: Arc<dyn Commands>,
+    pub(super) vmm: Arc<dyn Driver>,
+    pub(super) host_checks: HostChecks,
+}
+
+impl Doctor {
     /// # Errors
     /// `busy` when another caller's run takes too long.
     pub fn doctor(&self, caller: &Caller) -> Result<DoctorReply> {
-        let freshness = if self.is_privileged(caller) { Freshness::New } else { Freshness::Recent };
-        let run = || checks(&self.config, self.vmm.as_ref(), self.commands.as_ref(), &self.closing);
+        let freshness = if is_privileged(caller) { Freshness::New } else { Freshness::Recent };
+        let run = || checks(&self.config, self.vmm.as_ref(), self.commands.as_ref(), &self.core.closing);
         let looked = self.host_checks.get(freshness, Instant::now() + RUN_DEADLINE, run);
         let mut checks = looked.map_err(|e| e.context("check this host"))?;
         // These look at files and memory only: always as they are now.
         checks.push(self.image_check());
-        checks.push(self.recovery_check(caller));
-        checks.extend(self.name_server_check());
-        checks.push(match self.store.read_only() {
-            None => Check::ok("store", format!("the store in {} takes changes", self.config.state_dir.display())),
+        checks.push(self.recovery.recovery_check(caller));
+        checks.extend(self.networks.name_server_check());
+        checks.push(match self.core.store.read_only() {
+            None => Check::ok("store", format!("the store in {} takes changes", self.core.state_dir.display())),
             Some(e) => {
                 Check::fail("store", format!("the store is read-only: {e}"), e.hint_text().unwrap_or("free some disk space"))
             }
@@ -45,22 +70,19 @@ impl Daemon {
         Ok(DoctorReply { checks })
     }
 
-    /// What is ours on the host and belongs to nothing; root's and the daemon's own user's business only.
+    /// What is ours on the host and belongs to nothing; root's and the daemon's own user's business
+    /// only.
     ///
     /// # Errors
-    /// `denied` to others. `busy` when the daemon has just started and what was left is not cleared away in time.
+    /// `denied` to others. `busy` when the daemon has just started and what was left is not cleared
+    /// away in time.
     pub fn leaks(&self, caller: &Caller, fix: bool) -> Result<LeaksReply> {
-        if !self.is_privileged(caller) {
+        if !is_privileged(caller) {
             return Err(Error::new(Kind::Denied, "look for leaks: only root and the daemon's own user may")
                 .hint("run it as the user who runs fcd"));
         }
-        self.await_settled()?;
-        Ok(LeaksReply { leaks: self.sweep(fix) })
-    }
-
-    /// Root and the user who runs the daemon.
-    pub(super) fn is_privileged(&self, caller: &Caller) -> bool {
-        caller.uid == 0 || caller.uid == nix::unistd::geteuid().as_raw()
+        self.reconciler.await_settled()?;
+        Ok(LeaksReply { leaks: self.resources.sweep(fix) })
     }
 
     fn image_check(&self) -> Check {
@@ -81,7 +103,7 @@ pub fn host_checks(config: &Config, seams: &Seams) -> Result<Vec<Check>> {
 }
 
 fn checks(config: &Config, vmm: &dyn crate::vmm::Driver, commands: &dyn Commands, cancel: &Cancel) -> Vec<Check> {
-    let mut all = super::resources::checks(&super::resources::HostView { config, vmm, commands, cancel });
+    let mut all = super::resources::checks(&super::host_view::HostView { config, vmm, commands, cancel });
     all.extend(crate::image::checks(commands, cancel));
     all
 }

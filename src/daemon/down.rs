@@ -1,8 +1,8 @@
 //! The work of a stop and of a delete.
 
-use super::lifecycle::{Claim, Outcome};
+use super::lifecycle::{Claim, Lifecycle, Outcome};
+use super::resources;
 use super::transitions::Verb;
-use super::{Daemon, resources};
 use crate::api::vm::Synced;
 use crate::error::Result;
 use crate::guest::io::VecSink;
@@ -16,16 +16,17 @@ const SYNCED: &[u8] = b"synced\n";
 /// Most of what the shutdown command may print.
 const OUTPUT_BYTES_MAX: usize = 4096;
 
-impl Daemon {
-    /// Asks the guest to sync and to go, waits for it, and ends the VMM when it has not gone in time.
+impl Lifecycle {
+    /// Asks the guest to sync and to go, waits for it, and ends the VMM when it has not gone in
+    /// time.
     pub(super) fn shut_down(&self, claim: &Claim) -> Outcome {
-        let row = match self.row(&claim.vm) {
+        let row = match self.core.row(&claim.vm) {
             Ok(row) => row,
             Err(e) => return Outcome::StillThere(e),
         };
-        let Some(identity) = self.identity(&row) else {
+        let Some(identity) = self.vmms.identity(&row) else {
             // A restart's first half may have ended it already, and says how.
-            return match self.release_boot(&row.id, row.generation) {
+            return match self.resources.release_boot(&row.id, row.generation) {
                 Ok(()) => Outcome::Ended { synced: row.synced.unwrap_or(Synced::No) },
                 Err(e) => Outcome::StillThere(e),
             };
@@ -33,7 +34,7 @@ impl Daemon {
         let synced =
             if matches!(claim.verb, Verb::StopForce | Verb::Kill) { Synced::No } else { self.ask_to_go(claim, &row, &identity) };
         claim.op().progress("end the vmm");
-        match self.kill_vmm(&identity).and_then(|()| self.release_boot(&row.id, row.generation)) {
+        match self.vmms.kill_vmm(&identity).and_then(|()| self.resources.release_boot(&row.id, row.generation)) {
             Ok(()) => Outcome::Ended { synced },
             Err(e) => Outcome::StillThere(e),
         }
@@ -44,12 +45,12 @@ impl Daemon {
             log::info!("vm {} is not asked to shut down: its vmm does not answer", row.name);
             return Synced::No;
         }
-        if let Some(why) = self.recovery_note(&row.id) {
+        if let Some(why) = self.recovery.recovery_note(&row.id) {
             log::warn!("VM {}: {why}", row.name);
             return Synced::No;
         }
-        self.wake_for_stop(row, identity);
-        let timeout = claim.timeout.unwrap_or(Duration::from_secs(self.config.limits.stop_timeout_s));
+        self.controls.wake_for_stop(row, identity);
+        let timeout = claim.timeout.unwrap_or(Duration::from_secs(self.core.limits.stop_timeout_s));
         let now = Instant::now();
         let deadline = now + timeout;
         let takes_key = row.guest_version >= CTRL_ALT_DEL_SINCE;
@@ -63,10 +64,11 @@ impl Daemon {
         if takes_key && self.press_key(claim, row, identity, deadline) { Synced::Yes } else { Synced::Timeout }
     }
 
-    /// Over SSH. True once the guest has said that its data is on its disks; it goes a moment later.
+    /// Over SSH. True once the guest has said that its data is on its disks; it goes a moment
+    /// later.
     fn tell_to_go(&self, claim: &Claim, row: &VmRow, deadline: Instant) -> bool {
         let mut said = VecSink::new(OUTPUT_BYTES_MAX);
-        let asked = self.target(row).and_then(|target| {
+        let asked = self.guests.target(row).and_then(|target| {
             let spec = ExecSpec { command: SHUTDOWN_COMMAND.to_owned(), deadline: Some(deadline), ..ExecSpec::default() };
             let streams = Streams { stdout: Some(&mut said), ..Streams::default() };
             self.transport.exec(&target, &spec, streams, &claim.cancel)
@@ -79,7 +81,8 @@ impl Daemon {
         is_synced
     }
 
-    /// For a guest that is not reached over SSH: its init syncs and goes at Ctrl-Alt-Del. True once it has gone by itself.
+    /// For a guest that is not reached over SSH: its init syncs and goes at Ctrl-Alt-Del. True once
+    /// it has gone by itself.
     fn press_key(&self, claim: &Claim, row: &VmRow, identity: &Identity, deadline: Instant) -> bool {
         if claim.cancel.is_cancelled() {
             return false;
@@ -95,36 +98,6 @@ impl Daemon {
         })
     }
 
-    /// The VM's live process: what the row says, or what carries its tag.
-    pub(super) fn identity(&self, row: &VmRow) -> Option<Identity> {
-        let known = row.identity.clone();
-        if let Some(identity) = known
-            && (self.runs_as_it(row, &identity)
-                || self.vmm.is_ours(&identity, &self.tag(row)) && self.has_its_uid(row, &identity))
-        {
-            return Some(identity);
-        }
-        let found = self.find_vmm(&self.tag(row)).unwrap_or_else(|e| {
-            log::warn!("look for the vmm of {}: {e}", row.name);
-            None
-        });
-        found.filter(|identity| self.has_its_uid(row, identity))
-    }
-
-    /// The process that the row names, under the uid that no other VM has: a VMM that somebody has taken over may overwrite its
-    /// arguments, and is ended all the same.
-    fn runs_as_it(&self, row: &VmRow, identity: &Identity) -> bool {
-        let its = self.credentials(row).map(|(uid, _)| uid);
-        its.is_some() && its == crate::host::process::uid(identity.pid) && self.vmm.is_alive(identity)
-    }
-
-    /// A VMM that somebody has taken over may give itself another VM's arguments, but not its uid. Root is a jailer that is about to
-    /// become one.
-    fn has_its_uid(&self, row: &VmRow, identity: &Identity) -> bool {
-        let its = self.credentials(row).map(|(uid, _)| uid);
-        its.is_none_or(|its| crate::host::process::uid(identity.pid).is_none_or(|uid| uid == its || uid == 0))
-    }
-
     /// Ends the VMM and removes the VM's files. The row goes at commit.
     pub(super) fn remove(&self, claim: &Claim) -> Outcome {
         match self.try_remove(claim) {
@@ -134,14 +107,14 @@ impl Daemon {
     }
 
     fn try_remove(&self, claim: &Claim) -> Result<()> {
-        let row = self.row(&claim.vm)?;
-        if let Some(identity) = self.identity(&row) {
+        let row = self.core.row(&claim.vm)?;
+        if let Some(identity) = self.vmms.identity(&row) {
             claim.op().progress("end the vmm");
-            self.kill_vmm(&identity)?;
+            self.vmms.kill_vmm(&identity)?;
         }
         claim.op().progress("remove what it has");
-        self.release_life(&row.id)?;
+        self.resources.release_life(&row.id)?;
         // Made by an earlier version, which kept no ledger.
-        resources::forget_directory(self, &row)
+        resources::forget_directory(&self.resources, &row)
     }
 }

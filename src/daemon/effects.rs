@@ -1,5 +1,5 @@
-//! The points at which the daemon changes something of the host's. Tests make the n-th fail, or end everything there
-//! as `kill -9` would; a daemon that is not tested passes them.
+//! The points at which the daemon changes something of the host's. Tests make the n-th fail, or end
+//! everything there as `kill -9` would; a daemon that is not tested passes them.
 
 use crate::error::Result;
 
@@ -36,7 +36,8 @@ impl Effects {
     }
 }
 
-/// For tests with real guests: `kill -9` at the n-th effect or commit after a file has said n, as long as it says so.
+/// For tests with real guests: `kill -9` at the n-th effect or commit after a file has said n, as
+/// long as it says so.
 #[cfg(feature = "fakes")]
 pub struct DieAt {
     file: std::path::PathBuf,

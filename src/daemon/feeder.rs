@@ -1,12 +1,13 @@
 //! Sends events to all watchers who keep up, from one thread.
 //!
-//! The store's feed gives this thread what has come for all of them. It renders the notes once for each uid that sees
-//! something else, and sends them without waiting. A watcher whose socket is full, and one whose connection is broken, goes
-//! back to its connection's own thread, which waits for it, and ends the watch where that is due ([`super::events`]).
-//! So a watcher that reads slowly costs the others one system call.
+//! The store's feed gives this thread what has come for all of them. It renders the notes once for
+//! each uid that sees something else, and sends them without waiting. A watcher whose socket is
+//! full, and one whose connection is broken, goes back to its connection's own thread, which waits
+//! for it, and ends the watch where that is due ([`super::events`]). So a watcher that reads slowly
+//! costs the others one system call.
 
-use super::Caller;
-use super::events::events_for;
+use super::access::Caller;
+use super::changes::events_for;
 use crate::api::event::Events;
 use crate::api::frame::{FRAME_BYTES_MAX, Note, Notification};
 use crate::host::wait::{WaitResult, wait_any};
@@ -82,7 +83,8 @@ impl Feeder {
         Self { outlets: Arc::new(Mutex::new(Rank::Connections, HashMap::new())), started: OnceLock::new() }
     }
 
-    /// Registers the outlet of a subscription, which is then lent. `None` where the thread could not be started.
+    /// Registers the outlet of a subscription, which is then lent. `None` where the thread could
+    /// not be started.
     pub fn enter(&self, store: &Store, closing: &Cancel, id: u64, outlet: Arc<Outlet>) -> Option<Entered<'_>> {
         if !self.started.get_or_init(|| self.start(store, closing)) {
             return None;
@@ -166,7 +168,8 @@ struct Block {
     bytes: Arc<[u8]>,
 }
 
-/// What was rendered in this round. The queues of all callers who see the same are alike from the same change on.
+/// What was rendered in this round. The queues of all callers who see the same are alike from the
+/// same change on.
 #[derive(Default)]
 struct Blocks(HashMap<(Option<u32>, u64, usize), Option<Block>>);
 
@@ -187,7 +190,8 @@ fn render<'a>(caller: &Caller, changes: impl Iterator<Item = &'a Arc<Happened>>)
         if !events.is_empty() {
             let line = Notification::line(Note::Events(Events { seq: happened.seq, events })).ok()?;
             if line.len() > FRAME_BYTES_MAX {
-                // The watcher's own thread finds that, too, and ends the watch. What is before it goes first.
+                // The watcher's own thread finds that, too, and ends the watch. What is before it
+                // goes first.
                 break;
             }
             bytes.extend_from_slice(&line);

@@ -1,11 +1,13 @@
-//! Installations that are gone, and what they have left on the host: control groups without processes, a bridge without
-//! ports, taps without a VMM, tables of rules. Each carries its installation's id in its name.
+//! Installations that are gone, and what they have left on the host: control groups without
+//! processes, a bridge without ports, taps without a VMM, tables of rules. Each carries its
+//! installation's id in its name.
 //!
-//! An installation is gone when no daemon has its claim, none of its VMs runs, and its state directory is not there or has
-//! become another installation's. A directory that is not there may be on a disk that is not mounted. That does no
-//! harm: nothing of it runs, what is removed holds no data, and a daemon that starts makes all of it again, as it does after a
-//! reboot.
+//! An installation is gone when no daemon has its claim, none of its VMs runs, and its state
+//! directory is not there or has become another installation's. A directory that is not there may
+//! be on a disk that is not mounted. That does no harm: nothing of it runs, what is removed holds
+//! no data, and a daemon that starts makes all of it again, as it does after a reboot.
 
+use super::leak::leak;
 use crate::api::daemon::Leak;
 use crate::error::{Kind, Result};
 use crate::host::Commands;
@@ -29,8 +31,8 @@ pub trait Installations: Send + Sync {
     /// The daemon's own has this id. Another one that had its state directory before is gone.
     fn set_own(&self, install_id: &str) -> Result<()>;
 
-    /// Shows each one that is gone, which cannot come back meanwhile. One of which nothing is left is forgotten: `visit`
-    /// says whether that is so.
+    /// Shows each one that is gone, which cannot come back meanwhile. One of which nothing is left
+    /// is forgotten: `visit` says whether that is so.
     fn visit_gone(&self, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()>;
 }
 
@@ -55,7 +57,7 @@ pub(super) fn sweep(installations: &dyn Installations, commands: &Arc<dyn Comman
 fn sweep_groups(gone: &GoneInstallation, fix: bool, leaks: &mut Vec<Leak>) {
     if let Some(group) = firecracker::empty_group(&gone.install_id) {
         let removed = fix.then(|| firecracker::remove_group(&group));
-        leaks.push(leak(gone, "control_group", &group.display().to_string(), removed.as_ref()));
+        leaks.push(leak_of(gone, "control_group", &group.display().to_string(), removed.as_ref()));
     }
 }
 
@@ -72,11 +74,11 @@ fn sweep_network(gone: &GoneInstallation, commands: &Arc<dyn Commands>, fix: boo
     let found = [("tap", &left.taps), ("bridge", &left.bridges), ("table", &left.tables)];
     let found: Vec<_> = found.into_iter().flat_map(|(kind, names)| names.iter().map(move |name| (kind, name))).collect();
     let removed = (fix && !found.is_empty()).then(|| net::gone::remove(&left, commands));
-    leaks.extend(found.into_iter().map(|(kind, name)| leak(gone, kind, name, removed.as_ref())));
+    leaks.extend(found.into_iter().map(|(kind, name)| leak_of(gone, kind, name, removed.as_ref())));
     Ok(!left.is_in_use)
 }
 
-fn leak(gone: &GoneInstallation, kind: &str, name: &str, removed: Option<&Result<()>>) -> Leak {
+fn leak_of(gone: &GoneInstallation, kind: &str, name: &str, removed: Option<&Result<()>>) -> Leak {
     let why = format!("installation {} is gone, whose state directory was {}", gone.install_id, gone.state_dir.display());
-    super::resources::leak(kind, name, &why, removed)
+    leak(kind, name, &why, removed)
 }

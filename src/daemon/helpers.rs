@@ -1,5 +1,5 @@
-//! The helper processes by name. The daemon's program looks here first: a helper is the same program, started again by
-//! [`crate::host::confine::spawn`].
+//! The helper processes by name. The daemon's program looks here first: a helper is the same
+//! program, started again by [`crate::host::confine::spawn`].
 
 use crate::host::confine::Asked;
 use std::process::ExitCode;
@@ -28,7 +28,8 @@ pub fn run_if_asked() -> Option<ExitCode> {
 mod in_tests {
     #[used]
     #[allow(unsafe_code)]
-    // SAFETY: the C library calls it once, after the standard library's own entry has taken the arguments and before `main`.
+    // SAFETY: the C library calls it once, after the standard library's own entry has taken the
+    // arguments and before `main`.
     #[unsafe(link_section = ".init_array")]
     static BRANCH: extern "C" fn() = branch;
 

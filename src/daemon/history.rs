@@ -1,13 +1,11 @@
-//! For tests: what happened to each VM, in the order in which it happened. Every entry is made while the VM's lock is
-//! held and carries the number of the store's change, so that the whole can be played again through the transition table.
+//! For tests: what happened to each VM, in the order in which it happened. Every entry is made
+//! while the VM's lock is held and carries the number of the store's change, so that the whole can
+//! be played again through the transition table.
 
 pub use super::transitions::Verb;
-
-use super::Daemon;
 use crate::api::vm::VmState;
 use crate::ids::{OpId, VmId, VmName};
 use crate::locks::{Mutex, Rank};
-use crate::store::VmRow;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -18,7 +16,7 @@ pub enum Answer {
     /// Nothing to do.
     Nothing,
     Joined,
-    Superseded,
+    Queued,
     Refused,
     /// The table allowed it, and something else did not: a limit, the disk.
     Failed,
@@ -38,7 +36,7 @@ pub enum What {
     /// An operation let go of the VM.
     Committed {
         op: OpId,
-        ending: Ending,
+        ending: CommitKind,
         /// The row's state afterwards; none: it is gone.
         state: Option<VmState>,
         next: Option<OpId>,
@@ -50,7 +48,7 @@ pub enum What {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
+pub enum CommitKind {
     Booted,
     BootDied,
     BootCancelled,
@@ -84,6 +82,16 @@ impl Default for History {
 }
 
 impl History {
+    /// Appends an event, if a test has asked for the history.
+    #[inline]
+    pub(super) fn note(&self, event: impl FnOnce() -> Event) {
+        if !cfg!(any(test, feature = "fakes")) || !self.on.load(Ordering::Relaxed) {
+            return;
+        }
+        let event = event();
+        self.events.lock().push(event);
+    }
+
     pub fn record(&self) {
         self.on.store(true, Ordering::Relaxed);
     }
@@ -91,20 +99,5 @@ impl History {
     /// All so far.
     pub fn take(&self) -> Vec<Event> {
         std::mem::take(&mut *self.events.lock())
-    }
-}
-
-impl Daemon {
-    /// `since`: before it became visible. `seq`: of the change that made it so, or of the last one before it.
-    #[inline]
-    pub(super) fn note(&self, row: &VmRow, seq: Option<u64>, since: Option<Instant>, what: impl FnOnce() -> What) {
-        if !cfg!(any(test, feature = "fakes")) || !self.history.on.load(Ordering::Relaxed) {
-            return;
-        }
-        let seq = seq.unwrap_or_else(|| self.store.seq());
-        let now = Instant::now();
-        let between = (since.unwrap_or(now), now);
-        let event = Event { vm: row.id.clone(), name: row.name.clone(), seq, between, what: what() };
-        self.history.events.lock().push(event);
     }
 }

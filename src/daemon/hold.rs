@@ -1,17 +1,19 @@
 //! Waits for a VM's state, by its holder and by anybody else.
 
+use super::access::Caller;
+use super::lifecycle::Lifecycle;
+use super::views::Views;
 use super::waiting::{Gone, Hangup};
-use super::{Caller, Daemon};
 use crate::api::vm::{Vm, VmReply, VmState, VmWaitRequest};
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use std::time::{Duration, Instant};
 
-impl Daemon {
+impl Lifecycle {
     /// Until the VM is gone. When the holder goes first, an `rm` VM is deleted.
     pub fn hold(&self, vm: Vm, holder: Hangup<'_>) -> Result<VmReply> {
         let mut last = vm;
-        let ended = self.wait_vm(&last.id.clone(), holder, None, &mut |vm| {
+        let ended = self.views.wait_vm(&last.id.clone(), holder, None, &mut |vm| {
             last = vm.clone();
             false
         });
@@ -27,11 +29,13 @@ impl Daemon {
             Err(Stop::Failed(e)) => Err(e),
         }
     }
+}
 
+impl Views {
     /// Until the VM is in a state, or is deleted, or the time is over.
     pub fn wait_state(&self, caller: &Caller, request: &VmWaitRequest, waiter: Hangup<'_>) -> Result<VmReply> {
         let wanted = request.state.unwrap_or(VmState::Stopped);
-        let row = self.resolve(caller, &request.vm)?;
+        let row = self.core.resolve(caller, &request.vm)?;
         let deadline = request.timeout_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
         let fulfils = |state| state == wanted || (wanted == VmState::Stopped && state == VmState::Failed);
         let mut seen = None;
@@ -53,7 +57,7 @@ impl Daemon {
 
     /// Until the VM has its directory, which its first start makes. False: the VM is gone.
     pub(super) fn wait_directory(&self, id: &VmId, waiter: Hangup<'_>) -> Result<bool> {
-        let dir = self.vm_dir(id);
+        let dir = self.core.vm_dir(id);
         match self.wait_vm(id, waiter, None, &mut |_| dir.exists()) {
             Ok(is_there) => Ok(is_there),
             Err(Stop::VmGone) => Ok(false),
@@ -69,7 +73,7 @@ impl Daemon {
         deadline: Option<Instant>,
         done: &mut dyn FnMut(&Vm) -> bool,
     ) -> Result<bool, Stop> {
-        let changed = self.store.watch(Some(id.clone())).map_err(Stop::Failed)?;
+        let changed = self.core.store.watch(Some(id.clone())).map_err(Stop::Failed)?;
         loop {
             changed.clear();
             match self.view(id) {
@@ -77,8 +81,8 @@ impl Daemon {
                 Ok(_) => {}
                 Err(_) => return Err(Stop::VmGone),
             }
-            match waiter.wait(&[changed.fd(), self.closing.fd()], deadline) {
-                Ok(true) if self.closing.is_cancelled() => {
+            match waiter.wait(&[changed.fd(), self.core.closing.fd()], deadline) {
+                Ok(true) if self.core.closing.is_cancelled() => {
                     return Err(Stop::Failed(Error::new(Kind::ShuttingDown, "the daemon is shutting down")));
                 }
                 Ok(true) => {}

@@ -1,23 +1,31 @@
 //! Images: built, listed, deleted.
 //!
-//! A build is heavy: a root process and up to 6 GiB of memory. So one uid has only so many builds under way
-//! (`limits.builds_per_uid_max`), and of all that are under way only so many run (`limits.builds_max`); the others wait in
-//! line. Its name is reserved under `image_ops`, the work runs with no lock, and it publishes itself by a rename that
-//! refuses to replace.
+//! A build is heavy: a root process and up to 6 GiB of memory. So one uid has only so many builds
+//! under way (`limits.builds_per_uid_max`), and of all that are under way only so many run
+//! (`limits.builds_max`); the others wait in line. Its name is reserved under `image_ops`, the work
+//! runs with no lock, and it publishes itself by a rename that refuses to replace.
 //!
-//! An image belongs to whoever built it: they and root may delete it, everybody may make VMs from it.
+//! An image belongs to whoever built it: they and root may delete it, everybody may make VMs from
+//! it.
 
-use super::uses::InUse;
-use super::{Begun, Caller, Daemon, to_value};
+use super::access::{Caller, is_privileged};
+use super::call::{CallOutcome, to_value};
+use super::core::Core;
+use super::uses::{UseGuard, Uses};
 use crate::api::image::{Image, ImageBuildRequest, ImageDeleteReply, ImageListReply, ImageReply};
 use crate::api::page::{self, ListRequest};
 use crate::error::{Error, Kind, Result};
+use crate::host::Commands;
 use crate::ids::ImageRef;
+use crate::image::Images;
 use crate::image::{BuildSpec, DISK_BYTES_DEFAULT, ImageInfo};
+use crate::locks::Mutex;
 use crate::ops::OpHandle;
+use crate::pool::Admission;
 use crate::uids::UidCounts;
 use serde_json::value::RawValue;
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 /// Builds under way, those that wait for their turn among them.
 #[derive(Default)]
@@ -34,39 +42,52 @@ impl Builds {
 
 /// A build under way; it is over when this is dropped.
 struct Reserved {
-    daemon: Daemon,
+    builds: Arc<Mutex<Builds>>,
     name: ImageRef,
     uid: u32,
 }
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        let mut builds = self.daemon.builds.lock();
+        let mut builds = self.builds.lock();
         builds.names.remove(&self.name);
         builds.by_uid.remove(self.uid);
     }
 }
 
-impl Daemon {
+/// The operations on images.
+#[derive(Clone)]
+pub struct ImageService {
+    pub(super) core: Core,
+    pub(super) commands: Arc<dyn Commands>,
+    pub(super) images: Images,
+    pub(super) uses: Uses<ImageRef>,
+    pub(super) builds: Arc<Mutex<Builds>>,
+    pub(super) build_admission: Admission,
+    /// The name of an image that is built without a name.
+    pub(super) default_image: ImageRef,
+}
+
+impl ImageService {
     /// An operation. Any caller may build.
-    pub fn image_build(&self, caller: &Caller, request: &ImageBuildRequest) -> Result<Begun> {
-        let name = request.name.clone().unwrap_or_else(|| self.config.vm.image.clone());
+    pub fn image_build(&self, caller: &Caller, request: &ImageBuildRequest) -> Result<CallOutcome> {
+        let name = request.name.clone().unwrap_or_else(|| self.default_image.clone());
         let include = request.include.clone();
         let spec = BuildSpec { name: name.clone(), include, disk_bytes: DISK_BYTES_DEFAULT, owner_uid: caller.uid };
         let reserved = self.reserve_build(caller, name)?;
-        let op = self.begin_op("image.build", None, caller.uid, true)?;
-        if let Err(e) = self.persist_op(&op) {
+        let op = self.core.begin_op("image.build", None, caller.uid, true)?;
+        if let Err(e) = self.core.persist_op(&op) {
             op.finish(Err(e.clone()));
             return Err(e);
         }
-        let (id, daemon) = (op.id().clone(), self.clone());
-        self.spawn(&format!("op-{id}"), move || {
+        let (id, service) = (op.id().clone(), self.clone());
+        self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope(format!("image.build {}", reserved.name));
-            let result = daemon.build_image(&op, &spec).and_then(|image| to_value(&ImageReply { image }));
+            let result = service.build_image(&op, &spec).and_then(|image| to_value(&ImageReply { image }));
             drop(reserved);
-            daemon.end_op(op, result);
+            service.core.end_op(op, result);
         })?;
-        Ok(Begun::Op(id))
+        Ok(CallOutcome::Op(id))
     }
 
     fn reserve_build(&self, caller: &Caller, name: ImageRef) -> Result<Reserved> {
@@ -75,9 +96,9 @@ impl Daemon {
             return Err(Error::new(Kind::NameTaken, format!("there is an image {name} already"))
                 .hint("images never change once they are made: build one under another name: fcctl image build NAME"));
         }
-        let stored = if self.is_privileged(caller) { 0 } else { self.stored_images(caller.uid)? };
-        let limits = &self.config.limits;
-        let _images = self.locks.image_ops.lock(&());
+        let stored = if is_privileged(caller) { 0 } else { self.stored_images(caller.uid)? };
+        let limits = &self.core.limits;
+        let _images = self.core.locks.image_ops.lock(&());
         let mut builds = self.builds.lock();
         let running = builds.by_uid.of(caller.uid);
         if running >= limits.builds_per_uid_max {
@@ -92,7 +113,7 @@ impl Daemon {
             return Err(Error::new(Kind::Busy, format!("image {name} is being built")).hint("fcctl op list"));
         }
         builds.by_uid.add(caller.uid);
-        Ok(Reserved { daemon: self.clone(), name, uid: caller.uid })
+        Ok(Reserved { builds: self.builds.clone(), name, uid: caller.uid })
     }
 
     fn stored_images(&self, uid: u32) -> Result<usize> {
@@ -114,7 +135,7 @@ impl Daemon {
 
     pub fn image_list(&self, request: &ListRequest) -> Result<ImageListReply<Box<RawValue>>> {
         let mut vms: HashMap<ImageRef, u64> = HashMap::new();
-        self.store.read(|s| s.vms().for_each(|row| *vms.entry(row.image.clone()).or_default() += 1));
+        self.core.store.read(|s| s.vms().for_each(|row| *vms.entry(row.image.clone()).or_default() += 1));
         let mut infos = self.images.list()?;
         infos.sort_by(|a, b| a.name.cmp(&b.name));
         let rest = infos.into_iter().filter(|info| request.after.as_deref().is_none_or(|after| info.name.as_str() > after));
@@ -123,19 +144,20 @@ impl Daemon {
         Ok(ImageListReply { images, next })
     }
 
-    /// Allowed for root, the daemon's own user and the user who built the image. VMs boot their image's kernel, so an image
-    /// stays while a VM is made from it or may be made again from a snapshot.
+    /// Allowed for root, the daemon's own user and the user who built the image. VMs boot their
+    /// image's kernel, so an image stays while a VM is made from it or may be made again from a
+    /// snapshot.
     ///
     /// # Errors
     /// `denied`, `image_not_found`, `conflict`, `busy`.
     pub fn image_delete(&self, caller: &Caller, name: &ImageRef) -> Result<ImageDeleteReply> {
         self.check_owner(caller, name)?;
         let doing = format!("delete image {name}");
-        let _deleting = self.image_uses.begin_delete(name).ok_or_else(|| {
+        let _deleting = self.uses.begin_delete(name).ok_or_else(|| {
             Error::new(Kind::Busy, format!("{doing}: it is being deleted, or a VM is being made from it"))
                 .hint("see what is there in a moment: fcctl image list")
         })?;
-        let snapshots = self.store.read(|s| s.snapshots().filter(|row| row.image == *name).count());
+        let snapshots = self.core.store.read(|s| s.snapshots().filter(|row| row.image == *name).count());
         match (self.vms_of_image(name), snapshots) {
             (0, 0) => self.images.delete(name).map(|()| ImageDeleteReply { deleted: name.clone() }),
             (0, snapshots) => Err(Error::new(Kind::Conflict, format!("{doing}: {snapshots} snapshots need it"))
@@ -146,7 +168,7 @@ impl Daemon {
     }
 
     fn check_owner(&self, caller: &Caller, name: &ImageRef) -> Result<()> {
-        if self.is_privileged(caller) {
+        if is_privileged(caller) {
             return Ok(());
         }
         let denied = |whose: String| {
@@ -163,12 +185,12 @@ impl Daemon {
     }
 
     fn vms_of_image(&self, name: &ImageRef) -> u64 {
-        self.store.read(|s| s.vms().filter(|row| row.image == *name).count() as u64)
+        self.core.store.read(|s| s.vms().filter(|row| row.image == *name).count() as u64)
     }
 
     /// The image, which stays until the token is dropped; from then on a row has to name it.
-    pub(super) fn use_image(&self, name: &ImageRef) -> Result<(ImageInfo, InUse<ImageRef>)> {
-        let in_use = self.image_uses.begin_use(name).ok_or_else(|| {
+    pub(super) fn use_image(&self, name: &ImageRef) -> Result<(ImageInfo, UseGuard<ImageRef>)> {
+        let in_use = self.uses.begin_use(name).ok_or_else(|| {
             Error::new(Kind::ImageNotFound, format!("image {name} is being deleted")).hint("choose another: fcctl image list")
         })?;
         Ok((self.images.get(name)?, in_use))

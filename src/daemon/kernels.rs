@@ -1,19 +1,36 @@
-//! Kernels beside those of images. An import works with no lock and publishes itself by a rename that refuses to replace.
+//! Kernels beside those of images. An import works with no lock and publishes itself by a rename
+//! that refuses to replace.
 
-use super::uses::InUse;
-use super::{Begun, Caller, Daemon, to_value};
+use super::access::{Caller, is_privileged};
+use super::call::{CallOutcome, to_value};
+use super::core::Core;
+use super::uses::{UseGuard, Uses};
 use crate::api::kernel::{Kernel, KernelDeleteReply, KernelImportRequest, KernelListReply, KernelReply};
 use crate::api::page::{self, ListRequest};
 use crate::error::{Error, Kind, Result};
+use crate::host::Commands;
 use crate::ids::KernelName;
+use crate::image::Images;
+use crate::image::kernels::Kernels;
 use crate::image::kernels::{ImportSpec, KernelInfo};
 use serde_json::value::RawValue;
+use std::sync::Arc;
 
-impl Daemon {
+/// The operations on kernels.
+#[derive(Clone)]
+pub struct KernelService {
+    pub(super) core: Core,
+    pub(super) commands: Arc<dyn Commands>,
+    pub(super) images: Images,
+    pub(super) kernels: Kernels,
+    pub(super) uses: Uses<KernelName>,
+}
+
+impl KernelService {
     /// An operation.
-    pub fn kernel_import(&self, caller: &Caller, request: KernelImportRequest) -> Result<Begun> {
+    pub fn kernel_import(&self, caller: &Caller, request: KernelImportRequest) -> Result<CallOutcome> {
         let KernelImportRequest { path, name, modules } = request;
-        if !self.is_privileged(caller) {
+        if !is_privileged(caller) {
             return Err(Error::new(Kind::Denied, "import a kernel: the daemon would read files for you that you may not")
                 .hint("let root do it; every VM may boot it then"));
         }
@@ -24,20 +41,20 @@ impl Daemon {
         if let Some(name) = name.as_ref().filter(|name| self.kernels.get(name).is_ok()) {
             return Err(Error::new(Kind::NameTaken, format!("kernel {name} already exists")).hint("choose another with --name"));
         }
-        let op = self.begin_op("kernel.import", None, caller.uid, true)?;
-        if let Err(e) = self.persist_op(&op) {
+        let op = self.core.begin_op("kernel.import", None, caller.uid, true)?;
+        if let Err(e) = self.core.persist_op(&op) {
             op.finish(Err(e.clone()));
             return Err(e);
         }
-        let (id, daemon, spec) = (op.id().clone(), self.clone(), ImportSpec { path, name, modules });
-        self.spawn(&format!("op-{id}"), move || {
+        let (id, service, spec) = (op.id().clone(), self.clone(), ImportSpec { path, name, modules });
+        self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope("kernel.import".to_owned());
             op.progress("read the kernel");
-            let imported = daemon.kernels.import(&daemon.images, daemon.commands.as_ref(), &spec, op.cancel());
+            let imported = service.kernels.import(&service.images, service.commands.as_ref(), &spec, op.cancel());
             let result = imported.and_then(|info| to_value(&KernelReply { kernel: view(info, 0) }));
-            daemon.end_op(op, result);
+            service.core.end_op(op, result);
         })?;
-        Ok(Begun::Op(id))
+        Ok(CallOutcome::Op(id))
     }
 
     pub fn kernel_list(&self, request: &ListRequest) -> Result<KernelListReply<Box<RawValue>>> {
@@ -58,14 +75,14 @@ impl Daemon {
 
     /// Kernels belong to the host.
     pub fn kernel_delete(&self, caller: &Caller, name: &KernelName) -> Result<KernelDeleteReply> {
-        if !self.is_privileged(caller) {
+        if !is_privileged(caller) {
             return Err(Error::new(Kind::Denied, format!("delete kernel {name}: it belongs to the host")).hint("let root do it"));
         }
-        let _deleting = self.kernel_uses.begin_delete(name).ok_or_else(|| {
+        let _deleting = self.uses.begin_delete(name).ok_or_else(|| {
             Error::new(Kind::Busy, format!("delete kernel {name}: it is being deleted, or a VM is being made with it"))
                 .hint("see what is there in a moment: fcctl kernel list")
         })?;
-        let snapshots = self.store.read(|s| s.snapshots().filter(|row| row.kernel.as_ref() == Some(name)).count());
+        let snapshots = self.core.store.read(|s| s.snapshots().filter(|row| row.kernel.as_ref() == Some(name)).count());
         match (self.boots(name), snapshots) {
             (0, 0) => self.kernels.delete(name).map(|()| KernelDeleteReply { deleted: name.clone() }),
             (0, snapshots) => {
@@ -78,12 +95,13 @@ impl Daemon {
     }
 
     fn boots(&self, name: &KernelName) -> u64 {
-        self.store.read(|s| s.vms().filter(|row| row.kernel.as_ref() == Some(name)).count() as u64)
+        self.core.store.read(|s| s.vms().filter(|row| row.kernel.as_ref() == Some(name)).count() as u64)
     }
 
-    /// Checks that the kernel is there. It stays until the result is dropped; from then on a row has to name it.
-    pub(super) fn use_kernel(&self, name: &KernelName) -> Result<InUse<KernelName>> {
-        let in_use = self.kernel_uses.begin_use(name).ok_or_else(|| {
+    /// Checks that the kernel is there. It stays until the result is dropped; from then on a row
+    /// has to name it.
+    pub(super) fn use_kernel(&self, name: &KernelName) -> Result<UseGuard<KernelName>> {
+        let in_use = self.uses.begin_use(name).ok_or_else(|| {
             Error::new(Kind::KernelNotFound, format!("kernel {name} is being deleted")).hint("choose another: fcctl kernel list")
         })?;
         self.kernels.get(name)?;

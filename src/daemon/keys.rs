@@ -1,7 +1,10 @@
-//! Idempotency keys: the same key with the same parameters stands for the same operation, for a day. The store keeps that
-//! operation's answer for as long as the key, however many operations follow.
+//! Idempotency keys: the same key with the same parameters stands for the same operation, for a
+//! day. The store keeps that operation's answer for as long as the key, however many operations
+//! follow.
 
-use super::{Begun, Caller, DURABLE_DEADLINE, Daemon, now_s};
+use super::access::Caller;
+use super::call::CallOutcome;
+use super::core::{Core, DURABLE_DEADLINE, now_s};
 use crate::api::op::Op;
 use crate::error::{Error, Kind, Result};
 use crate::ids::OpId;
@@ -10,6 +13,7 @@ use crate::store::{KeyRow, Tx};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long a key is kept.
@@ -42,7 +46,7 @@ pub enum Keyed {
 
 /// A key that no other call gets past before this is dropped.
 pub struct HeldKey {
-    daemon: Daemon,
+    keys: Keys,
     uid: u32,
     key: String,
     method: String,
@@ -52,33 +56,41 @@ pub struct HeldKey {
 impl Drop for HeldKey {
     fn drop(&mut self) {
         let key = (self.uid, std::mem::take(&mut self.key));
-        self.daemon.beginning.keys.lock().remove(&key);
-        self.daemon.beginning.freed.notify_all();
+        self.keys.beginning.keys.lock().remove(&key);
+        self.keys.beginning.freed.notify_all();
     }
 }
 
-impl Daemon {
+/// Idempotency keys.
+#[derive(Clone)]
+pub struct Keys {
+    pub(super) core: Core,
+    pub(super) beginning: Arc<Beginning>,
+}
+
+impl Keys {
     /// Waits for another call with this key that is beginning.
     ///
     /// # Errors
-    /// `idempotency_conflict` for another method or other parameters; `operation_limit` when the caller has too many keys;
-    /// `operation_not_found` when the operation never became durable; `busy`.
+    /// `idempotency_conflict` for another method or other parameters; `operation_limit` when the
+    /// caller has too many keys; `operation_not_found` when the operation never became durable;
+    /// `busy`.
     pub fn claim_key(&self, caller: &Caller, key: &str, method: &str, params: &str) -> Result<Keyed> {
         let params: Value = serde_json::from_str(params).map_err(|e| Error::invalid("read the parameters").with_source(e))?;
         // Members are sorted in a `Value`, so their order does not count.
         let hash = Sha256::digest(format!("{method}\n{params}").as_bytes());
         let params_hash: String = hash.iter().map(|b| format!("{b:02x}")).collect();
         let held = self.hold_key(caller.uid, key, method, params_hash)?;
-        let Some(row) = self.store.read(|s| s.key(caller.uid, key).cloned()).filter(|row| row.expires_at > now_s()) else {
+        let Some(row) = self.core.store.read(|s| s.key(caller.uid, key).cloned()).filter(|row| row.expires_at > now_s()) else {
             // Once something has begun it is too late to find that its key cannot be recorded.
-            self.store.read(|s| s.check_keys(caller.uid, Some(now_s())))?;
+            self.core.store.read(|s| s.check_keys(caller.uid, Some(now_s())))?;
             return Ok(Keyed::New(held));
         };
         if row.params_hash != held.params_hash {
             return Err(Error::new(Kind::IdempotencyConflict, format!("the key {key:?} came before with another call"))
                 .hint("use a new key for each call"));
         }
-        match self.op_kept(&row.op) {
+        match self.core.op_kept(&row.op) {
             Ok(op) => Ok(Keyed::Same(Box::new(op))),
             Err(e) => Err(e.context(format!("the key {key:?} stands for an operation that is no longer kept"))),
         }
@@ -92,7 +104,7 @@ impl Daemon {
         }
         keys.insert(wanted);
         drop(keys);
-        Ok(HeldKey { daemon: self.clone(), uid, key: key.to_owned(), method: method.to_owned(), params_hash })
+        Ok(HeldKey { keys: self.clone(), uid, key: key.to_owned(), method: method.to_owned(), params_hash })
     }
 }
 
@@ -106,10 +118,10 @@ impl HeldKey {
     }
 
     /// Durable when this returns. What has begun goes on also when its key cannot be written down.
-    pub fn record(self, begun: Begun) -> Begun {
+    pub fn record(self, begun: CallOutcome) -> CallOutcome {
         let recorded = match &begun {
-            Begun::Op(op) | Begun::Joined(op) => self.write(op),
-            Begun::Done(value) => self.record_value(value.clone()),
+            CallOutcome::Op(op) | CallOutcome::Joined(op) => self.write(op),
+            CallOutcome::Done(value) => self.record_value(value.clone()),
         };
         if let Err(e) = recorded {
             log::warn!("record the key of a call of {}: {e}", self.method);
@@ -118,15 +130,15 @@ impl HeldKey {
     }
 
     fn write(&self, op: &OpId) -> Result<()> {
-        let ((), ticket) = self.daemon.store.change(|tx| self.put(tx, op))?;
-        self.daemon.wait_durable(ticket)
+        let ((), ticket) = self.keys.core.store.change(|tx| self.put(tx, op))?;
+        self.keys.core.wait_durable(ticket)
     }
 
     /// For what was answered at once: an operation that has ended with this answer.
     fn record_value(&self, value: Value) -> Result<()> {
-        let op = self.daemon.begin_own_op(&self.method, None, self.uid)?;
+        let op = self.keys.core.begin_own_op(&self.method, None, self.uid)?;
         let written = self.write(op.id());
-        self.daemon.end_op(op, Ok(value));
+        self.keys.core.end_op(op, Ok(value));
         written
     }
 

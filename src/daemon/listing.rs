@@ -1,6 +1,7 @@
-//! Listings that leave the store's lock between pieces: however many VMs there are, nobody waits for a list.
+//! Listings that leave the store's lock between pieces: however many VMs there are, nobody waits
+//! for a list.
 
-use super::Caller;
+use super::access::Caller;
 use crate::api::page;
 use crate::error::Result;
 use crate::store::{Age, Seen, Store, VmRow};
@@ -33,8 +34,8 @@ impl<I: FromStr> Position<I> {
     }
 }
 
-/// The caller's VMs from the oldest to the newest, as far as `shown` lets them through. Up to [`SCAN_MAX`] VMs are seen as
-/// they are at one moment.
+/// The caller's VMs from the oldest to the newest, as far as `shown` lets them through. Up to
+/// [`SCAN_MAX`] VMs are seen as they are at one moment.
 pub(super) struct VmScan<'a, F> {
     store: &'a Store,
     /// `None`: the VMs of all owners.
@@ -63,7 +64,8 @@ impl<'a, F: Fn(&VmRow) -> bool> VmScan<'a, F> {
             }
             (found, last.map(|row| (row.created_at, row.id.clone())), seen)
         });
-        // Not one look more than needed: VMs that fit one look are listed as they were at one moment.
+        // Not one look more than needed: VMs that fit one look are listed as they were at one
+        // moment.
         self.is_at_end = seen < SCAN_MAX;
         (self.found, self.after) = (found, last);
     }

@@ -3,7 +3,8 @@
 use crate::ids::VmId;
 use crate::locks::{LockSet, Rank};
 
-/// A VM's workspace. A type of its own, so that its guard is no evidence that the VM's lock is held.
+/// A VM's workspace. A type of its own, so that its guard is no evidence that the VM's lock is
+/// held.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkspaceOf(pub VmId);
 

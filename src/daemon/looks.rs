@@ -1,15 +1,19 @@
-//! The VMs that this daemon has to look at before it changes them, because an earlier daemon left something under way
-//! or running, and who is looking. The reconciler goes through them, running VMs first; a call that changes one looks
-//! at its VM by itself instead of waiting for its turn.
+//! The VMs that this daemon has to look at before it changes them, because an earlier daemon left
+//! something under way or running, and who is looking. The reconciler goes through them, running
+//! VMs first; a call that changes one looks at its VM by itself instead of waiting for its turn.
 
+use super::transitions::Verb;
+use crate::api::vm::VmState;
 use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use crate::locks::{Cancel, Condvar, Mutex, Rank, Waited};
+use crate::store::VmRow;
 use std::collections::HashMap;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-/// How long a call waits while another thread looks at its VM: as long as a VMM may take to answer, and some.
+/// How long a call waits while another thread looks at its VM: as long as a VMM may take to answer,
+/// and some.
 const LOOK_DEADLINE: Duration = Duration::from_secs(20);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -29,6 +33,16 @@ struct Due {
 pub(super) struct Looks {
     left: Mutex<HashMap<VmId, Due>>,
     ended: Condvar,
+    looker: OnceLock<Weak<dyn Looker>>,
+}
+
+/// Looks at VMs for the callers of [`Looks`]: the reconciler, which is built from parts that hold
+/// the `Looks`.
+pub(super) trait Looker: Send + Sync {
+    fn look(&self, vm: &VmId, looking: Looking<'_>);
+
+    /// Adopts the VMM of `row`, which answers again, if it could not be adopted before.
+    fn adopt_late(&self, row: &VmRow) -> Result<()>;
 }
 
 /// A look under way; the VM counts as looked at when this is dropped, whatever came of it.
@@ -51,7 +65,37 @@ impl Looks {
     pub fn new(due: impl IntoIterator<Item = (VmId, u64)>) -> Self {
         let due_at = |(vm, generation)| (vm, Due { look: Look::Due, generation });
         let left = due.into_iter().map(due_at).collect();
-        Self { left: Mutex::new(Rank::Runtimes, left), ended: Condvar::new() }
+        Self { left: Mutex::new(Rank::Runtimes, left), ended: Condvar::new(), looker: OnceLock::new() }
+    }
+
+    pub fn set_looker(&self, looker: Weak<dyn Looker>) {
+        // Called once, by the wiring.
+        drop(self.looker.set(looker));
+    }
+
+    fn looker(&self) -> Result<Arc<dyn Looker>> {
+        let looker = self.looker.get().and_then(Weak::upgrade);
+        looker.ok_or_else(|| Error::new(Kind::ShuttingDown, "the daemon is shutting down"))
+    }
+
+    /// Call this before anything changes a VM. If the VM is due, the caller's thread looks at it,
+    /// or waits while another thread does. Ending a running guest needs no look: its VMM is in the
+    /// row, and killing it must not wait for a VMM that hangs and therefore cannot be adopted.
+    pub fn ensure_looked_at(&self, row: &VmRow, verb: Verb, closing: &Cancel) -> Result<()> {
+        let kills_running = row.state == VmState::Running && verb.ends_guest();
+        if !self.is_due(&row.id) || kills_running {
+            return Ok(());
+        }
+        let looked = self.begin_or_wait(&row.id, closing);
+        if let Some(looking) = looked.map_err(|e| e.context(format!("{} VM {}", verb.name(), row.name)))? {
+            self.looker()?.look(&row.id, looking);
+        }
+        Ok(())
+    }
+
+    /// See [`Looker::adopt_late`].
+    pub fn adopt_late(&self, row: &VmRow) -> Result<()> {
+        self.looker()?.adopt_late(row)
     }
 
     pub fn is_due(&self, vm: &VmId) -> bool {
@@ -70,7 +114,8 @@ impl Looks {
         Some(Looking { looks: self, vm: vm.clone(), generation: due.generation })
     }
 
-    /// Waits until nobody looks at the VM any more; then None, or the look that is the caller's to do.
+    /// Waits until nobody looks at the VM any more; then None, or the look that is the caller's to
+    /// do.
     pub fn begin_or_wait(&self, vm: &VmId, closing: &Cancel) -> Result<Option<Looking<'_>>> {
         if let Some(looking) = self.begin(vm) {
             return Ok(Some(looking));
@@ -85,8 +130,8 @@ impl Looks {
         }
     }
 
-    /// The VM needs no look any more, because an operation of this daemon owns it. A look that is under way continues, and
-    /// sees that.
+    /// The VM needs no look any more, because an operation of this daemon owns it. A look that is
+    /// under way continues, and sees that.
     pub fn skip(&self, vm: &VmId) {
         let mut left = self.left.lock();
         if left.get(vm).is_some_and(|due| due.look == Look::Due) {
@@ -95,8 +140,9 @@ impl Looks {
     }
 }
 
-/// The VMMs that ran when this daemon began, from one look at the host's processes. It knows all VMMs of boots that an
-/// earlier daemon began: from then on none of those can appear, so what it does not list is gone for good.
+/// The VMMs that ran when this daemon began, from one look at the host's processes. It knows all
+/// VMMs of boots that an earlier daemon began: from then on none of those can appear, so what it
+/// does not list is gone for good.
 pub(super) struct EarlierVmms {
     /// The VMs that are still to be looked at, each with the boot that it was in.
     generations: HashMap<VmId, u64>,

@@ -1,22 +1,24 @@
-//! VMs on the bridge: who has which address, who may know whose name, and what is put right every minute. Without a bridge
-//! all of it is nothing.
+//! VMs on the bridge: who has which address, who may know whose name, and what is put right every
+//! minute. Without a bridge all of it is nothing.
 
-use super::resources::HostView;
-use super::{Daemon, Inner, uids};
+use super::core::Core;
+use super::host_view::HostView;
 use crate::api::daemon::Check;
 use crate::api::vm::{self, VmState};
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::disk::Network as SeedNetwork;
 use crate::error::{Error, Kind, Result};
 use crate::host::Commands;
 use crate::host::confine::Owner;
 use crate::locks::Cancel;
+use crate::locks::Mutex;
 use crate::net::{Access, Guest, Lease, Mac, Net, dns};
 use crate::store::{State, Store, VmRow};
+use crate::vmm::Driver;
 use crate::vmm::GuestNetwork;
 use crate::vmm::devices::{self, TUN};
 use std::net::{IpAddr, Ipv4Addr};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 pub(super) fn open(config: &Config, store: &Store, commands: &Arc<dyn Commands>, cancel: &Cancel) -> Result<Option<Net>> {
     if !config.network.is_bridge() {
@@ -38,7 +40,8 @@ pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
     all
 }
 
-/// Who opens the device decides what is needed: whoever may open it can attach to taps of their own uid only.
+/// Who opens the device decides what is needed: whoever may open it can attach to taps of their own
+/// uid only.
 fn tun(vmms_have_own_nodes: bool, exists: std::result::Result<(), String>, access: devices::Access) -> Check {
     const ID: &str = "network_tun";
     match (exists, access) {
@@ -59,11 +62,24 @@ fn user_mode(isolated: bool) -> Check {
     Check::warn(ID, "user-mode: a guest that connects to 10.0.2.2 reaches services on this host's loopback", fix)
 }
 
-impl Daemon {
+/// Networks of VMs. All of it does nothing without a bridge.
+#[derive(Clone)]
+pub struct Networks {
+    pub(super) core: Core,
+    pub(super) vmm: Arc<dyn Driver>,
+    /// The bridge; `None` with user-mode networking.
+    pub(super) net: Option<Arc<Net>>,
+    pub(super) name_server: Arc<Mutex<Option<dns::Server>>>,
+    pub(super) config: config::Network,
+    /// How many uids VMs may have.
+    pub(super) vm_uids: u32,
+    pub(super) name_server_uid: u32,
+}
+
+impl Networks {
     /// How many VMs have room.
     pub(super) fn slots_max(&self) -> u32 {
-        let uids = uids::for_vms(&self.config);
-        if self.net.is_none() { uids } else { uids.min(self.config.network.subnet.guests_max()) }
+        if self.net.is_none() { self.vm_uids } else { self.vm_uids.min(self.config.subnet.guests_max()) }
     }
 
     /// A VM as the bridge sees it.
@@ -73,7 +89,7 @@ impl Daemon {
         let is_ours = !self.vmm.limits_network(running);
         let of = |rate: Option<u64>| rate.filter(|_| is_ours);
         Ok(Guest {
-            tag: self.tag(row),
+            tag: self.core.tag(row),
             lease: net.lease(row.slot)?,
             access: access(row),
             rx_bytes_per_s: of(row.rates.net_rx_bytes_per_s),
@@ -96,7 +112,7 @@ impl Daemon {
         let Some(net) = &self.net else { return Ok(SeedNetwork::user_mode()) };
         let Lease { address, prefix, gateway, .. } = net.lease(row.slot)?;
         let out = access(row) == Access::Nat;
-        let dns = if out && self.config.network.dns { vec![gateway.into()] } else { Vec::new() };
+        let dns = if out && self.config.dns { vec![gateway.into()] } else { Vec::new() };
         Ok(SeedNetwork { address: address.into(), prefix, gateway: out.then_some(gateway.into()), dns })
     }
 
@@ -128,9 +144,9 @@ impl Daemon {
     }
 
     pub(super) fn serve_names(&self) -> Result<()> {
-        let Some(net) = self.net.as_ref().filter(|_| self.config.network.dns) else { return Ok(()) };
-        let book = Book { daemon: Arc::downgrade(&self.0), gateway: self.config.network.subnet.gateway() };
-        let uid = self.config.qemu.name_server_uid();
+        let Some(net) = self.net.as_ref().filter(|_| self.config.dns) else { return Ok(()) };
+        let book = Book { store: self.core.store.clone(), gateway: self.config.subnet.gateway() };
+        let uid = self.name_server_uid;
         let server = net.serve_names(Arc::new(book), Owner { uid, gid: uid })?;
         *self.name_server.lock() = Some(server);
         Ok(())
@@ -167,16 +183,14 @@ fn access(row: &VmRow) -> Access {
 
 /// Names of the VMs that are up. To a guest the VMs of other owners do not exist.
 struct Book {
-    /// Which owns the server that owns this.
-    daemon: Weak<Inner>,
+    store: Store,
     gateway: Ipv4Addr,
 }
 
 impl Book {
     fn find(&self, asker: IpAddr, is_it: impl Fn(&VmRow, Ipv4Addr) -> bool) -> Option<(VmRow, Ipv4Addr)> {
-        let inner = self.daemon.upgrade()?;
         let is_host = asker == IpAddr::from(self.gateway) || asker.is_loopback();
-        inner.store.read(|s| {
+        self.store.read(|s| {
             let owner = if is_host { None } else { Some(up(s).find(|(_, at)| IpAddr::from(*at) == asker)?.0.owner_uid) };
             let mut seen = up(s).filter(|(row, _)| owner.is_none_or(|uid| uid == row.owner_uid));
             seen.find(|(row, at)| is_it(row, *at)).map(|(row, at)| (row.clone(), at))
@@ -197,6 +211,13 @@ impl dns::Names for Book {
     fn name(&self, address: Ipv4Addr, asker: IpAddr) -> Option<String> {
         self.find(asker, |_, at| at == address).map(|(row, _)| row.name.to_string())
     }
+}
+
+pub(super) fn no_rate_in_user_mode() -> Error {
+    Error::new(Kind::Unsupported, "limit the network: user-mode networking has no rates").hint(
+        "as root, set driver = \"bridge\" under [network], and a VM has it from its next start on; or take the rates off: \
+             fcctl vm set --net-rx-bps none --net-tx-bps none",
+    )
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! `op.*` over the registry, for those who may see the operation.
 
-use super::{Caller, Daemon};
+use super::access::Caller;
+use super::core::Core;
+use super::core::now_s;
 use crate::api::op::{Op, OpListReply, OpListRequest, OpReply, OpState};
 use crate::api::{Fault, page};
 use crate::error::{Kind, Result};
@@ -13,7 +15,7 @@ use std::time::{Duration, Instant};
 /// For a store that has refused the end of an operation to take it.
 const WRITABLE_DEADLINE: Duration = Duration::from_secs(1);
 
-impl Daemon {
+impl Core {
     /// A place in this list is the operation's number, which holds while the daemon runs.
     pub fn op_list(&self, caller: &Caller, request: &OpListRequest) -> Result<OpListReply<Box<RawValue>>> {
         let after = request.after.as_deref().map(|text| text.parse::<u64>().map_err(|_| page::bad_cursor(text)));
@@ -29,12 +31,13 @@ impl Daemon {
         if !found.as_ref().is_err_and(|e| e.kind() == Kind::OperationNotFound) {
             return found;
         }
-        // Begun by another, root or the daemon itself, on a VM of the caller's.
+        // Another user, root or the daemon itself began it, on a VM that the caller owns.
         let whole = text.parse::<OpId>().ok().and_then(|id| self.op_kept(&id).ok()).filter(|op| self.sees(caller, op));
         whole.map_or(found, Ok)
     }
 
-    /// An operation that is under way or has ended. The store keeps those that a key stands for longer than the registry.
+    /// An operation that is under way or has ended. The store keeps those that a key stands for
+    /// longer than the registry.
     pub fn op_kept(&self, id: &OpId) -> Result<Op> {
         self.ops.get(id).or_else(|e| {
             let row = self.store.read(|s| s.op(id).cloned()).filter(|row| row.state.has_ended());
@@ -56,15 +59,17 @@ impl Daemon {
 
     /// Begins an operation of a caller's, within its share.
     pub(super) fn begin_op(&self, method: &str, vm: Option<VmId>, uid: u32, may_cancel: bool) -> Result<OpHandle> {
-        self.ops.begin(method, vm, uid, may_cancel, Limits { per_uid_max: self.config.limits.operations_per_uid_max })
+        self.ops.begin(method, vm, uid, may_cancel, Limits { per_uid_max: self.limits.operations_per_uid_max })
     }
 
-    /// The same for what ends something: there are at most two of a VM, and no limit may keep anybody from them.
+    /// The same for what ends something: there are at most two of a VM, and no limit may keep
+    /// anybody from them.
     pub(super) fn begin_end_op(&self, method: &str, vm: &VmId, uid: u32) -> Result<OpHandle> {
         self.begin_own_op(method, Some(vm.clone()), uid)
     }
 
-    /// Begins an operation of the daemon's own, which no limit may stop. Only a lack of descriptors can.
+    /// Begins an operation of the daemon's own, which no limit may stop. Only a lack of descriptors
+    /// can.
     pub(super) fn begin_own_op(&self, method: &str, vm: Option<VmId>, uid: u32) -> Result<OpHandle> {
         self.ops.begin(method, vm, uid, false, Limits { per_uid_max: usize::MAX })
     }
@@ -102,7 +107,8 @@ impl Daemon {
         op.finish(result);
     }
 
-    /// Until everything that was begun so far is durable: only then may a caller be told that it was.
+    /// Until everything that was begun so far is durable: only then may a caller be told that it
+    /// was.
     pub fn wait_begun(&self) -> Result<()> {
         self.wait_durable(self.store.barrier()?)
     }
@@ -132,6 +138,6 @@ pub(super) fn ended_row(mut op: Op, result: &Result<serde_json::Value>) -> Op {
             op.error = Some(Fault { op: Some(op.id.clone()), ..Fault::from(error) });
         }
     }
-    op.ended_at = Some(super::now_s());
+    op.ended_at = Some(now_s());
     op
 }

@@ -1,7 +1,8 @@
-//! Which ports of the host a new VM may have. A port is one VM's from its creation to its deletion; whether something else on the host
-//! has it is seen at each start.
+//! Which ports of the host a new VM may have. A port is one VM's from its creation to its deletion;
+//! whether something else on the host has it is seen at each start.
 
-use super::{Caller, Daemon};
+use super::access::Caller;
+use super::network::Networks;
 use crate::api::port::Port;
 use crate::api::vm::Net;
 use crate::error::{Error, Kind, Result};
@@ -22,7 +23,7 @@ pub(super) fn unprivileged_from() -> u16 {
     text.trim().parse().unwrap_or(UNPRIVILEGED_DEFAULT)
 }
 
-impl Daemon {
+impl Networks {
     /// What can be said without looking at other VMs.
     pub(super) fn check_ports(&self, caller: &Caller, network: Net, ports: &[Port]) -> Result<()> {
         if ports.len() > PORTS_MAX {
@@ -65,10 +66,10 @@ impl Daemon {
         Ok(())
     }
 
-    /// Picks those that are left open, and refuses those that another VM has. Another VM may take them until the row is
-    /// there: see [`require_free`].
+    /// Picks those that are left open, and refuses those that another VM has. Another VM may take
+    /// them until the row is there: see [`require_free`].
     pub(super) fn settle_ports(&self, asked: &[Port]) -> Result<Vec<Port>> {
-        let taken: Vec<Port> = self.store.read(|s| s.vms().flat_map(|row| row.ports.clone()).collect());
+        let taken: Vec<Port> = self.core.store.read(|s| s.vms().flat_map(|row| row.ports.clone()).collect());
         let is_taken = |port: &Port| taken.iter().any(|other| other.overlaps(port));
         if let Some(port) = asked.iter().find(|p| p.host_port != 0 && is_taken(p)) {
             return Err(taken_by_another(port));

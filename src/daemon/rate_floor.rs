@@ -1,4 +1,5 @@
-//! The least that a transfer must move. The idle limit alone lets a sender hold a worker for a day with one byte a minute.
+//! The least that a transfer must move. The idle limit alone lets a sender hold a worker for a day
+//! with one byte a minute.
 
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, CancelCause};
@@ -29,8 +30,8 @@ impl RateFloor {
         Self { window, bytes_min: bytes_per_s.saturating_mul(window.as_secs()), bytes_then: None }
     }
 
-    /// At the end of a window with `bytes` moved in all: how many moved in it, if those are too few. The stream may have begun
-    /// at any time within its first window, which so does not count.
+    /// At the end of a window with `bytes` moved in all: how many moved in it, if those are too
+    /// few. The stream may have begun at any time within its first window, which so does not count.
     fn check(&mut self, bytes: u64) -> std::result::Result<(), u64> {
         let then = self.bytes_then.replace(bytes).filter(|then| *then > 0);
         match then.map(|then| bytes - then) {
@@ -39,7 +40,8 @@ impl RateFloor {
         }
     }
 
-    /// Waits for the job's end. One that moves too little is cancelled by its token, and waited for.
+    /// Waits for the job's end. One that moves too little is cancelled by its token, and waited
+    /// for.
     ///
     /// # Errors
     /// Those of the job; `transfer_idle` when it was too slow; `timeout` at the deadline.
@@ -97,7 +99,7 @@ mod tests {
     fn time_before_first_byte_does_not_count() {
         let mut floor = floor();
         assert!((0..100).all(|_| floor.check(0).is_ok()));
-        // Begun at the end of this window.
+        // Started at the end of this window.
         assert_eq!((floor.check(1), floor.check(1001)), (Ok(()), Ok(())));
     }
 

@@ -1,6 +1,6 @@
-//! The crash budget of recovery. A stop or a delete that an earlier daemon left is resumed; but if a daemon dies while
-//! it does that, the guest may be the cause, and would kill every daemon at its start. So no attempt is repeated the
-//! same way.
+//! The crash budget of recovery. A stop or a delete that an earlier daemon left is resumed; but if
+//! a daemon dies while it does that, the guest may be the cause, and would kill every daemon at its
+//! start. So no attempt is repeated the same way.
 //!
 //! | what the last daemon died in | what the next one does |
 //! |---|---|
@@ -9,55 +9,24 @@
 //! | that, or a delete that was resumed | writes the VM down as `failed`, then ends the VMM and cleans up |
 //! | that, too | leaves the VM, which is `failed`, to its owner |
 //!
-//! A record in the store's `meta` table is durable before each attempt and says that it is under way; a daemon that
-//! finds it so knows that its predecessor died there. Once one has died, also a stop that somebody asks for does not ask
-//! the guest. The record goes with the VM's next start or with the VM. An orderly end of the daemon is not a death.
+//! A record in the store's `meta` table is durable before each attempt and says that it is under
+//! way; a daemon that finds it so knows that its predecessor died there. Once one has died, also a
+//! stop that somebody asks for does not ask the guest. The record goes with the VM's next start or
+//! with the VM. An orderly end of the daemon is not a death.
 
-use super::create::is_at_rest;
-use super::{Caller, Daemon, adoption};
+use super::access::Caller;
+use super::adoption;
+use super::adoption::Adopter;
+use super::core::Core;
+use super::records::{Attempts, Record, read, survive, write};
 use crate::api::daemon::Check;
-use crate::api::vm::VmState;
-use crate::error::Result;
 use crate::ids::VmId;
-use crate::store::{State, Tx, VmRow};
-use serde::{Deserialize, Serialize};
+use crate::store::{State, Tx};
 
 const PREFIX: &str = "recovery/";
 
-/// The record of the attempts to recover a VM, or to adopt it (`adoption.rs`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Record {
-    /// Daemons that died in one.
-    pub deaths: u32,
-    pub is_under_way: bool,
-    /// Nothing is done on the daemon's own account.
-    pub is_left_alone: bool,
-}
-
-impl Record {
-    /// As a starting daemon reads it: the attempt that is still under way ended with its daemon.
-    pub fn deaths_at_start(self) -> u32 {
-        self.deaths + u32::from(self.is_under_way)
-    }
-}
-
-fn name(vm: &VmId) -> String {
+pub(super) fn name(vm: &VmId) -> String {
     format!("{PREFIX}{vm}")
-}
-
-/// The record of this name.
-pub(super) fn read(state: &State, name: &str) -> Record {
-    // Another version wrote it: one attempt too many is better than none.
-    state.meta(name).and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default()
-}
-
-pub(super) fn write(tx: &mut Tx, name: &str, record: Record) {
-    if record == Record::default() {
-        tx.remove_meta(name);
-    } else {
-        let text = serde_json::to_string(&record).expect("a number and flags");
-        tx.put_meta(name, &text);
-    }
 }
 
 /// Daemons that died in attempts to recover the VM, not counting one that is under way.
@@ -86,25 +55,28 @@ pub(super) fn forget(tx: &mut Tx, vm: &VmId) {
     adoption::forget(tx, vm);
 }
 
-fn survive(tx: &mut Tx, name: &str) {
-    let record = read(tx, name);
-    write(tx, name, Record { is_under_way: false, ..record });
-}
-
 /// Whether nothing of the VM is to be touched on the daemon's own account.
 pub(super) fn is_left_alone(state: &State, vm: &VmId) -> bool {
     read(state, &name(vm)).is_left_alone
 }
 
-impl Daemon {
+/// Recovers VMs within the crash budget.
+#[derive(Clone)]
+pub struct Recovery {
+    pub(super) core: Core,
+    pub(super) adopter: Adopter,
+    pub(super) attempts: Attempts,
+}
+
+impl Recovery {
     /// How many daemons died in attempts to recover the VM.
     pub(super) fn recovery_deaths(&self, vm: &VmId) -> u32 {
-        self.store.read(|s| deaths(s, vm))
+        self.core.store.read(|s| deaths(s, vm))
     }
 
     /// Why a VM that comes to rest was not asked to shut down, if that is so because of its record.
     pub(super) fn recovery_note(&self, vm: &VmId) -> Option<String> {
-        let why = match (self.recovery_deaths(vm), self.store.read(|s| adoption::left_alone(s, vm))) {
+        let why = match (self.recovery_deaths(vm), self.core.store.read(|s| adoption::left_alone(s, vm))) {
             (0, None) => return None,
             (0, Some(deaths)) => adoption::times(deaths),
             (deaths, _) => times(deaths),
@@ -112,68 +84,16 @@ impl Daemon {
         Some(format!("its VMM was ended without asking the guest, because {why}"))
     }
 
-    /// Whether what an earlier daemon left of the VM is not to be resumed. Then this has done what there is to do.
-    pub(super) fn gave_up(&self, row: &VmRow) -> Result<bool> {
-        let record = self.store.read(|s| read(s, &name(&row.id)));
-        let deaths = record.deaths_at_start();
-        let gives_up = match row.state {
-            VmState::Stopping => deaths > 1,
-            // It has never asked the guest.
-            VmState::Deleting => deaths > 0,
-            VmState::Created | VmState::Stopped | VmState::Failed => record.is_under_way || record.is_left_alone,
-            VmState::Starting | VmState::Running => false,
-        };
-        if gives_up {
-            self.give_up(row, deaths, is_at_rest(row.state))?;
-        }
-        Ok(gives_up)
-    }
-
-    /// Notes that an attempt is this daemon's, for its orderly end.
-    pub(super) fn note_attempt(&self, vm: &VmId) {
-        self.recovering.lock().insert(vm.clone());
-    }
-
-    /// The state first: a daemon that dies of the rest must not find anything to resume.
-    fn give_up(&self, row: &VmRow, deaths: u32, leaves_alone: bool) -> Result<()> {
-        let reason = format!("{}, so it is not resumed again", times(deaths));
-        log::error!("VM {}: {reason}", row.name);
-        self.note_attempt(&row.id);
-        let record = Record { deaths, is_under_way: !leaves_alone, is_left_alone: leaves_alone };
-        let guard = self.locks.vm.lock(&row.id);
-        let ((), ticket) = self.change(true, |tx| {
-            write(tx, &name(&row.id), record);
-            tx.update_vm(&guard, |r| {
-                // Its VMM stays known, for whoever ends it.
-                (r.state, r.reason) = (VmState::Failed, Some(reason));
-                (r.op, r.intent) = (None, None);
-            })
-        })?;
-        drop(guard);
-        self.wait_durable(ticket)?;
-        if leaves_alone {
-            return Ok(());
-        }
-        self.end_leftover(row)?;
-        let guard = self.locks.vm.lock(&row.id);
-        let ((), ticket) = self.change(true, |tx| {
-            end(tx, &row.id);
-            tx.update_vm(&guard, |r| (r.identity, r.ssh_addr) = (None, None))
-        })?;
-        drop(guard);
-        self.wait_durable(ticket)
-    }
-
     /// At an orderly end of the daemon: what is still under way did not kill it.
     pub(super) fn end_all_attempts(&self) {
-        self.end_adoptions();
-        let begun = std::mem::take(&mut *self.recovering.lock());
+        self.adopter.end_all();
+        let begun = self.attempts.take();
         let names = begun.iter().flat_map(|vm| [name(vm), adoption::name(vm)]);
-        let under_way: Vec<String> = self.store.read(|s| names.filter(|name| read(s, name).is_under_way).collect());
+        let under_way: Vec<String> = self.core.store.read(|s| names.filter(|name| read(s, name).is_under_way).collect());
         if under_way.is_empty() {
             return;
         }
-        let ended = self.change(true, |tx| {
+        let ended = self.core.change(true, |tx| {
             under_way.iter().for_each(|name| survive(tx, name));
             Ok(())
         });
@@ -185,7 +105,7 @@ impl Daemon {
     /// Names the VMs that have cost daemons, as far as the caller may see them.
     pub(super) fn recovery_check(&self, caller: &Caller) -> Check {
         const ID: &str = "recovery";
-        let (resumed, adopted) = self.store.read(|s| {
+        let (resumed, adopted) = self.core.store.read(|s| {
             let shown = |vm: VmId, deaths: u32| {
                 let row = s.vm(&vm).filter(|row| deaths > 0 && caller.may_see(row.owner_uid))?;
                 Some(format!("VM {} ({deaths})", row.name))
@@ -209,7 +129,7 @@ fn recorded(state: &State) -> impl Iterator<Item = VmId> {
     state.metas().filter_map(|name| name.strip_prefix(PREFIX)?.parse().ok())
 }
 
-fn times(deaths: u32) -> String {
+pub(super) fn times(deaths: u32) -> String {
     match deaths {
         1 => "the daemon died while it resumed a stop or a delete of this VM".to_owned(),
         n => format!("the daemon died {n} times while it resumed a stop or a delete of this VM"),

@@ -1,34 +1,27 @@
-//! Room for what guests write on disks that are device-mapper snapshots: those are lost when the host runs out of it, so it is
-//! allocated ahead, and a guest for which there is none is paused before it can write on.
+//! Room for what guests write on disks that are device-mapper snapshots: those are lost when the
+//! host runs out of it, so it is allocated ahead, and a guest for which there is none is paused
+//! before it can write on.
 
-use super::Daemon;
+use super::controls::Controls;
+use super::core::Core;
+use super::runtime::Runtimes;
+use super::spec::Specs;
 use crate::api::vm::VmState;
-use crate::config::{Config, DiskDriver};
+use crate::disk::Method;
 use crate::disk::snapshot::{self, Fill};
-use crate::disk::{Method, Probe};
-use crate::error::{Kind, Result};
+use crate::error::Kind;
+use crate::host::Commands;
 use crate::store::{Ticket, VmRow};
 use crate::vmm::Driver;
 use std::collections::HashSet;
-use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
-/// Between two looks. A guest that writes more than [`snapshot::AHEAD_BYTES`] in this time may outrun it.
+/// Between two looks. A guest that writes more than [`snapshot::AHEAD_BYTES`] in this time may
+/// outrun it.
 const LOOK_PERIOD: Duration = Duration::from_millis(500);
 /// The same while no VM has such a disk.
 const IDLE_PERIOD: Duration = Duration::from_secs(2);
-
-/// How root disks in `dir` are made: as the configuration says, or the best way.
-pub(super) fn probe(config: &Config, vmm: &dyn Driver, dir: &Path) -> Result<Probe> {
-    let wanted = match config.disk.driver {
-        DiskDriver::Auto => None,
-        DiskDriver::Reflink => Some(Method::Reflink),
-        DiskDriver::Qcow2 => Some(Method::Qcow2),
-        DiskDriver::DmSnapshot => Some(Method::DmSnapshot),
-        DiskDriver::Copy => Some(Method::Copy),
-    };
-    crate::disk::probe(dir, wanted, vmm.reads_qcow2())
-}
 
 /// What was found at the last look, by the VMs' tags.
 #[derive(Default)]
@@ -40,23 +33,34 @@ struct Seen {
     lost: HashSet<String>,
 }
 
-impl Daemon {
+/// Keeps room on the host for guests on device-mapper snapshots.
+#[derive(Clone)]
+pub struct SpaceMonitor {
+    pub(super) core: Core,
+    pub(super) specs: Specs,
+    pub(super) controls: Controls,
+    pub(super) runtimes: Runtimes,
+    pub(super) commands: Arc<dyn Commands>,
+    pub(super) vmm: Arc<dyn Driver>,
+}
+
+impl SpaceMonitor {
     /// Until the daemon closes.
-    pub fn keep_room(&self) {
+    pub fn run(&self) {
         let mut seen = Seen::default();
         loop {
             let rows = self.rows_on_snapshots();
             if !rows.is_empty() {
                 self.look_at_snapshots(&rows, &mut seen);
             }
-            if self.pause(if rows.is_empty() { IDLE_PERIOD } else { LOOK_PERIOD }) {
+            if self.core.sleep(if rows.is_empty() { IDLE_PERIOD } else { LOOK_PERIOD }) {
                 return;
             }
         }
     }
 
     fn rows_on_snapshots(&self) -> Vec<VmRow> {
-        self.store.read(|s| {
+        self.core.store.read(|s| {
             let on_snapshot = |r: &VmRow| r.disk_driver.as_deref() == Some(Method::DmSnapshot.name());
             let runs = |r: &VmRow| matches!(r.state, VmState::Running | VmState::Starting | VmState::Stopping);
             s.vms().filter(|r| runs(r) && on_snapshot(r)).map(|r| (**r).clone()).collect()
@@ -64,17 +68,17 @@ impl Daemon {
     }
 
     fn look_at_snapshots(&self, rows: &[VmRow], seen: &mut Seen) {
-        let fills = match snapshot::fill(self.commands.as_ref(), &self.tag_prefix(), &self.closing) {
+        let fills = match snapshot::fill(self.commands.as_ref(), &self.core.tag_prefix(), &self.core.closing) {
             Ok(fills) => fills,
-            Err(e) if self.closing.is_cancelled() => return log::debug!("{e}"),
+            Err(e) if self.core.closing.is_cancelled() => return log::debug!("{e}"),
             Err(e) => return log::warn!("look how full the disks are: {e}"),
         };
-        let tags: HashSet<String> = rows.iter().map(|row| self.tag(row)).collect();
+        let tags: HashSet<String> = rows.iter().map(|row| self.core.tag(row)).collect();
         for set in [&mut seen.met, &mut seen.paused, &mut seen.lost] {
             set.retain(|tag| tags.contains(tag));
         }
         for row in rows {
-            match fills.iter().find(|(name, _)| *name == self.tag(row)) {
+            match fills.iter().find(|(name, _)| *name == self.core.tag(row)) {
                 Some((tag, Fill::Used { bytes })) => self.make_room(row, tag, *bytes, seen),
                 Some((tag, Fill::Lost(why))) if seen.lost.insert(tag.clone()) => self.note_lost(row, why),
                 _ => {}
@@ -83,10 +87,10 @@ impl Daemon {
     }
 
     fn make_room(&self, row: &VmRow, tag: &str, used_bytes: u64, seen: &mut Seen) {
-        let reserved = snapshot::reserve(&self.disk_path(&row.id, Method::DmSnapshot), used_bytes);
+        let reserved = snapshot::reserve(&self.specs.disk_path(&row.id, Method::DmSnapshot), used_bytes);
         let Some(identity) = &row.identity else { return };
         let is_paused = seen.paused.contains(tag);
-        let set = |to| self.vmm.set_paused(&self.vm_dir(&row.id), identity, to, &self.closing);
+        let set = |to| self.vmm.set_paused(&self.core.vm_dir(&row.id), identity, to, &self.core.closing);
         match reserved {
             Err(e) if !is_paused && e.kind() == Kind::DiskFull => {
                 // First said, then done: whoever resumes it for its owner looks at what is said.
@@ -107,7 +111,7 @@ impl Daemon {
             Ok(()) if row.state == VmState::Running && (is_paused || !seen.met.contains(tag)) => {
                 self.runtimes.set_paused(&row.id, false);
                 // Unless its owner wants it to stand still.
-                match self.apply_pause(&row.id, row.generation) {
+                match self.controls.apply_pause(&row.id, row.generation) {
                     Ok(()) => {
                         seen.met.insert(tag.to_owned());
                         if seen.paused.remove(tag) {
@@ -128,7 +132,7 @@ impl Daemon {
     fn note_lost(&self, row: &VmRow, why: &str) {
         let reason = format!("its disk is lost: the host had no room for the guest's changes ({why})");
         log::error!("vm {}: {reason}", row.name);
-        let noted = self.change_row(&row.id, true, |r| r.reason = Some(reason));
+        let noted = self.core.change_row(&row.id, true, |r| r.reason = Some(reason));
         if let Err(e) = noted.map(Ticket::detach) {
             log::warn!("write that down: {e}");
         }

@@ -138,7 +138,8 @@ impl Runtimes {
         self.with(vm, |r| r.grace = Some(grace));
     }
 
-    /// Ends the boot or stop of the operation that lets go; gives what ended the boot and who comes next.
+    /// Ends the boot or stop of the operation that lets go; gives what ended the boot and who comes
+    /// next.
     pub fn end(&self, vm: &VmId) -> (Option<BootEnd>, Option<Successor>) {
         self.with(vm, |r| {
             r.boot = None;
@@ -154,7 +155,8 @@ impl Runtimes {
         }
     }
 
-    /// The VMM died while it booted: the boot ends and says so. One that was ended already is what killed it.
+    /// The VMM died while it booted: the boot ends and says so. One that was ended already is what
+    /// killed it.
     pub fn boot_died(&self, vm: &VmId, how: BootEnd) {
         let cause = how.cause();
         let token = self.with(vm, |r| {
@@ -167,7 +169,8 @@ impl Runtimes {
         }
     }
 
-    /// The host's disk is full under the guest, or has room again. Boots and transfers do not wait for that.
+    /// The host's disk is full under the guest, or has room again. Boots and transfers do not wait
+    /// for that.
     pub fn set_paused(&self, vm: &VmId, is_paused: bool) {
         self.with(vm, |r| r.is_paused = is_paused);
         if !is_paused {
@@ -182,7 +185,8 @@ impl Runtimes {
         }
     }
 
-    /// The guest is to stand still while it is saved, or not any more. Who says so tells the driver.
+    /// The guest is to stand still while it is saved, or not any more. Who says so tells the
+    /// driver.
     pub fn hold(&self, vm: &VmId, is_held: bool) {
         self.with(vm, |r| r.is_held = is_held);
     }
@@ -229,7 +233,8 @@ impl Runtimes {
 
     /// Ends every transfer and session of the VM.
     pub fn cancel_users(&self, vm: &VmId, cause: &CancelCause) {
-        // The youngest first: who waits for another must not get its turn before it hears of the end.
+        // The youngest first: who waits for another must not get its turn before it hears of the
+        // end.
         let tokens: Vec<_> = self.with(vm, |r| r.users.values().rev().map(|(_, token)| token.clone()).collect());
         for token in tokens {
             token.cancel(cause.clone());

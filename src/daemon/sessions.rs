@@ -1,21 +1,33 @@
-//! Exec: a command in the guest on the caller's own connection thread, its bytes through the caller's FIFOs.
+//! Exec: a command in the guest on the caller's own connection thread, its bytes through the
+//! caller's FIFOs.
 
-use super::runtime::{Use, User};
+use super::access::Caller;
+use super::core::Core;
+use super::guests::Guests;
+use super::looks::Looks;
+use super::runtime::{Runtimes, Use, User};
 use super::transitions::Verb;
-use super::{Caller, Daemon};
+use super::views::Views;
 use crate::api::exec::{
     COMMAND_BYTES_MAX, COMMAND_STREAM_BYTES_MAX, CommandWords, ExecReply, ExecResizeRequest, ExecSignalRequest, ExecStartRequest,
     Exit, Stream,
 };
+use crate::api::vm::SshConfigReply;
 use crate::api::vm::WorkspaceState;
 use crate::error::{Error, Kind, Result};
+use crate::guest::ControlSender;
+use crate::guest::Transport;
 use crate::guest::io::fifo::{self, Direction};
 use crate::guest::io::{BytesSource, FdSink, FdSource, VecSink, read_to_end};
 use crate::guest::{Control, ExecSpec, Sink, Source, Streams, Target, command_bytes, control_queue};
 use crate::ids::SessionId;
-use crate::locks::{Cancel, CancelCause};
+use crate::locks::Cancel;
+use crate::locks::CancelCause;
+use crate::session::Registry;
 use crate::store::VmRow;
+use crate::vmm::Driver;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// The descriptors of one exec, checked and reopened.
@@ -80,7 +92,20 @@ impl ExecIo {
     }
 }
 
-impl Daemon {
+/// Commands, streams and consoles of guests, on their callers' threads.
+#[derive(Clone)]
+pub struct Sessions {
+    pub(super) core: Core,
+    pub(super) views: Views,
+    pub(super) guests: Guests,
+    pub(super) looks: Arc<Looks>,
+    pub(super) runtimes: Runtimes,
+    pub(super) registry: Arc<Registry<ControlSender>>,
+    pub(super) transport: Arc<dyn Transport>,
+    pub(super) vmm: Arc<dyn Driver>,
+}
+
+impl Sessions {
     /// Runs it to its end. The caller's hang-up, a stop or a delete of the VM ends it.
     pub fn exec(
         &self,
@@ -91,21 +116,21 @@ impl Daemon {
         session_made: &mut dyn FnMut(&SessionId),
     ) -> Result<ExecReply> {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
-        let found = self.resolve(caller, &request.vm)?;
+        let found = self.core.resolve(caller, &request.vm)?;
         let words = io.command(request, connection, &cancel).map_err(|e| e.context(format!("exec in vm {}", found.name)))?;
         let _label = crate::locks::operation_scope(format!("exec {}", found.id));
         let (row, _user) = self.join_guest(&found, Use::Session, &cancel)?;
         let doing = |e: Error| e.context(format!("exec in vm {}", row.name)).of_vm(&row.name);
         let workdir = words.workdir.or_else(|| self.workdir(&row).map(String::into_bytes));
         let line = command_bytes(&words.argv, &words.env, workdir.as_deref()).map_err(doing)?;
-        let target = self.target(&row).map_err(doing)?;
+        let target = self.guests.target(&row).map_err(doing)?;
         let command = match String::from_utf8(line) {
             Ok(line) if line.len() <= COMMAND_BYTES_MAX => line,
             Ok(line) => self.bring_command(&target, line.into_bytes(), connection, &cancel).map_err(doing)?,
             Err(e) => self.bring_command(&target, e.into_bytes(), connection, &cancel).map_err(doing)?,
         };
         let (sender, mut controls) = control_queue()?;
-        let session = self.sessions.begin(caller.uid, row.id.clone(), sender);
+        let session = self.registry.begin(caller.uid, row.id.clone(), sender);
         session_made(&session.id);
         let spec =
             ExecSpec { command, pty: request.pty.clone(), no_wait_children: request.no_wait_children, ..ExecSpec::default() };
@@ -120,8 +145,8 @@ impl Daemon {
         Ok(ExecReply { exit })
     }
 
-    /// Brings a command line that is too long for a packet, or not UTF-8, into a file in the guest, and gives the line that runs
-    /// it. The file is removed before the command begins.
+    /// Brings a command line that is too long for a packet, or not UTF-8, into a file in the guest,
+    /// and gives the line that runs it. The file is removed before the command begins.
     fn bring_command(&self, target: &Target, line: Vec<u8>, connection: BorrowedFd<'_>, cancel: &Cancel) -> Result<String> {
         let file = format!("/tmp/.fcd-exec-{}", SessionId::random());
         let mut stdin = BytesSource::new([format!("rm -f {file}; ").as_bytes(), &line, b"\n"].concat());
@@ -129,7 +154,7 @@ impl Daemon {
         let spec = ExecSpec {
             // A file of our own, or an error.
             command: format!("umask 077; set -C; cat >{file}"),
-            idle: Some(Duration::from_secs(self.config.limits.transfer_idle_s)),
+            idle: Some(Duration::from_secs(self.core.limits.transfer_idle_s)),
             ..ExecSpec::default()
         };
         let streams =
@@ -147,10 +172,10 @@ impl Daemon {
 
     /// Checks that the guest can be used and joins the VM's cancel set, in one section.
     pub(super) fn join_guest(&self, found: &VmRow, kind: Use, cancel: &Cancel) -> Result<(VmRow, User)> {
-        self.ensure_looked_at(found, Verb::Guest)?;
-        let guard = self.locks.vm.lock(&found.id);
-        let row = self.row(guard.key())?;
-        self.allow_locked(&guard, &row, Verb::Guest)?;
+        self.looks.ensure_looked_at(found, Verb::Guest, &self.core.closing)?;
+        let guard = self.core.locks.vm.lock(&found.id);
+        let row = self.core.row(guard.key())?;
+        self.core.allow_locked(&guard, &row, Verb::Guest)?;
         let user = self.runtimes.join(guard.key(), kind, cancel.clone());
         drop(guard);
         if let Some(identity) = row.identity.clone()
@@ -175,19 +200,36 @@ impl Daemon {
     }
 
     pub(super) fn hint_of_full_disk(&self) -> String {
-        format!("free some space (df -h {}); its guest goes on by itself then", self.config.state_dir.display())
+        format!("free some space (df -h {}); its guest goes on by itself then", self.core.state_dir.display())
     }
 
     /// Where commands start: in a complete workspace, else at home.
     fn workdir(&self, row: &VmRow) -> Option<String> {
-        self.store.read(|s| s.workspace(&row.id).filter(|w| w.state == WorkspaceState::Complete).map(|w| w.workdir.clone()))
+        self.core.store.read(|s| s.workspace(&row.id).filter(|w| w.state == WorkspaceState::Complete).map(|w| w.workdir.clone()))
     }
 
     pub fn exec_resize(&self, caller: &Caller, request: &ExecResizeRequest) -> Result<()> {
-        self.sessions.find(&request.session, caller.uid)?.send(Control::Resize(request.size))
+        self.registry.find(&request.session, caller.uid)?.send(Control::Resize(request.size))
     }
 
     pub fn exec_signal(&self, caller: &Caller, request: &ExecSignalRequest) -> Result<()> {
-        self.sessions.find(&request.session, caller.uid)?.send(Control::Signal(request.signal.clone()))
+        self.registry.find(&request.session, caller.uid)?.send(Control::Signal(request.signal.clone()))
+    }
+
+    pub fn ssh_config(&self, caller: &Caller, vm: &str) -> Result<SshConfigReply> {
+        let row = self.core.resolve(caller, vm)?;
+        self.core.allow(&row, Verb::Guest)?;
+        let target = self.guests.target(&row)?;
+        let workdir = self.core.store.read(|s| s.workspace(&row.id).map(|w| w.workdir.clone()));
+        let host_key = crate::disk::seed::public_line(&target.host_key)?;
+        Ok(SshConfigReply {
+            vm: row.id,
+            name: row.name,
+            addr: target.addr,
+            user: target.user,
+            private_key: target.private_key,
+            host_key,
+            workdir,
+        })
     }
 }

@@ -1,5 +1,5 @@
-//! Work that many callers ask for at once and that is done once: a run under way is shared, and its result is kept for
-//! a moment.
+//! Work that many callers ask for at once and that is done once: a run under way is shared, and its
+//! result is kept for a moment.
 
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Condvar, Mutex, Rank};

@@ -18,11 +18,31 @@
 //!
 //! A guest that is paused or does not respond cannot be saved.
 
+use super::access::Caller;
 use super::access::PREFIX_LEN_MIN;
-use super::captures::{Capturing, Files, allocated_bytes, disk_bytes};
+use super::call::{CallOutcome, to_value};
+use super::controls::Controls;
+use super::core::{Core, now_s};
+use super::create::Creator;
+use super::guest_scripts::GUEST_SHELL;
+use super::guest_scripts::set_clock_command;
+use super::guests::Guests;
+use super::lifecycle::Lifecycle;
 use super::listing::Position;
-use super::runtime::Use;
-use super::{Begun, Caller, Daemon, now_s, resources, to_value};
+use super::network::Networks;
+use super::resources;
+use super::resources::Resources;
+use super::runtime::{Runtimes, Use};
+use super::sessions::Sessions;
+use super::snapshot_registry::CreateGuard;
+use super::snapshot_registry::Files;
+use super::snapshot_registry::SnapshotRegistry;
+use super::snapshot_registry::allocated_bytes;
+use super::snapshot_registry::disk_bytes;
+use super::snapshot_registry::share_saved;
+use super::spec::Specs;
+use super::views::Views;
+use super::vmms::Vmms;
 use crate::api::exec::Exit;
 use crate::api::page;
 use crate::api::snapshot::{
@@ -32,18 +52,23 @@ use crate::api::vm::VmState;
 use crate::disk::seed::UNIT_BYTES;
 use crate::disk::{Method, duplicate, punch_zeroes, snapshot as device};
 use crate::error::{Error, Kind, Result};
+use crate::guest::Transport;
 use crate::guest::{REJOIN, Script, run_script};
+use crate::host::Commands;
 use crate::host::fs::{create_dir, create_private_dir};
 use crate::ids::{NAME_LEN_MAX, SnapshotId, SnapshotName, VmId, VmName};
+use crate::image::Images;
 use crate::locks::Cancel;
 use crate::ops::OpHandle;
 use crate::store::{SnapshotRow, State, VmRow, WorkspaceRow};
+use crate::vmm::Driver;
 use crate::vmm::SaveTo;
 use crate::workspace::remote;
 use serde_json::value::RawValue;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Most snapshots of one uid.
@@ -56,83 +81,103 @@ const ANSWER_BYTES_MAX: usize = 4096;
 /// What is left free on the host beside a snapshot.
 const SPARE_BYTES: u64 = 256 << 20;
 /// Between two tries to let a guest go on.
-const LET_GO_PERIOD: Duration = Duration::from_millis(250);
-/// Not `sh -s`, which keeps a descriptor of the script, and with it the connection, in what it leaves behind.
-const GUEST_SHELL: &str = "/usr/lib/fcd/busybox sh -c \"$(cat)\"";
+const RESUME_PERIOD: Duration = Duration::from_millis(250);
 
 /// One that is whole but not in the store: its directory is in the ledger.
 pub(super) struct Captured {
-    capturing: Capturing,
+    capturing: CreateGuard,
     ledger: u64,
     pub row: SnapshotRow,
     pub files: Files,
 }
 
-/// A guest that stands still; it goes on when this is dropped.
-struct Held {
-    daemon: Daemon,
+/// A guest that is paused while it is saved. It resumes when this is dropped.
+struct HoldGuard {
+    snapshots: Snapshots,
     vm: VmId,
     generation: u64,
 }
 
-impl Drop for Held {
+impl Drop for HoldGuard {
     fn drop(&mut self) {
-        self.daemon.runtimes.hold(&self.vm, false);
-        let Err(e) = self.daemon.let_go(&self.vm, self.generation) else { return };
-        log::warn!("let vm {} go on: {e}; it is tried again", self.vm);
-        let (daemon, vm, generation) = (self.daemon.clone(), self.vm.clone(), self.generation);
-        let tried = self.daemon.spawn(&format!("let-go-{vm}"), move || {
-            // It ends when the VM does; the next daemon lets its guests go on by itself.
-            while daemon.vmm_lives(&vm, generation) && daemon.let_go(&vm, generation).is_err() {
-                if daemon.pause(LET_GO_PERIOD) {
+        self.snapshots.runtimes.hold(&self.vm, false);
+        let Err(e) = self.snapshots.resume(&self.vm, self.generation) else { return };
+        log::warn!("resume VM {}: {e}; retrying", self.vm);
+        let (snapshots, vm, generation) = (self.snapshots.clone(), self.vm.clone(), self.generation);
+        let retried = self.snapshots.core.spawn(&format!("resume-{vm}"), move || {
+            // Ends when the VM does. If this daemon closes first, the next one resumes the guest.
+            while snapshots.vmm_lives(&vm, generation) && snapshots.resume(&vm, generation).is_err() {
+                if snapshots.core.sleep(RESUME_PERIOD) {
                     return;
                 }
             }
         });
-        if let Err(e) = tried {
-            log::error!("let vm {} go on: {e}", self.vm);
+        if let Err(e) = retried {
+            log::error!("resume VM {}: {e}", self.vm);
         }
     }
 }
 
-impl Daemon {
-    pub fn snapshot_create(&self, caller: &Caller, request: SnapshotCreateRequest) -> Result<Begun> {
+/// Makes snapshots, and new VMs from them.
+#[derive(Clone)]
+pub struct Snapshots {
+    pub(super) core: Core,
+    pub(super) views: Views,
+    pub(super) networks: Networks,
+    pub(super) specs: Specs,
+    pub(super) vmms: Vmms,
+    pub(super) guests: Guests,
+    pub(super) controls: Controls,
+    pub(super) sessions: Sessions,
+    pub(super) resources: Resources,
+    pub(super) creator: Creator,
+    pub(super) lifecycle: Lifecycle,
+    pub(super) snapshot_registry: SnapshotRegistry,
+    pub(super) runtimes: Runtimes,
+    pub(super) images: Images,
+    pub(super) commands: Arc<dyn Commands>,
+    pub(super) transport: Arc<dyn Transport>,
+    pub(super) vmm: Arc<dyn Driver>,
+}
+
+impl Snapshots {
+    pub fn snapshot_create(&self, caller: &Caller, request: SnapshotCreateRequest) -> Result<CallOutcome> {
         const METHOD: &str = "snapshot.create";
-        let found = self.resolve(caller, &request.vm)?;
-        self.store.read(|s| allow_another(s, found.owner_uid, request.name.as_ref()))?;
-        let op = self.begin_op(METHOD, Some(found.id.clone()), caller.uid, true)?;
-        let (row, user) = match self.join_guest(&found, Use::Transfer, op.cancel()) {
+        let found = self.core.resolve(caller, &request.vm)?;
+        self.core.store.read(|s| allow_another(s, found.owner_uid, request.name.as_ref()))?;
+        let op = self.core.begin_op(METHOD, Some(found.id.clone()), caller.uid, true)?;
+        let (row, user) = match self.sessions.join_guest(&found, Use::Transfer, op.cancel()) {
             Ok(joined) => joined,
             Err(e) => {
                 op.refuse(&e);
                 return Err(e);
             }
         };
-        if let Err(e) = self.persist_op(&op) {
+        if let Err(e) = self.core.persist_op(&op) {
             op.finish(Err(e.clone()));
             return Err(e);
         }
-        let (id, daemon) = (op.id().clone(), self.clone());
-        self.spawn(&format!("op-{id}"), move || {
+        let (id, snapshots) = (op.id().clone(), self.clone());
+        self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope(format!("{METHOD} {}", row.id));
-            let made = daemon.capture(&row, &op).and_then(|captured| daemon.publish(captured, request.name));
+            let made = snapshots.capture(&row, &op).and_then(|captured| snapshots.publish(captured, request.name));
             drop(user);
             let result = made.and_then(|snapshot| to_value(&SnapshotReply { snapshot }));
-            daemon.end_op(op, result.map_err(|e| e.context(format!("save vm {}", row.name)).of_vm(&row.name)));
+            snapshots.core.end_op(op, result.map_err(|e| e.context(format!("save vm {}", row.name)).of_vm(&row.name)));
         })?;
-        Ok(Begun::Op(id))
+        Ok(CallOutcome::Op(id))
     }
 
     pub fn snapshot_list(&self, caller: &Caller, request: &SnapshotListRequest) -> Result<SnapshotListReply<Box<RawValue>>> {
         let after = request.after.as_deref().map(Position::parse).transpose()?;
         // A VM that is gone has snapshots still: its name or id as they were then.
         let of = |row: &SnapshotRow| request.vm.as_ref().is_none_or(|vm| row.vm_name.as_str() == vm || row.vm.as_str() == vm);
-        let mut snapshots: Vec<Snapshot> = self.store.read(|s| {
+        let mut snapshots: Vec<Snapshot> = self.core.store.read(|s| {
             let seen = s.snapshots().filter(|row| caller.may_see(row.owner_uid) && of(row));
             seen.map(|row| view(row)).collect()
         });
         if let (Some(vm), true) = (&request.vm, snapshots.is_empty()) {
-            self.resolve(caller, vm)?;
+            self.core.resolve(caller, vm)?;
         }
         let place = |snapshot: &Snapshot| Position(snapshot.created_at, snapshot.name.clone());
         snapshots.sort_by_key(place);
@@ -148,22 +193,22 @@ impl Daemon {
     /// A guest that goes on from it does not need it any more.
     pub fn snapshot_delete(&self, caller: &Caller, snapshot: &str) -> Result<SnapshotDeleteReply> {
         let SnapshotRow { id, name, .. } = self.find_snapshot(caller, snapshot)?;
-        let _going = self.captures.uses.begin_delete(&id).ok_or_else(|| {
+        let _going = self.snapshot_registry.uses.begin_delete(&id).ok_or_else(|| {
             Error::new(Kind::Busy, format!("delete snapshot {name}: a VM is being started from it"))
                 .hint("wait until it runs: fcctl op list")
         })?;
-        let (ledger, ticket) = self.change(true, |tx| {
+        let (ledger, ticket) = self.core.change(true, |tx| {
             tx.remove_snapshot(&id);
             Ok(tx.intend(None, 0, resources::snapshot::KIND, id.as_str()))
         })?;
-        self.wait_durable(ticket)?;
+        self.core.wait_durable(ticket)?;
         self.discard_files(&id, ledger);
         Ok(SnapshotDeleteReply { deleted: id })
     }
 
     /// By name, id, or the beginning of an id.
     pub(super) fn find_snapshot(&self, caller: &Caller, text: &str) -> Result<SnapshotRow> {
-        let mut found: Vec<SnapshotRow> = self.store.read(|s| {
+        let mut found: Vec<SnapshotRow> = self.core.store.read(|s| {
             let seen = || s.snapshots().filter(|row| caller.may_see(row.owner_uid));
             let exact = seen().find(|row| row.name.as_str() == text || row.id.as_str() == text);
             let by_prefix = |row: &SnapshotRow| text.len() >= PREFIX_LEN_MIN && row.id.as_str().starts_with(text);
@@ -180,14 +225,15 @@ impl Daemon {
         }
     }
 
-    /// Saves the guest of a VM whose cancel set the operation has joined. After an error nothing is left, or the ledger says what is.
+    /// Saves the guest of a VM whose cancel set the operation has joined. After an error nothing is
+    /// left, or the ledger says what is.
     pub(super) fn capture(&self, row: &VmRow, op: &OpHandle) -> Result<Captured> {
-        let capturing = self.captures.begin(row)?;
-        let files = self.snapshot_files(&capturing.id);
+        let capturing = self.snapshot_registry.begin(row)?;
+        let files = self.snapshot_registry.files(&capturing.id);
         self.require_room(row)?;
         let (ledger, ticket) =
-            self.store.change(|tx| Ok(tx.intend(None, row.generation, resources::snapshot::KIND, capturing.id.as_str())))?;
-        self.wait_durable(ticket)?;
+            self.core.store.change(|tx| Ok(tx.intend(None, row.generation, resources::snapshot::KIND, capturing.id.as_str())))?;
+        self.core.wait_durable(ticket)?;
         match self.fill(row, op, &capturing.id, &files) {
             Ok(row) => Ok(Captured { capturing, ledger, row, files }),
             Err(e) => {
@@ -200,13 +246,13 @@ impl Daemon {
     }
 
     fn fill(&self, row: &VmRow, op: &OpHandle, id: &SnapshotId, files: &Files) -> Result<SnapshotRow> {
-        self.effects.before("make the snapshot's directory")?;
+        self.core.effects.before("make the snapshot's directory")?;
         // VMMs of other uids reach what they are given of it.
         drop(create_dir(&files.dir, 0o711)?);
         // But not what was in a guest's memory: that they are given by a link or a descriptor.
         drop(create_private_dir(&files.private)?);
         let image = self.images.get(&row.image)?;
-        let spec = self.spec(row, &image);
+        let spec = self.specs.spec(row, &image);
         link(&spec.kernel, &files.kernel)?;
         link(&spec.initrd, &files.initrd)?;
         for path in [&files.memory, &files.devices] {
@@ -218,7 +264,7 @@ impl Daemon {
             let text = format!("vm {} was started by an earlier fcd, whose seed drive is too short to be another one", row.name);
             return Err(Error::new(Kind::Unsupported, text).hint(format!("start it again: fcctl vm restart {}", row.name)));
         }
-        let method = self.disk_method(row).ok_or_else(|| Error::internal(format!("vm {} has no disk", row.name)))?;
+        let method = self.specs.disk_method(row).ok_or_else(|| Error::internal(format!("vm {} has no disk", row.name)))?;
         let since = Instant::now();
         op.progress("prepare the guest");
         self.prepare_guest(row, op)?;
@@ -231,12 +277,12 @@ impl Daemon {
             // The one of another start has another directory.
             let identity = row.identity.clone().ok_or_else(|| Error::internal(format!("vm {} has no vmm", row.name)))?;
             op.progress("save the memory");
-            self.effects.before("save the guest")?;
+            self.core.effects.before("save the guest")?;
             let to = SaveTo { memory: &files.memory, devices: &files.devices };
             let version = self.vmm.save(&spec, &identity, to, op.cancel())?;
             op.progress("copy the disks");
-            self.effects.before("copy the disks")?;
-            (version, self.copy_disks(row, op, files, method)?, self.store.read(|s| s.workspace(&row.id).cloned()))
+            self.core.effects.before("copy the disks")?;
+            (version, self.copy_disks(row, op, files, method)?, self.core.store.read(|s| s.workspace(&row.id).cloned()))
         };
         self.set_clock(row, op);
         op.progress("sync what was saved");
@@ -250,7 +296,8 @@ impl Daemon {
         Ok(SnapshotRow { vmm_version: Some(version), ..saved })
     }
 
-    /// A VMM may have written memory that the guest never used. The guest runs again by now, so this takes nobody's time.
+    /// A VMM may have written memory that the guest never used. The guest runs again by now, so
+    /// this takes nobody's time.
     fn free_zeroes(&self, files: &Files, op: &OpHandle) {
         let file = OpenOptions::new().read(true).write(true).open(&files.memory);
         let freed = file.map_err(|e| Error::io("open it", e)).and_then(|file| punch_zeroes(&file, op.cancel()));
@@ -263,44 +310,44 @@ impl Daemon {
 
     /// It has stood still. One that cannot be told is late by so much.
     fn set_clock(&self, row: &VmRow, op: &OpHandle) {
-        let command = super::restore::set_clock_command();
+        let command = set_clock_command();
         let deadline = Instant::now() + PREPARE_DEADLINE;
         let script = Script { command: &command, stdin: &[], deadline, output_bytes_max: ANSWER_BYTES_MAX };
-        let told = self.target(row).and_then(|target| run_script(self.transport.as_ref(), &target, &script, op.cancel()));
+        let told = self.guests.target(row).and_then(|target| run_script(self.transport.as_ref(), &target, &script, op.cancel()));
         if !matches!(told, Ok((Exit::Status(0), ..))) {
             log::info!("the clock of vm {} may be late: it stood still while it was saved", row.name);
         }
     }
 
     /// From now on the guest stands still, whatever its owner says.
-    fn hold_guest(&self, row: &VmRow) -> Result<Held> {
-        let held = Held { daemon: self.clone(), vm: row.id.clone(), generation: row.generation };
+    fn hold_guest(&self, row: &VmRow) -> Result<HoldGuard> {
+        let held = HoldGuard { snapshots: self.clone(), vm: row.id.clone(), generation: row.generation };
         self.runtimes.hold(&row.id, true);
-        self.apply_pause_by(&row.id, row.generation, &self.closing)?;
+        self.controls.apply_pause_by(&row.id, row.generation, &self.core.closing)?;
         Ok(held)
     }
 
     /// As its owner wants it, and in any case where it is to shut down.
-    fn let_go(&self, vm: &VmId, generation: u64) -> Result<()> {
+    fn resume(&self, vm: &VmId, generation: u64) -> Result<()> {
         // Also when the daemon closes: the guest must not stand still until there is another.
         let never = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
-        let row = self.row(vm)?;
+        let row = self.core.row(vm)?;
         match &row.identity {
             Some(identity) if row.generation == generation && row.state == VmState::Stopping && !self.runtimes.is_paused(vm) => {
-                self.vmm.set_paused(&self.vm_dir(vm), identity, false, &never)
+                self.vmm.set_paused(&self.core.vm_dir(vm), identity, false, &never)
             }
-            _ => self.apply_pause_by(vm, generation, &never),
+            _ => self.controls.apply_pause_by(vm, generation, &never),
         }
     }
 
     fn vmm_lives(&self, vm: &VmId, generation: u64) -> bool {
-        self.row(vm).is_ok_and(|row| row.generation == generation && self.identity(&row).is_some())
+        self.core.row(vm).is_ok_and(|row| row.generation == generation && self.vmms.identity(&row).is_some())
     }
 
     fn prepare_guest(&self, row: &VmRow, op: &OpHandle) -> Result<()> {
         let deadline = Instant::now() + PREPARE_DEADLINE;
         let script = Script { command: GUEST_SHELL, stdin: REJOIN.as_bytes(), deadline, output_bytes_max: ANSWER_BYTES_MAX };
-        let (exit, said, complaint) = run_script(self.transport.as_ref(), &self.target(row)?, &script, op.cancel())?;
+        let (exit, said, complaint) = run_script(self.transport.as_ref(), &self.guests.target(row)?, &script, op.cancel())?;
         if exit == Exit::Status(0) && said == b"ready\n" {
             return Ok(());
         }
@@ -309,11 +356,11 @@ impl Daemon {
 
     fn copy_disks(&self, row: &VmRow, op: &OpHandle, files: &Files, method: Method) -> Result<Vec<duplicate::Copied>> {
         let image = self.images.get(&row.image)?;
-        let spec = self.spec(row, &image);
+        let spec = self.specs.spec(row, &image);
         if method == Method::DmSnapshot {
             device::flush(&spec.disk)?;
         }
-        let path = self.disk_path(&row.id, method);
+        let path = self.specs.disk_path(&row.id, method);
         let root = duplicate::Source { method: Some(method), path: &path, base: &image.rootfs };
         let work = spec.work_disk.as_ref().map(|path| duplicate::Source { method: None, path, base: path });
         let reporter = op.reporter();
@@ -336,7 +383,7 @@ impl Daemon {
 
     fn publish(&self, captured: Captured, name: Option<SnapshotName>) -> Result<Snapshot> {
         let Captured { capturing, ledger, row, .. } = captured;
-        let published = self.store.change(|tx| {
+        let published = self.core.store.change(|tx| {
             allow_another(tx, row.owner_uid, name.as_ref())?;
             let name = name.unwrap_or_else(|| some_name(tx, &row.vm_name, &row.id));
             let row = SnapshotRow { name, ..row };
@@ -345,7 +392,7 @@ impl Daemon {
             tx.strike(ledger);
             Ok(snapshot)
         });
-        match published.and_then(|(snapshot, ticket)| self.wait_durable(ticket).map(|()| snapshot)) {
+        match published.and_then(|(snapshot, ticket)| self.core.wait_durable(ticket).map(|()| snapshot)) {
             Ok(snapshot) => Ok(snapshot),
             Err(e) => {
                 let id = capturing.id.clone();
@@ -366,21 +413,21 @@ impl Daemon {
 
     /// Its operation has let go of it, and it has no row.
     fn discard_files(&self, id: &SnapshotId, ledger: u64) {
-        if let Err(e) = resources::discard_snapshot(self, id, ledger) {
+        if let Err(e) = resources::discard_snapshot(&self.resources, id, ledger) {
             log::warn!("{e}; it is tried again every minute");
         }
     }
 
     /// A full disk is an I/O error to some guests: better no snapshot than that.
     fn require_room(&self, row: &VmRow) -> Result<()> {
-        let needed = (row.mem_mib << 20) + disk_bytes(&self.vm_dir(&row.id)) + SPARE_BYTES;
-        let free = crate::host::fs::space(&self.config.state_dir)?.free_bytes;
+        let needed = (row.mem_mib << 20) + disk_bytes(&self.core.vm_dir(&row.id)) + SPARE_BYTES;
+        let free = crate::host::fs::space(&self.core.state_dir)?.free_bytes;
         if free >= needed {
             return Ok(());
         }
         let mib = |bytes: u64| bytes >> 20;
         let text = format!("a snapshot takes up to {} MiB, and {} are free", mib(needed), mib(free));
-        Err(Error::new(Kind::DiskFull, text).hint(format!("free some space (df -h {})", self.config.state_dir.display())))
+        Err(Error::new(Kind::DiskFull, text).hint(format!("free some space (df -h {})", self.core.state_dir.display())))
     }
 }
 
@@ -460,19 +507,6 @@ fn id_name(id: &SnapshotId) -> SnapshotName {
 fn new_file(path: &Path) -> Result<File> {
     let options = OpenOptions::new().write(true).create_new(true).mode(0o600).clone();
     options.open(path).map_err(|e| Error::io(format!("make {}", path.display()), e))
-}
-
-/// Nobody writes it any more; VMMs of whichever uid read it, by a link or a descriptor that they are given: it is the private
-/// directory that keeps others out.
-pub(super) fn share_saved(path: &Path, credentials: Option<(u32, u32)>) -> Result<File> {
-    let io = |e: std::io::Error| Error::io(format!("keep {}", path.display()), e);
-    let file = crate::host::fs::open_nofollow(path)?;
-    if credentials.is_some() {
-        std::os::unix::fs::fchown(&file, Some(0), Some(0)).map_err(io)?;
-    }
-    let mode = if credentials.is_some() { 0o444 } else { 0o600 };
-    file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode)).map_err(io)?;
-    Ok(file)
 }
 
 /// A second name where the file system has such, else a copy.

@@ -1,7 +1,10 @@
 //! What VMs use of the host. Nothing is kept: counters are read when somebody asks.
 
-use super::listing::{Position, VmScan};
-use super::{Caller, Daemon};
+use super::access::Caller;
+use super::controls::Controls;
+use super::listing::Position;
+use super::listing::VmScan;
+use super::views::Views;
 use crate::api::page;
 use crate::api::vm::{VmMetricsReply, VmState, VmStats, VmStatsReply, VmStatsRequest};
 use crate::error::{Error, Kind, Result};
@@ -10,11 +13,11 @@ use crate::store::VmRow;
 use serde_json::value::RawValue;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-impl Daemon {
+impl Views {
     /// Those that are named, or all of the caller's that run.
     pub fn stats(&self, caller: &Caller, request: &VmStatsRequest) -> Result<VmStatsReply<Box<RawValue>>> {
         let named = |vm: &String| -> Result<VmStats> {
-            let row = self.resolve(caller, vm)?;
+            let row = self.core.resolve(caller, vm)?;
             self.stats_of(&row).map_err(|e| e.context(format!("stats of vm {}", row.name)))
         };
         if !request.vms.is_empty() {
@@ -27,26 +30,13 @@ impl Daemon {
         }
         let after = request.after.as_deref().map(Position::parse).transpose()?.map(|Position(at, id)| (at, id));
         // A VM that does not run, or has been deleted meanwhile, is left out.
-        let rows = VmScan::new(&self.store, caller, after, |row| row.identity.is_some());
+        let rows = VmScan::new(&self.core.store, caller, after, |row| row.identity.is_some());
         let all = rows.filter_map(|seen| {
             let stats = self.stats_of(&seen.row).ok()?;
             Some((Position(seen.row.created_at, seen.row.id.clone()), stats))
         });
         let (stats, next) = page::fill(request.limit, all)?;
         Ok(VmStatsReply { stats, next })
-    }
-
-    /// What its VMM counts, in its own words.
-    pub fn metrics(&self, caller: &Caller, vm: &str) -> Result<VmMetricsReply> {
-        let row = self.resolve(caller, vm)?;
-        let doing = || format!("metrics of vm {}", row.name);
-        let identity = row.identity.as_ref().filter(|_| row.state == VmState::Running).ok_or_else(|| {
-            Error::new(Kind::WrongState, format!("{}: it is {}", doing(), row.state.name()))
-                .hint(format!("start it first: fcctl start {}", row.name))
-        })?;
-        let spec = self.spec(&row, &self.images.get(&row.image)?);
-        let metrics = self.vmm.metrics(&spec, identity, &self.closing).map_err(|e| e.context(doing()))?;
-        Ok(VmMetricsReply { vm: row.id.clone(), name: row.name.clone(), driver: row.driver.clone(), metrics })
     }
 
     fn stats_of(&self, row: &VmRow) -> Result<VmStats> {
@@ -72,5 +62,20 @@ impl Daemon {
             net_received_bytes: received,
             net_sent_bytes: sent,
         })
+    }
+}
+
+impl Controls {
+    /// What its VMM counts, in its own words.
+    pub fn metrics(&self, caller: &Caller, vm: &str) -> Result<VmMetricsReply> {
+        let row = self.core.resolve(caller, vm)?;
+        let doing = || format!("metrics of vm {}", row.name);
+        let identity = row.identity.as_ref().filter(|_| row.state == VmState::Running).ok_or_else(|| {
+            Error::new(Kind::WrongState, format!("{}: it is {}", doing(), row.state.name()))
+                .hint(format!("start it first: fcctl start {}", row.name))
+        })?;
+        let spec = self.specs.spec(&row, &self.images.get(&row.image)?);
+        let metrics = self.vmm.metrics(&spec, identity, &self.core.closing).map_err(|e| e.context(doing()))?;
+        Ok(VmMetricsReply { vm: row.id.clone(), name: row.name.clone(), driver: row.driver.clone(), metrics })
     }
 }

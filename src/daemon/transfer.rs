@@ -1,6 +1,7 @@
-//! The work of an import or an export on a pool worker: scripts and streams, with no lock of the daemon's held.
+//! The work of an import or an export on a pool worker: scripts and streams, with no lock of the
+//! daemon's held.
 
-use super::Notes;
+use super::notes::Notes;
 use super::rate_floor::Moved;
 use crate::api::exec::Exit;
 use crate::api::frame::Note;

@@ -1,4 +1,5 @@
-//! The transition table: what a verb does in a state. A pure function; the daemon only carries it out.
+//! The transition table: what a verb does in a state. A pure function; the daemon only carries it
+//! out.
 
 use crate::api::vm::VmState;
 
@@ -8,10 +9,10 @@ pub enum Verb {
     Stop,
     /// Without grace. What does not run is stopped already.
     StopForce,
-    /// The same, but for a VM that runs only.
+    /// Like `StopForce`, but only for a running VM.
     Kill,
     Restart,
-    /// A start that goes on from a snapshot.
+    /// A start that restores a snapshot.
     Restore,
     Delete,
     DeleteForce,
@@ -67,14 +68,14 @@ pub enum Decision {
     Join,
     /// Shortens the operation under way and joins it.
     Escalate,
-    /// Takes the successor slot: the operation under way gives up (a boot) or finishes (a stop), and this one
-    /// goes on in the same critical section.
-    Supersede,
+    /// Takes the slot of the queued operation. A boot in progress is aborted, a stop is finished,
+    /// and the queued operation begins in the same critical section.
+    Queue,
     /// `wrong_state`, with what to do instead.
     Refuse(&'static str),
 }
 
-use Decision::{Allow, Claim, Escalate, Join, Nothing, Refuse, Supersede};
+use Decision::{Allow, Claim, Escalate, Join, Nothing, Queue, Refuse};
 
 const START_FIRST: &str = "start it first: fcctl start {vm}";
 const FORCE: &str = "stop it first: fcctl stop {vm}, or delete it as it runs: fcctl rm --force {vm}";
@@ -84,7 +85,8 @@ const BEING_DELETED: &str = "it is being deleted: make another with fcctl vm cre
 const WAIT_STOPPED: &str = "wait until it has stopped: fcctl vm wait {vm}, then fcctl start {vm}";
 const WAIT_RUNNING: &str = "wait until it runs: fcctl vm wait --state running {vm}, then try again";
 
-/// What `verb` does to a VM in `state`. `restarting` is a `stopping` whose row says that a start follows.
+/// What `verb` does to a VM in `state`. `restarting` is a `stopping` whose row says that a start
+/// follows.
 pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
     use VmState::{Created, Deleting, Failed, Running, Starting, Stopped, Stopping};
     match (state, verb) {
@@ -95,7 +97,7 @@ pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
         (Created | Stopped | Failed, Verb::Guest) => Refuse(START_FIRST),
 
         (Starting, Verb::Start) => Join,
-        (Starting, Verb::Stop | Verb::StopForce | Verb::Kill | Verb::Delete | Verb::DeleteForce) => Supersede,
+        (Starting, Verb::Stop | Verb::StopForce | Verb::Kill | Verb::Delete | Verb::DeleteForce) => Queue,
         (Starting | Running | Stopping, Verb::Restore) => Refuse(STOP_FIRST),
         (Starting, Verb::Restart | Verb::Guest) => Refuse(WAIT_RUNNING),
 
@@ -110,10 +112,10 @@ pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
         (Stopping, Verb::Restart) if restarting => Join,
         (Stopping, Verb::Restart | Verb::Guest) => Refuse(WAIT_STOPPED),
         // A stop that meets a restart wants the VM stopped: the start after it falls away.
-        (Stopping, Verb::Stop | Verb::StopForce | Verb::Kill) if restarting => Supersede,
+        (Stopping, Verb::Stop | Verb::StopForce | Verb::Kill) if restarting => Queue,
         (Stopping, Verb::Stop) => Join,
         (Stopping, Verb::StopForce | Verb::Kill) => Escalate,
-        (Stopping, Verb::Delete | Verb::DeleteForce) => Supersede,
+        (Stopping, Verb::Delete | Verb::DeleteForce) => Queue,
 
         (Deleting, Verb::Delete | Verb::DeleteForce) => Join,
         (Deleting, _) => Refuse(BEING_DELETED),
@@ -122,7 +124,7 @@ pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
     }
 }
 
-/// The table as it stands in `ARCHITECTURE.md`.
+/// The table in `ARCHITECTURE.md`.
 pub fn markdown_table() -> String {
     let mut out = String::from("| state |");
     for verb in Verb::ALL {
@@ -144,7 +146,7 @@ pub fn markdown_table() -> String {
                 Allow => "allowed".to_owned(),
                 Join => "join".to_owned(),
                 Escalate => "shorten, join".to_owned(),
-                Supersede => "succeed".to_owned(),
+                Queue => "queue".to_owned(),
                 Refuse(_) => "refused".to_owned(),
             };
             out += &format!(" {cell} |");
@@ -165,10 +167,10 @@ mod tests {
             | state | start | stop | stop --force | kill | restart | restore | delete | delete --force | set | use |
             |---|---|---|---|---|---|---|---|---|---|---|
             | created | -> starting | ok, nothing | ok, nothing | refused | -> starting | -> starting | -> deleting | -> deleting | allowed | refused |
-            | starting | join | succeed | succeed | succeed | refused | refused | succeed | succeed | allowed | refused |
+            | starting | join | queue | queue | queue | refused | refused | queue | queue | allowed | refused |
             | running | ok, nothing | -> stopping | -> stopping | -> stopping | -> stopping | refused | refused | -> deleting | allowed | allowed |
-            | stopping | refused | join | shorten, join | shorten, join | refused | refused | succeed | succeed | allowed | refused |
-            | stopping (restart) | join | succeed | succeed | succeed | join | refused | succeed | succeed | allowed | refused |
+            | stopping | refused | join | shorten, join | shorten, join | refused | refused | queue | queue | allowed | refused |
+            | stopping (restart) | join | queue | queue | queue | join | refused | queue | queue | allowed | refused |
             | stopped | -> starting | ok, nothing | ok, nothing | refused | -> starting | -> starting | -> deleting | -> deleting | allowed | refused |
             | deleting | refused | refused | refused | refused | refused | refused | join | join | refused | refused |
             | failed | -> starting | ok, nothing | ok, nothing | refused | -> starting | -> starting | -> deleting | -> deleting | allowed | refused |

@@ -1,5 +1,5 @@
-//! Keeps what is in use from being deleted, and what is being deleted from being used. Memory only: whoever uses or
-//! deletes a thing does so while it holds the token, with no lock held.
+//! Keeps what is in use from being deleted, and what is being deleted from being used. Memory only:
+//! whoever uses or deletes a thing does so while it holds the token, with no lock held.
 
 use crate::locks::{Mutex, Rank};
 use std::collections::{HashMap, HashSet};
@@ -18,13 +18,13 @@ struct Known<K> {
 }
 
 /// The thing is not deleted for as long as this lives.
-pub(super) struct InUse<K: Eq + Hash + Clone> {
+pub(super) struct UseGuard<K: Eq + Hash + Clone> {
     uses: Uses<K>,
     key: K,
 }
 
 /// Nobody begins to use the thing for as long as this lives.
-pub(super) struct Deleting<K: Eq + Hash + Clone> {
+pub(super) struct DeleteGuard<K: Eq + Hash + Clone> {
     uses: Uses<K>,
     key: K,
 }
@@ -42,26 +42,26 @@ impl<K: Eq + Hash + Clone> Uses<K> {
     }
 
     /// None while the thing is being deleted.
-    pub fn begin_use(&self, key: &K) -> Option<InUse<K>> {
+    pub fn begin_use(&self, key: &K) -> Option<UseGuard<K>> {
         let mut known = self.known.lock();
         if known.deleting.contains(key) {
             return None;
         }
         *known.used.entry(key.clone()).or_default() += 1;
-        Some(InUse { uses: self.clone(), key: key.clone() })
+        Some(UseGuard { uses: self.clone(), key: key.clone() })
     }
 
     /// None while somebody uses or deletes the thing.
-    pub fn begin_delete(&self, key: &K) -> Option<Deleting<K>> {
+    pub fn begin_delete(&self, key: &K) -> Option<DeleteGuard<K>> {
         let mut known = self.known.lock();
         if known.used.contains_key(key) || !known.deleting.insert(key.clone()) {
             return None;
         }
-        Some(Deleting { uses: self.clone(), key: key.clone() })
+        Some(DeleteGuard { uses: self.clone(), key: key.clone() })
     }
 }
 
-impl<K: Eq + Hash + Clone> Drop for InUse<K> {
+impl<K: Eq + Hash + Clone> Drop for UseGuard<K> {
     fn drop(&mut self) {
         let used = &mut self.uses.known.lock().used;
         match used.get_mut(&self.key) {
@@ -71,15 +71,15 @@ impl<K: Eq + Hash + Clone> Drop for InUse<K> {
     }
 }
 
-impl<K: Eq + Hash + Clone> Drop for Deleting<K> {
+impl<K: Eq + Hash + Clone> Drop for DeleteGuard<K> {
     fn drop(&mut self) {
         self.uses.known.lock().deleting.remove(&self.key);
     }
 }
 
-impl<K: Eq + Hash + Clone> std::fmt::Debug for InUse<K> {
+impl<K: Eq + Hash + Clone> std::fmt::Debug for UseGuard<K> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("InUse")
+        f.write_str("UseGuard")
     }
 }
 

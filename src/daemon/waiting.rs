@@ -20,7 +20,8 @@ impl Hangup<'_> {
         matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0)
     }
 
-    /// Waits until one of `fds` is readable, or the deadline: then false. `Gone` when the peer hung up first.
+    /// Waits until one of `fds` is readable, or the deadline: then false. `Gone` when the peer hung
+    /// up first.
     pub fn wait(&self, fds: &[BorrowedFd<'_>], deadline: Option<Instant>) -> Result<bool, Gone> {
         loop {
             let mut set = vec![PollFd::new(self.0, PollFlags::empty())];

@@ -1,46 +1,43 @@
 //! A VMM that dies by itself: the row says so, whoever used the guest hears it.
 
-use super::Daemon;
 use super::access::Caller;
-use super::boot::DISK_FILE;
-use super::lifecycle::Ask;
+use super::lifecycle::{Lifecycle, LifecycleRequest};
 use super::runtime::BootEnd;
 use super::transitions::Verb;
 use crate::api::vm::VmState;
-use crate::disk::{self, Method};
 use crate::error::Result;
 use crate::ids::VmId;
 use crate::locks::CancelCause;
 use crate::store::VmRow;
-use crate::vmm::{End, GuestEvent, Identity, end_from_files};
+use crate::vmm::{End, GuestEvent, Identity};
 use std::time::Duration;
 
 /// Between two tries to write it down.
 const RETRY_PERIOD: Duration = Duration::from_millis(250);
 
-impl Daemon {
+impl Lifecycle {
     /// From now on the death of this VMM is seen.
     pub(super) fn watch(&self, row: &VmRow, identity: &Identity) -> Result<()> {
-        let (daemon, vm, generation) = (self.clone(), row.id.clone(), row.generation);
-        let told = Box::new(move |told| match told {
-            GuestEvent::Paused(is_paused) => daemon.runtimes.set_paused(&vm, is_paused),
-            GuestEvent::Answered => daemon.adoptions.note_answer(&vm),
-            GuestEvent::Unresponsive(is_so) => daemon.vmm_answers(&vm, generation, !is_so),
+        let (lifecycle, vm, generation) = (self.clone(), row.id.clone(), row.generation);
+        let report = Box::new(move |event| match event {
+            GuestEvent::Paused(is_paused) => lifecycle.runtimes.set_paused(&vm, is_paused),
+            GuestEvent::Answered => lifecycle.recovery.adopter.adoptions.note_answer(&vm),
+            GuestEvent::Unresponsive(is_so) => lifecycle.vmm_answers(&vm, generation, !is_so),
         });
-        self.vmm.watch_guest(&self.vm_dir(&row.id), identity, told)?;
+        self.vmm.watch_guest(&self.core.vm_dir(&row.id), identity, report)?;
         self.watch_end(row, identity)
     }
 
     /// The same without a word from the VMM or to it.
     pub(super) fn watch_end(&self, row: &VmRow, identity: &Identity) -> Result<()> {
-        let (daemon, vm, generation) = (self.clone(), row.id.clone(), row.generation);
+        let (lifecycle, vm, generation) = (self.clone(), row.id.clone(), row.generation);
         self.vmm.watch(
-            &self.vm_dir(&row.id),
+            &self.core.vm_dir(&row.id),
             identity,
             Box::new(move |end| {
                 // The driver's thread must not wait for a lock or a disk.
-                let inner = daemon.clone();
-                if let Err(e) = daemon.spawn(&format!("died-{vm}"), move || inner.vmm_died(&vm, generation, &end)) {
+                let inner = lifecycle.clone();
+                if let Err(e) = lifecycle.core.spawn(&format!("died-{vm}"), move || inner.vmm_died(&vm, generation, &end)) {
                     log::error!("a vmm died and nobody could look: {e}");
                 }
             }),
@@ -49,9 +46,9 @@ impl Daemon {
 
     /// The driver's thread must not wait for a lock or a disk.
     fn vmm_answers(&self, vm: &VmId, generation: u64, answers: bool) {
-        let (daemon, vm) = (self.clone(), vm.clone());
-        let noted = self.spawn(&format!("answers-{vm}"), move || {
-            if let Err(e) = daemon.record_answers(&vm, generation, answers) {
+        let (lifecycle, vm) = (self.clone(), vm.clone());
+        let noted = self.core.spawn(&format!("answers-{vm}"), move || {
+            if let Err(e) = lifecycle.record_answers(&vm, generation, answers) {
                 log::warn!("record whether the vmm of {vm} answers: {e}");
             }
         });
@@ -61,44 +58,24 @@ impl Daemon {
     }
 
     fn record_answers(&self, vm: &VmId, generation: u64, answers: bool) -> Result<()> {
-        let guard = self.locks.vm.lock(vm);
-        let Some(row) = self.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else { return Ok(()) };
+        let guard = self.core.locks.vm.lock(vm);
+        let Some(row) = self.core.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else { return Ok(()) };
         // One that is being saved answers when that is done.
         let is_saved = !answers && self.runtimes.is_held(vm);
         if is_saved || row.generation != generation || row.state != VmState::Running || row.unresponsive != answers {
             return Ok(());
         }
-        let ((), ticket) = self.change(true, |tx| tx.update_vm(&guard, |r| r.unresponsive = !answers))?;
+        let ((), ticket) = self.core.change(true, |tx| tx.update_vm(&guard, |r| r.unresponsive = !answers))?;
         drop(guard);
         log::warn!("the VMM of VM {} {}", row.name, if answers { "answers again" } else { "does not answer" });
-        self.wait_durable(ticket)?;
-        if answers { self.adopt_late(&row) } else { Ok(()) }
-    }
-
-    /// How a guest ended that nobody saw end, where its console, its VMM's log or its root disk
-    /// says so.
-    pub(super) fn unseen_end(&self, row: &VmRow) -> Option<End> {
-        let dir = self.vm_dir(&row.id);
-        let end = end_from_files(&dir);
-        if end.as_ref().is_some_and(|end| *end != End::GuestResetUnrecorded) {
-            return end;
-        }
-        // A guest that reboots in order is reset as well, and its disk tells the two apart.
-        let Some(method) = row.disk_driver.as_deref().and_then(Method::from_name) else { return end };
-        match disk::is_unmounted(&dir.join(DISK_FILE), method) {
-            Ok(true) => Some(End::GuestUnmounted),
-            Ok(false) => end,
-            Err(e) => {
-                log::warn!("find out how VM {} ended: {e}", row.name);
-                end
-            }
-        }
+        self.core.wait_durable(ticket)?;
+        if answers { self.looks.adopt_late(&row) } else { Ok(()) }
     }
 
     fn vmm_died(&self, vm: &VmId, generation: u64, end: &End) {
         let _label = crate::locks::operation_scope(format!("vmm died {vm}"));
-        let row = self.row(vm).ok().filter(|row| end.is_unseen() && row.generation == generation);
-        let by_disk = row.and_then(|row| self.unseen_end(&row));
+        let row = self.core.row(vm).ok().filter(|row| end.is_unseen() && row.generation == generation);
+        let by_disk = row.and_then(|row| self.vmms.unseen_end(&row));
         let end = by_disk.as_ref().unwrap_or(end);
         loop {
             match self.record_death(vm, generation, end) {
@@ -110,7 +87,7 @@ impl Daemon {
                 }
                 Err(e) => log::warn!("record the death of the vmm of {vm}: {e}"),
             }
-            if self.pause(RETRY_PERIOD) {
+            if self.core.sleep(RETRY_PERIOD) {
                 return;
             }
         }
@@ -118,8 +95,8 @@ impl Daemon {
 
     /// Whether the VM is to be deleted now.
     fn record_death(&self, vm: &VmId, generation: u64, end: &End) -> Result<bool> {
-        let guard = self.locks.vm.lock(vm);
-        let Some(row) = self.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else { return Ok(false) };
+        let guard = self.core.locks.vm.lock(vm);
+        let Some(row) = self.core.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else { return Ok(false) };
         if row.generation != generation {
             return Ok(false);
         }
@@ -134,18 +111,19 @@ impl Daemon {
         }
         let state = if end.is_orderly() { VmState::Stopped } else { VmState::Failed };
         let (rm, reason, cause) = (row.rm, end.to_string(), CancelCause::VmmEnded(end.to_string()));
-        let ((), ticket) = self.change(true, |tx| {
+        let ((), ticket) = self.core.change(true, |tx| {
             tx.update_vm(&guard, |row| {
                 (row.state, row.reason) = (state, Some(reason));
                 (row.identity, row.ssh_addr) = (None, None);
             })
         })?;
-        self.note(&row, Some(ticket.seq()), None, || super::history::What::Died { state });
+        self.core.note(&row, Some(ticket.seq()), None, || super::history::What::Died { state });
         self.runtimes.cancel_users(guard.key(), &cause);
         drop(guard);
-        self.wait_durable(ticket)?;
-        // The VMM has exited: what it had may be used again. What fails is tried again by the next sweep.
-        if let Err(e) = self.release_boot(vm, generation) {
+        self.core.wait_durable(ticket)?;
+        // The VMM has exited: what it had may be used again. What fails is tried again by the next
+        // sweep.
+        if let Err(e) = self.resources.release_boot(vm, generation) {
             log::warn!("clean up after the vmm of {vm}: {e}");
         }
         Ok(rm)
@@ -154,8 +132,8 @@ impl Daemon {
     /// Deletes an `rm` VM on the daemon's own account. Somebody else may be at it already.
     pub(super) fn delete_unasked(&self, vm: &VmId) {
         let root = Caller { uid: 0, gid: 0, pid: 0 };
-        let ask = Ask { verb: Verb::DeleteForce, method: "vm.delete", timeout: None, restore: None };
-        if let Err(e) = self.lifecycle(&root, vm.as_str(), &ask) {
+        let ask = LifecycleRequest { verb: Verb::DeleteForce, method: "vm.delete", timeout: None, restore: None };
+        if let Err(e) = self.request(&root, vm.as_str(), &ask) {
             log::info!("delete {vm}, which was to be removed: {e}");
         }
     }

@@ -1,24 +1,37 @@
-//! Imports and exports. The VM's lock is held for a moment, to check the state and join its cancel set; the
-//! workspace lock is held across the guest I/O, on the operation's own thread; a pool worker pumps (`transfer.rs`).
+//! Imports and exports. The VM's lock is held for a moment, to check the state and join its cancel
+//! set; the workspace lock is held across the guest I/O, on the operation's own thread; a pool
+//! worker pumps (`transfer.rs`).
 
+use super::access::Caller;
+use super::call::{CallOutcome, to_value};
+use super::core::{Core, now_s};
+use super::guests::Guests;
 use super::locks::WorkspaceOf;
-use super::rate_floor::{Moved, RateFloor};
-use super::runtime::{Use, User};
-use super::transfer::{Imported, Transfer};
-use super::{Begun, Caller, Daemon, Notes, now_s, to_value};
+use super::notes::Notes;
+use super::rate_floor::Moved;
+use super::rate_floor::RateFloor;
+use super::runtime::Use;
+use super::runtime::User;
+use super::sessions::Sessions;
+use super::transfer::Imported;
+use super::transfer::Transfer;
+use super::views::Views;
 use crate::api::vm::WorkspaceState;
 use crate::api::workspace::{ExportReply, ExportRequest, PrepareReply, PrepareRequest};
 use crate::error::{Error, Kind, Result};
+use crate::guest::Transport;
 use crate::guest::io::fifo::{self, Direction};
 use crate::host::wait::{cancelled, cancelled_by};
 use crate::ids::VmId;
 use crate::locks::{CancelCause, KeyGuard};
 use crate::ops::OpHandle;
+use crate::pool::Pool;
 use crate::pool::QueueSlot;
 use crate::store::{VmRow, WorkspaceRow};
 use crate::workspace::{encode, guest_path, remote};
 use serde_json::Value;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// No transfer goes on for longer; one that stands still ends after `transfer_idle_s`.
@@ -27,7 +40,8 @@ const TRANSFER_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 /// Between a VM's leaving `running` and the word of it to whoever uses the guest: microseconds.
 const CAUSE_DEADLINE: Duration = Duration::from_secs(1);
 
-/// What a transfer holds from its call to its end: its place in the VM's cancel set and in the pool's queue.
+/// What a transfer holds from its call to its end: its place in the VM's cancel set and in the
+/// pool's queue.
 struct Admitted {
     row: VmRow,
     op: OpHandle,
@@ -37,47 +51,59 @@ struct Admitted {
     _user: User,
 }
 
-impl Daemon {
+/// Imports and exports of workspaces.
+#[derive(Clone)]
+pub struct Transfers {
+    pub(super) core: Core,
+    pub(super) views: Views,
+    pub(super) guests: Guests,
+    pub(super) sessions: Sessions,
+    pub pool: Arc<Pool>,
+    pub(super) transport: Arc<dyn Transport>,
+}
+
+impl Transfers {
     /// Roots below which a workspace may lie.
     pub fn guest_roots(&self) -> Vec<String> {
         guest_path::ROOTS.iter().map(|r| (*r).to_owned()).collect()
     }
 
     /// An import. The stream comes through the one FIFO; `notes` carries the `ready` note.
-    pub fn prepare(&self, caller: &Caller, mut request: PrepareRequest, fds: Vec<OwnedFd>, notes: &Notes) -> Result<Begun> {
+    pub fn prepare(&self, caller: &Caller, mut request: PrepareRequest, fds: Vec<OwnedFd>, notes: &Notes) -> Result<CallOutcome> {
         request.guest_path = guest_path::validate(&request.guest_path)?;
         guest_path::validate_subdir(&request.subdir)?;
         let method = "workspace.prepare";
         let admitted = self.admit(caller, &request.vm, method, request.no_wait, (fds, Direction::Read))?;
-        let (id, daemon, notes) = (admitted.op.id().clone(), self.clone(), notes.clone());
-        self.spawn(&format!("op-{id}"), move || {
+        let (id, transfers, notes) = (admitted.op.id().clone(), self.clone(), notes.clone());
+        self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope(format!("{method} {}", admitted.row.id));
             let Admitted { row, op, fifo, place, no_wait, _user } = admitted;
             let doing = format!("import into vm {}", row.name);
-            let result = daemon.run_prepare(&row, &op, fifo, place, no_wait, (&request, notes));
-            let result = result.map_err(|e| daemon.blame_disk(&op, e).context(doing).of_vm(&row.name));
-            daemon.end_op(op, result);
+            let result = transfers.run_prepare(&row, &op, fifo, place, no_wait, (&request, notes));
+            let result = result.map_err(|e| transfers.blame_disk(&op, e).context(doing).of_vm(&row.name));
+            transfers.core.end_op(op, result);
         })?;
-        Ok(Begun::Op(id))
+        Ok(CallOutcome::Op(id))
     }
 
     /// An export into the one FIFO. It waits for an import that is under way.
-    pub fn export(&self, caller: &Caller, request: ExportRequest, fds: Vec<OwnedFd>) -> Result<Begun> {
+    pub fn export(&self, caller: &Caller, request: ExportRequest, fds: Vec<OwnedFd>) -> Result<CallOutcome> {
         let method = "workspace.export";
         let admitted = self.admit(caller, &request.vm, method, request.no_wait, (fds, Direction::Write))?;
-        let (id, daemon) = (admitted.op.id().clone(), self.clone());
-        self.spawn(&format!("op-{id}"), move || {
+        let (id, transfers) = (admitted.op.id().clone(), self.clone());
+        self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope(format!("{method} {}", admitted.row.id));
             let Admitted { row, op, fifo, place, no_wait, _user } = admitted;
             let doing = format!("export from vm {}", row.name);
-            let result = daemon.run_export(&row, &op, fifo, place, no_wait, &request);
-            let result = result.map_err(|e| daemon.blame_disk(&op, e).context(doing).of_vm(&row.name));
-            daemon.end_op(op, result);
+            let result = transfers.run_export(&row, &op, fifo, place, no_wait, &request);
+            let result = result.map_err(|e| transfers.blame_disk(&op, e).context(doing).of_vm(&row.name));
+            transfers.core.end_op(op, result);
         })?;
-        Ok(Begun::Op(id))
+        Ok(CallOutcome::Op(id))
     }
 
-    /// Checks everything that can be checked at once: the descriptor, the VM's state, a place in the queue.
+    /// Checks everything that can be checked at once: the descriptor, the VM's state, a place in
+    /// the queue.
     fn admit(
         &self,
         caller: &Caller,
@@ -91,9 +117,9 @@ impl Daemon {
                 .hint("pass one end of a FIFO")
         })?;
         let fifo = fifo::accept(fd, direction)?;
-        let found = self.resolve(caller, vm)?;
-        let op = self.begin_op(method, Some(found.id.clone()), caller.uid, true)?;
-        let joined = self.join_guest(&found, Use::Transfer, op.cancel());
+        let found = self.core.resolve(caller, vm)?;
+        let op = self.core.begin_op(method, Some(found.id.clone()), caller.uid, true)?;
+        let joined = self.sessions.join_guest(&found, Use::Transfer, op.cancel());
         let (row, _user, place) = match joined.and_then(|(row, user)| Ok((row, user, self.pool.reserve(caller.uid)?))) {
             Ok(joined) => joined,
             Err(e) => {
@@ -101,7 +127,7 @@ impl Daemon {
                 return Err(e);
             }
         };
-        match self.persist_op(&op) {
+        match self.core.persist_op(&op) {
             Ok(()) => Ok(Admitted { row, op, fifo, place, no_wait, _user }),
             Err(e) => {
                 op.finish(Err(e.clone()));
@@ -113,7 +139,7 @@ impl Daemon {
     /// What was cancelled because the guest is paused has met a full disk.
     fn blame_disk(&self, op: &OpHandle, e: Error) -> Error {
         let is_paused = e.kind() == Kind::Cancelled && op.cancel().cause() == Some(&CancelCause::HostDiskFull);
-        if is_paused { e.with_kind(Kind::DiskFull).hint(self.hint_of_full_disk()) } else { e }
+        if is_paused { e.with_kind(Kind::DiskFull).hint(self.sessions.hint_of_full_disk()) } else { e }
     }
 
     fn run_prepare(
@@ -126,7 +152,7 @@ impl Daemon {
         (request, notes): (&PrepareRequest, Notes),
     ) -> Result<Value> {
         #[cfg(feature = "one-lock")]
-        let _negative_control = self.locks.vm.lock(&row.id);
+        let _negative_control = self.core.locks.vm.lock(&row.id);
         let guard = self.lock_workspace(op, row, no_wait)?;
         let transfer = self.transfer(&guard.key().0, op, fifo, &request.guest_path)?;
         let began = self.mark_incomplete(&transfer.row, request)?;
@@ -140,7 +166,7 @@ impl Daemon {
         drop(guard);
         let kept = encode::encode_some(imported.kept.iter());
         let (entries, bytes) = (imported.trailer.entries, imported.trailer.bytes);
-        to_value(&PrepareReply { vm: self.view(&row.id)?, kept, entries, bytes })
+        to_value(&PrepareReply { vm: self.views.view(&row.id)?, kept, entries, bytes })
     }
 
     fn run_export(
@@ -153,7 +179,7 @@ impl Daemon {
         request: &ExportRequest,
     ) -> Result<Value> {
         let guard = self.lock_workspace(op, row, no_wait)?;
-        let workspace = self.store.read(|s| s.workspace(&guard.key().0).cloned()).ok_or_else(|| {
+        let workspace = self.core.store.read(|s| s.workspace(&guard.key().0).cloned()).ok_or_else(|| {
             Error::new(Kind::WorkspaceNotFound, "it has no workspace").hint(format!("fcctl workspace prepare {} PATH", row.name))
         })?;
         if workspace.state == WorkspaceState::Incomplete {
@@ -170,14 +196,14 @@ impl Daemon {
     }
 
     fn rate_floor(&self) -> RateFloor {
-        let limits = &self.config.limits;
+        let limits = &self.core.limits;
         RateFloor::new(Duration::from_secs(limits.transfer_rate_window_s), limits.transfer_bytes_per_s_min)
     }
 
     /// First come, first served; a waiting one costs no worker and can be cancelled.
     fn lock_workspace<'a>(&'a self, op: &OpHandle, row: &VmRow, no_wait: bool) -> Result<KeyGuard<'a, WorkspaceOf>> {
         let workspace = WorkspaceOf(row.id.clone());
-        if let Some(guard) = self.locks.workspace.try_lock(&workspace) {
+        if let Some(guard) = self.core.locks.workspace.try_lock(&workspace) {
             return Ok(guard);
         }
         if no_wait {
@@ -186,28 +212,31 @@ impl Daemon {
             );
         }
         op.progress("waits for another import or export of this VM");
-        self.locks
+        self.core
+            .locks
             .workspace
             .lock_cancellable(&workspace, op.cancel())
             .map_err(|_| cancelled("wait for another import or export", op.cancel()))
     }
 
-    /// Address, keys and generation as they are now: the VM may have been restarted while this one waited.
+    /// Address, keys and generation as they are now: the VM may have been restarted while this one
+    /// waited.
     fn transfer(&self, vm: &VmId, op: &OpHandle, fifo: OwnedFd, guest_path: &str) -> Result<Transfer> {
-        let row = self.row(vm)?;
-        if let Err(refused) = self.allow(&row, super::transitions::Verb::Guest) {
-            // A stop has claimed the VM since this one joined it, and is about to say why to all who use it.
+        let row = self.core.row(vm)?;
+        if let Err(refused) = self.core.allow(&row, super::transitions::Verb::Guest) {
+            // A stop has claimed the VM since this one joined it, and is about to say why to all
+            // who use it.
             super::waiting::poll_until(&[op.cancel().fd()], Instant::now() + CAUSE_DEADLINE);
             return Err(if op.cancel().is_cancelled() { cancelled_by(op.cancel()) } else { refused });
         }
         Ok(Transfer {
             transport: self.transport.clone(),
-            target: self.target(&row)?,
+            target: self.guests.target(&row)?,
             reporter: op.reporter(),
             fifo,
             moved: Moved::default(),
             place: remote::GuestWorkspace::new(guest_path),
-            idle: Duration::from_secs(self.config.limits.transfer_idle_s),
+            idle: Duration::from_secs(self.core.limits.transfer_idle_s),
             row,
         })
     }
@@ -229,14 +258,15 @@ impl Daemon {
             prepared_at: now_s(),
             generation: row.generation,
         };
-        let ((), ticket) = self.store.change(|tx| tx.put_workspace(began.clone()))?;
-        self.wait_durable(ticket)?;
+        let ((), ticket) = self.core.store.change(|tx| tx.put_workspace(began.clone()))?;
+        self.core.wait_durable(ticket)?;
         Ok(began)
     }
 
-    /// Compared and written in one section: a VM that was restarted or an import that was overtaken stays marked.
+    /// Compared and written in one section: a VM that was restarted or an import that was overtaken
+    /// stays marked.
     fn mark_complete(&self, began: &WorkspaceRow, imported: &Imported) -> Result<()> {
-        let ((), ticket) = self.store.change(|tx| {
+        let ((), ticket) = self.core.store.change(|tx| {
             let same_vm = tx.vm(&began.vm).is_some_and(|row| row.generation == began.generation);
             if !same_vm || tx.workspace(&began.vm).map(|w| &**w) != Some(began) {
                 return Err(Error::new(Kind::Conflict, "the VM was restarted meanwhile").hint("bring the tree in again"));
@@ -249,6 +279,6 @@ impl Daemon {
                 ..began.clone()
             })
         })?;
-        self.wait_durable(ticket)
+        self.core.wait_durable(ticket)
     }
 }

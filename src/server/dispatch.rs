@@ -15,7 +15,7 @@ use crate::api::vm::{
 };
 use crate::api::workspace::{WorkspaceExport, WorkspacePrepare};
 use crate::api::{Call, VERSION_MAJOR, VERSION_MINOR};
-use crate::daemon::{Begun, Caller, Daemon, ExecIo, Gone, Hangup, HeldKey, Keyed, Notes, WatchLine};
+use crate::daemon::{CallOutcome, Caller, Daemon, ExecIo, Gone, Hangup, HeldKey, Keyed, Notes, WatchLine};
 use crate::error::{Error, Kind};
 use crate::ids::OpId;
 use crate::locks::CancelCause;
@@ -71,7 +71,7 @@ impl Handler for Dispatch {
         if !matches!(call.method, ExecStart::METHOD | WorkspacePrepare::METHOD | WorkspaceExport::METHOD) {
             call.take_fds::<0>()?;
         }
-        if self.daemon.is_closing() {
+        if self.daemon.core.is_closing() {
             return Err(Error::new(Kind::ShuttingDown, "the daemon is shutting down").hint("try again when it is back").into());
         }
         let context = CallContext { daemon: &self.daemon, caller, connection, more: call.more };
@@ -94,69 +94,69 @@ impl CallContext<'_> {
             VmCreate::METHOD => self.create(&call),
             VmStart::METHOD => {
                 let request: <VmStart as Call>::Request = call.parse()?;
-                self.keyed(&call, OnHangup::Cancel, || d.start(c, &request.vm))
+                self.keyed(&call, OnHangup::Cancel, || d.lifecycle.start(c, &request.vm))
             }
             VmStop::METHOD => {
                 let request = call.parse()?;
-                self.keyed(&call, OnHangup::GoOn, || d.stop(c, &request))
+                self.keyed(&call, OnHangup::GoOn, || d.lifecycle.stop(c, &request))
             }
             VmRestart::METHOD => {
                 let request = call.parse()?;
-                self.keyed(&call, OnHangup::GoOn, || d.restart(c, &request))
+                self.keyed(&call, OnHangup::GoOn, || d.lifecycle.restart(c, &request))
             }
             VmKill::METHOD => {
                 let request: <VmKill as Call>::Request = call.parse()?;
-                self.keyed(&call, OnHangup::GoOn, || d.kill(c, &request.vm))
+                self.keyed(&call, OnHangup::GoOn, || d.lifecycle.kill(c, &request.vm))
             }
             VmDelete::METHOD => {
                 let request = call.parse()?;
-                self.keyed(&call, OnHangup::GoOn, || d.delete(c, &request))
+                self.keyed(&call, OnHangup::GoOn, || d.lifecycle.delete(c, &request))
             }
-            VmList::METHOD => answer(&d.list(c, &call.parse()?)?),
+            VmList::METHOD => answer(&d.views.list(c, &call.parse()?)?),
             VmShow::METHOD => {
                 let request: <VmShow as Call>::Request = call.parse()?;
-                answer(&d.show(c, &request.vm)?)
+                answer(&d.views.show(c, &request.vm)?)
             }
             VmSet::METHOD => {
                 let request = call.parse()?;
-                self.keyed_value(&call, |_| value(&VmReply { vm: d.set(c, &request)? }), true)
+                self.keyed_value(&call, |_| value(&VmReply { vm: d.controls.set(c, &request)? }), true)
             }
             VmBalloon::METHOD => {
                 let request = call.parse()?;
-                self.keyed_value(&call, |_| value(&d.balloon(c, &request)?), true)
+                self.keyed_value(&call, |_| value(&d.controls.balloon(c, &request)?), true)
             }
             VmPause::METHOD => {
                 let request: <VmPause as Call>::Request = call.parse()?;
-                self.keyed_value(&call, |_| value(&VmReply { vm: d.pause_vm(c, &request.vm)? }), true)
+                self.keyed_value(&call, |_| value(&VmReply { vm: d.controls.pause_vm(c, &request.vm)? }), true)
             }
             VmResume::METHOD => {
                 let request: <VmResume as Call>::Request = call.parse()?;
-                self.keyed_value(&call, |_| value(&VmReply { vm: d.resume_vm(c, &request.vm)? }), true)
+                self.keyed_value(&call, |_| value(&VmReply { vm: d.controls.resume_vm(c, &request.vm)? }), true)
             }
             VmFork::METHOD => {
                 let request: <VmFork as Call>::Request = call.parse()?;
-                self.keyed(&call, OnHangup::Cancel, || d.fork(c, request))
+                self.keyed(&call, OnHangup::Cancel, || d.snapshots.fork(c, request))
             }
             VmLogs::METHOD => {
                 let request = call.parse()?;
                 let mut send = |chunk| self.connection.notify(Note::Log(chunk));
-                answer(&d.logs(c, &request, self.hangup(), &mut send)?)
+                answer(&d.sessions.logs(c, &request, self.hangup(), &mut send)?)
             }
-            VmWait::METHOD => answer(&d.wait_state(c, &call.parse()?, self.hangup())?),
+            VmWait::METHOD => answer(&d.views.wait_state(c, &call.parse()?, self.hangup())?),
             VmPrune::METHOD => self.prune(&call),
-            VmStatsCall::METHOD => answer(&d.stats(c, &call.parse()?)?),
+            VmStatsCall::METHOD => answer(&d.views.stats(c, &call.parse()?)?),
             VmConnect::METHOD => {
-                let (vm, stream) = d.connect(c, &call.parse()?)?;
+                let (vm, stream) = d.sessions.connect(c, &call.parse()?)?;
                 self.connection.pass(stream.into());
                 answer(&VmReply { vm })
             }
             VmMetrics::METHOD => {
                 let request: <VmMetrics as Call>::Request = call.parse()?;
-                answer(&d.metrics(c, &request.vm)?)
+                answer(&d.controls.metrics(c, &request.vm)?)
             }
             VmSshConfig::METHOD => {
                 let request: <VmSshConfig as Call>::Request = call.parse()?;
-                answer(&d.ssh_config(c, &request.vm)?)
+                answer(&d.sessions.ssh_config(c, &request.vm)?)
             }
             other => Err(CallError::unknown_method(other)),
         }
@@ -166,68 +166,68 @@ impl CallContext<'_> {
         let (d, c) = (self.daemon, &self.caller);
         match call.method {
             ExecStart::METHOD => self.exec(call),
-            ExecResize::METHOD => answer(&d.exec_resize(c, &call.parse()?).map(|()| crate::api::Empty {})?),
-            ExecSignal::METHOD => answer(&d.exec_signal(c, &call.parse()?).map(|()| crate::api::Empty {})?),
+            ExecResize::METHOD => answer(&d.sessions.exec_resize(c, &call.parse()?).map(|()| crate::api::Empty {})?),
+            ExecSignal::METHOD => answer(&d.sessions.exec_signal(c, &call.parse()?).map(|()| crate::api::Empty {})?),
             WorkspacePrepare::METHOD => {
                 let (request, notes) = (call.parse()?, Notes::new()?);
                 let fds = std::mem::take(&mut call.fds);
-                let (begun, on_hangup) = self.once(&call, OnHangup::Cancel, || d.prepare(c, request, fds, &notes))?;
+                let (begun, on_hangup) = self.once(&call, OnHangup::Cancel, || d.transfers.prepare(c, request, fds, &notes))?;
                 self.follow(begun, on_hangup, Some(&notes))
             }
             WorkspaceExport::METHOD => {
                 let request = call.parse()?;
                 let fds = std::mem::take(&mut call.fds);
-                self.keyed(&call, OnHangup::Cancel, || d.export(c, request, fds))
+                self.keyed(&call, OnHangup::Cancel, || d.transfers.export(c, request, fds))
             }
             SnapshotCreate::METHOD => {
                 let request: <SnapshotCreate as Call>::Request = call.parse()?;
-                self.keyed(&call, OnHangup::Cancel, || d.snapshot_create(c, request))
+                self.keyed(&call, OnHangup::Cancel, || d.snapshots.snapshot_create(c, request))
             }
-            SnapshotList::METHOD => answer(&d.snapshot_list(c, &call.parse()?)?),
+            SnapshotList::METHOD => answer(&d.snapshots.snapshot_list(c, &call.parse()?)?),
             SnapshotShow::METHOD => {
                 let request: <SnapshotShow as Call>::Request = call.parse()?;
-                answer(&d.snapshot_show(c, &request.snapshot)?)
+                answer(&d.snapshots.snapshot_show(c, &request.snapshot)?)
             }
             SnapshotDelete::METHOD => {
                 let request: <SnapshotDelete as Call>::Request = call.parse()?;
-                self.keyed_value(&call, |_| value(&d.snapshot_delete(c, &request.snapshot)?), true)
+                self.keyed_value(&call, |_| value(&d.snapshots.snapshot_delete(c, &request.snapshot)?), true)
             }
             SnapshotRestore::METHOD => {
                 let request: <SnapshotRestore as Call>::Request = call.parse()?;
-                self.keyed(&call, OnHangup::Cancel, || d.snapshot_restore(c, request))
+                self.keyed(&call, OnHangup::Cancel, || d.snapshots.snapshot_restore(c, request))
             }
-            OpList::METHOD => answer(&d.op_list(c, &call.parse()?)?),
+            OpList::METHOD => answer(&d.core.op_list(c, &call.parse()?)?),
             OpShow::METHOD => {
                 let request: <OpShow as Call>::Request = call.parse()?;
-                answer(&OpReply { op: d.op_find(c, &request.op)? })
+                answer(&OpReply { op: d.core.op_find(c, &request.op)? })
             }
             OpWait::METHOD => self.op_wait(&call),
             OpCancel::METHOD => {
                 let request: <OpCancel as Call>::Request = call.parse()?;
-                answer(&d.op_cancel(c, &request.op)?)
+                answer(&d.core.op_cancel(c, &request.op)?)
             }
             EventsWatch::METHOD => self.events(&call),
             ImageBuild::METHOD => {
                 let request = call.parse()?;
-                self.keyed(&call, OnHangup::Cancel, || d.image_build(c, &request))
+                self.keyed(&call, OnHangup::Cancel, || d.images.image_build(c, &request))
             }
-            ImageList::METHOD => answer(&d.image_list(&call.parse()?)?),
+            ImageList::METHOD => answer(&d.images.image_list(&call.parse()?)?),
             ImageDelete::METHOD => {
                 let request: <ImageDelete as Call>::Request = call.parse()?;
-                self.keyed_value(&call, |_| value(&d.image_delete(c, &request.image)?), true)
+                self.keyed_value(&call, |_| value(&d.images.image_delete(c, &request.image)?), true)
             }
             KernelImport::METHOD => {
                 let request: <KernelImport as Call>::Request = call.parse()?;
-                self.keyed(&call, OnHangup::Cancel, || d.kernel_import(c, request))
+                self.keyed(&call, OnHangup::Cancel, || d.kernels.kernel_import(c, request))
             }
-            KernelList::METHOD => answer(&d.kernel_list(&call.parse()?)?),
+            KernelList::METHOD => answer(&d.kernels.kernel_list(&call.parse()?)?),
             KernelShow::METHOD => {
                 let request: <KernelShow as Call>::Request = call.parse()?;
-                answer(&d.kernel_show(&request.kernel)?)
+                answer(&d.kernels.kernel_show(&request.kernel)?)
             }
             KernelDelete::METHOD => {
                 let request: <KernelDelete as Call>::Request = call.parse()?;
-                answer(&d.kernel_delete(c, &request.kernel)?)
+                answer(&d.kernels.kernel_delete(c, &request.kernel)?)
             }
             crate::api::daemon::Info::METHOD => {
                 let crate::api::Empty {} = call.parse()?;
@@ -235,15 +235,15 @@ impl CallContext<'_> {
             }
             Doctor::METHOD => {
                 let crate::api::Empty {} = call.parse()?;
-                answer(&d.doctor(c)?)
+                answer(&d.doctor.doctor(c)?)
             }
             crate::api::daemon::Leaks::METHOD => {
                 let request: <crate::api::daemon::Leaks as Call>::Request = call.parse()?;
-                answer(&d.leaks(c, request.fix)?)
+                answer(&d.doctor.leaks(c, request.fix)?)
             }
             crate::api::daemon::DebugLocks::METHOD => {
                 let crate::api::Empty {} = call.parse()?;
-                answer(&d.debug_locks())
+                answer(&d.core.debug_locks())
             }
             other => Err(CallError::unknown_method(other)),
         }
@@ -262,7 +262,7 @@ impl CallContext<'_> {
             uid: nix::unistd::geteuid().as_raw(),
             state_dir: self.daemon.config.state_dir.display().to_string(),
             uptime_s: self.daemon.uptime().as_secs(),
-            guest_roots: self.daemon.guest_roots(),
+            guest_roots: self.daemon.transfers.guest_roots(),
         }
     }
 
@@ -275,7 +275,7 @@ impl CallContext<'_> {
         if !request.hold {
             return self.keyed_value(
                 call,
-                |key| value(&VmReply { vm: self.daemon.create_keyed(&self.caller, &request, key)? }),
+                |key| value(&VmReply { vm: self.daemon.creator.create_keyed(&self.caller, &request, key)? }),
                 false,
             );
         }
@@ -283,10 +283,10 @@ impl CallContext<'_> {
             let e = Error::invalid("vm.create with hold must be called without a key");
             return Err(e.hint("leave the key out").into());
         }
-        let vm = self.daemon.create(&self.caller, &request)?;
+        let vm = self.daemon.creator.create(&self.caller, &request)?;
         // If this note cannot be sent, the caller has disconnected, which the hold notices at once.
         let _ = self.connection.notify(Note::Created(Box::new(vm.clone())));
-        answer(&self.daemon.hold(vm, self.hangup())?)
+        answer(&self.daemon.lifecycle.hold(vm, self.hangup())?)
     }
 
     /// Starts what the call asks for, or finds the operation that an earlier call with the same key
@@ -295,11 +295,11 @@ impl CallContext<'_> {
         &self,
         call: &IncomingCall<'_>,
         on_hangup: OnHangup,
-        begin: impl FnOnce() -> crate::error::Result<Begun>,
-    ) -> Result<(Begun, OnHangup), CallError> {
+        begin: impl FnOnce() -> crate::error::Result<CallOutcome>,
+    ) -> Result<(CallOutcome, OnHangup), CallError> {
         let Some(key) = call.key else { return Ok((begin()?, on_hangup)) };
-        match self.daemon.claim_key(&self.caller, key, call.method, call.params)? {
-            Keyed::Same(op) => Ok((Begun::Joined(op.id), OnHangup::GoOn)),
+        match self.daemon.keys.claim_key(&self.caller, key, call.method, call.params)? {
+            Keyed::Same(op) => Ok((CallOutcome::Joined(op.id), OnHangup::GoOn)),
             Keyed::New(held) => Ok((held.record(begin()?), on_hangup)),
         }
     }
@@ -308,7 +308,7 @@ impl CallContext<'_> {
         &self,
         call: &IncomingCall<'_>,
         on_hangup: OnHangup,
-        begin: impl FnOnce() -> crate::error::Result<Begun>,
+        begin: impl FnOnce() -> crate::error::Result<CallOutcome>,
     ) -> CallResult {
         let (begun, on_hangup) = self.once(call, on_hangup, begin)?;
         self.follow(begun, on_hangup, None)
@@ -323,12 +323,12 @@ impl CallContext<'_> {
         record: bool,
     ) -> CallResult {
         let Some(key) = call.key else { return answer(&make(None)?) };
-        match self.daemon.claim_key(&self.caller, key, call.method, call.params)? {
+        match self.daemon.keys.claim_key(&self.caller, key, call.method, call.params)? {
             Keyed::Same(op) => ended(*op),
             Keyed::New(held) => {
                 let value = make(Some(&held))?;
                 if record {
-                    held.record(Begun::Done(value.clone()));
+                    held.record(CallOutcome::Done(value.clone()));
                 }
                 answer(&value)
             }
@@ -337,7 +337,7 @@ impl CallContext<'_> {
 
     fn prune(&self, call: &IncomingCall<'_>) -> CallResult {
         let crate::api::Empty {} = call.parse()?;
-        let (mut reply, begun) = self.daemon.prune(&self.caller)?;
+        let (mut reply, begun) = self.daemon.lifecycle.prune(&self.caller)?;
         let mut kept = Vec::new();
         for (id, begun) in reply.deleted.into_iter().zip(begun) {
             if self.follow_quietly(begun) {
@@ -349,10 +349,10 @@ impl CallContext<'_> {
     }
 
     /// Waits for an operation. Returns true if it succeeded.
-    fn follow_quietly(&self, begun: Begun) -> bool {
+    fn follow_quietly(&self, begun: CallOutcome) -> bool {
         match begun {
-            Begun::Done(_) => true,
-            Begun::Op(op) | Begun::Joined(op) => {
+            CallOutcome::Done(_) => true,
+            CallOutcome::Op(op) | CallOutcome::Joined(op) => {
                 matches!(self.wait_op(&op, None, None, &mut |_| {}), Ok(Some(op)) if op.state == OpState::Ok)
             }
         }
@@ -364,7 +364,7 @@ impl CallContext<'_> {
         let mut session_made = |session: &crate::ids::SessionId| {
             let _ = self.connection.notify(Note::Session { session: session.clone() });
         };
-        answer(&self.daemon.exec(&self.caller, &request, io, self.connection.fd(), &mut session_made)?)
+        answer(&self.daemon.sessions.exec(&self.caller, &request, io, self.connection.fd(), &mut session_made)?)
     }
 
     fn events(&self, call: &IncomingCall<'_>) -> CallResult {
@@ -373,12 +373,12 @@ impl CallContext<'_> {
             let e = Error::invalid("events.watch must be called with more");
             return Err(e.hint("call it with \"more\": true").into());
         }
-        answer(&self.daemon.watch_events(&self.caller, &request, self.connection)?)
+        answer(&self.daemon.watchers.watch_events(&self.caller, &request, self.connection)?)
     }
 
     fn op_wait(&self, call: &IncomingCall<'_>) -> CallResult {
         let request: <OpWait as Call>::Request = call.parse()?;
-        let op = self.daemon.op_find(&self.caller, &request.op)?;
+        let op = self.daemon.core.op_find(&self.caller, &request.op)?;
         let deadline = request.timeout_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
         let mut notify = |note| {
             if self.more {
@@ -396,15 +396,15 @@ impl CallContext<'_> {
 
     /// Answers a call that has started something: at once without `more`, and otherwise when it has
     /// ended.
-    fn follow(&self, begun: Begun, on_hangup: OnHangup, notes: Option<&Notes>) -> CallResult {
+    fn follow(&self, begun: CallOutcome, on_hangup: OnHangup, notes: Option<&Notes>) -> CallResult {
         let (id, owned) = match begun {
-            Begun::Done(value) => return answer(&value),
-            Begun::Op(id) => (id, true),
-            Begun::Joined(id) => (id, false),
+            CallOutcome::Done(value) => return answer(&value),
+            CallOutcome::Op(id) => (id, true),
+            CallOutcome::Joined(id) => (id, false),
         };
         if !self.more {
             // The operation may fail at once because its start could not be recorded.
-            self.daemon.wait_begun().map_err(|e| CallError::from(e).with_op(id.clone()))?;
+            self.daemon.core.wait_begun().map_err(|e| CallError::from(e).with_op(id.clone()))?;
             return answer(&OpStarted { op: id });
         }
         let _ = self.connection.notify(Note::Op { op: id.clone() });
@@ -418,7 +418,7 @@ impl CallContext<'_> {
             Err(Gone) => {
                 if owned && on_hangup == OnHangup::Cancel {
                     // It may have ended in the meantime.
-                    let _ = self.daemon.ops.cancel(&id, CancelCause::CallerHungUp);
+                    let _ = self.daemon.core.ops.cancel(&id, CancelCause::CallerHungUp);
                 }
                 Err(CallError::from(gone()).with_op(id))
             }
@@ -433,7 +433,7 @@ impl CallContext<'_> {
         notes: Option<&Notes>,
         notify: &mut dyn FnMut(Note),
     ) -> Result<Option<Op>, Gone> {
-        let Ok(mut watcher) = self.daemon.ops.watch(id) else { return Ok(self.daemon.op_kept(id).ok()) };
+        let Ok(mut watcher) = self.daemon.core.ops.watch(id) else { return Ok(self.daemon.core.op_kept(id).ok()) };
         loop {
             for note in notes.map(Notes::take).unwrap_or_default() {
                 notify(note);

@@ -55,27 +55,27 @@ pub fn run(config: Config) -> Result<()> {
     let claim = claim_host(&config)?;
     let mut seams = Seams::real(&config)?;
     if let Some(claim) = &claim {
-        seams.installations = Some(Box::new(claim.registry()));
+        seams.installations = Some(Arc::new(claim.registry()));
     }
     let daemon = Daemon::open(config.clone(), seams)?;
     #[cfg(feature = "fakes")]
     if let Some(plan) = crate::daemon::DieAt::told() {
-        daemon.effects.follow(plan.clone());
-        daemon.store.faults().ask(plan);
+        daemon.core.effects.follow(plan.clone());
+        daemon.core.store.faults().ask(plan);
     }
     if let Some(check) = crate::daemon::state_dir_check(&config) {
         log::error!("{}; {}", check.found, check.fix.unwrap_or_default());
     }
     let dispatch = Arc::new(Dispatch::new(daemon.clone()));
     let server = Server::bind(&config.socket, Limits::from(&config.limits), dispatch)?;
-    let reconciler = daemon.clone();
+    let reconciling = daemon.clone();
     let reconciled = crate::host::thread::spawn("reconcile", move || {
-        reconciler.reconcile();
-        reconciler.warm_up();
-        reconciler.keep_house();
+        reconciling.reconciler.reconcile();
+        reconciling.warm_up();
+        reconciling.reconciler.run_sweeper();
     })?;
-    let roomer = daemon.clone();
-    let roomed = crate::host::thread::spawn("room", move || roomer.keep_room())?;
+    let space_monitor = daemon.space_monitor.clone();
+    let roomed = crate::host::thread::spawn("room", move || space_monitor.run())?;
     log::info!("fcd {} serves {} from {}", env!("CARGO_PKG_VERSION"), config.socket.display(), config.state_dir.display());
 
     let first = signals.forever().next().unwrap_or(SIGTERM);

@@ -176,7 +176,7 @@ fn rates_after_crash_before_driver_are_applied() {
     });
     world.reopen();
     assert_eq!(world.vmm.adjusted(&vm.id).unwrap(), (disk(None, Some(100)), 512));
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     assert_eq!(world.vmm.adjusted(&vm.id).unwrap(), (disk(Some(M), None), 1024));
 }
 

@@ -228,7 +228,7 @@ fn full_pool_refuses_transfers() {
     world.running("other");
     let running = world.import("web");
     let queued = world.queue_import("other");
-    await_that("the second waits in the queue", || world.daemon().pool.counts().queued == 1);
+    await_that("the second waits in the queue", || world.daemon().transfers.pool.counts().queued == 1);
     let before = world.census();
     let mut refused = world.queue_import("web");
     let e = refused.call.finish(SOON).unwrap_err();
@@ -254,7 +254,7 @@ fn quota_of_one_uid_is_enforced() {
     world.place(&one.id);
     refused(&world, Kind::VmLimit, || world.call::<VmCreate>(&create(|_| {})));
     // Another user has its own quota.
-    world.daemon().create(&user(1000), &create(|_| {})).unwrap();
+    world.daemon().creator.create(&user(1000), &create(|_| {})).unwrap();
     world.vmm.hold_starts(Stage::AfterSpawn);
     let mut first = world.begin::<VmStart>(request("one"), vec![]);
     assert!(world.vmm.await_held(1, soon()));
@@ -296,7 +296,7 @@ fn memory_quota_counts_pending_changes() {
 
 fn ops_seen(world: &World, caller: &Caller) -> Vec<fcd::api::op::Op> {
     let request = fcd::api::op::OpListRequest { all: true, ..Default::default() };
-    let page = world.daemon().op_list(caller, &request).unwrap();
+    let page = world.daemon().core.op_list(caller, &request).unwrap();
     assert_eq!(page.next, None);
     page.ops.iter().map(|raw| serde_json::from_str(raw.get()).unwrap()).collect()
 }
@@ -306,19 +306,24 @@ fn vm_of_another_uid_is_not_found() {
     let world = World::new();
     let (vm, _) = world.running("web");
     let (daemon, them) = (world.daemon(), user(1000));
-    assert!(daemon.list(&them, &VmListRequest { all: true, ..Default::default() }).unwrap().vms.is_empty());
+    assert!(daemon.views.list(&them, &VmListRequest { all: true, ..Default::default() }).unwrap().vms.is_empty());
     let import = world.import("web");
     let op = ops_seen(&world, &root())[0].id.to_string();
     for text in ["web", vm.id.as_str(), &vm.id.as_str()[..4]] {
         let kinds = [
-            daemon.show(&them, text).unwrap_err().kind(),
-            daemon.start(&them, text).unwrap_err().kind(),
-            daemon.stop(&them, &stop(text)).unwrap_err().kind(),
-            daemon.kill(&them, text).unwrap_err().kind(),
-            daemon.delete(&them, &delete(text)).unwrap_err().kind(),
-            daemon.ssh_config(&them, text).unwrap_err().kind(),
-            daemon.set(&them, &VmSetRequest { vm: text.into(), vcpus: Some(1), ..Default::default() }).unwrap_err().kind(),
+            daemon.views.show(&them, text).unwrap_err().kind(),
+            daemon.lifecycle.start(&them, text).unwrap_err().kind(),
+            daemon.lifecycle.stop(&them, &stop(text)).unwrap_err().kind(),
+            daemon.lifecycle.kill(&them, text).unwrap_err().kind(),
+            daemon.lifecycle.delete(&them, &delete(text)).unwrap_err().kind(),
+            daemon.sessions.ssh_config(&them, text).unwrap_err().kind(),
             daemon
+                .controls
+                .set(&them, &VmSetRequest { vm: text.into(), vcpus: Some(1), ..Default::default() })
+                .unwrap_err()
+                .kind(),
+            daemon
+                .transfers
                 .export(&them, ExportRequest { vm: text.into(), kind: ExportKind::Tree, no_wait: true }, vec![pipe().1])
                 .map(|_| ())
                 .unwrap_err()
@@ -329,15 +334,15 @@ fn vm_of_another_uid_is_not_found() {
         assert!(kinds.iter().all(|k| matches!(k, Kind::VmNotFound | Kind::Cancelled)), "{kinds:?}");
     }
     assert!(ops_seen(&world, &them).is_empty());
-    assert_eq!(daemon.op_find(&them, &op).unwrap_err().kind(), Kind::OperationNotFound);
-    assert_eq!(daemon.op_cancel(&them, &op).unwrap_err().kind(), Kind::OperationNotFound);
+    assert_eq!(daemon.core.op_find(&them, &op).unwrap_err().kind(), Kind::OperationNotFound);
+    assert_eq!(daemon.core.op_cancel(&them, &op).unwrap_err().kind(), Kind::OperationNotFound);
     // An owner sees what root does to the owner's VM.
-    let mine = daemon.create(&them, &create(|r| r.name = Some("mine".parse().unwrap()))).unwrap();
+    let mine = daemon.creator.create(&them, &create(|r| r.name = Some("mine".parse().unwrap()))).unwrap();
     world.start("mine").unwrap();
     let seen = ops_seen(&world, &them);
     assert_eq!(seen.iter().map(|op| (op.method.as_str(), &op.vm)).collect::<Vec<_>>(), [("vm.start", &Some(mine.id))]);
-    assert_eq!(daemon.op_find(&them, seen[0].id.as_str()).unwrap().id, seen[0].id);
-    let (pruned, _) = daemon.prune(&them).unwrap();
+    assert_eq!(daemon.core.op_find(&them, seen[0].id.as_str()).unwrap().id, seen[0].id);
+    let (pruned, _) = daemon.lifecycle.prune(&them).unwrap();
     assert!(pruned.deleted.is_empty());
     assert_eq!(world.state("web"), VmState::Running);
     import.call.hang_up();
@@ -371,10 +376,10 @@ fn full_disk_allows_kill_and_delete() {
     let world = World::new();
     world.running("web");
     world.running("other");
-    let faults = || world.daemon().store.faults();
+    let faults = || world.daemon().core.store.faults();
     let refill = || {
         faults().heal();
-        assert!(world.daemon().store.wait_writable(soon()));
+        assert!(world.daemon().core.store.wait_writable(soon()));
     };
     type Call<'a> = &'a dyn Fn() -> Result<(), Failure>;
     let calls: [Call<'_>; 5] = [
@@ -412,7 +417,7 @@ fn full_disk_allows_kill_and_delete() {
 fn broken_disk_allows_kill() {
     let world = World::new();
     world.running("web");
-    world.daemon().store.faults().fail(Fault::Io, u64::MAX);
+    world.daemon().core.store.faults().fail(Fault::Io, u64::MAX);
     refused(&world, Kind::StoreReadOnly, || world.stop("web"));
     refused(&world, Kind::StoreReadOnly, || world.delete("web"));
     assert_eq!(world.state("web"), VmState::Running);
@@ -420,8 +425,8 @@ fn broken_disk_allows_kill() {
     let e = world.run::<VmKill>(request("web")).unwrap_err();
     assert!(e.code() == Code::Host && e.fault.message.contains("was ended"), "{e:?}");
     assert!(world.vmm.live().is_empty());
-    world.daemon().store.faults().heal();
-    assert!(world.daemon().store.wait_writable(soon()));
+    world.daemon().core.store.faults().heal();
+    assert!(world.daemon().core.store.wait_writable(soon()));
     world.await_state("web", VmState::Failed);
     world.start("web").unwrap();
 }
@@ -436,7 +441,7 @@ fn stop_commit_is_retried_until_disk_works() {
         world.guest.on(fcd::image::SHUTDOWN_COMMAND, |_| fcd::guest::fake::Answer::status(0).stdout("synced\n"));
         let mut down = world.begin::<VmStop>(stop("web"), vec![]);
         down.stage("sync and shut down");
-        world.daemon().store.faults().fail(fault, 3);
+        world.daemon().core.store.faults().fail(fault, 3);
         assert!(world.vmm.die(&vm.id, &fcd::vmm::End::GuestShutDown));
         assert_eq!(down.finish(SOON).unwrap().vm.state, VmState::Stopped, "{fault:?}");
         world.await_rest();

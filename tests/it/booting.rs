@@ -60,7 +60,7 @@ fn booting(at: At) -> Booting {
     }
     let start = world.begin::<VmStart>(request("web"), vec![]);
     match at {
-        At::Admission => start.stage("waits for a boot to end"),
+        At::Admission => start.stage("wait for other boots"),
         At::Guest => start.stage("wait for the guest"),
         _ => assert!(world.vmm.await_held(1, soon())),
     }

@@ -52,7 +52,7 @@ fn picked_port_is_kept() {
     assert_eq!(picked.iter().map(|p| p.guest_port).collect::<Vec<_>>(), [80, 81, 80], "in the order of the request");
     assert!(picked.iter().all(|p| p.host_port != 0) && picked[0].host_port != picked[2].host_port, "{picked:?}");
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     assert_eq!(world.show("a").unwrap().ports, picked);
 }
 
@@ -63,7 +63,7 @@ fn invalid_ports_are_refused() {
     let user = Caller { uid: 1000, gid: 1000, pid: 1 };
     let root = Caller { uid: 0, ..user };
     let kind = |caller: &Caller, ports: &[Port], net: Option<Net>| {
-        let e: Error = world.daemon().create(caller, &VmCreateRequest { net, ..with_ports("a", ports) }).unwrap_err();
+        let e: Error = world.daemon().creator.create(caller, &VmCreateRequest { net, ..with_ports("a", ports) }).unwrap_err();
         assert!(e.hint_text().is_some(), "{e}");
         e.kind()
     };
@@ -161,7 +161,7 @@ fn synced_files_are_read_at_each_start() {
     world.place(&vm.id);
     let e = world.start("a").unwrap_err();
     assert!(e.fault.message.contains(from.to_str().unwrap()) && e.fault.hint.is_some(), "{e:?}");
-    let check = |id: &str| world.daemon().doctor(&root()).unwrap().checks.into_iter().find(|c| c.id == id).unwrap();
+    let check = |id: &str| world.daemon().doctor.doctor(&root()).unwrap().checks.into_iter().find(|c| c.id == id).unwrap();
     assert_eq!(check("sync").severity, Severity::Fail);
     for text in ["one", "another"] {
         std::fs::write(&from, text).unwrap();
@@ -186,7 +186,7 @@ fn synced_files_are_read_at_each_start() {
 #[test]
 fn doctor_checks_each_capability() {
     let world = World::new();
-    let ids: Vec<String> = world.daemon().doctor(&root()).unwrap().checks.into_iter().map(|c| c.id).collect();
+    let ids: Vec<String> = world.daemon().doctor.doctor(&root()).unwrap().checks.into_iter().map(|c| c.id).collect();
     for id in ["disk-space", "root-disk", "work-disk", "guest_network", "ports", "fake"] {
         assert!(ids.iter().any(|i| i == id), "{id}: {ids:?}");
     }

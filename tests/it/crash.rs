@@ -118,7 +118,7 @@ fn end(world: &World, call: Call) -> Option<Result<(), Failure>> {
 }
 
 fn row_of(world: &World, name: &str) -> Option<fcd::store::VmRow> {
-    world.daemon().store.read(|s| s.vms().find(|r| r.name.as_str() == name).map(|r| (**r).clone()))
+    world.daemon().core.store.read(|s| s.vms().find(|r| r.name.as_str() == name).map(|r| (**r).clone()))
 }
 
 fn now(world: &World) -> Option<VmState> {
@@ -146,9 +146,9 @@ fn may_be(verb: Verb, before: Option<VmState>) -> Vec<Option<VmState>> {
 #[track_caller]
 fn agrees(world: &World, at: &str) {
     let live: BTreeSet<String> = world.vmm.live().into_iter().collect();
-    let install = world.daemon().store.install_id().to_owned();
+    let install = world.daemon().core.store.install_id().to_owned();
     let tag = |r: &fcd::store::VmRow| format!("fc-{install}-{}-{}", r.id, r.generation);
-    let (running, ids, processes, directories) = world.daemon().store.read(|s| {
+    let (running, ids, processes, directories) = world.daemon().core.store.read(|s| {
         let of = |kind: &'static str| s.ledger().filter(move |l| l.kind == kind).map(|l| l.name.clone()).collect::<BTreeSet<_>>();
         let running: BTreeSet<String> = s.vms().filter(|r| r.state == VmState::Running).map(|r| tag(r)).collect();
         for row in s.vms() {
@@ -157,7 +157,7 @@ fn agrees(world: &World, at: &str) {
         }
         (running, s.vms().map(|r| r.id.to_string()).collect::<BTreeSet<_>>(), of("process"), of("directory"))
     });
-    let rows = world.daemon().store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>());
+    let rows = world.daemon().core.store.read(|s| s.vms().map(|r| (**r).clone()).collect::<Vec<_>>());
     for row in rows.iter().filter(|row| row.state == VmState::Running) {
         let wanted = (row.rates, row.balloon_mib.unwrap_or(row.mem_mib));
         assert_eq!(world.vmm.adjusted(&row.id), Some(wanted), "{at}: what the guest may, what the row says");
@@ -173,7 +173,7 @@ fn agrees(world: &World, at: &str) {
     if let Some(twin) = row_of(world, "twin") {
         assert!(twin.state == VmState::Running && !twin.rm, "{at}: {twin:?}");
     }
-    let (rows, snapshots) = world.daemon().store.read(|s| {
+    let (rows, snapshots) = world.daemon().core.store.read(|s| {
         let rows: Vec<_> = s.vms().cloned().collect();
         (rows, s.snapshots().map(|r| r.id.to_string()).collect::<BTreeSet<_>>())
     });
@@ -260,7 +260,7 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
         let at = format!("{verbs:?}, killed at point {n} ({hit})");
         world.crash();
         world.reopen();
-        world.daemon().reconcile();
+        world.daemon().reconciler.reconcile();
         world.await_rest();
         let after = now(world);
         if matches!(ended, Some(Ok(()))) {
@@ -288,7 +288,7 @@ fn crash_everywhere(world: &mut World, verbs: &[Verb], figures: &mut Figures) {
         }
         let census = world.census();
         world.reopen();
-        world.daemon().reconcile();
+        world.daemon().reconciler.reconcile();
         world.await_rest();
         assert_eq!(world.census(), census, "{at}: I7");
         comes_to_nothing(world, &empty, &at);
@@ -311,13 +311,13 @@ fn fail_everywhere(world: &World, verbs: &[Verb], mode: Mode, figures: &mut Figu
         let ended = end(world, begin(world, *last)).expect("nobody dies here");
         world.await_rest();
         // Also wait for commits that no call waits for, because they may be what fails.
-        let _ = world.daemon().store.barrier().and_then(|ticket| ticket.wait(soon()));
+        let _ = world.daemon().core.store.barrier().and_then(|ticket| ticket.wait(soon()));
         let hit = world.points.hit();
         world.points.disarm();
         let Some(hit) = hit else { return comes_to_nothing(world, &empty, &format!("{verbs:?}")) };
         figures.points += 1;
         let at = format!("{verbs:?}, point {n} ({hit}) failed: {ended:?}");
-        assert!(world.daemon().store.wait_writable(soon()), "{at}");
+        assert!(world.daemon().core.store.wait_writable(soon()), "{at}");
         let leaks = world.call::<Leaks>(&LeaksRequest { fix: true }).unwrap().leaks;
         assert!(leaks.iter().all(|l| l.removed), "{at}: {leaks:?}");
         agrees(world, &at);

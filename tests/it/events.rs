@@ -200,7 +200,7 @@ fn watch_through_a_thousand_changes_matches_daemon() {
     world.create("end");
     mirror.follow(&call, "end", "state", "created");
     mirror.check(&world);
-    assert!(world.daemon().store.stats().changes >= 1000, "{:?}", world.daemon().store.stats());
+    assert!(world.daemon().core.store.stats().changes >= 1000, "{:?}", world.daemon().core.store.stats());
     assert_eq!((mirror.vms.len(), mirror.snapshots), (2 + WORKERS * ROUNDS / 5, 1));
     // One start and one kill of each VM has succeeded.
     let count = |line: &str| mirror.lines.iter().filter(|l| l.ends_with(line)).count();
@@ -243,7 +243,7 @@ fn watch_resumes_after_daemon_restart() {
     assert!(call.finish(SOON).unwrap_err().is(Kind::ShuttingDown));
     // The VMM died while no daemon ran. Reconciling reports it.
     world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9)));
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     let again = watch(&world, Some(before));
     mirror.follow(&again, "web", "state", "failed");
     set_vcpus(&world, "web", 3);
@@ -289,7 +289,7 @@ fn listen(world: &World, uid: u32) -> Listener {
     let (daemon, (peer, theirs), (send, notes)) = (world.daemon().clone(), UnixStream::pair().unwrap(), channel());
     let body = move || {
         let caller = Caller { uid, gid: uid, pid: 0 };
-        daemon.watch_events(&caller, &EventsWatchRequest::default(), &Ours(Arc::new(theirs)))
+        daemon.watchers.watch_events(&caller, &EventsWatchRequest::default(), &Ours(Arc::new(theirs)))
     };
     let ended = fcd::host::thread::spawn("listener", body).unwrap();
     let mut lines = BufReader::new(peer.try_clone().unwrap());
@@ -336,7 +336,7 @@ fn watch_shows_owner_own_vms_and_root_all() {
     let world = World::new();
     let create = |name: &str, uid| {
         let request = VmCreateRequest { name: Some(name.parse().unwrap()), ..Default::default() };
-        world.daemon().create(&Caller { uid, gid: uid, pid: 0 }, &request).unwrap()
+        world.daemon().creator.create(&Caller { uid, gid: uid, pid: 0 }, &request).unwrap()
     };
     let mine = create("mine", 1000);
     let listeners = [1000, 2000, 0].map(|uid| listen(&world, uid));
@@ -395,7 +395,7 @@ fn watch_slow_reader_delays_nobody_and_loses_nothing() {
     let (mut fast, call) = watch_from_snapshot(&world);
     let id = world.show("web").unwrap().id;
     for n in 1..=CHANGES {
-        let change = world.daemon().store.change(|tx| tx.update_vm_unlocked(&id, |r| r.mem_mib = u64::from(n)));
+        let change = world.daemon().core.store.change(|tx| tx.update_vm_unlocked(&id, |r| r.mem_mib = u64::from(n)));
         change.unwrap().1.detach();
         if n % 250 == 0 {
             // One listener reads nothing and the other gets every event, while calls are answered.
@@ -478,7 +478,7 @@ impl Tail {
             let (daemon, caller) = (self.daemon.clone(), Caller { uid: self.uid, gid: self.uid, pid: 0 });
             let watch = fcd::host::thread::spawn("watch", move || {
                 let ours = Ours(Arc::new(ours));
-                daemon.watch_events(&caller, &EventsWatchRequest { since }, &ours)
+                daemon.watchers.watch_events(&caller, &EventsWatchRequest { since }, &ours)
             });
             let mut lines = BufReader::new(peer.try_clone().unwrap());
             since = loop {
@@ -526,13 +526,13 @@ fn watchers_that_join_and_lag_under_load_see_what_store_has() {
     let world = World::new();
     let vms = [1000, 2000].map(|uid| {
         let request = VmCreateRequest { name: Some(format!("of-{uid}").parse().unwrap()), ..Default::default() };
-        (uid, world.daemon().create(&Caller { uid, gid: uid, pid: 0 }, &request).unwrap().id)
+        (uid, world.daemon().creator.create(&Caller { uid, gid: uid, pid: 0 }, &request).unwrap().id)
     });
     let last = vms.each_ref().map(|(uid, _)| (*uid, if *uid == 1000 { 10_000 + CHANGES } else { 9_999 + CHANGES }));
     let (mut truth, mut tails, mut stutterers, mut sleepers) = (vec![], vec![], vec![], vec![]);
     for n in 1..=CHANGES {
         if n % JOIN_EVERY == 1 {
-            let now = world.daemon().store.barrier().unwrap().wait(soon()).unwrap();
+            let now = world.daemon().core.store.barrier().unwrap().wait(soon()).unwrap();
             for (uid, since) in [(0, None), (1000, None), (2000, None), (0, Some(now)), (2000, Some(now))] {
                 for kind in 0..3 {
                     let (permit, permits) = channel();
@@ -549,7 +549,7 @@ fn watchers_that_join_and_lag_under_load_see_what_store_has() {
         }
         let (owner, id) = &vms[usize::from(n % 2 == 1)];
         let mem = 10_000 + n;
-        let ((), ticket) = world.daemon().store.change(|tx| tx.update_vm_unlocked(id, |r| r.mem_mib = mem)).unwrap();
+        let ((), ticket) = world.daemon().core.store.change(|tx| tx.update_vm_unlocked(id, |r| r.mem_mib = mem)).unwrap();
         truth.push((*owner, ticket.seq(), mem));
         if n % 50 == 0 {
             ticket.wait(soon()).unwrap();

@@ -36,7 +36,7 @@ fn timed(body: impl FnOnce()) -> Duration {
 fn durable_write() {
     let world = World::new();
     let vm = world.create("web");
-    let row = world.daemon().store.read(|state| state.vm(&vm.id).unwrap().as_ref().clone());
+    let row = world.daemon().core.store.read(|state| state.vm(&vm.id).unwrap().as_ref().clone());
     // The state directories of tests are in memory, where a sync costs nothing.
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let store = fcd::store::Store::open(dir.path()).unwrap();

@@ -156,7 +156,7 @@ fn world(guest: &HostileGuest) -> World {
     world.place(&db.id);
     world.transport = Arc::new(OneHostile { others: world.guest.clone(), addr, hostile: guest.target.clone() });
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     world
 }
 

@@ -51,7 +51,7 @@ fn key_shared_by_fifty_creates_makes_one_vm() {
     // The order of the members does not matter.
     assert_eq!(vm(&call(&world, "vm.create", r#"{"vcpus":1,"rm":false}"#, "k", false)).id, made[0]);
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     assert_eq!(vm(&call(&world, "vm.create", r#"{"vcpus":1,"rm":false}"#, "k", true)).id, made[0]);
     // Another key creates another VM. Another method or parameter with the same key is a conflict.
     assert_ne!(vm(&call(&world, "vm.create", r#"{"vcpus":1,"rm":false}"#, "other", false)).id, made[0]);
@@ -89,10 +89,10 @@ fn key_of_refused_call_is_free() {
     // A stop of a VM that does not run is answered at once, and only once.
     assert_eq!(vm(&call(&world, "vm.stop", r#"{"vm":"web"}"#, "down", true)).state, VmState::Created);
     assert_eq!(vm(&call(&world, "vm.stop", r#"{"vm":"web"}"#, "down", true)).state, VmState::Created);
-    world.daemon().store.faults().fail(fcd::store::faults::Fault::DiskFull, 1);
+    world.daemon().core.store.faults().fail(fcd::store::faults::Fault::DiskFull, 1);
     assert_eq!(kind(&call(&world, "vm.create", "{}", "full", false)), Kind::DiskFull.name());
-    world.daemon().store.faults().heal();
-    assert!(world.daemon().store.wait_writable(soon()));
+    world.daemon().core.store.faults().heal();
+    assert!(world.daemon().core.store.wait_writable(soon()));
     vm(&call(&world, "vm.create", "{}", "full", false));
 }
 
@@ -106,6 +106,6 @@ fn key_expires_after_a_day() {
         tx.put_key(row).unwrap();
     });
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     assert_ne!(vm(&call(&world, "vm.create", "{}", "k", false)).id, first);
 }

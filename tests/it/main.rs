@@ -39,6 +39,7 @@ mod running;
 mod scale;
 mod scale_calls;
 mod setup;
+mod shape;
 mod snapshots;
 mod stall;
 mod stalled_log;

@@ -53,7 +53,7 @@ fn ended(world: &World, mut import: Import, cause: &str, since: Instant) -> Dura
     let said = e.fault.message;
     assert!(said.contains(cause) && said.contains(&format!("{BYTES} bytes")), "{said}");
     world.await_rest();
-    assert_eq!(world.daemon().pool.counts().running, 0);
+    assert_eq!(world.daemon().transfers.pool.counts().running, 0);
     assert_eq!(world.guest.live_total(), 0);
     at.saturating_duration_since(since)
 }
@@ -171,8 +171,8 @@ fn prepares_on_one_vm_run_one_at_a_time_and_an_export_waits() {
     let mut export = world.begin::<WorkspaceExport>(request.clone(), vec![into]);
     export.stage("waits for another import");
     assert_eq!(world.guest.live_total(), 1, "only the first is in the guest");
-    assert_eq!(world.daemon().pool.counts().running, 1, "who waits costs no worker");
-    assert_eq!(world.daemon().locks.workspace.len(), 1);
+    assert_eq!(world.daemon().transfers.pool.counts().running, 1, "who waits costs no worker");
+    assert_eq!(world.daemon().core.locks.workspace.len(), 1);
     // A transfer with `no_wait` fails instead.
     let (_out, into) = pipe();
     let mut hasty = world.begin::<WorkspaceExport>(ExportRequest { no_wait: true, ..request }, vec![into]);

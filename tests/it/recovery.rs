@@ -106,13 +106,13 @@ fn paused_guest_stays_paused_after_daemon_restart() {
     // the driver.
     world.reopen();
     assert!(world.vmm.is_paused(&vm.id));
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     assert!(world.show("web").unwrap().paused && world.vmm.is_paused(&vm.id));
     assert!(!resume(&world).unwrap().paused && !resume(&world).unwrap().paused);
     assert!(!world.vmm.is_paused(&vm.id));
     world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.paused = true).unwrap());
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     assert!(world.vmm.is_paused(&vm.id));
     // A stop resumes the guest so that it can shut down. After the next start it runs.
     assert_eq!(world.stop("web").unwrap().synced, Some(Synced::Yes));
@@ -178,7 +178,7 @@ fn rm_vm_is_deleted_when_daemon_opens_again() {
     world.place(&vm.id);
     world.start("web").unwrap();
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     world.await_gone("web");
     world.await_gone("still");
     world.await_rest();
@@ -195,7 +195,7 @@ fn leaks_are_reported_after_reconcile() {
     world.reopen();
     let mut asked = world.begin::<Leaks>(LeaksRequest { fix: false }, vec![]);
     world.call::<Info>(&fcd::api::Empty {}).unwrap();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     assert_eq!(asked.finish(SOON).unwrap().leaks, []);
 }
 
@@ -207,7 +207,7 @@ fn running_vm_is_adopted() {
     world.import_all("web");
     world.reopen();
     assert_eq!(world.state("web"), VmState::Running, "reads are served before it was looked at");
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     let again = world.show("web").unwrap();
     assert_eq!((again.pid, again.ssh_addr, again.state), (vm.pid, vm.ssh_addr, VmState::Running));
     assert_eq!(world.vmm.kills(), 0);
@@ -228,7 +228,7 @@ fn stop_and_delete_after_restart_do_not_wait_for_reconciler() {
         world.vmm.hold_starts(Stage::Adopt);
         std::thread::scope(|scope| {
             let daemon = world.daemon().clone();
-            let reconciler = scope.spawn(move || daemon.reconcile());
+            let reconciler = scope.spawn(move || daemon.reconciler.reconcile());
             assert!(world.vmm.await_held(1, soon()));
             // Whichever VM the reconciler hangs at, the call is answered.
             for name in ["first", "web"] {
@@ -268,7 +268,7 @@ fn calls_that_need_guest_adopt_it() {
     world.reopen();
     assert!(world.call::<VmPause>(&request("web")).unwrap().vm.paused && world.vmm.is_paused(&vm.id));
     // The reconciler has nothing left to do.
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     assert_eq!(world.vmm.adoptions().len(), 2);
     assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
     world.await_state("web", VmState::Failed);
@@ -281,7 +281,7 @@ fn stop_continues_stop_of_earlier_daemon() {
     world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Stopping).unwrap());
     world.reopen();
     assert_eq!(world.stop("web").unwrap().state, VmState::Stopped);
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     assert_eq!((world.state("web"), world.vmm.kills()), (VmState::Stopped, 0));
 }
 
@@ -304,7 +304,7 @@ fn stopped_vms_are_usable_at_once_without_host_scan() {
         world.call::<VmSet>(&set).unwrap();
     }
     assert_eq!(world.vmm.scans(), before);
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     // The sweep itself scans once.
     assert_eq!(world.vmm.scans(), before + 1);
 }
@@ -320,7 +320,7 @@ fn host_is_scanned_once_for_all_missing_vmms() {
     }
     world.reopen();
     let before = world.vmm.scans();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     assert_eq!(world.vmm.scans(), before + 2, "one for all VMs, and the sweep's");
     assert_eq!(world.state("vm-0"), VmState::Running);
     assert!((1..VMS).all(|n| world.state(&format!("vm-{n}")) == VmState::Failed));
@@ -341,7 +341,7 @@ fn running_vms_are_reconciled_first() {
     world.vmm.hold_starts(Stage::Adopt);
     std::thread::scope(|scope| {
         let daemon = world.daemon().clone();
-        let reconciler = scope.spawn(move || daemon.reconcile());
+        let reconciler = scope.spawn(move || daemon.reconciler.reconcile());
         assert!(world.vmm.await_held(1, soon()));
         assert!((0..8).all(|n| world.state(&format!("boots-{n}")) == VmState::Starting));
         world.vmm.release_starts();
@@ -357,7 +357,7 @@ fn running_vm_without_image_is_adopted() {
     let (vm, _) = world.running("web");
     std::fs::remove_dir_all(world.config.state_dir.join("images/default")).unwrap();
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     let again = world.show("web").unwrap();
     assert_eq!((again.pid, again.state), (vm.pid, VmState::Running));
     assert!(again.reason.is_some_and(|r| r.contains("image")));
@@ -372,7 +372,7 @@ fn vmm_that_died_between_daemons_is_failed() {
     world.shut();
     assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(9))));
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     let vm = world.show("web").unwrap();
     assert_eq!((vm.state, vm.pid), (VmState::Failed, None));
     assert!(vm.reason.unwrap().contains("while the daemon did not run"));
@@ -387,7 +387,7 @@ fn vm_after_host_reboot_is_stopped() {
     assert!(world.vmm.die(&vm.id, &fcd::vmm::End::Vmm(fcd::vmm::Exit::Signal(7))));
     world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.identity.as_mut().unwrap().boot_id = "another".into()).unwrap());
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     assert_eq!(world.state("web"), VmState::Stopped);
 }
 
@@ -434,7 +434,7 @@ fn every_state_is_reconciled() {
             tx.update_vm_unlocked(&vm.id, |r| (r.state, r.intent, r.op) = (state, intent, owned)).unwrap();
         });
         world.reopen();
-        world.daemon().reconcile();
+        world.daemon().reconciler.reconcile();
         world.await_rest();
         let what = format!("{state:?} {intent:?}, its VMM alive: {lives}");
         assert_eq!(world.show("web").ok().map(|vm| vm.state), wanted, "{what}");
@@ -444,7 +444,7 @@ fn every_state_is_reconciled() {
         assert!(ended.state == OpState::Failed && ended.error.is_some(), "{what}: {ended:?}");
         let once = world.census();
         world.reopen();
-        world.daemon().reconcile();
+        world.daemon().reconciler.reconcile();
         world.await_rest();
         assert_eq!(world.census(), once, "{what}");
     }
@@ -457,7 +457,7 @@ fn interrupted_first_start_is_undone() {
     let vm = world.create("web");
     world.edit_rows(|tx| tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Starting).unwrap());
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     let vm = world.show("web").unwrap();
     assert_eq!(vm.state, VmState::Created);
     assert!(vm.reason.is_some());
@@ -470,7 +470,7 @@ fn vm_created_before_reconcile_is_left_alone() {
     world.reopen();
     world.running("web");
     let starts = world.begin::<VmStart>(request(world.create("other").name.as_str()), vec![]);
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     assert_eq!(world.state("web"), VmState::Running);
     drop(starts);
     world.await_rest();
@@ -485,7 +485,7 @@ fn leftover_directories_are_removed() {
     std::fs::create_dir_all(vms.join("0123456789ab/run")).unwrap();
     std::fs::create_dir(vms.join("not ours")).unwrap();
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     let mut left: Vec<_> = std::fs::read_dir(&vms).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     left.sort();
     let mut wanted = vec![vm.id.to_string(), "not ours".to_owned()];
@@ -530,7 +530,7 @@ fn close_during_operations_ends_in_time() {
     assert!(e.fault.message.contains("shutting down"), "{e:?}");
     world.vmm.release_starts();
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     assert_eq!((world.state("web"), world.state("boots")), (VmState::Running, VmState::Created));
     assert_eq!(world.workspace_state("web"), Some(WorkspaceState::Incomplete));
 }
@@ -540,7 +540,7 @@ fn close_during_operations_ends_in_time() {
 fn start_kills_vmm_of_earlier_start() {
     let world = World::new();
     let (vm, _) = world.running("web");
-    let store = &world.daemon().store;
+    let store = &world.daemon().core.store;
     store.change_durable(|tx| tx.update_vm_unlocked(&vm.id, |r| r.state = VmState::Failed)).unwrap();
     let again = world.start("web").unwrap();
     assert_eq!(again.state, VmState::Running);
@@ -586,7 +586,7 @@ fn missing_vmm_is_judged_by_guests_last_words() {
         let log = world.config.state_dir.join("vms").join(vm.id.as_str()).join("console.log");
         std::fs::write(log, format!("--- fcd: started ---\r\n{words}")).unwrap();
         world.reopen();
-        world.daemon().reconcile();
+        world.daemon().reconciler.reconcile();
         let vm = world.show("web").unwrap();
         assert_eq!((vm.state, vm.reason.as_deref()), (state, Some(reason)), "{words}");
     }
@@ -609,7 +609,7 @@ fn missing_vmm_is_judged_by_its_own_log() {
         std::fs::write(dir.join("console.log"), "--- fcd: started ---\r\n").unwrap();
         std::fs::write(dir.join("vmm.log"), log).unwrap();
         world.reopen();
-        world.daemon().reconcile();
+        world.daemon().reconciler.reconcile();
         let vm = world.show("web").unwrap();
         assert!(vm.state == state && vm.reason.as_ref().unwrap().contains(reason), "{log}: {:?} {:?}", vm.state, vm.reason);
     }
@@ -622,13 +622,13 @@ fn vmm_that_could_not_be_adopted_is_retried() {
     world.shut();
     world.vmm.fail_next_adopt("no answer in time");
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     let reason = world.show("web").unwrap().reason.unwrap();
     assert!(reason.contains("could not be adopted") && reason.contains("no answer in time"), "{reason}");
     world.vmm.fail_next_adopt("no answer in time");
-    world.daemon().look_after();
+    world.daemon().reconciler.sweep_once();
     assert!(world.show("web").unwrap().reason.is_some());
-    world.daemon().look_after();
+    world.daemon().reconciler.sweep_once();
     let adopted = world.show("web").unwrap();
     assert_eq!((adopted.state, adopted.reason, adopted.ssh_addr), (VmState::Running, None, Some(addr)));
     world.vmm.guest_says(&vm.id, "on again\n");

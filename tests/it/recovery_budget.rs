@@ -52,7 +52,7 @@ impl Hostile {
     /// The current daemon dies while asking the guest.
     fn dies_asking(&mut self) {
         self.guest_kills_asking_daemon();
-        self.world.daemon().reconcile();
+        self.world.daemon().reconciler.reconcile();
         let points = self.world.points.clone();
         await_that("the daemon dies of asking", || points.is_dead());
     }
@@ -60,7 +60,7 @@ impl Hostile {
     /// The current daemon dies while killing the VMM.
     fn dies_killing(&mut self) {
         self.world.points.die_at("kill the VMM");
-        self.world.daemon().reconcile();
+        self.world.daemon().reconciler.reconcile();
         let points = self.world.points.clone();
         await_that("the daemon dies of ending the VMM", || points.is_dead());
     }
@@ -82,7 +82,7 @@ fn stop_that_killed_daemon_is_resumed_without_asking_guest() {
     assert_eq!(hostile.doctor_says().0, Severity::Ok);
     hostile.dies_asking();
     hostile.next_daemon();
-    hostile.world.daemon().reconcile();
+    hostile.world.daemon().reconciler.reconcile();
     hostile.world.await_rest();
     let vm = hostile.shown();
     assert_eq!((hostile.asked(), vm.state, vm.synced), (1, VmState::Stopped, Some(Synced::No)));
@@ -118,7 +118,7 @@ fn stop_that_killed_three_daemons_is_not_resumed() {
     events.hang_up();
 
     hostile.next_daemon();
-    hostile.world.daemon().reconcile();
+    hostile.world.daemon().reconciler.reconcile();
     hostile.world.await_rest();
     let vm = hostile.shown();
     assert_eq!((hostile.asked(), vm.state), (1, VmState::Failed));
@@ -129,7 +129,7 @@ fn stop_that_killed_three_daemons_is_not_resumed() {
     // Other VMs are not affected, and the next daemon leaves this VM alone as well.
     hostile.world.running("well");
     hostile.next_daemon();
-    hostile.world.daemon().reconcile();
+    hostile.world.daemon().reconciler.reconcile();
     assert_eq!((hostile.world.state("well"), hostile.world.state("evil")), (VmState::Running, VmState::Failed));
     // Its owner can delete it.
     hostile.world.delete("evil").unwrap();
@@ -144,7 +144,7 @@ fn delete_that_killed_daemon_is_not_resumed_as_delete() {
     hostile.next_daemon();
     hostile.dies_killing();
     hostile.next_daemon();
-    hostile.world.daemon().reconcile();
+    hostile.world.daemon().reconciler.reconcile();
     let vm = hostile.shown();
     assert!(vm.state == VmState::Failed && vm.reason.unwrap().contains("died 2 times"));
     hostile.world.delete("evil").unwrap();
@@ -157,7 +157,7 @@ fn record_survives_daemon_that_never_reached_vm() {
     hostile.dies_asking();
     hostile.next_daemon();
     hostile.next_daemon();
-    hostile.world.daemon().reconcile();
+    hostile.world.daemon().reconciler.reconcile();
     hostile.world.await_rest();
     assert_eq!((hostile.asked(), hostile.shown().state), (1, VmState::Stopped));
 }
@@ -168,14 +168,14 @@ fn orderly_exit_during_resumed_stop_is_not_counted() {
     let gate = fcd::guest::fake::Gate::closed();
     let held = gate.clone();
     hostile.world.guest.on(fcd::image::SHUTDOWN_COMMAND, move |_| Answer::status(0).stdout("synced\n").hold(&held));
-    hostile.world.daemon().reconcile();
+    hostile.world.daemon().reconciler.reconcile();
     await_that("the stop is resumed", || hostile.world.daemon().leftovers().threads == 1);
     // This is the end of a drain whose deadline the stop exceeds.
     let daemon = hostile.world.daemon().clone();
     let id = hostile.shown().id;
     let record = format!("recovery/{id}");
     daemon.close(std::time::Instant::now(), std::time::Instant::now());
-    assert_eq!(daemon.store.read(|s| s.meta(&record).map(str::to_owned)), None);
+    assert_eq!(daemon.core.store.read(|s| s.meta(&record).map(str::to_owned)), None);
     gate.open();
     hostile.world.points.die();
     hostile.world.crash();
@@ -185,7 +185,7 @@ fn orderly_exit_during_resumed_stop_is_not_counted() {
         vmm.die(&id, &fcd::vmm::End::GuestShutDown);
         Answer::status(0).stdout("synced\n")
     });
-    hostile.world.daemon().reconcile();
+    hostile.world.daemon().reconciler.reconcile();
     hostile.world.await_rest();
     let vm = hostile.shown();
     assert_eq!((vm.state, vm.synced, hostile.doctor_says().0), (VmState::Stopped, Some(Synced::Yes), Severity::Ok));
@@ -217,7 +217,7 @@ impl HostileVmm {
     /// The current daemon dies during the adoption, and the next one starts.
     fn dies_adopting(&mut self) {
         self.world.points.die_at(self.point);
-        self.world.daemon().reconcile();
+        self.world.daemon().reconciler.reconcile();
         assert!(self.world.points.is_dead(), "it has not adopted the VM");
         self.world.crash();
         self.world.reopen();
@@ -233,7 +233,7 @@ fn adoption_that_killed_three_daemons_is_not_retried() {
     let adopted_before = hostile.world.vmm.adoptions().len();
     for _ in 0..2 {
         hostile.world.points.die_at(hostile.point);
-        hostile.world.daemon().reconcile();
+        hostile.world.daemon().reconciler.reconcile();
         assert!(!hostile.world.points.is_dead(), "it was adopted once more");
         let evil = hostile.world.show("evil").unwrap();
         let reason = evil.reason.clone().unwrap_or_default();
@@ -247,12 +247,12 @@ fn adoption_that_killed_three_daemons_is_not_retried() {
         let check = checks.into_iter().find(|c| c.id == "recovery").unwrap();
         assert!(check.severity == Severity::Warn && check.found.contains("while they adopted VM evil (2)"), "{}", check.found);
         // The periodic check does not try again, and neither does the next daemon.
-        hostile.world.daemon().look_after();
+        hostile.world.daemon().reconciler.sweep_once();
         assert!(!hostile.world.points.is_dead());
         hostile.world.reopen();
     }
     assert_eq!(hostile.world.vmm.adoptions().len(), adopted_before + 2, "the other VM was adopted by each daemon");
-    hostile.world.daemon().reconcile();
+    hostile.world.daemon().reconciler.reconcile();
     let asked: Arc<AtomicU32> = Arc::default();
     let asks = asked.clone();
     hostile.world.guest.on(fcd::image::SHUTDOWN_COMMAND, move |_| {
@@ -267,7 +267,7 @@ fn adoption_that_killed_three_daemons_is_not_retried() {
     let started = hostile.world.start("evil").unwrap();
     assert_eq!((started.state, started.unresponsive), (VmState::Running, false));
     hostile.world.reopen();
-    hostile.world.daemon().reconcile();
+    hostile.world.daemon().reconciler.reconcile();
     let evil = hostile.world.show("evil").unwrap();
     assert_eq!((evil.state, evil.reason, evil.unresponsive), (VmState::Running, None, false));
 }
@@ -280,7 +280,7 @@ fn vm_that_kills_who_listens_to_it_is_left_alone_as_well() {
         hostile.dies_adopting();
     }
     hostile.world.points.die_at(hostile.point);
-    hostile.world.daemon().reconcile();
+    hostile.world.daemon().reconciler.reconcile();
     assert!(!hostile.world.points.is_dead(), "it was listened to once more");
     assert!(hostile.world.show("evil").unwrap().unresponsive);
     let well = hostile.world.show("well").unwrap();
@@ -293,7 +293,7 @@ fn record_is_cleared_by_successful_adoption() {
     for _ in 0..2 {
         hostile.dies_adopting();
     }
-    hostile.world.daemon().reconcile();
+    hostile.world.daemon().reconciler.reconcile();
     let evil = hostile.world.show("evil").unwrap();
     assert_eq!((evil.state, evil.reason, evil.unresponsive), (VmState::Running, None, false));
     hostile.world.reopen();
@@ -313,6 +313,6 @@ fn orderly_exit_during_adoption_is_not_counted() {
         hostile.world.reopen();
     }
     hostile.dies_adopting();
-    hostile.world.daemon().reconcile();
+    hostile.world.daemon().reconciler.reconcile();
     assert!(hostile.world.show("evil").unwrap().unresponsive);
 }

@@ -52,7 +52,7 @@ fn at_rest(vms: usize) -> World {
     let mut world = World::with(|config| many(config, vms));
     for n in 0..vms {
         let create = VmCreateRequest { name: Some(format!("vm-{n}").parse().unwrap()), ..Default::default() };
-        world.daemon().create(&root(), &create).unwrap();
+        world.daemon().creator.create(&root(), &create).unwrap();
     }
     let vms_dir = world.config.state_dir.join("vms");
     world.edit_rows(|tx| {
@@ -73,11 +73,11 @@ fn usable_after(config: &Config, vms: usize) -> (Duration, Duration, Duration) {
     let opened = begun.elapsed();
     let reconciler = {
         let daemon = daemon.clone();
-        fcd::host::thread::spawn("reconcile", move || daemon.reconcile()).unwrap()
+        fcd::host::thread::spawn("reconcile", move || daemon.reconciler.reconcile()).unwrap()
     };
     for n in 0..CHANGED {
         let vm = format!("vm-{}", n * (vms - 1) / (CHANGED - 1));
-        daemon.set(&root(), &VmSetRequest { vm, vcpus: Some(2), ..Default::default() }).unwrap();
+        daemon.controls.set(&root(), &VmSetRequest { vm, vcpus: Some(2), ..Default::default() }).unwrap();
     }
     let usable = begun.elapsed();
     reconciler.join().unwrap();
@@ -106,7 +106,7 @@ fn running(vms: usize) {
     for _ in 0..ROUNDS {
         world.reopen();
         let begun = Instant::now();
-        world.daemon().reconcile();
+        world.daemon().reconciler.reconcile();
         rounds.push(begun.elapsed());
     }
     let took = median(rounds);

@@ -53,9 +53,9 @@ fn snapshot_is_created_shown_restored_and_deleted() {
     assert!(of("other").unwrap_err().is(Kind::VmNotFound));
     // For anyone but its owner and root it does not exist.
     let stranger = Caller { uid: 4_000_000, gid: 0, pid: 0 };
-    assert_eq!(world.daemon().snapshot_show(&stranger, "one").unwrap_err().kind(), Kind::SnapshotNotFound);
-    assert_eq!(world.daemon().snapshot_delete(&stranger, "one").unwrap_err().kind(), Kind::SnapshotNotFound);
-    assert!(world.daemon().snapshot_list(&stranger, &SnapshotListRequest::default()).unwrap().snapshots.is_empty());
+    assert_eq!(world.daemon().snapshots.snapshot_show(&stranger, "one").unwrap_err().kind(), Kind::SnapshotNotFound);
+    assert_eq!(world.daemon().snapshots.snapshot_delete(&stranger, "one").unwrap_err().kind(), Kind::SnapshotNotFound);
+    assert!(world.daemon().snapshots.snapshot_list(&stranger, &SnapshotListRequest::default()).unwrap().snapshots.is_empty());
 
     // The settings of the snapshot are restored. A pending change of memory is dropped.
     world.call::<VmSet>(&VmSetRequest { vm: "web".into(), mem_mib: Some(2048), ..Default::default() }).unwrap();
@@ -89,7 +89,7 @@ fn snapshots_survive_daemon_restart() {
     let (vm, _) = world.running("web");
     let made = create(&world, "web", "one").unwrap();
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     assert_eq!(world.call::<SnapshotShow>(&SnapshotRequest { snapshot: "one".into() }).unwrap().snapshot, made);
     world.stop("web").unwrap();
     assert_eq!(restore(&world, "one", None).unwrap().id, vm.id);

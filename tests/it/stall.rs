@@ -112,7 +112,7 @@ impl Stage {
 
     /// Starts its import. If the pool is full, the import waits for a worker.
     fn stall(&self, name: &str, fault: Fault) -> Import {
-        let runs = self.world.daemon().pool.counts().running < self.world.config.limits.pool_workers;
+        let runs = self.world.daemon().transfers.pool.counts().running < self.world.config.limits.pool_workers;
         if !runs {
             return self.world.queue_import(name);
         }

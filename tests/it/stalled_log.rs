@@ -48,10 +48,10 @@ fn with_full_stderr_in_own_process() {
     world.begin::<VmDelete>(delete("web"), vec![]).finish(PROMPT).unwrap();
 
     // The store's writer logs that a commit failed, and answers the waiting calls.
-    world.daemon().store.faults().fail(Fault::Io, 1);
+    world.daemon().core.store.faults().fail(Fault::Io, 1);
     let refused = world.begin::<VmDelete>(delete("rests"), vec![]).finish(PROMPT).unwrap_err();
     assert!(refused.is(Kind::StoreReadOnly), "{refused}");
-    assert!(world.daemon().store.wait_writable(soon()));
+    assert!(world.daemon().core.store.wait_writable(soon()));
 
     // Many log lines, and a panic whose message nobody reads.
     for n in 0..100_000 {

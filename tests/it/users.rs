@@ -60,7 +60,7 @@ fn refused_call_is_not_recorded() {
     let world = World::new();
     world.open_to_everybody();
     refused_calls(&world, 3);
-    let ops = world.daemon().ops.list(&fcd::ops::Filter { all: true, ..Default::default() });
+    let ops = world.daemon().core.ops.list(&fcd::ops::Filter { all: true, ..Default::default() });
     assert_eq!(ops, [], "nothing was done");
 }
 
@@ -80,12 +80,12 @@ fn operations_of_one_user_push_out_only_their_own() {
         }
     });
     let count = |world: &World, uid: u32| {
-        let ops = world.daemon().ops.list(&fcd::ops::Filter { owner: Some(uid), all: true, ..Default::default() });
-        (ops.len(), world.daemon().store.read(|s| s.ops().filter(|op| op.owner_uid == uid).count()))
+        let ops = world.daemon().core.ops.list(&fcd::ops::Filter { owner: Some(uid), all: true, ..Default::default() });
+        (ops.len(), world.daemon().core.store.read(|s| s.ops().filter(|op| op.owner_uid == uid).count()))
     };
     assert_eq!((count(&world, ALICE), count(&world, BOB)), ((20, 20), (4, 4)));
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     world.open_to_everybody();
     assert_eq!((count(&world, ALICE), count(&world, BOB)), ((20, 20), (4, 4)));
     let key = || crate::keys::call(&world, "vm.create", r#"{"name":"of-bob"}"#, "k", false);
@@ -104,7 +104,7 @@ fn answer_of_key_outlives_retention() {
     }
     assert_eq!(crate::keys::vm(&key(&world, false)), made);
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     assert_eq!(crate::keys::vm(&key(&world, true)), made);
     // Operations that the caller waits for are answered from the key, too.
     let deleted = |world: &World| {
@@ -132,7 +132,7 @@ fn user_with_too_many_keys_is_refused_before_anything_begins() {
         }
     });
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     let answer = crate::keys::call(&world, "vm.create", r#"{"name":"one"}"#, "new", false);
     assert_eq!(crate::keys::kind(&answer), Kind::OperationLimit.name());
     assert!(world.show("one").is_err(), "nothing was made");
@@ -159,7 +159,7 @@ fn transfers_of_one_user_leave_workers_to_others() {
     });
     // The last of them may still be on its way into the queue.
     await_that("Alice's other imports wait", || {
-        let counts = world.daemon().pool.counts();
+        let counts = world.daemon().transfers.pool.counts();
         (counts.running, counts.queued) == (3, 2)
     });
     for Import { mut call, stream } in stalled.drain(..) {

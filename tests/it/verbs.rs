@@ -111,7 +111,7 @@ fn operations_are_listed_shown_awaited_and_kept() {
     let before = all(&world);
     assert_eq!(before.len(), 2, "the start and the import");
     world.reopen();
-    world.daemon().reconcile();
+    world.daemon().reconciler.reconcile();
     let sorted = |mut ops: Vec<Op>| {
         ops.sort_by(|a, b| a.id.cmp(&b.id));
         // Progress is not compared, because it changes all the time.
@@ -298,7 +298,7 @@ fn vsock_without_listener_is_refused() {
     assert_eq!(kind(1), "wrong_state");
     world.call::<VmResume>(&request("web")).unwrap();
     let somebody = Caller { uid: 4242, gid: 4242, pid: 1 };
-    let e = world.daemon().connect(&somebody, &VmConnectRequest { vm: "web".into(), port: 1 }).unwrap_err();
+    let e = world.daemon().sessions.connect(&somebody, &VmConnectRequest { vm: "web".into(), port: 1 }).unwrap_err();
     assert_eq!(e.kind(), Kind::VmNotFound);
     world.stop("web").unwrap();
     assert_eq!(kind(1), "wrong_state");

@@ -232,7 +232,7 @@ impl World {
         };
         world.behave();
         world.open();
-        world.daemon().reconcile();
+        world.daemon().reconciler.reconcile();
         world
     }
 
@@ -263,8 +263,8 @@ impl World {
             installations: None,
         };
         let daemon = Daemon::open(self.config.clone(), seams).unwrap();
-        daemon.effects.follow(points.clone());
-        daemon.store.faults().ask(points.clone());
+        daemon.core.effects.follow(points.clone());
+        daemon.core.store.faults().ask(points.clone());
         self.points = points;
         let dispatch = Arc::new(Dispatch::new(daemon.clone()));
         self.server = Some(Server::bind(&self.config.socket, fcd::server::Limits::from(&self.config.limits), dispatch).unwrap());
@@ -282,8 +282,8 @@ impl World {
         assert_eq!(left, 0, "connections are left");
         // The end of the last VMM is reported on a thread that finds nothing to do.
         await_that("nothing is left", || daemon.leftovers() == Leftovers::default());
-        let state = daemon.store.read(State::clone);
-        for (_, op) in daemon.ops.list(&fcd::ops::Filter { all: true, ..Default::default() }) {
+        let state = daemon.core.store.read(State::clone);
+        for (_, op) in daemon.core.ops.list(&fcd::ops::Filter { all: true, ..Default::default() }) {
             if let Some(row) = state.op(&op.id) {
                 assert_eq!(row.state, op.state, "operation {} ({}) in the store and in memory", op.id, op.method);
             }
@@ -300,7 +300,7 @@ impl World {
         daemon.close(Instant::now(), soon());
         server.hang_up();
         assert_eq!(server.drain(soon()), 0, "connections are left");
-        await_that("the dead daemon's threads end", || daemon.threads() == 0);
+        await_that("the dead daemon's threads end", || daemon.core.thread_count() == 0);
         self.vmm.forget_watchers();
     }
 
@@ -427,14 +427,14 @@ impl World {
     /// Waits until the store's state satisfies `is_so`.
     #[track_caller]
     pub fn await_change(&self, is_so: impl Fn(&State) -> bool) {
-        let (watch, deadline) = (self.daemon().store.watch(None).unwrap(), soon());
+        let (watch, deadline) = (self.daemon().core.store.watch(None).unwrap(), soon());
         loop {
             watch.clear();
-            if self.daemon().store.read(&is_so) {
+            if self.daemon().core.store.read(&is_so) {
                 return;
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero(), "the state never came: {:#?}", self.daemon().store.read(State::clone));
+            assert!(!left.is_zero(), "the state never came: {:#?}", self.daemon().core.store.read(State::clone));
             poll(&watch, left);
         }
     }
@@ -454,7 +454,7 @@ impl World {
         let mut all: BTreeSet<String> = self.vmm.live().into_iter().map(|tag| format!("VMM {tag}")).collect();
         files(&self.config.state_dir, &mut all);
         all.extend(self.devices().into_iter().map(|device| format!("device {device}")));
-        self.daemon().store.read(|s| {
+        self.daemon().core.store.read(|s| {
             all.extend(s.vms().map(|r| format!("VM {r:?}")));
             all.extend(s.workspaces().map(|r| format!("workspace {r:?}")));
             all.extend(s.ledger().map(|r| format!("ledger {r:?}")));
@@ -465,7 +465,7 @@ impl World {
 
     /// Kernel devices of this world: device-mapper devices by name, loop devices by their file.
     pub fn devices(&self) -> BTreeSet<String> {
-        let install = self.daemon().store.install_id().to_owned();
+        let install = self.daemon().core.store.install_id().to_owned();
         let state = self.config.state_dir.display().to_string();
         let blocks = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
         let read = |path: PathBuf| std::fs::read_to_string(path).ok().map(|s| s.trim_end().to_owned());

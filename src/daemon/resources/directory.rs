@@ -3,19 +3,26 @@
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
 use crate::config::{Config, VmmDriver};
-use crate::daemon::boot::Boot;
-use crate::daemon::{Daemon, VMS_DIR};
+use crate::daemon::core::VMS_DIR;
+use crate::daemon::resources::{Boot, Resources};
+use crate::daemon::vm_dir::HOST_KEY_FILE;
+use crate::daemon::vm_dir::KEY_FILE;
+use crate::disk::KeyPair;
 use crate::error::{Error, Result};
 use crate::host::reach;
 use crate::ids::VmId;
 use crate::store::VmRow;
+use crate::vmm::VmmSpec;
 use std::path::Path;
 use std::time::Duration;
+
+const USER_KEY_COMMENT: &str = "fcd";
 
 /// Tries to remove a directory into which something is still written, and the time between them.
 const REMOVE_TRIES_MAX: u32 = 100;
 const REMOVE_PERIOD: Duration = Duration::from_millis(20);
-/// Less room than this on the state directory's file system is worth a warning: an image takes some 400 MB.
+/// Less room than this on the state directory's file system is worth a warning: an image takes some
+/// 400 MB.
 const SPACE_BYTES_WARN: u64 = 2 << 30;
 
 pub(super) struct Directory;
@@ -27,21 +34,21 @@ impl Resource for Directory {
     fn span(&self) -> Span {
         Span::Life
     }
-    fn intent(&self, daemon: &Daemon, row: &VmRow) -> Option<String> {
-        Some(daemon.vm_dir(&row.id).display().to_string())
+    fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
+        Some(resources.core.vm_dir(&row.id).display().to_string())
     }
     fn doing(&self) -> &'static str {
         "prepare the directory"
     }
 
-    fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
+    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         drop(crate::host::fs::create_dir(&boot.spec.dir, 0o711)?);
-        daemon.keys(&boot.row, &boot.spec).map(drop)
+        resources.keys(&boot.row, &boot.spec).map(drop)
     }
 
-    fn release(&self, daemon: &Daemon, name: &str) -> Result<()> {
+    fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         let dir = Path::new(name);
-        daemon.vmm.consoles().forget(dir);
+        resources.vmm.consoles().forget(dir);
         let mut tries = 0;
         loop {
             tries += 1;
@@ -49,7 +56,7 @@ impl Resource for Directory {
                 Ok(()) => return Ok(()),
                 // What the guest said last is still being written to its log.
                 Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty && tries < REMOVE_TRIES_MAX => {
-                    daemon.pause(REMOVE_PERIOD);
+                    resources.core.sleep(REMOVE_PERIOD);
                 }
                 Err(e) => return Err(Error::io(format!("remove {}", dir.display()), e)),
             }
@@ -57,8 +64,8 @@ impl Resource for Directory {
     }
 
     /// What has no id for a name is not ours.
-    fn found(&self, daemon: &Daemon) -> Result<Vec<String>> {
-        let vms = daemon.config.state_dir.join(VMS_DIR);
+    fn found(&self, resources: &Resources) -> Result<Vec<String>> {
+        let vms = resources.core.state_dir.join(VMS_DIR);
         let entries = match std::fs::read_dir(&vms) {
             Ok(entries) => entries,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -75,8 +82,8 @@ impl Resource for Directory {
     }
 }
 
-/// QEMU runs under a uid of its own when the daemon is root, and opens its files by their paths. Firecracker's jailer
-/// takes it to its files as root. None: nothing is wrong.
+/// QEMU runs under a uid of its own when the daemon is root, and opens its files by their paths.
+/// Firecracker's jailer takes it to its files as root. None: nothing is wrong.
 pub(super) fn reach_check(config: &Config) -> Option<Check> {
     if !nix::unistd::geteuid().is_root() || config.vmm.driver == VmmDriver::Firecracker {
         return None;
@@ -100,6 +107,37 @@ fn space_check(state_dir: &Path) -> Check {
             "fcctl vm prune, or free some space",
         ),
         Err(e) => Check::fail("disk-space", e.to_string(), "check the directory's rights"),
+    }
+}
+
+impl Resources {
+    /// Host key and user key are made once in a VM's life: its identity outlives its restarts.
+    pub(super) fn keys(&self, row: &VmRow, spec: &VmmSpec) -> Result<(KeyPair, KeyPair)> {
+        self.read_keys(row, spec)?.map_or_else(|| self.make_keys(row, spec), Ok)
+    }
+
+    /// None where they are not all there, or not what the row has: the VM has not been started, or
+    /// an earlier version did it, which kept the host's key in the seed alone.
+    fn read_keys(&self, row: &VmRow, spec: &VmmSpec) -> Result<Option<(KeyPair, KeyPair)>> {
+        let read = |name: &str| match std::fs::read_to_string(spec.dir.join(name)) {
+            Ok(text) => KeyPair::from_private_openssh(&text).map(Some),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(Error::io(format!("read the keys of vm {}", row.name), e)),
+        };
+        let keys = read(HOST_KEY_FILE)?.zip(read(KEY_FILE)?);
+        Ok(keys.filter(|(host, _)| row.host_key.as_deref() == Some(host.public_blob())))
+    }
+
+    fn make_keys(&self, row: &VmRow, spec: &VmmSpec) -> Result<(KeyPair, KeyPair)> {
+        let (host, user) = (KeyPair::generate(row.name.as_str())?, KeyPair::generate(USER_KEY_COMMENT)?);
+        self.core.effects.before("write the keys")?;
+        for (name, key) in [(KEY_FILE, &user), (HOST_KEY_FILE, &host)] {
+            crate::host::fs::write_durable(&spec.dir.join(name), key.private_openssh().as_bytes(), 0o600)?;
+        }
+        let blob = host.public_blob().to_vec();
+        let ticket = self.core.change_row(&row.id, false, |r| r.host_key = Some(blob))?;
+        self.core.wait_durable(ticket)?;
+        Ok((host, user))
     }
 }
 

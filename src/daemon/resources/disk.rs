@@ -2,8 +2,11 @@
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
-use crate::daemon::Daemon;
-use crate::daemon::boot::Boot;
+use crate::daemon::disk_probe::probe;
+use crate::daemon::resources::{Boot, Resources};
+use crate::disk;
+use crate::disk::Method;
+use crate::disk::RootSpec;
 use crate::error::Result;
 use crate::store::VmRow;
 
@@ -16,29 +19,29 @@ impl Resource for Disk {
     fn span(&self) -> Span {
         Span::Life
     }
-    fn intent(&self, _daemon: &Daemon, _row: &VmRow) -> Option<String> {
+    fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
         None
     }
     fn doing(&self) -> &'static str {
         "prepare the disk"
     }
 
-    fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
-        if boot.claim.restore.is_some() {
+    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
+        if boot.restore.is_some() {
             // It is the snapshot's, whole and as large as it was.
             return Ok(());
         }
-        daemon.prepare_disk(&boot.row, boot.image, &boot.spec, boot.claim)?;
+        resources.prepare_disk(boot)?;
         // What the disk became is in the row by now.
-        boot.row = daemon.row(&boot.row.id)?;
-        boot.spec = daemon.boot_spec(boot.claim, &boot.row, boot.image);
+        boot.row = resources.core.row(&boot.row.id)?;
+        boot.spec = resources.specs.boot_spec(boot.restore, &boot.row, boot.image);
         Ok(())
     }
 
-    fn release(&self, _daemon: &Daemon, _name: &str) -> Result<()> {
+    fn release(&self, _resources: &Resources, _name: &str) -> Result<()> {
         Ok(())
     }
-    fn found(&self, _daemon: &Daemon) -> Result<Vec<String>> {
+    fn found(&self, _resources: &Resources) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
 
@@ -50,8 +53,40 @@ impl Resource for Disk {
 fn disk_check(host: &HostView<'_>) -> Check {
     let config = host.config;
     let dir = config.state_dir.display();
-    match crate::daemon::room::probe(config, host.vmm, super::existing(&config.state_dir)) {
+    match probe(&config.disk, host.vmm, super::existing(&config.state_dir)) {
         Ok(probe) => Check::ok("root-disk", format!("root disks in {dir}: {} ({})", probe.method.name(), probe.reason)),
         Err(e) => Check::fail("root-disk", e.to_string(), e.hint_text().unwrap_or("check the directory's rights")),
+    }
+}
+
+impl Resources {
+    /// Decides again how root disks are made: the disk of the host may have been full when the
+    /// daemon started. A device-mapper snapshot is refused, because the claim did not put its
+    /// device into the ledger.
+    fn probe_again(&self) -> Result<Method> {
+        let now = probe(&self.disk, self.vmm.as_ref(), &self.core.state_dir)?.method;
+        match self.specs.disk_probe.as_ref() {
+            Err(e) if now == Method::DmSnapshot => Err(e.clone().hint("restart fcd: the host can make root disks now")),
+            _ => Ok(now),
+        }
+    }
+
+    fn prepare_disk(&self, boot: &Boot<'_>) -> Result<()> {
+        let (row, image, commands) = (&boot.row, boot.image, self.commands.as_ref());
+        let method = self.specs.disk_method(row).map_or_else(|| self.probe_again(), Ok)?;
+        let path = self.specs.disk_path(&row.id, method);
+        if row.disk_driver.is_some() && path.exists() {
+            return disk::grow(commands, &path, method, row.disk_bytes, boot.cancel);
+        }
+        let owner = boot.spec.credentials;
+        let wanted = RootSpec { method, base: &image.rootfs, path: &path, size_bytes: row.disk_bytes, owner };
+        let reporter = boot.op.reporter();
+        let report = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
+        disk::make_root(commands, &wanted, boot.cancel, report)?;
+        let ticket = self.core.change_row(&row.id, false, |r| {
+            r.disk_driver = Some(method.name().to_owned());
+            r.guest_version = image.guest_version;
+        })?;
+        self.core.wait_durable(ticket)
     }
 }

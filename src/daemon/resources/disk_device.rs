@@ -1,8 +1,8 @@
-//! The device of a root disk that is a device-mapper snapshot; no other disk has one. Its name is the VM's tag.
+//! The device of a root disk that is a device-mapper snapshot; no other disk has one. Its name is
+//! the VM's tag.
 
 use super::{Resource, Span};
-use crate::daemon::Daemon;
-use crate::daemon::boot::Boot;
+use crate::daemon::resources::{Boot, Resources};
 use crate::disk::{Method, snapshot};
 use crate::error::{Error, Result};
 use crate::ids::VmId;
@@ -18,18 +18,18 @@ impl Resource for DiskDevice {
     fn span(&self) -> Span {
         Span::Boot
     }
-    fn intent(&self, daemon: &Daemon, row: &VmRow) -> Option<String> {
-        (daemon.disk_method(row) == Some(Method::DmSnapshot)).then(|| daemon.tag(row))
+    fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
+        (resources.specs.disk_method(row) == Some(Method::DmSnapshot)).then(|| resources.core.tag(row))
     }
     fn doing(&self) -> &'static str {
         "make the disk's device"
     }
 
-    fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
-        if daemon.disk_method(&boot.row) != Some(Method::DmSnapshot) {
+    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
+        if resources.specs.disk_method(&boot.row) != Some(Method::DmSnapshot) {
             return Ok(());
         }
-        let store = daemon.disk_path(&boot.row.id, Method::DmSnapshot);
+        let store = resources.specs.disk_path(&boot.row.id, Method::DmSnapshot);
         let spec = snapshot::DeviceSpec {
             name: &boot.spec.tag,
             origin: &crate::disk::origin(&store, &boot.image.rootfs),
@@ -38,18 +38,18 @@ impl Resource for DiskDevice {
             node: &boot.spec.disk,
             owner: boot.spec.credentials,
         };
-        snapshot::activate(daemon.commands.as_ref(), &spec, &boot.claim.cancel)
+        snapshot::activate(resources.commands.as_ref(), &spec, boot.cancel)
     }
 
     /// Not by the daemon's commands' cancel token: clean-up goes on when the daemon closes.
-    fn release(&self, daemon: &Daemon, name: &str) -> Result<()> {
+    fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let vm = name.rsplit('-').nth(1).and_then(|id| id.parse::<VmId>().ok());
-        let node = vm.map(|vm| daemon.vm_dir(&vm).join(crate::daemon::boot::DISK_FILE));
-        snapshot::deactivate(daemon.commands.as_ref(), name, node.as_deref(), &cancel)
+        let node = vm.map(|vm| resources.core.vm_dir(&vm).join(crate::daemon::vm_dir::DISK_FILE));
+        snapshot::deactivate(resources.commands.as_ref(), name, node.as_deref(), &cancel)
     }
 
-    fn found(&self, daemon: &Daemon) -> Result<Vec<String>> {
-        snapshot::list(&daemon.tag_prefix())
+    fn found(&self, resources: &Resources) -> Result<Vec<String>> {
+        snapshot::list(&resources.core.tag_prefix())
     }
 }

@@ -1,9 +1,9 @@
-//! The disks that a VM had before it went on from a snapshot. Until the guest runs they lie aside and are put back when the start ends
-//! otherwise, whoever dies; from then on they only have to go.
+//! The disks that a VM had before it went on from a snapshot. Until the guest runs they lie aside
+//! and are put back when the start ends otherwise, whoever dies; from then on they only have to go.
 
 use super::{Resource, Span};
-use crate::daemon::Daemon;
-use crate::daemon::boot::{Boot, CHANGES_FILE, DISK_FILE, WORK_DISK_FILE};
+use crate::daemon::resources::{Boot, Resources};
+use crate::daemon::vm_dir::{CHANGES_FILE, DISK_FILE, WORK_DISK_FILE};
 use crate::error::{Error, Result};
 use crate::ids::VmId;
 use crate::store::{LedgerRow, Tx, VmRow};
@@ -29,18 +29,18 @@ impl Resource for FormerDisks {
         Span::Start
     }
     /// Only a start from a snapshot has some: it writes them down itself.
-    fn intent(&self, _daemon: &Daemon, _row: &VmRow) -> Option<String> {
+    fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
         None
     }
     fn doing(&self) -> &'static str {
         "look for the disks that it had"
     }
-    fn acquire(&self, _daemon: &Daemon, _boot: &mut Boot<'_>) -> Result<()> {
+    fn acquire(&self, _resources: &Resources, _boot: &mut Boot<'_>) -> Result<()> {
         Ok(())
     }
 
-    fn release(&self, daemon: &Daemon, name: &str) -> Result<()> {
-        let dir = dir_of(daemon, name)?;
+    fn release(&self, resources: &Resources, name: &str) -> Result<()> {
+        let dir = dir_of(resources, name)?;
         let doing = || format!("put back the disks in {}", dir.join(FORMER_DIR).display());
         let put_back = || -> std::io::Result<()> {
             for file in FILES {
@@ -54,7 +54,7 @@ impl Resource for FormerDisks {
     }
 
     /// None that is in no ledger: see [`set_aside`].
-    fn found(&self, _daemon: &Daemon) -> Result<Vec<String>> {
+    fn found(&self, _resources: &Resources) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
 }
@@ -66,27 +66,28 @@ impl Resource for ReplacedDisks {
     fn span(&self) -> Span {
         Span::Start
     }
-    fn intent(&self, _daemon: &Daemon, _row: &VmRow) -> Option<String> {
+    fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
         None
     }
     fn doing(&self) -> &'static str {
         "look for disks that were replaced"
     }
-    fn acquire(&self, _daemon: &Daemon, _boot: &mut Boot<'_>) -> Result<()> {
+    fn acquire(&self, _resources: &Resources, _boot: &mut Boot<'_>) -> Result<()> {
         Ok(())
     }
 
-    fn release(&self, daemon: &Daemon, name: &str) -> Result<()> {
-        let path = dir_of(daemon, name)?.join(FORMER_DIR);
+    fn release(&self, resources: &Resources, name: &str) -> Result<()> {
+        let path = dir_of(resources, name)?.join(FORMER_DIR);
         crate::host::fs::remove_tree(&path).map_err(|e| Error::io(format!("remove {}", path.display()), e))
     }
 
-    fn found(&self, _daemon: &Daemon) -> Result<Vec<String>> {
+    fn found(&self, _resources: &Resources) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
 }
 
-/// From now on the next daemon puts back what [`set_aside`] takes away. The row must be durable before that.
+/// From now on the next daemon puts back what [`set_aside`] takes away. The row must be durable
+/// before that.
 pub(in crate::daemon) fn intend(tx: &mut Tx, row: &VmRow, tag: &str) -> u64 {
     tx.intend(Some(&row.id), row.generation, FormerDisks.kind(), tag)
 }
@@ -109,17 +110,17 @@ pub(in crate::daemon) fn let_go(tx: &mut Tx, former: u64, row: &VmRow, tag: &str
 }
 
 /// After that change. What cannot be removed goes when the VM comes to rest.
-pub(in crate::daemon) fn remove(daemon: &Daemon, row: &VmRow, tag: &str, replaced: u64) {
+pub(in crate::daemon) fn remove(resources: &Resources, row: &VmRow, tag: &str, replaced: u64) {
     let (vm, kind, name) = (Some(row.id.clone()), ReplacedDisks.kind().to_owned(), tag.to_owned());
     let ledger = LedgerRow { id: replaced, vm, generation: row.generation, kind, name, facts: None };
-    if let Err(e) = daemon.release_row(&ReplacedDisks, &ledger) {
+    if let Err(e) = resources.release_row(&ReplacedDisks, &ledger) {
         log::warn!("{e}; it is tried again when vm {} comes to rest", row.name);
     }
 }
 
-fn dir_of(daemon: &Daemon, tag: &str) -> Result<PathBuf> {
+fn dir_of(resources: &Resources, tag: &str) -> Result<PathBuf> {
     let vm = tag.rsplit('-').nth(1).and_then(|id| id.parse::<VmId>().ok());
-    vm.map(|vm| daemon.vm_dir(&vm)).ok_or_else(|| Error::internal(format!("{tag:?} names no VM")))
+    vm.map(|vm| resources.core.vm_dir(&vm)).ok_or_else(|| Error::internal(format!("{tag:?} names no VM")))
 }
 
 fn ignore_absent(result: std::io::Result<()>) -> std::io::Result<()> {

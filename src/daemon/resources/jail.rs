@@ -1,10 +1,10 @@
-//! What a VMM has on the host beside its process and its files: its root directory and its control group. The driver makes them at its
-//! start, and they go when it has exited.
+//! What a VMM has on the host beside its process and its files: its root directory and its control
+//! group. The driver makes them at its start, and they go when it has exited.
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
-use crate::daemon::boot::Boot;
-use crate::daemon::{Daemon, VMS_DIR};
+use crate::daemon::core::VMS_DIR;
+use crate::daemon::resources::{Boot, Resources};
 use crate::error::{Error, Result};
 use crate::ids::VmId;
 use crate::store::VmRow;
@@ -18,25 +18,25 @@ impl Resource for Jail {
     fn span(&self) -> Span {
         Span::Boot
     }
-    fn intent(&self, daemon: &Daemon, row: &VmRow) -> Option<String> {
-        daemon.vmm.leaves_remains().then(|| daemon.tag(row))
+    fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
+        resources.vmm.leaves_remains().then(|| resources.core.tag(row))
     }
     fn doing(&self) -> &'static str {
         "make room for the vmm"
     }
 
     /// The start of the VMM, which comes next, makes it.
-    fn acquire(&self, _daemon: &Daemon, _boot: &mut Boot<'_>) -> Result<()> {
+    fn acquire(&self, _resources: &Resources, _boot: &mut Boot<'_>) -> Result<()> {
         Ok(())
     }
 
-    fn release(&self, daemon: &Daemon, name: &str) -> Result<()> {
+    fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         let vm: VmId = name
             .rsplit('-')
             .nth(1)
             .and_then(|id| id.parse().ok())
             .ok_or_else(|| Error::internal(format!("remove the jail of {name:?}: it is no tag of a VM's")))?;
-        daemon.vmm.clear(&daemon.vm_dir(&vm), name)
+        resources.vmm.clear(&resources.core.vm_dir(&vm), name)
     }
 
     fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
@@ -50,7 +50,7 @@ impl Resource for Jail {
         }]
     }
 
-    fn found(&self, daemon: &Daemon) -> Result<Vec<String>> {
-        daemon.vmm.remains(&daemon.config.state_dir.join(VMS_DIR), &daemon.tag_prefix())
+    fn found(&self, resources: &Resources) -> Result<Vec<String>> {
+        resources.vmm.remains(&resources.core.state_dir.join(VMS_DIR), &resources.core.tag_prefix())
     }
 }

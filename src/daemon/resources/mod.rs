@@ -21,19 +21,36 @@ mod synced_files;
 mod tap;
 mod work_disk;
 
-use super::boot::Boot;
-use super::{Daemon, recovery};
+use super::core::Core;
+use super::network::Networks;
+use super::recovery;
+use super::snapshot_registry::SnapshotRegistry;
+use super::spec::Specs;
+use super::vmms::Vmms;
 use crate::api::daemon::{Check, Leak};
 use crate::api::vm::VmState;
 use crate::config::Config;
+use crate::config::{self, SyncedFile};
+use crate::daemon::gone::Installations;
+use crate::daemon::host_view::HostView;
+use crate::daemon::leak::leak;
+use crate::daemon::snapshot_registry::Restore;
+use crate::disk::RestoreSeed;
+use crate::disk::SeedFile;
+use crate::error::Kind;
 use crate::error::{Error, Result};
 use crate::host::Commands;
 use crate::ids::{SnapshotId, VmId};
+use crate::image::ImageInfo;
 use crate::locks::Cancel;
+use crate::ops::OpHandle;
 use crate::store::{LedgerRow, State, Tx, VmRow};
 use crate::vmm::Driver;
+use crate::vmm::Running;
+use crate::vmm::VmmSpec;
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::Arc;
 
 /// In the order in which a boot takes them; they are given back in the reverse order.
 const ALL: [&dyn Resource; 13] = [
@@ -70,18 +87,19 @@ pub(super) trait Resource: Send + Sync {
 
     fn span(&self) -> Span;
 
-    /// What a boot of `row` takes, by the name with which it is found again on the host; none: nothing. Of a boot's span the
-    /// name is that boot's alone. Memory only: it runs inside the claim's change.
-    fn intent(&self, daemon: &Daemon, row: &VmRow) -> Option<String>;
+    /// What a boot of `row` takes, by the name with which it is found again on the host; none:
+    /// nothing. Of a boot's span the name is that boot's alone. Memory only: it runs inside the
+    /// claim's change.
+    fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String>;
 
     /// What a boot says while it takes it.
     fn doing(&self) -> &'static str;
 
     /// Takes it. What an earlier try left is taken over or replaced.
-    fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()>;
+    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()>;
 
     /// Gives it back, whatever was cancelled. Gone already is ok.
-    fn release(&self, daemon: &Daemon, name: &str) -> Result<()>;
+    fn release(&self, resources: &Resources, name: &str) -> Result<()>;
 
     /// Whether the others may not be given back before this is.
     fn uses_the_others(&self) -> bool {
@@ -89,25 +107,19 @@ pub(super) trait Resource: Send + Sync {
     }
 
     /// All of this kind that is on the host and carries our names.
-    fn found(&self, daemon: &Daemon) -> Result<Vec<String>>;
+    fn found(&self, resources: &Resources) -> Result<Vec<String>>;
 
-    /// Whether this one is somebody's although it is in no ledger, or no boot's although it is in one.
-    fn is_in_use(&self, _daemon: &Daemon, _name: &str) -> bool {
+    /// Whether this one is somebody's although it is in no ledger, or no boot's although it is in
+    /// one.
+    fn is_in_use(&self, _resources: &Resources, _name: &str) -> bool {
         false
     }
 
-    /// What `doctor` says of it: what is needed for it, what was found, how to mend it. Read-only; there may be no daemon.
+    /// What `doctor` says of it: what is needed for it, what was found, how to mend it. Read-only;
+    /// there may be no resources.
     fn checks(&self, _host: &HostView<'_>) -> Vec<Check> {
         Vec::new()
     }
-}
-
-/// What a check looks at.
-pub(super) struct HostView<'a> {
-    pub config: &'a Config,
-    pub vmm: &'a dyn Driver,
-    pub commands: &'a dyn Commands,
-    pub cancel: &'a Cancel,
 }
 
 /// What `doctor` says of all of them.
@@ -135,9 +147,9 @@ pub(super) fn ends_with_its_boot(kind: &str) -> bool {
 }
 
 /// Writes down what the next boot of `row` is about to take.
-pub(super) fn intend(daemon: &Daemon, tx: &mut Tx, row: &VmRow) {
+pub(super) fn intend(resources: &Resources, tx: &mut Tx, row: &VmRow) {
     for resource in ALL {
-        let Some(name) = resource.intent(daemon, row) else { continue };
+        let Some(name) = resource.intent(resources, row) else { continue };
         if !tx.ledger_of(&row.id).any(|l| l.kind == resource.kind() && l.name == name) {
             tx.intend(Some(&row.id), row.generation, resource.kind(), name);
         }
@@ -159,31 +171,79 @@ fn is_leftover(state: &State, row: &LedgerRow) -> bool {
 }
 
 /// Removes the directory of a snapshot that nobody makes and that has no row, and strikes it.
-pub(super) fn discard_snapshot(daemon: &Daemon, id: &SnapshotId, ledger: u64) -> Result<()> {
+pub(super) fn discard_snapshot(resources: &Resources, id: &SnapshotId, ledger: u64) -> Result<()> {
     let (vm, kind, name) = (None, snapshot::KIND.to_owned(), id.to_string());
-    daemon.release_row(&snapshot::Snapshot, &LedgerRow { id: ledger, vm, generation: 0, kind, name, facts: None })
+    resources.release_row(&snapshot::Snapshot, &LedgerRow { id: ledger, vm, generation: 0, kind, name, facts: None })
 }
 
 /// Removes the directory of a VM for which there is no row in the ledger.
-pub(super) fn forget_directory(daemon: &Daemon, row: &VmRow) -> Result<()> {
+pub(super) fn forget_directory(resources: &Resources, row: &VmRow) -> Result<()> {
     let directory = directory::Directory;
-    directory.intent(daemon, row).map_or(Ok(()), |name| directory.release(daemon, &name))
+    directory.intent(resources, row).map_or(Ok(()), |name| directory.release(resources, &name))
 }
 
-impl Daemon {
-    /// Takes everything that a boot needs, step by step. After an error nothing of the boot's span is left, or the
-    /// ledger says what is.
+/// A boot in progress: what its steps need, and what they have made so far.
+pub(super) struct Boot<'a> {
+    pub op: &'a OpHandle,
+    /// Ends the boot early.
+    pub cancel: &'a Cancel,
+    /// The snapshot that the boot restores.
+    pub restore: Option<&'a Restore>,
+    pub row: VmRow,
+    pub image: &'a ImageInfo,
+    pub spec: VmmSpec,
+    /// Files to copy into the guest.
+    pub files: Vec<SeedFile>,
+    /// What the guest of a snapshot is given after its memory is loaded.
+    pub restore_seed: Option<RestoreSeed>,
+    /// The ledger row of the disks that the VM had before it took those of a snapshot.
+    pub former_disks: Option<u64>,
+    pub running: Option<Running>,
+}
+
+impl Boot<'_> {
+    /// Fails if the init of the guest is too old to know `what`: it would ignore it without an
+    /// error.
+    pub(super) fn needs_guest(&self, what: &str) -> Result<()> {
+        if self.row.guest_version >= 1 {
+            return Ok(());
+        }
+        let message = format!("give VM {} {what}: its disk was made from an image that an earlier fcd built", self.row.name);
+        Err(Error::new(Kind::Unsupported, message).hint("build the image again (fcctl image build), and make a new VM from it"))
+    }
+}
+
+/// Takes resources for boots and releases them.
+#[derive(Clone)]
+pub struct Resources {
+    pub(in crate::daemon) core: Core,
+    pub(in crate::daemon) networks: Networks,
+    pub(in crate::daemon) specs: Specs,
+    pub(in crate::daemon) vmms: Vmms,
+    pub(in crate::daemon) snapshot_registry: SnapshotRegistry,
+    pub(in crate::daemon) commands: Arc<dyn Commands>,
+    pub(in crate::daemon) vmm: Arc<dyn Driver>,
+    /// Knows which other installations are alive. `None` if the daemon is not root.
+    pub(in crate::daemon) installations: Option<Arc<dyn Installations>>,
+    pub(in crate::daemon) disk: config::Disk,
+    /// Files that every guest gets.
+    pub(in crate::daemon) synced: Arc<[SyncedFile]>,
+}
+
+impl Resources {
+    /// Takes everything that a boot needs, step by step. After an error nothing of the boot's span
+    /// is left, or the ledger says what is.
     pub(super) fn acquire_all(&self, boot: &mut Boot<'_>) -> Result<()> {
         for resource in ALL {
-            boot.claim.op().progress(resource.doing());
-            self.effects.before(resource.doing())?;
+            boot.op.progress(resource.doing());
+            self.core.effects.before(resource.doing())?;
             resource.acquire(self, boot)?;
         }
         Ok(())
     }
 
-    /// Gives back what boots of `vm` up to `generation` hold, and strikes it off. What cannot be given back stays in the
-    /// ledger for the next sweep.
+    /// Gives back what boots of `vm` up to `generation` hold, and strikes it off. What cannot be
+    /// given back stays in the ledger for the next sweep.
     ///
     /// # Errors
     /// The VMM could not be ended: nothing else was touched, as it is in use.
@@ -202,11 +262,12 @@ impl Daemon {
         left.into_iter().next().map_or(Ok(()), Err)
     }
 
-    /// Carries on past errors, which it gives; but nothing is taken from under a VMM that still runs.
+    /// Carries on past errors, which it gives; but nothing is taken from under a VMM that still
+    /// runs.
     fn release(&self, vm: &VmId, which: impl Fn(&dyn Resource, &LedgerRow) -> bool) -> Result<Vec<Error>> {
         let mut left = Vec::new();
         for resource in ALL.into_iter().rev() {
-            let rows: Vec<LedgerRow> = self.store.read(|s| {
+            let rows: Vec<LedgerRow> = self.core.store.read(|s| {
                 let of_kind = s.ledger_of(vm).filter(|l| l.kind == resource.kind() && which(resource, l));
                 of_kind.map(|l| LedgerRow::clone(l)).collect()
             });
@@ -222,20 +283,22 @@ impl Daemon {
     }
 
     fn release_row(&self, resource: &dyn Resource, row: &LedgerRow) -> Result<()> {
-        self.effects.before("give it back")?;
+        self.core.effects.before("give it back")?;
         resource.release(self, &row.name)?;
-        // It is gone whether or not this is written down: the next try finds nothing and strikes it.
-        match self.store.change_essential(|tx| Ok(tx.strike(row.id))) {
+        // It is gone whether or not this is written down: the next try finds nothing and strikes
+        // it.
+        match self.core.store.change_essential(|tx| Ok(tx.strike(row.id))) {
             Ok((_, ticket)) => ticket.detach(),
             Err(e) => log::warn!("strike {} {} off the ledger: {e}", row.kind, row.name),
         }
         Ok(())
     }
 
-    /// Compares the ledger, the rows of VMs and the host, and removes what is ours and belongs to nothing. Says what
-    /// it found; with `fix` what was removed is gone, or the leak says why not.
+    /// Compares the ledger, the rows of VMs and the host, and removes what is ours and belongs to
+    /// nothing. Says what it found; with `fix` what was removed is gone, or the leak says why not.
     ///
-    /// Twice in a row changes nothing. What is being taken or given back meanwhile is left to whoever does so.
+    /// Twice in a row changes nothing. What is being taken or given back meanwhile is left to
+    /// whoever does so.
     pub(super) fn sweep(&self, fix: bool) -> Vec<Leak> {
         let mut leaks = Vec::new();
         // VMs whose VMM could not be ended keep all that they have.
@@ -246,7 +309,7 @@ impl Daemon {
                 log::warn!("look for what is left of kind {}: {e}", resource.kind());
                 Vec::new()
             });
-            let (known, leftover): (HashSet<String>, Vec<LedgerRow>) = self.store.read(|s| {
+            let (known, leftover): (HashSet<String>, Vec<LedgerRow>) = self.core.store.read(|s| {
                 let of_kind = || s.ledger().filter(|l| l.kind == resource.kind());
                 (
                     of_kind().map(|l| l.name.clone()).collect(),
@@ -279,18 +342,7 @@ impl Daemon {
 
     /// The names of what belongs to VMs that an earlier version started, which kept no ledger.
     fn intended_by_all(&self, resource: &dyn Resource) -> HashSet<String> {
-        let rows = self.store.read(|s| s.vms().cloned().collect::<Vec<_>>());
+        let rows = self.core.store.read(|s| s.vms().cloned().collect::<Vec<_>>());
         rows.iter().filter_map(|row| resource.intent(self, row)).collect()
     }
-}
-
-/// What was found, and what came of its removal, which is logged.
-pub(super) fn leak(kind: &str, name: &str, why: &str, removed: Option<&Result<()>>) -> Leak {
-    let error = removed.and_then(|r| r.as_ref().err()).map(Error::to_string);
-    match (removed, &error) {
-        (Some(_), None) => log::info!("removed a leftover: {kind} {name}: {why}"),
-        (Some(_), Some(e)) => log::warn!("a leftover could not be removed: {kind} {name}: {e}"),
-        (None, _) => {}
-    }
-    Leak { kind: kind.to_owned(), name: name.to_owned(), why: why.to_owned(), removed: removed.is_some_and(|r| r.is_ok()), error }
 }

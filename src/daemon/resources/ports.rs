@@ -1,9 +1,9 @@
-//! Ports of the host that lead into a guest: on the bridge rules with the VM's tag; in user mode the VMM has them itself.
+//! Ports of the host that lead into a guest: on the bridge rules with the VM's tag; in user mode
+//! the VMM has them itself.
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
-use crate::daemon::Daemon;
-use crate::daemon::boot::Boot;
+use crate::daemon::resources::{Boot, Resources};
 use crate::error::{Error, Kind, Result};
 use crate::net;
 use crate::store::VmRow;
@@ -17,37 +17,37 @@ impl Resource for Ports {
     fn span(&self) -> Span {
         Span::Boot
     }
-    fn intent(&self, daemon: &Daemon, row: &VmRow) -> Option<String> {
-        daemon.net.as_ref().filter(|_| !row.ports.is_empty()).map(|_| daemon.tag(row))
+    fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
+        resources.networks.net.as_ref().filter(|_| !row.ports.is_empty()).map(|_| resources.core.tag(row))
     }
     fn doing(&self) -> &'static str {
         "forward the ports"
     }
 
-    fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
+    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         if boot.row.ports.is_empty() {
             return Ok(());
         }
-        match &daemon.net {
+        match &resources.networks.net {
             Some(net) => {
-                let guest = daemon.guest(&boot.row, net)?;
-                net.forward(&guest, &boot.row.ports, &boot.claim.cancel)
+                let guest = resources.networks.guest(&boot.row, net)?;
+                net.forward(&guest, &boot.row.ports, boot.cancel)
             }
             // Only looked at: the VMM takes them, and says less well why it cannot.
             None => net::require_free_ports(&boot.row.ports),
         }
     }
 
-    fn release(&self, daemon: &Daemon, name: &str) -> Result<()> {
-        match &daemon.net {
+    fn release(&self, resources: &Resources, name: &str) -> Result<()> {
+        match &resources.networks.net {
             Some(net) => net.unforward(name),
             None => Err(Error::new(Kind::Host, format!("remove the ports of {name}: fcd runs with user-mode networking now"))
                 .hint("start fcd once with driver = \"bridge\" under [network]")),
         }
     }
 
-    fn found(&self, daemon: &Daemon) -> Result<Vec<String>> {
-        daemon.net.as_ref().map_or_else(|| Ok(Vec::new()), net::Net::forwarded)
+    fn found(&self, resources: &Resources) -> Result<Vec<String>> {
+        resources.networks.net.as_ref().map_or_else(|| Ok(Vec::new()), |net| net.forwarded())
     }
 
     fn checks(&self, host: &HostView<'_>) -> Vec<Check> {

@@ -2,10 +2,11 @@
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
-use crate::daemon::Daemon;
-use crate::daemon::boot::Boot;
+use crate::daemon::resources::{Boot, Resources};
 use crate::error::{Error, Kind, Result};
+use crate::store::Ticket;
 use crate::store::VmRow;
+use crate::vmm::Running;
 
 /// Processes with the same tag that are ended before one gives up.
 const PRETENDERS_MAX: u32 = 64;
@@ -19,23 +20,23 @@ impl Resource for VmmProcess {
     fn span(&self) -> Span {
         Span::Boot
     }
-    fn intent(&self, daemon: &Daemon, row: &VmRow) -> Option<String> {
-        Some(daemon.tag(row))
+    fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
+        Some(resources.core.tag(row))
     }
     fn doing(&self) -> &'static str {
         "start the vmm"
     }
 
-    fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
-        boot.running = Some(daemon.start_vmm(boot.claim, &boot.spec)?);
+    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
+        boot.running = Some(resources.start_vmm(boot)?);
         Ok(())
     }
 
-    fn release(&self, daemon: &Daemon, name: &str) -> Result<()> {
+    fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         // More than one only where a VMM was taken over and pretends to be another.
         for _ in 0..PRETENDERS_MAX {
-            let Some(identity) = daemon.find_vmm(name)? else { return Ok(()) };
-            daemon.kill_vmm(&identity)?;
+            let Some(identity) = resources.vmms.find_vmm(name)? else { return Ok(()) };
+            resources.vmms.kill_vmm(&identity)?;
         }
         Err(Error::new(Kind::VmmFailed, format!("end the vmm of {name}: there is always another")).hint("ps ax | grep fc-"))
     }
@@ -44,11 +45,31 @@ impl Resource for VmmProcess {
         true
     }
 
-    fn found(&self, daemon: &Daemon) -> Result<Vec<String>> {
-        Ok(daemon.vmm.list(&daemon.tag_prefix())?.into_iter().map(|vmm| vmm.tag).collect())
+    fn found(&self, resources: &Resources) -> Result<Vec<String>> {
+        Ok(resources.vmm.list(&resources.core.tag_prefix())?.into_iter().map(|vmm| vmm.tag).collect())
     }
 
     fn checks(&self, host: &HostView<'_>) -> Vec<Check> {
         host.vmm.checks()
+    }
+}
+
+impl Resources {
+    fn start_vmm(&self, boot: &Boot<'_>) -> Result<Running> {
+        let (spec, vm) = (&boot.spec, &boot.row.id);
+        self.vmm.start(spec, boot.cancel, &mut |identity| {
+            // Need not be durable: the process can also be found by its tag.
+            let identity = identity.clone();
+            let driver = self.vmm.describe();
+            let has_balloon = spec.has_balloon;
+            let recorded = self.core.change_row(vm, false, |r| {
+                r.has_balloon = has_balloon;
+                r.identity = Some(identity);
+                r.driver = Some(driver);
+            });
+            if let Err(e) = recorded.map(Ticket::detach) {
+                log::warn!("record the VMM of {vm}: {e}");
+            }
+        })
     }
 }

@@ -1,12 +1,18 @@
-//! The seed drive, written at every start: what the steps before it have found out, and the network, which may have changed. It lies in
-//! the VM's directory and goes with it.
+//! The seed drive, written at every start: what the steps before it have found out, and the
+//! network, which may have changed. It lies in the VM's directory and goes with it.
 
 use super::{Resource, Span};
-use crate::daemon::Daemon;
-use crate::daemon::boot::Boot;
+use crate::daemon::core::now_s;
+use crate::daemon::resources::{Boot, Resources};
+use crate::daemon::snapshot_registry::Restore;
+use crate::disk::RestoreSeed;
 use crate::disk::{Seed as Drive, work};
+use crate::error::Error;
 use crate::error::Result;
+use crate::net::Mac;
 use crate::store::VmRow;
+
+const RANDOM_BYTES: usize = 64;
 
 pub(super) struct Seed;
 
@@ -17,33 +23,60 @@ impl Resource for Seed {
     fn span(&self) -> Span {
         Span::Boot
     }
-    fn intent(&self, _daemon: &Daemon, _row: &VmRow) -> Option<String> {
+    fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
         None
     }
     fn doing(&self) -> &'static str {
         "write the seed"
     }
 
-    fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
+    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         let (row, spec) = (&boot.row, &boot.spec);
-        let (host, user) = daemon.keys(row, spec)?;
-        boot.wake = boot.claim.restore.as_ref().map(|restore| daemon.wake(row, restore)).transpose()?;
+        let (host, user) = resources.keys(row, spec)?;
+        boot.restore_seed = boot.restore.map(|restore| resources.wake(row, restore)).transpose()?;
         let seed = Drive {
             host_name: &row.name,
-            network: &daemon.seed_network(row)?,
+            network: &resources.networks.seed_network(row)?,
             authorized_keys: &[user.public_line().to_owned()],
             host_key: &host,
             work_disk: spec.work_disk.as_ref().map(|_| work::GUEST_PATH),
             files: &boot.files,
-            restore: boot.wake.as_ref(),
+            restore: boot.restore_seed.as_ref(),
         };
         seed.write(&spec.seed, spec.credentials)
     }
 
-    fn release(&self, _daemon: &Daemon, _name: &str) -> Result<()> {
+    fn release(&self, _resources: &Resources, _name: &str) -> Result<()> {
         Ok(())
     }
-    fn found(&self, _daemon: &Daemon) -> Result<Vec<String>> {
+    fn found(&self, _resources: &Resources) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
+}
+
+impl Resources {
+    /// What the guest is told when it goes on.
+    pub(super) fn wake(&self, row: &VmRow, restore: &Restore) -> Result<RestoreSeed> {
+        Ok(RestoreSeed {
+            token: random_hex(RANDOM_BYTES / 4)?,
+            now_s: now_s(),
+            random: random_hex(RANDOM_BYTES)?,
+            // Its tap comes later; where it will be is known.
+            mac: self.networks.net.as_ref().map(|net| net.lease(row.slot).map(|l| Mac::of(l.address).to_string())).transpose()?,
+            machine_id: restore.elsewhere.then(|| random_hex(16)).transpose()?,
+        })
+    }
+}
+
+fn random_hex(bytes: usize) -> Result<String> {
+    let mut random = vec![0u8; bytes];
+    let mut filled = 0;
+    while filled < bytes {
+        filled += match rustix::rand::getrandom(&mut random[filled..], rustix::rand::GetRandomFlags::empty()) {
+            Ok(n) => n,
+            Err(rustix::io::Errno::INTR) => 0,
+            Err(e) => return Err(Error::io("take random numbers", std::io::Error::from(e))),
+        };
+    }
+    Ok(random.iter().map(|b| format!("{b:02x}")).collect())
 }

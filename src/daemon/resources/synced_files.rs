@@ -1,10 +1,10 @@
-//! Files of the host's that the configuration gives to every guest. They are read anew at each start, and lie on its seed drive.
+//! Files of the host's that the configuration gives to every guest. They are read anew at each
+//! start, and lie on its seed drive.
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
 use crate::config::SyncedFile;
-use crate::daemon::Daemon;
-use crate::daemon::boot::Boot;
+use crate::daemon::resources::{Boot, Resources};
 use crate::disk::SeedFile;
 use crate::error::{Error, Kind, Result};
 use crate::store::VmRow;
@@ -24,27 +24,27 @@ impl Resource for SyncedFiles {
     fn span(&self) -> Span {
         Span::Boot
     }
-    fn intent(&self, _daemon: &Daemon, _row: &VmRow) -> Option<String> {
+    fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
         None
     }
     fn doing(&self) -> &'static str {
         "read the configured files"
     }
 
-    fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
+    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         // A guest that goes on has them.
-        if daemon.config.sync.is_empty() || boot.claim.restore.is_some() {
+        if resources.synced.is_empty() || boot.restore.is_some() {
             return Ok(());
         }
         boot.needs_guest("files of [[sync]]")?;
-        boot.files = read_all(&daemon.config.sync)?;
+        boot.files = read_all(&resources.synced)?;
         Ok(())
     }
 
-    fn release(&self, _daemon: &Daemon, _name: &str) -> Result<()> {
+    fn release(&self, _resources: &Resources, _name: &str) -> Result<()> {
         Ok(())
     }
-    fn found(&self, _daemon: &Daemon) -> Result<Vec<String>> {
+    fn found(&self, _resources: &Resources) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
 

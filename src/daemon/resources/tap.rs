@@ -1,9 +1,9 @@
-//! A VM's tap on the bridge, with its rules; nothing in user mode. Found again by the VM's tag in its alias.
+//! A VM's tap on the bridge, with its rules; nothing in user mode. Found again by the VM's tag in
+//! its alias.
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
-use crate::daemon::Daemon;
-use crate::daemon::boot::Boot;
+use crate::daemon::resources::{Boot, Resources};
 use crate::error::{Error, Kind, Result};
 use crate::store::{TapFact, VmRow};
 
@@ -16,44 +16,44 @@ impl Resource for Tap {
     fn span(&self) -> Span {
         Span::Boot
     }
-    fn intent(&self, daemon: &Daemon, row: &VmRow) -> Option<String> {
-        daemon.net.as_ref().map(|_| daemon.tag(row))
+    fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
+        resources.networks.net.as_ref().map(|_| resources.core.tag(row))
     }
     fn doing(&self) -> &'static str {
         "connect the network"
     }
 
-    fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
-        let fact = match &daemon.net {
+    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
+        let fact = match &resources.networks.net {
             Some(net) => {
-                let guest = daemon.guest(&boot.row, net)?;
+                let guest = resources.networks.guest(&boot.row, net)?;
                 let uid = boot.spec.credentials.map_or_else(|| nix::unistd::geteuid().as_raw(), |(uid, _)| uid);
-                let tap = net.take(&guest, uid, &boot.claim.cancel)?;
+                let tap = net.take(&guest, uid, boot.cancel)?;
                 Some(TapFact { name: tap.name, address: guest.lease.address })
             }
             None if boot.row.rates.all()[2..].iter().any(Option::is_some) => {
-                return Err(crate::daemon::adjust::no_rate_in_user_mode());
+                return Err(crate::daemon::network::no_rate_in_user_mode());
             }
             None if boot.row.tap.is_none() => return Ok(()),
             None => None,
         };
         // A fact, not an intent: the row of what follows is durable only with this one.
-        daemon.change_row(&boot.row.id, false, |r| r.tap = fact)?.detach();
-        boot.row = daemon.row(&boot.row.id)?;
-        boot.spec = daemon.boot_spec(boot.claim, &boot.row, boot.image);
+        resources.core.change_row(&boot.row.id, false, |r| r.tap = fact)?.detach();
+        boot.row = resources.core.row(&boot.row.id)?;
+        boot.spec = resources.specs.boot_spec(boot.restore, &boot.row, boot.image);
         Ok(())
     }
 
-    fn release(&self, daemon: &Daemon, name: &str) -> Result<()> {
-        match &daemon.net {
+    fn release(&self, resources: &Resources, name: &str) -> Result<()> {
+        match &resources.networks.net {
             Some(net) => net.release(name),
             None => Err(Error::new(Kind::Host, format!("remove the tap of {name}: fcd runs with user-mode networking now"))
                 .hint("start fcd once with driver = \"bridge\" under [network]")),
         }
     }
 
-    fn found(&self, daemon: &Daemon) -> Result<Vec<String>> {
-        daemon.net.as_ref().map_or_else(|| Ok(Vec::new()), crate::net::Net::list)
+    fn found(&self, resources: &Resources) -> Result<Vec<String>> {
+        resources.networks.net.as_ref().map_or_else(|| Ok(Vec::new()), |net| net.list())
     }
 
     fn checks(&self, host: &HostView<'_>) -> Vec<Check> {

@@ -1,9 +1,9 @@
-//! A second disk for the VMs that were made with one. It lies in the VM's directory and goes with it.
+//! A second disk for the VMs that were made with one. It lies in the VM's directory and goes with
+//! it.
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
-use crate::daemon::Daemon;
-use crate::daemon::boot::Boot;
+use crate::daemon::resources::{Boot, Resources};
 use crate::disk::work;
 use crate::error::Result;
 use crate::store::VmRow;
@@ -17,26 +17,26 @@ impl Resource for WorkDisk {
     fn span(&self) -> Span {
         Span::Life
     }
-    fn intent(&self, _daemon: &Daemon, _row: &VmRow) -> Option<String> {
+    fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
         None
     }
     fn doing(&self) -> &'static str {
         "prepare the work disk"
     }
 
-    fn acquire(&self, daemon: &Daemon, boot: &mut Boot<'_>) -> Result<()> {
+    fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         let (Some(path), Some(bytes)) = (&boot.spec.work_disk, boot.row.work_disk_bytes) else { return Ok(()) };
         boot.needs_guest("a work disk")?;
         if path.exists() {
             return Ok(());
         }
-        work::make(daemon.commands.as_ref(), path, bytes, boot.spec.credentials, &boot.claim.cancel)
+        work::make(resources.commands.as_ref(), path, bytes, boot.spec.credentials, boot.cancel)
     }
 
-    fn release(&self, _daemon: &Daemon, _name: &str) -> Result<()> {
+    fn release(&self, _resources: &Resources, _name: &str) -> Result<()> {
         Ok(())
     }
-    fn found(&self, _daemon: &Daemon) -> Result<Vec<String>> {
+    fn found(&self, _resources: &Resources) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
 

@@ -281,7 +281,7 @@ impl<'a> Actor<'a> {
     }
 
     fn addr(&self, vm: &VmId) -> Option<SocketAddr> {
-        self.world.daemon().store.read(|s| s.vm(vm).and_then(|r| r.ssh_addr))
+        self.world.daemon().core.store.read(|s| s.vm(vm).and_then(|r| r.ssh_addr))
     }
 }
 

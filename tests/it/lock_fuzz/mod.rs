@@ -167,7 +167,7 @@ fn world() -> World {
 
 fn round(seed: u64, figures: &mut Figures) {
     let world = world();
-    world.daemon().history.record();
+    world.daemon().core.history.record();
     actor::script_guests(&world);
     let replies = AtomicU64::new(0);
     let seen: Vec<Seen> = watched(&world, &replies, || {
@@ -183,7 +183,7 @@ fn round(seed: u64, figures: &mut Figures) {
     });
     figures.replies += replies.load(Ordering::SeqCst);
     await_all_ended(&world);
-    let events = world.daemon().history.take();
+    let events = world.daemon().core.history.take();
     let told = replay::check(&events, &seen).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
     figures.explained += told.explained;
     figures.claims += told.claims;
@@ -199,7 +199,7 @@ fn round(seed: u64, figures: &mut Figures) {
     }
     world.await_rest();
     assert!(world.vmm.live().is_empty(), "seed {seed}: {:?}", world.vmm.live());
-    world.daemon().store.read(|s| assert_eq!((s.vms().count(), s.ledger().count(), s.workspaces().count()), (0, 0, 0)));
+    world.daemon().core.store.read(|s| assert_eq!((s.vms().count(), s.ledger().count(), s.workspaces().count()), (0, 0, 0)));
     // Dropping the world compares memory with the disk.
 }
 
@@ -207,7 +207,7 @@ fn round(seed: u64, figures: &mut Figures) {
 fn await_all_ended(world: &World) {
     await_that("every death is written down", || {
         let live = world.vmm.live();
-        world.daemon().store.read(|s| {
+        world.daemon().core.store.read(|s| {
             let runs = |r: &&std::sync::Arc<fcd::store::VmRow>| r.state == fcd::api::vm::VmState::Running;
             s.vms().filter(runs).all(|r| live.iter().any(|tag| tag.ends_with(&format!("-{}-{}", r.id, r.generation))))
         })
@@ -234,8 +234,8 @@ fn watched<T>(world: &World, replies: &AtomicU64, body: impl FnOnce() -> T) -> T
                     (last, since) = (now, Instant::now());
                 } else if since.elapsed() > STUCK {
                     eprintln!("no reply for {STUCK:?}\n{}", check::dump());
-                    eprintln!("{:#?}", world.daemon().debug_locks());
-                    eprintln!("{:#?}", world.daemon().ops.list(&Filter::default()));
+                    eprintln!("{:#?}", world.daemon().core.debug_locks());
+                    eprintln!("{:#?}", world.daemon().core.ops.list(&Filter::default()));
                     std::process::abort();
                 }
             }

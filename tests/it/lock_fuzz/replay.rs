@@ -3,7 +3,7 @@
 
 use super::actor::{Reply, Seen};
 use fcd::api::vm::VmState;
-use fcd::daemon::history::{Answer, Ending, Event, Verb, What};
+use fcd::daemon::history::{Answer, CommitKind, Event, Verb, What};
 use fcd::daemon::{Decision, decide};
 use fcd::ids::{OpId, VmId};
 use std::collections::BTreeMap;
@@ -84,7 +84,7 @@ impl Model {
             Decision::Refuse(_) => (Answer::Refused, None),
             Decision::Join | Decision::Escalate if verb == Verb::Start && self.successor.is_some() => (Answer::Refused, None),
             Decision::Join | Decision::Escalate => (Answer::Joined, self.op.clone()),
-            Decision::Supersede => match &self.successor {
+            Decision::Queue => match &self.successor {
                 Some((next, op)) if weight(*next) >= weight(verb) => {
                     if deletes(*next) && !deletes(verb) {
                         (Answer::Refused, None)
@@ -92,7 +92,7 @@ impl Model {
                         (Answer::Joined, Some(op.clone()))
                     }
                 }
-                _ => (Answer::Superseded, new.cloned()),
+                _ => (Answer::Queued, new.cloned()),
             },
         }
     }
@@ -104,30 +104,30 @@ impl Model {
                 self.op = op.cloned();
                 self.restarting = verb == Verb::Restart && to == VmState::Stopping;
             }
-            (Answer::Superseded, _) => self.successor = op.map(|op| (verb, op.clone())),
+            (Answer::Queued, _) => self.successor = op.map(|op| (verb, op.clone())),
             _ => {}
         }
     }
 
-    fn commit(&mut self, op: &OpId, ending: Ending, state: Option<VmState>, next: Option<&OpId>) -> Result<(), String> {
+    fn commit(&mut self, op: &OpId, ending: CommitKind, state: Option<VmState>, next: Option<&OpId>) -> Result<(), String> {
         if self.op.as_ref() != Some(op) {
             return Err(format!("{:?} owned it", self.op));
         }
-        self.has_run |= ending == Ending::Booted;
+        self.has_run |= ending == CommitKind::Booted;
         let rest = match ending {
-            Ending::Booted => Some(VmState::Running),
-            Ending::BootCancelled if self.has_run => Some(VmState::Stopped),
-            Ending::BootCancelled => Some(VmState::Created),
-            Ending::Ended => Some(VmState::Stopped),
-            Ending::BootDied | Ending::BootFailed | Ending::StillThere => Some(VmState::Failed),
-            Ending::Deleted => None,
+            CommitKind::Booted => Some(VmState::Running),
+            CommitKind::BootCancelled if self.has_run => Some(VmState::Stopped),
+            CommitKind::BootCancelled => Some(VmState::Created),
+            CommitKind::Ended => Some(VmState::Stopped),
+            CommitKind::BootDied | CommitKind::BootFailed | CommitKind::StillThere => Some(VmState::Failed),
+            CommitKind::Deleted => None,
         };
         let successor = self.successor.take().filter(|_| rest.is_some());
         let (expected, by) = match &successor {
             Some((verb, by)) if deletes(*verb) => (Some(VmState::Deleting), Some(by)),
             Some((_, by)) => (Some(VmState::Stopping), Some(by)),
             // Without room for its memory, a restart ends after its first half.
-            None if self.restarting && ending == Ending::Ended && next.is_some() => (Some(VmState::Starting), Some(op)),
+            None if self.restarting && ending == CommitKind::Ended && next.is_some() => (Some(VmState::Starting), Some(op)),
             None => (rest, None),
         };
         if state != expected || next != by {
@@ -203,7 +203,7 @@ fn gives(event: &Event, call: &Seen) -> bool {
         (Answer::Nothing, reply) => *reply == Reply::Ok,
         (Answer::Failed, reply) => *reply != Reply::Ok,
         // The operation's result was compared with the reply when it arrived.
-        (Answer::Claimed | Answer::Joined | Answer::Superseded, _) => true,
+        (Answer::Claimed | Answer::Joined | Answer::Queued, _) => true,
     }
 }
 
@@ -211,7 +211,7 @@ fn gives(event: &Event, call: &Seen) -> bool {
 fn was_absent(events: &[Event], call: &Seen) -> Result<(), String> {
     let of_name = || events.iter().filter(|e| e.name.as_str() == call.name);
     for made in of_name().filter(|e| matches!(e.what, What::Created) && e.between.1 <= call.sent) {
-        let gone = of_name().find(|e| e.vm == made.vm && matches!(e.what, What::Committed { ending: Ending::Deleted, .. }));
+        let gone = of_name().find(|e| e.vm == made.vm && matches!(e.what, What::Committed { ending: CommitKind::Deleted, .. }));
         if gone.is_none_or(|gone| call.received <= gone.between.0) {
             return Err(format!("{} was there all the time: {call:?}", made.vm));
         }

@@ -1,0 +1,108 @@
+//! The limits of a VM's size, and how much memory of the host is reserved for VMs.
+
+use super::core::Core;
+use crate::api::vm::VmState;
+use crate::config::MEM_MIB_MIN;
+use crate::disk::root::SIZE_UNIT_BYTES;
+use crate::error::{Error, Kind, Result};
+use crate::ids::VmId;
+use crate::store::{State, VmRow};
+
+/// What an ext4 file system with a journal takes.
+const WORK_DISK_BYTES_MIN: u64 = 16 << 20;
+
+/// The limits of VMs' sizes.
+#[derive(Clone)]
+pub struct Capacity {
+    pub(super) core: Core,
+    /// For all VMs of the host.
+    pub(super) mem_mib_max: u64,
+}
+
+impl Capacity {
+    pub(super) fn check_vcpus(&self, vcpus: u32) -> Result<()> {
+        let max = self.core.limits.vcpus_max;
+        if vcpus == 0 || vcpus > max {
+            return Err(Error::invalid(format!("{vcpus} vcpus: give 1 to {max}")).hint("limits.vcpus_max sets the most"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn check_memory(&self, mem_mib: u64) -> Result<()> {
+        if mem_mib < MEM_MIB_MIN {
+            return Err(Error::invalid(format!("{mem_mib} MiB of memory: a guest needs at least {MEM_MIB_MIN}"))
+                .hint("give for instance --memory 1G"));
+        }
+        let max = self.mem_mib_max;
+        if mem_mib > max {
+            return Err(Error::new(Kind::MemoryLimit, format!("{mem_mib} MiB of memory: this host gives VMs at most {max}"))
+                .hint("ask for less, or set limits.mem_mib_max"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn check_disk(&self, bytes: u64, at_least: u64) -> Result<()> {
+        let max = self.core.limits.disk_bytes_max;
+        if bytes < at_least {
+            return Err(Error::invalid(format!(
+                "a disk of {}: it needs at least {} and cannot shrink",
+                size(bytes),
+                size(at_least)
+            ))
+            .hint(format!("leave --disk out, or give at least --disk {}", size(at_least))));
+        }
+        if !bytes.is_multiple_of(SIZE_UNIT_BYTES) {
+            return Err(Error::invalid(format!("a disk of {}: it must be a multiple of {}", size(bytes), size(SIZE_UNIT_BYTES)))
+                .hint("give it in MiB, for instance --disk 4096M"));
+        }
+        if bytes > max {
+            return Err(Error::invalid(format!("a disk of {}: at most {}", size(bytes), size(max)))
+                .hint("limits.disk_bytes_max sets the most"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn check_work_disk(&self, bytes: u64) -> Result<()> {
+        let max = self.core.limits.disk_bytes_max;
+        if (WORK_DISK_BYTES_MIN..=max).contains(&bytes) && bytes.is_multiple_of(SIZE_UNIT_BYTES) {
+            return Ok(());
+        }
+        let (least, most) = (size(WORK_DISK_BYTES_MIN), size(max));
+        Err(Error::invalid(format!("a work disk of {}: give {least} to {most}, by whole MiB", size(bytes)))
+            .hint("give it for instance as --work-disk 20G; limits.disk_bytes_max sets the most"))
+    }
+
+    /// Memory is reserved at claim: the sum over started VMs stays below the limits.
+    pub(super) fn reserve_memory(&self, state: &State, row: &VmRow) -> Result<()> {
+        let check = |used: u64, max: u64, whose: &str, key: &str| {
+            if used + row.mem_mib <= max {
+                return Ok(());
+            }
+            Err(Error::new(Kind::MemoryLimit, format!("{} MiB more memory: {used} of {whose} {max} MiB are in use", row.mem_mib))
+                .hint(format!("stop another VM, give it less with fcctl vm set, or raise limits.{key}")))
+        };
+        check(reserved_mib(state, None, &row.id), self.mem_mib_max, "this host's", "mem_mib_max")?;
+        match self.core.limits.mem_mib_per_uid_max {
+            0 => Ok(()),
+            max => check(reserved_mib(state, Some(row.owner_uid), &row.id), max, "the owner's", "mem_mib_per_uid_max"),
+        }
+    }
+}
+
+/// As `--disk` takes it.
+fn size(bytes: u64) -> String {
+    const MIB: u64 = 1 << 20;
+    if bytes.is_multiple_of(MIB) { format!("{}M", bytes / MIB) } else { format!("{bytes} bytes") }
+}
+
+/// Memory of the VMs that have some: those on their way up, up, or on their way down.
+/// Without `apart`, which asks anew.
+fn reserved_mib(state: &State, owner_uid: Option<u32>, apart: &VmId) -> u64 {
+    state
+        .vms()
+        .filter(|r| matches!(r.state, VmState::Starting | VmState::Running | VmState::Stopping))
+        .filter(|r| r.id != *apart)
+        .filter(|r| owner_uid.is_none_or(|uid| uid == r.owner_uid))
+        .map(|r| r.mem_mib)
+        .sum()
+}

@@ -1,0 +1,163 @@
+//! What every part of the daemon shares: the store, the operation registry, the locks, the threads,
+//! and the limits. [`Core`] is a cheap handle; each part holds a clone.
+//!
+//! Methods here are small: change a row, wait until it is durable, start a thread. What a VM does
+//! is decided in the parts, which never import this module's users.
+
+use super::access::{Caller, find, vm_not_found};
+use super::close::Threads;
+use super::effects::Effects;
+use super::history::{Event, History, What};
+use super::locks::OpLocks;
+use super::waiting::poll_until;
+use crate::config::Limits;
+use crate::error::{Kind, Result};
+use crate::ids::VmId;
+use crate::locks::Cancel;
+use crate::ops::Ops;
+use crate::store::{Store, Ticket, Tx, VmRow};
+use std::ops::Deref;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// The directory of VMs' directories, in the state directory.
+pub(super) const VMS_DIR: &str = "vms";
+/// How long a change may take to reach the disk.
+pub(super) const DURABLE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// The state behind a [`Core`].
+pub struct Shared {
+    pub store: Store,
+    pub ops: Ops,
+    pub locks: OpLocks,
+    pub limits: Limits,
+    pub state_dir: PathBuf,
+    /// Fires when the daemon closes.
+    pub closing: Cancel,
+    pub effects: Effects,
+    pub history: History,
+    pub(super) threads: Threads,
+}
+
+/// A handle on what all parts of the daemon share.
+#[derive(Clone)]
+pub struct Core(Arc<Shared>);
+
+impl Deref for Core {
+    type Target = Shared;
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+/// Seconds since the epoch.
+pub(super) fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+impl Core {
+    pub(super) fn new(shared: Shared) -> Self {
+        Self(Arc::new(shared))
+    }
+
+    /// Finds the VM that `text` names, if the caller may see it.
+    pub fn resolve(&self, caller: &Caller, text: &str) -> Result<VmRow> {
+        self.store.read(|s| find(s, caller, text).cloned())
+    }
+
+    /// The current row.
+    ///
+    /// # Errors
+    /// `vm_not_found` if the VM has been deleted.
+    pub(super) fn row(&self, id: &VmId) -> Result<VmRow> {
+        self.store.read(|s| s.vm(id).map(|r| (**r).clone())).ok_or_else(|| vm_not_found(id.as_str()))
+    }
+
+    /// True once `close` has been called.
+    pub fn is_closing(&self) -> bool {
+        self.closing.is_cancelled()
+    }
+
+    /// Starts a thread for an operation. It is counted, so that `close` can wait for it.
+    pub(super) fn spawn(&self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+        let count = self.threads.enter();
+        crate::host::thread::spawn(name, move || {
+            let _count = count;
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).is_err() {
+                log::error!("an operation's thread panicked");
+            }
+            crate::locks::check::assert_none_held("the end of an operation's thread");
+        })
+        .map(drop)
+    }
+
+    /// How many operation threads are running.
+    pub fn thread_count(&self) -> usize {
+        self.threads.count()
+    }
+
+    /// Runs one transaction of the store. An `essential` change (kill, delete, commit) is accepted
+    /// even when the disk is full.
+    pub(super) fn change<T>(&self, essential: bool, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<(T, Ticket)> {
+        if essential { self.store.change_essential(change) } else { self.store.change(change) }
+    }
+
+    /// Changes a VM's row under its lock. The caller must not hold a lock.
+    pub(super) fn change_row(&self, vm: &VmId, essential: bool, change: impl FnOnce(&mut VmRow)) -> Result<Ticket> {
+        let guard = self.locks.vm.lock(vm);
+        self.change(essential, |tx| tx.update_vm(&guard, change)).map(|((), ticket)| ticket)
+    }
+
+    /// Waits until the change is on disk, for at most [`DURABLE_DEADLINE`].
+    pub(super) fn wait_durable(&self, ticket: Ticket) -> Result<()> {
+        ticket.wait(Instant::now() + DURABLE_DEADLINE).map(drop)
+    }
+
+    /// Waits until the disk has either accepted or refused the change, however long that takes:
+    /// until then, the outcome is unknown and must not be reported as a failure. Times out only
+    /// when the daemon closes.
+    pub(super) fn wait_settled(&self, ticket: &Ticket) -> Result<()> {
+        loop {
+            match ticket.wait(Instant::now() + DURABLE_DEADLINE) {
+                Err(e) if e.kind() == Kind::Timeout && !self.closing.is_cancelled() => {
+                    log::warn!("a claim has waited for the disk for {} s", DURABLE_DEADLINE.as_secs());
+                }
+                other => return other.map(drop),
+            }
+        }
+    }
+
+    /// Sleeps for `period`. Returns true, possibly earlier, if the daemon is closing.
+    pub(super) fn sleep(&self, period: Duration) -> bool {
+        poll_until(&[self.closing.fd()], Instant::now() + period);
+        self.closing.is_cancelled()
+    }
+
+    /// The VM's own directory.
+    pub(super) fn vm_dir(&self, vm: &VmId) -> PathBuf {
+        self.state_dir.join(VMS_DIR).join(vm.as_str())
+    }
+
+    /// The tag of this boot. It is among the VMM's arguments, so that a later daemon can find the
+    /// process.
+    pub(super) fn tag(&self, row: &VmRow) -> String {
+        format!("{}{}-{}", self.tag_prefix(), row.id, row.generation)
+    }
+
+    /// The prefix of every name that this installation uses on the host.
+    pub(super) fn tag_prefix(&self) -> String {
+        format!("fc-{}-", self.store.install_id())
+    }
+
+    /// Records what happened to a VM, for tests. `seq` is the change of the store that made it
+    /// visible, or else the latest change. `since` is an instant before it became visible.
+    #[inline]
+    pub(super) fn note(&self, row: &VmRow, seq: Option<u64>, since: Option<Instant>, what: impl FnOnce() -> What) {
+        self.history.note(|| {
+            let (seq, now) = (seq.unwrap_or_else(|| self.store.seq()), Instant::now());
+            let between = (since.unwrap_or(now), now);
+            Event { vm: row.id.clone(), name: row.name.clone(), seq, between, what: what() }
+        });
+    }
+}

@@ -1,0 +1,11 @@
+//! Scripts that the daemon runs in guests around a snapshot.
+
+use super::core::now_s;
+/// Reads a script from standard input. `sh -s` would not do: its background processes keep a
+/// descriptor of the script, and thereby the connection, open.
+pub(super) const GUEST_SHELL: &str = "/usr/lib/fcd/busybox sh -c \"$(cat)\"";
+
+/// Sets the guest's clock to the current time of the host.
+pub(super) fn set_clock_command() -> String {
+    format!("/usr/lib/fcd/busybox date -s @{} >/dev/null", now_s())
+}

@@ -1,0 +1,43 @@
+//! How to reach a guest over SSH.
+
+use super::core::Core;
+use super::spec::Specs;
+use super::vm_dir::KEY_FILE;
+use crate::error::{Error, Kind, Result};
+use crate::guest::Target;
+use crate::host::confine::Owner;
+use crate::store::VmRow;
+
+const GUEST_USER: &str = "root";
+
+/// Makes targets for the guest transport.
+#[derive(Clone)]
+pub struct Guests {
+    pub(super) core: Core,
+    pub(super) specs: Specs,
+}
+
+impl Guests {
+    /// The address of a running guest, and the keys for both sides.
+    pub(super) fn target(&self, row: &VmRow) -> Result<Target> {
+        match row.ssh_addr {
+            Some(addr) => self.target_at(row, addr),
+            None => Err(Error::new(Kind::GuestUnavailable, format!("VM {} has no address", row.name))),
+        }
+    }
+
+    /// The same for a guest whose address is not in the row yet.
+    pub(super) fn target_at(&self, row: &VmRow, addr: std::net::SocketAddr) -> Result<Target> {
+        let Some(host_key) = row.host_key.clone() else {
+            return Err(Error::internal(format!("VM {} has no host key", row.name)));
+        };
+        let private_key = self.private_key(row)?;
+        let owner = self.specs.credentials(row).map(|(uid, gid)| Owner { uid, gid });
+        Ok(Target { addr, user: GUEST_USER.to_owned(), private_key, host_key, owner })
+    }
+
+    fn private_key(&self, row: &VmRow) -> Result<String> {
+        let path = self.core.vm_dir(&row.id).join(KEY_FILE);
+        std::fs::read_to_string(&path).map_err(|e| Error::io(format!("read the key of VM {}", row.name), e))
+    }
+}

@@ -1,0 +1,15 @@
+//! Reports of things that fcd left on the host.
+
+use crate::api::daemon::Leak;
+use crate::error::{Error, Result};
+
+/// Reports what was found. If its removal was attempted, the result is reported and logged.
+pub(super) fn leak(kind: &str, name: &str, why: &str, removed: Option<&Result<()>>) -> Leak {
+    let error = removed.and_then(|r| r.as_ref().err()).map(Error::to_string);
+    match (removed, &error) {
+        (Some(_), None) => log::info!("removed a leftover: {kind} {name}: {why}"),
+        (Some(_), Some(e)) => log::warn!("a leftover could not be removed: {kind} {name}: {e}"),
+        (None, _) => {}
+    }
+    Leak { kind: kind.to_owned(), name: name.to_owned(), why: why.to_owned(), removed: removed.is_some_and(|r| r.is_ok()), error }
+}

@@ -1,0 +1,99 @@
+//! What the transition table allows for a row, and how a row enters a new state.
+
+use super::core::Core;
+use super::history::{Answer, What};
+use super::transitions::{Decision, Verb, decide};
+use crate::api::vm::{Pending, VmState};
+use crate::error::{Error, Kind, Result};
+use crate::ids::{OpId, VmId};
+use crate::locks::{CancelCause, KeyGuard};
+use crate::ops::OpHandle;
+use crate::store::{Intent, VmRow};
+
+impl Core {
+    /// Records the answer to a request in the history. The VM's lock must be held.
+    pub(super) fn note_asked(
+        &self,
+        row: &VmRow,
+        verb: Verb,
+        seq: Option<u64>,
+        answer: &std::result::Result<(Answer, Option<&OpId>), &Error>,
+    ) {
+        self.note(row, seq, None, || {
+            let (answer, op) = match answer {
+                Ok((answer, op)) => (*answer, op.cloned()),
+                Err(e) if e.kind() == Kind::WrongState => (Answer::Refused, None),
+                Err(_) => (Answer::Failed, None),
+            };
+            What::Asked { verb, state: row.state, restarting: row.intent == Some(Intent::Restart), answer, op }
+        });
+    }
+
+    /// Refuses what the transition table does not allow in the row's state.
+    pub(super) fn allow(&self, row: &VmRow, verb: Verb) -> Result<()> {
+        match decide(row.state, row.intent == Some(Intent::Restart), verb) {
+            Decision::Refuse(hint) => Err(refusal(row, verb, hint)),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same under the VM's lock, and records the answer in the VM's history.
+    pub(super) fn allow_locked(&self, _vm: &KeyGuard<'_, VmId>, row: &VmRow, verb: Verb) -> Result<()> {
+        let allowed = self.allow(row, verb);
+        self.note_asked(row, verb, None, &allowed.as_ref().map(|()| (Answer::Nothing, None)));
+        allowed
+    }
+}
+
+/// True if nothing of the VM runs and no operation is in progress.
+pub(super) fn is_at_rest(state: VmState) -> bool {
+    matches!(state, VmState::Created | VmState::Stopped | VmState::Failed)
+}
+
+/// Applies the settings that were waiting for the VM's next start.
+pub(super) fn take_pending(row: &mut VmRow) {
+    let Pending { vcpus, mem_mib, disk_bytes, rates } = row.pending.take().unwrap_or_default();
+    row.vcpus = vcpus.unwrap_or(row.vcpus);
+    row.mem_mib = mem_mib.unwrap_or(row.mem_mib);
+    row.disk_bytes = disk_bytes.unwrap_or(row.disk_bytes);
+    row.rates = row.rates.with(&rates);
+}
+
+/// Puts a row into a transitional state.
+pub(super) fn enter(row: &mut VmRow, to: VmState, op: &OpHandle, verb: Verb) {
+    if to == VmState::Starting {
+        take_pending(row);
+        row.generation += 1;
+        row.synced = None;
+        row.unresponsive = false;
+        row.paused = false;
+        (row.has_balloon, row.balloon_mib) = (false, None);
+        // `identity` stays: a VMM that could not be killed is known until the boot has killed it.
+        row.ssh_addr = None;
+    }
+    row.intent = (verb == Verb::Restart && to == VmState::Stopping).then_some(Intent::Restart);
+    row.state = to;
+    row.reason = None;
+    row.op = Some(op.id().clone());
+}
+
+pub(super) fn refusal(row: &VmRow, verb: Verb, hint: &str) -> Error {
+    Error::new(Kind::WrongState, format!("{} VM {}: it is {}", verb.name(), row.name, row.state.name()))
+        .hint(hint)
+        .of_vm(&row.name)
+}
+
+pub(super) fn superseded(row: &VmRow, verb: Verb) -> Error {
+    Error::new(Kind::Superseded, format!("{} VM {}: a later request took its place", verb.name(), row.name))
+        .hint(format!("fcctl vm show {}", row.name))
+}
+
+/// Why transfers, sessions and boots end.
+pub(super) fn cause_for(verb: Verb) -> CancelCause {
+    match verb {
+        Verb::Delete | Verb::DeleteForce => CancelCause::VmDeleted,
+        Verb::Kill => CancelCause::VmKilled,
+        Verb::Restart => CancelCause::VmRestarted,
+        _ => CancelCause::VmStopped,
+    }
+}

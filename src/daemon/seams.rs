@@ -1,0 +1,55 @@
+//! What the daemon uses of the outside world, and which VMM driver it picks.
+
+use super::{auto, gone};
+use crate::config::{Config, VmmDriver};
+use crate::error::Result;
+use crate::guest::Transport;
+use crate::host::Commands;
+use crate::vmm::Driver;
+use crate::vmm::console::Consoles;
+use crate::vmm::drivers::Drivers;
+use crate::vmm::firecracker::Firecracker;
+use crate::vmm::qemu::Qemu;
+use std::sync::Arc;
+
+/// The seams where tests put fakes.
+pub struct Seams {
+    pub vmm: Arc<dyn Driver>,
+    pub transport: Arc<dyn Transport>,
+    pub commands: Arc<dyn Commands>,
+    /// `None` if the daemon is not root: then no installation can leave anything behind.
+    pub installations: Option<Arc<dyn gone::Installations>>,
+}
+
+impl Seams {
+    /// The seams of a real daemon.
+    pub fn real(config: &Config) -> Result<Self> {
+        Ok(Self {
+            vmm: Arc::new(drivers(config)?),
+            transport: Arc::new(crate::guest::SshTransport),
+            commands: Arc::new(crate::host::HostCommands),
+            installations: None,
+        })
+    }
+}
+
+/// The driver that the configuration names for new boots, and the others for VMs that they started
+/// earlier.
+fn drivers(config: &Config) -> Result<Drivers> {
+    let consoles = Arc::new(Consoles::try_new()?);
+    let qemu = Arc::new(Qemu::new(config.qemu.clone(), consoles.clone())?);
+    let firecracker = Arc::new(Firecracker::new(config.firecracker.clone(), config.qemu.uids(), consoles)?);
+    Ok(match config.vmm.driver {
+        VmmDriver::Qemu => Drivers::new(qemu, vec![firecracker]),
+        VmmDriver::Firecracker => Drivers::new(firecracker, vec![qemu]),
+        VmmDriver::Auto => {
+            let missing = auto::missing(config, firecracker.as_ref(), nix::unistd::geteuid().is_root());
+            let check = auto::check(missing.as_ref());
+            log::info!("{}", check.found);
+            match missing {
+                None => Drivers::new(firecracker, vec![qemu]).with_check(check),
+                Some(_) => Drivers::new(qemu, vec![firecracker]).with_check(check),
+            }
+        }
+    })
+}

@@ -1,0 +1,71 @@
+//! `vm.set`: settings that apply from the next start, and those that a running VM gets at once.
+
+use super::access::Caller;
+use super::controls::Controls;
+use super::rules::is_at_rest;
+use super::rules::take_pending;
+use crate::api::vm::{Pending, RateLimits, Vm, VmSetRequest};
+use crate::error::{Error, Result};
+use crate::store::VmRow;
+
+impl Controls {
+    /// Changes settings. They hold from the next start on, and of a VM that runs are pending until
+    /// then; its rates it has at once if that is asked for.
+    pub fn set(&self, caller: &Caller, request: &VmSetRequest) -> Result<Vm> {
+        let row = self.core.resolve(caller, &request.vm)?;
+        self.looks.ensure_looked_at(&row, super::transitions::Verb::Set, &self.core.closing)?;
+        let rates = request.rates();
+        if !changes_size(request) && request.rm.is_none() && rates.is_empty() {
+            return Err(Error::invalid(format!("set vm {}: nothing to set", row.name))
+                .hint("give --vcpus, --memory, --disk, or a rate, as --disk-bps"));
+        }
+        request.vcpus.map_or(Ok(()), |n| self.capacity.check_vcpus(n))?;
+        request.mem_mib.map_or(Ok(()), |n| self.capacity.check_memory(n))?;
+        self.check_rates(&rates)?;
+        let (row, is_live, ticket) = {
+            let guard = self.core.locks.vm.lock(&row.id);
+            let row = self.core.row(guard.key())?;
+            self.core.allow_locked(&guard, &row, super::transitions::Verb::Set)?;
+            let disk_now = row.pending.as_ref().and_then(|p| p.disk_bytes).unwrap_or(row.disk_bytes);
+            request.disk_bytes.map_or(Ok(()), |n| self.capacity.check_disk(n, disk_now))?;
+            let is_live = request.now && !is_at_rest(row.state);
+            if is_live {
+                self.may_adjust_locked(&guard, &row, request)?;
+            }
+            let ((), ticket) = self.core.store.change(|tx| tx.update_vm(&guard, |row| apply(row, request, is_live)))?;
+            (row, is_live, ticket)
+        };
+        self.core.wait_durable(ticket)?;
+        if is_live {
+            self.adjust_rates(&row, &rates)?;
+        }
+        self.views.view(&row.id)
+    }
+}
+
+/// What a guest that runs cannot be given.
+pub(super) fn changes_size(request: &VmSetRequest) -> bool {
+    request.vcpus.is_some() || request.mem_mib.is_some() || request.disk_bytes.is_some()
+}
+
+/// vCPUs, memory and rates of a VM that is at rest change at once; the disk is grown by the next
+/// start.
+fn apply(row: &mut VmRow, request: &VmSetRequest, is_live: bool) {
+    row.rm = request.rm.unwrap_or(row.rm);
+    let (rates, mut pending) = (request.rates(), row.pending.take().unwrap_or_default());
+    pending.vcpus = request.vcpus.or(pending.vcpus);
+    pending.mem_mib = request.mem_mib.or(pending.mem_mib);
+    pending.disk_bytes = request.disk_bytes.or(pending.disk_bytes);
+    let (given, waiting) = (rates.all(), pending.rates.all());
+    if is_live {
+        row.rates = row.rates.with(&rates);
+        // What was to come later is overtaken.
+        pending.rates = RateLimits::of(std::array::from_fn(|i| waiting[i].filter(|_| given[i].is_none())));
+    } else {
+        pending.rates = RateLimits::of(std::array::from_fn(|i| given[i].or(waiting[i])));
+    }
+    row.pending = Some(pending).filter(|p| *p != Pending::default());
+    if is_at_rest(row.state) {
+        take_pending(row);
+    }
+}

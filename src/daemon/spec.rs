@@ -1,0 +1,96 @@
+//! From a VM's row to the specification that a driver gets.
+
+use super::core::Core;
+use super::network::Networks;
+use super::snapshot_registry::Restore;
+use super::vm_dir::{CHANGES_FILE, DISK_FILE, SEED_FILE, WORK_DISK_FILE};
+use crate::disk::{Method, Probe};
+use crate::error::Result;
+use crate::ids::VmId;
+use crate::image::ImageInfo;
+use crate::image::kernels::Kernels;
+use crate::store::VmRow;
+use crate::vmm::{DiskFormat, VmmSpec};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Makes specifications.
+#[derive(Clone)]
+pub struct Specs {
+    pub(super) core: Core,
+    pub(super) networks: Networks,
+    pub(super) kernels: Kernels,
+    /// How root disks are made on this host, or why none can be made.
+    pub(super) disk_probe: Arc<Result<Probe>>,
+    /// The uid of the VM in slot 0.
+    pub(super) uid_base: u32,
+}
+
+impl Specs {
+    /// The specification for the driver. The disk's format is in the row: it was decided when the
+    /// disk was made.
+    pub(super) fn spec(&self, row: &VmRow, image: &ImageInfo) -> VmmSpec {
+        let dir = self.core.vm_dir(&row.id);
+        let own = row.kernel.as_ref().map(|name| self.kernels.files(name));
+        let (kernel, initrd) = own.unwrap_or_else(|| (image.kernel.clone(), image.initrd.clone()));
+        VmmSpec {
+            vm: row.id.clone(),
+            tag: self.core.tag(row),
+            kernel,
+            initrd,
+            boot_args: crate::image::BOOT_ARGS.join(" "),
+            disk: dir.join(DISK_FILE),
+            disk_format: match self.disk_method(row) {
+                Some(Method::Reflink | Method::Copy) => DiskFormat::Raw,
+                Some(Method::DmSnapshot) => DiskFormat::Device,
+                Some(Method::Qcow2) | None => DiskFormat::Qcow2,
+            },
+            seed: dir.join(SEED_FILE),
+            work_disk: row.work_disk_bytes.map(|_| dir.join(WORK_DISK_FILE)),
+            vcpus: row.vcpus,
+            mem_mib: row.mem_mib,
+            credentials: self.credentials(row),
+            network: self.networks.guest_network(row),
+            rates: row.rates,
+            has_balloon: row.kernel.is_some() || image.guest_version >= crate::image::BALLOON_SINCE,
+            console_bytes_max: self.core.limits.console_bytes_max,
+            saved: None,
+            dir,
+        }
+    }
+
+    /// The same for a boot, which may restore a snapshot.
+    pub(super) fn boot_spec(&self, restore: Option<&Restore>, row: &VmRow, image: &ImageInfo) -> VmmSpec {
+        let spec = self.spec(row, image);
+        match restore {
+            None => spec,
+            Some(restore) => VmmSpec {
+                kernel: restore.files.kernel.clone(),
+                initrd: restore.files.initrd.clone(),
+                has_balloon: restore.row.has_balloon,
+                saved: Some(restore.saved()),
+                ..spec
+            },
+        }
+    }
+
+    /// How this VM's root disk derives from the image: as it was made, or else as this host makes
+    /// disks. `None` if this host cannot make any.
+    pub(super) fn disk_method(&self, row: &VmRow) -> Option<Method> {
+        match row.disk_driver.as_deref() {
+            Some(name) => Method::from_name(name),
+            None => self.disk_probe.as_ref().as_ref().ok().map(|p| p.method),
+        }
+    }
+
+    /// The file of a root disk made in this way, or of its changes.
+    pub(super) fn disk_path(&self, vm: &VmId, method: Method) -> PathBuf {
+        self.core.vm_dir(vm).join(if method == Method::DmSnapshot { CHANGES_FILE } else { DISK_FILE })
+    }
+
+    /// The VMM's uid and gid, which no other VM has. `None` if the daemon is not root.
+    pub(super) fn credentials(&self, row: &VmRow) -> Option<(u32, u32)> {
+        let own = self.uid_base + row.slot;
+        nix::unistd::geteuid().is_root().then_some((own, own))
+    }
+}

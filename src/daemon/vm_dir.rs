@@ -1,0 +1,14 @@
+//! The files in a VM's directory.
+
+/// The root disk.
+pub(super) const DISK_FILE: &str = "disk";
+/// The second disk, which some VMs have.
+pub(super) const WORK_DISK_FILE: &str = "work";
+/// The changes of a root disk that is a device-mapper snapshot.
+pub(super) const CHANGES_FILE: &str = "changes";
+/// The seed drive.
+pub(super) const SEED_FILE: &str = "seed";
+/// The private key with which the daemon logs in.
+pub(super) const KEY_FILE: &str = "key";
+/// The private host key of the guest's SSH server.
+pub(super) const HOST_KEY_FILE: &str = "host_key";

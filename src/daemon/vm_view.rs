@@ -1,0 +1,85 @@
+//! From a row of the store to the VM that a caller sees.
+
+use crate::api::vm::{Vm, VmBrief, VmState, WorkspaceInfo};
+use crate::store::{Seen, State, VmRow, WorkspaceRow};
+use std::borrow::Cow;
+
+/// The full view of a row, with its workspace.
+pub(super) fn view_of(state: &State, row: &VmRow) -> Vm {
+    view(row, state.workspace(&row.id).map(|w| &**w))
+}
+
+/// The full view.
+pub(super) fn view(row: &VmRow, workspace: Option<&WorkspaceRow>) -> Vm {
+    Vm {
+        id: row.id.clone(),
+        name: row.name.clone(),
+        owner_uid: row.owner_uid,
+        state: row.state,
+        reason: row.reason.clone(),
+        image: row.image.clone(),
+        kernel: row.kernel.clone(),
+        vcpus: row.vcpus,
+        mem_mib: row.mem_mib,
+        disk_bytes: row.disk_bytes,
+        work_disk_bytes: row.work_disk_bytes,
+        disk_bytes_per_s: row.rates.disk_bytes_per_s,
+        disk_ops_per_s: row.rates.disk_ops_per_s,
+        net_rx_bytes_per_s: row.rates.net_rx_bytes_per_s,
+        net_tx_bytes_per_s: row.rates.net_tx_bytes_per_s,
+        net: row.net,
+        ports: row.ports.clone(),
+        pending: row.pending.clone(),
+        rm: row.rm,
+        created_at: row.created_at,
+        started_at: row.started_at,
+        op: row.op.clone(),
+        pid: row.identity.as_ref().map(|i| i.pid),
+        ssh_addr: row.ssh_addr,
+        driver: row.driver.clone(),
+        disk_driver: row.disk_driver.clone(),
+        synced: row.synced,
+        unresponsive: is_unresponsive(row),
+        paused: is_paused(row),
+        balloon_mib: row.balloon_mib.filter(|_| row.state == VmState::Running),
+        workspace: workspace.map(workspace_info),
+    }
+}
+
+/// The members of [`view`] that a long list needs.
+pub(super) fn brief(seen: &Seen) -> VmBrief<'_> {
+    let row = &*seen.row;
+    VmBrief {
+        id: Cow::Borrowed(&row.id),
+        name: Cow::Borrowed(&row.name),
+        state: row.state,
+        reason: row.reason.as_deref().map(Cow::Borrowed),
+        image: Cow::Borrowed(&row.image),
+        vcpus: row.vcpus,
+        mem_mib: row.mem_mib,
+        created_at: row.created_at,
+        unresponsive: is_unresponsive(row),
+        paused: is_paused(row),
+        workspace: seen.workspace.as_deref().map(workspace_info),
+    }
+}
+
+fn is_unresponsive(row: &VmRow) -> bool {
+    row.unresponsive && matches!(row.state, VmState::Running | VmState::Stopping)
+}
+
+fn is_paused(row: &VmRow) -> bool {
+    row.paused && row.state == VmState::Running
+}
+
+fn workspace_info(row: &WorkspaceRow) -> WorkspaceInfo {
+    WorkspaceInfo {
+        guest_path: row.guest_path.clone(),
+        workdir: row.workdir.clone(),
+        state: row.state,
+        readonly: row.readonly,
+        entries: row.entries,
+        bytes: row.bytes,
+        prepared_at: row.prepared_at,
+    }
+}

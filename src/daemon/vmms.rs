@@ -1,0 +1,99 @@
+//! The VMM processes of VMs: finding them again, telling ours from others, killing them.
+
+use super::core::Core;
+use super::looks::EarlierVmms;
+use super::spec::Specs;
+use super::vm_dir::DISK_FILE;
+use crate::disk::{self, Method};
+use crate::error::Result;
+use crate::locks::Mutex;
+use crate::store::VmRow;
+use crate::vmm::{Driver, End, Identity, end_from_files};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a killed VMM may take to be gone: the kernel frees its memory first.
+const KILL_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Finds and kills VMM processes.
+#[derive(Clone)]
+pub struct Vmms {
+    pub(super) core: Core,
+    pub(super) specs: Specs,
+    pub(super) vmm: Arc<dyn Driver>,
+    /// Until the reconciler has looked at every VM.
+    pub(super) earlier_vmms: Arc<Mutex<Option<Arc<EarlierVmms>>>>,
+}
+
+impl Vmms {
+    /// Kills every VMM of this VM, whichever boot started it.
+    pub(super) fn kill_earlier(&self, row: &VmRow) -> Result<()> {
+        let all = self.vmm.list(&format!("{}{}-", self.core.tag_prefix(), row.id))?;
+        all.iter().try_for_each(|vmm| self.kill_vmm(&vmm.identity))
+    }
+
+    /// The VM's live process: the one in the row, or the one that carries the VM's tag.
+    pub(super) fn identity(&self, row: &VmRow) -> Option<Identity> {
+        let known = row.identity.clone();
+        if let Some(identity) = known
+            && (self.runs_as_it(row, &identity)
+                || self.vmm.is_ours(&identity, &self.core.tag(row)) && self.has_its_uid(row, &identity))
+        {
+            return Some(identity);
+        }
+        let found = self.find_vmm(&self.core.tag(row)).unwrap_or_else(|e| {
+            log::warn!("look for the vmm of {}: {e}", row.name);
+            None
+        });
+        found.filter(|identity| self.has_its_uid(row, identity))
+    }
+
+    /// True if the process in the row runs under the uid that only this VM has. A compromised VMM
+    /// may overwrite its arguments, and must be killed nevertheless.
+    fn runs_as_it(&self, row: &VmRow, identity: &Identity) -> bool {
+        let its = self.specs.credentials(row).map(|(uid, _)| uid);
+        its.is_some() && its == crate::host::process::uid(identity.pid) && self.vmm.is_alive(identity)
+    }
+
+    /// True if the process runs under the VM's own uid. A compromised VMM can copy another VM's
+    /// arguments, but not its uid. Root is allowed because a jailer starts as root.
+    fn has_its_uid(&self, row: &VmRow, identity: &Identity) -> bool {
+        let its = self.specs.credentials(row).map(|(uid, _)| uid);
+        its.is_none_or(|its| crate::host::process::uid(identity.pid).is_none_or(|uid| uid == its || uid == 0))
+    }
+
+    /// Kills the VMM and waits until it is gone.
+    pub(super) fn kill_vmm(&self, identity: &Identity) -> Result<()> {
+        self.vmm.kill(identity, Instant::now() + KILL_DEADLINE)
+    }
+
+    /// Finds the VMM with this tag. During reconciliation, one scan of all processes serves every
+    /// VMM of an earlier daemon.
+    pub(super) fn find_vmm(&self, tag: &str) -> Result<Option<Identity>> {
+        let earlier = self.earlier_vmms.lock().clone();
+        if earlier.is_some_and(|earlier| earlier.is_gone(tag, || self.vmm.list(&self.core.tag_prefix()))) {
+            return Ok(None);
+        }
+        self.vmm.find(tag)
+    }
+
+    /// How a guest ended while nobody watched it, if its console, its VMM's log or its root disk
+    /// tells.
+    pub(super) fn unseen_end(&self, row: &VmRow) -> Option<End> {
+        let dir = self.core.vm_dir(&row.id);
+        let end = end_from_files(&dir);
+        if end.as_ref().is_some_and(|end| *end != End::GuestResetUnrecorded) {
+            return end;
+        }
+        // A guest that reboots in order is reset as well, and its disk tells the two apart.
+        let Some(method) = row.disk_driver.as_deref().and_then(Method::from_name) else { return end };
+        match disk::is_unmounted(&dir.join(DISK_FILE), method) {
+            Ok(true) => Some(End::GuestUnmounted),
+            Ok(false) => end,
+            Err(e) => {
+                log::warn!("find out how VM {} ended: {e}", row.name);
+                end
+            }
+        }
+    }
+}

@@ -1,0 +1,437 @@
+//! [`Daemon`]: the parts, and how they are connected.
+
+use super::adoption::{self, Adopter};
+use super::capacity::Capacity;
+use super::close::Threads;
+use super::controls::Controls;
+use super::core::{Core, DURABLE_DEADLINE, Shared, VMS_DIR};
+use super::create::Creator;
+use super::debug::Leftovers;
+use super::disk_probe::probe;
+use super::doctor::{self, Doctor};
+use super::effects::Effects;
+use super::events::Watchers;
+use super::feeder::Feeder;
+use super::gone;
+use super::guests::Guests;
+use super::history::History;
+use super::images::{Builds, ImageService};
+use super::kernels::KernelService;
+use super::keys::{Beginning, Keys};
+use super::lifecycle::Lifecycle;
+use super::locks::OpLocks;
+use super::looks::{EarlierVmms, Looker, Looks};
+use super::network::{self, Networks};
+use super::reconcile::{self, Reconciler, Settled};
+use super::records::Attempts;
+use super::recovery::Recovery;
+use super::resources::Resources;
+use super::room::SpaceMonitor;
+use super::runtime::Runtimes;
+use super::seams::Seams;
+use super::sessions::Sessions;
+use super::snapshot_registry::{SNAPSHOTS_DIR, SnapshotRegistry};
+use super::snapshots::Snapshots;
+use super::spec::Specs;
+use super::uids;
+use super::uses::Uses;
+use super::views::Views;
+use super::vmms::Vmms;
+use super::workspaces::Transfers;
+use crate::config::{Config, Limits};
+use crate::error::{Error, Kind, Result};
+use crate::ids::VmId;
+use crate::image::Images;
+use crate::image::kernels::Kernels;
+use crate::locks::CancelCause;
+use crate::locks::{Cancel, Mutex, Rank, check};
+use crate::ops::Ops;
+use crate::pool::{self, Admission, Pool};
+use crate::session::Registry;
+use crate::store::Store;
+use crate::uids::Retention;
+use std::collections::HashMap;
+use std::ops::Deref;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+/// The share of the host's memory that VMs get if the configuration does not say.
+const MEM_SHARE_PERCENT: u64 = 80;
+
+/// The parts of a daemon. Each holds the parts that it uses.
+pub struct Parts {
+    pub core: Core,
+    pub config: Config,
+    pub views: Views,
+    pub images: ImageService,
+    pub kernels: KernelService,
+    pub controls: Controls,
+    pub sessions: Sessions,
+    pub creator: Creator,
+    pub lifecycle: Lifecycle,
+    pub snapshots: Snapshots,
+    pub transfers: Transfers,
+    pub reconciler: Arc<Reconciler>,
+    pub space_monitor: SpaceMonitor,
+    pub doctor: Doctor,
+    pub watchers: Watchers,
+    pub keys: Keys,
+    networks: Networks,
+    recovery: Recovery,
+    started: Instant,
+}
+
+/// A handle on a daemon. Clones refer to the same daemon.
+#[derive(Clone)]
+pub struct Daemon(Arc<Parts>);
+
+impl Deref for Daemon {
+    type Target = Parts;
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
+}
+
+/// The operation registry, with the operations that the store has kept. Those that were running
+/// when an earlier daemon died are marked as failed.
+fn open_ops(store: &Store, retention: Retention, mut rows: Vec<crate::api::op::Op>) -> Result<Ops> {
+    let keep = store.clone();
+    let ops = Ops::new(retention, move |ended| {
+        let kept = keep.change_essential(|tx| {
+            tx.put_op(ended.op);
+            Ok(())
+        });
+        if let Err(e) = kept {
+            log::warn!("record an operation that was dropped: {e}");
+        }
+    });
+    rows.sort_by_key(|op| op.started_at);
+    let broken = ops.restore(rows)?;
+    let written = store.change_essential(|tx| {
+        for ended in broken {
+            tx.put_op(ended.op);
+        }
+        Ok(())
+    });
+    match written.and_then(|((), ticket)| ticket.wait(Instant::now() + DURABLE_DEADLINE).map(drop)) {
+        // A daemon must start even if the disk is full, so that VMs can be deleted. The next daemon
+        // tries again.
+        Err(e) if matches!(e.kind(), Kind::DiskFull | Kind::StoreReadOnly) => {
+            log::warn!("record operations that were cut off: {e}")
+        }
+        other => other?,
+    }
+    Ok(ops)
+}
+
+fn open_pool(limits: &Limits) -> Result<Pool> {
+    Pool::new(pool::Bounds {
+        workers: limits.pool_workers,
+        running_per_uid_max: limits.running_per_uid_max(),
+        queue_max: limits.pool_queue,
+        queue_per_uid_max: limits.queue_per_uid_max,
+    })
+}
+
+fn open_core(config: &Config) -> Result<Core> {
+    // VMMs with uids of their own reach their files below these directories.
+    for name in [VMS_DIR, SNAPSHOTS_DIR] {
+        drop(crate::host::fs::create_dir(&config.state_dir.join(name), 0o711)?);
+    }
+    let store = Store::open_keeping(&config.state_dir, config.limits.retention())?;
+    store.read(|s| uids::require(config, s))?;
+    let rows = store.read(|s| s.ops().map(|o| (**o).clone()).collect::<Vec<_>>());
+    let ops = open_ops(&store, config.limits.retention(), rows)?;
+    Ok(Core::new(Shared {
+        ops,
+        store,
+        locks: OpLocks::new(),
+        limits: config.limits.clone(),
+        state_dir: config.state_dir.clone(),
+        closing: Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?,
+        effects: Effects::default(),
+        history: History::default(),
+        threads: Threads::new(),
+    }))
+}
+
+impl Daemon {
+    /// Opens the state directory, which the caller has locked. Call [`Reconciler::reconcile`] next.
+    pub fn open(config: Config, seams: Seams) -> Result<Self> {
+        let core = open_core(&config)?;
+        let left = core.store.read(reconcile::to_look_at);
+        if let Some(installations) = &seams.installations {
+            installations.set_own(core.store.install_id())?;
+            // Before the network: a bridge that a removed installation left may have the name of
+            // ours.
+            gone::sweep(installations.as_ref(), &seams.commands, true);
+        }
+        let daemon = Self(Arc::new(Parts::assemble(core, config, seams, left)?));
+        daemon.networks.serve_names()?;
+        Ok(daemon)
+    }
+
+    pub fn is_closing(&self) -> bool {
+        self.core.is_closing()
+    }
+
+    /// Finds out what the virtualisation of this host can do, ahead of the first boot. Takes
+    /// seconds at most.
+    pub fn warm_up(&self) {
+        if let Ok(image) = self.lifecycle.images.get(&self.config.vm.image) {
+            self.lifecycle.vmm.warm_up(&image.kernel, &self.core.closing);
+        }
+    }
+
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Shuts down once no new call can arrive. Transfers may finish until `transfers_until`,
+    /// everything else until `deadline`. VMs keep running.
+    pub fn close(&self, transfers_until: Instant, deadline: Instant) {
+        self.core.closing.cancel(CancelCause::DaemonStops);
+        if !self.core.threads.wait_idle(transfers_until) {
+            log::info!("cancelling what still runs");
+        }
+        // Sessions run on the threads of their callers.
+        self.lifecycle.runtimes.cancel_everything(&CancelCause::DaemonStops);
+        self.core.threads.wait_idle(deadline);
+        self.transfers.pool.close(deadline);
+        self.networks.close_network();
+        self.recovery.end_all_attempts();
+        self.core.store.close();
+        let violations = check::violations();
+        if violations > 0 {
+            log::error!("{violations} violations of the lock order");
+        }
+    }
+
+    /// Counts what is in progress. For tests: in a daemon at rest all of it is 0.
+    pub fn leftovers(&self) -> Leftovers {
+        let pool = self.transfers.pool.counts();
+        // A statement of its own, so that this lock is released before the next one is taken.
+        let images_being_built = self.images.builds.lock().len();
+        Leftovers {
+            locks: self.core.locks.entries(),
+            runtimes: self.lifecycle.runtimes.len(),
+            threads: self.core.thread_count(),
+            sessions: self.sessions.registry.len(),
+            jobs: pool.running + pool.places,
+            operations: self.core.ops.running(),
+            images_being_built,
+            keys_beginning: self.keys.beginning.len(),
+        }
+    }
+}
+
+impl Parts {
+    /// Builds each part from those it uses, from the bottom up.
+    fn assemble(core: Core, config: Config, seams: Seams, left: HashMap<VmId, u64>) -> Result<Self> {
+        let Seams { vmm, transport, commands, installations } = seams;
+        let limits = &config.limits;
+        let runtimes = Runtimes::new();
+        let (images_dir, kernels_dir) = (Images::open(&config.state_dir)?, Kernels::open(&config.state_dir)?);
+        let views = Views { core: core.clone(), runtimes: runtimes.clone() };
+        let networks = Networks {
+            core: core.clone(),
+            vmm: vmm.clone(),
+            net: network::open(&config, &core.store, &commands, &core.closing)?.map(Arc::new),
+            name_server: Arc::new(Mutex::new(Rank::Runtimes, None)),
+            config: config.network.clone(),
+            vm_uids: uids::for_vms(&config),
+            name_server_uid: config.qemu.name_server_uid(),
+        };
+        let specs = Specs {
+            core: core.clone(),
+            networks: networks.clone(),
+            kernels: kernels_dir.clone(),
+            disk_probe: Arc::new(probe(&config.disk, vmm.as_ref(), &config.state_dir)),
+            uid_base: config.qemu.uid_base,
+        };
+        let earlier = Some(Arc::new(EarlierVmms::new(left.clone())));
+        let vmms = Vmms {
+            core: core.clone(),
+            specs: specs.clone(),
+            vmm: vmm.clone(),
+            earlier_vmms: Arc::new(Mutex::new(Rank::Runtimes, earlier)),
+        };
+        let guests = Guests { core: core.clone(), specs: specs.clone() };
+        let looks = Arc::new(Looks::new(left));
+        let capacity = Capacity { core: core.clone(), mem_mib_max: mem_mib_max(limits)? };
+        let attempts = Attempts::new();
+        let adoptions = Arc::new(adoption::open(&core.store));
+        let adopter = Adopter { core: core.clone(), adoptions, attempts: attempts.clone() };
+        let recovery = Recovery { core: core.clone(), adopter: adopter.clone(), attempts };
+        let images = ImageService {
+            core: core.clone(),
+            commands: commands.clone(),
+            images: images_dir.clone(),
+            uses: Uses::new(),
+            builds: Arc::new(Mutex::new(Rank::Runtimes, Builds::default())),
+            build_admission: Admission::new("builds", limits.builds_max),
+            default_image: config.vm.image.clone(),
+        };
+        let kernels = KernelService {
+            core: core.clone(),
+            commands: commands.clone(),
+            images: images_dir.clone(),
+            kernels: kernels_dir,
+            uses: Uses::new(),
+        };
+        let controls = Controls {
+            core: core.clone(),
+            views: views.clone(),
+            networks: networks.clone(),
+            specs: specs.clone(),
+            capacity: capacity.clone(),
+            looks: looks.clone(),
+            runtimes: runtimes.clone(),
+            images: images_dir.clone(),
+            vmm: vmm.clone(),
+        };
+        let sessions = Sessions {
+            core: core.clone(),
+            views: views.clone(),
+            guests: guests.clone(),
+            looks: looks.clone(),
+            runtimes: runtimes.clone(),
+            registry: Arc::new(Registry::new()),
+            transport: transport.clone(),
+            vmm: vmm.clone(),
+        };
+        let snapshot_registry = SnapshotRegistry::new(&config.state_dir);
+        let resources = Resources {
+            core: core.clone(),
+            networks: networks.clone(),
+            specs: specs.clone(),
+            vmms: vmms.clone(),
+            snapshot_registry: snapshot_registry.clone(),
+            commands: commands.clone(),
+            vmm: vmm.clone(),
+            installations,
+            disk: config.disk.clone(),
+            synced: config.sync.clone().into(),
+        };
+        let lifecycle = Lifecycle {
+            core: core.clone(),
+            views: views.clone(),
+            runtimes: runtimes.clone(),
+            looks: looks.clone(),
+            recovery: recovery.clone(),
+            capacity: capacity.clone(),
+            kernel_service: kernels.clone(),
+            specs: specs.clone(),
+            vmms: vmms.clone(),
+            guests: guests.clone(),
+            controls: controls.clone(),
+            resources: resources.clone(),
+            images: images_dir.clone(),
+            boots: Admission::new("boots", if limits.boots_max == 0 { crate::host::limits::cores() } else { limits.boots_max }),
+            transport: transport.clone(),
+            vmm: vmm.clone(),
+        };
+        let creator = Creator {
+            core: core.clone(),
+            networks: networks.clone(),
+            controls: controls.clone(),
+            capacity,
+            image_service: images.clone(),
+            kernel_service: kernels.clone(),
+            defaults: config.vm.clone(),
+        };
+        let snapshots = Snapshots {
+            core: core.clone(),
+            views: views.clone(),
+            networks: networks.clone(),
+            specs: specs.clone(),
+            vmms: vmms.clone(),
+            guests: guests.clone(),
+            controls: controls.clone(),
+            sessions: sessions.clone(),
+            resources: resources.clone(),
+            creator: creator.clone(),
+            lifecycle: lifecycle.clone(),
+            snapshot_registry,
+            runtimes: runtimes.clone(),
+            images: images_dir.clone(),
+            commands: commands.clone(),
+            transport: transport.clone(),
+            vmm: vmm.clone(),
+        };
+        let transfers = Transfers {
+            core: core.clone(),
+            views: views.clone(),
+            guests,
+            sessions: sessions.clone(),
+            pool: Arc::new(open_pool(limits)?),
+            transport,
+        };
+        let reconciler = Arc::new(Reconciler {
+            core: core.clone(),
+            recovery: recovery.clone(),
+            adopter,
+            looks: looks.clone(),
+            networks: networks.clone(),
+            specs: specs.clone(),
+            vmms,
+            controls: controls.clone(),
+            resources: resources.clone(),
+            lifecycle: lifecycle.clone(),
+            images: images_dir.clone(),
+            vmm: vmm.clone(),
+            settled: Settled::new(),
+        });
+        let looker: Weak<dyn Looker> = Arc::downgrade(&reconciler) as Weak<dyn Looker>;
+        looks.set_looker(looker);
+        let space_monitor = SpaceMonitor {
+            core: core.clone(),
+            specs,
+            controls: controls.clone(),
+            runtimes,
+            commands: commands.clone(),
+            vmm: vmm.clone(),
+        };
+        let doctor = Doctor {
+            core: core.clone(),
+            config: config.clone(),
+            networks: networks.clone(),
+            recovery: recovery.clone(),
+            resources,
+            reconciler: reconciler.clone(),
+            images: images_dir,
+            commands,
+            vmm,
+            host_checks: doctor::host_checks_shared(),
+        };
+        Ok(Self {
+            views,
+            images,
+            kernels,
+            controls,
+            sessions,
+            creator,
+            lifecycle,
+            snapshots,
+            transfers,
+            reconciler,
+            space_monitor,
+            doctor,
+            watchers: Watchers { core: core.clone(), feeder: Feeder::new() },
+            keys: Keys { core: core.clone(), beginning: Arc::new(Beginning::new()) },
+            networks,
+            recovery,
+            started: Instant::now(),
+            core,
+            config,
+        })
+    }
+}
+
+/// How much memory all VMs together may have.
+fn mem_mib_max(limits: &Limits) -> Result<u64> {
+    match limits.mem_mib_max {
+        0 => Ok(crate::host::limits::mem_total_mib()? * MEM_SHARE_PERCENT / 100),
+        set => Ok(set),
+    }
+}

@@ -1,0 +1,230 @@
+//! Checks the shape of the code: which files of a directory may import each other, and how large a
+//! type may grow. The compiler checks neither.
+
+use crate::layers::{is_test, root, rust_files};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// The most methods that one type may have in one file.
+const METHODS_PER_FILE_MAX: usize = 15;
+/// The most methods that `Daemon` may have in all files together.
+const DAEMON_METHODS_MAX: usize = 40;
+
+/// Directories whose imports still have a circle. Remove an entry when you cut its circle; never
+/// add one.
+const CIRCLES_LEFT: &[&str] = &["src/api", "src/cli", "src/server", "src/vmm", "src/vmm/firecracker", "src/workspace"];
+/// Types that still have more than [`METHODS_PER_FILE_MAX`] methods in a file. Never add one.
+const LARGE_LEFT: &[&str] = &[
+    "src/cli/context.rs: Context",
+    "src/client/mod.rs: Client",
+    "src/daemon/runtime.rs: Runtimes",
+    "src/daemon/snapshots.rs: Snapshots",
+    "src/guest/helper/session.rs: Session",
+    "src/locks/set.rs: LockSet",
+    "src/net/mod.rs: Net",
+    "src/net/rules.rs: Rules",
+    "src/store/mod.rs: Store",
+    "src/store/state.rs: State",
+    "src/store/tx.rs: Tx",
+    "src/store/writer.rs: Writer",
+    "src/vmm/fake.rs: Fake",
+    "src/workspace/git.rs: Git",
+];
+
+type Graph = BTreeMap<String, BTreeSet<String>>;
+
+/// The source without comments, and without a test module at its end.
+fn code_of(text: &str) -> String {
+    let text = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or(text);
+    text.lines().map(|line| line.split("//").next().unwrap_or("")).collect::<Vec<_>>().join("\n")
+}
+
+/// The first name of each path in `code` that begins with `prefix`, in groups too:
+/// `super::{a::B, c}` gives `a` and `c`.
+fn first_names(code: &str, prefix: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    for (at, _) in code.match_indices(prefix) {
+        if code[..at].ends_with(|c: char| is_name(c) || c == ':') {
+            continue;
+        }
+        let rest = &code[at + prefix.len()..];
+        let Some(group) = rest.strip_prefix('{') else {
+            found.insert(rest.chars().take_while(|c| is_name(*c)).collect());
+            continue;
+        };
+        let (mut depth, mut name) = (0, String::new());
+        for c in group.chars() {
+            match c {
+                '{' => depth += 1,
+                '}' if depth == 0 => break,
+                '}' => depth -= 1,
+                ',' if depth == 0 => found.extend(first_name(&std::mem::take(&mut name))),
+                _ if depth == 0 => name.push(c),
+                _ => {}
+            }
+        }
+        found.extend(first_name(&name));
+    }
+    found.remove("");
+    found
+}
+
+fn first_name(path: &str) -> Option<String> {
+    path.trim().split([':', ' ']).next().filter(|name| !name.is_empty()).map(str::to_owned)
+}
+
+/// Which entries of a directory import which others. An entry is a file, or a directory with all
+/// that is in it. `mod.rs` is left out: it declares the others.
+fn graph_of(dir: &Path) -> Graph {
+    let mut graph = Graph::new();
+    let mut files = Vec::new();
+    rust_files(dir, &mut files);
+    let path_of = dir.strip_prefix(root().join("src")).unwrap().display().to_string().replace('/', "::");
+    for file in files.iter().filter(|file| !is_test(file)) {
+        let below = file.strip_prefix(dir).unwrap();
+        let parts: Vec<String> = below.components().map(|c| c.as_os_str().to_string_lossy().into_owned()).collect();
+        let entry = parts[0].trim_end_matches(".rs").to_owned();
+        if entry == "mod" {
+            continue;
+        }
+        let code = code_of(&std::fs::read_to_string(file).unwrap());
+        let depth = parts.len() - usize::from(parts.last().is_some_and(|name| name == "mod.rs"));
+        let mut names = first_names(&code, &"super::".repeat(depth));
+        names.extend(first_names(&code, &format!("crate::{path_of}::")));
+        names.remove(&entry);
+        graph.entry(entry).or_default().extend(names);
+    }
+    let entries: BTreeSet<String> = graph.keys().cloned().collect();
+    graph.values_mut().for_each(|names| names.retain(|name| entries.contains(name)));
+    graph
+}
+
+/// A circle of imports, if there is one.
+fn circle(graph: &Graph) -> Option<Vec<String>> {
+    fn walk(graph: &Graph, path: &mut Vec<String>, done: &mut BTreeSet<String>) -> bool {
+        let at = path.last().expect("a path begins somewhere").clone();
+        for next in &graph[&at] {
+            if let Some(start) = path.iter().position(|name| name == next) {
+                path.drain(..start);
+                path.push(next.clone());
+                return true;
+            }
+            if done.contains(next) {
+                continue;
+            }
+            path.push(next.clone());
+            if walk(graph, path, done) {
+                return true;
+            }
+            path.pop();
+        }
+        done.insert(at);
+        false
+    }
+    let mut done = BTreeSet::new();
+    graph.keys().find_map(|start| {
+        let mut path = vec![start.clone()];
+        (!done.contains(start) && walk(graph, &mut path, &mut done)).then_some(path)
+    })
+}
+
+fn directories(dir: &Path, into: &mut Vec<std::path::PathBuf>) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            directories(&path, into);
+            into.push(path);
+        }
+    }
+}
+
+#[test]
+fn imports_in_a_directory_run_one_way() {
+    let mut all = Vec::new();
+    directories(&root().join("src"), &mut all);
+    let found: BTreeMap<String, String> = all
+        .iter()
+        .filter_map(|dir| {
+            let below = dir.strip_prefix(root()).unwrap().display().to_string();
+            Some((below, circle(&graph_of(dir))?.join(" -> ")))
+        })
+        .collect();
+    let new: Vec<_> = found.iter().filter(|(dir, _)| !CIRCLES_LEFT.contains(&dir.as_str())).collect();
+    assert!(new.is_empty(), "files that import each other in a circle: {new:#?}");
+    let gone: Vec<_> = CIRCLES_LEFT.iter().filter(|dir| !found.contains_key(**dir)).collect();
+    assert!(gone.is_empty(), "no circle any more, so remove it from CIRCLES_LEFT: {gone:?}");
+}
+
+#[test]
+fn circle_is_found() {
+    let graph = |edges: &[(&str, &[&str])]| -> Graph {
+        edges.iter().map(|(from, to)| ((*from).to_owned(), to.iter().map(|to| (*to).to_owned()).collect())).collect()
+    };
+    assert_eq!(circle(&graph(&[("a", &["b", "c"]), ("b", &["c"]), ("c", &[])])), None);
+    let found = circle(&graph(&[("a", &["b"]), ("b", &["c"]), ("c", &["b"])])).unwrap();
+    assert_eq!(found, ["b", "c", "b"]);
+}
+
+#[test]
+fn first_names_are_read_from_paths_and_groups() {
+    let code = "use super::{a::{B, C}, d};\nlet x = super::e::f(super::super::g);\nuse crate::daemon::h::I;";
+    assert_eq!(Vec::from_iter(first_names(code, "super::")), ["a", "d", "e", "super"]);
+    assert_eq!(Vec::from_iter(first_names(code, "crate::daemon::")), ["h"]);
+}
+
+/// `mod.rs` explains the life of a VM. What it declares must not depend on it.
+#[test]
+fn root_of_daemon_has_no_items_of_its_own() {
+    let code = code_of(&std::fs::read_to_string(root().join("src/daemon/mod.rs")).unwrap());
+    let items: Vec<&str> = code.lines().filter(|line| line.contains("fn ") || line.contains("struct ")).collect();
+    assert_eq!(items, [""; 0], "move these into a file of their own");
+}
+
+/// Counts the methods in each `impl` block of the type that it is for.
+fn methods(text: &str) -> BTreeMap<String, usize> {
+    let (mut counts, mut of): (BTreeMap<String, usize>, Option<String>) = (BTreeMap::new(), None);
+    for line in code_of(text).lines() {
+        if line.starts_with("impl") {
+            let head = line.split(" for ").last().unwrap_or(line).trim_start_matches("impl").trim();
+            let head = if head.starts_with('<') { head.split_once("> ").map_or(head, |(_, rest)| rest) } else { head };
+            // An implementation of a trait has as many methods as the trait.
+            of = (!line.contains(" for ")).then(|| head.split(['<', ' ', '{']).next().unwrap_or_default().to_owned());
+        } else if line == "}" {
+            of = None;
+        } else if let Some(of) = &of {
+            let item = line.strip_prefix("    ").unwrap_or_default();
+            let item = item.strip_prefix("pub ").unwrap_or_else(|| match item.strip_prefix("pub(") {
+                Some(rest) => rest.split_once(") ").map_or(item, |(_, rest)| rest),
+                None => item,
+            });
+            *counts.entry(of.clone()).or_default() +=
+                usize::from(item.starts_with("fn ") || item.starts_with("const fn ") || item.starts_with("unsafe fn "));
+        }
+    }
+    counts
+}
+
+#[test]
+fn types_stay_small() {
+    let mut files = Vec::new();
+    rust_files(&root().join("src"), &mut files);
+    let (mut large, mut of_daemon) = (BTreeSet::new(), 0);
+    for file in files.iter().filter(|file| !is_test(file)) {
+        for (name, count) in methods(&std::fs::read_to_string(file).unwrap()) {
+            of_daemon += if name == "Daemon" { count } else { 0 };
+            if count > METHODS_PER_FILE_MAX {
+                large.insert(format!("{}: {name}", file.strip_prefix(root()).unwrap().display()));
+            }
+        }
+    }
+    let left = BTreeSet::from_iter(LARGE_LEFT.iter().map(|name| (*name).to_owned()));
+    assert_eq!(large, left, "types with more than {METHODS_PER_FILE_MAX} methods in one file, and the known ones");
+    assert!(of_daemon <= DAEMON_METHODS_MAX, "Daemon has {of_daemon} methods, at most {DAEMON_METHODS_MAX} are allowed");
+}
+
+#[test]
+fn methods_are_counted_per_type() {
+    let text = "impl<'a> A<'a> {\n    fn a() {}\n    pub(super) fn b() {\n        fn inner() {}\n    }\n}\nimpl T for A {\n    fn c() {}\n}\nimpl B {\n    pub const fn d() {}\n}\n";
+    assert_eq!(Vec::from_iter(methods(text)), [("A".to_owned(), 2), ("B".to_owned(), 1)]);
+}

@@ -22,7 +22,7 @@ use crate::locks::KeyGuard;
 use crate::ops::OpHandle;
 use crate::store::{Intent, Ticket, VmRow};
 use serde_json::Value;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Between two tries of a commit that the store refused.
 const RETRY_PERIOD: Duration = Duration::from_millis(250);
@@ -56,6 +56,8 @@ enum NextStep {
 
 /// What one try of a commit wrote.
 struct Written {
+    /// As it is now, or as it was before it was removed.
+    row: VmRow,
     ticket: Ticket,
     result: Result<Value>,
     then: NextStep,
@@ -73,7 +75,12 @@ impl Lifecycle {
         loop {
             let written = {
                 let guard = self.core.locks.vm.lock(&ending.vm);
-                self.commit_locked(&guard, &mut ending)
+                let since = Instant::now();
+                let written = self.commit_locked(&guard, &mut ending);
+                if let Ok(w) = &written {
+                    self.core.note(&w.row, Some(w.ticket.seq()), Some(since), || ending.history_entry(w));
+                }
+                written
             };
             for old in ending.replaced.drain(..) {
                 self.core.end_op_soon(old.op, Err(Error::new(Kind::Superseded, "a later request took its place")));
@@ -131,12 +138,9 @@ impl Lifecycle {
         {
             ending.replaced.push(old);
         }
-        let since = std::time::Instant::now();
         let mut row = self.core.row(vm.key())?;
         if matches!(ending.outcome, Outcome::Deleted) {
-            let written = self.write_gone(vm, ending)?;
-            self.core.note(&row, Some(written.ticket.seq()), Some(since), || ending.history_entry(None, None));
-            return Ok(written);
+            return self.write_gone(vm, ending, row);
         }
         let at = now_s();
         let settled = settle(&mut row, ending, at);
@@ -171,12 +175,10 @@ impl Lifecycle {
         if let Some((op, verb, to)) = ending.next(&then) {
             self.arm_locked(vm, op, to, verb);
         }
-        let next = ending.next(&then).map(|(op, ..)| op.id().clone());
-        self.core.note(&row, Some(ticket.seq()), Some(since), || ending.history_entry(Some(row.state), next));
-        Ok(Written { ticket, result, then })
+        Ok(Written { row, ticket, result, then })
     }
 
-    fn write_gone(&self, vm: &KeyGuard<'_, VmId>, ending: &Settlement) -> Result<Written> {
+    fn write_gone(&self, vm: &KeyGuard<'_, VmId>, ending: &Settlement, row: VmRow) -> Result<Written> {
         let result = to_value(&VmDeleteReply { deleted: Some(vm.key().clone()) });
         let op = ended_row(ending.op.op(), &result);
         let ((), ticket) = self.core.change(true, |tx| {
@@ -185,7 +187,7 @@ impl Lifecycle {
             tx.remove_vm(vm);
             Ok(())
         })?;
-        Ok(Written { ticket, result, then: NextStep::Gone })
+        Ok(Written { row, ticket, result, then: NextStep::Gone })
     }
 
     /// Where the VM goes, and what the operation that let go of it answers.
@@ -254,8 +256,8 @@ impl Lifecycle {
 }
 
 impl Settlement {
-    /// For the history.
-    fn history_entry(&self, state: Option<VmState>, next: Option<crate::ids::OpId>) -> What {
+    /// What the VM's history says about a commit.
+    fn history_entry(&self, written: &Written) -> What {
         let ending = match (&self.outcome, &self.died) {
             (Outcome::Booted(_), None) => history::CommitKind::Booted,
             (Outcome::Booted(_) | Outcome::BootFailed(_), Some(_)) => history::CommitKind::BootDied,
@@ -265,6 +267,8 @@ impl Settlement {
             (Outcome::StillThere(_), _) => history::CommitKind::StillThere,
             (Outcome::Deleted, _) => history::CommitKind::Deleted,
         };
+        let state = (!matches!(written.then, NextStep::Gone)).then_some(written.row.state);
+        let next = self.next(&written.then).map(|(op, ..)| op.id().clone());
         What::Committed { op: self.op.id().clone(), ending, state, next }
     }
 

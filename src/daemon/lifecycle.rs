@@ -6,8 +6,8 @@ use super::call::CallOutcome;
 use super::capacity::Capacity;
 use super::controls::Controls;
 use super::core::Core;
+use super::grant::{ClaimedRow, Grant};
 use super::guests::Guests;
-use super::history::Answer;
 use super::kernels::KernelService;
 use super::looks::Looks;
 use super::recovery;
@@ -118,45 +118,50 @@ impl Lifecycle {
         self.looks.ensure_looked_at(&found, ask.verb, &self.core.closing)?;
         let guard = self.core.locks.vm.lock(&found.id);
         let row = self.core.row(&found.id)?;
-        let mut replaced = None;
-        let begun = match decide(row.state, row.intent == Some(Intent::Restart), ask.verb) {
-            Decision::Claim(to) => {
-                let claim = self.claim_locked(&guard, &row, ask, to, caller.uid);
-                let seq = claim.as_ref().ok().and_then(|c| Some(c.ticket.as_ref()?.seq()));
-                self.core.note_asked(&row, ask.verb, seq, &claim.as_ref().map(|c| (Answer::Claimed, Some(c.op().id()))));
-                drop(guard);
-                let claim = claim?;
-                self.looks.skip(&found.id);
-                return self.begin(claim);
-            }
-            Decision::Nothing | Decision::Allow => {
-                self.core.note_asked(&row, ask.verb, None, &Ok((Answer::Nothing, None)));
-                drop(guard);
-                return CallOutcome::done(&VmReply { vm: self.views.view(&found.id)? });
-            }
-            Decision::Join => self.join_locked(&guard, &row, ask),
-            Decision::Escalate => {
-                self.runtimes.shorten_stop(guard.key());
-                self.join_locked(&guard, &row, ask)
-            }
-            Decision::Queue => self.queue_locked(&guard, &row, ask, caller.uid, &mut replaced),
-            Decision::Refuse(hint) => Err(refusal(&row, ask.verb, hint)),
-        };
-        let answer = begun.as_ref().map(|begun| match begun {
-            CallOutcome::Op(op) => (Answer::Queued, Some(op)),
-            CallOutcome::Joined(op) => (Answer::Joined, Some(op)),
-            CallOutcome::Done(_) => (Answer::Nothing, None),
-        });
-        self.core.note_asked(&row, ask.verb, None, &answer);
+        let granted = self.grant_locked(&guard, &row, ask, caller.uid);
+        self.core.note_asked(&guard, &row, ask.verb, granted.as_ref());
         drop(guard);
-        if let Some(old) = replaced {
-            self.core.end_op_soon(old.op, Err(superseded(&row, old.verb)));
+        match granted? {
+            Grant::Claimed(claimed) => {
+                let claim = self.claim(found.id, ask, claimed);
+                self.looks.skip(&claim.vm);
+                self.begin(claim)
+            }
+            Grant::Nothing => CallOutcome::done(&VmReply { vm: self.views.view(&found.id)? }),
+            Grant::Joined(op) => Ok(CallOutcome::Joined(op)),
+            Grant::Queued { op, replaced } => {
+                if let Some(old) = replaced {
+                    self.core.end_op_soon(old.op, Err(superseded(&row, old.verb)));
+                }
+                Ok(CallOutcome::Op(op))
+            }
         }
-        begun
+    }
+
+    /// Decides what a request gets, and writes it.
+    fn grant_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, ask: &LifecycleRequest, uid: u32) -> Result<Grant> {
+        match decide(row.state, row.intent == Some(Intent::Restart), ask.verb) {
+            Decision::Claim(to) => self.claim_locked(vm, row, ask, to, uid).map(Grant::Claimed),
+            Decision::Nothing | Decision::Allow => Ok(Grant::Nothing),
+            Decision::Join => self.join_locked(vm, row, ask),
+            Decision::Escalate => {
+                self.runtimes.shorten_stop(vm.key());
+                self.join_locked(vm, row, ask)
+            }
+            Decision::Queue => self.queue_locked(vm, row, ask, uid),
+            Decision::Refuse(hint) => Err(refusal(row, ask.verb, hint)),
+        }
     }
 
     /// Takes the VM: the row's state, its operation, the ends of whatever used the guest.
-    fn claim_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, ask: &LifecycleRequest, to: VmState, uid: u32) -> Result<Claim> {
+    fn claim_locked(
+        &self,
+        vm: &KeyGuard<'_, VmId>,
+        row: &VmRow,
+        ask: &LifecycleRequest,
+        to: VmState,
+        uid: u32,
+    ) -> Result<ClaimedRow> {
         let op = match to {
             VmState::Starting => self.core.begin_op(ask.method, Some(row.id.clone()), uid, true)?,
             _ => self.core.begin_end_op(ask.method, &row.id, uid)?,
@@ -176,9 +181,7 @@ impl Lifecycle {
         match changed {
             Ok(((), ticket)) => {
                 self.arm_locked(vm, &op, to, ask.verb);
-                let (verb, timeout, cancel) = (ask.verb, ask.timeout, op.cancel().clone());
-                let (vm, restore, ticket) = (vm.key().clone(), ask.restore.clone(), Some(ticket));
-                Ok(Claim { lifecycle: self.clone(), vm, op: Some(op), state: to, verb, timeout, restore, cancel, ticket })
+                Ok(ClaimedRow { op, state: to, ticket })
             }
             Err(e) => {
                 let e = e.context(format!("{} vm {}", ask.verb.name(), row.name));
@@ -186,6 +189,12 @@ impl Lifecycle {
                 Err(e)
             }
         }
+    }
+
+    fn claim(&self, vm: VmId, ask: &LifecycleRequest, claimed: ClaimedRow) -> Claim {
+        let ClaimedRow { op, state, ticket } = claimed;
+        let (verb, timeout, restore, cancel) = (ask.verb, ask.timeout, ask.restore.clone(), op.cancel().clone());
+        Claim { lifecycle: self.clone(), vm, op: Some(op), state, verb, timeout, restore, cancel, ticket: Some(ticket) }
     }
 
     /// Records what a boot needs in its claim: memory, and the ledger's rows of all that it is
@@ -209,27 +218,18 @@ impl Lifecycle {
         }
     }
 
-    fn join_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, ask: &LifecycleRequest) -> Result<CallOutcome> {
+    fn join_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, ask: &LifecycleRequest) -> Result<Grant> {
         if ask.verb == Verb::Start && self.runtimes.successor(vm.key()).is_some() {
             return Err(refusal(row, ask.verb, "it is about to end: fcctl vm wait {vm}, then fcctl start {vm}"));
         }
         match &row.op {
-            Some(op) => Ok(CallOutcome::Joined(op.clone())),
+            Some(op) => Ok(Grant::Joined(op.clone())),
             None => Err(Error::internal(format!("vm {} is {} without an operation", row.name, row.state.name()))),
         }
     }
 
-    /// Sets the successor slot and makes the operation under way give up or hurry. `replaced` gets
-    /// the successor that was there before; its operation is the caller's to end once the lock is
-    /// released.
-    fn queue_locked(
-        &self,
-        vm: &KeyGuard<'_, VmId>,
-        row: &VmRow,
-        ask: &LifecycleRequest,
-        uid: u32,
-        replaced: &mut Option<Successor>,
-    ) -> Result<CallOutcome> {
+    /// Sets the successor slot and makes the operation in progress give up or hurry.
+    fn queue_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, ask: &LifecycleRequest, uid: u32) -> Result<Grant> {
         let weight = Successor::weight(ask.verb);
         if let Some((verb, op)) = self.runtimes.successor(vm.key())
             && Successor::weight(verb) >= weight
@@ -240,7 +240,7 @@ impl Lifecycle {
             if matches!(ask.verb, Verb::StopForce | Verb::Kill | Verb::DeleteForce) {
                 self.runtimes.shorten_stop(vm.key());
             }
-            return Ok(CallOutcome::Joined(op));
+            return Ok(Grant::Joined(op));
         }
         let op = self.core.begin_end_op(ask.method, &row.id, uid)?;
         let (id, op_row) = (op.id().clone(), op.op());
@@ -255,13 +255,13 @@ impl Lifecycle {
                 return Err(e.context(format!("{} vm {}", ask.verb.name(), row.name)));
             }
         }
-        *replaced = self.runtimes.set_successor(vm.key(), Successor { verb: ask.verb, op, timeout: ask.timeout });
+        let replaced = self.runtimes.set_successor(vm.key(), Successor { verb: ask.verb, op, timeout: ask.timeout });
         match row.state {
             VmState::Starting => self.runtimes.cancel_boot(vm.key(), cause_for(ask.verb)),
             _ if matches!(ask.verb, Verb::StopForce | Verb::Kill | Verb::DeleteForce) => self.runtimes.shorten_stop(vm.key()),
             _ => {}
         }
-        Ok(CallOutcome::Op(id))
+        Ok(Grant::Queued { op: id, replaced })
     }
 
     /// Starts the thread that drives the claim to its end. One that cannot be started drops the

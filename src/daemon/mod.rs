@@ -120,6 +120,7 @@ mod events;
 mod feeder;
 mod give_up;
 pub mod gone;
+mod grant;
 mod guest_scripts;
 mod guests;
 pub mod helpers;

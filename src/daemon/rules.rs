@@ -1,34 +1,16 @@
 //! What the transition table allows for a row, and how a row enters a new state.
 
 use super::core::Core;
-use super::history::{Answer, What};
+use super::grant::Grant;
 use super::transitions::{Decision, Verb, decide};
 use crate::api::vm::{Pending, VmState};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{OpId, VmId};
+use crate::ids::VmId;
 use crate::locks::{CancelCause, KeyGuard};
 use crate::ops::OpHandle;
 use crate::store::{Intent, VmRow};
 
 impl Core {
-    /// Records the answer to a request in the history. The VM's lock must be held.
-    pub(super) fn note_asked(
-        &self,
-        row: &VmRow,
-        verb: Verb,
-        seq: Option<u64>,
-        answer: &std::result::Result<(Answer, Option<&OpId>), &Error>,
-    ) {
-        self.note(row, seq, None, || {
-            let (answer, op) = match answer {
-                Ok((answer, op)) => (*answer, op.cloned()),
-                Err(e) if e.kind() == Kind::WrongState => (Answer::Refused, None),
-                Err(_) => (Answer::Failed, None),
-            };
-            What::Asked { verb, state: row.state, restarting: row.intent == Some(Intent::Restart), answer, op }
-        });
-    }
-
     /// Refuses what the transition table does not allow in the row's state.
     pub(super) fn allow(&self, row: &VmRow, verb: Verb) -> Result<()> {
         match decide(row.state, row.intent == Some(Intent::Restart), verb) {
@@ -38,9 +20,9 @@ impl Core {
     }
 
     /// The same under the VM's lock, and records the answer in the VM's history.
-    pub(super) fn allow_locked(&self, _vm: &KeyGuard<'_, VmId>, row: &VmRow, verb: Verb) -> Result<()> {
+    pub(super) fn allow_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, verb: Verb) -> Result<()> {
         let allowed = self.allow(row, verb);
-        self.note_asked(row, verb, None, &allowed.as_ref().map(|()| (Answer::Nothing, None)));
+        self.note_asked(vm, row, verb, allowed.as_ref().map(|()| &Grant::Nothing));
         allowed
     }
 }

@@ -56,7 +56,7 @@ enum NextStep {
 
 /// What one try of a commit wrote.
 struct Written {
-    /// As it is now, or as it was before it was removed.
+    /// The row after the commit. A VM that is gone has the row from before.
     row: VmRow,
     ticket: Ticket,
     result: Result<Value>,

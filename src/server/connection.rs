@@ -1,14 +1,14 @@
 //! The thread of one connection, which reads a line, has it answered, and writes the answer.
 
-use super::accept::ConnectionSlot;
 use super::line::{Descriptors, Incoming, LineReader};
+use super::peer::Peer;
+use super::registry::ConnectionSlot;
 use super::request::{CallError, CallResult, IncomingCall, error_line, parse, response_line, shown};
 use super::{FDS_MAX, FRAME_BYTES_MAX, Handler, Limits};
 use crate::api::frame::{Note, Notification, Request};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind};
 use crate::locks::check;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use std::cell::Cell;
 use std::io::{self, IoSlice};
@@ -17,22 +17,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-
-/// The credentials of the process that connected (SO_PEERCRED). The pid is for logs only, because
-/// it may have been reused since.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Peer {
-    pub uid: u32,
-    pub gid: u32,
-    pub pid: i32,
-}
-
-impl Peer {
-    pub(super) fn of(socket: &UnixStream) -> Result<Peer> {
-        let c = getsockopt(socket, PeerCredentials).map_err(|e| Error::io("read the credentials of a caller", e))?;
-        Ok(Peer { uid: c.uid(), gid: c.gid(), pid: c.pid() })
-    }
-}
 
 /// The part of a connection that a handler may use during its call. It stays on the connection's
 /// thread.

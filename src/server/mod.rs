@@ -18,14 +18,17 @@ mod claim;
 mod connection;
 mod dispatch;
 mod line;
+mod peer;
+mod registry;
 mod request;
 mod run;
 mod socket;
 #[cfg(test)]
 mod tests;
 
-pub use connection::{Connection, Peer};
+pub use connection::Connection;
 pub use dispatch::Dispatch;
+pub use peer::Peer;
 pub use request::{CallError, CallResult, IncomingCall, KEY_LEN_MAX};
 pub use run::{drain, exit_status, print_doctor, run};
 
@@ -33,7 +36,7 @@ pub use crate::api::frame::{FDS_MAX, FRAME_BYTES_MAX};
 use crate::error::{Error, Result};
 use crate::host::thread;
 use crate::locks::{Cancel, CancelCause, Mutex, Rank};
-use accept::Registry;
+use registry::Registry;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;

@@ -1,7 +1,7 @@
 //! Parses request lines, rejects invalid ones before a handler sees them, and formats errors for
 //! the wire.
 
-use super::connection::Peer;
+use super::peer::Peer;
 use crate::api::Fault;
 use crate::api::frame::{FRAME_BYTES_MAX, Request, Response, RpcError, Version, rpc_code};
 use crate::error::{Error, Kind};

@@ -1,0 +1,168 @@
+//! The registry of open connections. It enforces their limits, and can end all of them.
+
+use super::Limits;
+use crate::error::{Error, Kind, Result};
+use crate::host::memory;
+use crate::locks::{Condvar, Mutex, Rank};
+use std::collections::HashMap;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Instant;
+
+/// A peak has at least this many connections. Freed memory is returned to the system after a peak.
+const PEAK_MIN: usize = 32;
+/// A peak is over when at most this fraction of its connections (1/8) is left.
+const PEAK_PART_LEFT: usize = 8;
+
+#[derive(Default)]
+struct Connected {
+    /// The most connections since memory was returned to the system.
+    peak: usize,
+    last_id: u64,
+    /// The sockets by connection. They are weak because a connection's slot is freed after its
+    /// descriptor.
+    sockets: HashMap<u64, Weak<UnixStream>>,
+    per_uid: HashMap<u32, usize>,
+}
+
+impl Connected {
+    /// Returns true once for each peak, when it is over.
+    fn is_peak_over(&mut self) -> bool {
+        let left = self.sockets.len();
+        let over = self.peak >= PEAK_MIN && left <= self.peak / PEAK_PART_LEFT;
+        if over {
+            self.peak = left;
+        }
+        over
+    }
+}
+
+/// All open connections.
+pub(super) struct Registry {
+    pub(super) limits: Limits,
+    connected: Mutex<Connected>,
+    left: Condvar,
+    stopping: AtomicBool,
+}
+
+/// A slot for a connection, which is freed when this is dropped.
+pub(super) struct ConnectionSlot {
+    registry: Arc<Registry>,
+    id: u64,
+    uid: u32,
+}
+
+impl Drop for ConnectionSlot {
+    fn drop(&mut self) {
+        let mut connected = self.registry.connected.lock();
+        connected.sockets.remove(&self.id);
+        if let Some(count) = connected.per_uid.get_mut(&self.uid) {
+            *count -= 1;
+            if *count == 0 {
+                connected.per_uid.remove(&self.uid);
+            }
+        }
+        let is_peak_over = connected.is_peak_over();
+        drop(connected);
+        self.registry.left.notify_all();
+        if is_peak_over {
+            memory::give_back();
+        }
+    }
+}
+
+impl ConnectionSlot {
+    pub(super) fn limits(&self) -> &Limits {
+        &self.registry.limits
+    }
+    pub(super) fn is_stopping(&self) -> bool {
+        self.registry.stopping.load(Ordering::SeqCst)
+    }
+}
+
+impl Registry {
+    pub(super) fn new(limits: Limits) -> Self {
+        let connected = Mutex::new(Rank::Connections, Connected::default());
+        Self { limits, connected, left: Condvar::new(), stopping: AtomicBool::new(false) }
+    }
+
+    pub(super) fn enter(self: &Arc<Self>, socket: &Arc<UnixStream>, uid: u32) -> Result<ConnectionSlot> {
+        let mut connected = self.connected.lock();
+        let kept_back = if uid == 0 { 0 } else { self.limits.connections_root_reserved };
+        let (all, theirs) = (connected.sockets.len(), connected.per_uid.get(&uid).copied().unwrap_or(0));
+        let limit =
+            |text: String| Err(Error::new(Kind::ConnectionLimit, text).hint("close other connections, or try again later"));
+        if all + kept_back >= self.limits.connections_max {
+            return limit(format!("all {all} connections are in use"));
+        }
+        if theirs >= self.limits.connections_per_uid_max {
+            return limit(format!("uid {uid} has {theirs} connections open, which is the limit"));
+        }
+        connected.last_id += 1;
+        let id = connected.last_id;
+        connected.sockets.insert(id, Arc::downgrade(socket));
+        connected.peak = connected.peak.max(connected.sockets.len());
+        *connected.per_uid.entry(uid).or_insert(0) += 1;
+        Ok(ConnectionSlot { registry: self.clone(), id, uid })
+    }
+
+    fn all_sockets(&self) -> Vec<Arc<UnixStream>> {
+        self.connected.lock().sockets.values().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Ends connections that wait for a request. A request that has already arrived is still
+    /// answered.
+    pub(super) fn end_idle(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        for socket in self.all_sockets() {
+            // This fails only if the other side has already closed.
+            let _ = socket.shutdown(Shutdown::Read);
+        }
+    }
+
+    pub(super) fn hang_up(&self) {
+        for socket in self.all_sockets() {
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+
+    pub(super) fn wait_empty(&self, deadline: Instant) -> usize {
+        let mut connected = self.connected.lock();
+        self.left.wait_while(&mut connected, deadline, |c| !c.sockets.is_empty());
+        connected.sockets.len()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.connected.lock().sockets.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Opens this many connections and closes them one by one. Returns how many were left each time
+    /// a peak was over.
+    fn peaks_over(connections: u64) -> Vec<usize> {
+        let socket = Arc::new(UnixStream::pair().unwrap().0);
+        let mut connected = Connected::default();
+        for id in 0..connections {
+            connected.sockets.insert(id, Arc::downgrade(&socket));
+            connected.peak = connected.peak.max(connected.sockets.len());
+        }
+        let leave = |id| {
+            connected.sockets.remove(&id);
+            connected.is_peak_over().then_some(connected.sockets.len())
+        };
+        (0..connections).filter_map(leave).collect()
+    }
+
+    #[test]
+    fn peak_is_over_when_few_connections_are_left() {
+        assert!(peaks_over(31).is_empty());
+        assert_eq!(peaks_over(32), [4]);
+        assert_eq!(peaks_over(1000), [125, 15]);
+    }
+}

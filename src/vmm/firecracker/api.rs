@@ -3,9 +3,10 @@
 //! that a request in the wrong phase does not compile. A start or a load turns the first type into
 //! the second.
 
-use super::checks;
 use super::http::{Answer, Connection, Method};
+use super::rates::RateLimiter;
 use super::refusal::refused;
+use super::version;
 use crate::error::{Error, Kind, Result};
 use crate::vmm::dial::Deadline;
 use serde::de::DeserializeOwned;
@@ -62,55 +63,6 @@ pub struct Drive<'a> {
     pub cache_type: CacheType,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<RateLimiter>,
-}
-
-/// A missing bucket leaves the limit as it is, and a bucket of size 0 removes it
-/// (docs/api_requests/patch-block.md).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct RateLimiter {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bandwidth: Option<TokenBucket>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ops: Option<TokenBucket>,
-}
-
-/// Lets `size` tokens pass at once, and again after `refill_time` milliseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct TokenBucket {
-    pub size: u64,
-    pub refill_time: u64,
-}
-
-/// The smallest bucket for bytes. It must hold the largest request (Linux' `max_sectors_kb` is 1280
-/// by default), because the VMM logs a line for each request that does not fit.
-pub const BUCKET_BYTES_MIN: u64 = 2 << 20;
-
-impl TokenBucket {
-    const NONE: Self = Self { size: 0, refill_time: 0 };
-
-    fn ops(per_s: u64) -> Self {
-        Self { size: per_s, refill_time: 1000 }
-    }
-
-    fn bytes(per_s: u64) -> Self {
-        let size = per_s.max(BUCKET_BYTES_MIN);
-        let ms = u128::from(size) * 1000 / u128::from(per_s.max(1));
-        Self { size, refill_time: u64::try_from(ms).unwrap_or(u64::MAX) }
-    }
-}
-
-impl RateLimiter {
-    /// The limits of a new device. None if there are none.
-    pub fn new(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Option<Self> {
-        let limiter = Self { bandwidth: bytes_per_s.map(TokenBucket::bytes), ops: ops_per_s.map(TokenBucket::ops) };
-        Some(limiter).filter(|l| *l != Self::default())
-    }
-
-    /// The limits of an existing device, which replace its former ones.
-    fn instead(bytes_per_s: Option<u64>, ops_per_s: Option<u64>) -> Self {
-        let bandwidth = bytes_per_s.map_or(TokenBucket::NONE, TokenBucket::bytes);
-        Self { bandwidth: Some(bandwidth), ops: Some(ops_per_s.map_or(TokenBucket::NONE, TokenBucket::ops)) }
-    }
 }
 
 #[derive(Debug, Serialize)]
@@ -453,7 +405,7 @@ impl<'a> Booted<'a> {
         if instance.state == State::Running {
             return Ok(());
         }
-        let is_since = |since| checks::is_since(&instance.vmm_version, since);
+        let is_since = |since| version::is_since(&instance.vmm_version, since);
         if is_since(HOLDS_VSOCK_SINCE) && !is_since(HOLDS_VSOCK_UNTIL) {
             self.reset_vsock()?;
         }

@@ -5,6 +5,8 @@
 //! and the files that the VMM opens are linked into it. The control group is `fcd-<install>/<tag>`.
 //! The jailer never removes either of them, so fcd does.
 
+use super::rates::BUCKET_BYTES_MIN;
+use super::version::install_if_missing;
 use crate::config::{Firecracker as Config, VmmLimits};
 use crate::error::{Error, Kind, Result};
 use crate::host::fs::open_dir;
@@ -67,7 +69,7 @@ pub struct Programs {
 /// `command_missing` or `unsupported`, with what to do.
 pub fn programs(config: &Config) -> Result<Programs> {
     let find = |name: &Path| {
-        let path = program::locate(name).map_err(super::checks::install_if_missing)?;
+        let path = program::locate(name).map_err(install_if_missing)?;
         path.canonicalize().map_err(|e| Error::io(format!("look at {}", path.display()), e))
     };
     let jailer = find(&config.jailer)?;
@@ -219,7 +221,7 @@ fn io_limits(spec: &VmmSpec, device_of: impl Fn(&Path) -> Result<String>) -> Res
         rate.map_or_else(|| "max".to_owned(), |n| n.saturating_mul(disks).saturating_mul(IO_FACTOR).to_string())
     };
     // The VMM lets at least this much pass at once.
-    let bytes_per_s = spec.rates.disk_bytes_per_s.map(|rate| rate.max(super::api::BUCKET_BYTES_MIN));
+    let bytes_per_s = spec.rates.disk_bytes_per_s.map(|rate| rate.max(BUCKET_BYTES_MIN));
     let line = |(device, disks): (String, u64)| {
         let (bytes, ops) = (value(bytes_per_s, disks), value(spec.rates.disk_ops_per_s, disks));
         format!("{device} rbps={bytes} wbps={bytes} riops={ops} wiops={ops}")

@@ -72,8 +72,10 @@ pub(in crate::vmm) mod incoming;
 mod jail;
 pub(in crate::vmm) mod metrics;
 mod monitor;
+mod rates;
 pub(in crate::vmm) mod refusal;
 mod save;
+mod version;
 mod vsock;
 
 pub use gone::{empty_group, remove_group};
@@ -93,10 +95,10 @@ use crate::host::program;
 use crate::locks::{Cancel, CancelCause, Rank, region};
 use crate::vmm::devices::{self, KVM, TUN};
 use api::{
-    BootSource, Booted, CacheType, Drive, LoadSnapshot, MachineConfig, NetworkInterface, NetworkOverride, PreBoot, RateLimiter,
-    Vsock, text,
+    BootSource, Booted, CacheType, Drive, LoadSnapshot, MachineConfig, NetworkInterface, NetworkOverride, PreBoot, Vsock, text,
 };
 use monitor::Monitor;
+use rates::RateLimiter;
 use rustix::fs::{FileType, Gid, Mode, OFlags, Uid};
 use std::ffi::OsString;
 use std::fs::File;
@@ -180,10 +182,10 @@ impl Firecracker {
             return e;
         }
         let found = jail::programs(&self.config)
-            .and_then(|programs| checks::require_same_release(&programs.jailer, &programs.firecracker, cancel));
+            .and_then(|programs| version::require_same_release(&programs.jailer, &programs.firecracker, cancel));
         match found {
             Err(cause) if cause.kind() == Kind::Unsupported => {
-                let hint = cause.hint_text().unwrap_or(checks::INSTALL).to_owned();
+                let hint = cause.hint_text().unwrap_or(version::INSTALL).to_owned();
                 Error::new(Kind::Unsupported, format!("{e}; {cause}")).hint(hint)
             }
             _ => e,
@@ -233,7 +235,7 @@ impl Firecracker {
                 let args = ["--id".into(), spec.tag.clone().into()].into_iter().chain(own_args).collect();
                 let cwd = spec.dir.join(run_dir::RUN_DIR);
                 let credentials = spec.credentials.map(|(uid, gid)| Credentials { uid, gid, groups });
-                let program = program::locate(&self.config.binary).map_err(checks::install_if_missing)?;
+                let program = program::locate(&self.config.binary).map_err(version::install_if_missing)?;
                 let spawn = Spawn { program, args, env, cwd, output: Some(output), credentials };
                 (place, Files::bare(spec)?, spawn)
             }
@@ -254,7 +256,7 @@ impl Firecracker {
         let socket = dial::connect(place, API_SOCKET, process, deadline)?.ok_or_else(exited)?;
         let configure = || -> Result<Running> {
             let (mut vmm, instance) = PreBoot::open(socket, deadline)?;
-            checks::require(&instance.vmm_version)?;
+            version::require(&instance.vmm_version)?;
             let ssh_addr = match &files.saved {
                 None => {
                     let ssh_addr = configure(&mut vmm, spec, files)?;

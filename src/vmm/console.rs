@@ -26,8 +26,6 @@ pub const CHUNK_BYTES_MAX: usize = 64 * 1024;
 pub const VMM_LOG: &str = "vmm.log";
 /// Size limit of [`VMM_LOG`]. A larger log is truncated to nothing.
 pub const VMM_LOG_BYTES_MAX: u64 = 256 * 1024;
-/// The beginning of a line from fcd in a log.
-pub(super) const MARK: &str = "--- fcd: ";
 /// How often the sizes of the VMMs' own logs are checked.
 const TICK: Duration = Duration::from_secs(10);
 

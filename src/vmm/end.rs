@@ -14,6 +14,8 @@
 //! 3. If nobody saw the end, the daemon looks at the guest's root disk (`disk::is_unmounted`).
 
 use super::console::{self, Consoles, FollowerState};
+use super::log_file::MARK;
+use super::shutdown_cause::Cause;
 use super::vmm_log;
 use crate::error::{Error, Result};
 use crate::host::command::printable;
@@ -57,45 +59,6 @@ pub enum End {
     HostRequest(&'static str),
     /// The VMM failed or was killed.
     Vmm(Exit),
-}
-
-/// The reason that a VMM gives for its end: QEMU's `ShutdownCause` (qapi/run-state.json).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Cause {
-    GuestShutdown,
-    GuestReset,
-    GuestPanic,
-    /// A signal, a command or an error on the host, but not the guest.
-    Host(&'static str),
-}
-
-impl Cause {
-    /// Returns None for causes that do not end the VMM.
-    pub fn parse(name: &str) -> Option<Self> {
-        const OF_HOST: [&str; 5] = ["host-error", "host-qmp-quit", "host-qmp-system-reset", "host-signal", "host-ui"];
-        match name {
-            "guest-shutdown" => Some(Cause::GuestShutdown),
-            "guest-reset" => Some(Cause::GuestReset),
-            "guest-panic" => Some(Cause::GuestPanic),
-            _ => OF_HOST.into_iter().find(|known| *known == name).map(Cause::Host),
-        }
-    }
-
-    /// By its number in `ShutdownCause`.
-    pub fn from_number(number: usize) -> Option<Self> {
-        const NAMES: [&str; 9] = [
-            "none",
-            "host-error",
-            "host-qmp-quit",
-            "host-qmp-system-reset",
-            "host-signal",
-            "host-ui",
-            "guest-shutdown",
-            "guest-reset",
-            "guest-panic",
-        ];
-        NAMES.get(number).and_then(|name| Self::parse(name))
-    }
 }
 
 /// The reasons that VMMs have given for their end, kept until their exit is handled.
@@ -232,7 +195,7 @@ fn last_words(consoles: &Consoles, dir: &Path) -> Option<End> {
 /// Finds the newest line that shows an end since the VM was started.
 fn parse(text: &str) -> Option<End> {
     const PANIC: &str = "Kernel panic - not syncing: ";
-    let this_boot = text.lines().rev().take_while(|line| !line.starts_with(console::MARK));
+    let this_boot = text.lines().rev().take_while(|line| !line.starts_with(MARK));
     this_boot.into_iter().find_map(|line| {
         let says = |words: &str| line.contains(words);
         if let Some((_, message)) = line.split_once(PANIC) {

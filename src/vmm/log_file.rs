@@ -1,6 +1,5 @@
 //! A log of limited size in two files, and a reader that follows it from one file to the next.
 
-use super::console::MARK;
 use crate::host::fs::{open_at, open_dir};
 use rustix::fs::{AtFlags, OFlags};
 use std::fs::File;
@@ -12,6 +11,8 @@ use std::path::Path;
 pub const CURRENT: &str = "console.log";
 pub const OLDER: &str = "console.log.1";
 const MODE: u32 = 0o600;
+/// The beginning of a line from fcd in a log.
+pub(super) const MARK: &str = "--- fcd: ";
 /// How much is read at once when searching for the last lines.
 const BLOCK_BYTES: u64 = 64 * 1024;
 

@@ -23,6 +23,7 @@ mod log_file;
 mod processes;
 pub mod qemu;
 mod run_dir;
+mod shutdown_cause;
 mod vmm_log;
 mod watch;
 

@@ -6,7 +6,7 @@
 //! of a successful end at the level that it logs at.
 
 use super::console::VMM_LOG;
-use super::end::Cause;
+use super::shutdown_cause::Cause;
 use crate::host::command::read_bounded;
 use crate::host::fs::{open_at, open_dir};
 use rustix::fs::OFlags;

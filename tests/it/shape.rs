@@ -12,7 +12,7 @@ const DAEMON_METHODS_MAX: usize = 40;
 
 /// Directories whose imports still have a circle. Remove an entry when you cut its circle; never
 /// add one.
-const CIRCLES_LEFT: &[&str] = &["src/api", "src/cli", "src/vmm", "src/workspace"];
+const CIRCLES_LEFT: &[&str] = &["src/api", "src/cli", "src/workspace"];
 /// Types that still have more than [`METHODS_PER_FILE_MAX`] methods in a file. Never add one.
 const LARGE_LEFT: &[&str] = &[
     "src/cli/context.rs: Context",

@@ -4,7 +4,7 @@
 //! most one line and parses at most [`LINE_BYTES_MAX`] bytes at once.
 
 use crate::host::command::printable;
-use crate::vmm::end::Cause;
+use crate::vmm::shutdown_cause::Cause;
 use serde::Deserialize;
 use serde_json::Value;
 use std::time::Instant;

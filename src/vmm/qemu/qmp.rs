@@ -9,7 +9,7 @@ use super::incoming::{Budget, Incoming, LINE_BYTES_MAX, LINES_MAX, Message, Unus
 use crate::error::{Error, Kind, Result};
 use crate::host::wait::{WaitResult, cancelled, wait_any};
 use crate::vmm::dial::Deadline;
-use crate::vmm::end::Cause;
+use crate::vmm::shutdown_cause::Cause;
 use nix::poll::PollFlags;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};

@@ -18,7 +18,8 @@ const VERSION_CHARS_MAX: usize = 20;
 /// The names with which the two programs report their versions.
 const FIRECRACKER: &str = "Firecracker";
 const JAILER: &str = "Jailer";
-pub const INSTALL: &str = "firecracker, and name its programs as binary and jailer under [firecracker]/firecracker, and name its programs as binary and jailer under [firecracker]";
+pub const INSTALL: &str =
+    "install a release of firecracker-microvm/firecracker, and name its programs as binary and jailer under [firecracker]";
 
 /// Rejects a version that is too old. `version` is as reported by the API, such as `1.16.1`.
 ///

@@ -7,11 +7,6 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
-/// The longest line in either direction, including its newline.
-pub const FRAME_BYTES_MAX: usize = 1024 * 1024;
-/// How many descriptors may accompany one request.
-pub const FDS_MAX: usize = 4;
-
 /// The JSON-RPC error codes. All of fcd's own errors use [`rpc_code::DOMAIN`]; [`Fault`] has the
 /// details.
 pub mod rpc_code {

@@ -11,6 +11,7 @@ pub mod fault;
 pub mod frame;
 pub mod image;
 pub mod kernel;
+pub mod limits;
 pub mod op;
 pub mod page;
 pub mod port;

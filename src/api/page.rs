@@ -6,7 +6,7 @@
 //! `limit`, because it also ends at [`PAGE_BYTES_MAX`].
 
 use super::Call;
-use super::frame::FRAME_BYTES_MAX;
+use super::limits::FRAME_BYTES_MAX;
 use crate::error::{Error, Result};
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};

@@ -2,7 +2,8 @@
 //! with deadlines for both.
 
 use super::failure::{self, Failure, Result};
-use crate::api::frame::{FDS_MAX, FRAME_BYTES_MAX, Request, Version};
+use crate::api::frame::{Request, Version};
+use crate::api::limits::{FDS_MAX, FRAME_BYTES_MAX};
 use crate::error::{Error, Kind};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{

@@ -1,6 +1,7 @@
 //! A fake daemon for tests. It has a thread per connection and answers from a closure.
 
-use crate::api::frame::{FDS_MAX, Note, Notification, Version};
+use crate::api::frame::{Note, Notification, Version};
+use crate::api::limits::FDS_MAX;
 use crate::api::{Fault, VERSION_MAJOR, VERSION_MINOR};
 use crate::error::Error;
 use crossbeam_channel::{Receiver, Sender, unbounded};

@@ -89,7 +89,7 @@ fn answer_to_another_call_is_refused() {
 #[test]
 fn overlong_line_is_refused() {
     check(
-        |mut r| r.raw(&"x".repeat(crate::api::frame::FRAME_BYTES_MAX + 1)),
+        |mut r| r.raw(&"x".repeat(crate::api::limits::FRAME_BYTES_MAX + 1)),
         expect![[r#"
             1 internal false
             vm.show: the daemon sent a line of more than 1048576 bytes

@@ -9,7 +9,8 @@
 use super::access::Caller;
 use super::changes::events_for;
 use crate::api::event::Events;
-use crate::api::frame::{FRAME_BYTES_MAX, Note, Notification};
+use crate::api::frame::{Note, Notification};
+use crate::api::limits::FRAME_BYTES_MAX;
 use crate::host::wait::{WaitResult, wait_any};
 use crate::locks::{Cancel, Mutex, Rank};
 use crate::store::{Due, Feed, Happened, Store};

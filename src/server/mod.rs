@@ -32,7 +32,7 @@ pub use peer::Peer;
 pub use request::{CallError, CallResult, IncomingCall, KEY_LEN_MAX};
 pub use run::{drain, exit_status, print_doctor, run};
 
-pub use crate::api::frame::{FDS_MAX, FRAME_BYTES_MAX};
+pub use crate::api::limits::{FDS_MAX, FRAME_BYTES_MAX};
 use crate::error::{Error, Result};
 use crate::host::thread;
 use crate::locks::{Cancel, CancelCause, Mutex, Rank};

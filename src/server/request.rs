@@ -3,7 +3,8 @@
 
 use super::peer::Peer;
 use crate::api::Fault;
-use crate::api::frame::{FRAME_BYTES_MAX, Request, Response, RpcError, Version, rpc_code};
+use crate::api::frame::{Request, Response, RpcError, Version, rpc_code};
+use crate::api::limits::FRAME_BYTES_MAX;
 use crate::error::{Error, Kind};
 use crate::ids::OpId;
 use serde::Deserialize;

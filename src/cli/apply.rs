@@ -4,15 +4,15 @@
 use super::context::Context;
 use super::output::count;
 use super::signals::Interrupts;
-use super::workspace::{Bound, ExportTo, Transfer, report_left_behind};
+use super::transfer::{Bound, ExportTo, Transfer, report_left_behind};
 use crate::client::Result;
 use crate::error::{Error, Kind};
 use crate::host::shell::quote;
 use crate::locks::Cancel;
 use crate::workspace::apply::{self, Change};
+use crate::workspace::caller_env::CallerEnv;
 use crate::workspace::encode::encode;
 use crate::workspace::left::LeftBehind;
-use crate::workspace::plan::CallerEnv;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args, Debug)]

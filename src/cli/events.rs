@@ -4,7 +4,7 @@ use super::context::Context;
 use super::logs::{is_unread, unread};
 use super::op::name as op_state;
 use super::output::{harmless_line, size};
-use super::vm::{settings, workspace_line};
+use super::vm_text::{settings, workspace_line};
 use crate::api::event::{Event, EventsWatch, EventsWatchRequest, Members, Snapshot, What};
 use crate::api::frame::Note;
 use crate::api::vm::{Pending, RateLimits, Vm, WorkspaceInfo};

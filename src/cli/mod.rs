@@ -32,9 +32,11 @@ mod stats;
 mod terminal;
 #[cfg(test)]
 mod tests;
+mod transfer;
 mod values;
 mod version;
 mod vm;
+mod vm_text;
 mod workspace;
 
 use crate::client::Result;

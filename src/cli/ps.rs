@@ -2,10 +2,9 @@
 
 use super::context::Context;
 use super::output::{Table, age, size};
-use super::vm::workspace_line;
-use crate::api::vm::{VmBrief, VmList, VmListBrief, VmListRequest, VmState};
+use super::vm_text::{state_text, workspace_line};
+use crate::api::vm::{VmBrief, VmList, VmListBrief, VmListRequest};
 use crate::client::Result;
-use std::borrow::Cow;
 
 /// The most VMs in a page. The daemon builds a page while fcctl formats the previous one, so a list
 /// has several.
@@ -49,7 +48,7 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
 fn row(table: &mut Table, vm: &VmBrief<'_>, now_s: u64) {
     table.cell(vm.name.as_str());
     table.cell(vm.id.as_str());
-    table.cell(&state(vm.state, vm.reason.as_deref(), vm.paused, vm.unresponsive));
+    table.cell(&state_text(vm.state, vm.reason.as_deref(), vm.paused, vm.unresponsive));
     table.cell(vm.image.as_str());
     table.cell(&vm.vcpus.to_string());
     table.cell(&size(vm.mem_mib << 20));
@@ -57,21 +56,10 @@ fn row(table: &mut Table, vm: &VmBrief<'_>, now_s: u64) {
     table.cell(&vm.workspace.as_ref().map(workspace_line).unwrap_or_default());
 }
 
-/// Formats the state of a VM with what is most important about it.
-pub fn state(state: VmState, reason: Option<&str>, is_paused: bool, is_unresponsive: bool) -> Cow<'static, str> {
-    match reason {
-        Some(reason) if state == VmState::Failed => format!("failed ({reason})").into(),
-        _ if is_paused => format!("{} (paused)", state.name()).into(),
-        _ if is_unresponsive => format!("{} (unresponsive)", state.name()).into(),
-        _ => state.name().into(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::tests::{check, fcctl, two_vms, vm};
-    use super::*;
-    use crate::api::vm::Vm;
+    use crate::api::vm::{Vm, VmState};
     use crate::client::fake::Fake;
     use expect_test::expect;
     use serde_json::json;

@@ -3,8 +3,9 @@
 use super::context::Context;
 use super::exec::{self, How, OUR_FAILURE, Outcome};
 use super::signals::{Interrupts, Phase, interrupted};
+use super::transfer::{Bound, ExportTo, PrepareHow, Source, Transfer, report_left_behind};
 use super::vm::Shape;
-use super::workspace::{Bound, ExportTo, PrepareHow, Source, Transfer, report_exported, report_left_behind};
+use super::workspace::report_exported;
 use crate::api::frame::Note;
 use crate::api::vm::{Vm, VmCreate, VmCreateRequest, VmDelete, VmDeleteRequest, VmRequest, VmSet, VmSetRequest, VmStart};
 use crate::client::{Client, Event, Failure, Result};
@@ -67,7 +68,7 @@ fn run_in_new_vm(ctx: &mut Context, interrupts: &Interrupts, args: Args) -> Resu
     let mut new_vm = create(ctx, interrupts, args.name, args.shape, args.rm)?;
     ctx.note(&format!("VM {}", new_vm.vm.name));
     for port in &new_vm.vm.ports {
-        ctx.note(&format!("port {}", super::vm::port_line(port)));
+        ctx.note(&format!("port {}", super::vm_text::port_line(port)));
     }
     let vm = new_vm.vm.name.to_string();
     let outcome = match boot(ctx, interrupts, &mut new_vm, source.map(|s| (s, args.workspace))) {

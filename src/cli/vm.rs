@@ -3,12 +3,12 @@
 use super::context::Context;
 use super::output::{self, age, count, size};
 use super::values::{parse_count_rate, parse_duration, parse_mem_mib, parse_net, parse_port, parse_rate, parse_size, timeout_ms};
+use super::vm_text::{port_line, rates, settings, state_text, workspace_line};
 use crate::api::port::Port;
 use crate::api::vm::{
     Net, Pending, RateLimits, Synced, Vm, VmBalloon, VmBalloonReply, VmBalloonRequest, VmCreate, VmCreateRequest, VmDelete,
     VmDeleteReply, VmDeleteRequest, VmFork, VmForkRequest, VmKill, VmMetrics, VmPause, VmPrune, VmReply, VmRequest, VmRestart,
-    VmResume, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest, WorkspaceInfo,
-    WorkspaceState,
+    VmResume, VmSet, VmSetRequest, VmShow, VmStart, VmState, VmStop, VmStopRequest, VmWait, VmWaitRequest, WorkspaceState,
 };
 use crate::api::{Call, Empty};
 use crate::client::Result;
@@ -360,14 +360,7 @@ fn deleted(vm: &str, reply: &VmDeleteReply) -> String {
 }
 
 fn state(vm: &Vm) -> Cow<'static, str> {
-    super::ps::state(vm.state, vm.reason.as_deref(), vm.paused, vm.unresponsive)
-}
-
-pub fn workspace_line(workspace: &WorkspaceInfo) -> String {
-    match workspace.state {
-        WorkspaceState::Complete => workspace.guest_path.clone(),
-        WorkspaceState::Incomplete => format!("{} (incomplete)", workspace.guest_path),
-    }
+    state_text(vm.state, vm.reason.as_deref(), vm.paused, vm.unresponsive)
 }
 
 fn show(ctx: &mut Context, args: Targets) -> Result<u8> {
@@ -428,11 +421,6 @@ fn sheet(vm: &Vm, now_s: u64) -> String {
     facts.iter().map(line).collect()
 }
 
-/// Formats a port as docker does: `80/tcp -> 127.0.0.1:8080`.
-pub fn port_line(port: &Port) -> String {
-    format!("{}/{} -> {}:{}", port.guest_port, port.protocol.name(), port.host_addr, port.host_port)
-}
-
 fn ports(ctx: &mut Context, args: Targets) -> Result<u8> {
     let several = args.vms.len() > 1;
     ctx.for_each(&args.vms, |ctx, client, vm| {
@@ -443,30 +431,6 @@ fn ports(ctx: &mut Context, args: Targets) -> Result<u8> {
         }
         Ok(vm.ports)
     })
-}
-
-pub fn settings(of: &Pending) -> String {
-    let vcpus = of.vcpus.map(|n| count(n.into(), "vCPU"));
-    let memory = of.mem_mib.map(|m| format!("{} of memory", size(m << 20)));
-    let disk = of.disk_bytes.map(|d| format!("{} of disk", size(d)));
-    let rates = Some(rates(&of.rates)).filter(|text| !text.is_empty());
-    [vcpus, memory, disk, rates].into_iter().flatten().collect::<Vec<_>>().join(", ")
-}
-
-/// Lists the rates that are set. 0 means no limit.
-pub fn rates(rates: &RateLimits) -> String {
-    let bytes = |n: u64| format!("{}/s", size(n));
-    let [disk, ops, rx, tx] = rates.all();
-    let of = |what: &str, rate: Option<u64>, shown: &dyn Fn(u64) -> String| {
-        rate.map(|n| if n == 0 { format!("{what} unlimited") } else { format!("{what} {}", shown(n)) })
-    };
-    let all = [
-        of("disk", disk, &bytes),
-        of("disk operations", ops, &|n| format!("{n}/s")),
-        of("receives", rx, &bytes),
-        of("sends", tx, &bytes),
-    ];
-    all.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
 fn set(ctx: &mut Context, args: SetArgs) -> Result<u8> {

@@ -24,7 +24,7 @@ fn show_prints_all_details() {
             started_at: Some(NOW_S - 61),
             synced: Some(Synced::Timeout),
             rm: true,
-            workspace: Some(WorkspaceInfo {
+            workspace: Some(crate::api::vm::WorkspaceInfo {
                 guest_path: "/root/app".to_owned(),
                 workdir: "/root/app/src".to_owned(),
                 state: WorkspaceState::Complete,

@@ -1,11 +1,14 @@
 use super::super::tests::{NOW_S, Start, check, fcctl, fcctl_from, file_with, vm};
 use super::*;
+use crate::api::frame::Note;
+use crate::api::stream::{ChunkReader, ChunkWriter};
 use crate::api::vm::{Vm, VmState, WorkspaceInfo, WorkspaceState};
 use crate::api::workspace::Ready;
 use crate::client::fake::{Fake, Request};
+use crate::error::Kind;
 use expect_test::expect;
 use serde_json::{Value, json};
-use std::io::Write;
+use std::io::{Read, Write};
 
 pub(crate) fn with_workspace(name: &str) -> Vm {
     let workspace = WorkspaceInfo {
@@ -289,7 +292,7 @@ fn allow_alternate_reaches_the_plan() {
     let dir = tempfile::tempdir().unwrap();
     let git = |at: &Path, args: &[&str]| {
         let c = crate::host::command::Command::new("git").args(args).cwd(at).env("HOME", dir.path());
-        let out = crate::host::command::run_any_status(&c, &Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
+        let out = crate::host::command::run_any_status(&c, &crate::locks::Cancel::try_new().unwrap(), &mut |_| {}).unwrap();
         assert_eq!(out.status, 0, "{}", String::from_utf8_lossy(&out.stderr));
     };
     git(dir.path(), &["init", "-q", "main"]);

@@ -10,10 +10,10 @@
 //! checks the whole patch before it changes the first file, but it does not check everything that
 //! can fail while it writes. [`Checked`] covers the rest.
 
+use super::caller_env::CallerEnv;
 use super::encode::encode;
 use super::git::find_top;
 use super::git_texts;
-use super::plan::CallerEnv;
 use crate::error::{Error, Kind, Result};
 use crate::host::command::{Command, Output};
 use crate::host::piped::run_piped;

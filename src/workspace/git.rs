@@ -13,8 +13,10 @@ pub(super) use history::{HistorySelection, Pack, Tag, pack};
 pub(super) use parse::{IndexEntry, Record};
 
 use super::beneath::Beneath;
+use super::caller_env::CallerEnv;
 use super::git_texts;
-use super::plan::{CallerEnv, Options};
+use super::options::Options;
+use super::walk::unreadable;
 use crate::error::{Error, Kind, Result};
 use crate::host::command::{Command, Complaint};
 use crate::host::piped::run_piped;
@@ -426,8 +428,4 @@ fn read_own(dir: &Path, name: &str, bytes_max: u64) -> Result<Vec<u8>> {
         }
         _ => Ok(Vec::new()),
     }
-}
-
-pub(super) fn unreadable(what: &str) -> Error {
-    Error::new(Kind::InvalidTree, format!("cannot read {what}")).hint("make it readable or add it to .gitignore, then try again")
 }

@@ -23,12 +23,14 @@
 
 pub mod apply;
 mod beneath;
+pub mod caller_env;
 pub mod encode;
 mod git;
 mod git_texts;
 pub mod guest_path;
 pub mod left;
 mod mtime;
+pub mod options;
 pub mod patch;
 pub mod plan;
 pub mod raw_tar;

@@ -8,153 +8,14 @@ pub use send::Sent;
 
 use super::beneath::Beneath;
 use super::git::{self, Config, Git, Head, HistorySelection, IndexEntry};
-use super::walk::{Apart, Entry, EntryKind, Walk};
+use super::options::{History, Options};
+use super::walk::{self, Apart, Entry, EntryKind, Walk};
 use super::{encode, guest_path};
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
 use std::collections::{HashMap, HashSet};
-use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
-
-/// Number of commits that are sent by default.
-pub const HISTORY_DEFAULT: u32 = 50;
-/// Maximum number of commits. Use `full` for more.
-pub const HISTORY_MAX: u32 = 1_000_000;
-
-/// How much history is sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum History {
-    /// This many commits deep, as a shallow repository.
-    Depth(u32),
-    Full,
-    /// Only the files. The guest has no repository.
-    None,
-}
-
-impl Default for History {
-    fn default() -> Self {
-        History::Depth(HISTORY_DEFAULT)
-    }
-}
-
-impl FromStr for History {
-    type Err = Error;
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "full" => Ok(History::Full),
-            "none" => Ok(History::None),
-            _ => match text.parse() {
-                Ok(depth @ 1..=HISTORY_MAX) => Ok(History::Depth(depth)),
-                _ => Err(Error::invalid(format!("history {text:?} is not a number of commits, full or none"))
-                    .hint("use --history 50, --history full or --history none")),
-            },
-        }
-    }
-}
-
-/// The environment variables that the caller's git depends on.
-#[derive(Clone, Debug, Default)]
-pub struct CallerEnv {
-    pub path: Option<OsString>,
-    pub home: Option<PathBuf>,
-    pub config_home: Option<PathBuf>,
-    /// Variables that decide which settings git reads, and settings given as variables.
-    pub git: Vec<(OsString, OsString)>,
-    /// `GIT_AUTHOR_NAME`, `EMAIL` and the like, if they are set.
-    pub identity: HashMap<OsString, OsString>,
-    /// `SUDO_UID`, with which git lets root use a repository of the user who ran sudo.
-    pub sudo_uid: Option<OsString>,
-}
-
-impl CallerEnv {
-    pub fn from_process() -> Self {
-        Self::from_vars(std::env::vars_os())
-    }
-
-    pub(super) fn from_vars(vars: impl IntoIterator<Item = (OsString, OsString)>) -> Self {
-        let mut env = Self::default();
-        for (key, value) in vars {
-            match key.as_bytes() {
-                b"PATH" => env.path = Some(value),
-                b"HOME" => env.home = Some(value.into()),
-                b"XDG_CONFIG_HOME" if !value.is_empty() => env.config_home = Some(value.into()),
-                b"SUDO_UID" => env.sudo_uid = Some(value),
-                b"GIT_CONFIG_GLOBAL" | b"GIT_CONFIG_SYSTEM" | b"GIT_CONFIG_NOSYSTEM" => env.git.push((key, value)),
-                // CI systems set safe.directory with GIT_CONFIG_COUNT, GIT_CONFIG_KEY_0 and
-                // GIT_CONFIG_VALUE_0.
-                b"GIT_CONFIG_COUNT" => env.git.push((key, value)),
-                name if name.starts_with(b"GIT_CONFIG_KEY_") || name.starts_with(b"GIT_CONFIG_VALUE_") => {
-                    env.git.push((key, value));
-                }
-                b"EMAIL" | b"GIT_AUTHOR_NAME" | b"GIT_AUTHOR_EMAIL" | b"GIT_COMMITTER_NAME" | b"GIT_COMMITTER_EMAIL" => {
-                    env.identity.insert(key, value);
-                }
-                _ => {}
-            }
-        }
-        env
-    }
-
-    pub(super) fn for_config(&self) -> Vec<(OsString, OsString)> {
-        let mut out = self.git.clone();
-        let mut add = |key: &str, value: Option<OsString>| out.extend(value.map(|v| (OsString::from(key), v)));
-        add("PATH", self.path.clone());
-        add("HOME", self.home.clone().map(Into::into));
-        add("XDG_CONFIG_HOME", self.config_home.clone().map(Into::into));
-        add("SUDO_UID", self.sudo_uid.clone());
-        out
-    }
-
-    /// Resolves a configured path: `~/x` is below the caller's home, anything else is relative to
-    /// `base`.
-    pub(super) fn expand(&self, base: &Path, path: &[u8]) -> PathBuf {
-        match (path.strip_prefix(b"~/"), &self.home) {
-            (Some(rest), Some(home)) => home.join(std::ffi::OsStr::from_bytes(rest)),
-            _ => base.join(std::ffi::OsStr::from_bytes(path)),
-        }
-    }
-
-    /// The file in which git looks for ignore rules by default.
-    pub(super) fn default_excludes(&self) -> Option<PathBuf> {
-        self.default_file("git/ignore")
-    }
-
-    /// The file in which git looks for attributes by default.
-    pub(super) fn default_attributes(&self) -> Option<PathBuf> {
-        self.default_file("git/attributes")
-    }
-
-    fn default_file(&self, name: &str) -> Option<PathBuf> {
-        let base = self.config_home.clone().or_else(|| Some(self.home.as_ref()?.join(".config")))?;
-        Some(base.join(name)).filter(|p| p.is_file())
-    }
-}
-
-#[derive(Clone, Debug, Default)]
-pub struct Options {
-    pub history: History,
-    pub env: CallerEnv,
-    /// Directories outside the tree from which the repository may take objects.
-    pub allow_alternates: Vec<PathBuf>,
-}
-
-impl Options {
-    /// Resolves all links, so that the paths can be compared.
-    pub(super) fn allowed_alternates(&self) -> Result<Vec<PathBuf>> {
-        let real = |path: &PathBuf| {
-            std::fs::canonicalize(path).map_err(|e| match e.kind() {
-                std::io::ErrorKind::NotFound => {
-                    Error::new(Kind::PathNotFound, format!("--allow-alternate {} does not exist", path.display()))
-                        .hint("pass the directory of objects, or leave the option out")
-                }
-                _ => Error::io(format!("inspect {}", path.display()), e),
-            })
-        };
-        self.allow_alternates.iter().map(real).collect()
-    }
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TreeKind {
@@ -352,7 +213,7 @@ fn filter_warning(filtered: &git::Filtered) -> Option<String> {
 
 fn open_root(root: &Path) -> Result<Beneath> {
     Beneath::open(root).map_err(|e| match e.kind() {
-        std::io::ErrorKind::PermissionDenied => git::unreadable(&encode::encode(root.as_os_str().as_bytes())),
+        std::io::ErrorKind::PermissionDenied => walk::unreadable(&encode::encode(root.as_os_str().as_bytes())),
         _ => Error::io(format!("open {}", root.display()), e),
     })
 }

@@ -237,7 +237,7 @@ impl<'a> Walk<'a> {
         if more > 0 {
             named.push_str(&format!(" and {more} more"));
         }
-        Err(super::git::unreadable(&named))
+        Err(unreadable(&named))
     }
 }
 
@@ -266,4 +266,8 @@ fn git_dir_of(path: &[u8]) -> Option<&[u8]> {
 
 pub(super) fn inside_git_dir(path: &[u8]) -> bool {
     git_dir_of(path).is_some()
+}
+
+pub(super) fn unreadable(what: &str) -> Error {
+    Error::new(Kind::InvalidTree, format!("cannot read {what}")).hint("make it readable or add it to .gitignore, then try again")
 }

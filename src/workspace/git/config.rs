@@ -1,6 +1,6 @@
 //! Reads the caller's git configuration and selects the part that the guest gets.
 
-use crate::workspace::plan::CallerEnv;
+use crate::workspace::caller_env::CallerEnv;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;

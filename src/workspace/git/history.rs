@@ -3,7 +3,7 @@
 use super::layout::CheckedStores;
 use super::{Git, parse};
 use crate::error::{Error, Kind, Result};
-use crate::workspace::plan::History;
+use crate::workspace::options::History;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};

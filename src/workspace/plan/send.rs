@@ -31,7 +31,7 @@ use crate::workspace::beneath::{Beneath, is_absent};
 use crate::workspace::encode::encode;
 use crate::workspace::git::{IndexEntry, Tag};
 use crate::workspace::tar_writer::{BLOCK, Meta, ReadOutcome, TarWriter, write_all};
-use crate::workspace::walk::{Apart, Entry, EntryKind, inside_git_dir};
+use crate::workspace::walk::{Apart, Entry, EntryKind, inside_git_dir, unreadable};
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
@@ -318,9 +318,7 @@ fn open_regular(beneath: &mut Beneath, entry: &Entry) -> Result<File, Option<Err
         Ok(_) => Err(None),
         // ENXIO: a socket has replaced the file.
         Err(e) if is_absent(&e) || e.raw_os_error() == Some(libc::ENXIO) => Err(None),
-        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
-            Err(Some(crate::workspace::git::unreadable(&encode(&entry.path))))
-        }
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => Err(Some(unreadable(&encode(&entry.path)))),
         Err(e) => Err(Some(Error::io(format!("open {}", encode(&entry.path)), e))),
     }
 }

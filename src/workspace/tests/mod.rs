@@ -12,7 +12,9 @@ mod repeating;
 mod stealing;
 mod times;
 
-use super::plan::{CallerEnv, History, Options, Plan, Sent};
+use super::caller_env::CallerEnv;
+use super::options::{History, Options};
+use super::plan::{Plan, Sent};
 use super::remote::{self, Finish, Finished, GuestWorkspace};
 use super::{apply, left, patch, unpack};
 use crate::api::exec::Exit;

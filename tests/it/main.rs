@@ -9,6 +9,7 @@ mod api;
 mod bad_input;
 mod booting;
 mod capabilities;
+mod commits;
 mod crash;
 mod crowd;
 mod docs;

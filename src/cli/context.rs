@@ -30,6 +30,14 @@ impl Stdio {
             stderr: std::io::stderr().as_fd().try_clone_to_owned()?.into(),
         })
     }
+
+    pub fn stdin_is_terminal(&self) -> bool {
+        self.stdin.is_terminal()
+    }
+
+    pub fn stdout_is_terminal(&self) -> bool {
+        self.stdout.is_terminal()
+    }
 }
 
 pub type Env = Box<dyn Fn(&str) -> Option<String> + Send + Sync>;
@@ -174,15 +182,9 @@ impl Context {
         Ok(status)
     }
 
-    pub fn stdin_is_terminal(&self) -> bool {
-        self.stdio.stdin.is_terminal()
-    }
-    pub fn stdout_is_terminal(&self) -> bool {
-        self.stdio.stdout.is_terminal()
-    }
     /// True if results may be coloured.
     pub fn may_colour(&self) -> bool {
-        self.stdout_is_terminal()
+        self.stdio.stdout_is_terminal()
             && (self.env)("NO_COLOR").is_none_or(|v| v.is_empty())
             && (self.env)("TERM").is_none_or(|t| t != "dumb")
     }

@@ -71,7 +71,7 @@ impl How {
     /// Fills in the defaults. A shell on a terminal gets stdin and a pty without being asked;
     /// without a terminal it needs `-i`.
     pub fn spec(self, ctx: &Context, argv: Vec<OsString>) -> Result<Spec> {
-        let on_terminal = ctx.stdin_is_terminal() && ctx.stdout_is_terminal();
+        let on_terminal = ctx.stdio.stdin_is_terminal() && ctx.stdio.stdout_is_terminal();
         let is_shell = argv.is_empty();
         if is_shell && !on_terminal && !self.interactive {
             let e = Error::invalid("no command was given, and a shell needs a terminal on stdin and stdout");
@@ -128,8 +128,9 @@ pub fn execute(ctx: &mut Context, interrupts: &Interrupts, client: &mut Client, 
     };
     // If nobody types into the pty, the caller's terminal stays in cooked mode, so that Ctrl-C
     // arrives here as a signal and is forwarded.
-    let raw = if spec.tty && spec.stdin && ctx.stdin_is_terminal() { Some(RawMode::enter(&ctx.stdio.stdin)?) } else { None };
-    if spec.tty && !spec.stdin && ctx.stdin_is_terminal() {
+    let raw =
+        if spec.tty && spec.stdin && ctx.stdio.stdin_is_terminal() { Some(RawMode::enter(&ctx.stdio.stdin)?) } else { None };
+    if spec.tty && !spec.stdin && ctx.stdio.stdin_is_terminal() {
         ctx.note("stdin is not passed to the command; add -i to type into it");
     }
     let wanted = Wanted { stdin: spec.stdin, stderr: !spec.tty };

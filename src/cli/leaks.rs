@@ -53,7 +53,7 @@ fn tell(ctx: &mut Context, leaks: &[Leak]) -> Result<()> {
 
 /// Asks on the terminal. Without a terminal only `--yes` confirms.
 fn confirmed(ctx: &mut Context, number: usize) -> Result<bool> {
-    if !ctx.stdin_is_terminal() {
+    if !ctx.stdio.stdin_is_terminal() {
         let e = Error::invalid("remove leftovers: there is no terminal to ask for confirmation");
         return Err(e.hint("review the list (fcctl doctor --leaks), then add --yes").into());
     }

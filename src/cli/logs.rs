@@ -26,7 +26,7 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
             .into());
     }
     // A guest must not control the user's terminal. Files and pipes get the bytes unchanged.
-    let is_terminal = ctx.stdout_is_terminal();
+    let is_terminal = ctx.stdio.stdout_is_terminal();
     let request = VmLogsRequest { vm: args.vm.clone(), tail: args.tail, follow: args.follow };
     let mut client = ctx.connect()?;
     let mut kept = String::new();

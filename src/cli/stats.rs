@@ -45,7 +45,7 @@ pub fn run(ctx: &mut Context, args: Args) -> Result<u8> {
     loop {
         crate::host::wait::wait_uncancelled(&[], Instant::now() + PERIOD).map_err(|e| Error::io("wait a moment", e))?;
         let now = look(&mut client)?;
-        let clear = if args.watch && ctx.stdout_is_terminal() { CLEAR } else { "" };
+        let clear = if args.watch && ctx.stdio.stdout_is_terminal() { CLEAR } else { "" };
         ctx.text(&format!("{clear}{}", render(&before, &now)))?;
         if !args.watch || ctx.is_unread() {
             return Ok(0);

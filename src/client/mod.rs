@@ -7,6 +7,7 @@ mod connection;
 mod failure;
 #[cfg(test)]
 pub(crate) mod fake;
+mod list;
 #[cfg(test)]
 mod tests;
 
@@ -14,7 +15,6 @@ pub use failure::{ABSENT, DENIED, Failure, LOST, Result, UNREACHABLE_STATUS};
 
 use crate::api::daemon::ApiVersion;
 use crate::api::frame::{Line, Note, Response};
-use crate::api::page::ListCall;
 use crate::api::{Call, VERSION_MAJOR, VERSION_MINOR};
 use crate::error::{Error, Kind};
 use connection::Connection;
@@ -125,33 +125,6 @@ impl Client {
         self.flight::<C::Reply>(C::METHOD).finish(&mut |_| Ok(()))
     }
 
-    /// Reads all pages of a list.
-    pub fn list<C: ListCall>(&mut self, request: C::Request) -> Result<Vec<C::Item>> {
-        let mut all = Vec::new();
-        self.list_pages::<C>(request, &mut |items| all.extend(items))?;
-        Ok(all)
-    }
-
-    /// Passes the pages of a list to `on_page` one by one. The next page is requested before
-    /// `on_page` gets the previous one, so that the daemon and the caller work at the same time.
-    pub fn list_pages<C: ListCall>(&mut self, mut request: C::Request, on_page: &mut dyn FnMut(Vec<C::Item>)) -> Result<()> {
-        self.ask::<C>(&request)?;
-        loop {
-            let (items, next) = C::into_page(self.answer::<C>()?);
-            let Some(next) = next else {
-                on_page(items);
-                return Ok(());
-            };
-            if items.is_empty() {
-                let text = format!("{}: the daemon sent an empty page that is not the last", C::METHOD);
-                return Err(Error::internal(text).into());
-            }
-            C::start_after(&mut request, next);
-            self.ask::<C>(&request)?;
-            on_page(items);
-        }
-    }
-
     /// Like [`Client::call`], for a call whose answer comes with a descriptor.
     pub fn call_for_fd<C: Call>(&mut self, request: &C::Request) -> Result<(C::Reply, OwnedFd)> {
         let reply = self.call::<C>(request)?;
@@ -182,7 +155,7 @@ impl Client {
     pub fn call_raw(&mut self, method: &str, params: &RawValue, deadline: Duration) -> Result<Box<RawValue>> {
         self.send(method, params, false, &[])?;
         self.connection.set_deadline(Some(deadline))?;
-        self.raw_flight(method).finish(&mut |_| Ok(()))
+        self.flight::<Box<RawValue>>(method).finish(&mut |_| Ok(()))
     }
 
     /// Like [`Client::call_raw`], with `more`.
@@ -194,14 +167,10 @@ impl Client {
     ) -> Result<Box<RawValue>> {
         self.send(method, params, true, &[])?;
         self.connection.set_deadline(None)?;
-        self.raw_flight(method).finish(on_note)
+        self.flight::<Box<RawValue>>(method).finish(on_note)
     }
 
-    fn flight<R>(&mut self, method: &'static str) -> InFlight<'_, R> {
-        InFlight { id: self.connection.last_id(), client: self, method, reply: PhantomData }
-    }
-
-    fn raw_flight<'a>(&'a mut self, method: &'a str) -> InFlight<'a, Box<RawValue>> {
+    fn flight<'a, R>(&'a mut self, method: &'a str) -> InFlight<'a, R> {
         InFlight { id: self.connection.last_id(), client: self, method, reply: PhantomData }
     }
 

@@ -17,6 +17,7 @@
 
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
+mod orders;
 pub mod protocol;
 mod pumps;
 pub mod serve;

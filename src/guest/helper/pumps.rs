@@ -1,6 +1,7 @@
 //! The daemon's side of a stream that is not a plain pipe. Its bytes go through a pipe to or from
 //! the helper.
 
+use super::protocol::Input;
 use crate::api::stream;
 use crate::error::{Error, Result};
 use crate::guest::{Sink, Source};
@@ -200,4 +201,59 @@ impl<'a> Outward<'a> {
 
 fn failed_sink(e: io::Error) -> Error {
     stream::error("write the command's output", e)
+}
+
+/// The helper's ends of the streams. They are closed here once the helper has them.
+#[derive(Default)]
+pub(super) struct HelperEnds {
+    pub stdin: Option<OwnedFd>,
+    pub stdout: Option<OwnedFd>,
+    pub stderr: Option<OwnedFd>,
+}
+
+/// The pumps of one session.
+#[derive(Default)]
+pub(super) struct Pumps<'a> {
+    pub stdin: Option<Inward<'a>>,
+    pub outputs: Vec<Outward<'a>>,
+}
+
+impl<'a> Pumps<'a> {
+    pub fn take_stdin(
+        &mut self,
+        source: Option<&'a mut dyn Source>,
+        may_pass: bool,
+        helper_ends: &mut HelperEnds,
+    ) -> Result<Input> {
+        let Some(source) = source else { return Ok(Input::Empty) };
+        if let Some(pipe) = source.pipe().filter(|_| may_pass) {
+            helper_ends.stdin = Some(clone(pipe)?);
+            return Ok(Input::Direct);
+        }
+        let (inward, end) = Inward::new(source)?;
+        self.stdin = Some(inward);
+        helper_ends.stdin = Some(end);
+        Ok(Input::Pumped)
+    }
+
+    pub fn take_output(&mut self, sink: Option<&'a mut dyn Sink>, may_pass: bool) -> Result<Option<OwnedFd>> {
+        let Some(sink) = sink else { return Ok(None) };
+        if let Some(pipe) = sink.pipe().filter(|_| may_pass) {
+            return Ok(Some(clone(pipe)?));
+        }
+        let (outward, end) = Outward::new(sink)?;
+        self.outputs.push(outward);
+        Ok(Some(end))
+    }
+
+    /// Delivers output from before the session broke, as far as the caller accepts it now.
+    pub fn deliver_rest(&mut self) {
+        for output in &mut self.outputs {
+            while output.turn().is_ok_and(|turn| turn.progress || turn.has_more) {}
+        }
+    }
+}
+
+fn clone(fd: std::os::fd::BorrowedFd<'_>) -> Result<OwnedFd> {
+    fd.try_clone_to_owned().map_err(|e| Error::io("pass a stream to the helper process of a guest", e))
 }

@@ -1,18 +1,18 @@
 //! The daemon's side of one helper: starts it, feeds it, validates every reply, and ends it.
 
 use super::NAME;
-use super::protocol::{Command, FROM_HELPER_BYTES_MAX, Failure, Input, Job, Order, Passed, Reply, TO_HELPER_BYTES_MAX};
-use super::pumps::{Inward, Outward, Turn};
+use super::orders::Orders;
+use super::protocol::{Command, FROM_HELPER_BYTES_MAX, Failure, Job, Order, Passed, Reply, TO_HELPER_BYTES_MAX};
+use super::pumps::{HelperEnds, Inward, Outward, Pumps, Turn};
 use crate::api::exec::Exit;
 use crate::error::{Error, Kind, Result};
 use crate::guest::connect::{DIAL_TIMEOUT, LogIn, connect, unavailable};
 use crate::guest::wait::{Wait, is_hang_up};
-use crate::guest::{Control, Controls, ExecSpec, Sink, Source, Streams, Target};
+use crate::guest::{ExecSpec, Streams, Target};
 use crate::host::confine::{self, Helper};
 use nix::poll::{PollFd, PollFlags};
-use std::collections::VecDeque;
 use std::net::TcpStream;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 /// How long a helper may take to end an abandoned command. It allows 2 s for that itself.
@@ -28,21 +28,11 @@ pub(super) struct Session<'w, 'a> {
     /// Applies until the command runs.
     dial: Wait<'w>,
     idle: Option<Duration>,
-    stdin: Option<Inward<'a>>,
-    outputs: Vec<Outward<'a>>,
-    controls: Option<&'a mut dyn Controls>,
-    orders: VecDeque<Order>,
+    pumps: Pumps<'a>,
+    orders: Orders<'a>,
     is_started: bool,
     is_key_refused: bool,
     result: Option<Result<Exit>>,
-}
-
-/// The helper's ends of the streams. They are closed here once the helper has them.
-#[derive(Default)]
-struct HelperEnds {
-    stdin: Option<OwnedFd>,
-    stdout: Option<OwnedFd>,
-    stderr: Option<OwnedFd>,
 }
 
 fn lost(what: impl std::fmt::Display) -> Error {
@@ -55,6 +45,24 @@ fn job(target: &Target, command: Option<Command>) -> Job {
     Job { user, private_key, host_key, command }
 }
 
+/// Builds the error for a failure that the helper reported.
+fn error_of(failure: Failure, text: &str, target: &Target) -> Error {
+    match failure {
+        Failure::Confinement => {
+            Error::new(Kind::Host, format!("confine the helper process for the guest: {text}")).hint("run fcctl doctor")
+        }
+        Failure::Unavailable => unavailable(text, target),
+        Failure::KeyRefused => unavailable(format!("log in as {}: its SSH server refuses our key ({text})", target.user), target),
+        Failure::HostKeyMismatch => Error::new(
+            Kind::HostKeyMismatch,
+            format!("the guest at {} has a different host key than its VM was given", target.addr),
+        )
+        .hint("restart the VM to give the guest its own key again: fcctl restart {vm}"),
+        Failure::Lost => lost(text.trim_start_matches("the connection to the guest broke: ")),
+        Failure::Stream => Error::new(Kind::Host, text),
+    }
+}
+
 impl<'w, 'a> Session<'w, 'a> {
     fn new(helper: Helper, target: &'w Target, wait: Wait<'w>) -> Self {
         let dial = wait.tighten(Instant::now() + DIAL_TIMEOUT);
@@ -64,10 +72,8 @@ impl<'w, 'a> Session<'w, 'a> {
             wait,
             dial,
             idle: None,
-            stdin: None,
-            outputs: Vec::new(),
-            controls: None,
-            orders: VecDeque::new(),
+            pumps: Pumps::default(),
+            orders: Orders::default(),
             is_started: false,
             is_key_refused: false,
             result: None,
@@ -118,13 +124,13 @@ impl<'w, 'a> Session<'w, 'a> {
         let socket = connect(target, &session.dial).map_err(|e| session.at_dial(e))?;
         let mut helper_ends = HelperEnds::default();
         let Streams { stdin, stdout, stderr, controls, hangup: _ } = streams;
-        session.controls = controls;
+        session.orders.controls = controls;
         session.idle = spec.idle;
         // With an idle limit the daemon must see every byte, so descriptors cannot be passed on.
         let may_pass = spec.idle.is_none();
-        let input = session.take_stdin(stdin, may_pass, &mut helper_ends)?;
-        helper_ends.stdout = session.take_output(stdout, may_pass)?;
-        helper_ends.stderr = session.take_output(stderr, may_pass)?;
+        let input = session.pumps.take_stdin(stdin, may_pass, &mut helper_ends)?;
+        helper_ends.stdout = session.pumps.take_output(stdout, may_pass)?;
+        helper_ends.stderr = session.pumps.take_output(stderr, may_pass)?;
         let command = Command {
             line: spec.command.clone().into(),
             pty: spec.pty.clone(),
@@ -141,28 +147,6 @@ impl<'w, 'a> Session<'w, 'a> {
         };
         session.send_job(&job(target, Some(command)), &passed)?;
         Ok(session)
-    }
-
-    fn take_stdin(&mut self, source: Option<&'a mut dyn Source>, may_pass: bool, helper_ends: &mut HelperEnds) -> Result<Input> {
-        let Some(source) = source else { return Ok(Input::Empty) };
-        if let Some(pipe) = source.pipe().filter(|_| may_pass) {
-            helper_ends.stdin = Some(clone(pipe)?);
-            return Ok(Input::Direct);
-        }
-        let (inward, end) = Inward::new(source)?;
-        self.stdin = Some(inward);
-        helper_ends.stdin = Some(end);
-        Ok(Input::Pumped)
-    }
-
-    fn take_output(&mut self, sink: Option<&'a mut dyn Sink>, may_pass: bool) -> Result<Option<OwnedFd>> {
-        let Some(sink) = sink else { return Ok(None) };
-        if let Some(pipe) = sink.pipe().filter(|_| may_pass) {
-            return Ok(Some(clone(pipe)?));
-        }
-        let (outward, end) = Outward::new(sink)?;
-        self.outputs.push(outward);
-        Ok(Some(end))
     }
 
     fn send_job(&mut self, job: &Job, passed: &Passed<'_>) -> Result<()> {
@@ -195,10 +179,10 @@ impl<'w, 'a> Session<'w, 'a> {
                 self.wait.progress();
             }
             match &self.result {
-                Some(Ok(exit)) if self.outputs.iter().all(Outward::is_finished) => return Ok(exit.clone()),
+                Some(Ok(exit)) if self.pumps.outputs.iter().all(Outward::is_finished) => return Ok(exit.clone()),
                 Some(Err(e)) => {
                     let e = e.clone();
-                    self.deliver_rest();
+                    self.pumps.deliver_rest();
                     return Err(e);
                 }
                 _ => {}
@@ -229,32 +213,13 @@ impl<'w, 'a> Session<'w, 'a> {
                 Some(Reply::Exited(exit)) if self.is_started => self.result = Some(Ok(exit)),
                 Some(Reply::Failed(failure, text)) => {
                     self.is_key_refused = failure == Failure::KeyRefused;
-                    self.result = Some(Err(self.error(failure, &text)));
+                    self.result = Some(Err(error_of(failure, &text, self.target)));
                 }
                 _ => self.result = Some(Err(lost("its helper process sent an invalid reply"))),
             }
         }
         // Output from before the final reply is still in the pipes. Killing the helper closes them.
         self.helper.kill();
-    }
-
-    fn error(&self, failure: Failure, text: &str) -> Error {
-        match failure {
-            Failure::Confinement => {
-                Error::new(Kind::Host, format!("confine the helper process for the guest: {text}")).hint("run fcctl doctor")
-            }
-            Failure::Unavailable => unavailable(text, self.target),
-            Failure::KeyRefused => {
-                unavailable(format!("log in as {}: its SSH server refuses our key ({text})", self.target.user), self.target)
-            }
-            Failure::HostKeyMismatch => Error::new(
-                Kind::HostKeyMismatch,
-                format!("the guest at {} has a different host key than its VM was given", self.target.addr),
-            )
-            .hint("restart the VM to give the guest its own key again: fcctl restart {vm}"),
-            Failure::Lost => lost(text.trim_start_matches("the connection to the guest broke: ")),
-            Failure::Stream => Error::new(Kind::Host, text),
-        }
     }
 
     /// Builds the error of a helper whose channel ended without a final reply.
@@ -268,54 +233,24 @@ impl<'w, 'a> Session<'w, 'a> {
 
     fn move_streams(&mut self) -> Result<Turn> {
         let mut turn = Turn::default();
-        if let Some(stdin) = self.stdin.as_mut().filter(|_| self.is_started && self.result.is_none()) {
+        if let Some(stdin) = self.pumps.stdin.as_mut().filter(|_| self.is_started && self.result.is_none()) {
             turn = stdin.turn()?;
             if stdin.is_finished() && self.orders.is_empty() {
-                self.orders.push_back(Order::InputEnded);
-                self.send_orders();
+                self.orders.push(Order::InputEnded, &self.helper.channel);
                 // Close the pipe only after `Order::InputEnded` was sent; see `Input::Pumped`.
                 if self.orders.is_empty() {
-                    self.stdin = None;
+                    self.pumps.stdin = None;
                 }
             }
         }
-        for output in &mut self.outputs {
+        for output in &mut self.pumps.outputs {
             turn = turn.and(output.turn()?);
         }
-        self.take_controls();
+        self.orders.send(&self.helper.channel);
+        if self.is_started && self.result.is_none() {
+            self.orders.take_controls(&self.helper.channel);
+        }
         Ok(turn)
-    }
-
-    /// Delivers output from before the session broke, as far as the caller accepts it now.
-    fn deliver_rest(&mut self) {
-        for output in &mut self.outputs {
-            while output.turn().is_ok_and(|turn| turn.progress || turn.has_more) {}
-        }
-    }
-
-    fn take_controls(&mut self) {
-        self.send_orders();
-        while self.is_started && self.orders.is_empty() && self.result.is_none() {
-            let Some(control) = self.controls.as_mut().and_then(|c| c.next()) else { return };
-            self.orders.push_back(match control {
-                Control::Resize(size) => Order::Resize(size),
-                Control::Signal(name) => Order::Signal(name),
-                Control::HangUp => Order::HangUp,
-            });
-            self.send_orders();
-        }
-    }
-
-    /// Sends as many orders as the helper accepts. If it accepts none, a few stay queued, and the
-    /// caller's queue is bounded.
-    fn send_orders(&mut self) {
-        while let Some(order) = self.orders.front() {
-            match self.helper.channel.send(&order.encode(), &[]) {
-                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return,
-                // If the helper is gone, `receive` notices it.
-                Ok(()) | Err(_) => drop(self.orders.pop_front()),
-            }
-        }
     }
 
     fn poll(&mut self, turn: Turn) -> Result<()> {
@@ -326,16 +261,16 @@ impl<'w, 'a> Session<'w, 'a> {
             fds.push(PollFd::new(self.helper.channel.fd(), events));
         }
         let takes_controls = self.is_started && self.orders.is_empty() && self.result.is_none();
-        let controls = self.controls.as_ref().filter(|_| takes_controls);
+        let controls = self.orders.controls.as_ref().filter(|_| takes_controls);
         fds.extend(controls.map(|c| PollFd::new(c.fd(), PollFlags::POLLIN)));
-        let stdin = self.stdin.as_ref().filter(|_| self.is_started && self.result.is_none());
+        let stdin = self.pumps.stdin.as_ref().filter(|_| self.is_started && self.result.is_none());
         fds.extend(stdin.and_then(Inward::poll_fd));
-        fds.extend(self.outputs.iter().filter_map(Outward::poll_fd));
+        fds.extend(self.pumps.outputs.iter().filter_map(Outward::poll_fd));
         let until = turn.has_more.then(Instant::now);
         let polled = if self.is_started { self.wait.poll(&fds, until) } else { self.dial.poll(&fds, until) };
         match polled {
             Ok(_) => Ok(()),
-            Err(e) if e.kind() == Kind::TransferIdle && self.stdin.as_mut().is_some_and(Inward::has_drained) => {
+            Err(e) if e.kind() == Kind::TransferIdle && self.pumps.stdin.as_mut().is_some_and(Inward::has_drained) => {
                 self.wait.progress();
                 Ok(())
             }
@@ -361,10 +296,10 @@ impl<'w, 'a> Session<'w, 'a> {
         if !self.is_started || self.result.is_some() || is_cancelled {
             return;
         }
-        self.orders.push_back(Order::HangUp);
+        self.orders.push(Order::HangUp, &self.helper.channel);
         let wait = self.wait.without_ends(Instant::now() + HANGUP_TIMEOUT);
         loop {
-            self.send_orders();
+            self.orders.send(&self.helper.channel);
             let channel = (!self.orders.is_empty()).then(|| PollFd::new(self.helper.channel.fd(), PollFlags::POLLOUT));
             let fds: Vec<_> = [PollFd::new(self.helper.exited(), PollFlags::POLLIN)].into_iter().chain(channel).collect();
             match wait.poll(&fds, None) {
@@ -373,8 +308,4 @@ impl<'w, 'a> Session<'w, 'a> {
             }
         }
     }
-}
-
-fn clone(fd: std::os::fd::BorrowedFd<'_>) -> Result<OwnedFd> {
-    fd.try_clone_to_owned().map_err(|e| Error::io("pass a stream to the helper process of a guest", e))
 }

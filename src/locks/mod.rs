@@ -18,6 +18,7 @@ pub mod rank;
 mod raw;
 mod record;
 mod set;
+mod slots;
 
 #[cfg(any(debug_assertions, feature = "lock-check"))]
 #[path = "check_on.rs"]

@@ -14,7 +14,6 @@ const DAEMON_METHODS_MAX: usize = 40;
 const LARGE_LEFT: &[&str] = &[
     "src/daemon/runtime.rs: Runtimes",
     "src/daemon/snapshots.rs: Snapshots",
-    "src/locks/set.rs: LockSet",
     "src/net/mod.rs: Net",
     "src/net/rules.rs: Rules",
     "src/store/mod.rs: Store",

@@ -1,0 +1,121 @@
+//! The holders and waiters of a [`LockSet`](super::LockSet), by key.
+
+use super::record::{Party, PartyRecord};
+use super::{check, raw};
+use std::collections::{HashMap, VecDeque, hash_map::Entry};
+use std::fmt::Debug;
+use std::hash::Hash;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// An empty set frees a map that has room for more than this many entries.
+const IDLE_CAPACITY_MAX: usize = 1024;
+
+/// The lock of one key. A slot always has a holder: a release either hands it to the first waiter
+/// or removes it, without unlocking the map in between.
+struct Slot {
+    holder: PartyRecord,
+    waiters: VecDeque<Arc<Waiter>>,
+}
+
+/// A thread that waits for a lock.
+pub(super) struct Waiter {
+    pub granted: raw::AtomicBool,
+    pub here: PartyRecord,
+}
+
+/// The slots of all keys that are held. The map has a lock of its own, beneath all ranks.
+pub(super) struct Slots<K: Eq + Hash>(raw::Mutex<HashMap<K, Slot>>);
+
+impl<K: Clone + Ord + Hash + Debug> Slots<K> {
+    pub fn new() -> Self {
+        Self(raw::Mutex::new(HashMap::new()))
+    }
+
+    /// Takes the lock if it is free (None) or joins its queue.
+    pub fn enter(&self, key: &K) -> Option<Arc<Waiter>> {
+        let here = PartyRecord::now();
+        match self.lock().entry(key.clone()) {
+            Entry::Vacant(entry) => {
+                entry.insert(Slot { holder: here, waiters: VecDeque::new() });
+                None
+            }
+            Entry::Occupied(mut entry) => {
+                let waiter = Arc::new(Waiter { granted: raw::AtomicBool::new(false), here });
+                entry.get_mut().waiters.push_back(waiter.clone());
+                Some(waiter)
+            }
+        }
+    }
+
+    /// Takes the lock if it is free.
+    pub fn enter_if_free(&self, key: &K) -> bool {
+        match self.lock().entry(key.clone()) {
+            Entry::Occupied(_) => return false,
+            Entry::Vacant(entry) => entry.insert(Slot { holder: PartyRecord::now(), waiters: VecDeque::new() }),
+        };
+        true
+    }
+
+    /// False if the lock was granted in the meantime; the caller then holds it, cancelled or not.
+    pub fn leave_queue(&self, key: &K, waiter: &Arc<Waiter>) -> bool {
+        let mut slots = self.lock();
+        let Some(slot) = slots.get_mut(key) else { return false };
+        let before = slot.waiters.len();
+        slot.waiters.retain(|w| !Arc::ptr_eq(w, waiter));
+        slot.waiters.len() < before
+    }
+
+    /// See [`LockSet::records`](super::LockSet::records).
+    pub fn records(&self) -> Vec<(String, Option<Party>, Vec<Party>)> {
+        let slots = self.lock();
+        let mut all: Vec<_> = slots
+            .iter()
+            .map(|(key, slot)| {
+                let waiters = slot.waiters.iter().map(|w| Party::from(&w.here)).collect();
+                (format!("{key:?}"), Some(Party::from(&slot.holder)), waiters)
+            })
+            .collect();
+        drop(slots);
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        all
+    }
+}
+
+impl<K: Eq + Hash> Slots<K> {
+    #[cfg(not(feature = "shuttle"))]
+    #[inline]
+    fn lock(&self) -> parking_lot::MutexGuard<'_, HashMap<K, Slot>> {
+        check::lock_beneath(&self.0)
+    }
+    #[cfg(feature = "shuttle")]
+    fn lock(&self) -> raw::MutexGuard<'_, HashMap<K, Slot>> {
+        self.0.lock()
+    }
+
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    #[cfg(all(test, not(feature = "shuttle")))]
+    pub fn capacity(&self) -> usize {
+        self.lock().capacity()
+    }
+
+    /// Hands the lock to the first waiter, or frees it.
+    pub fn release(&self, key: &K) {
+        let mut slots = self.lock();
+        let Some(slot) = slots.get_mut(key) else { return };
+        if let Some(next) = slot.waiters.pop_front() {
+            slot.holder = next.here.renewed();
+            next.granted.store(true, Ordering::Release);
+            drop(slots);
+            next.here.thread.unpark();
+            return;
+        }
+        slots.remove(key);
+        if slots.is_empty() && slots.capacity() > IDLE_CAPACITY_MAX {
+            slots.shrink_to_fit();
+        }
+    }
+}

@@ -1,12 +1,13 @@
 //! The bridge. fcd creates it if it is missing, repairs its own, and never changes one that belongs
 //! to something else.
 
-use super::links::{Link, Route, parse_addresses};
+use super::links::{Link, Route, parse_addresses, parse_neighbours};
 use super::names::Names;
 use super::tools::Tools;
 use crate::config::Network as Config;
 use crate::error::{Error, Kind, Result};
 use crate::locks::Cancel;
+use std::net::Ipv4Addr;
 
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 
@@ -121,4 +122,15 @@ pub fn ensure_forwarding() -> Result<bool> {
         Error::io(format!("turn on IPv4 forwarding: write {FORWARDING}"), e).hint("sysctl -w net.ipv4.ip_forward=1")
     })?;
     Ok(true)
+}
+
+/// The addresses of the permanent neighbour entries on the bridge, which `Net::joining` sets.
+pub fn neighbours(bridge: &str, tools: &Tools) -> Result<Vec<Ipv4Addr>> {
+    let args = ["-4", "neighbour", "show", "nud", "permanent", "dev", bridge];
+    match tools.ip_json(&args, tools.never()) {
+        Ok(json) => parse_neighbours(&json),
+        // The bridge does not exist.
+        Err(e) if e.kind() == Kind::CommandFailed => Ok(Vec::new()),
+        Err(e) => Err(e),
+    }
 }

@@ -4,7 +4,7 @@
 
 use super::conntrack::Flow;
 use super::forget_flows;
-use super::rules::{self, Published};
+use super::sets::{self, Published};
 use super::{Guest, Net};
 use crate::api::port::{Port, Protocol};
 use crate::error::{Error, Kind, Result};
@@ -93,8 +93,8 @@ impl Net {
         let published = published(guest, ports);
         // Remove other elements with the same ports, such as those of an earlier daemon.
         let stale = self.published()?.into_iter().filter(|p| published.iter().any(|new| new.port.overlaps(&p.port)));
-        let mut script: String = stale.map(|p| self.rules.unpublish(&p)).collect();
-        script.extend(published.iter().map(|p| self.rules.publish(p)));
+        let mut script: String = stale.map(|p| self.sets.unpublish(&p)).collect();
+        script.extend(published.iter().map(|p| self.sets.publish(p)));
         self.tools.nft(&script, cancel).map_err(|e| e.context(format!("forward ports to {}", guest.tag)))?;
         // Packets of existing connections to these ports are not translated until their conntrack
         // entries are deleted.
@@ -120,7 +120,7 @@ impl Net {
         if !self.names.is_tag(tag) {
             return Err(Error::internal(format!("unpublish ports: {tag:?} is not a VM's tag")));
         }
-        let script: String = self.published()?.iter().filter(|p| p.tag == tag).map(|p| self.rules.unpublish(p)).collect();
+        let script: String = self.published()?.iter().filter(|p| p.tag == tag).map(|p| self.sets.unpublish(p)).collect();
         if script.is_empty() {
             return Ok(());
         }
@@ -137,9 +137,9 @@ impl Net {
 
     fn published(&self) -> Result<Vec<Published>> {
         let mut all = Vec::new();
-        for list in self.rules.list_published() {
-            if let Some(json) = self.listed(&list)? {
-                all.extend(rules::parse_published(&json)?);
+        for list in self.sets.list_published() {
+            if let Some(json) = self.tools.nft_list(&list)? {
+                all.extend(sets::parse_published(&json)?);
             }
         }
         Ok(all)
@@ -157,11 +157,11 @@ impl Net {
         if missing.is_empty() {
             return Ok(Vec::new());
         }
-        let script: String = missing.iter().map(|p| self.rules.publish(p)).collect();
+        let script: String = missing.iter().map(|p| self.sets.publish(p)).collect();
         self.tools.nft(&script, self.tools.never())?;
         // `unforward` may have run in the meantime. Then these rules have to go again.
         let current: Vec<Published> = self.forwards.lock().values().flat_map(|f| f.published.clone()).collect();
-        let late: String = missing.iter().filter(|p| !current.contains(p)).map(|p| self.rules.unpublish(p)).collect();
+        let late: String = missing.iter().filter(|p| !current.contains(p)).map(|p| self.sets.unpublish(p)).collect();
         if !late.is_empty() {
             self.tools.nft(&late, self.tools.never())?;
         }

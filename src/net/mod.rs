@@ -38,6 +38,7 @@ mod lease;
 mod links;
 mod names;
 mod rules;
+mod sets;
 mod taps;
 #[cfg(test)]
 mod tests;
@@ -52,12 +53,13 @@ pub use links::received_and_sent;
 use crate::config::Network as Config;
 use crate::error::{Error, Kind, Result};
 use crate::host::confine::Owner;
-use crate::host::{Command, Commands, Complaint, strerror};
+use crate::host::{Command, Commands};
 use crate::locks::{Cancel, Mutex, Rank};
 use crate::undo::Undo;
 use links::{Link, parse_links};
 use names::Names;
-use rules::{Element, Rules};
+use rules::Rules;
+use sets::{Element, Sets};
 use std::collections::HashMap;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -91,6 +93,7 @@ pub struct Net {
     config: Config,
     names: Names,
     rules: Rules,
+    sets: Sets,
     tools: Tools,
     pool: Arc<Pool>,
     /// The guests that are connected: the name of the tap and the guest, by tag.
@@ -110,7 +113,7 @@ impl Net {
     pub fn open(config: &Config, install: &str, commands: Arc<dyn Commands>, cancel: &Cancel) -> Result<Self> {
         let names = Names::of(install)?;
         let tools = Tools::new(commands)?;
-        let rules = Rules::new(&names, config);
+        let (rules, sets) = (Rules::new(&names, config), Sets::new(&names));
         let links = all_links(&tools, cancel)?;
         let routes = tools.ip_json(&["-4", "-details", "route", "show", "table", "all"], cancel)?;
         bridge::require_free(&names, config, &links, &links::parse_routes(&routes)?)?;
@@ -118,9 +121,9 @@ impl Net {
         let pool = Pool::new(names.clone(), tools.clone(), config.taps_ahead, last)?;
         let guests = Mutex::new(Rank::Taps, HashMap::new());
         let forwards = Mutex::new(Rank::Taps, HashMap::new());
-        let net = Self { config: config.clone(), names, rules, tools, pool, guests, forwards };
+        let net = Self { config: config.clone(), names, rules, sets, tools, pool, guests, forwards };
         // A tap without an alias is left from a daemon that ended before it could set one.
-        let is_leftover = |l: &&Link| l.alias() == net.names.spare() || (l.alias().is_empty() && net.is_our_tap(l));
+        let is_leftover = |l: &&Link| l.alias() == net.names.spare() || (l.alias().is_empty() && is_our_tap(&net.names, l));
         net.pool.remove(&links.iter().filter(is_leftover).map(|l| l.name.clone()).collect::<Vec<_>>());
         // Rules come first, so that no guest is ever on the bridge without them.
         net.tools.nft(&net.rules.apply(), cancel).map_err(|e| e.context("set the rules of guests"))?;
@@ -132,10 +135,6 @@ impl Net {
         }
         net.pool.refill();
         Ok(net)
-    }
-
-    fn is_our_tap(&self, link: &Link) -> bool {
-        link.is_kind("tun") && self.names.tap_number(&link.name).is_some()
     }
 
     /// Returns the addresses of the VM in this slot. Pure.
@@ -183,7 +182,7 @@ impl Net {
         });
         self.tools.ip_batch(&[format!("link set dev {name} alias {}", guest.tag)], cancel)?;
         tun::set_owner(&name, uid)?;
-        self.tools.nft(&self.rules.add(&name, guest), cancel)?;
+        self.tools.nft(&self.sets.add(&name, guest), cancel)?;
         // Drop the conntrack entries of the previous holder of this address.
         forget_flows(&|flow| flow.is_of(guest.lease.address));
         self.tools.ip_batch(&self.joining(&name, &guest.lease), cancel)?;
@@ -222,8 +221,8 @@ impl Net {
         // a rule whose tap is missing from the list of links, read after the rules, is stale. A
         // guest is in `guests`
         // before its rules are set, so `guests` is read last.
-        let nat = self.listed(&self.rules.list_nat())?.map_or(Ok(vec![]), |json| rules::parse_nat(&json))?;
-        let elements = self.listed(&self.rules.list_guests())?.map_or(Ok(vec![]), |json| rules::parse_guests(&json))?;
+        let nat = self.tools.nft_list(&self.sets.list_nat())?.map_or(Ok(vec![]), |json| sets::parse_nat(&json))?;
+        let elements = self.tools.nft_list(&self.sets.list_guests())?.map_or(Ok(vec![]), |json| sets::parse_guests(&json))?;
         let links = all_links(&self.tools, never)?;
         let (gone, left): (Vec<&Link>, Vec<&Link>) = links.iter().partition(|l| which(l));
         let delete: Vec<_> = gone.iter().map(|l| format!("link delete dev {}", l.name)).collect();
@@ -240,38 +239,16 @@ impl Net {
         let is_used = |address: &Ipv4Addr| known.contains(address) || live.iter().any(|e| e.address == *address);
         let nat: Vec<_> = nat.into_iter().filter(|a| !is_used(a)).collect();
         if !stale.is_empty() || !nat.is_empty() {
-            self.tools.nft(&self.rules.remove(&stale, &nat), never)?;
+            self.tools.nft(&self.sets.remove(&stale, &nat), never)?;
         }
         // A neighbour entry that cannot be deleted is harmless: the next guest with this address
         // gets the same one.
-        let forget = self.neighbours()?.into_iter().filter(|a| !is_used(a));
+        let forget = bridge::neighbours(&self.config.bridge, &self.tools)?.into_iter().filter(|a| !is_used(a));
         let forget: Vec<_> = forget.map(|a| format!("neighbour delete {a} dev {}", self.config.bridge)).collect();
         if !forget.is_empty() {
             let _ = self.tools.ip_batch_all(&forget);
         }
         Ok(())
-    }
-
-    /// The addresses of the permanent neighbour entries on the bridge, which `joining` sets.
-    fn neighbours(&self) -> Result<Vec<Ipv4Addr>> {
-        let args = ["-4", "neighbour", "show", "nud", "permanent", "dev", &self.config.bridge];
-        match self.tools.ip_json(&args, self.tools.never()) {
-            Ok(json) => links::parse_neighbours(&json),
-            // The bridge does not exist.
-            Err(e) if e.kind() == Kind::CommandFailed => Ok(Vec::new()),
-            Err(e) => Err(e),
-        }
-    }
-
-    /// Runs `nft --json`. None if the tables do not exist: nft (1.0.6, src/evaluate.c) ends with
-    /// status 1 whatever is wrong, and prints the `strerror` of ENOENT for a table that it does not
-    /// find.
-    fn listed(&self, args: &[&str]) -> Result<Option<Vec<u8>>> {
-        match self.tools.run(&tools::nft_json(args), self.tools.never()) {
-            Ok(json) => Ok(Some(json)),
-            Err(e) if strerror::says_not_found(Complaint::of(&e)) => Ok(None),
-            Err(e) => Err(e),
-        }
     }
 
     /// The tags of all VMs' taps on the host, without the spare taps.
@@ -306,19 +283,19 @@ impl Net {
     pub fn mend(&self) -> Result<Vec<String>> {
         let never = self.tools.never();
         let mut done = Vec::new();
-        let elements = self.listed(&self.rules.list_guests())?;
-        let nat = self.listed(&self.rules.list_nat())?;
+        let elements = self.tools.nft_list(&self.sets.list_guests())?;
+        let nat = self.tools.nft_list(&self.sets.list_nat())?;
         if elements.is_none() || nat.is_none() {
             done.push("restored the rules of guests".to_owned());
         }
-        let elements = elements.map_or(Ok(vec![]), |json| rules::parse_guests(&json))?;
-        let nat = nat.map_or(Ok(vec![]), |json| rules::parse_nat(&json))?;
+        let elements = elements.map_or(Ok(vec![]), |json| sets::parse_guests(&json))?;
+        let nat = nat.map_or(Ok(vec![]), |json| sets::parse_nat(&json))?;
         let guests: Vec<(String, Guest)> = self.guests.lock().values().cloned().collect();
         let mut script = self.rules.apply();
         for (tap, guest) in &guests {
             let is_in = elements.contains(&Element::of(tap, guest))
                 && (guest.access == Access::None || nat.contains(&guest.lease.address));
-            script += &self.rules.add(tap, guest);
+            script += &self.sets.add(tap, guest);
             if !is_in {
                 done.push(format!("restored the rules of {}", guest.tag));
             }
@@ -362,7 +339,7 @@ impl Net {
             })
         };
         let (tap, guest) = guest.ok_or_else(|| Error::new(Kind::Host, format!("{}: its tap is gone", doing())))?;
-        self.tools.nft(&self.rules.rates(&tap, &guest), self.tools.never()).map_err(|e| e.context(doing()))
+        self.tools.nft(&self.sets.rates(&tap, &guest), self.tools.never()).map_err(|e| e.context(doing()))
     }
 
     /// The number of spare taps.
@@ -407,7 +384,7 @@ impl Net {
         self.close();
         self.guests.lock().clear();
         self.forwards.lock().clear();
-        self.remove_taps(&|l| self.names.is_tag(l.alias()) || l.alias() == self.names.spare() || self.is_our_tap(l))?;
+        self.remove_taps(&|l| self.names.is_tag(l.alias()) || l.alias() == self.names.spare() || is_our_tap(&self.names, l))?;
         let links = all_links(&self.tools, self.tools.never())?;
         let bridges: Vec<_> = links.iter().filter(|l| bridge::is_ours(&self.names, l)).collect();
         let delete: Vec<_> = bridges.iter().map(|l| format!("link delete dev {}", l.name)).collect();
@@ -426,4 +403,8 @@ impl Drop for Net {
 
 fn all_links(tools: &Tools, cancel: &Cancel) -> Result<Vec<Link>> {
     parse_links(&tools.ip_json(&["-details", "link", "show"], cancel)?)
+}
+
+fn is_our_tap(names: &Names, link: &Link) -> bool {
+    link.is_kind("tun") && names.tap_number(&link.name).is_some()
 }

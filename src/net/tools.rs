@@ -1,7 +1,7 @@
 //! Calls of `ip` and `nft`.
 
 use crate::error::{Error, Kind, Result};
-use crate::host::{Command, Commands};
+use crate::host::{Command, Commands, Complaint, strerror};
 use crate::locks::Cancel;
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,6 +52,17 @@ impl Tools {
     pub fn nft(&self, script: &str, cancel: &Cancel) -> Result<()> {
         let command = Command::new("nft").args(["-f", "-"]).stdin(script).deadline(DEADLINE);
         self.run(&command, cancel).map(drop)
+    }
+
+    /// Runs `nft --json`. None if the tables do not exist: nft (1.0.6, src/evaluate.c) ends with
+    /// status 1 whatever is wrong, and prints the `strerror` of ENOENT for a table that it does not
+    /// find.
+    pub fn nft_list(&self, args: &[&str]) -> Result<Option<Vec<u8>>> {
+        match self.run(&nft_json(args), &self.never) {
+            Ok(json) => Ok(Some(json)),
+            Err(e) if strerror::says_not_found(Complaint::of(&e)) => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 }
 

@@ -14,8 +14,6 @@ const DAEMON_METHODS_MAX: usize = 40;
 const LARGE_LEFT: &[&str] = &[
     "src/daemon/runtime.rs: Runtimes",
     "src/daemon/snapshots.rs: Snapshots",
-    "src/net/mod.rs: Net",
-    "src/net/rules.rs: Rules",
     "src/store/mod.rs: Store",
     "src/store/state.rs: State",
     "src/store/tx.rs: Tx",

@@ -5,6 +5,9 @@
 //! The table belongs to the `Fake` and not to a daemon. Another daemon that is opened with the same
 //! `Fake` finds its VMMs.
 
+mod controls;
+mod observations;
+
 use super::console::{Attach, Consoles};
 use super::{Died, Driver, End, GuestEvent, Identity, Running, SaveTo, Tagged, VmmSpec};
 use crate::api::daemon::{Check, Severity};
@@ -20,7 +23,7 @@ use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 /// The pids of fake VMMs are larger than any real pid (the kernel's PID_MAX_LIMIT is 4194304).
@@ -102,24 +105,10 @@ pub struct Fake {
     consoles: Consoles,
 }
 
-/// Controls and observations for tests.
 impl Fake {
     pub fn new() -> Result<Self> {
         let state = Mutex::new(Rank::Consoles, State::default());
         Ok(Self { state, changed: Condvar::new(), consoles: Consoles::try_new()? })
-    }
-
-    /// Holds later starts at this stage until [`Fake::release_starts`].
-    pub fn hold_starts(&self, stage: Stage) {
-        let gate = Cancel::try_new().expect("create an eventfd");
-        self.state.lock().gate = Some((stage, gate));
-    }
-
-    pub fn release_starts(&self) {
-        let gate = self.state.lock().gate.take();
-        if let Some((_, gate)) = gate {
-            gate.cancel(CancelCause::Finished);
-        }
     }
 
     /// Reports an event of the live VMM of this VM. Returns false if there is none.
@@ -134,69 +123,6 @@ impl Fake {
             vmm.on_event.get_or_insert(on_event);
         }
         true
-    }
-
-    /// True if the guest of this VM is paused.
-    pub fn is_paused(&self, vm: &VmId) -> bool {
-        self.state.lock().vmms.iter().any(|v| v.spec.vm == *vm && v.end.is_none() && v.is_paused)
-    }
-
-    /// Waits until this many starts are held. Returns false at the deadline.
-    pub fn await_held(&self, starts: usize, deadline: Instant) -> bool {
-        self.changed.wait_while(&mut self.state.lock(), deadline, |s| s.waiting < starts)
-    }
-
-    /// Makes the guest listen on a vsock port. The receiver gets the guest's end of each
-    /// connection.
-    pub fn listen(&self, vm: &VmId, port: u32) -> Receiver<UnixStream> {
-        let (sender, receiver) = channel();
-        self.state.lock().vsock.insert((vm.clone(), port), sender);
-        receiver
-    }
-
-    /// Gives all guests a keyboard.
-    pub fn set_keyboard(&self, keyboard: Keyboard) {
-        self.state.lock().keyboard = Some(keyboard);
-    }
-
-    /// Makes the next start fail with this message after it has spawned. Several calls make several
-    /// starts fail.
-    pub fn fail_next_start(&self, message: &str) {
-        self.state.lock().failures.push(message.to_owned());
-    }
-
-    /// Makes the next adoption fail with this message, like that of a VMM that does not answer in
-    /// time.
-    pub fn fail_next_adopt(&self, message: &str) {
-        self.state.lock().adopt_failures.push(message.to_owned());
-    }
-
-    /// Holds later changes of rates and balloons until [`Fake::release_changes`].
-    pub fn hold_changes(&self) {
-        self.state.lock().change_gate = Some(Cancel::try_new().expect("create an eventfd"));
-    }
-
-    pub fn release_changes(&self) {
-        let gate = self.state.lock().change_gate.take();
-        if let Some(gate) = gate {
-            gate.cancel(CancelCause::Finished);
-        }
-    }
-
-    /// Waits until this many changes are held. Returns false at the deadline.
-    pub fn await_held_changes(&self, changes: usize, deadline: Instant) -> bool {
-        self.changed.wait_while(&mut self.state.lock(), deadline, |s| s.changes_held < changes)
-    }
-
-    /// Makes the next change of rates or balloon fail with this message.
-    pub fn fail_next_change(&self, message: &str) {
-        self.state.lock().change_failures.push(message.to_owned());
-    }
-
-    /// Returns the rates of the guest, and the memory that it has to keep.
-    pub fn adjusted(&self, vm: &VmId) -> Option<(RateLimits, u64)> {
-        let state = self.state.lock();
-        state.vmms.iter().find(|v| v.spec.vm == *vm && v.end.is_none()).map(|v| (v.rates, v.keep_mib))
     }
 
     fn change(&self, identity: &Identity, doing: &str, cancel: &Cancel, change: impl FnOnce(&mut Vmm)) -> Result<()> {
@@ -222,21 +148,6 @@ impl Fake {
         self.with(identity, |vmm| vmm.end.is_none().then(|| change(vmm))).flatten().ok_or_else(gone)
     }
 
-    /// Makes `kill` fail at its deadline, as for a process in uninterruptible sleep.
-    pub fn set_unkillable(&self, is_unkillable: bool) {
-        self.state.lock().is_unkillable = is_unkillable;
-    }
-
-    /// Sets where the guests of later starts are reached. The default is 127.0.0.1:9.
-    pub fn set_ssh_addr(&self, addr: SocketAddr) {
-        self.state.lock().ssh_addr = Some(addr);
-    }
-
-    /// Sets where the guest of one VM is reached.
-    pub fn set_ssh_addr_of(&self, vm: &VmId, addr: SocketAddr) {
-        self.state.lock().ssh_addrs.insert(vm.clone(), addr);
-    }
-
     /// Ends the VMM of this VM in this way. Returns false if it is not alive.
     pub fn die(&self, vm: &VmId, how: &End) -> bool {
         self.end(|vmm| &vmm.spec.vm == vm, how)
@@ -248,52 +159,6 @@ impl Fake {
         let console = state.vmms.iter().rev().find(|vmm| &vmm.spec.vm == vm).and_then(|vmm| vmm.console.as_ref());
         // A few lines always fit into the socket's buffer.
         console.map(|mut console| console.write_all(text.as_bytes())).transpose().expect("the console is read");
-    }
-
-    /// The tags of the live VMMs.
-    pub fn live(&self) -> Vec<String> {
-        self.state.lock().vmms.iter().filter(|vmm| vmm.end.is_none()).map(|vmm| vmm.spec.tag.clone()).collect()
-    }
-
-    /// The spec of the last start of this VM.
-    pub fn last_spec(&self, vm: &VmId) -> Option<VmmSpec> {
-        self.state.lock().vmms.iter().rev().find(|vmm| &vmm.spec.vm == vm).map(|vmm| vmm.spec.clone())
-    }
-
-    /// How often Ctrl-Alt-Del was pressed on guests with a keyboard.
-    pub fn presses(&self) -> u64 {
-        self.state.lock().presses
-    }
-
-    /// How many processes were spawned.
-    pub fn starts(&self) -> u64 {
-        self.state.lock().starts
-    }
-
-    /// How often `checks` was called.
-    pub fn checks_run(&self) -> u64 {
-        self.state.lock().checks
-    }
-
-    /// How many live VMMs `kill` was called for.
-    pub fn kills(&self) -> u64 {
-        self.state.lock().kills
-    }
-
-    /// How often all of the host's processes were searched.
-    pub fn scans(&self) -> u64 {
-        let state = self.state.lock();
-        state.lists + state.finds
-    }
-
-    /// The VMs whose VMMs were adopted, in this order.
-    pub fn adoptions(&self) -> Vec<VmId> {
-        self.state.lock().adoptions.clone()
-    }
-
-    /// How many starts used a disk of another live VMM, which is always a fault of the caller.
-    pub fn clashes(&self) -> u64 {
-        self.state.lock().clashes
     }
 
     /// Drops watchers and consoles, as if the daemon were killed. The VMMs live on.

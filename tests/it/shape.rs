@@ -18,7 +18,6 @@ const LARGE_LEFT: &[&str] = &[
     "src/store/state.rs: State",
     "src/store/tx.rs: Tx",
     "src/store/writer.rs: Writer",
-    "src/vmm/fake.rs: Fake",
     "src/workspace/git.rs: Git",
 ];
 

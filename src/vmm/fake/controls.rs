@@ -1,0 +1,91 @@
+//! What a test sets up: where operations are held, what fails, and how guests are reached.
+
+use super::{Fake, Keyboard, Stage};
+use crate::ids::VmId;
+use crate::locks::{Cancel, CancelCause};
+use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Instant;
+
+impl Fake {
+    /// Holds later starts at this stage until [`Fake::release_starts`].
+    pub fn hold_starts(&self, stage: Stage) {
+        let gate = Cancel::try_new().expect("create an eventfd");
+        self.state.lock().gate = Some((stage, gate));
+    }
+
+    pub fn release_starts(&self) {
+        let gate = self.state.lock().gate.take();
+        if let Some((_, gate)) = gate {
+            gate.cancel(CancelCause::Finished);
+        }
+    }
+
+    /// Waits until this many starts are held. Returns false at the deadline.
+    pub fn await_held(&self, starts: usize, deadline: Instant) -> bool {
+        self.changed.wait_while(&mut self.state.lock(), deadline, |s| s.waiting < starts)
+    }
+
+    /// Holds later changes of rates and balloons until [`Fake::release_changes`].
+    pub fn hold_changes(&self) {
+        self.state.lock().change_gate = Some(Cancel::try_new().expect("create an eventfd"));
+    }
+
+    pub fn release_changes(&self) {
+        let gate = self.state.lock().change_gate.take();
+        if let Some(gate) = gate {
+            gate.cancel(CancelCause::Finished);
+        }
+    }
+
+    /// Waits until this many changes are held. Returns false at the deadline.
+    pub fn await_held_changes(&self, changes: usize, deadline: Instant) -> bool {
+        self.changed.wait_while(&mut self.state.lock(), deadline, |s| s.changes_held < changes)
+    }
+
+    /// Makes the next start fail with this message after it has spawned. Several calls make several
+    /// starts fail.
+    pub fn fail_next_start(&self, message: &str) {
+        self.state.lock().failures.push(message.to_owned());
+    }
+
+    /// Makes the next adoption fail with this message, like that of a VMM that does not answer in
+    /// time.
+    pub fn fail_next_adopt(&self, message: &str) {
+        self.state.lock().adopt_failures.push(message.to_owned());
+    }
+
+    /// Makes the next change of rates or balloon fail with this message.
+    pub fn fail_next_change(&self, message: &str) {
+        self.state.lock().change_failures.push(message.to_owned());
+    }
+
+    /// Makes `kill` fail at its deadline, as for a process in uninterruptible sleep.
+    pub fn set_unkillable(&self, is_unkillable: bool) {
+        self.state.lock().is_unkillable = is_unkillable;
+    }
+
+    /// Gives all guests a keyboard.
+    pub fn set_keyboard(&self, keyboard: Keyboard) {
+        self.state.lock().keyboard = Some(keyboard);
+    }
+
+    /// Makes the guest listen on a vsock port. The receiver gets the guest's end of each
+    /// connection.
+    pub fn listen(&self, vm: &VmId, port: u32) -> Receiver<UnixStream> {
+        let (sender, receiver) = channel();
+        self.state.lock().vsock.insert((vm.clone(), port), sender);
+        receiver
+    }
+
+    /// Sets where the guests of later starts are reached. The default is 127.0.0.1:9.
+    pub fn set_ssh_addr(&self, addr: SocketAddr) {
+        self.state.lock().ssh_addr = Some(addr);
+    }
+
+    /// Sets where the guest of one VM is reached.
+    pub fn set_ssh_addr_of(&self, vm: &VmId, addr: SocketAddr) {
+        self.state.lock().ssh_addrs.insert(vm.clone(), addr);
+    }
+}

@@ -1,0 +1,65 @@
+//! What a test asks the fake about its VMMs.
+
+use super::Fake;
+use crate::api::vm::RateLimits;
+use crate::ids::VmId;
+use crate::vmm::VmmSpec;
+
+impl Fake {
+    /// True if the guest of this VM is paused.
+    pub fn is_paused(&self, vm: &VmId) -> bool {
+        self.state.lock().vmms.iter().any(|v| v.spec.vm == *vm && v.end.is_none() && v.is_paused)
+    }
+
+    /// Returns the rates of the guest, and the memory that it has to keep.
+    pub fn adjusted(&self, vm: &VmId) -> Option<(RateLimits, u64)> {
+        let state = self.state.lock();
+        state.vmms.iter().find(|v| v.spec.vm == *vm && v.end.is_none()).map(|v| (v.rates, v.keep_mib))
+    }
+
+    /// The tags of the live VMMs.
+    pub fn live(&self) -> Vec<String> {
+        self.state.lock().vmms.iter().filter(|vmm| vmm.end.is_none()).map(|vmm| vmm.spec.tag.clone()).collect()
+    }
+
+    /// The spec of the last start of this VM.
+    pub fn last_spec(&self, vm: &VmId) -> Option<VmmSpec> {
+        self.state.lock().vmms.iter().rev().find(|vmm| &vmm.spec.vm == vm).map(|vmm| vmm.spec.clone())
+    }
+
+    /// How often Ctrl-Alt-Del was pressed on guests with a keyboard.
+    pub fn presses(&self) -> u64 {
+        self.state.lock().presses
+    }
+
+    /// How many processes were spawned.
+    pub fn starts(&self) -> u64 {
+        self.state.lock().starts
+    }
+
+    /// How often `checks` was called.
+    pub fn checks_run(&self) -> u64 {
+        self.state.lock().checks
+    }
+
+    /// How many live VMMs `kill` was called for.
+    pub fn kills(&self) -> u64 {
+        self.state.lock().kills
+    }
+
+    /// How often all of the host's processes were searched.
+    pub fn scans(&self) -> u64 {
+        let state = self.state.lock();
+        state.lists + state.finds
+    }
+
+    /// The VMs whose VMMs were adopted, in this order.
+    pub fn adoptions(&self) -> Vec<VmId> {
+        self.state.lock().adoptions.clone()
+    }
+
+    /// How many starts used a disk of another live VMM, which is always a fault of the caller.
+    pub fn clashes(&self) -> u64 {
+        self.state.lock().clashes
+    }
+}

@@ -18,7 +18,6 @@ const LARGE_LEFT: &[&str] = &[
     "src/store/state.rs: State",
     "src/store/tx.rs: Tx",
     "src/store/writer.rs: Writer",
-    "src/workspace/git.rs: Git",
 ];
 
 type Graph = BTreeMap<String, BTreeSet<String>>;

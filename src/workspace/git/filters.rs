@@ -43,8 +43,8 @@ impl Git {
         }
         let mut stdin = paths.join(&0);
         stdin.push(0);
-        let command = self.command(&["check-attr", "-z", "--stdin", "filter"]).stdin(stdin);
-        let (_, answer) = self.ask_status(&command, &[0])?;
+        let command = self.commands.command(&["check-attr", "-z", "--stdin", "filter"]).stdin(stdin);
+        let (_, answer) = self.commands.ask_status(&command, &[0])?;
         let mut out = Filtered::default();
         let mut covered = Vec::new();
         // NUL-terminated triples of path, attribute and value.
@@ -56,7 +56,7 @@ impl Git {
             }
         }
         if !covered.is_empty() {
-            let recorded = parse_recorded(&self.ask(&["ls-files", "--debug", "-z"])?)?;
+            let recorded = parse_recorded(&self.commands.ask(&["ls-files", "--debug", "-z"])?)?;
             let unchanged =
                 |path: &Vec<u8>| recorded.get(path).is_some_and(|known| beneath.stat(path).is_ok_and(|stat| known.fits(&stat)));
             out.unchanged = covered.into_iter().filter(unchanged).collect();

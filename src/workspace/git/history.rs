@@ -103,8 +103,8 @@ impl Git {
     }
 
     fn parents_into(&self, parents: &mut HashMap<String, Vec<String>>, args: &[&str], input: &str) -> Result<()> {
-        let command = self.command(args).stdin(input);
-        let (_, text) = self.ask_status(&command, &[0]).map_err(|e| self.refused(e))?;
+        let command = self.commands.command(args).stdin(input);
+        let (_, text) = self.commands.ask_status(&command, &[0]).map_err(|e| self.commands.refused(e))?;
         for line in String::from_utf8_lossy(&text).lines() {
             let mut words = line.split(' ').map(str::to_owned);
             if let Some(commit) = words.next() {
@@ -120,8 +120,8 @@ impl Git {
         let args = ["rev-list", "--objects", "--no-object-names", "--missing=allow-any", "--stdin"];
         // If the history is cut, the input names every commit.
         let walk = if history.commits.is_empty() { None } else { Some("--no-walk=unsorted") };
-        let command = self.command(&args).args(walk).stdin(wanted).deadline(PACK_DEADLINE);
-        Ok(self.ask_status(&command, &[0]).map_err(|e| self.refused(e))?.1)
+        let command = self.commands.command(&args).args(walk).stdin(wanted).deadline(PACK_DEADLINE);
+        Ok(self.commands.ask_status(&command, &[0]).map_err(|e| self.commands.refused(e))?.1)
     }
 
     /// Lists the tags that name one of `commits`, or with `None` every tag that HEAD contains.
@@ -133,7 +133,7 @@ impl Git {
         }
         args.push("refs/tags");
         // A tag with a missing object must not fail the import.
-        let (status, text) = self.ask_status(&self.command(&args), &[0, 1, 128])?;
+        let (status, text) = self.commands.ask_status(&self.commands.command(&args), &[0, 1, 128])?;
         let text = if status == 0 { text } else { Vec::new() };
         let mut out = Vec::new();
         for line in text.split(|b| *b == b'\n').take(TAGS_MAX) {
@@ -211,6 +211,7 @@ fn pack_once(
         alternates.push(alternate(&view));
     }
     let command = git
+        .commands
         .command(&args)
         .args(walk)
         .args(options)
@@ -220,7 +221,7 @@ fn pack_once(
         .env("GIT_ALTERNATE_OBJECT_DIRECTORIES", alternates)
         .stdin(input)
         .deadline(PACK_DEADLINE);
-    let (_, hash) = git.ask_status(&command, &[0]).map_err(|e| e.context("pack the history"))?;
+    let (_, hash) = git.commands.ask_status(&command, &[0]).map_err(|e| e.context("pack the history"))?;
     let hash = String::from_utf8_lossy(hash.trim_ascii()).into_owned();
     if !parse::is_oid(&hash) {
         return Err(Error::new(Kind::CommandFailed, "pack the history: git did not name a pack"));

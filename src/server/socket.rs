@@ -2,15 +2,22 @@
 //! of a file that is in use or not ours.
 
 use crate::error::{Error, Kind, Result};
+use crate::host::command::{Command, run_any_status};
+use crate::locks::Cancel;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use rustix::fs::{AtFlags, CWD, FileType, Mode};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Members of this group may use the socket of root's daemon.
 const SOCKET_GROUP: &str = "fcd";
+/// How long the name service may take to look it up.
+const GETENT_DEADLINE: Duration = Duration::from_secs(10);
+/// getent(1): a key was not found.
+const GETENT_NOT_FOUND: i32 = 2;
 
 /// A listening socket and its file.
 pub(super) struct Socket {
@@ -48,13 +55,39 @@ pub(super) fn bind(path: &Path) -> Result<Socket> {
     let doing = |e| Error::io(format!("set the mode and group of socket {shown}"), e);
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660)).map_err(doing)?;
     if rustix::process::geteuid().is_root()
-        && let Ok(Some(group)) = nix::unistd::Group::from_name(SOCKET_GROUP)
+        && let Some(gid) = socket_gid()
     {
-        std::os::unix::fs::lchown(path, None, Some(group.gid.as_raw())).map_err(doing)?;
+        std::os::unix::fs::lchown(path, None, Some(gid)).map_err(doing)?;
     }
     listener.set_nonblocking(true).map_err(doing)?;
     let inode = inode(path).map_err(doing)?;
     Ok(Socket { listener, path: path.to_owned(), inode })
+}
+
+/// Looks up the group whose members may connect. If that fails, only root can, and the log says why.
+fn socket_gid() -> Option<u32> {
+    gid_of(SOCKET_GROUP).unwrap_or_else(|e| {
+        log::warn!("look up group {SOCKET_GROUP}, whose members may use the socket: {e}");
+        None
+    })
+}
+
+/// Runs getent(1), because the name service may load modules that are foreign code, and the daemon
+/// would keep them in memory. Returns `None` if there is no such group.
+fn gid_of(group: &str) -> Result<Option<u32>> {
+    let command = Command::new("getent").args(["group", group]).deadline(GETENT_DEADLINE);
+    let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
+    let output = run_any_status(&command, &cancel, &mut |_| {})?;
+    match output.status {
+        0 => Ok(gid_in(&output.stdout)),
+        GETENT_NOT_FOUND => Ok(None),
+        status => Err(Error::new(Kind::CommandFailed, format!("getent failed with status {status}"))),
+    }
+}
+
+/// The third field of a line as in group(5).
+fn gid_in(line: &[u8]) -> Option<u32> {
+    std::str::from_utf8(line).ok()?.split(':').nth(2)?.parse().ok()
 }
 
 /// Creates the directory. Root's is readable for everybody, because the socket's own mode decides.
@@ -114,5 +147,23 @@ fn is_listened_on(path: &Path) -> Result<bool> {
         // EAGAIN: something listens, but its backlog is full.
         Ok(()) | Err(nix::errno::Errno::EAGAIN) => Ok(true),
         Err(e) => Err(doing(e)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gid_is_that_of_the_hosts_name_service() {
+        assert_eq!(gid_of("root").unwrap(), Some(0));
+        assert_eq!(gid_of("no-such-group").unwrap(), None);
+    }
+
+    #[test]
+    fn gid_is_third_field() {
+        assert_eq!(gid_in(b"fcd:x:990:alice,bob\n"), Some(990));
+        assert_eq!(gid_in(b"fcd:x:-1:"), None);
+        assert_eq!(gid_in(b""), None);
     }
 }

@@ -99,19 +99,34 @@ pub struct RateLimits {
 }
 
 impl RateLimits {
-    /// The members in the order of their declaration.
-    pub fn all(&self) -> [Option<u64>; 4] {
-        [self.disk_bytes_per_s, self.disk_ops_per_s, self.net_rx_bytes_per_s, self.net_tx_bytes_per_s]
+    /// Combines each limit with the one of the same name in `other`.
+    pub fn zip_with(&self, other: &Self, f: impl Fn(Option<u64>, Option<u64>) -> Option<u64>) -> Self {
+        Self {
+            disk_bytes_per_s: f(self.disk_bytes_per_s, other.disk_bytes_per_s),
+            disk_ops_per_s: f(self.disk_ops_per_s, other.disk_ops_per_s),
+            net_rx_bytes_per_s: f(self.net_rx_bytes_per_s, other.net_rx_bytes_per_s),
+            net_tx_bytes_per_s: f(self.net_tx_bytes_per_s, other.net_tx_bytes_per_s),
+        }
     }
 
-    pub fn of([disk_bytes_per_s, disk_ops_per_s, net_rx_bytes_per_s, net_tx_bytes_per_s]: [Option<u64>; 4]) -> Self {
-        Self { disk_bytes_per_s, disk_ops_per_s, net_rx_bytes_per_s, net_tx_bytes_per_s }
-    }
-
-    /// These limits after a request with `change`.
+    /// These limits after a request with `change`, in which 0 removes a limit.
     pub fn with(&self, change: &Self) -> Self {
-        let (now, change) = (self.all(), change.all());
-        Self::of(std::array::from_fn(|i| change[i].map_or(now[i], |n| Some(n).filter(|n| *n > 0))))
+        self.zip_with(change, |now, change| change.map_or(now, |n| Some(n).filter(|n| *n > 0)))
+    }
+
+    /// The limits of `self` that `other` does not have.
+    pub fn without(&self, other: &Self) -> Self {
+        self.zip_with(other, |own, other| own.filter(|_| other.is_none()))
+    }
+
+    /// The limits of `self`, and those of `other` for what `self` does not limit.
+    pub fn or(&self, other: &Self) -> Self {
+        self.zip_with(other, Option::or)
+    }
+
+    /// True if the guest's network is limited.
+    pub fn limits_network(&self) -> bool {
+        [self.net_rx_bytes_per_s, self.net_tx_bytes_per_s].into_iter().flatten().any(|n| n > 0)
     }
 
     pub fn is_empty(&self) -> bool {
@@ -272,7 +287,12 @@ pub struct VmCreateRequest {
 
 impl VmCreateRequest {
     pub fn rates(&self) -> RateLimits {
-        RateLimits::of([self.disk_bytes_per_s, self.disk_ops_per_s, self.net_rx_bytes_per_s, self.net_tx_bytes_per_s])
+        RateLimits {
+            disk_bytes_per_s: self.disk_bytes_per_s,
+            disk_ops_per_s: self.disk_ops_per_s,
+            net_rx_bytes_per_s: self.net_rx_bytes_per_s,
+            net_tx_bytes_per_s: self.net_tx_bytes_per_s,
+        }
     }
 }
 
@@ -356,7 +376,12 @@ pub struct VmSetRequest {
 
 impl VmSetRequest {
     pub fn rates(&self) -> RateLimits {
-        RateLimits::of([self.disk_bytes_per_s, self.disk_ops_per_s, self.net_rx_bytes_per_s, self.net_tx_bytes_per_s])
+        RateLimits {
+            disk_bytes_per_s: self.disk_bytes_per_s,
+            disk_ops_per_s: self.disk_ops_per_s,
+            net_rx_bytes_per_s: self.net_rx_bytes_per_s,
+            net_tx_bytes_per_s: self.net_tx_bytes_per_s,
+        }
     }
 }
 

@@ -168,7 +168,12 @@ fn changed(set: &Members) -> String {
         vcpus: member(set, "vcpus"),
         mem_mib: member(set, "mem_mib"),
         disk_bytes: member(set, "disk_bytes"),
-        rates: RateLimits::of(["disk_bytes_per_s", "disk_ops_per_s", "net_rx_bytes_per_s", "net_tx_bytes_per_s"].map(rate)),
+        rates: RateLimits {
+            disk_bytes_per_s: rate("disk_bytes_per_s"),
+            disk_ops_per_s: rate("disk_ops_per_s"),
+            net_rx_bytes_per_s: rate("net_rx_bytes_per_s"),
+            net_tx_bytes_per_s: rate("net_tx_bytes_per_s"),
+        },
     });
     let pending = member::<Option<Pending>>(set, "pending").map(|p| match p {
         Some(p) => format!("at next start: {}", settings(&p)),

@@ -94,7 +94,12 @@ pub struct Rates {
 
 impl Rates {
     fn limits(&self) -> RateLimits {
-        RateLimits::of([self.disk_bps, self.disk_iops, self.net_rx_bps, self.net_tx_bps])
+        RateLimits {
+            disk_bytes_per_s: self.disk_bps,
+            disk_ops_per_s: self.disk_iops,
+            net_rx_bytes_per_s: self.net_rx_bps,
+            net_tx_bytes_per_s: self.net_tx_bps,
+        }
     }
 }
 

@@ -38,15 +38,14 @@ pub fn settings(of: &Pending) -> String {
 /// Lists the rates that are set. 0 means no limit.
 pub fn rates(rates: &RateLimits) -> String {
     let bytes = |n: u64| format!("{}/s", size(n));
-    let [disk, ops, rx, tx] = rates.all();
     let of = |what: &str, rate: Option<u64>, shown: &dyn Fn(u64) -> String| {
         rate.map(|n| if n == 0 { format!("{what} unlimited") } else { format!("{what} {}", shown(n)) })
     };
     let all = [
-        of("disk", disk, &bytes),
-        of("disk operations", ops, &|n| format!("{n}/s")),
-        of("receives", rx, &bytes),
-        of("sends", tx, &bytes),
+        of("disk", rates.disk_bytes_per_s, &bytes),
+        of("disk operations", rates.disk_ops_per_s, &|n| format!("{n}/s")),
+        of("receives", rates.net_rx_bytes_per_s, &bytes),
+        of("sends", rates.net_tx_bytes_per_s, &bytes),
     ];
     all.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }

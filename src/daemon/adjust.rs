@@ -29,19 +29,23 @@ impl Controls {
     /// # Errors
     /// `invalid_argument`; `unsupported` where nothing could limit the guest's network.
     pub(super) fn check_rates(&self, change: &RateLimits) -> Result<()> {
-        let [disk_bytes, disk_ops, rx, tx] = change.all();
         let bytes = ("bytes", BYTES_PER_S_MIN..=BYTES_PER_S_MAX, "64K to 1T");
         let ops = ("operations", OPS_PER_S_MIN..=OPS_PER_S_MAX, "10 to 1000000000");
         let packets = ("bytes", BYTES_PER_S_MIN..=NET_BYTES_PER_S_MAX, "64K to 16G");
-        for (rate, (what, bounds, shown)) in [(disk_bytes, &bytes), (disk_ops, &ops), (rx, &packets), (tx, &packets)] {
+        let checks = [
+            (change.disk_bytes_per_s, &bytes),
+            (change.disk_ops_per_s, &ops),
+            (change.net_rx_bytes_per_s, &packets),
+            (change.net_tx_bytes_per_s, &packets),
+        ];
+        for (rate, (what, bounds, shown)) in checks {
             if let Some(n) = rate.filter(|n| *n > 0 && !bounds.contains(n)) {
                 return Err(
                     Error::invalid(format!("a rate of {n} {what} in a second: give {shown}")).hint("0 or none is no limit")
                 );
             }
         }
-        let is_wanted = [rx, tx].into_iter().flatten().any(|n| n > 0);
-        if is_wanted && self.networks.net.is_none() {
+        if change.limits_network() && self.networks.net.is_none() {
             return Err(no_rate_in_user_mode());
         }
         Ok(())
@@ -55,8 +59,7 @@ impl Controls {
                 .hint(format!("leave --now out for them; then fcctl vm restart {}", row.name)));
         }
         self.may_talk_locked(vm, row)?;
-        let wants_network = request.rates().all()[2..].iter().flatten().any(|n| *n > 0);
-        if wants_network && row.tap.is_none() { Err(no_rate_in_user_mode()) } else { Ok(()) }
+        if request.rates().limits_network() && row.tap.is_none() { Err(no_rate_in_user_mode()) } else { Ok(()) }
     }
 
     fn may_talk_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow) -> Result<()> {
@@ -192,13 +195,16 @@ fn refused(e: Error, row: &VmRow, doing: String) -> Error {
 
 /// What this change changed, unless somebody has changed it since.
 fn take_back_rates(row: &mut VmRow, before: &VmRow, change: &RateLimits) {
-    let (now, wanted, old) = (row.rates.all(), before.rates.with(change).all(), before.rates.all());
-    let is_ours: [bool; 4] = std::array::from_fn(|i| change.all()[i].is_some() && now[i] == wanted[i]);
-    row.rates = RateLimits::of(std::array::from_fn(|i| if is_ours[i] { old[i] } else { now[i] }));
-    let Some(waited) = before.pending.as_ref().map(|p| p.rates.all()) else { return };
+    // A limit is ours if the request names it and the row still has what the request made of it.
+    let wanted = before.rates.with(change);
+    let changed_since = row.rates.zip_with(&wanted, |now, wanted| (now != wanted).then_some(1));
+    let ours = change.zip_with(&changed_since, |asked, since| asked.filter(|_| since.is_none()));
+    let keep = |ours: Option<u64>, old: Option<u64>| ours.and(old);
+    let restored = ours.zip_with(&before.rates, keep);
+    row.rates = RateLimits::or(&restored, &row.rates.zip_with(&ours, |now, ours| now.filter(|_| ours.is_none())));
+    let Some(pending_before) = before.pending.as_ref().map(|p| p.rates) else { return };
     let mut pending = row.pending.take().unwrap_or_default();
-    let waits = pending.rates.all();
-    pending.rates = RateLimits::of(std::array::from_fn(|i| waits[i].or(waited[i].filter(|_| is_ours[i]))));
+    pending.rates = pending.rates.or(&ours.zip_with(&pending_before, keep));
     row.pending = Some(pending).filter(|p| *p != Default::default());
 }
 

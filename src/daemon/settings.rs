@@ -4,7 +4,7 @@ use super::access::Caller;
 use super::controls::Controls;
 use super::rules::is_at_rest;
 use super::rules::take_pending;
-use crate::api::vm::{Pending, RateLimits, Vm, VmSetRequest};
+use crate::api::vm::{Pending, Vm, VmSetRequest};
 use crate::error::{Error, Result};
 use crate::store::VmRow;
 
@@ -56,13 +56,12 @@ fn apply(row: &mut VmRow, request: &VmSetRequest, is_live: bool) {
     pending.vcpus = request.vcpus.or(pending.vcpus);
     pending.mem_mib = request.mem_mib.or(pending.mem_mib);
     pending.disk_bytes = request.disk_bytes.or(pending.disk_bytes);
-    let (given, waiting) = (rates.all(), pending.rates.all());
     if is_live {
         row.rates = row.rates.with(&rates);
-        // What was to come later is overtaken.
-        pending.rates = RateLimits::of(std::array::from_fn(|i| waiting[i].filter(|_| given[i].is_none())));
+        // A limit that waited for the next start is superseded.
+        pending.rates = pending.rates.without(&rates);
     } else {
-        pending.rates = RateLimits::of(std::array::from_fn(|i| given[i].or(waiting[i])));
+        pending.rates = rates.or(&pending.rates);
     }
     row.pending = Some(pending).filter(|p| *p != Pending::default());
     if is_at_rest(row.state) {

@@ -368,12 +368,13 @@ fn the_control_plane_on_this_hosts_kvm() {
     }
     // Limits can be set while it runs and while it is paused. This guest never loads a balloon's
     // driver.
-    let with = |rates| VmmSpec { rates: RateLimits::of(rates), ..spec.clone() };
-    for (rates, shown) in [
-        ([Some(1 << 20), None, Some(4 << 20), None], ["2097152", "null", "4194304", "null"]),
-        ([None, Some(100), None, Some(3 << 20)], ["null", "100", "null", "3145728"]),
-        ([None; 4], ["null"; 4]),
-    ] {
+    let with = |rates| VmmSpec { rates, ..spec.clone() };
+    let none = RateLimits::default();
+    let bytes = RateLimits { disk_bytes_per_s: Some(1 << 20), net_rx_bytes_per_s: Some(4 << 20), ..none };
+    let operations = RateLimits { disk_ops_per_s: Some(100), net_tx_bytes_per_s: Some(3 << 20), ..none };
+    for (rates, shown) in
+        [(bytes, ["2097152", "null", "4194304", "null"]), (operations, ["null", "100", "null", "3145728"]), (none, ["null"; 4])]
+    {
         first.set_rates(&with(rates), &running.identity, &never).unwrap();
         let config = vm_config(&vm.join("run/api.sock"));
         let size = |of: &serde_json::Value, bucket: &str| of[bucket]["size"].to_string();

@@ -323,11 +323,17 @@ fn vsock_is_reset_at_resume_only_in_versions_that_need_it() {
 fn rates_apply_at_start_and_while_running() {
     let bench = Bench::new("");
     let never = Cancel::try_new().unwrap();
-    let spec = |rates| VmmSpec { rates: RateLimits::of(rates), ..bench.spec() };
-    let some = spec([Some(2 << 20), Some(100), Some(3 << 20), None]);
+    let spec = |rates| VmmSpec { rates, ..bench.spec() };
+    let some = spec(RateLimits {
+        disk_bytes_per_s: Some(2 << 20),
+        disk_ops_per_s: Some(100),
+        net_rx_bytes_per_s: Some(3 << 20),
+        net_tx_bytes_per_s: None,
+    });
     let running = bench.driver.start(&some, &never, &mut |_| {}).unwrap();
-    bench.driver.set_rates(&spec([None, Some(200), None, Some(1 << 20)]), &running.identity, &never).unwrap();
-    bench.driver.set_rates(&spec([None; 4]), &running.identity, &never).unwrap();
+    let other = spec(RateLimits { disk_ops_per_s: Some(200), net_tx_bytes_per_s: Some(1 << 20), ..RateLimits::default() });
+    bench.driver.set_rates(&other, &running.identity, &never).unwrap();
+    bench.driver.set_rates(&spec(RateLimits::default()), &running.identity, &never).unwrap();
     let limits: Vec<_> = bench.requests().lines().filter(|l| l.contains("rate_limiter")).map(str::to_owned).collect();
     expect![[r#"
         PUT /drives/root {"drive_id":"root","path_on_host":"DIR/vm/disk","is_root_device":true,"is_read_only":false,"cache_type":"Writeback","rate_limiter":{"bandwidth":{"size":2097152,"refill_time":1000},"ops":{"size":100,"refill_time":1000}}}

@@ -31,7 +31,7 @@ impl Resource for Tap {
                 let tap = net.take(&guest, uid, boot.cancel)?;
                 Some(TapFact { name: tap.name, address: guest.lease.address })
             }
-            None if boot.row.rates.all()[2..].iter().any(Option::is_some) => {
+            None if boot.row.rates.limits_network() => {
                 return Err(crate::daemon::network::no_rate_in_user_mode());
             }
             None if boot.row.tap.is_none() => return Ok(()),

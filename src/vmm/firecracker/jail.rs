@@ -496,7 +496,11 @@ mod tests {
     #[test]
     fn disk_rates_become_limits_of_host_devices() {
         let temp = tempfile::tempdir().unwrap();
-        let rate = |bytes, ops| crate::api::vm::RateLimits::of([bytes, ops, None, None]);
+        let rate = |disk_bytes_per_s, disk_ops_per_s| crate::api::vm::RateLimits {
+            disk_bytes_per_s,
+            disk_ops_per_s,
+            ..Default::default()
+        };
         let spec = VmmSpec { work_disk: Some(temp.path().join("vm/s")), ..spec(temp.path()) };
         let device_of_all = |_: &Path| Ok("8:0".to_owned());
         for (rates, line) in [

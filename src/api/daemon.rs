@@ -1,6 +1,6 @@
 //! Calls about the daemon itself.
 
-use super::calls;
+use super::call::calls;
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,8 +116,8 @@ pub struct DebugLocksReply {
 }
 
 calls! {
-    Info = "fcd.info" (super::Empty) -> InfoReply;
-    Doctor = "fcd.doctor" (super::Empty) -> DoctorReply;
-    Leaks = "fcd.leaks" (LeaksRequest) -> LeaksReply;
-    DebugLocks = "debug.locks" (super::Empty) -> DebugLocksReply;
+    Info = "fcd.info" (super::Empty) -> InfoReply [Anybody, Unkeyed, Nothing, NoFds];
+    Doctor = "fcd.doctor" (super::Empty) -> DoctorReply [Anybody, Unkeyed, Nothing, NoFds];
+    Leaks = "fcd.leaks" (LeaksRequest) -> LeaksReply [Privileged, Unkeyed, Nothing, NoFds];
+    DebugLocks = "debug.locks" (super::Empty) -> DebugLocksReply [Anybody, Unkeyed, Nothing, NoFds];
 }

@@ -4,7 +4,7 @@
 //! across restarts of the daemon. The events of one change share its number and arrive in one note,
 //! so a client that resumes after a `seq` misses none.
 
-use super::calls;
+use super::call::calls;
 use super::fault::Fault;
 use super::op::OpState;
 use super::vm::{Vm, VmState};
@@ -108,5 +108,5 @@ pub struct EventsWatchReply {
 calls! {
     /// Sends `snapshot` and `events` notes (`more`) until the caller disconnects. The reply comes
     /// only after a `lagged` note.
-    EventsWatch = "events.watch" (EventsWatchRequest) -> EventsWatchReply;
+    EventsWatch = "events.watch" (EventsWatchRequest) -> EventsWatchReply [Anybody, Unkeyed, EndCall, NoFds, feature "events"];
 }

@@ -1,6 +1,6 @@
 //! Running commands in a guest. Their input and output go through FIFOs that the caller passes.
 
-use super::calls;
+use super::call::calls;
 use crate::ids::SessionId;
 use serde::{Deserialize, Serialize};
 
@@ -148,11 +148,11 @@ pub struct ExecSignalRequest {
 }
 
 calls! {
-    ExecStart = "exec.start" (ExecStartRequest) -> ExecReply;
+    ExecStart = "exec.start" (ExecStartRequest) -> ExecReply [Owner, Unkeyed, EndCall, TakesFds, feature "exec"];
     /// Called on a second connection.
-    ExecResize = "exec.resize" (ExecResizeRequest) -> super::Empty;
+    ExecResize = "exec.resize" (ExecResizeRequest) -> super::Empty [Owner, Unkeyed, Nothing, NoFds];
     /// Called on a second connection.
-    ExecSignal = "exec.signal" (ExecSignalRequest) -> super::Empty;
+    ExecSignal = "exec.signal" (ExecSignalRequest) -> super::Empty [Owner, Unkeyed, Nothing, NoFds];
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Images: a root file system with its kernel and initramfs.
 
-use super::calls;
+use super::call::calls;
 use crate::ids::ImageRef;
 use serde::{Deserialize, Serialize};
 
@@ -60,12 +60,13 @@ pub struct ImageDeleteReply {
 }
 
 calls! {
-    /// An operation; hanging up cancels it. An image of that name must not exist.
-    ImageBuild = "image.build" (ImageBuildRequest) -> ImageReply;
-    ImageList = "image.list" (super::page::ListRequest) -> ImageListReply;
-    /// Allowed for root, the daemon's user and the user who built the image. Fails with `conflict`
-    /// while a VM or a snapshot needs it.
-    ImageDelete = "image.delete" (ImageRequest) -> ImageDeleteReply;
+    /// An image of that name must not exist.
+    ImageBuild = "image.build" (ImageBuildRequest) -> ImageReply
+        [Anybody, Keyed, CancelOperation, NoFds, feature "image_build"];
+    ImageList = "image.list" (super::page::ListRequest) -> ImageListReply [Anybody, Unkeyed, Nothing, NoFds];
+    /// The owner is the user who built the image. The user who runs the daemon may delete it, too.
+    /// Fails with `conflict` while a VM or a snapshot needs it.
+    ImageDelete = "image.delete" (ImageRequest) -> ImageDeleteReply [Owner, Keyed, Nothing, NoFds];
 }
 
 super::page::list_calls! { ImageList: images of Image; }

@@ -1,6 +1,6 @@
 //! Kernels that VMs can boot instead of their image's own.
 
-use super::calls;
+use super::call::calls;
 use crate::ids::KernelName;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -60,12 +60,16 @@ pub struct KernelDeleteReply {
 }
 
 calls! {
-    /// An operation; hanging up cancels it. A kernel of that name must not exist.
-    KernelImport = "kernel.import" (KernelImportRequest) -> KernelReply;
-    KernelList = "kernel.list" (super::page::ListRequest) -> KernelListReply;
-    KernelShow = "kernel.show" (KernelRequest) -> KernelReply;
+    /// The daemon reads the files, so callers without its rights may not import. A kernel of that
+    /// name must not exist.
+    KernelImport = "kernel.import" (KernelImportRequest) -> KernelReply
+        [Privileged, Keyed, CancelOperation, NoFds, feature "kernels"];
+    KernelList = "kernel.list" (super::page::ListRequest) -> KernelListReply
+        [Anybody, Unkeyed, Nothing, NoFds, feature "kernels"];
+    KernelShow = "kernel.show" (KernelRequest) -> KernelReply [Anybody, Unkeyed, Nothing, NoFds, feature "kernels"];
     /// Refused while VMs use it.
-    KernelDelete = "kernel.delete" (KernelRequest) -> KernelDeleteReply;
+    KernelDelete = "kernel.delete" (KernelRequest) -> KernelDeleteReply
+        [Privileged, Unkeyed, Nothing, NoFds, feature "kernels"];
 }
 
 super::page::list_calls! { KernelList: kernels of Kernel; }

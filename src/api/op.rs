@@ -1,6 +1,6 @@
 //! Operations: calls that may take longer than a second.
 
-use super::calls;
+use super::call::calls;
 use crate::ids::{OpId, VmId};
 use serde::{Deserialize, Serialize};
 
@@ -107,13 +107,13 @@ pub struct OpStarted {
 }
 
 calls! {
-    OpList = "op.list" (OpListRequest) -> OpListReply;
-    OpShow = "op.show" (OpRequest) -> OpReply;
+    OpList = "op.list" (OpListRequest) -> OpListReply [Anybody, Unkeyed, Nothing, NoFds];
+    OpShow = "op.show" (OpRequest) -> OpReply [Owner, Unkeyed, Nothing, NoFds];
     /// Replies when the operation has ended in whatever way. With `more`, sends its progress until
     /// then.
-    OpWait = "op.wait" (OpWaitRequest) -> OpReply;
+    OpWait = "op.wait" (OpWaitRequest) -> OpReply [Owner, Unkeyed, EndCall, NoFds];
     /// Requests cancellation and replies without waiting for it.
-    OpCancel = "op.cancel" (OpRequest) -> OpReply;
+    OpCancel = "op.cancel" (OpRequest) -> OpReply [Owner, Unkeyed, Nothing, NoFds];
 }
 
 super::page::list_calls! { OpList: ops of Op; }

@@ -1,6 +1,6 @@
 //! Snapshots: a guest's memory and disks at one moment, which can be restored later.
 
-use super::calls;
+use super::call::calls;
 use super::vm::{Net, VmReply};
 use crate::ids::{ImageRef, SnapshotId, SnapshotName, VmId, VmName};
 use serde::{Deserialize, Serialize};
@@ -92,14 +92,17 @@ pub struct SnapshotDeleteReply {
 }
 
 calls! {
-    /// An operation; hanging up cancels it. The guest is paused until its memory and disks are
-    /// saved.
-    SnapshotCreate = "snapshot.create" (SnapshotCreateRequest) -> SnapshotReply;
-    SnapshotList = "snapshot.list" (SnapshotListRequest) -> SnapshotListReply;
-    SnapshotShow = "snapshot.show" (SnapshotRequest) -> SnapshotReply;
-    SnapshotDelete = "snapshot.delete" (SnapshotRequest) -> SnapshotDeleteReply;
-    /// An operation; hanging up cancels it. Replaces the VM's disks with those of the snapshot.
-    SnapshotRestore = "snapshot.restore" (SnapshotRestoreRequest) -> VmReply;
+    /// The guest is paused until its memory and disks are saved.
+    SnapshotCreate = "snapshot.create" (SnapshotCreateRequest) -> SnapshotReply
+        [Owner, Keyed, CancelOperation, NoFds, feature "snapshots"];
+    SnapshotList = "snapshot.list" (SnapshotListRequest) -> SnapshotListReply
+        [Anybody, Unkeyed, Nothing, NoFds, feature "snapshots"];
+    SnapshotShow = "snapshot.show" (SnapshotRequest) -> SnapshotReply [Owner, Unkeyed, Nothing, NoFds, feature "snapshots"];
+    SnapshotDelete = "snapshot.delete" (SnapshotRequest) -> SnapshotDeleteReply
+        [Owner, Keyed, Nothing, NoFds, feature "snapshots"];
+    /// Replaces the VM's disks with those of the snapshot.
+    SnapshotRestore = "snapshot.restore" (SnapshotRestoreRequest) -> VmReply
+        [Owner, Keyed, CancelOperation, NoFds, feature "snapshots"];
 }
 
 super::page::list_calls! { SnapshotList: snapshots of Snapshot; }

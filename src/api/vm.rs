@@ -1,6 +1,6 @@
 //! Calls about VMs.
 
-use super::calls;
+use super::call::calls;
 use super::port::Port;
 use crate::ids::{ImageRef, KernelName, OpId, VmId, VmName};
 use serde::{Deserialize, Serialize};
@@ -552,37 +552,38 @@ pub struct VmForkRequest {
 }
 
 calls! {
-    /// Creates the VM without booting it. With `hold`, replies when the VM has been deleted.
-    VmCreate = "vm.create" (VmCreateRequest) -> VmReply;
-    /// An operation. Succeeds if the VM is already running.
-    VmStart = "vm.start" (VmRequest) -> VmReply;
-    /// An operation; hanging up does not cancel it. Succeeds if the VM is already stopped.
-    VmStop = "vm.stop" (VmStopRequest) -> VmReply;
-    VmRestart = "vm.restart" (VmStopRequest) -> VmReply;
-    VmKill = "vm.kill" (VmRequest) -> VmReply;
-    VmDelete = "vm.delete" (VmDeleteRequest) -> VmDeleteReply;
-    VmList = "vm.list" (VmListRequest) -> VmListReply;
-    VmShow = "vm.show" (VmRequest) -> VmReply;
-    VmStatsCall = "vm.stats" (VmStatsRequest) -> VmStatsReply;
-    /// An operation; hanging up cancels it. Clones a running VM, which continues to run.
-    VmFork = "vm.fork" (VmForkRequest) -> VmReply;
-    VmMetrics = "vm.metrics" (VmRequest) -> VmMetricsReply;
+    /// Creates the VM without booting it. With `hold`, replies when the VM has been deleted, and
+    /// deletes an `rm` VM if the caller disconnects.
+    VmCreate = "vm.create" (VmCreateRequest) -> VmReply [Anybody, Keyed, Nothing, NoFds];
+    /// Succeeds if the VM is already running.
+    VmStart = "vm.start" (VmRequest) -> VmReply [Owner, Keyed, CancelOperation, NoFds];
+    /// Succeeds if the VM is already stopped.
+    VmStop = "vm.stop" (VmStopRequest) -> VmReply [Owner, Keyed, FinishOperation, NoFds];
+    VmRestart = "vm.restart" (VmStopRequest) -> VmReply [Owner, Keyed, FinishOperation, NoFds];
+    VmKill = "vm.kill" (VmRequest) -> VmReply [Owner, Keyed, FinishOperation, NoFds];
+    VmDelete = "vm.delete" (VmDeleteRequest) -> VmDeleteReply [Owner, Keyed, FinishOperation, NoFds];
+    VmList = "vm.list" (VmListRequest) -> VmListReply [Anybody, Unkeyed, Nothing, NoFds];
+    VmShow = "vm.show" (VmRequest) -> VmReply [Owner, Unkeyed, Nothing, NoFds];
+    VmStatsCall = "vm.stats" (VmStatsRequest) -> VmStatsReply [Anybody, Unkeyed, Nothing, NoFds];
+    /// Clones a running VM, which continues to run.
+    VmFork = "vm.fork" (VmForkRequest) -> VmReply [Owner, Keyed, CancelOperation, NoFds];
+    VmMetrics = "vm.metrics" (VmRequest) -> VmMetricsReply [Owner, Unkeyed, Nothing, NoFds];
     /// Connects to a vsock port of the guest. The connected socket comes with the first byte of the
     /// reply (SCM_RIGHTS) and does not depend on the daemon. Firecracker does not support
     /// half-close.
-    VmConnect = "vm.connect" (VmConnectRequest) -> VmReply;
+    VmConnect = "vm.connect" (VmConnectRequest) -> VmReply [Owner, Unkeyed, Nothing, ReturnsFd, feature "vsock"];
     /// Pauses the guest's vCPUs until `vm.resume`. No new commands can start in it meanwhile.
-    VmPause = "vm.pause" (VmRequest) -> VmReply;
-    VmResume = "vm.resume" (VmRequest) -> VmReply;
-    VmSet = "vm.set" (VmSetRequest) -> VmReply;
+    VmPause = "vm.pause" (VmRequest) -> VmReply [Owner, Keyed, Nothing, NoFds];
+    VmResume = "vm.resume" (VmRequest) -> VmReply [Owner, Keyed, Nothing, NoFds];
+    VmSet = "vm.set" (VmSetRequest) -> VmReply [Owner, Keyed, Nothing, NoFds];
     /// Makes the guest return memory to the host or take it back.
-    VmBalloon = "vm.balloon" (VmBalloonRequest) -> VmBalloonReply;
+    VmBalloon = "vm.balloon" (VmBalloonRequest) -> VmBalloonReply [Owner, Keyed, Nothing, NoFds];
     /// Sends `log` notes (`more`), then the reply.
-    VmLogs = "vm.logs" (VmLogsRequest) -> LogsReply;
-    VmWait = "vm.wait" (VmWaitRequest) -> VmReply;
+    VmLogs = "vm.logs" (VmLogsRequest) -> LogsReply [Owner, Unkeyed, EndCall, NoFds];
+    VmWait = "vm.wait" (VmWaitRequest) -> VmReply [Owner, Unkeyed, EndCall, NoFds];
     /// Deletes the caller's VMs in the states `created`, `stopped` and `failed`.
-    VmPrune = "vm.prune" (super::Empty) -> VmPruneReply;
-    VmSshConfig = "vm.ssh_config" (VmRequest) -> SshConfigReply;
+    VmPrune = "vm.prune" (super::Empty) -> VmPruneReply [Anybody, Unkeyed, Nothing, NoFds];
+    VmSshConfig = "vm.ssh_config" (VmRequest) -> SshConfigReply [Owner, Unkeyed, Nothing, NoFds];
 }
 
 /// `vm.list` with `brief`, which the request must have set.

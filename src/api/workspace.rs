@@ -20,7 +20,7 @@
 //! truncated if it is too long, but `count` counts all of them. The patch or the tar follows. All
 //! of it is written by the guest.
 
-use super::calls;
+use super::call::calls;
 use super::vm::Vm;
 use serde::{Deserialize, Serialize};
 
@@ -41,7 +41,7 @@ pub struct Trailer {
     pub sha256: String,
 }
 
-/// An operation; hanging up cancels it. One descriptor is passed: the read end of a FIFO.
+/// One descriptor is passed: the read end of a FIFO.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PrepareRequest {
@@ -93,7 +93,7 @@ pub enum ExportKind {
     Tree,
 }
 
-/// An operation; hanging up cancels it. One descriptor is passed: the write end of a FIFO.
+/// One descriptor is passed: the write end of a FIFO.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExportRequest {
@@ -111,6 +111,8 @@ pub struct ExportReply {
 }
 
 calls! {
-    WorkspacePrepare = "workspace.prepare" (PrepareRequest) -> PrepareReply;
-    WorkspaceExport = "workspace.export" (ExportRequest) -> ExportReply;
+    WorkspacePrepare = "workspace.prepare" (PrepareRequest) -> PrepareReply
+        [Owner, Keyed, CancelOperation, TakesFds, feature "workspace"];
+    WorkspaceExport = "workspace.export" (ExportRequest) -> ExportReply
+        [Owner, Keyed, CancelOperation, TakesFds, feature "workspace"];
 }

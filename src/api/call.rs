@@ -1,0 +1,115 @@
+//! What the daemon knows about a call before it reads the parameters.
+//!
+//! Each noun lists its calls with the macro `calls!`. A row of the list has the method's name, the
+//! types of its request and its reply, and the columns of [`CallInfo`]. The server routes and
+//! checks calls by these rows, and the protocol's documentation shows them.
+
+use serde::{Serialize, de::DeserializeOwned};
+
+/// A method: its name, its parameters and its reply.
+pub trait Call {
+    const METHOD: &'static str;
+    type Request: Serialize + DeserializeOwned;
+    type Reply: Serialize + DeserializeOwned;
+}
+
+/// The row of a call in the list of its noun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CallInfo {
+    pub method: &'static str,
+    pub access: Access,
+    pub key: Key,
+    pub on_disconnect: OnDisconnect,
+    pub fds: Fds,
+    /// Under what name `fcd.info` reports this call, if the first version of the protocol did not
+    /// have it.
+    pub feature: Option<&'static str>,
+}
+
+/// Who may make a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Every user. A list has only what the caller owns, except for images and kernels, which all
+    /// users share.
+    Anybody,
+    /// The user who owns what the call names, and root.
+    Owner,
+    /// Root and the user who runs the daemon.
+    Privileged,
+}
+
+/// Whether a call takes an idempotency key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Key {
+    Keyed,
+    Unkeyed,
+}
+
+/// What happens if the caller disconnects before it has the answer. Operations run without their
+/// caller, so it also says which calls are operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnDisconnect {
+    /// The call is completed.
+    Nothing,
+    /// The call ends: it waits for something, sends notes, or runs a command.
+    EndCall,
+    CancelOperation,
+    FinishOperation,
+}
+
+/// Whether file descriptors are passed with a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fds {
+    NoFds,
+    /// The caller sends descriptors with the request.
+    TakesFds,
+    /// The daemon sends a descriptor with the reply.
+    ReturnsFd,
+}
+
+impl OnDisconnect {
+    pub fn is_operation(self) -> bool {
+        matches!(self, Self::CancelOperation | Self::FinishOperation)
+    }
+}
+
+/// Declares the calls of one noun.
+macro_rules! calls {
+    ($($(#[$doc:meta])* $call:ident = $method:literal ($request:ty) -> $reply:ty
+        [$access:ident, $key:ident, $on_disconnect:ident, $fds:ident $(, feature $feature:literal)?];)*) => {
+        $($(#[$doc])* pub struct $call;
+        impl $crate::api::Call for $call {
+            const METHOD: &'static str = $method;
+            type Request = $request;
+            type Reply = $reply;
+        })*
+
+        /// Every call of this noun.
+        pub const CALLS: &[$crate::api::call::CallInfo] = &[$($crate::api::call::CallInfo {
+            method: $method,
+            access: $crate::api::call::Access::$access,
+            key: $crate::api::call::Key::$key,
+            on_disconnect: $crate::api::call::OnDisconnect::$on_disconnect,
+            fds: $crate::api::call::Fds::$fds,
+            feature: [$(Some($feature),)? None][0],
+        }),*];
+
+        /// A call of this noun with its parameters.
+        // All names begin with the noun, like those of the types.
+        #[allow(clippy::enum_variant_names, clippy::large_enum_variant)]
+        pub enum NounCall {
+            $($call($request)),*
+        }
+
+        impl NounCall {
+            /// Returns None if the noun does not have this method.
+            pub fn parse(method: &str, params: &str) -> Option<serde_json::Result<Self>> {
+                match method {
+                    $($method => Some(serde_json::from_str(params).map(Self::$call)),)*
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+pub(crate) use calls;

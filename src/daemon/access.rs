@@ -23,6 +23,11 @@ impl Caller {
     pub fn may_see(&self, owner_uid: u32) -> bool {
         self.uid == 0 || self.uid == owner_uid
     }
+
+    /// True for root and for the user who runs the daemon.
+    pub fn is_privileged(&self) -> bool {
+        self.uid == 0 || self.uid == nix::unistd::geteuid().as_raw()
+    }
 }
 
 pub fn vm_not_found(text: &str) -> Error {
@@ -53,9 +58,4 @@ fn ambiguous(text: &str, fits: &[&Arc<VmRow>]) -> Error {
     let more = if fits.len() > AMBIGUOUS_SHOWN_MAX { " and more" } else { "" };
     Error::new(Kind::AmbiguousPrefix, format!("{text:?} fits several VMs: {}{more}", ids.join(", ")))
         .hint("give the name or more of the id")
-}
-
-/// True for root and for the user who runs the daemon.
-pub(super) fn is_privileged(caller: &Caller) -> bool {
-    caller.uid == 0 || caller.uid == nix::unistd::geteuid().as_raw()
 }

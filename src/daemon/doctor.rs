@@ -4,7 +4,7 @@
 //! is shared by all who ask while it lasts, and others than root and the daemon's own user get the
 //! result of the last few seconds.
 
-use super::access::{Caller, is_privileged};
+use super::access::Caller;
 use super::core::Core;
 use super::network::Networks;
 use super::reconcile::Reconciler;
@@ -15,7 +15,7 @@ use super::single_flight::Freshness;
 use super::single_flight::SingleFlight;
 use crate::api::daemon::{Check, DoctorReply, LeaksReply};
 use crate::config::Config;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::host::Commands;
 use crate::image::Images;
 use crate::locks::Cancel;
@@ -53,7 +53,7 @@ impl Doctor {
     /// # Errors
     /// `busy` when another caller's run takes too long.
     pub fn doctor(&self, caller: &Caller) -> Result<DoctorReply> {
-        let freshness = if is_privileged(caller) { Freshness::New } else { Freshness::Recent };
+        let freshness = if caller.is_privileged() { Freshness::New } else { Freshness::Recent };
         let run = || checks(&self.config, self.vmm.as_ref(), self.commands.as_ref(), &self.core.closing);
         let looked = self.host_checks.get(freshness, Instant::now() + RUN_DEADLINE, run);
         let mut checks = looked.map_err(|e| e.context("check this host"))?;
@@ -70,17 +70,13 @@ impl Doctor {
         Ok(DoctorReply { checks })
     }
 
-    /// What is ours on the host and belongs to nothing; root's and the daemon's own user's business
-    /// only.
+    /// Lists what carries our names on the host and belongs to nothing, and removes it if `fix` is
+    /// set.
     ///
     /// # Errors
-    /// `denied` to others. `busy` when the daemon has just started and what was left is not cleared
-    /// away in time.
-    pub fn leaks(&self, caller: &Caller, fix: bool) -> Result<LeaksReply> {
-        if !is_privileged(caller) {
-            return Err(Error::new(Kind::Denied, "look for leaks: only root and the daemon's own user may")
-                .hint("run it as the user who runs fcd"));
-        }
+    /// `busy` when the daemon has just started and the remains of its predecessor are not removed
+    /// in time.
+    pub fn leaks(&self, fix: bool) -> Result<LeaksReply> {
         self.reconciler.await_settled()?;
         Ok(LeaksReply { leaks: self.resources.sweep(fix) })
     }

@@ -8,7 +8,7 @@
 //! An image belongs to whoever built it: they and root may delete it, everybody may make VMs from
 //! it.
 
-use super::access::{Caller, is_privileged};
+use super::access::Caller;
 use super::call::{CallOutcome, to_value};
 use super::core::Core;
 use super::uses::{UseGuard, Uses};
@@ -96,7 +96,7 @@ impl ImageService {
             return Err(Error::new(Kind::NameTaken, format!("there is an image {name} already"))
                 .hint("images never change once they are made: build one under another name: fcctl image build NAME"));
         }
-        let stored = if is_privileged(caller) { 0 } else { self.stored_images(caller.uid)? };
+        let stored = if caller.is_privileged() { 0 } else { self.stored_images(caller.uid)? };
         let limits = &self.core.limits;
         let _images = self.core.locks.image_ops.lock(&());
         let mut builds = self.builds.lock();
@@ -168,7 +168,7 @@ impl ImageService {
     }
 
     fn check_owner(&self, caller: &Caller, name: &ImageRef) -> Result<()> {
-        if is_privileged(caller) {
+        if caller.is_privileged() {
             return Ok(());
         }
         let denied = |whose: String| {

@@ -18,6 +18,7 @@ mod claim;
 mod connection;
 mod dispatch;
 mod line;
+mod op_wait;
 mod peer;
 mod registry;
 mod request;

@@ -8,7 +8,6 @@ use crate::api::limits::FRAME_BYTES_MAX;
 use crate::error::{Error, Kind};
 use crate::ids::OpId;
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
 use std::os::fd::OwnedFd;
 
@@ -20,7 +19,7 @@ const ID_LEN_MAX: usize = 128;
 /// A call as it was received.
 pub struct IncomingCall<'a> {
     pub method: &'a str,
-    /// A JSON object, or `{}` if the request had no params. Parse it with [`IncomingCall::parse`].
+    /// A JSON object, or `{}` if the request had no params.
     pub params: &'a str,
     /// True if the caller wants notes before the answer.
     pub more: bool,
@@ -32,14 +31,11 @@ pub struct IncomingCall<'a> {
 }
 
 impl IncomingCall<'_> {
-    /// # Errors
-    /// Invalid params (-32602, kind `invalid_argument`): a wrong type, an unknown or duplicate
-    /// member, or too much nesting.
-    pub fn parse<T: DeserializeOwned>(&self) -> Result<T, CallError> {
-        serde_json::from_str(self.params).map_err(|e| {
-            let error = Error::invalid(format!("parameters of {}", shown(self.method))).with_source(e);
-            CallError { code: rpc_code::INVALID_PARAMS, fault: Fault::from(error.hint("see fcctl rpc --help")) }
-        })
+    /// The error for invalid params (-32602, kind `invalid_argument`): a wrong type, an unknown or
+    /// duplicate member, or too much nesting.
+    pub(super) fn invalid_params(&self, source: serde_json::Error) -> CallError {
+        let error = Error::invalid(format!("parameters of {}", shown(self.method))).with_source(source);
+        CallError { code: rpc_code::INVALID_PARAMS, fault: Fault::from(error.hint("see fcctl rpc --help")) }
     }
 
     /// Takes exactly `N` descriptors.

@@ -4,7 +4,6 @@
 use crate::world::*;
 use fcd::api::kernel::*;
 use fcd::api::vm::*;
-use fcd::daemon::Caller;
 use fcd::error::Kind;
 use std::path::PathBuf;
 
@@ -16,9 +15,9 @@ fn request(path: PathBuf) -> KernelImportRequest {
 fn kernel_import_of_invalid_file_leaves_nothing() {
     let world = World::new();
     let empty = world.census();
-    let stranger = Caller { uid: 4_000_000, gid: 0, pid: 0 };
-    let denied = world.daemon().kernels.kernel_import(&stranger, request("/boot/vmlinuz".into())).unwrap_err();
-    assert!(denied.kind() == Kind::Denied && denied.hint_text().is_some(), "{denied}");
+    world.open_to_everybody();
+    let denied = as_uid(4_000_000, || world.run::<KernelImport>(request("/boot/vmlinuz".into())).map(drop).unwrap_err());
+    assert!(denied.is(Kind::Denied), "{denied:?}");
     let import = |path: PathBuf| world.run::<KernelImport>(request(path)).map(drop).unwrap_err();
     assert!(import("vmlinuz".into()).is(Kind::InvalidArgument));
     assert!(import("/no/such/file".into()).is(Kind::PathNotFound));
@@ -97,8 +96,8 @@ fn kernel_in_use_by_vm_is_not_deleted() {
     let named = || KernelRequest { kernel: "mine".parse().unwrap() };
     assert_eq!(world.call::<KernelShow>(&named()).unwrap().kernel.vms, 1);
     assert!(world.call::<KernelDelete>(&named()).unwrap_err().is(Kind::Conflict));
-    let stranger = Caller { uid: 4_000_000, gid: 0, pid: 0 };
-    assert_eq!(world.daemon().kernels.kernel_delete(&stranger, &"mine".parse().unwrap()).unwrap_err().kind(), Kind::Denied);
+    world.open_to_everybody();
+    assert!(as_uid(4_000_000, || world.call::<KernelDelete>(&named()).unwrap_err().is(Kind::Denied)));
     // The kernel's files were removed. The running VM is not affected, but it cannot start again.
     std::fs::remove_dir_all(&dir).unwrap();
     assert!(world.run::<VmRestart>(stop("web")).unwrap_err().is(Kind::KernelNotFound));

@@ -1,6 +1,7 @@
 //! Idempotency keys: the same key with the same parameters is the same operation.
 
 use crate::world::*;
+use fcd::api::call::Key;
 use fcd::api::frame::{Request, Response, Version};
 use fcd::api::op::OpStarted;
 use fcd::api::vm::*;
@@ -11,9 +12,14 @@ use std::os::unix::net::UnixStream;
 
 /// Makes one call with a key, as a script would.
 pub fn call(world: &World, method: &str, params: &str, key: &str, more: bool) -> Response {
+    send(world, method, params, Some(key), more)
+}
+
+/// Makes one call.
+pub fn send(world: &World, method: &str, params: &str, key: Option<&str>, more: bool) -> Response {
     let (id, params) = (RawValue::from_string("1".into()).unwrap(), RawValue::from_string(params.into()).unwrap());
     let request =
-        Request { jsonrpc: Version::V2, id: &id, method: method.into(), params: Some(&params), more, key: Some(key.into()) };
+        Request { jsonrpc: Version::V2, id: &id, method: method.into(), params: Some(&params), more, key: key.map(Into::into) };
     let mut stream = UnixStream::connect(&world.config.socket).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
     writeln!(stream, "{}", serde_json::to_string(&request).unwrap()).unwrap();
@@ -58,6 +64,20 @@ fn key_shared_by_fifty_creates_makes_one_vm() {
     for (method, params) in [("vm.create", r#"{"vcpus":2}"#), ("vm.start", r#"{"vm":"x"}"#)] {
         assert_eq!(kind(&call(&world, method, params, "k", false)), Kind::IdempotencyConflict.name());
     }
+}
+
+/// Otherwise a caller would repeat the call and rely on a key that nothing recorded.
+#[test]
+fn key_for_call_that_takes_none_is_refused() {
+    let world = World::new();
+    for row in fcd::api::table::calls().filter(|row| row.key == Key::Unkeyed) {
+        let response = call(&world, row.method, "{}", "k", true);
+        assert_eq!(kind(&response), Kind::InvalidArgument.name(), "{}", row.method);
+        let fault = response.error.and_then(|e| e.data).unwrap();
+        assert_eq!(fault.message, format!("{} must be called without a key", row.method));
+    }
+    let held = call(&world, "vm.create", r#"{"hold":true}"#, "k", true);
+    assert_eq!(held.error.unwrap().message, "vm.create with hold must be called without a key");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use crate::world::*;
 use fcd::api::Empty;
+use fcd::api::call::{Access, Fds};
 use fcd::api::daemon::Doctor;
 use fcd::api::image::*;
 use fcd::api::op::{OpList, OpListRequest};
@@ -333,4 +334,45 @@ fn uid_count_that_leaves_a_vm_outside_is_refused() {
     assert!(e.kind() == Kind::InvalidConfig && e.to_string().starts_with("qemu.uid_count = 1 is too small: VM two"), "{e}");
     world.reopen();
     assert_eq!(world.show("two").unwrap().state, VmState::Created);
+}
+
+/// Parameters that name what root owns.
+fn of_root(method: &str, op: &str) -> String {
+    match method {
+        "vm.balloon" => r#"{"vm":"web","keep_mib":512}"#.into(),
+        "vm.connect" => r#"{"vm":"web","port":1}"#.into(),
+        "exec.resize" => r#"{"session":"0123456789ab","size":{"rows":1,"cols":1}}"#.into(),
+        "exec.signal" => r#"{"session":"0123456789ab","signal":"TERM"}"#.into(),
+        "snapshot.show" | "snapshot.delete" | "snapshot.restore" => r#"{"snapshot":"saved"}"#.into(),
+        "image.delete" => r#"{"image":"default"}"#.into(),
+        _ if method.starts_with("op.") => format!(r#"{{"op":"{op}"}}"#),
+        _ => r#"{"vm":"web"}"#.into(),
+    }
+}
+
+#[test]
+fn calls_are_open_to_those_whom_the_table_names() {
+    let world = World::new();
+    world.open_to_everybody();
+    let web = world.create("web");
+    world.place(&web.id);
+    world.start("web").unwrap();
+    world.run::<SnapshotCreate>(SnapshotCreateRequest { vm: "web".into(), name: Some("saved".parse().unwrap()) }).unwrap();
+    let op = world.call::<OpList>(&OpListRequest { all: true, ..Default::default() }).unwrap().ops.remove(0).id;
+    let before = world.show("web").unwrap();
+    for row in fcd::api::table::calls() {
+        let kind = |params: &str| as_uid(ALICE, || crate::keys::kind(&crate::keys::send(&world, row.method, params, None, true)));
+        match row.access {
+            Access::Privileged => assert_eq!(kind("{}"), Kind::Denied.name(), "{}", row.method),
+            // It is only refused because it has this parameter.
+            Access::Anybody => assert_eq!(kind(r#"{"nothing":1}"#), Kind::InvalidArgument.name(), "{}", row.method),
+            // These look at their descriptors first.
+            Access::Owner if row.fds == Fds::TakesFds => {}
+            Access::Owner => {
+                let kind = kind(&of_root(row.method, op.as_str()));
+                assert!(kind.ends_with("_not_found") || kind == Kind::Denied.name(), "{}: {kind}", row.method);
+            }
+        }
+    }
+    assert_eq!(world.show("web").unwrap(), before);
 }

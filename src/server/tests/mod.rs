@@ -38,11 +38,12 @@ impl Handler for Probe {
     fn call(&self, mut call: IncomingCall<'_>, connection: &Connection) -> CallResult {
         self.calls.fetch_add(1, Ordering::SeqCst);
         let reply = |v: Value| Ok(to_raw_value(&v).unwrap());
+        let invalid = |e| call.invalid_params(e);
         match call.method {
             "echo" => Ok(RawValue::from_string(call.params.to_owned()).unwrap()),
             "meta" => reply(json!({"more": call.more, "key": call.key, "uid": call.peer.uid, "pid": call.peer.pid})),
-            "value" => reply(call.parse::<Value>()?),
-            "typed" => reply(json!(call.parse::<Typed>()?.n)),
+            "value" => reply(serde_json::from_str(call.params).map_err(invalid)?),
+            "typed" => reply(json!(serde_json::from_str::<Typed>(call.params).map_err(invalid)?.n)),
             "panic" => panic!("boom"),
             "fail" => Err(Error::new(Kind::VmNotFound, "no VM web").hint("fcctl ps -a").into()),
             "big" => reply(json!("x".repeat(FRAME_BYTES_MAX))),

@@ -24,6 +24,7 @@ fn documented_tables_match_the_code() {
     check("ARCHITECTURE.md", "locks", &format!("{}\n", fcd::locks::rank::markdown_table().trim_end()));
     check("ARCHITECTURE.md", "transitions", &format!("{}\n", fcd::daemon::transitions_table().trim_end()));
     check("src/docs/exit-statuses.md", "kinds", &kinds());
+    check("src/docs/protocol.md", "methods", &fcd::api::table::markdown_table());
 }
 
 fn kinds() -> String {

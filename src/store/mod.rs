@@ -20,6 +20,8 @@
 //! of failed changes are left out. Durable changes are published under their numbers: see `events.rs`.
 
 mod batch;
+mod change;
+mod database;
 mod events;
 #[cfg(any(test, feature = "fakes"))]
 pub mod faults;
@@ -59,7 +61,7 @@ pub use vm::{Intent, TapFact, VmRow};
 pub use watch::Watch;
 pub use workspace::WorkspaceRow;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::host::thread;
 use crate::ids::VmId;
 use crate::locks::{Condvar, Mutex, Rank, region};
@@ -217,53 +219,6 @@ impl Store {
         look(&self.0.inner.core.lock().state)
     }
 
-    /// Makes a change: all of it or, when `change` fails or panics, nothing. It is visible at once and durable when its
-    /// ticket says so. Nothing in `change` may block or take a lock.
-    ///
-    /// # Errors
-    /// Those of `change`; `disk_full` or `store_read_only` while the store takes none; `busy` when too many wait for
-    /// the disk; `shutting_down` after [`Store::close`].
-    pub fn change<T>(&self, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<(T, Ticket)> {
-        self.enqueue(false, change)
-    }
-
-    /// As [`Store::change`], for what frees room (a delete's claim and commit, a strike-off): also tried while the store is
-    /// read-only, on a full disk with the reserve.
-    pub fn change_essential<T>(&self, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<(T, Ticket)> {
-        self.enqueue(true, change)
-    }
-
-    /// [`Store::change`] and then its ticket's wait, at most [`DURABLE_WAIT`].
-    pub fn change_durable<T>(&self, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<T> {
-        let (value, ticket) = self.change(change)?;
-        ticket.wait(Instant::now() + DURABLE_WAIT)?;
-        Ok(value)
-    }
-
-    fn enqueue<T>(&self, essential: bool, change: impl FnOnce(&mut Tx) -> Result<T>) -> Result<(T, Ticket)> {
-        let inner = &self.0.inner;
-        let mut guard = inner.core.lock();
-        let core = &mut *guard;
-        core.admit(essential)?;
-        let mut tx = Tx::new(&mut core.state, &mut core.ledger_next, core.retention);
-        let value = change(&mut tx)?;
-        let steps = tx.finish();
-        if steps.is_empty() {
-            // Nothing of its own to write: durable with all that was before it.
-            let before = if core.queue.is_empty() { core.in_flight.clone() } else { Some(core.queue.outcome.clone()) };
-            return Ok((value, Ticket::new(core.seq, inner, before)));
-        }
-        core.watchers.tell(&steps);
-        core.seq += 1;
-        core.queue.changes.push(Change { seq: core.seq, essential, steps });
-        Ok((value, Ticket::new(core.seq, inner, Some(core.queue.outcome.clone()))))
-    }
-
-    /// A ticket for all that was changed so far.
-    pub fn barrier(&self) -> Result<Ticket> {
-        self.change_essential(|_| Ok(())).map(|((), ticket)| ticket)
-    }
-
     /// Told of every change, or of those of one VM, as memory has it: durable or not. See [`Store::subscribe`].
     ///
     /// # Errors
@@ -334,25 +289,6 @@ impl Store {
     #[cfg(any(test, feature = "fakes"))]
     pub fn faults(&self) -> &faults::Faults {
         &self.0.inner.faults
-    }
-}
-
-impl Core {
-    fn admit(&self, essential: bool) -> Result<()> {
-        if self.closing {
-            return Err(Failure::closed().to_error());
-        }
-        if essential {
-            return Ok(());
-        }
-        if let Mode::ReadOnly(failure) = &self.mode {
-            return Err(failure.to_error().context("the store is read-only"));
-        }
-        if self.queue.changes.len() >= QUEUE_CHANGES_MAX {
-            let text = format!("{QUEUE_CHANGES_MAX} changes wait for the disk");
-            return Err(Error::new(Kind::Busy, text).hint("try again in a moment; see fcctl doctor"));
-        }
-        Ok(())
     }
 }
 

@@ -1,16 +1,16 @@
 //! The whole state in memory. Every effect is an [`Image`] that is applied and gives back what was there before.
 
+mod ops;
+mod vms;
+
 use super::history::OpHistory;
-use super::key::KEYS_PER_UID_MAX;
 use super::{KeyRow, LedgerRow, OpRow, SnapshotRow, VmRow, WorkspaceRow};
 use super::{key, ledger, meta, op, snapshot, vm, workspace};
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::ids::{OpId, SnapshotId, SnapshotName, VmId, VmName};
-use crate::uids::Retention;
 use rusqlite::Connection;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::ops::Bound;
 use std::sync::Arc;
 
 /// One row as it is or is to be; `None` where there is none.
@@ -109,64 +109,12 @@ fn set<K: Ord, V>(map: &mut BTreeMap<K, V>, key: K, value: Option<V>) -> Option<
 }
 
 impl State {
-    pub fn vm(&self, id: &VmId) -> Option<&Arc<VmRow>> {
-        self.vms.get(id)
-    }
-
-    /// In the order of their ids.
-    pub fn vms(&self) -> impl Iterator<Item = &Arc<VmRow>> {
-        self.vms.values()
-    }
-
-    pub fn vm_by_name(&self, name: &VmName) -> Option<&Arc<VmRow>> {
-        self.names.get(name).and_then(|id| self.vms.get(id))
-    }
-
-    /// The VM with this name or, failing that, this id: `text` need be neither.
-    pub fn vm_by_name_or_id(&self, text: &str) -> Option<&Arc<VmRow>> {
-        self.names.get(text).and_then(|id| self.vms.get(id)).or_else(|| self.vms.get(text))
-    }
-
-    /// The VMs whose id begins with `prefix`, in the order of their ids. Costs what it yields.
-    pub fn vms_by_id_prefix<'s>(&'s self, prefix: &'s str) -> impl Iterator<Item = &'s Arc<VmRow>> {
-        let from = (Bound::Included(prefix), Bound::Unbounded);
-        self.vms.range::<str, _>(from).map(|(_, row)| row).take_while(move |row| row.id.as_str().starts_with(prefix))
-    }
-
-    /// The VMs of one owner, or of all, from the oldest to the newest. With `after`, only those behind that place, whether
-    /// or not a VM still has it.
-    pub fn vms_by_age(&self, owner_uid: Option<u32>, after: Option<&Age>) -> impl Iterator<Item = &Arc<VmRow>> {
-        let ages = match owner_uid {
-            None => Some(&self.ages),
-            Some(uid) => self.owners.get(&uid),
-        };
-        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
-        ages.into_iter().flat_map(move |ages| ages.range((from, Bound::Unbounded))).map(|(_, row)| row)
-    }
-
-    pub fn vms_of(&self, owner_uid: u32) -> impl Iterator<Item = &Arc<VmRow>> {
-        self.vms_by_age(Some(owner_uid), None)
-    }
-
     pub fn workspace(&self, vm: &VmId) -> Option<&Arc<WorkspaceRow>> {
         self.workspaces.get(vm)
     }
 
     pub fn workspaces(&self) -> impl Iterator<Item = &Arc<WorkspaceRow>> {
         self.workspaces.values()
-    }
-
-    pub fn op(&self, id: &OpId) -> Option<&Arc<OpRow>> {
-        self.ops.get(id)
-    }
-
-    pub fn ops(&self) -> impl Iterator<Item = &Arc<OpRow>> {
-        self.ops.values()
-    }
-
-    /// All operations whose id begins so; an empty prefix is a prefix of none.
-    pub fn ops_by_id_prefix(&self, prefix: &str) -> Vec<&Arc<OpRow>> {
-        by_prefix(&self.ops, prefix)
     }
 
     pub fn ledger_row(&self, id: u64) -> Option<&Arc<LedgerRow>> {
@@ -180,29 +128,6 @@ impl State {
 
     pub fn ledger_of(&self, vm: &VmId) -> impl DoubleEndedIterator<Item = &Arc<LedgerRow>> {
         self.ledger_by_vm.get(vm).into_iter().flatten().filter_map(|id| self.ledger.get(id))
-    }
-
-    pub fn key(&self, uid: u32, key: &str) -> Option<&Arc<KeyRow>> {
-        self.keys.get(&(uid, key.to_owned()))
-    }
-
-    pub fn keys(&self) -> impl Iterator<Item = &Arc<KeyRow>> {
-        self.keys.values()
-    }
-
-    pub(super) fn keys_of(&self, uid: u32) -> impl Iterator<Item = &Arc<KeyRow>> {
-        self.keys.range((uid, String::new())..).map(|(_, row)| row).take_while(move |row| row.uid == uid)
-    }
-
-    /// # Errors
-    /// `operation_limit` when the uid has no room for another key, once those are gone that have expired at `now`.
-    pub fn check_keys(&self, uid: u32, now: Option<u64>) -> Result<()> {
-        let is_live = |row: &&Arc<KeyRow>| now.is_none_or(|now| row.expires_at > now);
-        if self.keys_of(uid).filter(is_live).count() < KEYS_PER_UID_MAX {
-            return Ok(());
-        }
-        let text = format!("uid {uid} has {KEYS_PER_UID_MAX} idempotency keys already");
-        Err(Error::new(Kind::OperationLimit, text).hint("call without a key, or when some have expired (after a day)"))
     }
 
     pub fn meta(&self, name: &str) -> Option<&str> {
@@ -225,34 +150,6 @@ impl State {
 
     pub fn snapshot_by_name(&self, name: &SnapshotName) -> Option<&Arc<SnapshotRow>> {
         self.snapshots.values().find(|row| row.name == *name)
-    }
-
-    /// The smallest slot that no VM has. `limit` is how many there are.
-    ///
-    /// # Errors
-    /// `vm_limit` when all are taken.
-    pub fn free_slot(&self, limit: u32) -> Result<u32> {
-        let mut free = 0;
-        for slot in &self.slots {
-            if *slot != free {
-                break;
-            }
-            free += 1;
-        }
-        if free < limit {
-            return Ok(free);
-        }
-        Err(Error::new(Kind::VmLimit, format!("all {limit} slots for VMs are taken"))
-            .hint("delete one you do not need: fcctl ps -a"))
-    }
-
-    pub(super) fn slot_is_taken(&self, slot: u32) -> bool {
-        self.slots.contains(&slot)
-    }
-
-    /// See [`OpHistory::to_prune`].
-    pub(super) fn op_to_prune(&self, uid: u32, retention: Retention) -> Option<OpId> {
-        self.history.to_prune(uid, retention).cloned()
     }
 
     pub(super) fn ledger_last(&self) -> u64 {
@@ -360,11 +257,4 @@ impl State {
         }
         Ok(state)
     }
-}
-
-fn by_prefix<'a, K: Ord + AsRef<str>, V>(map: &'a BTreeMap<K, V>, prefix: &str) -> Vec<&'a V> {
-    if prefix.is_empty() {
-        return Vec::new();
-    }
-    map.iter().filter(|(id, _)| id.as_ref().starts_with(prefix)).map(|(_, row)| row).collect()
 }

@@ -14,10 +14,6 @@ const DAEMON_METHODS_MAX: usize = 40;
 const LARGE_LEFT: &[&str] = &[
     "src/daemon/runtime.rs: Runtimes",
     "src/daemon/snapshots.rs: Snapshots",
-    "src/store/mod.rs: Store",
-    "src/store/state.rs: State",
-    "src/store/tx.rs: Tx",
-    "src/store/writer.rs: Writer",
 ];
 
 type Graph = BTreeMap<String, BTreeSet<String>>;

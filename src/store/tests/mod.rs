@@ -9,6 +9,7 @@ mod vfs;
 use super::*;
 use crate::api::op::{Op, OpState, Progress};
 use crate::api::vm::{RateLimits, VmState, WorkspaceState};
+use crate::error::Kind;
 use crate::ids::{OpId, VmId};
 use std::os::unix::fs::PermissionsExt;
 use tempfile::TempDir;

@@ -1,0 +1,99 @@
+//! Changes of VMs and their workspaces.
+
+use super::{Image, Tx};
+use crate::error::{Error, Kind, Result};
+use crate::ids::VmId;
+use crate::locks::KeyGuard;
+use crate::store::{VmRow, WorkspaceRow};
+use std::sync::Arc;
+
+impl Tx<'_> {
+    /// Adds a VM. An existing row is changed only with [`Tx::update_vm`].
+    ///
+    /// # Errors
+    /// `name_taken`, or `internal` if another VM has the ID or the slot.
+    pub fn insert_vm(&mut self, row: VmRow) -> Result<()> {
+        if self.vm(&row.id).is_some() {
+            return Err(Error::internal(format!("VM {} is there already", row.id)));
+        }
+        self.write_vm(row)
+    }
+
+    fn write_vm(&mut self, row: VmRow) -> Result<()> {
+        if self.vm_by_name(&row.name).is_some_and(|other| other.id != row.id) {
+            return Err(Error::new(Kind::NameTaken, format!("the name {} is taken", row.name)).hint("choose another with --name"));
+        }
+        if self.vm(&row.id).is_none_or(|old| old.slot != row.slot) && self.slot_is_taken(row.slot) {
+            return Err(Error::internal(format!("slot {} belongs to another VM than {}", row.slot, row.id)));
+        }
+        self.apply(Image::Vm(row.id.clone(), Some(Arc::new(row))));
+        Ok(())
+    }
+
+    /// Changes some members of the current row. The guard proves that the VM's lock is held, so
+    /// what its holder has read of the row is still true. No row is ever written as a whole, so an
+    /// older value never comes back.
+    ///
+    /// # Errors
+    /// `vm_not_found`, and those of [`Tx::insert_vm`].
+    pub fn update_vm(&mut self, vm: &KeyGuard<'_, VmId>, change: impl FnOnce(&mut VmRow)) -> Result<()> {
+        self.change_vm(vm.key(), change)
+    }
+
+    fn change_vm(&mut self, id: &VmId, change: impl FnOnce(&mut VmRow)) -> Result<()> {
+        let Some(row) = self.vm(id) else {
+            return Err(Error::new(Kind::VmNotFound, format!("no VM {id}")).hint("fcctl ps -a"));
+        };
+        let mut row = VmRow::clone(row);
+        change(&mut row);
+        if row.id != *id {
+            return Err(Error::internal(format!("a change of VM {id} gave it the id {}", row.id)));
+        }
+        self.write_vm(row)
+    }
+
+    /// Removes the VM and its workspace. Its rows in the ledger stay until they are struck.
+    pub fn remove_vm(&mut self, vm: &KeyGuard<'_, VmId>) -> Option<Arc<VmRow>> {
+        self.take_vm(vm.key())
+    }
+
+    fn take_vm(&mut self, id: &VmId) -> Option<Arc<VmRow>> {
+        let row = self.vm(id).cloned()?;
+        self.remove_workspace(id);
+        self.apply(Image::Vm(id.clone(), None));
+        Some(row)
+    }
+
+    /// Adds or replaces a VM without its lock, for tests of the store.
+    #[cfg(test)]
+    pub fn put_vm(&mut self, row: VmRow) -> Result<()> {
+        self.write_vm(row)
+    }
+
+    /// Like [`Tx::update_vm`] without the lock, for tests that act for a dead daemon or use the
+    /// store alone.
+    #[cfg(any(test, feature = "fakes"))]
+    pub fn update_vm_unlocked(&mut self, id: &VmId, change: impl FnOnce(&mut VmRow)) -> Result<()> {
+        self.change_vm(id, change)
+    }
+
+    /// Like [`Tx::remove_vm`] without the lock, for tests of the store.
+    #[cfg(test)]
+    pub fn remove_vm_unlocked(&mut self, id: &VmId) -> Option<Arc<VmRow>> {
+        self.take_vm(id)
+    }
+
+    /// # Errors
+    /// `vm_not_found`.
+    pub fn put_workspace(&mut self, row: WorkspaceRow) -> Result<()> {
+        if self.vm(&row.vm).is_none() {
+            return Err(Error::new(Kind::VmNotFound, format!("no VM {}", row.vm)).hint("fcctl ps -a"));
+        }
+        self.apply(Image::Workspace(row.vm.clone(), Some(Arc::new(row))));
+        Ok(())
+    }
+
+    pub fn remove_workspace(&mut self, vm: &VmId) {
+        self.apply(Image::Workspace(vm.clone(), None));
+    }
+}

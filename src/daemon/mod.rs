@@ -121,6 +121,7 @@ mod feeder;
 mod give_up;
 pub mod gone;
 mod grant;
+mod guest_holder;
 mod guest_scripts;
 mod guests;
 pub mod helpers;

@@ -1,5 +1,10 @@
 //! What the daemon knows of a VM beyond its row: who would cancel what, and who comes next.
 
+mod pauses;
+mod users;
+
+pub use users::{Use, User};
+
 use super::transitions::Verb;
 use crate::api::vm::VmState;
 use crate::ids::{OpId, VmId};
@@ -31,14 +36,6 @@ impl fmt::Display for BootEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.cause().fmt(f)
     }
-}
-
-/// What uses a guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Use {
-    /// Goes on when a paused guest does.
-    Session,
-    Transfer,
 }
 
 /// What takes the VM over when the operation under way has let go of it.
@@ -95,21 +92,6 @@ impl Runtime {
 #[derive(Clone)]
 pub struct Runtimes {
     map: Arc<Mutex<HashMap<VmId, Runtime>>>,
-}
-
-/// A transfer or session in a VM's cancel set; leaves it when dropped.
-pub struct User {
-    runtimes: Runtimes,
-    vm: VmId,
-    id: u64,
-}
-
-impl Drop for User {
-    fn drop(&mut self) {
-        self.runtimes.with(&self.vm, |r| {
-            r.users.remove(&self.id);
-        });
-    }
 }
 
 impl Runtimes {
@@ -169,36 +151,6 @@ impl Runtimes {
         }
     }
 
-    /// The host's disk is full under the guest, or has room again. Boots and transfers do not wait
-    /// for that.
-    pub fn set_paused(&self, vm: &VmId, is_paused: bool) {
-        self.with(vm, |r| r.is_paused = is_paused);
-        if !is_paused {
-            return;
-        }
-        self.boot_died(vm, BootEnd::HostDiskFull);
-        let transfers = |r: &mut Runtime| -> Vec<Cancel> {
-            r.users.values().rev().filter(|(kind, _)| *kind == Use::Transfer).map(|(_, token)| token.clone()).collect()
-        };
-        for token in self.with(vm, transfers) {
-            token.cancel(CancelCause::HostDiskFull);
-        }
-    }
-
-    /// The guest is to stand still while it is saved, or not any more. Who says so tells the
-    /// driver.
-    pub fn hold(&self, vm: &VmId, is_held: bool) {
-        self.with(vm, |r| r.is_held = is_held);
-    }
-
-    pub fn is_held(&self, vm: &VmId) -> bool {
-        self.map.lock().get(vm).is_some_and(|r| r.is_held)
-    }
-
-    pub fn is_paused(&self, vm: &VmId) -> bool {
-        self.map.lock().get(vm).is_some_and(|r| r.is_paused)
-    }
-
     /// The boot has failed and ends its VMM: that death is no news.
     pub fn give_up_boot(&self, vm: &VmId) {
         self.with(vm, |r| r.boot = None);
@@ -219,39 +171,6 @@ impl Runtimes {
     /// Puts a successor in the slot and gives back the one that it replaces.
     pub fn set_successor(&self, vm: &VmId, successor: Successor) -> Option<Successor> {
         self.with(vm, |r| r.successor.replace(successor))
-    }
-
-    /// Joins the VM's cancel set. Call it with the VM's lock held, after its state was checked.
-    pub fn join(&self, vm: &VmId, kind: Use, cancel: Cancel) -> User {
-        let id = self.with(vm, |r| {
-            r.next_user += 1;
-            r.users.insert(r.next_user, (kind, cancel));
-            r.next_user
-        });
-        User { runtimes: self.clone(), vm: vm.clone(), id }
-    }
-
-    /// Ends every transfer and session of the VM.
-    pub fn cancel_users(&self, vm: &VmId, cause: &CancelCause) {
-        // The youngest first: who waits for another must not get its turn before it hears of the
-        // end.
-        let tokens: Vec<_> = self.with(vm, |r| r.users.values().rev().map(|(_, token)| token.clone()).collect());
-        for token in tokens {
-            token.cancel(cause.clone());
-        }
-    }
-
-    /// Ends every transfer, session and boot of every VM.
-    pub fn cancel_everything(&self, cause: &CancelCause) {
-        let tokens: Vec<_> = {
-            let map = self.map.lock();
-            map.values()
-                .flat_map(|r| r.users.values().map(|(_, token)| token).chain(&r.boot).cloned().collect::<Vec<_>>())
-                .collect()
-        };
-        for token in tokens {
-            token.cancel(cause.clone());
-        }
     }
 
     /// Entries now held; 0 when nothing is under way.

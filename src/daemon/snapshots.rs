@@ -7,7 +7,7 @@
 //!
 //! 1. The guest gets a script (`src/guest/rejoin.sh`) that waits for another seed drive. It is part
 //!    of the saved memory and goes on from there after a restore.
-//! 2. The guest is paused (`Runtimes::hold`; a resume by a user does not end that).
+//! 2. The guest is paused (`GuestHolder`; a resume by a user does not end that).
 //! 3. The driver saves memory and devices. The disks are copied: shared blocks where the file
 //!    system can, else everything but holes.
 //! 4. The guest resumes. Zeroes in the memory file become holes and the copies are synced.
@@ -21,9 +21,9 @@
 use super::access::Caller;
 use super::access::PREFIX_LEN_MIN;
 use super::call::{CallOutcome, to_value};
-use super::controls::Controls;
 use super::core::{Core, now_s};
 use super::create::Creator;
+use super::guest_holder::GuestHolder;
 use super::guest_scripts::GUEST_SHELL;
 use super::guest_scripts::set_clock_command;
 use super::guests::Guests;
@@ -32,7 +32,7 @@ use super::listing::Position;
 use super::network::Networks;
 use super::resources;
 use super::resources::Resources;
-use super::runtime::{Runtimes, Use};
+use super::runtime::Use;
 use super::sessions::Sessions;
 use super::snapshot_registry::CreateGuard;
 use super::snapshot_registry::Files;
@@ -42,13 +42,11 @@ use super::snapshot_registry::disk_bytes;
 use super::snapshot_registry::share_saved;
 use super::spec::Specs;
 use super::views::Views;
-use super::vmms::Vmms;
 use crate::api::exec::Exit;
 use crate::api::page;
 use crate::api::snapshot::{
     Snapshot, SnapshotCreateRequest, SnapshotDeleteReply, SnapshotListReply, SnapshotListRequest, SnapshotReply,
 };
-use crate::api::vm::VmState;
 use crate::disk::seed::UNIT_BYTES;
 use crate::disk::{Method, duplicate, punch_zeroes, snapshot as device};
 use crate::error::{Error, Kind, Result};
@@ -56,9 +54,8 @@ use crate::guest::Transport;
 use crate::guest::{REJOIN, Script, run_script};
 use crate::host::Commands;
 use crate::host::fs::{create_dir, create_private_dir};
-use crate::ids::{NAME_LEN_MAX, SnapshotId, SnapshotName, VmId, VmName};
+use crate::ids::{NAME_LEN_MAX, SnapshotId, SnapshotName, VmName};
 use crate::image::Images;
-use crate::locks::Cancel;
 use crate::ops::OpHandle;
 use crate::store::{SnapshotRow, State, VmRow, WorkspaceRow};
 use crate::vmm::Driver;
@@ -80,8 +77,6 @@ const HOLD_DEADLINE: Duration = Duration::from_secs(40);
 const ANSWER_BYTES_MAX: usize = 4096;
 /// What is left free on the host beside a snapshot.
 const SPARE_BYTES: u64 = 256 << 20;
-/// Between two tries to let a guest go on.
-const RESUME_PERIOD: Duration = Duration::from_millis(250);
 
 /// One that is whole but not in the store: its directory is in the ledger.
 pub(super) struct Captured {
@@ -91,33 +86,6 @@ pub(super) struct Captured {
     pub files: Files,
 }
 
-/// A guest that is paused while it is saved. It resumes when this is dropped.
-struct HoldGuard {
-    snapshots: Snapshots,
-    vm: VmId,
-    generation: u64,
-}
-
-impl Drop for HoldGuard {
-    fn drop(&mut self) {
-        self.snapshots.runtimes.hold(&self.vm, false);
-        let Err(e) = self.snapshots.resume(&self.vm, self.generation) else { return };
-        log::warn!("resume VM {}: {e}; retrying", self.vm);
-        let (snapshots, vm, generation) = (self.snapshots.clone(), self.vm.clone(), self.generation);
-        let retried = self.snapshots.core.spawn(&format!("resume-{vm}"), move || {
-            // Ends when the VM does. If this daemon closes first, the next one resumes the guest.
-            while snapshots.vmm_lives(&vm, generation) && snapshots.resume(&vm, generation).is_err() {
-                if snapshots.core.sleep(RESUME_PERIOD) {
-                    return;
-                }
-            }
-        });
-        if let Err(e) = retried {
-            log::error!("resume VM {}: {e}", self.vm);
-        }
-    }
-}
-
 /// Makes snapshots, and new VMs from them.
 #[derive(Clone)]
 pub struct Snapshots {
@@ -125,15 +93,13 @@ pub struct Snapshots {
     pub(super) views: Views,
     pub(super) networks: Networks,
     pub(super) specs: Specs,
-    pub(super) vmms: Vmms,
     pub(super) guests: Guests,
-    pub(super) controls: Controls,
     pub(super) sessions: Sessions,
     pub(super) resources: Resources,
     pub(super) creator: Creator,
     pub(super) lifecycle: Lifecycle,
     pub(super) snapshot_registry: SnapshotRegistry,
-    pub(super) runtimes: Runtimes,
+    pub(super) holder: GuestHolder,
     pub(super) images: Images,
     pub(super) commands: Arc<dyn Commands>,
     pub(super) transport: Arc<dyn Transport>,
@@ -270,7 +236,7 @@ impl Snapshots {
         self.prepare_guest(row, op)?;
         let (version, copied, workspace) = {
             op.progress("hold the guest");
-            let _held = self.hold_guest(row)?;
+            let _held = self.holder.hold(row)?;
             if since.elapsed() > HOLD_DEADLINE {
                 return Err(Error::new(Kind::Timeout, "the guest did not stand still in time").hint("try again"));
             }
@@ -287,25 +253,13 @@ impl Snapshots {
         self.set_clock(row, op);
         op.progress("sync what was saved");
         copied.into_iter().try_for_each(duplicate::Copied::publish)?;
-        self.free_zeroes(files, op);
-        self.keep_saved(files, spec.credentials)?;
+        free_zeroes(files, op);
+        keep_saved(files, spec.credentials)?;
         if let Some(cause) = op.cancel().cause() {
             return Err(Error::new(Kind::Cancelled, format!("cancelled: {cause}")));
         }
         let saved = describe(row, id, files, method, workspace.map(|w| WorkspaceRow::clone(&w)));
         Ok(SnapshotRow { vmm_version: Some(version), ..saved })
-    }
-
-    /// A VMM may have written memory that the guest never used. The guest runs again by now, so
-    /// this takes nobody's time.
-    fn free_zeroes(&self, files: &Files, op: &OpHandle) {
-        let file = OpenOptions::new().read(true).write(true).open(&files.memory);
-        let freed = file.map_err(|e| Error::io("open it", e)).and_then(|file| punch_zeroes(&file, op.cancel()));
-        match freed {
-            Ok(bytes) => log::debug!("{}: {} MiB were zeroes", files.memory.display(), bytes >> 20),
-            Err(e) if e.kind() == Kind::Cancelled => {}
-            Err(e) => log::warn!("{}: {e}; it takes more space than it needs", files.memory.display()),
-        }
     }
 
     /// It has stood still. One that cannot be told is late by so much.
@@ -317,31 +271,6 @@ impl Snapshots {
         if !matches!(told, Ok((Exit::Status(0), ..))) {
             log::info!("the clock of vm {} may be late: it stood still while it was saved", row.name);
         }
-    }
-
-    /// From now on the guest stands still, whatever its owner says.
-    fn hold_guest(&self, row: &VmRow) -> Result<HoldGuard> {
-        let held = HoldGuard { snapshots: self.clone(), vm: row.id.clone(), generation: row.generation };
-        self.runtimes.hold(&row.id, true);
-        self.controls.apply_pause_by(&row.id, row.generation, &self.core.closing)?;
-        Ok(held)
-    }
-
-    /// As its owner wants it, and in any case where it is to shut down.
-    fn resume(&self, vm: &VmId, generation: u64) -> Result<()> {
-        // Also when the daemon closes: the guest must not stand still until there is another.
-        let never = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
-        let row = self.core.row(vm)?;
-        match &row.identity {
-            Some(identity) if row.generation == generation && row.state == VmState::Stopping && !self.runtimes.is_paused(vm) => {
-                self.vmm.set_paused(&self.core.vm_dir(vm), identity, false, &never)
-            }
-            _ => self.controls.apply_pause_by(vm, generation, &never),
-        }
-    }
-
-    fn vmm_lives(&self, vm: &VmId, generation: u64) -> bool {
-        self.core.row(vm).is_ok_and(|row| row.generation == generation && self.vmms.identity(&row).is_some())
     }
 
     fn prepare_guest(&self, row: &VmRow, op: &OpHandle) -> Result<()> {
@@ -370,15 +299,6 @@ impl Snapshots {
             copied.push(duplicate::copy(self.commands.as_ref(), &source, to, None, op.cancel(), told)?);
         }
         Ok(copied)
-    }
-
-    fn keep_saved(&self, files: &Files, credentials: Option<(u32, u32)>) -> Result<()> {
-        for path in [&files.memory, &files.devices] {
-            let file = share_saved(path, credentials)?;
-            file.sync_all().map_err(|e| Error::io(format!("keep {}", path.display()), e))?;
-        }
-        crate::host::fs::sync_dir(&files.private)?;
-        crate::host::fs::sync_dir(&files.dir)
     }
 
     fn publish(&self, captured: Captured, name: Option<SnapshotName>) -> Result<Snapshot> {
@@ -429,6 +349,27 @@ impl Snapshots {
         let text = format!("a snapshot takes up to {} MiB, and {} are free", mib(needed), mib(free));
         Err(Error::new(Kind::DiskFull, text).hint(format!("free some space (df -h {})", self.core.state_dir.display())))
     }
+}
+
+/// A VMM may have written memory that the guest never used. The guest runs again by now, so
+/// this takes nobody's time.
+fn free_zeroes(files: &Files, op: &OpHandle) {
+    let file = OpenOptions::new().read(true).write(true).open(&files.memory);
+    let freed = file.map_err(|e| Error::io("open it", e)).and_then(|file| punch_zeroes(&file, op.cancel()));
+    match freed {
+        Ok(bytes) => log::debug!("{}: {} MiB were zeroes", files.memory.display(), bytes >> 20),
+        Err(e) if e.kind() == Kind::Cancelled => {}
+        Err(e) => log::warn!("{}: {e}; it takes more space than it needs", files.memory.display()),
+    }
+}
+
+fn keep_saved(files: &Files, credentials: Option<(u32, u32)>) -> Result<()> {
+    for path in [&files.memory, &files.devices] {
+        let file = share_saved(path, credentials)?;
+        file.sync_all().map_err(|e| Error::io(format!("keep {}", path.display()), e))?;
+    }
+    crate::host::fs::sync_dir(&files.private)?;
+    crate::host::fs::sync_dir(&files.dir)
 }
 
 fn describe(row: &VmRow, id: &SnapshotId, files: &Files, method: Method, workspace: Option<WorkspaceRow>) -> SnapshotRow {

@@ -13,6 +13,7 @@ use super::effects::Effects;
 use super::events::Watchers;
 use super::feeder::Feeder;
 use super::gone;
+use super::guest_holder::GuestHolder;
 use super::guests::Guests;
 use super::history::History;
 use super::images::{Builds, ImageService};
@@ -340,20 +341,25 @@ impl Parts {
             kernel_service: kernels.clone(),
             defaults: config.vm.clone(),
         };
+        let holder = GuestHolder {
+            core: core.clone(),
+            controls: controls.clone(),
+            vmms: vmms.clone(),
+            runtimes: runtimes.clone(),
+            vmm: vmm.clone(),
+        };
         let snapshots = Snapshots {
             core: core.clone(),
             views: views.clone(),
             networks: networks.clone(),
             specs: specs.clone(),
-            vmms: vmms.clone(),
             guests: guests.clone(),
-            controls: controls.clone(),
             sessions: sessions.clone(),
             resources: resources.clone(),
             creator: creator.clone(),
             lifecycle: lifecycle.clone(),
             snapshot_registry,
-            runtimes: runtimes.clone(),
+            holder,
             images: images_dir.clone(),
             commands: commands.clone(),
             transport: transport.clone(),

@@ -1,0 +1,63 @@
+//! The transfers and sessions that use a guest, which a stop of its VM cancels.
+
+use super::Runtimes;
+use crate::ids::VmId;
+use crate::locks::{Cancel, CancelCause};
+
+/// What uses a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// Continues when a paused guest is resumed.
+    Session,
+    Transfer,
+}
+
+/// A transfer or session in a VM's cancel set, which it leaves when this is dropped.
+pub struct User {
+    runtimes: Runtimes,
+    vm: VmId,
+    id: u64,
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        self.runtimes.with(&self.vm, |r| {
+            r.users.remove(&self.id);
+        });
+    }
+}
+
+impl Runtimes {
+    /// Joins the VM's cancel set. Call it with the VM's lock held, after its state was checked.
+    pub fn join(&self, vm: &VmId, kind: Use, cancel: Cancel) -> User {
+        let id = self.with(vm, |r| {
+            r.next_user += 1;
+            r.users.insert(r.next_user, (kind, cancel));
+            r.next_user
+        });
+        User { runtimes: self.clone(), vm: vm.clone(), id }
+    }
+
+    /// Ends every transfer and session of the VM.
+    pub fn cancel_users(&self, vm: &VmId, cause: &CancelCause) {
+        // The youngest comes first. A user that waits for another one must be cancelled before its
+        // turn comes.
+        let tokens: Vec<_> = self.with(vm, |r| r.users.values().rev().map(|(_, token)| token.clone()).collect());
+        for token in tokens {
+            token.cancel(cause.clone());
+        }
+    }
+
+    /// Ends every transfer, session and boot of every VM.
+    pub fn cancel_everything(&self, cause: &CancelCause) {
+        let tokens: Vec<_> = {
+            let map = self.map.lock();
+            map.values()
+                .flat_map(|r| r.users.values().map(|(_, token)| token).chain(&r.boot).cloned().collect::<Vec<_>>())
+                .collect()
+        };
+        for token in tokens {
+            token.cancel(cause.clone());
+        }
+    }
+}

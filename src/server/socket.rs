@@ -64,7 +64,8 @@ pub(super) fn bind(path: &Path) -> Result<Socket> {
     Ok(Socket { listener, path: path.to_owned(), inode })
 }
 
-/// Looks up the group whose members may connect. If that fails, only root can, and the log says why.
+/// Looks up the group whose members may connect. If that fails, only root can connect, and the log
+/// says why.
 fn socket_gid() -> Option<u32> {
     gid_of(SOCKET_GROUP).unwrap_or_else(|e| {
         log::warn!("look up group {SOCKET_GROUP}, whose members may use the socket: {e}");

@@ -7,12 +7,12 @@ use super::controls::Controls;
 use super::core::{Core, DURABLE_DEADLINE, Shared, VMS_DIR};
 use super::create::Creator;
 use super::debug::Leftovers;
-use super::disk_probe::probe;
+use super::disk_probe;
 use super::doctor::{self, Doctor};
 use super::effects::Effects;
 use super::events::Watchers;
 use super::feeder::Feeder;
-use super::gone;
+use super::gone::{self, Installations};
 use super::guest_holder::GuestHolder;
 use super::guests::Guests;
 use super::history::History;
@@ -39,18 +39,20 @@ use super::uses::Uses;
 use super::views::Views;
 use super::vmms::Vmms;
 use super::workspaces::Transfers;
-use crate::config::{Config, Limits};
+use crate::config::{Config, Limits, VmDefaults};
 use crate::error::{Error, Kind, Result};
+use crate::guest::Transport;
+use crate::host::Commands;
 use crate::ids::VmId;
 use crate::image::Images;
 use crate::image::kernels::Kernels;
-use crate::locks::CancelCause;
-use crate::locks::{Cancel, Mutex, Rank, check};
+use crate::locks::{Cancel, CancelCause, Mutex, Rank, check};
 use crate::ops::Ops;
 use crate::pool::{self, Admission, Pool};
 use crate::session::Registry;
 use crate::store::Store;
 use crate::uids::Retention;
+use crate::vmm::Driver;
 use std::collections::HashMap;
 use std::ops::Deref;
 use std::sync::{Arc, Weak};
@@ -226,208 +228,279 @@ impl Daemon {
     }
 }
 
-impl Parts {
-    /// Builds each part from those it uses, from the bottom up.
-    fn assemble(core: Core, config: Config, seams: Seams, left: HashMap<VmId, u64>) -> Result<Self> {
-        let Seams { vmm, transport, commands, installations } = seams;
-        let limits = &config.limits;
+/// What more than one part is built from.
+struct Base {
+    core: Core,
+    views: Views,
+    runtimes: Runtimes,
+    networks: Networks,
+    specs: Specs,
+    vmms: Vmms,
+    guests: Guests,
+    looks: Arc<Looks>,
+    capacity: Capacity,
+    adopter: Adopter,
+    recovery: Recovery,
+    image_service: ImageService,
+    kernel_service: KernelService,
+    images: Images,
+    snapshot_registry: SnapshotRegistry,
+    vmm: Arc<dyn Driver>,
+    transport: Arc<dyn Transport>,
+    commands: Arc<dyn Commands>,
+}
+
+impl Base {
+    fn new(core: Core, config: &Config, seams: &Seams, left: HashMap<VmId, u64>) -> Result<Self> {
+        let (vmm, commands, limits) = (seams.vmm.clone(), seams.commands.clone(), &config.limits);
         let runtimes = Runtimes::new();
-        let (images_dir, kernels_dir) = (Images::open(&config.state_dir)?, Kernels::open(&config.state_dir)?);
-        let views = Views { core: core.clone(), runtimes: runtimes.clone() };
-        let networks = Networks {
-            core: core.clone(),
-            vmm: vmm.clone(),
-            net: network::open(&config, &core.store, &commands, &core.closing)?.map(Arc::new),
-            name_server: Arc::new(Mutex::new(Rank::Runtimes, None)),
-            config: config.network.clone(),
-            vm_uids: uids::for_vms(&config),
-            name_server_uid: config.qemu.name_server_uid(),
-        };
-        let specs = Specs {
-            core: core.clone(),
-            networks: networks.clone(),
-            kernels: kernels_dir.clone(),
-            disk_probe: Arc::new(probe(&config.disk, vmm.as_ref(), &config.state_dir)),
-            uid_base: config.qemu.uid_base,
-        };
+        let (images, kernels) = (Images::open(&config.state_dir)?, Kernels::open(&config.state_dir)?);
+        let networks = open_networks(&core, config, seams)?;
+        let disk_probe = Arc::new(disk_probe::probe(&config.disk, vmm.as_ref(), &config.state_dir));
+        let uid_base = config.qemu.uid_base;
+        let specs = Specs { core: core.clone(), networks: networks.clone(), kernels: kernels.clone(), disk_probe, uid_base };
         let earlier = Some(Arc::new(EarlierVmms::new(left.clone())));
-        let vmms = Vmms {
-            core: core.clone(),
-            specs: specs.clone(),
-            vmm: vmm.clone(),
-            earlier_vmms: Arc::new(Mutex::new(Rank::Runtimes, earlier)),
-        };
-        let guests = Guests { core: core.clone(), specs: specs.clone() };
-        let looks = Arc::new(Looks::new(left));
-        let capacity = Capacity { core: core.clone(), mem_mib_max: mem_mib_max(limits)? };
+        let earlier_vmms = Arc::new(Mutex::new(Rank::Runtimes, earlier));
         let attempts = Attempts::new();
         let adoptions = Arc::new(adoption::open(&core.store));
         let adopter = Adopter { core: core.clone(), adoptions, attempts: attempts.clone() };
-        let recovery = Recovery { core: core.clone(), adopter: adopter.clone(), attempts };
-        let images = ImageService {
+        let image_service = ImageService {
             core: core.clone(),
             commands: commands.clone(),
-            images: images_dir.clone(),
+            images: images.clone(),
             uses: Uses::new(),
             builds: Arc::new(Mutex::new(Rank::Runtimes, Builds::default())),
             build_admission: Admission::new("builds", limits.builds_max),
             default_image: config.vm.image.clone(),
         };
-        let kernels = KernelService {
-            core: core.clone(),
-            commands: commands.clone(),
-            images: images_dir.clone(),
-            kernels: kernels_dir,
-            uses: Uses::new(),
-        };
-        let controls = Controls {
-            core: core.clone(),
-            views: views.clone(),
-            networks: networks.clone(),
-            specs: specs.clone(),
-            capacity: capacity.clone(),
-            looks: looks.clone(),
-            runtimes: runtimes.clone(),
-            images: images_dir.clone(),
-            vmm: vmm.clone(),
-        };
-        let sessions = Sessions {
-            core: core.clone(),
-            views: views.clone(),
-            guests: guests.clone(),
-            looks: looks.clone(),
-            runtimes: runtimes.clone(),
+        let kernel_service =
+            KernelService { core: core.clone(), commands: commands.clone(), images: images.clone(), kernels, uses: Uses::new() };
+        Ok(Self {
+            views: Views { core: core.clone(), runtimes: runtimes.clone() },
+            vmms: Vmms { core: core.clone(), specs: specs.clone(), vmm: vmm.clone(), earlier_vmms },
+            guests: Guests { core: core.clone(), specs: specs.clone() },
+            looks: Arc::new(Looks::new(left)),
+            capacity: Capacity { core: core.clone(), mem_mib_max: mem_mib_max(limits)? },
+            recovery: Recovery { core: core.clone(), adopter: adopter.clone(), attempts },
+            snapshot_registry: SnapshotRegistry::new(&config.state_dir),
+            transport: seams.transport.clone(),
+            core,
+            runtimes,
+            networks,
+            specs,
+            adopter,
+            image_service,
+            kernel_service,
+            images,
+            vmm,
+            commands,
+        })
+    }
+
+    fn controls(&self) -> Controls {
+        Controls {
+            core: self.core.clone(),
+            views: self.views.clone(),
+            networks: self.networks.clone(),
+            specs: self.specs.clone(),
+            capacity: self.capacity.clone(),
+            looks: self.looks.clone(),
+            runtimes: self.runtimes.clone(),
+            images: self.images.clone(),
+            vmm: self.vmm.clone(),
+        }
+    }
+
+    fn sessions(&self) -> Sessions {
+        Sessions {
+            core: self.core.clone(),
+            views: self.views.clone(),
+            guests: self.guests.clone(),
+            looks: self.looks.clone(),
+            runtimes: self.runtimes.clone(),
             registry: Arc::new(Registry::new()),
-            transport: transport.clone(),
-            vmm: vmm.clone(),
-        };
-        let snapshot_registry = SnapshotRegistry::new(&config.state_dir);
-        let resources = Resources {
-            core: core.clone(),
-            networks: networks.clone(),
-            specs: specs.clone(),
-            vmms: vmms.clone(),
-            snapshot_registry: snapshot_registry.clone(),
-            commands: commands.clone(),
-            vmm: vmm.clone(),
+            transport: self.transport.clone(),
+            vmm: self.vmm.clone(),
+        }
+    }
+
+    fn resources(&self, config: &Config, installations: Option<Arc<dyn Installations>>) -> Resources {
+        Resources {
+            core: self.core.clone(),
+            networks: self.networks.clone(),
+            specs: self.specs.clone(),
+            vmms: self.vmms.clone(),
+            snapshot_registry: self.snapshot_registry.clone(),
+            commands: self.commands.clone(),
+            vmm: self.vmm.clone(),
             installations,
             disk: config.disk.clone(),
             synced: config.sync.clone().into(),
+        }
+    }
+
+    fn lifecycle(&self, controls: &Controls, resources: &Resources) -> Lifecycle {
+        let boots_max = match self.core.limits.boots_max {
+            0 => crate::host::limits::cores(),
+            set => set,
         };
-        let lifecycle = Lifecycle {
-            core: core.clone(),
-            views: views.clone(),
-            runtimes: runtimes.clone(),
-            looks: looks.clone(),
-            recovery: recovery.clone(),
-            capacity: capacity.clone(),
-            kernel_service: kernels.clone(),
-            specs: specs.clone(),
-            vmms: vmms.clone(),
-            guests: guests.clone(),
+        Lifecycle {
+            core: self.core.clone(),
+            views: self.views.clone(),
+            runtimes: self.runtimes.clone(),
+            looks: self.looks.clone(),
+            recovery: self.recovery.clone(),
+            capacity: self.capacity.clone(),
+            kernel_service: self.kernel_service.clone(),
+            specs: self.specs.clone(),
+            vmms: self.vmms.clone(),
+            guests: self.guests.clone(),
             controls: controls.clone(),
             resources: resources.clone(),
-            images: images_dir.clone(),
-            boots: Admission::new("boots", if limits.boots_max == 0 { crate::host::limits::cores() } else { limits.boots_max }),
-            transport: transport.clone(),
-            vmm: vmm.clone(),
-        };
-        let creator = Creator {
-            core: core.clone(),
-            networks: networks.clone(),
+            images: self.images.clone(),
+            boots: Admission::new("boots", boots_max),
+            transport: self.transport.clone(),
+            vmm: self.vmm.clone(),
+        }
+    }
+
+    fn creator(&self, controls: &Controls, defaults: VmDefaults) -> Creator {
+        Creator {
+            core: self.core.clone(),
+            networks: self.networks.clone(),
             controls: controls.clone(),
-            capacity,
-            image_service: images.clone(),
-            kernel_service: kernels.clone(),
-            defaults: config.vm.clone(),
-        };
+            capacity: self.capacity.clone(),
+            image_service: self.image_service.clone(),
+            kernel_service: self.kernel_service.clone(),
+            defaults,
+        }
+    }
+
+    fn snapshots(&self, creator: &Creator, sessions: &Sessions, lifecycle: &Lifecycle) -> Snapshots {
         let holder = GuestHolder {
-            core: core.clone(),
-            controls: controls.clone(),
-            vmms: vmms.clone(),
-            runtimes: runtimes.clone(),
-            vmm: vmm.clone(),
+            core: self.core.clone(),
+            controls: lifecycle.controls.clone(),
+            vmms: self.vmms.clone(),
+            runtimes: self.runtimes.clone(),
+            vmm: self.vmm.clone(),
         };
-        let snapshots = Snapshots {
-            core: core.clone(),
-            views: views.clone(),
-            networks: networks.clone(),
-            specs: specs.clone(),
-            guests: guests.clone(),
+        Snapshots {
+            core: self.core.clone(),
+            views: self.views.clone(),
+            networks: self.networks.clone(),
+            specs: self.specs.clone(),
+            guests: self.guests.clone(),
             sessions: sessions.clone(),
-            resources: resources.clone(),
+            resources: lifecycle.resources.clone(),
             creator: creator.clone(),
             lifecycle: lifecycle.clone(),
-            snapshot_registry,
+            snapshot_registry: self.snapshot_registry.clone(),
             holder,
-            images: images_dir.clone(),
-            commands: commands.clone(),
-            transport: transport.clone(),
-            vmm: vmm.clone(),
-        };
-        let transfers = Transfers {
-            core: core.clone(),
-            views: views.clone(),
-            guests,
+            images: self.images.clone(),
+            commands: self.commands.clone(),
+            transport: self.transport.clone(),
+            vmm: self.vmm.clone(),
+        }
+    }
+
+    fn transfers(&self, sessions: &Sessions) -> Result<Transfers> {
+        Ok(Transfers {
+            core: self.core.clone(),
+            views: self.views.clone(),
+            guests: self.guests.clone(),
             sessions: sessions.clone(),
-            pool: Arc::new(open_pool(limits)?),
-            transport,
-        };
+            pool: Arc::new(open_pool(&self.core.limits)?),
+            transport: self.transport.clone(),
+        })
+    }
+
+    fn reconciler(&self, lifecycle: &Lifecycle) -> Arc<Reconciler> {
         let reconciler = Arc::new(Reconciler {
-            core: core.clone(),
-            recovery: recovery.clone(),
-            adopter,
-            looks: looks.clone(),
-            networks: networks.clone(),
-            specs: specs.clone(),
-            vmms,
-            controls: controls.clone(),
-            resources: resources.clone(),
+            core: self.core.clone(),
+            recovery: self.recovery.clone(),
+            adopter: self.adopter.clone(),
+            looks: self.looks.clone(),
+            networks: self.networks.clone(),
+            specs: self.specs.clone(),
+            vmms: self.vmms.clone(),
+            controls: lifecycle.controls.clone(),
+            resources: lifecycle.resources.clone(),
             lifecycle: lifecycle.clone(),
-            images: images_dir.clone(),
-            vmm: vmm.clone(),
+            images: self.images.clone(),
+            vmm: self.vmm.clone(),
             settled: Settled::new(),
         });
         let looker: Weak<dyn Looker> = Arc::downgrade(&reconciler) as Weak<dyn Looker>;
-        looks.set_looker(looker);
-        let space_monitor = SpaceMonitor {
-            core: core.clone(),
-            specs,
+        self.looks.set_looker(looker);
+        reconciler
+    }
+
+    fn space_monitor(&self, controls: &Controls) -> SpaceMonitor {
+        SpaceMonitor {
+            core: self.core.clone(),
+            specs: self.specs.clone(),
             controls: controls.clone(),
-            runtimes,
-            commands: commands.clone(),
-            vmm: vmm.clone(),
-        };
-        let doctor = Doctor {
-            core: core.clone(),
-            config: config.clone(),
-            networks: networks.clone(),
-            recovery: recovery.clone(),
-            resources,
+            runtimes: self.runtimes.clone(),
+            commands: self.commands.clone(),
+            vmm: self.vmm.clone(),
+        }
+    }
+
+    fn doctor(&self, config: Config, resources: &Resources, reconciler: &Arc<Reconciler>) -> Doctor {
+        Doctor {
+            core: self.core.clone(),
+            config,
+            networks: self.networks.clone(),
+            recovery: self.recovery.clone(),
+            resources: resources.clone(),
             reconciler: reconciler.clone(),
-            images: images_dir,
-            commands,
-            vmm,
+            images: self.images.clone(),
+            commands: self.commands.clone(),
+            vmm: self.vmm.clone(),
             host_checks: doctor::host_checks_shared(),
-        };
+        }
+    }
+}
+
+fn open_networks(core: &Core, config: &Config, seams: &Seams) -> Result<Networks> {
+    Ok(Networks {
+        core: core.clone(),
+        vmm: seams.vmm.clone(),
+        net: network::open(config, &core.store, &seams.commands, &core.closing)?.map(Arc::new),
+        name_server: Arc::new(Mutex::new(Rank::Runtimes, None)),
+        config: config.network.clone(),
+        vm_uids: uids::for_vms(config),
+        name_server_uid: config.qemu.name_server_uid(),
+    })
+}
+
+impl Parts {
+    /// Builds each part from those it uses, from the bottom up.
+    fn assemble(core: Core, config: Config, seams: Seams, left: HashMap<VmId, u64>) -> Result<Self> {
+        let base = Base::new(core.clone(), &config, &seams, left)?;
+        let (controls, sessions) = (base.controls(), base.sessions());
+        let resources = base.resources(&config, seams.installations);
+        let lifecycle = base.lifecycle(&controls, &resources);
+        let creator = base.creator(&controls, config.vm.clone());
+        let reconciler = base.reconciler(&lifecycle);
         Ok(Self {
-            views,
-            images,
-            kernels,
+            snapshots: base.snapshots(&creator, &sessions, &lifecycle),
+            transfers: base.transfers(&sessions)?,
+            space_monitor: base.space_monitor(&controls),
+            doctor: base.doctor(config.clone(), &resources, &reconciler),
+            watchers: Watchers { core: core.clone(), feeder: Feeder::new() },
+            keys: Keys { core: core.clone(), beginning: Arc::new(Beginning::new()) },
+            views: base.views,
+            images: base.image_service,
+            kernels: base.kernel_service,
+            networks: base.networks,
+            recovery: base.recovery,
+            started: Instant::now(),
             controls,
             sessions,
             creator,
             lifecycle,
-            snapshots,
-            transfers,
             reconciler,
-            space_monitor,
-            doctor,
-            watchers: Watchers { core: core.clone(), feeder: Feeder::new() },
-            keys: Keys { core: core.clone(), beginning: Arc::new(Beginning::new()) },
-            networks,
-            recovery,
-            started: Instant::now(),
             core,
             config,
         })

@@ -1,7 +1,7 @@
 //! The holders and waiters of a [`LockSet`](super::LockSet), by key.
 
+use super::raw;
 use super::record::{Party, PartyRecord};
-use super::{check, raw};
 use std::collections::{HashMap, VecDeque, hash_map::Entry};
 use std::fmt::Debug;
 use std::hash::Hash;
@@ -86,7 +86,7 @@ impl<K: Eq + Hash> Slots<K> {
     #[cfg(not(feature = "shuttle"))]
     #[inline]
     fn lock(&self) -> parking_lot::MutexGuard<'_, HashMap<K, Slot>> {
-        check::lock_beneath(&self.0)
+        super::check::lock_beneath(&self.0)
     }
     #[cfg(feature = "shuttle")]
     fn lock(&self) -> raw::MutexGuard<'_, HashMap<K, Slot>> {

@@ -368,8 +368,7 @@ fn debug_locks_lists_holders_and_waiters() {
 fn leaks_are_removed_only_when_asked() {
     let fake = Fake::start(|r| {
         let fix = r.params["fix"].as_bool().unwrap();
-        let leak =
-            |name: &str, removed: bool| json!({"kind": "process", "name": name, "why": "it is in no ledger", "removed": removed});
+        let leak = |name: &str, removed: bool| json!({"kind": "process", "name": name, "why": "it is not in the ledger", "removed": removed});
         r.result(json!({"leaks": [leak("fc-1-2-3", fix), leak("fc-1-2-4", false)]}));
     });
     check(
@@ -378,8 +377,8 @@ fn leaks_are_removed_only_when_asked() {
         expect![[r#"
         > fcd.leaks {"fix":false}
         KIND     NAME      WHY
-        process  fc-1-2-3  it is in no ledger
-        process  fc-1-2-4  it is in no ledger
+        process  fc-1-2-3  it is not in the ledger
+        process  fc-1-2-4  it is not in the ledger
         status 1
     "#]],
     );

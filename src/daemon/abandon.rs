@@ -1,5 +1,5 @@
-//! What happens to a claim that is dropped without a commit, because its work panicked or its
-//! thread could not be started: the operation ends as `internal`, and the VM as `failed`.
+//! Settles claims that were dropped without a commit, because their work panicked or their thread
+//! could not be started. The operation ends as `internal` and the VM as `failed`.
 
 use super::lifecycle::Lifecycle;
 use crate::api::vm::VmState;
@@ -12,21 +12,21 @@ use std::time::Duration;
 const ABANDON_RETRY: Duration = Duration::from_millis(250);
 
 impl Lifecycle {
-    /// A claim that was dropped: its work panicked, or its thread could not be started. In a thread
-    /// of its own, for this one may hold anything.
+    /// Settles a dropped claim. It uses another thread, because the current one may hold any lock.
     pub(super) fn abandon(&self, vm: &VmId, op: OpHandle) {
         let (lifecycle, vm) = (self.clone(), vm.clone());
         let body = move || {
-            // Whatever it was that panicked may do so once more; the VM must not stay as it is for
-            // that.
+            // What panicked may panic again, and the VM must get out of its transitional state
+            // nevertheless.
             let settle = || catch_unwind(AssertUnwindSafe(|| lifecycle.fail_abandoned(&vm, &op)));
             while let Err(e) = settle().unwrap_or_else(|_| Err(Error::internal("it panicked again"))) {
-                log::error!("settle {vm} after a failure in the daemon: {e}");
+                log::error!("settle VM {vm} after an error in the daemon: {e}");
                 if lifecycle.core.sleep(ABANDON_RETRY) {
                     break;
                 }
             }
-            let failed = Error::internal(format!("vm {vm}: the daemon failed in the middle")).hint("see the daemon's log");
+            let failed = Error::internal(format!("VM {vm}: the operation failed because of an error in the daemon"))
+                .hint("see the daemon's log");
             lifecycle.core.end_op(op, Err(failed));
             if lifecycle.core.row(&vm).is_ok_and(|row| row.rm && row.op.is_none()) {
                 lifecycle.delete_unasked(&vm);
@@ -51,13 +51,16 @@ impl Lifecycle {
         let changed = self.core.change(true, |tx| {
             tx.update_vm(&guard, |r| {
                 r.state = VmState::Failed;
-                r.reason = Some("the daemon failed in the middle: see its log".to_owned());
+                r.reason = Some("an operation failed because of an error in the daemon: see its log".to_owned());
                 (r.op, r.intent, r.identity, r.ssh_addr) = (None, None, None, None);
             })
         });
         drop(guard);
         if let Some(s) = successor {
-            self.core.end_op_soon(s.op, Err(Error::internal(format!("vm {vm}: the daemon failed before it came to this"))));
+            self.core.end_op_soon(
+                s.op,
+                Err(Error::internal(format!("VM {vm}: an earlier operation failed because of an error in the daemon"))),
+            );
         }
         self.core.wait_durable(changed?.1)
     }

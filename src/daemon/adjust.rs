@@ -1,8 +1,9 @@
-//! What of a guest that runs can be changed: what its devices move in a second, and the memory that
-//! it keeps. As with a pause the row says first how it should be, then the driver is told, until
-//! what it was told last is what the row says: of two callers the later one wins, whichever
-//! driver's answer comes last. A refusal takes back what was asked, and a daemon that died between
-//! is made up for by the next.
+//! Changes the rates of a running VM's devices and the size of its balloon.
+//!
+//! As with a pause, the row is changed first and the driver is called afterwards, again and again
+//! until the values it got are the ones in the row. So if two callers change a VM at once, the
+//! later change wins in whatever order the driver answers. If the driver refuses, the change of the
+//! row is undone. If the daemon dies in between, the next daemon applies the row to the VM.
 
 use super::access::Caller;
 use super::controls::Controls;
@@ -17,17 +18,18 @@ use crate::locks::KeyGuard;
 use crate::store::{Ticket, VmRow};
 use crate::vmm::{GuestNetwork, Identity, VmmSpec};
 
-/// A guest that reads its own programs at less than this does not come up.
+/// With less, a guest reads its own programs too slowly to boot.
 const BYTES_PER_S_MIN: u64 = 64 << 10;
 const BYTES_PER_S_MAX: u64 = 1 << 40;
-/// The kernel's packet filter counts up to here: nft(8) refuses more.
+/// The kernel's packet filter accepts no higher rate (nft(8)).
 const NET_BYTES_PER_S_MAX: u64 = 16 << 30;
 const OPS_PER_S_MIN: u64 = 10;
 const OPS_PER_S_MAX: u64 = 1_000_000_000;
 
 impl Controls {
     /// # Errors
-    /// `invalid_argument`; `unsupported` where nothing could limit the guest's network.
+    /// `invalid_argument` for a rate out of bounds; `unsupported` if nothing could enforce a
+    /// network rate.
     pub(super) fn check_rates(&self, change: &RateLimits) -> Result<()> {
         let bytes = ("bytes", BYTES_PER_S_MIN..=BYTES_PER_S_MAX, "64K to 1T");
         let ops = ("operations", OPS_PER_S_MIN..=OPS_PER_S_MAX, "10 to 1000000000");
@@ -41,7 +43,7 @@ impl Controls {
         for (rate, (what, bounds, shown)) in checks {
             if let Some(n) = rate.filter(|n| *n > 0 && !bounds.contains(n)) {
                 return Err(
-                    Error::invalid(format!("a rate of {n} {what} in a second: give {shown}")).hint("0 or none is no limit")
+                    Error::invalid(format!("a rate of {n} {what} per second: use {shown}")).hint("0 or none removes the limit")
                 );
             }
         }
@@ -51,70 +53,71 @@ impl Controls {
         Ok(())
     }
 
-    /// Whether a guest that is up can have this now.
+    /// Checks that the change can be applied to the running guest.
     pub(super) fn may_adjust_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, request: &VmSetRequest) -> Result<()> {
         if changes_size(request) {
-            let message = format!("set vm {} now: vCPUs, memory and the size of the disk change at a start only", row.name);
-            return Err(Error::new(Kind::WrongState, message)
-                .hint(format!("leave --now out for them; then fcctl vm restart {}", row.name)));
+            let message = format!("set VM {} now: vCPUs, memory and disk size change only at a start", row.name);
+            return Err(
+                Error::new(Kind::WrongState, message).hint(format!("leave out --now, then fcctl vm restart {}", row.name))
+            );
         }
-        self.may_talk_locked(vm, row)?;
+        self.require_responsive_locked(vm, row)?;
         if request.rates().limits_network() && row.tap.is_none() { Err(no_rate_in_user_mode()) } else { Ok(()) }
     }
 
-    fn may_talk_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow) -> Result<()> {
+    fn require_responsive_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow) -> Result<()> {
         self.core.allow_locked(vm, row, Verb::Guest)?;
         if row.unresponsive {
-            return Err(Error::new(Kind::GuestUnavailable, format!("vm {}: its vmm does not answer", row.name))
-                .hint(format!("wait until it does (fcctl events), or end it: fcctl stop --force {}", row.name)));
+            return Err(Error::new(Kind::GuestUnavailable, format!("VM {}: its VMM does not respond", row.name))
+                .hint(format!("wait until it does (fcctl events), or end it with fcctl stop --force {}", row.name)));
         }
         Ok(())
     }
 
-    /// The row has it already; `before` is from before that.
+    /// Applies rates that the row has already. `before` is the row from before that change.
     pub(super) fn adjust_rates(&self, before: &VmRow, change: &RateLimits) -> Result<()> {
         self.apply_rates(&before.id, before.generation).map_err(|e| {
-            self.take_back_adjusted(before, &|row| take_back_rates(row, before, change));
-            // Some of it may be done.
+            self.undo_change(before, &|row| undo_rates(row, before, change));
+            // The driver may have applied a part of the change.
             if let Err(again) = self.apply_rates(&before.id, before.generation) {
-                log::warn!("give vm {} the rates that it had: {again}", before.name);
+                log::warn!("restore the rates of VM {}: {again}", before.name);
             }
-            refused(e, before, format!("set vm {} now", before.name))
+            refused(e, before, format!("set VM {} now", before.name))
         })
     }
 
-    fn take_back_adjusted(&self, before: &VmRow, undo: &dyn Fn(&mut VmRow)) {
+    fn undo_change(&self, before: &VmRow, undo: &dyn Fn(&mut VmRow)) {
         let undone = self.core.change_row(&before.id, true, |row| {
             if row.generation == before.generation {
                 undo(row);
             }
         });
         if let Err(e) = undone.map(Ticket::detach) {
-            log::warn!("take back a change of vm {}: {e}", before.name);
+            log::warn!("undo a change of VM {}: {e}", before.name);
         }
     }
 
-    /// Tells the driver what the row says, and looks whether that is still what it says. A guest
-    /// that has ended since has no use for it.
+    /// Calls `apply` with the value that `wanted` reads from the row, until the row still has the
+    /// value that was applied. Does nothing for a guest that has ended.
     fn settle<T: PartialEq>(
         &self,
         vm: &VmId,
         generation: u64,
-        said: impl Fn(&VmRow) -> T,
-        tell: impl Fn(&VmmSpec, &Identity, &T) -> Result<()>,
+        wanted: impl Fn(&VmRow) -> T,
+        apply: impl Fn(&VmmSpec, &Identity, &T) -> Result<()>,
     ) -> Result<()> {
-        let mut told = None;
+        let mut applied = None;
         loop {
             let row = self.core.row(vm)?;
             let (true, Some(identity)) = (row.generation == generation && row.state == VmState::Running, &row.identity) else {
                 return Ok(());
             };
-            let wanted = said(&row);
-            if told.as_ref() == Some(&wanted) {
+            let value = wanted(&row);
+            if applied.as_ref() == Some(&value) {
                 return Ok(());
             }
-            tell(&self.specs.spec(&row, &self.images.get(&row.image)?), identity, &wanted)?;
-            told = Some(wanted);
+            apply(&self.specs.spec(&row, &self.images.get(&row.image)?), identity, &value)?;
+            applied = Some(value);
         }
     }
 
@@ -141,26 +144,27 @@ impl Controls {
         })
     }
 
-    /// A daemon may have died between the row and the driver.
+    /// Applies rates and balloon to an adopted VM, because the earlier daemon may have died after
+    /// it changed the row and before it called the driver.
     pub(super) fn adopt_adjusted(&self, row: &VmRow) {
         let balloon = if row.has_balloon { self.apply_balloon(&row.id, row.generation) } else { Ok(()) };
         for (what, done) in [("rates", self.apply_rates(&row.id, row.generation)), ("balloon", balloon)] {
             if let Err(e) = done {
-                log::warn!("set the {what} of vm {} again: {e}", row.name);
+                log::warn!("set the {what} of VM {} again: {e}", row.name);
             }
         }
     }
 
-    /// Has the guest keep so much memory and give back the rest, if the request says how much, and
-    /// looks what it keeps.
+    /// Sets how much memory the guest keeps, if the request says so, and returns how much it keeps
+    /// now.
     pub fn balloon(&self, caller: &Caller, request: &VmBalloonRequest) -> Result<VmBalloonReply> {
         let row = self.core.resolve(caller, &request.vm)?;
-        self.looks.ensure_looked_at(&row, Verb::Set, &self.core.closing)?;
-        let doing = format!("balloon of vm {}", row.name);
+        self.unreconciled.ensure_reconciled(&row, Verb::Set, &self.core.closing)?;
+        let doing = format!("balloon of VM {}", row.name);
         let (row, ticket) = {
             let guard = self.core.locks.vm.lock(&row.id);
             let row = self.core.row(guard.key())?;
-            self.may_talk_locked(&guard, &row)?;
+            self.require_responsive_locked(&guard, &row)?;
             check_balloon(&row, request.keep_mib)?;
             let change = |keep_mib| self.core.change(false, |tx| tx.update_vm(&guard, |r| r.balloon_mib = Some(keep_mib)));
             let ticket = request.keep_mib.map(change).transpose()?.map(|((), ticket)| ticket);
@@ -169,7 +173,7 @@ impl Controls {
         if let Some(ticket) = ticket {
             self.core.wait_durable(ticket)?;
             self.apply_balloon(&row.id, row.generation).map_err(|e| {
-                self.take_back_adjusted(&row, &|r| {
+                self.undo_change(&row, &|r| {
                     if r.balloon_mib == request.keep_mib {
                         r.balloon_mib = row.balloon_mib;
                     }
@@ -179,7 +183,7 @@ impl Controls {
         }
         let now = self.core.row(&row.id)?;
         let identity = now.identity.as_ref().filter(|_| now.generation == row.generation).ok_or_else(|| {
-            Error::new(Kind::WrongState, format!("{doing}: it has ended meanwhile")).hint(format!("fcctl vm show {}", row.name))
+            Error::new(Kind::WrongState, format!("{doing}: it ended meanwhile")).hint(format!("fcctl vm show {}", row.name))
         })?;
         let spec = self.specs.spec(&now, &self.images.get(&now.image)?);
         let kept_mib = self.vmm.balloon_mib(&spec, identity, &self.core.closing).map_err(|e| refused(e, &row, doing))?;
@@ -187,38 +191,38 @@ impl Controls {
     }
 }
 
-/// By the driver.
+/// Adds what was being done, and a hint if it has none, to an error of the driver.
 fn refused(e: Error, row: &VmRow, doing: String) -> Error {
-    let e = if e.hint_text().is_some() { e } else { e.hint(format!("see what became of it: fcctl vm show {}", row.name)) };
+    let e = if e.hint_text().is_some() { e } else { e.hint(format!("see its state: fcctl vm show {}", row.name)) };
     e.context(doing)
 }
 
-/// What this change changed, unless somebody has changed it since.
-fn take_back_rates(row: &mut VmRow, before: &VmRow, change: &RateLimits) {
-    // A limit is ours if the request names it and the row still has what the request made of it.
+/// Restores the rates that `change` set, unless they have been changed again since.
+fn undo_rates(row: &mut VmRow, before: &VmRow, change: &RateLimits) {
+    // A limit is unchanged if the request names it and the row still has the requested value.
     let wanted = before.rates.with(change);
     let changed_since = row.rates.zip_with(&wanted, |now, wanted| (now != wanted).then_some(1));
-    let ours = change.zip_with(&changed_since, |asked, since| asked.filter(|_| since.is_none()));
-    let keep = |ours: Option<u64>, old: Option<u64>| ours.and(old);
-    let restored = ours.zip_with(&before.rates, keep);
-    row.rates = RateLimits::or(&restored, &row.rates.zip_with(&ours, |now, ours| now.filter(|_| ours.is_none())));
+    let unchanged = change.zip_with(&changed_since, |asked, since| asked.filter(|_| since.is_none()));
+    let keep = |unchanged: Option<u64>, old: Option<u64>| unchanged.and(old);
+    let restored = unchanged.zip_with(&before.rates, keep);
+    row.rates = RateLimits::or(&restored, &row.rates.zip_with(&unchanged, |now, unchanged| now.filter(|_| unchanged.is_none())));
     let Some(pending_before) = before.pending.as_ref().map(|p| p.rates) else { return };
     let mut pending = row.pending.take().unwrap_or_default();
-    pending.rates = pending.rates.or(&ours.zip_with(&pending_before, keep));
+    pending.rates = pending.rates.or(&unchanged.zip_with(&pending_before, keep));
     row.pending = Some(pending).filter(|p| *p != Default::default());
 }
 
 fn check_balloon(row: &VmRow, keep_mib: Option<u64>) -> Result<()> {
     if !row.has_balloon {
-        let message = format!("balloon of vm {}: it was started from an image that an earlier fcd built", row.name);
+        let message = format!("balloon of VM {}: its image was built by an earlier fcd", row.name);
         return Err(Error::new(Kind::Unsupported, message)
             .hint(format!("build the image again (fcctl image build {}), then fcctl vm restart {}", row.image, row.name)));
     }
     match keep_mib {
         Some(mib) if !(MEM_MIB_MIN..=row.mem_mib).contains(&mib) => {
-            let message = format!("balloon of vm {}: it cannot keep {mib} MiB of its {}", row.name, row.mem_mib);
+            let message = format!("balloon of VM {}: it cannot keep {mib} MiB of its {}", row.name, row.mem_mib);
             Err(Error::invalid(message)
-                .hint(format!("give {MEM_MIB_MIN}M to {}M; more, from its next start: fcctl vm set", row.mem_mib)))
+                .hint(format!("use {MEM_MIB_MIN}M to {}M; for more, raise its memory with fcctl vm set", row.mem_mib)))
         }
         _ => Ok(()),
     }

@@ -1,20 +1,20 @@
-//! The crash budget of adoption. A daemon that starts talks to every VMM that an earlier one left
-//! running, and a VMM that its guest has taken over says what it likes. If that ends the daemon,
-//! the next one must not die of the same VMM, nor the one after that: so no VMM is adopted again by
-//! whom it has cost [`DEATHS_MAX`] daemons.
+//! The crash budget of adoption. A starting daemon talks to every VMM that an earlier daemon left
+//! running. If a guest has taken over its VMM, the VMM may send anything. If such a VMM crashes a
+//! daemon, later daemons must not crash on it forever. So a VM is not adopted any more once its
+//! adoption has crashed [`DEATHS_MAX`] daemons.
 //!
 //! | what the last daemon did | what this one does |
 //! |---|---|
-//! | survived its first minute | adopts all, and writes one mark before the first |
-//! | died in its first minute | writes down before each adoption which VM it is |
-//! | died in the adoption of a VM | the same, that VM last |
-//! | that, for the second time | leaves the VM: `unresponsive`, so a stop or a delete ends its VMM without asking |
+//! | survived its first minute | adopts all VMs, and writes one mark before the first |
+//! | died in its first minute | records each adoption before it begins |
+//! | died while it adopted a VM | the same, and adopts that VM last |
+//! | the same, for the second time | does not adopt the VM: it is `unresponsive`, so a stop or delete kills its VMM |
 //!
-//! An adoption that is written down lasts until the thread that listens to the VMM has had its
-//! first answer, for that thread reads what the VMM says by itself. Without a death all of this
-//! costs one durable change at the start, however many VMs run. A store that takes no change holds
-//! up no adoption. The record goes with the VM's next start, with the VM, or with an adoption that
-//! ends well.
+//! An adoption that is recorded lasts until the thread that monitors the VMM has had its first
+//! answer, because that thread also reads what the VMM sends. If no daemon has died, the records
+//! cost one durable change at the start, for any number of VMs. A read-only store does not delay
+//! any adoption. The record of a VM is removed at the VM's next start, when the VM is deleted, or
+//! when an adoption succeeds.
 
 use super::core::Core;
 use super::core::DURABLE_DEADLINE;
@@ -30,33 +30,32 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const PREFIX: &str = "adoption/";
-/// In the store while a daemon may be adopting.
+/// Meta key that exists while a daemon may be adopting VMs.
 const MARK: &str = "adopting";
-/// Daemons that a VM may cost before it is left alone, beside one whose death nobody can lay to a
-/// VM.
+/// How many daemons may die in the adoption of a VM before it is left alone. A death that cannot be
+/// attributed to a VM is not counted.
 const DEATHS_MAX: u32 = 2;
 
-/// How long an adoption that is written down waits for the VMM's first answer to who listens to it.
+/// How long a recorded adoption waits for the VMM's first answer.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(4);
 
-/// What the daemon before did, and what this one is at.
+/// The state of the adoptions of this daemon.
 pub(super) struct Adoptions {
-    /// It died while it may have adopted, so each attempt is written down.
+    /// The previous daemon may have died in an adoption, so each one is recorded.
     is_careful: bool,
     is_marked: AtomicBool,
-    /// VMs whose adoption is written down, and whose VMM has not answered yet.
+    /// VMs whose adoption is recorded and whose VMM has not answered yet.
     silent: Mutex<HashSet<VmId>>,
-    /// VMs that this daemon could not adopt, with the boot that each was in. Adopting them is
-    /// retried.
+    /// VMs that this daemon could not adopt, each with its generation. Adopting them is retried.
     failed: Mutex<HashMap<VmId, u64>>,
-    told: Condvar,
+    answered: Condvar,
 }
 
 impl Adoptions {
-    /// The VMM has answered who listens to it.
+    /// The VMM has answered the thread that monitors it.
     pub fn note_answer(&self, vm: &VmId) {
         if self.silent.lock().remove(vm) {
-            self.told.notify_all();
+            self.answered.notify_all();
         }
     }
 
@@ -68,12 +67,12 @@ impl Adoptions {
         self.failed.lock().remove(vm);
     }
 
-    /// True if the VM still runs unadopted.
+    /// True if adopting the VM failed and it is still in the same boot.
     pub fn has_failed(&self, row: &VmRow) -> bool {
         row.state == VmState::Running && self.failed.lock().get(&row.id) == Some(&row.generation)
     }
 
-    /// The VMs whose adoption has failed, adopted or ended since or not.
+    /// The VMs whose adoption has failed, even if they were adopted or ended since.
     pub fn failures(&self) -> Vec<VmId> {
         self.failed.lock().keys().cloned().collect()
     }
@@ -81,7 +80,7 @@ impl Adoptions {
     fn await_answer(&self, vm: &VmId, closing: &Cancel) {
         let mut silent = self.silent.lock();
         let is_silent = |silent: &mut HashSet<VmId>| silent.contains(vm);
-        self.told.wait_while_cancellable(&mut silent, Instant::now() + ANSWER_DEADLINE, closing, is_silent);
+        self.answered.wait_while_cancellable(&mut silent, Instant::now() + ANSWER_DEADLINE, closing, is_silent);
         silent.remove(vm);
     }
 }
@@ -90,17 +89,17 @@ pub(super) fn name(vm: &VmId) -> String {
     format!("{PREFIX}{vm}")
 }
 
-/// The VM with this record.
+/// The VM of the record with this name.
 pub(super) fn vm_of(name: &str) -> Option<VmId> {
     name.strip_prefix(PREFIX)?.parse().ok()
 }
 
-/// Daemons that died while they adopted the VM, not counting one that adopts it now.
+/// The number of daemons that died while adopting the VM, without the current adoption.
 pub(super) fn deaths(state: &State, vm: &VmId) -> u32 {
     records::read(state, &name(vm)).deaths
 }
 
-/// The same where nothing is asked of the VM's VMM any more.
+/// The number of those daemons if the VM is left alone, else `None`.
 pub(super) fn left_alone(state: &State, vm: &VmId) -> Option<u32> {
     let record = records::read(state, &name(vm));
     record.is_left_alone.then_some(record.deaths)
@@ -110,7 +109,7 @@ pub(super) fn forget(tx: &mut Tx, vm: &VmId) {
     tx.remove_meta(&name(vm));
 }
 
-/// Before anything is adopted.
+/// Reads the state that the previous daemon left, and sets the mark. Call it before any adoption.
 pub(super) fn open(store: &Store) -> Adoptions {
     let (is_careful, has_running) =
         store.read(|s| (s.meta(MARK).is_some(), s.vms().any(|row| row.state == VmState::Running && row.identity.is_some())));
@@ -120,7 +119,7 @@ pub(super) fn open(store: &Store) -> Adoptions {
             Ok(())
         });
         if let Err(e) = marked.and_then(|((), ticket)| ticket.wait(Instant::now() + DURABLE_DEADLINE).map(drop)) {
-            log::warn!("write down that VMs are adopted: {e}");
+            log::warn!("record that VMs are being adopted: {e}");
         }
     }
     Adoptions {
@@ -128,7 +127,7 @@ pub(super) fn open(store: &Store) -> Adoptions {
         is_marked: AtomicBool::new(is_careful || has_running),
         silent: Mutex::new(Rank::Runtimes, HashSet::new()),
         failed: Mutex::new(Rank::Runtimes, HashMap::new()),
-        told: Condvar::new(),
+        answered: Condvar::new(),
     }
 }
 
@@ -141,7 +140,7 @@ pub struct Adopter {
 }
 
 impl Adopter {
-    /// All that ran were adopted some time ago, or the daemon ends in good order.
+    /// Removes the mark, because all VMs were adopted some time ago or the daemon exits normally.
     pub(super) fn end_all(&self) {
         if !self.adoptions.is_marked.swap(false, Ordering::SeqCst) {
             return;
@@ -151,17 +150,17 @@ impl Adopter {
             Ok(())
         });
         if let Err(e) = ended.map(|((), ticket)| ticket.detach()) {
-            log::warn!("write down that all VMs are adopted: {e}");
+            log::warn!("record that all VMs are adopted: {e}");
         }
     }
 
-    /// How many daemons have died in the adoption of this VM, the one before included.
+    /// How many daemons have died while adopting this VM, including the previous one.
     pub(super) fn deaths(&self, vm: &VmId) -> u32 {
         self.core.store.read(|s| records::read(s, &name(vm)).deaths_at_start())
     }
 
-    /// Called before every word with a VMM that an earlier daemon started. False: it is to be left
-    /// alone.
+    /// Begins the adoption of a VM. Call it before talking to a VMM that an earlier daemon started.
+    /// Returns false if the VM must be left alone.
     pub(super) fn begin(&self, row: &VmRow, is_late: bool) -> bool {
         let record = self.core.store.read(|s| records::read(s, &name(&row.id)));
         let deaths = record.deaths_at_start();
@@ -180,13 +179,13 @@ impl Adopter {
             Ok(())
         });
         if let Err(e) = begun.and_then(|((), ticket)| self.core.wait_durable(ticket)) {
-            log::warn!("write down that VM {} is adopted: {e}", row.name);
+            log::warn!("record that VM {} is being adopted: {e}", row.name);
         }
         true
     }
 
-    /// The daemon survived it. An adoption that failed may be the one that kills the daemon when it
-    /// is tried again.
+    /// Records that the daemon survived an adoption. If the adoption failed, the record stays,
+    /// because a retry may kill the daemon.
     pub(super) fn survive(&self, row: &VmRow, is_adopted: bool) {
         let record = self.core.store.read(|s| records::read(s, &name(&row.id)));
         if record == Record::default() {
@@ -198,11 +197,11 @@ impl Adopter {
             Ok(())
         });
         if let Err(e) = ended.map(|((), ticket)| ticket.detach()) {
-            log::warn!("write down that VM {} was adopted: {e}", row.name);
+            log::warn!("record that VM {} was adopted: {e}", row.name);
         }
     }
 
-    /// The same once the VMM has answered who listens to it, where the adoption is written down.
+    /// Calls [`Self::survive`] once the VMM has answered its monitor, if the adoption is recorded.
     pub(super) fn end(&self, row: &VmRow, is_adopted: bool) {
         self.adoptions.await_answer(&row.id, &self.core.closing);
         self.survive(row, is_adopted);

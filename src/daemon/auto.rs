@@ -51,7 +51,7 @@ pub(super) fn check(missing: Option<&Missing>) -> Check {
 /// and ten where it does not.
 pub(super) fn missing(config: &Config, firecracker: &dyn Driver, is_root: bool) -> Option<Missing> {
     if !is_root {
-        return Some(Missing::new("fcd must be root", "run fcd as root"));
+        return Some(Missing::new("fcd must run as root", "run fcd as root"));
     }
     if !config.network.is_bridge() {
         return Some(Missing::new("guests need a bridge", "driver = \"bridge\" under [network]"));
@@ -82,7 +82,7 @@ fn kvm(config: &Config) -> Option<Missing> {
         Ok(cancel) => try_kvm(&config.qemu, &kernel, &cancel).unwrap_or_else(|e| Some(e.to_string())),
         Err(e) => Some(e),
     };
-    why.map(|why| Missing::new(format!("KVM must run a stock kernel, and it does not: {why}"), "use a host with working KVM"))
+    why.map(|why| Missing::new(format!("KVM cannot run a stock kernel: {why}"), "use a host with working KVM"))
 }
 
 /// A root disk of an existing VM that only QEMU reads.
@@ -121,7 +121,7 @@ mod tests {
     fn first_missing_thing_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let user_mode = config(dir.path(), "");
-        assert_eq!(missing_with(&user_mode, false).what, "fcd must be root");
+        assert_eq!(missing_with(&user_mode, false).what, "fcd must run as root");
         assert_eq!(missing_with(&user_mode, true).what, "guests need a bridge");
         let bridge = "[network]\ndriver = \"bridge\"\n[firecracker]\nbinary = \"no-such-firecracker\"\n";
         let found = missing_with(&config(dir.path(), bridge), true);

@@ -1,5 +1,5 @@
-//! The work of a start: the boot takes its resources one after the other (`resources`), then the
-//! guest has to answer. A boot that fails releases what it took, in the reverse order.
+//! The work of a start. The boot acquires its resources one by one (`resources`) and then waits for
+//! the guest. A boot that fails releases what it acquired, in reverse order.
 
 use super::guest_scripts::set_clock_command;
 use super::lifecycle::{Claim, Lifecycle};
@@ -18,17 +18,17 @@ const WORKSPACE_DEADLINE: Duration = Duration::from_secs(60);
 const REJOIN_DEADLINE: Duration = Duration::from_secs(60);
 /// How long to wait before another attempt while the guest still has its old keys.
 const REJOIN_PERIOD: Duration = Duration::from_millis(100);
-const ANSWER_BYTES_MAX: usize = 4096;
+const OUTPUT_BYTES_MAX: usize = 4096;
 
 impl Lifecycle {
-    /// Takes the VM from rest to a guest that answers. After an error nothing of the boot is left,
-    /// or the ledger says what is.
+    /// Boots the VM and waits until its guest responds. After an error, everything that the boot
+    /// acquired is released or in the ledger.
     pub(super) fn boot(&self, claim: &Claim) -> Result<Running> {
         let row = self.core.row(&claim.vm)?;
         let generation = row.generation;
         self.try_boot(claim, row).map_err(|e| {
             self.runtimes.give_up_boot(&claim.vm);
-            // Everything that the claim put into the ledger, however far the boot got.
+            // This also releases ledger entries that the boot never got to.
             match self.resources.release_boot(&claim.vm, generation) {
                 Ok(()) => e,
                 Err(k) => k.context(format!("after {e}: clean up")),
@@ -38,7 +38,7 @@ impl Lifecycle {
 
     fn try_boot(&self, claim: &Claim, row: VmRow) -> Result<Running> {
         let (op, cancel, restore) = (claim.op(), &claim.cancel, claim.restore.as_ref());
-        let _turn = self.boots.enter(cancel, &mut |ahead| {
+        let _admitted = self.boots.enter(cancel, &mut |ahead| {
             op.progress(&format!("wait for other boots ({ahead} ahead)"));
         })?;
         if row.identity.is_some() {
@@ -54,11 +54,11 @@ impl Lifecycle {
         let (files, restore_seed, former_disks, running) = (Vec::new(), None, None, None);
         let mut boot = Boot { op, cancel, restore, row, image: &image, spec, files, restore_seed, former_disks, running };
         self.resources.acquire_all(&mut boot)?;
-        self.await_guest(&mut boot)
+        self.finish_boot(&mut boot)
     }
 
-    fn await_guest(&self, boot: &mut Boot<'_>) -> Result<Running> {
-        let running = boot.running.take().ok_or_else(|| Error::internal("a boot took everything but a VMM"))?;
+    fn finish_boot(&self, boot: &mut Boot<'_>) -> Result<Running> {
+        let running = boot.running.take().ok_or_else(|| Error::internal("a boot acquired everything but a VMM"))?;
         self.watch(&self.core.row(&boot.row.id)?, &running.identity)?;
         boot.op.progress("wait for the guest");
         self.wait_guest(boot, &running)?;
@@ -82,14 +82,14 @@ impl Lifecycle {
         ready.map_err(|e| match e.kind() {
             Kind::Timeout | Kind::BootTimeout => Error::new(
                 Kind::BootTimeout,
-                format!("the guest did not answer within {} s of its start: {e}", self.core.limits.boot_timeout_s),
+                format!("the guest did not respond within {} s: {e}", self.core.limits.boot_timeout_s),
             )
-            .hint(format!("see what it printed: fcctl logs {}; limits.boot_timeout_s sets the time", row.name)),
+            .hint(format!("see its console: fcctl logs {}; limits.boot_timeout_s sets the timeout", row.name)),
             _ => e,
         })
     }
 
-    /// A read-only workspace is a mount, which the guest lost with its last boot.
+    /// Mounts a read-only workspace again, because the mount ended with the last boot.
     fn restore_workspace(&self, boot: &Boot<'_>, running: &Running) -> Result<()> {
         let Some(workspace) = self.core.store.read(|s| s.workspace(&boot.row.id).filter(|w| w.readonly).cloned()) else {
             return Ok(());
@@ -105,7 +105,7 @@ impl Lifecycle {
         }
     }
 
-    /// Until the guest has taken up what its seed says.
+    /// Waits until the restored guest has applied its new seed, and then sets its clock.
     fn wait_rejoined(&self, boot: &Boot<'_>, running: &Running, seed: &RestoreSeed) -> Result<()> {
         boot.op.progress("wait for the guest to apply its new identity");
         let target = self.guests.target_at(&self.core.row(&boot.row.id)?, running.ssh_addr)?;
@@ -114,9 +114,9 @@ impl Lifecycle {
             "until read -r seen </run/fcd/rejoined && [ \"$seen\" = {} ]; do /usr/lib/fcd/busybox usleep 50000; done 2>/dev/null",
             seed.token
         );
-        // Its seed was written before its memory was read, which takes its time.
-        let script = Script { command: &command, stdin: &[], deadline, output_bytes_max: ANSWER_BYTES_MAX };
-        let (exit, _, complaint) = run_script(self.transport.as_ref(), &target, &script, boot.cancel)
+        // The clock in the seed is too old by now, because loading the memory takes time.
+        let script = Script { command: &command, stdin: &[], deadline, output_bytes_max: OUTPUT_BYTES_MAX };
+        let (exit, _, stderr) = run_script(self.transport.as_ref(), &target, &script, boot.cancel)
             .map_err(|e| e.context("wait for the guest to apply its new identity"))?;
         match exit {
             Exit::Status(0) => {
@@ -124,11 +124,12 @@ impl Lifecycle {
                 let script = Script { command: &command, ..script };
                 run_script(self.transport.as_ref(), &target, &script, boot.cancel).map(drop)
             }
-            exit => Err(remote::failure("wait for the guest to apply its new identity", &exit, &complaint)),
+            exit => Err(remote::failure("wait for the guest to apply its new identity", &exit, &stderr)),
         }
     }
 
-    /// A guest that goes on in another VM has the old one's keys for a moment.
+    /// Waits for a guest that was restored in another VM. For a moment it still has the keys of the
+    /// old one.
     fn wait_with_new_keys(&self, boot: &Boot<'_>, target: &Target, deadline: Instant) -> Result<()> {
         loop {
             match self.transport.wait_ready(target, deadline, boot.cancel) {

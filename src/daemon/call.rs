@@ -1,4 +1,4 @@
-//! What a mutating call answers, before its caller waits for anything.
+//! The immediate answer to a mutating call.
 
 use crate::error::{Error, Result};
 use crate::ids::OpId;

@@ -1,4 +1,4 @@
-//! The limits of a VM's size, and how much memory of the host is reserved for VMs.
+//! Checks the sizes of VMs, and reserves memory of the host for them.
 
 use super::core::Core;
 use crate::api::vm::VmState;
@@ -8,14 +8,14 @@ use crate::error::{Error, Kind, Result};
 use crate::ids::VmId;
 use crate::store::{State, VmRow};
 
-/// What an ext4 file system with a journal takes.
+/// The smallest ext4 file system with a journal.
 const WORK_DISK_BYTES_MIN: u64 = 16 << 20;
 
-/// The limits of VMs' sizes.
+/// Checks sizes of VMs against the limits.
 #[derive(Clone)]
 pub struct Capacity {
     pub(super) core: Core,
-    /// For all VMs of the host.
+    /// The limit for all VMs together.
     pub(super) mem_mib_max: u64,
 }
 
@@ -23,7 +23,7 @@ impl Capacity {
     pub(super) fn check_vcpus(&self, vcpus: u32) -> Result<()> {
         let max = self.core.limits.vcpus_max;
         if vcpus == 0 || vcpus > max {
-            return Err(Error::invalid(format!("{vcpus} vcpus: give 1 to {max}")).hint("limits.vcpus_max sets the most"));
+            return Err(Error::invalid(format!("{vcpus} vCPUs: use 1 to {max}")).hint("limits.vcpus_max sets the maximum"));
         }
         Ok(())
     }
@@ -31,11 +31,11 @@ impl Capacity {
     pub(super) fn check_memory(&self, mem_mib: u64) -> Result<()> {
         if mem_mib < MEM_MIB_MIN {
             return Err(Error::invalid(format!("{mem_mib} MiB of memory: a guest needs at least {MEM_MIB_MIN}"))
-                .hint("give for instance --memory 1G"));
+                .hint("use for example --memory 1G"));
         }
         let max = self.mem_mib_max;
         if mem_mib > max {
-            return Err(Error::new(Kind::MemoryLimit, format!("{mem_mib} MiB of memory: this host gives VMs at most {max}"))
+            return Err(Error::new(Kind::MemoryLimit, format!("{mem_mib} MiB of memory: this host allows at most {max}"))
                 .hint("ask for less, or set limits.mem_mib_max"));
         }
         Ok(())
@@ -49,15 +49,15 @@ impl Capacity {
                 size(bytes),
                 size(at_least)
             ))
-            .hint(format!("leave --disk out, or give at least --disk {}", size(at_least))));
+            .hint(format!("leave out --disk, or use at least --disk {}", size(at_least))));
         }
         if !bytes.is_multiple_of(SIZE_UNIT_BYTES) {
             return Err(Error::invalid(format!("a disk of {}: it must be a multiple of {}", size(bytes), size(SIZE_UNIT_BYTES)))
-                .hint("give it in MiB, for instance --disk 4096M"));
+                .hint("use whole MiB, for example --disk 4096M"));
         }
         if bytes > max {
             return Err(Error::invalid(format!("a disk of {}: at most {}", size(bytes), size(max)))
-                .hint("limits.disk_bytes_max sets the most"));
+                .hint("limits.disk_bytes_max sets the maximum"));
         }
         Ok(())
     }
@@ -68,11 +68,12 @@ impl Capacity {
             return Ok(());
         }
         let (least, most) = (size(WORK_DISK_BYTES_MIN), size(max));
-        Err(Error::invalid(format!("a work disk of {}: give {least} to {most}, by whole MiB", size(bytes)))
-            .hint("give it for instance as --work-disk 20G; limits.disk_bytes_max sets the most"))
+        Err(Error::invalid(format!("a work disk of {}: use {least} to {most} in whole MiB", size(bytes)))
+            .hint("use for example --work-disk 20G; limits.disk_bytes_max sets the maximum"))
     }
 
-    /// Memory is reserved at claim: the sum over started VMs stays below the limits.
+    /// Checks that there is memory for the VM. Called in the transaction of a claim, so the sum
+    /// over all started VMs stays below the limits.
     pub(super) fn reserve_memory(&self, state: &State, row: &VmRow) -> Result<()> {
         let check = |used: u64, max: u64, whose: &str, key: &str| {
             if used + row.mem_mib <= max {
@@ -89,14 +90,14 @@ impl Capacity {
     }
 }
 
-/// As `--disk` takes it.
+/// Formats a size as `--disk` accepts it.
 fn size(bytes: u64) -> String {
     const MIB: u64 = 1 << 20;
     if bytes.is_multiple_of(MIB) { format!("{}M", bytes / MIB) } else { format!("{bytes} bytes") }
 }
 
-/// Memory of the VMs that have some: those on their way up, up, or on their way down.
-/// Without `apart`, which asks anew.
+/// The memory of all VMs that are starting, running or stopping, except `apart`, whose memory is
+/// being checked.
 fn reserved_mib(state: &State, owner_uid: Option<u32>, apart: &VmId) -> u64 {
     state
         .vms()

@@ -1,33 +1,33 @@
-//! From a change of the store to the events that a caller may see.
+//! Turns changes of the store into the events that a caller may see.
 
 use super::access::Caller;
 use super::call::to_value;
 use super::vm_view::view;
 use crate::api::event::{Event, Members, What};
 use crate::error::{Error, Result};
-use crate::store::Happened;
 use crate::store::OpEnd;
 use crate::store::Seen;
+use crate::store::StoreChange;
 use crate::store::VmChange;
 use serde_json::Value;
 
-/// Members of a VM that its owner sets, and its workspace. All others change with its state.
+/// Members of a VM that its owner sets, and its workspace. All other members change with its state.
 const SETTINGS: [&str; 8] = ["name", "image", "vcpus", "mem_mib", "disk_bytes", "pending", "rm", "workspace"];
 
 /// The events of a change that the caller may see.
-pub(super) fn events_for(caller: &Caller, happened: &Happened) -> Result<Vec<Event>> {
+pub(super) fn events_for(caller: &Caller, store_change: &StoreChange) -> Result<Vec<Event>> {
     let mut events = Vec::new();
-    for change in happened.vms.iter().filter(|c| c.owner_uid().is_some_and(|uid| caller.may_see(uid))) {
+    for change in store_change.vms.iter().filter(|c| c.owner_uid().is_some_and(|uid| caller.may_see(uid))) {
         let Some(seen) = change.after.as_ref().or(change.before.as_ref()) else { continue };
         let (vm, name) = (Some(seen.row.id.clone()), Some(seen.row.name.clone()));
-        let (seq, at, owner_uid) = (happened.seq, happened.at, seen.row.owner_uid);
+        let (seq, at, owner_uid) = (store_change.seq, store_change.at, seen.row.owner_uid);
         let event = |what| Event { seq, at, vm: vm.clone(), name: name.clone(), owner_uid, what };
-        events.extend(of_vm(change)?.into_iter().map(event));
+        events.extend(vm_events(change)?.into_iter().map(event));
     }
-    for end in happened.ended.iter().filter(|end| end.owners().any(|uid| caller.may_see(uid))) {
+    for end in store_change.ended.iter().filter(|end| end.owners().any(|uid| caller.may_see(uid))) {
         events.push(Event {
-            seq: happened.seq,
-            at: happened.at,
+            seq: store_change.seq,
+            at: store_change.at,
             vm: end.vm.as_ref().map(|row| row.id.clone()),
             name: end.vm.as_ref().map(|row| row.name.clone()),
             owner_uid: end.vm.as_ref().map_or(end.owner_uid, |row| row.owner_uid),
@@ -37,7 +37,7 @@ pub(super) fn events_for(caller: &Caller, happened: &Happened) -> Result<Vec<Eve
     Ok(events)
 }
 
-fn of_vm(change: &VmChange) -> Result<Vec<What>> {
+fn vm_events(change: &VmChange) -> Result<Vec<What>> {
     let (before, after) = match (&change.before, &change.after) {
         (None, None) => return Ok(vec![]),
         (None, Some(after)) => return Ok(vec![What::Created { set: members(after)? }]),
@@ -63,7 +63,7 @@ fn of_vm(change: &VmChange) -> Result<Vec<What>> {
 fn members(seen: &Seen) -> Result<Members> {
     match to_value(&view(&seen.row, seen.workspace.as_deref()))? {
         Value::Object(members) => Ok(members),
-        other => Err(Error::internal(format!("a VM is no JSON object but {other}"))),
+        other => Err(Error::internal(format!("a VM is not a JSON object: {other}"))),
     }
 }
 

@@ -9,12 +9,12 @@ struct Shared {
     idle: Condvar,
 }
 
-/// How many threads of operations run.
+/// The number of operation threads.
 pub struct Threads {
     shared: Arc<Shared>,
 }
 
-/// One of them, for as long as this lives.
+/// Counts one thread while it lives.
 pub struct Counted {
     shared: Arc<Shared>,
 }
@@ -33,7 +33,7 @@ impl Threads {
         *self.shared.running.lock()
     }
 
-    /// Waits until none runs. False at the deadline.
+    /// Waits until no thread runs. Returns false at the deadline.
     pub fn wait_idle(&self, deadline: Instant) -> bool {
         let mut running = self.shared.running.lock();
         self.shared.idle.wait_while(&mut running, deadline, |n| *n > 0)

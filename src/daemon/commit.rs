@@ -1,6 +1,6 @@
-//! Commit: the claim's VM goes to rest, to the second half of a restart, or to its successor, in
-//! one section under its lock. A commit that the store refuses is tried again: the work is done and
-//! must be written down.
+//! Commit: ends a claim. In one section under the VM's lock, the VM settles, or enters the second
+//! half of a restart, or passes to its successor. If the store refuses the commit, it is retried,
+//! because the work is done and must be recorded.
 
 use super::call::to_value;
 use super::core::now_s;
@@ -24,10 +24,10 @@ use crate::store::{Intent, Ticket, VmRow};
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
-/// Between two tries of a commit that the store refused.
+/// Pause between two attempts to commit.
 const RETRY_PERIOD: Duration = Duration::from_millis(250);
 
-/// A claim on its way out.
+/// A claim that is being committed.
 struct Settlement {
     vm: VmId,
     verb: Verb,
@@ -36,75 +36,76 @@ struct Settlement {
     outcome: Outcome,
     died: Option<BootEnd>,
     successor: Option<Successor>,
-    /// Lost to a later request that is heavier. Their operations end after the VM's lock is
+    /// Successors that a heavier request replaced. Their operations end after the VM's lock is
     /// released.
     replaced: Vec<Successor>,
     /// Why a guest was not asked to shut down: see `recovery.rs`.
     note: Option<String>,
-    /// A log line for after the VM's lock is released.
+    /// A log line to write after the VM's lock is released.
     warning: Option<String>,
 }
 
-/// Where the VM goes.
+/// What follows for the VM.
 enum NextStep {
     Rest,
-    /// The second half of a restart, by the same operation.
+    /// The second half of a restart, in the same operation.
     Restart,
     Successor,
     Gone,
 }
 
-/// What one try of a commit wrote.
+/// What one attempt to commit wrote.
 struct Written {
     /// The row after the commit. A VM that is gone has the row from before.
     row: VmRow,
     ticket: Ticket,
     result: Result<Value>,
-    then: NextStep,
+    step: NextStep,
 }
 
 impl Lifecycle {
-    /// The claim to drive on with: a restart's second half, or the successor.
+    /// Commits the outcome. Returns the claim to continue with: the second half of a restart, or
+    /// the successor.
     pub(super) fn commit(&self, mut claim: Claim, outcome: Outcome) -> Option<Claim> {
         let outcome = self.end_if_unwanted(&claim, outcome);
         let op = claim.op.take().expect("unsettled");
         let (vm, verb, state) = (claim.vm.clone(), claim.verb, claim.state);
         let generation = self.core.row(&vm).map_or(0, |row| row.generation);
         let (replaced, warning, note) = (Vec::new(), None, self.recovery.recovery_note(&vm));
-        let mut ending = Settlement { vm, verb, state, op, outcome, died: None, successor: None, replaced, note, warning };
+        let mut settlement = Settlement { vm, verb, state, op, outcome, died: None, successor: None, replaced, note, warning };
         loop {
             let written = {
-                let guard = self.core.locks.vm.lock(&ending.vm);
+                let guard = self.core.locks.vm.lock(&settlement.vm);
                 let since = Instant::now();
-                let written = self.commit_locked(&guard, &mut ending);
+                let written = self.commit_locked(&guard, &mut settlement);
                 if let Ok(w) = &written {
-                    self.core.note(&w.row, Some(w.ticket.seq()), Some(since), || ending.history_entry(w));
+                    self.core.note(&w.row, Some(w.ticket.seq()), Some(since), || settlement.history_entry(w));
                 }
                 written
             };
-            for old in ending.replaced.drain(..) {
-                self.core.end_op_soon(old.op, Err(Error::new(Kind::Superseded, "a later request took its place")));
+            for old in settlement.replaced.drain(..) {
+                self.core.end_op_soon(old.op, Err(Error::new(Kind::Superseded, "a later request replaced it")));
             }
-            if let Some(warning) = ending.warning.take() {
+            if let Some(warning) = settlement.warning.take() {
                 log::warn!("{warning}");
             }
-            let durable = written.and_then(|w| self.core.wait_durable(w.ticket).map(|()| (w.result, w.then)));
+            let durable = written.and_then(|w| self.core.wait_durable(w.ticket).map(|()| (w.result, w.step)));
             match durable {
-                Ok((result, then)) => {
-                    // A VMM that died between the guest's first answer and the commit: nobody else
+                Ok((result, step)) => {
+                    // The VMM died between the guest's first answer and the commit. Nothing else
                     // cleans up after it.
-                    if ending.died.is_some()
-                        && let Err(e) = self.resources.release_boot(&ending.vm, generation)
+                    if settlement.died.is_some()
+                        && let Err(e) = self.resources.release_boot(&settlement.vm, generation)
                     {
-                        log::warn!("clean up after the vmm of {}: {e}", ending.vm);
+                        log::warn!("clean up after the VMM of VM {}: {e}", settlement.vm);
                     }
-                    return self.finish(ending, result, &then);
+                    return self.finish(settlement, result, &step);
                 }
                 Err(e) => {
-                    ending.op.progress(&format!("waits for the store: {e}"));
+                    settlement.op.progress(&format!("wait for the store: {e}"));
                     if self.core.sleep(RETRY_PERIOD) {
-                        // The rows say what was under way; the next daemon finishes it.
-                        ending.op.finish(Err(e));
+                        // The rows say what is in progress, and the next daemon finishes it.
+                        settlement.op.finish(Err(e));
                         return None;
                     }
                 }
@@ -112,7 +113,7 @@ impl Lifecycle {
         }
     }
 
-    /// A guest that booted although a stop came meanwhile is ended before the commit.
+    /// Ends a guest that booted although it was cancelled.
     fn end_if_unwanted(&self, claim: &Claim, outcome: Outcome) -> Outcome {
         match outcome {
             Outcome::Booted(running) if claim.cancel.is_cancelled() => {
@@ -129,30 +130,31 @@ impl Lifecycle {
         }
     }
 
-    /// One try, all of it in one section of the store.
-    fn commit_locked(&self, vm: &KeyGuard<'_, VmId>, ending: &mut Settlement) -> Result<Written> {
+    /// Makes one attempt, in one transaction.
+    fn commit_locked(&self, vm: &KeyGuard<'_, VmId>, settlement: &mut Settlement) -> Result<Written> {
         let (died, successor) = self.runtimes.end(vm.key());
-        ending.died = ending.died.take().or(died);
+        settlement.died = settlement.died.take().or(died);
         if let Some(late) = successor
-            && let Some(old) = ending.take_heavier(late)
+            && let Some(old) = settlement.take_heavier(late)
         {
-            ending.replaced.push(old);
+            settlement.replaced.push(old);
         }
         let mut row = self.core.row(vm.key())?;
-        if matches!(ending.outcome, Outcome::Deleted) {
-            return self.write_gone(vm, ending, row);
+        if matches!(settlement.outcome, Outcome::Deleted) {
+            return self.commit_deleted(vm, settlement, row);
         }
         let at = now_s();
-        let settled = settle(&mut row, ending, at);
-        let (then, result) = self.choose(&mut row, ending, settled);
+        let settled = settle(&mut row, settlement, at);
+        let (step, result) = self.choose(&mut row, settlement, settled);
         row.op = None;
-        if let Some((op, verb, to)) = ending.next(&then) {
+        if let Some((op, verb, to)) = settlement.next(&step) {
             enter(&mut row, to, op, verb);
         }
         let result = result.and_then(|()| self.views.vm_value(&row));
-        // The registry's lock is a leaf like the store's: the rows are made before.
-        let ended = (!matches!(then, NextStep::Restart)).then(|| ended_row(ending.op.op(), &result));
-        let begun = ending.next(&then).map(|(op, ..)| op.op());
+        // Make the rows first: the registry's lock is a leaf, so it cannot be taken under the
+        // store's.
+        let ended = (!matches!(step, NextStep::Restart)).then(|| ended_row(settlement.op.op(), &result));
+        let begun = settlement.next(&step).map(|(op, ..)| op.op());
         let ((), ticket) = self.core.change(true, |tx| {
             for op in ended.into_iter().chain(begun) {
                 tx.put_op(op);
@@ -162,64 +164,64 @@ impl Lifecycle {
                 recovery::forget(tx, vm.key());
                 resources::intend(&self.resources, tx, &row);
             }
-            // Settle once more, on the row as this section sees it.
+            // Settle again, on the row as this transaction sees it.
             tx.update_vm(vm, |row| {
-                // The answer is known already.
-                drop(settle(row, ending, at));
+                // The result is known already.
+                drop(settle(row, settlement, at));
                 (row.intent, row.op) = (None, None);
-                if let Some((op, verb, to)) = ending.next(&then) {
+                if let Some((op, verb, to)) = settlement.next(&step) {
                     enter(row, to, op, verb);
                 }
             })
         })?;
-        if let Some((op, verb, to)) = ending.next(&then) {
+        if let Some((op, verb, to)) = settlement.next(&step) {
             self.arm_locked(vm, op, to, verb);
         }
-        Ok(Written { row, ticket, result, then })
+        Ok(Written { row, ticket, result, step })
     }
 
-    fn write_gone(&self, vm: &KeyGuard<'_, VmId>, ending: &Settlement, row: VmRow) -> Result<Written> {
+    fn commit_deleted(&self, vm: &KeyGuard<'_, VmId>, settlement: &Settlement, row: VmRow) -> Result<Written> {
         let result = to_value(&VmDeleteReply { deleted: Some(vm.key().clone()) });
-        let op = ended_row(ending.op.op(), &result);
+        let op = ended_row(settlement.op.op(), &result);
         let ((), ticket) = self.core.change(true, |tx| {
             tx.put_op(op);
             recovery::forget(tx, vm.key());
             tx.remove_vm(vm);
             Ok(())
         })?;
-        Ok(Written { row, ticket, result, then: NextStep::Gone })
+        Ok(Written { row, ticket, result, step: NextStep::Gone })
     }
 
-    /// Where the VM goes, and what the operation that let go of it answers.
-    fn choose(&self, row: &mut VmRow, ending: &mut Settlement, mut settled: Result<()>) -> (NextStep, Result<()>) {
+    /// Decides what follows for the VM, and the result of its operation.
+    fn choose(&self, row: &mut VmRow, settlement: &mut Settlement, mut settled: Result<()>) -> (NextStep, Result<()>) {
         let restarting = row.intent.take() == Some(Intent::Restart);
-        if ending.successor.is_none() {
+        if settlement.successor.is_none() {
             if restarting && settled.is_ok() {
-                // It may want more memory than it had.
+                // The second half may need more memory than the first.
                 settled = self.room_for_restart(row);
                 if settled.is_ok() {
                     return (NextStep::Restart, settled);
                 }
             }
-            if !row.rm || row.state == VmState::Running || ending.state == VmState::Deleting {
+            if !row.rm || row.state == VmState::Running || settlement.state == VmState::Deleting {
                 return (NextStep::Rest, settled);
             }
-            // An rm VM that came to rest is deleted, by an operation of the daemon's own. One whose
-            // delete has failed stays: another would fail as well.
+            // A settled `rm` VM is deleted by an operation of the daemon. If its delete has failed,
+            // it stays, because another delete would fail as well.
             return match self.core.begin_own_op("vm.delete", Some(row.id.clone()), row.owner_uid) {
                 Ok(op) => {
-                    ending.successor = Some(Successor { verb: Verb::DeleteForce, op, timeout: None });
+                    settlement.successor = Some(Successor { verb: Verb::DeleteForce, op, timeout: None });
                     (NextStep::Successor, settled)
                 }
                 Err(e) => {
-                    ending.warning = Some(format!("delete VM {}, which was to be removed: {e}", row.name));
+                    settlement.warning = Some(format!("delete VM {}, which is marked for deletion: {e}", row.name));
                     (NextStep::Rest, settled)
                 }
             };
         }
-        let unfinished = restarting || ending.state == VmState::Starting;
+        let unfinished = restarting || settlement.state == VmState::Starting;
         let result = match settled {
-            Ok(()) if unfinished => Err(superseded(row, ending.verb)),
+            Ok(()) if unfinished => Err(superseded(row, settlement.verb)),
             other => other,
         };
         (NextStep::Successor, result)
@@ -229,13 +231,13 @@ impl Lifecycle {
         let mut next = row.clone();
         take_pending(&mut next);
         let room = self.core.store.read(|s| self.capacity.reserve_memory(s, &next));
-        room.map_err(|e| e.context(format!("restart vm {}: it was stopped", row.name)))
+        room.map_err(|e| e.context(format!("restart VM {}: it was stopped", row.name)))
     }
 
-    /// Tells the waiters and makes the claim to drive on with.
-    fn finish(&self, ending: Settlement, result: Result<Value>, then: &NextStep) -> Option<Claim> {
-        let Settlement { vm, op, successor, .. } = ending;
-        let (op, verb, state, timeout) = match (then, successor) {
+    /// Ends the operation and makes the claim to continue with.
+    fn finish(&self, settlement: Settlement, result: Result<Value>, step: &NextStep) -> Option<Claim> {
+        let Settlement { vm, op, successor, .. } = settlement;
+        let (op, verb, state, timeout) = match (step, successor) {
             (NextStep::Restart, _) => (op, Verb::Start, VmState::Starting, None),
             (NextStep::Successor, Some(s)) => {
                 op.finish(result);
@@ -256,7 +258,7 @@ impl Lifecycle {
 }
 
 impl Settlement {
-    /// What the VM's history says about a commit.
+    /// Describes a commit for the VM's history.
     fn history_entry(&self, written: &Written) -> What {
         let ending = match (&self.outcome, &self.died) {
             (Outcome::Booted(_), None) => history::CommitKind::Booted,
@@ -267,12 +269,12 @@ impl Settlement {
             (Outcome::StillThere(_), _) => history::CommitKind::StillThere,
             (Outcome::Deleted, _) => history::CommitKind::Deleted,
         };
-        let state = (!matches!(written.then, NextStep::Gone)).then_some(written.row.state);
-        let next = self.next(&written.then).map(|(op, ..)| op.id().clone());
+        let state = (!matches!(written.step, NextStep::Gone)).then_some(written.row.state);
+        let next = self.next(&written.step).map(|(op, ..)| op.id().clone());
         What::Committed { op: self.op.id().clone(), ending, state, next }
     }
 
-    /// Of two that want to come next the heavier does; gives back the other.
+    /// Keeps the heavier of two successors and returns the other.
     fn take_heavier(&mut self, late: Successor) -> Option<Successor> {
         match &self.successor {
             Some(early) if Successor::weight(early.verb) > Successor::weight(late.verb) => Some(late),
@@ -281,8 +283,8 @@ impl Settlement {
     }
 
     /// The operation that owns the VM next, its verb, and the state that it begins in.
-    fn next(&self, then: &NextStep) -> Option<(&OpHandle, Verb, VmState)> {
-        match then {
+    fn next(&self, step: &NextStep) -> Option<(&OpHandle, Verb, VmState)> {
+        match step {
             NextStep::Restart => Some((&self.op, Verb::Start, VmState::Starting)),
             NextStep::Successor => self.successor.as_ref().map(|s| (&s.op, s.verb, s.target())),
             NextStep::Rest | NextStep::Gone => None,
@@ -290,15 +292,16 @@ impl Settlement {
     }
 }
 
-/// Puts the outcome into the row; what the operation answers. `at`: seconds since the epoch.
-fn settle(row: &mut VmRow, ending: &Settlement, at: u64) -> Result<()> {
+/// Writes the outcome into the row and returns the operation's result. `at` is in seconds since the
+/// epoch.
+fn settle(row: &mut VmRow, settlement: &Settlement, at: u64) -> Result<()> {
     let rest = |row: &mut VmRow, state: VmState, reason: Option<String>| {
         row.state = state;
         row.reason = reason;
         row.identity = None;
         row.ssh_addr = None;
     };
-    match (&ending.outcome, &ending.died) {
+    match (&settlement.outcome, &settlement.died) {
         (Outcome::Booted(_), Some(how)) => {
             rest(row, VmState::Failed, Some(how.to_string()));
             Err(died_booting(row, how))
@@ -321,17 +324,17 @@ fn settle(row: &mut VmRow, ending: &Settlement, at: u64) -> Result<()> {
                 true => rest(row, before, None),
                 false => rest(row, VmState::Failed, Some(e.to_string())),
             }
-            Err(e.clone().context(format!("start vm {}", row.name)).of_vm(&row.name))
+            Err(e.clone().context(format!("start VM {}", row.name)).of_vm(&row.name))
         }
         (Outcome::Ended { synced }, _) => {
-            rest(row, VmState::Stopped, ending.note.clone());
+            rest(row, VmState::Stopped, settlement.note.clone());
             row.synced = Some(*synced);
             Ok(())
         }
         (Outcome::StillThere(e), _) => {
             row.state = VmState::Failed;
             row.reason = Some(e.to_string());
-            Err(e.clone().context(format!("{} vm {}", ending.verb.name(), row.name)).of_vm(&row.name))
+            Err(e.clone().context(format!("{} VM {}", settlement.verb.name(), row.name)).of_vm(&row.name))
         }
         (Outcome::Deleted, _) => Ok(()),
     }
@@ -339,8 +342,8 @@ fn settle(row: &mut VmRow, ending: &Settlement, at: u64) -> Result<()> {
 
 fn died_booting(row: &VmRow, how: &BootEnd) -> Error {
     if *how == BootEnd::HostDiskFull {
-        return Error::new(Kind::DiskFull, format!("start vm {}: {how}", row.name))
-            .hint("free some space (df -h), then try again");
+        return Error::new(Kind::DiskFull, format!("start VM {}: {how}", row.name))
+            .hint("free some disk space (df -h), then try again");
     }
-    Error::new(Kind::VmmFailed, format!("start vm {}: {how}", row.name)).hint(format!("fcctl logs {}", row.name))
+    Error::new(Kind::VmmFailed, format!("start VM {}: {how}", row.name)).hint(format!("fcctl logs {}", row.name))
 }

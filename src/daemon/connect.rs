@@ -1,5 +1,6 @@
-//! A stream to what listens on a vsock port in a guest. The daemon opens it and gives it away: its
-//! bytes pass by no thread of the daemon's, and it lives as long as the VMM and the caller do.
+//! Connects a caller to a vsock port in a guest. The daemon opens the stream and passes it to the
+//! caller. Its bytes do not pass through the daemon, and it lasts until the VMM or the caller
+//! closes it.
 
 use super::access::Caller;
 use super::runtime::Use;
@@ -11,19 +12,22 @@ use std::os::unix::net::UnixStream;
 
 impl Sessions {
     /// # Errors
-    /// `guest_unavailable` when nothing listens there, `timeout` when the guest does not answer,
-    /// `unsupported` where it has no vsock.
+    /// `guest_unavailable` if nothing listens on the port, `timeout` if the guest does not respond,
+    /// `unsupported` if the guest has no vsock.
     pub fn connect(&self, caller: &Caller, request: &VmConnectRequest) -> Result<(Vm, UnixStream)> {
         if request.port == u32::MAX {
-            return Err(Error::invalid(format!("vsock port {} is none: it stands for any (vsock(7))", request.port))
-                .hint("give the port on which something listens in the guest"));
+            return Err(Error::invalid(format!(
+                "vsock port {} means any port and cannot be connected to (vsock(7))",
+                request.port
+            ))
+            .hint("use the port that a program in the guest listens on"));
         }
         let found = self.core.resolve(caller, &request.vm)?;
-        // The end of the guest ends the wait for it.
+        // A stop cancels the wait.
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let (row, _user) = self.join_guest(&found, Use::Session, &cancel)?;
-        let doing = |e: Error| e.context(format!("connect to vm {}", row.name)).of_vm(&row.name);
-        let identity = row.identity.as_ref().ok_or_else(|| doing(Error::internal("it runs without a vmm")))?;
+        let doing = |e: Error| e.context(format!("connect to VM {}", row.name)).of_vm(&row.name);
+        let identity = row.identity.as_ref().ok_or_else(|| doing(Error::internal("it is running without a VMM")))?;
         let stream = self.vmm.connect(identity, request.port, &cancel).map_err(doing)?;
         Ok((self.views.view(&row.id)?, stream))
     }

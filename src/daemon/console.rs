@@ -1,4 +1,4 @@
-//! Console logs. No request thread ever waits for a console: it reads files and waits in `poll`.
+//! Console logs. A request thread never waits for a VMM here: it reads files and waits in `poll`.
 
 use super::access::Caller;
 use super::sessions::Sessions;
@@ -7,8 +7,8 @@ use crate::api::vm::{LogChunk, LogsReply, VmLogsRequest};
 use crate::error::{Error, Kind, Result};
 
 impl Sessions {
-    /// Sends what there is, and with `follow` what comes, until the VM is deleted or the caller
-    /// goes.
+    /// Sends the log, and with `follow` everything that is added to it until the VM is deleted or
+    /// the caller hangs up.
     pub fn logs(
         &self,
         caller: &Caller,
@@ -17,14 +17,14 @@ impl Sessions {
         send: &mut dyn FnMut(LogChunk) -> std::io::Result<()>,
     ) -> Result<LogsReply> {
         let row = self.core.resolve(caller, &request.vm)?;
-        // The first start makes the directory; before it nothing was printed.
+        // The first start makes the directory. Before that, nothing has been printed.
         let is_there = self.core.vm_dir(&row.id).exists() || (request.follow && self.views.wait_directory(&row.id, reader)?);
         if !is_there {
             return Ok(LogsReply { bytes: 0 });
         }
         let mut follower = self.vmm.consoles().follow(&self.core.vm_dir(&row.id), request.tail)?;
         let mut bytes = 0;
-        let gone = || Error::new(Kind::Cancelled, "the caller went away");
+        let gone = || Error::new(Kind::Cancelled, "the caller hung up");
         loop {
             while let Some(text) = follower.next_chunk()? {
                 bytes += text.len() as u64;

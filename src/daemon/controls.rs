@@ -1,13 +1,12 @@
-//! What can be changed about a running VM: pause (`pause.rs`), rates and balloon (`adjust.rs`), and
-//! its settings (`settings.rs`). The row says how the VM should be. Then the driver is asked to
-//! make it so.
+//! Changes running VMs: pause (`pause.rs`), rates and balloon (`adjust.rs`), and settings
+//! (`settings.rs`). The row says how the VM should be, and then the driver is asked to make it so.
 
 use super::capacity::Capacity;
 use super::core::Core;
-use super::looks::Looks;
 use super::network::Networks;
 use super::runtime::Runtimes;
 use super::spec::Specs;
+use super::unreconciled::Unreconciled;
 use super::views::Views;
 use crate::image::Images;
 use crate::vmm::Driver;
@@ -21,7 +20,7 @@ pub struct Controls {
     pub(super) networks: Networks,
     pub(super) specs: Specs,
     pub(super) capacity: Capacity,
-    pub(super) looks: Arc<Looks>,
+    pub(super) unreconciled: Arc<Unreconciled>,
     pub(super) runtimes: Runtimes,
     pub(super) images: Images,
     pub(super) vmm: Arc<dyn Driver>,

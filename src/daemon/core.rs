@@ -1,8 +1,8 @@
-//! What every part of the daemon shares: the store, the operation registry, the locks, the threads,
-//! and the limits. [`Core`] is a cheap handle; each part holds a clone.
+//! Holds what every part of the daemon shares: the store, the operation registry, the locks, the
+//! threads, and the limits. [`Core`] is a cheap handle; each part holds a clone.
 //!
-//! Methods here are small: change a row, wait until it is durable, start a thread. What a VM does
-//! is decided in the parts, which never import this module's users.
+//! Methods here are small: change a row, wait until it is durable, start a thread. The parts decide
+//! what a VM does. This module never imports them.
 
 use super::access::{Caller, find, vm_not_found};
 use super::close::Threads;

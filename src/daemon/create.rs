@@ -1,4 +1,4 @@
-//! Create and set: rows only; nothing boots here.
+//! Creates VMs. This makes only a row; nothing boots here.
 
 use super::access::Caller;
 use super::call::to_value;
@@ -20,9 +20,9 @@ use crate::ids::{VmId, VmName};
 use crate::ops::OpHandle;
 use crate::store::{State, Ticket, Tx, VmRow};
 
-/// How often ports are picked for a VM of which others take one at the same moment.
+/// How often ports are picked again because another VM has just taken one.
 const PORT_TRIES_MAX: u32 = 16;
-/// Candidates for a name before giving up; the later ones carry a random number.
+/// Limit of candidates for a name. The later ones carry a random number.
 const NAME_TRIES_MAX: u32 = 64;
 
 /// Creates VMs.
@@ -39,19 +39,20 @@ pub struct Creator {
 }
 
 impl Creator {
-    /// Makes the row, durable when this returns.
+    /// Creates the VM. Its row is durable when this returns.
     pub fn create(&self, caller: &Caller, request: &VmCreateRequest) -> Result<Vm> {
         self.create_keyed(caller, request, None)
     }
 
-    /// The same; the key comes with the row, so that it stands for this VM or for none.
+    /// Like [`Self::create`], with an idempotency key. Key and row are written in one transaction,
+    /// so the key never names a VM that does not exist.
     pub fn create_keyed(&self, caller: &Caller, request: &VmCreateRequest, key: Option<&HeldKey>) -> Result<Vm> {
         let image_name = request.image.clone().unwrap_or_else(|| self.defaults.image.clone());
-        // In use until the row names it.
+        // The image cannot be deleted before the row names it.
         let (image, _image) = self.image_service.use_image(&image_name)?;
         let row = VmRow {
             id: VmId::random(),
-            // Replaced below where none was given.
+            // `insert` replaces it if none was given.
             name: request.name.clone().unwrap_or_else(|| names::candidate(0, 0)),
             owner_uid: caller.uid,
             state: VmState::Created,
@@ -63,11 +64,11 @@ impl Creator {
             work_disk_bytes: request.work_disk_bytes,
             rates: RateLimits::default().with(&request.rates()),
             net: request.net.unwrap_or_default(),
-            // Settled below.
+            // Set by `insert_with_ports`.
             ports: Vec::new(),
             rm: request.rm,
             created_at: now_s(),
-            // Replaced below by the first free one.
+            // Set by `insert`.
             slot: 0,
             generation: 0,
             reason: None,
@@ -94,13 +95,13 @@ impl Creator {
         request.work_disk_bytes.map_or(Ok(()), |bytes| self.capacity.check_work_disk(bytes))?;
         self.networks.check_ports(caller, row.net, &request.ports)?;
         self.controls.check_rates(&request.rates())?;
-        // Until the row names it.
+        // The kernel cannot be deleted before the row names it.
         let _kernel = row.kernel.as_ref().map(|name| self.kernel_service.use_kernel(name)).transpose()?;
         let id = row.id.clone();
         let op = key.map(|key| self.core.begin_own_op(key.method(), Some(id.clone()), caller.uid)).transpose()?;
-        let begun = op.as_ref().map(OpHandle::op);
+        let key_op = op.as_ref().map(OpHandle::op);
         let since = std::time::Instant::now();
-        let made = self.insert_with_ports(&row, request, key.zip(begun));
+        let made = self.insert_with_ports(&row, request, key.zip(key_op));
         if let Ok((_, ticket)) = &made
             && let Ok(row) = self.core.row(&id)
         {
@@ -115,8 +116,8 @@ impl Creator {
         vm
     }
 
-    /// Sockets find out which ports are free, and under `create_vm` there is only memory. So the
-    /// ports are picked first, and picked again if another VM got one of them meanwhile.
+    /// Only a socket can tell which ports are free, and under `create_vm` no file or socket may be
+    /// used. So the ports are picked first, and picked again if another VM has taken one meanwhile.
     fn insert_with_ports(&self, row: &VmRow, request: &VmCreateRequest, key: Option<(&HeldKey, Op)>) -> Result<(Vm, Ticket)> {
         let mut tries = 0;
         loop {
@@ -133,11 +134,11 @@ impl Creator {
         }
     }
 
-    /// Needs `create_vm`.
+    /// Call it with `create_vm` held.
     fn insert_row(&self, row: VmRow, name_given: bool, key: Option<(&HeldKey, Op)>) -> Result<(Vm, Ticket)> {
         self.core.store.change(|tx| {
             let row = self.insert(tx, row, name_given)?;
-            // As it was made: somebody may have deleted it by the time that this is durable.
+            // The view is made here, because the VM may be deleted before this is durable.
             let vm = super::vm_view::view_of(tx, &row);
             if let Some((key, op)) = key {
                 key.put(tx, &op.id)?;
@@ -151,8 +152,8 @@ impl Creator {
         let owned = tx.vms().filter(|r| r.owner_uid == row.owner_uid).count();
         let max = self.core.limits.vms_per_uid_max;
         if owned >= max {
-            return Err(Error::new(Kind::VmLimit, format!("uid {} has {owned} VMs, the most that it may have", row.owner_uid))
-                .hint("delete those you do not need (fcctl ps -a, fcctl rm NAME), or raise limits.vms_per_uid_max"));
+            return Err(Error::new(Kind::VmLimit, format!("uid {} has {owned} VMs, which is the limit", row.owner_uid))
+                .hint("delete some (fcctl ps -a, fcctl rm NAME), or raise limits.vms_per_uid_max"));
         }
         require_free(tx, &row.ports)?;
         row.name = if name_given { free_name(tx, row.name)? } else { some_name(tx, &row.id)? };
@@ -165,9 +166,9 @@ impl Creator {
 fn free_name(state: &State, name: VmName) -> Result<VmName> {
     match state.vm_by_name(&name) {
         None => Ok(name),
-        // Whose it is, is not said.
+        // The message does not reveal the owner.
         Some(_) => Err(Error::new(Kind::NameTaken, format!("the name {name} is taken"))
-            .hint(format!("pick another name, enter it with fcctl ssh {name}, or delete it with fcctl rm -f {name}"))),
+            .hint(format!("choose another name, or use it (fcctl ssh {name}), or delete it (fcctl rm -f {name})"))),
     }
 }
 
@@ -176,5 +177,5 @@ fn some_name(state: &State, id: &VmId) -> Result<VmName> {
     (0..NAME_TRIES_MAX)
         .map(|n| names::candidate(seed, n))
         .find(|name| state.vm_by_name(name).is_none())
-        .ok_or_else(|| Error::new(Kind::Exhausted, "no free name was found").hint("give one with --name"))
+        .ok_or_else(|| Error::new(Kind::Exhausted, "no free name was found").hint("choose one with --name"))
 }

@@ -1,11 +1,11 @@
-//! Who holds what since when, and who waits: live, in release too.
+//! Shows who holds each lock since when, and who waits for it. Release builds have this too.
 
 use super::core::Core;
 use crate::api::daemon::{DebugLocksReply, LockParty, LockRecord};
 use crate::locks::{Party, check};
 
 impl Core {
-    /// Who holds and awaits each lock.
+    /// Lists the locks with their holders and waiters.
     pub fn debug_locks(&self) -> DebugLocksReply {
         let mut locks = Vec::new();
         let keyed = [("vm_locks", self.locks.vm.records()), ("workspace_locks", self.locks.workspace.records())];
@@ -28,20 +28,20 @@ fn record(set: &str, key: String, holder: Option<Party>, waiters: Vec<Party>) ->
     LockRecord { set: set.to_owned(), key, holder: holder.map(party), waiters: waiters.into_iter().map(party).collect() }
 }
 
-/// What is under way: all of it 0 in a daemon at rest.
+/// Counts of what is in progress. In an idle daemon all are 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Leftovers {
-    /// Keys held or waited for.
+    /// Keys that are held or waited for.
     pub locks: usize,
     /// VMs with a boot, a stop, a successor, a transfer or a session.
     pub runtimes: usize,
     /// Threads of operations.
     pub threads: usize,
     pub sessions: usize,
-    /// Jobs that run, and places taken in the pool's queue.
+    /// Running jobs, and slots taken in the pool's queue.
     pub jobs: usize,
     pub operations: usize,
     pub images_being_built: usize,
-    /// Idempotency keys of calls that are beginning.
+    /// Idempotency keys of calls that are just beginning.
     pub keys_beginning: usize,
 }

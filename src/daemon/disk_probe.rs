@@ -1,4 +1,4 @@
-//! How root disks are made on this host.
+//! Finds out how root disks are made on this host.
 
 use crate::config::{self, DiskDriver};
 use crate::disk::{Method, Probe};
@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::vmm::Driver;
 use std::path::Path;
 
-/// How root disks in `dir` are made: as the configuration says, or the best way.
+/// Returns how root disks in `dir` are made: as configured, or else in the best way.
 pub(super) fn probe(disk: &config::Disk, vmm: &dyn Driver, dir: &Path) -> Result<Probe> {
     let wanted = match disk.driver {
         DiskDriver::Auto => None,

@@ -1,8 +1,9 @@
-//! `doctor`: what is needed, what was found, what was picked, and how to fix it. Read-only.
+//! `doctor`: reports what fcd needs, what it found, what it chose, and how to fix problems.
+//! Read-only.
 //!
-//! The checks run programs as the daemon's user, and every local user may call `doctor`. So one run
-//! is shared by all who ask while it lasts, and others than root and the daemon's own user get the
-//! result of the last few seconds.
+//! The checks run programs as the daemon's user, and every local user may call `doctor`. So all
+//! callers during a run share it, and other users than root and the daemon's own user get results
+//! that are up to a few seconds old.
 
 use super::access::Caller;
 use super::core::Core;
@@ -23,9 +24,9 @@ use crate::vmm::Driver;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long others than root and the daemon's own user get the same result.
+/// How long a result is reused for other users than root and the daemon's own user.
 const KEPT: Duration = Duration::from_secs(3);
-/// How long a caller waits for a run that another one began.
+/// How long a caller waits for another caller's run.
 const RUN_DEADLINE: Duration = Duration::from_secs(60);
 
 /// The checks of the host, shared between callers.
@@ -51,18 +52,18 @@ pub struct Doctor {
 
 impl Doctor {
     /// # Errors
-    /// `busy` when another caller's run takes too long.
+    /// `busy` if another caller's run takes too long.
     pub fn doctor(&self, caller: &Caller) -> Result<DoctorReply> {
         let freshness = if caller.is_privileged() { Freshness::New } else { Freshness::Recent };
         let run = || checks(&self.config, self.vmm.as_ref(), self.commands.as_ref(), &self.core.closing);
-        let looked = self.host_checks.get(freshness, Instant::now() + RUN_DEADLINE, run);
-        let mut checks = looked.map_err(|e| e.context("check this host"))?;
-        // These look at files and memory only: always as they are now.
+        let found = self.host_checks.get(freshness, Instant::now() + RUN_DEADLINE, run);
+        let mut checks = found.map_err(|e| e.context("check this host"))?;
+        // These read only files and memory, so they are never shared.
         checks.push(self.image_check());
         checks.push(self.recovery.recovery_check(caller));
         checks.extend(self.networks.name_server_check());
         checks.push(match self.core.store.read_only() {
-            None => Check::ok("store", format!("the store in {} takes changes", self.core.state_dir.display())),
+            None => Check::ok("store", format!("the store in {} is writable", self.core.state_dir.display())),
             Some(e) => {
                 Check::fail("store", format!("the store is read-only: {e}"), e.hint_text().unwrap_or("free some disk space"))
             }
@@ -77,7 +78,7 @@ impl Doctor {
     /// `busy` when the daemon has just started and the remains of its predecessor are not removed
     /// in time.
     pub fn leaks(&self, fix: bool) -> Result<LeaksReply> {
-        self.reconciler.await_settled()?;
+        self.reconciler.wait_first_pass()?;
         Ok(LeaksReply { leaks: self.resources.sweep(fix) })
     }
 

@@ -1,11 +1,11 @@
-//! The points at which the daemon changes something of the host's. Tests make the n-th fail, or end
-//! everything there as `kill -9` would; a daemon that is not tested passes them.
+//! Points at which the daemon changes something on the host. Tests can make the n-th point fail, or
+//! kill the daemon there. Outside tests, passing a point does nothing.
 
 use crate::error::Result;
 
 #[cfg(any(test, feature = "fakes"))]
 pub trait Plan: Send + Sync {
-    /// Before the effect. An error: the effect does not happen.
+    /// Called before an effect. If it returns an error, the effect does not happen.
     fn before(&self, what: &str) -> Result<()>;
 }
 
@@ -19,7 +19,7 @@ impl Effects {
     #[cfg(any(test, feature = "fakes"))]
     pub fn follow(&self, plan: std::sync::Arc<dyn Plan>) {
         if self.plan.set(plan).is_err() {
-            log::error!("a plan of effects is followed already");
+            log::error!("a plan for effects is set already");
         }
     }
 
@@ -30,36 +30,36 @@ impl Effects {
 
     #[cfg(not(any(test, feature = "fakes")))]
     #[inline(always)]
-    #[allow(clippy::unnecessary_wraps, clippy::unused_self)] // As the other.
+    #[allow(clippy::unnecessary_wraps, clippy::unused_self)] // The same signature as above.
     pub(super) fn before(&self, _what: &str) -> Result<()> {
         Ok(())
     }
 }
 
-/// For tests with real guests: `kill -9` at the n-th effect or commit after a file has said n, as
-/// long as it says so.
+/// Kills the daemon at the n-th effect or commit, for tests with real guests. A file that the test
+/// writes contains n.
 #[cfg(feature = "fakes")]
 pub struct DieAt {
     file: std::path::PathBuf,
-    /// Points until then; 0: nobody has said.
+    /// The number of points left before the kill. 0 if the file has not been read yet.
     left: std::sync::atomic::AtomicU64,
 }
 
 #[cfg(feature = "fakes")]
 impl DieAt {
-    /// The file's name is the value of this variable of the environment.
+    /// Environment variable with the path of the file.
     pub const VARIABLE: &str = "FCD_TEST_DIE_AT";
 
-    pub fn told() -> Option<std::sync::Arc<Self>> {
+    pub fn from_env() -> Option<std::sync::Arc<Self>> {
         let file = std::env::var_os(Self::VARIABLE)?.into();
         Some(std::sync::Arc::new(Self { file, left: 0.into() }))
     }
 
     fn pass(&self, what: &str) {
         use std::sync::atomic::Ordering::SeqCst;
-        let Ok(said) = std::fs::read_to_string(&self.file) else { return self.left.store(0, SeqCst) };
+        let Ok(text) = std::fs::read_to_string(&self.file) else { return self.left.store(0, SeqCst) };
         let left = match self.left.load(SeqCst) {
-            0 => said.trim().parse().unwrap_or(0),
+            0 => text.trim().parse().unwrap_or(0),
             left => left,
         };
         self.left.store(left.saturating_sub(1), SeqCst);

@@ -1,9 +1,8 @@
-//! The stream of events: rows that changed, told in the words of the wire.
+//! Streams events: changes of rows, in the form that the API reports them.
 //!
-//! A watch begins on its connection's own thread, which sends the snapshot or what was missed. Once
-//! the watcher has all there is, the feeder's one thread sends to it (`feeder.rs`). The
-//! connection's thread goes on where the feeder cannot: when the socket is full, and at the end of
-//! the watch.
+//! A watch begins on its connection's own thread, which sends the snapshot or the missed events.
+//! Once the watcher is up to date, the feeder's thread sends to it (`feeder.rs`). The connection's
+//! thread takes over again when the socket is full and at the end of the watch.
 
 use super::access::Caller;
 use super::changes::events_for;
@@ -15,25 +14,27 @@ use super::waiting::{Gone, Hangup};
 use crate::api::event::{Events, EventsWatchReply, EventsWatchRequest, Lagged, Snapshot};
 use crate::api::frame::Note;
 use crate::error::{Error, Kind, Result};
-use crate::store::{Happened, Next, Seen, Start};
+use crate::store::{Next, Seen, Start, StoreChange};
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-/// So that a snapshot's note fits a line whatever the reasons in it say.
+/// Limit of VMs per snapshot notification. With it, a notification fits into a frame even if every
+/// VM has a long reason.
 const VMS_PER_NOTE_MAX: usize = 128;
 
 /// The connection of a watch.
 pub trait WatchLine {
     fn hangup(&self) -> Hangup<'_>;
-    /// Sends a note, and waits for a caller who reads slowly.
+    /// Sends a notification, and waits if the caller reads slowly.
     ///
     /// # Errors
-    /// The caller has gone or does not read; `InvalidData` for a note that is too long.
+    /// An error if the caller hung up or does not read; `InvalidData` for a notification that is
+    /// too long.
     fn send_note(&self, note: Note) -> io::Result<()>;
-    /// The same for bytes that are lines already.
+    /// Sends bytes that are complete lines already.
     fn send_bytes(&self, bytes: &[u8]) -> io::Result<()>;
-    /// Where the feeder sends to. Without it all is sent on the thread of the watch.
+    /// The socket for the feeder. If `None`, everything is sent on the thread of the watch.
     fn socket(&self) -> Option<Arc<UnixStream>>;
 }
 
@@ -44,29 +45,29 @@ pub struct Watchers {
 }
 
 impl Watchers {
-    /// Sends what happens until the caller goes, or reads too slowly: then it ends well, and says
-    /// where to go on.
+    /// Sends events until the caller hangs up or reads too slowly. A slow caller gets the number at
+    /// which it can resume.
     pub fn watch_events(&self, caller: &Caller, request: &EventsWatchRequest, line: &dyn WatchLine) -> Result<EventsWatchReply> {
-        let theirs = *caller;
-        let (mut listening, start) = self.core.store.subscribe(request.since, move |uid| theirs.may_see(uid))?;
-        let mut send = |note| line.send_note(note).map_err(unsent);
+        let watcher = *caller;
+        let (mut listening, start) = self.core.store.subscribe(request.since, move |uid| watcher.may_see(uid))?;
+        let mut send = |note| line.send_note(note).map_err(send_error);
         match start {
-            Start::Snapshot { seq, resync, vms } => tell_snapshot(seq, resync, &vms, &mut send)?,
-            Start::Missed(missed) => missed.iter().try_for_each(|h| tell(caller, h, &mut send))?,
+            Start::Snapshot { seq, resync, vms } => send_snapshot(seq, resync, &vms, &mut send)?,
+            Start::Missed(missed) => missed.iter().try_for_each(|h| send_change(caller, h, &mut send))?,
         }
-        let outlet = line.socket().map(|socket| Arc::new(Outlet::new(theirs, socket)));
-        let enter =
-            |outlet: &Arc<Outlet>| self.feeder.enter(&self.core.store, &self.core.closing, listening.id(), outlet.clone());
-        let entered = outlet.as_ref().and_then(enter);
-        if entered.is_some() {
+        let outlet = line.socket().map(|socket| Arc::new(Outlet::new(watcher, socket)));
+        let register =
+            |outlet: &Arc<Outlet>| self.feeder.register(&self.core.store, &self.core.closing, listening.id(), outlet.clone());
+        let registered = outlet.as_ref().and_then(register);
+        if registered.is_some() {
             listening.lend();
         }
         loop {
             if let Some(rest) = outlet.as_ref().and_then(|outlet| outlet.take_unsent()) {
-                line.send_bytes(rest.bytes()).map_err(unsent)?;
+                line.send_bytes(rest.bytes()).map_err(send_error)?;
             }
             match listening.next() {
-                Some(Next::Happened(happened)) => tell(caller, &happened, &mut send)?,
+                Some(Next::Change(change)) => send_change(caller, &change, &mut send)?,
                 Some(Next::Lagged { dropped, resume_seq }) => {
                     send(Note::Lagged(Lagged { dropped, resume_seq }))?;
                     return Ok(EventsWatchReply { resume_seq });
@@ -76,12 +77,14 @@ impl Watchers {
                     if listening.keep() {
                         continue;
                     }
-                    return Err(Error::new(Kind::ShuttingDown, "the daemon is shutting down").hint("watch again when it is back"));
+                    return Err(
+                        Error::new(Kind::ShuttingDown, "the daemon is shutting down").hint("run the command again once fcd runs")
+                    );
                 }
                 None => {
-                    let woken = line.hangup().wait(&[listening.fd(), self.core.closing.fd()], None);
+                    let waited = line.hangup().wait(&[listening.fd(), self.core.closing.fd()], None);
                     listening.take_back();
-                    woken.map_err(|Gone| gone())?;
+                    waited.map_err(|Gone| gone())?;
                 }
             }
         }
@@ -89,32 +92,32 @@ impl Watchers {
 }
 
 fn gone() -> Error {
-    Error::new(Kind::Cancelled, "the caller went away")
+    Error::new(Kind::Cancelled, "the caller hung up")
 }
 
-fn unsent(e: io::Error) -> Error {
-    // The connection's own word for a note that is too long; everything else is a hang-up.
-    if e.kind() == io::ErrorKind::InvalidData { Error::internal("tell of a change").with_source(e) } else { gone() }
+fn send_error(e: io::Error) -> Error {
+    // `InvalidData` means that the notification is too long. Everything else is a hang-up.
+    if e.kind() == io::ErrorKind::InvalidData { Error::internal("send a change to a watcher").with_source(e) } else { gone() }
 }
 
 type Send<'a> = dyn FnMut(Note) -> Result<()> + 'a;
 
-/// In as many notes as it takes, and at least one.
-fn tell_snapshot(seq: u64, resync: bool, vms: &[Seen], send: &mut Send<'_>) -> Result<()> {
+/// Sends the snapshot in as many notifications as it needs, at least one.
+fn send_snapshot(seq: u64, resync: bool, vms: &[Seen], send: &mut Send<'_>) -> Result<()> {
     let at = now_s();
     let mut rest = vms;
     loop {
-        let (these, others) = rest.split_at(rest.len().min(VMS_PER_NOTE_MAX));
-        let vms = these.iter().map(|seen| view(&seen.row, seen.workspace.as_deref())).collect();
-        send(Note::Snapshot(Snapshot { seq, at, resync, more: !others.is_empty(), vms }))?;
-        if others.is_empty() {
+        let (now, later) = rest.split_at(rest.len().min(VMS_PER_NOTE_MAX));
+        let vms = now.iter().map(|seen| view(&seen.row, seen.workspace.as_deref())).collect();
+        send(Note::Snapshot(Snapshot { seq, at, resync, more: !later.is_empty(), vms }))?;
+        if later.is_empty() {
             return Ok(());
         }
-        rest = others;
+        rest = later;
     }
 }
 
-fn tell(caller: &Caller, happened: &Happened, send: &mut Send<'_>) -> Result<()> {
-    let events = events_for(caller, happened)?;
-    if events.is_empty() { Ok(()) } else { send(Note::Events(Events { seq: happened.seq, events })) }
+fn send_change(caller: &Caller, change: &StoreChange, send: &mut Send<'_>) -> Result<()> {
+    let events = events_for(caller, change)?;
+    if events.is_empty() { Ok(()) } else { send(Note::Events(Events { seq: change.seq, events })) }
 }

@@ -1,10 +1,10 @@
-//! Sends events to all watchers who keep up, from one thread.
+//! Sends events to all watchers that keep up, from one thread.
 //!
-//! The store's feed gives this thread what has come for all of them. It renders the notes once for
-//! each uid that sees something else, and sends them without waiting. A watcher whose socket is
-//! full, and one whose connection is broken, goes back to its connection's own thread, which waits
-//! for it, and ends the watch where that is due ([`super::events`]). So a watcher that reads slowly
-//! costs the others one system call.
+//! The store's feed hands new changes for all watchers to this thread. It renders the notifications
+//! once for each uid that sees other events, and sends them without waiting. If a watcher's socket
+//! is full or broken, its watch is returned to the thread of its connection, which waits for the
+//! socket or ends the watch ([`super::events`]). So a slow watcher costs the others one system
+//! call.
 
 use super::access::Caller;
 use super::changes::events_for;
@@ -13,7 +13,7 @@ use crate::api::frame::{Note, Notification};
 use crate::api::limits::FRAME_BYTES_MAX;
 use crate::host::wait::{WaitResult, wait_any};
 use crate::locks::{Cancel, Mutex, Rank};
-use crate::store::{Due, Feed, Happened, Store};
+use crate::store::{Due, Feed, Store, StoreChange};
 use nix::poll::PollFlags;
 use rustix::io::Errno;
 use rustix::net::SendFlags;
@@ -23,19 +23,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// Notes that come together are sent together, up to so many bytes.
+/// Notifications that become due together are sent together, up to this size.
 const BLOCK_BYTES_MAX: usize = 64 * 1024;
-/// The thread looks around so often even when nothing comes.
+/// How often the thread wakes up if nothing happens.
 const IDLE: Duration = Duration::from_secs(600);
 
-/// Where the events of one watch go.
+/// The destination of the events of one watch.
 pub(super) struct Outlet {
     caller: Caller,
     socket: Arc<UnixStream>,
     unsent: Mutex<Option<Unsent>>,
 }
 
-/// The end of a block whose beginning the socket took: it goes before all that comes later.
+/// The rest of a block that the socket took only in part. It must be sent before all later blocks.
 pub(super) struct Unsent {
     block: Arc<[u8]>,
     sent: usize,
@@ -59,21 +59,21 @@ impl Outlet {
 
 type Outlets = Mutex<HashMap<u64, Arc<Outlet>>>;
 
-/// The thread, and whom it sends to. It starts with the first watcher.
+/// The thread and the watchers that it sends to. It starts with the first watcher.
 pub(super) struct Feeder {
     outlets: Arc<Outlets>,
     started: OnceLock<bool>,
 }
 
-/// A watcher is sent to as long as this lives.
-pub(super) struct Entered<'a> {
+/// Events are sent to a watcher while this lives.
+pub(super) struct Registered<'a> {
     feeder: &'a Feeder,
     id: u64,
 }
 
-impl Drop for Entered<'_> {
+impl Drop for Registered<'_> {
     fn drop(&mut self) {
-        // Not under the lock: it may close a socket.
+        // Dropped outside the lock, because this may close a socket.
         let outlet = self.feeder.outlets.lock().remove(&self.id);
         drop(outlet);
     }
@@ -84,14 +84,14 @@ impl Feeder {
         Self { outlets: Arc::new(Mutex::new(Rank::Connections, HashMap::new())), started: OnceLock::new() }
     }
 
-    /// Registers the outlet of a subscription, which is then lent. `None` where the thread could
-    /// not be started.
-    pub fn enter(&self, store: &Store, closing: &Cancel, id: u64, outlet: Arc<Outlet>) -> Option<Entered<'_>> {
+    /// Registers the outlet of a subscription, which is then lent to the thread. Returns `None` if
+    /// the thread could not be started.
+    pub fn register(&self, store: &Store, closing: &Cancel, id: u64, outlet: Arc<Outlet>) -> Option<Registered<'_>> {
         if !self.started.get_or_init(|| self.start(store, closing)) {
             return None;
         }
         self.outlets.lock().insert(id, outlet);
-        Some(Entered { feeder: self, id })
+        Some(Registered { feeder: self, id })
     }
 
     fn start(&self, store: &Store, closing: &Cancel) -> bool {
@@ -99,13 +99,13 @@ impl Feeder {
         let started =
             store.feed().and_then(|feed| crate::host::thread::spawn("event-feed", move || run(feed, &outlets, &closing)));
         if let Err(e) = &started {
-            log::warn!("each watcher has to serve itself: {e}");
+            log::warn!("start the event thread: {e}; each watcher uses its own thread");
         }
         started.is_ok()
     }
 }
 
-/// Until the daemon closes; then every watcher's own thread goes on.
+/// Runs until the daemon closes. Then the watchers continue on their own threads.
 fn run(mut feed: Feed, outlets: &Outlets, closing: &Cancel) {
     while !closing.is_cancelled() {
         let mut due = feed.take();
@@ -117,8 +117,8 @@ fn run(mut feed: Feed, outlets: &Outlets, closing: &Cancel) {
             }
         }
         if catch_unwind(AssertUnwindSafe(|| send_all(&mut due, outlets))).is_err() {
-            log::error!("the thread that sends events panicked; each watcher serves itself now");
-            due.iter_mut().for_each(|due| due.is_given_back = true);
+            log::error!("the event thread panicked; each watcher now uses its own thread");
+            due.iter_mut().for_each(|due| due.is_returned = true);
             return feed.finish(due);
         }
         feed.finish(due);
@@ -133,20 +133,20 @@ fn send_all(due: &mut [Due], outlets: &Outlets) {
     let mut blocks = Blocks::default();
     for (due, outlet) in due.iter_mut().zip(found) {
         let Some(outlet) = outlet else {
-            due.is_given_back = true;
+            due.is_returned = true;
             continue;
         };
-        while !due.is_given_back && !due.changes.is_empty() {
-            due.is_given_back = !send_some(due, &outlet, &mut blocks);
+        while !due.is_returned && !due.changes.is_empty() {
+            due.is_returned = !send_some(due, &outlet, &mut blocks);
         }
     }
 }
 
-/// False when the watcher's own thread has to go on.
+/// Returns false if the watcher's own thread must continue.
 fn send_some(due: &mut Due, outlet: &Outlet, blocks: &mut Blocks) -> bool {
     let Some(block) = blocks.next(&outlet.caller, due) else { return false };
     let mut sent = 0;
-    // Nothing of some changes is shown to some callers.
+    // Some changes have no events for this caller.
     if !block.bytes.is_empty() {
         match rustix::net::send(&*outlet.socket, &block.bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
             Ok(n) => sent = n,
@@ -162,20 +162,20 @@ fn send_some(due: &mut Due, outlet: &Outlet, blocks: &mut Blocks) -> bool {
     true
 }
 
-/// The notes of some changes in a row, as one who may see them gets them.
+/// The notifications of several consecutive changes, as one kind of caller sees them.
 #[derive(Clone)]
 struct Block {
     changes: usize,
     bytes: Arc<[u8]>,
 }
 
-/// What was rendered in this round. The queues of all callers who see the same are alike from the
-/// same change on.
+/// The blocks that were rendered in this round. Callers that see the same events and whose queues
+/// begin with the same change share them.
 #[derive(Default)]
 struct Blocks(HashMap<(Option<u32>, u64, usize), Option<Block>>);
 
 impl Blocks {
-    /// The first changes of `due`. None for what cannot be rendered.
+    /// Returns a block with the first changes of `due`. `None` if they cannot be rendered.
     fn next(&mut self, caller: &Caller, due: &Due) -> Option<Block> {
         let sees_only = (caller.uid != 0).then_some(caller.uid);
         let first = due.changes.front()?.seq;
@@ -184,15 +184,15 @@ impl Blocks {
     }
 }
 
-fn render<'a>(caller: &Caller, changes: impl Iterator<Item = &'a Arc<Happened>>) -> Option<Block> {
+fn render<'a>(caller: &Caller, changes: impl Iterator<Item = &'a Arc<StoreChange>>) -> Option<Block> {
     let (mut count, mut bytes) = (0, Vec::new());
-    for happened in changes {
-        let events = events_for(caller, happened).ok()?;
+    for change in changes {
+        let events = events_for(caller, change).ok()?;
         if !events.is_empty() {
-            let line = Notification::line(Note::Events(Events { seq: happened.seq, events })).ok()?;
+            let line = Notification::line(Note::Events(Events { seq: change.seq, events })).ok()?;
             if line.len() > FRAME_BYTES_MAX {
-                // The watcher's own thread finds that, too, and ends the watch. What is before it
-                // goes first.
+                // The frame is too large. Send what comes before it. The watcher's own thread will
+                // find the same and end the watch.
                 break;
             }
             bytes.extend_from_slice(&line);

@@ -1,5 +1,4 @@
-//! What the reconciler does with a VM that has used up its crash budget (`recovery.rs`,
-//! `adoption.rs`).
+//! Handles VMs that have used up their crash budget (`recovery.rs`, `adoption.rs`).
 
 use super::reconcile::Reconciler;
 use super::records::Record;
@@ -11,10 +10,11 @@ use crate::store::VmRow;
 use crate::vmm::Identity;
 
 impl Reconciler {
-    /// Its guest runs on; its end is seen, and nothing is asked of its VMM.
+    /// Leaves a VM unadopted. Its guest keeps running. The daemon notices when the VMM ends but
+    /// does not talk to it.
     pub(super) fn leave_unadopted(&self, row: &VmRow, identity: &Identity) -> Result<()> {
         let deaths = self.adopter.deaths(&row.id);
-        let reason = format!("{}, so its VMM is left alone; a stop or a delete ends it", adoption::times(deaths));
+        let reason = format!("{}, so it is not adopted; a stop or a delete kills its VMM", adoption::times(deaths));
         log::error!("VM {}: {reason}", row.name);
         let guard = self.core.locks.vm.lock(&row.id);
         let ((), ticket) = self.core.change(true, |tx| {
@@ -30,14 +30,14 @@ impl Reconciler {
         self.lifecycle.watch_end(row, identity)
     }
 
-    /// Whether what an earlier daemon left of the VM is not to be resumed. Then this has done what
-    /// there is to do.
+    /// Gives up on a VM if its crash budget is used up. Returns true if so; then the VM must not be
+    /// resumed.
     pub(super) fn gave_up(&self, row: &VmRow) -> Result<bool> {
         let record = self.core.store.read(|s| records::read(s, &recovery::name(&row.id)));
         let deaths = record.deaths_at_start();
         let gives_up = match row.state {
             VmState::Stopping => deaths > 1,
-            // It has never asked the guest.
+            // A delete does not ask the guest, so there is no gentler attempt to make.
             VmState::Deleting => deaths > 0,
             VmState::Created | VmState::Stopped | VmState::Failed => record.is_under_way || record.is_left_alone,
             VmState::Starting | VmState::Running => false,
@@ -48,7 +48,8 @@ impl Reconciler {
         Ok(gives_up)
     }
 
-    /// The state first: a daemon that dies of the rest must not find anything to resume.
+    /// Marks the VM as failed and cleans up after it. The state is written first: if the clean-up
+    /// kills the daemon, the next one must not find anything to resume.
     fn give_up(&self, row: &VmRow, deaths: u32, leaves_alone: bool) -> Result<()> {
         let reason = format!("{}, so it is not resumed again", recovery::times(deaths));
         log::error!("VM {}: {reason}", row.name);
@@ -58,7 +59,7 @@ impl Reconciler {
         let ((), ticket) = self.core.change(true, |tx| {
             records::write(tx, &recovery::name(&row.id), record);
             tx.update_vm(&guard, |r| {
-                // Its VMM stays known, for whoever ends it.
+                // `identity` stays, so that a stop or delete can kill the VMM.
                 (r.state, r.reason) = (VmState::Failed, Some(reason));
                 (r.op, r.intent) = (None, None);
             })

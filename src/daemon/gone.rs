@@ -1,11 +1,12 @@
-//! Installations that are gone, and what they have left on the host: control groups without
-//! processes, a bridge without ports, taps without a VMM, tables of rules. Each carries its
-//! installation's id in its name.
+//! Removes what installations that no longer exist have left on the host: control groups without
+//! processes, a bridge without ports, taps without a VMM, tables of rules. The name of each
+//! contains the ID of its installation.
 //!
-//! An installation is gone when no daemon has its claim, none of its VMs runs, and its state
-//! directory is not there or has become another installation's. A directory that is not there may
-//! be on a disk that is not mounted. That does no harm: nothing of it runs, what is removed holds
-//! no data, and a daemon that starts makes all of it again, as it does after a reboot.
+//! An installation is gone if no daemon has claimed it, none of its VMs runs, and its state
+//! directory is missing or belongs to another installation. A missing directory may be on a disk
+//! that is not mounted. Removal is harmless even then: none of the installation runs, the removed
+//! things hold no data, and its daemon makes all of them again at its next start, as after a
+//! reboot.
 
 use super::leak::leak;
 use crate::api::daemon::Leak;
@@ -16,37 +17,38 @@ use crate::vmm::firecracker;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// One that is gone.
+/// An installation that is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GoneInstallation {
     pub install_id: String,
-    /// Where its state was.
+    /// Its former state directory.
     pub state_dir: PathBuf,
-    /// It may have had a bridge in this network namespace.
+    /// True if it may have had a bridge in this network namespace.
     pub has_network: bool,
 }
 
-/// Whoever knows the installations of this host.
+/// Knows the installations of this host.
 pub trait Installations: Send + Sync {
-    /// The daemon's own has this id. Another one that had its state directory before is gone.
+    /// Sets the ID of the daemon's own installation. Another installation that had the same state
+    /// directory is then gone.
     fn set_own(&self, install_id: &str) -> Result<()>;
 
-    /// Shows each one that is gone, which cannot come back meanwhile. One of which nothing is left
-    /// is forgotten: `visit` says whether that is so.
+    /// Calls `visit` with each installation that is gone. It cannot come back meanwhile. If `visit`
+    /// returns true, nothing is left of the installation and it is forgotten.
     fn visit_gone(&self, visit: &mut dyn FnMut(&GoneInstallation) -> bool) -> Result<()>;
 }
 
-/// What installations that are gone have left; with `fix` it is removed.
+/// Finds what gone installations have left, and removes it if `fix` is set.
 pub(super) fn sweep(installations: &dyn Installations, commands: &Arc<dyn Commands>, fix: bool) -> Vec<Leak> {
     let mut leaks = Vec::new();
     let visited = installations.visit_gone(&mut |gone| {
         let before = leaks.len();
         sweep_groups(gone, fix, &mut leaks);
-        let is_all = sweep_network(gone, commands, fix, &mut leaks).unwrap_or_else(|e| {
-            log::warn!("look for what the installation in {} has left: {e}", gone.state_dir.display());
+        let is_complete = sweep_network(gone, commands, fix, &mut leaks).unwrap_or_else(|e| {
+            log::warn!("look for leftovers of the installation in {}: {e}", gone.state_dir.display());
             false
         });
-        is_all && leaks[before..].iter().all(|leak| leak.removed)
+        is_complete && leaks[before..].iter().all(|leak| leak.removed)
     });
     if let Err(e) = visited {
         log::warn!("look for installations that are gone: {e}");
@@ -61,13 +63,13 @@ fn sweep_groups(gone: &GoneInstallation, fix: bool, leaks: &mut Vec<Leak>) {
     }
 }
 
-/// False when somebody uses it.
+/// Returns false if the network is in use.
 fn sweep_network(gone: &GoneInstallation, commands: &Arc<dyn Commands>, fix: bool, leaks: &mut Vec<Leak>) -> Result<bool> {
     if !gone.has_network {
         return Ok(true);
     }
     let left = match net::gone::look(&gone.install_id, commands) {
-        // It had no bridge, which needs these tools, too.
+        // These tools are also needed for a bridge, so it had none.
         Err(e) if e.kind() == Kind::CommandMissing => return Ok(true),
         found => found?,
     };
@@ -79,6 +81,6 @@ fn sweep_network(gone: &GoneInstallation, commands: &Arc<dyn Commands>, fix: boo
 }
 
 fn leak_of(gone: &GoneInstallation, kind: &str, name: &str, removed: Option<&Result<()>>) -> Leak {
-    let why = format!("installation {} is gone, whose state directory was {}", gone.install_id, gone.state_dir.display());
+    let why = format!("installation {} is gone (its state directory was {})", gone.install_id, gone.state_dir.display());
     leak(kind, name, &why, removed)
 }

@@ -1,4 +1,4 @@
-//! What a request for a VM gets under the VM's lock, and how it enters the VM's history.
+//! The answers to requests for a VM, which are decided under its lock and recorded in its history.
 
 use super::core::Core;
 use super::history::{Answer, What};
@@ -11,7 +11,7 @@ use crate::locks::KeyGuard;
 use crate::ops::OpHandle;
 use crate::store::{Intent, Ticket, VmRow};
 
-/// What a request gets. A refusal is an error instead.
+/// The answer to a request. A refusal is an error instead.
 pub(super) enum Grant {
     Claimed(ClaimedRow),
     /// The VM is in the wanted state already, or the transition table allows the use.
@@ -20,12 +20,12 @@ pub(super) enum Grant {
     Joined(OpId),
     Queued {
         op: OpId,
-        /// The queued operation that lost its place. It ends after the VM's lock is released.
+        /// The former successor. It ends after the VM's lock is released.
         replaced: Option<Successor>,
     },
 }
 
-/// A row that has entered a transitional state. From here on, the holder of `op` drives the VM.
+/// A claim: the row has entered a transitional state, and the holder of `op` owns the VM.
 pub(super) struct ClaimedRow {
     pub op: OpHandle,
     pub state: VmState,
@@ -34,18 +34,18 @@ pub(super) struct ClaimedRow {
 }
 
 impl Core {
-    /// Records what a request got. The VM's lock is still held, so the history has the order in
-    /// which requests were answered.
-    pub(super) fn note_asked(
+    /// Records the answer to a request. The VM's lock is still held, so the history has the order
+    /// in which requests were answered.
+    pub(super) fn note_answer(
         &self,
         _vm: &KeyGuard<'_, VmId>,
         row: &VmRow,
         verb: Verb,
-        granted: std::result::Result<&Grant, &Error>,
+        answered: std::result::Result<&Grant, &Error>,
     ) {
-        let seq = if let Ok(Grant::Claimed(claimed)) = granted { Some(claimed.ticket.seq()) } else { None };
+        let seq = if let Ok(Grant::Claimed(claimed)) = answered { Some(claimed.ticket.seq()) } else { None };
         self.note(row, seq, None, || {
-            let (answer, op) = match granted {
+            let (answer, op) = match answered {
                 Ok(Grant::Claimed(claimed)) => (Answer::Claimed, Some(claimed.op.id())),
                 Ok(Grant::Nothing) => (Answer::Nothing, None),
                 Ok(Grant::Joined(op)) => (Answer::Joined, Some(op)),

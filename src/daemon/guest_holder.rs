@@ -30,8 +30,9 @@ impl Drop for HoldGuard {
         log::warn!("resume VM {}: {e}; retrying", self.vm);
         let (holder, vm, generation) = (self.holder.clone(), self.vm.clone(), self.generation);
         let retried = self.holder.core.spawn(&format!("resume-{vm}"), move || {
-            // Ends when the VM does. If this daemon closes first, the next one resumes the guest.
-            while holder.vmm_lives(&vm, generation) && holder.resume(&vm, generation).is_err() {
+            // This ends when the VM ends. If the daemon closes first, the next one resumes the
+            // guest.
+            while holder.vmm_is_alive(&vm, generation) && holder.resume(&vm, generation).is_err() {
                 if holder.core.sleep(RESUME_PERIOD) {
                     return;
                 }
@@ -77,7 +78,7 @@ impl GuestHolder {
         }
     }
 
-    fn vmm_lives(&self, vm: &VmId, generation: u64) -> bool {
+    fn vmm_is_alive(&self, vm: &VmId, generation: u64) -> bool {
         self.core.row(vm).is_ok_and(|row| row.generation == generation && self.vmms.identity(&row).is_some())
     }
 }

@@ -26,7 +26,7 @@ impl Guests {
         }
     }
 
-    /// The same for a guest whose address is not in the row yet.
+    /// Like [`Self::target`], for a guest whose address is not in the row yet.
     pub(super) fn target_at(&self, row: &VmRow, addr: std::net::SocketAddr) -> Result<Target> {
         let Some(host_key) = row.host_key.clone() else {
             return Err(Error::internal(format!("VM {} has no host key", row.name)));

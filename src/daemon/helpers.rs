@@ -1,13 +1,14 @@
-//! The helper processes by name. The daemon's program looks here first: a helper is the same
-//! program, started again by [`crate::host::confine::spawn`].
+//! Runs helper processes by name. A helper is the daemon's own program, started again by
+//! [`crate::host::confine::spawn`]. So `main` first asks this module if it is to be a helper.
 
 use crate::host::confine::Asked;
 use std::process::ExitCode;
 
-/// A name that this version does not know, `EX_USAGE` (sysexits.h).
+/// Exit status for a name that this version does not know: `EX_USAGE` (sysexits.h).
 const UNKNOWN: u8 = 64;
 
-/// Runs this process as the helper that its arguments ask for, to its end. None: they ask for none.
+/// Runs this process as the helper that its arguments ask for, until the helper ends. Returns
+/// `None` if they do not ask for one.
 pub fn run_if_asked() -> Option<ExitCode> {
     let asked = Asked::from_args()?;
     Some(match asked.name.as_str() {
@@ -23,13 +24,13 @@ pub fn run_if_asked() -> Option<ExitCode> {
     })
 }
 
-/// The test program has a `main` of its own, so its helpers branch off before it.
+/// The test program has its own `main`, so the helpers of tests start before it.
 #[cfg(test)]
 mod in_tests {
     #[used]
     #[allow(unsafe_code)]
-    // SAFETY: the C library calls it once, after the standard library's own entry has taken the
-    // arguments and before `main`.
+    // SAFETY: the C library calls it once, before `main` and after the standard library has stored
+    // the arguments.
     #[unsafe(link_section = ".init_array")]
     static BRANCH: extern "C" fn() = branch;
 

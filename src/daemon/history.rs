@@ -1,6 +1,6 @@
-//! For tests: what happened to each VM, in the order in which it happened. Every entry is made
-//! while the VM's lock is held and carries the number of the store's change, so that the whole can
-//! be played again through the transition table.
+//! Records for tests what happened to each VM, in order. Every entry is made while the VM's lock is
+//! held and carries the number of the store's change, so that a test can replay the history through
+//! the transition table.
 
 pub use super::transitions::Verb;
 use crate::api::vm::VmState;
@@ -9,7 +9,7 @@ use crate::locks::{Mutex, Rank};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-/// What the daemon answered to a verb.
+/// How the daemon answered a verb.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
     Claimed,
@@ -18,7 +18,7 @@ pub enum Answer {
     Joined,
     Queued,
     Refused,
-    /// The table allowed it, and something else did not: a limit, the disk.
+    /// The table allowed the verb, but it failed for another reason, such as a limit or the disk.
     Failed,
 }
 
@@ -27,21 +27,21 @@ pub enum What {
     Created,
     Asked {
         verb: Verb,
-        /// As the row said.
+        /// The state in the row.
         state: VmState,
         restarting: bool,
         answer: Answer,
         op: Option<OpId>,
     },
-    /// An operation let go of the VM.
+    /// An operation released the VM.
     Committed {
         op: OpId,
         ending: CommitKind,
-        /// The row's state afterwards; none: it is gone.
+        /// The row's state afterwards. `None` if the row is gone.
         state: Option<VmState>,
         next: Option<OpId>,
     },
-    /// Its VMM ended by itself.
+    /// Its VMM ended without a request.
     Died {
         state: VmState,
     },
@@ -62,14 +62,14 @@ pub enum CommitKind {
 pub struct Event {
     pub vm: VmId,
     pub name: VmName,
-    /// The store's last change that it rests on.
+    /// The store's last change that this event depends on.
     pub seq: u64,
-    /// Before it became visible, and after.
+    /// A time before the event became visible, and one after.
     pub between: (Instant, Instant),
     pub what: What,
 }
 
-/// Kept only where tests ask for it.
+/// The events of all VMs. Events are kept only if a test has called [`History::record`].
 pub struct History {
     on: AtomicBool,
     events: Mutex<Vec<Event>>,
@@ -96,7 +96,7 @@ impl History {
         self.on.store(true, Ordering::Relaxed);
     }
 
-    /// All so far.
+    /// Takes all events so far.
     pub fn take(&self) -> Vec<Event> {
         std::mem::take(&mut *self.events.lock())
     }

@@ -1,4 +1,4 @@
-//! Waits for a VM's state, by its holder and by anybody else.
+//! Waits for a VM to reach a state, or to be deleted.
 
 use super::access::Caller;
 use super::lifecycle::Lifecycle;
@@ -10,7 +10,7 @@ use crate::ids::VmId;
 use std::time::{Duration, Instant};
 
 impl Lifecycle {
-    /// Until the VM is gone. When the holder goes first, an `rm` VM is deleted.
+    /// Waits until the VM is deleted. If the holder hangs up first, a VM with `rm` is deleted.
     pub fn hold(&self, vm: Vm, holder: Hangup<'_>) -> Result<VmReply> {
         let mut last = vm;
         let ended = self.views.wait_vm(&last.id.clone(), holder, None, &mut |vm| {
@@ -19,20 +19,20 @@ impl Lifecycle {
         });
         match ended {
             Ok(_) => Err(Error::internal("a hold without a deadline ran into one")),
-            Err(Stop::VmGone) => Ok(VmReply { vm: last }),
-            Err(Stop::CallerGone) => {
+            Err(WaitEnd::VmGone) => Ok(VmReply { vm: last }),
+            Err(WaitEnd::CallerGone) => {
                 if last.rm {
                     self.delete_unasked(&last.id);
                 }
-                Err(Error::new(Kind::Cancelled, "the holder went away"))
+                Err(Error::new(Kind::Cancelled, "the holder hung up"))
             }
-            Err(Stop::Failed(e)) => Err(e),
+            Err(WaitEnd::Failed(e)) => Err(e),
         }
     }
 }
 
 impl Views {
-    /// Until the VM is in a state, or is deleted, or the time is over.
+    /// Waits until the VM is in a state or deleted, or until the timeout.
     pub fn wait_state(&self, caller: &Caller, request: &VmWaitRequest, waiter: Hangup<'_>) -> Result<VmReply> {
         let wanted = request.state.unwrap_or(VmState::Stopped);
         let row = self.core.resolve(caller, &request.vm)?;
@@ -47,22 +47,23 @@ impl Views {
             (Ok(true), Some(vm)) => Ok(VmReply { vm }),
             (Ok(_), vm) => {
                 let now = vm.map_or("gone", |vm| vm.state.name());
-                Err(Error::new(Kind::Timeout, format!("wait for vm {} to be {}: it is {now}", row.name, wanted.name())))
+                Err(Error::new(Kind::Timeout, format!("wait for VM {} to be {}: it is {now}", row.name, wanted.name())))
             }
-            (Err(Stop::VmGone), _) => Err(super::access::vm_not_found(row.name.as_str())),
-            (Err(Stop::CallerGone), _) => Err(Error::new(Kind::Cancelled, "the caller went away")),
-            (Err(Stop::Failed(e)), _) => Err(e),
+            (Err(WaitEnd::VmGone), _) => Err(super::access::vm_not_found(row.name.as_str())),
+            (Err(WaitEnd::CallerGone), _) => Err(Error::new(Kind::Cancelled, "the caller hung up")),
+            (Err(WaitEnd::Failed(e)), _) => Err(e),
         }
     }
 
-    /// Until the VM has its directory, which its first start makes. False: the VM is gone.
+    /// Waits until the VM has its directory, which its first start makes. Returns false if the VM
+    /// is deleted first.
     pub(super) fn wait_directory(&self, id: &VmId, waiter: Hangup<'_>) -> Result<bool> {
         let dir = self.core.vm_dir(id);
         match self.wait_vm(id, waiter, None, &mut |_| dir.exists()) {
             Ok(is_there) => Ok(is_there),
-            Err(Stop::VmGone) => Ok(false),
-            Err(Stop::CallerGone) => Err(Error::new(Kind::Cancelled, "the caller went away")),
-            Err(Stop::Failed(e)) => Err(e),
+            Err(WaitEnd::VmGone) => Ok(false),
+            Err(WaitEnd::CallerGone) => Err(Error::new(Kind::Cancelled, "the caller hung up")),
+            Err(WaitEnd::Failed(e)) => Err(e),
         }
     }
 
@@ -72,29 +73,29 @@ impl Views {
         waiter: Hangup<'_>,
         deadline: Option<Instant>,
         done: &mut dyn FnMut(&Vm) -> bool,
-    ) -> Result<bool, Stop> {
-        let changed = self.core.store.watch(Some(id.clone())).map_err(Stop::Failed)?;
+    ) -> Result<bool, WaitEnd> {
+        let changed = self.core.store.watch(Some(id.clone())).map_err(WaitEnd::Failed)?;
         loop {
             changed.clear();
             match self.view(id) {
                 Ok(vm) if done(&vm) => return Ok(true),
                 Ok(_) => {}
-                Err(_) => return Err(Stop::VmGone),
+                Err(_) => return Err(WaitEnd::VmGone),
             }
             match waiter.wait(&[changed.fd(), self.core.closing.fd()], deadline) {
                 Ok(true) if self.core.closing.is_cancelled() => {
-                    return Err(Stop::Failed(Error::new(Kind::ShuttingDown, "the daemon is shutting down")));
+                    return Err(WaitEnd::Failed(Error::new(Kind::ShuttingDown, "the daemon is shutting down")));
                 }
                 Ok(true) => {}
                 Ok(false) => return Ok(false),
-                Err(Gone) => return Err(Stop::CallerGone),
+                Err(Gone) => return Err(WaitEnd::CallerGone),
             }
         }
     }
 }
 
-/// Why a wait ended before its time.
-enum Stop {
+/// Why a wait ended early.
+enum WaitEnd {
     VmGone,
     CallerGone,
     Failed(Error),

@@ -1,11 +1,12 @@
-//! What the checks of `doctor` look at.
+//! The part of the host that the checks of `doctor` can see.
 
 use crate::config::Config;
 use crate::host::Commands;
 use crate::locks::Cancel;
 use crate::vmm::Driver;
 
-/// What a check may look at. There may be no daemon.
+/// The configuration and seams for a check. `fcd doctor` runs without a daemon, so this has no
+/// `Daemon`.
 pub(super) struct HostView<'a> {
     pub config: &'a Config,
     pub vmm: &'a dyn Driver,

@@ -1,12 +1,12 @@
-//! Images: built, listed, deleted.
+//! Builds, lists and deletes images.
 //!
-//! A build is heavy: a root process and up to 6 GiB of memory. So one uid has only so many builds
-//! under way (`limits.builds_per_uid_max`), and of all that are under way only so many run
-//! (`limits.builds_max`); the others wait in line. Its name is reserved under `image_ops`, the work
-//! runs with no lock, and it publishes itself by a rename that refuses to replace.
+//! A build is heavy: a root process and up to 6 GiB of memory. So the builds in progress of each
+//! uid are limited (`limits.builds_per_uid_max`), and the builds that run at once are limited too
+//! (`limits.builds_max`); the others wait. A build reserves its name under `image_ops`, works
+//! without a lock, and publishes the image by a rename that never replaces anything.
 //!
-//! An image belongs to whoever built it: they and root may delete it, everybody may make VMs from
-//! it.
+//! An image belongs to the user who built it. Everybody can make VMs from it. Only its owner and
+//! root can delete it.
 
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};
@@ -27,7 +27,7 @@ use serde_json::value::RawValue;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-/// Builds under way, those that wait for their turn among them.
+/// The builds in progress, including those that wait.
 #[derive(Default)]
 pub(super) struct Builds {
     names: HashSet<ImageRef>,
@@ -40,7 +40,7 @@ impl Builds {
     }
 }
 
-/// A build under way; it is over when this is dropped.
+/// A build in progress. It ends when this is dropped.
 struct Reserved {
     builds: Arc<Mutex<Builds>>,
     name: ImageRef,
@@ -69,7 +69,7 @@ pub struct ImageService {
 }
 
 impl ImageService {
-    /// An operation. Any caller may build.
+    /// Begins to build an image. Any caller may do that.
     pub fn image_build(&self, caller: &Caller, request: &ImageBuildRequest) -> Result<CallOutcome> {
         let name = request.name.clone().unwrap_or_else(|| self.default_image.clone());
         let include = request.include.clone();
@@ -91,10 +91,10 @@ impl ImageService {
     }
 
     fn reserve_build(&self, caller: &Caller, name: ImageRef) -> Result<Reserved> {
-        // A damaged one is in the way, too.
+        // A damaged image also occupies its name.
         if !self.images.get(&name).is_err_and(|e| e.kind() == Kind::ImageNotFound) {
-            return Err(Error::new(Kind::NameTaken, format!("there is an image {name} already"))
-                .hint("images never change once they are made: build one under another name: fcctl image build NAME"));
+            return Err(Error::new(Kind::NameTaken, format!("the image {name} exists already"))
+                .hint("images never change, so choose another name: fcctl image build NAME"));
         }
         let stored = if caller.is_privileged() { 0 } else { self.stored_images(caller.uid)? };
         let limits = &self.core.limits;
@@ -102,12 +102,12 @@ impl ImageService {
         let mut builds = self.builds.lock();
         let running = builds.by_uid.of(caller.uid);
         if running >= limits.builds_per_uid_max {
-            let text = format!("build image {name}: you have {running} builds under way, the most allowed");
+            let text = format!("build image {name}: you have {running} builds in progress, which is the limit");
             return Err(Error::new(Kind::Busy, text).hint("wait for one to end or cancel one (fcctl op list, fcctl op cancel)"));
         }
         if stored + running >= limits.images_per_uid_max {
-            let text = format!("build image {name}: you have {stored} images, the most allowed");
-            return Err(Error::new(Kind::Exhausted, text).hint("delete one that you do not need: fcctl image rm NAME"));
+            let text = format!("build image {name}: you have {stored} images, which is the limit");
+            return Err(Error::new(Kind::Exhausted, text).hint("delete one: fcctl image rm NAME"));
         }
         if !builds.names.insert(name.clone()) {
             return Err(Error::new(Kind::Busy, format!("image {name} is being built")).hint("fcctl op list"));
@@ -121,7 +121,7 @@ impl ImageService {
     }
 
     fn build_image(&self, op: &OpHandle, spec: &BuildSpec) -> Result<Image> {
-        let _turn = self.build_admission.enter(op.cancel(), |ahead| match ahead {
+        let _admitted = self.build_admission.enter(op.cancel(), |ahead| match ahead {
             0 => op.progress("wait for another build"),
             ahead => op.progress(&format!("wait for {} other builds", ahead + 1)),
         })?;
@@ -144,25 +144,24 @@ impl ImageService {
         Ok(ImageListReply { images, next })
     }
 
-    /// Allowed for root, the daemon's own user and the user who built the image. VMs boot their
-    /// image's kernel, so an image stays while a VM is made from it or may be made again from a
-    /// snapshot.
+    /// Deletes an image. Root, the daemon's own user and the user who built it may do that. An
+    /// image cannot be deleted while a VM or a snapshot uses it, because VMs boot its kernel.
     ///
     /// # Errors
     /// `denied`, `image_not_found`, `conflict`, `busy`.
     pub fn image_delete(&self, caller: &Caller, name: &ImageRef) -> Result<ImageDeleteReply> {
         self.check_owner(caller, name)?;
         let doing = format!("delete image {name}");
-        let _deleting = self.uses.begin_delete(name).ok_or_else(|| {
-            Error::new(Kind::Busy, format!("{doing}: it is being deleted, or a VM is being made from it"))
-                .hint("see what is there in a moment: fcctl image list")
+        let _delete_guard = self.uses.begin_delete(name).ok_or_else(|| {
+            Error::new(Kind::Busy, format!("{doing}: it is being deleted, or a VM is being created from it"))
+                .hint("try again in a moment: fcctl image list")
         })?;
         let snapshots = self.core.store.read(|s| s.snapshots().filter(|row| row.image == *name).count());
         match (self.vms_of_image(name), snapshots) {
             (0, 0) => self.images.delete(name).map(|()| ImageDeleteReply { deleted: name.clone() }),
-            (0, snapshots) => Err(Error::new(Kind::Conflict, format!("{doing}: {snapshots} snapshots need it"))
+            (0, snapshots) => Err(Error::new(Kind::Conflict, format!("{doing}: it is used by {snapshots} snapshots"))
                 .hint("delete them first: fcctl snapshot list, fcctl snapshot delete")),
-            (vms, _) => Err(Error::new(Kind::Conflict, format!("{doing}: {vms} VMs are made from it"))
+            (vms, _) => Err(Error::new(Kind::Conflict, format!("{doing}: it is used by {vms} VMs"))
                 .hint("delete them first: fcctl ps -a, fcctl rm")),
         }
     }
@@ -171,15 +170,14 @@ impl ImageService {
         if caller.is_privileged() {
             return Ok(());
         }
-        let denied = |whose: String| {
-            Err(Error::new(Kind::Denied, format!("delete image {name}: {whose}")).hint("let root or its owner do it"))
-        };
+        let denied =
+            |whose: String| Err(Error::new(Kind::Denied, format!("delete image {name}: {whose}")).hint("ask root or its owner"));
         match self.images.get(name) {
             Ok(info) if info.owner_uid == Some(caller.uid) => Ok(()),
             Ok(ImageInfo { owner_uid: Some(uid), .. }) => denied(format!("uid {uid} built it")),
             Ok(ImageInfo { owner_uid: None, .. }) => denied("it belongs to the host".to_owned()),
             Err(e) if e.kind() == Kind::ImageNotFound => Err(e),
-            // A damaged image does not say who built it.
+            // Nobody knows who built a damaged image.
             Err(e) => denied(e.to_string()),
         }
     }
@@ -188,7 +186,8 @@ impl ImageService {
         self.core.store.read(|s| s.vms().filter(|row| row.image == *name).count() as u64)
     }
 
-    /// The image, which stays until the token is dropped; from then on a row has to name it.
+    /// Returns the image. It cannot be deleted until the guard is dropped; before that, a row must
+    /// name it.
     pub(super) fn use_image(&self, name: &ImageRef) -> Result<(ImageInfo, UseGuard<ImageRef>)> {
         let in_use = self.uses.begin_use(name).ok_or_else(|| {
             Error::new(Kind::ImageNotFound, format!("image {name} is being deleted")).hint("choose another: fcctl image list")

@@ -1,5 +1,5 @@
-//! Kernels beside those of images. An import works with no lock and publishes itself by a rename
-//! that refuses to replace.
+//! Imports, lists and deletes kernels other than those of images. An import works without a lock
+//! and publishes the kernel by a rename that never replaces anything.
 
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};
@@ -27,13 +27,12 @@ pub struct KernelService {
 }
 
 impl KernelService {
-    /// An operation. It reads files with the daemon's rights, so the server lets only privileged
-    /// callers begin it.
+    /// Begins to import a kernel from files on the host.
     pub fn kernel_import(&self, caller: &Caller, request: KernelImportRequest) -> Result<CallOutcome> {
         let KernelImportRequest { path, name, modules } = request;
         if let Some(bad) = std::iter::once(&path).chain(&modules).find(|path| !path.is_absolute()) {
             return Err(Error::invalid(format!("import kernel {}: the path is not absolute", bad.display()))
-                .hint("the daemon has another working directory"));
+                .hint("use an absolute path, because the daemon has another working directory"));
         }
         if let Some(name) = name.as_ref().filter(|name| self.kernels.get(name).is_ok()) {
             return Err(Error::new(Kind::NameTaken, format!("kernel {name} already exists")).hint("choose another with --name"));
@@ -59,7 +58,7 @@ impl KernelService {
         infos.sort_by(|a, b| a.name.cmp(&b.name));
         let rest = infos.into_iter().filter(|info| request.after.as_deref().is_none_or(|after| info.name.as_str() > after));
         let views = rest.map(|info| {
-            let vms = self.boots(&info.name);
+            let vms = self.vms_with_kernel(&info.name);
             (info.name.to_string(), view(info, vms))
         });
         let (kernels, next) = page::fill(request.limit, views)?;
@@ -67,33 +66,33 @@ impl KernelService {
     }
 
     pub fn kernel_show(&self, name: &KernelName) -> Result<KernelReply> {
-        Ok(KernelReply { kernel: view(self.kernels.get(name)?, self.boots(name)) })
+        Ok(KernelReply { kernel: view(self.kernels.get(name)?, self.vms_with_kernel(name)) })
     }
 
     /// Kernels belong to the host, so the server lets only privileged callers delete them.
     pub fn kernel_delete(&self, name: &KernelName) -> Result<KernelDeleteReply> {
-        let _deleting = self.uses.begin_delete(name).ok_or_else(|| {
-            Error::new(Kind::Busy, format!("delete kernel {name}: it is being deleted, or a VM is being made with it"))
-                .hint("see what is there in a moment: fcctl kernel list")
+        let _delete_guard = self.uses.begin_delete(name).ok_or_else(|| {
+            Error::new(Kind::Busy, format!("delete kernel {name}: it is being deleted, or a VM is being created with it"))
+                .hint("try again in a moment: fcctl kernel list")
         })?;
         let snapshots = self.core.store.read(|s| s.snapshots().filter(|row| row.kernel.as_ref() == Some(name)).count());
-        match (self.boots(name), snapshots) {
+        match (self.vms_with_kernel(name), snapshots) {
             (0, 0) => self.kernels.delete(name).map(|()| KernelDeleteReply { deleted: name.clone() }),
             (0, snapshots) => {
-                Err(Error::new(Kind::Conflict, format!("delete kernel {name}: VMs of {snapshots} snapshots boot it"))
+                Err(Error::new(Kind::Conflict, format!("delete kernel {name}: it is used by {snapshots} snapshots"))
                     .hint("delete them first: fcctl snapshot list, fcctl snapshot delete"))
             }
-            (vms, _) => Err(Error::new(Kind::Conflict, format!("delete kernel {name}: {vms} VMs boot it"))
+            (vms, _) => Err(Error::new(Kind::Conflict, format!("delete kernel {name}: it is used by {vms} VMs"))
                 .hint("delete them first: fcctl ps -a, fcctl rm")),
         }
     }
 
-    fn boots(&self, name: &KernelName) -> u64 {
+    fn vms_with_kernel(&self, name: &KernelName) -> u64 {
         self.core.store.read(|s| s.vms().filter(|row| row.kernel.as_ref() == Some(name)).count() as u64)
     }
 
-    /// Checks that the kernel is there. It stays until the result is dropped; from then on a row
-    /// has to name it.
+    /// Checks that the kernel exists. It cannot be deleted until the guard is dropped; before that,
+    /// a row must name it.
     pub(super) fn use_kernel(&self, name: &KernelName) -> Result<UseGuard<KernelName>> {
         let in_use = self.uses.begin_use(name).ok_or_else(|| {
             Error::new(Kind::KernelNotFound, format!("kernel {name} is being deleted")).hint("choose another: fcctl kernel list")
@@ -102,7 +101,7 @@ impl KernelService {
         Ok(in_use)
     }
 
-    /// Checks that the kernel is there.
+    /// Checks that the kernel exists.
     pub(super) fn check_kernel(&self, name: Option<&KernelName>) -> Result<()> {
         name.map_or(Ok(()), |name| self.kernels.get(name).map(drop))
     }

@@ -1,6 +1,5 @@
-//! Idempotency keys: the same key with the same parameters stands for the same operation, for a
-//! day. The store keeps that operation's answer for as long as the key, however many operations
-//! follow.
+//! Idempotency keys. For a day, a call with the same key and parameters gets the same operation.
+//! The store keeps that operation's result for as long as the key.
 
 use super::access::Caller;
 use super::call::CallOutcome;
@@ -18,10 +17,10 @@ use std::time::{Duration, Instant};
 
 /// How long a key is kept.
 const KEPT_S: u64 = 24 * 3600;
-/// How long a call waits for another one with its key to have begun.
+/// How long a call waits for another call with its key to begin.
 const HELD_DEADLINE: Duration = DURABLE_DEADLINE;
 
-/// Keys of calls that are beginning.
+/// Keys of calls that are just beginning.
 pub(super) struct Beginning {
     keys: Mutex<HashSet<(u32, String)>>,
     freed: Condvar,
@@ -36,15 +35,15 @@ impl Beginning {
     }
 }
 
-/// What a call's key stands for.
+/// The meaning of a call's key.
 pub enum Keyed {
-    /// Nothing yet: the call is to begin, and to record what it began.
+    /// The key is new. The call must begin and record its outcome.
     New(HeldKey),
-    /// An operation of an earlier call.
+    /// The operation of an earlier call with this key.
     Same(Box<Op>),
 }
 
-/// A key that no other call gets past before this is dropped.
+/// A key that no other call can claim until this is dropped.
 pub struct HeldKey {
     keys: Keys,
     uid: u32,
@@ -69,30 +68,29 @@ pub struct Keys {
 }
 
 impl Keys {
-    /// Waits for another call with this key that is beginning.
+    /// Claims a key. Waits if another call with this key is just beginning.
     ///
     /// # Errors
-    /// `idempotency_conflict` for another method or other parameters; `operation_limit` when the
-    /// caller has too many keys; `operation_not_found` when the operation never became durable;
-    /// `busy`.
+    /// `idempotency_conflict` for another method or other parameters; `operation_limit` if the
+    /// caller has too many keys; `operation_not_found` if the operation is no longer kept; `busy`.
     pub fn claim_key(&self, caller: &Caller, key: &str, method: &str, params: &str) -> Result<Keyed> {
         let params: Value = serde_json::from_str(params).map_err(|e| Error::invalid("read the parameters").with_source(e))?;
-        // Members are sorted in a `Value`, so their order does not count.
+        // A `Value` sorts its members, so their order does not matter.
         let hash = Sha256::digest(format!("{method}\n{params}").as_bytes());
         let params_hash: String = hash.iter().map(|b| format!("{b:02x}")).collect();
         let held = self.hold_key(caller.uid, key, method, params_hash)?;
         let Some(row) = self.core.store.read(|s| s.key(caller.uid, key).cloned()).filter(|row| row.expires_at > now_s()) else {
-            // Once something has begun it is too late to find that its key cannot be recorded.
+            // Check the limit now, because it is too late once the operation has begun.
             self.core.store.read(|s| s.check_keys(caller.uid, Some(now_s())))?;
             return Ok(Keyed::New(held));
         };
         if row.params_hash != held.params_hash {
-            return Err(Error::new(Kind::IdempotencyConflict, format!("the key {key:?} came before with another call"))
+            return Err(Error::new(Kind::IdempotencyConflict, format!("the key {key:?} was used for a different call"))
                 .hint("use a new key for each call"));
         }
         match self.core.op_kept(&row.op) {
             Ok(op) => Ok(Keyed::Same(Box::new(op))),
-            Err(e) => Err(e.context(format!("the key {key:?} stands for an operation that is no longer kept"))),
+            Err(e) => Err(e.context(format!("the operation of the key {key:?} is no longer kept"))),
         }
     }
 
@@ -100,7 +98,9 @@ impl Keys {
         let wanted = (uid, key.to_owned());
         let mut keys = self.beginning.keys.lock();
         if !self.beginning.freed.wait_while(&mut keys, Instant::now() + HELD_DEADLINE, |k| k.contains(&wanted)) {
-            return Err(Error::new(Kind::Busy, format!("a call with the key {key:?} is beginning")).hint("try again in a moment"));
+            return Err(
+                Error::new(Kind::Busy, format!("a call with the key {key:?} is just starting")).hint("try again in a moment")
+            );
         }
         keys.insert(wanted);
         drop(keys);
@@ -109,7 +109,7 @@ impl Keys {
 }
 
 impl HeldKey {
-    /// Its row, for a section that also makes what it stands for.
+    /// Writes the key's row, in the transaction that also makes what the key stands for.
     pub(super) fn put(&self, tx: &mut Tx, op: &OpId) -> Result<()> {
         let now = now_s();
         tx.expire_keys(now);
@@ -117,16 +117,16 @@ impl HeldKey {
         tx.put_key(KeyRow { uid: self.uid, key, params_hash, op: op.clone(), expires_at: now + KEPT_S })
     }
 
-    /// Durable when this returns. What has begun goes on also when its key cannot be written down.
-    pub fn record(self, begun: CallOutcome) -> CallOutcome {
-        let recorded = match &begun {
+    /// Records the outcome, durably. If that fails, the operation continues without the key.
+    pub fn record(self, outcome: CallOutcome) -> CallOutcome {
+        let recorded = match &outcome {
             CallOutcome::Op(op) | CallOutcome::Joined(op) => self.write(op),
             CallOutcome::Done(value) => self.record_value(value.clone()),
         };
         if let Err(e) = recorded {
             log::warn!("record the key of a call of {}: {e}", self.method);
         }
-        begun
+        outcome
     }
 
     fn write(&self, op: &OpId) -> Result<()> {
@@ -134,7 +134,7 @@ impl HeldKey {
         self.keys.core.wait_durable(ticket)
     }
 
-    /// For what was answered at once: an operation that has ended with this answer.
+    /// Records an immediate answer as an operation that has ended with it.
     fn record_value(&self, value: Value) -> Result<()> {
         let op = self.keys.core.begin_own_op(&self.method, None, self.uid)?;
         let written = self.write(op.id());

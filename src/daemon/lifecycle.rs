@@ -1,5 +1,6 @@
-//! Claim and drive. A verb asks the transition table, claims under the VM's lock, and a thread of
-//! its own works with no lock held; `commit.rs` settles. No moment without an owner.
+//! Claims VMs and runs the operations that own them. A verb looks up the transition table and
+//! claims the VM under its lock. Then its own thread does the work without a lock, and `commit.rs`
+//! settles the claim. So a VM that is not at rest always has exactly one operation that owns it.
 
 use super::access::{Caller, vm_not_found};
 use super::call::CallOutcome;
@@ -9,7 +10,6 @@ use super::core::Core;
 use super::grant::{ClaimedRow, Grant};
 use super::guests::Guests;
 use super::kernels::KernelService;
-use super::looks::Looks;
 use super::recovery;
 use super::recovery::Recovery;
 use super::resources;
@@ -19,6 +19,7 @@ use super::runtime::{Runtimes, Successor};
 use super::snapshot_registry::Restore;
 use super::spec::Specs;
 use super::transitions::{Decision, Verb, decide};
+use super::unreconciled::Unreconciled;
 use super::views::Views;
 use super::vmms::Vmms;
 use crate::api::vm::{Synced, VmReply, VmState};
@@ -34,13 +35,13 @@ use crate::vmm::Driver;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What a caller asks of a VM.
+/// A request for a change of a VM's state.
 pub(super) struct LifecycleRequest {
     pub verb: Verb,
     pub method: &'static str,
-    /// How long a guest may take to shut down.
+    /// How long the guest may take to shut down.
     pub timeout: Option<Duration>,
-    /// From where a restore goes on.
+    /// The snapshot to restore.
     pub restore: Option<Restore>,
 }
 
@@ -48,18 +49,18 @@ pub(super) struct LifecycleRequest {
 #[derive(Clone)]
 pub(super) enum Outcome {
     Booted(crate::vmm::Running),
-    /// Nothing of the VM runs.
+    /// The boot failed, and the VMM is gone.
     BootFailed(Error),
     Ended {
         synced: Synced,
     },
-    /// The VMM could not be ended, or its files not be removed.
+    /// The VMM could not be killed, or the files could not be removed.
     StillThere(Error),
     Deleted,
 }
 
-/// The right to change one VM's state until it is settled. Dropped unsettled (a panic), the VM
-/// becomes `failed`.
+/// The right to change one VM's state until it is settled. If it is dropped before, after a panic,
+/// the VM becomes `failed`.
 pub(super) struct Claim {
     pub lifecycle: Lifecycle,
     pub vm: VmId,
@@ -67,9 +68,9 @@ pub(super) struct Claim {
     pub state: VmState,
     pub verb: Verb,
     pub timeout: Option<Duration>,
-    /// From where its boot goes on.
+    /// The snapshot to restore in the boot.
     pub restore: Option<Restore>,
-    /// Ends the work early: the boot, or the grace of a stop.
+    /// Ends the work early: aborts a boot, or shortens the grace of a stop.
     pub cancel: Cancel,
     pub ticket: Option<Ticket>,
 }
@@ -94,7 +95,7 @@ pub struct Lifecycle {
     pub(super) core: Core,
     pub(super) views: Views,
     pub(super) runtimes: Runtimes,
-    pub(super) looks: Arc<Looks>,
+    pub(super) unreconciled: Arc<Unreconciled>,
     pub(super) recovery: Recovery,
     pub(super) capacity: Capacity,
     pub(super) kernel_service: KernelService,
@@ -104,27 +105,26 @@ pub struct Lifecycle {
     pub(super) controls: Controls,
     pub(super) resources: Resources,
     pub(super) images: Images,
-    /// How many VMs boot at the same time.
+    /// Limits how many VMs boot at the same time.
     pub(super) boots: Admission,
     pub(super) transport: Arc<dyn Transport>,
     pub(super) vmm: Arc<dyn Driver>,
 }
 
 impl Lifecycle {
-    /// Carries out what the transition table says. Returns at once: the work goes on in a thread of
-    /// its own.
-    pub(super) fn request(&self, caller: &Caller, vm: &str, ask: &LifecycleRequest) -> Result<CallOutcome> {
+    /// Does what the transition table says. Returns at once; the work is done by another thread.
+    pub(super) fn request(&self, caller: &Caller, vm: &str, request: &LifecycleRequest) -> Result<CallOutcome> {
         let found = self.core.resolve(caller, vm)?;
-        self.looks.ensure_looked_at(&found, ask.verb, &self.core.closing)?;
+        self.unreconciled.ensure_reconciled(&found, request.verb, &self.core.closing)?;
         let guard = self.core.locks.vm.lock(&found.id);
         let row = self.core.row(&found.id)?;
-        let granted = self.grant_locked(&guard, &row, ask, caller.uid);
-        self.core.note_asked(&guard, &row, ask.verb, granted.as_ref());
+        let granted = self.grant_locked(&guard, &row, request, caller.uid);
+        self.core.note_answer(&guard, &row, request.verb, granted.as_ref());
         drop(guard);
         match granted? {
             Grant::Claimed(claimed) => {
-                let claim = self.claim(found.id, ask, claimed);
-                self.looks.skip(&claim.vm);
+                let claim = self.claim(found.id, request, claimed);
+                self.unreconciled.skip(&claim.vm);
                 self.begin(claim)
             }
             Grant::Nothing => CallOutcome::done(&VmReply { vm: self.views.view(&found.id)? }),
@@ -138,40 +138,41 @@ impl Lifecycle {
         }
     }
 
-    /// Decides what a request gets, and writes it.
-    fn grant_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, ask: &LifecycleRequest, uid: u32) -> Result<Grant> {
-        match decide(row.state, row.intent == Some(Intent::Restart), ask.verb) {
-            Decision::Claim(to) => self.claim_locked(vm, row, ask, to, uid).map(Grant::Claimed),
+    /// Decides the answer to a request, and makes the changes for it.
+    fn grant_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, request: &LifecycleRequest, uid: u32) -> Result<Grant> {
+        match decide(row.state, row.intent == Some(Intent::Restart), request.verb) {
+            Decision::Claim(to) => self.claim_locked(vm, row, request, to, uid).map(Grant::Claimed),
             Decision::Nothing | Decision::Allow => Ok(Grant::Nothing),
-            Decision::Join => self.join_locked(vm, row, ask),
+            Decision::Join => self.join_locked(vm, row, request),
             Decision::Escalate => {
                 self.runtimes.shorten_stop(vm.key());
-                self.join_locked(vm, row, ask)
+                self.join_locked(vm, row, request)
             }
-            Decision::Queue => self.queue_locked(vm, row, ask, uid),
-            Decision::Refuse(hint) => Err(refusal(row, ask.verb, hint)),
+            Decision::Queue => self.queue_locked(vm, row, request, uid),
+            Decision::Refuse(hint) => Err(refusal(row, request.verb, hint)),
         }
     }
 
-    /// Takes the VM: the row's state, its operation, the ends of whatever used the guest.
+    /// Claims the VM: writes the row's new state and its operation, and cancels sessions and
+    /// transfers.
     fn claim_locked(
         &self,
         vm: &KeyGuard<'_, VmId>,
         row: &VmRow,
-        ask: &LifecycleRequest,
+        request: &LifecycleRequest,
         to: VmState,
         uid: u32,
     ) -> Result<ClaimedRow> {
         let op = match to {
-            VmState::Starting => self.core.begin_op(ask.method, Some(row.id.clone()), uid, true)?,
-            _ => self.core.begin_end_op(ask.method, &row.id, uid)?,
+            VmState::Starting => self.core.begin_op(request.method, Some(row.id.clone()), uid, true)?,
+            _ => self.core.begin_end_op(request.method, &row.id, uid)?,
         };
-        let essential = matches!(ask.verb, Verb::StopForce | Verb::Kill | Verb::Delete | Verb::DeleteForce);
+        let essential = matches!(request.verb, Verb::StopForce | Verb::Kill | Verb::Delete | Verb::DeleteForce);
         let op_row = op.op();
         let changed = self.core.change(essential, |tx| {
             tx.update_vm(vm, |row| {
-                enter(row, to, &op, ask.verb);
-                if let Some(restore) = &ask.restore {
+                enter(row, to, &op, request.verb);
+                if let Some(restore) = &request.restore {
                     restore.enter(row);
                 }
             })?;
@@ -180,25 +181,25 @@ impl Lifecycle {
         });
         match changed {
             Ok(((), ticket)) => {
-                self.arm_locked(vm, &op, to, ask.verb);
+                self.arm_locked(vm, &op, to, request.verb);
                 Ok(ClaimedRow { op, state: to, ticket })
             }
             Err(e) => {
-                let e = e.context(format!("{} vm {}", ask.verb.name(), row.name));
+                let e = e.context(format!("{} VM {}", request.verb.name(), row.name));
                 op.refuse(&e);
                 Err(e)
             }
         }
     }
 
-    fn claim(&self, vm: VmId, ask: &LifecycleRequest, claimed: ClaimedRow) -> Claim {
+    fn claim(&self, vm: VmId, request: &LifecycleRequest, claimed: ClaimedRow) -> Claim {
         let ClaimedRow { op, state, ticket } = claimed;
-        let (verb, timeout, restore, cancel) = (ask.verb, ask.timeout, ask.restore.clone(), op.cancel().clone());
+        let (verb, timeout, restore, cancel) = (request.verb, request.timeout, request.restore.clone(), op.cancel().clone());
         Claim { lifecycle: self.clone(), vm, op: Some(op), state, verb, timeout, restore, cancel, ticket: Some(ticket) }
     }
 
-    /// Records what a boot needs in its claim: memory, and the ledger's rows of all that it is
-    /// about to take.
+    /// Records with the claim what the boot needs: memory, and ledger rows for everything that it
+    /// is about to acquire.
     fn intend_boot(&self, vm: &KeyGuard<'_, VmId>, tx: &mut Tx) -> Result<()> {
         let row = tx.vm(vm.key()).cloned().ok_or_else(|| vm_not_found(vm.key().as_str()))?;
         self.capacity.reserve_memory(tx, &row)?;
@@ -207,65 +208,66 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// From here on whoever drives `op` owns the VM.
+    /// Makes `op` the owner of the VM: registers its cancel token and cancels the users of the
+    /// guest.
     pub(super) fn arm_locked(&self, vm: &KeyGuard<'_, VmId>, op: &OpHandle, to: VmState, verb: Verb) {
         if to == VmState::Starting {
             self.runtimes.begin_boot(vm.key(), op.cancel().clone());
         } else {
             self.runtimes.cancel_users(vm.key(), &cause_for(verb));
-            // A stop cannot be cancelled, so its operation's token is free to shorten it.
+            // A stop cannot be cancelled, so its token can be used to shorten it.
             self.runtimes.begin_stop(vm.key(), op.cancel().clone());
         }
     }
 
-    fn join_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, ask: &LifecycleRequest) -> Result<Grant> {
-        if ask.verb == Verb::Start && self.runtimes.successor(vm.key()).is_some() {
-            return Err(refusal(row, ask.verb, "it is about to end: fcctl vm wait {vm}, then fcctl start {vm}"));
+    fn join_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, request: &LifecycleRequest) -> Result<Grant> {
+        if request.verb == Verb::Start && self.runtimes.successor(vm.key()).is_some() {
+            return Err(refusal(row, request.verb, "wait until it has stopped: fcctl vm wait {vm}, then fcctl start {vm}"));
         }
         match &row.op {
             Some(op) => Ok(Grant::Joined(op.clone())),
-            None => Err(Error::internal(format!("vm {} is {} without an operation", row.name, row.state.name()))),
+            None => Err(Error::internal(format!("VM {} is {} without an operation", row.name, row.state.name()))),
         }
     }
 
-    /// Sets the successor slot and makes the operation in progress give up or hurry.
-    fn queue_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, ask: &LifecycleRequest, uid: u32) -> Result<Grant> {
-        let weight = Successor::weight(ask.verb);
+    /// Sets the successor slot, and aborts or shortens the operation in progress.
+    fn queue_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, request: &LifecycleRequest, uid: u32) -> Result<Grant> {
+        let weight = Successor::weight(request.verb);
         if let Some((verb, op)) = self.runtimes.successor(vm.key())
             && Successor::weight(verb) >= weight
         {
-            if Successor::deletes(verb) && !Successor::deletes(ask.verb) {
-                return Err(refusal(row, ask.verb, "it is about to be deleted: make another with fcctl vm create"));
+            if Successor::deletes(verb) && !Successor::deletes(request.verb) {
+                return Err(refusal(row, request.verb, "it is being deleted: create another one with fcctl vm create"));
             }
-            if matches!(ask.verb, Verb::StopForce | Verb::Kill | Verb::DeleteForce) {
+            if matches!(request.verb, Verb::StopForce | Verb::Kill | Verb::DeleteForce) {
                 self.runtimes.shorten_stop(vm.key());
             }
             return Ok(Grant::Joined(op));
         }
-        let op = self.core.begin_end_op(ask.method, &row.id, uid)?;
+        let op = self.core.begin_end_op(request.method, &row.id, uid)?;
         let (id, op_row) = (op.id().clone(), op.op());
-        let begun = self.core.change(true, |tx| {
+        let outcome = self.core.change(true, |tx| {
             tx.put_op(op_row);
             Ok(())
         });
-        match begun {
+        match outcome {
             Ok(((), ticket)) => ticket.detach(),
             Err(e) => {
                 op.refuse(&e);
-                return Err(e.context(format!("{} vm {}", ask.verb.name(), row.name)));
+                return Err(e.context(format!("{} VM {}", request.verb.name(), row.name)));
             }
         }
-        let replaced = self.runtimes.set_successor(vm.key(), Successor { verb: ask.verb, op, timeout: ask.timeout });
+        let replaced = self.runtimes.set_successor(vm.key(), Successor { verb: request.verb, op, timeout: request.timeout });
         match row.state {
-            VmState::Starting => self.runtimes.cancel_boot(vm.key(), cause_for(ask.verb)),
-            _ if matches!(ask.verb, Verb::StopForce | Verb::Kill | Verb::DeleteForce) => self.runtimes.shorten_stop(vm.key()),
+            VmState::Starting => self.runtimes.cancel_boot(vm.key(), cause_for(request.verb)),
+            _ if matches!(request.verb, Verb::StopForce | Verb::Kill | Verb::DeleteForce) => self.runtimes.shorten_stop(vm.key()),
             _ => {}
         }
         Ok(Grant::Queued { op: id, replaced })
     }
 
-    /// Starts the thread that drives the claim to its end. One that cannot be started drops the
-    /// claim, which settles it.
+    /// Starts the thread that runs the claim. If that fails, the claim is dropped, which settles
+    /// it.
     pub(super) fn begin(&self, claim: Claim) -> Result<CallOutcome> {
         let id = claim.op().id().clone();
         let lifecycle = self.clone();
@@ -276,7 +278,7 @@ impl Lifecycle {
     pub(super) fn run_claim(&self, mut claim: Claim) {
         loop {
             let _label = crate::locks::operation_scope(format!("{} {}", claim.verb.name(), claim.vm));
-            // Nothing is done before the claim is durable.
+            // Nothing may change on the host before the claim is durable.
             if let Some(ticket) = claim.ticket.take()
                 && let Err(e) = self.core.wait_settled(&ticket)
             {
@@ -294,7 +296,7 @@ impl Lifecycle {
         match claim.state {
             VmState::Starting => match self.boot(claim) {
                 Ok(running) => Outcome::Booted(running),
-                Err(e) if self.runs_still(&claim.vm) => Outcome::StillThere(e),
+                Err(e) if self.has_vmm(&claim.vm) => Outcome::StillThere(e),
                 Err(e) => Outcome::BootFailed(e),
             },
             VmState::Deleting => self.remove(claim),
@@ -302,17 +304,18 @@ impl Lifecycle {
         }
     }
 
-    /// Whether a boot that has failed left a VMM that could not be ended.
-    fn runs_still(&self, vm: &VmId) -> bool {
+    /// True if a failed boot left a VMM that could not be killed.
+    fn has_vmm(&self, vm: &VmId) -> bool {
         self.core.row(vm).is_ok_and(|row| self.vmms.identity(&row).is_some())
     }
 
-    /// The claim never became durable and the store has taken it back: the caller hears why.
+    /// Ends a claim that never became durable. The store has undone it, and the caller gets the
+    /// error.
     fn abort_unpersisted(&self, mut claim: Claim, error: &Error) {
         let op = claim.op.take().expect("unsettled");
         let successor = {
             let guard = self.core.locks.vm.lock(&claim.vm);
-            // Whoever claimed it since owns what is under way now.
+            // If another operation has claimed the VM since, the runtime belongs to it.
             let taken = self.core.row(guard.key()).is_ok_and(|row| row.op.is_some_and(|other| other != *op.id()));
             if taken { None } else { self.runtimes.end(guard.key()).1 }
         };
@@ -321,15 +324,15 @@ impl Lifecycle {
         }
         let mut error = error.clone();
         if matches!(claim.verb, Verb::StopForce | Verb::Kill) {
-            // It works whatever the disk does. The row follows when the store takes changes again:
-            // see `watch.rs`.
+            // A kill works even if the disk does not. The row follows when the store is writable
+            // again: see `watch.rs`.
             error = match self.kill_unrecorded(&claim.vm) {
-                Ok(()) => error.context("its vmm was ended, which could not be written down"),
+                Ok(()) => error.context("its VMM was killed, but that could not be recorded"),
                 Err(e) => e,
             };
         }
         let name = self.core.row(&claim.vm).map_or_else(|_| claim.vm.to_string(), |row| row.name.to_string());
-        op.finish(Err(error.context(format!("{} vm {name}", claim.verb.name()))));
+        op.finish(Err(error.context(format!("{} VM {name}", claim.verb.name()))));
     }
 
     fn kill_unrecorded(&self, vm: &VmId) -> Result<()> {

@@ -1,5 +1,4 @@
-//! Listings that leave the store's lock between pieces: however many VMs there are, nobody waits
-//! for a list.
+//! Lists VMs in pieces and releases the store's lock between them, so that long lists delay nobody.
 
 use super::access::Caller;
 use crate::api::page;
@@ -9,10 +8,10 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::str::FromStr;
 
-/// VMs that are looked at in one hold of the store's lock.
+/// How many VMs are read while the store's lock is held once.
 const SCAN_MAX: usize = 512;
 
-/// The place of a VM or a snapshot in a listing: when it was created, then what tells it apart.
+/// The position of a VM or a snapshot in a listing: the time of its creation, then its ID or name.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Position<I>(pub u64, pub I);
 
@@ -24,7 +23,7 @@ impl<I: fmt::Display> fmt::Display for Position<I> {
 
 impl<I: FromStr> Position<I> {
     /// # Errors
-    /// `invalid_argument` for what is not a place.
+    /// `invalid_argument` if the text is not a position.
     pub fn parse(text: &str) -> Result<Self> {
         let parts = || {
             let (at, id) = text.split_once('-')?;
@@ -34,11 +33,11 @@ impl<I: FromStr> Position<I> {
     }
 }
 
-/// The caller's VMs from the oldest to the newest, as far as `shown` lets them through. Up to
-/// [`SCAN_MAX`] VMs are seen as they are at one moment.
+/// Iterates over the caller's VMs for which `shown` is true, from the oldest to the newest. Each
+/// piece of up to [`SCAN_MAX`] VMs is consistent in itself.
 pub(super) struct VmScan<'a, F> {
     store: &'a Store,
-    /// `None`: the VMs of all owners.
+    /// The owner of the VMs, or `None` for all owners.
     owner_uid: Option<u32>,
     after: Option<Age>,
     shown: F,
@@ -52,7 +51,7 @@ impl<'a, F: Fn(&VmRow) -> bool> VmScan<'a, F> {
         Self { store, owner_uid, after, shown, found: VecDeque::new(), is_at_end: false }
     }
 
-    fn look_at_more(&mut self) {
+    fn read_more(&mut self) {
         let (owner_uid, after, shown) = (self.owner_uid, self.after.take(), &self.shown);
         let (found, last, seen) = self.store.read(|s| {
             let (mut found, mut last, mut seen) = (VecDeque::new(), None, 0);
@@ -64,8 +63,7 @@ impl<'a, F: Fn(&VmRow) -> bool> VmScan<'a, F> {
             }
             (found, last.map(|row| (row.created_at, row.id.clone())), seen)
         });
-        // Not one look more than needed: VMs that fit one look are listed as they were at one
-        // moment.
+        // Do not read once more than needed: VMs that fit into one piece are then consistent.
         self.is_at_end = seen < SCAN_MAX;
         (self.found, self.after) = (found, last);
     }
@@ -76,7 +74,7 @@ impl<F: Fn(&VmRow) -> bool> Iterator for VmScan<'_, F> {
 
     fn next(&mut self) -> Option<Seen> {
         while self.found.is_empty() && !self.is_at_end {
-            self.look_at_more();
+            self.read_more();
         }
         self.found.pop_front()
     }
@@ -89,9 +87,9 @@ mod tests {
     use crate::ids::VmId;
 
     #[test]
-    fn a_place_is_read_back_and_anything_else_is_refused() {
-        let place = Position(1764400000, "0123456789ab".parse::<VmId>().unwrap());
-        assert!(Position::parse(&place.to_string()).is_ok_and(|read: Position<VmId>| read == place));
+    fn position_is_read_back_and_other_text_is_refused() {
+        let position = Position(1764400000, "0123456789ab".parse::<VmId>().unwrap());
+        assert!(Position::parse(&position.to_string()).is_ok_and(|read: Position<VmId>| read == position));
         for bad in ["", "-", "5", "5-", "5-web", "x-0123456789ab", "-1-0123456789ab", "5-0123456789ab-"] {
             assert_eq!(Position::<VmId>::parse(bad).err().map(|e| e.kind()), Some(Kind::InvalidArgument), "{bad:?}");
         }

@@ -1,14 +1,14 @@
-//! The op-level locks. Nothing outside `src/daemon` names them.
+//! The locks of operations. Nothing outside `src/daemon` names them.
 
 use crate::ids::VmId;
 use crate::locks::{LockSet, Rank};
 
-/// A VM's workspace. A type of its own, so that its guard is no evidence that the VM's lock is
-/// held.
+/// The key of a VM's workspace lock. It has its own type, so that its guard cannot be taken for one
+/// of the VM's lock.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkspaceOf(pub VmId);
 
-/// As `debug locks` shows the VM's own lock.
+/// Shows the ID alone, as the VM's own lock does in `debug locks`.
 impl std::fmt::Debug for WorkspaceOf {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.fmt(f)
@@ -16,13 +16,13 @@ impl std::fmt::Debug for WorkspaceOf {
 }
 
 pub struct OpLocks {
-    /// State checks and state changes of one VM: held for moments.
+    /// Protects state checks and state changes of one VM. Held for moments.
     pub vm: LockSet<VmId>,
-    /// One import or export at a time on a VM: held across guest I/O.
+    /// Allows one import or export at a time per VM. Held during guest I/O.
     pub workspace: LockSet<WorkspaceOf>,
-    /// Name uniqueness. One key, so that its holder shows in `debug locks`.
+    /// Keeps names unique. It is a set with one key, so that its holder shows in `debug locks`.
     pub create_vm: LockSet<()>,
-    /// Changes of the image registry.
+    /// Protects changes of the image registry.
     pub image_ops: LockSet<()>,
 }
 
@@ -36,7 +36,7 @@ impl OpLocks {
         }
     }
 
-    /// Keys held or waited for, over all sets; 0 when nothing is under way.
+    /// The number of keys that are held or waited for. 0 when nothing is in progress.
     pub fn entries(&self) -> usize {
         self.vm.len() + self.workspace.len() + self.create_vm.len() + self.image_ops.len()
     }

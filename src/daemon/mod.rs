@@ -35,10 +35,10 @@
 //!
 //! ## The queued operation
 //!
-//! A stop must not wait for a boot, and a delete must not wait for a stop's grace period. Each VM
-//! therefore has one slot for a queued operation. A stop that arrives during a boot takes the slot
-//! and cancels the boot's token; every wait of a boot ends at that token. The boot undoes what it
-//! did, and its commit starts the stop in the same critical section, so no other caller gets in
+//! A stop must not wait for a boot, and a delete must not wait for a stop's grace period. So each
+//! VM has one slot for a queued operation, its *successor*. A stop that arrives during a boot takes
+//! the slot and cancels the boot's token, which ends every wait of the boot. The boot undoes what
+//! it did, and its commit starts the stop in the same critical section, so no other caller gets in
 //! between. A delete replaces a stop in the slot, and a forced stop shortens the grace of the one
 //! in progress.
 //!
@@ -49,9 +49,9 @@
 //! in the set and cancels them, or they are refused. They never hold the VM's lock while they talk
 //! to a guest.
 //!
-//! Pause, rates and the balloon are wishes in the row (`pause.rs`, `adjust.rs`). Afterwards the
-//! driver is asked to comply until it has done what the row says. Of two callers the later one
-//! wins, and adoption after a restart asks the driver again.
+//! Pause, rates and the balloon are members of the row (`pause.rs`, `adjust.rs`). After a change of
+//! the row the driver is called until the guest is as the row says. If two callers change it at
+//! once, the later change wins. Adoption after a restart calls the driver again.
 //!
 //! ## When something dies
 //!
@@ -64,13 +64,13 @@
 //!   that were in progress, and finishes stops and deletes. It looks at the host's processes once
 //!   for all VMs, takes running VMs first, and skips VMs at rest with nothing in the ledger. A call
 //!   for a VM that has not been looked at does that itself; a stop or delete does not wait even for
-//!   that (`looks.rs`).
+//!   that (`unreconciled.rs`).
 //! - **The daemon again, while it recovers.** Recovery has a crash budget (`recovery.rs`): an
 //!   operation that was being resumed when the daemon died is not resumed in the same way. The next
 //!   daemon kills the VMM without asking the guest, the one after it marks the VM `failed`, and the
 //!   one after that leaves the VM to its owner. The same holds for adopting a VM.
 //!
-//! What a daemon leaves behind, whenever it dies, is in the ledger. `sweep` gives it back at start
+//! What a daemon leaves behind, whenever it dies, is in the ledger. `sweep` releases it at start
 //! and every minute, and `fcctl doctor --leaks` lists what is on the host under fcd's names without
 //! a row.
 //!
@@ -83,14 +83,15 @@
 //!
 //! # Sharing between users
 //!
-//! Every user who may connect shares one daemon. Whatever one user can pile up has a limit per uid
-//! in `[limits]`: connections, operations, VMs, memory, transfers, image builds, images, history,
-//! idempotency keys. Root has its own share. A call over a limit fails with `busy` or `exhausted`.
+//! Every user who may connect shares one daemon. Everything that a user can accumulate has a limit
+//! per uid in `[limits]`: connections, operations, VMs, memory, transfers, image builds, images,
+//! history, idempotency keys. Root has its own share. A call over a limit fails with `busy` or
+//! `exhausted`.
 //!
 //! - Transfers: a free worker takes the next job of the uid with the fewest running jobs, and one
 //!   uid never gets all workers. A stream below the minimum rate ends (`rate_floor.rs`).
-//! - Builds run one at a time, others wait in line (`images.rs`). An image belongs to whoever built
-//!   it.
+//! - Builds run one at a time, others wait in line (`images.rs`). An image belongs to the user
+//!   who built it.
 //! - Finished operations are kept per uid. The operation that a live idempotency key stands for is
 //!   kept as long as the key. A refused call leaves no record.
 //! - `doctor` runs once for all callers that wait for it (`single_flight.rs`).
@@ -135,7 +136,6 @@ mod leak;
 mod lifecycle;
 mod listing;
 mod locks;
-mod looks;
 mod names;
 mod network;
 mod notes;
@@ -162,6 +162,7 @@ mod stats;
 mod transfer;
 mod transitions;
 mod uids;
+mod unreconciled;
 mod uses;
 mod verbs;
 mod views;

@@ -1,4 +1,4 @@
-//! Names for VMs whose creators gave none: adjective-noun.
+//! Makes names such as `brave-otter` for VMs that are created without one.
 
 use crate::ids::VmName;
 
@@ -15,8 +15,8 @@ const NOUNS: &[&str] = &[
     "river", "robin", "sparrow", "spruce", "stork", "swan", "thistle", "tiger", "trout", "tulip", "walnut", "willow", "wren",
 ];
 
-/// The `n`-th candidate for a seed: plain pairs first, then pairs with a number, so that there is
-/// always another.
+/// The `n`-th candidate for a seed. The first ones are plain pairs of words. Later ones have a
+/// number, so that candidates never run out.
 pub fn candidate(seed: u64, n: u32) -> VmName {
     let mixed = seed.wrapping_add(u64::from(n)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     let adjective = ADJECTIVES[(mixed >> 33) as usize % ADJECTIVES.len()];

@@ -1,5 +1,5 @@
-//! VMs on the bridge: who has which address, who may know whose name, and what is put right every
-//! minute. Without a bridge all of it is nothing.
+//! Networks of VMs: their addresses on the bridge, the names that guests can look up, and the
+//! repair of bridge and rules every minute. Without a bridge, most of this does nothing.
 
 use super::core::Core;
 use super::host_view::HostView;
@@ -25,7 +25,7 @@ pub(super) fn open(config: &Config, store: &Store, commands: &Arc<dyn Commands>,
         return Ok(None);
     }
     if !nix::unistd::geteuid().is_root() {
-        return Err(Error::new(Kind::InvalidConfig, "driver = \"bridge\" under [network]: fcd must be root for it")
+        return Err(Error::new(Kind::InvalidConfig, "driver = \"bridge\" under [network] needs root")
             .hint("set driver = \"user\", or run fcd as root"));
     }
     Net::open(&config.network, store.install_id(), commands.clone(), cancel).map(Some)
@@ -40,14 +40,14 @@ pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
     all
 }
 
-/// Who opens the device decides what is needed: whoever may open it can attach to taps of their own
-/// uid only.
+/// If the jailer gives each VMM a device node, the mode of the host's node does not matter. Opening
+/// it to a group is safe, because a user can attach only to taps of their own uid.
 fn tun(vmms_have_own_nodes: bool, exists: std::result::Result<(), String>, access: devices::Access) -> Check {
     const ID: &str = "network_tun";
     match (exists, access) {
         (Err(why), _) => Check::fail(ID, why, "modprobe tun"),
-        (Ok(()), _) if vmms_have_own_nodes => Check::ok(ID, format!("{TUN} is there; each jail has a node of its own")),
-        (Ok(()), Ok(_)) => Check::ok(ID, format!("VMMs may open {TUN}; each tap is its own VMM's only")),
+        (Ok(()), _) if vmms_have_own_nodes => Check::ok(ID, format!("{TUN} exists; each jail has its own node")),
+        (Ok(()), Ok(_)) => Check::ok(ID, format!("VMMs can open {TUN}; each VMM can attach only to its own tap")),
         (Ok(()), Err(why)) => Check::fail(ID, why, &devices::open_to_group(TUN)),
     }
 }
@@ -58,11 +58,11 @@ fn user_mode(isolated: bool) -> Check {
         return Check::ok(ID, "user-mode: guests are cut off from everything but their SSH port");
     }
     let fix = "to cut guests off from every network: isolated = true under [qemu], or --net none for one VM; \
-               as root, driver = \"bridge\" under [network] gives each VM an address and keeps it from the host's services";
+               as root, driver = \"bridge\" under [network] gives each VM an address and blocks its access to services of the host";
     Check::warn(ID, "user-mode: a guest that connects to 10.0.2.2 reaches services on this host's loopback", fix)
 }
 
-/// Networks of VMs. All of it does nothing without a bridge.
+/// Manages the networks of VMs. With user-mode networking, most methods do nothing.
 #[derive(Clone)]
 pub struct Networks {
     pub(super) core: Core,
@@ -71,33 +71,33 @@ pub struct Networks {
     pub(super) net: Option<Arc<Net>>,
     pub(super) name_server: Arc<Mutex<Option<dns::Server>>>,
     pub(super) config: config::Network,
-    /// How many uids VMs may have.
+    /// How many uids there are for VMs.
     pub(super) vm_uids: u32,
     pub(super) name_server_uid: u32,
 }
 
 impl Networks {
-    /// How many VMs have room.
+    /// The number of slots for VMs.
     pub(super) fn slots_max(&self) -> u32 {
         if self.net.is_none() { self.vm_uids } else { self.vm_uids.min(self.config.subnet.guests_max()) }
     }
 
-    /// A VM as the bridge sees it.
+    /// Describes the VM for the bridge.
     pub(super) fn guest(&self, row: &VmRow, net: &Net) -> Result<Guest> {
-        // In a boot the row may still name the VMM of an earlier start.
+        // During a boot the row may still name the VMM of an earlier start.
         let running = row.identity.as_ref().filter(|_| row.state != VmState::Starting);
-        let is_ours = !self.vmm.limits_network(running);
-        let of = |rate: Option<u64>| rate.filter(|_| is_ours);
+        let limited_by_rules = !self.vmm.limits_network(running);
+        let limit = |rate: Option<u64>| rate.filter(|_| limited_by_rules);
         Ok(Guest {
             tag: self.core.tag(row),
             lease: net.lease(row.slot)?,
             access: access(row),
-            rx_bytes_per_s: of(row.rates.net_rx_bytes_per_s),
-            tx_bytes_per_s: of(row.rates.net_tx_bytes_per_s),
+            rx_bytes_per_s: limit(row.rates.net_rx_bytes_per_s),
+            tx_bytes_per_s: limit(row.rates.net_tx_bytes_per_s),
         })
     }
 
-    /// What its VMM is told: as the row says that it was started.
+    /// The network for the VM's VMM, as it was when the VM was started.
     pub(super) fn guest_network(&self, row: &VmRow) -> GuestNetwork {
         match &row.tap {
             Some(tap) => {
@@ -107,7 +107,7 @@ impl Networks {
         }
     }
 
-    /// What the guest is told at its next start.
+    /// The network configuration for the seed drive of the next start.
     pub(super) fn seed_network(&self, row: &VmRow) -> Result<SeedNetwork> {
         let Some(net) = &self.net else { return Ok(SeedNetwork::user_mode()) };
         let Lease { address, prefix, gateway, .. } = net.lease(row.slot)?;
@@ -116,12 +116,12 @@ impl Networks {
         Ok(SeedNetwork { address: address.into(), prefix, gateway: out.then_some(gateway.into()), dns })
     }
 
-    /// After a restart of the daemon: a guest that runs keeps its tap and its rules.
+    /// Takes over the tap, rules and forwards of a running VM after a restart of the daemon.
     pub(super) fn adopt_guest(&self, row: &VmRow) {
         let (Some(net), Some(tap)) = (&self.net, &row.tap) else { return };
         let adopted = self.guest(row, net).and_then(|guest| {
             if guest.lease.address != tap.address {
-                let message = format!("it has the address {} until its next start", tap.address);
+                let message = format!("it keeps the address {} until its next start", tap.address);
                 return Err(Error::new(Kind::Conflict, message).hint("network.subnet has changed"));
             }
             net.adopt(std::slice::from_ref(&guest))?;
@@ -131,7 +131,7 @@ impl Networks {
             Ok(())
         });
         if let Err(e) = adopted {
-            log::warn!("network: take up vm {}: {e}", row.name);
+            log::warn!("network: adopt VM {}: {e}", row.name);
         }
     }
 
@@ -139,7 +139,7 @@ impl Networks {
         let Some(net) = &self.net else { return };
         match net.mend() {
             Ok(done) => done.iter().for_each(|what| log::warn!("network: {what}")),
-            Err(e) => log::warn!("network: put it right: {e}; it is tried again every minute"),
+            Err(e) => log::warn!("network: restore it: {e}; retrying every minute"),
         }
     }
 
@@ -152,7 +152,7 @@ impl Networks {
         Ok(())
     }
 
-    /// How the name server's helper does; none without a name server.
+    /// Reports the state of the name server's helper process. `None` without a name server.
     pub(super) fn name_server_check(&self) -> Option<Check> {
         const ID: &str = "name_server";
         let trouble = self.name_server.lock().as_ref().map(dns::Server::trouble)?;
@@ -162,7 +162,7 @@ impl Networks {
         })
     }
 
-    /// Bridge, rules and taps of VMs stay.
+    /// Stops the name server. The bridge, the rules and the taps of VMs stay.
     pub(super) fn close_network(&self) {
         let server = self.name_server.lock().take();
         if let Some(e) = server.and_then(|s| s.stop().err()) {
@@ -181,7 +181,7 @@ fn access(row: &VmRow) -> Access {
     }
 }
 
-/// Names of the VMs that are up. To a guest the VMs of other owners do not exist.
+/// Unreconciled up names of VMs that are up. A guest can only find VMs of its own owner.
 struct Book {
     store: Store,
     gateway: Ipv4Addr,
@@ -214,8 +214,8 @@ impl dns::Names for Book {
 }
 
 pub(super) fn no_rate_in_user_mode() -> Error {
-    Error::new(Kind::Unsupported, "limit the network: user-mode networking has no rates").hint(
-        "as root, set driver = \"bridge\" under [network], and a VM has it from its next start on; or take the rates off: \
+    Error::new(Kind::Unsupported, "limit the network: user-mode networking has no rate limits").hint(
+        "as root, set driver = \"bridge\" under [network], and restart the VM; or remove the rates: \
              fcctl vm set --net-rx-bps none --net-tx-bps none",
     )
 }
@@ -226,12 +226,12 @@ mod tests {
     use crate::api::daemon::Severity;
 
     #[test]
-    fn the_way_to_the_hosts_loopback_is_shown() {
+    fn user_mode_check_warns_of_host_loopback() {
         assert_eq!((user_mode(false).severity, user_mode(true).severity), (Severity::Warn, Severity::Ok));
     }
 
     #[test]
-    fn tun_for_root_alone_suits_jailed_vmms_and_is_never_opened_to_everybody() {
+    fn tun_of_root_suits_jailed_vmms_and_fix_never_opens_it_to_all() {
         let closed = || Err(format!("{TUN} has mode 0600"));
         assert_eq!(tun(true, Ok(()), closed()).severity, Severity::Ok);
         let refused = tun(false, Ok(()), closed());

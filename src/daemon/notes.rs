@@ -1,4 +1,4 @@
-//! Notes on the way from an operation's thread to the connection that waits for it.
+//! A queue of notifications from an operation's thread to the connection that waits for it.
 
 use crate::api::frame::Note;
 use crate::error::{Error, Result};
@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-/// Most notes in the queue. An operation sends a handful; the bound is for the one that does not.
+/// Limit of queued notifications. An operation normally sends only a few.
 const NOTES_MAX: usize = 256;
 
 struct Inner {
@@ -29,7 +29,7 @@ impl Notes {
         Ok(Self { inner: Arc::new(Inner { queue: Mutex::new(Rank::Runtimes, VecDeque::new()), event }) })
     }
 
-    /// Queues a note; the oldest goes when there are too many. Never blocks.
+    /// Queues a notification. If the queue is full, the oldest one is dropped. Never blocks.
     pub fn send(&self, note: Note) {
         let mut queue = self.inner.queue.lock();
         if queue.len() == NOTES_MAX {
@@ -40,7 +40,7 @@ impl Notes {
         let _ = self.inner.event.write(1);
     }
 
-    /// Readable when there are notes.
+    /// Readable when the queue is not empty.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.inner.event.as_fd()
     }

@@ -1,4 +1,4 @@
-//! `op.*` over the registry, for those who may see the operation.
+//! The `op.*` calls, for those who may see the operation.
 
 use super::access::Caller;
 use super::core::Core;
@@ -12,11 +12,11 @@ use crate::ops::{Filter, Limits, OpHandle};
 use serde_json::value::RawValue;
 use std::time::{Duration, Instant};
 
-/// For a store that has refused the end of an operation to take it.
+/// How long to wait for a read-only store before giving up recording an operation's result.
 const WRITABLE_DEADLINE: Duration = Duration::from_secs(1);
 
 impl Core {
-    /// A place in this list is the operation's number, which holds while the daemon runs.
+    /// The cursor is the number of an operation, which stays the same while the daemon runs.
     pub fn op_list(&self, caller: &Caller, request: &OpListRequest) -> Result<OpListReply<Box<RawValue>>> {
         let after = request.after.as_deref().map(|text| text.parse::<u64>().map_err(|_| page::bad_cursor(text)));
         let filter = Filter { owner: None, vm: None, all: request.all, after: after.transpose()? };
@@ -25,19 +25,20 @@ impl Core {
         Ok(OpListReply { ops, next })
     }
 
-    /// By id or by a prefix of it that fits one operation only.
+    /// Finds an operation by its ID or by a unique prefix of it.
     pub fn op_find(&self, caller: &Caller, text: &str) -> Result<Op> {
         let found = self.ops.find(text, owner(caller));
         if !found.as_ref().is_err_and(|e| e.kind() == Kind::OperationNotFound) {
             return found;
         }
-        // Another user, root or the daemon itself began it, on a VM that the caller owns.
-        let whole = text.parse::<OpId>().ok().and_then(|id| self.op_kept(&id).ok()).filter(|op| self.sees(caller, op));
-        whole.map_or(found, Ok)
+        // The operation may belong to another user, root or the daemon, on a VM that the caller
+        // owns.
+        let on_own_vm = text.parse::<OpId>().ok().and_then(|id| self.op_kept(&id).ok()).filter(|op| self.sees(caller, op));
+        on_own_vm.map_or(found, Ok)
     }
 
-    /// An operation that is under way or has ended. The store keeps those that a key stands for
-    /// longer than the registry.
+    /// Returns an operation that is in progress or has ended. The store keeps operations with an
+    /// idempotency key longer than the registry does.
     pub fn op_kept(&self, id: &OpId) -> Result<Op> {
         self.ops.get(id).or_else(|e| {
             let row = self.store.read(|s| s.op(id).cloned()).filter(|row| row.state.has_ended());
@@ -45,36 +46,37 @@ impl Core {
         })
     }
 
-    /// Who may see an operation: root, who began it, and the owner of its VM.
+    /// True if the caller may see the operation: root, the user who began it, and the owner of its
+    /// VM.
     fn sees(&self, caller: &Caller, op: &Op) -> bool {
-        let of_theirs = |vm: &VmId| self.store.read(|s| s.vm(vm).is_some_and(|row| caller.may_see(row.owner_uid)));
-        caller.may_see(op.owner_uid) || op.vm.as_ref().is_some_and(of_theirs)
+        let is_own_vm = |vm: &VmId| self.store.read(|s| s.vm(vm).is_some_and(|row| caller.may_see(row.owner_uid)));
+        caller.may_see(op.owner_uid) || op.vm.as_ref().is_some_and(is_own_vm)
     }
 
-    /// Asks it to stop. The answer shows it as it is then.
+    /// Cancels the operation, and returns it as it is right after that.
     pub fn op_cancel(&self, caller: &Caller, text: &str) -> Result<OpReply> {
         let op = self.op_find(caller, text)?;
         Ok(OpReply { op: self.ops.cancel(&op.id, CancelCause::Requested)? })
     }
 
-    /// Begins an operation of a caller's, within its share.
+    /// Begins an operation of a caller, within the limits of its uid.
     pub(super) fn begin_op(&self, method: &str, vm: Option<VmId>, uid: u32, may_cancel: bool) -> Result<OpHandle> {
         self.ops.begin(method, vm, uid, may_cancel, Limits { per_uid_max: self.limits.operations_per_uid_max })
     }
 
-    /// The same for what ends something: there are at most two of a VM, and no limit may keep
-    /// anybody from them.
+    /// Begins an operation that ends something. No limit applies, because a VM has at most two of
+    /// them and everybody must be able to stop a VM.
     pub(super) fn begin_end_op(&self, method: &str, vm: &VmId, uid: u32) -> Result<OpHandle> {
         self.begin_own_op(method, Some(vm.clone()), uid)
     }
 
-    /// Begins an operation of the daemon's own, which no limit may stop. Only a lack of descriptors
-    /// can.
+    /// Begins an operation of the daemon itself, without a limit. It fails only if there are no
+    /// descriptors left.
     pub(super) fn begin_own_op(&self, method: &str, vm: Option<VmId>, uid: u32) -> Result<OpHandle> {
         self.ops.begin(method, vm, uid, false, Limits { per_uid_max: usize::MAX })
     }
 
-    /// Ends an operation that changes no VM's state: written down, then told.
+    /// Ends an operation that changes no VM's state: records the result, then reports it.
     pub(super) fn end_op(&self, op: OpHandle, result: Result<serde_json::Value>) {
         let row = ended_row(op.op(), &result);
         let write = || {
@@ -85,16 +87,17 @@ impl Core {
             });
             written.and_then(|((), ticket)| self.wait_durable(ticket))
         };
-        // A disk that refuses once takes it a moment later; longer nobody waits for that.
+        // The disk may accept the write a moment later. Waiters do not wait longer than that.
         let written =
             write().or_else(|e| if self.store.wait_writable(Instant::now() + WRITABLE_DEADLINE) { write() } else { Err(e) });
         if let Err(e) = written {
-            log::warn!("write down the end of operation {}: {e}", op.id());
+            log::warn!("record the end of operation {}: {e}", op.id());
         }
         op.finish(result);
     }
 
-    /// Like `end_op`, but does not wait until the end is durable. It logs, so no lock may be held.
+    /// Like [`Self::end_op`], but does not wait until the result is durable. It logs, so no lock
+    /// may be held.
     pub(super) fn end_op_soon(&self, op: OpHandle, result: Result<serde_json::Value>) {
         let row = ended_row(op.op(), &result);
         match self.change(true, |tx| {
@@ -102,18 +105,18 @@ impl Core {
             Ok(())
         }) {
             Ok(((), ticket)) => ticket.detach(),
-            Err(e) => log::warn!("write down the end of operation {}: {e}", op.id()),
+            Err(e) => log::warn!("record the end of operation {}: {e}", op.id()),
         }
         op.finish(result);
     }
 
-    /// Until everything that was begun so far is durable: only then may a caller be told that it
-    /// was.
+    /// Waits until everything that has begun so far is durable. Only then may a caller learn that
+    /// it has begun.
     pub fn wait_begun(&self) -> Result<()> {
         self.wait_durable(self.store.barrier()?)
     }
 
-    /// Writes down that an operation has begun.
+    /// Records durably that an operation has begun.
     pub(super) fn persist_op(&self, op: &OpHandle) -> Result<()> {
         let row = op.op();
         let ((), ticket) = self.store.change(|tx| {
@@ -124,12 +127,13 @@ impl Core {
     }
 }
 
-/// Whose operations the caller sees: everybody's for root.
+/// The uid whose operations the caller sees. `None` for root, who sees all.
 fn owner(caller: &Caller) -> Option<u32> {
     (caller.uid != 0).then_some(caller.uid)
 }
 
-/// The row of an operation as its end will leave it: for a commit that writes it down first.
+/// Returns the row of an operation with its result, for a commit that records it before the
+/// operation ends.
 pub(super) fn ended_row(mut op: Op, result: &Result<serde_json::Value>) -> Op {
     match result {
         Ok(value) => (op.state, op.result) = (OpState::Ok, Some(value.clone())),

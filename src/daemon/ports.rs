@@ -1,5 +1,5 @@
-//! Which ports of the host a new VM may have. A port is one VM's from its creation to its deletion;
-//! whether something else on the host has it is seen at each start.
+//! Checks and picks the host ports of a new VM. A port belongs to one VM from its creation to its
+//! deletion. Whether another program on the host uses it is found out at each start.
 
 use super::access::Caller;
 use super::network::Networks;
@@ -9,11 +9,11 @@ use crate::error::{Error, Kind, Result};
 use crate::net;
 use crate::store::State;
 
-/// Of one VM.
+/// Limit of ports per VM.
 const PORTS_MAX: usize = 64;
-/// Ports that the host has free and that turn out to be another VM's, which does not run.
+/// How many free ports of the host are tried, because each may belong to a VM that does not run.
 const PICK_TRIES_MAX: u32 = 64;
-/// ip(7): from here on ports are for everybody.
+/// The file with the first port that needs no privilege (ip(7)).
 const UNPRIVILEGED: &str = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
 const UNPRIVILEGED_DEFAULT: u16 = 1024;
 
@@ -24,18 +24,20 @@ pub(super) fn unprivileged_from() -> u16 {
 }
 
 impl Networks {
-    /// What can be said without looking at other VMs.
+    /// Makes the checks that do not depend on other VMs.
     pub(super) fn check_ports(&self, caller: &Caller, network: Net, ports: &[Port]) -> Result<()> {
         if ports.len() > PORTS_MAX {
-            return Err(Error::invalid(format!("{} ports: a VM may have {PORTS_MAX}", ports.len())).hint("give fewer with -p"));
+            return Err(
+                Error::invalid(format!("{} ports: a VM may have at most {PORTS_MAX}", ports.len())).hint("use -p less often")
+            );
         }
         if !ports.is_empty() && network == Net::None {
-            return Err(Error::invalid("forward ports to a VM without a network").hint("leave out either -p or --net none"));
+            return Err(Error::invalid("forward ports to a VM without a network").hint("leave out -p or --net none"));
         }
         for (i, port) in ports.iter().enumerate() {
             self.check_port(caller, port)?;
             if port.host_port != 0 && ports[..i].iter().any(|other| other.overlaps(port)) {
-                return Err(Error::invalid(format!("port {port} is given twice")).hint("give each port of the host once"));
+                return Err(Error::invalid(format!("port {port} is given twice")).hint("use each host port once"));
             }
         }
         Ok(())
@@ -43,31 +45,32 @@ impl Networks {
 
     fn check_port(&self, caller: &Caller, port: &Port) -> Result<()> {
         if port.guest_port == 0 {
-            return Err(Error::invalid("port 0 of a guest: give 1 to 65535").hint("as in -p 8080:80"));
+            return Err(Error::invalid("guest port 0: use 1 to 65535").hint("for example -p 8080:80"));
         }
         if port.host_addr.is_multicast() || port.host_addr.is_broadcast() {
-            return Err(Error::invalid(format!("{} is no address of a host", port.host_addr)).hint("as in -p 127.0.0.1:8080:80"));
+            return Err(Error::invalid(format!("{} is not an address of a host", port.host_addr))
+                .hint("for example -p 127.0.0.1:8080:80"));
         }
         let first = unprivileged_from();
         if port.host_port == 0 || port.host_port >= first {
             return Ok(());
         }
         if caller.uid != 0 {
-            return Err(Error::new(Kind::Denied, format!("forward port {port}: ports below {first} are root's"))
-                .hint(format!("take one from {first} on, as in -p 8080:{}", port.guest_port)));
+            return Err(Error::new(Kind::Denied, format!("forward port {port}: ports below {first} need root"))
+                .hint(format!("use one from {first} on, for example -p 8080:{}", port.guest_port)));
         }
         if self.net.is_none() {
             return Err(Error::new(
                 Kind::Unsupported,
-                format!("forward port {port}: VMMs, which do not run as root, get none below {first}"),
+                format!("forward port {port}: ports below {first} need root, and VMMs do not run as root"),
             )
-            .hint("take a higher one, or set driver = \"bridge\" under [network]"));
+            .hint("use a higher one, or set driver = \"bridge\" under [network]"));
         }
         Ok(())
     }
 
-    /// Picks those that are left open, and refuses those that another VM has. Another VM may take
-    /// them until the row is there: see [`require_free`].
+    /// Picks the ports that the request leaves open, and refuses those that belong to another VM.
+    /// Another VM may still take one of them before the row exists: see [`require_free`].
     pub(super) fn settle_ports(&self, asked: &[Port]) -> Result<Vec<Port>> {
         let taken: Vec<Port> = self.core.store.read(|s| s.vms().flat_map(|row| row.ports.clone()).collect());
         let is_taken = |port: &Port| taken.iter().any(|other| other.overlaps(port));
@@ -84,7 +87,7 @@ impl Networks {
     }
 }
 
-/// Refuses ports that a VM has.
+/// Refuses ports that belong to a VM.
 pub(super) fn require_free(state: &State, ports: &[Port]) -> Result<()> {
     let is_taken = |port: &&Port| state.vms().any(|row| row.ports.iter().any(|other| other.overlaps(port)));
     ports.iter().find(is_taken).map_or(Ok(()), |port| Err(taken_by_another(port)))
@@ -92,7 +95,7 @@ pub(super) fn require_free(state: &State, ports: &[Port]) -> Result<()> {
 
 fn taken_by_another(port: &Port) -> Error {
     Error::new(Kind::PortTaken, format!("port {port} belongs to another VM"))
-        .hint(format!("take another, or let one be picked: -p {}", port.guest_port))
+        .hint(format!("use another one, or let fcd choose one: -p {}", port.guest_port))
 }
 
 fn pick(port: &Port, is_taken: &dyn Fn(&Port) -> bool) -> Result<Port> {
@@ -102,5 +105,5 @@ fn pick(port: &Port, is_taken: &dyn Fn(&Port) -> bool) -> Result<Port> {
             return Ok(free);
         }
     }
-    Err(Error::new(Kind::Exhausted, format!("find a free port of {}", port.host_addr)).hint("give one, as in -p 8080:80"))
+    Err(Error::new(Kind::Exhausted, format!("find a free port of {}", port.host_addr)).hint("choose one, for example -p 8080:80"))
 }

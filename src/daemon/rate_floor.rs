@@ -1,5 +1,5 @@
-//! The least that a transfer must move. The idle limit alone lets a sender hold a worker for a day
-//! with one byte a minute.
+//! Cancels transfers that are too slow. With the idle limit alone, a sender could occupy a worker
+//! for a day by sending one byte a minute.
 
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Cancel, CancelCause};
@@ -8,51 +8,53 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// The bytes that a transfer has moved, as its worker counts them.
+/// Counts the bytes of a transfer. Its worker updates it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Moved {
     pub bytes: Arc<AtomicU64>,
-    /// The stream has ended. What the guest does with it afterwards takes as long as it takes.
+    /// The stream has ended. The guest may then take as long as it needs to process it.
     pub is_over: Arc<AtomicBool>,
 }
 
-/// At least `bytes_min` in each window.
+/// Requires at least `bytes_min` bytes in each window.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RateFloor {
     window: Duration,
     bytes_min: u64,
-    /// At the beginning of the window; none before the first byte.
-    bytes_then: Option<u64>,
+    /// The bytes at the beginning of the window. `None` before the first check.
+    bytes_before: Option<u64>,
 }
 
 impl RateFloor {
     pub fn new(window: Duration, bytes_per_s: u64) -> Self {
-        Self { window, bytes_min: bytes_per_s.saturating_mul(window.as_secs()), bytes_then: None }
+        Self { window, bytes_min: bytes_per_s.saturating_mul(window.as_secs()), bytes_before: None }
     }
 
-    /// At the end of a window with `bytes` moved in all: how many moved in it, if those are too
-    /// few. The stream may have begun at any time within its first window, which so does not count.
+    /// Checks a window at its end, when `bytes` have been moved in all. The error is the number of
+    /// bytes in this window if they are too few. The window in which the stream began does not
+    /// count, because the stream may have begun near its end.
     fn check(&mut self, bytes: u64) -> std::result::Result<(), u64> {
-        let then = self.bytes_then.replace(bytes).filter(|then| *then > 0);
-        match then.map(|then| bytes - then) {
+        let before = self.bytes_before.replace(bytes).filter(|before| *before > 0);
+        match before.map(|before| bytes - before) {
             Some(moved) if moved < self.bytes_min => Err(moved),
             _ => Ok(()),
         }
     }
 
-    /// Waits for the job's end. One that moves too little is cancelled by its token, and waited
-    /// for.
+    /// Waits until the job ends. If the transfer is too slow, cancels the job and waits for its
+    /// end.
     ///
     /// # Errors
-    /// Those of the job; `transfer_idle` when it was too slow; `timeout` at the deadline.
+    /// The errors of the job; `transfer_idle` if it was too slow; `timeout` at the deadline.
     pub fn wait<T>(mut self, job: &JobHandle<T>, moved: &Moved, cancel: &Cancel, deadline: Instant) -> Result<T> {
         let mut slow = None;
         loop {
             let until = deadline.min(Instant::now() + self.window);
             match job.wait(until) {
-                // Not the job's own answer, which is taken only once.
+                // This window is over. The job's own error could also be a timeout, and its result
+                // can be taken only once.
                 Err(e) if e.kind() == Kind::Timeout && !job.is_done() && Instant::now() < deadline => {}
-                result => return result.map_err(|e| self.blame(e, slow, cancel)),
+                result => return result.map_err(|e| self.explain(e, slow, cancel)),
             }
             if slow.is_none()
                 && !moved.is_over.load(Ordering::Relaxed)
@@ -64,14 +66,14 @@ impl RateFloor {
         }
     }
 
-    fn blame(&self, e: Error, slow: Option<u64>, cancel: &Cancel) -> Error {
+    fn explain(&self, e: Error, slow: Option<u64>, cancel: &Cancel) -> Error {
         let Some(bytes) = slow.filter(|_| e.kind() == Kind::Cancelled && cancel.cause() == Some(&CancelCause::TooSlow)) else {
             return e;
         };
         let text =
             format!("{bytes} bytes moved in the last {} s, at least {} are required", self.window.as_secs(), self.bytes_min);
         Error::new(Kind::TransferIdle, text)
-            .hint("run it again where both sides are faster, or lower limits.transfer_bytes_per_s_min")
+            .hint("run it again with a faster sender and receiver, or lower limits.transfer_bytes_per_s_min")
     }
 }
 
@@ -99,7 +101,7 @@ mod tests {
     fn time_before_first_byte_does_not_count() {
         let mut floor = floor();
         assert!((0..100).all(|_| floor.check(0).is_ok()));
-        // Started at the end of this window.
+        // The stream began at the end of this window.
         assert_eq!((floor.check(1), floor.check(1001)), (Ok(()), Ok(())));
     }
 

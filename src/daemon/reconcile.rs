@@ -1,18 +1,14 @@
-//! After a start of the daemon, what an earlier one left is adopted, finished or undone. Running it
-//! twice changes nothing. A live healthy VMM is never killed, and what is not ours is never
-//! touched.
+//! Adopts, finishes or undoes what an earlier daemon left, after a start of this one. It is
+//! idempotent. It never kills a live healthy VMM, and never touches what does not belong to fcd.
 //!
-//! The reconciler's thread looks at VMs one after the other, running VMs first; `looks.rs` knows
-//! which are left. VMs at rest with nothing of a boot in the ledger need no look and are usable at
-//! once. A call that changes a VM which is still due looks at it by itself
-//! ([`Looks::ensure_looked_at`]).
+//! The reconciler's thread handles VMs one after the other, running VMs first; `unreconciled.rs`
+//! knows which are left. VMs at rest without ledger rows of a boot are usable at once. A call that
+//! changes a VM which is not reconciled yet does that itself ([`Unreconciled::ensure_reconciled`]).
 
 use super::adoption::Adopter;
 use super::controls::Controls;
 use super::core::Core;
 use super::lifecycle::{Claim, Lifecycle};
-use super::looks::Looker;
-use super::looks::{Looking, Looks};
 use super::network::Networks;
 use super::recovery;
 use super::recovery::Recovery;
@@ -21,6 +17,8 @@ use super::resources::Resources;
 use super::rules::is_at_rest;
 use super::spec::Specs;
 use super::transitions::Verb;
+use super::unreconciled::VmReconciler;
+use super::unreconciled::{ReconcileGuard, Unreconciled};
 use super::vmms::Vmms;
 use crate::api::vm::VmState;
 use crate::error::{Error, Kind, Result};
@@ -33,56 +31,55 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Between two comparisons of the ledger, the rows and the host.
+/// Pause between two sweeps.
 const SWEEP_PERIOD: Duration = Duration::from_secs(60);
 
-/// The reason of a VM whose VMM was gone when the daemon started, where nothing says more.
-const UNSEEN_END: &str = "the VMM ended while the daemon did not run, and nothing says why";
+/// The reason of a VM whose VMM was gone when the daemon started, if nothing shows the cause.
+const UNSEEN_END: &str = "the VMM ended while fcd was not running, for an unknown reason";
 
-/// How long one who asks for leaks waits for the first look at what an earlier daemon left.
-const SETTLE_DEADLINE: Duration = Duration::from_secs(60);
+/// How long a call that lists leaks waits for the first pass.
+const FIRST_PASS_DEADLINE: Duration = Duration::from_secs(60);
 
-/// Whether the first look has ended.
-pub(super) struct Settled {
-    is_settled: Mutex<bool>,
-    told: Condvar,
+/// Tells when the first pass over all VMs has ended.
+pub(super) struct FirstPass {
+    is_done: Mutex<bool>,
+    done: Condvar,
 }
 
-/// Work that remains after a look.
-enum Left {
-    AsItIs,
-    /// An `rm` VM without a holder.
-    ToDelete,
+/// What to do with a VM after it was reconciled.
+enum Next {
+    Nothing,
+    /// Delete it, because it is an `rm` VM without a holder.
+    Delete,
 }
 
-/// The VMs in which an earlier daemon left something under way or running, with the boot that each
-/// was in.
-pub(super) fn to_look_at(state: &State) -> HashMap<VmId, u64> {
-    let of_boots = state.ledger().filter(|l| resources::ends_with_its_boot(&l.kind));
-    let with_leftovers: HashSet<&VmId> = of_boots.filter_map(|l| l.vm.as_ref()).collect();
-    let needs_look = |row: &VmRow| {
+/// The VMs with work or a VMM that an earlier daemon left, each with its generation.
+pub(super) fn unreconciled_vms(state: &State) -> HashMap<VmId, u64> {
+    let boot_rows = state.ledger().filter(|l| resources::ends_with_its_boot(&l.kind));
+    let with_leftovers: HashSet<&VmId> = boot_rows.filter_map(|l| l.vm.as_ref()).collect();
+    let is_unreconciled = |row: &VmRow| {
         row.rm
             || recovery::deaths_at_start(state, &row.id) > 0
             || row.identity.is_some()
             || !is_at_rest(row.state)
             || with_leftovers.contains(&row.id)
     };
-    state.vms().filter(|row| needs_look(row)).map(|row| (row.id.clone(), row.generation)).collect()
+    state.vms().filter(|row| is_unreconciled(row)).map(|row| (row.id.clone(), row.generation)).collect()
 }
 
-/// What a VM is looked at for, the most urgent first.
+/// What must be done with a VM, the most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Need {
     Adopt,
-    /// Daemons have died of it.
+    /// Daemons have died while adopting it.
     AdoptLast,
     Finish,
     Clean,
 }
 
-impl Settled {
+impl FirstPass {
     pub fn new() -> Self {
-        Self { is_settled: Mutex::new(Rank::Runtimes, false), told: Condvar::new() }
+        Self { is_done: Mutex::new(Rank::Runtimes, false), done: Condvar::new() }
     }
 }
 
@@ -91,7 +88,7 @@ pub struct Reconciler {
     pub(super) core: Core,
     pub(super) recovery: Recovery,
     pub(super) adopter: Adopter,
-    pub(super) looks: Arc<Looks>,
+    pub(super) unreconciled: Arc<Unreconciled>,
     pub(super) networks: Networks,
     pub(super) specs: Specs,
     pub(super) vmms: Vmms,
@@ -100,25 +97,25 @@ pub struct Reconciler {
     pub(super) lifecycle: Lifecycle,
     pub(super) images: Images,
     pub(super) vmm: Arc<dyn Driver>,
-    pub(super) settled: Settled,
+    pub(super) first_pass: FirstPass,
 }
 
 impl Reconciler {
-    /// Looks at every VM that an earlier daemon left in the middle of something.
+    /// Reconciles every VM that an earlier daemon left in the middle of something.
     pub fn reconcile(&self) {
         for id in self.in_order_of_need() {
-            // Somebody else looks at it, or has.
-            let Some(looking) = self.looks.begin(&id) else { continue };
-            self.look(&id, looking);
+            // A call is reconciling it, or has done so.
+            let Some(guard) = self.unreconciled.begin(&id) else { continue };
+            self.reconcile_one(&id, guard);
         }
         drop(self.vmms.earlier_vmms.lock().take());
         self.resources.sweep(true);
-        *self.settled.is_settled.lock() = true;
-        self.settled.told.notify_all();
+        *self.first_pass.is_done.lock() = true;
+        self.first_pass.done.notify_all();
         self.networks.mend_network();
     }
 
-    /// Running VMs first: until they are adopted nobody sees their end.
+    /// Running VMs come first, because their end is not noticed before they are adopted.
     fn in_order_of_need(&self) -> Vec<VmId> {
         let needs = |id: &VmId| match self.core.store.read(|s| s.vm(id).map(|row| row.state)) {
             Some(VmState::Running) if self.adopter.deaths(id) == 0 => Need::Adopt,
@@ -126,32 +123,31 @@ impl Reconciler {
             Some(VmState::Starting | VmState::Stopping | VmState::Deleting) => Need::Finish,
             _ => Need::Clean,
         };
-        let mut due: Vec<_> = self.looks.due().into_iter().map(|id| (needs(&id), id)).collect();
+        let mut due: Vec<_> = self.unreconciled.due().into_iter().map(|id| (needs(&id), id)).collect();
         due.sort();
         due.into_iter().map(|(_, id)| id).collect()
     }
 
-    /// What an earlier daemon left is no leak before this one has cleared it away.
-    pub(super) fn await_settled(&self) -> Result<()> {
-        let mut settled = self.settled.is_settled.lock();
-        let deadline = Instant::now() + SETTLE_DEADLINE;
-        match self.settled.told.wait_while_cancellable(&mut settled, deadline, &self.core.closing, |settled| !*settled) {
+    /// Waits until the first pass has ended. What an earlier daemon left is not a leak before that.
+    pub(super) fn wait_first_pass(&self) -> Result<()> {
+        let mut is_done = self.first_pass.is_done.lock();
+        let deadline = Instant::now() + FIRST_PASS_DEADLINE;
+        match self.first_pass.done.wait_while_cancellable(&mut is_done, deadline, &self.core.closing, |is_done| !*is_done) {
             Waited::Done => Ok(()),
-            Waited::TimedOut => Err(Error::new(Kind::Busy, "the daemon still clears away what an earlier one left")
+            Waited::TimedOut => Err(Error::new(Kind::Busy, "fcd is still cleaning up after an earlier run")
                 .hint("try again in a moment; the daemon's log says what takes so long")),
             Waited::Cancelled => Err(Error::new(Kind::ShuttingDown, "the daemon is shutting down")),
         }
     }
 
-    /// Every [`SWEEP_PERIOD`], until the daemon closes: what a clean-up could not remove is tried
-    /// again.
+    /// Sweeps every [`SWEEP_PERIOD`] until the daemon closes, so that failed clean-ups are retried.
     pub fn run_sweeper(&self) {
         while !self.core.sleep(SWEEP_PERIOD) {
             self.sweep_once();
         }
     }
 
-    /// Once.
+    /// Sweeps once.
     pub fn sweep_once(&self) {
         self.adopter.end_all();
         self.resources.sweep(true);
@@ -163,37 +159,37 @@ impl Reconciler {
                 continue;
             };
             match self.adopt_late(&row) {
-                Ok(()) => log::info!("VM {} is adopted now", row.name),
-                Err(e) => log::warn!("adopt the VMM of {}: {e}; retrying every minute", row.name),
+                Ok(()) => log::info!("VM {} has been adopted", row.name),
+                Err(e) => log::warn!("adopt the VMM of VM {}: {e}; retrying every minute", row.name),
             }
         }
     }
 
-    /// `generation`: of the boot that an earlier daemon left.
-    fn reconcile_vm(&self, id: &VmId, generation: u64) -> Result<Left> {
+    /// Reconciles one VM. `generation` is that of the boot that an earlier daemon left.
+    fn reconcile_vm(&self, id: &VmId, generation: u64) -> Result<Next> {
         let _label = crate::locks::operation_scope(format!("reconcile {id}"));
         let row = self.core.row(id)?;
-        // Operations of earlier daemons have ended.
+        // All operations of earlier daemons have ended, so one in progress belongs to this daemon.
         let is_owned = row.op.as_ref().is_some_and(|op| self.core.ops.get(op).is_ok_and(|op| !op.state.has_ended()));
         if is_owned || row.generation != generation {
-            return Ok(Left::AsItIs);
+            return Ok(Next::Nothing);
         }
         if self.gave_up(&row)? {
-            return Ok(Left::AsItIs);
+            return Ok(Next::Nothing);
         }
         match row.state {
             VmState::Running => self.adopt_or_fail(&row)?,
             VmState::Starting => {
                 self.end_leftover(&row)?;
                 let before = if row.started_at.is_none() { VmState::Created } else { VmState::Stopped };
-                self.put_at_rest(&row, before, "the daemon was restarted while it booted")?;
+                self.put_at_rest(&row, before, "fcd was restarted while the VM booted")?;
             }
-            VmState::Stopping => return self.resume(&row, Verb::Stop).map(|()| Left::AsItIs),
-            VmState::Deleting => return self.resume(&row, Verb::DeleteForce).map(|()| Left::AsItIs),
+            VmState::Stopping => return self.resume(&row, Verb::Stop).map(|()| Next::Nothing),
+            VmState::Deleting => return self.resume(&row, Verb::DeleteForce).map(|()| Next::Nothing),
             VmState::Created | VmState::Stopped | VmState::Failed => self.end_leftover(&row)?,
         }
-        // Its holder's connection died with the earlier this.
-        Ok(if row.rm { Left::ToDelete } else { Left::AsItIs })
+        // The connection of its holder died with the earlier daemon.
+        Ok(if row.rm { Next::Delete } else { Next::Nothing })
     }
 
     fn adopt_or_fail(&self, row: &VmRow) -> Result<()> {
@@ -207,7 +203,7 @@ impl Reconciler {
         let Some(identity) = self.vmms.identity(row) else {
             let (state, reason) = match self.vmms.unseen_end(row) {
                 Some(end) if end.is_orderly() => (VmState::Stopped, end.to_string()),
-                Some(end) => (VmState::Failed, format!("while the daemon did not run: {end}")),
+                Some(end) => (VmState::Failed, format!("while fcd was not running: {end}")),
                 None => (VmState::Failed, UNSEEN_END.to_owned()),
             };
             self.put_at_rest(row, state, &reason)?;
@@ -224,20 +220,20 @@ impl Reconciler {
                 self.adopter.end(row, true);
                 self.controls.adopt_adjusted(row);
                 self.controls.adopt_pause(row);
-                // An earlier daemon that could not adopt the VM has said so in the reason.
+                // An earlier daemon that could not adopt the VM has set the reason.
                 let adopted = (Some(running.identity), Some(running.ssh_addr), None);
                 if adopted == (row.identity.clone(), row.ssh_addr, row.reason.clone()) {
-                    // Most often, and then a full disk does not matter.
+                    // This is the usual case, and it works even if the disk is full.
                     return Ok(());
                 }
                 let ticket = self.change_as_found(row, false, |r| (r.identity, r.ssh_addr, r.reason) = adopted)?;
                 self.core.wait_durable(ticket)
             }
-            // It lives, so it is not killed; the user sees that it cannot be reached.
+            // The VMM is alive, so it is not killed. The user sees that it cannot be reached.
             Err(e) => {
-                log::warn!("adopt the vmm of {}: {e}", row.name);
+                log::warn!("adopt the VMM of VM {}: {e}", row.name);
                 self.adopter.adoptions.note_failure(row);
-                let reason = format!("its VMM runs but could not be adopted: {e}");
+                let reason = format!("its VMM is running but could not be adopted: {e}");
                 let ticket = self.change_as_found(row, false, |r| r.reason = Some(reason))?;
                 self.core.wait_durable(ticket)?;
                 self.lifecycle.watch(row, &identity)?;
@@ -247,7 +243,7 @@ impl Reconciler {
         }
     }
 
-    /// A VMM that runs for a VM that should have none, and what it had.
+    /// Kills a VMM of a VM that should have none, and releases what it had.
     pub(super) fn end_leftover(&self, row: &VmRow) -> Result<()> {
         if let Some(identity) = self.vmms.identity(row) {
             self.vmms.kill_vmm(&identity)?;
@@ -264,7 +260,7 @@ impl Reconciler {
         self.core.wait_durable(ticket)
     }
 
-    /// Changes the row, unless somebody has claimed the VM since the look at it began.
+    /// Changes the row, unless an operation has claimed the VM since `found` was read.
     fn change_as_found(&self, found: &VmRow, essential: bool, change: impl FnOnce(&mut VmRow)) -> Result<Ticket> {
         self.core.change_row(&found.id, essential, |row| {
             if (row.generation, row.state, &row.op) == (found.generation, found.state, &found.op) {
@@ -273,7 +269,7 @@ impl Reconciler {
         })
     }
 
-    /// A stop or a delete that was under way is finished by an operation of the daemon's own.
+    /// Finishes a stop or delete that was in progress, as an operation of the daemon itself.
     fn resume(&self, row: &VmRow, verb: Verb) -> Result<()> {
         let deaths = self.core.store.read(|s| recovery::deaths_at_start(s, &row.id));
         self.recovery.attempts.note(&row.id);
@@ -286,7 +282,7 @@ impl Reconciler {
             tx.update_vm(&guard, |r| {
                 r.op = Some(id);
                 if deaths > 0 {
-                    // Only the end of the guest is resumed, not its next start.
+                    // Resume only the stop, not the start after it.
                     r.intent = None;
                 }
             })
@@ -300,19 +296,19 @@ impl Reconciler {
     }
 }
 
-impl Looker for Reconciler {
-    fn look(&self, id: &VmId, looking: Looking<'_>) {
-        let looked = self.reconcile_vm(id, looking.generation);
-        // From here on calls do not wait for this look, which the deletion below is one of.
-        drop(looking);
-        match looked {
-            Ok(Left::ToDelete) => self.lifecycle.delete_unasked(id),
-            Ok(Left::AsItIs) => {}
+impl VmReconciler for Reconciler {
+    fn reconcile_one(&self, id: &VmId, guard: ReconcileGuard<'_>) {
+        let result = self.reconcile_vm(id, guard.generation);
+        // Release it now, because calls wait for it, and the deletion below is such a call.
+        drop(guard);
+        match result {
+            Ok(Next::Delete) => self.lifecycle.delete_unasked(id),
+            Ok(Next::Nothing) => {}
             Err(e) => log::error!("reconcile VM {id}: {e}"),
         }
     }
 
-    /// One that did not answer when the daemon started, and does now.
+    /// Adopts a VM that did not respond when the daemon started and does now.
     fn adopt_late(&self, row: &VmRow) -> Result<()> {
         let adoptions = &self.adopter.adoptions;
         let (Some(identity), true) = (&row.identity, adoptions.has_failed(row)) else { return Ok(()) };

@@ -41,7 +41,7 @@ pub(super) fn write(tx: &mut Tx, name: &str, record: Record) {
     }
 }
 
-/// Notes that the daemon survived the attempt.
+/// Records that the daemon survived the attempt.
 pub(super) fn survive(tx: &mut Tx, name: &str) {
     let record = read(tx, name);
     write(tx, name, Record { is_under_way: false, ..record });

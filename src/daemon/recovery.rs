@@ -1,18 +1,18 @@
-//! The crash budget of recovery. A stop or a delete that an earlier daemon left is resumed; but if
-//! a daemon dies while it does that, the guest may be the cause, and would kill every daemon at its
-//! start. So no attempt is repeated the same way.
+//! The crash budget of recovery. A daemon resumes stops and deletes that an earlier daemon left. If
+//! it dies while doing that, the guest may be the cause and would kill every later daemon too. So
+//! no attempt is repeated in the same way.
 //!
-//! | what the last daemon died in | what the next one does |
+//! | where the last daemon died | what the next one does |
 //! |---|---|
-//! | nothing that it resumed | resumes what was under way |
-//! | a stop that was resumed | resumes it, but ends the VMM without asking the guest |
-//! | that, or a delete that was resumed | writes the VM down as `failed`, then ends the VMM and cleans up |
-//! | that, too | leaves the VM, which is `failed`, to its owner |
+//! | not in a resumed operation | resumes what was in progress |
+//! | in a resumed stop | resumes it, but kills the VMM without asking the guest |
+//! | in that, or in a resumed delete | marks the VM as `failed`, then kills the VMM and cleans up |
+//! | in that, too | leaves the failed VM to its owner |
 //!
-//! A record in the store's `meta` table is durable before each attempt and says that it is under
-//! way; a daemon that finds it so knows that its predecessor died there. Once one has died, also a
-//! stop that somebody asks for does not ask the guest. The record goes with the VM's next start or
-//! with the VM. An orderly end of the daemon is not a death.
+//! Before each attempt a record in the store's `meta` table says that it is in progress, and is
+//! durable. A daemon that finds such a record knows that its predecessor died there. From the first
+//! death on, a stop by a user does not ask the guest either. The record is removed at the VM's next
+//! start or with the VM. A normal exit of the daemon is not a death.
 
 use super::access::Caller;
 use super::adoption;
@@ -29,7 +29,7 @@ pub(super) fn name(vm: &VmId) -> String {
     format!("{PREFIX}{vm}")
 }
 
-/// Daemons that died in attempts to recover the VM, not counting one that is under way.
+/// The number of daemons that died in attempts to recover the VM, without the current attempt.
 fn deaths(state: &State, vm: &VmId) -> u32 {
     read(state, &name(vm)).deaths
 }
@@ -38,24 +38,24 @@ pub(super) fn deaths_at_start(state: &State, vm: &VmId) -> u32 {
     read(state, &name(vm)).deaths_at_start()
 }
 
-/// The attempt that begins with this change.
+/// Records that an attempt begins.
 pub(super) fn begin(tx: &mut Tx, vm: &VmId) {
     let deaths = deaths_at_start(tx, vm);
     write(tx, &name(vm), Record { deaths, is_under_way: true, is_left_alone: false });
 }
 
-/// The daemon survived the attempt.
+/// Records that the daemon survived the attempt.
 pub(super) fn end(tx: &mut Tx, vm: &VmId) {
     survive(tx, &name(vm));
 }
 
-/// The VM begins another life, or is gone.
+/// Removes the records of a VM that starts again or is deleted.
 pub(super) fn forget(tx: &mut Tx, vm: &VmId) {
     tx.remove_meta(&name(vm));
     adoption::forget(tx, vm);
 }
 
-/// Whether nothing of the VM is to be touched on the daemon's own account.
+/// True if the daemon must not touch the VM without a request.
 pub(super) fn is_left_alone(state: &State, vm: &VmId) -> bool {
     read(state, &name(vm)).is_left_alone
 }
@@ -74,35 +74,36 @@ impl Recovery {
         self.core.store.read(|s| deaths(s, vm))
     }
 
-    /// Why a VM that comes to rest was not asked to shut down, if that is so because of its record.
+    /// Why the guest was not asked to shut down, if its record is the reason.
     pub(super) fn recovery_note(&self, vm: &VmId) -> Option<String> {
         let why = match (self.recovery_deaths(vm), self.core.store.read(|s| adoption::left_alone(s, vm))) {
             (0, None) => return None,
             (0, Some(deaths)) => adoption::times(deaths),
             (deaths, _) => times(deaths),
         };
-        Some(format!("its VMM was ended without asking the guest, because {why}"))
+        Some(format!("its VMM was killed without asking the guest, because {why}"))
     }
 
-    /// At an orderly end of the daemon: what is still under way did not kill it.
+    /// Records at a normal exit that the attempts in progress did not kill the daemon.
     pub(super) fn end_all_attempts(&self) {
         self.adopter.end_all();
-        let begun = self.attempts.take();
-        let names = begun.iter().flat_map(|vm| [name(vm), adoption::name(vm)]);
-        let under_way: Vec<String> = self.core.store.read(|s| names.filter(|name| read(s, name).is_under_way).collect());
-        if under_way.is_empty() {
+        let attempted = self.attempts.take();
+        let names = attempted.iter().flat_map(|vm| [name(vm), adoption::name(vm)]);
+        let in_progress: Vec<String> = self.core.store.read(|s| names.filter(|name| read(s, name).is_under_way).collect());
+        if in_progress.is_empty() {
             return;
         }
         let ended = self.core.change(true, |tx| {
-            under_way.iter().for_each(|name| survive(tx, name));
+            in_progress.iter().for_each(|name| survive(tx, name));
             Ok(())
         });
         if let Err(e) = ended.map(|((), ticket)| ticket.detach()) {
-            log::warn!("write down that the daemon ends in good order: {e}");
+            log::warn!("record that the daemon exits normally: {e}");
         }
     }
 
-    /// Names the VMs that have cost daemons, as far as the caller may see them.
+    /// Names the VMs whose recovery or adoption has killed daemons, as far as the caller may see
+    /// them.
     pub(super) fn recovery_check(&self, caller: &Caller) -> Check {
         const ID: &str = "recovery";
         let (resumed, adopted) = self.core.store.read(|s| {
@@ -118,10 +119,10 @@ impl Recovery {
         let found = [named("resumed a stop or a delete of", &resumed), named("adopted", &adopted)];
         let found: Vec<_> = found.into_iter().flatten().collect();
         if found.is_empty() {
-            return Check::ok(ID, "no daemon died while it resumed or adopted what an earlier one had left");
+            return Check::ok(ID, "recovery after a restart has never killed a daemon");
         }
         let text = format!("daemons died while they {}", found.join(", and while they "));
-        Check::warn(ID, text, "see why in the daemon's log; delete the VM (fcctl rm -f NAME), or start it again")
+        Check::warn(ID, text, "see the daemon's log for the cause; delete the VM (fcctl rm -f NAME), or restart it")
     }
 }
 

@@ -1,6 +1,6 @@
-//! Room for what guests write on disks that are device-mapper snapshots: those are lost when the
-//! host runs out of it, so it is allocated ahead, and a guest for which there is none is paused
-//! before it can write on.
+//! Allocates space on the host for what guests write to disks that are device-mapper snapshots.
+//! Such a disk is lost if the host runs out of space. So space is allocated ahead, and a guest for
+//! which there is none is paused before it can write more.
 
 use super::controls::Controls;
 use super::core::Core;
@@ -17,18 +17,18 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Between two looks. A guest that writes more than [`snapshot::AHEAD_BYTES`] in this time may
-/// outrun it.
-const LOOK_PERIOD: Duration = Duration::from_millis(500);
-/// The same while no VM has such a disk.
+/// Pause between two checks. A guest that writes more than [`snapshot::AHEAD_BYTES`] in this time
+/// may use up its space.
+const CHECK_PERIOD: Duration = Duration::from_millis(500);
+/// Pause between two checks while no VM has such a disk.
 const IDLE_PERIOD: Duration = Duration::from_secs(2);
 
-/// What was found at the last look, by the VMs' tags.
+/// The tags of VMs, by what the last check found.
 #[derive(Default)]
-struct Seen {
-    /// Guests that this daemon has let go on once: an earlier one may have paused them.
-    met: HashSet<String>,
-    /// Guests that stand still for want of room.
+struct Monitored {
+    /// Guests that this daemon has resumed once, because an earlier daemon may have paused them.
+    resumed: HashSet<String>,
+    /// Guests that are paused because the host has no room.
     paused: HashSet<String>,
     lost: HashSet<String>,
 }
@@ -45,15 +45,15 @@ pub struct SpaceMonitor {
 }
 
 impl SpaceMonitor {
-    /// Until the daemon closes.
+    /// Runs until the daemon closes.
     pub fn run(&self) {
-        let mut seen = Seen::default();
+        let mut monitored = Monitored::default();
         loop {
             let rows = self.rows_on_snapshots();
             if !rows.is_empty() {
-                self.look_at_snapshots(&rows, &mut seen);
+                self.check_snapshots(&rows, &mut monitored);
             }
-            if self.core.sleep(if rows.is_empty() { IDLE_PERIOD } else { LOOK_PERIOD }) {
+            if self.core.sleep(if rows.is_empty() { IDLE_PERIOD } else { CHECK_PERIOD }) {
                 return;
             }
         }
@@ -67,60 +67,61 @@ impl SpaceMonitor {
         })
     }
 
-    fn look_at_snapshots(&self, rows: &[VmRow], seen: &mut Seen) {
+    fn check_snapshots(&self, rows: &[VmRow], monitored: &mut Monitored) {
         let fills = match snapshot::fill(self.commands.as_ref(), &self.core.tag_prefix(), &self.core.closing) {
             Ok(fills) => fills,
             Err(e) if self.core.closing.is_cancelled() => return log::debug!("{e}"),
-            Err(e) => return log::warn!("look how full the disks are: {e}"),
+            Err(e) => return log::warn!("check how full the disks are: {e}"),
         };
         let tags: HashSet<String> = rows.iter().map(|row| self.core.tag(row)).collect();
-        for set in [&mut seen.met, &mut seen.paused, &mut seen.lost] {
+        for set in [&mut monitored.resumed, &mut monitored.paused, &mut monitored.lost] {
             set.retain(|tag| tags.contains(tag));
         }
         for row in rows {
             match fills.iter().find(|(name, _)| *name == self.core.tag(row)) {
-                Some((tag, Fill::Used { bytes })) => self.make_room(row, tag, *bytes, seen),
-                Some((tag, Fill::Lost(why))) if seen.lost.insert(tag.clone()) => self.note_lost(row, why),
+                Some((tag, Fill::Used { bytes })) => self.make_room(row, tag, *bytes, monitored),
+                Some((tag, Fill::Lost(why))) if monitored.lost.insert(tag.clone()) => self.note_lost(row, why),
                 _ => {}
             }
         }
     }
 
-    fn make_room(&self, row: &VmRow, tag: &str, used_bytes: u64, seen: &mut Seen) {
+    fn make_room(&self, row: &VmRow, tag: &str, used_bytes: u64, monitored: &mut Monitored) {
         let reserved = snapshot::reserve(&self.specs.disk_path(&row.id, Method::DmSnapshot), used_bytes);
         let Some(identity) = &row.identity else { return };
-        let is_paused = seen.paused.contains(tag);
+        let is_paused = monitored.paused.contains(tag);
         let set = |to| self.vmm.set_paused(&self.core.vm_dir(&row.id), identity, to, &self.core.closing);
         match reserved {
             Err(e) if !is_paused && e.kind() == Kind::DiskFull => {
-                // First said, then done: whoever resumes it for its owner looks at what is said.
+                // Record it before pausing the guest, because a resume for its owner looks at the
+                // record.
                 self.runtimes.set_paused(&row.id, true);
                 match set(true) {
                     Ok(()) => {
-                        log::warn!("vm {} is paused until the host has room: {e}", row.name);
-                        seen.paused.insert(tag.to_owned());
+                        log::warn!("VM {} is paused until the host has room: {e}", row.name);
+                        monitored.paused.insert(tag.to_owned());
                     }
                     Err(k) => {
                         self.runtimes.set_paused(&row.id, false);
-                        log::error!("vm {} may lose its disk: {e}; it could not be paused: {k}", row.name);
+                        log::error!("VM {} may lose its disk: {e}; it could not be paused: {k}", row.name);
                     }
                 }
             }
-            Err(e) if !is_paused => log::warn!("vm {}: {e}", row.name),
-            // Not in a boot: the driver says when a guest begins.
-            Ok(()) if row.state == VmState::Running && (is_paused || !seen.met.contains(tag)) => {
+            Err(e) if !is_paused => log::warn!("VM {}: {e}", row.name),
+            // This is not done during a boot, in which the driver decides when the guest runs.
+            Ok(()) if row.state == VmState::Running && (is_paused || !monitored.resumed.contains(tag)) => {
                 self.runtimes.set_paused(&row.id, false);
-                // Unless its owner wants it to stand still.
+                // This keeps the guest paused if its owner wants that.
                 match self.controls.apply_pause(&row.id, row.generation) {
                     Ok(()) => {
-                        seen.met.insert(tag.to_owned());
-                        if seen.paused.remove(tag) {
-                            log::info!("vm {} goes on: the host has room", row.name);
+                        monitored.resumed.insert(tag.to_owned());
+                        if monitored.paused.remove(tag) {
+                            log::info!("VM {} resumes, because the host has room", row.name);
                         }
                     }
                     Err(e) => {
                         self.runtimes.set_paused(&row.id, is_paused);
-                        log::warn!("let vm {} go on: {e}", row.name);
+                        log::warn!("resume VM {}: {e}", row.name);
                     }
                 }
             }
@@ -128,13 +129,14 @@ impl SpaceMonitor {
         }
     }
 
-    /// Its guest sees errors from now on; nothing brings the changes back.
+    /// Records that the disk is lost. The guest gets I/O errors from now on, and its changes cannot
+    /// be recovered.
     fn note_lost(&self, row: &VmRow, why: &str) {
         let reason = format!("its disk is lost: the host had no room for the guest's changes ({why})");
-        log::error!("vm {}: {reason}", row.name);
+        log::error!("VM {}: {reason}", row.name);
         let noted = self.core.change_row(&row.id, true, |r| r.reason = Some(reason));
         if let Err(e) = noted.map(Ticket::detach) {
-            log::warn!("write that down: {e}");
+            log::warn!("record that the disk of VM {} is lost: {e}", row.name);
         }
     }
 }

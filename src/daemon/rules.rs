@@ -1,4 +1,4 @@
-//! What the transition table allows for a row, and how a row enters a new state.
+//! Applies the transition table to rows, and puts rows into new states.
 
 use super::core::Core;
 use super::grant::Grant;
@@ -19,15 +19,15 @@ impl Core {
         }
     }
 
-    /// The same under the VM's lock, and records the answer in the VM's history.
+    /// Like [`Self::allow`], under the VM's lock, and records the answer in the history.
     pub(super) fn allow_locked(&self, vm: &KeyGuard<'_, VmId>, row: &VmRow, verb: Verb) -> Result<()> {
         let allowed = self.allow(row, verb);
-        self.note_asked(vm, row, verb, allowed.as_ref().map(|()| &Grant::Nothing));
+        self.note_answer(vm, row, verb, allowed.as_ref().map(|()| &Grant::Nothing));
         allowed
     }
 }
 
-/// True if nothing of the VM runs and no operation is in progress.
+/// True if the VM does not run and no operation is in progress.
 pub(super) fn is_at_rest(state: VmState) -> bool {
     matches!(state, VmState::Created | VmState::Stopped | VmState::Failed)
 }
@@ -50,7 +50,8 @@ pub(super) fn enter(row: &mut VmRow, to: VmState, op: &OpHandle, verb: Verb) {
         row.unresponsive = false;
         row.paused = false;
         (row.has_balloon, row.balloon_mib) = (false, None);
-        // `identity` stays: a VMM that could not be killed is known until the boot has killed it.
+        // `identity` stays, because the boot first has to kill a VMM that could not be killed
+        // before.
         row.ssh_addr = None;
     }
     row.intent = (verb == Verb::Restart && to == VmState::Stopping).then_some(Intent::Restart);
@@ -66,11 +67,11 @@ pub(super) fn refusal(row: &VmRow, verb: Verb, hint: &str) -> Error {
 }
 
 pub(super) fn superseded(row: &VmRow, verb: Verb) -> Error {
-    Error::new(Kind::Superseded, format!("{} VM {}: a later request took its place", verb.name(), row.name))
+    Error::new(Kind::Superseded, format!("{} VM {}: a later request replaced it", verb.name(), row.name))
         .hint(format!("fcctl vm show {}", row.name))
 }
 
-/// Why transfers, sessions and boots end.
+/// Why transfers, sessions and boots are cancelled by a verb.
 pub(super) fn cause_for(verb: Verb) -> CancelCause {
     match verb {
         Verb::Delete | Verb::DeleteForce => CancelCause::VmDeleted,

@@ -1,4 +1,5 @@
-//! What the daemon knows of a VM beyond its row: who would cancel what, and who comes next.
+//! What the daemon knows about a VM beyond its row, in memory only: how to cancel what is in
+//! progress, which operation follows, and why the guest is paused.
 
 mod pauses;
 mod users;
@@ -15,10 +16,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What ended a boot that nobody had cancelled.
+/// Why a boot failed that no request had cancelled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BootEnd {
-    /// The guest is paused, and a boot does not wait for room.
+    /// The guest was paused because the host's disk is full. A boot does not wait for that.
     HostDiskFull,
     VmmDied(End),
 }
@@ -38,7 +39,7 @@ impl fmt::Display for BootEnd {
     }
 }
 
-/// What takes the VM over when the operation under way has let go of it.
+/// The operation that takes over the VM when the operation in progress releases it.
 pub struct Successor {
     pub verb: Verb,
     pub op: crate::ops::OpHandle,
@@ -49,11 +50,12 @@ impl Successor {
     pub fn deletes(verb: Verb) -> bool {
         Self::weight(verb) == 2
     }
-    /// The state that it begins in.
+    /// The state of the VM when the successor begins.
     pub fn target(&self) -> VmState {
         if Self::deletes(self.verb) { VmState::Deleting } else { VmState::Stopping }
     }
-    /// Delete replaces stop, force replaces grace.
+    /// A successor replaces a queued one of less weight: delete replaces stop, force replaces
+    /// grace.
     pub fn weight(verb: Verb) -> u8 {
         match verb {
             Verb::Delete | Verb::DeleteForce => 2,
@@ -65,19 +67,19 @@ impl Successor {
 
 #[derive(Default)]
 struct Runtime {
-    /// Ends the boot under way.
+    /// Cancels the boot in progress.
     boot: Option<Cancel>,
-    /// Shortens the graceful stop under way.
+    /// Shortens the graceful stop in progress.
     grace: Option<Cancel>,
     successor: Option<Successor>,
-    /// What ended the boot.
+    /// Why the boot in progress failed.
     died: Option<BootEnd>,
-    /// Transfers and sessions that a stop ends.
+    /// Transfers and sessions, which a stop ends.
     users: BTreeMap<u64, (Use, Cancel)>,
     next_user: u64,
-    /// The guest stands still until the host's disk has room.
+    /// The guest is paused until the host's disk has room.
     is_paused: bool,
-    /// The guest stands still until it is saved.
+    /// The guest is paused while it is saved.
     is_held: bool,
 }
 
@@ -88,7 +90,7 @@ impl Runtime {
     }
 }
 
-/// One leaf lock over all of them; entries exist only while they say something.
+/// The `Runtime` of every VM, behind one leaf lock. An entry that says nothing is removed.
 #[derive(Clone)]
 pub struct Runtimes {
     map: Arc<Mutex<HashMap<VmId, Runtime>>>,
@@ -120,8 +122,8 @@ impl Runtimes {
         self.with(vm, |r| r.grace = Some(grace));
     }
 
-    /// Ends the boot or stop of the operation that lets go; gives what ended the boot and who comes
-    /// next.
+    /// Forgets the boot or stop of an operation that releases the VM. Returns why the boot failed
+    /// and which operation follows.
     pub fn end(&self, vm: &VmId) -> (Option<BootEnd>, Option<Successor>) {
         self.with(vm, |r| {
             r.boot = None;
@@ -137,8 +139,8 @@ impl Runtimes {
         }
     }
 
-    /// The VMM died while it booted: the boot ends and says so. One that was ended already is what
-    /// killed it.
+    /// The boot failed: cancels it and records why. If the boot was cancelled earlier, the
+    /// cancellation is the cause, so nothing is recorded.
     pub fn boot_died(&self, vm: &VmId, how: BootEnd) {
         let cause = how.cause();
         let token = self.with(vm, |r| {
@@ -151,7 +153,8 @@ impl Runtimes {
         }
     }
 
-    /// The boot has failed and ends its VMM: that death is no news.
+    /// Forgets the boot of a VM, because it has failed and now ends its VMM: that death must not be
+    /// recorded as the cause.
     pub fn give_up_boot(&self, vm: &VmId) {
         self.with(vm, |r| r.boot = None);
     }
@@ -168,12 +171,12 @@ impl Runtimes {
         self.with(vm, |r| r.successor.as_ref().map(|s| (s.verb, s.op.id().clone())))
     }
 
-    /// Puts a successor in the slot and gives back the one that it replaces.
+    /// Puts a successor in the slot and returns the one that it replaces.
     pub fn set_successor(&self, vm: &VmId, successor: Successor) -> Option<Successor> {
         self.with(vm, |r| r.successor.replace(successor))
     }
 
-    /// Entries now held; 0 when nothing is under way.
+    /// The number of entries: 0 if no VM has anything in progress.
     pub fn len(&self) -> usize {
         self.map.lock().len()
     }

@@ -1,4 +1,4 @@
-//! What the daemon uses of the outside world, and which VMM driver it picks.
+//! The daemon's seams to the outside world, and the choice of the VMM driver.
 
 use super::{auto, gone};
 use crate::config::{Config, VmmDriver};
@@ -17,7 +17,8 @@ pub struct Seams {
     pub vmm: Arc<dyn Driver>,
     pub transport: Arc<dyn Transport>,
     pub commands: Arc<dyn Commands>,
-    /// `None` if the daemon is not root: then no installation can leave anything behind.
+    /// Unreconciled for installations that are gone. `None` if the daemon is not root, because its
+    /// installation leaves nothing behind on the host.
     pub installations: Option<Arc<dyn gone::Installations>>,
 }
 

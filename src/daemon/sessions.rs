@@ -1,12 +1,12 @@
-//! Exec: a command in the guest on the caller's own connection thread, its bytes through the
-//! caller's FIFOs.
+//! Exec: runs a command in the guest. It occupies the thread of the caller's connection, and its
+//! bytes go through FIFOs of the caller.
 
 use super::access::Caller;
 use super::core::Core;
 use super::guests::Guests;
-use super::looks::Looks;
 use super::runtime::{Runtimes, Use, User};
 use super::transitions::Verb;
+use super::unreconciled::Unreconciled;
 use super::views::Views;
 use crate::api::exec::{
     COMMAND_BYTES_MAX, COMMAND_STREAM_BYTES_MAX, CommandWords, ExecReply, ExecResizeRequest, ExecSignalRequest, ExecStartRequest,
@@ -30,7 +30,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The descriptors of one exec, checked and reopened.
+/// The caller's descriptors for one exec, checked and reopened.
 #[derive(Default)]
 pub struct ExecIo {
     stdin: Option<FdSource>,
@@ -41,14 +41,14 @@ pub struct ExecIo {
 
 /// How long a caller may take to hand over a command.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
-/// Bytes of the guest's message that are kept when it refuses a command.
-const SAID_BYTES_MAX: usize = 1024;
+/// How much of the guest's error output is kept when it refuses a command.
+const STDERR_BYTES_MAX: usize = 1024;
 
 impl ExecIo {
-    /// One FIFO for each stream that the request names, in its order.
+    /// Takes one FIFO for each entry of `streams`, in its order.
     pub fn accept(streams: &[Stream], fds: Vec<OwnedFd>) -> Result<Self> {
         if streams.len() != fds.len() {
-            return Err(Error::invalid(format!("{} descriptors came for {} streams", fds.len(), streams.len()))
+            return Err(Error::invalid(format!("got {} descriptors for {} streams", fds.len(), streams.len()))
                 .hint("pass one FIFO for each entry of streams"));
         }
         let mut io = Self::default();
@@ -84,7 +84,7 @@ impl ExecIo {
         let deadline = Instant::now() + COMMAND_DEADLINE;
         let bytes = read_to_end(&mut from, COMMAND_STREAM_BYTES_MAX, deadline, connection, cancel).map_err(|e| {
             let e = e.context("read the command");
-            if e.kind() == Kind::InvalidArgument { e.hint("give long input through stdin (-i) or a file") } else { e }
+            if e.kind() == Kind::InvalidArgument { e.hint("pass long input through stdin (-i) or a file") } else { e }
         })?;
         CommandWords::decode(&bytes).ok_or_else(|| {
             Error::invalid("the command in the descriptor is malformed").hint("fcctl help protocol describes its format")
@@ -92,13 +92,13 @@ impl ExecIo {
     }
 }
 
-/// Commands, streams and consoles of guests, on their callers' threads.
+/// Runs commands in guests and serves their consoles, on the callers' threads.
 #[derive(Clone)]
 pub struct Sessions {
     pub(super) core: Core,
     pub(super) views: Views,
     pub(super) guests: Guests,
-    pub(super) looks: Arc<Looks>,
+    pub(super) unreconciled: Arc<Unreconciled>,
     pub(super) runtimes: Runtimes,
     pub(super) registry: Arc<Registry<ControlSender>>,
     pub(super) transport: Arc<dyn Transport>,
@@ -106,7 +106,8 @@ pub struct Sessions {
 }
 
 impl Sessions {
-    /// Runs it to its end. The caller's hang-up, a stop or a delete of the VM ends it.
+    /// Runs the command until it ends. It is cancelled if the caller hangs up or the VM is stopped
+    /// or deleted.
     pub fn exec(
         &self,
         caller: &Caller,
@@ -117,17 +118,17 @@ impl Sessions {
     ) -> Result<ExecReply> {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let found = self.core.resolve(caller, &request.vm)?;
-        let words = io.command(request, connection, &cancel).map_err(|e| e.context(format!("exec in vm {}", found.name)))?;
+        let words = io.command(request, connection, &cancel).map_err(|e| e.context(format!("exec in VM {}", found.name)))?;
         let _label = crate::locks::operation_scope(format!("exec {}", found.id));
         let (row, _user) = self.join_guest(&found, Use::Session, &cancel)?;
-        let doing = |e: Error| e.context(format!("exec in vm {}", row.name)).of_vm(&row.name);
+        let doing = |e: Error| e.context(format!("exec in VM {}", row.name)).of_vm(&row.name);
         let workdir = words.workdir.or_else(|| self.workdir(&row).map(String::into_bytes));
         let line = command_bytes(&words.argv, &words.env, workdir.as_deref()).map_err(doing)?;
         let target = self.guests.target(&row).map_err(doing)?;
         let command = match String::from_utf8(line) {
             Ok(line) if line.len() <= COMMAND_BYTES_MAX => line,
-            Ok(line) => self.bring_command(&target, line.into_bytes(), connection, &cancel).map_err(doing)?,
-            Err(e) => self.bring_command(&target, e.into_bytes(), connection, &cancel).map_err(doing)?,
+            Ok(line) => self.upload_command(&target, line.into_bytes(), connection, &cancel).map_err(doing)?,
+            Err(e) => self.upload_command(&target, e.into_bytes(), connection, &cancel).map_err(doing)?,
         };
         let (sender, mut controls) = control_queue()?;
         let session = self.registry.begin(caller.uid, row.id.clone(), sender);
@@ -145,14 +146,14 @@ impl Sessions {
         Ok(ExecReply { exit })
     }
 
-    /// Brings a command line that is too long for a packet, or not UTF-8, into a file in the guest,
-    /// and gives the line that runs it. The file is removed before the command begins.
-    fn bring_command(&self, target: &Target, line: Vec<u8>, connection: BorrowedFd<'_>, cancel: &Cancel) -> Result<String> {
+    /// Writes a command line that is too long for a packet, or not UTF-8, into a file in the guest,
+    /// and returns the command line that runs it. The file is removed before the command begins.
+    fn upload_command(&self, target: &Target, line: Vec<u8>, connection: BorrowedFd<'_>, cancel: &Cancel) -> Result<String> {
         let file = format!("/tmp/.fcd-exec-{}", SessionId::random());
         let mut stdin = BytesSource::new([format!("rm -f {file}; ").as_bytes(), &line, b"\n"].concat());
-        let mut stderr = VecSink::new(SAID_BYTES_MAX);
+        let mut stderr = VecSink::new(STDERR_BYTES_MAX);
         let spec = ExecSpec {
-            // A file of our own, or an error.
+            // Fails if the file exists.
             command: format!("umask 077; set -C; cat >{file}"),
             idle: Some(Duration::from_secs(self.core.limits.transfer_idle_s)),
             ..ExecSpec::default()
@@ -162,17 +163,18 @@ impl Sessions {
         match self.transport.exec(target, &spec, streams, cancel)? {
             Exit::Status(0) => Ok(format!(". {file}")),
             _ => {
-                let said = crate::host::command::printable(String::from_utf8_lossy(&stderr.bytes).trim());
+                let output = crate::host::command::printable(String::from_utf8_lossy(&stderr.bytes).trim());
                 let e =
-                    Error::new(Kind::GuestCommandFailed, format!("write a command of {} bytes to {file}: {said}", line.len()));
+                    Error::new(Kind::GuestCommandFailed, format!("write a command of {} bytes to {file}: {output}", line.len()));
                 Err(e.hint("see whether the guest's disk has room: fcctl exec VM -- df /tmp"))
             }
         }
     }
 
-    /// Checks that the guest can be used and joins the VM's cancel set, in one section.
+    /// Checks that the guest can be used and adds the caller to the VM's cancel set, in one
+    /// critical section.
     pub(super) fn join_guest(&self, found: &VmRow, kind: Use, cancel: &Cancel) -> Result<(VmRow, User)> {
-        self.looks.ensure_looked_at(found, Verb::Guest, &self.core.closing)?;
+        self.unreconciled.ensure_reconciled(found, Verb::Guest, &self.core.closing)?;
         let guard = self.core.locks.vm.lock(&found.id);
         let row = self.core.row(guard.key())?;
         self.core.allow_locked(&guard, &row, Verb::Guest)?;
@@ -181,29 +183,29 @@ impl Sessions {
         if let Some(identity) = row.identity.clone()
             && !self.vmm.is_alive(&identity)
         {
-            return Err(Error::new(Kind::GuestUnavailable, format!("vm {}: its vmm has died", row.name))
+            return Err(Error::new(Kind::GuestUnavailable, format!("VM {}: its VMM has died", row.name))
                 .hint(format!("fcctl vm show {}", row.name)));
         }
         if row.unresponsive {
-            return Err(Error::new(Kind::GuestUnavailable, format!("vm {}: its vmm does not answer", row.name))
-                .hint(format!("wait until it does (fcctl events), or end it: fcctl stop --force {}", row.name)));
+            return Err(Error::new(Kind::GuestUnavailable, format!("VM {}: its VMM does not respond", row.name))
+                .hint(format!("wait until it does (fcctl events), or end it with fcctl stop --force {}", row.name)));
         }
         if row.paused {
-            return Err(Error::new(Kind::WrongState, format!("vm {} is paused", row.name))
-                .hint(format!("let it go on: fcctl vm resume {}", row.name)));
+            return Err(Error::new(Kind::WrongState, format!("VM {} is paused", row.name))
+                .hint(format!("resume it: fcctl vm resume {}", row.name)));
         }
         if self.runtimes.is_paused(&row.id) {
-            let error = Error::new(Kind::DiskFull, format!("vm {} is paused: {}", row.name, CancelCause::HostDiskFull));
-            return Err(error.hint(self.hint_of_full_disk()));
+            let error = Error::new(Kind::DiskFull, format!("VM {} is paused: {}", row.name, CancelCause::HostDiskFull));
+            return Err(error.hint(self.disk_full_hint()));
         }
         Ok((row, user))
     }
 
-    pub(super) fn hint_of_full_disk(&self) -> String {
-        format!("free some space (df -h {}); its guest goes on by itself then", self.core.state_dir.display())
+    pub(super) fn disk_full_hint(&self) -> String {
+        format!("free some space (df -h {}); the guest then resumes automatically", self.core.state_dir.display())
     }
 
-    /// Where commands start: in a complete workspace, else at home.
+    /// The directory in which commands start: a complete workspace, or else the home directory.
     fn workdir(&self, row: &VmRow) -> Option<String> {
         self.core.store.read(|s| s.workspace(&row.id).filter(|w| w.state == WorkspaceState::Complete).map(|w| w.workdir.clone()))
     }

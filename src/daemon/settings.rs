@@ -1,4 +1,4 @@
-//! `vm.set`: settings that apply from the next start, and those that a running VM gets at once.
+//! `vm.set`: changes settings for the next start, and the rates of a running VM at once.
 
 use super::access::Caller;
 use super::controls::Controls;
@@ -9,15 +9,15 @@ use crate::error::{Error, Result};
 use crate::store::VmRow;
 
 impl Controls {
-    /// Changes settings. They hold from the next start on, and of a VM that runs are pending until
-    /// then; its rates it has at once if that is asked for.
+    /// Changes settings. Those of a running VM are pending until its next start, except that rates
+    /// apply at once if the request says so.
     pub fn set(&self, caller: &Caller, request: &VmSetRequest) -> Result<Vm> {
         let row = self.core.resolve(caller, &request.vm)?;
-        self.looks.ensure_looked_at(&row, super::transitions::Verb::Set, &self.core.closing)?;
+        self.unreconciled.ensure_reconciled(&row, super::transitions::Verb::Set, &self.core.closing)?;
         let rates = request.rates();
         if !changes_size(request) && request.rm.is_none() && rates.is_empty() {
-            return Err(Error::invalid(format!("set vm {}: nothing to set", row.name))
-                .hint("give --vcpus, --memory, --disk, or a rate, as --disk-bps"));
+            return Err(Error::invalid(format!("set VM {}: nothing to set", row.name))
+                .hint("use --vcpus, --memory, --disk, or a rate such as --disk-bps"));
         }
         request.vcpus.map_or(Ok(()), |n| self.capacity.check_vcpus(n))?;
         request.mem_mib.map_or(Ok(()), |n| self.capacity.check_memory(n))?;
@@ -43,13 +43,13 @@ impl Controls {
     }
 }
 
-/// What a guest that runs cannot be given.
+/// True if the request changes something that a running guest cannot get.
 pub(super) fn changes_size(request: &VmSetRequest) -> bool {
     request.vcpus.is_some() || request.mem_mib.is_some() || request.disk_bytes.is_some()
 }
 
-/// vCPUs, memory and rates of a VM that is at rest change at once; the disk is grown by the next
-/// start.
+/// Writes the settings into the row. For a VM at rest, vCPUs, memory and rates change at once; its
+/// next start grows the disk.
 fn apply(row: &mut VmRow, request: &VmSetRequest, is_live: bool) {
     row.rm = request.rm.unwrap_or(row.rm);
     let (rates, mut pending) = (request.rates(), row.pending.take().unwrap_or_default());
@@ -58,7 +58,7 @@ fn apply(row: &mut VmRow, request: &VmSetRequest, is_live: bool) {
     pending.disk_bytes = request.disk_bytes.or(pending.disk_bytes);
     if is_live {
         row.rates = row.rates.with(&rates);
-        // A limit that waited for the next start is superseded.
+        // The new rates replace pending ones.
         pending.rates = pending.rates.without(&rates);
     } else {
         pending.rates = rates.or(&pending.rates);

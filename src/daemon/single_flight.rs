@@ -1,13 +1,13 @@
-//! Work that many callers ask for at once and that is done once: a run under way is shared, and its
-//! result is kept for a moment.
+//! Shares work between callers that ask for it at the same time. A run in progress is shared, and
+//! its result is kept for a short time.
 
 use crate::error::{Error, Kind, Result};
 use crate::locks::{Condvar, Mutex, Rank};
 use std::time::{Duration, Instant};
 
-/// At most one run at a time, however many ask.
+/// Allows at most one run at a time.
 pub(super) struct SingleFlight<T> {
-    /// How long a result is good for.
+    /// How long a result is reused.
     kept: Duration,
     state: Mutex<State<T>>,
     ended: Condvar,
@@ -27,13 +27,13 @@ struct Finished<T> {
 /// How fresh a result must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Freshness {
-    /// Ended no longer ago than results are kept.
+    /// From a run that ended less than the time for which results are kept ago.
     Recent,
     /// From a run that began after the call.
     New,
 }
 
-/// Ends the run, also when it panics.
+/// Ends the run when it is dropped, also after a panic.
 struct Run<'a, T>(&'a SingleFlight<T>);
 
 impl<T> Drop for Run<'_, T> {
@@ -48,10 +48,10 @@ impl<T: Clone> SingleFlight<T> {
         Self { kept, state: Mutex::new(Rank::Runtimes, State { is_running: false, last: None }), ended: Condvar::new() }
     }
 
-    /// The result of the run under way, of the last one, or of one made now on this thread.
+    /// Returns the result of the run in progress, of the last one, or of a new one on this thread.
     ///
     /// # Errors
-    /// `busy` at the deadline, while another caller's run takes too long.
+    /// `busy` at the deadline, if another caller's run takes too long.
     pub fn get(&self, freshness: Freshness, deadline: Instant, run: impl FnOnce() -> T) -> Result<T> {
         let called = Instant::now();
         let mut state = self.state.lock();
@@ -67,7 +67,7 @@ impl<T: Clone> SingleFlight<T> {
                 break;
             }
             if !self.ended.wait_while(&mut state, deadline, |s| s.is_running) {
-                return Err(Error::new(Kind::Busy, "another caller's run takes long").hint("try again in a moment"));
+                return Err(Error::new(Kind::Busy, "another caller's run takes too long").hint("try again in a moment"));
             }
         }
         state.is_running = true;
@@ -91,7 +91,7 @@ mod tests {
         Instant::now() + Duration::from_secs(20)
     }
 
-    /// Callers that have called and not yet been answered.
+    /// Calls `get` on another thread.
     fn ask<'s, 'e>(
         scope: &'s std::thread::Scope<'s, 'e>,
         flight: &'e SingleFlight<usize>,
@@ -149,15 +149,15 @@ mod tests {
             begun.wait();
             let other = ask(scope, &flight, Freshness::New, &runs);
             may_end.wait();
-            // It either waited for the run under way and then made its own, or came after it.
+            // It either waited for the run in progress and then made its own, or came after it.
             assert_eq!(other.join().unwrap(), 0);
         });
     }
 
     #[test]
-    fn run_that_panics_leaves_room_for_the_next() {
+    fn run_that_panics_allows_the_next() {
         let flight = SingleFlight::<u32>::new(LONG);
-        let run = || flight.get(Freshness::Recent, soon(), || panic!("a panic of the test's"));
+        let run = || flight.get(Freshness::Recent, soon(), || panic!("a panic of the test"));
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err());
         assert_eq!(flight.get(Freshness::Recent, soon(), || 1).unwrap(), 1);
     }

@@ -1,4 +1,4 @@
-//! Snapshots that are being made, and their directories.
+//! Snapshots that are being made, and the files of all snapshots.
 
 use super::uses::{UseGuard, Uses};
 use super::vm_dir::{DISK_FILE, WORK_DISK_FILE};
@@ -14,13 +14,13 @@ use std::sync::Arc;
 
 pub(super) const SNAPSHOTS_DIR: &str = "snapshots";
 
-/// The snapshots that this daemon makes now, and of which VM each is.
+/// The snapshots that this daemon is making, each with its VM.
 #[derive(Clone)]
 pub(super) struct SnapshotRegistry {
     /// The directory of all snapshots.
     dir: Arc<Path>,
-    making: Arc<Mutex<HashMap<SnapshotId, VmId>>>,
-    /// Starts use snapshots.
+    in_progress: Arc<Mutex<HashMap<SnapshotId, VmId>>>,
+    /// Snapshots in use by starts.
     pub uses: Uses<SnapshotId>,
 }
 
@@ -30,7 +30,7 @@ impl std::fmt::Debug for SnapshotRegistry {
     }
 }
 
-/// One of them, for as long as this lives.
+/// Marks a snapshot as being made while this lives.
 pub(super) struct CreateGuard {
     registry: SnapshotRegistry,
     pub id: SnapshotId,
@@ -38,7 +38,7 @@ pub(super) struct CreateGuard {
 
 impl Drop for CreateGuard {
     fn drop(&mut self) {
-        self.registry.making.lock().remove(&self.id);
+        self.registry.in_progress.lock().remove(&self.id);
     }
 }
 
@@ -46,21 +46,22 @@ impl SnapshotRegistry {
     pub fn new(state_dir: &Path) -> Self {
         Self {
             dir: state_dir.join(SNAPSHOTS_DIR).into(),
-            making: Arc::new(Mutex::new(Rank::Runtimes, HashMap::new())),
+            in_progress: Arc::new(Mutex::new(Rank::Runtimes, HashMap::new())),
             uses: Uses::new(),
         }
     }
 
     /// # Errors
-    /// `busy` while another of this VM is made: its guest is stopped and let go as a whole.
+    /// `busy` while another snapshot of this VM is being made, because the two would pause and
+    /// resume the guest independently.
     pub fn begin(&self, row: &VmRow) -> Result<CreateGuard> {
         let id = SnapshotId::random();
-        let mut making = self.making.lock();
-        if making.values().any(|vm| *vm == row.id) {
-            return Err(Error::new(Kind::Busy, format!("vm {} is being saved already", row.name)).hint("fcctl op list"));
+        let mut in_progress = self.in_progress.lock();
+        if in_progress.values().any(|vm| *vm == row.id) {
+            return Err(Error::new(Kind::Busy, format!("VM {} is being saved already", row.name)).hint("fcctl op list"));
         }
-        making.insert(id.clone(), row.id.clone());
-        drop(making);
+        in_progress.insert(id.clone(), row.id.clone());
+        drop(in_progress);
         Ok(CreateGuard { registry: self.clone(), id })
     }
 
@@ -74,15 +75,15 @@ impl SnapshotRegistry {
     }
 
     pub fn contains(&self, id: &SnapshotId) -> bool {
-        self.making.lock().contains_key(id)
+        self.in_progress.lock().contains_key(id)
     }
 }
 
-/// Where the parts of a snapshot are.
+/// The paths of a snapshot's files.
 #[derive(Clone, Debug)]
 pub(super) struct Files {
     pub dir: PathBuf,
-    /// For root alone.
+    /// Only the daemon's user can enter it.
     pub private: PathBuf,
     pub memory: PathBuf,
     pub devices: PathBuf,
@@ -108,14 +109,14 @@ impl Files {
     }
 }
 
-/// From where a boot goes on.
+/// The snapshot that a boot restores.
 #[derive(Clone, Debug)]
 pub(super) struct Restore {
     pub row: Arc<SnapshotRow>,
     pub files: Files,
-    /// In another VM than it was saved of.
-    pub elsewhere: bool,
-    /// Of one that could be deleted meanwhile.
+    /// True if it is restored in another VM than it was taken from.
+    pub in_other_vm: bool,
+    /// Prevents the deletion of the snapshot. `None` for the unpublished snapshot of a fork.
     pub _in_use: Option<Arc<UseGuard<SnapshotId>>>,
 }
 
@@ -124,7 +125,7 @@ impl Restore {
         Saved { memory: self.files.memory.clone(), devices: self.files.devices.clone(), driver: self.row.driver.clone() }
     }
 
-    /// What must be as it was then. Its disks become the VM's when they are there.
+    /// Takes over what must be the same as in the snapshot. The disks follow during the boot.
     pub fn enter(&self, row: &mut VmRow) {
         (row.vcpus, row.mem_mib) = (self.row.vcpus, self.row.mem_mib);
         (row.has_balloon, row.balloon_mib) = (self.row.has_balloon, self.row.balloon_mib);
@@ -135,28 +136,27 @@ impl Restore {
     }
 }
 
-/// What is in a directory takes on its file system, in bytes.
+/// How many bytes the files in a directory occupy.
 pub(super) fn allocated_bytes(dir: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    // What others have a name for, too, is not this directory's.
+    // Files with other hard links are not counted, because they are shared.
     entries.filter_map(|e| e.metadata().ok()).filter(|m| m.nlink() == 1).map(|m| m.blocks() * 512).sum()
 }
 
-/// What a VM's own disks take, however many names they have.
+/// How many bytes the disks in a VM's directory occupy, including those with several hard links.
 pub(super) fn disk_bytes(dir: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    // What they stand on is not copied.
+    // The origin of device-mapper snapshots is not copied.
     let own = entries.filter(|e| e.file_name() != "origin").filter_map(|e| e.metadata().ok());
     own.filter(std::fs::Metadata::is_file).map(|m| m.blocks() * 512).sum()
 }
 
-/// Opens a finished file of a snapshot and makes it read-only. VMMs with any uid may read it,
-/// through a link or a descriptor that they are given; the private directory keeps everybody else
-/// out.
+/// Opens a finished file of a snapshot and makes it read-only. VMMs of any uid may read it through
+/// a link or a descriptor. The private directory keeps everybody else out.
 pub(super) fn share_saved(path: &Path, credentials: Option<(u32, u32)>) -> Result<File> {
-    let io = |e: std::io::Error| Error::io(format!("keep {}", path.display()), e);
+    let io = |e: std::io::Error| Error::io(format!("share {}", path.display()), e);
     let file = crate::host::fs::open_nofollow(path)?;
     if credentials.is_some() {
         std::os::unix::fs::fchown(&file, Some(0), Some(0)).map_err(io)?;

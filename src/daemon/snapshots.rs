@@ -1,20 +1,20 @@
-//! Saving a guest: memory and disks of one moment.
+//! Saves guests: memory and disks of one moment.
 //!
 //! A snapshot is a directory, and a row once it is complete. `private/` holds `memory` and
-//! `devices`, which a VMM gets by descriptor or by hard link; beside it are `disk`, `work` and the
-//! kernel. Until the row exists, and while it is being removed, the directory is in the ledger. A
-//! snapshot outlives its VM.
+//! `devices`, which a VMM gets as a descriptor or a hard link. Beside it are `disk`, `work` and the
+//! kernel. The directory is in the ledger until the row exists, and again while the snapshot is
+//! being deleted. A snapshot outlives its VM.
 //!
-//! 1. The guest gets a script (`src/guest/rejoin.sh`) that waits for another seed drive. It is part
-//!    of the saved memory and goes on from there after a restore.
-//! 2. The guest is paused (`GuestHolder`; a resume by a user does not end that).
+//! 1. The guest gets a script (`src/guest/rejoin.sh`) that waits for another seed drive. The script
+//!    is part of the saved memory and continues in the restored guest.
+//! 2. The guest is paused (`Runtimes::hold`; a resume by a user does not end that).
 //! 3. The driver saves memory and devices. The disks are copied: shared blocks where the file
 //!    system can, else everything but holes.
 //! 4. The guest resumes. Zeroes in the memory file become holes and the copies are synced.
 //!
-//! No lock is held. The operation is in the VM's cancel set, so a stop, a kill or a delete ends it,
-//! and a guard resumes the guest. If the daemon dies, the next one resumes the guest and removes
-//! the directory.
+//! No lock is held meanwhile. The operation is in the VM's cancel set, so a stop, kill or delete of
+//! the VM ends it. A guard resumes the guest in any case. If the daemon dies, the next one resumes
+//! the guest and removes the directory.
 //!
 //! A guest that is paused or does not respond cannot be saved.
 
@@ -68,19 +68,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Most snapshots of one uid.
+/// Limit of snapshots per uid.
 pub const SNAPSHOTS_PER_UID_MAX: usize = 64;
-/// For the guest to take the script.
+/// How long to wait for the guest to start the script.
 const PREPARE_DEADLINE: Duration = Duration::from_secs(30);
-/// From then until the guest stands still: the script waits for a minute.
+/// How long the preparation and the pause may take together. The script waits for a minute.
 const HOLD_DEADLINE: Duration = Duration::from_secs(40);
-const ANSWER_BYTES_MAX: usize = 4096;
-/// What is left free on the host beside a snapshot.
+const OUTPUT_BYTES_MAX: usize = 4096;
+/// How much space a snapshot must leave free on the host.
 const SPARE_BYTES: u64 = 256 << 20;
 
-/// One that is whole but not in the store: its directory is in the ledger.
+/// A complete snapshot that has no row yet. Its directory is in the ledger.
 pub(super) struct Captured {
-    capturing: CreateGuard,
+    create_guard: CreateGuard,
     ledger: u64,
     pub row: SnapshotRow,
     pub files: Files,
@@ -129,25 +129,27 @@ impl Snapshots {
             let made = snapshots.capture(&row, &op).and_then(|captured| snapshots.publish(captured, request.name));
             drop(user);
             let result = made.and_then(|snapshot| to_value(&SnapshotReply { snapshot }));
-            snapshots.core.end_op(op, result.map_err(|e| e.context(format!("save vm {}", row.name)).of_vm(&row.name)));
+            snapshots.core.end_op(op, result.map_err(|e| e.context(format!("save VM {}", row.name)).of_vm(&row.name)));
         })?;
         Ok(CallOutcome::Op(id))
     }
 
     pub fn snapshot_list(&self, caller: &Caller, request: &SnapshotListRequest) -> Result<SnapshotListReply<Box<RawValue>>> {
         let after = request.after.as_deref().map(Position::parse).transpose()?;
-        // A VM that is gone has snapshots still: its name or id as they were then.
-        let of = |row: &SnapshotRow| request.vm.as_ref().is_none_or(|vm| row.vm_name.as_str() == vm || row.vm.as_str() == vm);
+        // The snapshots of a deleted VM are listed by the name or ID that it had.
+        let is_of_vm =
+            |row: &SnapshotRow| request.vm.as_ref().is_none_or(|vm| row.vm_name.as_str() == vm || row.vm.as_str() == vm);
         let mut snapshots: Vec<Snapshot> = self.core.store.read(|s| {
-            let seen = s.snapshots().filter(|row| caller.may_see(row.owner_uid) && of(row));
+            let seen = s.snapshots().filter(|row| caller.may_see(row.owner_uid) && is_of_vm(row));
             seen.map(|row| view(row)).collect()
         });
         if let (Some(vm), true) = (&request.vm, snapshots.is_empty()) {
             self.core.resolve(caller, vm)?;
         }
-        let place = |snapshot: &Snapshot| Position(snapshot.created_at, snapshot.name.clone());
-        snapshots.sort_by_key(place);
-        let rest = snapshots.into_iter().map(|s| (place(&s), s)).filter(|(at, _)| after.as_ref().is_none_or(|after| at > after));
+        let position = |snapshot: &Snapshot| Position(snapshot.created_at, snapshot.name.clone());
+        snapshots.sort_by_key(position);
+        let rest =
+            snapshots.into_iter().map(|s| (position(&s), s)).filter(|(at, _)| after.as_ref().is_none_or(|after| at > after));
         let (snapshots, next) = page::fill(request.limit, rest)?;
         Ok(SnapshotListReply { snapshots, next })
     }
@@ -156,12 +158,12 @@ impl Snapshots {
         Ok(SnapshotReply { snapshot: view(&self.find_snapshot(caller, snapshot)?) })
     }
 
-    /// A guest that goes on from it does not need it any more.
+    /// VMs that were started from the snapshot do not need it any more.
     pub fn snapshot_delete(&self, caller: &Caller, snapshot: &str) -> Result<SnapshotDeleteReply> {
         let SnapshotRow { id, name, .. } = self.find_snapshot(caller, snapshot)?;
-        let _going = self.snapshot_registry.uses.begin_delete(&id).ok_or_else(|| {
+        let _delete_guard = self.snapshot_registry.uses.begin_delete(&id).ok_or_else(|| {
             Error::new(Kind::Busy, format!("delete snapshot {name}: a VM is being started from it"))
-                .hint("wait until it runs: fcctl op list")
+                .hint("wait until the VM is running: fcctl op list")
         })?;
         let (ledger, ticket) = self.core.change(true, |tx| {
             tx.remove_snapshot(&id);
@@ -172,7 +174,7 @@ impl Snapshots {
         Ok(SnapshotDeleteReply { deleted: id })
     }
 
-    /// By name, id, or the beginning of an id.
+    /// Finds a snapshot by name, ID, or the beginning of an ID.
     pub(super) fn find_snapshot(&self, caller: &Caller, text: &str) -> Result<SnapshotRow> {
         let mut found: Vec<SnapshotRow> = self.core.store.read(|s| {
             let seen = || s.snapshots().filter(|row| caller.may_see(row.owner_uid));
@@ -182,8 +184,8 @@ impl Snapshots {
         });
         match (found.pop(), found.is_empty()) {
             (Some(row), true) => Ok(row),
-            (Some(_), false) => Err(Error::new(Kind::AmbiguousPrefix, format!("{text:?} fits several snapshots"))
-                .hint("give the name or more of the id: fcctl snapshot list")),
+            (Some(_), false) => Err(Error::new(Kind::AmbiguousPrefix, format!("{text:?} matches several snapshots"))
+                .hint("use the name or a longer part of the ID: fcctl snapshot list")),
             (None, _) => {
                 let shown: String = text.chars().take(2 * NAME_LEN_MAX).collect();
                 Err(Error::new(Kind::SnapshotNotFound, format!("no snapshot {shown:?}")).hint("fcctl snapshot list"))
@@ -191,20 +193,22 @@ impl Snapshots {
         }
     }
 
-    /// Saves the guest of a VM whose cancel set the operation has joined. After an error nothing is
-    /// left, or the ledger says what is.
+    /// Saves the guest of a VM whose cancel set the operation has joined. After an error the files
+    /// are removed, or are in the ledger so that they will be.
     pub(super) fn capture(&self, row: &VmRow, op: &OpHandle) -> Result<Captured> {
-        let capturing = self.snapshot_registry.begin(row)?;
-        let files = self.snapshot_registry.files(&capturing.id);
+        let create_guard = self.snapshot_registry.begin(row)?;
+        let files = self.snapshot_registry.files(&create_guard.id);
         self.require_room(row)?;
-        let (ledger, ticket) =
-            self.core.store.change(|tx| Ok(tx.intend(None, row.generation, resources::snapshot::KIND, capturing.id.as_str())))?;
+        let (ledger, ticket) = self
+            .core
+            .store
+            .change(|tx| Ok(tx.intend(None, row.generation, resources::snapshot::KIND, create_guard.id.as_str())))?;
         self.core.wait_durable(ticket)?;
-        match self.fill(row, op, &capturing.id, &files) {
-            Ok(row) => Ok(Captured { capturing, ledger, row, files }),
+        match self.fill(row, op, &create_guard.id, &files) {
+            Ok(row) => Ok(Captured { create_guard, ledger, row, files }),
             Err(e) => {
-                let id = capturing.id.clone();
-                drop(capturing);
+                let id = create_guard.id.clone();
+                drop(create_guard);
                 self.discard_files(&id, ledger);
                 Err(e)
             }
@@ -213,9 +217,9 @@ impl Snapshots {
 
     fn fill(&self, row: &VmRow, op: &OpHandle, id: &SnapshotId, files: &Files) -> Result<SnapshotRow> {
         self.core.effects.before("make the snapshot's directory")?;
-        // VMMs of other uids reach what they are given of it.
+        // VMMs of other uids must reach the files in it that are meant for them.
         drop(create_dir(&files.dir, 0o711)?);
-        // But not what was in a guest's memory: that they are given by a link or a descriptor.
+        // But not the guest's memory, which a VMM gets as a link or a descriptor.
         drop(create_private_dir(&files.private)?);
         let image = self.images.get(&row.image)?;
         let spec = self.specs.spec(row, &image);
@@ -224,24 +228,25 @@ impl Snapshots {
         for path in [&files.memory, &files.devices] {
             let file = new_file(path)?;
             let owned = spec.credentials.map_or(Ok(()), |(uid, gid)| std::os::unix::fs::fchown(&file, Some(uid), Some(gid)));
-            owned.map_err(|e| Error::io(format!("give away {}", path.display()), e))?;
+            owned.map_err(|e| Error::io(format!("change the owner of {}", path.display()), e))?;
         }
         if std::fs::metadata(&spec.seed).is_ok_and(|seed| seed.len() < UNIT_BYTES as u64) {
-            let text = format!("vm {} was started by an earlier fcd, whose seed drive is too short to be another one", row.name);
-            return Err(Error::new(Kind::Unsupported, text).hint(format!("start it again: fcctl vm restart {}", row.name)));
+            let text = format!("VM {} was started by an earlier fcd, and its seed drive is too short for a restore", row.name);
+            return Err(Error::new(Kind::Unsupported, text).hint(format!("restart it: fcctl vm restart {}", row.name)));
         }
-        let method = self.specs.disk_method(row).ok_or_else(|| Error::internal(format!("vm {} has no disk", row.name)))?;
+        let method = self.specs.disk_method(row).ok_or_else(|| Error::internal(format!("VM {} has no disk", row.name)))?;
         let since = Instant::now();
         op.progress("prepare the guest");
         self.prepare_guest(row, op)?;
         let (version, copied, workspace) = {
-            op.progress("hold the guest");
+            op.progress("pause the guest");
             let _held = self.holder.hold(row)?;
             if since.elapsed() > HOLD_DEADLINE {
-                return Err(Error::new(Kind::Timeout, "the guest did not stand still in time").hint("try again"));
+                return Err(Error::new(Kind::Timeout, "the guest was not paused in time").hint("try again"));
             }
-            // The one of another start has another directory.
-            let identity = row.identity.clone().ok_or_else(|| Error::internal(format!("vm {} has no vmm", row.name)))?;
+            // The row is the one from the call, because another start of the VM would have another
+            // directory.
+            let identity = row.identity.clone().ok_or_else(|| Error::internal(format!("VM {} has no VMM", row.name)))?;
             op.progress("save the memory");
             self.core.effects.before("save the guest")?;
             let to = SaveTo { memory: &files.memory, devices: &files.devices };
@@ -251,10 +256,10 @@ impl Snapshots {
             (version, self.copy_disks(row, op, files, method)?, self.core.store.read(|s| s.workspace(&row.id).cloned()))
         };
         self.set_clock(row, op);
-        op.progress("sync what was saved");
+        op.progress("sync the snapshot");
         copied.into_iter().try_for_each(duplicate::Copied::publish)?;
         free_zeroes(files, op);
-        keep_saved(files, spec.credentials)?;
+        sync_saved(files, spec.credentials)?;
         if let Some(cause) = op.cancel().cause() {
             return Err(Error::new(Kind::Cancelled, format!("cancelled: {cause}")));
         }
@@ -262,25 +267,25 @@ impl Snapshots {
         Ok(SnapshotRow { vmm_version: Some(version), ..saved })
     }
 
-    /// It has stood still. One that cannot be told is late by so much.
+    /// Sets the guest's clock after the pause. If the guest is unreachable, its clock stays behind.
     fn set_clock(&self, row: &VmRow, op: &OpHandle) {
         let command = set_clock_command();
         let deadline = Instant::now() + PREPARE_DEADLINE;
-        let script = Script { command: &command, stdin: &[], deadline, output_bytes_max: ANSWER_BYTES_MAX };
-        let told = self.guests.target(row).and_then(|target| run_script(self.transport.as_ref(), &target, &script, op.cancel()));
-        if !matches!(told, Ok((Exit::Status(0), ..))) {
-            log::info!("the clock of vm {} may be late: it stood still while it was saved", row.name);
+        let script = Script { command: &command, stdin: &[], deadline, output_bytes_max: OUTPUT_BYTES_MAX };
+        let set = self.guests.target(row).and_then(|target| run_script(self.transport.as_ref(), &target, &script, op.cancel()));
+        if !matches!(set, Ok((Exit::Status(0), ..))) {
+            log::info!("the clock of VM {} may be late, because the VM was paused while it was saved", row.name);
         }
     }
 
     fn prepare_guest(&self, row: &VmRow, op: &OpHandle) -> Result<()> {
         let deadline = Instant::now() + PREPARE_DEADLINE;
-        let script = Script { command: GUEST_SHELL, stdin: REJOIN.as_bytes(), deadline, output_bytes_max: ANSWER_BYTES_MAX };
-        let (exit, said, complaint) = run_script(self.transport.as_ref(), &self.guests.target(row)?, &script, op.cancel())?;
-        if exit == Exit::Status(0) && said == b"ready\n" {
+        let script = Script { command: GUEST_SHELL, stdin: REJOIN.as_bytes(), deadline, output_bytes_max: OUTPUT_BYTES_MAX };
+        let (exit, stdout, stderr) = run_script(self.transport.as_ref(), &self.guests.target(row)?, &script, op.cancel())?;
+        if exit == Exit::Status(0) && stdout == b"ready\n" {
             return Ok(());
         }
-        Err(remote::failure("prepare the guest", &exit, &complaint))
+        Err(remote::failure("prepare the guest", &exit, &stderr))
     }
 
     fn copy_disks(&self, row: &VmRow, op: &OpHandle, files: &Files, method: Method) -> Result<Vec<duplicate::Copied>> {
@@ -293,16 +298,16 @@ impl Snapshots {
         let root = duplicate::Source { method: Some(method), path: &path, base: &image.rootfs };
         let work = spec.work_disk.as_ref().map(|path| duplicate::Source { method: None, path, base: path });
         let reporter = op.reporter();
-        let told = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
+        let report = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
         let mut copied = Vec::new();
         for (source, to) in std::iter::once((root, &files.disk)).chain(work.map(|work| (work, &files.work_disk))) {
-            copied.push(duplicate::copy(self.commands.as_ref(), &source, to, None, op.cancel(), told)?);
+            copied.push(duplicate::copy(self.commands.as_ref(), &source, to, None, op.cancel(), report)?);
         }
         Ok(copied)
     }
 
     fn publish(&self, captured: Captured, name: Option<SnapshotName>) -> Result<Snapshot> {
-        let Captured { capturing, ledger, row, .. } = captured;
+        let Captured { create_guard, ledger, row, .. } = captured;
         let published = self.core.store.change(|tx| {
             allow_another(tx, row.owner_uid, name.as_ref())?;
             let name = name.unwrap_or_else(|| some_name(tx, &row.vm_name, &row.id));
@@ -315,30 +320,31 @@ impl Snapshots {
         match published.and_then(|(snapshot, ticket)| self.core.wait_durable(ticket).map(|()| snapshot)) {
             Ok(snapshot) => Ok(snapshot),
             Err(e) => {
-                let id = capturing.id.clone();
-                drop(capturing);
+                let id = create_guard.id.clone();
+                drop(create_guard);
                 self.discard_files(&id, ledger);
                 Err(e)
             }
         }
     }
 
-    /// Of one that was not published.
+    /// Deletes the files of a snapshot that was not published.
     pub(super) fn discard(&self, captured: Captured) {
-        let Captured { capturing, ledger, .. } = captured;
-        let id = capturing.id.clone();
-        drop(capturing);
+        let Captured { create_guard, ledger, .. } = captured;
+        let id = create_guard.id.clone();
+        drop(create_guard);
         self.discard_files(&id, ledger);
     }
 
-    /// Its operation has let go of it, and it has no row.
+    /// Deletes the files of a snapshot that has no row and is not in use.
     fn discard_files(&self, id: &SnapshotId, ledger: u64) {
         if let Err(e) = resources::discard_snapshot(&self.resources, id, ledger) {
-            log::warn!("{e}; it is tried again every minute");
+            log::warn!("{e}; retrying every minute");
         }
     }
 
-    /// A full disk is an I/O error to some guests: better no snapshot than that.
+    /// Some guests get an I/O error when the host's disk is full. So no snapshot is made that could
+    /// fill it.
     fn require_room(&self, row: &VmRow) -> Result<()> {
         let needed = (row.mem_mib << 20) + disk_bytes(&self.core.vm_dir(&row.id)) + SPARE_BYTES;
         let free = crate::host::fs::space(&self.core.state_dir)?.free_bytes;
@@ -346,27 +352,27 @@ impl Snapshots {
             return Ok(());
         }
         let mib = |bytes: u64| bytes >> 20;
-        let text = format!("a snapshot takes up to {} MiB, and {} are free", mib(needed), mib(free));
+        let text = format!("a snapshot needs up to {} MiB, but only {} MiB are free", mib(needed), mib(free));
         Err(Error::new(Kind::DiskFull, text).hint(format!("free some space (df -h {})", self.core.state_dir.display())))
     }
 }
 
-/// A VMM may have written memory that the guest never used. The guest runs again by now, so
-/// this takes nobody's time.
+/// Frees the zeroes of the memory file: a VMM may have written memory that the guest never used.
+/// The guest is running again by now, so nobody waits for this.
 fn free_zeroes(files: &Files, op: &OpHandle) {
     let file = OpenOptions::new().read(true).write(true).open(&files.memory);
-    let freed = file.map_err(|e| Error::io("open it", e)).and_then(|file| punch_zeroes(&file, op.cancel()));
+    let freed = file.map_err(|e| Error::io("open", e)).and_then(|file| punch_zeroes(&file, op.cancel()));
     match freed {
         Ok(bytes) => log::debug!("{}: {} MiB were zeroes", files.memory.display(), bytes >> 20),
         Err(e) if e.kind() == Kind::Cancelled => {}
-        Err(e) => log::warn!("{}: {e}; it takes more space than it needs", files.memory.display()),
+        Err(e) => log::warn!("{}: {e}; the snapshot takes more space than it needs", files.memory.display()),
     }
 }
 
-fn keep_saved(files: &Files, credentials: Option<(u32, u32)>) -> Result<()> {
+fn sync_saved(files: &Files, credentials: Option<(u32, u32)>) -> Result<()> {
     for path in [&files.memory, &files.devices] {
         let file = share_saved(path, credentials)?;
-        file.sync_all().map_err(|e| Error::io(format!("keep {}", path.display()), e))?;
+        file.sync_all().map_err(|e| Error::io(format!("sync {}", path.display()), e))?;
     }
     crate::host::fs::sync_dir(&files.private)?;
     crate::host::fs::sync_dir(&files.dir)
@@ -375,7 +381,7 @@ fn keep_saved(files: &Files, credentials: Option<(u32, u32)>) -> Result<()> {
 fn describe(row: &VmRow, id: &SnapshotId, files: &Files, method: Method, workspace: Option<WorkspaceRow>) -> SnapshotRow {
     SnapshotRow {
         id: id.clone(),
-        // Replaced when it is published.
+        // `publish` replaces it.
         name: id_name(id),
         owner_uid: row.owner_uid,
         vm: row.id.clone(),
@@ -430,27 +436,27 @@ fn allow_another(state: &State, owner_uid: u32, name: Option<&SnapshotName>) -> 
     if owned < SNAPSHOTS_PER_UID_MAX {
         return Ok(());
     }
-    Err(Error::new(Kind::Exhausted, format!("uid {owner_uid} has {owned} snapshots, the most that it may have"))
+    Err(Error::new(Kind::Exhausted, format!("uid {owner_uid} has {owned} snapshots, which is the limit"))
         .hint("delete some: fcctl snapshot list, fcctl snapshot delete"))
 }
 
-/// `web-1`, `web-2` and so on.
+/// Picks a free name: `web-1`, `web-2` and so on.
 fn some_name(state: &State, vm: &VmName, id: &SnapshotId) -> SnapshotName {
     let candidates = (1..=SNAPSHOTS_PER_UID_MAX * 2).filter_map(|n| format!("{vm}-{n}").parse::<SnapshotName>().ok());
     candidates.into_iter().find(|name| state.snapshot_by_name(name).is_none()).unwrap_or_else(|| id_name(id))
 }
 
-/// An id may begin with a digit, which no name does.
+/// Makes a name of an ID. It has a prefix because an ID may begin with a digit and a name cannot.
 fn id_name(id: &SnapshotId) -> SnapshotName {
     format!("s{id}").parse().expect("letters and digits")
 }
 
 fn new_file(path: &Path) -> Result<File> {
     let options = OpenOptions::new().write(true).create_new(true).mode(0o600).clone();
-    options.open(path).map_err(|e| Error::io(format!("make {}", path.display()), e))
+    options.open(path).map_err(|e| Error::io(format!("create {}", path.display()), e))
 }
 
-/// A second name where the file system has such, else a copy.
+/// Makes a hard link if the file system supports it, else a copy.
 fn link(from: &Path, to: &Path) -> Result<()> {
     std::fs::hard_link(from, to).or_else(|_| std::fs::copy(from, to).map(drop)).map_err(|e| {
         let doing = format!("copy {} to {}", from.display(), to.display());

@@ -1,4 +1,4 @@
-//! From a VM's row to the specification that a driver gets.
+//! Turns a VM's row into the specification for a driver.
 
 use super::core::Core;
 use super::network::Networks;
@@ -59,7 +59,7 @@ impl Specs {
         }
     }
 
-    /// The same for a boot, which may restore a snapshot.
+    /// Like [`Self::spec`], but for a boot, which may restore a snapshot.
     pub(super) fn boot_spec(&self, restore: Option<&Restore>, row: &VmRow, image: &ImageInfo) -> VmmSpec {
         let spec = self.spec(row, image);
         match restore {

@@ -1,4 +1,4 @@
-//! What VMs use of the host. Nothing is kept: counters are read when somebody asks.
+//! Reports what VMs use of the host. The counters are read at each call; nothing is stored.
 
 use super::access::Caller;
 use super::controls::Controls;
@@ -14,14 +14,14 @@ use serde_json::value::RawValue;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 impl Views {
-    /// Those that are named, or all of the caller's that run.
+    /// Returns the stats of the named VMs, or of all running VMs of the caller.
     pub fn stats(&self, caller: &Caller, request: &VmStatsRequest) -> Result<VmStatsReply<Box<RawValue>>> {
         let named = |vm: &String| -> Result<VmStats> {
             let row = self.core.resolve(caller, vm)?;
-            self.stats_of(&row).map_err(|e| e.context(format!("stats of vm {}", row.name)))
+            self.stats_of(&row).map_err(|e| e.context(format!("stats of VM {}", row.name)))
         };
         if !request.vms.is_empty() {
-            // The places are those in the request.
+            // The cursor is an index into the list in the request.
             let after = request.after.as_deref().map(|text| text.parse::<usize>().map_err(|_| page::bad_cursor(text)));
             let from = after.transpose()?.map_or(0, |after| after.saturating_add(1)).min(request.vms.len());
             let stats = request.vms[from..].iter().map(named).collect::<Result<Vec<_>>>()?;
@@ -29,7 +29,7 @@ impl Views {
             return Ok(VmStatsReply { stats, next });
         }
         let after = request.after.as_deref().map(Position::parse).transpose()?.map(|Position(at, id)| (at, id));
-        // A VM that does not run, or has been deleted meanwhile, is left out.
+        // VMs that do not run, and VMs that were deleted during the call, are left out.
         let rows = VmScan::new(&self.core.store, caller, after, |row| row.identity.is_some());
         let all = rows.filter_map(|seen| {
             let stats = self.stats_of(&seen.row).ok()?;
@@ -46,8 +46,8 @@ impl Views {
             Error::new(Kind::WrongState, format!("it is {}", row.state.name()))
                 .hint(format!("start it first: fcctl start {}", row.name))
         })?;
-        let used = usage::of(identity).map_err(|e| e.hint(format!("see what became of it: fcctl vm show {}", row.name)))?;
-        // What the host sends to the tap the guest receives.
+        let used = usage::of(identity).map_err(|e| e.hint(format!("see its state: fcctl vm show {}", row.name)))?;
+        // The host sends what the guest receives.
         let (sent, received) = row.tap.as_ref().and_then(|tap| crate::net::received_and_sent(&tap.name)).unzip();
         let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Ok(VmStats {
@@ -66,10 +66,10 @@ impl Views {
 }
 
 impl Controls {
-    /// What its VMM counts, in its own words.
+    /// Returns the metrics of the VM's VMM, in the VMM's own format.
     pub fn metrics(&self, caller: &Caller, vm: &str) -> Result<VmMetricsReply> {
         let row = self.core.resolve(caller, vm)?;
-        let doing = || format!("metrics of vm {}", row.name);
+        let doing = || format!("metrics of VM {}", row.name);
         let identity = row.identity.as_ref().filter(|_| row.state == VmState::Running).ok_or_else(|| {
             Error::new(Kind::WrongState, format!("{}: it is {}", doing(), row.state.name()))
                 .hint(format!("start it first: fcctl start {}", row.name))

@@ -1,5 +1,5 @@
-//! The work of an import or an export on a pool worker: scripts and streams, with no lock of the
-//! daemon's held.
+//! The work of an import or export on a pool worker: scripts and streams. No lock of the daemon is
+//! held.
 
 use super::notes::Notes;
 use super::rate_floor::Moved;
@@ -19,92 +19,95 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// The guest-side scripts before and after a stream: they hash trees, on slow guests.
+/// Limit for the scripts before and after a stream. They hash whole trees, which is slow in some
+/// guests.
 const SCRIPT_DEADLINE: Duration = Duration::from_secs(1800);
-/// What is kept of a guest's complaints.
-const COMPLAINT_BYTES_MAX: usize = 16 * 1024;
+/// How much of a guest's error output is kept.
+const STDERR_BYTES_MAX: usize = 16 * 1024;
 const TRAILER_DEADLINE: Duration = Duration::from_secs(30);
 
-/// A transfer on its way.
+/// A transfer in progress.
 pub(super) struct Transfer {
     pub transport: Arc<dyn Transport>,
     pub row: VmRow,
     pub target: Target,
     pub reporter: Reporter,
     pub fifo: OwnedFd,
-    /// Of the payload, so far.
+    /// The bytes of the payload so far.
     pub moved: Moved,
-    pub place: remote::GuestWorkspace,
+    pub workspace: remote::GuestWorkspace,
     pub idle: Duration,
 }
 
 /// A verified import.
 pub(super) struct Imported {
     pub trailer: Trailer,
-    /// Changed in the guest and kept.
+    /// Files that were changed in the guest and therefore kept.
     pub kept: Vec<Vec<u8>>,
 }
 
 impl Transfer {
-    /// Begin, receive, verify, finish.
+    /// Runs an import: begin, receive, verify, finish.
     pub fn import(self, cancel: &Cancel, request: &PrepareRequest, notes: &Notes) -> Result<Imported> {
-        self.reporter.progress("look at the guest's tree");
-        let changed = remote::parse_begin(&self.script(&remote::begin_command(&self.place), "begin the import", cancel)?)?;
+        self.reporter.progress("compare the guest's files");
+        let changed = remote::parse_begin(&self.script(&remote::begin_command(&self.workspace), "begin the import", cancel)?)?;
         let keep = if request.overwrite { Vec::new() } else { encode::encode_all(&changed)? };
         notes.send(Note::Ready(Ready { keep }));
         let (fifo, bytes) = (&self.fifo, &self.moved.bytes);
         let fifo = fifo.try_clone().map_err(|e| Error::io("take the stream", e))?;
-        let mut source = Counted {
+        let mut source = ImportSource {
             inner: ChunkSource::new(FdSource::new(fifo), bytes.clone()),
             reporter: &self.reporter,
             bytes,
             expected: request.bytes_expected,
         };
-        self.reporter.progress("copy the tree in");
+        self.reporter.progress("copy the files");
         let trailer = self.receive(&mut source, request.overwrite, cancel)?;
         self.moved.is_over.store(true, Ordering::Relaxed);
-        self.reporter.progress("record what was sent");
+        self.reporter.progress("record the copied files");
         let finish = remote::Finish { overwrite: request.overwrite, readonly: request.readonly, subdir: &request.subdir };
-        let said = self.script(&remote::finish_command(&self.place, &finish), "finish the import", cancel)?;
-        Ok(Imported { trailer, kept: remote::parse_finish(&said)?.kept })
+        let output = self.script(&remote::finish_command(&self.workspace, &finish), "finish the import", cancel)?;
+        Ok(Imported { trailer, kept: remote::parse_finish(&output)?.kept })
     }
 
-    /// Pumps the payload into the guest. It counts only with a trailer that fits.
-    fn receive(&self, source: &mut Counted<'_>, overwrite: bool, cancel: &Cancel) -> Result<Trailer> {
-        let spec =
-            ExecSpec { command: remote::receive_command(&self.place, overwrite), idle: Some(self.idle), ..ExecSpec::default() };
-        let mut complaint = VecSink::new(COMPLAINT_BYTES_MAX);
-        let streams = Streams { stdin: Some(source), stderr: Some(&mut complaint), ..Streams::default() };
+    /// Sends the payload to the guest. It is valid only with a matching trailer.
+    fn receive(&self, source: &mut ImportSource<'_>, overwrite: bool, cancel: &Cancel) -> Result<Trailer> {
+        let spec = ExecSpec {
+            command: remote::receive_command(&self.workspace, overwrite),
+            idle: Some(self.idle),
+            ..ExecSpec::default()
+        };
+        let mut stderr = VecSink::new(STDERR_BYTES_MAX);
+        let streams = Streams { stdin: Some(source), stderr: Some(&mut stderr), ..Streams::default() };
         let ended = self.transport.exec(&self.target, &spec, streams, cancel);
-        let exit = ended.map_err(|e| self.so_far(e))?;
+        let exit = ended.map_err(|e| self.with_progress(e))?;
         let trailer = source.inner.finished().cloned();
         match (exit, trailer) {
             (Exit::Status(0), Some(trailer)) => Ok(trailer),
-            (Exit::Status(0), None) => Err(self.so_far(
-                Error::new(Kind::StreamIncomplete, "the stream ended before its end was announced")
-                    .hint("bring the tree in again"),
+            (Exit::Status(0), None) => Err(self.with_progress(
+                Error::new(Kind::StreamIncomplete, "the stream ended without a trailer").hint("run the import again"),
             )),
-            (exit, _) => Err(self.so_far(remote::failure("receive the tree", &exit, &complaint.bytes))),
+            (exit, _) => Err(self.with_progress(remote::failure("receive the tree", &exit, &stderr.bytes))),
         }
     }
 
-    /// The patch or the tree, as the guest sends it: nothing on this side looks into it.
+    /// Sends the patch or the tree as the guest produces it. The daemon does not parse it.
     pub fn export(self, cancel: &Cancel, kind: ExportKind) -> Result<Trailer> {
-        self.reporter.progress("compare the guest's tree");
+        self.reporter.progress("compare the guest's files");
         let command = match kind {
-            ExportKind::Patch => remote::export_patch_command(&self.place),
-            ExportKind::Tree => remote::export_tree_command(&self.place),
+            ExportKind::Patch => remote::export_patch_command(&self.workspace),
+            ExportKind::Tree => remote::export_tree_command(&self.workspace),
         };
         let fifo = self.fifo.try_clone().map_err(|e| Error::io("take the stream", e))?;
         let mut sink = ChunkSink::new(FdSink::new(fifo), self.moved.bytes.clone());
-        let mut said = VecSink::new(COMPLAINT_BYTES_MAX);
-        // The guest says nothing while it compares, however long that takes.
+        let mut output = VecSink::new(STDERR_BYTES_MAX);
+        // The guest sends nothing while it compares, so there is no idle limit.
         let spec = ExecSpec { command, deadline: Some(Instant::now() + SCRIPT_DEADLINE), ..ExecSpec::default() };
-        let mut counting = Progressing { inner: &mut sink, reporter: &self.reporter, bytes: &self.moved.bytes };
-        let streams = Streams { stdout: Some(&mut counting), stderr: Some(&mut said), ..Streams::default() };
-        let exit = self.transport.exec(&self.target, &spec, streams, cancel).map_err(|e| self.so_far(e))?;
+        let mut counting = ExportSink { inner: &mut sink, reporter: &self.reporter, bytes: &self.moved.bytes };
+        let streams = Streams { stdout: Some(&mut counting), stderr: Some(&mut output), ..Streams::default() };
+        let exit = self.transport.exec(&self.target, &spec, streams, cancel).map_err(|e| self.with_progress(e))?;
         if exit != Exit::Status(0) {
-            return Err(self.so_far(remote::failure("compare the tree", &exit, &said.bytes)));
+            return Err(self.with_progress(remote::failure("compare the tree", &exit, &output.bytes)));
         }
         sink.finish(0, Instant::now() + TRAILER_DEADLINE, cancel)
     }
@@ -113,28 +116,28 @@ impl Transfer {
         let deadline = Instant::now() + SCRIPT_DEADLINE;
         let script = Script { command, stdin: &[], deadline, output_bytes_max: remote::ANSWER_BYTES_MAX };
         let (exit, stdout, stderr) =
-            run_script(self.transport.as_ref(), &self.target, &script, cancel).map_err(|e| self.so_far(e))?;
+            run_script(self.transport.as_ref(), &self.target, &script, cancel).map_err(|e| self.with_progress(e))?;
         match exit {
             Exit::Status(0) => Ok(stdout),
-            exit => Err(self.so_far(remote::failure(doing, &exit, &stderr))),
+            exit => Err(self.with_progress(remote::failure(doing, &exit, &stderr))),
         }
     }
 
-    /// How far it got belongs to every error.
-    fn so_far(&self, e: Error) -> Error {
+    /// Adds the number of bytes so far to an error.
+    fn with_progress(&self, e: Error) -> Error {
         e.context(format!("after {} bytes", self.moved.bytes.load(Ordering::Relaxed)))
     }
 }
 
-/// Tells the operation how many bytes have gone.
-struct Counted<'a> {
+/// Reports the progress of an import.
+struct ImportSource<'a> {
     inner: ChunkSource<FdSource>,
     reporter: &'a Reporter,
     bytes: &'a AtomicU64,
     expected: Option<u64>,
 }
 
-impl Source for Counted<'_> {
+impl Source for ImportSource<'_> {
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.inner.fd()
     }
@@ -145,14 +148,14 @@ impl Source for Counted<'_> {
     }
 }
 
-/// The same for an export.
-struct Progressing<'a> {
+/// Reports the progress of an export.
+struct ExportSink<'a> {
     inner: &'a mut ChunkSink<FdSink>,
     reporter: &'a Reporter,
     bytes: &'a AtomicU64,
 }
 
-impl Sink for Progressing<'_> {
+impl Sink for ExportSink<'_> {
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.inner.fd()
     }

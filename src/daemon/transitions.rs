@@ -1,5 +1,5 @@
-//! The transition table: what a verb does in a state. A pure function; the daemon only carries it
-//! out.
+//! The transition table: what each verb does to a VM in each state. [`decide`] is a pure function,
+//! and the rest of the daemon carries out its decisions.
 
 use crate::api::vm::VmState;
 
@@ -7,7 +7,7 @@ use crate::api::vm::VmState;
 pub enum Verb {
     Start,
     Stop,
-    /// Without grace. What does not run is stopped already.
+    /// Ends the guest without a grace period. Does nothing to a VM that does not run.
     StopForce,
     /// Like `StopForce`, but only for a running VM.
     Kill,
@@ -17,7 +17,7 @@ pub enum Verb {
     Delete,
     DeleteForce,
     Set,
-    /// Import, export, exec, ssh: whatever talks to the guest.
+    /// Anything that talks to the guest: import, export, exec, ssh.
     Guest,
 }
 
@@ -35,7 +35,7 @@ impl Verb {
         Verb::Guest,
     ];
 
-    /// Whether the guest of a VM that runs ends.
+    /// True if the verb ends the guest of a running VM.
     pub const fn ends_guest(self) -> bool {
         matches!(self, Verb::Stop | Verb::StopForce | Verb::Kill | Verb::Restart | Verb::DeleteForce)
     }
@@ -60,33 +60,33 @@ impl Verb {
 pub enum Decision {
     /// The operation owns the VM from now on, in this transitional state.
     Claim(VmState),
-    /// It is so already: answered ok, nothing changes.
+    /// The VM is in the wanted state already. The call succeeds and nothing changes.
     Nothing,
-    /// No change of state.
+    /// The call is allowed and does not change the state.
     Allow,
-    /// Ends as the operation under way ends.
+    /// The call gets the result of the operation in progress.
     Join,
-    /// Shortens the operation under way and joins it.
+    /// Shortens the operation in progress, and gets its result.
     Escalate,
-    /// Takes the slot of the queued operation. A boot in progress is aborted, a stop is finished,
-    /// and the queued operation begins in the same critical section.
+    /// Takes the successor slot. A boot in progress is aborted, a stop is finished, and the
+    /// successor begins in the same critical section.
     Queue,
-    /// `wrong_state`, with what to do instead.
+    /// Fails with `wrong_state` and this hint.
     Refuse(&'static str),
 }
 
 use Decision::{Allow, Claim, Escalate, Join, Nothing, Queue, Refuse};
 
 const START_FIRST: &str = "start it first: fcctl start {vm}";
-const FORCE: &str = "stop it first: fcctl stop {vm}, or delete it as it runs: fcctl rm --force {vm}";
+const FORCE: &str = "stop it first: fcctl stop {vm}, or delete it while it runs: fcctl rm --force {vm}";
 const STOP_FIRST: &str = "stop it first: fcctl stop {vm}";
-const NOT_RUNNING: &str = "it does not run: see fcctl vm show {vm}";
-const BEING_DELETED: &str = "it is being deleted: make another with fcctl vm create";
+const NOT_RUNNING: &str = "it is not running: see fcctl vm show {vm}";
+const BEING_DELETED: &str = "it is being deleted: create another one with fcctl vm create";
 const WAIT_STOPPED: &str = "wait until it has stopped: fcctl vm wait {vm}, then fcctl start {vm}";
-const WAIT_RUNNING: &str = "wait until it runs: fcctl vm wait --state running {vm}, then try again";
+const WAIT_RUNNING: &str = "wait until it is running: fcctl vm wait --state running {vm}, then try again";
 
-/// What `verb` does to a VM in `state`. `restarting` is a `stopping` whose row says that a start
-/// follows.
+/// Decides what `verb` does to a VM in `state`. `restarting` is true for a `stopping` VM whose row
+/// says that a start follows.
 pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
     use VmState::{Created, Deleting, Failed, Running, Starting, Stopped, Stopping};
     match (state, verb) {
@@ -111,7 +111,7 @@ pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
         (Stopping, Verb::Start) => Refuse(WAIT_STOPPED),
         (Stopping, Verb::Restart) if restarting => Join,
         (Stopping, Verb::Restart | Verb::Guest) => Refuse(WAIT_STOPPED),
-        // A stop that meets a restart wants the VM stopped: the start after it falls away.
+        // A stop during a restart cancels the start that would follow.
         (Stopping, Verb::Stop | Verb::StopForce | Verb::Kill) if restarting => Queue,
         (Stopping, Verb::Stop) => Join,
         (Stopping, Verb::StopForce | Verb::Kill) => Escalate,
@@ -124,7 +124,7 @@ pub const fn decide(state: VmState, restarting: bool, verb: Verb) -> Decision {
     }
 }
 
-/// The table in `ARCHITECTURE.md`.
+/// Renders the table for `ARCHITECTURE.md`.
 pub fn markdown_table() -> String {
     let mut out = String::from("| state |");
     for verb in Verb::ALL {
@@ -160,9 +160,9 @@ mod tests {
     use super::*;
     use expect_test::expect;
 
-    /// Every pair, spelled out once: a change of the table shows in review.
+    /// Lists every pair, so that a change of the table shows in review.
     #[test]
-    fn every_state_and_verb() {
+    fn every_state_and_verb_has_its_decision() {
         expect![[r#"
             | state | start | stop | stop --force | kill | restart | restore | delete | delete --force | set | use |
             |---|---|---|---|---|---|---|---|---|---|---|
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_leads_to_a_transitional_state_from_a_settled_one() {
+    fn claim_enters_transitional_state_from_settled_one() {
         for state in VmState::ALL {
             for verb in Verb::ALL {
                 if let Claim(to) = decide(state, false, verb) {
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn every_refusal_says_what_to_do() {
+    fn refusal_has_a_hint() {
         for state in VmState::ALL {
             for verb in Verb::ALL {
                 for restarting in [false, true] {

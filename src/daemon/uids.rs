@@ -1,22 +1,22 @@
-//! The uids that VMs run under, compared with the VMs that exist: a VM keeps its slot, and so its
-//! uid, while the configuration may change between two starts of the daemon.
+//! Checks the configured uids of VMs against the existing VMs. A VM keeps its slot, and so its uid,
+//! but the configuration may change between two starts of the daemon.
 
 use crate::config::{Config, Qemu};
 use crate::error::{Error, Kind, Result};
 use crate::store::State;
 
-/// True if the last uid is the one of the name server's helper process.
+/// True if the last uid belongs to the name server's helper process.
 fn has_name_server(config: &Config) -> bool {
     config.network.is_bridge() && config.network.dns
 }
 
-/// How many uids VMs may have.
+/// How many uids there are for VMs.
 pub(super) fn for_vms(config: &Config) -> u32 {
     config.qemu.uid_count - u32::from(has_name_server(config))
 }
 
-/// Checks that no VM has the name server's uid or one outside of the range. A VMM outside of the
-/// range would not be found again.
+/// Checks that no VM has the name server's uid or one outside of the range. The daemon would not
+/// find a VMM outside of the range again.
 ///
 /// # Errors
 /// `invalid_config`.
@@ -25,7 +25,7 @@ pub(super) fn require(config: &Config, state: &State) -> Result<()> {
     check(&config.qemu, has_name_server(config), last.name.as_str(), last.slot)
 }
 
-/// For the VM with the highest slot.
+/// Checks the VM with the highest slot.
 fn check(qemu: &Qemu, has_name_server: bool, name: &str, slot: u32) -> Result<()> {
     let (count, kept) = (qemu.uid_count, u32::from(has_name_server));
     if slot.saturating_add(kept) < count {

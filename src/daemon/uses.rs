@@ -1,29 +1,29 @@
-//! Keeps what is in use from being deleted, and what is being deleted from being used. Memory only:
-//! whoever uses or deletes a thing does so while it holds the token, with no lock held.
+//! Prevents things in use from being deleted, and things being deleted from being used. Callers
+//! hold a guard while they use or delete something, and no lock.
 
 use crate::locks::{Mutex, Rank};
 use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 use std::sync::Arc;
 
-/// Clones share one state.
+/// The uses and deletions of one kind of thing. Clones share their state.
 pub(super) struct Uses<K: Eq + Hash + Clone> {
     known: Arc<Mutex<Known<K>>>,
 }
 
 struct Known<K> {
-    /// How many use each.
+    /// The number of uses of each thing.
     used: HashMap<K, usize>,
     deleting: HashSet<K>,
 }
 
-/// The thing is not deleted for as long as this lives.
+/// Prevents the deletion of the thing while this guard lives.
 pub(super) struct UseGuard<K: Eq + Hash + Clone> {
     uses: Uses<K>,
     key: K,
 }
 
-/// Nobody begins to use the thing for as long as this lives.
+/// Prevents new uses of the thing while this guard lives.
 pub(super) struct DeleteGuard<K: Eq + Hash + Clone> {
     uses: Uses<K>,
     key: K,
@@ -41,7 +41,7 @@ impl<K: Eq + Hash + Clone> Uses<K> {
         Self { known: Arc::new(Mutex::new(Rank::Runtimes, known)) }
     }
 
-    /// None while the thing is being deleted.
+    /// Returns `None` while the thing is being deleted.
     pub fn begin_use(&self, key: &K) -> Option<UseGuard<K>> {
         let mut known = self.known.lock();
         if known.deleting.contains(key) {
@@ -51,7 +51,7 @@ impl<K: Eq + Hash + Clone> Uses<K> {
         Some(UseGuard { uses: self.clone(), key: key.clone() })
     }
 
-    /// None while somebody uses or deletes the thing.
+    /// Returns `None` while the thing is in use or being deleted.
     pub fn begin_delete(&self, key: &K) -> Option<DeleteGuard<K>> {
         let mut known = self.known.lock();
         if known.used.contains_key(key) || !known.deleting.insert(key.clone()) {

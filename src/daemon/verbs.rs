@@ -1,4 +1,4 @@
-//! The lifecycle verbs as the wire calls them, and the claim that nobody settled.
+//! The lifecycle verbs as API calls.
 
 use super::access::Caller;
 use super::call::CallOutcome;
@@ -9,7 +9,7 @@ use crate::error::{Kind, Result};
 use crate::ids::VmId;
 use std::time::Duration;
 
-/// Longest grace that a caller may ask for.
+/// Longest grace period that a caller may ask for.
 const STOP_TIMEOUT_MAX: Duration = Duration::from_secs(3600);
 
 impl Lifecycle {
@@ -43,27 +43,28 @@ impl Lifecycle {
         }
     }
 
-    /// Deletes what does not run. Goes on past a VM that somebody else took meanwhile.
+    /// Deletes the caller's VMs that do not run. A VM that another operation has taken meanwhile is
+    /// skipped.
     pub fn prune(&self, caller: &Caller) -> Result<(VmPruneReply, Vec<CallOutcome>)> {
-        let at_rest: Vec<VmId> = self.core.store.read(|s| {
+        let settled: Vec<VmId> = self.core.store.read(|s| {
             s.vms()
                 .filter(|r| r.owner_uid == caller.uid)
                 .filter(|r| matches!(r.state, VmState::Created | VmState::Stopped | VmState::Failed))
                 .map(|r| r.id.clone())
                 .collect()
         });
-        let (mut deleted, mut begun) = (Vec::new(), Vec::new());
-        for id in at_rest {
+        let (mut deleted, mut outcomes) = (Vec::new(), Vec::new());
+        for id in settled {
             let request = VmDeleteRequest { vm: id.to_string(), force: false, if_exists: true };
             match self.delete(caller, &request) {
-                Ok(b) => {
-                    begun.push(b);
+                Ok(outcome) => {
+                    outcomes.push(outcome);
                     deleted.push(id);
                 }
-                Err(e) => log::info!("prune leaves {id}: {e}"),
+                Err(e) => log::info!("prune skips VM {id}: {e}"),
             }
         }
-        Ok((VmPruneReply { deleted }, begun))
+        Ok((VmPruneReply { deleted }, outcomes))
     }
 }
 

@@ -56,8 +56,8 @@ impl Views {
         let after = request.after.as_deref().map(Position::parse).transpose()?.map(|Position(at, id)| (at, id));
         let rows = VmScan::new(&self.core.store, caller, after, move |row| shown(row.state));
         let views = rows.map(|seen| {
-            let place = Position(seen.row.created_at, seen.row.id.clone());
-            (place, Listed { views: self, seen, is_brief: request.brief })
+            let position = Position(seen.row.created_at, seen.row.id.clone());
+            (position, Listed { views: self, seen, is_brief: request.brief })
         });
         let (vms, next) = page::fill(request.limit, views)?;
         Ok(VmListReply { vms, next })

@@ -4,11 +4,11 @@
 pub(super) const DISK_FILE: &str = "disk";
 /// The second disk, which some VMs have.
 pub(super) const WORK_DISK_FILE: &str = "work";
-/// The changes of a root disk that is a device-mapper snapshot.
+/// The changes to a root disk that is a device-mapper snapshot.
 pub(super) const CHANGES_FILE: &str = "changes";
 /// The seed drive.
 pub(super) const SEED_FILE: &str = "seed";
-/// The private key with which the daemon logs in.
+/// The private key that the daemon uses to log in.
 pub(super) const KEY_FILE: &str = "key";
 /// The private host key of the guest's SSH server.
 pub(super) const HOST_KEY_FILE: &str = "host_key";

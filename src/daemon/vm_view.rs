@@ -1,4 +1,4 @@
-//! From a row of the store to the VM that a caller sees.
+//! Makes the VM that a caller sees from a row of the store.
 
 use crate::api::vm::{Vm, VmBrief, VmState, WorkspaceInfo};
 use crate::store::{Seen, State, VmRow, WorkspaceRow};

@@ -1,8 +1,8 @@
-//! The VMM processes of VMs: finding them again, telling ours from others, killing them.
+//! The VMM processes of VMs: finds them again, tells them from other processes, and kills them.
 
 use super::core::Core;
-use super::looks::EarlierVmms;
 use super::spec::Specs;
+use super::unreconciled::EarlierVmms;
 use super::vm_dir::DISK_FILE;
 use crate::disk::{self, Method};
 use crate::error::Result;
@@ -12,7 +12,7 @@ use crate::vmm::{Driver, End, Identity, end_from_files};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a killed VMM may take to be gone: the kernel frees its memory first.
+/// How long a killed VMM may take to end. The kernel frees its memory first.
 const KILL_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Finds and kills VMM processes.
@@ -21,7 +21,7 @@ pub struct Vmms {
     pub(super) core: Core,
     pub(super) specs: Specs,
     pub(super) vmm: Arc<dyn Driver>,
-    /// Until the reconciler has looked at every VM.
+    /// The VMMs of earlier daemons, until every VM has been reconciled.
     pub(super) earlier_vmms: Arc<Mutex<Option<Arc<EarlierVmms>>>>,
 }
 
@@ -42,7 +42,7 @@ impl Vmms {
             return Some(identity);
         }
         let found = self.find_vmm(&self.core.tag(row)).unwrap_or_else(|e| {
-            log::warn!("look for the vmm of {}: {e}", row.name);
+            log::warn!("look for the VMM of VM {}: {e}", row.name);
             None
         });
         found.filter(|identity| self.has_its_uid(row, identity))
@@ -77,15 +77,15 @@ impl Vmms {
         self.vmm.find(tag)
     }
 
-    /// How a guest ended while nobody watched it, if its console, its VMM's log or its root disk
-    /// tells.
+    /// How a guest ended while no daemon watched it, if its console, its VMM's log or its root disk
+    /// shows it.
     pub(super) fn unseen_end(&self, row: &VmRow) -> Option<End> {
         let dir = self.core.vm_dir(&row.id);
         let end = end_from_files(&dir);
         if end.as_ref().is_some_and(|end| *end != End::GuestResetUnrecorded) {
             return end;
         }
-        // A guest that reboots in order is reset as well, and its disk tells the two apart.
+        // A guest that reboots cleanly is reset as well. Its disk shows the difference.
         let Some(method) = row.disk_driver.as_deref().and_then(Method::from_name) else { return end };
         match disk::is_unmounted(&dir.join(DISK_FILE), method) {
             Ok(true) => Some(End::GuestUnmounted),

@@ -1,4 +1,5 @@
-//! A VMM that dies by itself: the row says so, whoever used the guest hears it.
+//! Watches VMMs. If one dies without a request, the row records it and the users of the guest are
+//! cancelled. Also records when a VMM stops responding.
 
 use super::access::Caller;
 use super::lifecycle::{Lifecycle, LifecycleRequest};
@@ -12,23 +13,23 @@ use crate::store::VmRow;
 use crate::vmm::{End, GuestEvent, Identity};
 use std::time::Duration;
 
-/// Between two tries to write it down.
+/// Pause between two attempts to record a death.
 const RETRY_PERIOD: Duration = Duration::from_millis(250);
 
 impl Lifecycle {
-    /// From now on the death of this VMM is seen.
+    /// Begins to watch a VMM: its end, its answers and pauses by the VMM.
     pub(super) fn watch(&self, row: &VmRow, identity: &Identity) -> Result<()> {
         let (lifecycle, vm, generation) = (self.clone(), row.id.clone(), row.generation);
         let report = Box::new(move |event| match event {
             GuestEvent::Paused(is_paused) => lifecycle.runtimes.set_paused(&vm, is_paused),
             GuestEvent::Answered => lifecycle.recovery.adopter.adoptions.note_answer(&vm),
-            GuestEvent::Unresponsive(is_so) => lifecycle.vmm_answers(&vm, generation, !is_so),
+            GuestEvent::Unresponsive(is_unresponsive) => lifecycle.set_responsive(&vm, generation, !is_unresponsive),
         });
         self.vmm.watch_guest(&self.core.vm_dir(&row.id), identity, report)?;
         self.watch_end(row, identity)
     }
 
-    /// The same without a word from the VMM or to it.
+    /// Begins to watch only for the VMM's end, without talking to it.
     pub(super) fn watch_end(&self, row: &VmRow, identity: &Identity) -> Result<()> {
         let (lifecycle, vm, generation) = (self.clone(), row.id.clone(), row.generation);
         self.vmm.watch(
@@ -38,42 +39,42 @@ impl Lifecycle {
                 // The driver's thread must not wait for a lock or a disk.
                 let inner = lifecycle.clone();
                 if let Err(e) = lifecycle.core.spawn(&format!("died-{vm}"), move || inner.vmm_died(&vm, generation, &end)) {
-                    log::error!("a vmm died and nobody could look: {e}");
+                    log::error!("start a thread for the death of a VMM: {e}");
                 }
             }),
         )
     }
 
-    /// The driver's thread must not wait for a lock or a disk.
-    fn vmm_answers(&self, vm: &VmId, generation: u64, answers: bool) {
+    /// Records on another thread that the VMM responds or does not.
+    fn set_responsive(&self, vm: &VmId, generation: u64, responds: bool) {
         let (lifecycle, vm) = (self.clone(), vm.clone());
-        let noted = self.core.spawn(&format!("answers-{vm}"), move || {
-            if let Err(e) = lifecycle.record_answers(&vm, generation, answers) {
-                log::warn!("record whether the vmm of {vm} answers: {e}");
+        let started = self.core.spawn(&format!("responsive-{vm}"), move || {
+            if let Err(e) = lifecycle.record_responsive(&vm, generation, responds) {
+                log::warn!("record whether the VMM of VM {vm} responds: {e}");
             }
         });
-        if let Err(e) = noted {
-            log::error!("a vmm answers or does not, and nobody could look: {e}");
+        if let Err(e) = started {
+            log::error!("start a thread to record whether a VMM responds: {e}");
         }
     }
 
-    fn record_answers(&self, vm: &VmId, generation: u64, answers: bool) -> Result<()> {
+    fn record_responsive(&self, vm: &VmId, generation: u64, responds: bool) -> Result<()> {
         let guard = self.core.locks.vm.lock(vm);
         let Some(row) = self.core.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else { return Ok(()) };
-        // One that is being saved answers when that is done.
-        let is_saved = !answers && self.runtimes.is_held(vm);
-        if is_saved || row.generation != generation || row.state != VmState::Running || row.unresponsive != answers {
+        // A VMM cannot respond while it saves its guest.
+        let is_saved = !responds && self.runtimes.is_held(vm);
+        if is_saved || row.generation != generation || row.state != VmState::Running || row.unresponsive != responds {
             return Ok(());
         }
-        let ((), ticket) = self.core.change(true, |tx| tx.update_vm(&guard, |r| r.unresponsive = !answers))?;
+        let ((), ticket) = self.core.change(true, |tx| tx.update_vm(&guard, |r| r.unresponsive = !responds))?;
         drop(guard);
-        log::warn!("the VMM of VM {} {}", row.name, if answers { "answers again" } else { "does not answer" });
+        log::warn!("the VMM of VM {} {}", row.name, if responds { "responds again" } else { "does not respond" });
         self.core.wait_durable(ticket)?;
-        if answers { self.looks.adopt_late(&row) } else { Ok(()) }
+        if responds { self.unreconciled.adopt_late(&row) } else { Ok(()) }
     }
 
     fn vmm_died(&self, vm: &VmId, generation: u64, end: &End) {
-        let _label = crate::locks::operation_scope(format!("vmm died {vm}"));
+        let _label = crate::locks::operation_scope(format!("VMM died {vm}"));
         let row = self.core.row(vm).ok().filter(|row| end.is_unseen() && row.generation == generation);
         let by_disk = row.and_then(|row| self.vmms.unseen_end(&row));
         let end = by_disk.as_ref().unwrap_or(end);
@@ -85,7 +86,7 @@ impl Lifecycle {
                     }
                     return;
                 }
-                Err(e) => log::warn!("record the death of the vmm of {vm}: {e}"),
+                Err(e) => log::warn!("record the death of the VMM of VM {vm}: {e}"),
             }
             if self.core.sleep(RETRY_PERIOD) {
                 return;
@@ -93,7 +94,7 @@ impl Lifecycle {
         }
     }
 
-    /// Whether the VM is to be deleted now.
+    /// Records the death. Returns true if the VM must be deleted now.
     fn record_death(&self, vm: &VmId, generation: u64, end: &End) -> Result<bool> {
         let guard = self.core.locks.vm.lock(vm);
         let Some(row) = self.core.store.read(|s| s.vm(vm).map(|r| (**r).clone())) else { return Ok(false) };
@@ -106,7 +107,7 @@ impl Lifecycle {
                 return Ok(false);
             }
             VmState::Running => {}
-            // A stop or a delete is under way and expects it.
+            // A stop or delete is in progress and expects the death.
             _ => return Ok(false),
         }
         let state = if end.is_orderly() { VmState::Stopped } else { VmState::Failed };
@@ -121,20 +122,19 @@ impl Lifecycle {
         self.runtimes.cancel_users(guard.key(), &cause);
         drop(guard);
         self.core.wait_durable(ticket)?;
-        // The VMM has exited: what it had may be used again. What fails is tried again by the next
-        // sweep.
+        // The VMM has exited, so its resources can be released. The next sweep retries what fails.
         if let Err(e) = self.resources.release_boot(vm, generation) {
-            log::warn!("clean up after the vmm of {vm}: {e}");
+            log::warn!("clean up after the VMM of VM {vm}: {e}");
         }
         Ok(rm)
     }
 
-    /// Deletes an `rm` VM on the daemon's own account. Somebody else may be at it already.
+    /// Deletes an `rm` VM without a request. Another operation may be doing so already.
     pub(super) fn delete_unasked(&self, vm: &VmId) {
         let root = Caller { uid: 0, gid: 0, pid: 0 };
-        let ask = LifecycleRequest { verb: Verb::DeleteForce, method: "vm.delete", timeout: None, restore: None };
-        if let Err(e) = self.request(&root, vm.as_str(), &ask) {
-            log::info!("delete {vm}, which was to be removed: {e}");
+        let request = LifecycleRequest { verb: Verb::DeleteForce, method: "vm.delete", timeout: None, restore: None };
+        if let Err(e) = self.request(&root, vm.as_str(), &request) {
+            log::info!("delete VM {vm}, which is marked for deletion: {e}");
         }
     }
 }

@@ -21,9 +21,8 @@ use super::kernels::KernelService;
 use super::keys::{Beginning, Keys};
 use super::lifecycle::Lifecycle;
 use super::locks::OpLocks;
-use super::looks::{EarlierVmms, Looker, Looks};
 use super::network::{self, Networks};
-use super::reconcile::{self, Reconciler, Settled};
+use super::reconcile::{self, FirstPass, Reconciler};
 use super::records::Attempts;
 use super::recovery::Recovery;
 use super::resources::Resources;
@@ -35,6 +34,7 @@ use super::snapshot_registry::{SNAPSHOTS_DIR, SnapshotRegistry};
 use super::snapshots::Snapshots;
 use super::spec::Specs;
 use super::uids;
+use super::unreconciled::{EarlierVmms, Unreconciled, VmReconciler};
 use super::uses::Uses;
 use super::views::Views;
 use super::vmms::Vmms;
@@ -120,7 +120,7 @@ fn open_ops(store: &Store, retention: Retention, mut rows: Vec<crate::api::op::O
         // A daemon must start even if the disk is full, so that VMs can be deleted. The next daemon
         // tries again.
         Err(e) if matches!(e.kind(), Kind::DiskFull | Kind::StoreReadOnly) => {
-            log::warn!("record operations that were cut off: {e}")
+            log::warn!("record interrupted operations: {e}")
         }
         other => other?,
     }
@@ -162,7 +162,7 @@ impl Daemon {
     /// Opens the state directory, which the caller has locked. Call [`Reconciler::reconcile`] next.
     pub fn open(config: Config, seams: Seams) -> Result<Self> {
         let core = open_core(&config)?;
-        let left = core.store.read(reconcile::to_look_at);
+        let left = core.store.read(reconcile::unreconciled_vms);
         if let Some(installations) = &seams.installations {
             installations.set_own(core.store.install_id())?;
             // Before the network: a bridge that a removed installation left may have the name of
@@ -195,7 +195,7 @@ impl Daemon {
     pub fn close(&self, transfers_until: Instant, deadline: Instant) {
         self.core.closing.cancel(CancelCause::DaemonStops);
         if !self.core.threads.wait_idle(transfers_until) {
-            log::info!("cancelling what still runs");
+            log::info!("cancelling everything in progress");
         }
         // Sessions run on the threads of their callers.
         self.lifecycle.runtimes.cancel_everything(&CancelCause::DaemonStops);
@@ -237,7 +237,7 @@ struct Base {
     specs: Specs,
     vmms: Vmms,
     guests: Guests,
-    looks: Arc<Looks>,
+    unreconciled: Arc<Unreconciled>,
     capacity: Capacity,
     adopter: Adopter,
     recovery: Recovery,
@@ -279,7 +279,7 @@ impl Base {
             views: Views { core: core.clone(), runtimes: runtimes.clone() },
             vmms: Vmms { core: core.clone(), specs: specs.clone(), vmm: vmm.clone(), earlier_vmms },
             guests: Guests { core: core.clone(), specs: specs.clone() },
-            looks: Arc::new(Looks::new(left)),
+            unreconciled: Arc::new(Unreconciled::new(left)),
             capacity: Capacity { core: core.clone(), mem_mib_max: mem_mib_max(limits)? },
             recovery: Recovery { core: core.clone(), adopter: adopter.clone(), attempts },
             snapshot_registry: SnapshotRegistry::new(&config.state_dir),
@@ -304,7 +304,7 @@ impl Base {
             networks: self.networks.clone(),
             specs: self.specs.clone(),
             capacity: self.capacity.clone(),
-            looks: self.looks.clone(),
+            unreconciled: self.unreconciled.clone(),
             runtimes: self.runtimes.clone(),
             images: self.images.clone(),
             vmm: self.vmm.clone(),
@@ -316,7 +316,7 @@ impl Base {
             core: self.core.clone(),
             views: self.views.clone(),
             guests: self.guests.clone(),
-            looks: self.looks.clone(),
+            unreconciled: self.unreconciled.clone(),
             runtimes: self.runtimes.clone(),
             registry: Arc::new(Registry::new()),
             transport: self.transport.clone(),
@@ -348,7 +348,7 @@ impl Base {
             core: self.core.clone(),
             views: self.views.clone(),
             runtimes: self.runtimes.clone(),
-            looks: self.looks.clone(),
+            unreconciled: self.unreconciled.clone(),
             recovery: self.recovery.clone(),
             capacity: self.capacity.clone(),
             kernel_service: self.kernel_service.clone(),
@@ -419,7 +419,7 @@ impl Base {
             core: self.core.clone(),
             recovery: self.recovery.clone(),
             adopter: self.adopter.clone(),
-            looks: self.looks.clone(),
+            unreconciled: self.unreconciled.clone(),
             networks: self.networks.clone(),
             specs: self.specs.clone(),
             vmms: self.vmms.clone(),
@@ -428,10 +428,10 @@ impl Base {
             lifecycle: lifecycle.clone(),
             images: self.images.clone(),
             vmm: self.vmm.clone(),
-            settled: Settled::new(),
+            first_pass: FirstPass::new(),
         });
-        let looker: Weak<dyn Looker> = Arc::downgrade(&reconciler) as Weak<dyn Looker>;
-        self.looks.set_looker(looker);
+        let weak: Weak<dyn VmReconciler> = Arc::downgrade(&reconciler) as Weak<dyn VmReconciler>;
+        self.unreconciled.set_reconciler(weak);
         reconciler
     }
 

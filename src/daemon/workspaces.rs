@@ -1,6 +1,6 @@
-//! Imports and exports. The VM's lock is held for a moment, to check the state and join its cancel
-//! set; the workspace lock is held across the guest I/O, on the operation's own thread; a pool
-//! worker pumps (`transfer.rs`).
+//! Imports and exports workspaces. The VM's lock is held for a moment, to check the state and join
+//! the cancel set. The workspace lock is held during the guest I/O, by the operation's own thread.
+//! A pool worker moves the bytes (`transfer.rs`).
 
 use super::access::Caller;
 use super::call::{CallOutcome, to_value};
@@ -34,19 +34,19 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// No transfer goes on for longer; one that stands still ends after `transfer_idle_s`.
+/// Limit for a whole transfer. One that moves nothing ends after `transfer_idle_s`.
 const TRANSFER_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
-/// Between a VM's leaving `running` and the word of it to whoever uses the guest: microseconds.
+/// How long a transfer waits to learn why its VM left `running`. It takes microseconds.
 const CAUSE_DEADLINE: Duration = Duration::from_secs(1);
 
-/// What a transfer holds from its call to its end: its place in the VM's cancel set and in the
+/// What a transfer holds from its call to its end: a place in the VM's cancel set and a slot in the
 /// pool's queue.
 struct Admitted {
     row: VmRow,
     op: OpHandle,
     fifo: OwnedFd,
-    place: QueueSlot,
+    slot: QueueSlot,
     no_wait: bool,
     _user: User,
 }
@@ -63,12 +63,13 @@ pub struct Transfers {
 }
 
 impl Transfers {
-    /// Roots below which a workspace may lie.
+    /// The directories below which a workspace may lie.
     pub fn guest_roots(&self) -> Vec<String> {
         guest_path::ROOTS.iter().map(|r| (*r).to_owned()).collect()
     }
 
-    /// An import. The stream comes through the one FIFO; `notes` carries the `ready` note.
+    /// Begins an import. The stream comes through the one FIFO; `notes` carries the `ready`
+    /// notification.
     pub fn prepare(&self, caller: &Caller, mut request: PrepareRequest, fds: Vec<OwnedFd>, notes: &Notes) -> Result<CallOutcome> {
         request.guest_path = guest_path::validate(&request.guest_path)?;
         guest_path::validate_subdir(&request.subdir)?;
@@ -77,33 +78,33 @@ impl Transfers {
         let (id, transfers, notes) = (admitted.op.id().clone(), self.clone(), notes.clone());
         self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope(format!("{method} {}", admitted.row.id));
-            let Admitted { row, op, fifo, place, no_wait, _user } = admitted;
-            let doing = format!("import into vm {}", row.name);
-            let result = transfers.run_prepare(&row, &op, fifo, place, no_wait, (&request, notes));
-            let result = result.map_err(|e| transfers.blame_disk(&op, e).context(doing).of_vm(&row.name));
+            let Admitted { row, op, fifo, slot, no_wait, _user } = admitted;
+            let doing = format!("import into VM {}", row.name);
+            let result = transfers.run_prepare(&row, &op, fifo, slot, no_wait, (&request, notes));
+            let result = result.map_err(|e| transfers.explain_full_disk(&op, e).context(doing).of_vm(&row.name));
             transfers.core.end_op(op, result);
         })?;
         Ok(CallOutcome::Op(id))
     }
 
-    /// An export into the one FIFO. It waits for an import that is under way.
+    /// Begins an export into the one FIFO. It waits for an import in progress.
     pub fn export(&self, caller: &Caller, request: ExportRequest, fds: Vec<OwnedFd>) -> Result<CallOutcome> {
         let method = "workspace.export";
         let admitted = self.admit(caller, &request.vm, method, request.no_wait, (fds, Direction::Write))?;
         let (id, transfers) = (admitted.op.id().clone(), self.clone());
         self.core.spawn(&format!("op-{id}"), move || {
             let _label = crate::locks::operation_scope(format!("{method} {}", admitted.row.id));
-            let Admitted { row, op, fifo, place, no_wait, _user } = admitted;
-            let doing = format!("export from vm {}", row.name);
-            let result = transfers.run_export(&row, &op, fifo, place, no_wait, &request);
-            let result = result.map_err(|e| transfers.blame_disk(&op, e).context(doing).of_vm(&row.name));
+            let Admitted { row, op, fifo, slot, no_wait, _user } = admitted;
+            let doing = format!("export from VM {}", row.name);
+            let result = transfers.run_export(&row, &op, fifo, slot, no_wait, &request);
+            let result = result.map_err(|e| transfers.explain_full_disk(&op, e).context(doing).of_vm(&row.name));
             transfers.core.end_op(op, result);
         })?;
         Ok(CallOutcome::Op(id))
     }
 
-    /// Checks everything that can be checked at once: the descriptor, the VM's state, a place in
-    /// the queue.
+    /// Makes the checks that need no waiting: the descriptor, the VM's state, and a slot in the
+    /// queue.
     fn admit(
         &self,
         caller: &Caller,
@@ -113,14 +114,14 @@ impl Transfers {
         (fds, direction): (Vec<OwnedFd>, Direction),
     ) -> Result<Admitted> {
         let [fd] = <[OwnedFd; 1]>::try_from(fds).map_err(|fds| {
-            Error::new(Kind::InvalidRequest, format!("{method} takes one descriptor, {} came", fds.len()))
+            Error::new(Kind::InvalidRequest, format!("{method} takes one descriptor, but got {}", fds.len()))
                 .hint("pass one end of a FIFO")
         })?;
         let fifo = fifo::accept(fd, direction)?;
         let found = self.core.resolve(caller, vm)?;
         let op = self.core.begin_op(method, Some(found.id.clone()), caller.uid, true)?;
         let joined = self.sessions.join_guest(&found, Use::Transfer, op.cancel());
-        let (row, _user, place) = match joined.and_then(|(row, user)| Ok((row, user, self.pool.reserve(caller.uid)?))) {
+        let (row, _user, slot) = match joined.and_then(|(row, user)| Ok((row, user, self.pool.reserve(caller.uid)?))) {
             Ok(joined) => joined,
             Err(e) => {
                 op.refuse(&e);
@@ -128,7 +129,7 @@ impl Transfers {
             }
         };
         match self.core.persist_op(&op) {
-            Ok(()) => Ok(Admitted { row, op, fifo, place, no_wait, _user }),
+            Ok(()) => Ok(Admitted { row, op, fifo, slot, no_wait, _user }),
             Err(e) => {
                 op.finish(Err(e.clone()));
                 Err(e)
@@ -136,10 +137,10 @@ impl Transfers {
         }
     }
 
-    /// What was cancelled because the guest is paused has met a full disk.
-    fn blame_disk(&self, op: &OpHandle, e: Error) -> Error {
+    /// Reports a transfer that was cancelled because of a full disk as `disk_full`.
+    fn explain_full_disk(&self, op: &OpHandle, e: Error) -> Error {
         let is_paused = e.kind() == Kind::Cancelled && op.cancel().cause() == Some(&CancelCause::HostDiskFull);
-        if is_paused { e.with_kind(Kind::DiskFull).hint(self.sessions.hint_of_full_disk()) } else { e }
+        if is_paused { e.with_kind(Kind::DiskFull).hint(self.sessions.disk_full_hint()) } else { e }
     }
 
     fn run_prepare(
@@ -147,7 +148,7 @@ impl Transfers {
         row: &VmRow,
         op: &OpHandle,
         fifo: OwnedFd,
-        place: QueueSlot,
+        slot: QueueSlot,
         no_wait: bool,
         (request, notes): (&PrepareRequest, Notes),
     ) -> Result<Value> {
@@ -155,14 +156,14 @@ impl Transfers {
         let _negative_control = self.core.locks.vm.lock(&row.id);
         let guard = self.lock_workspace(op, row, no_wait)?;
         let transfer = self.transfer(&guard.key().0, op, fifo, &request.guest_path)?;
-        let began = self.mark_incomplete(&transfer.row, request)?;
+        let row_at_start = self.mark_incomplete(&transfer.row, request)?;
         let (wanted, moved) = (request.clone(), transfer.moved.clone());
-        let job = place.submit(&format!("workspace.prepare {}", row.name), op.cancel(), move |cancel| {
+        let job = slot.submit(&format!("workspace.prepare {}", row.name), op.cancel(), move |cancel| {
             transfer.import(cancel, &wanted, &notes)
         });
         let imported = self.rate_floor().wait(&job, &moved, op.cancel(), Instant::now() + TRANSFER_DEADLINE)?;
-        // The workspace lock is still held: nobody else has touched the row.
-        self.mark_complete(&began, &imported)?;
+        // The workspace lock is still held, so nothing else has changed the row.
+        self.mark_complete(&row_at_start, &imported)?;
         drop(guard);
         let kept = encode::encode_some(imported.kept.iter());
         let (entries, bytes) = (imported.trailer.entries, imported.trailer.bytes);
@@ -174,7 +175,7 @@ impl Transfers {
         row: &VmRow,
         op: &OpHandle,
         fifo: OwnedFd,
-        place: QueueSlot,
+        slot: QueueSlot,
         no_wait: bool,
         request: &ExportRequest,
     ) -> Result<Value> {
@@ -184,12 +185,12 @@ impl Transfers {
         })?;
         if workspace.state == WorkspaceState::Incomplete {
             return Err(Error::new(Kind::WorkspaceIncomplete, "its workspace is incomplete: an import was interrupted")
-                .hint(format!("bring it in again: fcctl workspace prepare {} PATH", row.name)));
+                .hint(format!("import it again: fcctl workspace prepare {} PATH", row.name)));
         }
         let transfer = self.transfer(&guard.key().0, op, fifo, &workspace.guest_path)?;
         let (kind, moved) = (request.kind, transfer.moved.clone());
         let job =
-            place.submit(&format!("workspace.export {}", row.name), op.cancel(), move |cancel| transfer.export(cancel, kind));
+            slot.submit(&format!("workspace.export {}", row.name), op.cancel(), move |cancel| transfer.export(cancel, kind));
         let trailer = self.rate_floor().wait(&job, &moved, op.cancel(), Instant::now() + TRANSFER_DEADLINE)?;
         drop(guard);
         to_value(&ExportReply { bytes: trailer.bytes })
@@ -200,7 +201,8 @@ impl Transfers {
         RateFloor::new(Duration::from_secs(limits.transfer_rate_window_s), limits.transfer_bytes_per_s_min)
     }
 
-    /// First come, first served; a waiting one costs no worker and can be cancelled.
+    /// Locks the workspace, in order of arrival. A waiting transfer occupies no worker and can be
+    /// cancelled.
     fn lock_workspace<'a>(&'a self, op: &OpHandle, row: &VmRow, no_wait: bool) -> Result<KeyGuard<'a, WorkspaceOf>> {
         let workspace = WorkspaceOf(row.id.clone());
         if let Some(guard) = self.core.locks.workspace.try_lock(&workspace) {
@@ -208,10 +210,10 @@ impl Transfers {
         }
         if no_wait {
             return Err(
-                Error::new(Kind::Busy, "another import or export is under way").hint("leave --no-wait out to wait for it")
+                Error::new(Kind::Busy, "another import or export is in progress").hint("leave out --no-wait to wait for it")
             );
         }
-        op.progress("waits for another import or export of this VM");
+        op.progress("wait for another import or export of this VM");
         self.core
             .locks
             .workspace
@@ -219,13 +221,13 @@ impl Transfers {
             .map_err(|_| cancelled("wait for another import or export", op.cancel()))
     }
 
-    /// Address, keys and generation as they are now: the VM may have been restarted while this one
-    /// waited.
+    /// Prepares the transfer with the VM's present address, keys and generation, because it may
+    /// have been restarted while this one waited.
     fn transfer(&self, vm: &VmId, op: &OpHandle, fifo: OwnedFd, guest_path: &str) -> Result<Transfer> {
         let row = self.core.row(vm)?;
         if let Err(refused) = self.core.allow(&row, super::transitions::Verb::Guest) {
-            // A stop has claimed the VM since this one joined it, and is about to say why to all
-            // who use it.
+            // A stop has claimed the VM since the transfer joined its cancel set, and is about to
+            // cancel it with the reason.
             super::waiting::poll_until(&[op.cancel().fd()], Instant::now() + CAUSE_DEADLINE);
             return Err(if op.cancel().is_cancelled() { cancelled_by(op.cancel()) } else { refused });
         }
@@ -235,19 +237,20 @@ impl Transfers {
             reporter: op.reporter(),
             fifo,
             moved: Moved::default(),
-            place: remote::GuestWorkspace::new(guest_path),
+            workspace: remote::GuestWorkspace::new(guest_path),
             idle: Duration::from_secs(self.core.limits.transfer_idle_s),
             row,
         })
     }
 
-    /// Durable before the first byte: an interrupted import is never taken for a finished one.
+    /// Marks the workspace as incomplete, durably, before the first byte. So an interrupted import
+    /// never looks finished.
     fn mark_incomplete(&self, row: &VmRow, request: &PrepareRequest) -> Result<WorkspaceRow> {
         let workdir = match request.subdir.as_str() {
             "" => request.guest_path.clone(),
             subdir => format!("{}/{subdir}", request.guest_path),
         };
-        let began = WorkspaceRow {
+        let row_at_start = WorkspaceRow {
             vm: row.id.clone(),
             guest_path: request.guest_path.clone(),
             workdir,
@@ -258,25 +261,25 @@ impl Transfers {
             prepared_at: now_s(),
             generation: row.generation,
         };
-        let ((), ticket) = self.core.store.change(|tx| tx.put_workspace(began.clone()))?;
+        let ((), ticket) = self.core.store.change(|tx| tx.put_workspace(row_at_start.clone()))?;
         self.core.wait_durable(ticket)?;
-        Ok(began)
+        Ok(row_at_start)
     }
 
-    /// Compared and written in one section: a VM that was restarted or an import that was overtaken
-    /// stays marked.
-    fn mark_complete(&self, began: &WorkspaceRow, imported: &Imported) -> Result<()> {
+    /// Marks the workspace as complete, unless the VM was restarted or another import has begun
+    /// since. Compares and writes in one transaction.
+    fn mark_complete(&self, row_at_start: &WorkspaceRow, imported: &Imported) -> Result<()> {
         let ((), ticket) = self.core.store.change(|tx| {
-            let same_vm = tx.vm(&began.vm).is_some_and(|row| row.generation == began.generation);
-            if !same_vm || tx.workspace(&began.vm).map(|w| &**w) != Some(began) {
-                return Err(Error::new(Kind::Conflict, "the VM was restarted meanwhile").hint("bring the tree in again"));
+            let same_vm = tx.vm(&row_at_start.vm).is_some_and(|row| row.generation == row_at_start.generation);
+            if !same_vm || tx.workspace(&row_at_start.vm).map(|w| &**w) != Some(row_at_start) {
+                return Err(Error::new(Kind::Conflict, "the VM was restarted meanwhile").hint("run the import again"));
             }
             tx.put_workspace(WorkspaceRow {
                 state: WorkspaceState::Complete,
                 entries: imported.trailer.entries,
                 bytes: imported.trailer.bytes,
                 prepared_at: now_s(),
-                ..began.clone()
+                ..row_at_start.clone()
             })
         })?;
         self.core.wait_durable(ticket)

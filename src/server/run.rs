@@ -59,7 +59,7 @@ pub fn run(config: Config) -> Result<()> {
     }
     let daemon = Daemon::open(config.clone(), seams)?;
     #[cfg(feature = "fakes")]
-    if let Some(plan) = crate::daemon::DieAt::told() {
+    if let Some(plan) = crate::daemon::DieAt::from_env() {
         daemon.core.effects.follow(plan.clone());
         daemon.core.store.faults().ask(plan);
     }

@@ -1,4 +1,4 @@
-//! Changes that are committed together, and what became of them.
+//! Changes that are committed together, and the result of the commit.
 
 use super::Inner;
 use super::reserve::{PROBE_FREE_BYTES, RESERVE_BYTES};
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-/// One change as it waits for the disk.
+/// A change that waits for the disk.
 pub(super) struct Change {
     pub(super) seq: u64,
     pub(super) essential: bool,
@@ -32,7 +32,7 @@ impl Batch {
     }
 }
 
-/// Why a write failed, for everyone who waited for it.
+/// Why a write failed, for all callers that waited for it.
 #[derive(Clone, Debug)]
 pub(super) struct Failure {
     pub(super) kind: Kind,
@@ -44,16 +44,16 @@ impl Failure {
     pub(super) fn from_error(e: &Error, dir: &Path) -> Self {
         let shown = dir.display();
         if e.kind() != Kind::DiskFull {
-            let hint = "see dmesg and fcctl doctor; fcd takes changes again by itself once it can write".to_owned();
+            let hint = "see dmesg and fcctl doctor; fcd recovers automatically once it can write".to_owned();
             return Self { kind: Kind::StoreReadOnly, text: format!("write the store in {shown}: {e}"), hint };
         }
         let needed = (RESERVE_BYTES + PROBE_FREE_BYTES) >> 20;
-        let hint = format!("free at least {needed} MiB (df -h {shown}); fcd takes changes again by itself, deletes work now");
+        let hint = format!("free at least {needed} MiB (df -h {shown}); fcd then recovers automatically; deletes work even now");
         Self { kind: Kind::DiskFull, text: format!("write the store in {shown}: {e}"), hint }
     }
 
     pub(super) fn closed() -> Self {
-        Self { kind: Kind::ShuttingDown, text: "the store is closed".into(), hint: "try again when fcd runs".into() }
+        Self { kind: Kind::ShuttingDown, text: "the store is closed".into(), hint: "try again once fcd runs".into() }
     }
 
     pub(super) fn to_error(&self) -> Error {
@@ -61,9 +61,9 @@ impl Failure {
     }
 }
 
-/// The answer to a batch: set once.
+/// The result of a batch. It is set once.
 pub(super) struct Outcome {
-    // The rank of the store, whose other lock is never held with it.
+    // This lock has the same rank as the store's other lock, so the two are never held together.
     settled: Mutex<Option<std::result::Result<(), Failure>>>,
     changed: Condvar,
 }
@@ -81,19 +81,19 @@ impl Outcome {
     }
 }
 
-/// A change that was made in memory and has to get to the disk. It is written when a caller waits
+/// A change that was made in memory and still has to be written. It is written when a caller waits
 /// for it or for another change, or when the ticket is dropped.
 #[must_use = "a change is not durable before its ticket was waited for"]
 pub struct Ticket {
     seq: u64,
-    /// None: nothing was under way.
+    /// `None` if there was nothing to write.
     pending: Option<Pending>,
 }
 
 struct Pending {
     inner: Arc<Inner>,
     outcome: Arc<Outcome>,
-    /// True once a caller writes it or has asked the store's thread to.
+    /// True once a caller writes it or has asked the store's thread to do so.
     is_asked_for: AtomicBool,
 }
 
@@ -103,18 +103,19 @@ impl Ticket {
         Self { seq, pending: outcome.map(pending) }
     }
 
-    /// The change's place in the order of all changes, also over restarts of the daemon.
+    /// The change's position in the order of all changes, also across restarts of the daemon.
     pub fn seq(&self) -> u64 {
         self.seq
     }
 
-    /// Waits until the change and all before it are durable, and gives its number. Writes it on this
-    /// thread if nobody else writes and the deadline is not near (`OWN_WRITE_TIME_MIN`); a disk that
-    /// does not answer then delays this call beyond its deadline. Opens `Rank::DurableWait`.
+    /// Waits until the change and all changes before it are durable, and returns its number. Writes
+    /// it on this thread if no other thread writes and the deadline is not near
+    /// (`OWN_WRITE_TIME_MIN`). If the disk then hangs, this call may take longer than its deadline.
+    /// Opens `Rank::DurableWait`.
     ///
     /// # Errors
-    /// `disk_full` or `store_read_only`: it was not written and is undone in memory, too. `timeout`: it may still
-    /// become either.
+    /// `disk_full` or `store_read_only` if the change was not written; it is then undone in memory
+    /// too. `timeout` if it is not known yet whether it will be written.
     pub fn wait(&self, deadline: Instant) -> Result<u64> {
         let _waiting = region(Rank::DurableWait);
         let Some(pending) = &self.pending else { return Ok(self.seq) };
@@ -132,21 +133,22 @@ impl Ticket {
         }
     }
 
-    /// Asks the store's thread to write it, and does not wait.
+    /// Asks the store's thread to write the change, without waiting.
     pub fn write_soon(&self) {
         if let Some(pending) = &self.pending {
             pending.write_soon();
         }
     }
 
-    /// Drops the ticket without waiting: for what may be lost with a crash, such as a strike-off.
+    /// Drops the ticket without waiting, for a change that may be lost in a crash, such as the
+    /// removal of a ledger row.
     pub fn detach(self) {}
 }
 
 impl Pending {
     fn write_soon(&self) {
         if !self.is_asked_for.swap(true, Ordering::Relaxed) {
-            // The deadline is now, so this thread does not write.
+            // The deadline has come, so this thread does not write the batch itself.
             self.inner.write_or_ask(&self.outcome, Instant::now());
         }
     }

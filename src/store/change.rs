@@ -43,7 +43,7 @@ impl Store {
             let before = if core.queue.is_empty() { core.in_flight.clone() } else { Some(core.queue.outcome.clone()) };
             return Ok((value, Ticket::new(core.seq, inner, before)));
         }
-        core.watchers.tell(&steps);
+        core.watchers.notify(&steps);
         core.seq += 1;
         core.queue.changes.push(Change { seq: core.seq, essential, steps });
         Ok((value, Ticket::new(core.seq, inner, Some(core.queue.outcome.clone()))))

@@ -109,8 +109,8 @@ impl Database {
         self.failure(&error)
     }
 
-    /// Folds the log into the database file if the log is long enough. After a failed sync of that
-    /// file the log still has everything, and a new connection copies all of it again.
+    /// Folds the log into the database file if that is due. If syncing that file fails, the log
+    /// still has everything, and a new connection copies all of it again.
     #[cfg_attr(not(any(test, feature = "fakes")), allow(unused_variables))]
     pub fn fold_log(&mut self, inner: &Inner) -> std::result::Result<(), Failure> {
         // After a failure the next commit counts them again.
@@ -129,7 +129,7 @@ impl Database {
             return;
         }
         if let Err(e) = schema::extend_log(&self.dir) {
-            log::warn!("store: changes will take longer to write: extend the write-ahead log: {e}");
+            log::warn!("store: extend the write-ahead log: {e}; changes will take longer to write");
         }
     }
 

@@ -1,18 +1,18 @@
-//! Durable changes, published in the order of their numbers.
+//! Publishes durable changes in the order of their numbers.
 //!
-//! Every change of the store has a number, `seq`, which keeps growing over restarts. The number of
-//! a change that failed is not reused. The writer publishes a batch once it is on disk and before
-//! it answers anybody. A change is published as a whole; one that failed is never published.
+//! Every change of the store has a number, `seq`, which keeps growing across restarts. The number
+//! of a failed change is not reused. The writer publishes a batch once it is on disk and before it
+//! answers anybody. A change is published as a whole; a failed change is never published.
 //!
-//! The last [`KEPT_MAX`] changes are kept, so that a listener can continue where it was. A mirror
-//! of the durable rows is kept beside them. It shares its rows with the state, so it costs a map of
-//! pointers. A snapshot of it matches the changes that follow exactly and shows nothing that may
-//! still be undone.
+//! The last [`KEPT_MAX`] changes are kept, so that a listener can resume where it stopped. A mirror
+//! of the durable rows is kept too. It shares its rows with the state, so it costs only a map of
+//! pointers. A snapshot of the mirror matches the changes that follow exactly, and shows nothing
+//! that may still be undone.
 //!
 //! The publisher never waits. It puts a pointer into each listener's bounded queue. A listener
-//! whose queue is full gets one `lagged` note with the number to continue from, and is removed. A
-//! stream therefore never has a gap. A listener takes from its queue on its own thread, or lends it to
-//! the feed, where one thread serves all listeners that keep up (`feed.rs`).
+//! whose queue is full gets one `lagged` notification with the number to resume from, and is
+//! removed. So a stream never has a gap. A listener takes from its queue on its own thread, or
+//! lends the queue to the feed, where one thread serves all listeners that keep up (`feed.rs`).
 
 use super::batch::Change;
 use super::state::{Image, State};
@@ -29,12 +29,12 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Changes that are kept for those who come back.
+/// How many changes are kept for listeners that resume.
 pub const KEPT_MAX: usize = 4096;
-/// Changes that wait for one listener.
+/// Limit of changes that wait for one listener.
 pub const QUEUE_MAX: usize = 1024;
-/// A thread that waits for the feed looks again after so long, even if nobody wakes it.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// How often a thread that waits for the feed checks even if it is not woken.
+const CHECK_PERIOD: Duration = Duration::from_secs(1);
 
 /// A VM's rows at one moment.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,7 +43,7 @@ pub struct Seen {
     pub workspace: Option<Arc<WorkspaceRow>>,
 }
 
-/// One VM over one change.
+/// What one change did to a VM.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VmChange {
     pub before: Option<Seen>,
@@ -58,15 +58,15 @@ pub struct OpEnd {
     pub state: OpState,
     pub error: Option<Fault>,
     pub owner_uid: u32,
-    /// As it is after the change, or was when the change removed it.
+    /// The VM after the change, or before it if the change removed it.
     pub vm: Option<Arc<VmRow>>,
 }
 
-/// A durable change.
+/// A durable change, as listeners see it.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Happened {
+pub struct StoreChange {
     pub seq: u64,
-    /// When it was durable, in seconds since the epoch.
+    /// When it became durable, in seconds since the epoch.
     pub at: u64,
     pub vms: Vec<VmChange>,
     pub ended: Vec<OpEnd>,
@@ -79,31 +79,33 @@ impl VmChange {
 }
 
 impl OpEnd {
-    /// Who began it, and whose VM it was about.
+    /// The user who began it, and the owner of its VM.
     pub fn owners(&self) -> impl Iterator<Item = u32> {
         [Some(self.owner_uid), self.vm.as_ref().map(|row| row.owner_uid)].into_iter().flatten()
     }
 }
 
-impl Happened {
+impl StoreChange {
     fn concerns(&self, sees: &dyn Fn(u32) -> bool) -> bool {
         self.vms.iter().filter_map(VmChange::owner_uid).chain(self.ended.iter().flat_map(OpEnd::owners)).any(sees)
     }
 }
 
-/// What a listener begins with.
+/// What a listener gets first.
 #[derive(Debug)]
 pub enum Start {
-    /// `resync`: it asked for what is no longer kept, or never was.
+    /// All VMs. `resync` is true if the listener asked for changes that are no longer kept or never
+    /// existed.
     Snapshot { seq: u64, resync: bool, vms: Vec<Seen> },
-    /// What it missed. All of it.
-    Missed(Vec<Arc<Happened>>),
+    /// All changes that it missed.
+    Missed(Vec<Arc<StoreChange>>),
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Next {
-    Happened(Arc<Happened>),
-    /// The last of all: so many more came than the queue holds. All up to `resume_seq` was given.
+    Change(Arc<StoreChange>),
+    /// The last item: the queue was full, and `dropped` changes were lost. All changes up to
+    /// `resume_seq` were delivered.
     Lagged {
         dropped: u64,
         resume_seq: u64,
@@ -112,35 +114,36 @@ pub enum Next {
 
 type Sees = Box<dyn Fn(u32) -> bool + Send>;
 
-/// Who takes from a listener's queue.
+/// The thread that takes from a listener's queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Taker {
-    /// Its own thread, which waits for its descriptor.
-    Itself,
+    /// The listener's own thread, which waits on its descriptor.
+    Own,
     /// The feed.
     Feed,
-    /// The feed, which is passing on what it took just now. `is_claimed`: the listener's own thread waits to be next.
+    /// The feed, which is sending what it just took. `is_claimed` means that the listener's own
+    /// thread waits to take over.
     FeedAtWork { is_claimed: bool },
 }
 
 pub(super) struct Listener {
     sees: Sees,
-    pub(super) queue: VecDeque<Arc<Happened>>,
-    /// Set by the first change that found no room; none is queued from then on.
+    pub(super) queue: VecDeque<Arc<StoreChange>>,
+    /// Set by the first change that did not fit. No more changes are queued after that.
     pub(super) lag: Option<(u64, u64)>,
     pub(super) taker: Taker,
     pub(super) fd: Arc<EventFd>,
 }
 
 impl Listener {
-    fn offer(&mut self, happened: &Arc<Happened>) {
-        if !happened.concerns(&*self.sees) {
+    fn offer(&mut self, change: &Arc<StoreChange>) {
+        if !change.concerns(&*self.sees) {
             return;
         }
         match &mut self.lag {
             Some((dropped, _)) => *dropped += 1,
-            None if self.queue.len() < QUEUE_MAX => self.queue.push_back(happened.clone()),
-            lag => *lag = Some((1, happened.seq - 1)),
+            None if self.queue.len() < QUEUE_MAX => self.queue.push_back(change.clone()),
+            lag => *lag = Some((1, change.seq - 1)),
         }
     }
 
@@ -151,19 +154,19 @@ impl Listener {
 
 pub(super) struct Published {
     vms: BTreeMap<VmId, Seen>,
-    /// Of the last durable change.
+    /// The number of the last durable change.
     seq: u64,
-    /// All later ones that brought anything are in `kept`.
+    /// All later changes with events are in `kept`.
     floor: u64,
-    kept: VecDeque<Arc<Happened>>,
+    kept: VecDeque<Arc<StoreChange>>,
     pub(super) listeners: BTreeMap<u64, Listener>,
     last_listener: u64,
-    /// Readable when the feed is to look at the queues that are lent to it.
+    /// Becomes readable when a lent queue has changes.
     pub(super) feed: Option<Arc<EventFd>>,
 }
 
 pub(super) struct Bus {
-    // The rank of the store, whose other locks are never held with it.
+    // This lock has the same rank as the store's other locks, and is never held together with one.
     pub(super) published: Mutex<Published>,
 }
 
@@ -187,15 +190,15 @@ impl Bus {
         self.published.lock().listeners.len()
     }
 
-    /// Tells of changes that are on the disk now. Called by the writer only, batch after batch.
+    /// Publishes changes that are on disk. Only the writer calls this, one batch after the other.
     pub(super) fn publish(&self, changes: &[Change]) {
         let at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let mut published = self.published.lock();
         for change in changes {
-            let happened = published.apply(change, at);
+            let change = published.apply(change, at);
             published.seq = change.seq;
-            if !happened.vms.is_empty() || !happened.ended.is_empty() {
-                published.keep(Arc::new(happened));
+            if !change.vms.is_empty() || !change.ended.is_empty() {
+                published.keep(Arc::new(change));
             }
         }
         let to_wake = published.to_wake();
@@ -205,8 +208,9 @@ impl Bus {
 }
 
 impl Published {
-    /// Brings the mirror up to date and says what that changed: steps of one row add up.
-    fn apply(&mut self, change: &Change, at: u64) -> Happened {
+    /// Applies a change to the mirror and returns what it changed. Several steps of one row are
+    /// combined.
+    fn apply(&mut self, change: &Change, at: u64) -> StoreChange {
         let mut touched: Vec<(VmId, Option<Seen>)> = Vec::new();
         for step in &change.steps {
             if let Image::Vm(id, _) | Image::Workspace(id, _) = &step.after
@@ -231,7 +235,7 @@ impl Published {
         let ended = change.steps.iter().filter_map(|step| self.op_end(&step.before, &step.after, &touched)).collect();
         let whole = |(id, before): (VmId, Option<Seen>)| VmChange { after: self.vms.get(&id).cloned(), before };
         let vms = touched.into_iter().map(whole).filter(|c| c.before != c.after).collect();
-        Happened { seq: change.seq, at, vms, ended }
+        StoreChange { seq: change.seq, at, vms, ended }
     }
 
     fn op_end(&self, before: &Image, after: &Image, touched: &[(VmId, Option<Seen>)]) -> Option<OpEnd> {
@@ -247,9 +251,9 @@ impl Published {
         Some(OpEnd { id, method, state, error: op.error.clone(), owner_uid: op.owner_uid, vm })
     }
 
-    fn keep(&mut self, happened: Arc<Happened>) {
-        self.listeners.values_mut().for_each(|l| l.offer(&happened));
-        self.kept.push_back(happened);
+    fn keep(&mut self, change: Arc<StoreChange>) {
+        self.listeners.values_mut().for_each(|l| l.offer(&change));
+        self.kept.push_back(change);
         if self.kept.len() > KEPT_MAX
             && let Some(oldest) = self.kept.pop_front()
         {
@@ -257,17 +261,17 @@ impl Published {
         }
     }
 
-    /// The descriptors of all who have something to take: the feed's is one for all who lend their queue.
+    /// The descriptors of all threads that have something to take. The feed has one descriptor for
+    /// all lent queues.
     fn to_wake(&self) -> Vec<Arc<EventFd>> {
-        let (own, lent): (Vec<_>, Vec<_>) =
-            self.listeners.values().filter(|l| l.has_more()).partition(|l| l.taker == Taker::Itself);
+        let (own, lent): (Vec<_>, Vec<_>) = self.listeners.values().filter(|l| l.has_more()).partition(|l| l.taker == Taker::Own);
         let feed = self.feed.iter().filter(|_| !lent.is_empty());
         own.iter().map(|l| &l.fd).chain(feed).cloned().collect()
     }
 
     fn start(&self, since: Option<u64>, sees: &dyn Fn(u32) -> bool) -> Start {
         match since {
-            // A number that was not given out yet is another database's.
+            // A number that was never assigned comes from another database.
             Some(since) if (self.floor..=self.seq).contains(&since) => {
                 let from = self.kept.partition_point(|h| h.seq <= since);
                 Start::Missed(self.kept.range(from..).filter(|h| h.concerns(sees)).cloned().collect())
@@ -280,15 +284,17 @@ impl Published {
     }
 }
 
-/// Makes descriptors readable. Without a lock: a write to an eventfd wakes a thread, which would then wait for that lock.
+/// Makes descriptors readable. Call it without a lock, because a write to an eventfd wakes a
+/// thread, which would then wait for that lock.
 pub(super) fn wake(fds: &[Arc<EventFd>]) {
     for fd in fds {
-        // Full only after 2^64 - 1 writes without a look, and then it is readable.
+        // This fails only after 2^64 - 1 writes, and then the descriptor is readable anyway.
         let _ = fd.write(1);
     }
 }
 
-/// Poll [`Subscription::fd`] for reading, then call [`Subscription::next`] until it gives none.
+/// A listener's handle. Poll [`Subscription::fd`] for reading, then call [`Subscription::next`]
+/// until it returns `None`.
 pub struct Subscription {
     inner: Arc<Inner>,
     id: u64,
@@ -303,43 +309,45 @@ impl Subscription {
         let start = published.start(since, &*sees);
         published.last_listener += 1;
         let id = published.last_listener;
-        let listener = Listener { sees, queue: VecDeque::new(), lag: None, taker: Taker::Itself, fd: fd.clone() };
+        let listener = Listener { sees, queue: VecDeque::new(), lag: None, taker: Taker::Own, fd: fd.clone() };
         published.listeners.insert(id, listener);
         drop(published);
         Ok((Self { inner, id, lends: false, fd }, start))
     }
 
-    /// Tells subscriptions apart.
+    /// The unique number of this subscription.
     pub fn id(&self) -> u64 {
         self.id
     }
 
-    /// Readable while there is something to take.
+    /// Readable while there are changes to take.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
-    /// From now on the feed, where there is one, passes on what comes after [`Subscription::next`] gave none. It stops once
-    /// it cannot, and with [`Subscription::take_back`]; then the descriptor is readable.
+    /// Lends the subscription to the feed, if there is one. The feed takes over once
+    /// [`Subscription::next`] returns `None`. It stops when it cannot continue or at
+    /// [`Subscription::take_back`]; then the descriptor is readable.
     pub fn lend(&mut self) {
         self.lends = true;
     }
 
-    /// Ends what [`Subscription::lend`] began, and takes the subscription back. False when it was not lent at all.
+    /// Stops lending the subscription and takes it back. Returns false if it was not lent.
     pub fn keep(&mut self) -> bool {
         let was_lent = std::mem::take(&mut self.lends);
         self.take_back();
         was_lent
     }
 
-    /// The oldest change that was not taken yet. None: there is none now, and after [`Next::Lagged`] none ever.
-    #[allow(clippy::should_implement_trait)] // Not an iterator: none now, more later.
+    /// The oldest change that was not taken yet. `None` if there is none now. After
+    /// [`Next::Lagged`] there is never another.
+    #[allow(clippy::should_implement_trait)] // Not an iterator, because `None` is not the end.
     pub fn next(&mut self) -> Option<Next> {
         let mut published = self.inner.events.published.lock();
         let has_feed = published.feed.is_some();
-        let listener = published.listeners.get_mut(&self.id).filter(|l| l.taker == Taker::Itself)?;
-        if let Some(happened) = listener.queue.pop_front() {
-            return Some(Next::Happened(happened));
+        let listener = published.listeners.get_mut(&self.id).filter(|l| l.taker == Taker::Own)?;
+        if let Some(change) = listener.queue.pop_front() {
+            return Some(Next::Change(change));
         }
         if let Some((dropped, resume_seq)) = listener.lag {
             drop(published.listeners.remove(&self.id));
@@ -348,19 +356,20 @@ impl Subscription {
         if self.lends && has_feed {
             listener.taker = Taker::Feed;
         }
-        // Under the lock, so that no change falls between. EAGAIN: nothing came since the last time.
+        // Clear it under the lock, so that no change is missed. EAGAIN means that nothing has
+        // arrived.
         let _ = self.fd.read();
         None
     }
 
-    /// Waits until the feed does not pass on anything of this subscription, which takes it no longer than it needs for what
-    /// it holds: it never waits for a caller.
+    /// Waits until the feed is not sending anything of this subscription. That takes only as long
+    /// as sending what the feed has taken, because the feed never waits for a caller.
     pub fn take_back(&mut self) {
         loop {
             let mut published = self.inner.events.published.lock();
             let Some(listener) = published.listeners.get_mut(&self.id) else { return };
             let Taker::FeedAtWork { is_claimed } = &mut listener.taker else {
-                listener.taker = Taker::Itself;
+                listener.taker = Taker::Own;
                 return;
             };
             *is_claimed = true;
@@ -374,7 +383,7 @@ impl Subscription {
 impl Drop for Subscription {
     fn drop(&mut self) {
         let removed = self.inner.events.published.lock().listeners.remove(&self.id);
-        // Not under the lock: it may hold the last pointer to many rows.
+        // Dropped outside the lock, because it may hold the last pointers to many rows.
         drop(removed);
     }
 }
@@ -386,6 +395,6 @@ pub(super) fn event_fd(doing: &str) -> Result<Arc<EventFd>> {
 }
 
 fn wait_readable(fd: BorrowedFd<'_>) {
-    let deadline = Instant::now() + LOOK_AGAIN;
+    let deadline = Instant::now() + CHECK_PERIOD;
     let _ = crate::host::wait::wait_uncancelled(&[(fd, PollFlags::POLLIN)], deadline);
 }

@@ -1,4 +1,4 @@
-//! For tests: commits that fail, and a gate before them.
+//! Lets tests make commits fail or hold them back.
 
 use super::schema::Transaction;
 use crate::locks::{Condvar, Mutex, Rank};
@@ -6,21 +6,21 @@ use rusqlite::ffi;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A test that forgets its gate ends all the same.
-const GATE_MOST: Duration = Duration::from_secs(60);
+/// How long a gate can hold a commit back, so that a test that forgets to drop it ends.
+const GATE_TIME_MAX: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     DiskFull,
     Io,
-    /// The commit lands on the disk, and an error comes back.
+    /// The commit reaches the disk, but returns an error.
     IoAfterCommit,
     Panic,
 }
 
-/// Asked before every commit, probes included.
+/// Called before every commit, including probes.
 pub trait CommitHook: Send + Sync {
-    /// What becomes of it; none: it is tried.
+    /// Returns the fault of this commit, or `None` to let it happen.
     fn before_commit(&self) -> Option<Fault>;
 }
 
@@ -34,7 +34,7 @@ struct Plan {
 }
 
 pub struct Faults {
-    // The rank of the store, whose other locks are never held with it.
+    // This lock has the same rank as the store's other locks, and is never held together with one.
     plan: Mutex<Plan>,
     changed: Condvar,
 }
@@ -45,26 +45,26 @@ impl Default for Faults {
     }
 }
 
-/// Holds every commit back while it lives.
+/// Holds back every commit while it lives.
 pub struct Gate<'a>(&'a Faults);
 
 impl Faults {
-    /// The next `attempts` to commit fail, probes included.
+    /// Makes the next `attempts` to commit fail, including probes.
     pub fn fail(&self, fault: Fault, attempts: u64) {
         self.plan.lock().fault = Some((fault, attempts));
     }
 
-    /// The next `attempts` to fold the log into the database fail with an I/O error.
+    /// Makes the next `attempts` to fold the log into the database fail with an I/O error.
     pub fn fail_folds(&self, attempts: u64) {
         self.plan.lock().failing_folds = attempts;
     }
 
-    /// Asks `hook` from now on.
+    /// Calls `hook` before every commit from now on.
     pub fn ask(&self, hook: Arc<dyn CommitHook>) {
         self.plan.lock().hook = Some(hook);
     }
 
-    /// No more failures.
+    /// Ends the failures.
     pub fn heal(&self) {
         self.plan.lock().fault = None;
     }
@@ -78,7 +78,7 @@ impl Faults {
         let mut plan = self.plan.lock();
         plan.waiting = true;
         self.changed.notify_all();
-        self.changed.wait_while(&mut plan, Instant::now() + GATE_MOST, |p| p.gates > 0);
+        self.changed.wait_while(&mut plan, Instant::now() + GATE_TIME_MAX, |p| p.gates > 0);
         plan.waiting = false;
     }
 
@@ -106,13 +106,13 @@ impl Faults {
             Some(Fault::DiskFull) => error(ffi::SQLITE_FULL),
             Some(Fault::Io) => error(ffi::SQLITE_IOERR),
             Some(Fault::IoAfterCommit) => tx.commit().and_then(|()| error(ffi::SQLITE_IOERR)),
-            Some(Fault::Panic) => panic!("a fault of the test's"),
+            Some(Fault::Panic) => panic!("a fault of the test"),
         }
     }
 }
 
 impl Gate<'_> {
-    /// Waits until the writer stands before the gate with a batch. False when it did not come in time.
+    /// Waits until the writer has reached the gate with a batch. Returns false at the deadline.
     pub fn wait_for_writer(&self, deadline: Instant) -> bool {
         let mut plan = self.0.plan.lock();
         self.0.changed.wait_while(&mut plan, deadline, |p| !p.waiting)

@@ -1,29 +1,32 @@
-//! The feed: one thread that passes changes on for all subscriptions that are lent to it.
+//! Serves all subscriptions that are lent to the feed, from one thread.
 //!
-//! A thread for each listener is woken by every change, and hundreds of them then compete for the lock and the processors
-//! to do the same work. The feed takes what has come for all of them in one hold of the lock, passes it on without waiting
-//! for anybody, and returns what a listener's own thread has to do: that thread may wait, and goes on where the feed ended.
-//! Whoever takes from a queue is alone in that ([`Taker`]), so nothing is passed on twice, left out, or out of order.
+//! If each listener had its own thread, every change would wake hundreds of threads, which would
+//! compete for the lock and the processors to do the same work. The feed takes the new changes of
+//! all its listeners while it holds the lock once, and sends them without waiting for anybody. What
+//! it cannot send it returns to the listener's own thread, which may wait and continues where the
+//! feed stopped. Only one thread takes from a queue at a time ([`Taker`]), so nothing is sent
+//! twice, left out, or out of order.
 
 use super::events::{Taker, event_fd, wake};
-use super::{Happened, Inner};
+use super::{Inner, StoreChange};
 use crate::error::{Error, Result};
 use nix::sys::eventfd::EventFd;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-/// What has come for one subscription. Changes that are left in it when it is returned are passed on by its own thread.
+/// New changes for one subscription. Its own thread sends the changes that are still in it when it
+/// is returned.
 pub struct Due {
     /// See [`super::Subscription::id`].
     pub id: u64,
-    pub changes: VecDeque<Arc<Happened>>,
-    /// The subscription's own thread has to go on, even if no change is left.
-    pub is_given_back: bool,
+    pub changes: VecDeque<Arc<StoreChange>>,
+    /// True if the subscription's own thread must continue, even if no change is left.
+    pub is_returned: bool,
 }
 
-/// Poll [`Feed::fd`], then call [`Feed::take`] and [`Feed::finish`] until there is nothing. Dropped, it gives back every
-/// subscription that it has.
+/// The handle of the feed's thread. Poll [`Feed::fd`], then call [`Feed::take`] and
+/// [`Feed::finish`] until there is nothing. When it is dropped, it returns all subscriptions.
 pub struct Feed {
     inner: Arc<Inner>,
     fd: Arc<EventFd>,
@@ -42,35 +45,36 @@ impl Feed {
         Ok(Self { inner, fd })
     }
 
-    /// Readable when something may have come.
+    /// Readable when there may be new changes.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
-    /// Takes all that has come. Every [`Due`] is to go to [`Feed::finish`].
+    /// Takes all new changes. Every [`Due`] must be passed to [`Feed::finish`].
     pub fn take(&mut self) -> Vec<Due> {
-        // Before the look, so that what comes after it makes the descriptor readable. EAGAIN: nothing has come.
+        // Clear it before looking, so that later changes make the descriptor readable again. EAGAIN
+        // means that nothing has arrived.
         let _ = self.fd.read();
         let mut published = self.inner.events.published.lock();
         let due = published.listeners.iter_mut().filter(|(_, l)| l.taker == Taker::Feed && l.has_more()).map(|(id, l)| {
             l.taker = Taker::FeedAtWork { is_claimed: false };
-            Due { id: *id, changes: std::mem::take(&mut l.queue), is_given_back: false }
+            Due { id: *id, changes: std::mem::take(&mut l.queue), is_returned: false }
         });
         due.collect()
     }
 
-    /// Ends the work on what was taken.
+    /// Returns what was taken.
     pub fn finish(&mut self, done: Vec<Due>) {
         let mut to_wake = Vec::new();
         let mut published = self.inner.events.published.lock();
         for mut due in done {
             let Some(listener) = published.listeners.get_mut(&due.id) else { continue };
             let is_claimed = matches!(listener.taker, Taker::FeedAtWork { is_claimed: true });
-            // The end of a subscription that lags is its own thread's to tell.
-            let is_returned = is_claimed || due.is_given_back || !due.changes.is_empty() || listener.lag.is_some();
+            // A lagging subscription is ended by its own thread.
+            let is_returned = is_claimed || due.is_returned || !due.changes.is_empty() || listener.lag.is_some();
             due.changes.append(&mut listener.queue);
             listener.queue = due.changes;
-            listener.taker = if is_returned { Taker::Itself } else { Taker::Feed };
+            listener.taker = if is_returned { Taker::Own } else { Taker::Feed };
             if is_returned {
                 to_wake.push(listener.fd.clone());
             }
@@ -85,8 +89,8 @@ impl Drop for Feed {
         let mut to_wake = Vec::new();
         let mut published = self.inner.events.published.lock();
         published.feed = None;
-        for listener in published.listeners.values_mut().filter(|l| l.taker != Taker::Itself) {
-            listener.taker = Taker::Itself;
+        for listener in published.listeners.values_mut().filter(|l| l.taker != Taker::Own) {
+            listener.taker = Taker::Own;
             to_wake.push(listener.fd.clone());
         }
         drop(published);

@@ -1,19 +1,20 @@
-//! Decides which ended operations are kept: so many of each uid, so many in all, and every one that a key stands for.
+//! Decides which ended operations are kept: a limited number per uid and in all, and every
+//! operation that an idempotency key refers to.
 
 use super::OpRow;
 use crate::ids::OpId;
 use crate::uids::Retention;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// When it ended, and its id: in this order the oldest goes first.
+/// The time of its end, and its ID. The oldest operation is removed first.
 type EndedKey = (u64, OpId);
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct OpHistory {
-    /// Ended operations that no key stands for, per uid.
+    /// Ended operations without a key, per uid.
     free: BTreeMap<u32, BTreeSet<EndedKey>>,
     free_total: usize,
-    /// How many keys stand for an operation, ended or not.
+    /// The number of keys that refer to an operation, ended or not.
     keyed: BTreeMap<OpId, usize>,
 }
 
@@ -37,7 +38,7 @@ impl OpHistory {
         }
     }
 
-    /// A key stands for the operation from now on. `row` is the operation, where there is one.
+    /// Records that another key refers to the operation. `row` is the operation, if it exists.
     pub(super) fn key_added(&mut self, op: &OpId, row: Option<&OpRow>) {
         *self.keyed.entry(op.clone()).or_default() += 1;
         if let Some(row) = row {
@@ -45,7 +46,7 @@ impl OpHistory {
         }
     }
 
-    /// One key less stands for the operation.
+    /// Records that one key less refers to the operation.
     pub(super) fn key_removed(&mut self, op: &OpId, row: Option<&OpRow>) {
         let Some(keys) = self.keyed.get_mut(op) else { return };
         *keys -= 1;
@@ -57,7 +58,9 @@ impl OpHistory {
         }
     }
 
-    /// The operation that goes first, when there are too many of `uid` or in all. Root's make room only for root's.
+    /// The operation to remove next, if `uid` has too many or there are too many in all. In the
+    /// latter case it belongs to the user with the most. Operations of root are removed only if no
+    /// other user has any.
     pub(super) fn to_prune(&self, uid: u32, retention: Retention) -> Option<&OpId> {
         let oldest = |uid: u32| self.free.get(&uid)?.first().map(|(_, id)| id);
         if self.free.get(&uid).is_some_and(|theirs| theirs.len() > retention.per_uid_max) {

@@ -1,11 +1,11 @@
-//! Table `idempotency`: which operation a caller's key stands for.
+//! Table `idempotency`: the operation that a caller's key refers to.
 
 use super::sql::{self, json};
 use crate::ids::OpId;
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 
-/// Live keys of one uid.
+/// Limit of live keys per uid.
 pub const KEYS_PER_UID_MAX: usize = 4096;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -13,7 +13,8 @@ pub const KEYS_PER_UID_MAX: usize = 4096;
 pub struct KeyRow {
     pub uid: u32,
     pub key: String,
-    /// Of method and parameters: the same key with others is `idempotency_conflict`.
+    /// Hash of method and parameters. If they differ for the same key, the call fails with
+    /// `idempotency_conflict`.
     pub params_hash: String,
     pub op: OpId,
     /// Seconds since the epoch.

@@ -1,5 +1,6 @@
 //! Table `ledger`: every host resource that may exist, by a name with which it can be found again.
-//! An intent is durable before the resource is acquired, facts follow, and the row is struck once it is gone.
+//! A row is durable before its resource is acquired, facts may be added, and the row is deleted
+//! once the resource is gone.
 
 use super::sql::{self, json};
 use crate::ids::VmId;
@@ -12,11 +13,11 @@ pub struct LedgerRow {
     pub id: u64,
     pub vm: Option<VmId>,
     pub generation: u64,
-    /// `process`, `directory`, `disk`, `socket`.
+    /// For example `process` or `directory`.
     pub kind: String,
-    /// How it is found on the host: a path, a tag, a device name.
+    /// How it is found on the host: a path, a tag, or a device name.
     pub name: String,
-    /// What was learnt when it was acquired: pid, device numbers.
+    /// What was found out when it was acquired, such as a pid or device numbers.
     pub facts: Option<serde_json::Value>,
 }
 

@@ -1,4 +1,4 @@
-//! Table `meta`: single values of the daemon's own, by name.
+//! Table `meta`: single values of the daemon itself, by name.
 
 use super::sql;
 use crate::error::Result;

@@ -1,23 +1,26 @@
-//! The store: all state in memory, every change of it in SQLite before anybody is told that it happened.
+//! The store keeps all state in memory, and writes every change to SQLite before anybody learns
+//! that it happened.
 //!
-//! One leaf section makes {validate, change memory, publish, enqueue the rows} atomic, so the order of rows is the order
-//! of effects. One writer commits all changes that wait as one transaction (WAL,
-//! `synchronous=FULL`). A caller that waits for its change runs the writer on its own thread if
-//! nobody else does; otherwise a thread of the store runs it (`turn.rs`). Reads come from memory,
-//! may show what is not yet durable, and never wait for the disk.
+//! Under one leaf lock a change is validated, applied to memory, published to watchers and
+//! enqueued, so the order of rows is the order of effects. One writer commits all queued changes as
+//! one transaction (WAL, `synchronous=FULL`). A caller that waits for its change runs the writer on
+//! its own thread if no other thread does; otherwise a thread of the store runs it (`turn.rs`).
+//! Reads come from memory, may show what is not yet durable, and never wait for the disk.
 //!
 //! A commit is one write and one fdatasync(2). SQLite's writes to the write-ahead log are joined
 //! (`vfs.rs`). The log is made long enough beforehand (`schema::extend_log`), so that a commit only
 //! overwrites blocks and fdatasync(2) has no metadata to write. The store's thread folds the log
 //! into the database file after a batch was answered.
 //!
-//! When a commit fails, everyone waiting for it or behind it gets the error, memory goes back to the last durable
-//! state, and the store is read-only until a probe, a real commit, succeeds. A caller that got the error of a failed
-//! commit knows that the change is undone in this daemon; if the daemon is killed before the next commit succeeds, the
-//! whole failed batch may be found on disk after all, as with any database.
+//! If a commit fails, all callers that wait for it or for a later change get the error. Memory
+//! returns to the last durable state, and the store is read-only until a probe, which is a real
+//! commit, succeeds. A caller that got the error knows that the change is undone in this daemon.
+//! But if the daemon is killed before the next successful commit, the whole failed batch may be on
+//! disk after all, as with any database.
 //!
-//! The number of a change, its `seq`, is its place in the order of all changes, over restarts, too. Numbers only grow; those
-//! of failed changes are left out. Durable changes are published under their numbers: see `events.rs`.
+//! The number of a change, its `seq`, is its position in the order of all changes, also across
+//! restarts. Numbers only grow, and those of failed changes are not reused. Durable changes are
+//! published under their numbers: see `events.rs`.
 
 mod batch;
 mod change;
@@ -47,7 +50,7 @@ mod workspace;
 mod writer;
 
 pub use batch::Ticket;
-pub use events::{Happened, KEPT_MAX, Next, OpEnd, QUEUE_MAX, Seen, Start, Subscription, VmChange};
+pub use events::{KEPT_MAX, Next, OpEnd, QUEUE_MAX, Seen, Start, StoreChange, Subscription, VmChange};
 pub use feed::{Due, Feed};
 pub use key::{KEYS_PER_UID_MAX, KeyRow};
 pub use ledger::LedgerRow;
@@ -74,12 +77,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use writer::Writer;
 
-/// Changes that wait for the disk; beyond that a change that is not essential is refused.
+/// Limit of changes that wait for the disk. If it is reached, changes that are not essential are
+/// refused.
 pub const QUEUE_CHANGES_MAX: usize = 16_384;
 /// How long [`Store::change_durable`] waits for the disk.
 pub const DURABLE_WAIT: Duration = Duration::from_secs(60);
 
-/// Whether changes are taken.
+/// Whether the store accepts changes.
 enum Mode {
     Writable,
     ReadOnly(Failure),
@@ -91,20 +95,20 @@ impl Mode {
     }
 }
 
-/// What the one lock guards.
+/// What the store's lock protects.
 struct Core {
     state: State,
     retention: Retention,
-    /// Of the last change.
+    /// The number of the last change.
     seq: u64,
     ledger_next: u64,
     queue: Batch,
     /// The batch that is being written.
     in_flight: Option<Arc<Outcome>>,
     mode: Mode,
-    /// Here while nobody writes, and until the store is closed. See `turn.rs`.
+    /// The writer, while no thread uses it and the store is not closed. See `turn.rs`.
     writer: Option<Box<Writer>>,
-    /// The store's thread is asked to write what waits.
+    /// True if the store's thread should write the queue.
     is_thread_wanted: bool,
     probe_now: bool,
     closing: bool,
@@ -115,7 +119,7 @@ impl Core {
     /// Undoes changes, the last one first.
     fn revert(&mut self, changes: Vec<Change>) {
         for mut change in changes.into_iter().rev() {
-            self.watchers.tell(&change.steps);
+            self.watchers.notify(&change.steps);
             tx::revert(&mut self.state, &mut change.steps);
         }
     }
@@ -135,41 +139,42 @@ struct Inner {
     faults: faults::Faults,
 }
 
-/// How much went through.
+/// Counters of the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stats {
-    /// Commits that succeeded, and the changes in them.
+    /// Successful commits, and the changes in them.
     pub batches: u64,
     pub changes: u64,
-    /// Changes that wait for the disk now.
+    /// Changes that are waiting for the disk.
     pub queued: usize,
     pub read_only: bool,
 }
 
-/// A handle; clones share one store.
+/// A handle on a store. Clones share the store.
 #[derive(Clone)]
 pub struct Store(Arc<Handle>);
 
 struct Handle {
     inner: Arc<Inner>,
-    // Taken by whoever closes; never held with the other lock of the rank.
+    // Taken by `close`. Never held together with the other lock of the same rank.
     writer: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Store {
-    /// Opens the database in `dir`, which exists, belongs to this user and is writable by nobody else. On a full disk
-    /// an existing store opens read-only and recovers by itself.
+    /// Opens the database in `dir`, which must exist, belong to this user and be writable by nobody
+    /// else. On a full disk an existing store opens read-only and recovers automatically.
     ///
     /// # Errors
-    /// `store_refused`: damaged, foreign, newer, in use, or open to others. `host` and `disk_full`: it cannot be made.
+    /// `store_refused` if it is damaged, foreign, newer, in use, or open to others; `host` and
+    /// `disk_full` if it cannot be made.
     pub fn open(dir: &Path) -> Result<Store> {
         Self::open_keeping(dir, crate::uids::RETENTION)
     }
 
-    /// [`Store::open`] with other bounds on the ended operations that are kept.
+    /// Like [`Store::open`], with other limits for the ended operations that are kept.
     ///
     /// # Errors
-    /// As [`Store::open`].
+    /// Those of [`Store::open`].
     pub fn open_keeping(dir: &Path, retention: Retention) -> Result<Store> {
         let connection = schema::open(dir, &schema::migrations())?;
         let (state, install_id, seq) =
@@ -209,17 +214,18 @@ impl Store {
         Ok(Store(Arc::new(Handle { inner, writer: Mutex::new(Rank::Store, Some(thread)) })))
     }
 
-    /// Of this state directory, made once: part of every name that we give to a host resource.
+    /// The ID of this state directory, which is made once and is part of every name on the host.
     pub fn install_id(&self) -> &str {
         &self.0.inner.install_id
     }
 
-    /// Looks at memory. Nothing in `look` may block or take a lock.
+    /// Reads the state in memory. `look` must not block or take a lock.
     pub fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
         look(&self.0.inner.core.lock().state)
     }
 
-    /// Told of every change, or of those of one VM, as memory has it: durable or not. See [`Store::subscribe`].
+    /// Returns an eventfd that becomes readable after every change, or after those of one VM. The
+    /// changes may not be durable yet. See also [`Store::subscribe`].
     ///
     /// # Errors
     /// `exhausted` when there is no descriptor for it.
@@ -227,8 +233,8 @@ impl Store {
         self.0.inner.core.lock().watchers.add(vm)
     }
 
-    /// Given every change that is durable, in the order of their numbers, as far as it concerns an owner whom `sees` lets
-    /// through. `since`: only later ones. Nothing in `sees` may block or take a lock.
+    /// Subscribes to durable changes, in the order of their numbers, that concern an owner for whom
+    /// `sees` returns true. With `since`, only to later ones. `sees` must not block or take a lock.
     ///
     /// # Errors
     /// `exhausted` when there is no descriptor for it.
@@ -236,15 +242,16 @@ impl Store {
         Subscription::new(self.0.inner.clone(), since, Box::new(sees))
     }
 
-    /// What passes changes on for subscriptions that are lent. There is one at a time.
+    /// Returns the feed, which serves the subscriptions that are lent to it. Only one can exist at
+    /// a time.
     ///
     /// # Errors
-    /// `exhausted` when there is no descriptor for it; `internal` when there is one already.
+    /// `exhausted` if there are no descriptors left; `internal` if the feed exists already.
     pub fn feed(&self) -> Result<Feed> {
         Feed::new(self.0.inner.clone())
     }
 
-    /// None while changes are taken, else why not.
+    /// Returns why the store is read-only, or `None` if it is writable.
     pub fn read_only(&self) -> Option<Error> {
         match &self.0.inner.core.lock().mode {
             Mode::Writable => None,
@@ -252,8 +259,8 @@ impl Store {
         }
     }
 
-    /// Probes a read-only store now and waits until it takes changes. False when the deadline came first. Opens
-    /// `Rank::DurableWait`.
+    /// Probes a read-only store now, and waits until it is writable. Returns false at the deadline.
+    /// Opens `Rank::DurableWait`.
     pub fn wait_writable(&self, deadline: Instant) -> bool {
         let _waiting = region(Rank::DurableWait);
         let inner = &self.0.inner;
@@ -264,7 +271,7 @@ impl Store {
         !core.mode.is_read_only()
     }
 
-    /// Of the last change.
+    /// The number of the last change.
     pub fn seq(&self) -> u64 {
         self.0.inner.core.lock().seq
     }
@@ -280,7 +287,8 @@ impl Store {
         }
     }
 
-    /// Writes what waits and ends the writer. Reads still work; changes get `shutting_down`. Opens `Rank::DurableWait`.
+    /// Writes the queue and ends the writer. Reads still work; changes get `shutting_down`. Opens
+    /// `Rank::DurableWait`.
     pub fn close(&self) {
         let _waiting = region(Rank::DurableWait);
         self.0.close();

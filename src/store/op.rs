@@ -1,11 +1,11 @@
-//! Table `ops`: operations that run, and the last ones that ended.
+//! Table `ops`: running operations, and the last ones that ended.
 
 use super::sql::{self, json};
 use crate::api::op::Op;
 use crate::ids::OpId;
 use rusqlite::{Connection, params};
 
-/// As the wire shows it: nothing more is known of an operation after a restart.
+/// An operation as the API shows it. Nothing more is known of it after a restart.
 pub type OpRow = Op;
 
 pub(super) const CREATE: &str = "CREATE TABLE ops (id TEXT PRIMARY KEY, body TEXT NOT NULL) STRICT;";

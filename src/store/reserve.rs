@@ -1,13 +1,15 @@
-//! A file of real blocks that is given up when the disk is full, so that deletes can still be written down.
+//! Reserves blocks of the disk in a file. It is removed when the disk is full, so that deletes can
+//! still be recorded.
 
 use crate::error::{Error, Result};
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// Far above what a delete writes: its rows and the pages they lie on.
+/// Far more than a delete writes: its rows and their pages.
 pub const RESERVE_BYTES: u64 = 4 << 20;
-/// Free space beside the reserve before a store that met a full disk takes changes again.
+/// Free space, in addition to the reserve, that a store needs after a full disk before it becomes
+/// writable.
 pub(super) const PROBE_FREE_BYTES: u64 = 1 << 20;
 
 pub(super) struct Reserve {
@@ -20,7 +22,7 @@ impl Reserve {
         Self { dir: dir.to_owned(), held: false }
     }
 
-    /// Takes the blocks, unless they are held.
+    /// Reserves the blocks, unless they are held already.
     ///
     /// # Errors
     /// `disk_full`, or `host`.
@@ -42,7 +44,7 @@ impl Reserve {
         let mut file = std::fs::File::from(fd);
         match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, RESERVE_BYTES) {
             Ok(()) => {}
-            // No fallocate on this file system: bytes do.
+            // This file system has no fallocate, so write bytes.
             Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
                 let zeros = vec![0u8; 64 * 1024];
                 for _ in 0..RESERVE_BYTES / zeros.len() as u64 {
@@ -54,7 +56,7 @@ impl Reserve {
         file.sync_all()
     }
 
-    /// Gives the blocks back to the file system. True when there were any.
+    /// Releases the blocks to the file system. Returns true if there were any.
     pub(super) fn release(&mut self) -> bool {
         let had = std::mem::replace(&mut self.held, false);
         match std::fs::remove_file(self.dir.join("reserve")) {
@@ -63,7 +65,7 @@ impl Reserve {
         }
     }
 
-    /// What is free in the file system; `None` when it does not say.
+    /// The free bytes of the file system. `None` if it does not tell.
     pub(super) fn free_bytes(&self) -> Option<u64> {
         let stat = rustix::fs::statvfs(&self.dir).ok()?;
         let blocks = if rustix::process::geteuid().is_root() { stat.f_bfree } else { stat.f_bavail };

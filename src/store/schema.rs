@@ -1,4 +1,5 @@
-//! The database file: made once, opened with every check, migrated step by step, never made anew in silence.
+//! The database file. It is made once, checked whenever it is opened, and migrated step by step. It
+//! is never silently replaced.
 
 use super::sql::refused;
 use super::{key, ledger, meta, op, snapshot, vfs, vm, workspace};
@@ -13,19 +14,21 @@ use std::time::Duration;
 pub(super) const FILE_NAME: &str = "fcd.db";
 /// `PRAGMA application_id` of our files: `fcd1` (sqlite.org/pragma.html#pragma_application_id).
 pub(super) const APPLICATION_ID: i32 = 0x6663_6431;
-/// How long somebody else's lock on the file is waited for at open.
+/// How long opening waits for another process's lock on the file.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
-/// Frames in the write-ahead log after which it is folded into the database file and written from its start again.
+/// After this many frames, the write-ahead log is folded into the database file and written from
+/// its start again.
 pub(super) const LOG_FRAMES: u32 = 250;
-/// The log is made this long beforehand and is cut back to this length when a large commit made it longer. It has room for
-/// [`LOG_FRAMES`] pages of 4 KiB with their headers.
+/// The log is made this long in advance, and cut back to this length after a large commit. It has
+/// room for [`LOG_FRAMES`] pages of 4 KiB with their headers.
 pub(super) const LOG_BYTES: u64 = 1 << 20;
-/// Statements that a connection keeps prepared: more than the tables have.
+/// How many prepared statements a connection keeps. This is more than the tables need.
 const STATEMENTS_MAX: usize = 32;
 /// Hexadecimal digits of an install id.
 pub const INSTALL_ID_LEN: usize = 8;
 
-/// Index `i` brings version `i` to `i + 1`. A change of a row's shape is a new entry; entries never change.
+/// The entry with index `i` migrates version `i` to `i + 1`. If the shape of a row changes, add an
+/// entry. Never change one.
 pub(super) fn migrations() -> Vec<String> {
     let info = "CREATE TABLE store_info (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;";
     let first = [info, vm::CREATE, workspace::CREATE, op::CREATE, ledger::CREATE, key::CREATE, meta::CREATE].concat();
@@ -41,11 +44,11 @@ pub(super) fn migrations() -> Vec<String> {
     std::iter::once(first).chain(later.map(str::to_owned)).collect()
 }
 
-/// Opens `dir/fcd.db`, makes it when there is none.
+/// Opens `dir/fcd.db`, and creates it if it does not exist.
 ///
 /// # Errors
-/// `store_refused` for whatever is not a sound database of ours, of this version or an older one; the file is left as
-/// it is.
+/// `store_refused` if the file is not a sound database of fcd, of this version or an older one. The
+/// file is not changed.
 pub(super) fn open(dir: &Path, migrations: &[String]) -> Result<Connection> {
     check_dir(dir)?;
     let path = dir.join(FILE_NAME);
@@ -59,9 +62,7 @@ pub(super) fn open(dir: &Path, migrations: &[String]) -> Result<Connection> {
     let open: String = info(&c, "open").map_err(|e| refuse(&path, e))?.unwrap_or_default();
     if open == "1" && !wal_was_there {
         let text = format!("open database {}: its write-ahead log {FILE_NAME}-wal is missing", path.display());
-        return Err(
-            refused(text).hint("the last changes were in it: put it back beside the database, or restore both from a copy")
-        );
+        return Err(refused(text).hint("the last changes were in it: restore it, or restore both files from a backup"));
     }
     migrate(&mut c, &path, migrations)?;
     Ok(c)
@@ -76,8 +77,8 @@ pub(super) fn reopen(dir: &Path) -> Result<Connection> {
     Ok(c)
 }
 
-/// A transaction of prepared statements, because to parse SQL takes longer than to run it. Dropped, it
-/// is rolled back.
+/// A transaction of prepared statements, because parsing SQL takes longer than running it. It is
+/// rolled back when it is dropped.
 pub(super) struct Transaction<'c>(&'c Connection);
 
 impl<'c> Transaction<'c> {
@@ -93,7 +94,8 @@ impl<'c> Transaction<'c> {
 
 impl Drop for Transaction<'_> {
     fn drop(&mut self) {
-        // True after a commit, and after an error for which SQLite has rolled back by itself.
+        // It is in autocommit mode after a commit, and after an error for which SQLite has rolled
+        // back.
         if !self.0.is_autocommit()
             && let Err(e) = self.0.execute_batch("ROLLBACK")
         {
@@ -115,18 +117,20 @@ pub(super) fn set_info(c: &Connection, name: &str, value: &str) -> rusqlite::Res
     .map(drop)
 }
 
-/// Says in the file that its log is not missing, and folds the log into it.
+/// Records that the log is not missing, and folds it into the file.
 pub(super) fn close(c: Connection) -> rusqlite::Result<()> {
     set_info(&c, "open", "0")?;
     c.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false)?;
     c.close().map_err(|(_, e)| e)
 }
 
-/// Makes the write-ahead log [`LOG_BYTES`] long, so that commits overwrite blocks which the file has already.
+/// Makes the write-ahead log [`LOG_BYTES`] long, so that commits overwrite blocks that the file has
+/// already.
 ///
-/// A commit that makes the file longer changes its size and its block map, so fdatasync(2) has to commit the file system's
-/// journal as well, which takes as long again. fallocate(2) does not help: the first write to each block that it reserved
-/// changes the block map, too. SQLite ignores what follows the last frame of a log.
+/// A commit that makes the file longer changes its size and its block map. Then fdatasync(2) also
+/// has to commit the file system's journal, which takes as long again. fallocate(2) does not help,
+/// because the first write to each reserved block changes the block map too. SQLite ignores what
+/// follows the last frame of a log.
 pub(super) fn extend_log(dir: &Path) -> std::io::Result<()> {
     let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mut file = std::fs::File::from(rustix::fs::open(wal_path(&dir.join(FILE_NAME)), flags, Mode::empty())?);
@@ -137,7 +141,7 @@ pub(super) fn extend_log(dir: &Path) -> std::io::Result<()> {
     }
     let written = file.write_all(&zeros).and_then(|()| file.sync_all());
     if written.is_err() {
-        // The room for it may be what is missing.
+        // The disk may be full, so release the space.
         let _ = file.set_len(len);
     }
     written
@@ -148,13 +152,13 @@ pub(super) fn fold_log(c: &Connection) -> rusqlite::Result<()> {
     c.prepare_cached("PRAGMA wal_checkpoint(PASSIVE)")?.query_row([], |_| Ok(()))
 }
 
-/// A database that cannot be used, with what to do about it.
+/// The error for a database that cannot be used, with a hint.
 pub(super) fn refuse(path: &Path, e: rusqlite::Error) -> Error {
     let shown = path.display();
     let hint = match e.sqlite_error_code() {
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => format!("see which process has it open: fuser -v {shown}"),
         Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
-            format!("the file is left as it is: move it away together with {shown}-wal, or put a good copy in its place")
+            format!("the file was not changed: move it away together with {shown}-wal, or restore a backup")
         }
         _ => "run fcctl doctor".to_owned(),
     };
@@ -175,7 +179,8 @@ fn path_exists(path: &Path) -> Result<bool> {
     }
 }
 
-/// Only its owner may put files into the directory, so what the checks saw is what SQLite opens.
+/// Checks that only the owner can put files into the directory. Then SQLite opens the file that was
+/// checked.
 fn check_dir(dir: &Path) -> Result<()> {
     let shown = dir.display();
     let stat = rustix::fs::stat(dir).map_err(|e| refused(format!("open state directory {shown}")).with_source(e))?;
@@ -189,13 +194,13 @@ fn check_dir(dir: &Path) -> Result<()> {
         );
     }
     if stat.st_mode & 0o022 != 0 {
-        let text = format!("others may write to state directory {shown}");
+        let text = format!("state directory {shown} is writable by others");
         return Err(refused(text).hint(format!("chmod go-w {shown}")));
     }
     Ok(())
 }
 
-/// A regular file of ours that has one name; its mode is mended.
+/// Checks that the file is a regular file of this user without other links, and corrects its mode.
 fn check_file(path: &Path) -> Result<()> {
     let shown = path.display();
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
@@ -203,21 +208,21 @@ fn check_file(path: &Path) -> Result<()> {
         let why = if e == rustix::io::Errno::LOOP { " (a symbolic link)" } else { "" };
         refused(format!("open database {shown}{why}")).hint("run fcctl doctor").with_source(e)
     })?;
-    let stat = rustix::fs::fstat(&fd).map_err(|e| refused(format!("look at database {shown}")).with_source(e))?;
+    let stat = rustix::fs::fstat(&fd).map_err(|e| refused(format!("inspect database {shown}")).with_source(e))?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || stat.st_nlink != 1 {
-        return Err(refused(format!("database {shown} is not a regular file with one name")).hint(format!("stat {shown}")));
+        return Err(refused(format!("database {shown} is not a regular file with one link")).hint(format!("stat {shown}")));
     }
     if stat.st_uid != rustix::process::geteuid().as_raw() {
         return Err(refused(format!("database {shown} belongs to uid {}", stat.st_uid)).hint(format!("stat {shown}")));
     }
     if stat.st_size == 0 {
-        let hint = format!("no version of fcd leaves it so: put a good copy back, or move {shown} away");
+        let hint = format!("fcd never leaves it empty: restore a backup, or move {shown} away");
         return Err(refused(format!("database {shown} is empty")).hint(hint));
     }
     if stat.st_mode & 0o077 != 0 {
-        log::warn!("database {shown} was open to others: its mode is 0600 now");
+        log::warn!("database {shown} was accessible to others; its mode is now 0600");
         rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR)
-            .map_err(|e| refused(format!("close database {shown} to others")).with_source(e))?;
+            .map_err(|e| refused(format!("restrict the mode of database {shown}")).with_source(e))?;
     }
     Ok(())
 }
@@ -229,12 +234,12 @@ fn connect(path: &Path) -> Result<Connection> {
         let c = Connection::open_with_flags_and_vfs(path, flags, vfs::NAME)?;
         c.busy_timeout(BUSY_TIMEOUT)?;
         c.set_prepared_statement_cache_capacity(STATEMENTS_MAX);
-        // Nobody else writes while we run: memory is the truth then.
+        // No other process writes while the daemon runs, so memory is authoritative.
         c.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
         c.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
         c.pragma_update(None, "synchronous", "FULL")?;
         c.pragma_update_and_check(None, "journal_size_limit", LOG_BYTES as i64, |_| Ok(()))?;
-        // The writer does it, after it has answered: see `fold_log`.
+        // The writer does this after it has answered: see `fold_log`.
         c.pragma_update_and_check(None, "wal_autocheckpoint", 0, |_| Ok(()))?;
         c.pragma_update(None, "trusted_schema", "OFF")?;
         // Only a clean close folds the log into the file and removes it: see `close`.
@@ -249,17 +254,17 @@ fn check_contents(c: &Connection, path: &Path, newest: usize) -> Result<()> {
     let shown = path.display();
     let number = |name: &str| c.pragma_query_value(None, name, |r| r.get::<_, i64>(0)).map_err(|e| refuse(path, e));
     if number("application_id")? != i64::from(APPLICATION_ID) {
-        let hint = format!("the file is left as it is: move {shown} away, or use another --state-dir");
+        let hint = format!("the file was not changed: move {shown} away, or use another --state-dir");
         return Err(refused(format!("database {shown} was not made by fcd")).hint(hint));
     }
     let version = number("user_version")?;
     if version < 1 || version > newest as i64 {
-        let text = format!("database {shown} has version {version}, this fcd knows up to {newest}");
-        return Err(refused(text).hint("install the newer fcd again: a database is never taken back to an older version"));
+        let text = format!("database {shown} has version {version}, but this fcd only supports versions up to {newest}");
+        return Err(refused(text).hint("install the newer fcd again, because a database cannot be downgraded"));
     }
     let verdict: String = c.query_row("PRAGMA quick_check(1)", [], |r| r.get(0)).map_err(|e| refuse(path, e))?;
     if verdict != "ok" {
-        let hint = format!("the file is left as it is: put a good copy in its place (ls {shown}.v*.bak)");
+        let hint = format!("the file was not changed: restore a backup (ls {shown}.v*.bak)");
         return Err(refused(format!("database {shown} is damaged: {verdict}")).hint(hint));
     }
     if c.is_readonly("main").map_err(|e| refuse(path, e))? {
@@ -268,17 +273,17 @@ fn check_contents(c: &Connection, path: &Path, newest: usize) -> Result<()> {
     Ok(())
 }
 
-/// Makes the file under another name first: `fcd.db` is whole or not there.
+/// Makes the file under another name first, so that `fcd.db` is either complete or missing.
 fn create(dir: &Path, path: &Path, migrations: &[String]) -> Result<()> {
     if path_exists(&wal_path(path))? {
-        let text = format!("database {} is missing, but its write-ahead log is there", path.display());
-        return Err(refused(text).hint(format!("put the database back; to start without it, move {FILE_NAME}-wal away")));
+        let text = format!("database {} is missing, but its write-ahead log exists", path.display());
+        return Err(refused(text).hint(format!("restore the database; to start without it, move {FILE_NAME}-wal away")));
     }
     let fresh = dir.join("fcd.db.new");
     for suffix in ["", "-wal", "-shm", "-journal"] {
         let _ = std::fs::remove_file(dir.join(format!("fcd.db.new{suffix}")));
     }
-    let doing = || format!("make database {}", path.display());
+    let doing = || format!("create database {}", path.display());
     make_file(&fresh).map_err(|e| Error::io(doing(), e))?;
     let fill = || -> rusqlite::Result<()> {
         let mut c = Connection::open_with_flags(&fresh, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
@@ -300,7 +305,7 @@ fn create(dir: &Path, path: &Path, migrations: &[String]) -> Result<()> {
     std::fs::rename(&fresh, path).and_then(|()| sync_dir(dir)).map_err(|e| Error::io(doing(), e))
 }
 
-/// A new file, 0600, that is nobody's link.
+/// Creates a file with mode 0600. Fails if the name exists.
 fn make_file(path: &Path) -> std::io::Result<()> {
     let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(CWD, path, flags, Mode::RUSR | Mode::WUSR)?;
@@ -312,7 +317,7 @@ pub(super) fn sync_dir(dir: &Path) -> std::io::Result<()> {
 }
 
 fn random_install_id() -> String {
-    // An id's digits are random bits: the first eight are as random as any.
+    // All digits of an ID are random, so the first eight will do.
     crate::ids::VmId::random().as_str()[..INSTALL_ID_LEN].to_owned()
 }
 
@@ -327,17 +332,17 @@ fn migrate(c: &mut Connection, path: &Path, migrations: &[String]) -> Result<()>
             tx.commit()
         };
         step(c).map_err(|e| {
-            let text = format!("bring database {} from version {from} to {}", path.display(), from + 1);
+            let text = format!("migrate database {} from version {from} to {}", path.display(), from + 1);
             refused(text)
-                .hint(format!("it is as it was before: run the older fcd, a copy is in {}.v{from}.bak", path.display()))
+                .hint(format!("it was not changed: run the older fcd; a backup is in {}.v{from}.bak", path.display()))
                 .with_source(e)
         })?;
-        log::info!("database {} is at version {} now, the old one is in {FILE_NAME}.v{from}.bak", path.display(), from + 1);
+        log::info!("database {} now has version {}; the old one is in {FILE_NAME}.v{from}.bak", path.display(), from + 1);
     }
     Ok(())
 }
 
-/// A copy of the database as it is, whole or not there.
+/// Copies the database. The copy is complete or does not exist.
 fn back_up(c: &Connection, path: &Path, version: usize) -> Result<()> {
     let copy = PathBuf::from(format!("{}.v{version}.bak", path.display()));
     let fresh = PathBuf::from(format!("{}.new", copy.display()));
@@ -347,12 +352,12 @@ fn back_up(c: &Connection, path: &Path, version: usize) -> Result<()> {
     let copy_all = || -> rusqlite::Result<()> {
         let mut to = Connection::open_with_flags(&fresh, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
         rusqlite::backup::Backup::new(c, &mut to)?.run_to_completion(256, Duration::ZERO, None)?;
-        // The copy has no write-ahead log that could be missing.
+        // In this mode the copy has no write-ahead log that could be missing.
         to.pragma_update_and_check(None, "journal_mode", "DELETE", |_| Ok(()))?;
         set_info(&to, "open", "0")?;
         to.close().map_err(|(_, e)| e)
     };
-    copy_all().map_err(|e| refused(doing()).hint("df -h, then start fcd again").with_source(e))?;
+    copy_all().map_err(|e| refused(doing()).hint("check the free space (df -h), then start fcd again").with_source(e))?;
     std::fs::rename(&fresh, &copy).map_err(|e| Error::io(doing(), e))?;
     path.parent().map_or(Ok(()), sync_dir).map_err(|e| Error::io(doing(), e))
 }

@@ -1,4 +1,4 @@
-//! Table `snapshots`: guests that were saved with their memory and disks. They outlive their VMs.
+//! Table `snapshots`: saved guests with their memory and disks. They outlive their VMs.
 
 use super::WorkspaceRow;
 use super::sql::{self, json};
@@ -7,8 +7,8 @@ use crate::ids::{ImageRef, KernelName, SnapshotId, SnapshotName, VmId, VmName};
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 
-/// What a VM was when it was saved, as far as a start from there must be the same. Any change of this shape is a new schema version:
-/// see `schema.rs`.
+/// A snapshot, with everything of its VM that must be the same in a restore. Any change of its
+/// members needs a new schema version: see `schema.rs`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotRow {
@@ -16,7 +16,7 @@ pub struct SnapshotRow {
     /// Unique among the rows.
     pub name: SnapshotName,
     pub owner_uid: u32,
-    /// It may be gone.
+    /// The VM may have been deleted.
     pub vm: VmId,
     pub vm_name: VmName,
     /// Seconds since the epoch.
@@ -33,22 +33,22 @@ pub struct SnapshotRow {
     pub rates: RateLimits,
     pub has_balloon: bool,
     pub balloon_mib: Option<u64>,
-    /// Its interface was a tap.
+    /// True if its network interface was a tap.
     pub on_bridge: bool,
-    /// The VMM that it ran on, as [`crate::vmm::Driver::describe`] has it.
+    /// The VMM that it ran on, as [`crate::vmm::Driver::describe`] reports it.
     pub driver: String,
-    /// The VMM's version; none if an earlier fcd saved the guest.
+    /// The VMM's version. `None` if an earlier fcd saved the guest.
     pub vmm_version: Option<String>,
     pub workspace: Option<WorkspaceRow>,
-    /// What its files take on the host.
+    /// How many bytes its files occupy on the host.
     pub bytes: u64,
 }
 
-/// Version 5.
+/// Schema version 5.
 pub(super) const CREATE: &str =
     "CREATE TABLE snapshots (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, body TEXT NOT NULL) STRICT;";
 
-/// A later version.
+/// A later schema version.
 pub(super) const ADD_VMM_VERSION: &str = "UPDATE snapshots SET body = json_set(body, '$.vmm_version', json('null'));";
 
 pub(super) fn save(c: &Connection, id: &SnapshotId, row: Option<&SnapshotRow>) -> rusqlite::Result<()> {

@@ -1,4 +1,5 @@
-//! What the tables share. A row is its key columns and its body as JSON: queries go to memory, never to SQL.
+//! Shared by the tables. A row consists of its key columns and its body as JSON. Queries use
+//! memory, never SQL.
 
 use crate::error::{Error, Kind, Result};
 use rusqlite::{Connection, Params};
@@ -16,7 +17,7 @@ pub(super) fn delete(c: &Connection, sql: &str, key: impl Params) -> rusqlite::R
     c.prepare_cached(sql)?.execute(key).map(drop)
 }
 
-/// Reads the bodies of one table; `sql` gives key and body as text.
+/// Reads the bodies of one table. `sql` selects key and body as text.
 pub(super) fn load<T: DeserializeOwned>(c: &Connection, table: &str, sql: &str) -> Result<Vec<T>> {
     let read = || -> rusqlite::Result<Vec<(String, String)>> {
         c.prepare(sql)?.query_map([], |r| Ok((r.get(0)?, r.get(1)?)))?.collect()

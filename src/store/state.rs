@@ -1,4 +1,5 @@
-//! The whole state in memory. Every effect is an [`Image`] that is applied and gives back what was there before.
+//! The whole state in memory. Every change of a row is an [`Image`]. Applying it returns the image
+//! of what was there before.
 
 mod ops;
 mod vms;
@@ -13,7 +14,7 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-/// One row as it is or is to be; `None` where there is none.
+/// The contents of one row. `None` means that it does not exist.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Image {
     Vm(VmId, Option<Arc<VmRow>>),
@@ -26,7 +27,7 @@ pub(super) enum Image {
 }
 
 impl Image {
-    /// Which row this is, across the tables.
+    /// Identifies the row across all tables.
     pub(super) fn row_key(&self) -> (u8, String) {
         match self {
             Image::Vm(id, _) => (0, id.to_string()),
@@ -51,7 +52,7 @@ impl Image {
         }
     }
 
-    /// The VM that this row is about.
+    /// The VM that the row belongs to.
     pub(super) fn vm(&self) -> Option<&VmId> {
         match self {
             Image::Vm(id, _) | Image::Workspace(id, _) => Some(id),
@@ -74,21 +75,23 @@ impl Image {
     }
 }
 
-/// A VM's place in the order of listings: when it was created, in seconds since the epoch, and its id.
+/// A VM's position in listings: the time of its creation, in seconds since the epoch, and its ID.
 pub type Age = (u64, VmId);
 
 fn age(row: &VmRow) -> Age {
     (row.created_at, row.id.clone())
 }
 
-/// All rows, and the ways to find them. Rows are shared: clone the `Arc` to take one out of [`super::Store::read`].
+/// All rows, with indexes. Rows are shared: clone the `Arc` to take one out of
+/// [`super::Store::read`].
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct State {
     vms: BTreeMap<VmId, Arc<VmRow>>,
     names: HashMap<VmName, VmId>,
     slots: BTreeSet<u32>,
-    /// Every VM by age, the oldest first; and the same per owner. They hold the rows, because looking up each VM of a long list
-    /// by its id costs more than the rest of the list.
+    /// All VMs by age, the oldest first, and the same per owner. These maps hold the rows
+    /// themselves, because looking up every VM of a long list by its ID would cost more than the
+    /// rest of the list.
     ages: BTreeMap<Age, Arc<VmRow>>,
     owners: BTreeMap<u32, BTreeMap<Age, Arc<VmRow>>>,
     workspaces: BTreeMap<VmId, Arc<WorkspaceRow>>,
@@ -121,7 +124,7 @@ impl State {
         self.ledger.get(&id)
     }
 
-    /// In the order in which they were intended.
+    /// In the order in which they were added.
     pub fn ledger(&self) -> impl DoubleEndedIterator<Item = &Arc<LedgerRow>> {
         self.ledger.values()
     }
@@ -134,7 +137,7 @@ impl State {
         self.meta.get(name).map(|v| &**v)
     }
 
-    /// The names of all values of the daemon's own.
+    /// The names of all values in table `meta`.
     pub fn metas(&self) -> impl Iterator<Item = &str> {
         self.meta.keys().map(String::as_str)
     }
@@ -156,7 +159,7 @@ impl State {
         self.ledger.keys().next_back().copied().unwrap_or(0)
     }
 
-    /// Puts the row in place and gives back what was there.
+    /// Stores the row and returns what was there before.
     pub(super) fn apply(&mut self, image: Image) -> Image {
         match image {
             Image::Vm(id, row) => {
@@ -208,7 +211,8 @@ impl State {
             }
             Image::Key(key, row) => {
                 let before = set(&mut self.keys, key.clone(), row.clone());
-                // First added, then removed: what both stand for is not free in between.
+                // Add the new key before removing the old one, so that an operation of both is not
+                // removable in between.
                 if let Some(r) = &row {
                     self.history.key_added(&r.op, self.ops.get(&r.op).map(|op| &**op));
                 }
@@ -222,7 +226,7 @@ impl State {
         }
     }
 
-    /// All that the database holds. Rows that contradict each other are refused.
+    /// Loads everything from the database. Contradictory rows are refused.
     pub(super) fn load(c: &Connection) -> Result<State> {
         let mut state = State::default();
         for row in vm::load(c)? {
@@ -233,7 +237,7 @@ impl State {
         }
         for row in workspace::load(c)? {
             if !state.vms.contains_key(&row.vm) {
-                return Err(super::sql::refused(format!("a workspace belongs to VM {}, which is not there", row.vm)));
+                return Err(super::sql::refused(format!("a workspace belongs to VM {}, which does not exist", row.vm)));
             }
             state.apply(Image::Workspace(row.vm.clone(), Some(row.into())));
         }

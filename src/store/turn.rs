@@ -1,10 +1,10 @@
-//! Whose turn it is to write.
+//! Decides which thread writes.
 //!
 //! There is one [`Writer`], and the thread that has taken it out of the store's core writes. A
-//! caller that waits for its change takes it, if nobody else has it, and commits all changes that
-//! wait on its own thread: to wake another thread and to be woken by it would take half as long as
-//! the fdatasync(2) itself. The store's own thread writes what nobody waits for and what came while
-//! somebody else wrote, folds the log, and probes a store that is read-only.
+//! caller that waits for its change takes the writer if it is free, and commits all waiting changes
+//! on its own thread. Waking another thread and being woken by it would take half as long as the
+//! fdatasync(2) itself. The store's own thread writes changes that nobody waits for, and those that
+//! arrive while another thread writes. It also folds the log and probes a read-only store.
 
 use super::batch::{Batch, Failure, Outcome};
 use super::writer::Writer;
@@ -12,7 +12,7 @@ use super::{Core, Inner};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The store's thread looks around so often even when nobody calls.
+/// How often the store's thread wakes up if nobody calls.
 const IDLE: Duration = Duration::from_secs(600);
 /// A caller with less time than this leaves the write to the store's thread, because a system call
 /// that waits for the disk does not end at a deadline.
@@ -25,7 +25,7 @@ enum Work {
     Close,
 }
 
-/// The writer, until it is put back.
+/// Holds the writer. It is put back when this is dropped.
 struct Turn<'a> {
     inner: &'a Inner,
     writer: Option<Box<Writer>>,
@@ -33,7 +33,7 @@ struct Turn<'a> {
 
 impl Turn<'_> {
     fn writer(&mut self) -> &mut Writer {
-        self.writer.as_mut().expect("taken only by `close`")
+        self.writer.as_mut().expect("only `close` takes it")
     }
 
     fn close(mut self) {
@@ -48,7 +48,7 @@ impl Drop for Turn<'_> {
         let Some(writer) = self.writer.take() else { return };
         let mut core = self.inner.core.lock();
         core.writer = Some(writer);
-        // Nobody knows what a panic left undone.
+        // The state after a panic is unknown, so the store closes.
         core.closing |= std::thread::panicking();
         let is_thread_due = core.has_work() || core.mode.is_read_only();
         drop(core);
@@ -59,7 +59,7 @@ impl Drop for Turn<'_> {
 }
 
 impl Core {
-    /// Whether there is something for the store's thread to do now.
+    /// True if the store's thread has something to do now.
     fn has_work(&self) -> bool {
         let is_asked = self.closing || self.probe_now || (self.is_thread_wanted && !self.queue.is_empty());
         self.writer.as_ref().is_some_and(|writer| is_asked || writer.has_chores())
@@ -69,7 +69,7 @@ impl Core {
         self.mode.is_read_only() && self.writer.is_some()
     }
 
-    /// All that waits, from now on in flight.
+    /// Takes all waiting changes and marks them as in flight.
     fn begin_batch(&mut self) -> Batch {
         let batch = std::mem::take(&mut self.queue);
         self.in_flight = Some(batch.outcome.clone());
@@ -77,8 +77,8 @@ impl Core {
         batch
     }
 
-    /// The writer, for a caller that writes by itself. None: it is in use, or has to do first what
-    /// a caller does not do.
+    /// Takes the writer for a caller that writes. `None` if it is in use, or has something to do
+    /// that callers do not do.
     fn take_writer(&mut self) -> Option<Box<Writer>> {
         let is_free = !self.closing && !self.mode.is_read_only();
         self.writer.take_if(|writer| is_free && !writer.has_chores())
@@ -86,8 +86,8 @@ impl Core {
 }
 
 impl Inner {
-    /// Has the batch of `outcome` written, unless that has begun: by this thread, if it can spare
-    /// the time until `deadline` and nobody else writes, else by the store's.
+    /// Has the batch of `outcome` written, unless that has begun. This thread writes it if it has
+    /// enough time until `deadline` and no other thread writes; else the store's thread does.
     pub(super) fn write_or_ask(&self, outcome: &Arc<Outcome>, deadline: Instant) {
         let may_write = deadline.saturating_duration_since(Instant::now()) >= OWN_WRITE_TIME_MIN;
         let mut core = self.core.lock();
@@ -106,7 +106,7 @@ impl Inner {
         Turn { inner: self, writer }.writer().commit(self, batch);
     }
 
-    /// What the store's thread does until the store is closed.
+    /// The loop of the store's thread, until the store is closed.
     pub(super) fn write_until_closed(&self) {
         let _end = End(self);
         loop {
@@ -114,7 +114,7 @@ impl Inner {
             match work {
                 Work::Batch(batch) => turn.writer().commit(self, batch),
                 Work::Chores => turn.writer().do_chores(self),
-                Work::Probe => turn.writer().probe_and_tell(self),
+                Work::Probe => turn.writer().probe_and_report(self),
                 Work::Close => return turn.close(),
             }
         }
@@ -146,7 +146,7 @@ impl Inner {
     }
 }
 
-/// The end of the store's thread. Whatever ends it, nobody waits for it for ever.
+/// Ends the store when its thread ends for any reason, so that nobody waits for it forever.
 struct End<'a>(&'a Inner);
 
 impl Drop for End<'_> {

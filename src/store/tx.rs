@@ -1,4 +1,4 @@
-//! One change: reads see its own writes, and an error or a panic undoes all of it.
+//! A transaction. Its reads see its own writes, and an error or a panic undoes all of it.
 
 mod ops;
 mod vms;
@@ -11,14 +11,14 @@ use crate::uids::Retention;
 use std::ops::Deref;
 use std::sync::Arc;
 
-/// One row's change: what it was and what it is.
+/// The change of one row: its contents before and after.
 #[derive(Clone, Debug)]
 pub(super) struct Step {
     pub(super) before: Image,
     pub(super) after: Image,
 }
 
-/// The change that is being made. All of [`State`]'s lookups are its own, too.
+/// The transaction in progress. All lookups of [`State`] work on it too.
 pub struct Tx<'a> {
     state: &'a mut State,
     ledger_next: &'a mut u64,
@@ -34,7 +34,7 @@ impl Deref for Tx<'_> {
 }
 
 impl Drop for Tx<'_> {
-    /// What was not finished never was.
+    /// Undoes a transaction that was not finished.
     fn drop(&mut self) {
         revert(self.state, &mut self.steps);
     }
@@ -63,8 +63,8 @@ impl<'a> Tx<'a> {
         }
     }
 
-    /// Writes down that a host resource may exist from now on; wait for the change before acquiring it. Ids are
-    /// never used twice in a daemon's life.
+    /// Records that a host resource may exist from now on. Wait for the change before acquiring the
+    /// resource. IDs are never reused while the daemon lives.
     pub fn intend(&mut self, vm: Option<&VmId>, generation: u64, kind: &str, name: impl Into<String>) -> u64 {
         let id = *self.ledger_next;
         *self.ledger_next += 1;
@@ -73,20 +73,20 @@ impl<'a> Tx<'a> {
         id
     }
 
-    /// What was learnt of a resource when it was acquired.
+    /// Adds what was found out when the resource was acquired.
     ///
     /// # Errors
-    /// `internal` when the row is struck already.
+    /// `internal` if the row does not exist.
     pub fn record_facts(&mut self, id: u64, facts: serde_json::Value) -> Result<()> {
         let Some(row) = self.ledger_row(id) else {
-            return Err(Error::internal(format!("ledger row {id} is not there")));
+            return Err(Error::internal(format!("ledger row {id} does not exist")));
         };
         let row = LedgerRow { facts: Some(facts), ..LedgerRow::clone(row) };
         self.apply(Image::Ledger(id, Some(Arc::new(row))));
         Ok(())
     }
 
-    /// The resource is gone. False when it was struck before.
+    /// Deletes a ledger row, because its resource is gone. Returns false if it was deleted before.
     pub fn strike(&mut self, id: u64) -> bool {
         let was = self.ledger_row(id).is_some();
         self.apply(Image::Ledger(id, None));

@@ -1,13 +1,13 @@
-//! How SQLite's writes to the write-ahead log reach the disk.
+//! Combines SQLite's writes to the write-ahead log.
 //!
-//! SQLite writes the header and the page of every frame of its log apart: eight system calls for a
-//! commit of four pages, which together take a tenth as long as the fdatasync(2) after them.
-//! [`register`] adds a VFS (sqlite.org/vfs.html) that collects writes to a log as long as each
-//! begins where the one before ended, and writes them as one piece before the log is synced, read
-//! or cut. Everything else goes to SQLite's own VFS. All other files are entirely its own.
+//! SQLite writes the header and the page of every frame of its log separately. A commit of four
+//! pages takes eight system calls, which together take a tenth as long as the fdatasync(2) after
+//! them. [`register`] adds a VFS (sqlite.org/vfs.html) that collects writes to a log as long as
+//! each begins where the previous one ended. It writes them as one piece before the log is synced,
+//! read or truncated. Everything else, and all other files, are left to SQLite's own VFS.
 //!
-//! This loses nothing: what SQLite has not synced may be lost with a crash anyway, and it learns of
-//! a failed write from the sync that caused it.
+//! This loses nothing, because what SQLite has not synced may be lost in a crash anyway. SQLite
+//! learns of a failed write from the sync that caused it.
 
 #![allow(unsafe_code)] // SQLite is a C library; its files are tables of functions.
 
@@ -17,26 +17,26 @@ use std::sync::OnceLock;
 
 /// The name of the VFS, for [`rusqlite::Connection::open_with_flags_and_vfs`].
 pub(super) const NAME: &CStr = c"fcd";
-/// Bytes that are collected before they are written. A longer transaction is written in several
-/// pieces. SQLite's own VFS writes at most 2^17 - 1 bytes at once and takes a longer write for a
+/// How many bytes are collected before they are written. A longer transaction is written in several
+/// pieces. SQLite's own VFS writes at most 2^17 - 1 bytes at once and reports a longer write as a
 /// full disk (`seekAndWriteFd` in `os_unix.c`).
 pub(super) const PIECE_BYTES_MAX: usize = 64 * 1024;
 
-/// What SQLite knows of an open log. The file of SQLite's own VFS follows it in memory.
+/// SQLite's view of an open log. The file of SQLite's own VFS follows it in memory.
 #[repr(C)]
 struct Log {
     base: sqlite3_file,
-    /// Owned: made when the log is opened and freed when it is closed.
+    /// Owned. It is allocated when the log is opened and freed when it is closed.
     piece: *mut Piece,
 }
 
-/// The bytes that were collected.
+/// The collected bytes.
 struct Piece {
     offset: sqlite3_int64,
     bytes: Vec<u8>,
 }
 
-/// The VFS that opens everything, SQLite's default. It is static memory of SQLite's, so its address
+/// SQLite's default VFS, which opens everything. It is static memory of SQLite, so its address
 /// stays valid.
 struct Default(*mut sqlite3_vfs);
 // SAFETY: SQLite never changes a registered VFS of its own, and its functions may be called by any
@@ -61,7 +61,7 @@ static METHODS: sqlite3_io_methods = sqlite3_io_methods {
     xFileControl: Some(file_control),
     xSectorSize: Some(sector_size),
     xDeviceCharacteristics: Some(device_characteristics),
-    // These belong to later versions. SQLite calls them for a database file only.
+    // These belong to later versions. SQLite calls them only for a database file.
     xShmMap: None,
     xShmLock: None,
     xShmBarrier: None,
@@ -70,11 +70,11 @@ static METHODS: sqlite3_io_methods = sqlite3_io_methods {
     xUnfetch: None,
 };
 
-/// Adds the VFS [`NAME`], once in a process.
+/// Adds the VFS [`NAME`], once per process.
 pub(super) fn register() {
     DEFAULT.get_or_init(|| {
-        // SAFETY: the default VFS is there after this call, which initialises SQLite. The copy
-        // lives for ever, because a registered VFS has to.
+        // SAFETY: the default VFS exists after this call, which initialises SQLite. The copy lives
+        // forever, as a registered VFS must.
         unsafe {
             let default = ffi::sqlite3_vfs_find(std::ptr::null());
             assert!(!default.is_null(), "SQLite has no default VFS");
@@ -105,7 +105,7 @@ unsafe extern "C" fn open(
         if flags & ffi::SQLITE_OPEN_WAL == 0 {
             return open(default.0, name, file, flags, out);
         }
-        // None: nothing is open, and SQLite does not close it.
+        // A null pointer means that nothing is open, so SQLite does not close it.
         (*file).pMethods = std::ptr::null();
         let status = open(default.0, name, beneath(file), flags, out);
         if status == ffi::SQLITE_OK {
@@ -120,13 +120,13 @@ unsafe extern "C" fn open(
 /// The file of SQLite's own VFS.
 ///
 /// # Safety
-/// `file` is where SQLite keeps a [`Log`].
+/// `file` points to a [`Log`] of SQLite.
 unsafe fn beneath(file: *mut sqlite3_file) -> *mut sqlite3_file {
     // SAFETY: see `open`.
     unsafe { file.cast::<Log>().add(1).cast() }
 }
 
-/// Calls a method of the file beneath, after what was collected was written.
+/// Writes the collected bytes, then calls a method of the file beneath.
 ///
 /// # Safety
 /// `file` is an open [`Log`].
@@ -134,7 +134,7 @@ unsafe fn after_flush(
     file: *mut sqlite3_file,
     call: impl FnOnce(&sqlite3_io_methods, *mut sqlite3_file) -> Option<c_int>,
 ) -> c_int {
-    // SAFETY: SQLite calls the methods of one file one after the other, so nobody else has its
+    // SAFETY: SQLite never calls two methods of one file at the same time, so nothing else uses its
     // piece.
     unsafe {
         let piece = &mut *(*file.cast::<Log>()).piece;
@@ -155,8 +155,8 @@ unsafe fn directly(file: *mut sqlite3_file, call: impl FnOnce(&sqlite3_io_method
     }
 }
 
-/// Writes what was collected. After an error nothing of it is left: SQLite writes it again or gives
-/// it up.
+/// Writes the collected bytes. They are dropped even after an error, because SQLite then writes
+/// them again or gives up.
 ///
 /// # Safety
 /// `file` is an open [`Log`], and `piece` is its own.
@@ -195,7 +195,7 @@ unsafe extern "C" fn write(file: *mut sqlite3_file, bytes: *const c_void, len: c
 }
 
 unsafe extern "C" fn close(file: *mut sqlite3_file) -> c_int {
-    // SAFETY: nobody calls a method of a closed file, so the piece is freed once.
+    // SAFETY: SQLite calls no method of a closed file, so the piece is freed once.
     unsafe {
         let mut piece = Box::from_raw((*file.cast::<Log>()).piece);
         let flushed = flush(file, &mut piece);
@@ -206,7 +206,7 @@ unsafe extern "C" fn close(file: *mut sqlite3_file) -> c_int {
 }
 
 unsafe extern "C" fn read(file: *mut sqlite3_file, into: *mut c_void, len: c_int, offset: sqlite3_int64) -> c_int {
-    // SAFETY: the arguments are SQLite's own.
+    // SAFETY: the arguments come from SQLite.
     unsafe { after_flush(file, |methods, beneath| Some((methods.xRead?)(beneath, into, len, offset))) }
 }
 

@@ -1,4 +1,4 @@
-//! Table `vms`: one row per VM, which holds its state for as long as it lives.
+//! Table `vms`: one row per VM, which holds its state while it exists.
 
 use super::sql::{self, json};
 use crate::api::port::Port;
@@ -9,7 +9,7 @@ use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize};
 use std::net::{Ipv4Addr, SocketAddr};
 
-/// What follows the running transition, so that nothing slips between its halves.
+/// What follows the transition in progress, so that no other request gets in between.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Intent {
@@ -22,11 +22,11 @@ pub enum Intent {
 #[serde(deny_unknown_fields)]
 pub struct TapFact {
     pub name: String,
-    /// The guest's.
+    /// The guest's address.
     pub address: Ipv4Addr,
 }
 
-/// Any change of this shape is a new schema version: see `schema.rs`.
+/// A VM. Any change of its members needs a new schema version: see `schema.rs`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmRow {
@@ -37,7 +37,7 @@ pub struct VmRow {
     pub state: VmState,
     pub reason: Option<String>,
     pub image: ImageRef,
-    /// Instead of the image's.
+    /// Replaces the image's kernel.
     pub kernel: Option<KernelName>,
     pub vcpus: u32,
     pub mem_mib: u64,
@@ -45,7 +45,7 @@ pub struct VmRow {
     pub work_disk_bytes: Option<u64>,
     pub rates: RateLimits,
     pub net: Net,
-    /// No two of all VMs' overlap, and none is 0.
+    /// No two ports of any VMs overlap, and none is 0.
     pub ports: Vec<Port>,
     pub pending: Option<Pending>,
     pub rm: bool,
@@ -55,48 +55,49 @@ pub struct VmRow {
     /// The operation that owns the VM now.
     pub op: Option<OpId>,
     pub intent: Option<Intent>,
-    /// One more with every boot.
+    /// Grows by one with every boot.
     pub generation: u64,
-    /// Unique among the rows and small: the VMM's uid is a base and this.
+    /// Unique among the rows and small. The VMM's uid is a base plus this.
     pub slot: u32,
     pub identity: Option<Identity>,
     pub ssh_addr: Option<SocketAddr>,
-    /// Of the last start; none: user-mode networking.
+    /// The tap of the last start. `None` with user-mode networking.
     pub tap: Option<TapFact>,
     pub disk_driver: Option<String>,
-    /// Of the init on its root disk (`image.json`); 0: an earlier one, or there is no disk yet.
+    /// The version of the init on its root disk (`image.json`). 0 for earlier versions, and if
+    /// there is no disk yet.
     pub guest_version: u32,
     pub driver: Option<String>,
     /// The guest's public host key, raw (RFC 4253, 6.6).
     pub host_key: Option<Vec<u8>>,
     pub synced: Option<Synced>,
-    /// Of the running VMM: it does not answer.
+    /// True if the running VMM does not respond.
     pub unresponsive: bool,
-    /// Of the running guest: its owner wants it to stand still.
+    /// True if the owner of the running VM wants it to be paused.
     pub paused: bool,
-    /// Of the last start: the VMM has a balloon, and the initramfs its driver.
+    /// True if, in the last start, the VMM had a balloon and the initramfs its driver.
     pub has_balloon: bool,
-    /// Of the running guest: the memory that its owner lets it keep.
+    /// The memory that the owner of the running VM lets it keep.
     pub balloon_mib: Option<u64>,
 }
 
 pub(super) const CREATE: &str = "CREATE TABLE vms (
     id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, slot INTEGER NOT NULL UNIQUE, body TEXT NOT NULL) STRICT;";
 
-/// Version 2: `net` and `tap`.
+/// Schema version 2: `net` and `tap`.
 pub(super) const ADD_NETWORK: &str = "UPDATE vms SET body = json_set(body, '$.net', 'nat', '$.tap', json('null'));";
 
-/// Version 3: `unresponsive`.
+/// Schema version 3: `unresponsive`.
 pub(super) const ADD_UNRESPONSIVE: &str = "UPDATE vms SET body = json_set(body, '$.unresponsive', json('false'));";
 
-/// Version 4: `work_disk_bytes`, `ports`, `guest_version`, `paused`.
+/// Schema version 4: `work_disk_bytes`, `ports`, `guest_version`, `paused`.
 pub(super) const ADD_CAPABILITIES: &str = "UPDATE vms SET body = json_set(body, '$.work_disk_bytes', json('null'), '$.ports', json('[]'), '$.guest_version', 0, '$.paused', json('false'));";
 
-/// Version 6: `rates`, `has_balloon`, `balloon_mib`.
+/// Schema version 6: `rates`, `has_balloon`, `balloon_mib`.
 pub(super) const ADD_RATES: &str =
     "UPDATE vms SET body = json_set(body, '$.rates', json('{}'), '$.has_balloon', json('false'), '$.balloon_mib', json('null'));";
 
-/// Version 7: `kernel`.
+/// Schema version 7: `kernel`.
 pub(super) const ADD_KERNEL: &str = "UPDATE vms SET body = json_set(body, '$.kernel', json('null'));";
 
 pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::Result<()> {
@@ -108,7 +109,7 @@ pub(super) fn save(c: &Connection, id: &VmId, row: Option<&VmRow>) -> rusqlite::
     if updated > 0 {
         return Ok(());
     }
-    // Never OR REPLACE: it would remove another VM of the same name in silence.
+    // Never use OR REPLACE: it would silently remove another VM of the same name.
     c.prepare_cached(
         "INSERT INTO vms (id, name, slot, body) VALUES (?1, ?2, ?3, ?4)
          ON CONFLICT (id) DO UPDATE SET name = excluded.name, slot = excluded.slot, body = excluded.body",

@@ -1,4 +1,4 @@
-//! Told of changes: an eventfd that becomes readable, for those who wait in `poll`.
+//! Notifies threads of changes through an eventfd, on which they wait in `poll`.
 
 use super::tx::Step;
 use crate::error::{Error, Kind, Result};
@@ -12,7 +12,7 @@ struct Event {
     fd: EventFd,
 }
 
-/// Lives as long as it is kept.
+/// A subscription to notifications. It ends when this is dropped.
 pub struct Watch(Arc<Event>);
 
 impl Watch {
@@ -20,9 +20,9 @@ impl Watch {
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.fd.as_fd()
     }
-    /// Call it before looking at the state again, so that no change is missed.
+    /// Call this before reading the state again, so that no change is missed.
     pub fn clear(&self) {
-        // Non-blocking: EAGAIN says that there was nothing to clear.
+        // The descriptor does not block. EAGAIN means that there was nothing to clear.
         let _ = self.0.fd.read();
     }
 }
@@ -40,12 +40,13 @@ impl Watchers {
         Ok(Watch(event))
     }
 
-    pub(super) fn tell<'a>(&self, steps: impl IntoIterator<Item = &'a Step> + Clone) {
+    pub(super) fn notify<'a>(&self, steps: impl IntoIterator<Item = &'a Step> + Clone) {
         for event in self.0.iter().filter_map(Weak::upgrade) {
             let concerns =
                 |s: &Step| event.vm.is_none() || s.before.vm() == event.vm.as_ref() || s.after.vm() == event.vm.as_ref();
             if steps.clone().into_iter().any(concerns) {
-                // Full only after 2^64 - 1 writes without a look, and then it is readable.
+                // This fails only after 2^64 - 1 writes, and then the descriptor is readable
+                // anyway.
                 let _ = event.fd.write(1);
             }
         }

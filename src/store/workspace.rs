@@ -1,4 +1,5 @@
-//! Table `workspaces`: what was last prepared on a VM. At most one row per VM, gone with it.
+//! Table `workspaces`: the last workspace that was imported into each VM. It is deleted with the
+//! VM.
 
 use super::sql::{self, json};
 use crate::api::vm::WorkspaceState;
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub struct WorkspaceRow {
     pub vm: VmId,
     pub guest_path: String,
-    /// Where commands start: `guest_path` or a directory below it.
+    /// The directory in which commands start: `guest_path` or one below it.
     pub workdir: String,
     pub state: WorkspaceState,
     pub readonly: bool,
@@ -19,7 +20,7 @@ pub struct WorkspaceRow {
     pub bytes: u64,
     /// Seconds since the epoch.
     pub prepared_at: u64,
-    /// The VM's generation that it was prepared in.
+    /// The VM's generation during the import.
     pub generation: u64,
 }
 

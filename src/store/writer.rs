@@ -1,5 +1,5 @@
-//! The one writer: it commits all changes that wait as one transaction, and answers. `turn.rs` says
-//! on whose thread.
+//! The writer commits all waiting changes as one transaction, and then answers their callers.
+//! `turn.rs` decides on which thread it runs.
 
 use super::batch::{Batch, Failure};
 use super::database::Database;
@@ -12,19 +12,19 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// Between a failed write and the first probe; doubled each time up to the most.
-const PROBE_FIRST: Duration = Duration::from_millis(100);
-const PROBE_MOST: Duration = Duration::from_secs(2);
+/// Pause between a failed write and the first probe. It doubles each time, up to `PROBE_PAUSE_MAX`.
+const PROBE_PAUSE_MIN: Duration = Duration::from_millis(100);
+const PROBE_PAUSE_MAX: Duration = Duration::from_secs(2);
 
 pub(super) struct Writer {
     database: Database,
-    /// The reserve was spent and has to be taken again.
+    /// The reserve was used and must be taken again.
     is_reserve_spent: bool,
     probe_at: Instant,
     probe_pause: Duration,
 }
 
-/// What came of an attempt: whether the reserve was spent for it.
+/// The result of an attempt to write: true if it used the reserve.
 type Written = std::result::Result<bool, Failure>;
 
 impl Writer {
@@ -33,35 +33,36 @@ impl Writer {
             database: Database::new(dir, connection)?,
             is_reserve_spent: false,
             probe_at: Instant::now(),
-            probe_pause: PROBE_FIRST,
+            probe_pause: PROBE_PAUSE_MIN,
         })
     }
 
-    /// When a store that is read-only is tried again.
+    /// When a read-only store is probed next.
     pub(super) fn probe_at(&self) -> Instant {
         self.probe_at
     }
 
-    /// Whether [`Writer::do_chores`] is due before the next batch.
+    /// True if [`Writer::do_chores`] is due before the next batch.
     pub(super) fn has_chores(&self) -> bool {
         self.is_reserve_spent || self.database.is_log_full()
     }
 
-    /// What is left to do after batches. Nobody waits for it but the next batch.
+    /// Takes the reserve again and folds the log, if due. Only the next batch waits for this.
     pub(super) fn do_chores(&mut self, inner: &Inner) {
         if std::mem::take(&mut self.is_reserve_spent) {
-            log::warn!("store: the disk is full, so the reserve was spent on a delete");
+            log::warn!("store: the disk is full, so the reserve was used for a delete");
             if let Err(e) = self.database.reserve.take() {
                 self.turn_read_only(inner, self.database.failure(&e));
             }
         }
-        // The changes are safe in the log, whatever becomes of it.
+        // The changes are safe in the log even if this fails.
         if let Err(failure) = self.database.fold_log(inner) {
             self.turn_read_only(inner, failure);
         }
     }
 
-    /// The first write of this daemon's life; a full disk leaves the store read-only, with all it knows to read.
+    /// Makes the first write after the daemon's start. If the disk is full, the store is read-only
+    /// but can be read.
     pub(super) fn begin(&mut self, inner: &Inner) {
         match self.probe(inner) {
             Ok(()) => {}
@@ -81,7 +82,7 @@ impl Writer {
             Ok(spent) => {
                 self.is_reserve_spent = spent;
                 inner.count(&batch);
-                // Before anybody is answered, so that a caller that has its answer finds the events.
+                // Publish before answering, so that a caller that has its answer finds the events.
                 inner.events.publish(&batch.changes);
                 inner.core.lock().in_flight = None;
                 batch.outcome.settle(Ok(()));
@@ -103,7 +104,7 @@ impl Writer {
         self.database.write(inner, &images, batch.last_seq()).map(|()| true)
     }
 
-    /// Everyone in the batch and behind it gets the error, and memory goes back to what the disk holds.
+    /// Fails all callers of the batch and of later changes, and returns memory to what is on disk.
     fn fail(&mut self, inner: &Inner, batch: Batch, failure: Failure) {
         let mut core = inner.core.lock();
         let behind = std::mem::take(&mut core.queue);
@@ -124,16 +125,16 @@ impl Writer {
     fn turn_read_only(&mut self, inner: &Inner, failure: Failure) {
         log::error!("store: read-only: {}", failure.text);
         inner.core.lock().mode = Mode::ReadOnly(failure);
-        self.probe_pause = PROBE_FIRST;
+        self.probe_pause = PROBE_PAUSE_MIN;
         self.back_off();
     }
 
     fn back_off(&mut self) {
         self.probe_at = Instant::now() + self.probe_pause;
-        self.probe_pause = (self.probe_pause * 2).min(PROBE_MOST);
+        self.probe_pause = (self.probe_pause * 2).min(PROBE_PAUSE_MAX);
     }
 
-    /// A real commit, with the reserve in hand and some room beside it.
+    /// Probes the store by a real commit, with the reserve held and some free space in addition.
     fn probe(&mut self, inner: &Inner) -> std::result::Result<(), Failure> {
         self.database.reserve.take().map_err(|e| self.database.failure(&e))?;
         if self.database.reserve.free_bytes().is_some_and(|free| free < PROBE_FREE_BYTES) {
@@ -146,11 +147,11 @@ impl Writer {
         self.database.fold_log(inner)
     }
 
-    pub(super) fn probe_and_tell(&mut self, inner: &Inner) {
+    pub(super) fn probe_and_report(&mut self, inner: &Inner) {
         match self.probe(inner) {
             Ok(()) => {
-                log::info!("store: takes changes again");
-                self.probe_pause = PROBE_FIRST;
+                log::info!("store: writable again");
+                self.probe_pause = PROBE_PAUSE_MIN;
                 inner.core.lock().mode = Mode::Writable;
                 inner.mode_changed.notify_all();
             }
@@ -164,7 +165,7 @@ impl Writer {
 
     pub(super) fn finish(mut self: Box<Self>, inner: &Inner) {
         if self.database.needs_repair() {
-            // One last try; the log stays in any case.
+            // One last attempt. The log stays in any case.
             let seq = inner.core.lock().seq;
             let _ = self.database.write(inner, &[], seq);
         }

@@ -106,7 +106,7 @@ fn real_guests_end() {
     host.sh("fcctl vm create --name a --memory 256M");
     const OFF: &str = "the guest shut itself down";
     const PANIC: &str = "the guest's kernel panicked: sysrq triggered crash";
-    const UNSEEN: &str = "the VMM ended while the daemon did not run, and nothing says why";
+    const UNSEEN: &str = "the VMM ended while fcd was not running, for an unknown reason";
     const RESET: &str = "the guest was reset without a shutdown";
     let order = |script: &str| {
         host.sh(&format!(

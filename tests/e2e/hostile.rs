@@ -178,7 +178,7 @@ fn a_hung_vmm(host: &Host) {
     wait_for("it is unresponsive", || host.show("box", "unresponsive").as_bool().unwrap().then_some(()));
     assert!(host.ok(&["ps"]).contains("running (unresponsive)"), "{}", host.ok(&["ps"]));
     refused(&host.fcctl(&["exec", "box", "--", "true"]), 125, "fcctl stop --force box");
-    refused(&host.fcctl(&["workspace", "prepare", "box", "/tmp"]), 1, "does not answer");
+    refused(&host.fcctl(&["workspace", "prepare", "box", "/tmp"]), 1, "does not respond");
     crate::host::signal(vmm, "CONT");
     wait_for("it answers again", || (!host.show("box", "unresponsive").as_bool().unwrap()).then_some(()));
     assert_eq!(host.sh("box", "echo well"), "well\n");

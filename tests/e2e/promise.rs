@@ -180,7 +180,7 @@ fn behind_it(host: &Host) -> Spawned {
     let tree = tempfile::tempdir().unwrap();
     let prepare = ["workspace", "prepare", "box", tree.path().to_str().unwrap(), "--guest-path", "/root/t"];
     let (status, said) = host.fails(&[&prepare[..], &["--no-wait"]].concat());
-    assert!(status == 4 && said.contains("under way") && said.contains("hint: "), "{status} {said}");
+    assert!(status == 4 && said.contains("in progress") && said.contains("hint: "), "{status} {said}");
     let mut queued: Vec<Spawned> = Vec::new();
     let full = loop {
         let waiting = host.ok(&["op", "list", "-q"]).lines().count();

@@ -355,7 +355,7 @@ fn dead_or_replaced_guest_is_reported() {
     let (_, addr) = world.running("web");
     world.guest.set_unreachable(addr, true);
     let e = exec(&world, "web", vec![], vec![]).unwrap_err();
-    assert!(e.is(Kind::GuestUnavailable) && e.fault.message.contains("exec in vm web"), "{e:?}");
+    assert!(e.is(Kind::GuestUnavailable) && e.fault.message.contains("exec in VM web"), "{e:?}");
     let (read, _write) = pipe();
     let e = world.begin::<WorkspacePrepare>(prepare("web"), vec![read]).finish(SOON).unwrap_err();
     assert!(e.is(Kind::GuestUnavailable) && e.code() == Code::GuestUnavailable, "{e:?}");
@@ -423,7 +423,7 @@ fn broken_disk_allows_kill() {
     assert_eq!(world.state("web"), VmState::Running);
     assert_eq!(world.vmm.live().len(), 1);
     let e = world.run::<VmKill>(request("web")).unwrap_err();
-    assert!(e.code() == Code::Host && e.fault.message.contains("was ended"), "{e:?}");
+    assert!(e.code() == Code::Host && e.fault.message.contains("was killed"), "{e:?}");
     assert!(world.vmm.live().is_empty());
     world.daemon().core.store.faults().heal();
     assert!(world.daemon().core.store.wait_writable(soon()));

@@ -163,13 +163,13 @@ fn prepares_on_one_vm_run_one_at_a_time_and_an_export_waits() {
     let (vm, _) = world.running("web");
     let first = world.import("web");
     let mut second = world.queue_import("web");
-    second.call.stage("waits for another import");
+    second.call.stage("wait for another import");
     let third = world.queue_import("web");
-    third.call.stage("waits for another import");
+    third.call.stage("wait for another import");
     let (out, into) = pipe();
     let request = ExportRequest { vm: "web".into(), kind: ExportKind::Patch, no_wait: false };
     let mut export = world.begin::<WorkspaceExport>(request.clone(), vec![into]);
-    export.stage("waits for another import");
+    export.stage("wait for another import");
     assert_eq!(world.guest.live_total(), 1, "only the first is in the guest");
     assert_eq!(world.daemon().transfers.pool.counts().running, 1, "who waits costs no worker");
     assert_eq!(world.daemon().core.locks.workspace.len(), 1);

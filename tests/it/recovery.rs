@@ -77,7 +77,7 @@ fn unresponsive_vmm_is_not_used_and_stops_at_once() {
     assert!(world.vmm.report(&vm.id, GuestEvent::Unresponsive(true)));
     await_that("it is unresponsive", || world.show("web").unwrap().unresponsive);
     let refused = exec().unwrap_err();
-    assert!(refused.is(Kind::GuestUnavailable) && refused.to_string().contains("does not answer"), "{refused}");
+    assert!(refused.is(Kind::GuestUnavailable) && refused.to_string().contains("does not respond"), "{refused}");
     assert!(world.vmm.report(&vm.id, GuestEvent::Unresponsive(false)));
     await_that("it answers", || !world.show("web").unwrap().unresponsive);
     exec().unwrap();
@@ -375,7 +375,7 @@ fn vmm_that_died_between_daemons_is_failed() {
     world.daemon().reconciler.reconcile();
     let vm = world.show("web").unwrap();
     assert_eq!((vm.state, vm.pid), (VmState::Failed, None));
-    assert!(vm.reason.unwrap().contains("while the daemon did not run"));
+    assert!(vm.reason.unwrap().contains("while fcd was not running"));
     assert_eq!(world.start("web").unwrap().state, VmState::Running);
 }
 
@@ -575,9 +575,9 @@ fn missing_vmm_is_judged_by_guests_last_words() {
         (
             "[    4.2] Kernel panic - not syncing: sysrq triggered crash\r\n",
             VmState::Failed,
-            "while the daemon did not run: the guest's kernel panicked: sysrq triggered crash",
+            "while fcd was not running: the guest's kernel panicked: sysrq triggered crash",
         ),
-        ("", VmState::Failed, "the VMM ended while the daemon did not run, and nothing says why"),
+        ("", VmState::Failed, "the VMM ended while fcd was not running, for an unknown reason"),
     ] {
         let mut world = World::new();
         let (vm, _) = world.running("web");
@@ -595,7 +595,7 @@ fn missing_vmm_is_judged_by_guests_last_words() {
 /// Nobody recorded the guest's console, but QEMU wrote to its own log that it ended by itself.
 #[test]
 fn missing_vmm_is_judged_by_its_own_log() {
-    const RESET: &str = "while the daemon did not run: the guest was reset, as its VMM's log says";
+    const RESET: &str = "while fcd was not running: the guest was reset, as its VMM's log says";
     for (log, state, reason) in [
         ("qemu_system_shutdown_request reason=6\n", VmState::Stopped, "the guest shut itself down"),
         ("vm_state_notify running 0 reason 11 (shutdown)\n", VmState::Failed, RESET),

@@ -45,13 +45,13 @@ const ALLOWED: &[&str] = &["here is no ", "here are no ", "are no longer", "is n
 const FRAGMENTS: &[&str] = &["Of ", "That ", "So ", "Whoever ", "As "];
 
 /// Findings that a module still has. Lower a number when you rewrite something; never raise one.
-const REMAINING: &[(&str, usize)] = &[("src/daemon", 93), ("src/store", 35)];
+const REMAINING: &[(&str, usize)] = &[];
 
 /// Texts with `vm` or `vmm` as a word that a module still has. Numbers may only fall.
-const REMAINING_VM: &[(&str, usize)] = &[("src/daemon", 85), ("tests/it", 1)];
+const REMAINING_VM: &[(&str, usize)] = &[];
 
 /// Comment lines above [`COMMENT_WIDTH`] that a module still has. Numbers may only fall.
-const REMAINING_WIDTH: &[(&str, usize)] = &[("src/store", 57)];
+const REMAINING_WIDTH: &[(&str, usize)] = &[];
 
 /// Longest line of a comment, including its indentation.
 const COMMENT_WIDTH: usize = 100;

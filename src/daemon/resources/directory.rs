@@ -1,4 +1,4 @@
-//! A VM's directory: its keys, its seed, its disk, its console log.
+//! A VM's directory with its keys, seed drive, disks and console log.
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
@@ -18,11 +18,12 @@ use std::time::Duration;
 
 const USER_KEY_COMMENT: &str = "fcd";
 
-/// Tries to remove a directory into which something is still written, and the time between them.
+/// How often removing a directory is tried while something is still written into it.
 const REMOVE_TRIES_MAX: u32 = 100;
+/// Pause between two of these attempts.
 const REMOVE_PERIOD: Duration = Duration::from_millis(20);
-/// Less room than this on the state directory's file system is worth a warning: an image takes some
-/// 400 MB.
+/// `doctor` warns if the state directory's file system has less free space than this. An image
+/// takes about 400 MB.
 const SPACE_BYTES_WARN: u64 = 2 << 30;
 
 pub(super) struct Directory;
@@ -37,8 +38,8 @@ impl Resource for Directory {
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
         Some(resources.core.vm_dir(&row.id).display().to_string())
     }
-    fn doing(&self) -> &'static str {
-        "prepare the directory"
+    fn stage(&self) -> Option<&'static str> {
+        Some("prepare the directory")
     }
 
     fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
@@ -54,7 +55,7 @@ impl Resource for Directory {
             tries += 1;
             match crate::host::fs::remove_tree(dir) {
                 Ok(()) => return Ok(()),
-                // What the guest said last is still being written to its log.
+                // The last output of the guest is still being written to its log.
                 Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty && tries < REMOVE_TRIES_MAX => {
                     resources.core.sleep(REMOVE_PERIOD);
                 }
@@ -63,7 +64,7 @@ impl Resource for Directory {
         }
     }
 
-    /// What has no id for a name is not ours.
+    /// A directory whose name is not an ID does not belong to fcd.
     fn found(&self, resources: &Resources) -> Result<Vec<String>> {
         let vms = resources.core.state_dir.join(VMS_DIR);
         let entries = match std::fs::read_dir(&vms) {
@@ -82,13 +83,14 @@ impl Resource for Directory {
     }
 }
 
-/// QEMU runs under a uid of its own when the daemon is root, and opens its files by their paths.
-/// Firecracker's jailer takes it to its files as root. None: nothing is wrong.
+/// Checks that VMMs can reach the state directory. If the daemon is root, QEMU runs under another
+/// uid and opens its files by their paths. Firecracker's jailer opens them as root. `None` if
+/// nothing is wrong.
 pub(super) fn reach_check(config: &Config) -> Option<Check> {
     if !nix::unistd::geteuid().is_root() || config.vmm.driver == VmmDriver::Firecracker {
         return None;
     }
-    // The state directory itself is given its mode when the daemon starts.
+    // The daemon sets the mode of the state directory itself when it starts.
     let closed = reach::closed_to_others(&config.state_dir)?;
     let (closed, state_dir) = (closed.display(), config.state_dir.display());
     let found =
@@ -106,23 +108,25 @@ fn space_check(state_dir: &Path) -> Check {
             format!("only {} MiB free for {}", s.free_bytes >> 20, state_dir.display()),
             "fcctl vm prune, or free some space",
         ),
-        Err(e) => Check::fail("disk-space", e.to_string(), "check the directory's rights"),
+        Err(e) => Check::fail("disk-space", e.to_string(), "check the directory's permissions"),
     }
 }
 
 impl Resources {
-    /// Host key and user key are made once in a VM's life: its identity outlives its restarts.
+    /// Returns the host key and the user key. They are made at the first start, and the VM keeps
+    /// them across restarts.
     pub(super) fn keys(&self, row: &VmRow, spec: &VmmSpec) -> Result<(KeyPair, KeyPair)> {
         self.read_keys(row, spec)?.map_or_else(|| self.make_keys(row, spec), Ok)
     }
 
-    /// None where they are not all there, or not what the row has: the VM has not been started, or
-    /// an earlier version did it, which kept the host's key in the seed alone.
+    /// Returns `None` if a key is missing or does not match the row. Then the VM has never been
+    /// started, or was started by an earlier version, which kept the host's key only in the seed
+    /// drive.
     fn read_keys(&self, row: &VmRow, spec: &VmmSpec) -> Result<Option<(KeyPair, KeyPair)>> {
         let read = |name: &str| match std::fs::read_to_string(spec.dir.join(name)) {
             Ok(text) => KeyPair::from_private_openssh(&text).map(Some),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(Error::io(format!("read the keys of vm {}", row.name), e)),
+            Err(e) => Err(Error::io(format!("read the keys of VM {}", row.name), e)),
         };
         let keys = read(HOST_KEY_FILE)?.zip(read(KEY_FILE)?);
         Ok(keys.filter(|(host, _)| row.host_key.as_deref() == Some(host.public_blob())))
@@ -149,24 +153,24 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn state_directory_that_vmms_cannot_enter_is_named_with_what_helps() {
+    fn state_directory_closed_to_vmms_is_reported_with_fix() {
         if !nix::unistd::geteuid().is_root() {
             eprintln!("SKIPPED, because VMMs have uids of their own only if root runs this");
             return;
         }
         let dir = tempfile::tempdir().unwrap();
-        let set = |mode| std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(mode)).unwrap();
+        let chmod = |mode| std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(mode)).unwrap();
         let flags = Flags { state_dir: Some(dir.path().join("state")), ..Flags::default() };
         let mut config = Config::load(&flags, 1000, &|_| None).unwrap();
-        set(0o755);
+        chmod(0o755);
         assert_eq!(reach_check(&config).map(|c| c.found), None);
-        set(0o700);
+        chmod(0o700);
         let check = reach_check(&config).unwrap();
         assert_eq!(check.severity, Severity::Fail);
-        let place = dir.path().display().to_string();
-        assert!(check.found.contains(&format!("may not enter {place},")), "{}", check.found);
+        let path = dir.path().display().to_string();
+        assert!(check.found.contains(&format!("may not enter {path},")), "{}", check.found);
         let fix = check.fix.unwrap();
-        assert!(fix.contains("--state-dir") && fix.ends_with(&format!("chmod o+x {place}")), "{fix}");
+        assert!(fix.contains("--state-dir") && fix.ends_with(&format!("chmod o+x {path}")), "{fix}");
         config.vmm.driver = VmmDriver::Firecracker;
         assert_eq!(reach_check(&config).map(|c| c.found), None, "a jailed VMM has another root");
     }

@@ -1,4 +1,4 @@
-//! A VM's root disk. It lies in the VM's directory and goes with it.
+//! A VM's root disk. It is in the VM's directory and is removed with it.
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
@@ -22,17 +22,17 @@ impl Resource for Disk {
     fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
         None
     }
-    fn doing(&self) -> &'static str {
-        "prepare the disk"
+    fn stage(&self) -> Option<&'static str> {
+        Some("prepare the disk")
     }
 
     fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         if boot.restore.is_some() {
-            // It is the snapshot's, whole and as large as it was.
+            // The snapshot's disk has taken its place, with the size that it had.
             return Ok(());
         }
         resources.prepare_disk(boot)?;
-        // What the disk became is in the row by now.
+        // The row now says how the disk was made.
         boot.row = resources.core.row(&boot.row.id)?;
         boot.spec = resources.specs.boot_spec(boot.restore, &boot.row, boot.image);
         Ok(())
@@ -55,7 +55,7 @@ fn disk_check(host: &HostView<'_>) -> Check {
     let dir = config.state_dir.display();
     match probe(&config.disk, host.vmm, super::existing(&config.state_dir)) {
         Ok(probe) => Check::ok("root-disk", format!("root disks in {dir}: {} ({})", probe.method.name(), probe.reason)),
-        Err(e) => Check::fail("root-disk", e.to_string(), e.hint_text().unwrap_or("check the directory's rights")),
+        Err(e) => Check::fail("root-disk", e.to_string(), e.hint_text().unwrap_or("check the directory's permissions")),
     }
 }
 
@@ -66,7 +66,7 @@ impl Resources {
     fn probe_again(&self) -> Result<Method> {
         let now = probe(&self.disk, self.vmm.as_ref(), &self.core.state_dir)?.method;
         match self.specs.disk_probe.as_ref() {
-            Err(e) if now == Method::DmSnapshot => Err(e.clone().hint("restart fcd: the host can make root disks now")),
+            Err(e) if now == Method::DmSnapshot => Err(e.clone().hint("restart fcd, which can make root disks now")),
             _ => Ok(now),
         }
     }

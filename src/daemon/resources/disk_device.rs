@@ -1,4 +1,4 @@
-//! The device of a root disk that is a device-mapper snapshot; no other disk has one. Its name is
+//! The device of a root disk that is a device-mapper snapshot. Other disks have none. Its name is
 //! the VM's tag.
 
 use super::{Resource, Span};
@@ -21,8 +21,8 @@ impl Resource for DiskDevice {
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
         (resources.specs.disk_method(row) == Some(Method::DmSnapshot)).then(|| resources.core.tag(row))
     }
-    fn doing(&self) -> &'static str {
-        "make the disk's device"
+    fn stage(&self) -> Option<&'static str> {
+        Some("make the disk's device")
     }
 
     fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
@@ -41,7 +41,7 @@ impl Resource for DiskDevice {
         snapshot::activate(resources.commands.as_ref(), &spec, boot.cancel)
     }
 
-    /// Not by the daemon's commands' cancel token: clean-up goes on when the daemon closes.
+    /// Uses a cancel token of its own, because clean-up continues while the daemon closes.
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         let cancel = Cancel::try_new().map_err(|e| Error::io("make an eventfd", e))?;
         let vm = name.rsplit('-').nth(1).and_then(|id| id.parse::<VmId>().ok());

@@ -1,5 +1,6 @@
-//! The disks that a VM had before it went on from a snapshot. Until the guest runs they lie aside
-//! and are put back when the start ends otherwise, whoever dies; from then on they only have to go.
+//! The disks that a VM had before it was restored from a snapshot. Until the guest runs they are
+//! set aside, and they are restored if the start fails or the daemon dies. After that they only
+//! have to be removed.
 
 use super::{Resource, Span};
 use crate::daemon::resources::{Boot, Resources};
@@ -12,13 +13,13 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 const FORMER_DIR: &str = "former";
-/// Of a device-mapper snapshot the disk is a node, which is made anew with its device.
+/// For a device-mapper snapshot, `DISK_FILE` is a device node, which is made again with its device.
 const FILES: [&str; 3] = [DISK_FILE, CHANGES_FILE, WORK_DISK_FILE];
 
-/// Aside: the start has not come to its end.
+/// Disks that are set aside while the start is in progress.
 pub(super) struct FormerDisks;
 
-/// Of a guest that runs.
+/// Disks that were replaced, of a VM that runs from the snapshot.
 pub(super) struct ReplacedDisks;
 
 impl Resource for FormerDisks {
@@ -28,12 +29,12 @@ impl Resource for FormerDisks {
     fn span(&self) -> Span {
         Span::Start
     }
-    /// Only a start from a snapshot has some: it writes them down itself.
+    /// Only a restore has former disks, and it writes the ledger row itself.
     fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
         None
     }
-    fn doing(&self) -> &'static str {
-        "look for the disks that it had"
+    fn stage(&self) -> Option<&'static str> {
+        None
     }
     fn acquire(&self, _resources: &Resources, _boot: &mut Boot<'_>) -> Result<()> {
         Ok(())
@@ -41,8 +42,8 @@ impl Resource for FormerDisks {
 
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         let dir = dir_of(resources, name)?;
-        let doing = || format!("put back the disks in {}", dir.join(FORMER_DIR).display());
-        let put_back = || -> std::io::Result<()> {
+        let doing = || format!("restore the disks in {}", dir.join(FORMER_DIR).display());
+        let restore = || -> std::io::Result<()> {
             for file in FILES {
                 ignore_absent(std::fs::remove_file(crate::disk::draft(&dir.join(file))))?;
                 ignore_absent(std::fs::rename(dir.join(FORMER_DIR).join(file), dir.join(file)))?;
@@ -50,10 +51,10 @@ impl Resource for FormerDisks {
             ignore_absent(File::open(&dir).and_then(|dir| dir.sync_all()))?;
             ignore_absent(std::fs::remove_dir(dir.join(FORMER_DIR)))
         };
-        put_back().map_err(|e| Error::io(doing(), e))
+        restore().map_err(|e| Error::io(doing(), e))
     }
 
-    /// None that is in no ledger: see [`set_aside`].
+    /// They are always in the ledger: see [`set_aside`].
     fn found(&self, _resources: &Resources) -> Result<Vec<String>> {
         Ok(Vec::new())
     }
@@ -69,8 +70,8 @@ impl Resource for ReplacedDisks {
     fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
         None
     }
-    fn doing(&self) -> &'static str {
-        "look for disks that were replaced"
+    fn stage(&self) -> Option<&'static str> {
+        None
     }
     fn acquire(&self, _resources: &Resources, _boot: &mut Boot<'_>) -> Result<()> {
         Ok(())
@@ -86,16 +87,16 @@ impl Resource for ReplacedDisks {
     }
 }
 
-/// From now on the next daemon puts back what [`set_aside`] takes away. The row must be durable
-/// before that.
+/// Writes the ledger row by which the next daemon restores the disks that [`set_aside`] moves away.
+/// It must be durable before that.
 pub(in crate::daemon) fn intend(tx: &mut Tx, row: &VmRow, tag: &str) -> u64 {
     tx.intend(Some(&row.id), row.generation, FormerDisks.kind(), tag)
 }
 
-/// Makes room for other disks of these names.
+/// Moves the disks away, so that others can take their names.
 pub(in crate::daemon) fn set_aside(dir: &Path) -> Result<()> {
     let former = dir.join(FORMER_DIR);
-    let io = |e: std::io::Error| Error::io(format!("set the disks aside in {}", former.display()), e);
+    let io = |e: std::io::Error| Error::io(format!("set aside the disks in {}", former.display()), e);
     drop(crate::host::fs::create_private_dir(&former)?);
     for file in FILES {
         ignore_absent(std::fs::rename(dir.join(file), former.join(file))).map_err(io)?;
@@ -103,24 +104,26 @@ pub(in crate::daemon) fn set_aside(dir: &Path) -> Result<()> {
     File::open(&former).and_then(|dir| dir.sync_all()).map_err(io)
 }
 
-/// The guest runs: nothing is put back from now on. In the change that says what the new disks are.
-pub(in crate::daemon) fn let_go(tx: &mut Tx, former: u64, row: &VmRow, tag: &str) -> u64 {
+/// The guest runs, so the former disks are no longer restored but removed. Call it in the
+/// transaction that records the new disks.
+pub(in crate::daemon) fn mark_replaced(tx: &mut Tx, former: u64, row: &VmRow, tag: &str) -> u64 {
     tx.strike(former);
     tx.intend(Some(&row.id), row.generation, ReplacedDisks.kind(), tag)
 }
 
-/// After that change. What cannot be removed goes when the VM comes to rest.
+/// Removes the replaced disks. Call it after that transaction. If this fails, it is retried when
+/// the VM has stopped.
 pub(in crate::daemon) fn remove(resources: &Resources, row: &VmRow, tag: &str, replaced: u64) {
     let (vm, kind, name) = (Some(row.id.clone()), ReplacedDisks.kind().to_owned(), tag.to_owned());
     let ledger = LedgerRow { id: replaced, vm, generation: row.generation, kind, name, facts: None };
     if let Err(e) = resources.release_row(&ReplacedDisks, &ledger) {
-        log::warn!("{e}; it is tried again when vm {} comes to rest", row.name);
+        log::warn!("{e}; retried when VM {} has stopped", row.name);
     }
 }
 
 fn dir_of(resources: &Resources, tag: &str) -> Result<PathBuf> {
     let vm = tag.rsplit('-').nth(1).and_then(|id| id.parse::<VmId>().ok());
-    vm.map(|vm| resources.core.vm_dir(&vm)).ok_or_else(|| Error::internal(format!("{tag:?} names no VM")))
+    vm.map(|vm| resources.core.vm_dir(&vm)).ok_or_else(|| Error::internal(format!("{tag:?} is not a VM's tag")))
 }
 
 fn ignore_absent(result: std::io::Result<()>) -> std::io::Result<()> {

@@ -1,5 +1,6 @@
-//! What a VMM has on the host beside its process and its files: its root directory and its control
-//! group. The driver makes them at its start, and they go when it has exited.
+//! What a VMM has on the host in addition to its process and files: its root directory and its
+//! control group. The driver makes them when it starts the VMM, and they are removed when it has
+//! exited.
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
@@ -21,11 +22,11 @@ impl Resource for Jail {
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
         resources.vmm.leaves_remains().then(|| resources.core.tag(row))
     }
-    fn doing(&self) -> &'static str {
-        "make room for the vmm"
+    fn stage(&self) -> Option<&'static str> {
+        None
     }
 
-    /// The start of the VMM, which comes next, makes it.
+    /// The start of the VMM, which follows, makes the jail.
     fn acquire(&self, _resources: &Resources, _boot: &mut Boot<'_>) -> Result<()> {
         Ok(())
     }
@@ -35,7 +36,7 @@ impl Resource for Jail {
             .rsplit('-')
             .nth(1)
             .and_then(|id| id.parse().ok())
-            .ok_or_else(|| Error::internal(format!("remove the jail of {name:?}: it is no tag of a VM's")))?;
+            .ok_or_else(|| Error::internal(format!("remove the jail of {name:?}: it is not a VM's tag")))?;
         resources.vmm.clear(&resources.core.vm_dir(&vm), name)
     }
 

@@ -1,12 +1,12 @@
-//! What a VM uses on the host: each kind of resource in a file of its own, listed in [`ALL`].
+//! The resources that a VM uses on the host, each kind in its own file.
 //!
-//! A resource knows what a boot needs of it, how it is taken, given back and found again, and what
-//! `doctor` checks. A new kind is a new file and a line in [`ALL`].
+//! A [`Resource`] knows what a boot needs of it, how it is acquired, released and found again, and
+//! what `doctor` checks. A new kind is a new file and a line in [`ALL`].
 //!
-//! The claim of a start writes what the boot is about to take into the ledger, in its own
-//! transaction. The boot takes it in that order and gives it back in the reverse order, and each
-//! row is deleted once its resource is gone. So whenever a daemon is killed, the next one can read
-//! what to look for.
+//! The claim of a start writes what the boot is about to acquire into the ledger, in its own
+//! transaction. The boot acquires the resources in the order of [`ALL`] and releases them in the
+//! reverse order. Each ledger row is deleted once its resource is gone. So whenever a daemon is
+//! killed, the next one can read what to look for.
 
 mod directory;
 mod disk;
@@ -52,7 +52,7 @@ use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 
-/// In the order in which a boot takes them; they are given back in the reverse order.
+/// All kinds, in the order in which a boot acquires them. They are released in the reverse order.
 const ALL: [&dyn Resource; 13] = [
     &directory::Directory,
     &former_disks::FormerDisks,
@@ -69,10 +69,10 @@ const ALL: [&dyn Resource; 13] = [
     &process::VmmProcess,
 ];
 
-/// How long a resource is a VM's.
+/// How long a VM has a resource.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Span {
-    /// No longer than a start is under way.
+    /// Only while a start is in progress.
     Start,
     /// From a start until the VMM has exited.
     Boot,
@@ -82,57 +82,55 @@ pub(super) enum Span {
 
 /// One kind of resource.
 pub(super) trait Resource: Send + Sync {
-    /// In the ledger: never changes its meaning.
+    /// The name of this kind in the ledger. Never change it.
     fn kind(&self) -> &'static str;
 
     fn span(&self) -> Span;
 
-    /// What a boot of `row` takes, by the name with which it is found again on the host; none:
-    /// nothing. Of a boot's span the name is that boot's alone. Memory only: it runs inside the
-    /// claim's change.
+    /// The name of what a boot of `row` acquires, by which it is found again on the host. `None` if
+    /// the boot needs nothing of this kind. If the span is `Boot`, the name must be unique to the
+    /// boot. This runs inside the claim's transaction, so it may only access memory.
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String>;
 
-    /// What a boot says while it takes it.
-    fn doing(&self) -> &'static str;
+    /// The progress stage while a boot acquires it. `None` if acquiring it does nothing.
+    fn stage(&self) -> Option<&'static str>;
 
-    /// Takes it. What an earlier try left is taken over or replaced.
+    /// Acquires it. Reuses or replaces what an earlier attempt left.
     fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()>;
 
-    /// Gives it back, whatever was cancelled. Gone already is ok.
+    /// Releases it, even if the operation was cancelled. Succeeds if it is gone already.
     fn release(&self, resources: &Resources, name: &str) -> Result<()>;
 
-    /// Whether the others may not be given back before this is.
-    fn uses_the_others(&self) -> bool {
+    /// True if the other resources may not be released before this one, because it uses them.
+    fn blocks_release(&self) -> bool {
         false
     }
 
-    /// All of this kind that is on the host and carries our names.
+    /// Everything of this kind on the host that carries fcd's names.
     fn found(&self, resources: &Resources) -> Result<Vec<String>>;
 
-    /// Whether this one is somebody's although it is in no ledger, or no boot's although it is in
-    /// one.
+    /// True if this one must not be removed although the ledger does not say so.
     fn is_in_use(&self, _resources: &Resources, _name: &str) -> bool {
         false
     }
 
-    /// What `doctor` says of it: what is needed for it, what was found, how to mend it. Read-only;
-    /// there may be no resources.
+    /// The checks of `doctor` for this kind. They are read-only, and there may be no daemon.
     fn checks(&self, _host: &HostView<'_>) -> Vec<Check> {
         Vec::new()
     }
 }
 
-/// What `doctor` says of all of them.
+/// The checks of all kinds.
 pub(super) fn checks(host: &HostView<'_>) -> Vec<Check> {
     ALL.into_iter().flat_map(|resource| resource.checks(host)).collect()
 }
 
-/// Why no VM can start from this state directory, if that is so, and what helps.
+/// Explains why no VM can start from this state directory, if so, with a fix.
 pub(crate) fn state_dir_check(config: &Config) -> Option<Check> {
     directory::reach_check(config)
 }
 
-/// The nearest directory that is there: the state directory itself may not be made yet.
+/// The nearest ancestor that exists, because the state directory may not exist yet.
 pub(super) fn existing(path: &Path) -> &Path {
     path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"))
 }
@@ -141,12 +139,12 @@ fn of_kind(kind: &str) -> Option<&'static dyn Resource> {
     ALL.into_iter().find(|r| r.kind() == kind)
 }
 
-/// Whether a row of this kind in the ledger stands for something that no VM at rest should have.
+/// True if a VM at rest should have no ledger rows of this kind.
 pub(super) fn ends_with_its_boot(kind: &str) -> bool {
     of_kind(kind).is_some_and(|resource| resource.span() != Span::Life)
 }
 
-/// Writes down what the next boot of `row` is about to take.
+/// Writes into the ledger what the next boot of `row` is about to acquire.
 pub(super) fn intend(resources: &Resources, tx: &mut Tx, row: &VmRow) {
     for resource in ALL {
         let Some(name) = resource.intent(resources, row) else { continue };
@@ -156,7 +154,7 @@ pub(super) fn intend(resources: &Resources, tx: &mut Tx, row: &VmRow) {
     }
 }
 
-/// Whether what this row stands for should be gone.
+/// True if the thing in this ledger row should be gone.
 fn is_leftover(state: &State, row: &LedgerRow) -> bool {
     let Some(vm) = row.vm.as_ref().and_then(|id| state.vm(id)) else { return true };
     if recovery::is_left_alone(state, &vm.id) {
@@ -170,13 +168,13 @@ fn is_leftover(state: &State, row: &LedgerRow) -> bool {
     }
 }
 
-/// Removes the directory of a snapshot that nobody makes and that has no row, and strikes it.
+/// Removes the directory of a snapshot that has no row and is not being made, and its ledger row.
 pub(super) fn discard_snapshot(resources: &Resources, id: &SnapshotId, ledger: u64) -> Result<()> {
     let (vm, kind, name) = (None, snapshot::KIND.to_owned(), id.to_string());
     resources.release_row(&snapshot::Snapshot, &LedgerRow { id: ledger, vm, generation: 0, kind, name, facts: None })
 }
 
-/// Removes the directory of a VM for which there is no row in the ledger.
+/// Removes the directory of a VM that has no ledger row for it.
 pub(super) fn forget_directory(resources: &Resources, row: &VmRow) -> Result<()> {
     let directory = directory::Directory;
     directory.intent(resources, row).map_or(Ok(()), |name| directory.release(resources, &name))
@@ -185,7 +183,7 @@ pub(super) fn forget_directory(resources: &Resources, row: &VmRow) -> Result<()>
 /// A boot in progress: what its steps need, and what they have made so far.
 pub(super) struct Boot<'a> {
     pub op: &'a OpHandle,
-    /// Ends the boot early.
+    /// Aborts the boot.
     pub cancel: &'a Cancel,
     /// The snapshot that the boot restores.
     pub restore: Option<&'a Restore>,
@@ -194,26 +192,25 @@ pub(super) struct Boot<'a> {
     pub spec: VmmSpec,
     /// Files to copy into the guest.
     pub files: Vec<SeedFile>,
-    /// What the guest of a snapshot is given after its memory is loaded.
+    /// What the guest of a snapshot gets after its memory is loaded.
     pub restore_seed: Option<RestoreSeed>,
-    /// The ledger row of the disks that the VM had before it took those of a snapshot.
+    /// The ledger row of the disks that the VM had before the restore.
     pub former_disks: Option<u64>,
     pub running: Option<Running>,
 }
 
 impl Boot<'_> {
-    /// Fails if the init of the guest is too old to know `what`: it would ignore it without an
-    /// error.
+    /// Fails if the guest's init is too old for `what`. It would silently ignore it.
     pub(super) fn needs_guest(&self, what: &str) -> Result<()> {
         if self.row.guest_version >= 1 {
             return Ok(());
         }
-        let message = format!("give VM {} {what}: its disk was made from an image that an earlier fcd built", self.row.name);
-        Err(Error::new(Kind::Unsupported, message).hint("build the image again (fcctl image build), and make a new VM from it"))
+        let message = format!("give VM {} {what}: its image was built by an earlier fcd", self.row.name);
+        Err(Error::new(Kind::Unsupported, message).hint("build the image again (fcctl image build) and create a new VM from it"))
     }
 }
 
-/// Takes resources for boots and releases them.
+/// Acquires resources for boots and releases them.
 #[derive(Clone)]
 pub struct Resources {
     pub(in crate::daemon) core: Core,
@@ -231,50 +228,51 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// Takes everything that a boot needs, step by step. After an error nothing of the boot's span
-    /// is left, or the ledger says what is.
+    /// Acquires everything that a boot needs, step by step. After an error, what was acquired is in
+    /// the ledger.
     pub(super) fn acquire_all(&self, boot: &mut Boot<'_>) -> Result<()> {
         for resource in ALL {
-            boot.op.progress(resource.doing());
-            self.core.effects.before(resource.doing())?;
+            if let Some(stage) = resource.stage() {
+                boot.op.progress(stage);
+                self.core.effects.before(stage)?;
+            }
             resource.acquire(self, boot)?;
         }
         Ok(())
     }
 
-    /// Gives back what boots of `vm` up to `generation` hold, and strikes it off. What cannot be
-    /// given back stays in the ledger for the next sweep.
+    /// Releases what boots of `vm` up to `generation` have. What cannot be released stays in the
+    /// ledger for the next sweep.
     ///
     /// # Errors
-    /// The VMM could not be ended: nothing else was touched, as it is in use.
+    /// Fails if the VMM could not be killed. Then nothing else is released, because it is in use.
     pub(super) fn release_boot(&self, vm: &VmId, generation: u64) -> Result<()> {
         let left = self.release(vm, |resource, row| resource.span() != Span::Life && row.generation <= generation)?;
-        left.iter().for_each(|e| log::warn!("clean up after vm {vm}: {e}; it is tried again every minute"));
+        left.iter().for_each(|e| log::warn!("clean up after VM {vm}: {e}; retrying every minute"));
         Ok(())
     }
 
-    /// Gives back all that a VM has.
+    /// Releases everything that a VM has.
     ///
     /// # Errors
-    /// The first thing that could not be given back; the rest was.
+    /// The first error. The other resources are released nevertheless.
     pub(super) fn release_life(&self, vm: &VmId) -> Result<()> {
         let left = self.release(vm, |_, _| true)?;
         left.into_iter().next().map_or(Ok(()), Err)
     }
 
-    /// Carries on past errors, which it gives; but nothing is taken from under a VMM that still
-    /// runs.
+    /// Releases resources and collects the errors. Releases nothing that a running VMM uses.
     fn release(&self, vm: &VmId, which: impl Fn(&dyn Resource, &LedgerRow) -> bool) -> Result<Vec<Error>> {
         let mut left = Vec::new();
         for resource in ALL.into_iter().rev() {
             let rows: Vec<LedgerRow> = self.core.store.read(|s| {
-                let of_kind = s.ledger_of(vm).filter(|l| l.kind == resource.kind() && which(resource, l));
-                of_kind.map(|l| LedgerRow::clone(l)).collect()
+                let rows_of_kind = s.ledger_of(vm).filter(|l| l.kind == resource.kind() && which(resource, l));
+                rows_of_kind.map(|l| LedgerRow::clone(l)).collect()
             });
             for row in rows {
                 match self.release_row(resource, &row) {
                     Ok(()) => {}
-                    Err(e) if resource.uses_the_others() => return Err(e),
+                    Err(e) if resource.blocks_release() => return Err(e),
                     Err(e) => left.push(e),
                 }
             }
@@ -283,37 +281,37 @@ impl Resources {
     }
 
     fn release_row(&self, resource: &dyn Resource, row: &LedgerRow) -> Result<()> {
-        self.core.effects.before("give it back")?;
+        self.core.effects.before("release a resource")?;
         resource.release(self, &row.name)?;
-        // It is gone whether or not this is written down: the next try finds nothing and strikes
-        // it.
+        // The resource is gone even if this fails: the next attempt finds nothing and deletes the
+        // row.
         match self.core.store.change_essential(|tx| Ok(tx.strike(row.id))) {
             Ok((_, ticket)) => ticket.detach(),
-            Err(e) => log::warn!("strike {} {} off the ledger: {e}", row.kind, row.name),
+            Err(e) => log::warn!("delete {} {} from the ledger: {e}", row.kind, row.name),
         }
         Ok(())
     }
 
-    /// Compares the ledger, the rows of VMs and the host, and removes what is ours and belongs to
-    /// nothing. Says what it found; with `fix` what was removed is gone, or the leak says why not.
+    /// Compares the ledger, the rows of VMs and the host. Reports what belongs to fcd but to no VM,
+    /// and removes it if `fix` is set.
     ///
-    /// Twice in a row changes nothing. What is being taken or given back meanwhile is left to
-    /// whoever does so.
+    /// It is idempotent, and skips what is being acquired or released meanwhile.
     pub(super) fn sweep(&self, fix: bool) -> Vec<Leak> {
         let mut leaks = Vec::new();
-        // VMs whose VMM could not be ended keep all that they have.
+        // If a VMM could not be killed, its VM keeps everything.
         let mut stuck: Vec<Option<VmId>> = Vec::new();
         for resource in ALL.into_iter().rev() {
-            // The host first: whatever is found was in the ledger before it was taken.
+            // Look at the host before the ledger: everything on it was in the ledger before it was
+            // acquired.
             let found = resource.found(self).unwrap_or_else(|e| {
-                log::warn!("look for what is left of kind {}: {e}", resource.kind());
+                log::warn!("look for leftovers of kind {}: {e}", resource.kind());
                 Vec::new()
             });
             let (known, leftover): (HashSet<String>, Vec<LedgerRow>) = self.core.store.read(|s| {
-                let of_kind = || s.ledger().filter(|l| l.kind == resource.kind());
+                let rows_of_kind = || s.ledger().filter(|l| l.kind == resource.kind());
                 (
-                    of_kind().map(|l| l.name.clone()).collect(),
-                    of_kind().filter(|l| is_leftover(s, l)).map(|l| (**l).clone()).collect(),
+                    rows_of_kind().map(|l| l.name.clone()).collect(),
+                    rows_of_kind().filter(|l| is_leftover(s, l)).map(|l| (**l).clone()).collect(),
                 )
             });
             let mut unknown: Vec<String> = found.into_iter().filter(|name| !known.contains(name)).collect();
@@ -323,12 +321,12 @@ impl Resources {
             }
             for name in unknown {
                 let removed = if fix { Some(resource.release(self, &name)) } else { None };
-                leaks.push(leak(resource.kind(), &name, "it is in no ledger", removed.as_ref()));
+                leaks.push(leak(resource.kind(), &name, "it is not in the ledger", removed.as_ref()));
             }
             let is_free = |row: &LedgerRow| !stuck.contains(&row.vm) && !resource.is_in_use(self, &row.name);
             for row in leftover.into_iter().filter(is_free).collect::<Vec<_>>() {
                 let removed = if fix { Some(self.release_row(resource, &row)) } else { None };
-                if matches!(removed, Some(Err(_))) && resource.uses_the_others() {
+                if matches!(removed, Some(Err(_))) && resource.blocks_release() {
                     stuck.push(row.vm.clone());
                 }
                 leaks.push(leak(resource.kind(), &row.name, "nothing uses it any more", removed.as_ref()));
@@ -340,7 +338,8 @@ impl Resources {
         leaks
     }
 
-    /// The names of what belongs to VMs that an earlier version started, which kept no ledger.
+    /// The names of the resources of all VMs, for VMs that were started by an earlier version,
+    /// which had no ledger.
     fn intended_by_all(&self, resource: &dyn Resource) -> HashSet<String> {
         let rows = self.core.store.read(|s| s.vms().cloned().collect::<Vec<_>>());
         rows.iter().filter_map(|row| resource.intent(self, row)).collect()

@@ -1,5 +1,5 @@
-//! Ports of the host that lead into a guest: on the bridge rules with the VM's tag; in user mode
-//! the VMM has them itself.
+//! Ports of the host that are forwarded into a guest. On the bridge this takes rules with the VM's
+//! tag. In user mode the VMM opens the ports itself.
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
@@ -20,8 +20,8 @@ impl Resource for Ports {
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
         resources.networks.net.as_ref().filter(|_| !row.ports.is_empty()).map(|_| resources.core.tag(row))
     }
-    fn doing(&self) -> &'static str {
-        "forward the ports"
+    fn stage(&self) -> Option<&'static str> {
+        Some("forward the ports")
     }
 
     fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
@@ -33,7 +33,7 @@ impl Resource for Ports {
                 let guest = resources.networks.guest(&boot.row, net)?;
                 net.forward(&guest, &boot.row.ports, boot.cancel)
             }
-            // Only looked at: the VMM takes them, and says less well why it cannot.
+            // This only checks them. The VMM opens them, but its errors are less clear.
             None => net::require_free_ports(&boot.row.ports),
         }
     }
@@ -41,7 +41,7 @@ impl Resource for Ports {
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         match &resources.networks.net {
             Some(net) => net.unforward(name),
-            None => Err(Error::new(Kind::Host, format!("remove the ports of {name}: fcd runs with user-mode networking now"))
+            None => Err(Error::new(Kind::Host, format!("remove the ports of {name}: fcd now uses user-mode networking"))
                 .hint("start fcd once with driver = \"bridge\" under [network]")),
         }
     }
@@ -55,8 +55,8 @@ impl Resource for Ports {
         let first = crate::daemon::ports::unprivileged_from();
         let below = match (host.config.network.is_bridge(), first) {
             (_, 0) => String::new(),
-            (true, _) => format!("; those below {first} by root alone"),
-            (false, _) => format!("; those below {first} only on a bridge"),
+            (true, _) => format!("; those below {first} only by root"),
+            (false, _) => format!("; those below {first} need the bridge"),
         };
         vec![Check::ok(ID, format!("ports of this host can be forwarded to guests (-p){below}"))]
     }

@@ -1,4 +1,4 @@
-//! The VMM, found again by the tag in its arguments.
+//! The VMM process. It is found again by the tag in its arguments.
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
@@ -8,7 +8,7 @@ use crate::store::Ticket;
 use crate::store::VmRow;
 use crate::vmm::Running;
 
-/// Processes with the same tag that are ended before one gives up.
+/// How many processes with the same tag are killed before the release fails.
 const PRETENDERS_MAX: u32 = 64;
 
 pub(super) struct VmmProcess;
@@ -23,8 +23,8 @@ impl Resource for VmmProcess {
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
         Some(resources.core.tag(row))
     }
-    fn doing(&self) -> &'static str {
-        "start the vmm"
+    fn stage(&self) -> Option<&'static str> {
+        Some("start the VMM")
     }
 
     fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
@@ -33,15 +33,16 @@ impl Resource for VmmProcess {
     }
 
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
-        // More than one only where a VMM was taken over and pretends to be another.
+        // There is more than one only if a compromised VMM pretends to be another.
         for _ in 0..PRETENDERS_MAX {
             let Some(identity) = resources.vmms.find_vmm(name)? else { return Ok(()) };
             resources.vmms.kill_vmm(&identity)?;
         }
-        Err(Error::new(Kind::VmmFailed, format!("end the vmm of {name}: there is always another")).hint("ps ax | grep fc-"))
+        Err(Error::new(Kind::VmmFailed, format!("kill the VMM with tag {name}: new ones keep appearing"))
+            .hint("ps ax | grep fc-"))
     }
 
-    fn uses_the_others(&self) -> bool {
+    fn blocks_release(&self) -> bool {
         true
     }
 
@@ -58,7 +59,7 @@ impl Resources {
     fn start_vmm(&self, boot: &Boot<'_>) -> Result<Running> {
         let (spec, vm) = (&boot.spec, &boot.row.id);
         self.vmm.start(spec, boot.cancel, &mut |identity| {
-            // Need not be durable: the process can also be found by its tag.
+            // This need not be durable, because the process can also be found by its tag.
             let identity = identity.clone();
             let driver = self.vmm.describe();
             let has_balloon = spec.has_balloon;
@@ -68,7 +69,7 @@ impl Resources {
                 r.driver = Some(driver);
             });
             if let Err(e) = recorded.map(Ticket::detach) {
-                log::warn!("record the VMM of {vm}: {e}");
+                log::warn!("record the VMM of VM {vm}: {e}");
             }
         })
     }

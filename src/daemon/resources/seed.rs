@@ -1,5 +1,5 @@
-//! The seed drive, written at every start: what the steps before it have found out, and the
-//! network, which may have changed. It lies in the VM's directory and goes with it.
+//! The seed drive. It is written at every start, with the results of the steps before and the
+//! present network configuration. It is in the VM's directory and is removed with it.
 
 use super::{Resource, Span};
 use crate::daemon::core::now_s;
@@ -26,14 +26,14 @@ impl Resource for Seed {
     fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
         None
     }
-    fn doing(&self) -> &'static str {
-        "write the seed"
+    fn stage(&self) -> Option<&'static str> {
+        Some("write the seed drive")
     }
 
     fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         let (row, spec) = (&boot.row, &boot.spec);
         let (host, user) = resources.keys(row, spec)?;
-        boot.restore_seed = boot.restore.map(|restore| resources.wake(row, restore)).transpose()?;
+        boot.restore_seed = boot.restore.map(|restore| resources.restore_seed(row, restore)).transpose()?;
         let seed = Drive {
             host_name: &row.name,
             network: &resources.networks.seed_network(row)?,
@@ -55,15 +55,15 @@ impl Resource for Seed {
 }
 
 impl Resources {
-    /// What the guest is told when it goes on.
-    pub(super) fn wake(&self, row: &VmRow, restore: &Restore) -> Result<RestoreSeed> {
+    /// What a restored guest gets when it resumes.
+    pub(super) fn restore_seed(&self, row: &VmRow, restore: &Restore) -> Result<RestoreSeed> {
         Ok(RestoreSeed {
             token: random_hex(RANDOM_BYTES / 4)?,
             now_s: now_s(),
             random: random_hex(RANDOM_BYTES)?,
-            // Its tap comes later; where it will be is known.
+            // The tap is made later, but its address is known.
             mac: self.networks.net.as_ref().map(|net| net.lease(row.slot).map(|l| Mac::of(l.address).to_string())).transpose()?,
-            machine_id: restore.elsewhere.then(|| random_hex(16)).transpose()?,
+            machine_id: restore.in_other_vm.then(|| random_hex(16)).transpose()?,
         })
     }
 }

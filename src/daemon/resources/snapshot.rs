@@ -1,5 +1,6 @@
-//! A snapshot's directory while it is made or removed: one that is whole has a row and is in no
-//! ledger. A boot that goes on from one takes its disks here.
+//! The directory of a snapshot while it is being made or removed. The directory of a complete
+//! snapshot has a row and is not in the ledger. A boot that restores a snapshot takes over its
+//! disks here.
 
 use super::former_disks;
 use super::{Resource, Span};
@@ -28,20 +29,20 @@ impl Resource for Snapshot {
     fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
         None
     }
-    fn doing(&self) -> &'static str {
-        "take the snapshot's disks"
+    fn stage(&self) -> Option<&'static str> {
+        Some("copy the snapshot's disks")
     }
 
     fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
         if boot.restore.is_none() {
             return Ok(());
         }
-        resources.take_disks(boot)
+        resources.replace_disks(boot)
     }
 
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         let id: SnapshotId = name.parse()?;
-        let kept = || Error::new(Kind::Busy, format!("remove snapshot {id}: it is being made, or whole"));
+        let kept = || Error::new(Kind::Busy, format!("remove snapshot {id}: it is being made or is complete"));
         if self.is_in_use(resources, name) {
             return Err(kept());
         }
@@ -60,7 +61,7 @@ impl Resource for Snapshot {
         Ok(names.filter(|name| name.parse::<SnapshotId>().is_ok()).collect())
     }
 
-    /// Made by this daemon first, then whole: in this order, for between the two it is both.
+    /// Check the registry first: between the two, a snapshot is in both.
     fn is_in_use(&self, resources: &Resources, name: &str) -> bool {
         let Ok(id) = name.parse() else { return true };
         resources.snapshot_registry.contains(&id) || resources.core.store.read(|s| s.snapshot(&id).is_some())
@@ -68,14 +69,14 @@ impl Resource for Snapshot {
 }
 
 impl Resources {
-    /// Puts the snapshot's disks in the place of the VM's own, which are put back unless the guest
-    /// goes on: see [`Resources::keep_disks`].
-    fn take_disks(&self, boot: &mut Boot<'_>) -> Result<()> {
+    /// Replaces the VM's disks by copies of the snapshot's. The VM's own disks are restored if the
+    /// start fails: see [`Resources::keep_disks`].
+    fn replace_disks(&self, boot: &mut Boot<'_>) -> Result<()> {
         let Some(restore) = boot.restore else { return Ok(()) };
         let (from, saved) = (&restore.files, &restore.row);
-        // All that can be seen before the VM's own disks are gone.
+        // Make all checks before the VM's own disks are moved away.
         self.vmm.warm_up(&from.kernel, boot.cancel);
-        self.vmm.can_load(&saved.driver, restore.elsewhere)?;
+        self.vmm.can_load(&saved.driver, restore.in_other_vm)?;
         for path in [&from.memory, &from.kernel, &from.initrd] {
             let len = std::fs::metadata(path).map_err(|e| damaged(saved, path, &e.to_string()))?.len();
             if len == 0 {
@@ -83,11 +84,11 @@ impl Resources {
             }
         }
         for path in [&from.memory, &from.devices] {
-            // An earlier fcd left them to a group that all VMMs had.
+            // An earlier version gave them to a group of all VMMs.
             share_saved(path, boot.spec.credentials).map_err(|e| damaged(saved, path, &e.to_string()))?;
         }
         let method = Method::from_name(&saved.disk_driver).ok_or_else(|| {
-            Error::new(Kind::Unsupported, format!("snapshot {}: no disk is made by {}", saved.name, saved.disk_driver))
+            Error::new(Kind::Unsupported, format!("snapshot {}: unknown kind of disk {}", saved.name, saved.disk_driver))
         })?;
         let root = duplicate::Source { method: Some(method), path: &from.disk, base: &boot.image.rootfs };
         let work = boot
@@ -96,24 +97,25 @@ impl Resources {
             .clone()
             .map(|to| (duplicate::Source { method: None, path: &from.work_disk, base: &from.work_disk }, to));
         let reporter = boot.op.reporter();
-        let told = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
+        let report = &mut |done, total| reporter.progress_units(done, Some(total), "bytes");
         let (former, ticket) = self.core.store.change(|tx| Ok(former_disks::intend(tx, &boot.row, &boot.spec.tag)))?;
         self.core.wait_durable(ticket)?;
         boot.former_disks = Some(former);
         let mut copied = Vec::new();
         for (source, to) in std::iter::once((root, self.specs.disk_path(&boot.row.id, method))).chain(work) {
-            copied.push(duplicate::copy(self.commands.as_ref(), &source, &to, boot.spec.credentials, boot.cancel, told)?);
+            copied.push(duplicate::copy(self.commands.as_ref(), &source, &to, boot.spec.credentials, boot.cancel, report)?);
         }
         self.core.effects.before("set the disks aside")?;
         former_disks::set_aside(&boot.spec.dir)?;
         self.core.effects.before("replace the disks")?;
         copied.into_iter().try_for_each(duplicate::Copied::publish)?;
-        // The row keeps what it says of the former ones.
+        // The store's row still describes the former disks.
         boot.row.disk_bytes = saved.disk_bytes;
         Ok(())
     }
 
-    /// The guest goes on: from here on the disks are the VM's, with what they stand for.
+    /// The guest runs, so the VM keeps the new disks and takes over what the snapshot says about
+    /// them.
     pub(in crate::daemon) fn keep_disks(&self, boot: &mut Boot<'_>) -> Result<()> {
         let (Some(restore), Some(former)) = (boot.restore, boot.former_disks.take()) else { return Ok(()) };
         let (saved, row, tag) = (&restore.row, &boot.row, &boot.spec.tag);
@@ -128,7 +130,7 @@ impl Resources {
                 (row.disk_bytes, row.guest_version) = (saved.disk_bytes, saved.guest_version);
                 row.disk_driver = Some(saved.disk_driver.clone());
             })?;
-            Ok(former_disks::let_go(tx, former, row, tag))
+            Ok(former_disks::mark_replaced(tx, former, row, tag))
         })?;
         drop(guard);
         self.core.wait_durable(ticket)?;
@@ -139,5 +141,5 @@ impl Resources {
 
 fn damaged(snapshot: &SnapshotRow, path: &Path, why: &str) -> Error {
     Error::new(Kind::Host, format!("snapshot {} is damaged: {}: {why}", snapshot.name, path.display()))
-        .hint(format!("nothing was changed; delete it: fcctl snapshot delete {}", snapshot.name))
+        .hint(format!("delete it: fcctl snapshot delete {}", snapshot.name))
 }

@@ -1,5 +1,5 @@
-//! Files of the host's that the configuration gives to every guest. They are read anew at each
-//! start, and lie on its seed drive.
+//! Files of the host that the configuration gives to every guest. They are read at each start and
+//! put on its seed drive.
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
@@ -11,7 +11,8 @@ use crate::store::VmRow;
 use std::fs::File;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 
-/// Of one file, and of all of them: a guest has them in memory for a moment.
+/// Limits for one file and for all files together, because a guest holds them in memory for a
+/// moment.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 const ALL_BYTES_MAX: u64 = 8 << 20;
 
@@ -27,12 +28,12 @@ impl Resource for SyncedFiles {
     fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
         None
     }
-    fn doing(&self) -> &'static str {
-        "read the configured files"
+    fn stage(&self) -> Option<&'static str> {
+        Some("read the configured files")
     }
 
     fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
-        // A guest that goes on has them.
+        // A restored guest has the files already.
         if resources.synced.is_empty() || boot.restore.is_some() {
             return Ok(());
         }
@@ -62,7 +63,7 @@ fn read_all(all: &[SyncedFile]) -> Result<Vec<SeedFile>> {
     let files: Vec<SeedFile> = all.iter().map(read).collect::<Result<_>>()?;
     let bytes: u64 = files.iter().map(|f| f.bytes.len() as u64).sum();
     if bytes > ALL_BYTES_MAX {
-        let message = format!("the files of [[sync]] have {bytes} bytes, at most {ALL_BYTES_MAX} may be");
+        let message = format!("the files of [[sync]] have {bytes} bytes, but the limit is {ALL_BYTES_MAX}");
         return Err(
             Error::new(Kind::InvalidConfig, message).hint("put large files into an image, or copy them with fcctl workspace")
         );
@@ -72,14 +73,14 @@ fn read_all(all: &[SyncedFile]) -> Result<Vec<SeedFile>> {
 
 fn read(file: &SyncedFile) -> Result<SeedFile> {
     let from = file.from.display();
-    let hint = format!("put the file there, or take it out of [[sync]]: from = {from:?}", from = file.from);
+    let hint = format!("create the file, or remove it from [[sync]]: from = {from:?}", from = file.from);
     let io = |e| Error::io(format!("read {from} for {} in the guest", file.to.display()), e).hint(hint.clone());
     let bad = |what: String| Err(Error::new(Kind::InvalidConfig, format!("sync {from}: {what}")).hint(hint.clone()));
-    // Not held up by a FIFO.
+    // `O_NONBLOCK`, so that opening a FIFO does not block.
     let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&file.from).map_err(io)?;
     let stat = opened.metadata().map_err(io)?;
     if !stat.is_file() {
-        return bad("it is no regular file".to_owned());
+        return bad("it is not a regular file".to_owned());
     }
     let bytes = crate::host::command::read_bounded(opened, FILE_BYTES_MAX + 1).map_err(io)?;
     if bytes.len() as u64 > FILE_BYTES_MAX {
@@ -97,18 +98,18 @@ mod tests {
     }
 
     #[test]
-    fn files_are_read_with_what_the_configuration_says_of_them() {
+    fn file_is_read_with_configured_mode() {
         let dir = tempfile::tempdir().unwrap();
         let (path, link) = (dir.path().join("a"), dir.path().join("link"));
         std::fs::write(&path, "hello").unwrap();
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        // The configuration is the administrator's: where a link leads is theirs.
+        // The administrator controls the configuration, so a symbolic link is followed.
         let read = read_all(&[entry(&link)]).unwrap();
         assert_eq!((read[0].bytes.as_slice(), read[0].mode), (b"hello".as_slice(), 0o600));
     }
 
     #[test]
-    fn what_is_no_small_file_is_refused_by_name() {
+    fn large_or_irregular_file_is_refused_by_name() {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         std::fs::write(path("large"), vec![0; FILE_BYTES_MAX as usize + 1]).unwrap();

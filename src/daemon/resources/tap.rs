@@ -1,5 +1,5 @@
-//! A VM's tap on the bridge, with its rules; nothing in user mode. Found again by the VM's tag in
-//! its alias.
+//! A VM's tap on the bridge, with its rules. It is found again by the VM's tag in its alias. There
+//! is none in user mode.
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
@@ -19,8 +19,8 @@ impl Resource for Tap {
     fn intent(&self, resources: &Resources, row: &VmRow) -> Option<String> {
         resources.networks.net.as_ref().map(|_| resources.core.tag(row))
     }
-    fn doing(&self) -> &'static str {
-        "connect the network"
+    fn stage(&self) -> Option<&'static str> {
+        Some("connect the network")
     }
 
     fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
@@ -37,7 +37,7 @@ impl Resource for Tap {
             None if boot.row.tap.is_none() => return Ok(()),
             None => None,
         };
-        // A fact, not an intent: the row of what follows is durable only with this one.
+        // This is not waited for: the change that follows it cannot be durable without it.
         resources.core.change_row(&boot.row.id, false, |r| r.tap = fact)?.detach();
         boot.row = resources.core.row(&boot.row.id)?;
         boot.spec = resources.specs.boot_spec(boot.restore, &boot.row, boot.image);
@@ -47,7 +47,7 @@ impl Resource for Tap {
     fn release(&self, resources: &Resources, name: &str) -> Result<()> {
         match &resources.networks.net {
             Some(net) => net.release(name),
-            None => Err(Error::new(Kind::Host, format!("remove the tap of {name}: fcd runs with user-mode networking now"))
+            None => Err(Error::new(Kind::Host, format!("remove the tap of {name}: fcd now uses user-mode networking"))
                 .hint("start fcd once with driver = \"bridge\" under [network]")),
         }
     }

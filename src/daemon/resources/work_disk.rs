@@ -1,5 +1,5 @@
-//! A second disk for the VMs that were made with one. It lies in the VM's directory and goes with
-//! it.
+//! The second disk of VMs that were created with one. It is in the VM's directory and is removed
+//! with it.
 
 use super::{HostView, Resource, Span};
 use crate::api::daemon::Check;
@@ -20,8 +20,8 @@ impl Resource for WorkDisk {
     fn intent(&self, _resources: &Resources, _row: &VmRow) -> Option<String> {
         None
     }
-    fn doing(&self) -> &'static str {
-        "prepare the work disk"
+    fn stage(&self) -> Option<&'static str> {
+        Some("prepare the work disk")
     }
 
     fn acquire(&self, resources: &Resources, boot: &mut Boot<'_>) -> Result<()> {
@@ -45,6 +45,6 @@ impl Resource for WorkDisk {
         if crate::host::command::find_program(work::MKFS.as_ref()).is_some() {
             return vec![Check::ok(ID, format!("work disks can be made ({})", work::MKFS))];
         }
-        vec![Check::warn(ID, format!("there is no {}: no VM can have a work disk", work::MKFS), "apt install e2fsprogs")]
+        vec![Check::warn(ID, format!("{} is not installed, so VMs cannot have a work disk", work::MKFS), "apt install e2fsprogs")]
     }
 }

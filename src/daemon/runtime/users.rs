@@ -4,7 +4,7 @@ use super::Runtimes;
 use crate::ids::VmId;
 use crate::locks::{Cancel, CancelCause};
 
-/// What uses a guest.
+/// How a guest is being used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Use {
     /// Continues when a paused guest is resumed.
@@ -12,7 +12,7 @@ pub enum Use {
     Transfer,
 }
 
-/// A transfer or session in a VM's cancel set, which it leaves when this is dropped.
+/// A transfer or session in a VM's cancel set. It leaves the set when this is dropped.
 pub struct User {
     runtimes: Runtimes,
     vm: VmId,
@@ -28,7 +28,8 @@ impl Drop for User {
 }
 
 impl Runtimes {
-    /// Joins the VM's cancel set. Call it with the VM's lock held, after its state was checked.
+    /// Adds a session or transfer to the VM's cancel set. Call it with the VM's lock held, after
+    /// checking the VM's state.
     pub fn join(&self, vm: &VmId, kind: Use, cancel: Cancel) -> User {
         let id = self.with(vm, |r| {
             r.next_user += 1;

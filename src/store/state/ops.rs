@@ -49,7 +49,7 @@ impl State {
             return Ok(());
         }
         let text = format!("uid {uid} has {KEYS_PER_UID_MAX} idempotency keys already");
-        Err(Error::new(Kind::OperationLimit, text).hint("call without a key, or when some have expired (after a day)"))
+        Err(Error::new(Kind::OperationLimit, text).hint("call without a key, or wait until some have expired (after a day)"))
     }
 }
 

@@ -63,7 +63,7 @@ impl State {
             return Ok(free);
         }
         Err(Error::new(Kind::VmLimit, format!("all {limit} slots for VMs are taken"))
-            .hint("delete one you do not need: fcctl ps -a"))
+            .hint("delete one: fcctl ps -a, fcctl rm NAME"))
     }
 
     pub(in crate::store) fn slot_is_taken(&self, slot: u32) -> bool {

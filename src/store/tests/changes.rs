@@ -2,7 +2,7 @@ use super::*;
 use proptest::prelude::*;
 
 #[test]
-fn a_change_that_fails_or_panics_leaves_nothing() {
+fn change_that_fails_or_panics_leaves_nothing() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     store.change_durable(|tx| tx.put_vm(row(1)).and_then(|()| tx.put_workspace(workspace(1)))).unwrap();
@@ -34,7 +34,7 @@ fn a_change_that_fails_or_panics_leaves_nothing() {
 }
 
 #[test]
-fn memory_shows_a_change_at_once_and_the_ticket_waits_for_the_disk() {
+fn change_is_visible_at_once_and_durable_after_ticket() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let gate = store.faults().gate();
@@ -42,7 +42,7 @@ fn memory_shows_a_change_at_once_and_the_ticket_waits_for_the_disk() {
     assert!(store.read(|s| s.vm(&vm_id(1)).is_some()));
     let e = ticket.wait(Instant::now() + Duration::from_millis(20)).unwrap_err();
     assert_eq!(e.kind(), Kind::Timeout);
-    // A change without rows is as durable as what it saw.
+    // A change without rows is durable with everything before it.
     let empty = store.barrier().unwrap();
     assert_eq!(empty.wait(Instant::now() + Duration::from_millis(20)).unwrap_err().kind(), Kind::Timeout);
     drop(gate);
@@ -51,11 +51,11 @@ fn memory_shows_a_change_at_once_and_the_ticket_waits_for_the_disk() {
     assert!(put(&store, 2).unwrap().seq() > ticket.seq());
     let seq = store.barrier().unwrap().wait(soon()).unwrap();
     let store = check_reopened(store, dir.path());
-    assert!(put(&store, 3).unwrap().seq() > seq, "numbers go on after a restart");
+    assert!(put(&store, 3).unwrap().seq() > seq, "numbers continue after a restart");
 }
 
 #[test]
-fn changes_that_wait_are_committed_together() {
+fn queued_changes_are_committed_together() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let gate = store.faults().gate();
@@ -72,7 +72,7 @@ fn changes_that_wait_are_committed_together() {
 }
 
 #[test]
-fn names_and_slots_are_unique_and_come_free() {
+fn names_and_slots_are_unique_and_reusable() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     store.change_durable(|tx| tx.put_vm(row(0)).and_then(|()| tx.put_vm(row(1)))).unwrap();
@@ -94,7 +94,7 @@ fn names_and_slots_are_unique_and_come_free() {
 }
 
 #[test]
-fn look_ups() {
+fn rows_are_found_by_name_id_and_prefix() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let other = VmRow { owner_uid: 7, ..row(0xab1) };
@@ -115,7 +115,7 @@ fn look_ups() {
 }
 
 #[test]
-fn vms_by_age_are_in_order_and_resume_behind_a_removed_row() {
+fn vms_by_age_resume_behind_removed_row() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let aged = |n: u32, created_at| VmRow { created_at, ..row(n) };
@@ -132,7 +132,7 @@ fn vms_by_age_are_in_order_and_resume_behind_a_removed_row() {
 }
 
 #[test]
-fn a_removed_vm_takes_its_workspace_and_leaves_its_ledger() {
+fn removed_vm_loses_workspace_and_keeps_ledger() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let id = store
@@ -189,14 +189,14 @@ fn ended_operations_are_kept_per_uid() {
 }
 
 #[test]
-fn too_many_ended_operations_in_all_go_from_the_user_with_most() {
+fn excess_operations_are_removed_from_user_with_most() {
     let dir = dir();
     let store = Store::open_keeping(dir.path(), Retention { per_uid_max: 10, total_max: 20 }).unwrap();
     put_ops(&store, (1..9).map(|n| of_uid(0, n)));
     put_ops(&store, (10..20).map(|n| of_uid(7, n)));
     put_ops(&store, (20..25).map(|n| of_uid(8, n)));
     assert_eq!((kept(&store, 0).len(), kept(&store, 7), kept(&store, 8).len()), (8, (13..20).collect(), 5));
-    // Root's own make way for root's own, once nobody else has any.
+    // Operations of root are removed once no other user has any.
     let alone = self::dir();
     let store = Store::open_keeping(alone.path(), Retention { per_uid_max: 10, total_max: 3 }).unwrap();
     put_ops(&store, (1..6).map(|n| of_uid(0, n)));
@@ -204,15 +204,15 @@ fn too_many_ended_operations_in_all_go_from_the_user_with_most() {
 }
 
 #[test]
-fn operation_of_key_is_kept_until_its_last_key_goes() {
+fn operation_is_kept_until_its_last_key_is_removed() {
     let dir = dir();
     let store = Store::open_keeping(dir.path(), Retention { per_uid_max: 2, total_max: 100 }).unwrap();
     let key = |name: &str, expires_at| KeyRow { uid: 0, key: name.into(), params_hash: "h".into(), op: op_id(1), expires_at };
-    // The key may come before its operation, and while that runs.
+    // The key may be added before its operation, or while that runs.
     store.change_durable(|tx| tx.put_key(key("a", 10)).and_then(|()| tx.put_key(key("b", 20)))).unwrap();
     put_ops(&store, [op(1, OpState::Running)].into_iter().chain((1..6).map(|n| of_uid(0, n))));
     assert_eq!(kept(&store, 0), [1, 4, 5]);
-    // A change that fails leaves the count of keys as it was.
+    // A failed change does not change the number of keys.
     let failed = store.change(|tx| {
         tx.remove_key(0, "a");
         tx.remove_key(0, "b");
@@ -231,7 +231,7 @@ fn operation_of_key_is_kept_until_its_last_key_goes() {
 }
 
 #[test]
-fn idempotency_keys_are_bounded_and_expire() {
+fn idempotency_keys_are_limited_and_expire() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let key = |uid, n: usize| KeyRow { uid, key: n.to_string(), params_hash: "h".into(), op: op_id(1), expires_at: n as u64 };
@@ -245,7 +245,7 @@ fn idempotency_keys_are_bounded_and_expire() {
 }
 
 #[test]
-fn a_watch_is_told_of_its_vm_only() {
+fn watch_sees_only_its_vm() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let ready = |watch: &Watch| {
@@ -261,7 +261,7 @@ fn a_watch_is_told_of_its_vm_only() {
     let ticket = put(&store, 1).unwrap();
     assert!(ready(&one));
     let gone = ticket.wait(soon());
-    assert!(gone.is_err() && ready(&all), "undoing is a change, too");
+    assert!(gone.is_err() && ready(&all), "undoing is a change too");
 }
 
 #[derive(Clone, Debug)]
@@ -318,9 +318,10 @@ fn perform(tx: &mut Tx, act: &Act) -> Result<()> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Memory equals the disk after any changes and failed commits; what failed left no trace in either.
+    /// Memory equals the disk after any changes and failed commits, and failed changes left no
+    /// trace in either.
     #[test]
-    fn memory_equals_the_disk(
+    fn memory_equals_disk(
         changes in proptest::collection::vec(proptest::collection::vec(act(), 1..6), 1..12),
         fail_at in 0..12usize,
         how in prop_oneof![Just(faults::Fault::Io), Just(faults::Fault::IoAfterCommit), Just(faults::Fault::DiskFull)],
@@ -334,7 +335,7 @@ proptest! {
                 store.faults().gate()
             });
             let made = store.change(|tx| {
-                // Never a change without rows, which would be durable at once.
+                // Never make a change without rows, because it would be durable at once.
                 tx.put_meta("round", &i.to_string());
                 acts.iter().try_for_each(|a| perform(tx, a))
             });

@@ -4,9 +4,10 @@ use crate::locks::{Cancel, CancelCause};
 
 const DIR: &str = "FCD_TEST_STORE_DIR";
 
-/// Not a test of its own: the writer that is killed. It says each number after it was acknowledged.
+/// Not a test, but the writer that the test below kills. It prints each number after it was
+/// acknowledged.
 #[test]
-#[ignore = "run by a_killed_daemon_keeps_what_it_acknowledged"]
+#[ignore = "run by killed_daemon_keeps_acknowledged_changes"]
 fn child_that_writes_until_it_is_killed() {
     let Ok(dir) = std::env::var(DIR) else { return };
     let store = Store::open(Path::new(&dir)).unwrap();
@@ -18,7 +19,7 @@ fn child_that_writes_until_it_is_killed() {
 }
 
 #[test]
-fn a_killed_daemon_keeps_what_it_acknowledged() {
+fn killed_daemon_keeps_acknowledged_changes() {
     let dir = dir();
     let mut acknowledged = None;
     for round in 1..=3 {

@@ -12,7 +12,7 @@ fn all(store: &Store, since: Option<u64>) -> Followed {
 fn snapshot(start: Start) -> (u64, bool, Vec<u32>) {
     match start {
         Start::Snapshot { seq, resync, vms } => (seq, resync, vms.iter().map(|s| s.row.slot).collect()),
-        Start::Missed(missed) => panic!("no snapshot but {missed:?}"),
+        Start::Missed(missed) => panic!("not a snapshot: {missed:?}"),
     }
 }
 
@@ -24,19 +24,19 @@ fn missed(start: Start) -> Vec<u64> {
     }
 }
 
-/// All that is there now, without a lag.
+/// Takes everything that is queued. Fails if the listener lags.
 #[track_caller]
-fn take(listening: &mut Subscription) -> Vec<Arc<Happened>> {
+fn take(listening: &mut Subscription) -> Vec<Arc<StoreChange>> {
     std::iter::from_fn(|| listening.next())
         .map(|next| match next {
-            Next::Happened(h) => h,
+            Next::Change(h) => h,
             lagged @ Next::Lagged { .. } => panic!("{lagged:?}"),
         })
         .collect()
 }
 
-fn seqs(told: &[Arc<Happened>]) -> Vec<u64> {
-    told.iter().map(|h| h.seq).collect()
+fn seqs(changes: &[Arc<StoreChange>]) -> Vec<u64> {
+    changes.iter().map(|h| h.seq).collect()
 }
 
 fn is_readable(listening: &Subscription) -> bool {
@@ -48,7 +48,7 @@ fn rename(store: &Store, n: u32, reason: u64) -> Ticket {
 }
 
 #[test]
-fn a_change_is_told_when_it_is_durable_and_before_its_ticket() {
+fn change_is_published_once_durable_and_before_its_ticket() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let (mut listening, start) = all(&store, None);
@@ -57,27 +57,27 @@ fn a_change_is_told_when_it_is_durable_and_before_its_ticket() {
     let ticket = put(&store, 1).unwrap();
     ticket.write_soon();
     assert!(gate.wait_for_writer(soon()));
-    // Memory has it; nobody is told, and a snapshot does not show it.
+    // It is in memory, but it is not published and a snapshot does not show it.
     assert!(store.read(|s| s.vm(&vm_id(1)).is_some()));
     assert!(listening.next().is_none() && !is_readable(&listening));
     assert_eq!(snapshot(all(&store, None).1), (begin, false, vec![]));
     drop(gate);
     let seq = ticket.wait(soon()).unwrap();
     assert!(is_readable(&listening));
-    let told = take(&mut listening);
-    assert_eq!((seqs(&told), told[0].vms[0].before.clone()), (vec![seq], None));
+    let published = take(&mut listening);
+    assert_eq!((seqs(&published), published[0].vms[0].before.clone()), (vec![seq], None));
     assert!(!is_readable(&listening), "all was taken");
     assert_eq!(snapshot(all(&store, None).1), (seq, false, vec![1]));
 }
 
 #[test]
-fn the_steps_of_a_change_are_told_as_one() {
+fn steps_of_a_change_are_published_as_one() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     store.change_durable(|tx| tx.put_vm(row(1)).and_then(|()| tx.put_workspace(workspace(1)))).unwrap();
     let (mut listening, _) = all(&store, None);
-    let told = |listening: &mut Subscription| take(listening).pop().expect("told");
-    // To and fro is nothing, also beside something.
+    let last = |listening: &mut Subscription| take(listening).pop().expect("a change");
+    // A change that is undone in the same transaction is not published, even beside another change.
     store
         .change_durable(|tx| {
             tx.update_vm_unlocked(&vm_id(1), |r| r.vcpus = 9)?;
@@ -87,30 +87,31 @@ fn the_steps_of_a_change_are_told_as_one() {
             tx.update_vm_unlocked(&vm_id(1), |r| r.vcpus = 1)
         })
         .unwrap();
-    let change = told(&mut listening);
+    let change = last(&mut listening);
     assert_eq!(change.vms.iter().map(|c| c.after.as_ref().unwrap().row.slot).collect::<Vec<_>>(), [3]);
-    // Two rows of one VM are one change of it.
+    // Changes of two rows of one VM are one change of the VM.
     store
         .change_durable(|tx| {
             tx.remove_workspace(&vm_id(1));
             tx.update_vm_unlocked(&vm_id(1), |r| r.state = VmState::Failed)
         })
         .unwrap();
-    let change = told(&mut listening);
+    let change = last(&mut listening);
     let (before, after) = (change.vms[0].before.clone().unwrap(), change.vms[0].after.clone().unwrap());
     assert_eq!((change.vms.len(), before.workspace.is_some(), after.workspace), (1, true, None));
     assert_eq!((before.row.state, after.row.state), (VmState::Created, VmState::Failed));
-    // A delete and the end of its operation: whose VM it was is known.
+    // After a delete, the end of its operation still names the owner of the VM.
     store
         .change_durable(|tx| {
             tx.put_op(Op { vm: Some(vm_id(1)), ..op(7, OpState::Ok) });
             Ok(tx.remove_vm_unlocked(&vm_id(1)))
         })
         .unwrap();
-    let change = told(&mut listening);
+    let change = last(&mut listening);
     assert!(change.vms[0].after.is_none());
     assert_eq!(change.ended[0].owners().collect::<Vec<_>>(), [0, 1000]);
-    // An end is told once, a beginning not at all, and what is not about a VM neither.
+    // The end of an operation is published once. Its beginning is not, and neither is what is not
+    // about a VM.
     store
         .change_durable(|tx| {
             tx.put_op(op(8, OpState::Running));
@@ -123,7 +124,7 @@ fn the_steps_of_a_change_are_told_as_one() {
 }
 
 #[test]
-fn a_failed_batch_is_never_told() {
+fn failed_batch_is_never_published() {
     for fault in [Fault::Io, Fault::IoAfterCommit, Fault::DiskFull, Fault::Panic] {
         let dir = dir();
         let store = Store::open(dir.path()).unwrap();
@@ -143,17 +144,17 @@ fn a_failed_batch_is_never_told() {
         assert!(store.wait_writable(soon()));
         assert_eq!(take(&mut listening), []);
         assert_eq!(snapshot(all(&store, None).1), (begin, false, vec![1]));
-        // The next one has a number that nobody saw, and goes from what was durable.
+        // The next change has an unused number, and starts from the durable state.
         let seq = rename(&store, 1, 8).wait(soon()).unwrap();
-        let told = take(&mut listening);
-        assert!(seqs(&told) == [seq] && seq > behind.seq(), "{fault:?}");
-        assert_eq!(told[0].vms[0].before.as_ref().unwrap().row.reason, None);
+        let published = take(&mut listening);
+        assert!(seqs(&published) == [seq] && seq > behind.seq(), "{fault:?}");
+        assert_eq!(published[0].vms[0].before.as_ref().unwrap().row.reason, None);
         assert_eq!(missed(all(&store, Some(begin)).1), [seq]);
     }
 }
 
 #[test]
-fn the_order_is_that_of_the_commits() {
+fn events_are_in_order_of_commits() {
     const WORKERS: u32 = 8;
     const EACH: u32 = 125;
     let dir = dir();
@@ -171,18 +172,18 @@ fn the_order_is_that_of_the_commits() {
         .collect();
     let mut made: Vec<_> = workers.into_iter().flat_map(|w| w.join().unwrap()).collect();
     made.sort_unstable();
-    // All 1,000 are there already: each was told before its ticket was good.
-    let told = take(&mut listening);
-    let slots = |h: &Happened| h.vms.iter().map(|c| c.after.as_ref().unwrap().row.slot).collect::<Vec<_>>();
+    // All 1,000 are there already, because each was published before its ticket was ready.
+    let published = take(&mut listening);
+    let slots = |h: &StoreChange| h.vms.iter().map(|c| c.after.as_ref().unwrap().row.slot).collect::<Vec<_>>();
     assert_eq!(
-        told.iter().map(|h| (h.seq, slots(h))).collect::<Vec<_>>(),
+        published.iter().map(|h| (h.seq, slots(h))).collect::<Vec<_>>(),
         made.iter().map(|(s, n)| (*s, vec![*n])).collect::<Vec<_>>()
     );
-    assert_eq!(missed(all(&store, Some(begin)).1), seqs(&told), "and kept");
+    assert_eq!(missed(all(&store, Some(begin)).1), seqs(&published), "and kept");
 }
 
 #[test]
-fn a_full_queue_lags_once_and_the_rest_is_kept() {
+fn full_queue_lags_once_and_changes_are_kept() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().wait(soon()).unwrap();
@@ -200,7 +201,7 @@ fn a_full_queue_lags_once_and_the_rest_is_kept() {
     let mut got = Vec::new();
     let (dropped, resume_seq) = loop {
         match slow.next().expect("a lag comes first") {
-            Next::Happened(h) => got.push(h.seq),
+            Next::Change(h) => got.push(h.seq),
             Next::Lagged { dropped, resume_seq } => break (dropped, resume_seq),
         }
     };
@@ -213,7 +214,7 @@ fn a_full_queue_lags_once_and_the_rest_is_kept() {
 }
 
 #[test]
-fn what_is_no_longer_kept_is_a_snapshot() {
+fn listener_gets_snapshot_for_changes_no_longer_kept() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let first = put(&store, 1).unwrap().wait(soon()).unwrap();
@@ -222,14 +223,14 @@ fn what_is_no_longer_kept_is_a_snapshot() {
         last = rename(&store, 1, n).seq();
     }
     store.barrier().unwrap().wait(soon()).unwrap();
-    // Exactly so many fit.
+    // Exactly this many fit.
     assert_eq!(missed(all(&store, Some(first)).1).len(), KEPT_MAX);
     assert_eq!(snapshot(all(&store, Some(first - 1)).1), (last, true, vec![1]));
-    // A number of another database's.
+    // This number belongs to another database.
     assert_eq!(snapshot(all(&store, Some(last + 1)).1), (last, true, vec![1]));
     assert!(missed(all(&store, Some(last)).1).is_empty());
     let store = check_reopened(store, dir.path());
-    assert!(missed(all(&store, Some(last)).1).is_empty(), "who had all goes on after a restart");
+    assert!(missed(all(&store, Some(last)).1).is_empty(), "an up-to-date listener resumes after a restart");
     assert_eq!(snapshot(all(&store, Some(last - 1)).1), (last, true, vec![1]));
     let next = rename(&store, 1, 0).wait(soon()).unwrap();
     assert!(next > last);
@@ -237,7 +238,7 @@ fn what_is_no_longer_kept_is_a_snapshot() {
 }
 
 #[test]
-fn a_listener_is_given_what_it_may_see_and_its_queue_holds_nothing_else() {
+fn listener_gets_only_what_it_may_see() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let other = VmRow { owner_uid: 7, ..row(2) };
@@ -250,7 +251,7 @@ fn a_listener_is_given_what_it_may_see_and_its_queue_holds_nothing_else() {
     let seq = rename(&store, 2, 0).wait(soon()).unwrap();
     assert_eq!(seqs(&take(&mut theirs)), [seq], "others' noise neither shows nor lags");
     assert_eq!(missed(store.subscribe(Some(begin.unwrap()), |uid| uid == 7).unwrap().1), [seq]);
-    // An operation on their VM that root began.
+    // Root began an operation on their VM.
     let ended = Op { vm: Some(vm_id(2)), ..op(1, OpState::Failed) };
     let end = |tx: &mut Tx| {
         tx.put_op(ended);
@@ -262,16 +263,16 @@ fn a_listener_is_given_what_it_may_see_and_its_queue_holds_nothing_else() {
     assert_eq!(store.0.inner.events.listeners(), 0);
 }
 
-/// What the feed has for its subscriptions now, taken and passed on.
+/// Takes and returns what the feed has for its subscriptions.
 fn pass_on(feed: &mut Feed) -> Vec<(u64, Vec<u64>)> {
     let mut due = feed.take();
-    let told = due.iter_mut().map(|due| (due.id, due.changes.drain(..).map(|h| h.seq).collect())).collect();
+    let sent = due.iter_mut().map(|due| (due.id, due.changes.drain(..).map(|h| h.seq).collect())).collect();
     feed.finish(due);
-    told
+    sent
 }
 
 #[test]
-fn a_lent_subscription_is_served_by_the_feed_alone_until_it_is_taken_back() {
+fn lent_subscription_is_served_by_feed_until_taken_back() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().wait(soon()).unwrap();
@@ -279,7 +280,7 @@ fn a_lent_subscription_is_served_by_the_feed_alone_until_it_is_taken_back() {
     assert!(store.feed().is_err(), "one at a time");
     let ((mut lent, _), (mut own, _)) = (all(&store, None), all(&store, None));
     lent.lend();
-    // Not before it has taken all that there was.
+    // The feed does not take over before all earlier changes were taken.
     let first = rename(&store, 1, 1).wait(soon()).unwrap();
     assert!(feed.take().is_empty());
     assert_eq!(seqs(&take(&mut lent)), [first]);
@@ -288,7 +289,7 @@ fn a_lent_subscription_is_served_by_the_feed_alone_until_it_is_taken_back() {
     assert_eq!(lent.next(), None, "the feed has it");
     assert_eq!(pass_on(&mut feed), [(lent.id(), vec![second])]);
     assert!(!crate::host::wait::is_readable(feed.fd()) || feed.take().is_empty());
-    // What came while nobody looked is the subscription's own again.
+    // Changes that nobody took belong to the subscription again.
     let third = rename(&store, 1, 3).wait(soon()).unwrap();
     lent.take_back();
     assert!(feed.take().is_empty());
@@ -301,7 +302,7 @@ fn a_lent_subscription_is_served_by_the_feed_alone_until_it_is_taken_back() {
 }
 
 #[test]
-fn what_the_feed_cannot_pass_on_goes_back_in_order() {
+fn changes_that_feed_cannot_send_are_returned_in_order() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().wait(soon()).unwrap();
@@ -312,24 +313,24 @@ fn what_the_feed_cannot_pass_on_goes_back_in_order() {
     let early: Vec<_> = (0..3).map(|n| rename(&store, 1, n).wait(soon()).unwrap()).collect();
     let mut due = feed.take();
     let passed = due[0].changes.pop_front().unwrap().seq;
-    // Comes while the feed is at work.
+    // This arrives while the feed is at work.
     let late = rename(&store, 1, 3).wait(soon()).unwrap();
     assert!(feed.take().is_empty() && lent.next().is_none() && !is_readable(&lent));
     feed.finish(due);
     assert!(is_readable(&lent));
     assert_eq!([vec![passed], seqs(&take(&mut lent))].concat(), [early, vec![late]].concat());
-    // With nothing left it goes back where the feed says so.
+    // The feed can also return a subscription without changes.
     let next = rename(&store, 1, 4).wait(soon()).unwrap();
     let mut due = feed.take();
     assert_eq!(due[0].changes.drain(..).map(|h| h.seq).collect::<Vec<_>>(), [next]);
-    due[0].is_given_back = true;
+    due[0].is_returned = true;
     feed.finish(due);
     assert!(is_readable(&lent));
     assert_eq!(take(&mut lent), []);
 }
 
 #[test]
-fn a_subscription_is_taken_back_once_the_feed_is_done_with_it() {
+fn subscription_is_taken_back_once_feed_is_done() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().wait(soon()).unwrap();
@@ -340,14 +341,14 @@ fn a_subscription_is_taken_back_once_the_feed_is_done_with_it() {
     rename(&store, 1, 0).wait(soon()).unwrap();
     let due = feed.take();
     let is_back = Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let (told, id) = (is_back.clone(), lent.id());
+    let (flag, id) = (is_back.clone(), lent.id());
     let taker = thread::spawn("taker", move || {
         lent.take_back();
-        told.store(true, std::sync::atomic::Ordering::SeqCst);
+        flag.store(true, std::sync::atomic::Ordering::SeqCst);
         take(&mut lent).len()
     })
     .unwrap();
-    // It has said that it waits.
+    // It has claimed the subscription.
     let claims = || {
         let published = store.0.inner.events.published.lock();
         published.listeners[&id].taker == super::super::events::Taker::FeedAtWork { is_claimed: true }
@@ -361,7 +362,7 @@ fn a_subscription_is_taken_back_once_the_feed_is_done_with_it() {
 }
 
 #[test]
-fn a_lag_while_lent_is_told_by_the_subscription() {
+fn lag_while_lent_is_reported_by_subscription() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().wait(soon()).unwrap();
@@ -378,7 +379,7 @@ fn a_lag_while_lent_is_told_by_the_subscription() {
 }
 
 #[test]
-fn a_feed_that_ends_gives_everything_back() {
+fn dropped_feed_returns_everything() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().wait(soon()).unwrap();
@@ -392,7 +393,7 @@ fn a_feed_that_ends_gives_everything_back() {
     assert!(is_readable(&lent));
     assert_eq!(seqs(&take(&mut lent)), [seq]);
     let seq = rename(&store, 1, 1).wait(soon()).unwrap();
-    assert!(is_readable(&lent), "nobody else is there to serve it");
+    assert!(is_readable(&lent), "no feed serves it");
     assert_eq!(seqs(&take(&mut lent)), [seq]);
     store.feed().unwrap();
 }

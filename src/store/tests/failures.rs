@@ -1,7 +1,7 @@
 use super::faults::Fault;
 use super::*;
 
-/// One change before the gate and two behind it, none of which can be written.
+/// Makes one change before the gate and two behind it, none of which can be written.
 #[track_caller]
 fn check_failed_batch(fault: Fault, kind: Kind) {
     let dir = dir();
@@ -11,7 +11,7 @@ fn check_failed_batch(fault: Fault, kind: Kind) {
 
     let gate = store.faults().gate();
     store.faults().fail(fault, 3);
-    // A name that goes from hand to hand: mending the disk must not find it taken.
+    // A name that moves from one VM to another: the repair of the disk must not find it taken.
     let steal = |tx: &mut Tx| {
         tx.update_vm_unlocked(&vm_id(1), |r| r.name = "other".parse().unwrap())?;
         tx.put_vm(VmRow { id: vm_id(2), slot: 2, ..row(1) })
@@ -28,7 +28,7 @@ fn check_failed_batch(fault: Fault, kind: Kind) {
         assert!(e.hint_text().is_some());
     }
     assert_eq!(state(&store), durable);
-    // The probe has to fail twice yet: nothing is taken meanwhile.
+    // The probe still has to fail twice, so nothing is accepted meanwhile.
     let refused = put(&store, 3).map(drop).unwrap_err();
     assert_eq!(refused.kind(), kind);
     assert_eq!(store.read_only().map(|e| e.kind()), Some(kind));
@@ -42,27 +42,27 @@ fn check_failed_batch(fault: Fault, kind: Kind) {
 }
 
 #[test]
-fn a_full_disk() {
+fn full_disk_makes_store_read_only() {
     check_failed_batch(Fault::DiskFull, Kind::DiskFull);
 }
 
 #[test]
-fn an_io_error() {
+fn io_error_makes_store_read_only() {
     check_failed_batch(Fault::Io, Kind::StoreReadOnly);
 }
 
 #[test]
-fn an_error_after_the_rows_were_written_is_mended_on_disk() {
+fn error_after_commit_is_repaired_on_disk() {
     check_failed_batch(Fault::IoAfterCommit, Kind::StoreReadOnly);
 }
 
 #[test]
-fn a_panic_of_the_writer() {
+fn panic_of_writer_makes_store_read_only() {
     check_failed_batch(Fault::Panic, Kind::StoreReadOnly);
 }
 
 #[test]
-fn a_failed_batch_that_was_never_mended_leaves_a_database_that_opens() {
+fn unrepaired_failed_batch_leaves_database_that_opens() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().wait(soon()).unwrap();
@@ -74,11 +74,11 @@ fn a_failed_batch_that_was_never_mended_leaves_a_database_that_opens() {
 }
 
 #[test]
-fn log_that_cannot_be_folded_loses_nothing_and_is_tried_again() {
+fn log_that_cannot_be_folded_loses_nothing_and_is_retried() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     store.faults().fail_folds(u64::MAX);
-    // Each change writes a page at least. It is durable before the log is folded.
+    // Each change writes at least one page. It is durable before the log is folded.
     let count = (0..schema::LOG_FRAMES).take_while(|n| store.change_durable(|tx| tx.put_vm(row(*n))).is_ok()).count();
     await_fault(&store);
     store.faults().fail_folds(0);
@@ -88,7 +88,7 @@ fn log_that_cannot_be_folded_loses_nothing_and_is_tried_again() {
     assert_eq!(store.read(|s| s.vms().count()), count + 1);
 }
 
-/// Waits until the writer has met the fault, which comes after the answer.
+/// Waits until the writer has reached the fault, which follows the answer.
 fn await_fault(store: &Store) {
     let deadline = soon();
     while store.read_only().is_none() {
@@ -98,7 +98,7 @@ fn await_fault(store: &Store) {
 }
 
 #[test]
-fn an_essential_change_has_the_reserve() {
+fn essential_change_uses_reserve() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().wait(soon()).unwrap();
@@ -107,10 +107,10 @@ fn an_essential_change_has_the_reserve() {
     store.faults().fail(Fault::DiskFull, 1);
     let (_, ticket) = store.change_essential(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1)))).unwrap();
     ticket.wait(soon()).unwrap();
-    // Taken again before the writer's next batch.
+    // The reserve is taken again before the writer's next batch.
     put(&store, 1).unwrap().wait(soon()).unwrap();
     assert_eq!(reserve.metadata().unwrap().len(), RESERVE_BYTES);
-    // And while the store is read-only it is tried, but no magic.
+    // Essential changes are also attempted while the store is read-only, but may fail.
     store.faults().fail(Fault::Io, u64::MAX);
     put(&store, 2).unwrap().wait(soon()).unwrap_err();
     let (_, ticket) = store.change_essential(|tx| tx.put_vm(row(3))).unwrap();
@@ -123,7 +123,7 @@ fn an_essential_change_has_the_reserve() {
 }
 
 #[test]
-fn a_closed_store_has_written_all_and_takes_no_more() {
+fn closed_store_has_written_everything_and_refuses_changes() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let tickets: Vec<_> = (0..50).map(|n| put(&store, n).unwrap()).collect();
@@ -136,7 +136,7 @@ fn a_closed_store_has_written_all_and_takes_no_more() {
 }
 
 #[test]
-fn many_threads_and_failing_commits() {
+fn changes_of_many_threads_survive_failing_commits() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let workers: Vec<_> = (0..8u32)
@@ -165,7 +165,7 @@ fn many_threads_and_failing_commits() {
     assert_eq!(store.read(|s| s.vms().map(|r| r.slot).collect::<Vec<_>>()), acknowledged);
 }
 
-/// A mounted tmpfs that is gone at the end.
+/// A mounted tmpfs that is unmounted when this is dropped.
 struct Tmpfs(TempDir);
 
 impl Tmpfs {
@@ -178,7 +178,7 @@ impl Tmpfs {
     fn path(&self) -> &Path {
         self.0.path()
     }
-    /// A file that leaves `free` bytes.
+    /// Writes a file that leaves `free` bytes.
     fn fill(&self, free: u64) {
         let stat = rustix::fs::statvfs(self.path()).unwrap();
         let bytes = stat.f_bfree * stat.f_frsize - free;
@@ -200,7 +200,7 @@ fn run(argv: &[&str]) {
 }
 
 #[test]
-fn a_disk_that_is_really_full() {
+fn store_works_on_a_really_full_disk() {
     let fs = Tmpfs::new(8);
     let store = Store::open(fs.path()).unwrap();
     put(&store, 1).unwrap().wait(soon()).unwrap();
@@ -210,15 +210,15 @@ fn a_disk_that_is_really_full() {
     assert_eq!(e.kind(), Kind::DiskFull, "{e}");
     assert_eq!(put(&store, 50).map(drop).unwrap_err().kind(), Kind::DiskFull);
     let name = store.read(|s| s.vms().map(|r| r.name.to_string()).collect::<Vec<_>>());
-    // A delete is written nevertheless, and another daemon comes up on the full disk and can read.
+    // A delete is still written, and another daemon can start on the full disk and read.
     let (_, ticket) = store.change_essential(|tx| Ok(tx.remove_vm_unlocked(&vm_id(1)))).unwrap();
     ticket.wait(soon()).unwrap();
     assert_eq!(store.read(|s| s.vms().count()), name.len() - 1);
-    // What the reserve left; the writer may take it again first, then this fails.
+    // Uses the space of the reserve. This fails if the writer takes it first.
     let _ = std::fs::write(fs.path().join("filler2"), vec![1; RESERVE_BYTES as usize]);
     let store = check_reopened(store, fs.path());
     assert_eq!(store.read_only().map(|e| e.kind()), Some(Kind::DiskFull));
-    // Room comes back, and all is well by itself.
+    // Once there is space again, the store recovers automatically.
     std::fs::remove_file(fs.path().join("filler")).unwrap();
     std::fs::remove_file(fs.path().join("filler2")).unwrap();
     assert!(store.wait_writable(soon()));

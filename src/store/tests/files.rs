@@ -2,7 +2,7 @@ use super::*;
 use rusqlite::Connection;
 use std::os::unix::fs::{PermissionsExt, symlink};
 
-/// A store that was made, filled and closed; then `harm` comes over its file.
+/// Makes, fills and closes a store, changes its files with `harm`, and opens it again.
 fn harmed(harm: impl FnOnce(&Path, &Path)) -> (TempDir, Result<Store>) {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
@@ -33,30 +33,30 @@ fn sql(path: &Path, text: &str) {
 }
 
 #[test]
-fn no_database_at_all() {
-    check_refused(|_, path| std::fs::write(path, "hello, this is no database".repeat(100)).unwrap(), "not a database");
+fn file_that_is_not_a_database_is_refused() {
+    check_refused(|_, path| std::fs::write(path, "hello, not a database".repeat(100)).unwrap(), "not a database");
 }
 
 #[test]
-fn an_empty_file_is_not_taken_for_a_new_one() {
+fn empty_file_is_refused() {
     check_refused(|_, path| std::fs::write(path, "").unwrap(), "is empty");
 }
 
 #[test]
-fn somebody_elses_database() {
+fn foreign_database_is_refused() {
     check_refused(|_, path| sql(path, "PRAGMA application_id = 7"), "was not made by fcd");
 }
 
 #[test]
-fn a_newer_version() {
+fn newer_version_is_refused() {
     check_refused(
         |_, path| sql(path, "PRAGMA user_version = 99"),
-        &format!("has version 99, this fcd knows up to {}", schema::migrations().len()),
+        &format!("has version 99, but this fcd only supports versions up to {}", schema::migrations().len()),
     );
 }
 
 #[test]
-fn a_corrupt_page() {
+fn corrupt_page_is_refused() {
     let spoil = |_: &Path, path: &Path| {
         let mut bytes = std::fs::read(path).unwrap();
         let len = bytes.len();
@@ -67,7 +67,7 @@ fn a_corrupt_page() {
 }
 
 #[test]
-fn a_row_that_cannot_be_read() {
+fn unreadable_row_is_refused() {
     let (_dir, opened) = harmed(|_, path| sql(path, "UPDATE vms SET body = '{}' WHERE name = 'vm-7'"));
     let e = opened.map(drop).unwrap_err();
     assert_eq!(e.kind(), Kind::StoreRefused);
@@ -75,43 +75,43 @@ fn a_row_that_cannot_be_read() {
 }
 
 #[test]
-fn a_missing_write_ahead_log() {
-    // As a kill leaves it, but for the log.
+fn missing_write_ahead_log_is_refused() {
+    // These are the files that a kill leaves, without the log.
     check_refused(|_, path| sql(path, "UPDATE store_info SET value = '1' WHERE name = 'open'"), "fcd.db-wal is missing");
 }
 
 #[test]
-fn a_write_ahead_log_without_its_database() {
+fn write_ahead_log_without_database_is_refused() {
     let move_away = |dir: &Path, path: &Path| {
         std::fs::remove_file(path).unwrap();
         std::fs::write(dir.join("fcd.db-wal"), "x").unwrap();
     };
-    check_refused(move_away, "is missing, but its write-ahead log is there");
+    check_refused(move_away, "is missing, but its write-ahead log exists");
 }
 
 #[test]
-fn a_symbolic_link() {
+fn symbolic_link_is_refused() {
     let link = |dir: &Path, path: &Path| {
         std::fs::rename(path, dir.join("elsewhere")).unwrap();
         symlink(dir.join("elsewhere"), path).unwrap();
     };
     check_refused(link, "a symbolic link");
-    check_refused(|dir, path| std::fs::hard_link(path, dir.join("second")).unwrap(), "one name");
+    check_refused(|dir, path| std::fs::hard_link(path, dir.join("second")).unwrap(), "one link");
 }
 
 #[test]
-fn a_directory_where_others_write() {
+fn directory_writable_by_others_is_refused() {
     let open_up = |dir: &Path, _: &Path| std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o777)).unwrap();
-    check_refused(open_up, "others may write");
+    check_refused(open_up, "writable by others");
 }
 
 #[test]
-fn somebody_elses_file() {
+fn file_of_another_user_is_refused() {
     check_refused(|_, path| std::os::unix::fs::chown(path, Some(4321), None).unwrap(), "belongs to uid 4321");
 }
 
 #[test]
-fn a_file_open_to_others_is_closed() {
+fn file_accessible_to_others_gets_mode_0600() {
     let (dir, opened) = harmed(|_, path| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644)).unwrap());
     opened.unwrap();
     for file in std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap()) {
@@ -120,12 +120,12 @@ fn a_file_open_to_others_is_closed() {
 }
 
 #[test]
-fn commits_overwrite_a_log_that_was_made_long_enough() {
+fn commits_overwrite_log_of_sufficient_length() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let log_bytes = || dir.path().join("fcd.db-wal").metadata().unwrap().len();
     assert_eq!(log_bytes(), schema::LOG_BYTES);
-    // More pages than the log has room for, so it is folded on the way.
+    // These are more pages than the log has room for, so it is folded meanwhile.
     for n in 0..schema::LOG_FRAMES {
         put(&store, n).unwrap().wait(soon()).unwrap();
     }
@@ -133,14 +133,14 @@ fn commits_overwrite_a_log_that_was_made_long_enough() {
     check_reopened(store, dir.path());
 }
 
-/// `.cargo/config.toml` reaches the build, wherever it is started.
+/// Checks that the settings in `.cargo/config.toml` reach the build, wherever it is started.
 #[test]
 fn sqlite_is_built_with_fdatasync() {
     assert!(option_env!("LIBSQLITE3_FLAGS").is_some_and(|flags| flags.contains("-DHAVE_FDATASYNC=1")));
 }
 
 #[test]
-fn two_daemons_on_one_directory() {
+fn second_daemon_on_same_directory_is_refused() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     let e = Store::open(dir.path()).map(drop).unwrap_err();
@@ -150,7 +150,7 @@ fn two_daemons_on_one_directory() {
 }
 
 #[test]
-fn a_half_made_database_of_a_killed_daemon_is_made_again() {
+fn incomplete_database_of_killed_daemon_is_made_again() {
     let dir = dir();
     std::fs::write(dir.path().join("fcd.db.new"), "half").unwrap();
     std::fs::write(dir.path().join("fcd.db.new-journal"), "half").unwrap();
@@ -163,7 +163,7 @@ fn a_half_made_database_of_a_killed_daemon_is_made_again() {
 }
 
 #[test]
-fn a_migration_keeps_a_copy_and_is_all_or_nothing() {
+fn migration_is_atomic_and_keeps_a_copy() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().detach();
@@ -173,7 +173,7 @@ fn a_migration_keeps_a_copy_and_is_all_or_nothing() {
     newer.push("CREATE TABLE extra (a TEXT) STRICT; INSERT INTO extra VALUES ('x'); SELECT no_such_function();".into());
     let e = schema::open(dir.path(), &newer).map(drop).unwrap_err();
     assert_eq!(e.kind(), Kind::StoreRefused);
-    // As before for the older one.
+    // The older version still opens it as before.
     let store = Store::open(dir.path()).unwrap();
     assert_eq!(store.read(|s| s.vms().count()), 1);
     store.close();
@@ -183,19 +183,19 @@ fn a_migration_keeps_a_copy_and_is_all_or_nothing() {
     assert_eq!(c.query_row("SELECT a FROM extra", [], |r| r.get::<_, String>(0)).unwrap(), "x");
     schema::close(c).unwrap();
     assert_eq!(Store::open(dir.path()).map(drop).unwrap_err().kind(), Kind::StoreRefused);
-    // The copy is a whole store.
+    // The copy is a complete store.
     let old = self::dir();
     std::fs::copy(dir.path().join(format!("fcd.db.v{now}.bak")), old.path().join(schema::FILE_NAME)).unwrap();
     assert_eq!(Store::open(old.path()).unwrap().read(|s| s.vms().count()), 1);
 }
 
 #[test]
-fn version_1() {
+fn version_1_is_migrated() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().detach();
     store.close();
-    // Its rows knew of no network, and of no VMM that does not answer.
+    // Its rows have no network and no `unresponsive`.
     let back = "UPDATE vms SET body = json_remove(body, '$.net', '$.tap', '$.unresponsive'); DROP TABLE snapshots; PRAGMA user_version = 1";
     sql(&dir.path().join(schema::FILE_NAME), back);
     let store = Store::open(dir.path()).unwrap();
@@ -203,12 +203,12 @@ fn version_1() {
 }
 
 #[test]
-fn version_4() {
+fn version_4_is_migrated() {
     let dir = dir();
     let store = Store::open(dir.path()).unwrap();
     put(&store, 1).unwrap().detach();
     store.close();
-    // Its rows knew of no rates, no balloon and no kernel, also where settings wait.
+    // Its rows have no rates, no balloon and no kernel, even in pending settings.
     let back = "UPDATE vms SET body = json_set(json_remove(body, '$.rates', '$.has_balloon', '$.balloon_mib', '$.kernel'), \
                 '$.pending', json('{\"vcpus\":2,\"mem_mib\":null,\"disk_bytes\":null}')); DROP TABLE snapshots; PRAGMA user_version = 4";
     sql(&dir.path().join(schema::FILE_NAME), back);

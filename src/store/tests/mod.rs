@@ -24,7 +24,7 @@ fn dir() -> TempDir {
     dir
 }
 
-/// An id whose digits are `n`'s.
+/// Returns an ID with the digits of `n`.
 fn vm_id(n: u32) -> VmId {
     format!("{n:012x}").parse().unwrap()
 }
@@ -110,13 +110,13 @@ fn put(store: &Store, n: u32) -> Result<Ticket> {
     store.change(|tx| tx.put_vm(row(n))).map(|((), ticket)| ticket)
 }
 
-/// What is on the disk equals what `store` has in memory, which is closed for it.
+/// Checks that the disk equals the memory of `store`, which this closes, and opens the store again.
 #[track_caller]
 fn check_reopened(store: Store, dir: &Path) -> Store {
     let memory = state(&store);
     store.close();
-    // What listeners begin with is the same again.
-    let Start::Snapshot { vms, .. } = store.subscribe(None, |_| true).unwrap().1 else { panic!("without a number") };
+    // Listeners get the same snapshot again.
+    let Start::Snapshot { vms, .. } = store.subscribe(None, |_| true).unwrap().1 else { panic!("not a snapshot") };
     let seen = |row: &Arc<VmRow>| Seen { row: row.clone(), workspace: memory.workspace(&row.id).cloned() };
     assert_eq!(vms, memory.vms().map(seen).collect::<Vec<_>>());
     let again = Store::open(dir).unwrap();

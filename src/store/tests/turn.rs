@@ -2,7 +2,7 @@ use super::*;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::AtomicBool;
 
-/// Write calls of this thread so far, and the bytes in them (proc(5), `io`).
+/// Returns the write calls of this thread so far, and the bytes in them (proc(5), `io`).
 fn written() -> (u64, u64) {
     let text = std::fs::read_to_string("/proc/thread-self/io").unwrap();
     let value = |name: &str| text.lines().find_map(|l| l.strip_prefix(name)).unwrap().trim().parse::<u64>().unwrap();
@@ -26,7 +26,8 @@ fn caller_that_waits_writes_four_pages_in_one_call() {
         let before = written();
         begin_op(&store, n);
         let now = written();
-        // The rows of the VM, of the operation and of its id, and the number of the change.
+        // Four pages: the VM's row, the operation's row, the index of its ID, and the number of the
+        // change.
         assert_eq!((now.0 - before.0, now.1 - before.1), (1, 4 * (4096 + 24)));
     }
 }
@@ -38,7 +39,7 @@ fn change_whose_ticket_is_dropped_is_written() {
     drop(put(&store, 1).unwrap());
     let deadline = soon();
     while store.stats().changes < 1 {
-        assert!(Instant::now() < deadline, "nobody wrote it");
+        assert!(Instant::now() < deadline, "it was not written");
         std::thread::yield_now();
     }
 }
@@ -52,7 +53,7 @@ fn changes_made_while_a_caller_writes_are_written_after_it() {
     let caller = thread::spawn("caller", move || caller.change_durable(|tx| tx.put_vm(row(1)))).unwrap();
     assert!(gate.wait_for_writer(soon()));
     let (second, third) = (put(&store, 2).unwrap(), put(&store, 3).unwrap());
-    // Asked for while the writer is in use.
+    // This is requested while the writer is in use.
     third.write_soon();
     drop(gate);
     second.wait(soon()).unwrap();

@@ -26,7 +26,7 @@ fn rows(c: &Connection) -> Vec<u32> {
         .unwrap()
 }
 
-/// The rows that a kill at this moment would leave, as SQLite's own VFS reads them.
+/// Returns the rows that a kill at this moment would leave, as SQLite's own VFS reads them.
 fn rows_after_kill(path: &Path) -> Vec<u32> {
     let copies = dir();
     let copy = copies.path().join("copy.db");
@@ -36,7 +36,7 @@ fn rows_after_kill(path: &Path) -> Vec<u32> {
 }
 
 #[test]
-fn transaction_longer_than_a_piece_is_whole_in_the_log() {
+fn transaction_longer_than_a_piece_is_complete_in_log() {
     let dir = dir();
     let path = dir.path().join("a.db");
     let mut c = connect(&path);
@@ -48,9 +48,9 @@ fn transaction_longer_than_a_piece_is_whole_in_the_log() {
     assert_eq!(rows(&c).len(), count as usize);
 }
 
-/// With a small cache SQLite writes pages to the log before the commit, and reads them again.
+/// With a small cache, SQLite writes pages to the log before the commit and reads them again.
 #[test]
-fn pages_that_are_read_before_they_are_synced_are_right() {
+fn pages_read_before_sync_are_correct() {
     let dir = dir();
     let path = dir.path().join("a.db");
     let mut c = connect(&path);
@@ -68,7 +68,7 @@ fn pages_that_are_read_before_they_are_synced_are_right() {
     tx.commit().unwrap();
     let expected: Vec<u32> = (0..3).chain(10..60).collect();
     assert_eq!(rows_after_kill(&path), expected);
-    // The log begins again after it was folded.
+    // The log starts again after it was folded.
     c.query_row("PRAGMA wal_checkpoint(RESTART)", [], |_| Ok(())).unwrap();
     insert(&c, 90..91);
     assert_eq!(rows_after_kill(&path).last(), Some(&90));

@@ -14,7 +14,7 @@ impl Tx<'_> {
     /// `name_taken`, or `internal` if another VM has the ID or the slot.
     pub fn insert_vm(&mut self, row: VmRow) -> Result<()> {
         if self.vm(&row.id).is_some() {
-            return Err(Error::internal(format!("VM {} is there already", row.id)));
+            return Err(Error::internal(format!("VM {} exists already", row.id)));
         }
         self.write_vm(row)
     }
@@ -47,12 +47,12 @@ impl Tx<'_> {
         let mut row = VmRow::clone(row);
         change(&mut row);
         if row.id != *id {
-            return Err(Error::internal(format!("a change of VM {id} gave it the id {}", row.id)));
+            return Err(Error::internal(format!("a change of VM {id} changed its ID to {}", row.id)));
         }
         self.write_vm(row)
     }
 
-    /// Removes the VM and its workspace. Its rows in the ledger stay until they are struck.
+    /// Removes the VM and its workspace. Its ledger rows stay until they are deleted.
     pub fn remove_vm(&mut self, vm: &KeyGuard<'_, VmId>) -> Option<Arc<VmRow>> {
         self.take_vm(vm.key())
     }

@@ -7,7 +7,7 @@
 //!
 //! 1. The guest gets a script (`src/guest/rejoin.sh`) that waits for another seed drive. The script
 //!    is part of the saved memory and continues in the restored guest.
-//! 2. The guest is paused (`Runtimes::hold`; a resume by a user does not end that).
+//! 2. The guest is paused (`GuestHolder`; a resume by a user does not end that).
 //! 3. The driver saves memory and devices. The disks are copied: shared blocks where the file
 //!    system can, else everything but holes.
 //! 4. The guest resumes. Zeroes in the memory file become holes and the copies are synced.

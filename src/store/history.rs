@@ -1,44 +1,59 @@
-//! Decides which ended operations are kept: a limited number per uid and in all, and every
-//! operation that an idempotency key refers to.
+//! Decides which ended operations are kept: a number for each uid, a number in all, and every one that
+//! an idempotency key refers to.
 
 use super::OpRow;
 use crate::ids::OpId;
 use crate::uids::Retention;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-/// The time of its end, and its ID. The oldest operation is removed first.
-type EndedKey = (u64, OpId);
+/// When an operation ended, in seconds, and its place among all that were added. Many operations end
+/// in the same second, and the latest of them must not go first: its key may not be recorded yet.
+type EndOrder = (u64, u64);
 
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct OpHistory {
-    /// Ended operations without a key, per uid.
-    free: BTreeMap<u32, BTreeSet<EndedKey>>,
-    free_total: usize,
-    /// The number of keys that refer to an operation, ended or not.
+    /// Ended operations without a key, per uid, the oldest first.
+    free: BTreeMap<u32, BTreeMap<EndOrder, OpId>>,
+    /// Where each of them is in `free`.
+    orders: HashMap<OpId, EndOrder>,
+    added: u64,
+    /// How many keys refer to an operation, ended or not.
     keyed: BTreeMap<OpId, usize>,
+}
+
+/// The order of operations that ended in the same second is lost on disk, so it does not count.
+impl PartialEq for OpHistory {
+    fn eq(&self, other: &Self) -> bool {
+        let ids = |history: &Self| -> BTreeSet<(u32, OpId)> {
+            let all = history.free.iter();
+            all.flat_map(|(uid, theirs)| theirs.values().map(|id| (*uid, id.clone()))).collect()
+        };
+        self.keyed == other.keyed && ids(self) == ids(other)
+    }
 }
 
 impl OpHistory {
     pub(super) fn add(&mut self, row: &OpRow) {
-        if row.state.has_ended()
-            && !self.keyed.contains_key(&row.id)
-            && self.free.entry(row.owner_uid).or_default().insert(ended_key(row))
-        {
-            self.free_total += 1;
+        let is_free = row.state.has_ended() && !self.keyed.contains_key(&row.id);
+        if !is_free || self.orders.contains_key(&row.id) {
+            return;
         }
+        self.added += 1;
+        let order = (row.ended_at.unwrap_or(row.started_at), self.added);
+        self.free.entry(row.owner_uid).or_default().insert(order, row.id.clone());
+        self.orders.insert(row.id.clone(), order);
     }
 
     pub(super) fn remove(&mut self, row: &OpRow) {
+        let Some(order) = self.orders.remove(&row.id) else { return };
         let Some(theirs) = self.free.get_mut(&row.owner_uid) else { return };
-        if theirs.remove(&ended_key(row)) {
-            self.free_total -= 1;
-        }
+        theirs.remove(&order);
         if theirs.is_empty() {
             self.free.remove(&row.owner_uid);
         }
     }
 
-    /// Records that another key refers to the operation. `row` is the operation, if it exists.
+    /// Adds a key that refers to the operation. `row` is the operation, if the store has it.
     pub(super) fn key_added(&mut self, op: &OpId, row: Option<&OpRow>) {
         *self.keyed.entry(op.clone()).or_default() += 1;
         if let Some(row) = row {
@@ -46,7 +61,7 @@ impl OpHistory {
         }
     }
 
-    /// Records that one key less refers to the operation.
+    /// Removes a key that refers to the operation.
     pub(super) fn key_removed(&mut self, op: &OpId, row: Option<&OpRow>) {
         let Some(keys) = self.keyed.get_mut(op) else { return };
         *keys -= 1;
@@ -58,15 +73,14 @@ impl OpHistory {
         }
     }
 
-    /// The operation to remove next, if `uid` has too many or there are too many in all. In the
-    /// latter case it belongs to the user with the most. Operations of root are removed only if no
-    /// other user has any.
+    /// The operation to remove next if there are too many, of `uid` or in all. Operations of root make
+    /// room only for those of root.
     pub(super) fn to_prune(&self, uid: u32, retention: Retention) -> Option<&OpId> {
-        let oldest = |uid: u32| self.free.get(&uid)?.first().map(|(_, id)| id);
+        let oldest = |uid: u32| self.free.get(&uid)?.first_key_value().map(|(_, id)| id);
         if self.free.get(&uid).is_some_and(|theirs| theirs.len() > retention.per_uid_max) {
             return oldest(uid);
         }
-        if self.free_total <= retention.total_max {
+        if self.orders.len() <= retention.total_max {
             return None;
         }
         let others = self.free.iter().filter(|(uid, _)| **uid != 0);
@@ -75,6 +89,36 @@ impl OpHistory {
     }
 }
 
-fn ended_key(row: &OpRow) -> EndedKey {
-    (row.ended_at.unwrap_or(row.started_at), row.id.clone())
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::op::{Op, OpState};
+
+    fn ended(id: OpId) -> OpRow {
+        let started_at = 7;
+        Op {
+            id,
+            method: "vm.delete".to_owned(),
+            vm: None,
+            owner_uid: 1,
+            state: OpState::Ok,
+            started_at,
+            ended_at: Some(started_at),
+            may_cancel: false,
+            progress: Default::default(),
+            result: None,
+            error: None,
+        }
+    }
+
+    #[test]
+    fn operations_of_one_second_go_in_the_order_in_which_they_ended() {
+        let mut ids: Vec<OpId> = (0..6).map(|_| OpId::random()).collect();
+        ids.sort();
+        ids.reverse();
+        let mut history = OpHistory::default();
+        ids.iter().for_each(|id| history.add(&ended(id.clone())));
+        let retention = Retention { per_uid_max: 5, total_max: 100 };
+        assert_eq!(history.to_prune(1, retention), ids.first());
+    }
 }

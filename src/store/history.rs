@@ -1,13 +1,14 @@
-//! Decides which ended operations are kept: a number for each uid, a number in all, and every one that
-//! an idempotency key refers to.
+//! Decides which ended operations are kept: a number for each uid, a number in all, and every one
+//! that an idempotency key refers to.
 
 use super::OpRow;
 use crate::ids::OpId;
 use crate::uids::Retention;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-/// When an operation ended, in seconds, and its place among all that were added. Many operations end
-/// in the same second, and the latest of them must not go first: its key may not be recorded yet.
+/// When an operation ended, in seconds, and its place among all that were added. Many operations
+/// end in the same second, and the latest of them must not go first: its key may not be recorded
+/// yet.
 type EndOrder = (u64, u64);
 
 #[derive(Clone, Debug, Default)]
@@ -73,8 +74,8 @@ impl OpHistory {
         }
     }
 
-    /// The operation to remove next if there are too many, of `uid` or in all. Operations of root make
-    /// room only for those of root.
+    /// The operation to remove next if there are too many, of `uid` or in all. Operations of root
+    /// make room only for those of root.
     pub(super) fn to_prune(&self, uid: u32, retention: Retention) -> Option<&OpId> {
         let oldest = |uid: u32| self.free.get(&uid)?.first_key_value().map(|(_, id)| id);
         if self.free.get(&uid).is_some_and(|theirs| theirs.len() > retention.per_uid_max) {
